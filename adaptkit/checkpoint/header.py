@@ -1,0 +1,162 @@
+"""The safetensors header, read strictly and written deterministically.
+
+    8 bytes    N, little-endian
+    N bytes    JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [start, end]}, ...}, then spaces
+    the rest   the tensors' bytes; offsets count from here, with neither holes nor overlaps
+
+``safetensors`` itself judges lengths, offsets and overlaps; this module adds what it lets pass (duplicate keys,
+extra fields, hostile names) and keeps the header's bytes, so that a rewritten shard can have the same ones.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adaptkit.errors import CheckpointError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("F32", "F16", "BF16")
+"""The types that weights and adapters may have."""
+
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, type and shape of one tensor; ``dtype`` is the safetensors name of the type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.count * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself.
+
+    Attributes:
+        raw: everything before the data: the length field, the JSON and its padding.
+        tensors: in the order of their bytes, each with the position of its first byte in the file.
+    """
+
+    raw: bytes
+    tensors: tuple[tuple[TensorSpec, int], ...]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: not a regular file, not safetensors, or something in it that readers disagree about.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library judges lengths, offsets, overlaps and trailing bytes
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name}: not a readable safetensors file ({error})", hint="download or copy the file again"
+        ) from error
+    with path.open("rb") as file:
+        length = file.read(8)
+        raw = length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
+    entries = strict_json(raw[8:], path.name)
+    entries.pop("__metadata__", None)
+    tensors = [(_spec(name, entry, path.name), len(raw) + entry["data_offsets"][0]) for name, entry in entries.items()]
+    return Header(raw, tuple(sorted(tensors, key=lambda item: (item[1], item[0].name))))
+
+
+def write_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Lay out tensors one after the other and return the header's bytes, the same for the same tensors."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in specs:
+        end = position + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def check_regular(path: Path) -> None:
+    """Refuse anything but a regular file, without opening it (a FIFO would block).
+
+    Raises:
+        CheckpointError: the file is absent or something else.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {error.strerror}", hint=f"looked in {path.parent}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path.name}: not a regular file")
+
+
+def strict_json(text: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object; duplicate keys, NaN, infinities and other top-level values are refused.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{where}: the key {twice!r} appears twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise CheckpointError(f"{where}: {constant} is not JSON")
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _spec(name: str, entry: Any, where: str) -> TensorSpec:
+    if not name or not name.isprintable() or "/" in name or "\\" in name:
+        raise CheckpointError(f"{where}: tensor name {name!r} is empty or holds characters that names do not have")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets")
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(f"{where}: tensor {name!r} has type {entry['dtype']!r}, which is not supported")
+    return TensorSpec(name, entry["dtype"], tuple(entry["shape"]))

@@ -1,0 +1,120 @@
+"""Which files make up a Hugging Face checkpoint folder.
+
+    config.json                              architecture, and quantization_config
+    model.safetensors                        one file, or
+    model-00001-of-00003.safetensors ...     shards, with
+    model.safetensors.index.json             {"metadata": {"total_size"}, "weight_map": {tensor: file}}
+    tokenizer.json, chat_template.jinja ...  side files, copied as they are
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from adaptkit.checkpoint.header import check_regular, strict_json
+from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_SIDE_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}
+_NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
+
+
+def resolve_inside(root: Path, name: str) -> Path:
+    """Turn a path found in a file into a real one; the only way such a path becomes one.
+
+    Raises:
+        UnsafeInputError: it is absolute, leaves the folder, or holds characters that no artifact needs.
+    """
+    parts = PurePosixPath(name).parts
+    plain = name.isprintable() and "\\" not in name and ":" not in name and name == "/".join(parts)
+    if not plain or not parts or ".." in parts or name.startswith(("/", "~")):
+        raise UnsafeInputError(f"the path {name!r} does not stay in its folder", hint="do not trust this artifact")
+    path = root / name
+    for part in [path, *path.parents][: len(parts)]:
+        if part.is_symlink() and not part.resolve().is_file():
+            raise UnsafeInputError(f"{name!r} is a link to something that is not a file")
+    return path
+
+
+def require_folder(path: Path) -> Path:
+    """Return the path if it is a folder.
+
+    Raises:
+        UsageError: it is absent or a file.
+    """
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint="check the path")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a regular file.
+
+    Raises:
+        CheckpointError: absent, not regular, or not a JSON object.
+    """
+    check_regular(path)
+    return strict_json(path.read_bytes(), path.name)
+
+
+def write_json(value: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON file that people may read: sorted, indented by two."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
+    """List the safetensors files of a checkpoint, and the index's weight map if there is one.
+
+    Raises:
+        UsageError: not a folder.
+        CheckpointError: no weights, weights in another format, or a malformed index.
+    """
+    require_folder(root)
+    if (root / INDEX_NAME).exists():
+        weight_map = read_json(root / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{INDEX_NAME}: weight_map must map tensor names to files")
+        return sorted(set(weight_map.values())), weight_map
+    if (root / SINGLE_NAME).exists():
+        return [SINGLE_NAME], None
+    pickles = sorted(p.name for p in root.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        raise CheckpointError(
+            f"{root}: weights are pickles ({pickles[0]}), which adaptkit does not load",
+            hint="convert first: load it with transformers and save_pretrained(..., safe_serialization=True)",
+        )
+    raise CheckpointError(
+        f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}", hint="give the folder that holds config.json"
+    )
+
+
+def side_files(root: Path) -> list[Path]:
+    """List what travels with the weights: configuration, tokenizer, chat template, licence; sorted by name.
+
+    ``config.json`` and index files are not among them; whoever writes the weights writes those.
+    """
+    return sorted(
+        path
+        for path in root.iterdir()
+        if path.is_file()
+        and (path.suffix in _SIDE_SUFFIXES or path.name in _SIDE_NAMES)
+        and not path.name.startswith(_NOT_SIDE_PREFIXES)
+        and not path.name.endswith(".index.json")
+        and path.name != CONFIG_NAME
+    )
+
+
+def shard_name(number: int, total: int) -> str:
+    """Name of the number-th shard (from 1) of ``total``."""
+    return SINGLE_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def index_bytes(files: Iterable[tuple[str, str]], total_size: int) -> bytes:
+    """The index file for (tensor, file) pairs and the tensors' total size in bytes."""
+    return write_json({"metadata": {"total_size": total_size}, "weight_map": dict(files)})

@@ -1,0 +1,208 @@
+"""``adaptkit-manifest.json``: what an artifact consists of, how it was made, and from what.
+
+Canonical JSON: UTF-8, sorted keys, no spaces, no times, host names or absolute paths. Same inputs, same bytes.
+
+    schema      1
+    kind        quantized | adapter | merged | checkpoint
+    tool        {name, version}
+    operation   {name, options}
+    files       [{path, size, sha256}]                      every file but the manifest itself
+    tensors     [{name, file, dtype, shape, xxh3_128}]
+    tensors_root  sha256 over the sorted lines of name, dtype, shape and digest
+    parents     [{role, kind, tensors_root, manifest_sha256?, weight?}]
+    targets     [{module, shape, base_xxh3_128, quantized_root?}]
+                the base tensors that this artifact quantizes, was trained on, or changes
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import adaptkit
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.header import strict_json
+from adaptkit.checkpoint.layout import resolve_inside
+from adaptkit.errors import CheckpointError, IntegrityError
+
+MANIFEST_NAME = "adaptkit-manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of an artifact; ``path`` is relative, with forward slashes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of an artifact."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3_128: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An artifact that this one was made from.
+
+    Attributes:
+        role: base or adapter.
+        kind: of the parent; ``checkpoint`` for one without a manifest.
+        tensors_root: binds the parent's tensors.
+        manifest_sha256: of the parent's manifest, if it has one.
+        weight: with which an adapter was merged or stacked.
+    """
+
+    role: str
+    kind: str
+    tensors_root: str
+    manifest_sha256: str | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A base tensor that the artifact depends on.
+
+    Attributes:
+        module: the module's dotted path; its weight is ``<module>.weight``.
+        shape: of the weight as the base's file holds it.
+        base_xxh3_128: fingerprint of the original weight, if it is known.
+        quantized_root: ``tensors_root`` over the weight's quantized parts, if it was quantized.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    base_xxh3_128: str | None = None
+    quantized_root: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole document; see the module's docstring."""
+
+    kind: str
+    operation: dict[str, Any]
+    files: tuple[FileRecord, ...]
+    tensors: tuple[TensorRecord, ...] = ()
+    parents: tuple[Parent, ...] = ()
+    targets: tuple[Target, ...] = ()
+    tool: dict[str, str] = field(default_factory=lambda: {"name": "adaptkit", "version": adaptkit.__version__})
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(sorted(self.files, key=lambda f: f.path)))
+        object.__setattr__(self, "tensors", tuple(sorted(self.tensors, key=lambda t: t.name)))
+        object.__setattr__(self, "targets", tuple(sorted(self.targets, key=lambda t: t.module)))
+
+    @property
+    def tensors_root(self) -> str:
+        """Binds every tensor of the artifact."""
+        return tensors_root(self.tensors)
+
+    def to_bytes(self) -> bytes:
+        """The canonical form."""
+        document = _without_none(asdict(self)) | {"tensors_root": self.tensors_root}
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode() + b"\n"
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of the canonical form."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Self:
+        """Parse and check a manifest.
+
+        Raises:
+            IntegrityError: not canonical, unknown fields or schema, or a root that does not match the tensors.
+        """
+        try:
+            document = strict_json(text, MANIFEST_NAME)
+            if document.get("schema") != SCHEMA:
+                raise IntegrityError(
+                    f"{MANIFEST_NAME}: schema {document.get('schema')!r} is unknown", hint="a newer adaptkit made it?"
+                )
+            root = document.pop("tensors_root", None)
+            parts: dict[str, Any] = {
+                "files": FileRecord, "tensors": TensorRecord, "parents": Parent, "targets": Target
+            }  # fmt: skip
+            for name, record in parts.items():
+                document[name] = tuple(record(**entry) for entry in document[name])
+            manifest = cls(**document)
+            _check_paths(manifest.files)
+            canonical = root == manifest.tensors_root and manifest.to_bytes() == text
+        except (CheckpointError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise IntegrityError(f"{MANIFEST_NAME}: malformed ({error})") from error
+        if not canonical:
+            raise IntegrityError(
+                f"{MANIFEST_NAME}: changed after it was written", hint="get the artifact again from where it came from"
+            )
+        return manifest
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """Read a folder's manifest; None if it has none.
+
+    Raises:
+        IntegrityError: there is one and it is malformed.
+    """
+    path = root / MANIFEST_NAME
+    return Manifest.from_bytes(path.read_bytes()) if path.is_file() else None
+
+
+def require_manifest(root: Path) -> Manifest:
+    """Read a folder's manifest.
+
+    Raises:
+        IntegrityError: there is none, or it is malformed.
+    """
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise IntegrityError(
+            f"{root.name}: there is no {MANIFEST_NAME}", hint="only artifacts that adaptkit made can be verified"
+        )
+    return manifest
+
+
+def parent_of(role: str, manifest: Manifest | None, tensors: Sequence[TensorRecord], weight: float | None = None) -> Parent:
+    """Describe an input as a parent, by its manifest if it has one, else by its tensors."""
+    if manifest is None:
+        return Parent(role, "checkpoint", tensors_root(tensors), weight=weight)
+    return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
+
+
+def _check_paths(files: tuple[FileRecord, ...]) -> None:
+    paths = [record.path for record in files]
+    folded = {path.casefold() for path in paths}
+    if len(folded) != len(paths) or MANIFEST_NAME in paths:
+        raise ValueError("a path appears twice, or the manifest lists itself")
+    for path in paths:
+        resolve_inside(Path("artifact"), path)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+

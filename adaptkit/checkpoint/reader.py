@@ -1,0 +1,132 @@
+"""Open a checkpoint folder and read its tensors one at a time, or by rows."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint.header import DTYPES, Header, TensorSpec, read_header
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside, weight_files
+from adaptkit.errors import CheckpointError, IntegrityError
+
+CHUNK_BYTES = 32 << 20
+"""How much of a tensor is handled at once; what keeps memory flat."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A tensor and where its bytes are."""
+
+    spec: TensorSpec
+    file: str
+    position: int
+
+
+class TensorFiles:
+    """Some safetensors files read as one set of tensors.
+
+    Attributes:
+        root: the folder.
+        headers: by file name.
+        tensors: by tensor name, in file order.
+    """
+
+    def __init__(self, root: Path, files: list[str]) -> None:
+        self.root = root
+        self.headers: dict[str, Header] = {file: read_header(resolve_inside(root, file)) for file in files}
+        self.tensors: dict[str, Located] = {}
+        for file, header in self.headers.items():
+            for spec, position in header.tensors:
+                if spec.name in self.tensors:
+                    other = self.tensors[spec.name].file
+                    raise CheckpointError(f"tensor {spec.name!r} is in {other} and in {file}")
+                self.tensors[spec.name] = Located(spec, file, position)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Name, type and shape of a tensor."""
+        return self.tensors[name].spec
+
+    def read(self, name: str) -> Tensor:
+        """Read a whole tensor."""
+        spec = self.spec(name)
+        return self._read(self.tensors[name], 0, spec.nbytes).view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def row_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Read a tensor in blocks of whole rows of at most ``CHUNK_BYTES`` (or one row).
+
+        Yields:
+            The first row's number and a (rows, ...) tensor; a scalar counts as one row.
+        """
+        spec = self.spec(name)
+        shape = spec.shape or (1,)
+        if spec.count == 0:
+            yield 0, torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+            return
+        row_bytes = spec.nbytes // shape[0]
+        step = max(1, CHUNK_BYTES // row_bytes)
+        for start in range(0, shape[0], step):
+            rows = min(step, shape[0] - start)
+            raw = self._read(self.tensors[name], start * row_bytes, rows * row_bytes)
+            yield start, raw.view(DTYPES[spec.dtype]).reshape((rows, *shape[1:]) if spec.shape else ())
+
+    def _read(self, located: Located, offset: int, size: int) -> Tensor:
+        buffer = np.empty(size, np.uint8)
+        done = 0
+        handle = os.open(resolve_inside(self.root, located.file), os.O_RDONLY)
+        try:
+            while done < size:
+                count = os.preadv(handle, [memoryview(buffer)[done:]], located.position + offset + done)
+                if count == 0:
+                    raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}")
+                done += count
+        finally:
+            os.close(handle)
+        return torch.from_numpy(buffer)
+
+
+class Checkpoint(TensorFiles):
+    """A Hugging Face checkpoint folder.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        UsageError: not a folder.
+        CheckpointError: not a checkpoint, or index and shards disagree.
+        UnsafeInputError: the index points outside the folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        files, weight_map = weight_files(root)
+        super().__init__(root, files)
+        if weight_map is not None:
+            for name, file in weight_map.items():
+                if name not in self.tensors or self.tensors[name].file != file:
+                    raise CheckpointError(f"the index says that {file} holds {name!r}, which it does not")
+            unlisted = sorted(set(self.tensors) - set(weight_map))
+            if unlisted:
+                raise CheckpointError(f"{unlisted[0]!r} is in {self.tensors[unlisted[0]].file} but not in the index")
+        if not self.tensors:
+            raise CheckpointError(f"{root}: holds no tensors")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        return read_json(self.root / CONFIG_NAME)
+
+    @property
+    def quantization_method(self) -> str | None:
+        """What the checkpoint is quantized with, or None."""
+        quantization = self.config.get("quantization_config")
+        return None if quantization is None else str(quantization.get("quant_method", "unknown"))
+
+    def state(self) -> list[list[Any]]:
+        """Sizes and modification times of the files, to notice that an input changed between two runs."""
+        found = ((file, (self.root / file).stat()) for file in sorted([*self.headers, CONFIG_NAME]))
+        return [[file, status.st_size, status.st_mtime_ns] for file, status in found]

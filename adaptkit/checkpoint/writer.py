@@ -1,0 +1,113 @@
+"""Write a safetensors file front to back, hashing while writing."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import xxhash
+from torch import Tensor
+
+from adaptkit.checkpoint.hashing import bytes_of
+from adaptkit.checkpoint.header import TensorSpec, write_header
+from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
+from adaptkit.errors import AdaptkitError
+
+
+def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
+    """Write a small file and make sure that it is on the disk."""
+    with _disk_errors(folder / name), (folder / name).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+class TensorWriter:
+    """Writes one safetensors file; a context manager.
+
+    Tensors must come in the order of ``specs``, each in as many pieces as the caller likes.
+
+    Args:
+        folder: where.
+        name: of the file.
+        specs: everything that the file will hold.
+        header: its first bytes, to keep those of another file with the same tensors; made from ``specs`` otherwise.
+    """
+
+    def __init__(self, folder: Path, name: str, specs: Sequence[TensorSpec], header: bytes | None = None) -> None:
+        self._folder, self._name = folder, name
+        self._waiting = list(reversed(specs))
+        self._header = header if header is not None else write_header(specs)
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+        self._piece_bytes = 0
+        self._xxh3 = xxhash.xxh3_128()
+        self.tensors: list[TensorRecord] = []
+
+    def __enter__(self) -> Self:
+        self._file = (self._folder / self._name).open("wb")
+        self._put(memoryview(self._header))
+        return self
+
+    def write(self, name: str, piece: Tensor) -> None:
+        """Append a piece of a tensor.
+
+        Raises:
+            ValueError: it is not this tensor's turn, or there is too much of it.
+        """
+        if not self._waiting or self._waiting[-1].name != name:
+            raise ValueError(f"{name!r} written out of turn")
+        view = bytes_of(piece)
+        self._put(view)
+        self._xxh3.update(view)
+        self._piece_bytes += len(view)
+        spec = self._waiting[-1]
+        if self._piece_bytes > spec.nbytes:
+            raise ValueError(f"{name!r} is longer than its {spec.nbytes} bytes")
+        if self._piece_bytes == spec.nbytes:
+            self.tensors.append(TensorRecord(name, self._name, spec.dtype, spec.shape, self._xxh3.hexdigest()))
+            self._waiting.pop()
+            self._piece_bytes = 0
+            self._xxh3.reset()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file, _disk_errors(self._folder / self._name):
+            if kind is None:
+                if self._waiting:
+                    raise ValueError(f"{self._waiting[-1].name!r} was not written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    @property
+    def record(self) -> FileRecord:
+        """Size and sha256 of the finished file."""
+        return FileRecord(self._name, self._size, self._sha256.hexdigest())
+
+    def _put(self, view: memoryview) -> None:
+        with _disk_errors(self._folder / self._name):
+            self._file.write(view)
+        self._sha256.update(view)
+        self._size += len(view)
+
+
+class DiskError(AdaptkitError):
+    """The disk refused a write."""
+
+
+class _disk_errors:  # noqa: N801 - reads as a statement
+    """Turn the disk's own errors into one line that says what to do."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = "free some space and run the same command again: it goes on where it stopped" if full else ""
+            raise DiskError(f"{self._path.name}: cannot write: {error.strerror}", hint) from error

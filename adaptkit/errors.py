@@ -1,0 +1,112 @@
+"""Everything adaptkit raises on purpose.
+
+Each error carries one clear message, a hint (the next thing to try), the exit code of the command line, and whether
+trying again unchanged may succeed.
+
+    AdaptkitError
+    ├── UsageError            2   the request itself cannot be carried out
+    │   └── ConfigError           a configuration file or value is wrong
+    ├── IntegrityError        3   bytes are not what their manifest says
+    ├── BaseMismatchError     4   an adapter or record belongs to another base
+    ├── UnsafeInputError      5   malformed or hostile input
+    │   ├── CheckpointError       not a checkpoint, or a broken one
+    │   ├── AdapterError          not an adapter that can be used here
+    │   ├── DataError             training data that cannot be used
+    │   └── NonFiniteError        NaN or infinity where numbers are needed
+    ├── AuthenticationError   6   the Hub wants a (better) token
+    ├── NetworkError          7   the Hub cannot be reached; retryable
+    └── ConflictError         8   the output exists, or the remote has moved
+        └── OutputExistsError
+"""
+
+import re
+from typing import ClassVar
+
+
+class AdaptkitError(Exception):
+    """Base of every deliberate error.
+
+    Args:
+        message: one line: what was found, what was expected, where.
+        hint: the next command or change to try; empty when there is none.
+    """
+
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    @property
+    def code(self) -> str:
+        """The error's name for programs: the class name in snake case, without ``_error``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__.removesuffix("Error")).lower()
+
+
+class UsageError(AdaptkitError):
+    """The request cannot be carried out as it was made."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file holds an unknown key or an unusable value."""
+
+
+class IntegrityError(AdaptkitError):
+    """Bytes differ from what their manifest or record promises."""
+
+    exit_code = 3
+
+
+class BaseMismatchError(AdaptkitError):
+    """An adapter, or a record, was made for other tensors than these."""
+
+    exit_code = 4
+
+
+class UnsafeInputError(AdaptkitError):
+    """Input that is malformed, or that asks for something unsafe."""
+
+    exit_code = 5
+
+
+class CheckpointError(UnsafeInputError):
+    """A file or folder is not the checkpoint it was taken for."""
+
+
+class AdapterError(UnsafeInputError):
+    """An adapter is malformed, or needs something that is not supported."""
+
+
+class DataError(UnsafeInputError):
+    """Training or evaluation data cannot be used as it is."""
+
+
+class NonFiniteError(UnsafeInputError):
+    """A tensor holds NaN or infinity."""
+
+
+class AuthenticationError(AdaptkitError):
+    """The Hub refused the token, or there was none."""
+
+    exit_code = 6
+
+
+class NetworkError(AdaptkitError):
+    """The Hub could not be reached, or answered with a passing failure."""
+
+    exit_code = 7
+    retryable = True
+
+
+class ConflictError(AdaptkitError):
+    """Something is there already, or has moved meanwhile."""
+
+    exit_code = 8
+
+
+class OutputExistsError(ConflictError):
+    """The output folder exists; nothing is replaced without being told to."""

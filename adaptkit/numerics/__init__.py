@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: no paths, no JSON, no environment, no logging."""

@@ -1,0 +1,216 @@
+"""The definition of every kernel, in plain torch on any device.
+
+Read this file to know what the bits mean; ``cpu`` must give the same ones.
+"""
+
+import torch
+from torch import Tensor
+
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""Quantiles of a normal distribution scaled to [-1, 1], with an exact zero. Source: QLoRA (arXiv:2305.14314), appendix E."""
+
+TINY = 1e-38
+"""Stands in for the absmax of a zero block, so that no scale is infinite."""
+
+FLOAT_INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+"""The integer type that holds the bits of each weight type."""
+
+
+def nf4_encode(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Map each weight to its nearest NF4 level after scaling its block to [-1, 1].
+
+    Args:
+        weight: any shape, floating point and finite, N elements, taken in row-major order.
+        block_size: weights sharing one scale; even.
+
+    Returns:
+        codes: (ceil(N / 2),) uint8, two a byte, the earlier weight in the high nibble; a missing last one is level 7.
+        absmax: (ceil(N / block_size),) float32, in the weight's units; 0 for a full zero block, ``TINY`` for a zero tail.
+
+    Source: QLoRA (arXiv:2305.14314), as bitsandbytes 0.50 rounds it on a CPU: scaled by the reciprocal (a short last
+    block by a true division), ties to the lower level.
+    """
+    flat = weight.reshape(-1).float()
+    full = flat.numel() - flat.numel() % block_size
+    blocks, tail = flat[:full].view(-1, block_size), flat[full:]
+    absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
+    scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)).reshape(-1)
+    if tail.numel():
+        tail_absmax = tail.abs().amax().clamp(min=TINY).reshape(1)
+        absmax = torch.cat([absmax, tail_absmax])
+        scaled = torch.cat([scaled, tail / tail_absmax])
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=flat.device)
+    bounds = (levels[:-1] + levels[1:]) / 2
+    q = torch.bucketize(scaled.clamp(-1, 1), bounds).to(torch.uint8)
+    if q.numel() % 2:
+        q = torch.cat([q, q.new_full((1,), 7)])
+    return (q[::2] << 4) | q[1::2], absmax
+
+
+def nf4_decode(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Undo ``nf4_encode`` up to rounding: level times absmax in float32, rounded once to ``dtype``.
+
+    Args:
+        codes: (ceil(count / 2),) uint8.
+        absmax: (ceil(count / block_size),) float32.
+        count: number of weights.
+        block_size: weights sharing one scale.
+        dtype: bfloat16, float16 or float32.
+
+    Returns:
+        (count,) weights of ``dtype``.
+    """
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
+    byte = torch.arange(256, device=codes.device)
+    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)  # one look-up gives both weights of a byte
+    values = pairs.index_select(0, codes.reshape(-1).int()).view(-1)[:count]
+    full = count - count % block_size
+    scaled = (values[:full].view(-1, block_size) * absmax[: full // block_size].unsqueeze(1)).reshape(-1)
+    if full < count:
+        scaled = torch.cat([scaled, values[full:] * absmax[-1]])
+    return scaled.to(dtype)
+
+
+def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Tensor:
+    """The canonical change of a weight: Σ over adapters of scale · (B A), the same bits on every machine.
+
+    The inner sum runs in float64 with k ascending; a product of two float32 is exact there. It is scaled, then added
+    to the sum of the adapters before it. No matrix library is involved, so neither threads nor processors matter.
+
+    Args:
+        lora_a: (Σ ranks, in) float32, the adapters' A matrices one under the other.
+        lora_b: (out, Σ ranks) float32, their B matrices side by side.
+        ranks: one per adapter.
+        scales: weight · scaling, one per adapter.
+
+    Returns:
+        (out, in) float64.
+    """
+    a, b = lora_a.double(), lora_b.double()
+    delta = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64, device=a.device)
+    start = 0
+    for rank, scale in zip(ranks, scales, strict=True):
+        inner = torch.zeros_like(delta)
+        for k in range(start, start + rank):
+            inner += b[:, k, None] * a[None, k, :]
+        delta += inner * scale
+        start += rank
+    return delta
+
+
+def round_to(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to a shorter float once, to nearest with ties to even.
+
+    torch converts by way of float32 and so rounds twice. Here the float32 step rounds to odd, which keeps enough of
+    the lost part for the second step to be right (Boldo and Melquiond, 2008).
+    """
+    nearest = exact.to(torch.float32)
+    if dtype == torch.float32:
+        return nearest
+    lost = exact - nearest.double()
+    bits = nearest.view(torch.int32)
+    grew = nearest.double().abs() > exact.abs()
+    odd = torch.where(grew, bits - 1, bits + 1)
+    return torch.where((lost != 0) & (bits % 2 == 0), odd, bits).view(torch.float32).to(dtype)
+
+
+def add_rounded(weight: Tensor, delta: Tensor) -> Tensor:
+    """``weight + delta``, computed in float64 and rounded once to the weight's dtype.
+
+    Args:
+        weight: (out, in) bfloat16, float16 or float32.
+        delta: (out, in) float64.
+
+    Returns:
+        (out, in) of the weight's dtype; infinite where the sum overflows it.
+    """
+    return round_to(weight.double() + delta, weight.dtype)
+
+
+def ordinal(values: Tensor) -> Tensor:
+    """Number the floats of a type in order: neighbours differ by one, and −0 comes just before +0.
+
+    Returns:
+        int32 of the same shape for 16-bit types, int64 for float32.
+    """
+    bits = values.view(FLOAT_INTS[values.dtype])
+    wide = bits.to(torch.int32 if bits.dtype == torch.int16 else torch.int64)
+    top = 1 << (8 * bits.element_size() - 1)
+    return torch.where(wide >= 0, wide, -(wide + top) - 1)
+
+
+def from_ordinal(ordinals: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo ``ordinal``."""
+    ints = FLOAT_INTS[dtype]
+    top = 1 << (8 * ints.itemsize - 1)
+    return torch.where(ordinals >= 0, ordinals, -(ordinals + 1) - top).to(ints).view(dtype)
+
+
+def _candidate(merged: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """What plain subtraction gives, and where that alone does not determine the original weight.
+
+    The weights that a rounded addition maps to the same result are neighbours. So the candidate is the original
+    for certain where it maps to ``merged`` and neither of its neighbours does.
+    """
+    top = torch.finfo(merged.dtype).max
+    guess = ordinal(round_to(merged.double() - delta, merged.dtype).clamp(-top, top))
+    certain = torch.ones_like(guess, dtype=torch.bool)
+    for step, expected in ((0, True), (1, False), (-1, False)):
+        again = add_rounded(from_ordinal(guess + step, merged.dtype), delta)
+        certain &= (ordinal(again) == ordinal(merged)) == expected
+    return guess, certain
+
+
+def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor) -> Tensor:
+    """What must be kept so that ``undo`` restores ``weight`` to the bit.
+
+    Args:
+        weight: (out, in), the original.
+        merged: (out, in), ``add_rounded(weight, delta)``.
+        delta: (out, in) float64.
+
+    Returns:
+        (M,) int64: for each of the M weights that ``merged`` and ``delta`` do not determine, in row-major order, how
+        many representable numbers the original lies above the candidate.
+    """
+    guess, certain = _candidate(merged, delta)
+    return (ordinal(weight) - guess)[~certain].long()
+
+
+def undo(merged: Tensor, delta: Tensor, residual: Tensor) -> Tensor:
+    """Restore the weight from which ``add_rounded`` made ``merged``.
+
+    Args:
+        merged: (out, in).
+        delta: (out, in) float64, the same bits as when merging.
+        residual: (M,) int64 from ``undo_residual``.
+
+    Returns:
+        (out, in) of the merged dtype.
+
+    Raises:
+        ValueError: the residual has another length than this addition calls for.
+    """
+    guess, certain = _candidate(merged, delta)
+    missing = ~certain
+    if int(missing.sum()) != residual.numel():
+        raise ValueError(f"{int(missing.sum())} weights are ambiguous, the record holds {residual.numel()}")
+    guess[missing] += residual.to(guess.dtype)
+    return from_ordinal(guess, merged.dtype)

@@ -1,0 +1,103 @@
+"""The arithmetic of low-rank adapters: scaling, the canonical delta, and what two of them have in common.
+
+A LoRA (arXiv:2106.09685) changes a weight W (out, in) by Δ = scaling · B A, with ``lora_a`` (rank, in) and
+``lora_b`` (out, rank).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.kernels import kernels_for
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapter's change of one weight.
+
+    Attributes:
+        lora_a: (rank, in).
+        lora_b: (out, rank).
+        scaling: α / rank, or α / √rank for rsLoRA, times the adapter's weight if it has one.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B and rows of A."""
+        return self.lora_a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it changes."""
+        return self.lora_b.shape[0], self.lora_a.shape[1]
+
+    def weighted(self, weight: float) -> "LowRank":
+        """The same change times a number."""
+        return LowRank(self.lora_a, self.lora_b, self.scaling * weight)
+
+
+def scaling(alpha: float, rank: int, rslora: bool = False) -> float:
+    """What B A is multiplied by: α / r, or α / √r with rsLoRA (arXiv:2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
+    """The canonical Σ scaling · B A, the same bits on every machine; see ``kernels.reference.low_rank_delta``.
+
+    Args:
+        terms: at least one, all for the same weight.
+        rows: which rows of the weight.
+
+    Returns:
+        (rows, in) float64.
+    """
+    lora_a = torch.cat([term.lora_a.float() for term in terms])
+    lora_b = torch.cat([term.lora_b.float()[rows] for term in terms], dim=1)
+    ranks, scales = [term.rank for term in terms], [term.scaling for term in terms]
+    return kernels_for(lora_a.device).low_rank_delta(lora_a, lora_b, ranks, scales)
+
+
+def transposed(term: LowRank) -> LowRank:
+    """The change of the transposed weight, as GPT-2's Conv1D stores it."""
+    return LowRank(term.lora_b.T, term.lora_a.T, term.scaling)
+
+
+def concatenate(terms: Sequence[LowRank]) -> LowRank:
+    """One change of rank Σ ranks that equals the sum, with scaling 1.
+
+    The scalings move into B in float64 and are rounded once to float32; where they are powers of two nothing is lost.
+    """
+    lora_a = torch.cat([term.lora_a.float() for term in terms])
+    lora_b = torch.cat([(term.lora_b.double() * term.scaling).float() for term in terms], dim=1)
+    return LowRank(lora_a, lora_b, 1.0)
+
+
+def inner_product(first: LowRank, second: LowRank) -> float:
+    """⟨Δ₁, Δ₂⟩ = s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ) in float64; no (out, in) matrix is formed."""
+    left = first.lora_b.double().T @ second.lora_b.double()
+    right = first.lora_a.double() @ second.lora_a.double().T
+    return first.scaling * second.scaling * float((left * right).sum())
+
+
+def norm(term: LowRank) -> float:
+    """The Frobenius norm of Δ."""
+    return math.sqrt(max(0.0, inner_product(term, term)))
+
+
+def difference_norm(first: LowRank, second: LowRank) -> float:
+    """‖Δ₁ − Δ₂‖ from the triangular factors of [s₁B₁, −s₂B₂] and [A₁; A₂].
+
+    Expanding the square would lose all digits where the two are nearly equal.
+    """
+    lora_b = torch.cat([first.lora_b.double() * first.scaling, second.lora_b.double() * -second.scaling], dim=1)
+    lora_a = torch.cat([first.lora_a.double(), second.lora_a.double()])
+    _, r_b = torch.linalg.qr(lora_b, mode="r")
+    _, r_a = torch.linalg.qr(lora_a.T, mode="r")
+    return float(torch.linalg.matrix_norm(r_b @ r_a.T))

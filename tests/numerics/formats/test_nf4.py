@@ -1,0 +1,62 @@
+"""Our NF4 bytes are those of bitsandbytes' CPU backend."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.numerics.formats import nf4
+from adaptkit.numerics.formats._double_quant import dequantize_absmax, dynamic_map, quantize_absmax
+
+
+def test_the_levels_of_the_constants_are_those_of_bitsandbytes():
+    assert torch.equal(dynamic_map(), bnb.create_dynamic_map(signed=True))
+    assert float(dynamic_map()[127]) == 0
+    assert float(dynamic_map()[255]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(128, 192), (64, 64), (33, 65), (7, 9), (1000, 576)])
+def test_bytes_equal_bitsandbytes(shape, dtype):
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.03).to(dtype)
+    weight[0, :5] = 0
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    found = nf4.quantize(weight, 64)
+    assert torch.equal(found.codes, expected.view(-1))
+    double = quantize_absmax(found.absmax)
+    assert torch.equal(double.nested_absmax, state.state2.absmax) or torch.allclose(
+        double.nested_absmax, state.state2.absmax, rtol=1e-6
+    )
+    ulp = float(torch.finfo(torch.float32).eps) * abs(double.offset)
+    assert abs(double.offset - float(state.offset)) <= ulp
+    if double.offset == float(state.offset):
+        assert torch.equal(double.codes, state.absmax)
+    else:  # the documented difference: the offset is one unit in the last place off, and a few codes with it
+        assert float((double.codes != state.absmax).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_come_back_as_bitsandbytes_decodes_them(dtype):
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    found = nf4.dequantize(nf4.quantize(weight, 64), dtype)
+    assert torch.equal(found, bnb.dequantize_4bit(packed, state))
+
+
+def test_constants_come_back_within_a_level():
+    absmax = torch.rand(1000, generator=torch.Generator().manual_seed(5)) + 0.5
+    back = dequantize_absmax(quantize_absmax(absmax))
+    assert float((back - absmax).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("block_size", [0, 16, 48, 8192])
+def test_a_block_size_that_no_reader_takes_is_refused(block_size):
+    with pytest.raises(UsageError, match="power of two"):
+        nf4.quantize(torch.zeros(64, 64), block_size)
+
+
+def test_infinity_is_refused_by_index():
+    weight = torch.zeros(4, 64, dtype=torch.bfloat16)
+    weight[2, 5] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"\[2, 5\] is inf"):
+        nf4.quantize(weight, 64)
