@@ -22,7 +22,7 @@ _PUBLIC = {
     "pull": "adaptkit.hub.download",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 - the names are strings, spelled once above
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ _CHUNK_BYTES = 4 << 20
 def bytes_of(tensor: Tensor) -> memoryview:
     """View a CPU tensor's elements as bytes, without copying when it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def fingerprint(tensor: Tensor) -> str:

@@ -1,7 +1,7 @@
 """The safetensors header, read strictly and written deterministically.
 
     8 bytes    N, little-endian
-    N bytes    JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [start, end]}, ...}, then spaces
+    N bytes    JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [start, end]}, ...}, spaces
     the rest   the tensors' bytes; offsets count from here, with neither holes nor overlaps
 
 ``safetensors`` itself judges lengths, offsets and overlaps; this module adds what it lets pass (duplicate keys,

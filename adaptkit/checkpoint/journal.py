@@ -73,14 +73,15 @@ class Output:
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
-    def finished(self, name: str) -> bool:
-        """Whether an earlier run wrote this file; it then counts as part of the output."""
-        if name not in self._finished:
+    def finished(self, *names: str) -> bool:
+        """Whether an earlier run wrote all these files; they then count as part of the output."""
+        if not all(name in self._finished for name in names):
             return False
-        record, tensors, notes = self._finished[name]
-        self.files.append(record)
-        self.tensors += tensors
-        self.notes |= notes
+        for name in names:
+            record, tensors, notes = self._finished[name]
+            self.files.append(record)
+            self.tensors += tensors
+            self.notes |= notes
         return True
 
     def add(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any] | None = None) -> None:
@@ -140,7 +141,9 @@ class Output:
     def _begin(self, changed: bool) -> None:
         found = sorted(self.folder.iterdir())
         if found and not changed and not (self.folder / MANIFEST_NAME).is_file():
-            raise ConflictError(f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o")
+            raise ConflictError(
+                f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o"
+            )
         if changed and self._keep_work and not self._force:
             raise ConflictError(
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",

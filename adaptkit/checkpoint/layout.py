@@ -1,10 +1,10 @@
 """Which files make up a Hugging Face checkpoint folder.
 
-    config.json                              architecture, and quantization_config
-    model.safetensors                        one file, or
-    model-00001-of-00003.safetensors ...     shards, with
-    model.safetensors.index.json             {"metadata": {"total_size"}, "weight_map": {tensor: file}}
-    tokenizer.json, chat_template.jinja ...  side files, copied as they are
+config.json                              architecture, and quantization_config
+model.safetensors                        one file, or
+model-00001-of-00003.safetensors ...     shards, with
+model.safetensors.index.json             {"metadata": {"total_size"}, "weight_map": {tensor: file}}
+tokenizer.json, chat_template.jinja ...  side files, copied as they are
 """
 
 import json
@@ -90,7 +90,8 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
             hint="convert first: load it with transformers and save_pretrained(..., safe_serialization=True)",
         )
     raise CheckpointError(
-        f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}", hint="give the folder that holds config.json"
+        f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}",
+        hint="give the folder that holds config.json",
     )
 
 

@@ -182,7 +182,9 @@ def require_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def parent_of(role: str, manifest: Manifest | None, tensors: Sequence[TensorRecord], weight: float | None = None) -> Parent:
+def parent_of(
+    role: str, manifest: Manifest | None, tensors: Sequence[TensorRecord], weight: float | None = None
+) -> Parent:
     """Describe an input as a parent, by its manifest if it has one, else by its tensors."""
     if manifest is None:
         return Parent(role, "checkpoint", tensors_root(tensors), weight=weight)
@@ -204,5 +206,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_none(item) for item in value]
     return value
-
-

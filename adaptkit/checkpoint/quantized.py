@@ -156,9 +156,10 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
         count = torch.Size(shape).numel()
         blocks = -(-count // block_size)
         levels = parts.get(".nested_quant_map", dynamic_map())
-        constants: DoubleQuantized | Tensor = parts[".absmax"].reshape(-1)
+        absmax = parts[".absmax"].reshape(-1)
+        constants: DoubleQuantized | Tensor = absmax
         if ".nested_absmax" in parts:
-            constants = DoubleQuantized(constants, parts[".nested_absmax"], float(state["nested_offset"]))
+            constants = DoubleQuantized(absmax, parts[".nested_absmax"], float(state["nested_offset"]))
             if int(state["nested_blocksize"]) != GROUP or constants.nested_absmax.numel() != -(-blocks // GROUP):
                 raise CheckpointError(f"{name}: nested constants in groups of {state['nested_blocksize']}")
         codes = parts[""].reshape(-1)
@@ -207,5 +208,3 @@ def _state(weight: TensorSpec, block_size: int, offset: float | None) -> bytes:
     nested = {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": offset}
     text = json.dumps(state | nested)
     return (text + " " * (_OFFSET_WIDTH - len(repr(offset)))).encode()
-
-

@@ -81,7 +81,7 @@ class TensorFiles:
         handle = os.open(resolve_inside(self.root, located.file), os.O_RDONLY)
         try:
             while done < size:
-                count = os.preadv(handle, [memoryview(buffer)[done:]], located.position + offset + done)
+                count = os.preadv(handle, [buffer.data[done:]], located.position + offset + done)
                 if count == 0:
                     raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}")
                 done += count

@@ -175,17 +175,20 @@ def _skip_modules(choices: dict[str, Choice]) -> list[str]:
 
 
 def _manifest(
-    out: Output, checkpoint: Checkpoint, choices: dict[str, Choice], groups: dict[str, Group], recorded: dict[str, object]
+    out: Output,
+    checkpoint: Checkpoint,
+    choices: dict[str, Choice],
+    groups: dict[str, Group],
+    recorded: dict[str, object],
 ) -> Manifest:
-    base = [
-        TensorRecord(name, "", choice.spec.dtype, choice.spec.shape, out.notes[name]) for name, choice in choices.items()
-    ]
+    specs = {name: choice.spec for name, choice in choices.items()}
+    base = [TensorRecord(name, "", spec.dtype, spec.shape, out.notes[name]) for name, spec in specs.items()]
     written = {tensor.name: tensor for tensor in out.tensors}
-    targets = [
-        Target(choice.module, choice.spec.shape, out.notes[name], tensors_root(written[s.name] for s in groups[name].specs))
-        for name, choice in choices.items()
-        if not choice.kept_because
-    ]
+    targets = []
+    for name, choice in choices.items():
+        if not choice.kept_because:
+            root = tensors_root(written[spec.name] for spec in groups[name].specs)
+            targets.append(Target(choice.module, choice.spec.shape, out.notes[name], root))
     return Manifest(
         kind="quantized",
         operation={"name": "quantize", "options": recorded | {"format": "nf4"}},

@@ -30,7 +30,9 @@ def quantize(weight: Tensor, block_size: int = 64) -> Blockwise:
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
     codes = torch.where(absmax.unsqueeze(1) > 0, blocks * (scales(absmax).unsqueeze(1)), blocks).round()
-    return Blockwise(codes.clamp(-127, 127).to(torch.int8).view(-1)[: flat.numel()], absmax, tuple(weight.shape), block_size)
+    return Blockwise(
+        codes.clamp(-127, 127).to(torch.int8).view(-1)[: flat.numel()], absmax, tuple(weight.shape), block_size
+    )
 
 
 def scales(absmax: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Kernels(Protocol):
         """See ``reference.undo_residual``."""
         ...
 
-    def undo(self, merged: Tensor, delta: Tensor, residual: Tensor) -> Tensor:
+    def undo(self, merged: Tensor, delta: Tensor, residual: Tensor) -> tuple[Tensor, int]:
         """See ``reference.undo``."""
         ...
 

@@ -266,11 +266,11 @@ def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor) -> Tensor:
     return out[:count].clone()
 
 
-def undo(merged: Tensor, delta: Tensor, residual: Tensor) -> Tensor:
+def undo(merged: Tensor, delta: Tensor, residual: Tensor) -> tuple[Tensor, int]:
     """See ``reference.undo``."""
     dtype = merged.dtype
     out = torch.empty(merged.shape, dtype=_BITS[dtype])
-    count = _undo(
+    used = _undo(
         _numpy(merged.reshape(-1).float()),
         _numpy(delta.view(-1)),
         _numpy(residual),
@@ -279,6 +279,6 @@ def undo(merged: Tensor, delta: Tensor, residual: Tensor) -> Tensor:
         np.float32(torch.finfo(dtype).max),
         out.numpy().reshape(-1),
     )
-    if count != residual.numel():
-        raise ValueError(f"{count} weights are ambiguous, the record holds {residual.numel()}")
-    return out.view(dtype)
+    if used > residual.numel():
+        raise ValueError(f"{used} weights are ambiguous, the record holds {residual.numel()}")
+    return out.view(dtype), used

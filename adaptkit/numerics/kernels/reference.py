@@ -24,7 +24,7 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
-"""Quantiles of a normal distribution scaled to [-1, 1], with an exact zero. Source: QLoRA (arXiv:2305.14314), appendix E."""
+"""Quantiles of a normal distribution scaled to [-1, 1], and an exact zero. Source: QLoRA (arXiv:2305.14314)."""
 
 TINY = 1e-38
 """Stands in for the absmax of a zero block, so that no scale is infinite."""
@@ -42,7 +42,7 @@ def nf4_encode(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         codes: (ceil(N / 2),) uint8, two a byte, the earlier weight in the high nibble; a missing last one is level 7.
-        absmax: (ceil(N / block_size),) float32, in the weight's units; 0 for a full zero block, ``TINY`` for a zero tail.
+        absmax: (ceil(N / block_size),) float32, in the weight's units; 0 for a zero block, ``TINY`` if it is a tail.
 
     Source: QLoRA (arXiv:2305.14314), as bitsandbytes 0.50 rounds it on a CPU: scaled by the reciprocal (a short last
     block by a true division), ties to the lower level.
@@ -194,23 +194,23 @@ def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor) -> Tensor:
     return (ordinal(weight) - guess)[~certain].long()
 
 
-def undo(merged: Tensor, delta: Tensor, residual: Tensor) -> Tensor:
+def undo(merged: Tensor, delta: Tensor, residual: Tensor) -> tuple[Tensor, int]:
     """Restore the weight from which ``add_rounded`` made ``merged``.
 
     Args:
         merged: (out, in).
         delta: (out, in) float64, the same bits as when merging.
-        residual: (M,) int64 from ``undo_residual``.
+        residual: (M,) int64 that begins with what ``undo_residual`` gave; more may follow.
 
     Returns:
-        (out, in) of the merged dtype.
+        The weight, (out, in) of the merged dtype, and how much of the residual was used.
 
     Raises:
-        ValueError: the residual has another length than this addition calls for.
+        ValueError: the residual is shorter than this addition calls for.
     """
     guess, certain = _candidate(merged, delta)
-    missing = ~certain
-    if int(missing.sum()) != residual.numel():
-        raise ValueError(f"{int(missing.sum())} weights are ambiguous, the record holds {residual.numel()}")
-    guess[missing] += residual.to(guess.dtype)
-    return from_ordinal(guess, merged.dtype)
+    used = int((~certain).sum())
+    if used > residual.numel():
+        raise ValueError(f"{used} weights are ambiguous, the record holds {residual.numel()}")
+    guess[~certain] += residual[:used].to(guess.dtype)
+    return from_ordinal(guess, merged.dtype), used

@@ -1,0 +1,1 @@
+"""One way to combine adapters a module, found by its file name; each defines ``METHOD``."""
