@@ -1,0 +1,1 @@
+"""One command a module, found by its file name; each defines ``command``."""

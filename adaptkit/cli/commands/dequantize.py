@@ -1,0 +1,32 @@
+"""``adaptkit dequantize``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptkit.cli.options import ArtifactPath, Size, output_options, threads_option
+from adaptkit.cli.output import show, size
+from adaptkit.cli.progress import byte_progress
+
+
+@click.command()
+@click.argument("source", type=ArtifactPath())
+@output_options
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
+@threads_option
+def command(
+    source: Path, output: Path, force: bool, as_json: bool, quiet: bool, max_shard_size: int, **options: Any
+) -> None:
+    """Turn the NF4 checkpoint SOURCE, ours or bitsandbytes', back into a plain one."""
+    from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+
+    chosen = DequantizeOptions(max_shard_bytes=max_shard_size, **options)
+    with byte_progress("dequantize", as_json or quiet) as progress:
+        report = dequantize(source, output, chosen, force=force, progress=progress)
+    rows = [
+        ("wrote", report.output),
+        ("dequantized", f"{report.dequantized} matrices, {size(report.bytes_after)} in all"),
+        ("manifest sha256", report.manifest_sha256),
+    ]
+    show(report, rows, as_json=as_json, quiet=quiet)

@@ -1,0 +1,31 @@
+"""``adaptkit inspect``."""
+
+from pathlib import Path
+
+import click
+
+from adaptkit.cli.options import ArtifactPath, report_options
+from adaptkit.cli.output import show, size
+
+
+@click.command()
+@click.argument("path", type=ArtifactPath())
+@report_options
+def command(path: Path, as_json: bool, quiet: bool) -> None:
+    """Say what the folder PATH holds, and what it was made from."""
+    from adaptkit.operations.inspect import inspect
+
+    report = inspect(path)
+    rows = [
+        ("kind", report.kind),
+        ("parameters", f"{report.parameters:,}"),
+        ("tensors", f"{report.tensors} ({', '.join(f'{n} {t}' for t, n in report.dtypes.items())})"),
+        ("size", size(report.bytes)),
+        *((key.replace("_", " "), str(value)) for key, value in report.details.items() if value is not None),
+    ]
+    for parent in report.parents:
+        weight = f", weight {parent['weight']}" if "weight" in parent else ""
+        rows.append(("made from", f"{parent['role']} ({parent['kind']}{weight}) {parent['tensors_root']}"))
+    rows += [("tensors root", report.tensors_root)] if report.tensors_root else []
+    rows += [("manifest sha256", report.manifest_sha256 or "none: another tool made it")]
+    show(report, rows, as_json=as_json, quiet=quiet)

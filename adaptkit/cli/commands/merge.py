@@ -1,0 +1,53 @@
+"""``adaptkit merge``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptkit.cli.options import ArtifactPath, output_options, threads_option, weight_option
+from adaptkit.cli.output import percent, show
+from adaptkit.cli.progress import byte_progress
+
+
+@click.command()
+@click.argument("base", type=ArtifactPath())
+@click.argument("adapters", nargs=-1, required=True, type=ArtifactPath())
+@output_options
+@weight_option
+@click.option("--undo/--no-undo", default=True, show_default=True, help="Write what makes unmerge exact.")
+@click.option("--allow-base-mismatch", is_flag=True, help="Merge onto a base the adapter was not trained on.")
+@click.option("--dry-run", is_flag=True, help="Plan and validate only.")
+@threads_option
+def command(
+    base: Path,
+    adapters: tuple[Path, ...],
+    output: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Fold ADAPTERS into the 16-bit checkpoint BASE and write a merged one.
+
+    The change is summed exactly and rounded once; the base's shards, types and tokenizer are kept.
+    """
+    from adaptkit.operations.merge import MergeOptions, merge
+
+    with byte_progress("merge", as_json or quiet) as progress:
+        report = merge(base, adapters, output, MergeOptions(**options), force=force, dry_run=dry_run, progress=progress)
+    verified = "the one the adapters were trained on" if report.base_verified else "unverified: names and shapes fit"
+    rows = [
+        ("would write" if dry_run else "wrote", report.output),
+        ("merged", f"{report.merged} of {report.tensors} tensors"),
+        ("base", "compared when merging" if dry_run and report.base_verified else verified),
+    ]
+    if not dry_run:
+        rows += [
+            ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
+            ("kept of it", f"{percent(report.effect)} after rounding"),
+            ("undo record", f"{report.undo_bits:.3f} bits per parameter" if options["undo"] else "none"),
+            ("manifest sha256", str(report.manifest_sha256)),
+        ]
+    show(report, rows, as_json=as_json, quiet=quiet)

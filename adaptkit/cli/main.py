@@ -1,0 +1,82 @@
+"""The ``adaptkit`` program: finds commands, and is the one place where errors become messages and exit codes."""
+
+import json
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from adaptkit import __version__
+from adaptkit.cli import commands
+from adaptkit.discovery import load, names
+from adaptkit.errors import AdaptkitError
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class _Commands(click.Group):
+    """Loads a command's module only when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return names(commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in names(commands):
+            return None
+        command: click.Command = load(commands, cmd_name, "command")
+        command.name = cmd_name
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="adaptkit")
+def cli() -> None:
+    """Quantize, fine-tune, merge, unmerge and publish language-model adapters, on checkpoint files.
+
+    A path is a local folder, or org/name[@revision] on the Hugging Face Hub.
+    """
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; unwinds like an interrupt, so that locks and files are closed."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(standalone_mode=False)
+    except AdaptkitError as error:
+        code = _fail(error.exit_code, error.code, error.message, error.hint, error.retryable)
+    except click.UsageError as error:
+        asked = f"{error.ctx.command_path} --help" if error.ctx else "adaptkit --help"
+        code = _fail(error.exit_code, "usage", error.format_message(), f"see {asked}", False)
+    except click.ClickException as error:
+        code = _fail(error.exit_code, "usage", error.format_message(), "", False)
+    except (click.Abort, KeyboardInterrupt):
+        code = _fail(INTERRUPTED, "interrupted", "interrupted", "the same command goes on where it stopped", True)
+    except _Terminated:
+        code = _fail(TERMINATED, "terminated", "terminated", "the same command goes on where it stopped", True)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
+    if "--json" in sys.argv[1:]:
+        error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
+        print(json.dumps({"error": error}))
+    else:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
+    return exit_code
+
+
+if __name__ == "__main__":
+    main()
