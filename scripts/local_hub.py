@@ -1,0 +1,1230 @@
+"""A Hugging Face Hub on the loopback interface, for the unmodified `huggingface_hub` client.
+
+    python scripts/local_hub.py FOLDER [--port 0] [--token TOKEN]... [--read-token TOKEN]... [--fault SPEC]...
+    HF_ENDPOINT=http://127.0.0.1:PORT python -c "from huggingface_hub import create_repo; create_repo('me/model')"
+
+or, in a test, `with LocalHub(folder, tokens={"secret"}) as hub: ... hub.url ... hub.requests`.
+
+How it works. A commit is an immutable JSON document (title, author, date, parent, and path -> file for the whole tree)
+named by the sha1 of its canonical bytes; a file is named by the sha256 of its content; branches, tags and pull requests
+are names for commits. Every change is written beside its target and renamed over it, so a killed server leaves the old
+state or the new one, and a server started on the same folder serves the same repositories. One server per folder.
+
+    FOLDER/blobs/<sha256>                            content, regular and LFS alike
+    FOLDER/repos/<owner>/<name>/state.json           visibility, branches, tags, discussions
+    FOLDER/repos/<owner>/<name>/commits/<sha1>.json
+    FOLDER/xet/xorbs/<hash>, xet/files/<hash>.json, xet/sha256/<sha256>        what Xet clients sent
+    FOLDER/tmp/                                      uploads in flight; emptied at start
+
+Uploads take either road. LFS: batch -> PUT of the whole file, or of parts joined by a POST -> verify; sha256 and size
+are checked on arrival. Xet: the server is its own CAS under /xet. The client sends xorbs (runs of compressed chunks)
+and a shard (which chunks of which xorbs make which file); the commit rebuilds each file from them and refuses it unless
+its sha256 is the one announced. Both roads end in the same blobs and the same tree, readable by any client.
+
+Access. Without tokens the hub is open to everyone. With tokens, writes and reads of private repositories need
+`Authorization: Bearer TOKEN`: 401 without a known token, 403 for a write with a read token.
+
+Faults. `METHOD:PATH_REGEX:KIND[:COUNT]` meets the next COUNT (default 1, -1 for ever) requests whose raw path and query
+the regex finds; METHOD may be `*`. KIND is an HTTP status, `drop` (hang up before acting), `lost` (act, then hang up),
+`truncate` (announce the whole body, send half) or `corrupt` (same size, its middle byte flipped).
+
+Not here: datasets and spaces, merging or closing pull requests, diffs, deleting and moving repositories, duplicating
+LFS files between them, LFS download through the batch API, checking README metadata, .gitignore.
+"""
+
+import argparse
+import base64
+import binascii
+import contextlib
+import hashlib
+import hmac
+import html
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+
+PIECE_BYTES = 1 << 20
+LFS_MIN_BYTES = 10 << 20
+LFS_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".npy", ".npz", ".onnx", ".parquet", ".pt", ".pth", ".safetensors")
+PREUPLOAD_MAX_FILES = 256
+USER = "local"
+HEX40, HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+REPO_ID = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
+REF_NAME = re.compile(r"(?!/|refs/)(?!.*(//|\.\.|@\{))[\w./+@-]+(?<![/.])")
+
+Headers = dict[str, str]
+Json = dict[str, Any]
+
+
+class RefusalError(Exception):
+    """A request answered with an error status."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, headers: Headers | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        one_line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
+        self.headers = {"X-Error-Message": one_line} | ({"X-Error-Code": code} if code else {}) | (headers or {})
+
+
+@dataclass
+class Fault:
+    """One thing that goes wrong, `count` times; see the module docstring."""
+
+    method: str
+    pattern: str
+    kind: str
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind."""
+        if not re.fullmatch(r"[3-5]\d\d|drop|lost|truncate|corrupt", self.kind):
+            raise ValueError(f"unknown fault kind {self.kind!r}: an HTTP status, drop, lost, truncate or corrupt")
+
+    @classmethod
+    def parse(cls, spec: str) -> "Fault":
+        """Read `METHOD:PATH_REGEX:KIND[:COUNT]`; the regex may hold colons."""
+        match = re.fullmatch(r"([A-Z]+|\*):(.*?):(\d{3}|[a-z]+)(?::(-?\d+))?", spec)
+        if match is None:
+            raise ValueError(f"fault {spec!r} is not METHOD:PATH_REGEX:KIND[:COUNT]")
+        return cls(match[1], match[2], match[3], int(match[4] or 1))
+
+
+# --- Xet containers: pure functions on bytes -------------------------------------------------------------------------
+
+
+def decompress_lz4_frame(data: bytes) -> bytes:
+    """Decode one LZ4 frame (checksums are skipped: the sha256 of the whole file is checked later)."""
+    flags, out = data[4], bytearray()
+    position = 7 + (8 if flags & 0x08 else 0) + (4 if flags & 0x01 else 0)
+    while (word := int.from_bytes(data[position : position + 4], "little")) != 0:
+        block = data[position + 4 : position + 4 + (word & 0x7FFFFFFF)]
+        position += 4 + len(block) + (4 if flags & 0x10 else 0)
+        if word >> 31:
+            out += block
+        else:
+            _decompress_lz4_block(block, out)
+    return bytes(out)
+
+
+def _decompress_lz4_block(block: bytes, out: bytearray) -> None:
+    """Append a block to `out`, which its matches may reach back into."""
+
+    def run(length: int, position: int) -> tuple[int, int]:
+        """Finish a length whose nibble was 15: bytes are added up to and including the first that is not 255."""
+        while length >= 15:
+            length, position = length + block[position], position + 1
+            if block[position - 1] != 255:
+                break
+        return length, position
+
+    position = 0
+    while True:
+        token = block[position]
+        literals, position = run(token >> 4, position + 1)
+        out += block[position : position + literals]
+        position += literals
+        if position >= len(block):
+            return
+        distance = int.from_bytes(block[position : position + 2], "little")
+        length, position = run(token & 15, position + 2)
+        length += 4
+        source = out[len(out) - distance : len(out) - distance + length]
+        out += (source * (length // len(source) + 1))[:length]
+
+
+def decode_chunk(scheme: int, data: bytes, size: int) -> bytes:
+    """Undo a chunk's compression: 0 none, 1 LZ4, 2 LZ4 over bytes grouped by their index mod 4."""
+    if scheme == 0:
+        return data
+    plain = decompress_lz4_frame(data)
+    if scheme == 1:
+        return plain
+    grouped, start = bytearray(size), 0
+    for lane in range(4):
+        end = start + (size - lane + 3) // 4
+        grouped[lane::4] = plain[start:end]
+        start = end
+    return bytes(grouped)
+
+
+class Chunk(NamedTuple):
+    """Where a chunk lies in its xorb: header of 8 bytes from `start`, then the data up to `end`."""
+
+    start: int
+    end: int
+    scheme: int
+    size: int
+
+
+def list_chunks(xorb: bytes) -> list[Chunk]:
+    """Walk a xorb: version u8, stored bytes u24, scheme u8, plain bytes u24, data; again; perhaps a footer."""
+    chunks, start = [], 0
+    while start < len(xorb) and xorb[start : start + 7] != b"XETBLOB":
+        stored, size = (int.from_bytes(xorb[start + i : start + i + 3], "little") for i in (1, 5))
+        chunks.append(Chunk(start, start + 8 + stored, xorb[start + 4], size))
+        start += 8 + stored
+    return chunks
+
+
+def list_shard_files(shard: bytes) -> Iterator[tuple[str, str, list[Json]]]:
+    """Yield (file hash, sha256, terms) of each file in an uploaded shard: 48-byte records after a 48-byte header."""
+    position = 48
+
+    def record() -> tuple[Any, ...]:
+        nonlocal position
+        position += 48
+        *words, a, b, c, d = struct.unpack_from("<4Q4I", shard, position - 48)
+        return "".join(f"{word:016x}" for word in words), a, b, c, d
+
+    while True:
+        file_hash, flags, entries, _, _ = record()
+        if file_hash == "f" * 64:
+            return
+        terms = []
+        for xorb, _, size, start, end in (record() for _ in range(entries)):
+            terms.append({"xorb": xorb, "bytes": size, "start": start, "end": end})
+        position += 48 * entries if flags & 0x80000000 else 0  # hashes of chunk ranges, which need blake3 to check
+        if not flags & 0x40000000:
+            raise RefusalError(400, f"file {file_hash} of the shard has no sha256")
+        yield file_hash, record()[0], terms
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a tree. `oid` is git's name for what the tree holds: the content, or the pointer to it if LFS."""
+
+    oid: str
+    size: int
+    sha256: str
+    pointer_bytes: int = 0
+
+    @classmethod
+    def regular(cls, content: bytes) -> "File":
+        """Describe a file kept in git."""
+        return cls(git_blob_oid(content), len(content), hashlib.sha256(content).hexdigest())
+
+    @classmethod
+    def lfs(cls, sha256: str, size: int) -> "File":
+        """Describe a file kept outside git, which holds a pointer."""
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+        return cls(git_blob_oid(pointer), size, sha256, len(pointer))
+
+
+Tree = dict[str, File]
+
+
+def git_blob_oid(content: bytes) -> str:
+    """Name content as git does."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialize without freedom: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def now() -> str:
+    """Give the time as the Hub writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+
+
+class Store:
+    """The folder: blobs, what Xet clients sent, and repositories. `lock` guards every change of a repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock = folder, threading.RLock()
+        for name in ("blobs", "repos", "tmp", "xet/xorbs", "xet/files", "xet/sha256"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for leftover in (folder / "tmp").iterdir():
+            leftover.unlink()
+
+    def receive(self, pieces: Iterable[bytes]) -> tuple[Path, str, int]:
+        """Write a stream to a temporary file; returns it with its sha256 and size."""
+        digest, size, complete = hashlib.sha256(), 0, False
+        with tempfile.NamedTemporaryFile(dir=self.folder / "tmp", delete=False) as file:
+            try:
+                for piece in pieces:
+                    digest.update(piece)
+                    size += file.write(piece)
+                complete = True
+            finally:
+                if not complete:
+                    Path(file.name).unlink()
+        return Path(file.name), digest.hexdigest(), size
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Put a whole file in place at once."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.receive([content])[0], path)
+
+    def blob(self, sha256: str) -> Path:
+        """Name the place of some content, there or not."""
+        return self.folder / "blobs" / sha256
+
+    def keep(self, pieces: Iterable[bytes], sha256: str, size: int | None = None) -> None:
+        """Store a stream as a blob if it is what it claims to be."""
+        path, found, found_size = self.receive(pieces)
+        if found != sha256 or size not in (None, found_size):
+            path.unlink()
+            raise RefusalError(400, f"got {found_size} bytes of sha256 {found}, expected {size} of {sha256}")
+        os.replace(path, self.blob(sha256))
+
+    def add_shard(self, shard: bytes) -> None:
+        """Record how the files of a shard are made."""
+        for file_hash, sha256, terms in list_shard_files(shard):
+            for term in terms:
+                if not (self.folder / "xet/xorbs" / term["xorb"]).exists():
+                    raise RefusalError(400, f"file {file_hash} of the shard needs xorb {term['xorb']}, which is absent")
+            self.write(self.folder / "xet/files" / f"{file_hash}.json", canonical_json(terms))
+            self.write(self.folder / "xet/sha256" / sha256, file_hash.encode())
+
+    def xet_hash(self, sha256: str) -> str | None:
+        """Find the Xet name of some content, if it came that way."""
+        path = self.folder / "xet/sha256" / sha256
+        return path.read_text() if path.exists() else None
+
+    def rebuild(self, file_hash: str) -> Iterator[bytes]:
+        """Yield the content of a file that came through Xet."""
+        for term in json.loads((self.folder / "xet/files" / f"{file_hash}.json").read_bytes()):
+            xorb = (self.folder / "xet/xorbs" / term["xorb"]).read_bytes()
+            for chunk in list_chunks(xorb)[term["start"] : term["end"]]:
+                try:
+                    yield decode_chunk(chunk.scheme, xorb[chunk.start + 8 : chunk.end], chunk.size)
+                except (IndexError, ValueError, ZeroDivisionError) as error:
+                    raise RefusalError(400, f"xorb {term['xorb']} is damaged at byte {chunk.start}") from error
+
+    def require_blob(self, path: str, sha256: str, size: int | None) -> File:
+        """Describe an LFS file of a commit, rebuilding its content if it came through Xet."""
+        if not HEX64.fullmatch(sha256):
+            raise RefusalError(400, f"{path}: {sha256!r} is not a sha256")
+        if not self.blob(sha256).exists():
+            if (file_hash := self.xet_hash(sha256)) is None:
+                raise RefusalError(400, f"{path}: LFS object {sha256} was never uploaded")
+            self.keep(self.rebuild(file_hash), sha256)
+        found = self.blob(sha256).stat().st_size
+        if size not in (None, found):
+            raise RefusalError(400, f"{path}: LFS object {sha256} has {found} bytes, the commit says {size}")
+        return File.lfs(sha256, found)
+
+    def create_repo(self, name: str, private: bool) -> None:
+        """Start a repository as the Hub does, with a commit that holds .gitattributes."""
+        repo = Repo(self, name)
+        rules = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+        with self.lock:
+            if repo.exists:
+                raise RefusalError(409, f"You already created this repository: {name}")
+            self.write(self.blob(hashlib.sha256(rules).hexdigest()), rules)
+            head = repo.write_commit({".gitattributes": File.regular(rules)}, "initial commit", "", None)
+            state = {"private": private, "created": now(), "heads": {"main": head}, "tags": {}, "discussions": []}
+            repo.save(state)
+
+
+class Repo:
+    """One repository. Its state is read from disk whenever it is asked for."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
+        self.folder = store.folder / "repos" / name
+
+    @property
+    def exists(self) -> bool:
+        """Whether it was created."""
+        return (self.folder / "state.json").exists()
+
+    @property
+    def state(self) -> Json:
+        """Visibility, heads, tags (name -> commit) and discussions, the n-th being number n + 1."""
+        state: Json = json.loads((self.folder / "state.json").read_bytes())
+        return state
+
+    def save(self, state: Json) -> None:
+        """Replace the state."""
+        self.store.write(self.folder / "state.json", canonical_json(state))
+
+    def write_commit(self, tree: Tree, title: str, message: str, parent: str | None) -> str:
+        """Store a commit and return its name; no branch moves."""
+        commit = {"author": USER, "date": now(), "title": title, "message": message, "parent": parent}
+        content = canonical_json(commit | {"files": {path: asdict(file) for path, file in tree.items()}})
+        oid = hashlib.sha1(content).hexdigest()
+        self.store.write(self.folder / "commits" / f"{oid}.json", content)
+        return oid
+
+    def commit(self, oid: str) -> Json:
+        """Read a commit; `files` becomes a Tree."""
+        commit: Json = json.loads((self.folder / "commits" / f"{oid}.json").read_bytes())
+        return commit | {"files": {path: File(**file) for path, file in commit["files"].items()}}
+
+    def history(self, oid: str | None) -> Iterator[tuple[str, Json]]:
+        """Yield (name, commit) from a commit back to the first."""
+        while oid is not None:
+            commit = self.commit(oid)
+            yield oid, commit
+            oid = commit["parent"]
+
+    def refs(self) -> dict[str, str]:
+        """List every full ref name with its commit."""
+        state = self.state
+        refs = {f"refs/heads/{name}": oid for name, oid in state["heads"].items()}
+        refs |= {f"refs/tags/{name}": oid for name, oid in state["tags"].items()}
+        return refs | {f"refs/pr/{d['num']}": d["head"] for d in state["discussions"] if d["isPullRequest"]}
+
+    def resolve(self, revision: str) -> str:
+        """Find the commit of a revision: a commit, a full ref, a tag, a branch, in this order (git's)."""
+        if HEX40.fullmatch(revision) and (self.folder / "commits" / f"{revision}.json").exists():
+            return revision
+        refs = self.refs()
+        for name in (revision, f"refs/tags/{revision}", f"refs/heads/{revision}"):
+            if name in refs:
+                return refs[name]
+        raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def head(self, revision: str) -> tuple[str, str]:
+        """Find the full ref and the commit of a branch or pull request, which a commit may move."""
+        ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
+        if ref.startswith("refs/tags/") or ref not in (refs := self.refs()):
+            raise RefusalError(404, f"Invalid rev id: {revision} is no branch", "RevisionNotFound")
+        return ref, refs[ref]
+
+    def add_commit(self, revision: str, header: Json, operations: list[tuple[str, Json]], create_pr: bool) -> Json:
+        """Apply operations to the head of a branch or pull request, or to a new pull request; all of them or none."""
+        with self.store.lock:
+            ref, head = self.head(revision)
+            parent = header.get("parentCommit")
+            if parent is not None and parent != head and not create_pr:
+                raise RefusalError(412, f"A commit has happened since {parent}: {revision} is at {head}")
+            base = self.resolve(parent) if parent is not None and create_pr else head
+            before = self.commit(base)["files"]
+            after = apply_operations(self.store, before, operations)
+            title, message = header["summary"], header.get("description", "")
+            oid = base if after == before else self.write_commit(after, title, message, base)
+            if create_pr:
+                return {"oid": oid, "pull": self.add_discussion(title, message, oid, "open")["num"]}
+            self.move(ref, oid)
+            return {"oid": oid}
+
+    def move(self, ref: str, oid: str) -> None:
+        """Point a branch or a pull request at a commit."""
+        state, name = self.state, ref.removeprefix("refs/heads/")
+        if ref.startswith("refs/pr/"):
+            state["discussions"][int(ref.removeprefix("refs/pr/")) - 1]["head"] = oid
+        else:
+            state["heads"][name] = oid
+        self.save(state)
+
+    def add_discussion(self, title: str, description: str, head: str | None, status: str) -> Json:
+        """Open a discussion, or a pull request when `head` is given."""
+        with self.store.lock:
+            state = self.state
+            item = {"num": len(state["discussions"]) + 1, "title": title, "description": description, "status": status}
+            item |= {"createdAt": now(), "isPullRequest": head is not None, "head": head}
+            state["discussions"].append(item)
+            self.save(state)
+        return item
+
+    def entries(self, oid: str) -> dict[str, Json]:
+        """List a commit's files and folders as the API describes them, by path."""
+        tree: Tree = self.commit(oid)["files"]
+        folders: dict[str, Any] = {}
+        entries: dict[str, Json] = {}
+        for path, file in sorted(tree.items()):
+            entry = {"type": "file", "oid": file.oid, "size": file.size, "path": path}
+            if file.pointer_bytes:
+                entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_bytes}
+                if xet_hash := self.store.xet_hash(file.sha256):
+                    entry["xetHash"] = xet_hash
+            entries[path] = entry
+            for end in (i for i, character in enumerate(path) if character == "/"):
+                folders.setdefault(path[:end], hashlib.sha1()).update(f"{file.oid} {path[end:]}\n".encode())
+        for path, digest in folders.items():
+            entries[path] = {"type": "directory", "oid": digest.hexdigest(), "size": 0, "path": path}
+        return dict(sorted(entries.items()))
+
+    def add_last_commits(self, oid: str, entries: list[Json]) -> None:
+        """Say of each entry which commit last changed it."""
+        waiting = {entry["path"]: entry for entry in entries}
+        for name, commit in self.history(oid):
+            older = self.entries(commit["parent"]) if commit["parent"] else {}
+            about = {"id": name, "title": commit["title"], "date": commit["date"]}
+            for path in [path for path, entry in waiting.items() if older.get(path, {}).get("oid") != entry["oid"]]:
+                waiting.pop(path)["lastCommit"] = about
+
+
+def apply_operations(store: Store, tree: Tree, operations: list[tuple[str, Json]]) -> Tree:
+    """Apply a commit's operations in their order; raises RefusalError on the first that cannot be done."""
+    tree = dict(tree)
+    for key, value in operations:
+        path = check_path(value["path"])
+        if key == "file":
+            try:
+                content = base64.b64decode(value["content"], validate=True)
+            except binascii.Error as error:
+                raise RefusalError(400, f"{path}: the content is not base64") from error
+            tree[path] = File.regular(content)
+            store.keep([content], tree[path].sha256)
+        elif key == "lfsFile":
+            tree[path] = store.require_blob(path, value["oid"], value.get("size"))
+        elif key in ("deletedFile", "deletedFolder"):
+            gone = [name for name in tree if name == path or (key == "deletedFolder" and name.startswith(path + "/"))]
+            if not gone:
+                raise RefusalError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+            for name in gone:
+                del tree[name]
+        else:
+            raise RefusalError(400, f"unknown operation {key!r}")
+    for path in tree:
+        if any(parent.as_posix() in tree for parent in Path(path).parents):
+            raise RefusalError(400, f"{path}: a file has the name of one of its folders")
+    return tree
+
+
+def check_path(path: str) -> str:
+    """Refuse a path that git could not check out; a trailing slash is dropped."""
+    path = path.removesuffix("/")
+    if "\0" in path or any(part in ("", ".", "..", ".git") for part in path.split("/")):
+        raise RefusalError(400, f"invalid path {path!r}")
+    return path
+
+
+# --- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """Part of a file, as a body."""
+
+    path: Path
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+_API = r"/api/models/(?P<name>[^/]+/[^/]+)"
+_GIT = r"/(?P<name>[^/]+/[^/]+)"
+_XET = r"/xet/v1"
+ROUTES = tuple(
+    (method, re.compile(pattern), endpoint)
+    for method, pattern, endpoint in (
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/repos/create", "create_repo"),
+        ("POST", r"/api/validate-yaml", "validate_yaml"),
+        ("GET", rf"{_API}(?:/revision/(?P<revision>[^/]+))?", "repo_info"),
+        ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
+        ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "list_tree"),
+        ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("GET", rf"{_API}/refs", "list_refs"),
+        ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "list_commits"),
+        ("POST", rf"{_API}/tag/(?P<revision>[^/]+)", "create_tag"),
+        ("DELETE", rf"{_API}/tag/(?P<tag>[^/]+)", "delete_tag"),
+        ("POST", rf"{_API}/branch/(?P<branch>[^/]+)", "create_branch"),
+        ("DELETE", rf"{_API}/branch/(?P<branch>[^/]+)", "delete_branch"),
+        ("POST", rf"{_API}/discussions", "create_discussion"),
+        ("GET", rf"{_API}/discussions/(?P<number>\d+)", "show_discussion"),
+        ("GET", rf"{_API}/xet-(?P<scope>read|write)-token/(?P<revision>[^/]+)", "xet_token"),
+        ("GET", rf"{_GIT}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "download"),
+        ("POST", rf"{_GIT}\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("POST", rf"{_GIT}\.git/info/lfs/verify", "lfs_verify"),
+        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
+        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})/(?P<part>\d+)", "lfs_put_part"),
+        ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_join"),
+        ("POST", rf"{_XET}/xorbs/default/(?P<xorb>[0-9a-f]{{64}})", "xet_put_xorb"),
+        ("POST", rf"{_XET}/shards", "xet_put_shard"),
+        ("GET", rf"{_XET}/reconstructions/(?P<file_hash>[0-9a-f]{{64}})", "xet_reconstruction"),
+        ("GET", r"/xet/data/(?P<xorb>[0-9a-f]{64})", "xet_data"),
+    )
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. `answer` finds the endpoint; an endpoint replies once or raises RefusalError."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "local-hub"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    server: "_Server"
+
+    # Per request, set by `answer`.
+    fault: str | None
+    body: Iterator[bytes]
+    path_only: str
+    query: dict[str, list[str]]
+
+    @property
+    def hub(self) -> "LocalHub":
+        """The hub this connection belongs to."""
+        return self.server.hub
+
+    def answer(self) -> None:
+        """Serve one request."""
+        parts = urlsplit(self.path)
+        self.path_only, self.query = parts.path, parse_qs(parts.query, keep_blank_values=True)
+        self.body = self._read_body()
+        self.fault = self.hub.take_fault(self.command, self.path)
+        try:
+            try:
+                self._call_endpoint()
+            except RefusalError as refusal:
+                self.reply(refusal.status, canonical_json({"error": refusal.message}), refusal.headers)
+            except KeyError as error:
+                self.reply(400, canonical_json({"error": f"the request lacks {error}"}))
+            for _ in self.body:  # what the endpoint left would be read as the next request
+                pass
+        except ConnectionError:
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815 - http.server's names
+
+    def _call_endpoint(self) -> None:
+        if self.fault == "drop":
+            self.hub.record(self.command, self.path, 0)
+            self.close_connection = True
+            return
+        if self.fault and self.fault.isdigit():
+            raise RefusalError(int(self.fault), "injected fault")
+        method = "GET" if self.command == "HEAD" else self.command
+        for wanted, pattern, endpoint in ROUTES:
+            if wanted == method and (match := pattern.fullmatch(self.path_only)):
+                given = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                getattr(self, endpoint)(**given)
+                return
+        raise RefusalError(404, f"no such endpoint: {self.command} {self.path_only}")
+
+    def _read_body(self) -> Iterator[bytes]:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            while length := int(self.rfile.readline().split(b";")[0], 16):
+                yield self.rfile.read(length)
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass
+            return
+        left = int(self.headers.get("Content-Length") or 0)
+        while left:
+            piece = self.rfile.read(min(left, PIECE_BYTES))
+            if not piece:
+                raise ConnectionResetError("the client hung up in the middle of a body")
+            left -= len(piece)
+            yield piece
+
+    def json_body(self) -> Json:
+        """Read the body as a JSON object."""
+        try:
+            value = json.loads(b"".join(self.body) or b"{}")
+        except ValueError as error:
+            raise RefusalError(400, f"the body is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise RefusalError(400, "the body is not a JSON object")
+        return value
+
+    def argument(self, key: str, default: str = "") -> str:
+        """Take one value of the query."""
+        return self.query.get(key, [default])[0]
+
+    def reply(self, status: int, body: "bytes | Span" = b"", headers: Headers | None = None) -> None:
+        """Send a response, through the fault that was chosen for it."""
+        self.hub.record(self.command, self.path, status)
+        if self.fault == "lost":
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for key, value in ({"Content-Type": "application/json; charset=utf-8"} | (headers or {})).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self._send_body(body)
+
+    def _send_body(self, body: "bytes | Span") -> None:
+        half, sent = len(body) // 2, 0
+        for piece in [body] if isinstance(body, bytes) else read_span(body):
+            if self.fault == "corrupt" and sent <= half < sent + len(piece):
+                at = half - sent
+                piece = piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
+            self.wfile.write(piece[: half - sent] if self.fault == "truncate" else piece)
+            sent = min(sent + len(piece), half) if self.fault == "truncate" else sent + len(piece)
+        if self.fault == "truncate":
+            self.close_connection = True
+
+    def reply_json(self, value: Any, headers: Headers | None = None) -> None:
+        """Send a JSON document with status 200."""
+        self.reply(200, canonical_json(value), headers)
+
+    def reply_page(self, items: list[Json]) -> None:
+        """Send the part of a list that the query asks for, and a link to the next one."""
+        start = int(self.argument("cursor", "0"))
+        end = start + min(int(self.argument("limit", "1000000")), self.hub.page_size)
+        following = urlencode({**self.query, "cursor": end}, doseq=True)
+        more = {"Link": f'<{self.hub.url}{self.path_only}?{following}>; rel="next"'} if end < len(items) else {}
+        self.reply_json(items[start:end], more)
+
+    def reply_span(self, path: Path, headers: Headers) -> None:
+        """Send a file, or the range of it that the request asks for."""
+        size = path.stat().st_size
+        headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | headers
+        match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if match is None or not (match[1] or match[2]):
+            return self.reply(200, Span(path, 0, size), headers)
+        start = int(match[1]) if match[1] else max(size - int(match[2]), 0)
+        end = min(int(match[2]) + 1, size) if match[1] and match[2] else size
+        if start >= end:
+            raise RefusalError(416, "range not satisfiable", headers={"Content-Range": f"bytes */{size}"})
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        return self.reply(206, Span(path, start, end - start), headers)
+
+    # --- access
+
+    def role(self) -> str | None:
+        """Tell what the request may do: "write", "read", or None for an anonymous one."""
+        if not (self.hub.tokens or self.hub.read_tokens):
+            return "write"
+        header = self.headers.get("Authorization")
+        if header is None:
+            return None
+        token = header.removeprefix("Bearer ")
+        if token in self.hub.tokens:
+            return "write"
+        if token in self.hub.read_tokens:
+            return "read"
+        raise RefusalError(401, "Invalid credentials in Authorization header")
+
+    def require_write(self) -> None:
+        """Refuse a request that may not write."""
+        if (role := self.role()) != "write":
+            raise RefusalError(*((403, "this token is read-only") if role else (401, "Invalid username or password.")))
+
+    def repo(self, name: str, write: bool = False) -> Repo:
+        """Open a repository, if the request may."""
+        if write:
+            self.require_write()
+        role, repo = self.role(), Repo(self.hub.store, name)
+        if not REPO_ID.fullmatch(name) or not repo.exists:
+            raise RefusalError(404, "Repository not found", "RepoNotFound")
+        if repo.state["private"] and role is None:
+            raise RefusalError(401, "Invalid username or password.")
+        return repo
+
+    def signed(self, path: str, **query: Any) -> str:
+        """Make a URL that needs no other credentials."""
+        target = f"{path}?{urlencode(query)}"
+        return f"{self.hub.url}{target}{'&' if query else ''}signature={self.hub.sign(target)}"
+
+    def require_signature(self) -> None:
+        """Refuse a URL that this server did not make."""
+        query = {key: values[0] for key, values in self.query.items() if key != "signature"}
+        if not hmac.compare_digest(self.argument("signature"), self.hub.sign(f"{self.path_only}?{urlencode(query)}")):
+            raise RefusalError(403, "bad signature")
+
+    # --- account and repositories
+
+    def whoami(self) -> None:
+        """GET /api/whoami-v2."""
+        role = self.role()
+        if role is None:
+            raise RefusalError(401, "Invalid username or password.")
+        auth = {"type": "access_token", "accessToken": {"displayName": "local", "role": role}}
+        self.reply_json({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth})
+
+    def create_repo(self) -> None:
+        """POST /api/repos/create; also says where the repository is when it exists."""
+        self.require_write()
+        asked = self.json_body()
+        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        if asked.get("type") not in (None, "model") or not REPO_ID.fullmatch(name):
+            raise RefusalError(400, f"cannot create {asked.get('type')} {name!r}: only models are served here")
+        answer = {"url": self.web_url(name), "name": name}
+        try:
+            self.hub.store.create_repo(name, asked.get("visibility") == "private" or bool(asked.get("private")))
+        except RefusalError as refusal:
+            return self.reply(refusal.status, canonical_json(answer | {"error": refusal.message}), refusal.headers)
+        return self.reply_json(answer)
+
+    def web_url(self, name: str) -> str:
+        """Name a repository's page."""
+        return f"{self.hub.url}/{name}"
+
+    def validate_yaml(self) -> None:
+        """POST /api/validate-yaml: everything is accepted."""
+        self.json_body()
+        self.reply_json({"errors": [], "warnings": []})
+
+    def repo_info(self, name: str, revision: str = "main") -> None:
+        """GET M[/revision/{rev}][?blobs=true]."""
+        repo = self.repo(name)
+        oid = repo.resolve(revision)
+        commit, state, siblings = repo.commit(oid), repo.state, []
+        for path, file in sorted(commit["files"].items()):
+            sibling: Json = {"rfilename": path}
+            if self.argument("blobs").lower() == "true":
+                sibling |= {"size": file.size, "blobId": file.oid}
+                if file.pointer_bytes:
+                    sibling["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": file.pointer_bytes}
+            siblings.append(sibling)
+        info: Json = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": oid, "siblings": siblings}
+        info |= {"private": state["private"], "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        info |= {"createdAt": state["created"], "lastModified": commit["date"]}
+        self.reply_json(info)
+
+    # --- uploading
+
+    def preupload(self, name: str, revision: str) -> None:
+        """POST M/preupload/{rev}: how each file is to be sent, and what the branch holds in its place."""
+        repo = self.repo(name, write=True)
+        files, tree = self.json_body()["files"], repo.commit(repo.head(revision)[1])["files"]
+        if len(files) > PREUPLOAD_MAX_FILES:
+            raise RefusalError(400, f"{len(files)} files, at most {PREUPLOAD_MAX_FILES}")
+        answers = []
+        for asked in files:
+            path, sample = asked["path"], base64.b64decode(asked["sample"])
+            large = path.endswith(LFS_SUFFIXES) or asked["size"] > LFS_MIN_BYTES or b"\0" in sample
+            answer = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if old := tree.get(path):
+                answer["oid"] = old.sha256 if old.pointer_bytes else old.oid
+            answers.append(answer)
+        self.reply_json({"files": answers})
+
+    def lfs_batch(self, name: str) -> None:
+        """POST /{id}.git/info/lfs/objects/batch, for uploads."""
+        self.repo(name, write=True)
+        asked = self.json_body()
+        if asked["operation"] != "upload" or asked.get("hash_algo", "sha256") != "sha256":
+            raise RefusalError(400, "only uploads named by sha256 are served")
+        multipart = "multipart" in asked.get("transfers", [])
+        objects = [self._lfs_object(name, item["oid"], item["size"], multipart) for item in asked["objects"]]
+        self.reply_json({"transfer": "multipart" if multipart else "basic", "objects": objects})
+
+    def _lfs_object(self, name: str, oid: str, size: int, multipart: bool) -> Json:
+        answer: Json = {"oid": oid, "size": size}
+        if not HEX64.fullmatch(oid):
+            return answer | {"error": {"code": 422, "message": f"{oid!r} is not a sha256"}}
+        if (blob := self.hub.store.blob(oid)).exists():
+            wrong = blob.stat().st_size != size
+            return answer | ({"error": {"code": 422, "message": f"{oid} has another size"}} if wrong else {})
+        header, part_bytes = {}, self.hub.part_bytes
+        if multipart and size > part_bytes:
+            header = {"chunk_size": str(part_bytes)}
+            for part in range(1, -(-size // part_bytes) + 1):
+                length = min(part_bytes, size - (part - 1) * part_bytes)
+                header[str(part)] = self.signed(f"/lfs/{oid}/{part}", size=length)
+        upload = {"href": self.signed(f"/lfs/{oid}", size=size), "header": header}
+        verify = {"href": f"{self.web_url(name)}.git/info/lfs/verify"}
+        return answer | {"actions": {"upload": upload, "verify": verify}}
+
+    def lfs_put(self, oid: str) -> None:
+        """PUT a whole LFS object."""
+        self.require_signature()
+        self.hub.store.keep(self.body, oid, int(self.argument("size")))
+        self.reply(200)
+
+    def lfs_put_part(self, oid: str, part: str) -> None:
+        """PUT a part of an LFS object."""
+        self.require_signature()
+        path, digest, size = self.hub.store.receive(self.body)
+        if size != int(self.argument("size")):
+            path.unlink()
+            raise RefusalError(400, f"part {part} has {size} bytes, expected {self.argument('size')}")
+        os.replace(path, self._part(oid, part, digest))
+        self.reply(200, headers={"ETag": f'"{digest}"'})
+
+    def _part(self, oid: str, part: str, etag: str) -> Path:
+        return self.hub.store.folder / "tmp" / f"{oid}.{int(part)}.{etag}"
+
+    def lfs_join(self, oid: str) -> None:
+        """POST {oid, parts}: join the parts of an LFS object."""
+        self.require_signature()
+        parts = []
+        for part in sorted(self.json_body()["parts"], key=lambda part: part["partNumber"]):
+            etag = part["etag"].strip('"')
+            path = self._part(oid, part["partNumber"], etag) if HEX64.fullmatch(etag) else None
+            if path is None or not path.exists():
+                raise RefusalError(400, f"part {part['partNumber']} with etag {etag!r} was never uploaded")
+            parts.append(path)
+        spans = (Span(path, 0, path.stat().st_size) for path in parts)
+        self.hub.store.keep((piece for span in spans for piece in read_span(span)), oid, int(self.argument("size")))
+        for path in parts:
+            path.unlink()
+        self.reply_json({})
+
+    def lfs_verify(self, name: str) -> None:
+        """POST {oid, size}: tell whether an LFS object arrived."""
+        self.repo(name, write=True)
+        asked = self.json_body()
+        if not HEX64.fullmatch(asked["oid"]) or not self.hub.store.blob(asked["oid"]).exists():
+            raise RefusalError(404, f"LFS object {asked['oid']} is absent")
+        self.hub.store.require_blob("verify", asked["oid"], asked["size"])
+        self.reply_json({})
+
+    def commit(self, name: str, revision: str) -> None:
+        """POST M/commit/{rev}[?create_pr=1]: lines of {key, value}."""
+        repo = self.repo(name, write=True)
+        try:
+            lines = [json.loads(line) for line in b"".join(self.body).splitlines() if line.strip()]
+        except ValueError as error:
+            raise RefusalError(400, f"the body is not ndjson: {error}") from error
+        operations = [(line["key"], line["value"]) for line in lines]
+        header = next((value for key, value in operations if key == "header"), None)
+        if header is None:
+            raise RefusalError(400, "the commit has no header")
+        operations = [(key, value) for key, value in operations if key != "header"]
+        done = repo.add_commit(revision, header, operations, self.argument("create_pr") in ("1", "true"))
+        url = self.web_url(name)
+        answer = {"success": True, "commitOid": done["oid"], "commitUrl": f"{url}/commit/{done['oid']}"}
+        self.reply_json(answer | ({"pullRequestUrl": f"{url}/discussions/{done['pull']}"} if "pull" in done else {}))
+
+    # --- reading
+
+    def list_tree(self, name: str, revision: str, path: str = "") -> None:
+        """GET M/tree/{rev}[/{path}]?recursive=&expand=."""
+        repo, path = self.repo(name), path.strip("/")
+        oid = repo.resolve(revision)
+        entries = repo.entries(oid)
+        if path and entries.get(path, {}).get("type") != "directory":
+            raise RefusalError(404, f"{path} does not exist on {revision}", "EntryNotFound")
+        below = f"{path}/" if path else ""
+        deep = self.argument("recursive").lower() in ("1", "true")
+        inside = [e for p, e in entries.items() if p.startswith(below) and (deep or "/" not in p[len(below) :])]
+        if self.argument("expand").lower() in ("1", "true"):
+            repo.add_last_commits(oid, inside)
+        self.reply_page(inside)
+
+    def paths_info(self, name: str, revision: str) -> None:
+        """POST M/paths-info/{rev}, a form; paths that do not exist are left out."""
+        repo, form = self.repo(name), parse_qs(b"".join(self.body).decode(), keep_blank_values=True)
+        oid = repo.resolve(revision)
+        entries = repo.entries(oid)
+        found = [entries[path] for path in map(lambda p: p.strip("/"), form.get("paths", [])) if path in entries]
+        if form.get("expand", [""])[0].lower() in ("1", "true"):
+            repo.add_last_commits(oid, found)
+        self.reply_json(found)
+
+    def download(self, name: str, revision: str, path: str) -> None:
+        """GET or HEAD /{id}/resolve/{rev}/{path}; LFS content is sent from here, without a redirect."""
+        repo = self.repo(name)
+        oid = repo.resolve(revision)
+        headers = {"X-Repo-Commit": oid}
+        file = repo.commit(oid)["files"].get(path)
+        if file is None:
+            raise RefusalError(404, f"{path} does not exist on {revision}", "EntryNotFound", headers)
+        headers["ETag"] = f'"{file.sha256 if file.pointer_bytes else file.oid}"'
+        if file.pointer_bytes:
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(file.size)}
+            if xet_hash := self.hub.store.xet_hash(file.sha256):
+                token_url = f"{self.hub.url}/api/models/{name}/xet-read-token/{oid}"
+                headers |= {"X-Xet-Hash": xet_hash, "Link": f'<{token_url}>; rel="xet-auth"'}
+        self.reply_span(self.hub.store.blob(file.sha256), headers)
+
+    def list_refs(self, name: str) -> None:
+        """GET M/refs[?include_prs=1]."""
+        lists: Json = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
+        for ref, oid in sorted(self.repo(name).refs().items()):
+            _, space, short = ref.split("/", 2)
+            target = {"heads": "branches", "tags": "tags", "pr": "pullRequests"}[space]
+            lists[target].append({"name": short, "ref": ref, "targetCommit": oid})
+        if self.argument("include_prs") not in ("1", "true"):
+            del lists["pullRequests"]
+        self.reply_json(lists)
+
+    def list_commits(self, name: str, revision: str) -> None:
+        """GET M/commits/{rev}[?expand[]=formatted], the newest first."""
+        repo, items = self.repo(name), []
+        for oid, commit in repo.history(repo.resolve(revision)):
+            item: Json = {"id": oid, "authors": [{"user": commit["author"]}]}
+            item |= {key: commit[key] for key in ("title", "message", "date")}
+            if "formatted" in self.query.get("expand[]", []):
+                item["formatted"] = {key: html.escape(commit[key]) for key in ("title", "message")}
+            items.append(item)
+        self.reply_page(items)
+
+    # --- tags, branches, discussions
+
+    def create_tag(self, name: str, revision: str) -> None:
+        """POST M/tag/{rev} {tag}."""
+        self._create_ref(self.repo(name, write=True), "tags", self.json_body()["tag"], revision)
+
+    def create_branch(self, name: str, branch: str) -> None:
+        """POST M/branch/{name} {startingPoint?}."""
+        repo, asked = self.repo(name, write=True), self.json_body()
+        self._create_ref(repo, "heads", branch, asked.get("startingPoint", "main"))
+
+    def _create_ref(self, repo: Repo, space: str, ref: str, revision: str) -> None:
+        if not REF_NAME.fullmatch(ref):
+            raise RefusalError(400, f"invalid reference name {ref!r}")
+        with self.hub.store.lock:
+            oid, state = repo.resolve(revision), repo.state
+            if ref in state[space]:
+                raise RefusalError(409, f"Reference already exists: {ref} at {state[space][ref]}")
+            state[space][ref] = oid
+            repo.save(state)
+        self.reply_json({})
+
+    def delete_tag(self, name: str, tag: str) -> None:
+        """DELETE M/tag/{tag}."""
+        self._delete_ref(self.repo(name, write=True), "tags", tag)
+
+    def delete_branch(self, name: str, branch: str) -> None:
+        """DELETE M/branch/{name}; main stays."""
+        repo = self.repo(name, write=True)
+        if branch == "main":
+            raise RefusalError(403, "the branch main is protected")
+        self._delete_ref(repo, "heads", branch)
+
+    def _delete_ref(self, repo: Repo, space: str, ref: str) -> None:
+        with self.hub.store.lock:
+            state = repo.state
+            if ref not in state[space]:
+                raise RefusalError(404, f"Reference does not exist: {ref}", "RevisionNotFound")
+            del state[space][ref]
+            repo.save(state)
+        self.reply_json({})
+
+    def create_discussion(self, name: str) -> None:
+        """POST M/discussions {title, description, pullRequest}."""
+        repo, asked = self.repo(name, write=True), self.json_body()
+        head = repo.resolve("refs/heads/main") if asked.get("pullRequest") else None
+        item = repo.add_discussion(asked["title"], asked.get("description", ""), head, "draft" if head else "open")
+        self.reply_json({"num": item["num"], "pullRequest": item["isPullRequest"]})
+
+    def show_discussion(self, name: str, number: str) -> None:
+        """GET M/discussions/{n}."""
+        repo = self.repo(name)
+        items = repo.state["discussions"]
+        if not 0 < int(number) <= len(items):
+            raise RefusalError(404, f"no discussion {number}")
+        item = items[int(number) - 1]
+        common = {"createdAt": item["createdAt"], "author": {"name": USER}}
+        comment = {"edited": False, "hidden": False, "latest": {"raw": item["description"]}}
+        answer = common | {key: item[key] for key in ("num", "title", "status", "isPullRequest")}
+        answer |= {"repo": {"name": name, "type": "model"}}
+        answer["events"] = [common | {"id": f"{number}-comment", "type": "comment", "data": comment}]
+        if item["isPullRequest"]:
+            answer |= {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "diff": ""}
+        self.reply_json(answer)
+
+    # --- Xet
+
+    def xet_token(self, name: str, scope: str, revision: str) -> None:
+        """GET M/xet-{write,read}-token/{rev}; the revision is not looked up: it is "None" for a new pull request."""
+        self.repo(name, write=scope == "write")
+        url, token, expiration = f"{self.hub.url}/xet", f"{scope}-{self.hub.sign(scope)}", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expiration)}
+        self.reply_json({"casUrl": url, "accessToken": token, "exp": expiration}, headers)
+
+    def require_xet(self, *scopes: str) -> None:
+        """Refuse a request without a Xet token for one of the scopes."""
+        if self.headers.get("Authorization") not in [f"Bearer {scope}-{self.hub.sign(scope)}" for scope in scopes]:
+            raise RefusalError(401, "bad xet token")
+
+    def xet_put_xorb(self, xorb: str) -> None:
+        """POST a run of chunks. Its name is a blake3 tree and is not checked; the files made from it are."""
+        self.require_xet("write")
+        path, _, _ = self.hub.store.receive(self.body)
+        os.replace(path, self.hub.store.folder / "xet/xorbs" / xorb)
+        self.reply_json({"was_inserted": True})
+
+    def xet_put_shard(self) -> None:
+        """POST how files are made of chunks."""
+        self.require_xet("write")
+        try:
+            self.hub.store.add_shard(b"".join(self.body))
+        except struct.error as error:
+            raise RefusalError(400, "the shard is cut short") from error
+        self.reply_json({"result": 1})
+
+    def xet_reconstruction(self, file_hash: str) -> None:
+        """GET how a file, or the range of it that the request asks for, is made of chunks."""
+        self.require_xet("read", "write")
+        path = self.hub.store.folder / "xet/files" / f"{file_hash}.json"
+        if not path.exists():
+            raise RefusalError(404, f"no file {file_hash}")
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        if wanted is None:
+            raise RefusalError(400, "only one range is served")
+        first, last = int(wanted[1]), int(wanted[2] or sys.maxsize)
+        terms: list[Json] = []
+        fetch: dict[str, dict[tuple[int, int], Json]] = {}
+        position, skip = 0, 0
+        for term in json.loads(path.read_bytes()):
+            start, position = position, position + term["bytes"]
+            if position <= first or start > last:
+                continue
+            skip = first - start if not terms else skip
+            chunks = {"start": term["start"], "end": term["end"]}
+            terms.append({"hash": term["xorb"], "unpacked_length": term["bytes"], "range": chunks})
+            fetch.setdefault(term["xorb"], {})[term["start"], term["end"]] = self._fetch_info(term["xorb"], chunks)
+        if not terms and first:
+            raise RefusalError(416, "range not satisfiable", headers={"Content-Range": f"bytes */{position}"})
+        ranges = {xorb: list(infos.values()) for xorb, infos in fetch.items()}
+        self.reply_json({"offset_into_first_range": skip, "terms": terms, "fetch_info": ranges})
+
+    def _fetch_info(self, xorb: str, chunks: Json) -> Json:
+        places = list_chunks((self.hub.store.folder / "xet/xorbs" / xorb).read_bytes())[chunks["start"] : chunks["end"]]
+        where = {"start": places[0].start, "end": places[-1].end - 1}
+        return {"range": chunks, "url": self.signed(f"/xet/data/{xorb}"), "url_range": where}
+
+    def xet_data(self, xorb: str) -> None:
+        """GET part of a xorb."""
+        self.require_signature()
+        self.reply_span(self.hub.store.folder / "xet/xorbs" / xorb, {})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log to stderr, if at all."""
+        if self.hub.verbose:
+            super().log_message(format, *args)
+
+
+def read_span(span: Span) -> Iterator[bytes]:
+    """Yield the bytes of a part of a file."""
+    left = span.length
+    with span.path.open("rb") as file:
+        file.seek(span.start)
+        while left and (piece := file.read(min(left, PIECE_BYTES))):
+            left -= len(piece)
+            yield piece
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+class _Server(ThreadingHTTPServer):
+    """Threads that answer for a hub; knows its open connections, so that it can stop answering at once."""
+
+    request_queue_size = 128
+
+    def __init__(self, hub: "LocalHub", port: int) -> None:
+        self.hub, self.connections = hub, set[socket.socket]()
+        super().__init__(("127.0.0.1", port), Handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection."""
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection."""
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong, unless the client only hung up."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def stop(self) -> None:
+        """Close everything; called from another thread than the one that serves."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class LocalHub:
+    """A hub on a folder, served while its `with` block runs; see the module docstring.
+
+    Args:
+        folder: what it serves; made if absent.
+        tokens: those that may write. With none of either kind everyone may do everything.
+        read_tokens: those that may only read.
+        port: 0 for any free one.
+        faults: what goes wrong. The list may be changed while serving; a fault that is used up leaves it.
+        part_bytes: an LFS file larger than this is asked for in parts of this size.
+        page_size: most entries in one answer of a tree or a list of commits.
+        verbose: log requests to stderr.
+
+    Attributes:
+        url: for HF_ENDPOINT.
+        requests: (method, raw path and query, status) of each request so far; status 0 for a dropped one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tokens: Iterable[str] = (),
+        read_tokens: Iterable[str] = (),
+        port: int = 0,
+        faults: Iterable[Fault] = (),
+        part_bytes: int = 64 << 20,
+        page_size: int = 1000,
+        verbose: bool = False,
+    ) -> None:
+        self.store = Store(Path(folder))
+        self.tokens, self.read_tokens, self.faults = frozenset(tokens), frozenset(read_tokens), list(faults)
+        self.part_bytes, self.page_size, self.verbose = part_bytes, page_size, verbose
+        self.requests: list[tuple[str, str, int]] = []
+        self._secret, self._lock = secrets.token_bytes(32), threading.Lock()
+        self._server = _Server(self, port)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> "LocalHub":
+        """Start serving."""
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop serving and hang up on everyone."""
+        self._server.stop()
+
+    def sign(self, text: str) -> str:
+        """Make a signature that only this process makes."""
+        return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
+
+    def record(self, method: str, path: str, status: int) -> None:
+        """Remember a request."""
+        with self._lock:
+            self.requests.append((method, path, status))
+
+    def take_fault(self, method: str, path: str) -> str | None:
+        """Find the kind of the first fault that meets a request, and count it."""
+        with self._lock:
+            for fault in self.faults:
+                if fault.method in ("*", method) and re.search(fault.pattern, path):
+                    fault.count -= 1
+                    if fault.count == 0:
+                        self.faults.remove(fault)
+                    return fault.kind
+        return None
+
+
+def main() -> None:
+    """Serve until interrupted or terminated."""
+    parser = argparse.ArgumentParser(description="A Hugging Face Hub on the loopback interface.")
+    parser.add_argument("folder", type=Path, help="what to serve; made if absent")
+    parser.add_argument("--port", type=int, default=0, help="default: any free one")
+    parser.add_argument("--token", action="append", default=[], help="a token that may write (repeatable)")
+    parser.add_argument("--read-token", action="append", default=[], help="a token that may only read (repeatable)")
+    parser.add_argument("--fault", action="append", default=[], type=Fault.parse, help="METHOD:PATH_REGEX:KIND[:COUNT]")
+    parser.add_argument("--part-bytes", type=int, default=64 << 20, help="LFS files above this are sent in parts")
+    parser.add_argument("--page-size", type=int, default=1000, help="most entries in one answer")
+    parser.add_argument("--verbose", action="store_true", help="log requests to stderr")
+    options = vars(parser.parse_args())
+    tokens, read_tokens, faults = (options.pop(name) for name in ("token", "read_token", "fault"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        LocalHub(**options, tokens=tokens, read_tokens=read_tokens, faults=faults) as hub,
+    ):
+        print(hub.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

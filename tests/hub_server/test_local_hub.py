@@ -1,0 +1,587 @@
+"""The local hub keeps the Hub's promises, as seen by the unmodified huggingface_hub client."""
+
+import array
+import base64
+import hashlib
+import http.client
+import importlib.util
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import Fault, LocalHub
+
+WRITER = {"Authorization": "Bearer secret"}
+needs_xet = pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="hf_xet is not installed")
+BATCH = "/me/model.git/info/lfs/objects/batch"
+
+
+def some_files(folder: Path) -> dict[str, bytes]:
+    """Write files of every sort: text, floats (Xet groups their bytes), repetitions, noise, nothing."""
+    chance = random.Random(11)
+    floats = array.array("f", (chance.gauss(0, 1) for _ in range(100_000))).tobytes()
+    files = {
+        "README.md": b"---\nlicense: apache-2.0\n---\n# \xc3\xa9tude\n",
+        "weights/model-00001.safetensors": floats + bytes(200_000) + b"tail",
+        "weights/model-00002.safetensors": chance.randbytes(300_000) + b"again and again " * 20_000,
+        "small.bin": b"\0\1\2",
+        "empty.bin": b"",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return files
+
+
+def some_file(client: Any, name: str = "noise.bin", size: int = 100_000) -> bytes:
+    """Write one file for a client to upload."""
+    content = random.Random(name).randbytes(size)
+    (client.folder / name).write_bytes(content)
+    return content
+
+
+def send(
+    hub: LocalHub, method: str, target: str, body: bytes = b"", headers: dict[str, str] | None = None
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Send a request as no client would."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(hub.url.rsplit(":", 1)[1]), timeout=20)
+    try:
+        connection.request(method, target.removeprefix(hub.url), body, headers or {})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+def send_json(hub: LocalHub, target: str, value: Any) -> tuple[int, Any]:
+    status, _, body = send(hub, "POST", target, json.dumps(value).encode(), WRITER)
+    return status, json.loads(body or b"null")
+
+
+def send_commit(hub: LocalHub, *lines: tuple[str, dict[str, Any]], **header: str) -> tuple[int, Any]:
+    """Commit operations to main of me/model, without the client's checks."""
+    keyed = [("header", {"summary": "raw"} | header), *lines]
+    body = b"\n".join(json.dumps({"key": key, "value": value}).encode() for key, value in keyed)
+    status, _, answer = send(hub, "POST", "/api/models/me/model/commit/main", body, WRITER)
+    return status, json.loads(answer)
+
+
+def text_file(path: str, content: bytes = b"text") -> tuple[str, dict[str, Any]]:
+    return "file", {"path": path, "content": base64.b64encode(content).decode(), "encoding": "base64"}
+
+
+def head(hub: LocalHub, revision: str = "main") -> str:
+    status, _, body = send(hub, "GET", f"/api/models/me/model/revision/{revision}", headers=WRITER)
+    assert status == 200
+    return str(json.loads(body)["sha"])
+
+
+def count(hub: LocalHub, pattern: str) -> int:
+    """Count the requests so far whose `METHOD path status` the pattern finds."""
+    return sum(re.search(pattern, f"{method} {path} {status}") is not None for method, path, status in hub.requests)
+
+
+@pytest.fixture
+def repo(hub: LocalHub) -> str:
+    """The repository me/model, fresh; its first commit."""
+    assert send_json(hub, "/api/repos/create", {"name": "model", "organization": "me"})[0] == 200
+    return head(hub)
+
+
+# --- what is uploaded is what is downloaded
+
+
+@pytest.mark.parametrize("xet", [pytest.param(False, id="lfs"), pytest.param(True, id="xet", marks=needs_xet)])
+def test_what_went_up_one_road_comes_down_both_with_the_same_bytes(
+    hub: LocalHub, new_client: Any, repo: str, xet: bool
+) -> None:
+    uploader = new_client(hub.url)
+    files = some_files(uploader.folder)
+    done = uploader(
+        f"""
+        info = commit(add(*{sorted(files)}), parent_commit={repo!r})
+        tree = {{e.path: e for e in api.list_repo_tree(repo, revision=info.oid, recursive=True) if hasattr(e, "size")}}
+        answer({{
+            "oid": info.oid,
+            "sha256": {{path: entry.lfs.sha256 for path, entry in tree.items() if entry.lfs}},
+            "git": {{path: entry.blob_id for path, entry in tree.items() if not entry.lfs}},
+            "sizes": {{path: entry.size for path, entry in tree.items()}},
+        }})
+        """,
+        xet=xet,
+    )
+    assert count(hub, "POST /xet/v1/shards 200") == xet
+    assert (count(hub, "PUT /lfs/") > 0) == (not xet)
+    large = {path for path in files if path.endswith((".safetensors", "small.bin"))}
+    assert done["sha256"] == {path: hashlib.sha256(files[path]).hexdigest() for path in large}
+    for path in set(files) - large:
+        assert done["git"][path] == hashlib.sha1(b"blob %d\0" % len(files[path]) + files[path]).hexdigest()
+    assert {path: done["sizes"][path] for path in files} == {path: len(content) for path, content in files.items()}
+    assert set(done["sizes"]) == {*files, ".gitattributes"}
+
+    for downloads_with_xet in (False, True):
+        code = f"""
+        answer([{{name: read(name, {done["oid"]!r}).hex() for name in {sorted(files)}}},
+                len(api.verify_repo_checksums(repo, revision={done["oid"]!r}).mismatches)])
+        """
+        found, mismatches = new_client(hub.url)(code, xet=downloads_with_xet)
+        assert {name: bytes.fromhex(content) for name, content in found.items()} == files
+        assert mismatches == 0
+    assert (count(hub, "GET /xet/data/") > 0) == xet
+
+
+def test_a_large_lfs_file_is_sent_in_parts_and_joined(tmp_path: Path, new_client: Any) -> None:
+    with LocalHub(tmp_path / "hub", part_bytes=30_000) as hub:
+        client = new_client(hub.url)
+        content = some_file(client, size=100_001)
+        code = "api.create_repo(repo); answer(read('noise.bin', commit(add('noise.bin')).oid).hex())"
+        assert bytes.fromhex(client(code)) == content
+        assert count(hub, r"PUT /lfs/\w+/[1234]\?.* 200") == 4
+    assert list((tmp_path / "hub/tmp").iterdir()) == []
+
+
+def test_a_second_run_commits_nothing_and_over_lfs_sends_nothing(hub: LocalHub, client: Any, repo: str) -> None:
+    names = sorted(some_files(client.folder))
+    code = f"answer(commit(add(*{names}), parent_commit={repo!r}).oid)"
+    oid = client(code)
+    assert (count(hub, "PUT /lfs/"), count(hub, "POST .*/commit/")) == (3, 1)
+    for xet in (False, True):  # over Xet the client learns a file's sha256 only by sending it
+        assert client(code, xet=xet) == oid
+    assert (count(hub, "PUT /lfs/"), count(hub, "POST .*/commit/")) == (3, 1)
+    assert head(hub) == oid != repo
+
+
+def test_a_range_of_a_file_is_that_range(hub: LocalHub, client: Any, repo: str) -> None:
+    content = some_file(client)
+    oid = client("answer(commit(add('noise.bin')).oid)")
+    target = f"/me/model/resolve/{oid}/noise.bin"
+    ranges = {"0-9": content[:10], "99990-": content[-10:], "-7": content[-7:], "5-999999": content[5:]}
+    for asked, wanted in ranges.items():
+        status, headers, body = send(hub, "GET", target, headers={"Range": f"bytes={asked}"})
+        assert (status, body) == (206, wanted)
+        assert headers["Content-Range"].endswith("/100000")
+    status, headers, _ = send(hub, "GET", target, headers={"Range": "bytes=100000-"})
+    assert (status, headers["Content-Range"]) == (416, "bytes */100000")
+
+
+def test_a_file_is_described_before_it_is_sent(hub: LocalHub, client: Any, repo: str) -> None:
+    content = some_file(client)
+    oid = client("answer(commit(add('noise.bin')).oid)")
+    status, headers, body = send(hub, "HEAD", "/me/model/resolve/main/noise.bin")
+    assert (status, body, headers["X-Repo-Commit"]) == (200, b"", oid)
+    assert (headers["X-Linked-Size"], headers["Content-Length"]) == ("100000", "100000")
+    assert headers["ETag"] == headers["X-Linked-Etag"] == f'"{hashlib.sha256(content).hexdigest()}"'
+
+
+# --- commits
+
+
+def test_a_commit_on_a_stale_parent_is_refused_and_changes_nothing(hub: LocalHub, client: Any, repo: str) -> None:
+    some_file(client, "a.txt"), some_file(client, "b.txt")
+    done = client(
+        f"""
+        first = commit(add("a.txt"), parent_commit={repo!r}).oid
+        answer([first, failure(commit, add("b.txt"), parent_commit={repo!r}), api.list_repo_files(repo)])
+        """
+    )
+    assert done == [head(hub), [412, "HfHubHTTPError"], [".gitattributes", "a.txt"]]
+
+
+def test_of_many_commits_on_one_parent_exactly_one_lands(hub: LocalHub, repo: str) -> None:
+    answers: list[tuple[int, Any]] = []
+    threads = [
+        threading.Thread(target=lambda n=n: answers.append(send_commit(hub, text_file(f"{n}.txt"), parentCommit=repo)))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(status for status, _ in answers) == [200] + [412] * 7
+    assert [answer["commitOid"] for status, answer in answers if status == 200] == [head(hub)]
+
+
+def test_a_commit_is_named_by_its_content_and_its_ancestors_stay_readable(
+    hub: LocalHub, client: Any, repo: str
+) -> None:
+    some_file(client, "a.txt"), some_file(client, "b.txt")
+    oids = client(
+        """
+        first, second = commit(add("a.txt")).oid, commit(add("b.txt") + [Delete("a.txt")]).oid
+        assert api.list_repo_files(repo, revision=first) == [".gitattributes", "a.txt"]
+        assert api.list_repo_files(repo, revision=second) == [".gitattributes", "b.txt"]
+        answer([c.commit_id for c in api.list_repo_commits(repo)])
+        """
+    )
+    assert (oids[0], oids[-1], len(set(oids))) == (head(hub), repo, 3)
+    for oid in oids:
+        stored = (hub.store.folder / "repos/me/model/commits" / f"{oid}.json").read_bytes()
+        assert hashlib.sha1(stored).hexdigest() == oid
+
+
+def test_deleting_takes_a_file_or_a_whole_folder_and_refuses_what_is_absent(
+    hub: LocalHub, client: Any, repo: str
+) -> None:
+    assert send_commit(hub, *(text_file(path) for path in ("d/a", "d/e/b", "da", "x")))[0] == 200
+    done = client(
+        """
+        commit([Delete("d/"), Delete("x")])
+        answer([api.list_repo_files(repo), failure(commit, [Delete("d/a")])])
+        """
+    )
+    assert done == [[".gitattributes", "da"], [404, "RemoteEntryNotFoundError"]]
+
+
+@pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", ".git/config", "a/.git/b", "", "a\0b", "README.md/x"])
+def test_a_path_that_git_could_not_check_out_is_refused(hub: LocalHub, repo: str, path: str) -> None:
+    status, answer = send_commit(hub, text_file("README.md"), text_file(path))
+    assert (status, head(hub)) == (400, repo)
+    assert "error" in answer
+
+
+def test_a_commit_refuses_content_that_never_arrived(hub: LocalHub, repo: str) -> None:
+    absent = {"path": "w.bin", "algo": "sha256", "oid": "ab" * 32, "size": 5}
+    status, answer = send_commit(hub, ("lfsFile", absent))
+    assert (status, head(hub)) == (400, repo)
+    assert "ab" * 32 in answer["error"]
+
+
+@needs_xet
+def test_a_commit_refuses_xet_content_that_is_not_what_was_announced(hub: LocalHub, client: Any, repo: str) -> None:
+    some_file(client)
+    code = f"""
+    additions = add("noise.bin")
+    api.preupload_lfs_files(repo, additions, free_memory=False)
+    [xorb] = Path({str(hub.store.folder)!r}, "xet/xorbs").iterdir()
+    content = bytearray(xorb.read_bytes())
+    content[5000] ^= 1
+    xorb.write_bytes(content)
+    answer(failure(commit, additions))
+    """
+    assert client(code, xet=True) == [400, "BadRequestError"]
+    assert head(hub) == repo
+
+
+def test_an_lfs_upload_is_checked_on_arrival(hub: LocalHub, repo: str) -> None:
+    content = b"the right bytes"
+    oid = hashlib.sha256(content).hexdigest()
+    asked = {"operation": "upload", "objects": [{"oid": oid, "size": len(content)}], "hash_algo": "sha256"}
+    [described] = send_json(hub, BATCH, asked)[1]["objects"]
+    href, verify = described["actions"]["upload"]["href"], described["actions"]["verify"]["href"]
+    for wrong in (b"the wrong bytes", content[:-1], content + b"!"):
+        assert send(hub, "PUT", href, wrong)[0] == 400
+    assert send(hub, "PUT", href.replace("signature=", "signature=0"), content)[0] == 403
+    assert send_json(hub, verify.removeprefix(hub.url), {"oid": oid, "size": len(content)})[0] == 404
+    assert send(hub, "PUT", href, content)[0] == 200
+    assert send_json(hub, verify.removeprefix(hub.url), {"oid": oid, "size": len(content)})[0] == 200
+    assert send_json(hub, verify.removeprefix(hub.url), {"oid": oid, "size": 1})[0] == 400
+    assert send_json(hub, BATCH, asked)[1]["objects"] == [{"oid": oid, "size": len(content)}]
+
+
+# --- names for commits
+
+
+def test_tags_and_branches_conflict_when_they_exist_and_keep_their_target(
+    hub: LocalHub, client: Any, repo: str
+) -> None:
+    oid = send_commit(hub, text_file("a.txt"))[1]["commitOid"]
+    done = client(
+        f"""
+        answer([
+            api.create_tag(repo, tag="v1", revision={repo!r}),
+            failure(api.create_tag, repo, tag="v1", revision="main"),
+            api.create_tag(repo, tag="v1", revision="main", exist_ok=True),
+            api.create_branch(repo, branch="release/1", revision="v1"),
+            failure(api.create_branch, repo, branch="release/1"),
+            api.create_branch(repo, branch="release/1", exist_ok=True),
+            failure(api.create_tag, repo, tag="v2", revision="nowhere"),
+            failure(api.create_tag, repo, tag="../v2"),
+            head("v1"), head("release/1"), head(),
+        ])
+        """
+    )
+    conflict = [409, "HfHubHTTPError"]
+    lost = [404, "RevisionNotFoundError"]
+    assert done[:8] == [None, conflict, None, None, conflict, None, lost, [400, "BadRequestError"]]
+    assert done[8:] == [repo, repo, oid]
+
+
+def test_a_deleted_name_is_gone_and_main_cannot_be_deleted(client: Any, repo: str) -> None:
+    done = client(
+        """
+        api.create_tag(repo, tag="v1"), api.create_branch(repo, branch="b")
+        refs = api.list_repo_refs(repo)
+        api.delete_tag(repo, tag="v1"), api.delete_branch(repo, branch="b")
+        answer([
+            [r.ref for r in refs.branches + refs.tags],
+            [r.ref for r in api.list_repo_refs(repo).branches + api.list_repo_refs(repo).tags],
+            failure(head, "v1"),
+            failure(api.delete_tag, repo, tag="v1"),
+            failure(api.delete_branch, repo, branch="main"),
+        ])
+        """
+    )
+    lost = [404, "RevisionNotFoundError"]
+    assert done == [
+        ["refs/heads/b", "refs/heads/main", "refs/tags/v1"],
+        ["refs/heads/main"],
+        lost,
+        lost,
+        [403, "HfHubHTTPError"],
+    ]
+
+
+def test_a_branch_and_a_tag_of_one_name_stay_apart(hub: LocalHub, client: Any, repo: str) -> None:
+    some_file(client, "a.txt")
+    done = client(
+        """
+        api.create_tag(repo, tag="twin"), api.create_branch(repo, branch="twin")
+        oid = commit(add("a.txt"), revision="twin").oid
+        commit(add("a.txt"), revision="twin", parent_commit=oid)
+        answer([oid, head("twin"), head("refs/heads/twin")])
+        """
+    )
+    assert done[1:] == [repo, done[0]]
+    assert done[0] != repo
+    assert count(hub, "POST .*/commit/twin") == 1
+
+
+def test_a_pull_request_holds_its_commits_and_leaves_main_alone(hub: LocalHub, client: Any, repo: str) -> None:
+    some_file(client), some_file(client, "a.txt"), some_file(client, "b.txt")
+    done = client(
+        """
+        first = commit(add("noise.bin"), create_pr=True)
+        second = commit(add("a.txt"), revision=first.pr_revision)
+        empty = api.create_pull_request(repo, "another")
+        third = commit(add("b.txt"), revision=empty.git_reference)
+        refs = {r.ref: r.target_commit for r in api.list_repo_refs(repo, include_pull_requests=True).pull_requests}
+        details = api.get_discussion_details(repo, first.pr_num)
+        answer([first.pr_revision, api.list_repo_files(repo, revision="refs/pr/1"),
+                api.list_repo_files(repo, revision="refs/pr/2"),
+                refs == {"refs/pr/1": second.oid, "refs/pr/2": third.oid},
+                details.title, details.is_pull_request, details.target_branch, empty.status])
+        """
+    )
+    assert done[:2] == ["refs/pr/1", [".gitattributes", "a.txt", "noise.bin"]]
+    assert done[2:] == [[".gitattributes", "b.txt"], True, "a title", True, "refs/heads/main", "draft"]
+    assert head(hub) == repo
+
+
+# --- repositories and who may see them
+
+
+def test_creating_a_repository_twice_conflicts_unless_that_is_accepted(hub: LocalHub, client: Any, repo: str) -> None:
+    done = client("answer([failure(api.create_repo, repo), api.create_repo(repo, exist_ok=True).repo_id])")
+    assert done == [[409, "HfHubHTTPError"], "me/model"]
+    assert head(hub) == repo
+
+
+def test_what_is_missing_is_named(client: Any, repo: str) -> None:
+    done = client(
+        """
+        answer([failure(api.model_info, "me/nothing"), failure(head, "nowhere"), failure(read, "nothing.txt", "main"),
+                failure(lambda: list(api.list_repo_tree(repo, "nothing"))),
+                [entry.path for entry in api.get_paths_info(repo, [".gitattributes", "nothing.txt"])]])
+        """
+    )
+    assert done == [
+        [404, "RepositoryNotFoundError"],
+        [404, "RevisionNotFoundError"],
+        [404, "RemoteEntryNotFoundError"],
+        [404, "RemoteEntryNotFoundError"],
+        [".gitattributes"],
+    ]
+
+
+def test_a_private_repository_is_closed_to_strangers_and_writing_needs_a_writer(client: Any, new_client: Any) -> None:
+    some_file(client, "a.txt")
+    client("api.create_repo(repo, private=True); answer(commit(add('a.txt')).oid)")
+    code = "answer([failure(read, 'a.txt', 'main'), failure(head), failure(commit, add('a.txt'))])"
+    assert [status for status, _ in new_client(client.url)(code, token=None)] == [401, 401, 401]
+    assert [status for status, _ in new_client(client.url)(code, token="stolen")] == [401, 401, 401]
+    assert new_client(client.url)(code, token="reader") == [None, None, [403, "HfHubHTTPError"]]
+    roles = "answer(failure(api.whoami) or api.whoami()['auth']['accessToken']['role'])"
+    assert [client(roles, token=token) for token in ("secret", "reader", "stolen")][:2] == ["write", "read"]
+    assert client(roles, token="stolen")[0] == 401
+
+
+def test_xet_storage_needs_a_xet_token(hub: LocalHub, repo: str) -> None:
+    for target in (f"/xet/v1/xorbs/default/{'0' * 64}", "/xet/v1/shards"):
+        assert send(hub, "POST", target, b"x", WRITER)[0] == 401
+    status, headers, _ = send(hub, "GET", "/api/models/me/model/xet-read-token/main", headers=WRITER)
+    reader = {"Authorization": f"Bearer {headers['X-Xet-Access-Token']}"}
+    assert (status, send(hub, "POST", "/xet/v1/shards", b"x", reader)[0]) == (200, 401)
+    assert send(hub, "GET", "/api/models/me/model/xet-write-token/main")[0] == 401
+
+
+def test_a_long_tree_comes_in_pages_that_lose_nothing(tmp_path: Path, new_client: Any) -> None:
+    with LocalHub(tmp_path / "hub", tokens={"secret"}, page_size=3) as hub:
+        send_json(hub, "/api/repos/create", {"name": "model", "organization": "me"})
+        paths = [f"d{n % 3}/{n}.txt" for n in range(10)]
+        assert send_commit(hub, *(text_file(path) for path in paths))[0] == 200
+        code = """
+        answer([[e.path for e in api.list_repo_tree(repo, recursive=True)],
+                [e.path for e in api.list_repo_tree(repo, "d1", expand=True)], len(api.list_repo_commits(repo))])
+        """
+        deep, flat, commits = new_client(hub.url)(code)
+        assert sorted(deep) == sorted([".gitattributes", "d0", "d1", "d2", *paths])
+        assert sorted(flat) == ["d1/1.txt", "d1/4.txt", "d1/7.txt"]
+        assert (commits, count(hub, "GET .*/tree/.*cursor=")) == (2, 4)
+
+
+# --- faults
+
+
+@pytest.mark.parametrize("kind", ["503", "429", "drop"])
+def test_the_client_retries_a_passing_fault_of_an_upload(hub: LocalHub, client: Any, repo: str, kind: str) -> None:
+    content = some_file(client)
+    hub.faults.append(Fault("PUT", "^/lfs/", kind))
+    assert bytes.fromhex(client("answer(read('noise.bin', commit(add('noise.bin')).oid).hex())")) == content
+    assert hub.faults == []
+    first = 0 if kind == "drop" else int(kind)
+    assert [status for method, _, status in hub.requests if method == "PUT"] == [first, 200]
+
+
+def test_a_dropped_commit_did_not_happen_and_a_lost_one_did(hub: LocalHub, client: Any, repo: str) -> None:
+    some_file(client, "a.txt")
+    code = f"answer(failure(lambda: commit(add('a.txt'), parent_commit={repo!r})))"
+    hub.faults.append(Fault("POST", "/commit/main", "drop"))
+    assert client(code) == [0, "RemoteProtocolError"]
+    assert head(hub) == repo
+    hub.faults.append(Fault("POST", "/commit/main", "lost"))
+    assert client(code) == [0, "RemoteProtocolError"]
+    assert head(hub) != repo
+    assert client(f"answer(commit(add('a.txt'), parent_commit={repo!r}).oid)") == head(hub)
+
+
+def test_a_status_is_answered_without_acting_as_often_as_asked(hub: LocalHub, client: Any, repo: str) -> None:
+    hub.faults.append(Fault("*", "/api/repos/create|/tag/", "500", 2))
+    code = """
+    answer([failure(api.create_tag, repo, tag=f"v{n}") for n in range(3)] + [len(api.list_repo_refs(repo).tags)])
+    """
+    assert client(code) == [[500, "HfHubHTTPError"], [500, "HfHubHTTPError"], None, 1]
+    hub.faults.append(Fault("GET", "/refs", "500", -1))
+    assert client("answer([failure(api.list_repo_refs, repo)[0] for _ in range(4)])") == [500] * 4
+
+
+def test_a_truncated_download_is_resumed_by_range(hub: LocalHub, client: Any, repo: str) -> None:
+    content = some_file(client, size=24 << 20)  # the client keeps what it received in steps of 10 MiB
+    oid = client("answer(commit(add('noise.bin')).oid)")
+    hub.faults.append(Fault("GET", r"/resolve/.*noise\.bin", "truncate"))
+    code = f"import hashlib; answer(hashlib.sha256(read('noise.bin', {oid!r})).hexdigest())"
+    assert client(code) == hashlib.sha256(content).hexdigest()
+    assert [status for method, path, status in hub.requests if method == "GET" and "/resolve/" in path] == [200, 206]
+
+
+def test_a_corrupt_download_has_the_right_size_and_one_wrong_bit(hub: LocalHub, client: Any, repo: str) -> None:
+    content = some_file(client)
+    oid = client("answer(commit(add('noise.bin')).oid)")
+    hub.faults.append(Fault("GET", r"/resolve/.*noise\.bin", "corrupt"))
+    code = f"""
+    answer([read("noise.bin", {oid!r}).hex(), [m["path"] if isinstance(m, dict) else m.path
+            for m in api.verify_repo_checksums(repo, revision={oid!r}).mismatches]])
+    """
+    found, mismatches = client(code)
+    different = [(a, b) for a, b in zip(bytes.fromhex(found), content, strict=True) if a != b]
+    assert [(a ^ b).bit_count() for a, b in different] == [1]
+    assert mismatches == ["noise.bin"]
+
+
+@needs_xet
+def test_faults_reach_the_xet_road_too(hub: LocalHub, client: Any, repo: str) -> None:
+    content = some_file(client)
+    hub.faults += [Fault("POST", "/xorbs/", "lost"), Fault("GET", "/xet/data/", "drop")]
+    assert bytes.fromhex(client("answer(read('noise.bin', commit(add('noise.bin')).oid).hex())", xet=True)) == content
+    assert hub.faults == []
+
+
+def test_a_fault_is_read_from_a_line_and_an_unknown_one_is_refused() -> None:
+    assert Fault.parse("GET:^/a:b(?:c):503:4") == Fault("GET", "^/a:b(?:c)", "503", 4)
+    assert Fault.parse("*:.*:truncate") == Fault("*", ".*", "truncate", 1)
+    assert Fault.parse("PUT:/x:lost:-1") == Fault("PUT", "/x", "lost", -1)
+    for wrong in ("GET:/x", "GET:/x:explode", "GET:/x:999", "/x:drop"):
+        with pytest.raises(ValueError, match="fault"):
+            Fault.parse(wrong)
+
+
+# --- the command
+
+
+@contextmanager
+def command(script: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the script; yields it and the first line it prints."""
+    process = subprocess.Popen(
+        [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline()
+        finally:
+            process.kill()
+
+
+def test_a_server_restarted_after_a_kill_has_the_same_repositories(
+    tmp_path: Path, new_client: Any, hub_script: Path
+) -> None:
+    arguments = [str(tmp_path / "hub"), "--token", "secret", "--fault", "POST:/tag/:409"]
+    with command(hub_script, *arguments) as (process, line):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+\n", line)
+        client = new_client(line.strip())
+        content = some_file(client)
+        state = """
+        refs = api.list_repo_refs(repo)
+        answer([[[r.ref, r.target_commit] for r in refs.branches + refs.tags],
+                [c.commit_id for c in api.list_repo_commits(repo)], read("noise.bin", "v1").hex()])
+        """
+        code = """
+        api.create_repo(repo, private=True), commit(add("noise.bin"))
+        assert failure(api.create_tag, repo, tag="v1") == [409, "HfHubHTTPError"]
+        api.create_tag(repo, tag="v1")
+        """
+        before = client(code + state)
+        process.send_signal(signal.SIGKILL)
+        assert process.communicate() == ("", "")
+    with command(hub_script, *arguments) as (process, line):
+        restarted = new_client(line.strip())
+        after = restarted(state)
+        assert restarted("answer(failure(head))", token=None)[0] == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate() == ("", "")
+        assert process.returncode == 0
+    assert before == after
+    assert bytes.fromhex(after[2]) == content
+
+
+def test_the_command_logs_only_when_asked_and_listens_only_on_loopback(tmp_path: Path, hub_script: Path) -> None:
+    with command(hub_script, str(tmp_path / "hub"), "--verbose") as (process, line):
+        host, port = line.strip().removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection.request("GET", "/api/models/me/nothing")
+        assert connection.getresponse().status == 404
+        connection.close()
+        process.send_signal(signal.SIGTERM)
+        output, log = process.communicate()
+    assert (host, output) == ("127.0.0.1", "")
+    assert "GET /api/models/me/nothing" in log
+
+
+def test_a_stopped_hub_hangs_up_on_open_connections(tmp_path: Path) -> None:
+    with LocalHub(tmp_path) as hub:
+        connection = http.client.HTTPConnection("127.0.0.1", int(hub.url.rsplit(":", 1)[1]), timeout=20)
+        connection.request("GET", "/api/models/me/nothing")
+        assert connection.getresponse().read() != b""
+    assert connection.sock is not None
+    connection.auto_open = 0
+    with pytest.raises((http.client.HTTPException, OSError)):
+        connection.request("GET", "/api/models/me/nothing"), connection.getresponse()
+    connection.close()
