@@ -3,6 +3,10 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adaptkit.training.loop import StepReport
 
 
 @contextmanager
@@ -26,3 +30,38 @@ def byte_progress(label: str, hidden: bool = False) -> Iterator[Callable[[int, i
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def step_progress(hidden: bool = False) -> Iterator[Callable[["StepReport"], None]]:
+    """Show loss, tokens per second and time left of a training run while the block runs.
+
+    Args:
+        hidden: show nothing.
+
+    Yields:
+        A function that is told of every step.
+    """
+    if hidden or not sys.stderr.isatty():
+        yield lambda report: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("train", total=None, loss=float("nan"), speed=0.0)
+
+        def show(report: "StepReport") -> None:
+            bar.update(
+                task, completed=report.step, total=report.steps, loss=report.loss, speed=report.tokens_per_second
+            )
+
+        yield show

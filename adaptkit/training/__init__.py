@@ -1,0 +1,1 @@
+"""QLoRA training on NF4 shards, and evaluation."""

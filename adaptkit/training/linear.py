@@ -1,0 +1,152 @@
+"""Linear layers whose frozen weight stays packed, with a LoRA adapter fused into the same autograd function.
+
+    Y = X Wᵀ + s · (X' Aᵀ) Bᵀ          X' is X after dropout
+
+W is dequantized in the forward pass, dropped, and dequantized again in the backward pass, so that no 16-bit copy of it
+is kept. W gets no gradient; A and B do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaptkit.checkpoint import quantized
+from adaptkit.errors import BaseMismatchError
+from adaptkit.numerics.formats import nf4
+from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax
+from adaptkit.numerics.lora import LowRank
+
+
+class NF4Weight(nn.Module):
+    """A frozen NF4 weight, (out, in), packed as in the file."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    levels: Tensor
+
+    def __init__(self, weight: quantized.QuantizedWeight) -> None:
+        super().__init__()
+        self.shape, self.block_size = weight.shape, weight.block_size
+        self.offset: float | None = None
+        constants, nested_absmax = weight.constants, torch.empty(0)
+        if isinstance(constants, DoubleQuantized):
+            absmax, nested_absmax, self.offset = constants.codes, constants.nested_absmax, constants.offset
+        else:
+            absmax = constants
+        for name, part in (("codes", weight.codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
+            self.register_buffer(name, part)
+        self.register_buffer("levels", weight.levels)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (out, in), in ``dtype``."""
+        absmax = self.absmax
+        if self.offset is not None:
+            absmax = dequantize_absmax(DoubleQuantized(self.absmax, self.nested_absmax, self.offset), self.levels)
+        return nf4.dequantize(Blockwise(self.codes, absmax, self.shape, self.block_size), dtype)
+
+
+class PlainWeight(nn.Module):
+    """A frozen 16- or 32-bit weight, (out, in)."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(weight.shape)
+        self.register_buffer("weight", weight)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (out, in), in ``dtype``."""
+        return self.weight.to(dtype)
+
+
+FrozenWeight = NF4Weight | PlainWeight
+
+
+class _Linear(torch.autograd.Function):
+    """The formula of the module's docstring; saves inputs and adapter, never W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        weight: NF4Weight | PlainWeight,
+        scale: float,
+    ) -> Tensor:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        inner = flat_dropped @ a.T
+        y = flat @ weight.dequantize(x.dtype).T
+        y.addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(flat_dropped, inner, lora_a, lora_b)
+        ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
+        dropped, inner, lora_a, lora_b = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        grad_inner = (grad @ b) * ctx.scale
+        grad_a = (grad_inner.T @ dropped).to(lora_a.dtype)
+        grad_b = ((grad.T @ inner) * ctx.scale).to(lora_b.dtype)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ctx.weight.dequantize(grad.dtype)
+            if ctx.shared:
+                grad_x.addmm_(grad_inner, a)
+            grad_x = grad_x.view(ctx.shape)
+        if ctx.needs_input_grad[1] and not ctx.shared:
+            grad_dropped = (grad_inner @ a).view(ctx.shape)
+        return grad_x, grad_dropped, grad_a, grad_b, None, None
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with a frozen weight and, if it is a target, a LoRA adapter.
+
+    Attributes:
+        weight: frozen, (out, in).
+        bias: frozen, (out,), or None.
+        lora_a: (rank, in) float32, or None.
+        lora_b: (out, rank) float32, or None.
+        scaling: α / rank.
+        dropout: of the adapter's input, while training.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: FrozenWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.base = weight
+        self.register_buffer("bias", bias)
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+        self.scaling, self.dropout = 1.0, 0.0
+
+    def attach(self, change: LowRank, dropout: float = 0.0) -> None:
+        """Give the layer an adapter.
+
+        Raises:
+            BaseMismatchError: the adapter is for a weight of another shape.
+        """
+        if change.shape != tuple(self.base.shape):
+            raise BaseMismatchError(f"the adapter is for {list(change.shape)}, the weight is {list(self.base.shape)}")
+        self.lora_a = nn.Parameter(change.lora_a.float())
+        self.lora_b = nn.Parameter(change.lora_b.float())
+        self.scaling, self.dropout = change.scaling, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out)."""
+        if self.lora_a is None or self.lora_b is None:
+            y = functional.linear(x, self.base.dequantize(x.dtype))
+        else:
+            dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
+            y = _Linear.apply(x, dropped, self.lora_a, self.lora_b, self.base, self.scaling)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)

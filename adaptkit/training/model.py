@@ -1,0 +1,233 @@
+"""A language model on packed weights.
+
+transformers builds the architecture on the meta device, without memory; its linear layers are replaced by
+``LoraLinear`` layers that hold the weights as the shards have them, and the other tensors are put in place.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.training.linear import FrozenWeight, LoraLinear, NF4Weight, PlainWeight
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        network: transformers' model, on its device.
+        linears: by dotted path, its replaced linear layers.
+        checkpoint: where the weights came from.
+    """
+
+    network: Any
+    linears: Mapping[str, LoraLinear]
+    checkpoint: Checkpoint
+
+    def adapted(self) -> dict[str, LoraLinear]:
+        """The layers that carry an adapter, by dotted path, sorted."""
+        return {name: layer for name, layer in sorted(self.linears.items()) if layer.lora_a is not None}
+
+    def changes(self) -> dict[str, LowRank]:
+        """The adapter, by module."""
+        return {
+            name: LowRank(layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling)
+            for name, layer in self.adapted().items()
+            if layer.lora_a is not None and layer.lora_b is not None
+        }
+
+
+def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> Model:
+    """Build a checkpoint's model with packed weights; every linear layer inside it becomes a ``LoraLinear``.
+
+    Args:
+        root: folder of an NF4 or plain checkpoint.
+        compute_dtype: of activations, norms and embeddings.
+        device: where it will run.
+
+    Raises:
+        CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there.
+        UsageError: transformers does not know the architecture, or is not installed.
+    """
+    checkpoint = Checkpoint(root)
+    network = _empty_network(checkpoint, compute_dtype)
+    used: set[str] = set()
+    linears: dict[str, LoraLinear] = {}
+    packed = set(quantized.quantized_names(checkpoint))
+    head = network.get_output_embeddings()
+    for name, module in list(network.named_modules()):
+        if _is_linear(module) and module is not head:
+            linears[name] = _replace(
+                network, name, checkpoint, packed, used, transposed=not isinstance(module, nn.Linear)
+            )
+    for name, parameter in list(network.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta and name in checkpoint.tensors:
+            _assign(network, name, checkpoint.read(name).to(compute_dtype))
+            used.add(name)
+    network.tie_weights()
+    _recreate_buffers(network)
+    missing = [name for name, tensor in [*network.named_parameters(), *network.named_buffers()] if tensor.is_meta]
+    if missing:
+        raise CheckpointError(f"{root}: has no {missing[0]}, which {type(network).__name__} needs")
+    unknown = sorted(set(checkpoint.tensors) - used - _tied_names(network))
+    if unknown:
+        raise CheckpointError(f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}")
+    network.requires_grad_(False)
+    return Model(network.to(device).eval(), linears, checkpoint)
+
+
+def new_adapter(
+    model: Model, targets: Sequence[str], rank: int, alpha: float, init: str, dropout: float, seed: int
+) -> None:
+    """Give every layer that matches a pattern a fresh adapter: A random, B zero.
+
+    Args:
+        model: to change.
+        targets: shell patterns of module paths, or of their last parts; ``*`` is all.
+        rank: of the matrices.
+        alpha: scaling is alpha / rank.
+        init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
+        dropout: of the adapters' input.
+        seed: of A.
+
+    Raises:
+        UsageError: a pattern matches no layer.
+    """
+    chosen: set[str] = set()
+    for pattern in targets:
+        matched = {n for n in model.linears if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
+        if not matched:
+            known = sorted({name.rpartition(".")[2] for name in model.linears})
+            raise UsageError(f"the target {pattern!r} matches no linear layer", hint=f"there are: {', '.join(known)}")
+        chosen |= matched
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(chosen):
+        layer = model.linears[name]
+        out_features, in_features = layer.base.shape
+        if init == "normal":
+            lora_a = torch.randn(rank, in_features, generator=generator) / rank
+        else:
+            lora_a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+        change = LowRank(lora_a, torch.zeros(out_features, rank), alpha / rank)
+        layer.attach(change, dropout)
+        layer.to(next(layer.base.buffers()).device)
+
+
+def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str) -> None:
+    """Give a model an existing adapter.
+
+    Raises:
+        BaseMismatchError: the adapter changes a module that the model lacks, or of another shape.
+    """
+    for name, change in changes.items():
+        if name not in model.linears:
+            raise BaseMismatchError(f"{where}: changes {name}, which {model.checkpoint.root} does not have")
+        try:
+            model.linears[name].attach(change)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(f"{where}: {name}: {error.message}") from error
+        model.linears[name].to(next(model.linears[name].base.buffers()).device)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    if name not in {"auto", "cpu"} and not (re.fullmatch(r"cuda(:\d+)?", name) and torch.cuda.is_available()):
+        raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """transformers, without its advice on stderr and without its network.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("training needs transformers", hint="pip install 'adaptkit[train]'") from error
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield transformers
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _empty_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    with quiet_transformers() as transformers:
+        values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        kind = values.pop("model_type", None)
+        try:
+            config = transformers.AutoConfig.for_model(kind, **values)
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({error})") from error
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _replace(
+    network: Any, name: str, checkpoint: Checkpoint, packed: set[str], used: set[str], transposed: bool
+) -> LoraLinear:
+    weight_name, bias_name = f"{name}.weight", f"{name}.bias"
+    if weight_name not in checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.root}: has no {weight_name}, which {type(network).__name__} needs")
+    if weight_name in packed:
+        weight: FrozenWeight = NF4Weight(quantized.read_quantized(checkpoint, weight_name))
+        used.update(quantized.part_names(checkpoint, weight_name))
+    else:
+        plain = checkpoint.read(weight_name)
+        weight = PlainWeight(plain.T.contiguous() if transposed else plain)
+        used.add(weight_name)
+    bias = checkpoint.read(bias_name) if bias_name in checkpoint.tensors else None
+    used.update({bias_name} if bias is not None else set())
+    layer = LoraLinear(weight, bias)
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, layer)
+    return layer
+
+
+def _assign(network: Any, name: str, value: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    module = network.get_submodule(parent)
+    if tuple(module._parameters[child].shape) != tuple(value.shape):
+        expected = list(module._parameters[child].shape)
+        raise CheckpointError(f"{name} is {list(value.shape)} in the file; the architecture expects {expected}")
+    module._parameters[child] = nn.Parameter(value, requires_grad=False)
+
+
+def _recreate_buffers(network: Any) -> None:
+    """Compute the buffers that no file holds (rotary frequencies), which the meta device left empty."""
+    for module in network.modules():
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in empty:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if empty:
+            network._init_weights(module)
+
+
+def _tied_names(network: Any) -> set[str]:
+    """Names under which a file may hold a tensor that another name provides."""
+    return {name for name, _ in network.named_parameters(remove_duplicate=False)}
