@@ -6,9 +6,9 @@ by transformers and saved in bfloat16. The weights have thus been through 4 bits
 The instruction data are question-answer pairs of the package ``chatterbot-corpus`` (BSD), one jsonl row each:
 instruction, context (the topic), output.
 
-    python scripts/get_smollm2.py [FOLDER]      default: the user's cache folder; prints the checkpoint's path
+    python scripts/get_smollm2.py [FOLDER]      default: adaptkit/smollm2 in the user's cache folder
 
-Made once; a second call only prints.
+Makes FOLDER/SmolLM2-135M-Instruct and FOLDER/data once, and prints FOLDER; a second call only prints.
 """
 
 import json
@@ -29,6 +29,7 @@ TOPICS = (
     "trivia",
 )  # fmt: skip
 LONGEST_ANSWER = 300
+MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
 def default_folder() -> Path:
@@ -64,7 +65,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Write ``instructions.jsonl``: every question of the chosen topics, its topic, its answer."""
+    """Write ``train.jsonl`` and ``test.jsonl``, every tenth row: the chosen topics' questions and first answers."""
     import yaml
 
     rows = {}
@@ -75,14 +76,16 @@ def write_data(folder: Path) -> None:
                 if 0 < len(answer) <= LONGEST_ANSWER:
                     row = {"instruction": str(question).strip(), "context": f"Topic: {topic}", "output": answer}
                     rows.setdefault(row["instruction"].lower(), row)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
-    (folder / "instructions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()]
+    (folder / "test.jsonl").write_text("".join(lines[::10]), encoding="utf-8")
+    del lines[::10]
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def make(folder: Path) -> Path:
     """Make whatever is not there yet; each part appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (("SmolLM2-135M-Instruct", write_model), ("data", write_data)):
+    for name, write in ((MODEL_NAME, write_model), ("data", write_data)):
         final = folder / name
         if not final.exists():
             partial = folder / f"{name}.partial"
@@ -90,7 +93,7 @@ def make(folder: Path) -> Path:
             partial.mkdir()
             write(partial)
             partial.rename(final)
-    return folder / "SmolLM2-135M-Instruct"
+    return folder
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ class _Run:
                     f"the loss is {float(loss)} at step {step + 1}", hint="lower the learning rate, or look at the data"
                 )
             torch.autograd.backward(loss)
-            total += float(loss)
+            total += float(loss.detach())
         norm = self.optimizer.clip(config.max_grad_norm)
         rate = learning_rate(config, step, self.steps)
         self.optimizer.step(rate)

@@ -1,0 +1,185 @@
+"""Run quantize, train, evaluate, merge, unmerge, diff, publish, pull and verify on SmolLM2-135M-Instruct.
+
+Every step is the real command line; the Hub is ``scripts/local_hub.py`` on this machine. Ends with a summary of what
+each step did and what shows it.
+"""
+
+import argparse
+import contextlib
+import filecmp
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import get_smollm2
+
+STEPS = 60
+QUESTION = "What is the capital of Australia?\n\nTopic: trivia"
+BARS = "▁▂▃▄▅▆▇█"
+REPO = "demo/smollm2-trivia"
+
+
+class Demo:
+    """Runs commands in a work folder and remembers what the summary needs."""
+
+    def __init__(self, folder: Path, sources: Path) -> None:
+        self.folder = folder
+        self.model = sources / get_smollm2.MODEL_NAME
+        self.data = sources / "data"
+        self.summary: list[tuple[str, str]] = []
+        self.environment = dict(os.environ)
+
+    def run(self, *arguments: object, expect: int = 0) -> str:
+        """Run one adaptkit command, show it and its output, and return the output."""
+        shown = ["adaptkit", *map(str, arguments)]
+        for path, name in ((self.folder, ""), (self.model.parent, "")):
+            shown = [text.replace(f"{path}/", name) for text in shown]
+        print(f"\n$ {shlex.join(shown)}", flush=True)
+        command = [sys.executable, "-m", "adaptkit.cli.main", *map(str, arguments)]
+        started = time.monotonic()
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True, check=False
+        )
+        print(done.stdout.replace(f"{self.folder}/", ""), end="")
+        print(f"({time.monotonic() - started:.1f} s)", flush=True)
+        if done.returncode != expect:
+            sys.exit(f"demo: exit code {done.returncode}, expected {expect}")
+        return done.stdout
+
+    def tell(self, step: str, text: str) -> None:
+        """Add a line to the summary."""
+        self.summary.append((step, text))
+
+    def quantize(self) -> None:
+        """16 bits to NF4."""
+        self.run("quantize", self.model, "-o", "base-nf4")
+        before, after = (
+            sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (self.model, self.path("base-nf4"))
+        )
+        self.tell("quantize", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)")
+
+    def train(self) -> None:
+        """QLoRA on trivia."""
+        self.run("train", "--base", "base-nf4", "--data", self.data / "train.jsonl", "-o", "trivia", "--steps", STEPS,
+                 "--checkpointing", "sqrt", "--optimizer-pages-mib", 8)  # fmt: skip
+        lines = [json.loads(line) for line in (self.path("trivia") / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+        self.tell("train", f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f} in {STEPS} steps")
+        self.tell("loss curve", f"{curve(losses)}  {losses[0]:.2f} -> {losses[-1]:.2f}")
+
+    def evaluate(self) -> None:
+        """Questions that were in neither training nor held-out data."""
+        test, losses, answers = self.data / "test.jsonl", {}, {}
+        for name, model in (("before", ("base-nf4",)), ("after", ("base-nf4", "--adapter", "trivia"))):
+            printed = self.run("evaluate", "--base", *model, "--data", test, "--prompt", QUESTION)
+            losses[name] = found(r"loss +([\d.]+)", printed)
+            answers[name] = found(r"answer +(.*)", printed)
+        self.tell("evaluate", f"loss on unseen questions {losses['before']} -> {losses['after']}")
+        self.tell("answer before", answers["before"])
+        self.tell("answer after", answers["after"])
+
+    def merge(self) -> None:
+        """Into the 16-bit base, and out again."""
+        self.run("merge", self.model, "trivia", "-o", "merged")
+        printed = self.run("evaluate", "--base", "merged", "--data", self.data / "test.jsonl", "--prompt", QUESTION)
+        loss = found(r"loss +([\d.]+)", printed)
+        self.tell("merge", f"16-bit model with the adapter inside: loss {loss}")
+        self.run("unmerge", "merged", "-o", "restored", "--adapter", "trivia")
+        name = "model.safetensors"
+        same = filecmp.cmp(self.model / name, self.path("restored") / name, shallow=False)
+        changed = not filecmp.cmp(self.model / name, self.path("merged") / name, shallow=False)
+        if not (same and changed):
+            sys.exit("demo: unmerge did not restore the base")
+        self.tell("unmerge", f"identical: {name} has the base's bytes again, all {(self.model / name).stat().st_size}")
+
+    def publish(self) -> None:
+        """To a Hub, back, and compared."""
+        with local_hub(self.folder / "hub") as url:
+            self.environment |= {
+                "HF_ENDPOINT": url, "HF_TOKEN": "demo", "HF_HOME": str(self.folder / "hf"),
+                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            }  # fmt: skip
+            printed = self.run("publish", "trivia", REPO, "--tag", "v1")
+            commit = found(r"commit +(\w+)", printed)
+            digest = found(r"manifest sha256 +(\w+)", printed)
+            again = self.run("publish", "trivia", REPO, "--tag", "v1")
+            if "nothing" not in again:
+                sys.exit("demo: publishing again sent something")
+            self.run("pull", f"{REPO}@v1", "-o", "pulled")
+        self.run("verify", "pulled", "--manifest-sha256", digest)
+        self.run("diff", "trivia", "pulled")
+        self.tell("publish", f"commit {commit[:12]}, tag v1; publishing again sends nothing")
+        self.tell("pull, verify", f"every byte as published; manifest sha256 {digest[:16]}…")
+        self.tell("diff", "the pulled adapter is the same as the trained one")
+
+    def path(self, name: str) -> Path:
+        """A folder in the work folder."""
+        return self.folder / name
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of a checkpoint's shards."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def found(pattern: str, text: str) -> str:
+    """The first group of a pattern in a command's output."""
+    match = re.search(pattern, text)
+    if match is None:
+        sys.exit(f"demo: {pattern!r} is not in the output")
+    return match[1]
+
+
+def curve(values: list[float], width: int = 30) -> str:
+    """Draw a curve in one line, each column the mean of its share of the values."""
+    step = len(values) / width
+    means = []
+    for column in range(width):
+        share = values[int(column * step) : max(int(column * step) + 1, int((column + 1) * step))]
+        means.append(sum(share) / len(share))
+    low, high = min(means), max(means)
+    return "".join(BARS[round((mean - low) / (high - low or 1) * (len(BARS) - 1))] for mean in means)
+
+
+@contextlib.contextmanager
+def local_hub(folder: Path) -> Iterator[str]:
+    """Run the loopback Hub and yield its address."""
+    script = Path(__file__).with_name("local_hub.py")
+    command = [sys.executable, str(script), str(folder), "--token", "demo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline().strip()
+        finally:
+            server.terminate()
+
+
+def main() -> None:
+    """Run everything and print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="keep the artifacts here; default: a folder in the user's cache")
+    sources = get_smollm2.default_folder()
+    folder = (parser.parse_args().folder or sources.parent / "demo").resolve()
+    print("Fetching SmolLM2-135M-Instruct and question-answer data (once)", flush=True)
+    get_smollm2.make(sources)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.monotonic()
+    demo = Demo(folder, sources)
+    for step in (demo.quantize, demo.train, demo.evaluate, demo.merge, demo.publish):
+        step()
+    print(f"\nSummary ({time.monotonic() - started:.0f} s; artifacts in {folder})\n")
+    for label, text in demo.summary:
+        print(f"  {label:<13}  {text}")
+
+
+if __name__ == "__main__":
+    main()
