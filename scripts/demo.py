@@ -21,7 +21,7 @@ from pathlib import Path
 import get_smollm2
 
 STEPS = 60
-QUESTION = "What is the capital of Australia?\n\nTopic: trivia"
+QUESTION = "Which of Shakespeare’s plays is the longest?\n\nTopic: trivia"
 BARS = "▁▂▃▄▅▆▇█"
 REPO = "demo/smollm2-trivia"
 
@@ -81,7 +81,7 @@ class Demo:
         for name, model in (("before", ("base-nf4",)), ("after", ("base-nf4", "--adapter", "trivia"))):
             printed = self.run("evaluate", "--base", *model, "--data", test, "--prompt", QUESTION)
             losses[name] = found(r"loss +([\d.]+)", printed)
-            answers[name] = found(r"answer +(.*)", printed)
+            answers[name] = found(r"\nanswer +(.*)", printed)
         self.tell("evaluate", f"loss on unseen questions {losses['before']} -> {losses['after']}")
         self.tell("answer before", answers["before"])
         self.tell("answer after", answers["after"])

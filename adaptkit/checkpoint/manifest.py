@@ -17,7 +17,7 @@ Canonical JSON: UTF-8, sorted keys, no spaces, no times, host names or absolute 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -145,7 +145,7 @@ class Manifest:
                 "files": FileRecord, "tensors": TensorRecord, "parents": Parent, "targets": Target
             }  # fmt: skip
             for name, record in parts.items():
-                document[name] = tuple(record(**entry) for entry in document[name])
+                document[name] = tuple(_typed(record(**entry)) for entry in document[name])
             manifest = cls(**document)
             _check_paths(manifest.files)
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
@@ -189,6 +189,23 @@ def parent_of(
     if manifest is None:
         return Parent(role, "checkpoint", tensors_root(tensors), weight=weight)
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
+
+
+def _typed(record: Any) -> Any:
+    """Return the record if its fields have the types that they claim; JSON can hold anything.
+
+    Raises:
+        TypeError: names the field.
+    """
+    for part in fields(record):
+        value, kind = getattr(record, part.name), part.type
+        if kind == tuple[int, ...]:
+            fits = isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
+        else:
+            fits = isinstance(value, kind) and not isinstance(value, bool)  # type: ignore[arg-type]
+        if not fits:
+            raise TypeError(f"{part.name} is {value!r}")
+    return record
 
 
 def _check_paths(files: tuple[FileRecord, ...]) -> None:

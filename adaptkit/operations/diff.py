@@ -91,8 +91,7 @@ def _same(one: Adapter, two: Adapter) -> bool:
 def _compare(name: str, one: LowRank | None, two: LowRank | None) -> tuple[ModuleDifference, float, float]:
     """The module's difference, with ⟨Δ₁, Δ₂⟩ and ‖Δ₁ − Δ₂‖ for the totals."""
     norms = (lora.norm(one) if one else 0.0, lora.norm(two) if two else 0.0)
-    comparable = one is not None and two is not None and one.shape == two.shape
-    if comparable and one and two:
+    if one and two and one.shape == two.shape:
         inner, distance = lora.inner_product(one, two), lora.difference_norm(one, two)
     else:
         inner, distance = 0.0, (norms[0] ** 2 + norms[1] ** 2) ** 0.5

@@ -12,16 +12,17 @@ from torch import Tensor
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import fingerprint, tensors_root
-from adaptkit.checkpoint.header import FLOATS, TensorSpec
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import BaseMismatchError, CheckpointError, NonFiniteError, UsageError
-from adaptkit.numerics import exact, lora
+from adaptkit.errors import BaseMismatchError, CheckpointError, NonFiniteError
+from adaptkit.numerics import exact
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._pipeline import Progress, in_order, no_progress, thread_count
+from adaptkit.operations._terms import check_weights, expected_fingerprints, knows_base, plan_terms
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class MergeReport:
         output: folder.
         merged: number of weights changed.
         tensors: in the checkpoint.
-        base_verified: whether the base's tensors were compared with those the adapters were trained on.
+        base_verified: whether all weights were compared with those that every adapter was trained on.
         moved: fraction of the changed matrices' elements whose value moved.
         relative_delta: ‖Δ‖ / ‖W‖ over all changed matrices.
         effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩ over all of them; what rounding left of the change.
@@ -110,13 +111,13 @@ def merge(
     options = options or MergeOptions()
     read = [read_adapter(path) for path in adapters]
     weights = options.weights or (1.0,) * len(read)
-    _check_weights(read, weights)
+    check_weights(read, weights)
     checkpoint = Checkpoint(base)
     _check_base(checkpoint)
     terms = plan_terms(checkpoint, read, weights)
     expected = {} if options.allow_base_mismatch else expected_fingerprints(read)
     check_output(output, force)
-    verified = all(adapter.manifest is not None for adapter in read) and not options.allow_base_mismatch
+    verified = bool(expected) and all(knows_base(adapter) for adapter in read)
     report = MergeReport(str(output), len(terms), len(checkpoint.tensors), verified)
     if dry_run:
         return report
@@ -135,77 +136,6 @@ def merge(
         manifest = _manifest(out, checkpoint, read, weights, terms, recorded)
         out.publish(manifest)
     return _finished(report, out, checkpoint, terms, manifest)
-
-
-def plan_terms(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]
-) -> dict[str, list[LowRank]]:
-    """Say which weight each adapter changes, and by what; every module of every adapter finds its weight or fails.
-
-    Args:
-        checkpoint: the base, or what was merged from it.
-        adapters: in order.
-        weights: one each.
-
-    Returns:
-        Tensor name -> its changes in order.
-
-    Raises:
-        BaseMismatchError: a module that the checkpoint lacks, or a shape that differs.
-    """
-    terms: dict[str, list[LowRank]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        for module, low_rank in adapter.modules.items():
-            name = f"{module}.weight"
-            change = lora.transposed(low_rank) if adapter.fan_in_fan_out else low_rank
-            if name not in checkpoint.tensors:
-                raise BaseMismatchError(
-                    f"{adapter.root}: changes {name}, which {checkpoint.root} does not have",
-                    hint="this adapter is for another model",
-                )
-            spec = checkpoint.spec(name)
-            if spec.shape != change.shape or spec.dtype not in FLOATS:
-                raise BaseMismatchError(
-                    f"{adapter.root}: {name} is {list(change.shape)} for the adapter, but "
-                    f"{list(spec.shape)} ({spec.dtype}) in {checkpoint.root}",
-                    hint="this adapter is for another model",
-                )
-            terms.setdefault(name, []).append(change.weighted(weight))
-    return terms
-
-
-def expected_fingerprints(adapters: Sequence[Adapter]) -> dict[str, tuple[str, str]]:
-    """The fingerprints of the base's weights according to the adapters' manifests.
-
-    Returns:
-        Tensor name -> (fingerprint, folder of the adapter that says so).
-
-    Raises:
-        BaseMismatchError: two adapters were trained on different bases.
-    """
-    expected: dict[str, tuple[str, str]] = {}
-    for adapter in adapters:
-        for target in adapter.manifest.targets if adapter.manifest else ():
-            if target.base_xxh3_128 is None:
-                continue
-            name = f"{target.module}.weight"
-            known, by = expected.setdefault(name, (target.base_xxh3_128, str(adapter.root)))
-            if known != target.base_xxh3_128:
-                raise BaseMismatchError(
-                    f"{by} and {adapter.root} were trained on different bases: {name} differs",
-                    hint="merge each onto its own base, or say --allow-base-mismatch",
-                )
-    return expected
-
-
-def _check_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
-    if not adapters:
-        raise UsageError("no adapter given")
-    if len(weights) != len(adapters):
-        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters", hint="give one --weight per adapter")
-    for weight in weights:
-        if not abs(weight) < float("inf"):
-            raise UsageError(f"the weight {weight} is not a finite number")
 
 
 def _check_base(checkpoint: Checkpoint) -> None:

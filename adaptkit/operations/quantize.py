@@ -12,7 +12,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
-from adaptkit.numerics.formats._blockwise import check_block_size
+from adaptkit.numerics.formats._blockwise import check_block_size, check_finite
 from adaptkit.operations._pipeline import Progress, no_progress, thread_count
 from adaptkit.operations._selection import Choice, select
 from adaptkit.operations._shards import Group, Made, plan_shards, write_shards
@@ -162,6 +162,8 @@ def _make(checkpoint: Checkpoint, choice: Choice, group: Group, options: Quantiz
     if choice.kept_because:
         return Made({choice.spec.name: weight}, digest)
     try:
+        if choice.transposed:
+            check_finite(weight)  # here the index is that in the file
         values = weight.T.contiguous() if choice.transposed else weight
         parts = quantized.encode(_as_linear(choice), values, options.block_size, options.double_quant)
     except NonFiniteError as error:

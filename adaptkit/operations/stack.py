@@ -13,7 +13,7 @@ from adaptkit.errors import AdapterError, UsageError
 from adaptkit.numerics import stacking
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._method import Method
-from adaptkit.operations.merge import expected_fingerprints
+from adaptkit.operations._terms import expected_fingerprints
 
 
 @dataclass(frozen=True)

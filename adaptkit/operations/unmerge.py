@@ -1,5 +1,6 @@
 """Take adapters out of a merged checkpoint, back to the bytes of the base."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics import exact
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._pipeline import Progress, in_order, no_progress, thread_count
-from adaptkit.operations.merge import plan_terms
+from adaptkit.operations._terms import plan_terms
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def unmerge(
                 _restore_shard(out, checkpoint, file, manifest, terms, records, thread_count(threads), progress)
         for name in (CONFIG_NAME, INDEX_NAME):
             if (merged / name).exists():
-                out.write(name, (merged / name).read_bytes())
+                out.write(name, _unchanged(merged, manifest, name))
         for path in side_files(merged):
-            out.write(path.name, path.read_bytes())
+            out.write(path.name, _unchanged(merged, manifest, path.name))
         base = next(parent for parent in manifest.parents if parent.role == "base")
         if tensors_root(out.tensors) != base.tensors_root:
             raise IntegrityError(f"{merged}: the result is not the base that was merged", hint="report this as a bug")
@@ -120,6 +121,15 @@ def _match(merged: Path, manifest: Manifest, adapters: Sequence[Adapter]) -> tup
         waiting.remove(found)
         ordered.append(found)
     return ordered, [parent.weight if parent.weight is not None else 1.0 for parent in recorded]
+
+
+def _unchanged(merged: Path, manifest: Manifest, name: str) -> bytes:
+    """The content of a small file, if it is still that of the merge."""
+    content = (merged / name).read_bytes()
+    recorded = next((record.sha256 for record in manifest.files if record.path == name), None)
+    if hashlib.sha256(content).hexdigest() != recorded:
+        raise IntegrityError(f"{name} changed since the merge", hint="get the merged model again")
+    return content
 
 
 def _records(merged: Path, checkpoint: Checkpoint, terms: dict[str, list[LowRank]]) -> TensorFiles:

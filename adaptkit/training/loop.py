@@ -205,7 +205,8 @@ class _Run:
             loss = summed_loss(self.model, batch) / answers
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(
-                    f"the loss is {float(loss)} at step {step + 1}", hint="lower the learning rate, or look at the data"
+                    f"the loss is {float(loss.detach())} at step {step + 1}",
+                    hint="lower the learning rate, or look at the data",
                 )
             torch.autograd.backward(loss)
             total += float(loss.detach())

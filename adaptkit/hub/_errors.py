@@ -1,0 +1,95 @@
+"""What huggingface_hub raises, as adaptkit's errors.
+
+    401, 403                          AuthenticationError
+    404, 410                          UsageError: no such repository, revision or file
+    409, 412                          ConflictError: somebody else was there meanwhile
+    408, 425, 429, 5xx                NetworkError
+    no answer, or one without what the client looks for in it (KeyError)    NetworkError
+    another 4xx, a value the client refuses    UsageError
+
+The client wraps some of these: a failed upload in a RuntimeError, a failed download in a LocalEntryNotFoundError.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+
+# What failed connections raise: httpx's for huggingface_hub 1, httpx2's for huggingface_hub 2.
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+
+from adaptkit.checkpoint.writer import DiskError
+from adaptkit.errors import AdaptkitError, AuthenticationError, ConflictError, NetworkError, UsageError
+
+_LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
+_AGAIN = "run the same command again; nothing is done twice"
+_PASSING = {408, 425, 429}
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Translate the errors of the client calls inside the block, and of nothing else: put only such calls there.
+
+    Args:
+        what: the repository that they are about.
+    """
+    try:
+        yield
+    except (TransportError, OSError, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, NotImplementedError | RecursionError):
+            raise
+        raise _translated(error, what) from error
+
+
+def _translated(error: BaseException, what: str) -> AdaptkitError:
+    if isinstance(error, HfHubHTTPError):
+        return _of_status(error, what)
+    if isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
+        return _translated(error.__cause__, what)
+    if isinstance(error, OfflineModeIsEnabled):
+        return NetworkError(f"{what}: huggingface_hub is offline", hint="unset HF_HUB_OFFLINE")
+    if isinstance(error, LocalTokenNotFoundError) or (isinstance(error, PermissionError) and error.errno is None):
+        return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)  # the second is hf_xet's
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+        return DiskError(f"{what}: cannot write here: {error.strerror}", hint="free some space, and run it again")
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        return UsageError(f"{what}: {_line(error)}")
+    return NetworkError(f"{what}: no usable answer from the Hub: {_line(error)}", hint=_AGAIN)
+
+
+def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
+    status = error.response.status_code
+    said = f"{what}: the Hub answered {status}: {_redacted(error.server_message or _line(error))}"
+    if status in (401, 403):
+        return AuthenticationError(said, hint=_LOGIN)
+    if isinstance(error, RevisionNotFoundError):
+        return UsageError(said, hint="name a branch, a tag or a whole commit of this repository")
+    if status in (404, 410):
+        return UsageError(said, hint="check the name; a private repository also needs a token that may read it")
+    if status in (409, 412):
+        return ConflictError(said, hint="look at what was changed there, then run the same command again")
+    if status in _PASSING or status >= 500:
+        return NetworkError(said, hint=_AGAIN)
+    return UsageError(said)
+
+
+def _line(error: BaseException) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _redacted(lines[0] if lines else type(error).__name__)
+
+
+def _redacted(text: str) -> str:
+    """Servers and proxies echo headers; no message of adaptkit shows a token."""
+    token = get_token()
+    text = text.replace(token, "(token)") if token else text
+    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "(token)", " ".join(text.split()))

@@ -1,0 +1,133 @@
+"""What a repository on the Hub holds, and whether it is what a manifest says.
+
+A tree names every file by the sha1 that git gives it; for a large file, that is the sha1 of a pointer, and the
+content's own sha256 stands beside it.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+import adaptkit
+from adaptkit.checkpoint.hashing import file_chunks
+from adaptkit.checkpoint.manifest import FileRecord
+from adaptkit.errors import NetworkError, UsageError
+from adaptkit.hub._errors import hub_errors
+
+GITATTRIBUTES = ".gitattributes"
+"""The Hub's own file, in every repository; no part of an artifact unless its manifest says so."""
+
+_REPO_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a tree; ``sha256`` is None for a small one, which git holds itself."""
+
+    size: int
+    git_sha1: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file that should be there: its record, and where its bytes are."""
+
+    record: FileRecord
+    source: Path | bytes
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository's references when it was looked at: name -> commit."""
+
+    branches: Mapping[str, str]
+    tags: Mapping[str, str]
+    private: bool
+
+
+def client() -> HfApi:
+    """The client; where it goes and with which token is the environment's affair."""
+    return HfApi(library_name=adaptkit.__name__, library_version=adaptkit.__version__)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be a repository's name.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not _REPO_ID.fullmatch(repo_id):
+        raise UsageError(f"{repo_id}: not a repository", hint="name it as org/name")
+
+
+def look_up(api: HfApi, repo_id: str) -> Repository | None:
+    """Read a repository's references; None if there is no such repository."""
+    with hub_errors(repo_id):
+        try:
+            info = api.model_info(repo_id)
+            refs = api.list_repo_refs(repo_id)
+        except RepositoryNotFoundError as error:
+            if error.response.status_code != 404:  # 401 and 403 say that we may not know
+                raise
+            return None
+    branches = {ref.name: ref.target_commit for ref in refs.branches}
+    return Repository(branches, {ref.name: ref.target_commit for ref in refs.tags}, bool(info.private))
+
+
+def list_tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RemoteFile]:
+    """List the files of a commit by path.
+
+    Raises:
+        NetworkError: no answer, or one that is no tree.
+    """
+    with hub_errors(repo_id):
+        try:
+            entries = list(api.list_repo_tree(repo_id, recursive=True, revision=commit))
+        except (TypeError, AttributeError) as error:  # the client takes any JSON for a tree
+            raise NetworkError(f"{repo_id}: the Hub's list of files is malformed", hint="try again later") from error
+    return {
+        entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+
+
+def matches(remote: RemoteFile, content: Content) -> bool:
+    """Whether the Hub holds exactly these bytes."""
+    record = content.record
+    if remote.size != record.size:
+        return False
+    if remote.sha256 is not None:
+        return remote.sha256 == record.sha256
+    return git_sha1(content.source, record) == remote.git_sha1
+
+
+def differences(tree: Mapping[str, RemoteFile], contents: Iterable[Content]) -> tuple[list[str], list[str]]:
+    """Compare a tree with what should be in it.
+
+    Returns:
+        The paths to add or replace, and those that should not be there; both sorted.
+    """
+    wanted = {content.record.path: content for content in contents}
+    add = [path for path, content in wanted.items() if path not in tree or not matches(tree[path], content)]
+    return sorted(add), sorted(set(tree) - set(wanted) - {GITATTRIBUTES})
+
+
+def git_sha1(source: Path | bytes, record: FileRecord) -> str:
+    """Git's name for a file's content; empty if the content is no longer what the record says.
+
+    Both digests come from the same read, so that a file that is being rewritten cannot show one face to each.
+    """
+    sha1 = hashlib.sha1(b"blob %d\0" % record.size, usedforsecurity=False)
+    sha256 = hashlib.sha256()
+    for chunk in [source] if isinstance(source, bytes) else file_chunks(source):
+        sha1.update(chunk)
+        sha256.update(chunk)
+    return sha1.hexdigest() if sha256.hexdigest() == record.sha256 else ""

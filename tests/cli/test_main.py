@@ -1,0 +1,156 @@
+"""The command line: help without torch, one-line errors, documented exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = [
+    "dequantize", "diff", "evaluate", "inspect", "merge", "publish", "pull", "quantize", "stack", "train", "unmerge",
+    "verify",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [[], *[[command] for command in COMMANDS]], ids=lambda a: "-".join(a) or "all")
+def test_help_imports_neither_torch_nor_the_hub(arguments):
+    code = (
+        "import sys, click; sys.argv = ['adaptkit', *sys.argv[1:], '--help']\n"
+        "from adaptkit.cli.main import main\n"
+        "try: main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'numpy', 'numba', 'huggingface_hub', 'transformers', 'rich'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: adaptkit" in done.stdout
+
+
+def test_the_group_lists_every_command(run_cli):
+    done = run_cli("--help")
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+
+
+def broken(tmp_path, llama, adapter):
+    """Command lines that must fail: arguments, exit code, a phrase of the message."""
+    return {
+        "missing folder": (["quantize", tmp_path / "absent", "-o", "out"], 2, "does not exist"),
+        "a file": (["quantize", tmp_path / "file", "-o", "out"], 2, "is a file"),
+        "not a checkpoint": (["quantize", tmp_path / "empty", "-o", "out"], 5, "not a checkpoint"),
+        "truncated": (["quantize", tmp_path / "truncated", "-o", "out"], 5, "not a readable safetensors file"),
+        "pickles": (["quantize", tmp_path / "pickles", "-o", "out"], 5, "pickles"),
+        "not finite": (
+            ["quantize", tmp_path / "nan", "-o", "out"],
+            5,
+            "mlp.up_proj.weight: the weight at [3, 5] is nan",
+        ),
+        "exists": (["quantize", llama, "-o", tmp_path / "empty"], 8, "exists already"),
+        "bad block size": (["quantize", llama, "-o", "out", "--block-size", "48"], 2, "power of two"),
+        "bad shard size": (["quantize", llama, "-o", "out", "--max-shard-size", "big"], 2, "not a size"),
+        "unknown option": (["quantize", llama, "-o", "out", "--fast"], 2, "No such option"),
+        "no adapter": (["merge", llama, llama, "-o", "out"], 5, "not an adapter"),
+        "weights": (["merge", llama, adapter, "-o", "out", "--weight", "1", "--weight", "2"], 2, "2 weights for 1"),
+        "infinite weight": (["merge", llama, adapter, "-o", "out", "--weight", "inf"], 2, "finite"),
+        "another model": (["merge", tmp_path / "small", adapter, "-o", "out"], 4, "for the adapter, but"),
+        "no record": (["unmerge", llama, "-o", "out", "--adapter", adapter], 3, "there is no adaptkit-manifest.json"),
+        "one to stack": (["stack", adapter, "-o", "out"], 2, "at least two"),
+        "no such method": (["stack", adapter, adapter, "-o", "out", "--method", "magic"], 2, "there is no 'magic'"),
+        "unverifiable": (["verify", llama], 3, "there is no adaptkit-manifest.json"),
+        "plain base": (["train", "--base", llama, "--data", "x.jsonl", "-o", "out"], 2, "not quantized"),
+        "no base": (["train", "--data", "x.jsonl", "-o", "out"], 2, "base is missing"),
+        "unknown key": (["train", "--config", tmp_path / "bad.yaml", "-o", "out"], 2, "unknown key 'lerning_rate'"),
+        "nothing to measure": (["evaluate", "--base", llama], 2, "nothing to evaluate"),
+        "unpublishable": (["publish", llama, "org/name"], 3, "there is no adaptkit-manifest.json"),
+    }
+
+
+@pytest.fixture(scope="module")
+def trouble(tmp_path_factory, llama, adapter):
+    import tiny
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("trouble")
+    (folder / "file").write_text("x")
+    for name in ("empty", "pickles"):
+        (folder / name).mkdir()
+    (folder / "pickles" / "pytorch_model.bin").write_bytes(b"x")
+    for name in ("truncated", "nan"):
+        tiny.write_llama(folder / name)
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    weights = folder / "nan" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    tiny.write_llama(folder / "small", hidden=32)
+    (folder / "bad.yaml").write_text("base: x\ndata: [y]\nlerning_rate: 1.0e-4\n")
+    return broken(folder, llama, adapter)
+
+
+CASES = [
+    "missing folder", "a file", "not a checkpoint", "truncated", "pickles", "not finite", "exists", "bad block size",
+    "bad shard size", "unknown option", "no adapter", "weights", "infinite weight", "another model", "no record",
+    "one to stack", "no such method", "unverifiable", "plain base", "no base", "unknown key", "nothing to measure",
+    "unpublishable",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_in_one_line_a_hint_and_its_exit_code(case, trouble, run_cli, tmp_path):
+    arguments, code, phrase = trouble[case]
+    done = run_cli(*arguments, cwd=tmp_path)
+    assert done.code == code, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("error: ")
+    assert phrase in lines[0]
+    assert all(line.startswith("hint: ") for line in lines[1:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_case_is_run(trouble):
+    assert set(CASES) == set(trouble)
+
+
+def test_with_json_a_failure_is_one_document(run_cli, tmp_path):
+    done = run_cli("verify", tmp_path / "absent", "--json")
+    assert done.code == 2
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "usage"
+    assert error["retryable"] is False
+    assert "does not exist" in error["message"]
+    assert set(error) == {"code", "message", "hint", "retryable"}
+    assert done.stderr == ""
+
+
+def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, llama, tmp_path):
+    done = run_cli("quantize", llama, "-o", tmp_path / "one", "--json")
+    assert json.loads(done.stdout)["quantized"] == 14
+    assert done.stderr == ""
+    assert run_cli("quantize", llama, "-o", tmp_path / "two", "--quiet").stdout == ""
+    assert (tmp_path / "two" / "config.json").is_file()
+
+
+def test_a_dry_run_writes_nothing(run_cli, llama, adapter, tmp_path):
+    for arguments in (["quantize", llama], ["merge", llama, adapter]):
+        done = run_cli(*arguments, "-o", tmp_path / "out", "--dry-run")
+        assert done.code == 0
+        assert "would write" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_what_adaptkit_made(run_cli, llama, tmp_path):
+    first = run_cli("quantize", llama, "-o", tmp_path / "out", "--block-size", "128")
+    again = run_cli("quantize", llama, "-o", tmp_path / "out", "--force")
+    assert first.code == again.code == 0
+    assert first.stdout != again.stdout
+    assert run_cli("verify", tmp_path / "out").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_diff_tells_same_from_different_by_its_exit_code(run_cli, adapter, second_adapter):
+    assert run_cli("diff", adapter, adapter).code == 0
+    assert run_cli("diff", adapter, second_adapter).code == 1
+    assert run_cli("diff", adapter, adapter.parent / "absent").code == 2

@@ -1,0 +1,198 @@
+"""A loopback hub in this process, and the real command line, with the real client, in processes of their own.
+
+huggingface_hub reads its environment when it is imported. So that not every call has to import torch as well, a small
+server process has done that, and forks a child for each command.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaptkit.checkpoint.adapter import write_adapter
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import Manifest, Parent, Target
+from adaptkit.numerics.lora import LowRank
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from local_hub import LocalHub
+
+TOKEN = "hf_plantedTokenForTests0123"
+SERVER = """
+import json, os, sys
+import adaptkit.checkpoint.adapter, adaptkit.checkpoint.integrity, yaml
+from adaptkit.cli.main import main
+
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.update(job["environment"])
+        for stream, path in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
+        os.chdir(job["folder"])
+        sys.argv = ["adaptkit", *job["arguments"]]
+        try:
+            if job["code"]:
+                exec(job["code"])
+                code = 0
+            else:
+                code = 1
+                main()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did: its exit code, what it printed, and its JSON document (the error's fields if it failed)."""
+
+    code: int
+    stdout: str
+    stderr: str
+    report: dict[str, Any]
+
+
+class Cli:
+    """Runs ``adaptkit`` with a hub, a token and a home of its own."""
+
+    def __init__(self, server: "subprocess.Popen[str]", hub: LocalHub, folder: Path) -> None:
+        self.server, self.hub, self.folder = server, hub, folder
+
+    def __call__(
+        self, *arguments: object, token: str = TOKEN, url: str = "", code: str = "", xet: bool = False
+    ) -> Done:
+        """Run a command with --json, or ``code``, which prints a JSON document itself."""
+        files = {name: str(self.folder / f"{name}.txt") for name in ("stdout", "stderr")}
+        environment = {"HF_ENDPOINT": url or self.hub.url, "HF_HOME": str(self.folder / "home"), "HF_TOKEN": token}
+        environment |= {"HF_HUB_DISABLE_XET": str(int(not xet)), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        listed = [] if code else [*map(str, arguments), "--json"]
+        job = files | {"environment": environment, "arguments": listed, "code": code, "folder": str(self.folder)}
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        exit_code = int(self.server.stdout.readline())
+        stdout, stderr = (Path(files[name]).read_text() for name in ("stdout", "stderr"))
+        assert "Traceback" not in stderr, stderr
+        document = json.loads(stdout)
+        return Done(exit_code, stdout, stderr, document.get("error", document))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator["subprocess.Popen[str]"]:
+    """The process that forks; without the environment's own settings and token."""
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+    }
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment) as run:
+        yield run
+        assert run.stdin is not None
+        run.stdin.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LocalHub]:
+    """A hub with a token that may write and one that may read."""
+    with LocalHub(tmp_path / "hub", tokens={TOKEN}, read_tokens={"reader"}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def cli(server: "subprocess.Popen[str]", hub: LocalHub, tmp_path: Path) -> Cli:
+    """The command line, in ``tmp_path``, with a token that may write."""
+    return Cli(server, hub, tmp_path)
+
+
+@pytest.fixture
+def make_artifact(tmp_path: Path) -> Callable[..., Path]:
+    """Make a tiny adapter with its manifest."""
+
+    def make(name: str = "artifact", seed: int = 0, base: str = "org/base", **files: str) -> Path:
+        random = torch.Generator().manual_seed(seed)
+        modules = {
+            f"model.layers.{i}.q_proj": LowRank(
+                torch.randn(2, 24, generator=random), torch.randn(16, 2, generator=random), 2.0
+            )
+            for i in range(2)
+        }
+        with Output(tmp_path / name, [name, seed, base, files]) as out:
+            write_adapter(out, modules, base)
+            for stem, text in files.items():
+                out.write(f"{stem}.txt", text.encode())
+            manifest = Manifest(
+                kind="adapter",
+                operation={"name": "train", "options": {"seed": seed, "note": "```| |`"}},
+                files=tuple(out.files),
+                tensors=tuple(out.tensors),
+                parents=(Parent("base", "quantized", "0" * 64),),
+                targets=tuple(Target(module, (16, 24)) for module in modules),
+            )
+            out.publish(manifest)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def artifact(make_artifact: Callable[..., Path]) -> Path:
+    """A tiny adapter."""
+    return make_artifact()
+
+
+class Repository:
+    """A repository, read from the hub's folder."""
+
+    def __init__(self, hub: LocalHub, repo_id: str) -> None:
+        self.hub, self.folder = hub, hub.store.folder / "repos" / repo_id
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Heads, tags and visibility; empty if there is no such repository."""
+        path = self.folder / "state.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def head(self) -> str:
+        """The commit of main."""
+        return str(self.state["heads"]["main"])
+
+    def files(self, revision: str = "main") -> dict[str, str]:
+        """The sha256 of every file of a branch, tag or commit, but for the hub's own .gitattributes."""
+        commit = self.state["heads"].get(revision) or self.state["tags"].get(revision) or revision
+        listed = json.loads((self.folder / "commits" / f"{commit}.json").read_text())["files"]
+        return {name: file["sha256"] for name, file in listed.items() if name != ".gitattributes"}
+
+    @property
+    def commits(self) -> int:
+        """How many there are."""
+        return len(list((self.folder / "commits").iterdir()))
+
+    def writes(self) -> list[str]:
+        """The requests to the hub so far that could change something."""
+        harmless = ("/api/validate-yaml", "/preupload/", "/paths-info/")
+        requests = [path for method, path, _ in self.hub.requests if method not in ("GET", "HEAD")]
+        return [path for path in requests if not any(part in path for part in harmless)]
+
+
+@pytest.fixture
+def repository(hub: LocalHub) -> Repository:
+    """me/model on the hub, there or not."""
+    return Repository(hub, "me/model")

@@ -1,0 +1,245 @@
+"""What is pulled is what was published, to the byte, or it does not appear."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import Fault, LocalHub
+
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
+from adaptkit.errors import UsageError
+from adaptkit.hub.download import resolve_source
+
+WEIGHTS = "adapter_model.safetensors"
+RAW_COMMIT = """
+import json
+from pathlib import Path
+from huggingface_hub import HfApi, CommitOperationAdd
+api = HfApi()
+api.create_repo("me/model", exist_ok=True)
+files = [CommitOperationAdd(path.name, path) for path in sorted(Path(%r).iterdir())]
+print(json.dumps({"commit": api.create_commit("me/model", files, commit_message="by hand").oid}))
+"""
+RESOLVE = """
+from adaptkit.hub.download import resolve_source
+import json
+print(json.dumps({"path": str(resolve_source(%r))}))
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("xet", [False, True])
+def test_pull_gives_the_published_bytes(cli: Any, artifact: Path, repository: Any, tmp_path: Path, xet: bool) -> None:
+    sent = cli("publish", artifact, "me/model", "--tag", "v1", xet=xet).report
+    done = cli("pull", "me/model@v1", "-o", "pulled", xet=xet)
+    assert any("/xet/" in path for _, path, _ in repository.hub.requests) == xet
+    assert done.code == 0, done.stdout
+    found = contents(tmp_path / "pulled")
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} == repository.files("v1")
+    ours = contents(artifact)
+    assert {name for name in found if found[name] != ours.get(name)} == {MANIFEST_NAME, "README.md"}
+    report = done.report
+    assert (report["commit"], report["manifest_sha256"]) == (sent["commit"], sent["manifest_sha256"])
+    assert report["kind"] == "adapter"
+    assert report["files"] == len(found) - 1
+    assert report["bytes"] == sum(len(content) for name, content in found.items() if name != MANIFEST_NAME)
+    assert report["tensors_root"] == Manifest.from_bytes(ours[MANIFEST_NAME]).tensors_root
+    assert cli("verify", "pulled").code == 0
+    assert not (tmp_path / "pulled.partial").exists()
+
+
+def test_a_commit_can_be_pulled_after_the_branch_moved(
+    cli: Any, make_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = cli("publish", make_artifact("old"), "me/model").report
+    cli("publish", make_artifact("new", seed=1), "me/model")
+    done = cli("pull", f"me/model@{first['commit']}", "-o", "pulled")
+    assert done.code == 0
+    assert done.report["manifest_sha256"] == first["manifest_sha256"]
+    assert (tmp_path / "pulled" / WEIGHTS).read_bytes() == (tmp_path / "old" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", MANIFEST_NAME])
+def test_same_size_corruption_is_found_and_does_not_poison_the_retry(
+    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path, name: str
+) -> None:
+    cli("publish", artifact, "me/model")
+    hub.faults.append(Fault("GET", rf"/resolve/.*{name}", "corrupt"))
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == 3
+    assert name in done.report["message"]
+    assert not hub.faults
+    assert not (tmp_path / "pulled").exists()
+    assert cli("pull", "me/model", "-o", "pulled").code == 0
+    assert (tmp_path / "pulled" / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
+
+
+def test_a_body_that_was_cut_short_is_fetched_to_its_end(cli: Any, artifact: Path, hub: LocalHub) -> None:
+    cli("publish", artifact, "me/model")
+    hub.faults.append(Fault("GET", rf"/resolve/.*{WEIGHTS}", "truncate"))
+    assert cli("pull", "me/model", "-o", "pulled").code == 0
+    assert not hub.faults
+
+
+def test_an_interrupted_pull_keeps_the_finished_files(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
+    cli("publish", artifact, "me/model")
+    hub.faults.append(Fault("*", rf"/resolve/.*{WEIGHTS}", "404", -1))
+    assert cli("pull", "me/model", "-o", "pulled").code != 0
+    hub.faults.clear()
+    hub.requests.clear()
+    assert not (tmp_path / "pulled").exists()
+    assert (tmp_path / "pulled.partial" / "adapter_config.json").exists()
+    assert cli("pull", "me/model", "-o", "pulled").code == 0
+    fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert [path.rpartition("/")[2] for path in fetched] == [MANIFEST_NAME, WEIGHTS]
+    assert cli("verify", "pulled").code == 0
+
+
+def test_a_finished_file_that_went_bad_is_fetched_again(
+    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
+) -> None:
+    cli("publish", artifact, "me/model")
+    hub.faults.append(Fault("*", rf"/resolve/.*{WEIGHTS}", "404", -1))
+    assert cli("pull", "me/model", "-o", "pulled").code != 0
+    hub.faults.clear()
+    config = tmp_path / "pulled.partial" / "adapter_config.json"
+    config.write_bytes(bytes(config.stat().st_size))
+    assert cli("pull", "me/model", "-o", "pulled").code == 0
+    assert (tmp_path / "pulled" / "adapter_config.json").read_bytes() == (artifact / "adapter_config.json").read_bytes()
+
+
+def test_an_existing_output_is_refused_and_force_replaces_it(cli: Any, artifact: Path, hub: LocalHub) -> None:
+    cli("publish", artifact, "me/model")
+    cli("pull", "me/model", "-o", "pulled")
+    hub.requests.clear()
+    assert cli("pull", "me/model", "-o", "pulled").code == 8
+    assert hub.requests == []
+    assert cli("pull", "me/model", "-o", "pulled", "--force").code == 0
+
+
+def test_a_repository_without_a_manifest_is_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    (artifact / MANIFEST_NAME).unlink()
+    cli(code=RAW_COMMIT % str(artifact))
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == 3
+    assert MANIFEST_NAME in done.report["message"]
+    assert done.report["hint"]
+    assert not list(tmp_path.glob("pulled*"))
+
+
+def _edit(artifact: Path, edit: Callable[[Manifest], Manifest]) -> None:
+    path = artifact / MANIFEST_NAME
+    path.write_bytes(edit(Manifest.from_bytes(path.read_bytes())).to_bytes())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../outside.txt", "/etc/passwd", "a\\b", "C:x", "sub/x.txt", "adaptkit-journal.jsonl", ".cache", ".download"],
+)
+def test_a_hostile_path_in_the_manifest_is_refused(cli: Any, artifact: Path, tmp_path: Path, path: str) -> None:
+    record = FileRecord(path, 1, hashlib.sha256(b"x").hexdigest())
+    _edit(artifact, lambda manifest: dataclasses.replace(manifest, files=(*manifest.files, record)))
+    cli(code=RAW_COMMIT % str(artifact))
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == 5, done.stdout
+    assert not list(tmp_path.glob("pulled*"))
+
+
+def test_a_size_that_is_no_number_is_refused(cli: Any, artifact: Path) -> None:
+    path = artifact / MANIFEST_NAME
+    document = json.loads(path.read_bytes())
+    document["files"][0]["size"] = "many"
+    path.write_bytes(json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    cli(code=RAW_COMMIT % str(artifact))
+    assert cli("pull", "me/model", "-o", "pulled").code == 3
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
+def test_a_file_that_was_swapped_in_the_repository_is_refused(
+    cli: Any, make_artifact: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    artifact, other = make_artifact("one"), make_artifact("two", seed=1, base="org/bass")
+    assert (artifact / name).stat().st_size == (other / name).stat().st_size
+    (artifact / name).write_bytes((other / name).read_bytes())
+    cli(code=RAW_COMMIT % str(artifact))
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == 3
+    assert name in done.report["message"]
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_fingerprints_that_the_tensors_do_not_have_are_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    def lie(manifest: Manifest) -> Manifest:
+        first, *rest = manifest.tensors
+        return dataclasses.replace(manifest, tensors=(dataclasses.replace(first, xxh3_128="0" * 32), *rest))
+
+    _edit(artifact, lie)
+    cli(code=RAW_COMMIT % str(artifact))
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == 3
+    assert "fingerprint" in done.report["message"]
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_other_files_of_the_repository_are_left_there(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    (artifact / "stray.bin").write_bytes(b"x")
+    cli(code=RAW_COMMIT % str(artifact))
+    (artifact / "stray.bin").unlink()
+    assert cli("pull", "me/model", "-o", "pulled").code == 0
+    assert contents(tmp_path / "pulled") == contents(artifact)
+
+
+def test_failures_of_the_hub_have_their_exit_codes(cli: Any, artifact: Path, hub: LocalHub) -> None:
+    cli("publish", artifact, "me/model", "--private")
+    assert cli("pull", "me/model", "-o", "pulled", token="").code == 6
+    assert cli("pull", "me/absent", "-o", "pulled").code == 2
+    assert cli("pull", "me/model@nowhere", "-o", "pulled").code == 2
+    assert cli("pull", "no-repository", "-o", "pulled").code == 2
+    hub.faults.append(Fault("GET", "/api/models/me/model", "503"))
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == 7
+    assert done.report["retryable"]
+    assert cli("pull", "me/model", "-o", "pulled", token="reader").code == 0
+
+
+@pytest.mark.parametrize(
+    "what", ["/api/models/me/model/tree/", "/api/models/me/model/revision/", "/api/models/me/model$"]
+)
+def test_an_answer_that_was_damaged_is_no_crash(
+    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path, what: str
+) -> None:
+    commit = cli("publish", artifact, "me/model").report["commit"]
+    hub.faults.append(Fault("GET", what, "corrupt"))
+    done = cli("pull", f"me/model@{commit}" if "revision" in what else "me/model", "-o", "pulled")
+    assert not hub.faults
+    # Some bytes of the answer about the repository do not matter to a pull.
+    assert done.code in ({3, 7} if "tree" in what else {0, 2, 7})
+    assert (tmp_path / "pulled").exists() == (done.code == 0)
+
+
+def test_a_source_on_the_hub_becomes_a_folder_of_its_checkpoint_files(cli: Any, artifact: Path) -> None:
+    commit = cli("publish", artifact, "me/model", "--tag", "v1").report["commit"]
+    path = Path(cli(code=RESOLVE % "me/model@v1").report["path"])
+    assert path.name == commit
+    assert (path / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
+    assert cli("verify", path).code == 0
+
+
+def test_a_local_folder_goes_before_the_hub(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert cli(code=RESOLVE % "me/model").report["path"] == "me/model"
+    assert hub.requests == []
+
+
+def test_a_source_that_is_neither_is_a_usage_error(cli: Any, tmp_path: Path) -> None:
+    assert cli("inspect", "me/absent").code == 2
+    for text in (str(tmp_path / "absent"), "./me/model", "a/b/c", "me/../x", "me/model@"):
+        with pytest.raises(UsageError, match="does not exist"):
+            resolve_source(text)

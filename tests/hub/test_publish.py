@@ -1,0 +1,272 @@
+"""What is published is exactly what the manifest lists, in one commit; every failure leaves a state to go on from."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import Fault, LocalHub, Repo
+
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.hub._staging import stage, with_card
+from adaptkit.hub.publish import PublishOptions
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_a_new_repository_holds_the_manifests_files_the_manifest_and_a_card(
+    cli: Any, artifact: Path, repository: Any
+) -> None:
+    done = cli("publish", artifact, "me/model", "--tag", "v1")
+    assert done.code == 0, done.stdout
+    report, there, here = done.report, repository.files(), digests(artifact)
+    assert set(there) == {*here, "README.md"}
+    assert {name for name in here if there[name] != here[name]} == {MANIFEST_NAME}  # it lists the card too
+    assert there[MANIFEST_NAME] == report["manifest_sha256"]
+    assert repository.state["tags"] == {"v1": report["commit"]}
+    assert report["commit"] == repository.head
+    assert report["files_added"] == sorted(there)
+    assert not report["already_there"]
+    assert report["url"].endswith(f"/me/model/tree/{report['commit']}")
+    assert repository.commits == 2  # the hub's own, and ours
+    assert not repository.state["private"]
+
+
+def test_the_folder_that_was_published_is_unchanged(cli: Any, artifact: Path) -> None:
+    before = digests(artifact)
+    assert cli("publish", artifact, "me/model").code == 0
+    assert digests(artifact) == before
+
+
+def test_publishing_again_sends_nothing(cli: Any, artifact: Path, repository: Any) -> None:
+    first = cli("publish", artifact, "me/model", "--tag", "v1").report
+    sent = len(repository.writes())
+    again = cli("publish", artifact, "me/model", "--tag", "v1")
+    assert again.code == 0
+    assert again.report["already_there"]
+    assert again.report["bytes_sent"] == 0
+    assert again.report["commit"] == first["commit"]
+    assert [path for path in repository.writes()[sent:] if "/tag/" not in path] == []
+    assert repository.commits == 2
+
+
+def test_stale_files_are_deleted_and_equal_ones_are_not_sent(
+    cli: Any, make_artifact: Callable[..., Path], repository: Any
+) -> None:
+    cli("publish", make_artifact("old", old="x"), "me/model")
+    done = cli("publish", make_artifact("new", seed=1, new="y"), "me/model")
+    assert done.code == 0
+    assert done.report["files_deleted"] == ["old.txt"]
+    assert "adapter_config.json" not in done.report["files_added"]  # the same bytes in both
+    assert "old.txt" not in repository.files()
+    assert "new.txt" in repository.files()
+    assert repository.commits == 3
+
+
+@pytest.mark.parametrize("name", [".env", "notes.txt", "sub/folder/.env", "sub/.cache/x"])
+def test_a_stray_file_is_refused_before_anything_is_sent(cli: Any, artifact: Path, repository: Any, name: str) -> None:
+    (artifact / name).parent.mkdir(parents=True, exist_ok=True)
+    (artifact / name).write_text("SECRET=1")
+    done = cli("publish", artifact, "me/model")
+    assert done.code == 3
+    assert name in done.report["message"]
+    assert repository.hub.requests == []
+
+
+def test_what_download_tools_leave_behind_is_never_sent(cli: Any, artifact: Path, repository: Any) -> None:
+    (artifact / ".cache").mkdir()
+    (artifact / ".cache" / "token").write_text("SECRET=1")
+    assert cli("publish", artifact, "me/model").code == 0
+    assert not [name for name in repository.files() if "cache" in name]
+
+
+def test_a_file_that_changes_after_the_check_is_not_staged(artifact: Path, tmp_path: Path) -> None:
+    weights = artifact / "adapter_model.safetensors"
+    checked = with_card(artifact, require_manifest(artifact))
+    (tmp_path / "staging").mkdir()
+    staged = {item.record.path: item.source for item in stage(tmp_path / "staging", checked, [weights.name])}
+    copy = staged[weights.name]
+    assert isinstance(copy, Path)
+    assert copy.read_bytes() == weights.read_bytes()
+    assert not copy.samefile(weights)
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(IntegrityError, match="while it was being published"):
+        stage(tmp_path / "staging", checked, [weights.name])
+
+
+def test_a_changed_file_is_refused(cli: Any, artifact: Path, repository: Any) -> None:
+    weights = artifact / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert cli("publish", artifact, "me/model").code == 3
+    assert not repository.state
+
+
+def test_a_folder_without_a_manifest_is_refused(cli: Any, artifact: Path) -> None:
+    (artifact / MANIFEST_NAME).unlink()
+    assert cli("publish", artifact, "me/model").code == 3
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_dry_run_writes_nothing_and_tells_what_would_be_sent(
+    cli: Any, make_artifact: Callable[..., Path], repository: Any, exists: bool
+) -> None:
+    if exists:
+        cli("publish", make_artifact("old", old="x"), "me/model")
+    before, sent = repository.state, len(repository.writes())
+    artifact = make_artifact("new", seed=1)
+    planned = cli("publish", artifact, "me/model", "--tag", "v1", "--dry-run")
+    assert planned.code == 0
+    assert planned.report["commit"] is None
+    assert repository.state == before
+    assert len(repository.writes()) == sent
+    done = cli("publish", artifact, "me/model", "--tag", "v1")
+    same = ("files_added", "files_deleted", "bytes_sent", "manifest_sha256", "already_there")
+    assert [planned.report[key] for key in same] == [done.report[key] for key in same]
+
+
+def test_a_tag_on_another_commit_is_a_conflict_and_nothing_is_sent(
+    cli: Any, make_artifact: Callable[..., Path], repository: Any
+) -> None:
+    first = cli("publish", make_artifact("old"), "me/model", "--tag", "v1").report
+    done = cli("publish", make_artifact("new", seed=1), "me/model", "--tag", "v1")
+    assert done.code == 8
+    assert "v1" in done.report["message"]
+    assert repository.state["tags"] == {"v1": first["commit"]}
+    assert repository.head == first["commit"]
+
+
+def test_a_branch_that_moves_meanwhile_is_a_conflict_and_stays_as_it_is(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli("publish", make_artifact("old"), "me/model")
+    take_fault = hub.take_fault
+
+    def commit_first(method: str, path: str) -> str | None:
+        if "/commit/" in path:  # somebody else's commit arrives between our look at the branch and our own
+            theirs = ("file", {"path": "theirs.txt", "content": "eA==", "encoding": "base64"})
+            Repo(hub.store, "me/model").add_commit("main", {"summary": "theirs"}, [theirs], False)
+        return take_fault(method, path)
+
+    monkeypatch.setattr(hub, "take_fault", commit_first)
+    done = cli("publish", make_artifact("new", seed=1), "me/model", "--tag", "v1")
+    assert done.code == 8
+    assert not done.report["retryable"]
+    assert "theirs.txt" in repository.files()
+    assert repository.state["tags"] == {}
+
+
+@pytest.mark.parametrize(("status", "code"), [("412", 8), ("409", 8), ("503", 7), ("500", 7), ("drop", 7)])
+def test_a_commit_that_fails_leaves_the_branch_and_the_retry_succeeds(
+    cli: Any, artifact: Path, hub: LocalHub, repository: Any, status: str, code: int
+) -> None:
+    hub.faults.append(Fault("POST", "/commit/", status))
+    done = cli("publish", artifact, "me/model", "--tag", "v1")
+    assert done.code == code
+    assert done.report["retryable"] == (code == 7)
+    assert done.report["hint"]
+    assert repository.files() == {}
+    assert repository.state["tags"] == {}
+    assert cli("publish", artifact, "me/model", "--tag", "v1").code == 0
+
+
+def test_a_lost_answer_to_the_commit_is_a_success(cli: Any, artifact: Path, hub: LocalHub, repository: Any) -> None:
+    hub.faults.append(Fault("POST", "/commit/", "lost"))
+    done = cli("publish", artifact, "me/model", "--tag", "v1")
+    assert done.code == 0, done.stdout
+    assert not hub.faults
+    assert repository.commits == 2
+    assert done.report["commit"] == repository.head == repository.state["tags"]["v1"]
+
+
+def test_a_lost_answer_to_the_tag_is_a_success(cli: Any, artifact: Path, hub: LocalHub, repository: Any) -> None:
+    hub.faults.append(Fault("POST", "/tag/", "lost"))
+    assert cli("publish", artifact, "me/model", "--tag", "v1").code == 0
+    assert not hub.faults
+    assert repository.state["tags"]["v1"] == repository.head
+
+
+def test_a_failed_upload_is_retryable_and_publishes_nothing(
+    cli: Any, artifact: Path, hub: LocalHub, repository: Any
+) -> None:
+    hub.faults.append(Fault("PUT", "/lfs/", "501"))
+    assert cli("publish", artifact, "me/model").code == 7
+    assert repository.files() == {}
+
+
+def test_a_hub_that_is_not_there_is_a_network_error(cli: Any, artifact: Path) -> None:
+    done = cli("publish", artifact, "me/model", url="http://127.0.0.1:9")
+    assert done.code == 7
+    assert done.report["retryable"]
+
+
+@pytest.mark.parametrize("token", ["", "reader", "hf_wrongPlantedToken000"])
+def test_without_a_token_that_may_write_it_is_an_authentication_error(
+    cli: Any, artifact: Path, repository: Any, token: str
+) -> None:
+    done = cli("publish", artifact, "me/model", token=token)
+    assert done.code == 6
+    assert not repository.state
+    assert token != "hf_wrongPlantedToken000" or token not in done.stdout + done.stderr
+
+
+def test_no_message_shows_the_token(cli: Any, artifact: Path, hub: LocalHub) -> None:
+    for fault in ("401", "403", "409", "429", "400"):
+        hub.faults.append(Fault("GET", "/api/models/", fault))
+        done = cli("publish", artifact, "me/model")
+        assert done.code == {"401": 6, "403": 6, "409": 8, "429": 7, "400": 2}[fault]
+        assert "plantedToken" not in done.stdout + done.stderr
+
+
+def test_a_new_branch_starts_from_main_and_leaves_it_alone(
+    cli: Any, make_artifact: Callable[..., Path], repository: Any
+) -> None:
+    first = cli("publish", make_artifact("old"), "me/model").report
+    second = cli("publish", make_artifact("new", seed=1), "me/model", "--branch", "release/2").report
+    assert repository.state["heads"] == {"main": first["commit"], "release/2": second["commit"]}
+    assert repository.files(second["commit"])[MANIFEST_NAME] == second["manifest_sha256"]
+
+
+def test_private_makes_a_private_repository_and_refuses_a_public_one(cli: Any, artifact: Path, repository: Any) -> None:
+    cli("publish", artifact, "me/model", "--private")
+    assert repository.state["private"]
+    cli("publish", artifact, "me/public")
+    done = cli("publish", artifact, "me/public", "--private")
+    assert done.code == 8
+    assert "public" in done.report["message"]
+
+
+def test_a_card_that_the_artifact_has_is_kept(cli: Any, make_artifact: Callable[..., Path], repository: Any) -> None:
+    artifact = make_artifact()
+    assert cli("publish", artifact, "me/model").code == 0
+    assert cli("pull", "me/model", "-o", "pulled").code == 0
+    assert (artifact.parent / "pulled" / "README.md").is_file()
+    again = cli("publish", artifact.parent / "pulled", "me/other")
+    assert again.code == 0
+    manifest = Manifest.from_bytes((artifact.parent / "pulled" / MANIFEST_NAME).read_bytes())
+    assert again.report["manifest_sha256"] == manifest.sha256
+
+
+@pytest.mark.parametrize("repo_id", ["model", "a/b/c", "../model", "me/..", "me/a b", "-me/model", "me/m--n"])
+def test_what_is_no_repository_is_a_usage_error(cli: Any, artifact: Path, hub: LocalHub, repo_id: str) -> None:
+    done = cli("publish", "--", artifact, repo_id) if repo_id.startswith("-") else cli("publish", artifact, repo_id)
+    assert done.code == 2
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-x", "refs/heads/main", "a..b", "a/", "x.lock", "0" * 40, "a\n"])
+def test_what_git_takes_for_no_name_or_for_a_commit_is_refused(name: str) -> None:
+    with pytest.raises(UsageError):
+        PublishOptions(tag=name)
+    with pytest.raises(UsageError):
+        PublishOptions(branch=name)
+
+
+@pytest.mark.parametrize("name", ["v1", "v1.0", "release/2024-01", "a+b", "x@y"])
+def test_usual_names_of_tags_are_taken(name: str) -> None:
+    assert PublishOptions(tag=name).tag == name

@@ -1,0 +1,51 @@
+"""Options from files: unknown keys and unusable values are refused by name."""
+
+import pytest
+
+from adaptkit.errors import ConfigError
+from adaptkit.training.config import TrainConfig, read_config_file
+
+GOOD = {"base": "b", "data": ["d.jsonl"]}
+
+
+def test_a_file_gives_a_configuration(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text("base: b\ndata: [d.jsonl]\nrank: 4\nlearning_rate: 1.0e-4\nsteps: null\n")
+    config = TrainConfig.from_values(read_config_file(path), "train.yaml")
+    assert (config.rank, config.learning_rate, config.steps, config.data) == (4, 1e-4, None, ("d.jsonl",))
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one():
+    with pytest.raises(ConfigError, match=r"t\.yaml: unknown key 'learning_rat'") as caught:
+        TrainConfig.from_values(GOOD | {"learning_rat": 1e-4}, "t.yaml")
+    assert "learning_rate" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rank", 0), ("rank", "4"), ("rank", True), ("alpha", float("nan")), ("alpha", 0), ("dropout", 1.0),
+        ("steps", 0), ("data", "d.jsonl"), ("data", []),
+        ("init", "zeros"), ("schedule", "step"), ("compute_dtype", "float16"),
+        ("held_out", -0.1), ("learning_rate", float("inf")), ("batch_size", 0), ("targets", []),
+    ],
+)  # fmt: skip
+def test_an_unusable_value_is_refused_by_name(key, value):
+    with pytest.raises(ConfigError, match=key):
+        TrainConfig.from_values(GOOD | {key: value}, "t.yaml")
+
+
+@pytest.mark.parametrize("missing", ["base", "data"])
+def test_what_is_required_is_asked_for(missing):
+    with pytest.raises(ConfigError, match=f"{missing} is missing"):
+        TrainConfig.from_values({k: v for k, v in GOOD.items() if k != missing}, "t.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "!!python/object/apply:os.system ['true']"])
+def test_a_malformed_file_is_refused(text, tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"train\.yaml"):
+        read_config_file(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_config_file(tmp_path / "absent.yaml")

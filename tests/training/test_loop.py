@@ -1,0 +1,220 @@
+"""A training run learns, is the same whatever pages or segments it uses, and goes on after a kill."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.operations.verify import verify
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.evaluate import EvaluateOptions, evaluate
+from adaptkit.training.loop import learning_rate, train
+
+
+@pytest.fixture(scope="module")
+def config(llama_nf4, instructions):
+    return TrainConfig(
+        base=str(llama_nf4), data=(str(instructions),), rank=4, steps=12, batch_size=4, learning_rate=5e-3,
+        compute_dtype="float32", dropout=0.1, save_every=0, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "adapter"
+    return output, train(config, output)
+
+
+def test_the_held_out_loss_falls_and_the_adapter_verifies(trained):
+    output, report = trained
+    assert report.held_out_after < 0.9 * report.held_out_before
+    assert verify(output).kind == "adapter"
+    assert sorted(path.name for path in output.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "adaptkit-manifest.json", "metrics.jsonl",
+    ]  # fmt: skip
+    assert not output.with_name("adapter.partial").exists()
+
+
+def test_the_metrics_hold_every_step(trained):
+    lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert all(math.isfinite(line["loss"]) and line["answer_tokens"] > 0 for line in lines if "loss" in line)
+
+
+def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instructions):
+    """The 16-bit base in peft, against our own evaluation of base and adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from adaptkit.training import data
+
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, trained[0]).eval()
+    tokenizer = data.load_tokenizer(llama)
+    total = tokens = 0
+    for sample in data.load_data([instructions], tokenizer, 1024).samples:
+        ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * sample.answer_tokens
+        tokens += sample.answer_tokens
+    found = evaluate(llama, trained[0], [instructions], EvaluateOptions(compute_dtype="float32", device="cpu"))
+    assert found.answer_tokens == tokens
+    assert found.loss == pytest.approx(total / tokens, rel=1e-4)
+    without = evaluate(llama, None, [instructions], EvaluateOptions(compute_dtype="float32", device="cpu"))
+    assert found.loss < 0.9 * without.loss
+
+
+def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_path, instructions):
+    """A fresh adapter changes nothing, so step 1 is transformers' own loss on the same batch, token-weighted."""
+    from transformers import AutoModelForCausalLM
+
+    from adaptkit.operations.dequantize import dequantize
+    from adaptkit.training import data
+
+    train(replace(config, steps=1, dropout=0.0), tmp_path / "adapter")
+    first = json.loads((tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()[1])
+    dequantize(llama_nf4, tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    tokenizer = data.load_tokenizer(llama_nf4)
+    samples, _ = data.split(data.load_data([instructions], tokenizer, 1024).samples, config.held_out, config.seed)
+    total = 0.0
+    for sample in data.step_samples(samples, config.batch_size, 0, config.seed):
+        ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * sample.answer_tokens
+    assert first["loss"] == pytest.approx(total / first["answer_tokens"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer_pages_mib": 0.01, "page_kib": 4}, {"checkpointing": "sqrt"}, {"checkpointing": "none"}],
+    ids=["paged", "sqrt", "none"],
+)
+def test_neither_pages_nor_segments_change_a_byte(config, trained, change, tmp_path):
+    report = train(replace(config, **change), tmp_path / "adapter")
+    assert report.tensors_root == trained[1].tensors_root
+    if "page_kib" in change:
+        assert report.paging["slots"] < report.paging["pages"]
+        assert report.paging["evictions"] > 0
+
+
+def test_another_seed_gives_another_adapter(config, trained, tmp_path):
+    assert train(replace(config, seed=1), tmp_path / "adapter").tensors_root != trained[1].tensors_root
+
+
+def test_the_manifest_names_the_base_by_its_tensors(trained, llama_nf4):
+    base, adapter = require_manifest(llama_nf4), require_manifest(trained[0])
+    assert adapter.parents[0].tensors_root == base.tensors_root
+    assert adapter.parents[0].manifest_sha256 == base.sha256
+    assert {t.module: t.base_xxh3_128 for t in adapter.targets} == {t.module: t.base_xxh3_128 for t in base.targets}
+    assert set(read_adapter(trained[0]).modules) == {target.module for target in base.targets}
+
+
+def arguments(config, output):
+    shown = [
+        "train", "--base", config.base, "--data", config.data[0], "-o", str(output), "--rank", "4", "--steps", "12",
+        "--batch-size", "4", "--learning-rate", "0.005", "--compute-dtype", "float32", "--dropout", "0.1",
+        "--save-every", "2", "--device", "cpu",
+    ]  # fmt: skip
+    return [sys.executable, "-m", "adaptkit.cli.main", *shown]
+
+
+def test_killed_runs_go_on_to_the_same_bytes(config, trained, tmp_path):
+    output = tmp_path / "adapter"
+    partial = output.with_name("adapter.partial")
+    for wanted in (2, 6, 10):
+        process = subprocess.Popen(arguments(config, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not any((partial / f"checkpoint-{step}").exists() for step in range(wanted, 13, 2)):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        assert not output.exists()
+    done = subprocess.run(arguments(config, output), capture_output=True, text=True, check=True)
+    assert "went on from" in done.stdout
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (output / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, trained, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "adapter"
+    saving = replace(config, save_every=4)
+    steps = []
+
+    def stop(report):
+        steps.append(report.step)
+        if report.step == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(saving, output, on_step=stop)
+    state = output.with_name("adapter.partial") / "checkpoint-8" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"\xff")
+    report = train(saving, output)
+    assert report.resumed_from == 4
+    assert report.tensors_root == trained[1].tensors_root
+    assert "checkpoint-8 is damaged" in capsys.readouterr().err
+
+
+def test_unfinished_work_of_another_run_is_not_thrown_away(config, tmp_path):
+    def stop(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "adapter", on_step=stop)
+    with pytest.raises(ConflictError, match="unfinished work"):
+        train(replace(config, rank=8), tmp_path / "adapter")
+
+
+def test_a_plain_base_and_an_existing_output_are_refused(config, llama, trained, tmp_path):
+    with pytest.raises(UsageError, match="not quantized") as caught:
+        train(replace(config, base=str(llama)), tmp_path / "adapter")
+    assert "adaptkit quantize" in caught.value.hint
+    with pytest.raises(OutputExistsError):
+        train(config, trained[0])
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
+    with pytest.raises(NonFiniteError, match="at step"):
+        train(replace(config, learning_rate=1e30, max_grad_norm=0.0), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_micro_batches_add_up_to_the_batch(config, tmp_path):
+    plain = replace(config, dropout=0.0, steps=3)
+    train(plain, tmp_path / "whole")
+    train(replace(plain, micro_batch_size=1), tmp_path / "parts")
+    whole, parts = (read_adapter(tmp_path / name).modules for name in ("whole", "parts"))
+    for module, term in whole.items():
+        assert torch.allclose(term.lora_b, parts[module].lora_b, atol=2e-3)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert lines[0][1]["loss"] == pytest.approx(lines[1][1]["loss"], rel=1e-5)
+    assert lines[0][1]["grad_norm"] == pytest.approx(lines[1][1]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"), [("constant", 1.0), ("linear", 1 / 90), ("cosine", 0.5 * (1 + math.cos(math.pi * 89 / 90)))]
+)
+def test_schedules_rise_and_end_as_they_say(config, schedule, last):
+    run = replace(config, schedule=schedule, warmup=0.1, learning_rate=1.0)
+    rates = [learning_rate(run, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[-1] == pytest.approx(last)

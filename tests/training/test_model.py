@@ -1,0 +1,122 @@
+"""The packed model is the model that transformers loads."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.quantized import quantized_names, read_quantized
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.linear import NF4Weight
+from adaptkit.training.model import attach_adapter, load_model, new_adapter
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 9, 33, 71, 100, 7, 12, 64]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_are_those_of_the_dequantized_checkpoint_in_transformers(family, request, tmp_path):
+    source = request.getfixturevalue(family)
+    quantize(source, tmp_path / "nf4")
+    dequantize(tmp_path / "nf4", tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    checkpoint = Checkpoint(tmp_path / "nf4")
+    for name in quantized_names(checkpoint):  # in float32; the plain checkpoint holds them rounded to bfloat16
+        weight = read_quantized(checkpoint, name).dequantize(torch.float32)
+        parameter = plain.get_parameter(name)
+        parameter.data.copy_(weight.T if family == "gpt2" else weight)
+    expected = logits(plain)
+    model = load_model(tmp_path / "nf4", torch.float32, CPU)
+    packed = [layer for layer in model.linears.values() if isinstance(layer.base, NF4Weight)]
+    assert len(packed) == len(model.linears)
+    assert torch.allclose(logits(model.network), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_plain_checkpoint_gives_the_logits_of_transformers(family, request):
+    source = request.getfixturevalue(family)
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    assert torch.allclose(logits(load_model(source, torch.float32, CPU).network), expected, atol=1e-5)
+
+
+def test_an_adapter_gives_the_logits_of_peft(llama, adapter):
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(base, adapter).eval())
+    model = load_model(llama, torch.float32, CPU)
+    without = logits(model.network)
+    attach_adapter(model, read_adapter(adapter).modules, "adapter")
+    assert torch.allclose(logits(model.network), expected, atol=1e-5)
+    assert not torch.allclose(without, expected, atol=1e-3)
+
+
+def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    before = logits(model.network)
+    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=3)
+    assert torch.equal(logits(model.network), before)
+    again = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(again, ("*",), 4, 8.0, "kaiming", 0.0, seed=3)
+    for name, layer in model.adapted().items():
+        assert torch.equal(layer.lora_a, again.linears[name].lora_a)
+        bound = layer.base.shape[1] ** -0.5
+        assert float(layer.lora_a.detach().abs().max()) <= bound
+        assert float(layer.lora_a.detach().abs().max()) > 0.8 * bound
+    assert len(model.adapted()) == len(model.linears)
+
+
+def test_the_normal_start_has_the_deviation_one_over_rank(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(model, ("*",), 8, 8.0, "normal", 0.0, seed=0)
+    values = torch.cat([layer.lora_a.detach().reshape(-1) for layer in model.adapted().values()])
+    assert float(values.std()) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_targets_choose_layers_by_last_part_or_path(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(model, ("q_proj", "model.layers.1.mlp.*"), 2, 4.0, "kaiming", 0.0, seed=0)
+    expected = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    expected |= {f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")}
+    assert set(model.adapted()) == expected
+    assert {name for name, p in model.network.named_parameters() if p.requires_grad} == {
+        f"{name}.lora_{half}" for name in expected for half in "ab"
+    }
+
+
+def test_a_target_that_matches_nothing_is_refused(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    with pytest.raises(UsageError, match="'c_attn' matches no linear layer") as caught:
+        new_adapter(model, ("q_proj", "c_attn"), 2, 4.0, "kaiming", 0.0, seed=0)
+    assert "down_proj" in caught.value.hint
+
+
+def test_an_adapter_for_another_model_is_refused(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    change = LowRank(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
+    with pytest.raises(BaseMismatchError, match="does not have"):
+        attach_adapter(model, {"model.layers.9.self_attn.q_proj": change}, "adapter")
+    with pytest.raises(BaseMismatchError, match="gate_proj"):
+        attach_adapter(model, {"model.layers.0.mlp.gate_proj": change}, "adapter")
+
+
+def test_a_checkpoint_of_other_layers_than_its_configuration_is_refused(llama_nf4, copy_of):
+    import json
+
+    folder = copy_of(llama_nf4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"layers\.2\."):
+        load_model(folder, torch.float32, CPU)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"layers\.1\."):
+        load_model(folder, torch.float32, CPU)

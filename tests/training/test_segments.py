@@ -1,0 +1,88 @@
+"""Every checkpointing policy gives the same bits, and keeps less."""
+
+import pytest
+import torch
+
+from adaptkit.errors import ConfigError
+from adaptkit.training.model import load_model, new_adapter
+from adaptkit.training.segments import checkpoint_layers, segment_length
+
+POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments:7"]
+IDS = torch.arange(40).reshape(2, 20) % 50 + 3
+
+
+def gradients(folder, policy, dropout, twice=False):
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", dropout, seed=0)
+    for number, layer in enumerate(model.adapted().values()):
+        generator = torch.Generator().manual_seed(number)
+        layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
+    segments = checkpoint_layers(model.network, policy)
+    model.network.train()
+    torch.manual_seed(11)
+    for _ in range(2 if twice else 1):
+        logits = model.network(input_ids=IDS, use_cache=False).logits
+        logits.float().logsumexp(-1).sum().backward()
+    found = {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
+    return found, segments, float(torch.rand(()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_are_bit_equal_to_none(deep_nf4, policy, dropout):
+    expected, _, random_after = gradients(deep_nf4, "none", dropout, twice=True)
+    found, segments, random_found = gradients(deep_nf4, policy, dropout, twice=True)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(float(grad.abs().sum()) > 0 for grad in expected.values())
+    assert random_found == random_after
+    assert segments == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0) or segments)
+
+
+def saved_bytes(folder, policy):
+    """What autograd saves in the forward pass through the layers."""
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    checkpoint_layers(model.network, policy)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        model.network.train().model(input_ids=IDS, use_cache=False)
+    return sum(saved)
+
+
+def test_checkpointing_saves_less_for_the_backward_pass(deep_nf4):
+    everything = saved_bytes(deep_nf4, "none")
+    for policy in ("layer", "sqrt"):
+        assert saved_bytes(deep_nf4, policy) < everything / 10
+
+
+def kept_inputs(folder, policy):
+    """How many layer inputs stay alive until the backward pass."""
+    import weakref
+
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    inputs = []
+    for layer in model.network.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    checkpoint_layers(model.network, policy)
+    hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
+    alive = sum(reference() is not None for reference in inputs)
+    hidden.sum().backward()
+    return alive
+
+
+def test_only_the_inputs_of_segments_are_kept(deep_nf4):
+    assert kept_inputs(deep_nf4, "layer") == 7
+    assert kept_inputs(deep_nf4, "sqrt") == 3
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("none", None), ("layer", 1), ("sqrt", 5), ("segments:4", 8)])
+def test_policies_give_their_segment_lengths(policy, expected):
+    assert segment_length(policy, 30) == expected
+
+
+@pytest.mark.parametrize("policy", ["", "segments:0", "segments:x", "layers", "segments"])
+def test_other_policies_are_refused(policy):
+    with pytest.raises(ConfigError, match="sqrt"):
+        segment_length(policy, 30)
