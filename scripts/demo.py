@@ -21,7 +21,7 @@ from pathlib import Path
 import get_smollm2
 
 STEPS = 60
-QUESTION = "Which of Shakespeare’s plays is the longest?\n\nTopic: trivia"
+QUESTION = "Which of Shakespeare’s plays is the longest?"
 BARS = "▁▂▃▄▅▆▇█"
 REPO = "demo/smollm2-trivia"
 

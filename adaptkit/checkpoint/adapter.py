@@ -43,6 +43,17 @@ _UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "target_modules", "task_type",
+}  # fmt: skip
+"""Keys that say nothing about the change, or only what the tensors show anyway."""
+_USED = {"alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "r", "rank_pattern", "use_rslora"}
+_FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+"""How A and B began; ``init_lora_weights`` says whether that matters."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,18 @@ def _check_config(root: Path, config: Mapping[str, Any]) -> None:
     for key in _UNSUPPORTED:
         if config.get(key):
             raise AdapterError(f"{root}: uses {key}, which is not supported", hint="merge it with peft itself")
+    unknown = {key for key, value in config.items() if value} - _HARMLESS - _USED - _FINISHED
+    if unknown:
+        raise AdapterError(
+            f"{root}: {CONFIG_NAME} has the key {min(unknown)!r}, whose meaning is not known",
+            hint="remove it if it changes nothing, or merge with the tool that wrote it",
+        )
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{root}: began with {begun}, which changes the base's weights: it does not belong to the original base",
+            hint="save it with peft's path_initial_model_for_weight_conversion",
+        )
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{root}: trains biases (bias={config['bias']!r}), which is not supported")
 
@@ -167,14 +190,23 @@ def _low_rank(root: Path, config: Mapping[str, Any], module: str, halves: dict[s
     if missing:
         raise AdapterError(f"{root}: {module} has no lora_{missing.pop()}")
     lora_a, lora_b = halves["A"], halves["B"]
-    rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
-    alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or lora_a.shape[0] != rank or lora_b.shape[1] != rank:
+    try:
+        rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+    except (re.error, AttributeError) as error:
+        raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})") from error
+    if (
+        not isinstance(rank, int)
+        or isinstance(rank, bool)
+        or rank < 1
+        or lora_a.shape[0] != rank
+        or lora_b.shape[1] != rank
+    ):
         raise AdapterError(
             f"{root}: {module}: the configuration says rank {rank}, lora_A has {lora_a.shape[0]} rows and "
             f"lora_B {lora_b.shape[1]} columns"
         )
-    if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
         raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number")
     return LowRank(lora_a, lora_b, scaling(float(alpha), rank, bool(config.get("use_rslora"))))
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def check_regular(path: Path) -> None:
 
 
 def strict_json(text: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; duplicate keys, NaN, infinities and other top-level values are refused.
+    """Parse a JSON object; duplicate keys, NaN, infinities (1e999 too) and other top-level values are refused.
 
     Raises:
         CheckpointError: names the file.
@@ -143,9 +144,14 @@ def strict_json(text: bytes, where: str) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise CheckpointError(f"{where}: {constant} is not JSON")
 
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise CheckpointError(f"{where}: {number} is too large for a float")
+        return float(number)
+
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}")
@@ -153,7 +159,8 @@ def strict_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _spec(name: str, entry: Any, where: str) -> TensorSpec:
-    if not name or not name.isprintable() or "/" in name or "\\" in name:
+    plain = name.isprintable() and "/" not in name and "\\" not in name and unicodedata.is_normalized("NFC", name)
+    if not name or not plain:
         raise CheckpointError(f"{where}: tensor name {name!r} is empty or holds characters that names do not have")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets")

@@ -2,6 +2,7 @@
 
     <out>.partial/                   everything is written here
     <out>.partial/adaptkit-journal.jsonl   first line {"key"}, then one line per finished file
+    <out>.replaced/                  with force, the old output, for the moment until the new one is in its place
     <out>                            appears by one rename when all is done
 
 A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and
@@ -24,6 +25,7 @@ from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
 class Output:
@@ -46,7 +48,7 @@ class Output:
 
     def __init__(self, final: Path, plan: Any, force: bool = False, keep_work: bool = False) -> None:
         self.final = final
-        self.folder = final.with_name(final.name + ".partial")
+        self.folder = final.with_name(final.name + _PARTIAL)
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force = force
         self._keep_work = keep_work
@@ -67,7 +69,11 @@ class Output:
         except BlockingIOError as error:
             os.close(self._lock)
             raise ConflictError(f"{self.final}: another process is writing it", hint="wait for that one") from error
-        self._resume()
+        try:
+            self._resume()
+        except BaseException:
+            os.close(self._lock)  # __exit__ is not called
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,8 +120,10 @@ class Output:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         os.fsync(self._lock)
         check_output(self.final, self._force)
-        replaced = self.final.with_name(self.final.name + ".replaced")
+        replaced = _replaced(self.final)
         if self.final.exists():
+            if replaced.exists():  # left by a run that was killed here
+                shutil.rmtree(replaced)
             self.final.rename(replaced)
         self.folder.rename(self.final)
         _sync_folder(self.final.parent)
@@ -140,7 +148,8 @@ class Output:
 
     def _begin(self, changed: bool) -> None:
         found = sorted(self.folder.iterdir())
-        if found and not changed and not (self.folder / MANIFEST_NAME).is_file():
+        ours = any((self.folder / name).is_file() for name in (JOURNAL_NAME, MANIFEST_NAME))
+        if found and not changed and not ours:
             raise ConflictError(
                 f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o"
             )
@@ -165,7 +174,16 @@ def check_output(final: Path, force: bool) -> None:
 
     Raises:
         OutputExistsError: it exists and is not to be, or must not be, replaced.
+        ConflictError: a foreign folder lies where the old output would be put aside.
+        UsageError: the name is one that unfinished work has.
     """
+    if final.name.endswith((_PARTIAL, _REPLACED)):
+        raise UsageError(
+            f"{final}: names in {_PARTIAL} and {_REPLACED} are for unfinished work", hint="choose another -o"
+        )
+    aside = _replaced(final)
+    if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST_NAME).is_file()):
+        raise ConflictError(f"{aside}: is in the way and not adaptkit's", hint="move it, or choose another -o")
     if not os.path.lexists(final):
         return
     if not force:
@@ -182,7 +200,15 @@ def _journal_lines(path: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text:
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to begin anew") from error
+
+
+def _replaced(final: Path) -> Path:
+    """Where an output that is being replaced waits until the new one is in its place."""
+    return final.with_name(final.name + _REPLACED)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -36,7 +36,7 @@ def resolve_inside(root: Path, name: str) -> Path:
         raise UnsafeInputError(f"the path {name!r} does not stay in its folder", hint="do not trust this artifact")
     path = root / name
     for part in [path, *path.parents][: len(parts)]:
-        if part.is_symlink() and not part.resolve().is_file():
+        if part.is_symlink() and not part.is_file():
             raise UnsafeInputError(f"{name!r} is a link to something that is not a file")
     return path
 
@@ -73,13 +73,23 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
 
     Raises:
         UsageError: not a folder.
-        CheckpointError: no weights, weights in another format, or a malformed index.
+        CheckpointError: no weights, weights in another format or twice, or a malformed index.
+        UnsafeInputError: the index points outside the folder.
     """
     require_folder(root)
     if (root / INDEX_NAME).exists():
         weight_map = read_json(root / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{INDEX_NAME}: weight_map must map tensor names to files")
+        for file in sorted(set(weight_map.values())):
+            resolve_inside(root, file)
+            if "/" in file or not file.endswith(".safetensors") or file.startswith("adaptkit-"):
+                raise CheckpointError(f"{INDEX_NAME}: {file!r} is no name of a shard beside it")
+        if (root / SINGLE_NAME).exists() and SINGLE_NAME not in weight_map.values():
+            raise CheckpointError(
+                f"{root}: holds {SINGLE_NAME} as well as {INDEX_NAME} and other shards; readers differ on these",
+                hint="remove the one that is not meant",
+            )
         return sorted(set(weight_map.values())), weight_map
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME], None

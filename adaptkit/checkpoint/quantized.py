@@ -155,6 +155,8 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
         dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[state["dtype"]]
         count = torch.Size(shape).numel()
         blocks = -(-count // block_size)
+        if len(shape) != 2 or min(shape) < 1 or block_size < 1:
+            raise CheckpointError(f"{name}: {list(shape)} in blocks of {block_size} is no matrix")
         levels = parts.get(".nested_quant_map", dynamic_map())
         absmax = parts[".absmax"].reshape(-1)
         constants: DoubleQuantized | Tensor = absmax
@@ -163,9 +165,13 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
             if int(state["nested_blocksize"]) != GROUP or constants.nested_absmax.numel() != -(-blocks // GROUP):
                 raise CheckpointError(f"{name}: nested constants in groups of {state['nested_blocksize']}")
         codes = parts[""].reshape(-1)
+        nested = ".nested_absmax" in parts
+        types = (codes.dtype, absmax.dtype, levels.dtype, levels.numel())
+        if types != (torch.uint8, torch.uint8 if nested else torch.float32, torch.float32, 256):
+            raise CheckpointError(f"{name}: its parts have types that do not belong together {types}")
         if codes.numel() != (count + 1) // 2 or parts[".absmax"].numel() != blocks:
             raise CheckpointError(f"{name}: {codes.numel()} bytes of codes do not make {list(shape)} weights")
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f"{name}: its quantization state is malformed ({error!r})") from error
     return QuantizedWeight(codes, constants, shape, block_size, DTYPES[dtype], levels)
 

@@ -87,7 +87,7 @@ class TensorFiles:
                 done += count
         finally:
             os.close(handle)
-        return torch.from_numpy(buffer)
+        return torch.from_numpy(buffer) if size else torch.empty(0, dtype=torch.uint8)
 
 
 class Checkpoint(TensorFiles):
@@ -124,7 +124,9 @@ class Checkpoint(TensorFiles):
     def quantization_method(self) -> str | None:
         """What the checkpoint is quantized with, or None."""
         quantization = self.config.get("quantization_config")
-        return None if quantization is None else str(quantization.get("quant_method", "unknown"))
+        if quantization is None:
+            return None
+        return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
 
     def state(self) -> list[list[Any]]:
         """Sizes and modification times of the files, to notice that an input changed between two runs."""

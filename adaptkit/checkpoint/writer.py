@@ -74,7 +74,7 @@ class TensorWriter:
             self._xxh3.reset()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file, _disk_errors(self._folder / self._name):
+        with _disk_errors(self._folder / self._name), self._file:  # closing writes what is buffered
             if kind is None:
                 if self._waiting:
                     raise ValueError(f"{self._waiting[-1].name!r} was not written")

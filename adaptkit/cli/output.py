@@ -23,7 +23,8 @@ def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> Non
         table = list(rows)
         width = max(len(label) for label, _ in table)
         for label, value in table:
-            print(f"{label:<{width}}  {value}".rstrip())
+            aligned = value.replace("\n", "\n" + " " * (width + 2))
+            print(f"{label:<{width}}  {aligned}".rstrip())
 
 
 def size(count: float) -> str:

@@ -48,21 +48,23 @@ def merge(weight: Tensor, terms: Sequence[LowRank], with_undo: bool = True) -> M
     """
     kernels = kernels_for(weight.device)
     merged, residuals, moved = torch.empty_like(weight), [torch.empty(0, dtype=torch.int64)], 0
-    sums = torch.zeros(3, dtype=torch.float64)
+    squared_delta = squared_weight = overlap = 0.0
     for rows in _row_slices(weight.shape):
         before, change = weight[rows], delta(terms, rows)
         after = kernels.add_rounded(before, change)
-        if not bool(torch.isfinite(after).all()):
-            what = "overflows" if bool(torch.isfinite(before).all()) else "holds NaN or infinity"
-            raise NonFiniteError(f"the weight {what}", hint="is the adapter's scaling right?")
+        for values, what in ((before, "holds NaN or infinity"), (after, "overflows")):
+            if not bool(torch.isfinite(values).all()):
+                raise NonFiniteError(
+                    f"the weight {what}", hint="is this the right base, and the adapter's scaling right?"
+                )
         merged[rows] = after
         if with_undo:
             residuals.append(kernels.undo_residual(before, after, change))
-        exact_before = before.double()
-        effect = after.double() - exact_before
-        moved += int((effect != 0).sum())
-        sums += torch.stack([(change**2).sum(), (exact_before**2).sum(), (effect * change).sum()])
-    squared_delta, squared_weight, overlap = sums.tolist()
+        sums = kernels.addition_sums(before, after, change)
+        moved += sums[0]
+        squared_delta += sums[1]
+        squared_weight += sums[2]
+        overlap += sums[3]
     return Merged(
         weight=merged,
         residual=torch.cat(residuals),

@@ -96,9 +96,9 @@ def difference_norm(first: LowRank, second: LowRank) -> float:
 
     Expanding the square would lose all digits where the two are nearly equal.
     """
-    if first.scaling == second.scaling and first.rank == second.rank:
-        if torch.equal(first.lora_a, second.lora_a) and torch.equal(first.lora_b, second.lora_b):
-            return 0.0  # exactly, which rounding below would spoil
+    alike = torch.equal(first.lora_a, second.lora_a) and torch.equal(first.lora_b, second.lora_b)
+    if alike and first.scaling == second.scaling:
+        return 0.0  # exactly, which rounding below would spoil
     lora_b = torch.cat([first.lora_b.double() * first.scaling, second.lora_b.double() * -second.scaling], dim=1)
     lora_a = torch.cat([first.lora_a.double(), second.lora_a.double()])
     _, r_b = torch.linalg.qr(lora_b, mode="r")

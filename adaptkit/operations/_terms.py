@@ -24,7 +24,7 @@ def plan_terms(
         Tensor name -> its changes in order.
 
     Raises:
-        BaseMismatchError: a module that the checkpoint lacks, or a shape that differs.
+        BaseMismatchError: a module that the checkpoint lacks or ties to another, or a shape that differs.
     """
     terms: dict[str, list[LowRank]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -35,6 +35,11 @@ def plan_terms(
                 raise BaseMismatchError(
                     f"{adapter.root}: changes {name}, which {checkpoint.root} does not have",
                     hint="this adapter is for another model",
+                )
+            if module.rpartition(".")[2] == "lm_head" and checkpoint.config.get("tie_word_embeddings"):
+                raise BaseMismatchError(
+                    f"{adapter.root}: changes {name}, but {checkpoint.root} ties its head to its embedding",
+                    hint="readers would ignore the merged head: untie it first",
                 )
             spec = checkpoint.spec(name)
             if spec.shape != change.shape or spec.dtype not in FLOATS:

@@ -78,7 +78,8 @@ class _Piece:
     spec: TensorSpec
     tensor: Tensor
     base_fingerprint: str
-    merged: exact.Merged | None
+    figures: Mapping[str, float]
+    undo: Tensor | None = None
 
 
 def merge(
@@ -171,10 +172,9 @@ def _write_shard(
             writer.write(piece.spec.name, piece.tensor)
             done += piece.spec.nbytes
             progress(done, total)
-            notes[piece.spec.name] = {"base": piece.base_fingerprint}
-            if piece.merged is not None:
-                notes[piece.spec.name] = {"base": piece.base_fingerprint} | _figures(piece.merged)
-                packed[piece.spec.name] = undo.pack(piece.merged.residual)
+            notes[piece.spec.name] = {"base": piece.base_fingerprint, **piece.figures}
+            if piece.undo is not None:
+                packed[piece.spec.name] = piece.undo
     if with_undo:
         specs = [TensorSpec(spec.name, "U8", (packed[spec.name].numel(),)) for spec in changed]
         with TensorWriter(out.folder, record_name, specs) as record:
@@ -200,12 +200,13 @@ def _pieces(
                 hint="give the right base, or say --allow-base-mismatch",
             )
         if spec.name not in terms:
-            return _Piece(spec, weight, digest, None)
+            return _Piece(spec, weight, digest, {})
         try:
             merged = exact.merge(weight, terms[spec.name], options.undo)
         except NonFiniteError as error:
             raise NonFiniteError(f"{spec.name}: {error.message}", error.hint) from error
-        return _Piece(spec, merged.weight, digest, merged)
+        record = undo.pack(merged.residual) if options.undo else None
+        return _Piece(spec, merged.weight, digest, _figures(merged), record)
 
     specs = [spec for spec, _ in checkpoint.headers[file].tensors]
     return in_order(make, specs, thread_count(options.threads))

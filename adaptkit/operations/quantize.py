@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from adaptkit.checkpoint import quantized
@@ -138,6 +139,9 @@ def _choose(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Choic
     for spec in (choice.spec for choice in choices.values()):
         if spec.count == 0:
             raise CheckpointError(f"{checkpoint.root}: tensor {spec.name!r} is empty ({list(spec.shape)})")
+    for pattern in options.skip:
+        if not any(fnmatchcase(choice.module, pattern) for choice in choices.values()):
+            raise UsageError(f"--skip {pattern!r} matches no module", hint="patterns match whole paths: '*.down_proj'")
     if all(choice.kept_because for choice in choices.values()):
         raise CheckpointError(f"{checkpoint.root}: nothing to quantize: no matrices in numbered layers")
     return choices
@@ -159,11 +163,11 @@ def _as_linear(choice: Choice) -> TensorSpec:
 def _make(checkpoint: Checkpoint, choice: Choice, group: Group, options: QuantizeOptions) -> Made:
     weight = checkpoint.read(choice.spec.name)
     digest = fingerprint(weight)
-    if choice.kept_because:
-        return Made({choice.spec.name: weight}, digest)
     try:
-        if choice.transposed:
-            check_finite(weight)  # here the index is that in the file
+        if weight.is_floating_point():
+            check_finite(weight)  # here, so that the index is that in the file
+        if choice.kept_because:
+            return Made({choice.spec.name: weight}, digest)
         values = weight.T.contiguous() if choice.transposed else weight
         parts = quantized.encode(_as_linear(choice), values, options.block_size, options.double_quant)
     except NonFiniteError as error:

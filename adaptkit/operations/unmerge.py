@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.hashing import fingerprint, tensors_root
+from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
@@ -158,12 +158,12 @@ def _restore_shard(
     digests = {tensor.name: tensor.xxh3_128 for tensor in manifest.tensors}
     originals = {f"{target.module}.weight": target.base_xxh3_128 for target in manifest.targets}
 
-    def make(spec: TensorSpec) -> Tensor:
+    def make(spec: TensorSpec) -> tuple[Tensor, Tensor]:
         tensor = checkpoint.read(spec.name)
         if fingerprint(tensor) != digests.get(spec.name):
             raise IntegrityError(f"{spec.name} in {file} changed since the merge", hint="get the merged model again")
         if spec.name not in terms:
-            return tensor
+            return tensor, tensor
         try:
             residual = undo.unpack(records.read(spec.name), spec.count)
             weight = exact.unmerge(tensor, terms[spec.name], residual)
@@ -173,15 +173,19 @@ def _restore_shard(
             raise IntegrityError(
                 f"{spec.name}: the undo record or the adapter is not the one of this merge", hint="run verify on both"
             )
-        return weight
+        return tensor, weight
 
     header = checkpoint.headers[file]
     specs = [spec for spec, _ in header.tensors]
     done = sum(record.size for record in out.files)
     total = sum(located.spec.nbytes for located in checkpoint.tensors.values())
+    as_merged = hashlib.sha256(header.raw)
     with TensorWriter(out.folder, file, specs, header.raw) as writer:
-        for spec, tensor in zip(specs, in_order(make, specs, threads), strict=True):
-            writer.write(spec.name, tensor)
+        for spec, (tensor, weight) in zip(specs, in_order(make, specs, threads), strict=True):
+            as_merged.update(bytes_of(tensor))
+            writer.write(spec.name, weight)
             done += spec.nbytes
             progress(done, total)
+    if as_merged.hexdigest() != next((record.sha256 for record in manifest.files if record.path == file), None):
+        raise IntegrityError(f"{file} changed since the merge", hint="get the merged model again")
     out.add(writer.record, writer.tensors)

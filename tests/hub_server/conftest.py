@@ -64,7 +64,8 @@ class Client:
         folder.mkdir(exist_ok=True)
 
     def __call__(self, code: str, *, xet: bool = False, token: str | None = "secret") -> Any:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        offline = {"TRANSFORMERS_OFFLINE"}  # the client heeds it too
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k not in offline}
         environment |= {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "CLIENT_FOLDER": str(self.folder)}
         environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         environment |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}

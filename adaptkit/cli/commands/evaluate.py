@@ -32,5 +32,5 @@ def command(
         perplexity = "" if report.perplexity is None else f" (perplexity {report.perplexity:.2f})"
         rows.append(("loss", f"{report.loss:.4f}{perplexity} over {report.answer_tokens} answer tokens"))
     for prompt, text in report.answers.items():
-        rows += [("prompt", prompt), ("answer", text)]
+        rows += [("prompt", " ".join(prompt.split())), ("answer", text)]
     show(report, rows, as_json=as_json, quiet=quiet)

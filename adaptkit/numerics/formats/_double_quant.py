@@ -61,7 +61,8 @@ def quantize_absmax(absmax: Tensor) -> DoubleQuantized:
         absmax: (M,) float32, finite, M > 0.
 
     Source: QLoRA (arXiv:2305.14314), section 3, as bitsandbytes 0.50 computes it on a CPU, but with the offset a
-    float64 sum in ascending order, rounded once: torch's own mean depends on the number of threads.
+    float64 sum in ascending order, rounded once: torch's own mean depends on the number of threads; and with the
+    next larger code where a constant would decode to a negative number.
     """
     count = absmax.numel()
     offset = np.float32(np.cumsum(absmax.cpu().numpy(), dtype=np.float64)[-1] / count)
@@ -73,7 +74,11 @@ def quantize_absmax(absmax: Tensor) -> DoubleQuantized:
     index = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32)
     codes = _lookup().to(absmax.device)[index]
     codes[(nested == 0).repeat_interleave(GROUP)[:count]] = 0
-    return DoubleQuantized(codes, nested, float(offset))
+    quantized = DoubleQuantized(codes, nested, float(offset))
+    # A small constant beside a large one may decode to less than zero, which would flip the signs of its block.
+    while bool((negative := dequantize_absmax(quantized) < 0).any()):
+        codes[negative] += 1
+    return quantized
 
 
 def dequantize_absmax(quantized: DoubleQuantized, levels: Tensor | None = None) -> Tensor:

@@ -29,6 +29,10 @@ class Kernels(Protocol):
         """See ``reference.add_rounded``."""
         ...
 
+    def addition_sums(self, weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, float, float, float]:
+        """See ``reference.addition_sums``."""
+        ...
+
     def undo_residual(self, weight: Tensor, merged: Tensor, delta: Tensor) -> Tensor:
         """See ``reference.undo_residual``."""
         ...

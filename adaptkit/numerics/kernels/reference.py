@@ -144,6 +144,22 @@ def add_rounded(weight: Tensor, delta: Tensor) -> Tensor:
     return round_to(weight.double() + delta, weight.dtype)
 
 
+def addition_sums(weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, float, float, float]:
+    """What an addition did: for reports, so that here alone the order of the sums is left open.
+
+    Args:
+        weight: (out, in), before.
+        merged: (out, in), after.
+        delta: (out, in) float64.
+
+    Returns:
+        How many values moved, Σ Δ², Σ W², and Σ (merged − W) · Δ.
+    """
+    exact = weight.double()
+    effect = merged.double() - exact
+    return int((effect != 0).sum()), float((delta**2).sum()), float((exact**2).sum()), float((effect * delta).sum())
+
+
 def ordinal(values: Tensor) -> Tensor:
     """Number the floats of a type in order: neighbours differ by one, and −0 comes just before +0.
 

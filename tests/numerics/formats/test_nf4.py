@@ -60,3 +60,16 @@ def test_infinity_is_refused_by_index():
     weight[2, 5] = float("inf")
     with pytest.raises(NonFiniteError, match=r"\[2, 5\] is inf"):
         nf4.quantize(weight, 64)
+
+
+def test_no_constant_decodes_to_a_negative_number():
+    """In groups with one outlier bitsandbytes' codes do, which flips the signs of whole blocks."""
+    generator = torch.Generator().manual_seed(1)
+    absmax = torch.rand(4096, generator=generator) * 0.02
+    absmax[::97] = 20.0
+    quantized = quantize_absmax(absmax)
+    assert float(dequantize_absmax(quantized).min()) >= 0
+    weight = torch.randn(4096, 64, generator=generator) * (absmax.unsqueeze(1) / 4)
+    _, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    theirs = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    assert float(theirs.min()) < 0

@@ -132,6 +132,8 @@ def test_undo_restores_every_bit(data, ratio):
     finite = torch.isfinite(merged).all()
     if not finite:
         return
+    sums = zip(cpu.addition_sums(weight, merged, delta), reference.addition_sums(weight, merged, delta), strict=True)
+    assert all(found == pytest.approx(expected, rel=1e-9, nan_ok=True) for found, expected in sums)
     residual = reference.undo_residual(weight, merged, delta)
     same_bits(cpu.undo_residual(weight, merged, delta), residual)
     more = torch.cat([residual, residual.new_tensor([99])])

@@ -1,0 +1,312 @@
+"""An adapter is read completely or refused by the name of what stands in the way."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import is_adapter, read_adapter, write_adapter
+from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.errors import AdapterError, CheckpointError, UnsafeInputError, UsageError
+from adaptkit.numerics.lora import LowRank
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj"
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def configure(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.fixture
+def changed(adapter, copy_of):
+    return copy_of(adapter)
+
+
+def scalings_of_peft(folder, base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    return {
+        name.removeprefix("base_model.model."): layer.scaling["default"]
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
+def test_what_peft_wrote_is_read_completely(adapter, llama):
+    read = read_adapter(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert is_adapter(adapter)
+    assert not is_adapter(llama)
+    assert len(read.modules) == 14
+    assert 2 * len(read.modules) == len(tensors) == len(read.records)
+    assert read.manifest is None
+    assert not read.fan_in_fan_out
+    for module, term in read.modules.items():
+        assert torch.equal(term.lora_a, tensors[f"base_model.model.{module}.lora_A.weight"])
+        assert torch.equal(term.lora_b, tensors[f"base_model.model.{module}.lora_B.weight"])
+        assert term.lora_b.abs().sum() > 0
+    assert {r.name: r.xxh3_128 for r in read.records} == {name: fingerprint(t) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\..*v_proj": 3}, "alpha_pattern": {"q_proj": 16, "down_proj": 5}},
+        {"use_rslora": True, "rank_pattern": {"model.layers.1.mlp.up_proj": 2}, "alpha_pattern": {".*o_proj": 1}},
+        {"rank_pattern": {r"layers\.\d+\.self_attn\.[qk]_proj": 2, "q_proj": 6}},
+        {"alpha_pattern": {r".*\.down_proj": 3, "^model.layers.0.mlp.up_proj": 9}},
+    ],
+)
+def test_ranks_and_scalings_are_those_of_peft(tmp_path, llama, options):
+    folder = tiny.write_peft_adapter(tmp_path / "a", llama, **options)
+    read = read_adapter(folder)
+    assert {name: term.scaling for name, term in read.modules.items()} == scalings_of_peft(folder, llama)
+    assert {name: term.rank for name, term in read.modules.items()} == {
+        name: load_file(folder / "adapter_model.safetensors")[f"base_model.model.{name}.lora_A.weight"].shape[0]
+        for name in read.modules
+    }
+
+
+def test_a_conv1d_adapter_says_that_its_base_is_transposed(tmp_path, gpt2):
+    read = read_adapter(tiny.write_peft_adapter(tmp_path / "a", gpt2))
+    assert read.fan_in_fan_out
+    assert read.modules["transformer.h.0.attn.c_attn"].shape == (192, 64)
+
+
+UNSUPPORTED = {
+    "use_dora": True,
+    "use_qalora": True,
+    "use_bdlora": {"x": 1},
+    "alora_invocation_tokens": [1, 2],
+    "arrow_config": {"x": 1},
+    "layer_replication": [[0, 2]],
+    "trainable_token_indices": [0],
+    "target_parameters": ["experts.gate_up_proj"],
+    "modules_to_save": ["lm_head"],
+    "lora_bias": True,
+    "megatron_config": {"x": 1},
+    "velora_config": {"x": 1},
+    "kasa_config": {"x": 1},
+    "monteclora_config": {"x": 1},
+}
+
+
+@pytest.mark.parametrize("feature", sorted(UNSUPPORTED))
+def test_an_unsupported_feature_is_refused_by_name(changed, feature):
+    configure(changed, **{feature: UNSUPPORTED[feature]})
+    with pytest.raises(AdapterError, match=feature):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused(changed, bias):
+    configure(changed, bias=bias)
+    with pytest.raises(AdapterError, match=bias):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "IA3", "PROMPT_TUNING", None])
+def test_another_kind_of_adapter_is_refused_by_name(changed, kind):
+    configure(changed, peft_type=kind)
+    with pytest.raises(AdapterError, match=str(kind)):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_an_adapter_that_belongs_to_a_changed_base_is_refused(changed, begun):
+    configure(changed, init_lora_weights=begun)
+    with pytest.raises(AdapterError, match=begun):
+        read_adapter(changed)
+
+
+def test_pissa_really_changes_the_base(tmp_path, llama):
+    """Why the refusal above is needed: the adapter's delta belongs to weights that are in no file."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    before = base.model.layers[0].self_attn.q_proj.weight.clone()
+    model = get_peft_model(base, LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "a")
+    after = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.equal(before, after)
+    with pytest.raises(AdapterError, match="pissa"):
+        read_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "eva", "orthogonal"])
+def test_an_initial_adapter_that_leaves_the_base_alone_is_read(changed, begun):
+    configure(changed, init_lora_weights=begun)
+    assert len(read_adapter(changed).modules) == 14
+
+
+@pytest.mark.parametrize("rank", [2, 8, 0, -4, 4.0, "4", None, True])
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused(changed, rank):
+    configure(changed, r=rank)
+    with pytest.raises(AdapterError, match=r"says rank .*lora_A has 4 rows"):
+        read_adapter(changed)
+
+
+def test_halves_of_different_ranks_are_refused(changed):
+    edit(changed, lambda t: t.update({f"{KEY}.lora_B.weight": t[f"{KEY}.lora_B.weight"][:, :3].clone()}))
+    with pytest.raises(AdapterError, match=rf"{MODULE}.*lora_B 3 columns"):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, None, "8", True])
+def test_a_scaling_that_is_no_positive_number_is_refused(changed, alpha):
+    configure(changed, lora_alpha=alpha)
+    with pytest.raises(AdapterError, match="lora_alpha"):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
+def test_a_scaling_that_is_not_finite_is_refused(changed, alpha):
+    configure(changed, lora_alpha=alpha)
+    with pytest.raises(UnsafeInputError, match=r"adapter_config\.json"):
+        read_adapter(changed)
+    text = (changed / "adapter_config.json").read_text()
+    (changed / "adapter_config.json").write_text(text.replace("-Infinity", "-1e999").replace("Infinity", "1e999"))
+    with pytest.raises(UnsafeInputError, match=r"adapter_config\.json"):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("patterns", [["q_proj"], "q_proj", {"(": 4}, {"*": 4}])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_malformed_pattern_is_refused(changed, key, patterns):
+    configure(changed, **{key: patterns})
+    with pytest.raises(AdapterError, match="pattern"):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_half_a_module_is_refused(changed, half):
+    edit(changed, lambda t: t.pop(f"{KEY}.lora_{half}.weight"))
+    with pytest.raises(AdapterError, match=f"{MODULE} has no lora_{half}"):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{KEY}.lora_magnitude_vector",
+        f"{KEY}.lora_B.bias",
+        f"{KEY}.bias",
+        f"{KEY}.base_layer.weight",
+        f"{KEY}.lora_embedding_A",
+        "base_model.model.lm_head.weight",
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+        f"{KEY}.lora_A.default.weight",
+        f"{MODULE}.lora_A.weight",
+        f"prefix.{KEY}.lora_A.weight",
+        f"{KEY}.lora_C.weight",
+        "stray",
+    ],
+)
+def test_a_key_that_is_not_understood_is_refused_by_name(changed, key):
+    edit(changed, lambda t: t.update({key: torch.ones(4, 64)}))
+    with pytest.raises(AdapterError, match=key.replace(".", r"\.")):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(4), torch.ones(4, 8, 8), torch.ones(4, 64, dtype=torch.int32), torch.ones(4, 64).double()]
+)
+def test_a_half_of_another_shape_or_type_is_refused(changed, tensor):
+    edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": tensor}))
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_A\.weight"):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(changed, value):
+    edit(changed, lambda t: t[f"{KEY}.lora_B.weight"].view(-1).__setitem__(7, value))
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight holds NaN or infinity"):
+        read_adapter(changed)
+
+
+def test_a_pickle_is_refused_and_not_loaded(changed):
+    (changed / "adapter_model.safetensors").unlink()
+    torch.save({}, changed / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"pickled \.bin is not loaded"):
+        read_adapter(changed)
+    (changed / "adapter_model.bin").rename(changed / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+        read_adapter(changed)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):
+    with pytest.raises(AdapterError, match="not an adapter"):
+        read_adapter(llama)
+    with pytest.raises(UsageError, match="does not exist"):
+        read_adapter(tmp_path / "absent")
+    (changed / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"there is no adapter_model\.safetensors"):
+        read_adapter(changed)
+    save_file({}, changed / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="holds no tensors"):
+        read_adapter(changed)
+
+
+def test_configurations_that_readers_disagree_about_are_refused(changed):
+    (changed / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "r": 8, "lora_alpha": 8}')
+    with pytest.raises(CheckpointError, match="'r' appears twice"):
+        read_adapter(changed)
+
+
+def low_rank(out, rank, into, scaling, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(shape, generator=generator) * 0.05 for shape in ((rank, into), (out, rank)))
+    return LowRank(a, b, scaling)
+
+
+def written(folder, modules, base=""):
+    with Output(folder, ["adapter"]) as output:
+        write_adapter(output, modules, base)
+        output.publish(Manifest("adapter", {"name": "test"}, tuple(output.files), tuple(output.tensors)))
+    return folder
+
+
+def test_what_is_written_comes_back_and_is_what_peft_loads(tmp_path, llama):
+    modules = {
+        "model.layers.0.self_attn.q_proj": low_rank(64, 4, 64, 2.0, 1),
+        "model.layers.1.self_attn.q_proj": low_rank(64, 2, 64, 1.0, 2),
+        "model.layers.0.mlp.down_proj": low_rank(64, 4, 128, 0.25, 3),
+        "model.layers.1.mlp.down_proj": low_rank(64, 4, 128, 2.0, 4),
+    }
+    folder = written(tmp_path / "a", modules, str(llama))
+    read = read_adapter(folder)
+    assert set(read.modules) == set(modules)
+    for name, term in modules.items():
+        assert torch.equal(read.modules[name].lora_a, term.lora_a)
+        assert torch.equal(read.modules[name].lora_b, term.lora_b)
+        assert read.modules[name].scaling == term.scaling
+    assert scalings_of_peft(folder, llama) == {name: term.scaling for name, term in modules.items()}
+    assert read.manifest is not None
+
+
+def test_writing_is_deterministic_whatever_the_order_of_the_modules(tmp_path):
+    modules = {f"model.layers.{n}.mlp.up_proj": low_rank(64, 2 + n % 2, 64, 1.5, n) for n in range(4)}
+    one = written(tmp_path / "one", modules)
+    two = written(tmp_path / "two", dict(reversed(modules.items())))
+    weights = "adapter_model.safetensors"
+    assert (one / weights).read_bytes() == (two / weights).read_bytes()
+    assert (one / "adapter_config.json").read_bytes() == (two / "adapter_config.json").read_bytes()

@@ -1,0 +1,163 @@
+"""Headers are those of safetensors, and what readers disagree about is refused."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save_file
+
+from adaptkit.checkpoint.header import (
+    DTYPES,
+    TensorSpec,
+    check_regular,
+    read_header,
+    strict_json,
+    write_header,
+)
+from adaptkit.errors import CheckpointError
+
+
+def raw(header: str | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header.encode() if isinstance(header, str) else header
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(start: int, end: int, dtype: str = "U8", shape: str | None = None) -> str:
+    return f'{{"dtype":"{dtype}","shape":{shape or [end - start]},"data_offsets":[{start},{end}]}}'
+
+
+@given(
+    st.dictionaries(
+        st.text("abcxyz._0123456789-é", min_size=1, max_size=12),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=6,
+    )
+)
+def test_a_written_header_is_what_safetensors_and_we_read(tensors):
+    specs = [TensorSpec(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()]
+    header = write_header(specs)
+    assert header == write_header(specs)
+    assert len(header) % 8 == 0
+    found = load(header + bytes(sum(spec.nbytes for spec in specs)))
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items()} == {
+        spec.name: (DTYPES[spec.dtype], spec.shape) for spec in specs
+    }
+
+
+def test_the_header_of_a_file_from_safetensors_is_read_in_the_order_of_its_bytes(tmp_path):
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.zeros(5, dtype=torch.bfloat16), "c": torch.tensor(7)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    content = (tmp_path / "x.safetensors").read_bytes()
+    header = read_header(tmp_path / "x.safetensors")
+    assert content.startswith(header.raw)
+    positions = [position for _, position in header.tensors]
+    assert positions == sorted(positions)
+    for spec, position in header.tensors:
+        piece = torch.frombuffer(bytearray(content[position : position + spec.nbytes]), dtype=DTYPES[spec.dtype])
+        assert torch.equal(piece.view(spec.shape), tensors[spec.name])
+
+
+TEN = bytes(10)
+DEEP = "[" * 5000 + "]" * 5000
+HOSTILE = {
+    "empty": b"",
+    "seven bytes": b"\x01" + bytes(6),
+    "length of 2^63": raw("{}", length=1 << 63),
+    "header of 200 MB": raw("{}", length=200_000_000),
+    "header longer than the file": raw("{}", length=1000),
+    "bad UTF-8": raw(b'{"\xff":' + entry(0, 1).encode() + b"}", b"x"),
+    "not JSON": raw("tensors!"),
+    "a list": raw("[]"),
+    "deep JSON": raw('{"a":' + DEEP + "}"),
+    "overlap": raw(f'{{"a":{entry(0, 6)},"b":{entry(4, 10)}}}', TEN),
+    "alias": raw(f'{{"a":{entry(0, 10)},"b":{entry(0, 10)}}}', TEN),
+    "hole": raw(f'{{"a":{entry(0, 4)},"b":{entry(6, 10)}}}', TEN),
+    "trailing bytes": raw(f'{{"a":{entry(0, 10)}}}', TEN + b"PK\x05\x06" + bytes(18)),
+    "truncated": raw(f'{{"a":{entry(0, 10)}}}', TEN[:9]),
+    "shape overflow": raw(f'{{"a":{entry(0, 10, "F32", "[4294967296, 4294967296]")}}}', TEN),
+    "shape differs from offsets": raw(f'{{"a":{entry(0, 10, "U8", "[11]")}}}', TEN),
+    "negative shape": raw(f'{{"a":{entry(0, 10, "U8", "[-10]")}}}', TEN),
+    "unknown dtype": raw(f'{{"a":{entry(0, 10, "Q4", "[10]")}}}', TEN),
+    "unsupported dtype": raw(f'{{"a":{entry(0, 10, "U16", "[5]")}}}', TEN),
+    "duplicate key": raw(f'{{"a":{entry(0, 5)},"a":{entry(5, 10)}}}', TEN),
+    "duplicate metadata key": raw(f'{{"__metadata__":{{"f":"1","f":"2"}},"a":{entry(0, 10)}}}', TEN),
+    "NaN": raw('{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,10]}}', TEN),
+    "extra field": raw('{"a":{"dtype":"U8","shape":[10],"data_offsets":[0,10],"sparse":1}}', TEN),
+    "no name": raw(f'{{"":{entry(0, 10)}}}', TEN),
+    "path as a name": raw(f'{{"../../x":{entry(0, 10)}}}', TEN),
+    "backslash": raw(f'{{"a\\\\b":{entry(0, 10)}}}', TEN),
+    "NUL in a name": raw(f'{{"a\\u0000":{entry(0, 10)}}}', TEN),
+    "newline in a name": raw(f'{{"a\\n":{entry(0, 10)}}}', TEN),
+    "right-to-left override": raw(f'{{"a\\u202eb":{entry(0, 10)}}}', TEN),
+    "lone surrogate": raw(f'{{"a\\ud800":{entry(0, 10)}}}', TEN),
+    "names that differ in normalization": raw(f'{{"\\u00e9":{entry(0, 5)},"e\\u0301":{entry(5, 10)}}}', TEN),
+    "a pickle": b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01K\x01u.",
+    "a zip": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE))
+def test_a_malformed_file_is_refused_by_name(tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        read_header(path)
+
+
+def test_the_base_of_those_malformed_files_is_sound(tmp_path):
+    """Else the test above would pass for the wrong reason."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw(f'{{"__metadata__":{{"f":"1"}},"a":{entry(0, 4)},"b":{entry(4, 10)}}}', TEN))
+    assert [spec.name for spec, _ in read_header(path).tensors] == ["a", "b"]
+
+
+def test_many_tensors_are_no_trouble(tmp_path):
+    specs = [TensorSpec(f"t{number}", "U8", (1,)) for number in range(20_000)]
+    (tmp_path / "x.safetensors").write_bytes(write_header(specs) + bytes(20_000))
+    assert [spec for spec, _ in read_header(tmp_path / "x.safetensors").tensors] == specs
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "absent", "dangling link"])
+def test_only_regular_files_are_opened(tmp_path, kind):
+    path = tmp_path / "x.safetensors"
+    if kind == "fifo":
+        os.mkfifo(path)  # opening it would wait for ever
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "nowhere")
+    for refuse in (check_regular, read_header):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            refuse(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a":1,"a":2}',
+        b'{"a":{"b":1,"b":1}}',
+        b'{"a":NaN}',
+        b'{"a":-Infinity}',
+        b'{"a":1e999}',
+        b"[1]",
+        b"null",
+        b"",
+        b"{",
+        b'{"a":1}x',
+        b"\xff\xfe{}",
+        pytest.param(DEEP.encode() * 20, id="deep"),
+        pytest.param(b'{"a":' + b"1" * 5000 + b"}", id="a number of 5000 digits"),
+    ],
+)
+def test_json_that_readers_disagree_about_is_refused(text):
+    with pytest.raises(CheckpointError, match=r"^config\.json: "):
+        strict_json(text, "config.json")
+
+
+@given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers(-9, 9) | st.text(), st.lists), max_size=4))
+def test_ordinary_json_is_read_as_it_is(value):
+    assert strict_json(json.dumps(value).encode(), "x") == value

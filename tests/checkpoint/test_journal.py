@@ -1,0 +1,297 @@
+"""An output appears whole or not at all, once, and never in place of something that is not adaptkit's."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adaptkit.checkpoint.journal import JOURNAL_NAME, Output, check_output
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
+from adaptkit.checkpoint.writer import write_file
+from adaptkit.errors import ConflictError, OutputExistsError, UsageError
+
+PLAN = ["source", {"option": 1}]
+
+
+def add(output: Output, name: str, content: bytes) -> None:
+    tensor = TensorRecord(f"tensor of {name}", name, "U8", (len(content),), "0" * 32)
+    output.add(write_file(output.folder, name, content), [tensor], {name: {"digest": content.decode()}})
+
+
+def publish(output: Output) -> Manifest:
+    manifest = Manifest("checkpoint", {"name": "test"}, tuple(output.files), tuple(output.tensors))
+    output.publish(manifest)
+    return manifest
+
+
+def make(final: Path, force: bool = False, plan: object = PLAN) -> None:
+    with Output(final, plan, force) as output:
+        add(output, "a", b"first")
+        output.write_json("x.json", {"b": 1})
+        publish(output)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_nothing_is_visible_before_it_is_published(tmp_path):
+    final = tmp_path / "deeper" / "out"
+    with Output(final, PLAN) as output:
+        add(output, "a", b"first")
+        assert not final.exists()
+        manifest = publish(output)
+    assert tree(final) == {"a": b"first", MANIFEST_NAME: manifest.to_bytes()}
+    assert [path.name for path in final.parent.iterdir()] == ["out"]
+    assert read_manifest(final) == manifest
+
+
+def test_an_error_publishes_nothing_and_keeps_what_is_done(tmp_path):
+    def fail():
+        with Output(tmp_path / "out", PLAN) as output:
+            add(output, "a", b"first")
+            raise ValueError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        fail()
+    assert not (tmp_path / "out").exists()
+    with Output(tmp_path / "out", PLAN) as output:
+        assert output.finished("a")
+        assert not output.finished("b")
+        assert [record.path for record in output.files] == ["a"]
+        assert [tensor.shape for tensor in output.tensors] == [(5,)]
+        assert output.notes == {"a": {"digest": "first"}}
+        add(output, "b", b"second")
+        publish(output)
+    assert set(tree(tmp_path / "out")) == {"a", "b", MANIFEST_NAME}
+
+
+def test_going_on_gives_the_manifest_of_an_uninterrupted_run(tmp_path):
+    with Output(tmp_path / "interrupted", PLAN) as output:
+        add(output, "a", b"first")
+    for name, resumed in (("interrupted", True), ("straight", False)):
+        with Output(tmp_path / name, PLAN) as output:
+            assert output.finished("a") == resumed
+            if not resumed:
+                add(output, "a", b"first")
+            add(output, "b", b"second")
+            publish(output)
+    assert tree(tmp_path / "interrupted") == tree(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("damage", ["shorter", "absent", "a folder"])
+def test_a_finished_file_that_is_no_longer_there_is_made_again(tmp_path, damage):
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+    path = tmp_path / "out.partial" / "a"
+    path.unlink()
+    if damage == "shorter":
+        path.write_bytes(b"fir")
+    elif damage == "a folder":
+        path.mkdir()
+    with Output(tmp_path / "out", PLAN) as output:
+        assert not output.finished("a")
+
+
+def test_a_group_of_files_is_finished_only_together(tmp_path):
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+    with Output(tmp_path / "out", PLAN) as output:
+        assert not output.finished("a", "b")
+        assert output.files == []
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_journal_that_a_kill_cut_off_loses_only_its_last_line(tmp_path, cut):
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+        add(output, "b", b"second")
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    with Output(tmp_path / "out", PLAN) as output:
+        assert output.finished("a")
+        assert not output.finished("b")
+        add(output, "b", b"second")
+    with Output(tmp_path / "out", PLAN) as output:
+        assert output.finished("a", "b")
+    assert [len(json.loads(line)) for line in journal.read_text().splitlines()] == [1, 3, 3]
+
+
+def test_a_journal_cut_off_in_its_first_line_begins_anew(tmp_path):
+    with Output(tmp_path / "out", PLAN):
+        pass
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    journal.write_bytes(journal.read_bytes()[:20])
+    make(tmp_path / "out")
+    assert set(tree(tmp_path / "out")) == {"a", "x.json", MANIFEST_NAME}
+
+
+def test_a_damaged_journal_is_named_and_nothing_is_lost(tmp_path):
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    journal.write_bytes(bytes(50) + b"\n" + journal.read_bytes())
+    before = tree(tmp_path)
+    with pytest.raises(ConflictError, match=JOURNAL_NAME):
+        make(tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+def test_other_inputs_begin_anew(tmp_path):
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+        add(output, "of the old plan", b"")
+    with Output(tmp_path / "out", [*PLAN, "more"]) as output:
+        assert not output.finished("a")
+        assert set(tree(output.folder)) == {JOURNAL_NAME}
+
+
+def test_work_that_took_long_is_not_thrown_away_for_other_options(tmp_path):
+    with Output(tmp_path / "out", PLAN, keep_work=True) as output:
+        add(output, "a", b"first")
+    with pytest.raises(ConflictError, match="unfinished work"), Output(tmp_path / "out", ["other"], keep_work=True):
+        pass
+    with Output(tmp_path / "out", PLAN, keep_work=True) as output:
+        assert output.finished("a")
+    with Output(tmp_path / "out", ["other"], force=True, keep_work=True) as output:
+        assert not output.finished("a")
+
+
+def test_an_existing_output_is_replaced_only_with_force(tmp_path):
+    final = tmp_path / "out"
+    make(final)
+    (final / "a").write_bytes(b"older")
+    with pytest.raises(OutputExistsError, match="exists already"):
+        make(final)
+    assert (final / "a").read_bytes() == b"older"
+    make(final, force=True)
+    assert (final / "a").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link to an artifact", "dangling link"])
+def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
+    final = tmp_path / "out"
+    make(tmp_path / "artifact")
+    if kind == "file":
+        final.write_text("mine")
+    elif kind == "link to an artifact":
+        final.symlink_to(tmp_path / "artifact")
+    elif kind == "dangling link":
+        final.symlink_to(tmp_path / "nowhere")
+    else:
+        final.mkdir()
+        if kind == "folder":
+            (final / "thesis.txt").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(OutputExistsError, match="adaptkit did not make this"):
+        make(final, force=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
+def test_a_foreign_folder_in_the_way_is_left_alone(tmp_path, suffix, force):
+    foreign = tmp_path / f"out{suffix}"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(ConflictError, match="in the way"):
+        make(tmp_path / "out", force)
+    assert tree(tmp_path) == {f"out{suffix}/thesis.txt": b"mine"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_folder_that_appears_meanwhile_is_left_alone(tmp_path):
+    def race():
+        with Output(tmp_path / "out", PLAN) as output:
+            add(output, "a", b"first")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.txt").write_text("mine")
+            publish(output)
+
+    with pytest.raises(OutputExistsError):
+        race()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x.partial", "x.replaced"])
+def test_an_output_may_not_be_named_like_unfinished_work(tmp_path, name):
+    """Making ``x`` would delete it."""
+    with pytest.raises(UsageError, match="unfinished work"):
+        make(tmp_path / name)
+
+
+def test_a_refusal_does_not_hold_the_lock(tmp_path):
+    foreign = tmp_path / "out.partial"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(ConflictError, match="in the way"):
+        make(tmp_path / "out")
+    (foreign / "thesis.txt").unlink()
+    make(tmp_path / "out")
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from adaptkit.checkpoint.journal import Output
+with Output(Path(sys.argv[1]), ["source"]) as output:
+    output.write("a", b"mine")
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_told_and_disturbs_nothing(tmp_path):
+    final = tmp_path / "out"
+    arguments = [sys.executable, "-c", HOLDER, str(final)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "holding\n"
+        before = tree(tmp_path)
+        for force in (False, True):
+            with pytest.raises(ConflictError, match="another process is writing it"):
+                make(final, force)
+        assert tree(tmp_path) == before
+        holder.kill()
+    make(final)  # a dead process holds no lock
+
+
+def test_what_is_no_part_of_the_artifact_is_not_published(tmp_path):
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+        (output.folder / "stray").write_text("")
+        (output.folder / "checkpoint-1").mkdir()
+        (output.folder / "checkpoint-1" / "state").write_text("")
+        publish(output)
+    assert set(tree(tmp_path / "out")) == {"a", MANIFEST_NAME}
+
+
+@pytest.mark.parametrize("stage", ["before the rename", "between two renames", "after the rename"])
+def test_a_kill_while_publishing_leaves_the_old_or_the_new_and_the_next_run_cleans_up(tmp_path, stage):
+    final = tmp_path / "out"
+    make(final)
+    expected = tree(final)
+    if stage == "before the rename":  # the manifest is written and the journal is gone already
+        shutil.copytree(final, tmp_path / "out.partial")
+    elif stage == "between two renames":
+        shutil.copytree(final, tmp_path / "out.partial")
+        final.rename(tmp_path / "out.replaced")
+    else:
+        shutil.copytree(final, tmp_path / "out.replaced")
+    make(final, force=True)
+    assert tree(final) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        make(tmp_path / "file" / "out")
+
+
+def test_checking_an_output_creates_nothing(tmp_path):
+    check_output(tmp_path / "deeper" / "out", force=True)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,165 @@
+"""Which files make up a checkpoint, and which paths are refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.checkpoint.layout import (
+    INDEX_NAME,
+    index_bytes,
+    read_json,
+    resolve_inside,
+    shard_name,
+    side_files,
+    weight_files,
+    write_json,
+)
+from adaptkit.errors import AdaptkitError, CheckpointError, UnsafeInputError, UsageError
+
+HOSTILE_PATHS = [
+    "../x.safetensors",
+    "a/../../x",
+    "a/..",
+    "..",
+    ".",
+    "",
+    "/etc/passwd",
+    "~/x",
+    "~root",
+    "C:\\x",
+    "C:x",
+    "\\\\server\\share",
+    "a\\b",
+    "a//b",
+    "./a",
+    "a/",
+    "a\0b",
+    "a\nb",
+    "a\u202eb",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_PATHS)
+def test_a_path_that_leaves_its_folder_or_is_written_oddly_is_refused(tmp_path, name):
+    with pytest.raises(UnsafeInputError, match="does not stay in its folder"):
+        resolve_inside(tmp_path, name)
+
+
+@given(st.text(min_size=1, max_size=20).map(lambda text: text.replace("ł", "../")))
+def test_whatever_is_not_refused_lies_inside(name):
+    root = Path("/nowhere/root")
+    try:
+        found = resolve_inside(root, name)
+    except UnsafeInputError:
+        return
+    assert os.path.normpath(found).startswith("/nowhere/root/")
+
+
+def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path):
+    """The Hub's cache is made of links to files."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    root.mkdir()
+    other.mkdir()
+    (other / "blob").write_bytes(b"x")
+    (root / "file").symlink_to(other / "blob")
+    (root / "folder").symlink_to(other)
+    (root / "dangling").symlink_to(other / "nothing")
+    (root / "loop").symlink_to(root / "loop")
+    assert resolve_inside(root, "file").read_bytes() == b"x"
+    for name in ("folder", "folder/blob", "dangling", "loop"):
+        with pytest.raises(UnsafeInputError, match="link"):
+            resolve_inside(root, name)
+
+
+def test_one_file_or_an_index(llama, llama_sharded):
+    assert weight_files(llama) == (["model.safetensors"], None)
+    files, weight_map = weight_files(llama_sharded)
+    assert files == [shard_name(number, 3) for number in (1, 2, 3)]
+    assert set(weight_map.values()) == set(files)
+
+
+def test_pickles_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
+        weight_files(tmp_path)
+    assert "safe_serialization" in caught.value.hint
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match="is a file"):
+        weight_files(tmp_path / "file")
+    with pytest.raises(UsageError, match="does not exist"):
+        weight_files(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{}",
+        "[]",
+        '{"weight_map":[]}',
+        '{"weight_map":{"a":1}}',
+        '{"weight_map":{"a":null}}',
+        '{"weight_map":{"a":["x.safetensors"]}}',
+        '{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}',
+        '{"weight_map":{"a":"x.safetensors"},"metadata":{"total_size":NaN}}',
+        '{"weight_map":{"a":"x.safetensors"},"metadata":{"total_size":1e999}}',
+        *(json.dumps({"weight_map": {"a": name}}) for name in HOSTILE_PATHS),
+        '{"weight_map":{"a":"config.json"}}',
+        '{"weight_map":{"a":"pytorch_model-00001-of-00002.bin"}}',
+        '{"weight_map":{"a":"adaptkit-undo-00001-of-00001.safetensors"}}',
+        '{"weight_map":{"a":"deeper/x.safetensors"}}',
+    ],
+)
+def test_a_malformed_index_is_refused(tmp_path, index):
+    (tmp_path / INDEX_NAME).write_text(index)
+    with pytest.raises(UnsafeInputError):
+        weight_files(tmp_path)
+
+
+def test_weights_that_are_there_twice_are_refused(llama, llama_sharded, copy_of):
+    """transformers would load the single file, and others the shards."""
+    folder = copy_of(llama_sharded)
+    (folder / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="as well as"):
+        weight_files(folder)
+
+
+def test_side_files_are_what_travels_and_nothing_else(tmp_path):
+    travels = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt", "tokenizer.json"]
+    travels += ["spiece.model", "vocab.tiktoken", "NOTICE"]
+    stays = ["config.json", "model.safetensors", "model.safetensors.index.json", "adaptkit-manifest.json", ".env"]
+    stays += ["pytorch_model.bin", "optimizer.json", "trainer_state.json", "modeling_x.py", "adapter_config.json"]
+    stays += [".hidden.json", "pytorch_model.bin.index.json", "training_args.bin"]
+    for name in travels + stays:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    assert [path.name for path in side_files(tmp_path)] == sorted(travels)
+
+
+def test_json_files_are_deterministic_and_come_back(tmp_path):
+    value = {"b": [1, None], "a": {"z": "é", "y": 0.1}}
+    assert write_json(value) == write_json(dict(reversed(value.items())))
+    (tmp_path / "x.json").write_bytes(write_json(value))
+    assert read_json(tmp_path / "x.json") == value
+
+
+def test_an_index_is_the_one_that_transformers_writes(llama_sharded):
+    theirs = read_json(llama_sharded / INDEX_NAME)
+    total = theirs["metadata"]["total_size"]
+    ours = json.loads(index_bytes(theirs["weight_map"].items(), total))
+    assert ours["weight_map"] == theirs["weight_map"]
+    assert ours["metadata"]["total_size"] == total
+
+
+def test_every_refusal_is_an_error_of_ours():
+    assert issubclass(UnsafeInputError, AdaptkitError)
+    assert UnsafeInputError("x").exit_code == 5

@@ -1,0 +1,191 @@
+"""A manifest is canonical: one set of facts has one form, and any other form is refused."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptkit
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    Parent,
+    Target,
+    TensorRecord,
+    read_manifest,
+    require_manifest,
+)
+from adaptkit.errors import AdaptkitError, IntegrityError, UnsafeInputError
+
+SHA, XXH = "ab" * 32, "cd" * 16
+MANIFEST = Manifest(
+    kind="adapter",
+    operation={"name": "stack", "options": {"weights": [0.5, 1.0], "name": "é"}},
+    files=(FileRecord("b.json", 3, SHA), FileRecord("a.safetensors", 10, SHA)),
+    tensors=(
+        TensorRecord("y", "a.safetensors", "F32", (1, 2), XXH),
+        TensorRecord("x", "a.safetensors", "U8", (), XXH),
+    ),
+    parents=(Parent("base", "checkpoint", SHA), Parent("adapter", "adapter", SHA, SHA, 0.5)),
+    targets=(Target("m.1", (2, 3), XXH), Target("m.0", (2, 3), None, SHA)),
+)
+
+
+def document() -> dict:
+    return json.loads(MANIFEST.to_bytes())
+
+
+def canonical(value: dict) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def test_it_comes_back_as_it_was():
+    assert Manifest.from_bytes(MANIFEST.to_bytes()) == MANIFEST
+    assert MANIFEST.sha256 == hashlib.sha256(MANIFEST.to_bytes()).hexdigest()
+
+
+def test_its_form_is_that_of_its_documentation():
+    found = document()
+    assert canonical(found) == MANIFEST.to_bytes()
+    assert found["schema"] == 1
+    assert found["tool"] == {"name": "adaptkit", "version": adaptkit.__version__}
+    assert [entry["path"] for entry in found["files"]] == ["a.safetensors", "b.json"]
+    assert [entry["name"] for entry in found["tensors"]] == ["x", "y"]
+    assert found["targets"][0] == {"module": "m.0", "shape": [2, 3], "quantized_root": SHA}
+    assert found["parents"][0] == {"role": "base", "kind": "checkpoint", "tensors_root": SHA}
+    lines = f"x U8 [] {XXH}\n" + f"y F32 [1, 2] {XXH}\n"
+    assert found["tensors_root"] == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_the_order_in_which_it_was_gathered_does_not_matter():
+    shuffled = replace(
+        MANIFEST, files=MANIFEST.files[::-1], tensors=MANIFEST.tensors[::-1], targets=MANIFEST.targets[::-1]
+    )
+    assert shuffled.to_bytes() == MANIFEST.to_bytes()
+
+
+TENSORS = st.lists(
+    st.builds(
+        TensorRecord,
+        st.text("ab.", min_size=1, max_size=3),
+        st.just("f"),
+        st.sampled_from(["F32", "U8"]),
+        st.lists(st.integers(0, 3), max_size=2).map(tuple),
+        st.sampled_from([XXH, "00" * 16]),
+    ),
+    max_size=4,
+    unique_by=lambda tensor: tensor.name,
+)
+
+
+@given(TENSORS, TENSORS)
+def test_the_root_is_equal_exactly_where_the_tensors_are(one, two):
+    facts = [{(t.name, t.dtype, t.shape, t.xxh3_128) for t in tensors} for tensors in (one, two)]
+    assert (tensors_root(one) == tensors_root(two)) == (facts[0] == facts[1])
+    assert tensors_root(one) == tensors_root([replace(t, file="another") for t in reversed(one)])
+
+
+EDITS = {
+    "one digit of a digest": lambda d: d["files"][0].update(sha256="ac" + SHA[2:]),
+    "a size": lambda d: d["files"][0].update(size=11),
+    "a tensor's digest": lambda d: d["tensors"][0].update(xxh3_128="ce" + XXH[2:]),
+    "a tensor's shape": lambda d: d["tensors"][1].update(shape=[2, 1]),
+    "a tensor left out": lambda d: d["tensors"].pop(),
+    "the root": lambda d: d.update(tensors_root=SHA),
+    "no root": lambda d: d.pop("tensors_root"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(EDITS) - {"one digit of a digest", "a size"}))
+def test_tensors_that_do_not_match_their_root_are_refused(name):
+    edited = document()
+    EDITS[name](edited)
+    with pytest.raises(IntegrityError, match="changed after it was written"):
+        Manifest.from_bytes(canonical(edited))
+
+
+@pytest.mark.parametrize("name", ["one digit of a digest", "a size"])
+def test_what_the_root_does_not_bind_still_changes_the_name_of_the_artifact(name):
+    edited = document()
+    EDITS[name](edited)
+    assert Manifest.from_bytes(canonical(edited)).sha256 != MANIFEST.sha256
+
+
+STRUCTURE = {
+    "an unknown field": lambda d: d.update(signature="x"),
+    "an unknown field of a file": lambda d: d["files"][0].update(mode=0o755),
+    "an unknown schema": lambda d: d.update(schema=2),
+    "no schema": lambda d: d.pop("schema"),
+    "no files": lambda d: d.pop("files"),
+    "no kind": lambda d: d.pop("kind"),
+    "files that are no list": lambda d: d.update(files=3),
+    "a file that is no object": lambda d: d.update(files=["a"]),
+    "a file without a digest": lambda d: d["files"][0].pop("sha256"),
+    "itself among the files": lambda d: d["files"][0].update(path=MANIFEST_NAME),
+    "a path twice": lambda d: d["files"][1].update(path="a.safetensors"),
+    "paths that differ in case": lambda d: d["files"][1].update(path="A.safetensors"),
+    "unsorted files": lambda d: d["files"].reverse(),
+    "unsorted tensors": lambda d: d["tensors"].reverse(),
+    "an explicit null": lambda d: d["targets"][0].update(base_xxh3_128=None),
+    "a path that is a number": lambda d: d["files"][0].update(path=3),
+    "a shape that is a number": lambda d: d["tensors"][0].update(shape=3),
+    "an absolute path": lambda d: d["files"][0].update(path="/etc/passwd"),
+    "a path outside": lambda d: d["files"][0].update(path="../x"),
+    "a backslash": lambda d: d["files"][0].update(path="a\\b"),
+    "a newline": lambda d: d["files"][0].update(path="a\nb"),
+    "NaN": lambda d: d["operation"].update(x=float("nan")),
+    "infinity": lambda d: d["operation"].update(x=float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURE))
+def test_a_manifest_of_another_structure_is_refused(name):
+    edited = document()
+    STRUCTURE[name](edited)
+    with pytest.raises((IntegrityError, UnsafeInputError)):
+        Manifest.from_bytes(canonical(edited))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MANIFEST.to_bytes()[:-1],
+        MANIFEST.to_bytes() + b"\n",
+        b" " + MANIFEST.to_bytes(),
+        MANIFEST.to_bytes().replace(b'":', b'": ', 1),
+        MANIFEST.to_bytes().replace("é".encode(), b"\\u00e9"),
+        MANIFEST.to_bytes().replace(b'"kind":"adapter"', b'"kind":"adapter","kind":"adapter"', 1),
+        b"",
+        b"\xff",
+        b"[]",
+        b"null",
+        b"{}",
+    ],
+)
+def test_another_form_of_the_same_facts_is_refused(text):
+    with pytest.raises(IntegrityError):
+        Manifest.from_bytes(text)
+
+
+def test_a_number_that_is_not_json_cannot_be_written():
+    with pytest.raises(ValueError, match="Out of range"):
+        replace(MANIFEST, operation={"x": float("nan")}).to_bytes()
+
+
+def test_a_folder_without_a_manifest_says_so(tmp_path):
+    assert read_manifest(tmp_path) is None
+    with pytest.raises(IntegrityError, match=MANIFEST_NAME):
+        require_manifest(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_bytes(MANIFEST.to_bytes())
+    assert require_manifest(tmp_path) == MANIFEST
+
+
+def test_every_refusal_has_an_exit_code_of_its_own():
+    with pytest.raises(AdaptkitError) as caught:
+        Manifest.from_bytes(b"{}")
+    assert caught.value.exit_code == 3

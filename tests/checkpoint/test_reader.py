@@ -1,0 +1,198 @@
+"""What is read is what safetensors reads, and folders whose parts disagree are refused."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint import reader
+from adaptkit.checkpoint.layout import INDEX_NAME
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.errors import CheckpointError, IntegrityError, UnsafeInputError
+
+
+def same(one, two):
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Tensors of many types and shapes; what they are, and the folder."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        "rows": torch.randn(37, 5, generator=generator),
+        "half": torch.randn(4, 3, 2, generator=generator).half(),
+        "brain": torch.randn(8, generator=generator).bfloat16(),
+        "ints": torch.arange(11),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "truths": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "none wide": torch.empty(4, 0),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    return tensors, tmp_path
+
+
+def test_tensors_are_those_of_safetensors(mixed):
+    tensors, folder = mixed
+    checkpoint = Checkpoint(folder)
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert same(checkpoint.read(name), tensor), name
+
+
+@pytest.mark.parametrize("chunk", [1, 20, 64, 1 << 20])
+def test_row_blocks_together_are_the_tensor(mixed, monkeypatch, chunk):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+    tensors, folder = mixed
+    checkpoint = Checkpoint(folder)
+    for name, tensor in tensors.items():
+        blocks = list(checkpoint.row_blocks(name))
+        pieces = [block for _, block in blocks]
+        assert same(torch.cat(pieces) if tensor.dim() else pieces[0], tensor), name
+        starts, position = [start for start, _ in blocks], 0
+        for start, piece in zip(starts, pieces, strict=True):
+            assert start == position
+            position += piece.shape[0] if piece.dim() else 1
+        assert position == (tensor.shape[0] if tensor.dim() else 1)
+        row = max(1, tensor.nbytes // max(1, tensor.shape[0] if tensor.dim() else 1))
+        assert all(piece.nbytes <= max(chunk, row) for piece in pieces)
+
+
+def test_shards_read_as_one(llama, llama_sharded):
+    whole, parts = Checkpoint(llama), Checkpoint(llama_sharded)
+    assert len(parts.headers) == 3
+    assert set(whole.tensors) == set(parts.tensors)
+    expected = load_file(llama / "model.safetensors")
+    for name in whole.tensors:
+        assert torch.equal(whole.read(name), expected[name])
+        assert torch.equal(parts.read(name), expected[name])
+
+
+def edit_index(folder, change):
+    index = json.loads((folder / INDEX_NAME).read_text())
+    change(index["weight_map"])
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def test_a_ghost_tensor_in_the_index_is_refused(llama_sharded, copy_of):
+    folder = copy_of(llama_sharded)
+    edit_index(folder, lambda m: m.update({"ghost.weight": "model-00001-of-00003.safetensors"}))
+    with pytest.raises(CheckpointError, match=r"ghost\.weight"):
+        Checkpoint(folder)
+
+
+def test_a_tensor_that_the_index_does_not_list_is_refused(llama_sharded, copy_of):
+    folder = copy_of(llama_sharded)
+    edit_index(folder, lambda m: m.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.* not in the index"):
+        Checkpoint(folder)
+
+
+def test_a_tensor_listed_in_the_wrong_shard_is_refused(llama_sharded, copy_of):
+    folder = copy_of(llama_sharded)
+
+    def swap(weight_map):
+        files = sorted(set(weight_map.values()))
+        weight_map["model.norm.weight"] = next(f for f in files if f != weight_map["model.norm.weight"])
+
+    edit_index(folder, swap)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        Checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(llama_sharded, copy_of):
+    folder = copy_of(llama_sharded)
+    first, last = folder / "model-00001-of-00003.safetensors", folder / "model-00003-of-00003.safetensors"
+    tensors = load_file(last)
+    twice = next(iter(load_file(first)))
+    save_file(tensors | {twice: load_file(first)[twice]}, last)
+    with pytest.raises(CheckpointError, match=twice.replace(".", r"\.")):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing", "fifo", "folder", "linked folder", "pickle", "truncated"])
+def test_a_shard_that_is_no_shard_is_refused_by_name(llama_sharded, copy_of, tmp_path, kind):
+    folder = copy_of(llama_sharded)
+    shard = folder / "model-00002-of-00003.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    if kind == "fifo":
+        os.mkfifo(shard)
+    elif kind == "folder":
+        shard.mkdir()
+    elif kind == "linked folder":
+        shard.symlink_to(tmp_path)
+    elif kind == "pickle":
+        torch.save({"a": torch.zeros(3)}, shard)
+    elif kind == "truncated":
+        shard.write_bytes(content[:-1])
+    with pytest.raises(UnsafeInputError, match=r"model-00002-of-00003\.safetensors"):
+        Checkpoint(folder)
+
+
+def test_an_index_that_points_elsewhere_is_refused(llama_sharded, copy_of, tmp_path):
+    folder = copy_of(llama_sharded)
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
+    for name in ("../outside.safetensors", str(outside)):
+        edit_index(folder, lambda m, name=name: m.update(dict.fromkeys(m, name)))
+        with pytest.raises(UnsafeInputError, match="does not stay in its folder"):
+            Checkpoint(folder)
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_noticed(mixed):
+    _, folder = mixed
+    checkpoint = Checkpoint(folder)
+    last = max(checkpoint.tensors.values(), key=lambda located: located.position + located.spec.nbytes)
+    os.truncate(folder / "model.safetensors", last.position + last.spec.nbytes - 1)
+    with pytest.raises(IntegrityError, match="ends inside tensor"):
+        checkpoint.read(last.spec.name)
+
+
+def test_a_folder_without_tensors_is_refused(tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / INDEX_NAME).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({}, None),
+        ({"quantization_config": None}, None),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {}}, "unknown"),
+        ({"quantization_config": "4bit"}, "unknown"),
+    ],
+)
+def test_the_configuration_says_whether_it_is_quantized(mixed, config, method):
+    _, folder = mixed
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Checkpoint(folder).quantization_method == method
+
+
+def test_state_changes_with_every_file_that_decides_the_output(llama_sharded, copy_of):
+    folder = copy_of(llama_sharded)
+    before = Checkpoint(folder).state()
+    assert Checkpoint(folder).state() == before
+    for name in ("config.json", "model-00003-of-00003.safetensors"):
+        os.utime(folder / name, ns=(1, 1))
+        after = Checkpoint(folder).state()
+        assert after != before
+        before = after
+
+
+def test_files_are_read_in_the_order_given(llama_sharded):
+    names = ["model-00003-of-00003.safetensors", "model-00001-of-00003.safetensors"]
+    assert list(TensorFiles(llama_sharded, names).headers) == names

@@ -1,0 +1,111 @@
+"""Files written front to back are what safetensors writes, and their digests are right."""
+
+import hashlib
+import itertools
+import os
+
+import pytest
+import torch
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.header import TensorSpec, read_header
+from adaptkit.checkpoint.manifest import FileRecord
+from adaptkit.checkpoint.writer import DiskError, TensorWriter, write_file
+
+SPECS = [TensorSpec("b", "F32", (6, 3)), TensorSpec("a", "BF16", (5,)), TensorSpec("none", "F16", (0, 2))]
+TENSORS = {
+    "b": torch.arange(18.0).view(6, 3),
+    "a": torch.arange(5.0).bfloat16(),
+    "none": torch.empty(0, 2, dtype=torch.float16),
+}
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 5), max_size=5))
+def test_pieces_of_any_size_make_the_same_file(tmp_path, cuts):
+    edges = sorted({0, 6, *cuts})
+    with TensorWriter(tmp_path, "x.safetensors", SPECS) as writer:
+        for start, end in itertools.pairwise(edges):
+            writer.write("b", TENSORS["b"][start:end])
+        writer.write("a", TENSORS["a"])
+        writer.write("none", TENSORS["none"])
+    content = (tmp_path / "x.safetensors").read_bytes()
+    found = load_file(tmp_path / "x.safetensors")
+    assert set(found) == set(TENSORS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    assert writer.record == FileRecord("x.safetensors", len(content), hashlib.sha256(content).hexdigest())
+    for record in writer.tensors:
+        raw = TENSORS[record.name].contiguous().view(torch.uint8).numpy().tobytes()
+        assert record.xxh3_128 == xxhash.xxh3_128_hexdigest(raw)
+        assert (record.file, record.shape) == ("x.safetensors", tuple(TENSORS[record.name].shape))
+
+
+def test_a_file_keeps_the_header_of_another(tmp_path):
+    save_file(TENSORS, tmp_path / "theirs.safetensors", metadata={"format": "pt", "made by": "another tool"})
+    header = read_header(tmp_path / "theirs.safetensors")
+    specs = [spec for spec, _ in header.tensors]
+    with TensorWriter(tmp_path, "ours.safetensors", specs, header.raw) as writer:
+        for spec in specs:
+            writer.write(spec.name, TENSORS[spec.name])
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_a_tensor_that_is_not_contiguous_is_written_in_its_own_order(tmp_path):
+    square = torch.arange(9.0).view(3, 3)
+    with TensorWriter(tmp_path, "x.safetensors", [TensorSpec("t", "F32", (3, 3))]) as writer:
+        writer.write("t", square.T)
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["t"], square.T)
+
+
+@pytest.mark.parametrize(
+    ("writes", "complaint"),
+    [
+        ([("a", 5)], "out of turn"),
+        ([("b", 6), ("b", 1)], "out of turn"),
+        ([("unknown", 1)], "out of turn"),
+        ([("b", 7)], "longer than"),
+        ([("b", 3), ("b", 4)], "longer than"),
+        ([("b", 6)], "'a' was not written"),
+        ([("b", 5)], "'b' was not written"),
+        ([], "'b' was not written"),
+    ],
+)
+def test_a_caller_that_writes_something_else_is_told(tmp_path, writes, complaint):
+    specs = [TensorSpec("b", "F32", (6,)), TensorSpec("a", "F32", (5,))]
+
+    def write():
+        with TensorWriter(tmp_path, "x.safetensors", specs) as writer:
+            for name, count in writes:
+                writer.write(name, torch.zeros(count))
+
+    with pytest.raises(ValueError, match=complaint):
+        write()
+
+
+def test_an_error_of_the_caller_is_not_covered_by_one_of_ours(tmp_path):
+    with pytest.raises(KeyError), TensorWriter(tmp_path, "x.safetensors", SPECS):
+        raise KeyError("the caller's own")
+
+
+def test_a_small_file_is_recorded_as_it_is(tmp_path):
+    record = write_file(tmp_path, "x.json", b"{}\n")
+    assert (tmp_path / "x.json").read_bytes() == b"{}\n"
+    assert record == FileRecord("x.json", 3, hashlib.sha256(b"{}\n").hexdigest())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
+def test_a_full_disk_is_one_line_with_a_way_out(tmp_path):
+    (tmp_path / "x.json").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"x\.json: cannot write") as caught:
+        write_file(tmp_path, "x.json", b"x" * 100)
+    assert "free some space" in caught.value.hint
+    (tmp_path / "x.safetensors").symlink_to("/dev/full")
+    specs = [TensorSpec("t", "F32", (1 << 16,))]
+    with (
+        pytest.raises(DiskError, match=r"x\.safetensors: cannot write"),
+        TensorWriter(tmp_path, "x.safetensors", specs) as w,
+    ):
+        w.write("t", torch.zeros(1 << 16))

@@ -1,0 +1,123 @@
+"""Tiny checkpoints and adapters made once a session, and the command line as a process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "fixtures"))
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a run of the command line ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., Completed]:
+    """Run ``adaptkit ARGS...`` in a process of its own."""
+
+    def run(*args: object, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> Completed:
+        done = subprocess.run(
+            [sys.executable, "-m", "adaptkit.cli.main", *map(str, args)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        return Completed(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's fixtures lie; tests must not write there."""
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture(scope="session")
+def llama(made: Path) -> Path:
+    """A tied bfloat16 Llama in one file, with its tokenizer."""
+    return tiny.write_llama(made / "llama")
+
+
+@pytest.fixture(scope="session")
+def llama_sharded(made: Path) -> Path:
+    """The same weights in three shards."""
+    return tiny.write_llama(made / "llama-sharded", shards=3)
+
+
+@pytest.fixture(scope="session")
+def gpt2(made: Path) -> Path:
+    """A float32 GPT-2."""
+    return tiny.write_gpt2(made / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def adapter(made: Path, llama: Path) -> Path:
+    """A rank-4 adapter from peft for all linear layers of ``llama``."""
+    return tiny.write_peft_adapter(made / "adapter", llama)
+
+
+@pytest.fixture(scope="session")
+def second_adapter(made: Path, llama: Path) -> Path:
+    """A rank-2 adapter for some of the layers."""
+    return tiny.write_peft_adapter(
+        made / "second-adapter", llama, rank=2, seed=2, lora_alpha=3, target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+
+
+@pytest.fixture(scope="session")
+def instructions(made: Path) -> Path:
+    """Training rows."""
+    return tiny.write_instructions(made / "instructions.jsonl")
+
+
+@pytest.fixture
+def certified(copy_of: Callable[..., Path]) -> Callable[..., Path]:
+    """Copy an adapter and add the manifest of one that was trained on ``base``."""
+    from adaptkit.checkpoint.adapter import read_adapter
+    from adaptkit.checkpoint.hashing import fingerprint
+    from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target
+    from adaptkit.checkpoint.reader import Checkpoint
+
+    def certify(adapter: Path, base: Path, name: str = "") -> Path:
+        folder = copy_of(adapter, name or f"{adapter.name}-of-{base.name}")
+        read, weights = read_adapter(folder), Checkpoint(base)
+        targets = [
+            Target(m, weights.spec(f"{m}.weight").shape, fingerprint(weights.read(f"{m}.weight"))) for m in read.modules
+        ]
+        manifest = Manifest("adapter", {"name": "train"}, (), read.records, targets=tuple(targets))
+        (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+        return folder
+
+    return certify
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[..., Path]:
+    """Copy a fixture's folder to where a test may change it."""
+
+    def copy(folder: Path, name: str = "") -> Path:
+        return Path(shutil.copytree(folder, tmp_path / (name or f"{folder.name}-copy")))
+
+    return copy

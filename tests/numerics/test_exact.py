@@ -1,0 +1,169 @@
+"""A merge is one rounding of the exact sum, and it can be undone to the last bit."""
+
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.errors import NonFiniteError
+from adaptkit.numerics import exact, lora
+from adaptkit.numerics.lora import LowRank
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+SHAPE = {  # significant bits, least exponent of a normal number
+    torch.bfloat16: (8, -126),
+    torch.float16: (11, -14),
+    torch.float32: (24, -126),
+}
+
+
+def problem(dtype, ratio=0.01, out=24, into=40, adapters=2, seed=0):
+    """A weight and changes whose size relative to it is about ``ratio``."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(out, into, generator=generator) * 0.04).to(dtype)
+    weight.view(-1)[:4] = torch.tensor([0.0, -0.0, 1e-6, -1e-6]).to(dtype)
+    terms = []
+    for number in range(adapters):
+        rank = 2 + number
+        a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+        terms.append(LowRank(a, b, 0.04 * ratio / rank**0.5))
+    return weight, terms
+
+
+def rounded(value: Fraction, dtype) -> Fraction:
+    """The nearest number of a binary format, ties to even, in rational arithmetic."""
+    if value == 0:
+        return value
+    precision, least = SHAPE[dtype]
+    exponent = (abs(value.numerator)).bit_length() - value.denominator.bit_length()
+    if Fraction(2) ** exponent > abs(value):
+        exponent -= 1
+    elif Fraction(2) ** (exponent + 1) <= abs(value):
+        exponent += 1
+    step = Fraction(2) ** (max(exponent, least) - precision + 1)
+    return round(value / step) * step  # Fraction's round takes ties to the even integer
+
+
+def delta_of(terms, shape):
+    """The canonical delta in python floats, which are float64."""
+    total = np.zeros(shape)
+    for change in terms:
+        inner = np.zeros(shape)
+        for k in range(change.rank):
+            inner += change.lora_b[:, k, None].double().numpy() * change.lora_a[None, k, :].double().numpy()
+        total += inner * change.scaling
+    return total
+
+
+@pytest.mark.parametrize("ratio", [1e-4, 0.01, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_element_is_the_sum_rounded_once(dtype, ratio):
+    weight, terms = problem(dtype, ratio)
+    merged = exact.merge(weight, terms).weight
+    delta = delta_of(terms, weight.shape)
+    for index in np.ndindex(*weight.shape):
+        total = float(weight[index]) + float(delta[index])  # float64, as the definition says
+        assert Fraction(float(merged[index])) == rounded(Fraction(total), dtype), index
+
+
+def test_the_rounding_of_this_test_is_that_of_numpy():
+    numbers = random.Random(0)
+    for _ in range(500):
+        value = numbers.gauss(0, 1) * 10 ** numbers.uniform(-7, 3)
+        assert rounded(Fraction(value), torch.float16) == Fraction(float(np.float16(value)))
+        assert rounded(Fraction(value), torch.float32) == Fraction(float(np.float32(value)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(DTYPES), st.sampled_from([0.0, 1e-5, 1e-3, 0.1, 10.0]), st.integers(1, 3), st.integers(0, 999))
+def test_a_merge_is_undone_to_the_last_bit(dtype, ratio, adapters, seed):
+    weight, terms = problem(dtype, ratio, adapters=adapters, seed=seed)
+    merged = exact.merge(weight, terms)
+    restored = exact.unmerge(merged.weight, terms, merged.residual)
+    assert torch.equal(restored.view(BITS[dtype]), weight.view(BITS[dtype]))
+
+
+def test_subtraction_alone_would_not_do():
+    """Why there is a record at all."""
+    weight, terms = problem(torch.bfloat16, 0.3)
+    merged = exact.merge(weight, terms).weight
+    subtracted = (merged.double() - lora.delta(terms)).to(torch.bfloat16)
+    assert not torch.equal(subtracted, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_change_nothing(monkeypatch, dtype):
+    weight, terms = problem(dtype, 0.1)
+    whole = exact.merge(weight, terms)
+    for block in (1, 40, 100, 333):
+        monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", block)
+        pieces = exact.merge(weight, terms)
+        assert torch.equal(pieces.weight, whole.weight)
+        assert torch.equal(pieces.residual, whole.residual)
+        assert pieces.moved == whole.moved
+        assert pieces.delta_norm == pytest.approx(whole.delta_norm, rel=1e-12)
+        assert torch.equal(exact.unmerge(pieces.weight, terms, whole.residual), weight)
+
+
+def test_without_undo_the_weights_are_the_same_and_the_residual_is_empty():
+    weight, terms = problem(torch.bfloat16)
+    assert torch.equal(exact.merge(weight, terms, False).weight, exact.merge(weight, terms).weight)
+    assert exact.merge(weight, terms, False).residual.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_figures_are_those_of_the_dense_matrices(dtype):
+    weight, terms = problem(dtype, 0.003)
+    merged = exact.merge(weight, terms)
+    delta, before = torch.from_numpy(delta_of(terms, weight.shape)), weight.double()
+    effect = merged.weight.double() - before
+    assert merged.moved == int((merged.weight != weight).sum())
+    assert merged.delta_norm == pytest.approx(float(delta.norm()), rel=1e-12)
+    assert merged.weight_norm == pytest.approx(float(before.norm()), rel=1e-12)
+    assert merged.effect == pytest.approx(float((effect * delta).sum() / (delta * delta).sum()), rel=1e-9)
+
+
+def test_a_change_of_zero_moves_nothing_but_keeps_its_bits():
+    weight, terms = problem(torch.bfloat16)
+    merged = exact.merge(weight, [change.weighted(0.0) for change in terms])
+    assert torch.equal(merged.weight, weight)
+    assert (merged.moved, merged.delta_norm, merged.effect) == (0, 0.0, 1.0)
+
+
+def test_the_order_of_the_adapters_is_part_of_the_definition():
+    """Floating-point sums do not commute; so an order has to be kept, and is."""
+    weight, terms = problem(torch.float32, 1.0, adapters=3)
+    assert torch.equal(lora.delta(terms), torch.from_numpy(delta_of(terms, weight.shape)))
+    assert not torch.equal(lora.delta(terms), lora.delta(terms[::-1]))
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter"])
+def test_a_residual_of_another_length_is_refused(change):
+    weight, terms = problem(torch.bfloat16, 0.3)
+    merged = exact.merge(weight, terms)
+    assert merged.residual.numel() > 0
+    residual = merged.residual[:-1] if change == "shorter" else torch.cat([merged.residual, merged.residual[:1]])
+    with pytest.raises(ValueError, match="ambiguous"):
+        exact.unmerge(merged.weight, terms, residual)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(value):
+    weight, terms = problem(torch.bfloat16)
+    weight[3, 4] = value
+    with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
+        exact.merge(weight, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_that_overflows_is_refused(dtype):
+    weight, terms = problem(dtype)
+    weight[5, 6] = torch.finfo(dtype).max
+    huge = LowRank(torch.ones(1, 40), torch.ones(24, 1), float(torch.finfo(dtype).max))
+    with pytest.raises(NonFiniteError, match="overflows"):
+        exact.merge(weight, [*terms, huge])

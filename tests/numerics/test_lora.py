@@ -1,0 +1,113 @@
+"""The arithmetic of low-rank changes, against dense float64 matrices."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.numerics import lora
+from adaptkit.numerics.lora import LowRank
+
+
+def term(out, rank, into, scaling=1.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+    return LowRank(a.to(dtype), b.to(dtype), scaling)
+
+
+def dense(change):
+    return change.scaling * (change.lora_b.double() @ change.lora_a.double())
+
+
+TERMS = st.builds(
+    term,
+    st.just(13),
+    st.integers(1, 5),
+    st.just(9),
+    st.sampled_from([1.0, -0.5, 2.0, 1 / 3, 0.0]),
+    st.integers(0, 999),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+
+
+@pytest.mark.parametrize(("alpha", "rank", "expected"), [(16, 8, 2.0), (5, 3, 5 / 3), (1, 64, 0.015625)])
+def test_scaling_is_alpha_over_rank(alpha, rank, expected):
+    assert lora.scaling(alpha, rank) == expected
+    assert lora.scaling(alpha, rank, rslora=True) == alpha / math.sqrt(rank)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(TERMS, min_size=1, max_size=3))
+def test_delta_is_the_sum_of_the_dense_changes(terms):
+    expected = sum(dense(change) for change in terms)
+    assert torch.allclose(lora.delta(terms), expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(TERMS, min_size=1, max_size=3), st.integers(0, 12), st.integers(0, 13))
+def test_rows_of_delta_have_the_bits_of_the_whole(terms, start, count):
+    """Blocks are an affair of memory, never of the result."""
+    rows = slice(start, start + count)
+    assert torch.equal(lora.delta(terms, rows), lora.delta(terms)[rows])
+
+
+def test_one_element_of_delta_by_rational_arithmetic():
+    """Four products, exact; three roundings of their sum; one of the scaling."""
+    change = term(2, 4, 3, scaling=0.3, seed=5)
+    total = 0.0
+    for k in range(4):
+        exact = Fraction(float(change.lora_b[1, k])) * Fraction(float(change.lora_a[k, 2]))
+        assert Fraction(float(exact)) == exact
+        total = total + float(exact)
+    assert float(lora.delta([change])[1, 2]) == total * 0.3
+
+
+@given(TERMS)
+def test_weighting_scales_and_a_weight_of_zero_changes_nothing(change):
+    assert torch.allclose(dense(change.weighted(-2.5)), -2.5 * dense(change), atol=1e-12)
+    assert not lora.delta([change.weighted(0.0)]).any()
+
+
+@given(TERMS)
+def test_the_transposed_change_is_the_change_of_the_transposed_weight(change):
+    turned = lora.transposed(change)
+    assert turned.shape == change.shape[::-1]
+    assert torch.equal(lora.delta([turned]), lora.delta([change]).T)
+    assert torch.equal(lora.delta([lora.transposed(turned)]), lora.delta([change]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(TERMS, TERMS)
+def test_inner_products_and_norms_are_those_of_the_dense_matrices(one, two):
+    expected = float((dense(one) * dense(two)).sum())
+    size = float(dense(one).norm() * dense(two).norm())
+    assert lora.inner_product(one, two) == pytest.approx(expected, abs=1e-12 * size + 1e-300)
+    assert lora.inner_product(one, two) == pytest.approx(lora.inner_product(two, one), abs=1e-12 * size + 1e-300)
+    assert lora.norm(one) == pytest.approx(float(dense(one).norm()), rel=1e-10)
+    assert lora.difference_norm(one, two) == pytest.approx(
+        float((dense(one) - dense(two)).norm()), rel=1e-10, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("nudge", [1e-3, 1e-6])
+def test_a_small_difference_keeps_its_digits(nudge):
+    """Expanding the square loses the digits: at 1e-6 nothing but noise of the size 1e-8 · ‖Δ‖ would be left of it."""
+    one = term(40, 6, 30, 1.0, 1)
+    two = LowRank(one.lora_a.clone(), one.lora_b.double() * (1 + nudge), 1.0)
+    found = lora.difference_norm(one, two)
+    assert found == pytest.approx(nudge * lora.norm(one), rel=1e-7)
+
+
+def test_the_norm_of_a_change_with_itself_taken_away_is_nothing():
+    one = term(40, 6, 30, 1.7, 1)
+    assert lora.difference_norm(one, one) <= 1e-13 * lora.norm(one)
+
+
+@pytest.mark.parametrize(("out", "into", "ranks"), [(4, 3, (8, 8)), (1, 1, (1, 1)), (30, 2, (2, 5)), (2, 30, (5, 1))])
+def test_ranks_beyond_the_shape_are_no_trouble(out, into, ranks):
+    one, two = term(out, ranks[0], into, 0.5, 1), term(out, ranks[1], into, 2.0, 2)
+    assert lora.difference_norm(one, two) == pytest.approx(float((dense(one) - dense(two)).norm()), rel=1e-10)
+    assert lora.norm(one) == pytest.approx(float(dense(one).norm()), rel=1e-10)

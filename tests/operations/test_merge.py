@@ -1,0 +1,376 @@
+"""A merge is base + Σ weight · Δ, rounded once, on the base that the adapter was made for, or an error."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    NonFiniteError,
+    OutputExistsError,
+    UsageError,
+)
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import quantize
+from adaptkit.operations.verify import verify
+
+WEIGHTS = "model.safetensors"
+FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors_of(folder):
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def rounded_once(values, dtype):
+    """float64 to the nearest number of a shorter format, ties to even, by exact scaling and ``rint``."""
+    precision, least = FORMATS[dtype]
+    _, exponent = np.frexp(values)  # |value| lies in [2^(exponent - 1), 2^exponent)
+    shift = precision - np.maximum(exponent, least + 1)
+    return np.ldexp(np.rint(np.ldexp(values, shift)), -shift)
+
+
+def expected_merge(base, adapters, weights):
+    """The definition, from the files alone and in numpy: float64 sums in order, one rounding."""
+    deltas = {}
+    for folder, weight in zip(adapters, weights, strict=True):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert not config["rank_pattern"]
+        for key in tensors:
+            if ".lora_A." not in key:
+                continue
+            a, b = (tensors[key.replace("lora_A", half)].double().numpy() for half in ("lora_A", "lora_B"))
+            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+            scaling = config["lora_alpha"] / (math.sqrt(len(a)) if config["use_rslora"] else len(a))
+            inner = np.zeros((len(b), a.shape[1]))
+            for k in range(len(a)):
+                inner += np.outer(b[:, k], a[k])
+            change = inner * (scaling * weight)
+            change = change.T if config["fan_in_fan_out"] else change
+            deltas[name] = deltas[name] + change if name in deltas else 0.0 + change
+    merged = {}
+    for name, weight in tensors_of(base).items():
+        if name in deltas:
+            total = weight.double().numpy() + deltas[name]
+            weight = torch.from_numpy(rounded_once(total, weight.dtype)).to(weight.dtype)
+        merged[name] = weight
+    return merged, set(deltas)
+
+
+def assert_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("weights", [(1.0,), (0.7, -1.3)])
+def test_every_element_is_the_float64_result_rounded_once(tmp_path, adapter, second_adapter, dtype, weights):
+    base = tiny.write_llama(tmp_path / "base", dtype=dtype, seed=4)
+    adapters = [adapter, second_adapter][: len(weights)]
+    report = merge(base, adapters, tmp_path / "out", MergeOptions(weights=weights))
+    expected, changed = expected_merge(base, adapters, weights)
+    assert_equal(tensors_of(tmp_path / "out"), expected)
+    before = tensors_of(base)
+    assert report.merged == len(changed) == 14
+    moved = sum(int((expected[name] != before[name]).sum()) for name in changed)
+    assert report.moved == pytest.approx(moved / sum(before[name].numel() for name in changed))
+    assert 0 < report.moved <= 1
+
+
+def test_rounding_of_this_test_agrees_with_numpy():
+    values = np.random.default_rng(0).standard_normal(10_000) * 10.0 ** np.arange(-8, 2).repeat(1000)
+    assert (rounded_once(values, torch.float16) == values.astype(np.float16)).all()
+    assert (rounded_once(values, torch.float32) == values.astype(np.float32)).all()
+
+
+def merged_by_peft(base, adapters):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for folder in adapters:
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+_proj": 3}, "alpha_pattern": {"q_proj": 16, ".*v_proj": 1}},
+    ],
+)
+def test_weights_are_those_of_peft_up_to_one_rounding(tmp_path, llama, options):
+    folder = tiny.write_peft_adapter(tmp_path / "a", llama, **options)
+    merge(llama, [folder], tmp_path / "out")
+    theirs, ours = merged_by_peft(llama, [folder]), tensors_of(tmp_path / "out")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        half_ulp = 2.0**-8 * tensor.abs()  # of bfloat16, and what peft's float32 sum may be off
+        assert ((ours[name].float() - tensor).abs() <= half_ulp * 1.001 + 1e-7).all(), name
+
+
+def test_gpt2_is_merged_transposed(tmp_path, gpt2):
+    folder = tiny.write_peft_adapter(tmp_path / "a", gpt2)
+    merge(gpt2, [folder], tmp_path / "out")
+    expected, changed = expected_merge(gpt2, [folder], [1.0])
+    ours = tensors_of(tmp_path / "out")
+    assert len(changed) == 8
+    assert_equal(ours, expected)
+    theirs = merged_by_peft(gpt2, [folder])
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+def test_logits_are_those_of_the_adapter_on_the_base(tmp_path, adapter):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny.write_llama(tmp_path / "base", dtype="float32")
+    merge(base, [adapter], tmp_path / "out")
+    tokens = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        without = plain(tokens).logits.clone()
+        adapted = PeftModel.from_pretrained(plain, adapter)(tokens).logits
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+    assert (ours - adapted).abs().max() < 1e-4 * adapted.abs().max()
+    assert (ours - without).abs().max() > 0.01 * without.abs().max()
+
+
+def test_everything_else_travels_unchanged(tmp_path, llama_sharded, adapter):
+    merge(llama_sharded, [adapter], tmp_path / "out")
+    before, after = tree(llama_sharded), tree(tmp_path / "out")
+    changed = {name for name, content in before.items() if after.get(name) != content}
+    assert all(name.startswith("model-0") for name in changed)
+    assert {name for name in after if name not in before} == {
+        "adaptkit-manifest.json",
+        *(f"adaptkit-undo-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)),
+    }
+    for name in changed:  # headers are kept byte by byte
+        size = 8 + int.from_bytes(before[name][:8], "little")
+        assert before[name][:size] == after[name][:size]
+    verify(tmp_path / "out")
+
+
+def test_shards_and_threads_and_processes_do_not_change_the_bytes(tmp_path, llama, llama_sharded, adapter):
+    merge(llama, [adapter], tmp_path / "one", MergeOptions(threads=1))
+    merge(llama, [adapter], tmp_path / "two", MergeOptions(threads=2))
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    code = (
+        "import sys; from pathlib import Path; from adaptkit.operations.merge import merge;"
+        "merge(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]))"
+    )
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, llama, adapter, tmp_path / seed], env=environment, check=True)
+        assert tree(tmp_path / "one") == tree(tmp_path / seed)
+    merge(llama_sharded, [adapter], tmp_path / "sharded")
+    assert_equal(tensors_of(tmp_path / "sharded"), tensors_of(tmp_path / "one"))
+
+
+def test_without_undo_there_is_no_record_and_the_weights_are_the_same(tmp_path, llama, adapter):
+    merge(llama, [adapter], tmp_path / "with")
+    report = merge(llama, [adapter], tmp_path / "without", MergeOptions(undo=False))
+    assert report.undo_bits == 0
+    one, two = tree(tmp_path / "with"), tree(tmp_path / "without")
+    assert set(one) - set(two) == {"adaptkit-undo-00001-of-00001.safetensors"}
+    assert one[WEIGHTS] == two[WEIGHTS]
+
+
+def test_the_manifest_binds_base_adapters_weights_and_result(tmp_path, llama, adapter, second_adapter):
+    merge(llama, [adapter, second_adapter], tmp_path / "out", MergeOptions(weights=(1.0, 0.25)))
+    manifest, base = require_manifest(tmp_path / "out"), tensors_of(llama)
+    assert manifest.kind == "merged"
+    assert [(p.role, p.kind, p.weight) for p in manifest.parents] == [
+        ("base", "checkpoint", None),
+        ("adapter", "checkpoint", 1.0),
+        ("adapter", "checkpoint", 0.25),
+    ]
+    assert {f"{t.module}.weight": t.base_xxh3_128 for t in manifest.targets} == {
+        name: fingerprint(base[name]) for name in expected_merge(llama, [adapter], [1.0])[1]
+    }
+    text = manifest.to_bytes().decode()
+    assert str(llama) not in text
+    assert str(adapter) not in text
+
+
+def test_a_dry_run_refuses_the_same_and_writes_nothing(tmp_path, llama, gpt2, adapter):
+    report = merge(llama, [adapter], tmp_path / "out", dry_run=True)
+    assert (report.merged, report.tensors_root) == (14, None)
+    with pytest.raises(BaseMismatchError):
+        merge(gpt2, [adapter], tmp_path / "out", dry_run=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_say_what_rounding_left_of_the_change(tmp_path, llama, adapter):
+    strong = merge(llama, [adapter], tmp_path / "strong")
+    weak = merge(llama, [adapter], tmp_path / "weak", MergeOptions(weights=(0.01,)))
+    assert weak.relative_delta == pytest.approx(0.01 * strong.relative_delta, rel=1e-9)
+    assert weak.moved < strong.moved
+    assert strong.effect == pytest.approx(1, abs=0.01)
+    assert 0 < weak.undo_bits < strong.undo_bits
+
+
+def test_the_base_that_the_adapter_was_trained_on_is_verified(tmp_path, llama, adapter, certified):
+    assert merge(llama, [certified(adapter, llama)], tmp_path / "out").base_verified
+    assert not merge(llama, [adapter], tmp_path / "unknown").base_verified
+
+
+def test_a_base_of_the_same_shape_is_refused_by_tensor(tmp_path, llama, adapter, certified):
+    known, other = certified(adapter, llama), tiny.write_llama(tmp_path / "other", seed=9)
+    with pytest.raises(BaseMismatchError, match=r"model\.layers\.\d\..*_proj\.weight") as caught:
+        merge(other, [known], tmp_path / "out")
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "out").exists()
+    report = merge(other, [known], tmp_path / "out", MergeOptions(allow_base_mismatch=True))
+    assert not report.base_verified
+    assert require_manifest(tmp_path / "out").operation["options"]["allow_base_mismatch"] is True
+
+
+def test_one_changed_bit_of_the_base_is_noticed(tmp_path, llama, adapter, certified, copy_of):
+    known, other = certified(adapter, llama), copy_of(llama)
+    tensors = load_file(other / WEIGHTS)
+    tensors["model.layers.1.mlp.gate_proj.weight"].view(torch.int16)[3, 3] ^= 1
+    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BaseMismatchError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight"):
+        merge(other, [known], tmp_path / "out")
+
+
+def test_adapters_of_different_bases_are_refused_before_anything_is_read(
+    tmp_path, llama, adapter, second_adapter, certified
+):
+    other = tiny.write_llama(tmp_path / "other", seed=9)
+    known = [certified(adapter, llama), certified(second_adapter, other)]
+    with pytest.raises(BaseMismatchError, match="different bases"):
+        merge(llama, known, tmp_path / "out", dry_run=True)
+
+
+def test_an_adapter_whose_manifest_names_no_base_verifies_nothing(tmp_path, llama, adapter, certified):
+    from adaptkit.operations.stack import stack
+
+    stack([adapter, adapter], tmp_path / "stacked")
+    assert not merge(llama, [tmp_path / "stacked"], tmp_path / "out").base_verified
+
+
+def edit_adapter(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+
+
+def test_a_module_that_the_base_lacks_is_refused_by_name(tmp_path, llama, adapter, copy_of):
+    folder = copy_of(adapter)
+    edit_adapter(folder, lambda t: t.update({KEY.format(7, h): t[KEY.format(0, h)].clone() for h in "AB"}))
+    with pytest.raises(BaseMismatchError, match=r"model\.layers\.7\.self_attn\.q_proj\.weight"):
+        merge(llama, [folder], tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tied_head_is_not_merged_into_thin_air(tmp_path, llama, adapter, copy_of):
+    """peft merges it and leaves the configuration tied; the file has no such tensor."""
+    folder, key = copy_of(adapter), "base_model.model.lm_head.lora_{}.weight"
+    head = {key.format("A"): torch.ones(4, 64), key.format("B"): torch.ones(301, 4)}
+    edit_adapter(folder, lambda t: t.update(head))
+    with pytest.raises(BaseMismatchError, match="lm_head"):
+        merge(llama, [folder], tmp_path / "out")
+    base = copy_of(llama)  # now a file that has one, which transformers would not look at
+    tensors = load_file(base / WEIGHTS)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / WEIGHTS)
+    with pytest.raises(BaseMismatchError, match="tied"):
+        merge(base, [folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("half", "cut"), [("A", (slice(None), slice(0, 32))), ("B", (slice(0, 32), slice(None)))])
+def test_another_shape_is_refused_with_both_shapes(tmp_path, llama, adapter, copy_of, half, cut):
+    folder = copy_of(adapter)
+    edit_adapter(folder, lambda t: t.update({KEY.format(0, half): t[KEY.format(0, half)][cut].clone()}))
+    with pytest.raises(BaseMismatchError, match=r"32.*\[64, 64\]"):
+        merge(llama, [folder], tmp_path / "out")
+
+
+def test_a_quantized_base_is_refused(tmp_path, llama, adapter):
+    quantize(llama, tmp_path / "quantized")
+    with pytest.raises(CheckpointError, match="quantized with bitsandbytes") as caught:
+        merge(tmp_path / "quantized", [adapter], tmp_path / "out")
+    assert "16-bit" in caught.value.hint
+
+
+def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path, llama, adapter, copy_of):
+    base = copy_of(llama)
+    tensors = load_file(base / WEIGHTS)
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
+    save_file(tensors, base / WEIGHTS)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_that_overflows_is_refused_by_name(tmp_path, adapter):
+    base = tiny.write_llama(tmp_path / "base", dtype="float16")
+    with pytest.raises(NonFiniteError, match=r"_proj\.weight: the weight overflows"):
+        merge(base, [adapter], tmp_path / "out", MergeOptions(weights=(1e9,)))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (float("nan"),), (float("inf"),)])
+def test_weights_that_make_no_sense_are_refused(tmp_path, llama, adapter, weights):
+    with pytest.raises(UsageError):
+        merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=weights))
+
+
+def test_no_adapter_is_refused(tmp_path, llama):
+    with pytest.raises(UsageError, match="no adapter"):
+        merge(llama, [], tmp_path / "out")
+
+
+def test_a_weight_of_zero_gives_the_base(tmp_path, llama, adapter):
+    report = merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=(0.0,)))
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (llama / WEIGHTS).read_bytes()
+    assert (report.moved, report.relative_delta, report.effect) == (0, 0, 1)
+
+
+def test_the_same_adapter_twice_is_twice_the_adapter(tmp_path, adapter):
+    base = tiny.write_llama(tmp_path / "base", dtype="float32")
+    merge(base, [adapter, adapter], tmp_path / "twice")
+    merge(base, [adapter], tmp_path / "double", MergeOptions(weights=(2.0,)))
+    assert_equal(tensors_of(tmp_path / "twice"), tensors_of(tmp_path / "double"))
+
+
+def test_an_empty_tensor_of_the_base_travels(tmp_path, llama, adapter, copy_of):
+    base = copy_of(llama)
+    save_file(load_file(base / WEIGHTS) | {"nothing": torch.empty(0, 3)}, base / WEIGHTS)
+    merge(base, [adapter], tmp_path / "out")
+    assert tensors_of(tmp_path / "out")["nothing"].shape == (0, 3)
+
+
+def test_an_existing_output_is_left_alone(tmp_path, llama, adapter, copy_of):
+    merge(llama, [adapter], tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(OutputExistsError):
+        merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=(2.0,)))
+    assert tree(tmp_path / "out") == before
+    merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=(2.0,)), force=True)
+    assert tree(tmp_path / "out") != before

@@ -1,0 +1,337 @@
+"""A quantized folder is what bitsandbytes would make, loads unchanged in its readers, and is the same every time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import bitsandbytes as bnb
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.layout import side_files
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.quantized import quantized_names, read_quantized
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.verify import verify
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors_of(folder):
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, llama):
+    out = tmp_path_factory.mktemp("quantized") / "llama"
+    quantize(llama, out)
+    return out
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+
+
+def test_packed_bytes_are_those_of_bitsandbytes(llama, quantized):
+    source, made = load_file(llama / "model.safetensors"), tensors_of(quantized)
+    names = quantized_names(Checkpoint(quantized))
+    assert len(names) == 14
+    for name in names:
+        assert source[name].shape[1] % 64 == 0
+        codes, state = bnb.functional.quantize_4bit(
+            source[name], blocksize=64, quant_type="nf4", compress_statistics=True
+        )
+        assert torch.equal(made[name], codes), name
+        assert torch.allclose(made[f"{name}.nested_absmax"], state.state2.absmax, rtol=1e-6)
+        assert float((made[f"{name}.absmax"] != state.absmax).float().mean()) < 0.01  # the offset may be one ulp off
+
+
+def test_transformers_loads_it_unchanged_and_sees_our_weights(quantized):
+    model, checkpoint = load(quantized), Checkpoint(quantized)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert {f"{name}.weight" for name in layers} == set(quantized_names(checkpoint))
+    for name, layer in layers.items():
+        theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        ours = read_quantized(checkpoint, f"{name}.weight").dequantize()
+        assert torch.equal(theirs, ours), name
+
+
+def test_logits_are_those_of_the_dequantized_model(quantized, tmp_path):
+    """The same weights through two programs: bitsandbytes' kernel sums in another order, in bfloat16."""
+    dequantize(quantized, tmp_path / "plain")
+    tokens = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        plain, packed = load(tmp_path / "plain")(tokens).logits.float(), load(quantized)(tokens).logits.float()
+    assert (plain - packed).abs().max() <= 0.02 * plain.abs().max()
+    assert (plain - packed).norm() <= 0.01 * plain.norm()
+
+
+def test_everything_else_is_kept_bit_by_bit(llama, quantized):
+    source, made = load_file(llama / "model.safetensors"), tensors_of(quantized)
+    kept = set(source) - set(quantized_names(Checkpoint(quantized)))
+    assert kept == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        *(f"model.layers.{n}.{norm}_layernorm.weight" for n in (0, 1) for norm in ("input", "post_attention")),
+    }
+    assert all(torch.equal(source[name], made[name]) and source[name].dtype == made[name].dtype for name in kept)
+    assert {name: tree(quantized)[name] for name in (p.name for p in side_files(llama))} == {
+        path.name: path.read_bytes() for path in side_files(llama)
+    }
+    config = json.loads((quantized / "config.json").read_text())
+    assert config.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4"
+    assert config == json.loads((llama / "config.json").read_text())
+
+
+def test_gpt2_is_transposed_before_it_is_quantized_and_back_after(gpt2, tmp_path):
+    quantize(gpt2, tmp_path / "out")
+    dequantize(tmp_path / "out", tmp_path / "plain")
+    source, plain = load_file(gpt2 / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path / "out")
+    names = quantized_names(checkpoint)
+    assert len(names) == 8
+    for name in names:
+        turned = source[name].T.contiguous()
+        codes, state = bnb.functional.quantize_4bit(turned, blocksize=64, quant_type="nf4", compress_statistics=True)
+        assert torch.equal(checkpoint.read(name), codes)
+        assert read_quantized(checkpoint, name).shape == tuple(turned.shape)
+        expected = bnb.functional.dequantize_4bit(codes, state).T
+        assert (plain[name].float() - expected.float()).abs().max() < 1e-3
+        assert plain[name].shape == source[name].shape
+    assert all(torch.equal(plain[name], source[name]) for name in set(source) - set(names))
+    tokens = torch.arange(3, 23).view(1, 20)
+    with torch.no_grad():
+        packed, unpacked = load(tmp_path / "out")(tokens).logits.float(), load(tmp_path / "plain")(tokens).logits
+    assert (packed - unpacked.float()).norm() <= 0.02 * unpacked.float().norm()
+
+
+def test_shards_of_the_source_do_not_show_in_the_tensors(llama, llama_sharded, quantized, tmp_path):
+    report = quantize(llama_sharded, tmp_path / "out")
+    whole, parts = tensors_of(quantized), tensors_of(tmp_path / "out")
+    assert set(whole) == set(parts)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert report.tensors_root == require_manifest(quantized).tensors_root
+
+
+def test_shards_of_the_output_are_no_larger_than_asked_and_keep_a_weight_together(llama, quantized, tmp_path):
+    limit = 40_000
+    report = quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=limit))
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert report.shards == len(checkpoint.headers) > 2
+    for header in checkpoint.headers.values():
+        assert sum(spec.nbytes for spec, _ in header.tensors) <= limit
+    for name in quantized_names(checkpoint):
+        assert len({checkpoint.tensors[part].file for part in checkpoint.tensors if part.startswith(name)}) == 1
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(located.spec.nbytes for located in checkpoint.tensors.values())
+    whole = tensors_of(quantized)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in tensors_of(tmp_path / "out").items())
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_threads_are_no_part_of_the_result(llama, quantized, tmp_path, threads):
+    quantize(llama, tmp_path / "out", QuantizeOptions(threads=threads))
+    assert tree(tmp_path / "out") == tree(quantized)
+
+
+def test_processes_are_no_part_of_the_result(llama, quantized, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from adaptkit.operations.quantize import quantize;"
+        "quantize(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, llama, tmp_path / seed], env=environment, check=True)
+        assert tree(tmp_path / seed) == tree(quantized)
+
+
+def test_the_manifest_binds_source_and_result(llama, quantized):
+    manifest, source = require_manifest(quantized), load_file(llama / "model.safetensors")
+    assert manifest.kind == "quantized"
+    assert "threads" not in manifest.operation["options"]
+    assert {f"{t.module}.weight": t.base_xxh3_128 for t in manifest.targets} == {
+        name: fingerprint(source[name]) for name in quantized_names(Checkpoint(quantized))
+    }
+    assert len({target.quantized_root for target in manifest.targets}) == 14
+    assert str(llama) not in manifest.to_bytes().decode()
+    verify(quantized)
+
+
+def test_what_is_reported_is_what_is_there(llama, quantized, tmp_path):
+    planned = quantize(llama, tmp_path / "out", dry_run=True)
+    assert not list(tmp_path.iterdir())
+    report = quantize(llama, tmp_path / "out")
+    checkpoint, source = Checkpoint(tmp_path / "out"), load_file(llama / "model.safetensors")
+    names = quantized_names(checkpoint)
+    assert (report.quantized, report.shards) == (14, 1)
+    assert report.quantized_parameters == sum(source[name].numel() for name in names)
+    assert report.parameters == sum(tensor.numel() for tensor in source.values())
+    assert report.bytes_before == sum(tensor.nbytes for tensor in source.values())
+    assert report.bytes_after == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "out").values())
+    assert report.kept == {"embedding": 1, "norm": 5}
+    assert report.manifest_sha256 == require_manifest(tmp_path / "out").sha256
+    assert (planned.tensors_root, planned.manifest_sha256) == (None, None)
+    assert (planned.bytes_after, planned.bits_per_parameter) == (report.bytes_after, report.bits_per_parameter)
+
+
+def test_skipped_modules_stay_and_readers_are_told(llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeOptions(skip=("*.self_attn.o_proj", "model.layers.0.mlp.*")))
+    source, made = load_file(llama / "model.safetensors"), tensors_of(tmp_path / "out")
+    skipped = {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)}
+    skipped |= {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_skip_modules"] == sorted(skipped | {"lm_head"})
+    assert all(torch.equal(source[f"{module}.weight"], made[f"{module}.weight"]) for module in skipped)
+    model = load(tmp_path / "out")
+    assert {n for n, m in model.named_modules() if type(m) is torch.nn.Linear} == skipped | {"lm_head"}
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(3, 13).view(1, 10)).logits).all()
+
+
+def test_an_untied_head_stays_and_readers_are_told(tmp_path):
+    source = tiny.write_llama(tmp_path / "source", tied=False, dtype="float16")
+    quantize(source, tmp_path / "out")
+    head = load_file(source / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(tensors_of(tmp_path / "out")["lm_head.weight"], head)
+    model = load(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, head)
+    assert isinstance(model.model.layers[1].mlp.up_proj, bnb.nn.Linear4bit)
+
+
+@pytest.mark.parametrize("options", [{"double_quant": False}, {"block_size": 128}, {"block_size": 32}])
+def test_other_options_still_load(llama, tmp_path, options):
+    quantize(llama, tmp_path / "out", QuantizeOptions(**options))
+    checkpoint, model = Checkpoint(tmp_path / "out"), load(tmp_path / "out")
+    layer = model.model.layers[0].mlp.down_proj
+    theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert torch.equal(theirs, read_quantized(checkpoint, "model.layers.0.mlp.down_proj.weight").dequantize())
+
+
+def refusal(kind, source, out, **options):
+    with pytest.raises(kind) as caught:
+        quantize(source, out, QuantizeOptions(**options))
+    assert not out.exists()
+    return caught.value
+
+
+def test_what_is_quantized_already_is_refused(quantized, tmp_path):
+    assert "bitsandbytes" in refusal(CheckpointError, quantized, tmp_path / "out").message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_index(llama, copy_of, tmp_path, value):
+    source = copy_of(llama)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][100, 7] = value
+    save_file(tensors, source / "model.safetensors")
+    error = refusal(NonFiniteError, source, tmp_path / "out")
+    assert "model.layers.1.mlp.up_proj.weight" in error.message
+    assert "[100, 7]" in error.message
+
+
+def test_the_index_of_a_transposed_weight_is_that_in_the_file(gpt2, copy_of, tmp_path):
+    source = copy_of(gpt2)
+    tensors = load_file(source / "model.safetensors")
+    tensors["transformer.h.0.attn.c_attn.weight"][5, 150] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    assert "[5, 150]" in refusal(NonFiniteError, source, tmp_path / "out").message
+
+
+def test_a_repaired_source_is_begun_anew_and_nothing_stale_remains(llama, quantized, copy_of, tmp_path):
+    source = copy_of(llama)
+    good = (source / "model.safetensors").read_bytes()
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    refusal(NonFiniteError, source, tmp_path / "out", max_shard_bytes=30_000)
+    (source / "model.safetensors").write_bytes(good)
+    quantize(source, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(quantized)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_empty_tensor_is_refused_by_name(llama, copy_of, tmp_path):
+    source = copy_of(llama)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.bonus.weight": torch.empty(0, 64)}, source / "model.safetensors")
+    assert "model.layers.0.self_attn.bonus.weight" in refusal(CheckpointError, source, tmp_path / "out").message
+
+
+def test_a_folder_of_pickles_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    torch.save({"a": torch.ones(2)}, source / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refusal(CheckpointError, source, tmp_path / "out").message
+
+
+def test_a_checkpoint_without_layers_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    save_file({"embed_tokens.weight": torch.ones(64, 64)}, source / "model.safetensors")
+    assert "nothing to quantize" in refusal(CheckpointError, source, tmp_path / "out").message
+
+
+def test_a_checkpoint_without_a_configuration_is_refused(llama, copy_of, tmp_path):
+    source = copy_of(llama)
+    (source / "config.json").unlink()
+    assert "config.json" in refusal(CheckpointError, source, tmp_path / "out").message
+
+
+@pytest.mark.parametrize("options", [{"block_size": 48}, {"block_size": 16}, {"max_shard_bytes": 0}])
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(UsageError):
+        QuantizeOptions(**options)
+
+
+def test_an_existing_output_is_left_alone(llama, quantized, copy_of):
+    out = copy_of(quantized)
+    before = tree(out)
+    for dry_run in (False, True):
+        with pytest.raises(OutputExistsError):
+            quantize(llama, out, dry_run=dry_run)
+    assert tree(out) == before
+    quantize(llama, out, QuantizeOptions(double_quant=False), force=True)
+    assert tree(out) != before
+
+
+def test_experts_and_routers_stay(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "mixtral"}')
+    kept = ["mlp.gate", "mlp.experts.3.w1", "mlp.shared_expert_gate", "self_attn.q_norm"]
+    names = [f"model.layers.0.{name}.weight" for name in ["self_attn.q_proj", *kept]]
+    save_file(
+        {name: torch.ones(64, 64) for name in names} | {"lm_head.weight": torch.ones(64, 64)},
+        source / "model.safetensors",
+    )
+    report = quantize(source, tmp_path / "out")
+    assert report.quantized == 1
+    assert sum(report.kept.values()) == 5
+    skip = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert {"model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.w1", "lm_head"} <= set(skip)
+
+
+def test_a_matrix_that_is_no_float_stays(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down")]
+    tensors = {names[0]: torch.ones(64, 64), names[1]: torch.ones(64, 64, dtype=torch.int8)}
+    save_file(tensors, source / "model.safetensors")
+    assert quantize(source, tmp_path / "out").kept == {"of type I8": 1}
+    assert torch.equal(tensors_of(tmp_path / "out")[names[1]], tensors[names[1]])

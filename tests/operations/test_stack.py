@@ -1,0 +1,174 @@
+"""A stacked adapter stands for the weighted sum of its parts, in adaptkit and in peft."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.errors import AdapterError, BaseMismatchError, OutputExistsError, UsageError
+from adaptkit.operations.diff import diff
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.stack import StackOptions, stack
+from adaptkit.operations.verify import verify
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def dense(folder):
+    """Module -> its change in float64, from the files alone."""
+    read = read_adapter(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {
+        module: term.scaling
+        * tensors[f"base_model.model.{module}.lora_B.weight"].double()
+        @ tensors[f"base_model.model.{module}.lora_A.weight"].double()
+        for module, term in read.modules.items()
+    }
+
+
+@pytest.fixture
+def rslora(tmp_path, llama):
+    return tiny.write_peft_adapter(tmp_path / "rslora", llama, rank=3, seed=5, use_rslora=True, lora_alpha=2)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0), (0.3, 0.7)])
+def test_the_change_is_the_weighted_sum(tmp_path, adapter, second_adapter, weights):
+    report = stack([adapter, second_adapter], tmp_path / "out", StackOptions(weights=weights))
+    one, two, both = dense(adapter), dense(second_adapter), dense(tmp_path / "out")
+    assert set(both) == set(one) | set(two)
+    assert report.modules == 14
+    assert report.ranks == (4, 6)
+    for module, found in both.items():
+        expected = weights[0] * one[module] + (weights[1] * two[module] if module in two else 0.0)
+        assert (found - expected).norm() <= 1e-7 * expected.norm(), module  # B is rounded to float32 once
+    verify(tmp_path / "out")
+
+
+def test_rslora_keeps_its_scaling(tmp_path, adapter, rslora):
+    """peft's own ``add_weighted_adapter`` makes such an adapter √r too strong."""
+    stack([adapter, rslora], tmp_path / "out")
+    one, two, both = dense(adapter), dense(rslora), dense(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_rslora"] is False
+    for module, found in both.items():
+        assert (found - one[module] - two[module]).norm() <= 1e-7 * found.norm()
+
+
+def logits(base, adapters):
+    """peft's own: each adapter merged in turn, in float32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for folder in adapters[:-1]:
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    model = PeftModel.from_pretrained(model, adapters[-1]).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 43).view(2, 20)).logits
+
+
+def test_peft_loads_it_and_computes_what_it_computes_with_both(tmp_path, llama, adapter, second_adapter, rslora):
+    parts = [adapter, second_adapter, rslora]
+    stack(parts, tmp_path / "out")
+    ours, theirs = logits(llama, [tmp_path / "out"]), logits(llama, parts)
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert (ours - logits(llama, parts[:2])).abs().max() > 0.01 * theirs.abs().max()
+
+
+def test_gpt2_adapters_stay_gpt2_adapters(tmp_path, gpt2):
+    parts = [tiny.write_peft_adapter(tmp_path / name, gpt2, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    stack(parts, tmp_path / "out")
+    ours, theirs = logits(gpt2, [tmp_path / "out"]), logits(gpt2, parts)
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_merging_the_stack_is_merging_the_parts(tmp_path, llama, adapter, second_adapter):
+    base = tiny.write_llama(tmp_path / "base", dtype="float32")
+    stack([adapter, second_adapter], tmp_path / "stacked", StackOptions(weights=(2.0, 0.5)))
+    merge(base, [tmp_path / "stacked"], tmp_path / "one")
+    merge(base, [adapter, second_adapter], tmp_path / "two", MergeOptions(weights=(2.0, 0.5)))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all((one[name] - two[name]).abs().max() < 1e-7 for name in one)
+
+
+def test_an_adapter_and_its_opposite_cancel(tmp_path, adapter):
+    stack([adapter, adapter], tmp_path / "out", StackOptions(weights=(1.0, -1.0)))
+    assert all(change.abs().max() < 1e-9 for change in dense(tmp_path / "out").values())
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path, adapter, second_adapter):
+    for name in ("one", "two"):
+        stack([adapter, second_adapter], tmp_path / name)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert not diff(tmp_path / "one", adapter).same
+    assert diff(tmp_path / "one", tmp_path / "two").same
+
+
+def test_the_manifest_names_the_parts_and_their_base(tmp_path, llama, adapter, second_adapter, certified):
+    known = [certified(adapter, llama), certified(second_adapter, llama)]
+    stack(known, tmp_path / "out", StackOptions(weights=(1.0, 0.5)))
+    manifest = require_manifest(tmp_path / "out")
+    assert [(p.role, p.manifest_sha256, p.weight) for p in manifest.parents] == [
+        ("adapter", require_manifest(known[0]).sha256, 1.0),
+        ("adapter", require_manifest(known[1]).sha256, 0.5),
+    ]
+    assert manifest.targets == require_manifest(known[0]).targets
+    other = tiny.write_llama(tmp_path / "other", seed=9)
+    with pytest.raises(BaseMismatchError):
+        merge(other, [tmp_path / "out"], tmp_path / "merged")
+    stack([known[0], second_adapter], tmp_path / "half known")
+    assert require_manifest(tmp_path / "half known").targets == ()
+
+
+def test_adapters_of_different_bases_are_refused(tmp_path, llama, adapter, second_adapter, certified):
+    other = tiny.write_llama(tmp_path / "other", seed=9)
+    with pytest.raises(BaseMismatchError, match="different bases"):
+        stack([certified(adapter, llama), certified(second_adapter, other)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shapes_that_differ_are_refused_by_module(tmp_path, adapter, copy_of):
+    folder = copy_of(adapter)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[key] = tensors[key][:64].clone()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj is \[128, 64\] .* \[64, 64\]"):
+        stack([adapter, folder], tmp_path / "out")
+
+
+def test_layouts_that_differ_are_refused(tmp_path, adapter, gpt2):
+    other = tiny.write_peft_adapter(tmp_path / "gpt2", gpt2)
+    with pytest.raises(AdapterError, match="store weights differently"):
+        stack([adapter, other], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (1, {}),
+        (0, {}),
+        (2, {"weights": (1.0,)}),
+        (2, {"weights": (1.0, float("nan"))}),
+        (2, {"weights": (1.0, float("inf"))}),
+        (2, {"method": "nonsense"}),
+        (2, {"method": "_method"}),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(tmp_path, adapter, count, options):
+    with pytest.raises(UsageError):
+        stack([adapter] * count, tmp_path / "out", StackOptions(**options))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_existing_output_is_left_alone(tmp_path, adapter, second_adapter):
+    stack([adapter, second_adapter], tmp_path / "out")
+    with pytest.raises(OutputExistsError):
+        stack([adapter, adapter], tmp_path / "out")
+    stack([adapter, adapter], tmp_path / "out", force=True)
+    assert read_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"].rank == 8

@@ -1,0 +1,235 @@
+"""Unmerging gives back the base's files byte by byte, or says which part is not the one of the merge."""
+
+import filecmp
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.undo import pack, unpack
+from adaptkit.errors import BaseMismatchError, IntegrityError, OutputExistsError, UnsafeInputError, UsageError
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.unmerge import unmerge
+from adaptkit.operations.verify import verify
+
+WEIGHTS, RECORD = "model.safetensors", "adaptkit-undo-00001-of-00001.safetensors"
+MANIFEST = "adaptkit-manifest.json"
+
+
+def assert_same_files(found, base):
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in found.iterdir()} == names | {MANIFEST}
+    match, mismatch, errors = filecmp.cmpfiles(base, found, sorted(names), shallow=False)
+    assert (mismatch, errors) == ([], [])
+    assert len(match) == len(names)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0.1,), (30.0,), (1.0, -0.7), (0.0, 1.0)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_files_are_identical_to_those_of_the_base(tmp_path, adapter, second_adapter, dtype, weights):
+    base = tiny.write_llama(tmp_path / "base", dtype=dtype, shards=1 + len(weights))
+    adapters = [adapter, second_adapter][: len(weights)]
+    merge(base, adapters, tmp_path / "merged", MergeOptions(weights=weights))
+    report = unmerge(tmp_path / "merged", adapters, tmp_path / "out")
+    assert_same_files(tmp_path / "out", base)
+    assert report.identical
+    assert report.restored == 14
+    verify(tmp_path / "out")
+
+
+def test_gpt2_too(tmp_path, gpt2):
+    folder = tiny.write_peft_adapter(tmp_path / "a", gpt2)
+    merge(gpt2, [folder], tmp_path / "merged")
+    unmerge(tmp_path / "merged", [folder], tmp_path / "out")
+    assert_same_files(tmp_path / "out", gpt2)
+
+
+def test_signed_zeros_denormals_and_extremes_come_back(tmp_path, llama, adapter, copy_of):
+    base = copy_of(llama)
+    tensors = load_file(base / WEIGHTS)
+    weight = tensors["model.layers.0.mlp.up_proj.weight"]
+    top = float(torch.finfo(weight.dtype).max)
+    weight[0, :8] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, top, -top, 1e30, -1e-30]).bfloat16()
+    weight[1] = -0.0
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    merge(base, [adapter], tmp_path / "merged", MergeOptions(weights=(1e-4,)))
+    unmerge(tmp_path / "merged", [adapter], tmp_path / "out")
+    assert_same_files(tmp_path / "out", base)
+
+
+def test_adapters_may_be_given_in_any_order(tmp_path, llama, adapter, second_adapter):
+    merge(llama, [adapter, second_adapter], tmp_path / "merged", MergeOptions(weights=(0.3, 0.9)))
+    unmerge(tmp_path / "merged", [second_adapter, adapter], tmp_path / "out")
+    assert_same_files(tmp_path / "out", llama)
+
+
+def test_the_same_adapter_with_two_weights(tmp_path, llama, adapter):
+    merge(llama, [adapter, adapter], tmp_path / "merged", MergeOptions(weights=(0.3, 0.9)))
+    unmerge(tmp_path / "merged", [adapter, adapter], tmp_path / "out")
+    assert_same_files(tmp_path / "out", llama)
+
+
+def test_merges_of_merges_unwind_in_order(tmp_path, llama_sharded, adapter, second_adapter):
+    merge(llama_sharded, [adapter], tmp_path / "first")
+    merge(tmp_path / "first", [second_adapter], tmp_path / "second")
+    with pytest.raises(BaseMismatchError):
+        unmerge(tmp_path / "second", [adapter], tmp_path / "wrong order")
+    unmerge(tmp_path / "second", [second_adapter], tmp_path / "back once")
+    for number in (1, 2, 3):
+        shard = f"model-0000{number}-of-00003.safetensors"
+        assert filecmp.cmp(tmp_path / "back once" / shard, tmp_path / "first" / shard, shallow=False)
+    assert require_manifest(tmp_path / "back once").tensors_root == require_manifest(tmp_path / "first").tensors_root
+    unmerge(tmp_path / "first", [adapter], tmp_path / "back twice")
+    assert_same_files(tmp_path / "back twice", llama_sharded)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_bytes(tmp_path, llama_sharded, adapter, threads):
+    merge(llama_sharded, [adapter], tmp_path / "merged")
+    unmerge(tmp_path / "merged", [adapter], tmp_path / "out", threads=threads)
+    assert_same_files(tmp_path / "out", llama_sharded)
+
+
+def test_the_result_names_what_it_came_from(tmp_path, llama, adapter):
+    merge(llama, [adapter], tmp_path / "merged")
+    report = unmerge(tmp_path / "merged", [adapter], tmp_path / "out")
+    manifest, merged = require_manifest(tmp_path / "out"), require_manifest(tmp_path / "merged")
+    assert [(p.role, p.manifest_sha256) for p in manifest.parents] == [("merged", merged.sha256)]
+    assert manifest.tensors_root == merged.parents[0].tensors_root == report.tensors_root
+
+
+@pytest.fixture
+def merged(tmp_path, llama, adapter):
+    merge(llama, [adapter], tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def flip(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+@pytest.mark.parametrize("bit", [0, 7])
+def test_one_changed_bit_of_a_merged_weight_is_named(merged, adapter, tmp_path, name, bit):
+    located = Checkpoint(merged).tensors[name]
+    flip(merged / WEIGHTS, located.position + located.spec.nbytes // 2, bit)
+    with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
+        unmerge(merged, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_one_changed_byte_of_the_undo_record_is_named(merged, adapter, tmp_path, where):
+    from adaptkit.checkpoint.reader import TensorFiles
+
+    name = "model.layers.1.mlp.down_proj.weight"
+    located = TensorFiles(merged, [RECORD]).tensors[name]
+    flip(merged / RECORD, located.position + int(where * (located.spec.nbytes - 1)), 4)
+    with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
+        unmerge(merged, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_header_of_the_undo_record_is_named(merged, adapter, tmp_path):
+    flip(merged / RECORD, 9)
+    with pytest.raises((IntegrityError, UnsafeInputError), match=r"adaptkit-undo-00001|no undo record"):
+        unmerge(merged, [adapter], tmp_path / "out")
+
+
+def test_one_changed_byte_of_the_adapter_is_refused(merged, adapter, copy_of, tmp_path):
+    changed = copy_of(adapter)
+    flip(changed / "adapter_model.safetensors", -5)
+    with pytest.raises(BaseMismatchError, match="tensors_root"):
+        unmerge(merged, [changed], tmp_path / "out")
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 9}}])
+def test_another_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of, tmp_path, changes):
+    folder = copy_of(adapter)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(IntegrityError, match=r"_proj\.weight"):
+        unmerge(merged, [folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
+    with pytest.raises(BaseMismatchError, match="tensors_root"):
+        unmerge(merged, [second_adapter], tmp_path / "out")
+    other = tiny.write_peft_adapter(tmp_path / "other", llama, seed=77)
+    with pytest.raises(BaseMismatchError, match="tensors_root"):
+        unmerge(merged, [other], tmp_path / "out")
+
+
+def test_another_number_of_adapters_is_refused(merged, adapter, tmp_path):
+    for adapters in ([], [adapter, adapter]):
+        with pytest.raises(UsageError, match="1 adapters were merged"):
+            unmerge(merged, adapters, tmp_path / "out")
+
+
+def test_a_merge_without_a_record_is_refused(llama, adapter, tmp_path, merged):
+    merge(llama, [adapter], tmp_path / "no undo", MergeOptions(undo=False))
+    with pytest.raises(IntegrityError, match="no undo record") as caught:
+        unmerge(tmp_path / "no undo", [adapter], tmp_path / "out")
+    assert "--no-undo" in caught.value.hint
+    (merged / RECORD).unlink()
+    with pytest.raises(IntegrityError, match="no undo record"):
+        unmerge(merged, [adapter], tmp_path / "out")
+
+
+def test_the_record_of_another_merge_is_refused(llama, adapter, merged, tmp_path):
+    merge(llama, [adapter], tmp_path / "stronger", MergeOptions(weights=(1.5,)))
+    shutil.copy(tmp_path / "stronger" / RECORD, merged / RECORD)
+    with pytest.raises(IntegrityError, match=r"_proj\.weight"):
+        unmerge(merged, [adapter], tmp_path / "out")
+
+
+def test_a_well_formed_record_with_another_residual_is_refused_by_tensor(merged, adapter, tmp_path):
+    """Right length, right checksum, wrong value: only the fingerprint of the original can tell."""
+    name = "model.layers.0.mlp.gate_proj.weight"
+    records = load_file(merged / RECORD)
+    residual = unpack(records[name], 64 * 128)
+    residual[len(residual) // 2] += 1
+    save_file(records | {name: pack(residual)}, merged / RECORD)
+    with pytest.raises(IntegrityError, match=r"gate_proj\.weight: the undo record or the adapter is not the one"):
+        unmerge(merged, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_changed_side_file_is_named(merged, adapter, tmp_path, name):
+    with (merged / name).open("a") as file:
+        file.write("\n")
+    with pytest.raises(IntegrityError, match=f"{name} changed"):
+        unmerge(merged, [adapter], tmp_path / "out")
+
+
+def test_what_was_not_merged_is_refused(llama, adapter, merged, tmp_path):
+    with pytest.raises(IntegrityError, match=MANIFEST):
+        unmerge(llama, [adapter], tmp_path / "out")
+    unmerge(merged, [adapter], tmp_path / "out")
+    with pytest.raises(IntegrityError, match="is checkpoint, not merged"):
+        unmerge(tmp_path / "out", [adapter], tmp_path / "again")
+
+
+def test_an_edited_manifest_is_refused(merged, adapter, tmp_path):
+    text = (merged / MANIFEST).read_bytes()
+    (merged / MANIFEST).write_bytes(text.replace(b'"weight":1.0', b'"weight":1.5'))
+    assert text != (merged / MANIFEST).read_bytes()
+    with pytest.raises(IntegrityError, match=r"_proj\.weight"):
+        unmerge(merged, [adapter], tmp_path / "out")
+
+
+def test_an_existing_output_is_left_alone(merged, adapter, tmp_path, copy_of):
+    with pytest.raises(OutputExistsError):
+        unmerge(merged, [adapter], merged)
+    verify(merged)

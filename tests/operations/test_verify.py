@@ -1,0 +1,211 @@
+"""Whatever changed in an artifact is found and named."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.manifest import Manifest, require_manifest
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations.merge import merge
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.stack import stack
+from adaptkit.operations.verify import verify
+
+MANIFEST = "adaptkit-manifest.json"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, llama):
+    out = tmp_path_factory.mktemp("verify") / "quantized"
+    quantize(llama, out, QuantizeOptions(max_shard_bytes=60_000))
+    return out
+
+
+@pytest.fixture
+def folder(artifact, copy_of):
+    return copy_of(artifact)
+
+
+def refuses(folder, match):
+    with pytest.raises(IntegrityError, match=match) as caught:
+        verify(folder)
+    assert caught.value.exit_code == 3
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_untouched_artifact_is_right(artifact):
+    report, manifest = verify(artifact), require_manifest(artifact)
+    files = [path for path in artifact.iterdir() if path.name != MANIFEST]
+    assert report.kind == "quantized"
+    assert report.files == len(files)
+    assert report.bytes == sum(path.stat().st_size for path in files)
+    assert report.tensors == len(Checkpoint(artifact).tensors)
+    assert report.tensors_root == manifest.tensors_root
+    assert report.manifest_sha256 == manifest.sha256
+
+
+def test_every_kind_of_artifact_can_be_verified(tmp_path, llama, adapter, second_adapter):
+    merge(llama, [adapter], tmp_path / "merged")
+    stack([adapter, second_adapter], tmp_path / "stacked")
+    assert verify(tmp_path / "merged").kind == "merged"
+    assert verify(tmp_path / "stacked").kind == "adapter"
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_flipped_bit_is_found_in_every_file(artifact, copy_of, threads):
+    for number, name in enumerate(sorted(path.name for path in artifact.iterdir() if path.name != MANIFEST)):
+        folder = copy_of(artifact, f"copy-{number}")
+        flip(folder / name, (folder / name).stat().st_size // 2)
+        with pytest.raises(IntegrityError, match=rf"{name} changed"):
+            verify(folder, threads=threads)
+
+
+def test_every_changed_file_is_named(folder):
+    for name in ("config.json", "tokenizer.json"):
+        flip(folder / name, 3)
+    refuses(folder, r"config\.json changed.*tokenizer\.json changed")
+
+
+def test_files_of_the_same_size_that_changed_places_are_found(tmp_path, folder):
+    shards = sorted(folder.glob("*.safetensors"))
+    sizes = {}
+    for shard in shards:
+        sizes.setdefault(shard.stat().st_size, []).append(shard)
+    one, two = next((pair for pair in sizes.values() if len(pair) == 2), shards[:2])
+    one.rename(tmp_path / "aside")
+    two.rename(one)
+    (tmp_path / "aside").rename(two)
+    refuses(folder, rf"{one.name}.*{two.name}")
+
+
+def test_a_truncated_and_a_longer_file_are_found_by_size(folder):
+    os.truncate(folder / "config.json", 10)
+    refuses(folder, r"config\.json has 10 bytes instead of")
+    with (folder / "tokenizer.json").open("ab") as file:
+        file.write(b" ")
+    refuses(folder, r"tokenizer\.json has")
+
+
+@pytest.mark.parametrize("name", ["extra.txt", ".hidden", "deeper/x.py", ".github/workflows/x.yml", ".gitattributes"])
+def test_an_extra_file_is_found(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("")
+    refuses(folder, rf"{name} is not in the manifest")
+
+
+def test_what_download_tools_leave_behind_does_not_count(folder):
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "x.lock").write_text("")
+    verify(folder)
+    (folder / "deeper" / ".cache").mkdir(parents=True)
+    (folder / "deeper" / ".cache" / "x").write_text("")
+    refuses(folder, "is not in the manifest")
+
+
+def test_a_missing_file_is_found(folder):
+    (folder / "generation_config.json").unlink()
+    refuses(folder, r"generation_config\.json is missing")
+
+
+def test_a_renamed_file_is_both(folder):
+    (folder / "tokenizer.json").rename(folder / "tokenizer2.json")
+    refuses(folder, r"tokenizer\.json is missing; tokenizer2\.json is not in the manifest")
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "dangling link"])
+def test_a_file_that_became_something_else_is_found(tmp_path, folder, kind):
+    path = folder / "config.json"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(Exception, match=r"config\.json") as caught:
+        verify(folder)
+    assert getattr(caught.value, "exit_code", 0) in {3, 5}
+
+
+def test_links_to_the_right_bytes_are_right(tmp_path, folder):
+    """The Hub's cache is made of them."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    verify(folder)
+
+
+def test_a_changed_manifest_is_found(folder):
+    text = (folder / MANIFEST).read_bytes()
+    (folder / MANIFEST).write_bytes(text.replace(b'"F32"', b'"U8"', 1))
+    refuses(folder, "changed after it was written")
+    (folder / MANIFEST).write_bytes(text[:-2])
+    refuses(folder, MANIFEST)
+    (folder / MANIFEST).unlink()
+    refuses(folder, MANIFEST)
+
+
+def test_a_manifest_whose_tensors_do_not_match_its_files_is_found(folder):
+    """Someone who rewrites files and their sha256 forgets the fingerprints, or cannot match them."""
+    manifest, shard = require_manifest(folder), sorted(folder.glob("model-*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.uint8)
+    tensors[name].view(-1)[0] ^= 1
+    save_file(tensors, shard)
+    from dataclasses import replace
+
+    from adaptkit.checkpoint.hashing import file_sha256
+    from adaptkit.checkpoint.manifest import FileRecord
+
+    files = [
+        FileRecord(f.path, shard.stat().st_size, file_sha256(shard)) if f.path == shard.name else f
+        for f in manifest.files
+    ]
+    (folder / MANIFEST).write_bytes(replace(manifest, files=tuple(files)).to_bytes())
+    refuses(folder, name.replace(".", r"\."))
+
+
+@pytest.mark.parametrize("change", ["another file", "left out"])
+def test_a_manifest_that_places_or_forgets_a_tensor_is_found(folder, change):
+    from dataclasses import replace
+
+    manifest = require_manifest(folder)
+    first, *rest = manifest.tensors
+    shards = sorted({tensor.file for tensor in manifest.tensors})
+    elsewhere = replace(first, file=next(shard for shard in shards if shard != first.file))
+    changed = replace(manifest, tensors=tuple(rest if change == "left out" else [elsewhere, *rest]))
+    assert isinstance(changed, Manifest)
+    (folder / MANIFEST).write_bytes(changed.to_bytes())
+    refuses(folder, first.name.replace(".", r"\."))
+
+
+def test_an_expected_digest_pins_the_artifact(artifact, tmp_path, llama):
+    digest = require_manifest(artifact).sha256
+    assert verify(artifact, manifest_sha256=digest).manifest_sha256 == digest
+    quantize(llama, tmp_path / "other", QuantizeOptions(double_quant=False))
+    with pytest.raises(IntegrityError, match=digest):
+        verify(tmp_path / "other", manifest_sha256=digest)
+    for wrong in (digest.upper(), digest[:-1], ""):
+        with pytest.raises(IntegrityError):
+            verify(artifact, manifest_sha256=wrong)
+
+
+def test_what_has_no_manifest_cannot_be_verified(llama, tmp_path):
+    with pytest.raises(IntegrityError, match=MANIFEST):
+        verify(llama)
+    with pytest.raises(UsageError, match="does not exist"):
+        verify(tmp_path / "absent")
+    shutil.copy(llama / "config.json", tmp_path)
+    with pytest.raises(UsageError, match="is a file"):
+        verify(tmp_path / "config.json")

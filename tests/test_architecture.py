@@ -1,0 +1,110 @@
+"""The rooms of the house import downwards only, and nothing is imported before it is needed."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import adaptkit
+
+PACKAGE = Path(adaptkit.__file__).parent
+GROUND = {"errors", "discovery"}
+MAY_IMPORT = {
+    "numerics": GROUND,
+    "checkpoint": GROUND | {"numerics"},
+    "operations": GROUND | {"numerics", "checkpoint"},
+    "training": GROUND | {"numerics", "checkpoint"},
+    "hub": GROUND | {"numerics", "checkpoint"},
+    "pipeline": GROUND | {"numerics", "checkpoint", "operations", "training", "hub"},
+    "cli": GROUND | {"numerics", "checkpoint", "operations", "training", "hub", "pipeline"},
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module that a file imports, wherever in the file, relative imports refused."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def room_of(dotted: str) -> str:
+    """``numerics`` for ``adaptkit.numerics.lora.delta``; empty for the package's own names, such as its version."""
+    parts = dotted.split(".")
+    if len(parts) < 2 or parts[1].startswith("__"):
+        return ""
+    return parts[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_point_down_only(path):
+    parts = path.relative_to(PACKAGE).parts
+    room = parts[0].removesuffix(".py")
+    if room in {"__init__", "errors"}:
+        allowed = set()
+    elif room == "discovery":
+        allowed = {"errors"}
+    else:
+        assert room in MAY_IMPORT, f"{room} is no room of the design"
+        allowed = MAY_IMPORT[room] | {room}
+    ours = {name for name in imported(ast.parse(path.read_text())) if name.split(".")[0] == "adaptkit"}
+    rooms = {room_of(name) for name in ours} - {""}
+    assert rooms <= allowed, f"{path.name} imports {sorted(rooms - allowed)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_only_the_hub_talks_to_the_hub(path):
+    names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+    if path.relative_to(PACKAGE).parts[0] != "hub":
+        assert "huggingface_hub" not in names
+
+
+def test_the_public_names_are_all_real():
+    """The lazy table in ``adaptkit/__init__.py`` is a set of imports too, which no parser sees."""
+    for name in adaptkit.__all__:
+        if name != "__version__":
+            module = PACKAGE.parent / Path(*adaptkit._PUBLIC[name].split(".")).with_suffix(".py")
+            if module.exists():
+                assert callable(getattr(adaptkit, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = adaptkit.nonsense
+
+
+@pytest.mark.parametrize("module", ["adaptkit", "adaptkit.errors", "adaptkit.discovery", "adaptkit.cli.main"])
+def test_torch_is_not_imported_before_it_is_needed(module):
+    code = f"import {module}, sys; print(sorted(set(sys.modules) & {{'torch', 'numba', 'transformers'}}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_help_of_every_command_works_without_torch():
+    code = (
+        "import sys; from click.testing import CliRunner; from adaptkit.cli.main import cli, commands, names\n"
+        "for name in names(commands):\n"
+        "    done = CliRunner().invoke(cli, [name, '--help'])\n"
+        "    assert done.exit_code == 0 and name in done.output, (name, done.output)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+        "print(len(names(commands)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) >= 8
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_no_module_outgrows_one_idea(path):
+    assert len(path.read_text().splitlines()) <= 320
+
+
+def test_numerics_knows_no_files():
+    for path in sorted((PACKAGE / "numerics").rglob("*.py")):
+        names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+        assert not names & {"os", "pathlib", "json", "logging", "safetensors"}, path.name

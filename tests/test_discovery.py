@@ -1,0 +1,105 @@
+"""A folder is a registry, and every error says what it is."""
+
+import importlib
+import inspect
+import re
+import sys
+from types import ModuleType
+
+import pytest
+
+from adaptkit import discovery, errors
+from adaptkit.numerics import formats, stacking
+from adaptkit.numerics.formats._blockwise import Format
+from adaptkit.numerics.stacking._method import Method
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch) -> ModuleType:
+    folder = tmp_path / "made_up_registry"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "second.py").write_text("ENTRY = 2\n")
+    (folder / "first.py").write_text("ENTRY = 1\n")
+    (folder / "broken.py").write_text("raise RuntimeError('imported')\n")
+    (folder / "_private.py").write_text("ENTRY = 0\n")
+    (folder / "notes.txt").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("made_up_registry")]:
+        monkeypatch.delitem(sys.modules, name)
+    import made_up_registry
+
+    return made_up_registry
+
+
+def test_entries_are_the_public_files_in_order_and_none_is_imported(registry):
+    assert discovery.names(registry) == ["broken", "first", "second"]
+
+
+def test_an_added_file_is_an_added_entry(registry, tmp_path):
+    (tmp_path / "made_up_registry" / "third.py").write_text("ENTRY = 3\n")
+    importlib.invalidate_caches()
+    assert discovery.load(registry, "third", "ENTRY") == 3
+    assert "third" in discovery.names(registry)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "_private", "", "first.x", "../first"])
+def test_an_unknown_entry_is_refused_with_the_list_of_those_that_exist(registry, name):
+    with pytest.raises(errors.UsageError, match=re.escape(repr(name))) as caught:
+        discovery.load(registry, name, "ENTRY")
+    assert caught.value.hint == "choose one of: broken, first, second"
+
+
+def test_an_entry_that_fails_to_import_says_so_itself(registry):
+    with pytest.raises(RuntimeError, match="imported"):
+        discovery.load(registry, "broken", "ENTRY")
+
+
+@pytest.mark.parametrize(("package", "attribute", "kind"), [(formats, "FORMAT", Format), (stacking, "METHOD", Method)])
+def test_every_entry_defines_what_its_registry_promises(package, attribute, kind):
+    assert discovery.names(package)
+    for name in discovery.names(package):
+        assert isinstance(discovery.load(package, name, attribute), kind)
+
+
+ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+
+
+def test_the_error_tree_is_the_one_that_is_drawn():
+    """Names, depth and exit codes of the docstring's drawing, against the classes."""
+    drawn = re.findall(r"^ {4}([│├└─ ]*)(\w+Error)(?: +(\d))?", errors.__doc__, re.MULTILINE)
+    assert {name for _, name, _ in drawn} == {kind.__name__ for kind in ERRORS}
+    stack: list[str] = []
+    for branch, name, code in drawn:
+        depth = len(branch.rstrip(" ")) // 4 + 1 if branch.strip() else 0
+        stack = [*stack[:depth], name]
+        kind = getattr(errors, name)
+        if depth:
+            assert kind.__bases__ == (getattr(errors, stack[depth - 1]),), name
+        if code:
+            assert kind.exit_code == int(code), name
+
+
+def test_exit_codes_are_those_of_the_design():
+    codes = {kind.__name__: kind.exit_code for kind in ERRORS}
+    assert codes["AdaptkitError"] == 1
+    assert codes["OutputExistsError"] == 8
+    assert codes["NonFiniteError"] == 5
+    assert codes["ConfigError"] == 2
+    assert set(codes.values()) == {1, 2, 3, 4, 5, 6, 7, 8}
+
+
+def test_only_network_errors_are_retryable():
+    assert [kind.__name__ for kind in ERRORS if kind.retryable] == ["NetworkError"]
+
+
+def test_codes_for_programs_are_unique_snake_case():
+    codes = [kind("message").code for kind in ERRORS]
+    assert len(set(codes)) == len(codes)
+    assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in codes)
+    assert errors.OutputExistsError("x").code == "output_exists"
+
+
+def test_an_error_carries_message_and_hint():
+    error = errors.IntegrityError("this differs", hint="get it again")
+    assert (str(error), error.message, error.hint) == ("this differs", "this differs", "get it again")
