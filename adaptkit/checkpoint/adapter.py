@@ -22,6 +22,7 @@ from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import AdapterError
+from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, scaling
 
 CONFIG_NAME = "adapter_config.json"
@@ -109,7 +110,7 @@ def read_adapter(root: Path) -> Adapter:
                 hint="only lora_A and lora_B of linear layers are supported",
             )
         tensor = files.read(name)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterError(f"{root}: {name} holds NaN or infinity")
         halves.setdefault(match[1], {})[match[2]] = tensor
         records.append(TensorRecord(name, WEIGHTS_NAME, located.spec.dtype, located.spec.shape, fingerprint(tensor)))

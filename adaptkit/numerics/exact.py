@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.lora import LowRank, delta
 
@@ -53,7 +54,7 @@ def merge(weight: Tensor, terms: Sequence[LowRank], with_undo: bool = True) -> M
         before, change = weight[rows], delta(terms, rows)
         after = kernels.add_rounded(before, change)
         for values, what in ((before, "holds NaN or infinity"), (after, "overflows")):
-            if not bool(torch.isfinite(values).all()):
+            if not all_finite(values):
                 raise NonFiniteError(
                     f"the weight {what}", hint="is this the right base, and the adapter's scaling right?"
                 )

@@ -13,7 +13,8 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
-from adaptkit.numerics.formats._blockwise import check_block_size, check_finite
+from adaptkit.numerics.finite import check_finite
+from adaptkit.numerics.formats._blockwise import check_block_size
 from adaptkit.operations._pipeline import Progress, no_progress, thread_count
 from adaptkit.operations._selection import Choice, select
 from adaptkit.operations._shards import Group, Made, plan_shards, write_shards
@@ -164,8 +165,7 @@ def _make(checkpoint: Checkpoint, choice: Choice, group: Group, options: Quantiz
     weight = checkpoint.read(choice.spec.name)
     digest = fingerprint(weight)
     try:
-        if weight.is_floating_point():
-            check_finite(weight)  # here, so that the index is that in the file
+        check_finite(weight)  # here, so that the index is that in the file
         if choice.kept_because:
             return Made({choice.spec.name: weight}, digest)
         values = weight.T.contiguous() if choice.transposed else weight

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,3 @@ def check_block_size(block_size: int) -> None:
     """
     if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
         raise UsageError(f"block size {block_size}: must be a power of two from 32 to 4096", hint="the usual one is 64")
-
-
-def check_finite(weight: Tensor) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        NonFiniteError: names the first index in row-major order.
-    """
-    finite = torch.isfinite(weight.reshape(-1))
-    if not bool(finite.all()):
-        index = int((~finite).nonzero()[0, 0])
-        value = float(weight.reshape(-1)[index])
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), weight.shape))
-        raise NonFiniteError(f"the weight at {list(where)} is {value}", hint="repair or re-download this checkpoint")

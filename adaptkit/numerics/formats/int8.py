@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import UsageError
-from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_finite
+from adaptkit.numerics.finite import check_finite
+from adaptkit.numerics.formats._blockwise import Blockwise, Format
 
 
 def quantize(weight: Tensor, block_size: int = 64) -> Blockwise:

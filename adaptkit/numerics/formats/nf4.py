@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_block_size, check_finite
+from adaptkit.numerics.finite import check_finite
+from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_block_size
 from adaptkit.numerics.kernels import kernels_for
 
 

@@ -1,0 +1,39 @@
+"""Bits tell NaN and infinity from numbers, in every type and place."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.finite import all_finite, check_finite
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@given(st.sampled_from(DTYPES[:3]), st.integers(0, 2**31), st.integers(1, 200))
+def test_any_bits_are_judged_as_torch_judges_them(dtype, seed, count):
+    ints = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    generator = torch.Generator().manual_seed(seed)
+    info = torch.iinfo(ints)
+    values = (
+        torch.randint(info.min, info.max + 1, (count,), generator=generator, dtype=torch.int64).to(ints).view(dtype)
+    )
+    assert all_finite(values) == bool(torch.isfinite(values).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_bad_element_is_named_by_its_index(dtype, bad):
+    values = torch.full((3, 4, 5), torch.finfo(dtype).max, dtype=dtype)
+    values[0] = -torch.finfo(dtype).max
+    check_finite(values)
+    values[1, 2, 3] = bad
+    with pytest.raises(NonFiniteError, match=r"\[1, 2, 3\]"):
+        check_finite(values)
+
+
+def test_integers_and_nothing_are_finite():
+    assert all_finite(torch.full((3,), 2**30))
+    assert all_finite(torch.empty(0))
+    assert all_finite(torch.tensor(1.5))
