@@ -7,6 +7,7 @@ Every key of the file is used exactly once or named in an error. What this modul
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from adaptkit.checkpoint.layout import read_json, require_folder
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import AdapterError
+from adaptkit.errors import AdapterError, NonFiniteError
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, scaling
 
@@ -130,6 +131,9 @@ def write_adapter(output: Output, modules: Mapping[str, LowRank], base_name: str
         base_name: what ``base_model_name_or_path`` says.
         config: more keys of ``adapter_config.json``, or other values; ``target_modules`` is every module's whole path
             unless it is among them.
+
+    Raises:
+        NonFiniteError: a number is NaN or too large for float32; names the tensor.
     """
     ranks = {module: term.rank for module, term in modules.items()}
     alphas = {module: term.scaling * term.rank for module, term in modules.items()}
@@ -156,6 +160,9 @@ def write_adapter(output: Output, modules: Mapping[str, LowRank], base_name: str
     for module, term in modules.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = term.lora_a.detach().float().cpu()
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = term.lora_b.detach().float().cpu()
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{name}: NaN, or too large for float32", hint="use smaller weights")
     specs = [TensorSpec(name, "F32", tuple(tensors[name].shape)) for name in sorted(tensors)]
     with TensorWriter(output.folder, WEIGHTS_NAME, specs) as writer:
         for spec in specs:
@@ -207,7 +214,7 @@ def _low_rank(root: Path, config: Mapping[str, Any], module: str, halves: dict[s
             f"{root}: {module}: the configuration says rank {rank}, lora_A has {lora_a.shape[0]} rows and "
             f"lora_B {lora_b.shape[1]} columns"
         )
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
         raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number")
     return LowRank(lora_a, lora_b, scaling(float(alpha), rank, bool(config.get("use_rslora"))))
 

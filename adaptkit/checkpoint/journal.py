@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -169,14 +169,21 @@ class Output:
             os.fsync(file.fileno())
 
 
-def check_output(final: Path, force: bool) -> None:
-    """Refuse an output that exists, unless it may be replaced.
+def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output that exists, unless it may be replaced, and one that would replace or change an input.
 
     Raises:
         OutputExistsError: it exists and is not to be, or must not be, replaced.
         ConflictError: a foreign folder lies where the old output would be put aside.
-        UsageError: the name is one that unfinished work has.
+        UsageError: the name is one that unfinished work has, or none; or the output is, holds, or is in an input.
     """
+    if final.name in ("", ".."):
+        raise UsageError(f"{final}: has no name of its own", hint="name the folder to make: -o out")
+    whole = Path(os.path.realpath(final))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        if whole.is_relative_to(source) or (force and source.is_relative_to(whole)):
+            raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")
     if final.name.endswith((_PARTIAL, _REPLACED)):
         raise UsageError(
             f"{final}: names in {_PARTIAL} and {_REPLACED} are for unfinished work", hint="choose another -o"

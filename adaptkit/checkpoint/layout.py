@@ -8,6 +8,7 @@ tokenizer.json, chat_template.jinja ...  side files, copied as they are
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,8 +48,8 @@ def require_folder(path: Path) -> Path:
     Raises:
         UsageError: it is absent or a file.
     """
-    if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
+    if not os.path.isdir(path):  # Path.is_dir raises where a name is too long
+        found = "is a file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint="check the path")
     return path
 

@@ -1,5 +1,6 @@
 """Options and argument types that several commands share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ class ArtifactPath(click.ParamType[Path]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See ``click.ParamType``."""
         path = Path(value)
-        if path.exists() or str(value).count("/") != 1 or str(value).startswith((".", "/", "~")):
+        if os.path.exists(path) or str(value).count("/") != 1 or str(value).startswith((".", "/", "~")):
             return path  # whoever opens it says what is wrong with it
         from adaptkit.hub.download import resolve_source
 

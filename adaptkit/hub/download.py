@@ -114,7 +114,7 @@ def resolve_source(text: str) -> Path:
     """
     path = Path(text)
     named = _SOURCE.fullmatch(text)
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises where a name is too long
         return path
     if named is None:
         raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")

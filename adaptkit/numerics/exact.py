@@ -22,7 +22,7 @@ class Merged:
     Attributes:
         weight: (out, in), rounded once.
         residual: (M,) int64, what ``unmerge`` needs; empty if it was not asked for.
-        moved: number of weights whose bits changed.
+        moved: number of weights whose value changed.
         delta_norm: Frobenius norm of the exact change.
         weight_norm: of the weight before.
         effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩, where effect is what the rounded addition really changed; 1 where nothing is lost.
@@ -48,7 +48,8 @@ def merge(weight: Tensor, terms: Sequence[LowRank], with_undo: bool = True) -> M
         NonFiniteError: the weight is not finite, or the sum overflows its type.
     """
     kernels = kernels_for(weight.device)
-    merged, residuals, moved = torch.empty_like(weight), [torch.empty(0, dtype=torch.int64)], 0
+    merged, moved = torch.empty_like(weight), 0
+    residuals = [torch.empty(0, dtype=torch.int64, device=weight.device)]
     squared_delta = squared_weight = overlap = 0.0
     for rows in _row_slices(weight.shape):
         before, change = weight[rows], delta(terms, rows)

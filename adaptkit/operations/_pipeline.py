@@ -8,12 +8,6 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
-"""Told how many bytes are done, of how many."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
 
 
 def thread_count(threads: int | None) -> int:

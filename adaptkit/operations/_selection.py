@@ -63,7 +63,7 @@ def select(checkpoint: Checkpoint, skip: Sequence[str]) -> list[Choice]:
 
 def stores_transposed(checkpoint: Checkpoint, module: str) -> bool:
     """Whether a module's weight is (in, out) in the plain checkpoint: the Conv1D of the GPT-2 family."""
-    return checkpoint.config.get("model_type") in _CONV1D_MODELS and bool(_CONV1D.search(module))
+    return str(checkpoint.config.get("model_type")) in _CONV1D_MODELS and bool(_CONV1D.search(module))
 
 
 def _kept_because(spec: TensorSpec, skip: Sequence[str]) -> str:

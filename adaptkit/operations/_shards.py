@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.integrity import Progress
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.operations._pipeline import Progress, in_order
+from adaptkit.operations._pipeline import in_order
 
 
 @dataclass(frozen=True)

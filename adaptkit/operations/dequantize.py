@@ -6,12 +6,13 @@ from pathlib import Path
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.operations._pipeline import Progress, no_progress, thread_count
+from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._selection import stores_transposed
 from adaptkit.operations._shards import Group, Made, plan_shards, write_shards
 
@@ -74,7 +75,7 @@ def dequantize(
     names = quantized.quantized_names(checkpoint)
     if not names:
         raise CheckpointError(f"{source}: holds no NF4 weights", hint="it is not quantized, or not by bitsandbytes")
-    check_output(output, force)
+    check_output(output, force, [source])
     parts = {part for name in names for part in quantized.part_names(checkpoint, name)}
     groups = [
         _group(checkpoint, name) if name in set(names) else Group(name, (checkpoint.spec(name),))

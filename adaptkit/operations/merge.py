@@ -13,6 +13,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import fingerprint, tensors_root
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord, parent_of, read_manifest
@@ -21,7 +22,7 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import BaseMismatchError, CheckpointError, NonFiniteError
 from adaptkit.numerics import exact
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._pipeline import Progress, in_order, no_progress, thread_count
+from adaptkit.operations._pipeline import in_order, thread_count
 from adaptkit.operations._terms import check_weights, expected_fingerprints, knows_base, plan_terms
 
 
@@ -117,7 +118,7 @@ def merge(
     _check_base(checkpoint)
     terms = plan_terms(checkpoint, read, weights)
     expected = {} if options.allow_base_mismatch else expected_fingerprints(read)
-    check_output(output, force)
+    check_output(output, force, [base, *adapters])
     verified = bool(expected) and all(knows_base(adapter) for adapter in read)
     report = MergeReport(str(output), len(terms), len(checkpoint.tensors), verified)
     if dry_run:

@@ -8,6 +8,7 @@ from pathlib import Path
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.hashing import fingerprint, tensors_root
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
@@ -15,7 +16,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.formats._blockwise import check_block_size
-from adaptkit.operations._pipeline import Progress, no_progress, thread_count
+from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._selection import Choice, select
 from adaptkit.operations._shards import Group, Made, plan_shards, write_shards
 
@@ -105,9 +106,10 @@ def quantize(
     checkpoint = Checkpoint(source)
     choices = _choose(checkpoint, options)
     groups = {choice.spec.name: _group(choice, options) for choice in choices.values()}
+    _check_names(checkpoint, groups)
     shards = plan_shards([groups[name] for name in choices], options.max_shard_bytes)
     report = _report(output, choices, groups, len(shards))
-    check_output(output, force)
+    check_output(output, force, [source])
     if dry_run:
         return report
 
@@ -153,6 +155,17 @@ def _group(choice: Choice, options: QuantizeOptions) -> Group:
         return Group(choice.spec.name, (choice.spec,))
     parts = quantized.part_specs(_as_linear(choice), options.block_size, options.double_quant)
     return Group(choice.spec.name, tuple(parts))
+
+
+def _check_names(checkpoint: Checkpoint, groups: dict[str, Group]) -> None:
+    """Refuse a source with a tensor that has the name of a part of a quantized weight."""
+    for group in groups.values():
+        for spec in group.specs:
+            if spec.name != group.source and spec.name in groups:
+                raise CheckpointError(
+                    f"{checkpoint.root}: tensor {spec.name!r} has the name of a part of {group.source!r} in NF4",
+                    hint="leave that one in 16 bits with --skip, or remove the stray tensor",
+                )
 
 
 def _as_linear(choice: Choice) -> TensorSpec:

@@ -13,7 +13,7 @@ from adaptkit.errors import AdapterError, UsageError
 from adaptkit.numerics import stacking
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._method import Method
-from adaptkit.operations._terms import expected_fingerprints
+from adaptkit.operations._terms import check_weights, expected_fingerprints
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,11 @@ def stack(
     if len(adapters) < 2:
         raise UsageError("stacking takes at least two adapters")
     weights = options.weights or (1.0,) * len(adapters)
-    if len(weights) != len(adapters) or not all(abs(weight) < float("inf") for weight in weights):
-        raise UsageError(f"weights {list(weights)} for {len(adapters)} adapters", hint="give one number per adapter")
     read = [read_adapter(path) for path in adapters]
+    check_weights(read, weights)
     expected_fingerprints(read)
     modules = {name: method.combine(terms) for name, terms in _terms(read, weights).items()}
-    check_output(output, force)
+    check_output(output, force, adapters)
     recorded = {"method": options.method, "source": method.source, "weights": list(weights)}
     with Output(output, [[tensors_root(a.records) for a in read], recorded], force) as out:
         base_names = {str(adapter.config.get("base_model_name_or_path")) for adapter in read}

@@ -11,6 +11,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, parent_of, require_manifest
@@ -19,7 +20,7 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics import exact
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._pipeline import Progress, in_order, no_progress, thread_count
+from adaptkit.operations._pipeline import in_order, thread_count
 from adaptkit.operations._terms import plan_terms
 
 
@@ -76,7 +77,7 @@ def unmerge(
     if set(terms) != {f"{target.module}.weight" for target in manifest.targets}:
         raise BaseMismatchError(f"{merged}: the merge changed other tensors than these adapters do")
     records = _records(merged, checkpoint, terms)
-    check_output(output, force)
+    check_output(output, force, [merged, *adapters])
     plan = [str(merged.resolve()), checkpoint.state(), manifest.sha256]
     with Output(output, plan, force) as out:
         for file in sorted(checkpoint.headers):

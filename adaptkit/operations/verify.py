@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.checkpoint.integrity import check_artifact
+from adaptkit.checkpoint.integrity import Progress, check_artifact, no_progress
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.errors import IntegrityError
-from adaptkit.operations._pipeline import Progress, no_progress, thread_count
+from adaptkit.operations._pipeline import thread_count
 
 
 @dataclass(frozen=True)

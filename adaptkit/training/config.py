@@ -14,6 +14,11 @@ from adaptkit.errors import ConfigError
 COMPUTE_DTYPES = ("bfloat16", "float32")
 INITS = ("kaiming", "normal")
 SCHEDULES = ("constant", "linear", "cosine")
+_LARGEST = 1e30
+"""Of a factor: float32 holds 3.4e38, and products of factors need room."""
+_LARGEST_RANK, _LARGEST_PAGE_KIB = 1 << 16, 1 << 20
+_SEEDS = 1 << 40
+"""Steps are added to a million times the seed, in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ class TrainConfig:
         object.__setattr__(self, "targets", tuple(self.targets))
         rules = {
             "data": len(self.data) > 0,
-            "rank": self.rank >= 1,
-            "alpha": 0 < self.alpha < float("inf"),
+            "rank": 1 <= self.rank <= _LARGEST_RANK,
+            "alpha": 0 < self.alpha <= _LARGEST,
             "targets": len(self.targets) > 0,
             "init": self.init in INITS,
             "dropout": 0 <= self.dropout < 1,
@@ -92,17 +97,18 @@ class TrainConfig:
             "batch_size": self.batch_size >= 1,
             "micro_batch_size": self.micro_batch_size is None or self.micro_batch_size >= 1,
             "max_length": self.max_length >= 2,
-            "learning_rate": 0 < self.learning_rate < float("inf"),
+            "learning_rate": 0 < self.learning_rate <= _LARGEST,
             "schedule": self.schedule in SCHEDULES,
             "warmup": 0 <= self.warmup < 1,
-            "weight_decay": 0 <= self.weight_decay < float("inf"),
+            "weight_decay": 0 <= self.weight_decay <= _LARGEST,
             "max_grad_norm": 0 <= self.max_grad_norm < float("inf"),
-            "optimizer_pages_mib": self.optimizer_pages_mib is None or self.optimizer_pages_mib > 0,
-            "page_kib": self.page_kib >= 1,
+            "optimizer_pages_mib": self.optimizer_pages_mib is None or 0 < self.optimizer_pages_mib <= _LARGEST,
+            "page_kib": 1 <= self.page_kib <= _LARGEST_PAGE_KIB,
             "compute_dtype": self.compute_dtype in COMPUTE_DTYPES,
             "held_out": 0 <= self.held_out < 1,
             "eval_every": self.eval_every >= 0,
             "save_every": self.save_every >= 0,
+            "seed": abs(self.seed) < _SEEDS,
         }
         for name, holds in rules.items():
             if not holds:
@@ -139,18 +145,41 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file of options.
 
     Raises:
-        ConfigError: absent, malformed, or no mapping.
+        ConfigError: absent, malformed, a key that appears twice, or no mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = _read_json(text) if path.suffix == ".json" else yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, such as 'rank: 16'")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which keeps the last of equal keys, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See ``yaml.SafeLoader``."""
+        _unique([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
+def _read_json(text: str) -> Any:
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _unique([key for key, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=mapping)
+
+
+def _unique(keys: list[str]) -> None:
+    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+    if twice is not None:
+        raise ValueError(f"the key {twice!r} appears twice")
 
 
 def _fits(value: Any, annotation: str) -> bool:

@@ -9,6 +9,7 @@ opening and the conversation with the answer is the answer, its end-of-turn toke
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,8 @@ from adaptkit.training.model import quiet_transformers
 
 IGNORED = -100
 """The label of a token that carries no loss."""
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 Message = dict[str, str]
 
@@ -102,7 +105,10 @@ def load_data(files: Sequence[Path], tokenizer: Any, max_length: int) -> Dataset
     samples, truncated, dropped = [], 0, 0
     for file in files:
         for where, row in _rows(file):
-            whole = encode(_messages(row, where), tokenizer)
+            try:
+                whole = encode(_messages(row, where), tokenizer)
+            except DataError as error:
+                raise DataError(f"{where}: {error.message.removeprefix(f'{where}: ')}", error.hint) from error
             if whole.answer_tokens == 0:
                 raise DataError(f"{where}: the answer is empty", hint="every row needs something to learn")
             cut = Sample(whole.ids[:max_length], whole.labels[:max_length])
@@ -118,13 +124,26 @@ def load_data(files: Sequence[Path], tokenizer: Any, max_length: int) -> Dataset
 
 
 def encode(messages: Sequence[Message], tokenizer: Any) -> Sample:
-    """Tokenize a conversation once, and label the tokens inside the assistant's turns."""
+    """Tokenize a conversation once, and label the tokens inside the assistant's turns.
+
+    Raises:
+        DataError: the template refuses the conversation, or rewrites earlier turns, so that no turn has a fixed place.
+    """
     text = _render(messages, tokenizer)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = len(_render(messages[:turn], tokenizer, opening=True))
-            spans.append((start, len(_render(messages[: turn + 1], tokenizer))))
+            if turn == 0:
+                raise DataError("the assistant speaks first", hint="begin with a user's message")
+            before = _render(messages[:turn], tokenizer, opening=True)
+            through = _render(messages[: turn + 1], tokenizer)
+            if not (text.startswith(through) and through.startswith(before)):
+                raise DataError(
+                    f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens cannot "
+                    "be told from the others",
+                    hint="split the conversation into rows of one answer each, or use another template",
+                )
+            spans.append((len(before), len(through)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = [int(token) for token in encoded["input_ids"]]
     labels = [IGNORED] * len(ids)
@@ -138,7 +157,13 @@ def encode(messages: Sequence[Message], tokenizer: Any) -> Sample:
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of a user's message, up to where the model answers."""
+    """The tokens of a user's message, up to where the model answers.
+
+    Raises:
+        UsageError: the message is not UTF-8.
+    """
+    if not _is_text(prompt):
+        raise UsageError(f"the prompt {prompt!r} is not UTF-8")
     text = _render([{"role": "user", "content": prompt}], tokenizer, opening=True)
     return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
@@ -196,16 +221,17 @@ def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if file.suffix != ".jsonl":
         raise DataError(f"{file}: expected a .jsonl file", hint="one JSON object on each line")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # Windows editors begin files with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    lines = text.split("\n")  # splitlines would cut at characters that JSON strings may hold as they are
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object, found {type(row).__name__}")
@@ -217,7 +243,8 @@ def _messages(row: Mapping[str, Any], where: str) -> list[Message]:
         messages = row["messages"]
         roles = {"system", "user", "assistant"}
         if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str) for m in messages
+            isinstance(m, dict) and _is_text(m.get("role")) and m["role"] in roles and _is_text(m.get("content"))
+            for m in messages
         ):
             raise DataError(f"{where}: messages must be a list of {{role, content}}", hint=f"roles: {sorted(roles)}")
         if not any(message["role"] == "assistant" for message in messages):
@@ -225,7 +252,9 @@ def _messages(row: Mapping[str, Any], where: str) -> list[Message]:
         return [{"role": m["role"], "content": m["content"]} for m in messages]
     question = _text(row, ("instruction", "prompt"), where)
     answer = _text(row, ("output", "response", "completion"), where)
-    context = row.get("context") or row.get("input") or ""
+    context = next((row[name] for name in ("context", "input") if row.get(name)), "")
+    if not _is_text(context):
+        raise DataError(f"{where}: the context is no text", hint="context and input are strings, or left out")
     if context:
         question = f"{question}\n\n{context}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -233,16 +262,27 @@ def _messages(row: Mapping[str, Any], where: str) -> list[Message]:
 
 def _text(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
     for name in names:
-        if isinstance(row.get(name), str):
+        if _is_text(row.get(name)):
             return str(row[name])
     raise DataError(f"{where}: has no {' or '.join(names)}", hint=f"found: {', '.join(map(str, row)) or 'nothing'}")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether this is a string that tokenizers take: JSON's escapes can write half a character."""
+    return isinstance(value, str) and _HALF.search(value) is None
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, opening: bool = False) -> str:
     if not messages:
         return ""
     if tokenizer.chat_template is None:
+        if tokenizer.eos_token is None:
+            raise DataError("the tokenizer has neither a chat template nor an end token")
         ends = {"assistant": tokenizer.eos_token}
         return "".join(message["content"] + ends.get(message["role"], "\n") for message in messages)
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
-    return str(text)
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the conversation ({error})") from error

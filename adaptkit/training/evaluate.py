@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.errors import UsageError
+from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.data import IGNORED, Batch, Sample, collate, load_data, load_tokenizer, prompt_ids
 from adaptkit.training.model import Model, attach_adapter, choose_device, load_model, quiet_transformers
 
@@ -36,6 +37,13 @@ class EvaluateOptions:
     compute_dtype: str = "bfloat16"
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("max_length", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is at least {least}")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise UsageError(f"compute_dtype: {self.compute_dtype!r} is none of {', '.join(COMPUTE_DTYPES)}")
+
 
 @dataclass(frozen=True)
 class EvaluateReport:
@@ -44,7 +52,9 @@ class EvaluateReport:
     Attributes:
         base: folder.
         adapter: folder, or None.
-        samples: number of them.
+        samples: number of them that were measured.
+        truncated: samples cut to the longest length.
+        dropped: samples left out since the cut took their whole answer.
         answer_tokens: that carry loss.
         loss: mean over the answer tokens, in nats; None without data.
         perplexity: its exponential; None without data.
@@ -54,6 +64,8 @@ class EvaluateReport:
     base: str
     adapter: str | None
     samples: int
+    truncated: int
+    dropped: int
     answer_tokens: int
     loss: float | None
     perplexity: float | None
@@ -84,17 +96,24 @@ def evaluate(
     if adapter is not None:
         attach_adapter(model, read_adapter(adapter).modules, str(adapter))
     samples = dataset.samples if dataset else ()
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    loss = mean_loss(model, samples, options.batch_size, pad_id) if samples else None
+    loss = mean_loss(model, samples, options.batch_size, pad_id(tokenizer)) if samples else None
     return EvaluateReport(
         base=str(base),
         adapter=str(adapter) if adapter else None,
         samples=len(samples),
+        truncated=dataset.truncated if dataset else 0,
+        dropped=dataset.dropped if dataset else 0,
         answer_tokens=sum(sample.answer_tokens for sample in samples),
         loss=loss,
         perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
         answers={prompt: answer(model, tokenizer, prompt, options.max_new_tokens) for prompt in options.prompts},
     )
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token to pad with; masks tell what is padding, so the end token does where there is none of its own."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
 
 
 def summed_loss(model: Model, batch: Batch) -> Tensor:
@@ -115,13 +134,13 @@ def summed_loss(model: Model, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, pad_id: int) -> float:
+def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding: int) -> float:
     """Mean cross-entropy per answer token, in nats. Samples of like length go together, to pad little."""
     model.network.eval()
     by_length = sorted(samples, key=lambda sample: len(sample.ids))
     total = 0.0
     for start in range(0, len(by_length), batch_size):
-        total += float(summed_loss(model, collate(by_length[start : start + batch_size], pad_id)))
+        total += float(summed_loss(model, collate(by_length[start : start + batch_size], padding)))
     return total / sum(sample.answer_tokens for sample in samples)
 
 
@@ -138,6 +157,6 @@ def answer(model: Model, tokenizer: Any, prompt: str, max_new_tokens: int) -> st
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            pad_token_id=pad_id(tokenizer),
         )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
         y.addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(flat_dropped, inner, lora_a, lora_b)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:

@@ -1,5 +1,6 @@
 """The training loop: batches in, an adapter out; killed and run again, it goes on."""
 
+import hashlib
 import json
 import math
 import time
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import write_adapter
+from adaptkit.checkpoint.hashing import file_sha256, fingerprint
 from adaptkit.checkpoint.journal import Output, check_output
-from adaptkit.checkpoint.manifest import Manifest, Target, parent_of, read_manifest
+from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data import Sample, collate, load_data, load_tokenizer, split, step_samples
-from adaptkit.training.evaluate import mean_loss, summed_loss
+from adaptkit.training.evaluate import mean_loss, pad_id, summed_loss
 from adaptkit.training.model import Model, choose_device, load_model, new_adapter
-from adaptkit.training.optimizer import PagedAdamW
+from adaptkit.training.optimizer import PagedAdamW, learning_rate
 from adaptkit.training.paging import PagedState
 from adaptkit.training.resume import TrainingState, newest_checkpoint, save_checkpoint
 from adaptkit.training.segments import checkpoint_layers
@@ -112,14 +115,15 @@ def train(
     check_output(output, force)
     tokenizer = load_tokenizer(base)
     data = load_data([Path(file) for file in config.data], tokenizer, config.max_length)
+    data_sha256 = [file_sha256(Path(file)) for file in config.data]
     samples, held_out = split(data.samples, config.held_out, config.seed)
     manifest = read_manifest(base)
     plan = [config.recorded(), manifest.sha256 if manifest else checkpoint.state(), _digest(data.samples)]
     with Output(output, plan, force, keep_work=True) as out:
-        run = _Run(config, out, base, samples, held_out, _pad_id(tokenizer))
+        run = _Run(config, out, base, samples, held_out, pad_id(tokenizer))
         run.train(on_step)
         (out.folder / _PAGES_NAME).unlink(missing_ok=True)
-        adapter = _write(out, run, config, manifest)
+        adapter = _write(out, run, config, manifest, data_sha256)
         out.publish(adapter)
     return TrainReport(
         output=str(output),
@@ -149,9 +153,9 @@ class _Run:
         base: Path,
         samples: Sequence[Sample],
         held_out: Sequence[Sample],
-        pad_id: int,
+        padding: int,
     ) -> None:
-        self._config, self._out, self._pad_id = config, out, pad_id
+        self._config, self._out, self._padding = config, out, padding
         self._samples, self._held_out = samples, held_out
         per_epoch = len(samples) / config.batch_size
         self.steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
@@ -201,16 +205,9 @@ class _Run:
         size = config.micro_batch_size or config.batch_size
         total = 0.0
         for start in range(0, len(chosen), size):
-            batch = collate(chosen[start : start + size], self._pad_id)
-            loss = summed_loss(self.model, batch) / answers
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(
-                    f"the loss is {float(loss.detach())} at step {step + 1}",
-                    hint="lower the learning rate, or look at the data",
-                )
-            torch.autograd.backward(loss)
-            total += float(loss.detach())
+            total += self._add_gradients(chosen[start : start + size], answers, step)
         norm = self.optimizer.clip(config.max_grad_norm)
+        _check_number(norm, "gradient's norm", step + 1)
         rate = learning_rate(config, step, self.steps)
         self.optimizer.step(rate)
         self._metrics.append(
@@ -225,9 +222,18 @@ class _Run:
         )
         return total
 
+    def _add_gradients(self, chosen: Sequence[Sample], answers: int, step: int) -> float:
+        """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
+        loss = summed_loss(self.model, collate(chosen, self._padding)) / answers
+        value = float(loss.detach())
+        _check_number(value, "loss", step + 1)
+        torch.autograd.backward(loss)
+        return value
+
     def _evaluate(self, step: int) -> None:
         if self._held_out:
-            loss = mean_loss(self.model, self._held_out, self._config.batch_size, self._pad_id)
+            loss = mean_loss(self.model, self._held_out, self._config.batch_size, self._padding)
+            _check_number(loss, "held-out loss", step)
             self._metrics.append({"step": step, "held_out_loss": loss})
 
     def metrics_bytes(self) -> bytes:
@@ -236,7 +242,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         first, second = self.optimizer.state.moments()
-        (self._out.folder / METRICS_NAME).write_bytes(self.metrics_bytes())
+        unfinished = write_file(self._out.folder, f"{METRICS_NAME}.partial", self.metrics_bytes())
+        (self._out.folder / unfinished.path).rename(self._out.folder / METRICS_NAME)  # never half of it
         save_checkpoint(self._out.folder, TrainingState(step, self.parameters.detach(), first, second))
 
     def _resume(self) -> None:
@@ -248,16 +255,6 @@ class _Run:
         self.optimizer.state.load_moments(state.first_moment, state.second_moment)
         lines = (self._out.folder / METRICS_NAME).read_text().splitlines()
         self._metrics = [line for line in map(json.loads, lines) if line["step"] <= state.step]
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of the step-th step (from 0): a linear rise over the warm-up, then the schedule."""
-    warmup = math.ceil(config.warmup * steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return config.learning_rate * shapes[config.schedule]
 
 
 def _flatten(model: Model) -> tuple[Tensor, Tensor]:
@@ -277,33 +274,46 @@ def _flatten(model: Model) -> tuple[Tensor, Tensor]:
     return parameters, gradients
 
 
-def _write(out: Output, run: _Run, config: TrainConfig, base: Manifest | None) -> Manifest:
+def _write(out: Output, run: _Run, config: TrainConfig, base: Manifest | None, data_sha256: list[str]) -> Manifest:
     """Write adapter and metrics, and describe them."""
     changes = run.model.changes()
     all_linear = set(changes) == set(run.model.linears)
     leaves = sorted({name.rpartition(".")[2] for name in changes})
-    extra: dict[str, Any] = {"lora_dropout": config.dropout}
+    extra: dict[str, Any] = {"lora_dropout": config.dropout, "fan_in_fan_out": run.model.stores_transposed}
     if all_linear:
         extra["target_modules"] = leaves  # says the same as every path, and is how people write it
-    write_adapter(out, changes, Path(config.base).name, **extra)
+    write_adapter(out, changes, Path(config.base).resolve().name, **extra)
     out.write(METRICS_NAME, run.metrics_bytes())
     known = {target.module: target for target in base.targets} if base else {}
     targets = [known.get(name, Target(name, change.shape)) for name, change in changes.items()]
     return Manifest(
         kind="adapter",
-        operation={"name": "train", "options": config.recorded()},
+        operation={"name": "train", "options": config.recorded() | {"data_sha256": data_sha256}},
         files=tuple(out.files),
         tensors=tuple(out.tensors),
-        parents=(parent_of("base", base, ()),) if base else (),
+        parents=(parent_of("base", base, () if base else _records(run.model.checkpoint)),),
         targets=tuple(targets),
     )
 
 
-def _pad_id(tokenizer: Any) -> int:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad or 0)
+def _records(checkpoint: Checkpoint) -> list[TensorRecord]:
+    """The tensors of a base without a manifest."""
+    return [
+        TensorRecord(name, "", located.spec.dtype, located.spec.shape, fingerprint(checkpoint.read(name)))
+        for name, located in checkpoint.tensors.items()
+    ]
 
 
-def _digest(samples: Sequence[Sample]) -> int:
-    """Tells whether a run that goes on has the data that it began with."""
-    return hash(tuple(samples))  # tuples of ints hash alike in every process
+def _digest(samples: Sequence[Sample]) -> str:
+    """Tells whether a run that goes on has the data, as tokens, that it began with."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.ids, sample.labels]).encode())
+    return digest.hexdigest()
+
+
+def _check_number(value: float, what: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the {what} is {value} at step {step}", hint="lower the learning rate, or look at the data"
+        )

@@ -31,11 +31,13 @@ class Model:
         network: transformers' model, on its device.
         linears: by dotted path, its replaced linear layers.
         checkpoint: where the weights came from.
+        stores_transposed: whether the plain checkpoint keeps the linear weights as (in, out), as GPT-2's Conv1D does.
     """
 
     network: Any
     linears: Mapping[str, LoraLinear]
     checkpoint: Checkpoint
+    stores_transposed: bool = False
 
     def adapted(self) -> dict[str, LoraLinear]:
         """The layers that carry an adapter, by dotted path, sorted."""
@@ -66,13 +68,13 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     network = _empty_network(checkpoint, compute_dtype)
     used: set[str] = set()
     linears: dict[str, LoraLinear] = {}
+    transposed = False
     packed = set(quantized.quantized_names(checkpoint))
     head = network.get_output_embeddings()
     for name, module in list(network.named_modules()):
         if _is_linear(module) and module is not head:
-            linears[name] = _replace(
-                network, name, checkpoint, packed, used, transposed=not isinstance(module, nn.Linear)
-            )
+            linears[name] = _replace(network, name, module, checkpoint, packed, used)
+            transposed |= not isinstance(module, nn.Linear)
     for name, parameter in list(network.named_parameters(remove_duplicate=False)):
         if parameter.is_meta and name in checkpoint.tensors:
             _assign(network, name, checkpoint.read(name).to(compute_dtype))
@@ -86,7 +88,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     if unknown:
         raise CheckpointError(f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}")
     network.requires_grad_(False)
-    return Model(network.to(device).eval(), linears, checkpoint)
+    return Model(network.to(device).eval(), linears, checkpoint, transposed)
 
 
 def new_adapter(
@@ -148,14 +150,15 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UsageError: the device is not there.
     """
-    if name not in {"auto", "cpu"} and not (re.fullmatch(r"cuda(:\d+)?", name) and torch.cuda.is_available()):
+    gpu = re.fullmatch(r"cuda(?::([0-9]+))?", name) if torch.cuda.is_available() else None
+    if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
         raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[Any]:
-    """transformers, without its advice on stderr and without its network.
+    """transformers, without its advice on stderr.
 
     Raises:
         UsageError: it is not installed.
@@ -189,11 +192,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _replace(
-    network: Any, name: str, checkpoint: Checkpoint, packed: set[str], used: set[str], transposed: bool
+    network: Any, name: str, module: Any, checkpoint: Checkpoint, packed: set[str], used: set[str]
 ) -> LoraLinear:
     weight_name, bias_name = f"{name}.weight", f"{name}.bias"
-    if weight_name not in checkpoint.tensors:
-        raise CheckpointError(f"{checkpoint.root}: has no {weight_name}, which {type(network).__name__} needs")
+    transposed = not isinstance(module, nn.Linear)
+    needed = [weight_name] if module.bias is None else [weight_name, bias_name]
+    for needed_name in needed:
+        if needed_name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.root}: has no {needed_name}, which {type(network).__name__} needs")
     if weight_name in packed:
         weight: FrozenWeight = NF4Weight(quantized.read_quantized(checkpoint, weight_name))
         used.update(quantized.part_names(checkpoint, weight_name))
@@ -201,8 +207,13 @@ def _replace(
         plain = checkpoint.read(weight_name)
         weight = PlainWeight(plain.T.contiguous() if transposed else plain)
         used.add(weight_name)
-    bias = checkpoint.read(bias_name) if bias_name in checkpoint.tensors else None
-    used.update({bias_name} if bias is not None else set())
+    expected = tuple(module.weight.shape[::-1] if transposed else module.weight.shape)
+    _check_shape(weight_name, weight.shape, expected)
+    bias = None
+    if module.bias is not None:
+        bias = checkpoint.read(bias_name)
+        _check_shape(bias_name, bias.shape, module.bias.shape)
+        used.add(bias_name)
     layer = LoraLinear(weight, bias)
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, layer)
@@ -212,20 +223,32 @@ def _replace(
 def _assign(network: Any, name: str, value: Tensor) -> None:
     parent, _, child = name.rpartition(".")
     module = network.get_submodule(parent)
-    if tuple(module._parameters[child].shape) != tuple(value.shape):
-        expected = list(module._parameters[child].shape)
-        raise CheckpointError(f"{name} is {list(value.shape)} in the file; the architecture expects {expected}")
+    _check_shape(name, value.shape, module._parameters[child].shape)
     module._parameters[child] = nn.Parameter(value, requires_grad=False)
 
 
+def _check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
+        raise CheckpointError(f"{name} is {list(found)} in the file; the architecture expects {list(expected)}")
+
+
 def _recreate_buffers(network: Any) -> None:
-    """Compute the buffers that no file holds (rotary frequencies), which the meta device left empty."""
-    for module in network.modules():
-        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in empty:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if empty:
+    """Compute the buffers that no file holds (rotary frequencies), which the meta device left empty.
+
+    Raises:
+        CheckpointError: the architecture leaves one as it finds it, so that its value is not known.
+    """
+    for path, module in network.named_modules():
+        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        seen = []
+        for fill in (0, 1) if empty else ():
+            for name, buffer in empty.items():
+                module._buffers[name] = torch.full_like(buffer, fill, device="cpu")
             network._init_weights(module)
+            seen.append({name: module._buffers[name] for name in empty})
+        for name in empty:
+            if not torch.equal(seen[0][name], seen[1][name]):
+                raise CheckpointError(f"{type(network).__name__} does not say what {path}.{name} holds")
 
 
 def _tied_names(network: Any) -> set[str]:

@@ -59,7 +59,7 @@ class PagedState:
             host = torch.zeros(elements)
         self._host = host.view(self.pages, 2, page_elements)
         self.counters = PagingCounters()
-        self._where: dict[int, int] = {}
+        self._held: list[int | None] = []
         self._slots = torch.empty(0)
         self.set_budget(budget_bytes)
 
@@ -76,9 +76,10 @@ class PagedState:
     def set_budget(self, budget_bytes: int | None) -> None:
         """Change how much may be resident; takes effect at once and changes no value."""
         self.flush()
+        self._slots = torch.empty(0)  # first, so that old and new slots never exist together
         fit = self.pages if budget_bytes is None else budget_bytes // self.page_bytes
         self._slots = torch.empty((max(1, min(self.pages, fit)), 2, self.page_elements), device=self._device)
-        self._where = {}
+        self._held = [None] * self.slots
 
     def sweep(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Visit every page in order; what is written to the moments is kept.
@@ -94,8 +95,9 @@ class PagedState:
 
     def flush(self) -> None:
         """Copy every resident page to host."""
-        for page, slot in self._where.items():
-            self._write_back(page, slot)
+        for slot, page in enumerate(self._held):
+            if page is not None:
+                self._write_back(page, slot)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Both moments of all parameters, (count,) float32 each, as copies on the host."""
@@ -107,7 +109,7 @@ class PagedState:
 
     def load_moments(self, first: Tensor, second: Tensor) -> None:
         """Set both moments of all parameters, (count,) each."""
-        self._where = {}
+        self._held = [None] * self.slots
         for index, moment in enumerate((first, second)):
             padded = torch.nn.functional.pad(moment, (0, self.pages * self.page_elements - self.count))
             self._host[:, index] = padded.view(self.pages, self.page_elements)
@@ -117,17 +119,16 @@ class PagedState:
         return {"pages": self.pages, "slots": self.slots, "page_bytes": self.page_bytes} | asdict(self.counters)
 
     def _fetch(self, page: int) -> int:
-        if page in self._where:
-            return self._where[page]
         slot = min(page, self.slots - 1)  # the last slot is the one through which pages pass
-        if slot in self._where.values():
-            evicted = next(other for other, used in self._where.items() if used == slot)
-            self._write_back(evicted, slot)
-            del self._where[evicted]
+        held = self._held[slot]
+        if held == page:
+            return slot
+        if held is not None:
+            self._write_back(held, slot)
             self.counters.evictions += 1
         self._slots[slot].copy_(self._host[page])
         self.counters.faults += 1
-        self._where[page] = slot
+        self._held[slot] = page
         return slot
 
     def _write_back(self, page: int, slot: int) -> None:

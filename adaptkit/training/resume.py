@@ -47,14 +47,15 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
     """Write a checkpoint, whole or not at all, and remove all but the newest two."""
     final = folder / f"checkpoint-{state.step}"
     partial = folder / f"checkpoint-{state.step}.partial"
-    for old in (partial, final):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     specs = [TensorSpec(name, "F32", tuple(state.parameters.shape)) for name in _NAMES]
     with TensorWriter(partial, _STATE, specs) as writer:
         for name in _NAMES:
             writer.write(name, getattr(state, name).cpu())
     write_file(partial, _RECORD, write_json({"step": state.step, "sha256": writer.record.sha256}))
+    if final.exists():  # damaged, or it would have been gone on from
+        shutil.rmtree(final)
     partial.rename(final)
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
@@ -68,7 +69,7 @@ def newest_checkpoint(folder: Path) -> TrainingState | None:
     for step, path in reversed(_checkpoints(folder)):
         try:
             return _read(path, step)
-        except (CheckpointError, IntegrityError, KeyError) as error:
+        except (CheckpointError, IntegrityError, KeyError, OSError) as error:
             print(f"warning: {path.name} is damaged ({error}); trying the one before it", file=sys.stderr)
     return None
 

@@ -44,13 +44,15 @@ def segment_length(policy: str, layers: int) -> int | None:
     if policy == "sqrt":
         return max(1, round(math.sqrt(layers)))
     kind, _, count = policy.partition(":")
-    if kind == "segments" and count.isdigit() and int(count) >= 1:
+    if kind == "segments" and count.isdecimal() and int(count) >= 1:
         return math.ceil(layers / int(count))
     raise ConfigError(f"checkpointing: {policy!r} is none of none, layer, sqrt, segments:K")
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Find the model's stack of layers: its longest list of modules of one class.
+    """Find the model's stack of layers: of its lists of modules of one class, the one with the most inside.
+
+    A layer's own lists, of experts say, may be longer, but lie in one layer.
 
     Raises:
         UsageError: there is none.
@@ -58,7 +60,7 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
     if not stacks:
         raise UsageError("this architecture has no stack of equal layers to checkpoint", hint="checkpointing: none")
-    return max(stacks, key=len)
+    return max(stacks, key=lambda stack: sum(1 for _ in stack.modules()))
 
 
 def checkpoint_layers(model: nn.Module, policy: str) -> int:
@@ -66,14 +68,19 @@ def checkpoint_layers(model: nn.Module, policy: str) -> int:
 
     Returns:
         The number of segments; 0 if nothing is checkpointed.
+
+    Raises:
+        ConfigError: no such policy.
+        UsageError: the model has no stack of layers, and the policy needs one.
     """
-    layers = find_layers(model)
-    length = segment_length(policy, len(layers))
-    if length is None:
+    if policy == "none":
         return 0
+    layers = find_layers(model)
+    length = segment_length(policy, len(layers)) or len(layers)
     current: list[_Segment] = []
     for index, layer in enumerate(layers):
-        layer.forward = _checkpointed(layer.forward, index % length, current)
+        is_last = index % length == length - 1 or index == len(layers) - 1
+        layer.forward = _checkpointed(layer.forward, index % length, is_last, current)
     return math.ceil(len(layers) / length)
 
 
@@ -99,7 +106,7 @@ class _Segment:
             self.inputs = [self.start]
             with torch.no_grad():
                 for position in range(index):
-                    _set_random(self.random[position])
+                    _set_random(self.random[position], self.start.device)
                     self.inputs.append(self.runs[position](self.inputs[-1]))
         return self.inputs.pop()
 
@@ -115,23 +122,28 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        before = _random(grads[0].device)
+        device = grads[0].device
+        before = _random(device)
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_()
-        _set_random(ctx.segment.random[ctx.index])
+        _set_random(ctx.segment.random[ctx.index], device)
         with torch.enable_grad():
             output = ctx.segment.runs[ctx.index](hidden)
         torch.autograd.backward(output, grads[0])
-        _set_random(before)
+        _set_random(before, device)
         return hidden.grad, None, None, None
 
 
-def _checkpointed(forward: Callable[..., Any], index: int, current: list[_Segment]) -> Callable[..., Any]:
+def _checkpointed(
+    forward: Callable[..., Any], index: int, is_last: bool, current: list[_Segment]
+) -> Callable[..., Any]:
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return _only_tensor(forward(hidden, *args, **kwargs))
         if index == 0:
             current[:] = [_Segment(hidden.detach())]
         segment = current[0]
+        if is_last:
+            current.clear()  # from here on only the graph keeps it
         segment.runs.append(lambda x: _only_tensor(forward(x, *args, **kwargs)))
         segment.random.append(_random(hidden.device))
         # The embeddings are frozen, so the first input needs no gradient; without one the layers would get none.
@@ -152,7 +164,7 @@ def _random(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random(state: tuple[Tensor, Tensor | None]) -> None:
+def _set_random(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+        torch.cuda.set_rng_state(state[1], device)

@@ -46,6 +46,11 @@ def broken(tmp_path, llama, adapter):
             "mlp.up_proj.weight: the weight at [3, 5] is nan",
         ),
         "exists": (["quantize", llama, "-o", tmp_path / "empty"], 8, "exists already"),
+        "no name": (["quantize", llama, "-o", "."], 2, "has no name"),
+        "no name to be": (["quantize", llama, "-o", "absent/.."], 2, "has no name"),
+        "inside its input": (["quantize", tmp_path / "small", "-o", tmp_path / "small" / "out"], 2, "its own input"),
+        "name too long": (["quantize", "a" * 300, "-o", "out"], 2, "does not exist"),
+        "name of a part": (["quantize", tmp_path / "stray", "-o", "out"], 5, "the name of a part of"),
         "bad block size": (["quantize", llama, "-o", "out", "--block-size", "48"], 2, "power of two"),
         "bad shard size": (["quantize", llama, "-o", "out", "--max-shard-size", "big"], 2, "not a size"),
         "unknown option": (["quantize", llama, "-o", "out", "--fast"], 2, "No such option"),
@@ -54,12 +59,16 @@ def broken(tmp_path, llama, adapter):
         "infinite weight": (["merge", llama, adapter, "-o", "out", "--weight", "inf"], 2, "finite"),
         "another model": (["merge", tmp_path / "small", adapter, "-o", "out"], 4, "for the adapter, but"),
         "no record": (["unmerge", llama, "-o", "out", "--adapter", adapter], 3, "there is no adaptkit-manifest.json"),
+        "huge weight": (["stack", adapter, adapter, "-o", "out", "--weight", "1e308", "--weight", "1"], 5, "too large"),
         "one to stack": (["stack", adapter, "-o", "out"], 2, "at least two"),
         "no such method": (["stack", adapter, adapter, "-o", "out", "--method", "magic"], 2, "there is no 'magic'"),
         "unverifiable": (["verify", llama], 3, "there is no adaptkit-manifest.json"),
         "plain base": (["train", "--base", llama, "--data", "x.jsonl", "-o", "out"], 2, "not quantized"),
         "no base": (["train", "--data", "x.jsonl", "-o", "out"], 2, "base is missing"),
         "unknown key": (["train", "--config", tmp_path / "bad.yaml", "-o", "out"], 2, "unknown key 'lerning_rate'"),
+        "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),
+        "no batch": (["evaluate", "--base", llama, "--prompt", "x", "--batch-size", "0"], 2, "batch-size"),
+        "no command": ([], 2, "Missing command"),
         "nothing to measure": (["evaluate", "--base", llama], 2, "nothing to evaluate"),
         "unpublishable": (["publish", llama, "org/name"], 3, "there is no adaptkit-manifest.json"),
     }
@@ -85,11 +94,18 @@ def trouble(tmp_path_factory, llama, adapter):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(tensors, weights, metadata={"format": "pt"})
     tiny.write_llama(folder / "small", hidden=32)
+    tiny.write_llama(folder / "stray")
+    weights = folder / "stray" / "model.safetensors"
+    tensors = load_file(weights) | {"model.layers.1.mlp.up_proj.weight.absmax": torch.zeros(3)}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (folder / "twice.yaml").write_text("base: x\ndata: [y]\nrank: 4\nrank: 8\n")
     (folder / "bad.yaml").write_text("base: x\ndata: [y]\nlerning_rate: 1.0e-4\n")
     return broken(folder, llama, adapter)
 
 
 CASES = [
+    "no name", "no name to be", "inside its input", "name too long", "name of a part", "huge weight", "equal keys",
+    "no batch", "no command",
     "missing folder", "a file", "not a checkpoint", "truncated", "pickles", "not finite", "exists", "bad block size",
     "bad shard size", "unknown option", "no adapter", "weights", "infinite weight", "another model", "no record",
     "one to stack", "no such method", "unverifiable", "plain base", "no base", "unknown key", "nothing to measure",
@@ -148,6 +164,16 @@ def test_force_replaces_what_adaptkit_made(run_cli, llama, tmp_path):
     assert first.stdout != again.stdout
     assert run_cli("verify", tmp_path / "out").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_replaces_no_input(run_cli, llama, tmp_path):
+    run_cli("quantize", llama, "-o", tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    done = run_cli("dequantize", tmp_path / "base", "-o", tmp_path / "base", "--force")
+    assert done.code == 2
+    assert "its own input" in done.stderr
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_diff_tells_same_from_different_by_its_exit_code(run_cli, adapter, second_adapter):

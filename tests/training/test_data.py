@@ -138,3 +138,31 @@ def test_an_epoch_shows_every_sample_once(count, batch_size, seed):
     seen = [s.ids[0] for step in range(3 * count) for s in data.step_samples(samples, batch_size, step, seed)]
     for epoch in range(3 * batch_size):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(llama):
+    """Labels by position would then be put on the user's words."""
+    tokenizer = data.load_tokenizer(llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [("user", "one"), ("assistant", "<think>long</think>first"), ("user", "two"), ("assistant", "second")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with pytest.raises(DataError, match="rewrites the conversation around message 2"):
+        data.encode(messages, tokenizer)
+    assert labelled(data.encode(messages[:2], tokenizer), tokenizer) == "<think>long</think>first<|im_end|>"
+
+
+def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
+    tokenizer = data.load_tokenizer(llama)
+    tokenizer.chat_template = "{{ raise_exception('no system prompt here') }}"
+    path = rows(tmp_path, {"prompt": "x", "completion": "y"})
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: the chat template refuses .*no system prompt here"):
+        data.load_data([path], tokenizer, 99)
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
+    with pytest.raises(DataError, match="the assistant speaks first"):
+        data.encode([{"role": "assistant", "content": "hello"}], tokenizer)

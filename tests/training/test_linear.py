@@ -107,3 +107,12 @@ def test_an_adapter_of_another_shape_is_refused():
     layer, _ = nf4_layer()
     with pytest.raises(BaseMismatchError, match="the weight is"):
         layer.attach(LowRank(torch.zeros(4, 64), torch.zeros(96, 4), 1.0))
+
+
+def test_no_rows_give_no_rows():
+    """As a router may send them to an expert."""
+    layer, _ = nf4_layer()
+    x = torch.randn(0, 128, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape) == ((0, 96), (0, 128))

@@ -1,5 +1,6 @@
 """A training run learns, is the same whatever pages or segments it uses, and goes on after a kill."""
 
+import hashlib
 import json
 import math
 import os
@@ -13,12 +14,16 @@ import pytest
 import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.operations.merge import merge
+from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
+from adaptkit.training import loop
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.evaluate import EvaluateOptions, evaluate
-from adaptkit.training.loop import learning_rate, train
+from adaptkit.training.evaluate import EvaluateOptions, evaluate, summed_loss
+from adaptkit.training.loop import train
+from adaptkit.training.optimizer import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +212,77 @@ def test_micro_batches_add_up_to_the_batch(config, tmp_path):
     ]
     assert lines[0][1]["loss"] == pytest.approx(lines[1][1]["loss"], rel=1e-5)
     assert lines[0][1]["grad_norm"] == pytest.approx(lines[1][1]["grad_norm"], rel=1e-4)
+
+
+def stopped(config, output, step):
+    """Begin a run, and end it after a step."""
+
+    def stop(report):
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, output, on_step=stop)
+
+
+def test_a_run_killed_while_it_writes_its_metrics_goes_on(config, trained, tmp_path, monkeypatch):
+    output, partial, saving = tmp_path / "adapter", tmp_path / "adapter.partial", replace(config, save_every=4)
+    stopped(saving, output, 6)
+
+    def cut_off(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2 + 3])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(output), "write_bytes", cut_off)
+        patched.setattr(loop, "write_file", lambda folder, name, content: cut_off(folder / name, content))
+        with pytest.raises(KeyboardInterrupt):
+            train(saving, output)
+    assert (partial / "checkpoint-4").is_dir()
+    report = train(saving, output)
+    assert report.resumed_from == 4
+    assert report.tensors_root == trained[1].tensors_root
+    assert (output / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
+
+
+def test_gradients_that_are_no_numbers_stop_the_run_before_they_are_used(config, tmp_path, monkeypatch):
+    def spoil(model, batch):
+        loss = summed_loss(model, batch)
+        loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+
+    monkeypatch.setattr(loop, "summed_loss", spoil)
+    with pytest.raises(NonFiniteError, match=r"gradient's norm is .* at step 1"):
+        train(replace(config, steps=1), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_manifest_names_the_data(trained, instructions):
+    expected = hashlib.sha256(instructions.read_bytes()).hexdigest()
+    assert require_manifest(trained[0]).operation["options"]["data_sha256"] == [expected]
+
+
+def test_a_base_without_a_manifest_is_named_by_its_tensors(config, llama_nf4, copy_of, tmp_path):
+    base = copy_of(llama_nf4)
+    (base / MANIFEST_NAME).unlink()
+    train(replace(config, base=str(base), steps=1), tmp_path / "adapter")
+    (parent,) = require_manifest(tmp_path / "adapter").parents
+    assert (parent.role, parent.manifest_sha256) == ("base", None)
+    assert parent.tensors_root == require_manifest(llama_nf4).tensors_root
+
+
+def test_an_adapter_trained_on_conv1d_layers_merges_the_way_it_was_trained(config, gpt2, instructions, tmp_path):
+    """c_proj of the attention is square, so that nothing but the result tells a transposed change."""
+    quantize(gpt2, tmp_path / "nf4")
+    on_gpt2 = replace(config, base=str(tmp_path / "nf4"), targets=("*.attn.c_proj",), steps=8)
+    train(on_gpt2, tmp_path / "adapter")
+    merge(gpt2, [tmp_path / "adapter"], tmp_path / "merged")
+    options = EvaluateOptions(compute_dtype="float32", device="cpu")
+    base, adapted = (evaluate(gpt2, adapter, [instructions], options).loss for adapter in (None, tmp_path / "adapter"))
+    merged = evaluate(tmp_path / "merged", None, [instructions], options).loss
+    assert adapted < base - 0.01
+    assert merged == pytest.approx(adapted, abs=1e-4)
 
 
 @pytest.mark.parametrize(

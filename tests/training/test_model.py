@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
@@ -12,7 +12,7 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.linear import NF4Weight
-from adaptkit.training.model import attach_adapter, load_model, new_adapter
+from adaptkit.training.model import attach_adapter, choose_device, load_model, new_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 33, 71, 100, 7, 12, 64]])
@@ -120,3 +120,46 @@ def test_a_checkpoint_of_other_layers_than_its_configuration_is_refused(llama_nf
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(CheckpointError, match=r"layers\.1\."):
         load_model(folder, torch.float32, CPU)
+
+
+def rewritten(folder, change):
+    """Change the tensors of a folder with one weights file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_bias_that_is_missing_or_unknown_is_refused(llama, gpt2, copy_of):
+    name = "transformer.h.0.attn.c_attn.bias"
+    without = rewritten(copy_of(gpt2), lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=r"has no transformer\.h\.0\.attn\.c_attn\.bias"):
+        load_model(without, torch.float32, CPU)
+    name = "model.layers.0.mlp.up_proj.bias"
+    added = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(128)}))
+    with pytest.raises(CheckpointError, match=r"does not know the tensor model\.layers\.0\.mlp\.up_proj\.bias"):
+        load_model(added, torch.float32, CPU)
+
+
+def test_a_weight_of_another_shape_is_refused(llama, copy_of):
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(64, 64)}))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is \[64, 64\].*expects \[128, 64\]"):
+        load_model(changed, torch.float32, CPU)
+
+
+def test_a_buffer_that_the_architecture_does_not_compute_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", lambda self, module: None)
+    with pytest.raises(CheckpointError, match=r"does not say what model\.rotary_emb\.\w*inv_freq holds"):
+        load_model(llama, torch.float32, CPU)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    for name in ("cuda:2", "gpu"):
+        with pytest.raises(UsageError, match="not available"):
+            choose_device(name)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
-from adaptkit.errors import ConfigError
+from adaptkit.errors import ConfigError, UsageError
+from adaptkit.training import segments
 from adaptkit.training.model import load_model, new_adapter
-from adaptkit.training.segments import checkpoint_layers, segment_length
+from adaptkit.training.segments import checkpoint_layers, find_layers, segment_length
 
 POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments:7"]
 IDS = torch.arange(40).reshape(2, 20) % 50 + 3
@@ -17,26 +19,26 @@ def gradients(folder, policy, dropout, twice=False):
     for number, layer in enumerate(model.adapted().values()):
         generator = torch.Generator().manual_seed(number)
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
-    segments = checkpoint_layers(model.network, policy)
+    count = checkpoint_layers(model.network, policy)
     model.network.train()
     torch.manual_seed(11)
     for _ in range(2 if twice else 1):
         logits = model.network(input_ids=IDS, use_cache=False).logits
         logits.float().logsumexp(-1).sum().backward()
     found = {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
-    return found, segments, float(torch.rand(()))
+    return found, count, float(torch.rand(()))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradients_are_bit_equal_to_none(deep_nf4, policy, dropout):
     expected, _, random_after = gradients(deep_nf4, "none", dropout, twice=True)
-    found, segments, random_found = gradients(deep_nf4, policy, dropout, twice=True)
+    found, count, random_found = gradients(deep_nf4, policy, dropout, twice=True)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(float(grad.abs().sum()) > 0 for grad in expected.values())
     assert random_found == random_after
-    assert segments == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0) or segments)
+    assert count == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0))
 
 
 def saved_bytes(folder, policy):
@@ -82,7 +84,51 @@ def test_policies_give_their_segment_lengths(policy, expected):
     assert segment_length(policy, 30) == expected
 
 
-@pytest.mark.parametrize("policy", ["", "segments:0", "segments:x", "layers", "segments"])
+@pytest.mark.parametrize("policy", ["", "segments:0", "segments:²", "segments:x", "layers", "segments"])
 def test_other_policies_are_refused(policy):
     with pytest.raises(ConfigError, match="sqrt"):
         segment_length(policy, 30)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+
+
+def test_a_longer_list_inside_a_layer_is_not_the_stack_of_layers():
+    model = nn.ModuleDict({"layers": nn.ModuleList(Experts() for _ in range(3))})
+    assert find_layers(model) is model["layers"]
+
+
+def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
+    assert checkpoint_layers(nn.Linear(2, 2), "none") == 0
+    with pytest.raises(UsageError, match="no stack") as caught:
+        checkpoint_layers(nn.Linear(2, 2), "layer")
+    assert "none" in caught.value.hint
+
+
+def test_nothing_but_the_graph_keeps_a_segment(deep_nf4):
+    import gc
+    import weakref
+
+    model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    checkpoint_layers(model.network, "sqrt")
+    inputs = []
+    for layer in model.network.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
+    hidden.sum().backward()
+    del hidden
+    gc.collect()
+    assert [reference for reference in inputs if reference() is not None] == []
+
+
+def test_the_random_state_of_a_second_gpu_goes_back_to_it(monkeypatch):
+    states = {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": f"of {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({str(device): state}))
+    second = torch.device("cuda:1")
+    segments._set_random(segments._random(second), second)
+    assert states == {"cuda:1": "of cuda:1"}

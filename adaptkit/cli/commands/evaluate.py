@@ -14,9 +14,9 @@ from adaptkit.cli.output import show
 @click.option("--adapter", type=ArtifactPath(), help="Measure it with this adapter.")
 @click.option("--data", type=click.Path(path_type=Path), multiple=True, help="jsonl file. Repeatable.")
 @click.option("--prompt", "prompts", multiple=True, help="Show the answer to it. Repeatable.")
-@click.option("--max-new-tokens", default=64, show_default=True)
-@click.option("--max-length", default=1024, show_default=True, help="Tokens of a sample.")
-@click.option("--batch-size", default=8, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--compute-dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @report_options

@@ -30,14 +30,15 @@ def quantize(weight: Tensor, block_size: int = 64) -> Blockwise:
     flat = weight.reshape(-1).float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    codes = torch.where(absmax.unsqueeze(1) > 0, blocks * (scales(absmax).unsqueeze(1)), blocks).round()
-    return Blockwise(
-        codes.clamp(-127, 127).to(torch.int8).view(-1)[: flat.numel()], absmax, tuple(weight.shape), block_size
-    )
+    factor = scales(absmax).unsqueeze(1)
+    # Below 4e-37 the factor overflows, so such a block is divided by its absmax first.
+    scaled = torch.where(factor.isinf(), blocks / absmax.unsqueeze(1) * 127.0, blocks * factor)
+    codes = scaled.round().clamp(-127, 127).to(torch.int8).view(-1)[: flat.numel()]
+    return Blockwise(codes, absmax, tuple(weight.shape), block_size)
 
 
 def scales(absmax: Tensor) -> Tensor:
-    """The factor by which each block is multiplied: 127 / absmax, and 0 for a zero block."""
+    """The factor of each block: 127 / absmax, 0 for a zero block, and infinite where that overflows."""
     return torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))
 
 

@@ -50,3 +50,9 @@ def test_not_a_number_is_refused_by_index():
     weight[1, 2] = float("nan")
     with pytest.raises(NonFiniteError, match=r"\[1, 2\] is nan"):
         int8.quantize(weight, 4)
+
+
+def test_blocks_too_small_for_the_reciprocal_of_their_absmax_keep_their_values():
+    weight = torch.tensor([1.0, -0.5, 0.25, 0.0]) * 1e-37
+    restored = int8.dequantize(int8.quantize(weight), torch.float32)
+    assert float((restored - weight).abs().max()) <= 1e-37 / 127
