@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +84,8 @@ class Demo:
             losses[name] = found(r"loss +([\d.]+)", printed)
             answers[name] = found(r"\nanswer +(.*)", printed)
         self.tell("evaluate", f"loss on unseen questions {losses['before']} -> {losses['after']}")
-        self.tell("answer before", answers["before"])
-        self.tell("answer after", answers["after"])
+        for name, answer in answers.items():
+            self.tell(f"answer {name}", textwrap.shorten(answer, 80, placeholder=" …"))
 
     def merge(self) -> None:
         """Into the 16-bit base, and out again."""

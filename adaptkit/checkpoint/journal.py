@@ -179,10 +179,13 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final}: has no name of its own", hint="name the folder to make: -o out")
+    if os.path.lexists(final) and not force:
+        raise OutputExistsError(f"{final}: exists already", hint="choose another -o, or replace it with --force")
     whole = Path(os.path.realpath(final))
     for path in inputs:
         source = Path(os.path.realpath(path))
-        if whole.is_relative_to(source) or (force and source.is_relative_to(whole)):
+        inside = whole != source and whole.is_relative_to(source)
+        if inside or (force and source.is_relative_to(whole)):
             raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")
     if final.name.endswith((_PARTIAL, _REPLACED)):
         raise UsageError(
@@ -191,11 +194,7 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     aside = _replaced(final)
     if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST_NAME).is_file()):
         raise ConflictError(f"{aside}: is in the way and not adaptkit's", hint="move it, or choose another -o")
-    if not os.path.lexists(final):
-        return
-    if not force:
-        raise OutputExistsError(f"{final}: exists already", hint="choose another -o, or replace it with --force")
-    if final.is_symlink() or not (final / MANIFEST_NAME).is_file():
+    if os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST_NAME).is_file()):
         raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it")
 
 

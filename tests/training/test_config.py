@@ -27,6 +27,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one():
         ("rank", 0), ("rank", "4"), ("rank", True), ("alpha", float("nan")), ("alpha", 0), ("dropout", 1.0),
         ("steps", 0), ("data", "d.jsonl"), ("data", []),
         ("init", "zeros"), ("schedule", "step"), ("compute_dtype", "float16"),
+        ("rank", 10**9), ("alpha", 1e308), ("learning_rate", 1e300), ("optimizer_pages_mib", float("inf")),
+        ("page_kib", 10**12), ("seed", 2**63),
         ("held_out", -0.1), ("learning_rate", float("inf")), ("batch_size", 0), ("targets", []),
     ],
 )  # fmt: skip
@@ -41,7 +43,9 @@ def test_what_is_required_is_asked_for(missing):
         TrainConfig.from_values({k: v for k, v in GOOD.items() if k != missing}, "t.yaml")
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "!!python/object/apply:os.system ['true']"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "a: [1\n", "a: 1\na: 2\n", "[" * 5000, "!!python/object/apply:os.system ['true']"]
+)
 def test_a_malformed_file_is_refused(text, tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(text)

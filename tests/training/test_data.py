@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.errors import DataError
+from adaptkit.errors import DataError, UsageError
 from adaptkit.training import data
 
 
@@ -99,12 +99,29 @@ def test_long_samples_are_cut_and_counted(tokenizer, tmp_path):
         ("[1, 2]", "line 2: expected an object"),
         ({"messages": [{"role": "user", "content": "x"}]}, "line 2: no message is the assistant's"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "line 2: messages must be"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "line 2: messages must be"),
+        ({"instruction": "x", "context": 5, "output": "y"}, "line 2: the context is no text"),
+        ({"instruction": "half a character: \ud800", "output": "y"}, "line 2: has no instruction"),
+        ('{"n": ' + "9" * 5000 + "}", "line 2: not JSON"),
+        ('{"n": ' + "[" * 100_000, "line 2: not JSON"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(line, message, tokenizer, tmp_path):
     path = rows(tmp_path, {"instruction": "good", "output": "row"}, line)
     with pytest.raises(DataError, match=re.escape(message)):
         data.load_data([path], tokenizer, 99)
+
+
+def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tokenizer, tmp_path):
+    row = '{"instruction": "one\u2028line\u0085", "output": "y"}\r\n'
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(("\ufeff" + row + row).encode())
+    assert len(data.load_data([path], tokenizer, 99).samples) == 2
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(tokenizer):
+    with pytest.raises(UsageError, match="not UTF-8"):
+        data.prompt_ids("\udcff", tokenizer)
 
 
 def test_an_empty_answer_teaches_to_end_the_turn(tokenizer, tmp_path):
