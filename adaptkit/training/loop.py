@@ -112,7 +112,7 @@ def train(
     checkpoint = Checkpoint(base)
     if checkpoint.quantization_method != "bitsandbytes":
         raise UsageError(f"{base}: not quantized", hint=f"run: adaptkit quantize {base} -o {base.name}-nf4")
-    check_output(output, force)
+    check_output(output, force, [base, *map(Path, config.data)])
     tokenizer = load_tokenizer(base)
     data = load_data([Path(file) for file in config.data], tokenizer, config.max_length)
     data_sha256 = [file_sha256(Path(file)) for file in config.data]

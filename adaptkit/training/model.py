@@ -7,6 +7,7 @@ transformers builds the architecture on the meta device, without memory; its lin
 import contextlib
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -183,8 +184,9 @@ def _empty_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             config = transformers.AutoConfig.for_model(kind, **values)
             with torch.device("meta"):
                 return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
+            raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
 
 
 def _is_linear(module: nn.Module) -> bool:

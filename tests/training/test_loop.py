@@ -294,3 +294,11 @@ def test_schedules_rise_and_end_as_they_say(config, schedule, last):
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0
     assert rates[-1] == pytest.approx(last)
+
+
+def test_the_base_is_never_replaced_by_its_adapter(config, llama_nf4, copy_of):
+    base = copy_of(llama_nf4)
+    before = sorted((path.name, path.read_bytes()) for path in base.iterdir())
+    with pytest.raises(UsageError, match="would change its own input"):
+        train(replace(config, base=str(base)), base, force=True)
+    assert sorted((path.name, path.read_bytes()) for path in base.iterdir()) == before

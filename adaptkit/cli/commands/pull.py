@@ -16,7 +16,9 @@ def command(repo: str, output: Path, force: bool, as_json: bool, quiet: bool) ->
     """Download the artifact REPO (org/name[@revision]) and verify it before it appears."""
     from adaptkit.hub.download import pull
 
-    repo_id, _, revision = repo.partition("@")
+    repo_id, at, revision = repo.partition("@")
+    if at and not revision:
+        raise click.UsageError(f"{repo}: the revision after @ is empty")
     with byte_progress("pull", as_json or quiet) as progress:
         report = pull(repo_id, output, revision=revision or None, force=force, progress=progress)
     rows = [
