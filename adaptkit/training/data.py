@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.training.model import quiet_transformers
 
 IGNORED = -100
 """The label of a token that carries no loss."""
@@ -76,19 +75,6 @@ class Batch:
     ids: Tensor
     labels: Tensor
     mask: Tensor
-
-
-def load_tokenizer(root: Path) -> Any:
-    """Load a checkpoint's tokenizer; never runs code from the folder.
-
-    Raises:
-        UsageError: there is none.
-    """
-    with quiet_transformers() as transformers:
-        try:
-            return transformers.AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{root}: has no tokenizer that transformers can load") from error
 
 
 def load_data(files: Sequence[Path], tokenizer: Any, max_length: int) -> Dataset:

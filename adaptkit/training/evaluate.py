@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.architecture import load_tokenizer, quiet_transformers
 from adaptkit.errors import UsageError
 from adaptkit.training.config import COMPUTE_DTYPES
-from adaptkit.training.data import IGNORED, Batch, Sample, collate, load_data, load_tokenizer, prompt_ids
-from adaptkit.training.model import Model, attach_adapter, choose_device, load_model, quiet_transformers
+from adaptkit.training.data import IGNORED, Batch, Sample, collate, load_data, prompt_ids
+from adaptkit.training.model import Model, attach_adapter, choose_device, load_model
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import write_adapter
+from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
@@ -20,7 +21,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data import Sample, collate, load_data, load_tokenizer, split, step_samples
+from adaptkit.training.data import Sample, collate, load_data, split, step_samples
 from adaptkit.training.evaluate import mean_loss, pad_id, summed_loss
 from adaptkit.training.model import Model, choose_device, load_model, new_adapter
 from adaptkit.training.optimizer import PagedAdamW, learning_rate

@@ -4,11 +4,9 @@ transformers builds the architecture on the meta device, without memory; its lin
 ``LoraLinear`` layers that hold the weights as the shards have them, and the other tensors are put in place.
 """
 
-import contextlib
 import math
 import re
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.architecture import empty_network, is_linear
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank
@@ -66,14 +65,14 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         UsageError: transformers does not know the architecture, or is not installed.
     """
     checkpoint = Checkpoint(root)
-    network = _empty_network(checkpoint, compute_dtype)
+    network = empty_network(checkpoint, compute_dtype)
     used: set[str] = set()
     linears: dict[str, LoraLinear] = {}
     transposed = False
     packed = set(quantized.quantized_names(checkpoint))
     head = network.get_output_embeddings()
     for name, module in list(network.named_modules()):
-        if _is_linear(module) and module is not head:
+        if is_linear(module) and module is not head:
             linears[name] = _replace(network, name, module, checkpoint, packed, used)
             transposed |= not isinstance(module, nn.Linear)
     for name, parameter in list(network.named_parameters(remove_duplicate=False)):
@@ -155,42 +154,6 @@ def choose_device(name: str) -> torch.device:
     if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
         raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """transformers, without its advice on stderr.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError("training needs transformers", hint="pip install 'adaptkit[train]'") from error
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield transformers
-    finally:
-        transformers.logging.set_verbosity(before)
-
-
-def _empty_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    with quiet_transformers() as transformers:
-        values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        kind = values.pop("model_type", None)
-        try:
-            config = transformers.AutoConfig.for_model(kind, **values)
-            with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
-            raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _replace(

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training import data
 
 
 @pytest.fixture(scope="module")
 def tokenizer(llama):
-    return data.load_tokenizer(llama)
+    return load_tokenizer(llama)
 
 
 def labelled(sample, tokenizer):
@@ -159,7 +160,7 @@ def test_an_epoch_shows_every_sample_once(count, batch_size, seed):
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(llama):
     """Labels by position would then be put on the user's words."""
-    tokenizer = data.load_tokenizer(llama)
+    tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}<|im_end|>{% endfor %}"
@@ -173,7 +174,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(llama):
 
 
 def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
-    tokenizer = data.load_tokenizer(llama)
+    tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ raise_exception('no system prompt here') }}"
     path = rows(tmp_path, {"prompt": "x", "completion": "y"})
     with pytest.raises(DataError, match=r"rows\.jsonl, line 1: the chat template refuses .*no system prompt here"):

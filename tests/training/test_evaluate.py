@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.errors import UsageError
-from adaptkit.training.data import load_data, load_tokenizer
+from adaptkit.training.data import load_data
 from adaptkit.training.evaluate import EvaluateOptions, evaluate, pad_id
 
 

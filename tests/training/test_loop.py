@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.merge import merge
@@ -65,7 +66,7 @@ def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instr
 
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, trained[0]).eval()
-    tokenizer = data.load_tokenizer(llama)
+    tokenizer = load_tokenizer(llama)
     total = tokens = 0
     for sample in data.load_data([instructions], tokenizer, 1024).samples:
         ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
@@ -90,7 +91,7 @@ def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_
     first = json.loads((tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()[1])
     dequantize(llama_nf4, tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    tokenizer = data.load_tokenizer(llama_nf4)
+    tokenizer = load_tokenizer(llama_nf4)
     samples, _ = data.split(data.load_data([instructions], tokenizer, 1024).samples, config.held_out, config.seed)
     total = 0.0
     for sample in data.step_samples(samples, config.batch_size, 0, config.seed):
