@@ -1,0 +1,146 @@
+"""The page of ``adaptkit quantize --html``: where the error is, what each part costs, what was kept and why."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from adaptkit.cli import figures
+from adaptkit.cli.grid import grids, place, starred
+from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, table
+from adaptkit.cli.output import percent, size
+
+if TYPE_CHECKING:
+    from adaptkit.operations.quantize import QuantizeReport, TensorReport
+
+_WORST = 10
+_SAME_BITS = 0.05  # constants of a short last block move a tensor's bits by less
+
+
+def quantize_page(report: "QuantizeReport") -> str:
+    """One HTML document, self-contained.
+
+    Raises:
+        UsageError: matplotlib, which draws the pictures, is not installed.
+    """
+    quantized = [t for t in report.tensors if t.relative_error is not None]
+    calibrated = any(t.weighted_error is not None for t in quantized)
+    name = report.output.rstrip("/").rpartition("/")[2]
+    return page(
+        f"Quantization of {name}",
+        facts(_summary(report)),
+        *_pictures(report.tensors),
+        *([_worst(quantized, calibrated)] if quantized else []),
+        _kept(report),
+        section(f"All {len(report.tensors):,} tensors", _tensors(report.tensors, calibrated), collapsed=True),
+    )
+
+
+def _summary(report: "QuantizeReport") -> list[tuple[str, str]]:
+    share = report.quantized_parameters / report.parameters if report.parameters else 0.0
+    ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
+    rows = [
+        ("output", f"{report.output} ({report.shards} shard(s))"),
+        ("size", f"{size(report.bytes_before)} → {size(report.bytes_after)} ({ratio:.2f} × smaller)"),
+        ("quantized", f"{report.quantized:,} tensors with {percent(share)} of {report.parameters:,} parameters"),
+        ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
+        ("linear layers", f"read from {report.read_from}"),
+    ]
+    if report.relative_error is not None:
+        rows.append(("relative error", f"{percent(report.relative_error)} of the norm of all that was quantized"))
+    if report.part:
+        rows.append(("part", f"{report.part[0]} of {report.part[1]}"))
+    if report.tensors_root:
+        rows.append(("tensors root", report.tensors_root))
+    if report.manifest_sha256:
+        rows.append(("manifest sha256", report.manifest_sha256))
+    return rows
+
+
+def _pictures(tensors: Sequence["TensorReport"]) -> list[Html]:
+    relative = {t.name: 100 * t.relative_error for t in tensors if t.relative_error is not None}
+    weighted = {t.name: 100 * t.weighted_error for t in tensors if t.weighted_error is not None}
+    made = []
+    if relative:
+        caption = (
+            "‖W − Q‖ / ‖W‖ of each matrix W and what its codes stand for, Q. Choose a cell for its name and value."
+        )
+        spread = figures.histogram(list(relative.values()), "relative error, %", "tensors")
+        made.append(section("Relative error", *_maps(relative, "relative error, %", caption)))
+        made.append(section("How it is spread", figure(f"All {len(relative):,} quantized tensors.", spread)))
+    if weighted:
+        caption = "The same, each weight counted by the mean square of the input that it multiplies."
+        made.insert(1, section("Weighted error", *_maps(weighted, "weighted error, %", caption)))
+    bits = _bits(tensors)
+    if bits and max(bits.values()) - min(bits.values()) > _SAME_BITS:
+        caption = "Bits per weight with constants, in the modules of which at least one is quantized."
+        made.append(section("Bits", *_maps(bits, "bits a weight", caption)))
+    return made
+
+
+def _maps(values: Mapping[str, float], what: str, caption: str) -> list[Html]:
+    """A heat map for each stack of layers, and a remark on what found no room in them."""
+    made = grids(values)
+    means = [entry.mean for grid in made for entry in grid.entries.values()]
+    left_out = sum(grid.left_out for grid in made)
+    if any(len(grid.entries) < len(grid.rows) * len(grid.columns) for grid in made):
+        caption += " Empty where there is no such tensor, or it was kept as it was."
+    if left_out:
+        caption += f" {left_out:,} smaller values of modules without a layer number are in the table alone."
+    return [figure(caption, *(figures.heat_map(grid, what, (min(means), max(means)), _three_digits) for grid in made))]
+
+
+def _bits(tensors: Sequence["TensorReport"]) -> dict[str, float]:
+    """Of the modules that were quantized in at least one layer: a norm's 16 bits are nobody's choice."""
+    where = {t.name: place(t.name) for t in tensors}
+    kinds = {(where[t.name].stack, where[t.name].module) for t in tensors if t.format}
+    return {t.name: t.bits for t in tensors if (where[t.name].stack, where[t.name].module) in kinds}
+
+
+def _worst(quantized: Sequence["TensorReport"], calibrated: bool) -> Html:
+    """The largest errors: weighted, where the inputs were seen."""
+
+    def error(tensor: "TensorReport") -> float:
+        return (tensor.weighted_error if calibrated else tensor.relative_error) or 0.0
+
+    worst = sorted(quantized, key=lambda t: (-error(t), t.name))[:_WORST]
+    return section(f"Largest {'weighted' if calibrated else 'relative'} errors", _tensors(worst, calibrated))
+
+
+def _kept(report: "QuantizeReport") -> Html:
+    kept = sorted((t for t in report.tensors if not t.format), key=lambda t: (t.kept_because, t.name))
+    if not kept:
+        return section("Kept as it was", paragraph("Nothing."))
+    rows = []
+    for reason, group in groupby(kept, key=lambda t: t.kept_because):
+        found = list(group)
+        stored = sum(t.bytes_after for t in found)
+        examples = ", ".join(dict.fromkeys(starred(t.name) for t in found))
+        rows.append((reason, Number(len(found), f"{len(found):,}"), Number(stored, size(stored)), examples))
+    return section("Kept as it was", table(("reason", "tensors", "size", "which"), rows))
+
+
+def _tensors(tensors: Sequence["TensorReport"], calibrated: bool) -> Html:
+    rows: list[tuple[str | Number, ...]] = [
+        (
+            t.name,
+            _error(t.relative_error),
+            *([_error(t.weighted_error)] if calibrated else []),
+            Number(t.bits, f"{t.bits:.3f}"),
+            t.format or f"kept: {t.kept_because}",
+            "×".join(map(str, t.shape)),
+            Number(t.bytes_before, size(t.bytes_before)),
+            Number(t.bytes_after, size(t.bytes_after)),
+        )
+        for t in tensors
+    ]
+    errors = ("relative error", "weighted error") if calibrated else ("relative error",)
+    return table(("tensor", *errors, "bits a weight", "format", "shape", "before", "after"), rows)
+
+
+def _error(error: float | None) -> Number:
+    return Number(error, "" if error is None else percent(error))
+
+
+def _three_digits(value: float) -> str:
+    """8.50, 10.0, 123: of one width in a column of cells."""
+    return f"{value:#.3g}".rstrip(".")
