@@ -5,6 +5,7 @@ private helpers and no entries. Underscores in file names are dashes on the comm
 """
 
 import pkgutil
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ def names(package: ModuleType) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
+@cache
 def load(package: ModuleType, name: str, attribute: str) -> Any:
     """Import one entry and return the object that it defines under ``attribute``.
 

@@ -3,13 +3,14 @@
 An outlier then spoils only its own block.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from adaptkit.errors import UsageError
+from adaptkit.numerics.finite import all_finite, check_finite
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,16 @@ class Blockwise:
         absmax: (ceil(N / block_size),) float32, in the weight's units.
         shape: of the weight, N elements in row-major order.
         block_size: weights sharing one absmax.
+        moments: (ceil(N / block_size), 3) float32 if asked for. With x a weight and l the level of its code, each
+            block's Σ x², Σ x l and Σ l²: its squared error under any constant a is Σ x² - 2 a Σ x l + a² Σ l².
+            Meaningless where the squares leave float32, that is for weights beyond 1e18 or all below 1e-18.
     """
 
     codes: Tensor
     absmax: Tensor
     shape: tuple[int, ...]
     block_size: int
+    moments: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -34,19 +39,39 @@ class Blockwise:
         return torch.Size(self.shape).numel()
 
 
+class Quantize(Protocol):
+    """Encodes a weight."""
+
+    def __call__(self, weight: Tensor, block_size: int = 64, measure: bool = False) -> Blockwise:
+        """Raises ``NonFiniteError`` or ``UsageError``; ``measure`` fills in the moments."""
+        ...
+
+
+class Dequantize(Protocol):
+    """Decodes a weight."""
+
+    def __call__(self, quantized: Blockwise, dtype: torch.dtype) -> Tensor:
+        """The weight in its shape, rounded once to bfloat16, float16 or float32."""
+        ...
+
+
 @dataclass(frozen=True)
 class Format:
     """A quantization format: how to encode a weight, and how to decode it.
 
     Attributes:
+        name: in file names and on the command line.
         bits: of a code.
-        quantize: (weight, block_size) -> ``Blockwise``; raises ``NonFiniteError`` or ``UsageError``.
-        dequantize: (quantized, dtype) -> the weight in its shape.
+        levels: of each 4-bit code, before its block's constant: the ``quant_map`` of a file. None if codes are numbers.
+        quantize: encodes.
+        dequantize: decodes.
     """
 
+    name: str
     bits: int
-    quantize: Callable[[Tensor, int], Blockwise]
-    dequantize: Callable[[Blockwise, torch.dtype], Tensor]
+    levels: tuple[float, ...] | None
+    quantize: Quantize
+    dequantize: Dequantize
 
 
 def check_block_size(block_size: int) -> None:
@@ -57,3 +82,13 @@ def check_block_size(block_size: int) -> None:
     """
     if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
         raise UsageError(f"block size {block_size}: must be a power of two from 32 to 4096", hint="the usual one is 64")
+
+
+def check_blocks_finite(weight: Tensor, absmax: Tensor) -> None:
+    """Refuse a weight that was not finite, as its constants tell; only then are the weights looked at one by one.
+
+    Raises:
+        NonFiniteError: names the first bad weight's index.
+    """
+    if not all_finite(absmax):
+        check_finite(weight.float())

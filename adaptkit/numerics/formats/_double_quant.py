@@ -10,12 +10,13 @@ this module does the same, so that the bytes agree.
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-GROUP = 256
-"""Constants that share one constant of their own."""
+from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.kernels._reference_blocks import GROUP
+
+__all__ = ["GROUP", "DoubleQuantized", "dequantize_absmax", "dynamic_map", "quantize_absmax"]
 
 
 @dataclass(frozen=True)
@@ -55,30 +56,13 @@ def _lookup() -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor) -> DoubleQuantized:
-    """Quantize absmax constants.
+    """Quantize absmax constants; see ``kernels.reference.encode_constants``.
 
     Args:
         absmax: (M,) float32, finite, M > 0.
-
-    Source: QLoRA (arXiv:2305.14314), section 3, as bitsandbytes 0.50 computes it on a CPU, but with the offset a
-    float64 sum in ascending order, rounded once: torch's own mean depends on the number of threads; and with the
-    next larger code where a constant would decode to a negative number.
     """
-    count = absmax.numel()
-    offset = np.float32(np.cumsum(absmax.cpu().numpy(), dtype=np.float64)[-1] / count)
-    centred = absmax - float(offset)
-    padded = torch.nn.functional.pad(centred, (0, -count % GROUP)).view(-1, GROUP)
-    nested = padded.abs().amax(dim=1)
-    reciprocal = torch.where(nested > 0, 1.0 / nested, torch.zeros_like(nested))
-    scaled = (padded * reciprocal.unsqueeze(1)).clamp(-1, 1).view(-1)[:count]
-    index = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32)
-    codes = _lookup().to(absmax.device)[index]
-    codes[(nested == 0).repeat_interleave(GROUP)[:count]] = 0
-    quantized = DoubleQuantized(codes, nested, float(offset))
-    # A small constant beside a large one may decode to less than zero, which would flip the signs of its block.
-    while bool((negative := dequantize_absmax(quantized) < 0).any()):
-        codes[negative] += 1
-    return quantized
+    kernels, where = kernels_for(absmax.device), absmax.device
+    return DoubleQuantized(*kernels.encode_constants(absmax, _lookup().to(where), dynamic_map().to(where)))
 
 
 def dequantize_absmax(quantized: DoubleQuantized, levels: Tensor | None = None) -> Tensor:
@@ -88,6 +72,7 @@ def dequantize_absmax(quantized: DoubleQuantized, levels: Tensor | None = None) 
         quantized: the constants.
         levels: (256,) float32 map to use instead of the usual one; files may bring their own.
     """
-    levels = dynamic_map() if levels is None else levels
-    scale = quantized.nested_absmax.repeat_interleave(GROUP)[: quantized.codes.numel()]
-    return levels.to(scale.device)[quantized.codes.int()] * scale + quantized.offset
+    codes = quantized.codes
+    levels = (dynamic_map() if levels is None else levels).to(codes.device)
+    kernels = kernels_for(codes.device)
+    return kernels.decode_constants(codes, quantized.nested_absmax, quantized.offset, levels)

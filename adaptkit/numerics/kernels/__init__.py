@@ -1,24 +1,50 @@
 """The inner loops, each written more than once with the same bits.
 
-``reference`` (plain torch, any device) is the definition; ``cpu`` (numba) is what runs on a CPU.
-A property test holds them to the same bits.
+``reference`` (plain torch, any device) is the definition; ``cpu`` (numba) is what runs on a CPU, ``gpu`` (Triton) on a
+CUDA device. A property test holds them to the same bits.
 """
 
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, cast
 
 from torch import Tensor, device, dtype
+
+from adaptkit.numerics.kernels.codebook import Codebook
 
 
 class Kernels(Protocol):
     """What every kernel module provides; ``reference`` documents each function."""
 
-    def nf4_encode(self, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """See ``reference.nf4_encode``."""
+    def encode_4bit(
+        self, weight: Tensor, block_size: int, book: Codebook, measure: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See ``reference.encode_4bit``."""
         ...
 
-    def nf4_decode(self, codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: dtype) -> Tensor:
-        """See ``reference.nf4_decode``."""
+    def decode_4bit(
+        self, codes: Tensor, absmax: Tensor, count: int, block_size: int, book: Codebook, dtype: dtype
+    ) -> Tensor:
+        """See ``reference.decode_4bit``."""
+        ...
+
+    def encode_8bit(
+        self, weight: Tensor, block_size: int, measure: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See ``reference.encode_8bit``."""
+        ...
+
+    def decode_8bit(self, codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: dtype) -> Tensor:
+        """See ``reference.decode_8bit``."""
+        ...
+
+    def encode_constants(self, absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, float]:
+        """See ``reference.encode_constants``."""
+        ...
+
+    def decode_constants(self, codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
+        """See ``reference.decode_constants``."""
         ...
 
     def low_rank_delta(self, lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Tensor:
@@ -44,5 +70,12 @@ class Kernels(Protocol):
 
 def kernels_for(where: device) -> Kernels:
     """Choose the kernels for tensors on a device."""
-    name = "cpu" if where.type == "cpu" else "reference"
+    return _kernels(where.type)
+
+
+@cache
+def _kernels(device_type: str) -> Kernels:
+    name = "cpu" if device_type == "cpu" else "reference"
+    if device_type == "cuda" and find_spec("triton") is not None:
+        name = "gpu"
     return cast(Kernels, import_module(f"adaptkit.numerics.kernels.{name}"))

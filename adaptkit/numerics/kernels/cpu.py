@@ -3,7 +3,20 @@
 Every function gives the bits of its namesake in ``reference``; read that for what they mean.
 """
 
+from adaptkit.numerics.kernels._cpu_blocks import decode_4bit, decode_8bit, encode_4bit, encode_8bit
+from adaptkit.numerics.kernels._cpu_constants import decode_constants, encode_constants
 from adaptkit.numerics.kernels._cpu_exact import add_rounded, addition_sums, low_rank_delta, undo, undo_residual
-from adaptkit.numerics.kernels._cpu_nf4 import nf4_decode, nf4_encode
 
-__all__ = ["add_rounded", "addition_sums", "low_rank_delta", "nf4_decode", "nf4_encode", "undo", "undo_residual"]
+__all__ = [
+    "add_rounded",
+    "addition_sums",
+    "decode_4bit",
+    "decode_8bit",
+    "decode_constants",
+    "encode_4bit",
+    "encode_8bit",
+    "encode_constants",
+    "low_rank_delta",
+    "undo",
+    "undo_residual",
+]

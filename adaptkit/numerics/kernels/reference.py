@@ -1,91 +1,44 @@
 """The definition of every kernel, in plain torch on any device.
 
-Read this file to know what the bits mean; ``cpu`` must give the same ones.
+Read this file and ``_reference_blocks`` to know what the bits mean; ``cpu`` and ``gpu`` must give the same ones.
 """
 
 import torch
 from torch import Tensor
 
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+from adaptkit.numerics.kernels._reference_blocks import (
+    decode_4bit,
+    decode_8bit,
+    decode_constants,
+    encode_4bit,
+    encode_8bit,
+    encode_constants,
+    int8_factors,
 )
-"""Quantiles of a normal distribution scaled to [-1, 1], and an exact zero. Source: QLoRA (arXiv:2305.14314)."""
+from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 
-TINY = 1e-38
-"""Stands in for the absmax of a zero block, so that no scale is infinite."""
+__all__ = [
+    "FLOAT_INTS",
+    "NF4_LEVELS",
+    "add_rounded",
+    "addition_sums",
+    "decode_4bit",
+    "decode_8bit",
+    "decode_constants",
+    "encode_4bit",
+    "encode_8bit",
+    "encode_constants",
+    "from_ordinal",
+    "int8_factors",
+    "low_rank_delta",
+    "ordinal",
+    "round_to",
+    "undo",
+    "undo_residual",
+]
 
 FLOAT_INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """The integer type that holds the bits of each weight type."""
-
-
-def nf4_encode(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Map each weight to its nearest NF4 level after scaling its block to [-1, 1].
-
-    Args:
-        weight: any shape, floating point and finite, N elements, taken in row-major order.
-        block_size: weights sharing one scale; even.
-
-    Returns:
-        codes: (ceil(N / 2),) uint8, two a byte, the earlier weight in the high nibble; a missing last one is level 7.
-        absmax: (ceil(N / block_size),) float32, in the weight's units; 0 for a zero block, ``TINY`` if it is a tail.
-
-    Source: QLoRA (arXiv:2305.14314), as bitsandbytes 0.50 rounds it on a CPU: scaled by the reciprocal (a short last
-    block by a true division), ties to the lower level.
-    """
-    flat = weight.reshape(-1).float()
-    full = flat.numel() - flat.numel() % block_size
-    blocks, tail = flat[:full].view(-1, block_size), flat[full:]
-    absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
-    scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)).reshape(-1)
-    if tail.numel():
-        tail_absmax = tail.abs().amax().clamp(min=TINY).reshape(1)
-        absmax = torch.cat([absmax, tail_absmax])
-        scaled = torch.cat([scaled, tail / tail_absmax])
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=flat.device)
-    bounds = (levels[:-1] + levels[1:]) / 2
-    q = torch.bucketize(scaled.clamp(-1, 1), bounds).to(torch.uint8)
-    if q.numel() % 2:
-        q = torch.cat([q, q.new_full((1,), 7)])
-    return (q[::2] << 4) | q[1::2], absmax
-
-
-def nf4_decode(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Undo ``nf4_encode`` up to rounding: level times absmax in float32, rounded once to ``dtype``.
-
-    Args:
-        codes: (ceil(count / 2),) uint8.
-        absmax: (ceil(count / block_size),) float32.
-        count: number of weights.
-        block_size: weights sharing one scale.
-        dtype: bfloat16, float16 or float32.
-
-    Returns:
-        (count,) weights of ``dtype``.
-    """
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
-    byte = torch.arange(256, device=codes.device)
-    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)  # one look-up gives both weights of a byte
-    values = pairs.index_select(0, codes.reshape(-1).int()).view(-1)[:count]
-    full = count - count % block_size
-    scaled = (values[:full].view(-1, block_size) * absmax[: full // block_size].unsqueeze(1)).reshape(-1)
-    if full < count:
-        scaled = torch.cat([scaled, values[full:] * absmax[-1]])
-    return scaled.to(dtype)
 
 
 def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Tensor:

@@ -1,0 +1,245 @@
+"""The block-wise part of ``reference``, compiled.
+
+The loops over the weights of a block have no branch and no table in memory: a level is found by fifteen comparisons and
+read by fifteen selections, which the compiler turns into vector instructions of whatever width the processor has. (Most
+processors can do the reading faster still, see ``_cpu_lookup``.) The trip counts are variables on purpose: a constant
+one is unrolled before the vectorizer sees it. Tables are tuples, so that their entries are values and not memory that a
+store might change.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.kernels import _reference_blocks as reference
+from adaptkit.numerics.kernels import _whole_blocks
+from adaptkit.numerics.kernels._cpu_float import absmax_value, float_bits, magnitude, plain, rounded, value
+from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
+from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
+from adaptkit.numerics.kernels.codebook import Codebook
+
+_TINY = np.float32(TINY)
+_ROUND = np.float32(1.5 * 2**23)
+"""Added to a small float32 it leaves the nearest integer, ties to even, in the low bits."""
+
+
+@jit
+def _find(scaled, bounds, entries):
+    """The entry of the last bound below a scaled weight."""
+    found = entries[0]
+    found = entries[1] if bounds[0] < scaled else found
+    found = entries[2] if bounds[1] < scaled else found
+    found = entries[3] if bounds[2] < scaled else found
+    found = entries[4] if bounds[3] < scaled else found
+    found = entries[5] if bounds[4] < scaled else found
+    found = entries[6] if bounds[5] < scaled else found
+    found = entries[7] if bounds[6] < scaled else found
+    found = entries[8] if bounds[7] < scaled else found
+    found = entries[9] if bounds[8] < scaled else found
+    found = entries[10] if bounds[9] < scaled else found
+    found = entries[11] if bounds[10] < scaled else found
+    found = entries[12] if bounds[11] < scaled else found
+    found = entries[13] if bounds[12] < scaled else found
+    found = entries[14] if bounds[13] < scaled else found
+    return entries[15] if bounds[14] < scaled else found
+
+
+@jit
+def _pick(code, t):
+    """Entry ``code`` of sixteen."""
+    bit0, bit1, bit2 = code & 1, code & 2, code & 4
+    a0 = t[1] if bit0 else t[0]
+    a1 = t[3] if bit0 else t[2]
+    a2 = t[5] if bit0 else t[4]
+    a3 = t[7] if bit0 else t[6]
+    a4 = t[9] if bit0 else t[8]
+    a5 = t[11] if bit0 else t[10]
+    a6 = t[13] if bit0 else t[12]
+    a7 = t[15] if bit0 else t[14]
+    b0 = a1 if bit1 else a0
+    b1 = a3 if bit1 else a2
+    b2 = a5 if bit1 else a4
+    b3 = a7 if bit1 else a6
+    c0 = b1 if bit2 else b0
+    c1 = b3 if bit2 else b2
+    return c1 if code & 8 else c0
+
+
+@jit
+def _absmax(x):
+    largest = magnitude(x, 0)
+    for i in range(x.size):
+        largest = max(largest, magnitude(x, i))
+    return absmax_value(x, largest)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _sum_moments(x, levels, moments):
+    """Any order of these float64 sums gives the same float32, but for a rare last bit; nothing else is reordered."""
+    xx, xl, ll = 0.0, 0.0, 0.0
+    for i in range(x.size):
+        weight, level = np.float64(x[i]), np.float64(levels[i])
+        xx += weight * weight
+        xl += weight * level
+        ll += level * level
+    moments[0], moments[1], moments[2] = xx, xl, ll
+
+
+@jit
+def _encode_4bit(flat, block_size, bounds, order, ascending, codes, absmax, moments):
+    half = block_size // 2
+    weights, levels = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+    for block in range(absmax.size):
+        x = flat[block * block_size : (block + 1) * block_size]
+        out = codes[block * half : (block + 1) * half]
+        largest = _absmax(x)
+        absmax[block] = largest
+        reciprocal = np.float32(1) / max(largest, _TINY)
+        for i in range(half):
+            first, second = value(x, x[2 * i]), value(x, x[2 * i + 1])
+            high = _find(first * reciprocal, bounds, order)
+            low = _find(second * reciprocal, bounds, order)
+            out[i] = (high << 4) | low
+            if moments is not None:  # settled when this is compiled
+                levels[2 * i] = _find(first * reciprocal, bounds, ascending)
+                levels[2 * i + 1] = _find(second * reciprocal, bounds, ascending)
+        if moments is not None:
+            for i in range(block_size):
+                weights[i] = value(x, x[i])
+            _sum_moments(weights, levels, moments[block])
+
+
+def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
+    """See ``reference.encode_4bit``."""
+    tables = tuple(tuple(map(np.float32, v)) for v in (book.bounds, book.ascending))
+    order = tuple(map(np.uint8, book.order))
+
+    def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        sums = None if moments is None else moments.numpy()
+        _encode_4bit(float_bits(flat), block_size, tables[0], order, tables[1], codes.numpy(), absmax.numpy(), sums)
+
+    def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        _whole_blocks.fill(reference.encode_4bit(flat, block_size, book, measure), codes, absmax, moments)
+
+    return _whole_blocks.encode(weight, block_size, 4, measure, whole, definition)
+
+
+@jit
+def _decode_4bit_by_look_up(codes, absmax, block_size, levels, out):
+    half = block_size // 2
+    for block in range(absmax.size):
+        packed = codes[block * half : (block + 1) * half]
+        decode_block(packed, plain(absmax[block]), levels, out[block * block_size : (block + 1) * block_size])
+
+
+@jit
+def _decode_4bit_by_selection(codes, absmax, block_size, levels, out):
+    half = block_size // 2
+    for block in range(absmax.size):
+        a = plain(absmax[block])
+        values = (
+            rounded(out, levels[0] * a),
+            rounded(out, levels[1] * a),
+            rounded(out, levels[2] * a),
+            rounded(out, levels[3] * a),
+            rounded(out, levels[4] * a),
+            rounded(out, levels[5] * a),
+            rounded(out, levels[6] * a),
+            rounded(out, levels[7] * a),
+            rounded(out, levels[8] * a),
+            rounded(out, levels[9] * a),
+            rounded(out, levels[10] * a),
+            rounded(out, levels[11] * a),
+            rounded(out, levels[12] * a),
+            rounded(out, levels[13] * a),
+            rounded(out, levels[14] * a),
+            rounded(out, levels[15] * a),
+        )
+        packed = codes[block * half : (block + 1) * half]
+        x = out[block * block_size : (block + 1) * block_size]
+        for i in range(half):
+            x[2 * i] = _pick(packed[i] >> np.uint8(4), values)
+            x[2 * i + 1] = _pick(packed[i] & np.uint8(15), values)
+
+
+def decode_4bit(
+    codes: Tensor, absmax: Tensor, count: int, block_size: int, book: Codebook, dtype: torch.dtype
+) -> Tensor:
+    """See ``reference.decode_4bit``."""
+    codes, absmax = codes.reshape(-1).contiguous(), absmax.contiguous()
+    out = torch.empty(count, dtype=dtype)
+    full = count // block_size
+    weights = full * block_size
+    arrays = codes[: weights // 2].numpy(), absmax[:full].numpy(), block_size
+    if PERMUTATION and block_size % CHUNK == 0:
+        _decode_4bit_by_look_up(*arrays, np.array(book.levels, np.float32), float_bits(out[:weights]))
+    else:
+        _decode_4bit_by_selection(*arrays, tuple(map(np.float32, book.levels)), float_bits(out[:weights]))
+    if weights < count:
+        rest = codes[weights // 2 :], absmax[full:], count - weights
+        out[weights:] = reference.decode_4bit(*rest, block_size, book, dtype)
+    return out
+
+
+@jit
+def _encode_8bit(flat, block_size, codes, absmax, moments):
+    scale = np.float32(127)
+    for block in range(absmax.size):
+        x = flat[block * block_size : (block + 1) * block_size]
+        out = codes[block * block_size : (block + 1) * block_size]
+        largest = _absmax(x)
+        absmax[block] = largest
+        factor = scale / largest if largest > 0 else np.float32(0)
+        if np.isinf(factor):
+            for i in range(block_size):
+                out[i] = np.float32(value(x, x[i]) / largest * scale + _ROUND).view(np.int32)
+        else:
+            for i in range(block_size):
+                out[i] = np.float32(value(x, x[i]) * factor + _ROUND).view(np.int32)
+        if moments is not None:
+            _sum_moments_8bit(x, out, moments[block])
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _sum_moments_8bit(x, codes, moments):
+    xx, xq, qq = 0.0, 0.0, 0.0
+    for i in range(x.size):
+        weight, code = np.float64(value(x, x[i])), np.float64(codes[i])
+        xx += weight * weight
+        xq += weight * code
+        qq += code * code
+    moments[0], moments[1], moments[2] = xx, xq / 127.0, qq / 16129.0
+
+
+def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encoded:
+    """See ``reference.encode_8bit``."""
+
+    def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        sums = None if moments is None else moments.numpy()
+        _encode_8bit(float_bits(flat), block_size, codes.numpy(), absmax.numpy(), sums)
+
+    def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        _whole_blocks.fill(reference.encode_8bit(flat, block_size, measure), codes, absmax, moments)
+
+    return _whole_blocks.encode(weight, block_size, 8, measure, whole, definition)
+
+
+@jit
+def _decode_8bit(codes, absmax, block_size, out):
+    for block in range(absmax.size):
+        step = plain(absmax[block]) / np.float32(127)
+        q = codes[block * block_size : (block + 1) * block_size]
+        x = out[block * block_size : (block + 1) * block_size]
+        for i in range(q.size):
+            x[i] = rounded(out, np.float32(q[i]) * step)
+
+
+def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    """See ``reference.decode_8bit``."""
+    out = torch.empty(count, dtype=dtype)
+    codes = codes.reshape(-1)[:count].contiguous()
+    _decode_8bit(codes.numpy(), absmax.contiguous().numpy(), block_size, float_bits(out))
+    return out

@@ -1,0 +1,116 @@
+"""The bits of the three float types inside compiled loops, without a branch, so that the compiler vectorizes them.
+
+numpy has no bfloat16 and numba no float16, so weights enter and leave as bits, and the integer type of an array says
+which float it holds: uint16 is bfloat16, int16 is float16, uint32 is float32.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from typing import Any
+
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload
+from torch import Tensor
+
+from adaptkit.numerics.kernels._cpu_memory import jit
+
+_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
+
+
+def float_bits(tensor: Tensor) -> Any:
+    """View a contiguous tensor's memory as numpy bits of the type that stands for its own."""
+    return tensor.view(_VIEWS[tensor.dtype]).numpy()
+
+
+def magnitude(array, i):
+    """The bits of an element without its sign, signed: they order as the magnitudes do, infinity and NaN last."""
+    raise NotImplementedError
+
+
+@overload(magnitude)
+def _magnitude(array, i):
+    if array.dtype == types.uint32:
+        return lambda array, i: np.int32(array[i] & np.uint32(0x7FFFFFFF))
+    return lambda array, i: np.int16(np.uint16(array[i]) & np.uint16(0x7FFF))
+
+
+def value(array, bits):
+    """The finite float32 that an array's bits stand for."""
+    raise NotImplementedError
+
+
+@overload(value)
+def _value(array, bits):
+    if array.dtype == types.uint16:
+        return lambda array, bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+    if array.dtype == types.uint32:
+        return lambda array, bits: np.uint32(bits).view(np.float32)
+    return _value_float16
+
+
+def _value_float16(array, bits):
+    half = np.uint32(np.uint16(bits))
+    shifted = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
+    result = np.uint32(shifted + np.uint32(0x38000000)).view(np.float32)  # the exponent counts from another number
+    denormal = np.float32(np.int32(half & np.uint32(0x3FF))) * np.float32(2.0**-24)
+    if shifted < np.uint32(0x00800000):
+        result = denormal
+    if half >= np.uint32(0x8000):
+        return -result
+    return result
+
+
+def absmax_value(array, bits):
+    """``value``, but of a magnitude that may be infinity or NaN; these come back as such."""
+    raise NotImplementedError
+
+
+@overload(absmax_value)
+def _absmax_value(array, bits):
+    if array.dtype == types.int16:
+        return lambda array, bits: np.float32(np.nan) if bits >= 0x7C00 else value(array, bits)
+    return lambda array, bits: value(array, bits)
+
+
+def rounded(array, number):
+    """The bits of a float32 rounded to an array's type, to nearest with ties to even; a NaN must be ``plain``."""
+    raise NotImplementedError
+
+
+@overload(rounded)
+def _rounded(array, number):
+    if array.dtype == types.uint16:
+        return lambda array, number: _to_bfloat16(number)
+    if array.dtype == types.uint32:
+        return lambda array, number: np.float32(number).view(np.uint32)
+    return lambda array, number: _to_float16(number)
+
+
+@jit
+def plain(number):
+    """The number, or the usual NaN, whose low bits are zero and cannot carry into the sign when it is rounded."""
+    return number if number == number else np.float32(np.nan)
+
+
+@jit
+def _to_bfloat16(number):
+    bits = np.float32(number).view(np.uint32)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@jit
+def _to_float16(number):
+    bits = np.float32(number).view(np.uint32)
+    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    result = np.uint32(size + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1)) - np.uint32(0x38000000))
+    result = np.uint32(result >> np.uint32(13))
+    # One half has the spacing of float16's denormals, so adding it rounds to them.
+    denormal = np.uint32(np.float32(abs(np.float32(number)) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
+    if size < np.uint32(0x38800000):
+        result = denormal
+    if size >= np.uint32(0x477FF000):
+        result = np.uint32(0x7C00)
+    if size > np.uint32(0x7F800000):
+        result = np.uint32(0x7E00)
+    return np.int16(np.uint16(result | ((bits >> np.uint32(16)) & np.uint32(0x8000))))

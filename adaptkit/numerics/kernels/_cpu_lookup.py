@@ -1,0 +1,119 @@
+"""Decoding by a byte permutation: sixteen look-ups in one instruction, where the processor has one.
+
+x86 (SSSE3) and ARM (NEON) each look up sixteen bytes of a vector in a table of sixteen; the compiler does not find that
+in a loop, so this module writes LLVM's own instructions. A block's sixteen weights, rounded to the wanted type, are cut
+into planes: the first bytes of all, the second bytes, and so on. Each plane is looked up with the codes, and the bytes
+found are woven together again. Without such an instruction ``_cpu_blocks`` decodes with selections.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+import platform
+
+import llvmlite.binding
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+CHUNK = 32
+"""Weights that are decoded at a time; a block is a multiple of it."""
+
+_BYTE, _WORD = ir.IntType(8), ir.IntType(32)
+_BYTES = ir.VectorType(_BYTE, 16)
+_WORDS = ir.VectorType(_WORD, 16)
+
+
+def _permutation() -> str | None:
+    """The name of the instruction, if the processor for which numba compiles is known to have it."""
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES is not None:
+        return None  # compiled for another processor than this one
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "llvm.aarch64.neon.tbl1.v16i8"
+    if llvmlite.binding.get_host_cpu_features().get("ssse3"):
+        return "llvm.x86.ssse3.pshuf.b.128"
+    return None
+
+
+PERMUTATION = _permutation()
+
+
+def _splat(kind, value):
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _weave(builder, first, second):
+    """Their elements in turn."""
+    count = first.type.count
+    mask = [index // 2 + (count if index % 2 else 0) for index in range(2 * count)]
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_WORD, 2 * count), mask))
+
+
+def _to_bfloat16(builder, bits):
+    """The bits of sixteen float32, rounded to bfloat16 as in ``_cpu_float``."""
+    odd = builder.and_(builder.lshr(bits, _splat(_WORDS, 16)), _splat(_WORDS, 1))
+    return builder.lshr(builder.add(builder.add(bits, _splat(_WORDS, 0x7FFF)), odd), _splat(_WORDS, 16))
+
+
+def _to_float16(builder, bits):
+    """The same for float16."""
+    size = builder.and_(bits, _splat(_WORDS, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, _splat(_WORDS, 13)), _splat(_WORDS, 1))
+    offset = _splat(_WORDS, 0xFFF - 0x38000000)
+    result = builder.lshr(builder.add(builder.add(size, offset), odd), _splat(_WORDS, 13))
+    floats = ir.VectorType(ir.FloatType(), 16)
+    shifted = builder.bitcast(builder.fadd(builder.bitcast(size, floats), _splat(floats, 0.5)), _WORDS)
+    denormal = builder.sub(shifted, _splat(_WORDS, 0x3F000000))
+    for bound, sign, value in ((0x38800000, "<", denormal), (0x477FF000, ">=", 0x7C00), (0x7F800000, ">", 0x7E00)):
+        chosen = value if isinstance(value, ir.Value) else _splat(_WORDS, value)
+        result = builder.select(builder.icmp_unsigned(sign, size, _splat(_WORDS, bound)), chosen, result)
+    return builder.or_(result, builder.and_(builder.lshr(bits, _splat(_WORDS, 16)), _splat(_WORDS, 0x8000)))
+
+
+def _planes(builder, levels, absmax, out_type):
+    """The bytes of the sixteen weights of a block, one vector for each byte of the wanted type, lowest first."""
+    scale = ir.Constant(levels.type, ir.Undefined)
+    for index in range(16):
+        scale = builder.insert_element(scale, absmax, ir.Constant(_WORD, index))
+    bits = builder.bitcast(builder.fmul(levels, scale), _WORDS)
+    if out_type == types.uint16:
+        bits = _to_bfloat16(builder, bits)
+    elif out_type == types.int16:
+        bits = _to_float16(builder, bits)
+    width = out_type.bitwidth // 8
+    return [builder.trunc(builder.lshr(bits, _splat(_WORDS, 8 * n)), _BYTES) for n in range(width)]
+
+
+@intrinsic
+def decode_block(typingctx, codes, absmax, levels, out):
+    """Decode one block: uint8 codes, its float32 constant, the 16 float32 levels, and where the bits go.
+
+    All arrays are contiguous; ``out`` has twice as many elements as ``codes``, a multiple of ``CHUNK``.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        arrays = {n: context.make_array(signature.args[n])(context, builder, arguments[n]) for n in (0, 2, 3)}
+        floats = ir.VectorType(ir.FloatType(), 16)
+        table = builder.load(builder.bitcast(arrays[2].data, floats.as_pointer()), align=4)
+        planes = _planes(builder, table, arguments[1], signature.args[3].dtype)
+        look = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_BYTES, [_BYTES, _BYTES]), PERMUTATION)
+        size = builder.extract_value(arrays[0].shape, 0)
+        step = ir.Constant(size.type, CHUNK // 2)
+        with cgutils.for_range(builder, builder.udiv(size, step)) as loop:
+            start = builder.mul(loop.index, step)
+            source = builder.bitcast(builder.gep(arrays[0].data, [start]), _BYTES.as_pointer())
+            packed = builder.load(source, align=1)
+            woven = []
+            for q in (builder.lshr(packed, _splat(_BYTES, 4)), builder.and_(packed, _splat(_BYTES, 15))):
+                found = [builder.call(look, [plane, q]) for plane in planes]
+                while len(found) > 1:  # bytes to words to double words
+                    wide = ir.VectorType(ir.IntType(2 * found[0].type.element.width), 16)
+                    pairs = zip(found[::2], found[1::2], strict=True)
+                    found = [builder.bitcast(_weave(builder, low, high), wide) for low, high in pairs]
+                woven.append(found[0])
+            weights = _weave(builder, *woven)
+            target = builder.gep(arrays[3].data, [builder.mul(start, ir.Constant(size.type, 2))])
+            builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.float32, levels, out), codegen

@@ -1,0 +1,161 @@
+"""The block-wise part of ``reference`` as Triton kernels: one program does a few whole blocks.
+
+Products are not contracted with additions (``enable_fp_fusion`` is off where these are launched) and divisions are
+rounded as IEEE 754 asks (``div_rn``), since bits matter here. Rounding to sixteen bits is done on the bits for the same
+reason. Offsets are 64-bit: a fused expert tensor may hold more than 2^31 weights.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _magnitude_bits(x):
+    """As integers magnitudes have an order in which infinity and NaN come last."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _widened(x, kind: tl.constexpr):
+    """A loaded weight as float32; bfloat16 (``kind`` 1) comes as its bits."""
+    return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True) if kind == 1 else x.to(tl.float32)
+
+
+@triton.jit
+def _rounded(x, kind: tl.constexpr):
+    """A float32 in ``kind``: 0 is float32 itself, 1 the bits of bfloat16, 2 those of float16."""
+    if kind == 0:
+        narrow = x
+    elif kind == 1:
+        narrow = _bfloat16_bits(x.to(tl.uint32, bitcast=True))
+    else:
+        narrow = _float16_bits(x.to(tl.uint32, bitcast=True))
+    return narrow
+
+
+@triton.jit
+def _bfloat16_bits(bits):
+    size = bits & 0x7FFFFFFF
+    result = (size + 0x7FFF + ((size >> 16) & 1)) >> 16
+    result = tl.where(size > 0x7F800000, 0x7FC0, result)
+    return (result | ((bits >> 16) & 0x8000)).to(tl.uint16)
+
+
+@triton.jit
+def _float16_bits(bits):
+    size = bits & 0x7FFFFFFF
+    normal = (size + 0xFFF + ((size >> 13) & 1) - 0x38000000) >> 13
+    # One half has the spacing of float16's denormals, so adding it rounds to them.
+    denormal = (size.to(tl.float32, bitcast=True) + 0.5).to(tl.uint32, bitcast=True) - 0x3F000000
+    result = tl.where(size < 0x38800000, denormal, normal)
+    result = tl.where(size >= 0x477FF000, 0x7C00, result)
+    result = tl.where(size > 0x7F800000, 0x7E00, result)
+    return (result | ((bits >> 16) & 0x8000)).to(tl.uint16)
+
+
+@triton.jit
+def encode_4bit(
+    weights,
+    tables,
+    codes,
+    absmax,
+    moments,
+    count,
+    tiny,
+    block: tl.constexpr,
+    group: tl.constexpr,
+    kind: tl.constexpr,
+    measure: tl.constexpr,
+):
+    """``tables`` holds 15 bounds, 16 codes and 16 levels, ascending; ``count`` is the number of blocks."""
+    half: tl.constexpr = block // 2
+    rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    inside = rows < count
+    pairs = rows[:, None] * half + tl.arange(0, half)[None, :]
+    mask = inside[:, None] & (tl.arange(0, half)[None, :] < half)
+    first = _widened(tl.load(weights + 2 * pairs, mask=mask, other=0), kind)
+    second = _widened(tl.load(weights + 2 * pairs + 1, mask=mask, other=0), kind)
+    largest = tl.max(tl.maximum(_magnitude_bits(first), _magnitude_bits(second)), axis=1)
+    scale = largest.to(tl.float32, bitcast=True)
+    tl.store(absmax + rows, scale, mask=inside)
+    one = tl.full((group,), 1.0, tl.float32)
+    reciprocal = tl.div_rn(one, tl.maximum(scale, tiny))[:, None]
+    a, b = first * reciprocal, second * reciprocal
+    high, low = tl.load(tables + 15) + tl.zeros_like(a), tl.load(tables + 15) + tl.zeros_like(b)
+    for j in tl.static_range(15):
+        bound, code = tl.load(tables + j), tl.load(tables + 16 + j)
+        high, low = tl.where(bound < a, code, high), tl.where(bound < b, code, low)
+    tl.store(codes + pairs, ((high.to(tl.int32) << 4) | low.to(tl.int32)).to(tl.uint8), mask=mask)
+    if measure:
+        high, low = tl.load(tables + 31) + tl.zeros_like(a), tl.load(tables + 31) + tl.zeros_like(b)
+        for j in tl.static_range(15):
+            bound, level = tl.load(tables + j), tl.load(tables + 32 + j)
+            high, low = tl.where(bound < a, level, high), tl.where(bound < b, level, low)
+        x, y, u, v = first.to(tl.float64), second.to(tl.float64), high.to(tl.float64), low.to(tl.float64)
+        tl.store(moments + 3 * rows, tl.sum(x * x + y * y, axis=1).to(tl.float32), mask=inside)
+        tl.store(moments + 3 * rows + 1, tl.sum(x * u + y * v, axis=1).to(tl.float32), mask=inside)
+        tl.store(moments + 3 * rows + 2, tl.sum(u * u + v * v, axis=1).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def decode_4bit(codes, absmax, levels, out, count, block: tl.constexpr, group: tl.constexpr, kind: tl.constexpr):
+    """``levels`` holds the level of each code; ``out`` takes what ``_rounded`` gives."""
+    half: tl.constexpr = block // 2
+    rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    inside = rows < count
+    pairs = rows[:, None] * half + tl.arange(0, half)[None, :]
+    mask = inside[:, None] & (tl.arange(0, half)[None, :] < half)
+    byte = tl.load(codes + pairs, mask=mask, other=0).to(tl.int32)
+    scale = tl.load(absmax + rows, mask=inside, other=0.0)[:, None]
+    tl.store(out + 2 * pairs, _rounded(tl.load(levels + (byte >> 4)) * scale, kind), mask=mask)
+    tl.store(out + 2 * pairs + 1, _rounded(tl.load(levels + (byte & 15)) * scale, kind), mask=mask)
+
+
+@triton.jit
+def encode_8bit(
+    weights,
+    codes,
+    absmax,
+    moments,
+    count,
+    size,
+    block: tl.constexpr,
+    group: tl.constexpr,
+    kind: tl.constexpr,
+    measure: tl.constexpr,
+):
+    """``size`` weights share a scale, ``block`` is the next power of two; ``count`` is the number of blocks."""
+    rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    inside = rows < count
+    column = tl.arange(0, block)[None, :]
+    offsets = rows[:, None] * size + column
+    mask = inside[:, None] & (column < size)
+    x = _widened(tl.load(weights + offsets, mask=mask, other=0), kind)
+    scale = tl.max(_magnitude_bits(x), axis=1).to(tl.float32, bitcast=True)
+    tl.store(absmax + rows, scale, mask=inside)
+    top = tl.full((group,), 127.0, tl.float32)
+    divisor = tl.where(scale > 0, scale, 1.0)
+    factor = tl.where(scale > 0, tl.div_rn(top, divisor), 0.0)
+    scaled = x * factor[:, None]
+    if tl.max(factor, axis=0) > 3.4028234663852886e38:  # rare: absmax below 4e-37
+        divided = tl.div_rn(x, tl.zeros_like(x) + divisor[:, None]) * 127.0
+        scaled = tl.where(factor[:, None] > 3.4028234663852886e38, divided, scaled)
+    # Adding 1.5 · 2^23 leaves the nearest integer, ties to even, in the low bits.
+    q = ((scaled + 12582912.0).to(tl.int32, bitcast=True) << 24) >> 24
+    tl.store(codes + offsets, q.to(tl.int8), mask=mask)
+    if measure:
+        y, z = x.to(tl.float64), tl.where(mask, q, 0).to(tl.float64)
+        tl.store(moments + 3 * rows, tl.sum(y * y, axis=1).to(tl.float32), mask=inside)
+        tl.store(moments + 3 * rows + 1, (tl.sum(y * z, axis=1) / 127.0).to(tl.float32), mask=inside)
+        tl.store(moments + 3 * rows + 2, (tl.sum(z * z, axis=1) / 16129.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def decode_8bit(codes, absmax, out, count, size, chunk: tl.constexpr, kind: tl.constexpr):
+    """``count`` weights, of which ``size`` share a scale, also in a short last block."""
+    offsets = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
+    mask = offsets < count
+    q = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)
+    scale = tl.load(absmax + offsets // size, mask=mask, other=0.0)
+    tl.store(out + offsets, _rounded(q * tl.div_rn(scale, tl.full((chunk,), 127.0, tl.float32)), kind), mask=mask)

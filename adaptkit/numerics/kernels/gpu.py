@@ -1,0 +1,134 @@
+"""The block-wise kernels of ``reference`` in Triton, for CUDA devices; the others are ``reference`` itself there.
+
+Every function gives the bits of its namesake in ``reference``; read that for what they mean.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from adaptkit.numerics.kernels import _gpu_blocks, _whole_blocks, reference
+from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
+from adaptkit.numerics.kernels.codebook import Codebook
+from adaptkit.numerics.kernels.reference import (
+    add_rounded,
+    addition_sums,
+    decode_constants,
+    encode_constants,
+    low_rank_delta,
+    undo,
+    undo_residual,
+)
+
+__all__ = [
+    "add_rounded",
+    "addition_sums",
+    "decode_4bit",
+    "decode_8bit",
+    "decode_constants",
+    "encode_4bit",
+    "encode_8bit",
+    "encode_constants",
+    "low_rank_delta",
+    "undo",
+    "undo_residual",
+]
+
+_WEIGHTS_PER_PROGRAM = 2048
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+
+
+def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
+    """See ``reference.encode_4bit``."""
+    # A block that is no power of two is no block of any file; the definition takes it.
+    if block_size & (block_size - 1):
+        return reference.encode_4bit(weight, block_size, book, measure)
+
+    def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        rows = max(1, _WEIGHTS_PER_PROGRAM // block_size)
+        tables, sums = _tables(book, flat.device), absmax if moments is None else moments
+        static = block_size, rows, _KINDS[flat.dtype], moments is not None
+        arguments = (_loadable(flat), tables, codes, absmax, sums, absmax.numel(), TINY, *static)
+        with _on(flat):
+            _gpu_blocks.encode_4bit[(triton.cdiv(absmax.numel(), rows),)](*arguments, **_EXACT)
+
+    def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        _whole_blocks.fill(reference.encode_4bit(flat, block_size, book, measure), codes, absmax, moments)
+
+    return _whole_blocks.encode(weight, block_size, 4, measure, whole, definition)
+
+
+def decode_4bit(
+    codes: Tensor, absmax: Tensor, count: int, block_size: int, book: Codebook, dtype: torch.dtype
+) -> Tensor:
+    """See ``reference.decode_4bit``."""
+    if block_size & (block_size - 1):
+        return reference.decode_4bit(codes, absmax, count, block_size, book, dtype)
+    codes, absmax = codes.reshape(-1).contiguous(), absmax.contiguous()
+    out = torch.empty(count, dtype=dtype, device=codes.device)
+    full, rows = count // block_size, max(1, _WEIGHTS_PER_PROGRAM // block_size)
+    if full:
+        arguments = (codes, absmax, _levels(book, codes.device), _bits(out), full, block_size, rows, _KINDS[dtype])
+        with _on(codes):
+            _gpu_blocks.decode_4bit[(triton.cdiv(full, rows),)](*arguments, **_EXACT)
+    weights = full * block_size
+    if weights < count:
+        rest = codes[weights // 2 :], absmax[full:], count - weights
+        out[weights:] = reference.decode_4bit(*rest, block_size, book, dtype)
+    return out
+
+
+def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encoded:
+    """See ``reference.encode_8bit``."""
+
+    def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        block = triton.next_power_of_2(block_size)
+        rows, sums = max(1, _WEIGHTS_PER_PROGRAM // block), absmax if moments is None else moments
+        static = block, rows, _KINDS[flat.dtype], moments is not None
+        arguments = (_loadable(flat), codes, absmax, sums, absmax.numel(), block_size, *static)
+        with _on(flat):
+            _gpu_blocks.encode_8bit[(triton.cdiv(absmax.numel(), rows),)](*arguments, **_EXACT)
+
+    def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+        _whole_blocks.fill(reference.encode_8bit(flat, block_size, measure), codes, absmax, moments)
+
+    return _whole_blocks.encode(weight, block_size, 8, measure, whole, definition)
+
+
+def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    """See ``reference.decode_8bit``."""
+    out = torch.empty(count, dtype=dtype, device=codes.device)
+    codes = codes.reshape(-1).contiguous()
+    arguments = (codes, absmax.contiguous(), _bits(out), count, block_size, _WEIGHTS_PER_PROGRAM, _KINDS[dtype])
+    if count:
+        with _on(codes):
+            _gpu_blocks.decode_8bit[(triton.cdiv(count, _WEIGHTS_PER_PROGRAM),)](*arguments, **_EXACT)
+    return out
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _loadable(flat: Tensor) -> Tensor:
+    return flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
+
+
+def _bits(out: Tensor) -> Tensor:
+    return out if out.dtype == torch.float32 else out.view(torch.uint16)
+
+
+@cache
+def _tables(book: Codebook, where: torch.device) -> Tensor:
+    return torch.tensor([*book.bounds, *book.order, *book.ascending], dtype=torch.float32, device=where)
+
+
+@cache
+def _levels(book: Codebook, where: torch.device) -> Tensor:
+    return torch.tensor(book.levels, dtype=torch.float32, device=where)

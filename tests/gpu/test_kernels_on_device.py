@@ -1,0 +1,51 @@
+"""On a GPU every format gives the bytes that it gives on a CPU."""
+
+import pytest
+import torch
+
+from adaptkit import discovery
+from adaptkit.numerics import formats
+from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax, quantize_absmax
+from adaptkit.numerics.kernels import kernels_for
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+FORMATS = {name: discovery.load(formats, name, "FORMAT") for name in discovery.names(formats)}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def test_the_kernels_for_a_gpu_are_triton():
+    assert kernels_for(torch.device("cuda")).__name__.endswith(".gpu")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 0.02, 1e-6, 1e-37, 1e-39])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 4096 * 64, 1_000_003])
+def test_bytes_do_not_depend_on_the_device(name, dtype, scale, count):
+    weight = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * scale).to(dtype)
+    weight[64:128] = 0
+    expected = FORMATS[name].quantize(weight, 64, measure=True)
+    found = FORMATS[name].quantize(weight.cuda(), 64, measure=True)
+    assert torch.equal(found.codes.cpu(), expected.codes)
+    assert torch.equal(found.absmax.cpu(), expected.absmax)
+    torch.testing.assert_close(found.moments.cpu(), expected.moments, rtol=2e-7, atol=0)
+    for target in DTYPES:
+        back = FORMATS[name].dequantize(expected, target)
+        again = FORMATS[name].dequantize(Blockwise(found.codes, found.absmax, found.shape, 64), target)
+        assert torch.equal(again.cpu().view(INTS[target]), back.view(INTS[target]))
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 100_001])
+def test_constants_do_not_depend_on_the_device(count):
+    absmax = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    absmax[::97] *= 100
+    expected, found = quantize_absmax(absmax), quantize_absmax(absmax.cuda())
+    assert torch.equal(found.codes.cpu(), expected.codes)
+    assert torch.equal(found.nested_absmax.cpu(), expected.nested_absmax)
+    assert found.offset == expected.offset
+    on_device = DoubleQuantized(expected.codes.cuda(), expected.nested_absmax.cuda(), expected.offset)
+    assert torch.equal(dequantize_absmax(on_device).cpu(), dequantize_absmax(expected))

@@ -1,0 +1,62 @@
+"""The Triton kernels: on the GPU if there is one, otherwise in Triton's interpreter.
+
+Triton decides which when it is imported, and other tests import it as it is; so the interpreter has its own process.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = """
+import pickle, sys
+from adaptkit.numerics.kernels import gpu
+while True:
+    try:
+        name, arguments = pickle.load(sys.stdin.buffer)
+    except EOFError:
+        break
+    pickle.dump(getattr(gpu, name)(*arguments), sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+"""
+
+
+def on(where: str, value: Any) -> Any:
+    """Move the tensors of arguments or results to a device."""
+    if isinstance(value, tuple):
+        return tuple(on(where, item) for item in value)
+    return value.to(where) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture(scope="session")
+def triton_kernel() -> Iterator[Callable[..., Any]]:
+    """Call ``gpu.NAME(*arguments)`` with tensors on the CPU."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    if torch.cuda.is_available():
+        from adaptkit.numerics.kernels import gpu
+
+        yield lambda name, *arguments: on("cpu", getattr(gpu, name)(*on("cuda", arguments)))
+        return
+    worker = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parents[3],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+
+    def call(name: str, *arguments: Any) -> Any:
+        pickle.dump((name, arguments), worker.stdin)
+        worker.stdin.flush()
+        return pickle.load(worker.stdout)
+
+    yield call
+    worker.stdin.close()
+    worker.wait(timeout=60)
+    worker.stdout.close()

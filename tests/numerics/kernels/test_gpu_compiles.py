@@ -1,0 +1,42 @@
+"""Without a GPU the Triton kernels can still be compiled for one, and their instructions read."""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from adaptkit.numerics.kernels import _gpu_blocks
+
+WEIGHTS = {0: "*fp32", 1: "*u16", 2: "*fp16"}
+STATIC = {
+    "encode_4bit": {"block": 64, "group": 32, "measure": True},
+    "decode_4bit": {"block": 64, "group": 32},
+    "encode_8bit": {"block": 64, "group": 32, "measure": True},
+    "decode_8bit": {"chunk": 2048},
+}
+POINTERS = {"tables": "*fp32", "levels": "*fp32", "absmax": "*fp32", "moments": "*fp32", "tiny": "fp32"}
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("name", STATIC)
+def test_products_and_sums_are_not_contracted_and_divisions_are_exact(name, kind, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernel = getattr(_gpu_blocks, name)
+    static = STATIC[name] | {"kind": kind}
+    types = POINTERS | {
+        "weights": WEIGHTS[kind],
+        "codes": "*u8" if "4" in name else "*i8",
+        "out": "*fp32" if kind == 0 else "*u16",
+    }
+    signature = {n: "constexpr" if n in static else types.get(n, "i32") for n in kernel.arg_names}
+    constants = {(kernel.arg_names.index(n),): value for n, value in static.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    ptx = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    assert "st.global" in ptx
+    assert not re.search(r"\bfma|\.ftz|\.approx|\.full|\brcp", ptx)
+    assert ("div.rn.f32" in ptx) == (name != "decode_4bit")
