@@ -1,8 +1,9 @@
 """Time adaptkit against what people use today, both sides in one go, each as a whole process.
 
-    .venv/bin/python scripts/bench.py help|quantize|merge [--rounds 3]
+    .venv/bin/python scripts/bench.py help|quantize|memory|merge [--rounds 3]
 
-The checkpoint is a random Llama of 1.1 billion parameters, bfloat16, five shards, made once in the user's cache.
+The checkpoint is a random Llama of 1.1 billion parameters, bfloat16, five shards, made once in the user's cache; for
+memory, one of four times that size, in matrices and in bytes, too.
 Peers: transformers + bitsandbytes (``from_pretrained(load_in_4bit)`` and ``save_pretrained``), peft
 (``merge_and_unload`` and ``save_pretrained``), and a plain copy with a sync after it. The rounds alternate; medians are
 printed with the ratio to adaptkit. Peak memory is the process's own, as the kernel accounts it.
@@ -27,11 +28,11 @@ ADAPTKIT = [sys.executable, "-m", "adaptkit.cli.main"]
 MAKE_MODEL = """
 import torch, transformers
 config = transformers.LlamaConfig(
-    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-    num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False)
+    vocab_size=32000, hidden_size={hidden}, intermediate_size={intermediate}, num_hidden_layers=22,
+    num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False)
 torch.manual_seed(0)
 torch.set_default_dtype(torch.bfloat16)
-transformers.LlamaForCausalLM(config).save_pretrained({model!r}, max_shard_size="470MB")
+transformers.LlamaForCausalLM(config).save_pretrained({model!r}, max_shard_size="{shard}")
 """
 
 MAKE_ADAPTER = """
@@ -99,12 +100,14 @@ def compare(sides: dict[str, list[str]], rounds: int, out: Path) -> None:
         print(f"{name:34} {seconds:9.2f} {seconds / first[0]:8.2f} {memory:9.0f} {memory / first[1]:8.2f}")
 
 
-def checkpoint() -> Path:
-    """The 1.1 B checkpoint."""
-    model = FOLDER / "llama-1.1b"
+def checkpoint(name: str = "llama-1.1b", hidden: int = 2048, intermediate: int = 5632, shard: str = "470MB") -> Path:
+    """A random checkpoint, the one of 1.1 B parameters unless said otherwise."""
+    model = FOLDER / name
     if not model.exists():
-        subprocess.run(python(MAKE_MODEL, model=FOLDER / "making"), check=True)
-        (FOLDER / "making").rename(model)
+        making = FOLDER / "making"
+        code = MAKE_MODEL.format(model=str(making), hidden=hidden, intermediate=intermediate, shard=shard)
+        subprocess.run([sys.executable, "-c", code], check=True)
+        making.rename(model)
     return model
 
 
@@ -127,16 +130,28 @@ def bench_help(rounds: int) -> None:
 
 def bench_quantize(rounds: int) -> None:
     """16 bits to NF4 with doubly quantized constants."""
-    model, out = checkpoint(), FOLDER / "out"
+    model, out, made = checkpoint(), FOLDER / "out", FOLDER / "llama-1.1b-nf4"
+    ours = [*ADAPTKIT, "quantize", str(model), "-o"]
+    if not made.exists():
+        subprocess.run([*ours, str(made)], check=True, stdout=subprocess.DEVNULL)
+    copy = f"mkdir '{out}' && cp -r '{model}' '{out}/input' && cp -r '{made}' '{out}/output' && sync"
     compare(
         {
-            "adaptkit quantize": [*ADAPTKIT, "quantize", str(model), "-o", str(out)],
+            "adaptkit quantize": [*ours, str(out)],
             "transformers + bitsandbytes": python(PEER_QUANTIZE, model=model, out=out),
-            "cp of the input, and sync": ["sh", "-c", f"cp -r '{model}' '{out}' && sync"],
+            "cp of input and output, and sync": ["sh", "-c", copy],
         },
         rounds,
         out,
     )
+
+
+def bench_memory(rounds: int) -> None:
+    """Quantize two checkpoints of which one has four times the parameters, and matrices of four times the size."""
+    small, large = checkpoint(), checkpoint("llama-4.1b", 4096, 11264, "1900MB")
+    out = FOLDER / "out"
+    sides = {model.name: [*ADAPTKIT, "quantize", str(model), "-o", str(out)] for model in (small, large)}
+    compare(sides, rounds, out)
 
 
 def bench_merge(rounds: int) -> None:
@@ -158,12 +173,13 @@ def bench_merge(rounds: int) -> None:
 def main() -> None:
     """Run one comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["help", "quantize", "merge"])
+    parser.add_argument("what", choices=["help", "quantize", "memory", "merge"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {options.rounds} rounds")
-    {"help": bench_help, "quantize": bench_quantize, "merge": bench_merge}[options.what](options.rounds)
+    sides = {"help": bench_help, "quantize": bench_quantize, "memory": bench_memory, "merge": bench_merge}
+    sides[options.what](options.rounds)
 
 
 if __name__ == "__main__":

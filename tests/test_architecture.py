@@ -62,9 +62,9 @@ def test_imports_point_down_only(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_only_the_hub_talks_to_the_hub(path):
-    names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
-    if path.relative_to(PACKAGE).parts[0] != "hub":
-        assert "huggingface_hub" not in names
+    names = imported(ast.parse(path.read_text()))
+    if path.relative_to(PACKAGE).parts[0] != "hub":  # its errors are also those of transformers' configurations
+        assert not [n for n in names if n.startswith("huggingface_hub") and not n.startswith("huggingface_hub.errors.")]
 
 
 def test_the_public_names_are_all_real():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.journal import Output
@@ -67,6 +68,7 @@ class Adapter:
         config: ``adapter_config.json``.
         modules: by dotted path of the module, the change of its weight.
         fan_in_fan_out: whether the base keeps its weights transposed (GPT-2's Conv1D).
+        compensation: by module, what it began with to make up for what quantizing its base lost; mostly empty.
         manifest: None if another tool made the adapter.
         records: its tensors with fingerprints.
     """
@@ -75,8 +77,19 @@ class Adapter:
     config: Mapping[str, Any]
     modules: Mapping[str, LowRank]
     fan_in_fan_out: bool
+    compensation: Mapping[str, LowRank]
     manifest: Manifest | None
     records: tuple[TensorRecord, ...]
+
+    @property
+    def only_compensates(self) -> bool:
+        """Whether it is still what it began with, so that it says nothing about the 16-bit base."""
+        return set(self.compensation) == set(self.modules) and all(
+            torch.equal(begun.lora_a, self.modules[name].lora_a)
+            and torch.equal(begun.lora_b, self.modules[name].lora_b)
+            and begun.scaling == self.modules[name].scaling
+            for name, begun in self.compensation.items()
+        )
 
 
 def is_adapter(root: Path) -> bool:
@@ -118,8 +131,15 @@ def read_adapter(root: Path) -> Adapter:
     if not halves:
         raise AdapterError(f"{root}: the adapter holds no tensors")
     modules = {module: _low_rank(root, config, module, halves[module]) for module in sorted(halves)}
-    manifest = read_manifest(root)
-    return Adapter(root, config, modules, bool(config.get("fan_in_fan_out")), manifest, tuple(records))
+    return Adapter(
+        root=root,
+        config=config,
+        modules=modules,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        compensation=read_compensation(root, modules),
+        manifest=read_manifest(root),
+        records=tuple(records),
+    )
 
 
 def write_adapter(output: Output, modules: Mapping[str, LowRank], base_name: str, **config: Any) -> None:

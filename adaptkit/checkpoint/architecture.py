@@ -4,6 +4,8 @@ transformers is optional: it comes with the extra ``train``.
 """
 
 import contextlib
+import math
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,15 @@ import torch
 from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import UsageError
+from adaptkit.errors import CheckpointError, UsageError
+
+_LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$")
+_MANY = re.compile(r"experts$|^num_labels$")
+"""Keys of ``config.json`` whose integers make that many modules, or entries of a list."""
+_MOST = {"layers": 1_024, "others": 65_536}
+"""What is built in a second whatever the files hold."""
+_NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
+"""What a configuration may not decide here; an implementation can be code on the Hub."""
 
 
 @contextlib.contextmanager
@@ -35,20 +45,48 @@ def quiet_transformers() -> Iterator[Any]:
         transformers.logging.set_verbosity(before)
 
 
-def empty_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def why_unknown(checkpoint: Checkpoint) -> str:
+    """Why transformers cannot be asked about a checkpoint's architecture, in a few words; empty if it can."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ImportError:
+        return "transformers is not installed"
+    kind = checkpoint.config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return f"transformers does not know model_type {textwrap.shorten(repr(kind), 60)}"
+    if CONFIG_MAPPING[kind] not in AutoModelForCausalLM._model_mapping:
+        return f"transformers has no causal language model of model_type {kind!r}"
+    return ""
+
+
+def transformers_version() -> str:
+    """The version of transformers, which must be installed."""
+    with quiet_transformers() as transformers:
+        return str(transformers.__version__)
+
+
+def empty_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Build a checkpoint's causal language model on the meta device.
 
     Raises:
         UsageError: transformers does not know the architecture, or is not installed.
+        CheckpointError: the configuration speaks of more layers than the file has tensors.
     """
+    from huggingface_hub.errors import StrictDataclassError  # what a field of a wrong type raises; talks to nobody
+
     with quiet_transformers() as transformers:
-        values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        values = _plain(checkpoint.config)
+        _check_counts(checkpoint, values)
         kind = values.pop("model_type", None)
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
             with torch.device("meta"):
                 return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        except (
+            *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+            *(AssertionError, ImportError, StrictDataclassError),
+        ) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
 
@@ -67,5 +105,38 @@ def load_tokenizer(root: Path) -> Any:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, in either of transformers' two kinds."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer, in either of transformers' two kinds; subclasses do more, and are not."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def _plain(value: Any) -> Any:
+    """A configuration without what it may not decide, at any depth."""
+    if isinstance(value, dict):
+        return {
+            key: _plain(item)
+            for key, item in value.items()
+            if key not in _NOT_OURS_TO_FOLLOW and not key.startswith("_")
+        }
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_counts(checkpoint: Checkpoint, value: Any, key: str = "") -> None:
+    """Refuse numbers of modules that would take minutes, or all memory, to build.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_counts(checkpoint, item, name)
+    elif isinstance(value, int):
+        most = math.inf
+        if _LAYERS.search(key):
+            most = max(len(checkpoint.tensors), _MOST["layers"])
+        elif _MANY.search(key):
+            most = _MOST["others"]
+        if value > most:
+            found = len(checkpoint.tensors)
+            raise CheckpointError(
+                f"{checkpoint.root}: config.json says {key} = {value}; its files hold {found} tensors"
+            )

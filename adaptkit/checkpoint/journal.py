@@ -1,12 +1,16 @@
 """An output folder that appears whole or not at all, and a run that can be continued.
 
     <out>.partial/                   everything is written here
-    <out>.partial/adaptkit-journal.jsonl   first line {"key"}, then one line per finished file
+    <out>.partial/adaptkit-journal.jsonl   first line {"key", "inputs"}, then one line per finished file
+    <out>.partial/adaptkit-journal-2-of-4.jsonl   the same, of a run that makes only its share of the files
     <out>.replaced/                  with force, the old output, for the moment until the new one is in its place
     <out>                            appears by one rename when all is done
 
 A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and
 writes the rest. If inputs or options changed, the key differs and the folder is begun anew.
+
+Shares of one output can be made by several processes at once, each with a journal of its own; the run that is no
+share finds all their files finished, and publishes.
 """
 
 import fcntl
@@ -15,17 +19,36 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.writer import write_file
+from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
+SCRATCH_PREFIX = "adaptkit-scratch-"
+"""Begins the names of files that a run works with, and that are no part of what it makes."""
+_JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One share of an output's files: the ``number``-th (from 1) of ``total``."""
+
+    number: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.total:
+            raise UsageError(f"part {self.number}/{self.total}: there is no such share", hint="from 1/N to N/N")
+
+    def holds(self, position: int) -> bool:
+        """Whether the file at a position (from 0) of the plan is in this share."""
+        return position % self.total == self.number - 1
 
 
 class Output:
@@ -36,6 +59,9 @@ class Output:
         plan: everything that determines the bytes of the output; a changed plan begins anew.
         force: replace an existing output that adaptkit made.
         keep_work: refuse, instead of beginning anew, when the plan changed: what lies there took long to make.
+        inputs: [path, state] pairs of what is read; a file at the same path that changed begins anew too. Shares may
+            be made on several machines, where paths and times differ.
+        part: make a share of the files, and leave publishing to the run that is no share.
 
     Attributes:
         folder: where to write meanwhile.
@@ -46,12 +72,24 @@ class Output:
         ConflictError: another process is writing it.
     """
 
-    def __init__(self, final: Path, plan: Any, force: bool = False, keep_work: bool = False) -> None:
+    def __init__(
+        self,
+        final: Path,
+        plan: Any,
+        force: bool = False,
+        keep_work: bool = False,
+        inputs: Sequence[Any] = (),
+        part: Part | None = None,
+    ) -> None:
         self.final = final
+        self.part = part
+        self._journal = JOURNAL_NAME if part is None else f"adaptkit-journal-{part.number}-of-{part.total}.jsonl"
+        self._inputs = json.loads(json.dumps(inputs))
         self.folder = final.with_name(final.name + _PARTIAL)
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force = force
         self._keep_work = keep_work
+        self._locks: list[int] = []
         self._finished: dict[str, tuple[FileRecord, list[TensorRecord], dict[str, Any]]] = {}
         self.files: list[FileRecord] = []
         self.tensors: list[TensorRecord] = []
@@ -63,31 +101,30 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._locks = []
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise ConflictError(f"{self.final}: another process is writing it", hint="wait for that one") from error
-        try:
+            self._lock(self.folder, fcntl.LOCK_EX if self.part is None else fcntl.LOCK_SH)
+            if self.part is not None:
+                self._lock(self.folder / self._journal, fcntl.LOCK_EX, os.O_CREAT | os.O_RDWR)
             self._resume()
         except BaseException:
-            os.close(self._lock)  # __exit__ is not called
+            own = self.folder / self._journal
+            if self.part is not None and len(self._locks) > 1 and own.stat().st_size == 0:
+                own.unlink()
+            self.__exit__()  # is not called otherwise
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        for handle in self._locks:
+            os.close(handle)
 
     def finished(self, *names: str) -> bool:
         """Whether an earlier run wrote all these files; they then count as part of the output."""
         if not all(name in self._finished for name in names):
             return False
         for name in names:
-            record, tensors, notes = self._finished[name]
-            self.files.append(record)
-            self.tensors += tensors
-            self.notes |= notes
+            self._count(*self._finished[name])
         return True
 
     def add(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any] | None = None) -> None:
@@ -98,10 +135,31 @@ class Output:
             tensors: in it.
             notes: what else was learnt while making it; a run that goes on finds it in ``self.notes``.
         """
-        self.files.append(record)
-        self.tensors += tensors
-        self.notes |= notes or {}
+        self._count(record, tensors, notes or {})
         self._append({"file": asdict(record), "tensors": [asdict(t) for t in tensors], "notes": notes or {}})
+
+    def _count(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any]) -> None:
+        if not record.path.startswith(SCRATCH_PREFIX):
+            self.files.append(record)
+            self.tensors += tensors
+        self.notes |= notes
+
+    def require_space(self, nbytes: int) -> None:
+        """Refuse to begin what the disk has no room for.
+
+        Args:
+            nbytes: of the whole output; what is finished already counts as there.
+
+        Raises:
+            DiskError: says how much is missing.
+        """
+        needed = nbytes - sum(record.size for record, _, _ in self._finished.values())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise DiskError(
+                f"{self.final}: needs {needed:,} more bytes, but its disk has {free:,} free",
+                hint="free some space, or choose another -o",
+            )
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file of the output."""
@@ -118,7 +176,7 @@ class Output:
         for path in sorted(self.folder.iterdir()):
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        os.fsync(self._lock)
+        _sync_folder(self.folder)
         check_output(self.final, self._force)
         replaced = _replaced(self.final)
         if self.final.exists():
@@ -130,29 +188,64 @@ class Output:
         if replaced.exists():
             shutil.rmtree(replaced)
 
+    def _lock(self, path: Path, how: int, flags: int = os.O_RDONLY) -> None:
+        handle = os.open(path, flags, 0o666)
+        self._locks.append(handle)
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConflictError(f"{self.final}: another process is writing it", hint="wait for that one") from error
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+            raise ConflictError(f"{self.final}: another process has just finished it")
+
     def _resume(self) -> None:
-        path = self.folder / JOURNAL_NAME
-        lines = _journal_lines(path)
-        if not lines or lines[0] != {"key": self._key}:
-            self._begin(changed=bool(lines))
-            return
-        for line in lines[1:]:
-            record = FileRecord(**line["file"])
-            written = self.folder / record.path
-            if written.is_file() and written.stat().st_size == record.size:
-                self._finished[record.path] = (
-                    record,
-                    [TensorRecord(**tensor) for tensor in line["tensors"]],
-                    line["notes"],
-                )
+        mine = (self._journal,) if self.part else ()  # another share may be writing its own just now
+        journals = {
+            path.name: _journal_lines(path, repair=not mine or path.name in mine)
+            for path in sorted(self.folder.glob(_JOURNAL_PATTERN))
+        }
+        begun = {name: lines for name, lines in journals.items() if lines}
+        changed = any(self._differs(lines[0]) for lines in begun.values())
+        if self.part is not None:
+            self._check_share(changed, begun)
+        elif changed or not begun:
+            self._begin(changed)
+            begun = {}
+        for lines in [begun.get(self._journal, [])] if self.part else begun.values():
+            for line in lines[1:]:
+                self._recall(line)
+        if self._journal not in begun:
+            self._append({"key": self._key, "inputs": self._inputs})
+
+    def _differs(self, first: dict[str, Any]) -> bool:
+        """Whether a journal is of a run with another plan, or with other bytes at the same path."""
+        states = dict(first.get("inputs", ()))
+        return first.get("key") != self._key or any(states.get(path, state) != state for path, state in self._inputs)
+
+    def _check_share(self, changed: bool, begun: Mapping[str, Any]) -> None:
+        shares = [name for name in begun if not name.endswith(f"-of-{self.part.total}.jsonl" if self.part else "")]
+        if changed or shares:
+            raise ConflictError(
+                f"{self.folder}: holds work of a run with other options, inputs or shares",
+                hint="use the same options for every share, or delete that folder",
+            )
+        if not begun and {path.name for path in self.folder.iterdir()} - {self._journal}:
+            self._refuse_foreign()
+
+    def _recall(self, line: dict[str, Any]) -> None:
+        record = FileRecord(**line["file"])
+        written = self.folder / record.path
+        if written.is_file() and written.stat().st_size == record.size:
+            tensors = [TensorRecord(**tensor) for tensor in line["tensors"]]
+            self._finished[record.path] = (record, tensors, line["notes"])
+
+    def _refuse_foreign(self) -> None:
+        raise ConflictError(f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o")
 
     def _begin(self, changed: bool) -> None:
         found = sorted(self.folder.iterdir())
-        ours = any((self.folder / name).is_file() for name in (JOURNAL_NAME, MANIFEST_NAME))
-        if found and not changed and not ours:
-            raise ConflictError(
-                f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o"
-            )
+        if found and not changed and not self._is_ours():
+            self._refuse_foreign()
         if changed and self._keep_work and not self._force:
             raise ConflictError(
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",
@@ -160,10 +253,12 @@ class Output:
             )
         for old in found:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        self._append({"key": self._key})
+
+    def _is_ours(self) -> bool:
+        return (self.folder / MANIFEST_NAME).is_file() or any(self.folder.glob(_JOURNAL_PATTERN))
 
     def _append(self, line: dict[str, Any]) -> None:
-        with (self.folder / JOURNAL_NAME).open("a") as file:
+        with (self.folder / self._journal).open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -198,13 +293,11 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it")
 
 
-def _journal_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal; what a kill cut off is removed from the file."""
-    if not path.is_file():
-        return []
+def _journal_lines(path: Path, repair: bool) -> list[dict[str, Any]]:
+    """The complete lines of a journal; with ``repair``, what a kill cut off is removed from the file."""
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
+    if whole != text and repair:
         os.truncate(path, len(whole))
     try:
         return [json.loads(line) for line in whole.splitlines()]

@@ -1,18 +1,22 @@
-"""The layout that bitsandbytes gives an NF4 weight in a checkpoint, so that every reader of its files reads ours.
+"""The layout that bitsandbytes gives a 4-bit weight in a checkpoint, so that every reader of its files reads ours.
 
-    X.weight                              U8   [(n + 1) // 2, 1]      two codes a byte
-    X.weight.absmax                       U8   [M]                    M = ceil(n / block_size)
-    X.weight.nested_absmax                F32  [ceil(M / 256)]
-    X.weight.nested_quant_map             F32  [256]
-    X.weight.quant_map                    F32  [16]
-    X.weight.quant_state.bitsandbytes__nf4  U8  JSON: types, block sizes, shape, offset
+    X.weight                                U8   [(n + 1) // 2, 1]      two codes a byte; I8 [n, 1] in int8
+    X.weight.absmax                         U8   [M]                    M = ceil(n / block_size)
+    X.weight.quant_state.bitsandbytes__nf4  U8   JSON: types, block sizes, shape, offset
+    X.weight.nested_absmax                  F32  [ceil(M / 256)]
+    X.weight.nested_quant_map               F32  [256]
+    X.weight.quant_map                      F32  [16]                   absent in int8
 
-Without double quantization ``absmax`` is F32 and the nested parts are absent. The parts of a weight are written
-floats first and the JSON is padded with spaces to a multiple of eight bytes, so that every tensor is aligned and
-every size is known before any weight is read.
+Without double quantization ``absmax`` is F32, after the state, and the nested parts are absent. fp4 has its own name
+in the state's; int8, which bitsandbytes does not have in blocks, is ``adaptkit__int8`` there. A stack of matrices
+(the experts of one layer) is one such weight with three numbers in its shape; no block straddles two matrices.
+
+The codes come first, so that they can be written while the rest is not known yet. The JSON is padded with spaces so
+that every tensor is aligned, and so that every size is known before any weight is read.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.checkpoint.encoding import Encoding, state_suffix
 from adaptkit.checkpoint.header import DTYPES, TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.errors import CheckpointError
-from adaptkit.numerics.formats import nf4
+from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import (
     GROUP,
@@ -32,115 +36,166 @@ from adaptkit.numerics.formats._double_quant import (
     dynamic_map,
     quantize_absmax,
 )
-from adaptkit.numerics.kernels.reference import NF4_LEVELS
 
-STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
+_STATE = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
 _OFFSET_WIDTH = 26
 """Room for the longest decimal form of a float32 read as a float64."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One NF4 weight as a file holds it, in memory.
+    """One weight as a file holds it, in memory.
 
     Attributes:
-        codes: (ceil(n / 2),) uint8.
+        encoding: how it is quantized.
+        codes: (ceil(n / 2),) uint8, or (n,) int8; empty if only the rest was read.
         constants: its absmax constants, doubly quantized or as (M,) float32.
-        shape: of the weight, (out, in).
-        block_size: weights sharing one constant.
+        shape: of the weight, (out, in), or (experts, out, in).
         dtype: that the weight had.
         levels: (256,) float32, the map of the nested codes.
     """
 
+    encoding: Encoding
     codes: Tensor
     constants: DoubleQuantized | Tensor
     shape: tuple[int, ...]
-    block_size: int
     dtype: torch.dtype
     levels: Tensor
 
     @property
+    def block_size(self) -> int:
+        """Weights sharing one constant."""
+        return self.encoding.block_size
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return torch.Size(self.shape).numel()
+
+    @property
     def absmax(self) -> Tensor:
         """The constants in float32, (M,)."""
-        if isinstance(self.constants, Tensor):
-            return self.constants
-        return dequantize_absmax(self.constants, self.levels)
+        return unnest(self.constants, self.levels)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as every reader of this layout sees it, (out, in)."""
-        return nf4.dequantize(Blockwise(self.codes, self.absmax, self.shape, self.block_size), dtype or self.dtype)
+        """The weight as every reader of this layout sees it, in its shape."""
+        packed = Blockwise(self.codes, self.absmax, self.shape, self.block_size)
+        return self.encoding.numerics.dequantize(packed, dtype or self.dtype)
 
 
-def part_specs(weight: TensorSpec, block_size: int, double_quant: bool) -> list[TensorSpec]:
+def code_spec(weight: TensorSpec, encoding: Encoding) -> TensorSpec:
+    """The tensor that holds a weight's codes."""
+    if encoding.numerics.bits == 8:
+        return TensorSpec(weight.name, "I8", (weight.count, 1))
+    return TensorSpec(weight.name, "U8", ((weight.count + 1) // 2, 1))
+
+
+def part_specs(weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
     """The tensors that a weight becomes, in the order in which they are written.
 
     Args:
         weight: the 16- or 32-bit weight.
-        block_size: weights sharing one constant.
-        double_quant: whether the constants are quantized too.
+        encoding: how it is quantized.
     """
-    name, blocks = weight.name, -(-weight.count // block_size)
-    specs = [TensorSpec(f"{name}.quant_map", "F32", (16,))]
-    if double_quant:
-        groups = -(-blocks // GROUP)
-        specs = [
-            TensorSpec(f"{name}.nested_absmax", "F32", (groups,)),
+    name, blocks = weight.name, -(-weight.count // encoding.block_size)
+    small, floats = [code_spec(weight, encoding)], []
+    if encoding.double_quant:
+        small += [TensorSpec(f"{name}.absmax", "U8", (blocks,))]
+        floats += [
+            TensorSpec(f"{name}.nested_absmax", "F32", (-(-blocks // GROUP),)),
             TensorSpec(f"{name}.nested_quant_map", "F32", (256,)),
-            *specs,
         ]
-    specs += [
-        TensorSpec(f"{name}.absmax", "U8" if double_quant else "F32", (blocks,)),
-        TensorSpec(name, "U8", ((weight.count + 1) // 2, 1)),
-    ]
-    state = len(_state(weight, block_size, 0.0 if double_quant else None))
-    state += -(sum(spec.nbytes for spec in specs) + state) % 8
-    return [*specs, TensorSpec(name + STATE_SUFFIX, "U8", (state,))]
+    else:
+        floats += [TensorSpec(f"{name}.absmax", "F32", (blocks,))]
+    if encoding.numerics.levels is not None:
+        floats += [TensorSpec(f"{name}.quant_map", "F32", (len(encoding.numerics.levels),))]
+    state = len(_state(weight, encoding, 0.0))
+    # The whole group then fills multiples of eight bytes, and the floats in it begin at a multiple of four.
+    state += -(sum(spec.nbytes for spec in small + floats) + state) % 8
+    return [*small, TensorSpec(name + encoding.state_suffix, "U8", (state,)), *floats]
 
 
-def encode(weight: TensorSpec, values: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:
+def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuantized | Tensor) -> dict[str, Tensor]:
+    """All tensors of ``part_specs`` but the codes, by name and in that order.
+
+    Args:
+        weight: the 16- or 32-bit weight.
+        encoding: how it is quantized.
+        constants: of its blocks, doubly quantized or as (M,) float32.
+    """
+    offset = 0.0
+    if isinstance(constants, DoubleQuantized):
+        offset = constants.offset
+        parts = {
+            "absmax": constants.codes,
+            "nested_absmax": constants.nested_absmax,
+            "nested_quant_map": dynamic_map(),
+        }
+    else:
+        parts = {"absmax": constants}
+    if encoding.numerics.levels is not None:
+        parts["quant_map"] = torch.tensor(encoding.numerics.levels, dtype=torch.float32)
+    named = {f"{weight.name}.{suffix}": part for suffix, part in parts.items()}
+    specs = part_specs(weight, encoding)[1:]
+    state = next(spec for spec in specs if spec.name.endswith(encoding.state_suffix))
+    text = _state(weight, encoding, offset).ljust(state.nbytes)
+    named[state.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return {spec.name: named[spec.name] for spec in specs}
+
+
+def nest(absmax: Tensor, encoding: Encoding) -> DoubleQuantized | Tensor:
+    """Quantize constants if the encoding wants that."""
+    return quantize_absmax(absmax) if encoding.double_quant else absmax
+
+
+def unnest(constants: DoubleQuantized | Tensor, levels: Tensor | None = None) -> Tensor:
+    """The constants as readers see them, (M,) float32."""
+    return constants if isinstance(constants, Tensor) else dequantize_absmax(constants, levels)
+
+
+def encode(weight: TensorSpec, values: Tensor, encoding: Encoding) -> dict[str, Tensor]:
     """Quantize a weight into the tensors of ``part_specs``, by name and in that order.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
     """
-    quantized = nf4.quantize(values, block_size)
-    parts = {"quant_map": torch.tensor(NF4_LEVELS, dtype=torch.float32), "absmax": quantized.absmax}
-    offset = None
-    if double_quant:
-        constants = quantize_absmax(quantized.absmax)
-        parts |= {
-            "nested_absmax": constants.nested_absmax,
-            "nested_quant_map": dynamic_map(),
-            "absmax": constants.codes,
-        }
-        offset = constants.offset
-    named = {f"{weight.name}.{suffix}": part for suffix, part in parts.items()}
-    named[weight.name] = quantized.codes.view(-1, 1)
-    specs = part_specs(weight, block_size, double_quant)
-    state = _state(weight, block_size, offset).ljust(specs[-1].nbytes)
-    named[weight.name + STATE_SUFFIX] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-    return {spec.name: named[spec.name] for spec in specs}
+    packed = encoding.numerics.quantize(values, encoding.block_size)
+    codes = {weight.name: packed.codes.view(code_spec(weight, encoding).shape)}
+    return codes | constant_parts(weight, encoding, nest(packed.absmax, encoding))
 
 
 def quantized_names(files: TensorFiles) -> list[str]:
-    """The names of the NF4 weights in a checkpoint."""
-    return [name.removesuffix(STATE_SUFFIX) for name in files.tensors if name.endswith(STATE_SUFFIX)]
+    """The names of the quantized weights in a checkpoint."""
+    return [_STATE.sub("", name) for name in files.tensors if _STATE.search(name)]
 
 
 def part_names(files: TensorFiles, name: str) -> list[str]:
-    """The names of all tensors that make up one NF4 weight."""
-    suffixes = ("", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE_SUFFIX)
+    """The names of all tensors that make up one quantized weight."""
+    states = [state_suffix(format_name) for format_name in ("nf4", "fp4", "int8")]
+    suffixes = ("", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", *states)
     return [name + suffix for suffix in suffixes if name + suffix in files.tensors]
 
 
 def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
-    """Read one NF4 weight.
+    """Read one quantized weight.
 
     Raises:
         CheckpointError: parts are missing or disagree.
     """
-    parts = {part.removeprefix(name): files.read(part) for part in part_names(files, name)}
-    return decode(name, parts)
+    return decode(name, {part.removeprefix(name): files.read(part) for part in part_names(files, name)})
+
+
+def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
+    """Read all of a quantized weight but its codes, which may be large.
+
+    Raises:
+        CheckpointError: parts are missing or disagree.
+    """
+    parts = {part.removeprefix(name): files.read(part) for part in part_names(files, name) if part != name}
+    if name not in files.tensors:
+        raise CheckpointError(f"{name}: its codes are missing")
+    spec = files.spec(name)
+    return _decode(name, parts, torch.empty(0, dtype=DTYPES[spec.dtype]), spec.count)
 
 
 def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -149,67 +204,54 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
     Raises:
         CheckpointError: parts are missing or disagree.
     """
+    if "" not in parts:
+        raise CheckpointError(f"{name}: its codes are missing")
+    codes = parts[""].reshape(-1)
+    return _decode(name, parts, codes, codes.numel())
+
+
+def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_count: int) -> QuantizedWeight:
     try:
-        state: dict[str, Any] = json.loads(bytes(parts[STATE_SUFFIX].numpy()))
+        suffix = next(suffix for suffix in parts if _STATE.search(suffix))
+        state: dict[str, Any] = json.loads(bytes(parts[suffix].numpy()))
         shape, block_size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
         dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[state["dtype"]]
+        if len(shape) not in (2, 3) or min(shape) < 1 or block_size < 1:
+            raise CheckpointError(f"{name}: {list(shape)} in blocks of {block_size} is no matrix")
         count = torch.Size(shape).numel()
         blocks = -(-count // block_size)
-        if len(shape) != 2 or min(shape) < 1 or block_size < 1:
-            raise CheckpointError(f"{name}: {list(shape)} in blocks of {block_size} is no matrix")
+        nested = ".nested_absmax" in parts
         levels = parts.get(".nested_quant_map", dynamic_map())
         absmax = parts[".absmax"].reshape(-1)
         constants: DoubleQuantized | Tensor = absmax
-        if ".nested_absmax" in parts:
+        if nested:
             constants = DoubleQuantized(absmax, parts[".nested_absmax"], float(state["nested_offset"]))
             if int(state["nested_blocksize"]) != GROUP or constants.nested_absmax.numel() != -(-blocks // GROUP):
                 raise CheckpointError(f"{name}: nested constants in groups of {state['nested_blocksize']}")
-        codes = parts[""].reshape(-1)
-        nested = ".nested_absmax" in parts
+        match = _STATE.search(suffix)
+        encoding = Encoding(match[1] if match else "", block_size, nested)
+        whole = count if encoding.numerics.bits == 8 else (count + 1) // 2
         types = (codes.dtype, absmax.dtype, levels.dtype, levels.numel())
-        if types != (torch.uint8, torch.uint8 if nested else torch.float32, torch.float32, 256):
+        code_dtype = torch.int8 if encoding.numerics.bits == 8 else torch.uint8
+        if types != (code_dtype, torch.uint8 if nested else torch.float32, torch.float32, 256):
             raise CheckpointError(f"{name}: its parts have types that do not belong together {types}")
-        if codes.numel() != (count + 1) // 2 or parts[".absmax"].numel() != blocks:
-            raise CheckpointError(f"{name}: {codes.numel()} bytes of codes do not make {list(shape)} weights")
-    except (KeyError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        if code_count != whole or absmax.numel() != blocks:
+            raise CheckpointError(f"{name}: {code_count} bytes of codes do not make {list(shape)} weights")
+    except (KeyError, ValueError, TypeError, OverflowError, ZeroDivisionError, StopIteration, UsageError) as error:
         raise CheckpointError(f"{name}: its quantization state is malformed ({error!r})") from error
-    return QuantizedWeight(codes, constants, shape, block_size, DTYPES[dtype], levels)
+    return QuantizedWeight(encoding, codes, constants, shape, DTYPES[dtype], levels)
 
 
-def quantization_config(kept: list[str], double_quant: bool) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``, in bitsandbytes' terms.
-
-    Args:
-        kept: full dotted paths of the linear modules that stay in 16 bits.
-        double_quant: whether the constants are quantized too.
-    """
-    return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": kept,
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "quant_method": "bitsandbytes",
-    }
-
-
-def _state(weight: TensorSpec, block_size: int, offset: float | None) -> bytes:
+def _state(weight: TensorSpec, encoding: Encoding, offset: float) -> bytes:
     dtype = str(DTYPES[weight.dtype]).removeprefix("torch.")
     state: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": block_size,
+        "quant_type": encoding.format,
+        "blocksize": encoding.block_size,
         # Readers cast the decoded weight to this type; bitsandbytes' own is never float32 (unsloth cannot read that).
         "dtype": "bfloat16" if weight.dtype == "F32" else dtype,
         "shape": list(weight.shape),
     }
-    if offset is None:
+    if not encoding.double_quant:
         return json.dumps(state).encode()
     nested = {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": offset}
     text = json.dumps(state | nested)

@@ -1,5 +1,6 @@
 """Open a checkpoint folder and read its tensors one at a time, or by rows."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class TensorFiles:
         """Read a whole tensor."""
         spec = self.spec(name)
         return self._read(self.tensors[name], 0, spec.nbytes).view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def read_flat(self, name: str, start: int, count: int) -> Tensor:
+        """Read ``count`` elements from the ``start``-th on, in row-major order: (count,)."""
+        dtype = DTYPES[self.spec(name).dtype]
+        return self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def row_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Read a tensor in blocks of whole rows of at most ``CHUNK_BYTES`` (or one row).
@@ -127,6 +133,13 @@ class Checkpoint(TensorFiles):
         if quantization is None:
             return None
         return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
+
+    def outline(self) -> str:
+        """sha256 over the configuration and all headers: what the checkpoint is like, but for the weights' values."""
+        digest = hashlib.sha256((self.root / CONFIG_NAME).read_bytes())
+        for file, header in sorted(self.headers.items()):
+            digest.update(file.encode() + header.raw)
+        return digest.hexdigest()
 
     def state(self) -> list[list[Any]]:
         """Sizes and modification times of the files, to notice that an input changed between two runs."""

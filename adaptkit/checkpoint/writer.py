@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +15,9 @@ from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.errors import AdaptkitError
+
+_FLUSH_BYTES = 64 << 20
+"""How much is written before the disk is sent to work on it, so that little is left to wait for at the end."""
 
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
@@ -44,6 +48,9 @@ class TensorWriter:
         self._sha256 = hashlib.sha256()
         self._size = 0
         self._piece_bytes = 0
+        self._unflushed = 0
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
         self._xxh3 = xxhash.xxh3_128()
         self.tensors: list[TensorRecord] = []
 
@@ -75,7 +82,10 @@ class TensorWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with _disk_errors(self._folder / self._name), self._file:  # closing writes what is buffered
+            self._flusher.shutdown()
             if kind is None:
+                if self._flushing is not None:
+                    self._flushing.result()
                 if self._waiting:
                     raise ValueError(f"{self._waiting[-1].name!r} was not written")
                 self._file.flush()
@@ -89,6 +99,12 @@ class TensorWriter:
     def _put(self, view: memoryview) -> None:
         with _disk_errors(self._folder / self._name):
             self._file.write(view)
+            self._unflushed += len(view)
+            if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+                if self._flushing is not None:
+                    self._flushing.result()  # the disk's errors are raised once
+                self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
+                self._unflushed = 0
         self._sha256.update(view)
         self._size += len(view)
 

@@ -41,6 +41,19 @@ class Size(click.ParamType[int]):
             return self.fail(f"{value!r} is not a size such as 5GB or 500MB", param, ctx)
 
 
+class Share(click.ParamType[tuple[int, int]]):
+    """One of several equal shares: 2/4."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """See ``click.ParamType``."""
+        number, _, total = str(value).partition("/")
+        if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+            return self.fail(f"{value!r} is not a share such as 1/4 to 4/4", param, ctx)
+        return int(number), int(total)
+
+
 def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         for option in reversed(options):

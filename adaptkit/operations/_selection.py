@@ -1,24 +1,24 @@
 """Which tensors of a checkpoint are quantized, which stay as they are, and why.
 
-The rules know no architecture: what is quantized are the matrices of the numbered layers (``….layers.7.….weight``),
-except those that are known by name to be embeddings, norms, routers or experts.
+What is quantized are the weights of linear layers; what stays are embeddings, norms, routers, biases, the head and
+(unless asked for) experts. ``_roles.py`` says what each tensor is; this module says what follows from it.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import UsageError
+from adaptkit.operations._inquiry import find_roles
+from adaptkit.operations._roles import Role, Roles, is_conv1d
 
-_NUMBERED = re.compile(r"(^|\.)\d+\.")
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
-_EXPERT = re.compile(r"(^|\.)experts\.")
-_TABLE = re.compile(r"embed|relative_attention_bias|(^|\.)(wte|wpe)(\.|$)")
-_NORM = re.compile(r"norm|(^|\.)ln_|layernorm", re.IGNORECASE)
-_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
-_CONV1D_MODELS = {"gpt2", "openai-gpt"}
+MOE = ("keep", "nf4")
+"""What can be done with experts."""
+
+_REASONS = {"linear": "", "conv1d": "", "expert": "expert: bitsandbytes cannot load it quantized"}
+"""Why a tensor stays, by its kind; the other kinds are their own reasons."""
 
 
 @dataclass(frozen=True)
@@ -27,56 +27,162 @@ class Choice:
 
     Attributes:
         spec: the tensor in the source.
-        kept_because: why it stays as it is; empty if it is quantized.
+        kept_because: why it stays as it is, in a few words; empty if it is quantized.
         transposed: whether the module keeps its weight as (in, out), so that it is transposed before it is quantized.
+        is_linear: whether readers take it for the weight of a linear layer.
+        paths: dotted paths by which the readers of the file know its module.
     """
 
     spec: TensorSpec
     kept_because: str
     transposed: bool = False
+    is_linear: bool = False
+    paths: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
-        """Dotted path of the module whose weight this is."""
+        """Dotted path, in the file, of the module whose weight this is; a stack of experts is one by itself."""
         return self.spec.name.removesuffix(".weight")
 
-    @property
-    def is_kept_linear(self) -> bool:
-        """Whether readers may take this for a linear layer, and must be told that it is not quantized."""
-        looks = self.spec.name.endswith(".weight") and len(self.spec.shape) == 2
-        return bool(self.kept_because) and looks and not _TABLE.search(self.module)
+
+@dataclass(frozen=True)
+class Selection:
+    """What happens to a checkpoint.
+
+    Attributes:
+        choices: one for every tensor, in file order.
+        read_from: how it was found out which tensors are linear.
+        head: the readers' path of the output layer, in the file or tied to the embedding.
+        head_is_quantized: whether it was asked for.
+    """
+
+    choices: tuple[Choice, ...]
+    read_from: str
+    head: str = "lm_head"
+    head_is_quantized: bool = False
 
 
-def select(checkpoint: Checkpoint, skip: Sequence[str]) -> list[Choice]:
-    """Decide for every tensor of a checkpoint.
+def select(
+    checkpoint: Checkpoint,
+    *,
+    skip: Sequence[str] = (),
+    include_head: bool = False,
+    moe: str = "keep",
+    block_size: int = 64,
+    roles: Roles | None = None,
+) -> Selection:
+    """Decide for every tensor of a checkpoint that is not quantized yet.
 
     Args:
         checkpoint: unquantized.
-        skip: shell patterns of module paths that stay as they are.
+        skip: shell patterns of module paths that stay as they are; see ``matched_by``.
+        include_head: quantize the output layer too.
+        moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``nf4`` quantizes them for
+            adaptkit's own trainer.
+        block_size: weights sharing one constant; no block may straddle two experts.
+        roles: what the tensors are, if that is known already.
+
+    The layout of a stack of experts, (experts, rows, columns), is that of a matrix: the same parts under the name of
+    the parameter, with three numbers for the shape in the state. Codes are in row-major order over (expert, row,
+    column) and a stack is chosen only if rows · columns is a multiple of ``block_size``, so that expert e has the
+    bytes [e · s / 2, (e + 1) · s / 2) and the constants [e · s / block_size, (e + 1) · s / block_size), s being
+    rows · columns. The groups of 256 constants of double quantization and their offset are the whole stack's.
+
+    Raises:
+        UsageError: the head is asked for but is the embedding, or is not there.
+        CheckpointError: ``config.json`` describes no model that could be this one.
     """
-    specs = [located.spec for located in checkpoint.tensors.values()]
-    return [
-        Choice(spec, _kept_because(spec, skip), stores_transposed(checkpoint, spec.name.removesuffix(".weight")))
-        for spec in specs
+    if moe not in MOE:
+        raise UsageError(f"experts can be {' or '.join(MOE)}, not {moe!r}")
+    roles = roles or find_roles(checkpoint)
+    if include_head:
+        _check_head(checkpoint, roles)
+    choices = [
+        Choice(
+            spec=located.spec,
+            kept_because=_kept_because(located.spec, roles.of[name], skip, include_head, moe, block_size),
+            transposed=roles.of[name].kind == "conv1d",
+            is_linear=roles.of[name].is_linear,
+            paths=roles.of[name].paths,
+        )
+        for name, located in checkpoint.tensors.items()
     ]
+    return _without_namesakes(Selection(tuple(choices), roles.read_from, roles.head, include_head), roles)
+
+
+def skip_modules(selection: Selection) -> list[str]:
+    """The value of ``llm_int8_skip_modules``: readers quantize every linear layer that it does not name.
+
+    Full dotted paths, sorted. The head is named even if it is tied and in no file, since the list replaces the one
+    that readers would make. Experts that stay are named once a layer, by the path that they have in common: readers
+    take a path for a prefix, and compare every module with every entry.
+    """
+    kept = {path for choice in selection.choices if choice.kept_because and choice.is_linear for path in choice.paths}
+    return sorted(kept | (set() if selection.head_is_quantized else {selection.head}))
+
+
+def matched_by(selection: Selection, pattern: str) -> list[str]:
+    """The modules that a ``skip`` pattern means, by their paths in the file or in the model; may be empty."""
+    return [choice.module for choice in selection.choices if _matches(choice.module, choice.paths, pattern)]
 
 
 def stores_transposed(checkpoint: Checkpoint, module: str) -> bool:
     """Whether a module's weight is (in, out) in the plain checkpoint: the Conv1D of the GPT-2 family."""
-    return str(checkpoint.config.get("model_type")) in _CONV1D_MODELS and bool(_CONV1D.search(module))
+    return is_conv1d(str(checkpoint.config.get("model_type")), module)
 
 
-def _kept_because(spec: TensorSpec, skip: Sequence[str]) -> str:
-    module = spec.name.removesuffix(".weight")
-    rules = (
-        (not spec.name.endswith(".weight"), "not a weight"),
-        (spec.dtype not in FLOATS, f"of type {spec.dtype}"),
-        (bool(_EXPERT.search(module)), "expert: bitsandbytes cannot load it quantized"),
-        (bool(_NORM.search(module)), "norm"),
-        (len(spec.shape) != 2, "not a matrix"),
-        (bool(_TABLE.search(module)), "embedding"),
-        (bool(_ROUTER.search(module)), "router"),
-        (not _NUMBERED.search(module), "outside the layers"),
-        (any(fnmatchcase(module, pattern) for pattern in skip), "asked to skip"),
-    )
-    return next((reason for applies, reason in rules if applies), "")
+def _matches(module: str, paths: Sequence[str], pattern: str) -> bool:
+    return any(fnmatchcase(path, pattern) for path in (module, *paths))
+
+
+def _kept_because(
+    spec: TensorSpec, role: Role, skip: Sequence[str], include_head: bool, moe: str, block_size: int
+) -> str:
+    reason = _REASONS.get(role.kind, role.kind)
+    if role.kind == "head" and include_head:
+        reason = ""
+    elif role.kind == "expert" and moe == "nf4":
+        reason = _expert_kept_because(spec, block_size)
+    if not reason and spec.dtype not in FLOATS:
+        return f"of type {spec.dtype}"
+    asked = any(_matches(spec.name.removesuffix(".weight"), role.paths, pattern) for pattern in skip)
+    return "asked to skip" if asked and not reason else reason
+
+
+def _without_namesakes(selection: Selection, roles: Roles) -> Selection:
+    """Keep what readers would keep because its path begins or ends like that of something else that is kept.
+
+    transformers takes every entry of the list for the beginning of a path and for its end: ``lm_head`` is also
+    ``model.patcher.lm_head``. Experts are no linear layers to it.
+    """
+    listed = skip_modules(selection)
+    begins, ends = tuple(f"{entry}." for entry in listed), tuple(listed)
+
+    def is_namesake(choice: Choice) -> bool:
+        is_open = not choice.kept_because and roles.of[choice.spec.name].kind != "expert"
+        return is_open and any(f"{path}.".startswith(begins) or path.endswith(ends) for path in choice.paths)
+
+    reason = "readers take it for another that stays"
+    choices = tuple(replace(c, kept_because=reason) if is_namesake(c) else c for c in selection.choices)
+    if choices == selection.choices:
+        return selection
+    return _without_namesakes(replace(selection, choices=choices), roles)
+
+
+def _expert_kept_because(spec: TensorSpec, block_size: int) -> str:
+    if len(spec.shape) == 2 and spec.name.endswith(".weight"):
+        return ""
+    if len(spec.shape) != 3:
+        return "expert: not in a stack of matrices"
+    straddles = spec.shape[1] * spec.shape[2] % block_size != 0
+    return "expert: its size is no multiple of the block size" if straddles else ""
+
+
+def _check_head(checkpoint: Checkpoint, roles: Roles) -> None:
+    if roles.tied:
+        raise UsageError(
+            f"{checkpoint.root}: the head is the embedding, which is looked up and not multiplied by",
+            hint="a tied head stays in 16 bits; leave out --include-head",
+        )
+    if not any(role.kind == "head" for role in roles.of.values()):
+        raise UsageError(f"{checkpoint.root}: holds no head to include", hint="leave out --include-head")

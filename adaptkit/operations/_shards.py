@@ -1,7 +1,12 @@
-"""Write a checkpoint of known tensors in shards, each shard once, whatever happens in between."""
+"""Write a checkpoint of known tensors in shards, each shard once, whatever happens in between.
 
-from collections.abc import Callable, Mapping, Sequence
+What a shard holds is made in jobs, some threads at a time, and put together in order by one; jobs run ahead into the
+next tensor and the next shard, but only a few of their results exist at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -9,8 +14,16 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.integrity import Progress
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
+from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.operations._pipeline import in_order
+
+PIECE_BYTES = 4 << 20
+"""How much of a tensor of the source a job handles; with the number of threads, what memory depends on."""
+
+Result = TypeVar("Result")
+Shards = Sequence[tuple[str, Sequence["Group"]]]
+"""File names and what is in the files."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,11 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Made:
-    """The tensors of a group, by name, and the fingerprint of what they were made from."""
+class Piece:
+    """A run of elements of a tensor, in row-major order."""
 
-    tensors: Mapping[str, Tensor]
-    source_fingerprint: str
+    start: int
+    count: int
 
 
 def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str, list[Group]]]:
@@ -51,33 +64,85 @@ def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str
     return [(shard_name(number, len(shards)), shard) for number, shard in enumerate(shards, 1)]
 
 
+def cut(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
+    """Cut a tensor into pieces of about ``PIECE_BYTES``, all but the last a multiple of so many elements long."""
+    itemsize = spec.nbytes // spec.count if spec.count else 1
+    step = max(1, PIECE_BYTES // itemsize // multiple) * multiple
+    return [Piece(start, min(step, spec.count - start)) for start in range(0, spec.count, step)] or [Piece(0, 0)]
+
+
+def reading(files: TensorFiles, spec: TensorSpec, check: Callable[[Tensor, int], None]) -> list[Callable[[], Tensor]]:
+    """Jobs that read a tensor as it is, piece by piece.
+
+    Args:
+        files: where it is.
+        spec: which.
+        check: what to ask of every piece; is told where it starts.
+    """
+
+    def job(piece: Piece) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            values = files.read_flat(spec.name, piece.start, piece.count)
+            check(values, piece.start)
+            return values
+
+        return run
+
+    return [job(piece) for piece in cut(spec)]
+
+
 def write_shards(
     output: Output,
-    shards: Sequence[tuple[str, list[Group]]],
-    make: Callable[[Group], Made],
+    shards: Shards,
+    jobs: Callable[[Group], Sequence[Callable[[], Result]]],
+    assemble: Callable[[Group, Iterator[Result], TensorWriter], Mapping[str, Any]],
     threads: int,
     progress: Progress,
 ) -> None:
-    """Write all shards that an earlier run did not finish, and the index if there are several.
+    """Write all shards that an earlier run did not finish; of a part, those that are its share.
 
-    The fingerprints of the sources end up in ``output.notes``, by source name.
+    What ``assemble`` returns of a group ends up in ``output.notes``, by the name of its source.
+
+    Args:
+        output: where.
+        shards: what.
+        jobs: what to do for a group; at least one.
+        assemble: take the results of a group's jobs, in order, and write its tensors.
+        threads: jobs at a time.
+        progress: told of bytes written.
     """
-    total = sum(group.nbytes for _, groups in shards for group in groups)
-    done = 0
-    for file, groups in shards:
-        if not output.finished(file):
-            notes = {}
-            specs = [spec for group in groups for spec in group.specs]
-            with TensorWriter(output.folder, file, specs) as writer:
-                for group, made in zip(groups, in_order(make, groups, threads), strict=True):
-                    for spec in group.specs:
-                        writer.write(spec.name, made.tensors[spec.name])
-                    notes[group.source] = made.source_fingerprint
-                    done += group.nbytes
-                    progress(done, total)
-            output.add(writer.record, writer.tensors, notes)
-        else:
-            done += sum(group.nbytes for group in groups)
-            progress(done, total)
+    part = output.part
+    share = [shard for position, shard in enumerate(shards) if part is None or part.holds(position)]
+    total = sum(group.nbytes for _, groups in share for group in groups)
+    todo = [shard for shard in share if not output.finished(shard[0])]
+    done = total - sum(group.nbytes for _, groups in todo for group in groups)
+    progress(done, total)
+    ahead = (numbered for _, groups in todo for group in groups for numbered in _with_last(jobs(group)))
+    results = in_order(lambda job: (job[0], job[1]()), ahead, threads)
+    for file, groups in todo:
+        notes = {}
+        with TensorWriter(output.folder, file, [spec for group in groups for spec in group.specs]) as writer:
+            for group in groups:
+                notes[group.source] = assemble(group, _until_last(results), writer)
+                done += group.nbytes
+                progress(done, total)
+        output.add(writer.record, writer.tensors, notes)
+
+
+def write_index(output: Output, shards: Shards) -> None:
+    """Write the index of a checkpoint that has several shards."""
     if len(shards) > 1:
+        total = sum(group.nbytes for _, groups in shards for group in groups)
         output.write(INDEX_NAME, index_bytes(((t.name, t.file) for t in output.tensors), total))
+
+
+def _with_last(jobs: Sequence[Callable[[], Result]]) -> Iterator[tuple[bool, Callable[[], Result]]]:
+    for number, job in enumerate(jobs, 1):
+        yield number == len(jobs), job
+
+
+def _until_last(results: Iterator[tuple[bool, Result]]) -> Iterator[Result]:
+    for last, result in results:
+        yield result
+        if last:
+            return

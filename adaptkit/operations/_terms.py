@@ -15,6 +15,9 @@ def plan_terms(
 ) -> dict[str, list[LowRank]]:
     """Say which weight each adapter changes, and by what; every module of every adapter finds its weight or fails.
 
+    What an adapter began with to make up for the quantization of its base is taken off again: the base here has lost
+    nothing.
+
     Args:
         checkpoint: the base, or what was merged from it.
         adapters: in order.
@@ -25,9 +28,15 @@ def plan_terms(
 
     Raises:
         BaseMismatchError: a module that the checkpoint lacks or ties to another, or a shape that differs.
+        UsageError: an adapter does nothing but make up for quantization.
     """
     terms: dict[str, list[LowRank]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
+        if adapter.only_compensates:
+            raise UsageError(
+                f"{adapter.root}: only makes up for what quantization lost, and {checkpoint.root} has lost nothing",
+                hint="train it first: adaptkit train --init",
+            )
         for module, low_rank in adapter.modules.items():
             name = f"{module}.weight"
             change = lora.transposed(low_rank) if adapter.fan_in_fan_out else low_rank
@@ -49,6 +58,10 @@ def plan_terms(
                     hint="this adapter is for another model",
                 )
             terms.setdefault(name, []).append(change.weighted(weight))
+            if module in adapter.compensation:
+                begun = adapter.compensation[module]
+                begun = lora.transposed(begun) if adapter.fan_in_fan_out else begun
+                terms[name].append(begun.weighted(-weight))
     return terms
 
 

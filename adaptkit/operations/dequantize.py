@@ -1,20 +1,31 @@
-"""Turn an NF4 checkpoint back into a plain one."""
+"""Turn a quantized checkpoint back into a plain one, piece by piece."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.hashing import fingerprint
+import torch
+import xxhash
+from torch import Tensor
+
+from adaptkit.checkpoint import header, quantized
+from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
 from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import CheckpointError
+from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._selection import stores_transposed
-from adaptkit.operations._shards import Group, Made, plan_shards, write_shards
+from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,22 @@ class DequantizeOptions:
     """How to dequantize.
 
     Attributes:
+        dtype: bfloat16, float16 or float32; None is the type that each weight had.
         max_shard_bytes: no shard grows larger, unless one tensor is.
-        threads: number of tensors decoded at a time; one per processor if None. Not part of the result.
+        threads: number of pieces decoded at a time; one per processor if None. Not part of the result.
     """
 
+    dtype: str | None = None
     max_shard_bytes: int = 5_000_000_000
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.max_shard_bytes < 1:
+            raise UsageError("the shard size must be positive")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads cannot work", hint="at least one")
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,14 @@ class DequantizeReport:
     manifest_sha256: str
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """A piece of a tensor, and the bytes that the source has for it."""
+
+    values: Tensor
+    raw: Tensor
+
+
 def dequantize(
     source: Path,
     output: Path,
@@ -57,68 +86,126 @@ def dequantize(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> DequantizeReport:
-    """Write a plain checkpoint with every NF4 weight in the type that it had.
+    """Write a plain checkpoint with every quantized weight in the type that it had, or another.
+
+    What was never quantized stays as it is, whatever the type asked for.
 
     Args:
-        source: folder of an NF4 checkpoint, ours or bitsandbytes'.
+        source: folder of a quantized checkpoint, ours or bitsandbytes' 4-bit ones.
         output: folder to make.
         options: how.
         force: replace an existing output.
         progress: told of bytes written.
 
     Raises:
-        CheckpointError: the source is malformed, or not in NF4.
+        CheckpointError: the source is malformed, or not in one of these formats.
         OutputExistsError: the output exists.
     """
     options = options or DequantizeOptions()
     checkpoint = Checkpoint(source)
     names = quantized.quantized_names(checkpoint)
     if not names:
-        raise CheckpointError(f"{source}: holds no NF4 weights", hint="it is not quantized, or not by bitsandbytes")
+        raise CheckpointError(
+            f"{source}: holds no quantized weights", hint="this reads what adaptkit and bitsandbytes (4 bits) write"
+        )
     check_output(output, force, [source])
-    parts = {part for name in names for part in quantized.part_names(checkpoint, name)}
-    groups = [
-        _group(checkpoint, name) if name in set(names) else Group(name, (checkpoint.spec(name),))
-        for name in checkpoint.tensors
-        if name not in parts or name in set(names)
-    ]
+    parts = {name: quantized.part_names(checkpoint, name) for name in names}
+    inside = {part for found in parts.values() for part in found} - set(names)
+    groups = [_group(checkpoint, name, name in parts, options) for name in checkpoint.tensors if name not in inside]
     shards = plan_shards(groups, options.max_shard_bytes)
 
-    def make(group: Group) -> Made:
-        if group.source not in parts:
-            weight = checkpoint.read(group.source)
-        else:
-            weight = quantized.read_quantized(checkpoint, group.source).dequantize()
-            if stores_transposed(checkpoint, group.source.removesuffix(".weight")):
-                weight = weight.T.contiguous()
-        return Made({group.source: weight}, fingerprint(weight))
+    def jobs(group: Group) -> Sequence[Callable[[], _Decoded]]:
+        if group.source in parts:
+            return _decoding(checkpoint, group.specs[0])
+        return [_as_it_is(job) for job in reading(checkpoint, group.specs[0], lambda values, start: None)]
 
-    recorded = {k: v for k, v in asdict(options).items() if k != "threads"}
-    with Output(output, [str(source.resolve()), checkpoint.state(), recorded], force) as out:
-        write_shards(out, shards, make, thread_count(options.threads), progress)
+    def assemble(group: Group, results: Iterator[_Decoded], writer: TensorWriter) -> dict[str, str]:
+        digest = xxhash.xxh3_128()
+        for result in results:
+            digest.update(bytes_of(result.raw))
+            writer.write(group.source, result.values)
+        small = [part for part in parts.get(group.source, ()) if part != group.source]
+        return {part: fingerprint(checkpoint.read(part)) for part in small} | {group.source: digest.hexdigest()}
+
+    recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
+    state = [[str(source.resolve()), checkpoint.state()]]
+    with Output(output, [checkpoint.outline(), recorded], force, inputs=state) as out:
+        out.require_space(sum(group.nbytes for group in groups))
+        write_shards(out, shards, jobs, assemble, thread_count(options.threads), progress)
+        write_index(out, shards)
         out.write_json(CONFIG_NAME, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
         for path in side_files(source):
             out.write(path.name, path.read_bytes())
-        base = [
-            TensorRecord(name, "", located.spec.dtype, located.spec.shape, fingerprint(checkpoint.read(name)))
-            for name, located in checkpoint.tensors.items()
-        ]
-        manifest = Manifest(
-            kind="checkpoint",
-            operation={"name": "dequantize", "options": recorded},
-            files=tuple(out.files),
-            tensors=tuple(out.tensors),
-            parents=(parent_of("base", read_manifest(source), base),),
-        )
+        manifest = _manifest(out, checkpoint, recorded)
         out.publish(manifest)
     bytes_after = sum(group.nbytes for group in groups)
     return DequantizeReport(str(output), len(names), bytes_after, manifest.tensors_root, manifest.sha256)
 
 
-def _group(checkpoint: Checkpoint, name: str) -> Group:
-    """The plain tensor that an NF4 weight becomes; shape and type are in its state, which is small."""
+def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: DequantizeOptions) -> Group:
+    """The plain tensor that a tensor becomes; a quantized one's shape and type are in its state."""
+    if not is_quantized:
+        return Group(name, (checkpoint.spec(name),))
+    weight = quantized.read_constants(checkpoint, name)
+    shape = weight.shape[::-1] if _is_transposed(checkpoint, name) else weight.shape
+    dtype = DTYPES[options.dtype] if options.dtype else weight.dtype
+    return Group(name, (TensorSpec(name, DTYPE_NAMES[dtype], shape),))
+
+
+def _is_transposed(checkpoint: Checkpoint, name: str) -> bool:
+    return stores_transposed(checkpoint, name.removesuffix(".weight"))
+
+
+def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _Decoded]]:
+    """Jobs that decode a weight."""
+    dtype = header.DTYPES[spec.dtype]
+    if _is_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
+        return [lambda: _decode_transposed(checkpoint, spec.name, dtype)]
+    weight = quantized.read_constants(checkpoint, spec.name)
+    absmax = weight.absmax
+    return [
+        _decode_job(checkpoint, spec.name, weight, absmax, piece, dtype)
+        for piece in cut(spec, weight.block_size * GROUP)
+    ]
+
+
+def _decode_transposed(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> _Decoded:
     weight = quantized.read_quantized(checkpoint, name)
-    shape = weight.shape
-    if stores_transposed(checkpoint, name.removesuffix(".weight")):
-        shape = shape[::-1]
-    return Group(name, (TensorSpec(name, DTYPE_NAMES[weight.dtype], shape),))
+    return _Decoded(weight.dequantize(dtype).T.contiguous(), weight.codes)
+
+
+def _decode_job(
+    checkpoint: Checkpoint, name: str, weight: QuantizedWeight, absmax: Tensor, piece: Piece, dtype: torch.dtype
+) -> Callable[[], _Decoded]:
+    def run() -> _Decoded:
+        a_byte = 8 // weight.encoding.numerics.bits
+        codes = checkpoint.read_flat(name, piece.start // a_byte, -(-piece.count // a_byte))
+        first = piece.start // weight.block_size
+        constants = absmax[first : first + -(-piece.count // weight.block_size)]
+        packed = Blockwise(codes, constants, (piece.count,), weight.block_size)
+        return _Decoded(weight.encoding.numerics.dequantize(packed, dtype), codes)
+
+    return run
+
+
+def _as_it_is(job: Callable[[], Tensor]) -> Callable[[], _Decoded]:
+    def run() -> _Decoded:
+        values = job()
+        return _Decoded(values, values)
+
+    return run
+
+
+def _manifest(out: Output, checkpoint: Checkpoint, recorded: dict[str, object]) -> Manifest:
+    digests = {name: digest for note in out.notes.values() for name, digest in note.items()}
+    base = [
+        TensorRecord(name, "", located.spec.dtype, located.spec.shape, digests[name])
+        for name, located in checkpoint.tensors.items()
+    ]
+    return Manifest(
+        kind="checkpoint",
+        operation={"name": "dequantize", "options": recorded},
+        files=tuple(out.files),
+        tensors=tuple(out.tensors),
+        parents=(parent_of("base", read_manifest(checkpoint.root), base),),
+    )

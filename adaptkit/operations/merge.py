@@ -125,7 +125,7 @@ def merge(
         return report
     recorded = {"undo": options.undo, "allow_base_mismatch": options.allow_base_mismatch, "weights": list(weights)}
     roots = [tensors_root(adapter.records) for adapter in read]
-    configs = [dict(adapter.config) for adapter in read]
+    configs = [[dict(adapter.config), _begun(adapter)] for adapter in read]
     with Output(output, [str(base.resolve()), checkpoint.state(), roots, configs, recorded], force) as out:
         for number, file in enumerate(sorted(checkpoint.headers), 1):
             record_name = undo.undo_name(number, len(checkpoint.headers))
@@ -138,6 +138,10 @@ def merge(
         manifest = _manifest(out, checkpoint, read, weights, terms, recorded)
         out.publish(manifest)
     return _finished(report, out, checkpoint, terms, manifest)
+
+
+def _begun(adapter: Adapter) -> dict[str, list[str]]:
+    return {name: [fingerprint(t.lora_a), fingerprint(t.lora_b)] for name, t in adapter.compensation.items()}
 
 
 def _check_base(checkpoint: Checkpoint) -> None:

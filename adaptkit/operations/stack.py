@@ -103,6 +103,11 @@ def stack(
 def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[LowRank]]:
     terms: dict[str, list[LowRank]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
+        if adapter.compensation:
+            raise AdapterError(
+                f"{adapter.root}: began with what makes up for the quantization of its base, which counts only once",
+                hint="merge it onto the 16-bit base",
+            )
         if adapter.fan_in_fan_out != adapters[0].fan_in_fan_out:
             raise AdapterError(f"{adapter.root} and {adapters[0].root} are for bases that store weights differently")
         for module, low_rank in adapter.modules.items():

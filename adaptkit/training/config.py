@@ -32,7 +32,8 @@ class TrainConfig:
         alpha: the adapter's change is multiplied by alpha / rank.
         targets: shell patterns of module paths that get an adapter; ``*`` is every linear layer inside the model.
         init: of A: ``kaiming`` (uniform, PEFT's default) or ``normal`` (standard deviation 1 / rank, as in the LoRA
-            paper); B begins as zero.
+            paper), B beginning as zero; or the folder of an adapter to begin with, whose rank, alpha and targets are
+            then the run's.
         dropout: of the adapter's input.
         steps: optimizer steps; None means ``epochs``.
         epochs: passes over the data.
@@ -90,7 +91,7 @@ class TrainConfig:
             "rank": 1 <= self.rank <= _LARGEST_RANK,
             "alpha": 0 < self.alpha <= _LARGEST,
             "targets": len(self.targets) > 0,
-            "init": self.init in INITS,
+            "init": self.init in INITS or Path(self.init).is_dir(),
             "dropout": 0 <= self.dropout < 1,
             "steps": self.steps is None or self.steps >= 1,
             "epochs": 0 < self.epochs < float("inf"),
@@ -138,7 +139,8 @@ class TrainConfig:
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all of it but paths and devices, which say nothing about the result."""
-        return {k: v for k, v in asdict(self).items() if k not in {"base", "data", "device"}}
+        values = {k: v for k, v in asdict(self).items() if k not in {"base", "data", "device"}}
+        return values if self.init in INITS else values | {"init": "adapter"}  # a parent in the manifest says which
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

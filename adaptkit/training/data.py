@@ -1,16 +1,11 @@
 """Instruction data: rows to token ids, with a label only where the model shall answer.
 
-A jsonl row is one of
-    {"instruction", "context" or "input" (optional), "output" or "response"}
-    {"prompt", "completion"}
-    {"messages": [{"role", "content"}, ...]}
-and goes through the model's own chat template. What the template adds between a conversation up to the answer's
-opening and the conversation with the answer is the answer, its end-of-turn token included; only that carries loss.
+The rows are those of ``checkpoint.conversation``, and go through the model's own chat template. What the template
+adds between a conversation up to the answer's opening and the conversation with the answer is the answer, its
+end-of-turn token included; only that carries loss.
 """
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,14 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.checkpoint.conversation import Message, is_text, messages_of, render, rows
 from adaptkit.errors import DataError, UsageError
 
 IGNORED = -100
 """The label of a token that carries no loss."""
-
-_HALF = re.compile("[\ud800-\udfff]")
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -90,9 +82,9 @@ def load_data(files: Sequence[Path], tokenizer: Any, max_length: int) -> Dataset
     """
     samples, truncated, dropped = [], 0, 0
     for file in files:
-        for where, row in _rows(file):
+        for where, row in rows(file):
             try:
-                whole = encode(_messages(row, where), tokenizer)
+                whole = encode(messages_of(row, where), tokenizer)
             except DataError as error:
                 raise DataError(f"{where}: {error.message.removeprefix(f'{where}: ')}", error.hint) from error
             if whole.answer_tokens == 0:
@@ -115,14 +107,14 @@ def encode(messages: Sequence[Message], tokenizer: Any) -> Sample:
     Raises:
         DataError: the template refuses the conversation, or rewrites earlier turns, so that no turn has a fixed place.
     """
-    text = _render(messages, tokenizer)
+    text = render(messages, tokenizer)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             if turn == 0:
                 raise DataError("the assistant speaks first", hint="begin with a user's message")
-            before = _render(messages[:turn], tokenizer, opening=True)
-            through = _render(messages[: turn + 1], tokenizer)
+            before = render(messages[:turn], tokenizer, opening=True)
+            through = render(messages[: turn + 1], tokenizer)
             if not (text.startswith(through) and through.startswith(before)):
                 raise DataError(
                     f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens cannot "
@@ -130,7 +122,7 @@ def encode(messages: Sequence[Message], tokenizer: Any) -> Sample:
                     hint="split the conversation into rows of one answer each, or use another template",
                 )
             spans.append((len(before), len(through)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = [int(token) for token in encoded["input_ids"]]
     labels = [IGNORED] * len(ids)
     for start, end in spans:
@@ -148,10 +140,10 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     Raises:
         UsageError: the message is not UTF-8.
     """
-    if not _is_text(prompt):
+    if not is_text(prompt):
         raise UsageError(f"the prompt {prompt!r} is not UTF-8")
-    text = _render([{"role": "user", "content": prompt}], tokenizer, opening=True)
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    text = render([{"role": "user", "content": prompt}], tokenizer, opening=True)
+    return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -201,74 +193,3 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         labels[row, : len(sample.ids)] = torch.tensor(sample.labels)
         mask[row, : len(sample.ids)] = 1
     return Batch(ids, labels, mask)
-
-
-def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if file.suffix != ".jsonl":
-        raise DataError(f"{file}: expected a .jsonl file", hint="one JSON object on each line")
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # Windows editors begin files with a mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
-    lines = text.split("\n")  # splitlines would cut at characters that JSON strings may hold as they are
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, found {type(row).__name__}")
-        yield where, row
-
-
-def _messages(row: Mapping[str, Any], where: str) -> list[Message]:
-    if "messages" in row:
-        messages = row["messages"]
-        roles = {"system", "user", "assistant"}
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and _is_text(m.get("role")) and m["role"] in roles and _is_text(m.get("content"))
-            for m in messages
-        ):
-            raise DataError(f"{where}: messages must be a list of {{role, content}}", hint=f"roles: {sorted(roles)}")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise DataError(f"{where}: no message is the assistant's")
-        return [{"role": m["role"], "content": m["content"]} for m in messages]
-    question = _text(row, ("instruction", "prompt"), where)
-    answer = _text(row, ("output", "response", "completion"), where)
-    context = next((row[name] for name in ("context", "input") if row.get(name)), "")
-    if not _is_text(context):
-        raise DataError(f"{where}: the context is no text", hint="context and input are strings, or left out")
-    if context:
-        question = f"{question}\n\n{context}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _text(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    for name in names:
-        if _is_text(row.get(name)):
-            return str(row[name])
-    raise DataError(f"{where}: has no {' or '.join(names)}", hint=f"found: {', '.join(map(str, row)) or 'nothing'}")
-
-
-def _is_text(value: Any) -> bool:
-    """Whether this is a string that tokenizers take: JSON's escapes can write half a character."""
-    return isinstance(value, str) and _HALF.search(value) is None
-
-
-def _render(messages: Sequence[Message], tokenizer: Any, opening: bool = False) -> str:
-    if not messages:
-        return ""
-    if tokenizer.chat_template is None:
-        if tokenizer.eos_token is None:
-            raise DataError("the tokenizer has neither a chat template nor an end token")
-        ends = {"assistant": tokenizer.eos_token}
-        return "".join(message["content"] + ends.get(message["role"], "\n") for message in messages)
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses the conversation ({error})") from error

@@ -14,14 +14,13 @@ from torch.nn import functional
 
 from adaptkit.checkpoint import quantized
 from adaptkit.errors import BaseMismatchError
-from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax
 from adaptkit.numerics.lora import LowRank
 
 
 class NF4Weight(nn.Module):
-    """A frozen NF4 weight, (out, in), packed as in the file."""
+    """A frozen quantized weight, (out, in), packed as in the file."""
 
     codes: Tensor
     absmax: Tensor
@@ -30,7 +29,7 @@ class NF4Weight(nn.Module):
 
     def __init__(self, weight: quantized.QuantizedWeight) -> None:
         super().__init__()
-        self.shape, self.block_size = weight.shape, weight.block_size
+        self.shape, self.block_size, self.format = weight.shape, weight.block_size, weight.encoding.numerics
         self.offset: float | None = None
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
@@ -46,7 +45,7 @@ class NF4Weight(nn.Module):
         absmax = self.absmax
         if self.offset is not None:
             absmax = dequantize_absmax(DoubleQuantized(self.absmax, self.nested_absmax, self.offset), self.levels)
-        return nf4.dequantize(Blockwise(self.codes, absmax, self.shape, self.block_size), dtype)
+        return self.format.dequantize(Blockwise(self.codes, absmax, self.shape, self.block_size), dtype)
 
 
 class PlainWeight(nn.Module):

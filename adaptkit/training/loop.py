@@ -12,22 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.checkpoint.adapter import write_adapter
+from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.hashing import file_sha256, fingerprint
+from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.journal import Output, check_output
-from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.manifest import read_manifest
+from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data import Sample, collate, load_data, split, step_samples
 from adaptkit.training.evaluate import mean_loss, pad_id, summed_loss
-from adaptkit.training.model import Model, choose_device, load_model, new_adapter
+from adaptkit.training.model import Model, choose_device, load_model
 from adaptkit.training.optimizer import PagedAdamW, learning_rate
 from adaptkit.training.paging import PagedState
+from adaptkit.training.result import write_result
 from adaptkit.training.resume import TrainingState, newest_checkpoint, save_checkpoint
 from adaptkit.training.segments import checkpoint_layers
+from adaptkit.training.start import begin, read_start
 
 METRICS_NAME = "metrics.jsonl"
 _PAGES_NAME = "optimizer-pages.bin"
@@ -111,7 +114,7 @@ def train(
     """
     base = Path(config.base)
     checkpoint = Checkpoint(base)
-    if checkpoint.quantization_method != "bitsandbytes":
+    if not quantized_names(checkpoint):
         raise UsageError(f"{base}: not quantized", hint=f"run: adaptkit quantize {base} -o {base.name}-nf4")
     check_output(output, force, [base, *map(Path, config.data)])
     tokenizer = load_tokenizer(base)
@@ -119,12 +122,15 @@ def train(
     data_sha256 = [file_sha256(Path(file)) for file in config.data]
     samples, held_out = split(data.samples, config.held_out, config.seed)
     manifest = read_manifest(base)
-    plan = [config.recorded(), manifest.sha256 if manifest else checkpoint.state(), _digest(data.samples)]
+    start = read_start(config, manifest)
+    begun = tensors_root(start.records) if start else None
+    plan = [config.recorded(), manifest.sha256 if manifest else checkpoint.state(), _digest(data.samples), begun]
     with Output(output, plan, force, keep_work=True) as out:
-        run = _Run(config, out, base, samples, held_out, pad_id(tokenizer))
+        run = _Run(config, out, base, samples, held_out, pad_id(tokenizer), start)
         run.train(on_step)
         (out.folder / _PAGES_NAME).unlink(missing_ok=True)
-        adapter = _write(out, run, config, manifest, data_sha256)
+        out.write(METRICS_NAME, run.metrics_bytes())
+        adapter = write_result(out, run.model, config, manifest, start, data_sha256)
         out.publish(adapter)
     return TrainReport(
         output=str(output),
@@ -155,6 +161,7 @@ class _Run:
         samples: Sequence[Sample],
         held_out: Sequence[Sample],
         padding: int,
+        start: Adapter | None,
     ) -> None:
         self._config, self._out, self._padding = config, out, padding
         self._samples, self._held_out = samples, held_out
@@ -162,7 +169,7 @@ class _Run:
         self.steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
         device = choose_device(config.device)
         self.model = load_model(base, getattr(torch, config.compute_dtype), device)
-        new_adapter(self.model, config.targets, config.rank, config.alpha, config.init, config.dropout, config.seed)
+        begin(self.model, config, start)
         self.segments = checkpoint_layers(self.model.network, config.checkpointing)
         self.parameters, self._gradients = _flatten(self.model)
         budget = None if config.optimizer_pages_mib is None else int(config.optimizer_pages_mib * 2**20)
@@ -273,36 +280,6 @@ def _flatten(model: Model) -> tuple[Tensor, Tensor]:
         parameter.grad = gradients[start:end].view(parameter.shape)
         start = end
     return parameters, gradients
-
-
-def _write(out: Output, run: _Run, config: TrainConfig, base: Manifest | None, data_sha256: list[str]) -> Manifest:
-    """Write adapter and metrics, and describe them."""
-    changes = run.model.changes()
-    all_linear = set(changes) == set(run.model.linears)
-    leaves = sorted({name.rpartition(".")[2] for name in changes})
-    extra: dict[str, Any] = {"lora_dropout": config.dropout, "fan_in_fan_out": run.model.stores_transposed}
-    if all_linear:
-        extra["target_modules"] = leaves  # says the same as every path, and is how people write it
-    write_adapter(out, changes, Path(config.base).resolve().name, **extra)
-    out.write(METRICS_NAME, run.metrics_bytes())
-    known = {target.module: target for target in base.targets} if base else {}
-    targets = [known.get(name, Target(name, change.shape)) for name, change in changes.items()]
-    return Manifest(
-        kind="adapter",
-        operation={"name": "train", "options": config.recorded() | {"data_sha256": data_sha256}},
-        files=tuple(out.files),
-        tensors=tuple(out.tensors),
-        parents=(parent_of("base", base, () if base else _records(run.model.checkpoint)),),
-        targets=tuple(targets),
-    )
-
-
-def _records(checkpoint: Checkpoint) -> list[TensorRecord]:
-    """The tensors of a base without a manifest."""
-    return [
-        TensorRecord(name, "", located.spec.dtype, located.spec.shape, fingerprint(checkpoint.read(name)))
-        for name, located in checkpoint.tensors.items()
-    ]
 
 
 def _digest(samples: Sequence[Sample]) -> str:

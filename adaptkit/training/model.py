@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.architecture import empty_network, is_linear
+from adaptkit.checkpoint.assembly import compute_buffers
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.linear import FrozenWeight, LoraLinear, NF4Weight, PlainWeight
+from adaptkit.training.experts import Stack, combine, pack
+from adaptkit.training.linear import LoraLinear
+from adaptkit.training.source import Source
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,24 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     """
     checkpoint = Checkpoint(root)
     network = empty_network(checkpoint, compute_dtype)
-    used: set[str] = set()
+    compute_buffers(network)  # first: it would overwrite the parameters beside them
+    source = Source(checkpoint, network)
     linears: dict[str, LoraLinear] = {}
     transposed = False
-    packed = set(quantized.quantized_names(checkpoint))
     head = network.get_output_embeddings()
     for name, module in list(network.named_modules()):
-        if is_linear(module) and module is not head:
-            linears[name] = _replace(network, name, module, checkpoint, packed, used)
+        if not is_linear(module) or (module is head and not source.is_packed(f"{name}.weight")):
+            continue
+        layer = _replace(network, name, module, source)
+        if module is not head:
+            linears[name] = layer
             transposed |= not isinstance(module, nn.Linear)
-    for name, parameter in list(network.named_parameters(remove_duplicate=False)):
-        if parameter.is_meta and name in checkpoint.tensors:
-            _assign(network, name, checkpoint.read(name).to(compute_dtype))
-            used.add(name)
+    _load_others(network, source, compute_dtype)
     network.tie_weights()
-    _recreate_buffers(network)
     missing = [name for name, tensor in [*network.named_parameters(), *network.named_buffers()] if tensor.is_meta]
     if missing:
         raise CheckpointError(f"{root}: has no {missing[0]}, which {type(network).__name__} needs")
-    unknown = sorted(set(checkpoint.tensors) - used - _tied_names(network))
+    unknown = source.unused(network)
     if unknown:
         raise CheckpointError(f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}")
     network.requires_grad_(False)
@@ -128,7 +129,7 @@ def new_adapter(
         layer.to(next(layer.base.buffers()).device)
 
 
-def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str) -> None:
+def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dropout: float = 0.0) -> None:
     """Give a model an existing adapter.
 
     Raises:
@@ -138,7 +139,7 @@ def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str) -> 
         if name not in model.linears:
             raise BaseMismatchError(f"{where}: changes {name}, which {model.checkpoint.root} does not have")
         try:
-            model.linears[name].attach(change)
+            model.linears[name].attach(change, dropout)
         except BaseMismatchError as error:
             raise BaseMismatchError(f"{where}: {name}: {error.message}") from error
         model.linears[name].to(next(model.linears[name].base.buffers()).device)
@@ -156,33 +157,46 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _replace(
-    network: Any, name: str, module: Any, checkpoint: Checkpoint, packed: set[str], used: set[str]
-) -> LoraLinear:
+def _replace(network: Any, name: str, module: Any, source: Source) -> LoraLinear:
     weight_name, bias_name = f"{name}.weight", f"{name}.bias"
     transposed = not isinstance(module, nn.Linear)
     needed = [weight_name] if module.bias is None else [weight_name, bias_name]
     for needed_name in needed:
-        if needed_name not in checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.root}: has no {needed_name}, which {type(network).__name__} needs")
-    if weight_name in packed:
-        weight: FrozenWeight = NF4Weight(quantized.read_quantized(checkpoint, weight_name))
-        used.update(quantized.part_names(checkpoint, weight_name))
-    else:
-        plain = checkpoint.read(weight_name)
-        weight = PlainWeight(plain.T.contiguous() if transposed else plain)
-        used.add(weight_name)
+        if needed_name not in source.files:
+            raise CheckpointError(f"{source.root}: has no {needed_name}, which {type(network).__name__} needs")
+    weight = source.weight(source.files[weight_name], transposed)
     expected = tuple(module.weight.shape[::-1] if transposed else module.weight.shape)
     _check_shape(weight_name, weight.shape, expected)
     bias = None
     if module.bias is not None:
-        bias = checkpoint.read(bias_name)
+        bias = source.read(source.files[bias_name])
         _check_shape(bias_name, bias.shape, module.bias.shape)
-        used.add(bias_name)
     layer = LoraLinear(weight, bias)
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, layer)
     return layer
+
+
+def _load_others(network: Any, source: Source, dtype: torch.dtype) -> None:
+    """Put everything but linear layers in its place; what is packed stays packed."""
+    stacks: dict[str, dict[str, Stack]] = {}
+    for name, parameter in list(network.named_parameters(remove_duplicate=False)):
+        parent, _, child = name.rpartition(".")
+        if not parameter.is_meta:
+            continue
+        if source.is_packed(name):
+            stack: Stack = source.weight(source.files[name])
+        elif name in source.pieces:
+            stack = combine(source.pieces[name], source.weight)
+        elif name in source.files:
+            _assign(network, name, source.read(source.files[name]).to(dtype))
+            continue
+        else:
+            continue
+        _check_shape(name, stack.shape, parameter.shape)
+        stacks.setdefault(parent, {})[child] = stack
+    for parent, found in stacks.items():
+        pack(network.get_submodule(parent), found, dtype)
 
 
 def _assign(network: Any, name: str, value: Tensor) -> None:
@@ -195,27 +209,3 @@ def _assign(network: Any, name: str, value: Tensor) -> None:
 def _check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
     if tuple(found) != tuple(expected):
         raise CheckpointError(f"{name} is {list(found)} in the file; the architecture expects {list(expected)}")
-
-
-def _recreate_buffers(network: Any) -> None:
-    """Compute the buffers that no file holds (rotary frequencies), which the meta device left empty.
-
-    Raises:
-        CheckpointError: the architecture leaves one as it finds it, so that its value is not known.
-    """
-    for path, module in network.named_modules():
-        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
-        seen = []
-        for fill in (0, 1) if empty else ():
-            for name, buffer in empty.items():
-                module._buffers[name] = torch.full_like(buffer, fill, device="cpu")
-            network._init_weights(module)
-            seen.append({name: module._buffers[name] for name in empty})
-        for name in empty:
-            if not torch.equal(seen[0][name], seen[1][name]):
-                raise CheckpointError(f"{type(network).__name__} does not say what {path}.{name} holds")
-
-
-def _tied_names(network: Any) -> set[str]:
-    """Names under which a file may hold a tensor that another name provides."""
-    return {name for name, _ in network.named_parameters(remove_duplicate=False)}

@@ -117,7 +117,7 @@ def test_a_journal_that_a_kill_cut_off_loses_only_its_last_line(tmp_path, cut):
         add(output, "b", b"second")
     with Output(tmp_path / "out", PLAN) as output:
         assert output.finished("a", "b")
-    assert [len(json.loads(line)) for line in journal.read_text().splitlines()] == [1, 3, 3]
+    assert [len(json.loads(line)) for line in journal.read_text().splitlines()] == [2, 3, 3]
 
 
 def test_a_journal_cut_off_in_its_first_line_begins_anew(tmp_path):

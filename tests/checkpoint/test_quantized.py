@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptkit.checkpoint.encoding import Encoding, quantization_config, state_suffix
 from adaptkit.checkpoint.header import DTYPE_NAMES, DTYPES, TensorSpec
-from adaptkit.checkpoint.quantized import STATE_SUFFIX, decode, encode, part_specs, quantization_config
+from adaptkit.checkpoint.quantized import decode, encode, part_specs
 from adaptkit.errors import CheckpointError
+
+STATE_SUFFIX = state_suffix("nf4")
 
 
 def weight_of(shape, dtype=torch.bfloat16, seed=0):
@@ -20,7 +23,7 @@ def weight_of(shape, dtype=torch.bfloat16, seed=0):
 
 def parts_of(shape=(96, 64), dtype=torch.bfloat16, block_size=64, double_quant=True):
     spec, values = weight_of(shape, dtype)
-    named = encode(spec, values, block_size, double_quant)
+    named = encode(spec, values, Encoding("nf4", block_size, double_quant))
     return {name.removeprefix("x.weight"): part for name, part in named.items()}
 
 
@@ -37,7 +40,7 @@ def with_state(parts, **changes):
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_bitsandbytes_reads_our_parts_and_gets_our_weights(double_quant, block_size):
     spec, values = weight_of((96, 256))
-    named = encode(spec, values, block_size, double_quant)
+    named = encode(spec, values, Encoding("nf4", block_size, double_quant))
     codes = named.pop("x.weight")
     state = bnb.QuantState.from_dict({name.removeprefix("x.weight."): p for name, p in named.items()}, device="cpu")
     assert (state.blocksize, state.dtype, tuple(state.shape)) == (block_size, torch.bfloat16, (96, 256))
@@ -52,7 +55,7 @@ def test_our_parts_have_the_names_types_and_shapes_of_theirs():
     spec, values = weight_of((96, 256))
     codes, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=True)
     theirs = {f".{name}": part for name, part in state.as_dict(packed=True).items()} | {"": codes}
-    ours = {name.removeprefix("x.weight"): part for name, part in encode(spec, values, 64, True).items()}
+    ours = {name.removeprefix("x.weight"): part for name, part in encode(spec, values, Encoding()).items()}
     assert set(ours) == set(theirs)
     for name in set(ours) - {STATE_SUFFIX}:
         assert ours[name].dtype == theirs[name].dtype, name
@@ -84,8 +87,8 @@ def test_we_read_what_bitsandbytes_writes():
 def test_sizes_are_known_before_the_weights_and_everything_is_aligned(shape, dtype, block_size, double_quant, size):
     spec, values = weight_of(shape, dtype)
     values = (values.double() * size).clamp(-6e4, 6e4).to(dtype)
-    planned = part_specs(spec, block_size, double_quant)
-    made = encode(spec, values, block_size, double_quant)
+    planned = part_specs(spec, Encoding("nf4", block_size, double_quant))
+    made = encode(spec, values, Encoding("nf4", block_size, double_quant))
     assert list(made) == [part.name for part in planned]
     position = 0
     for part in planned:
@@ -179,5 +182,5 @@ def test_the_configuration_is_the_one_that_transformers_would_write():
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=["lm_head"],
     ).to_dict()
-    ours = quantization_config(["lm_head"], True)
+    ours = quantization_config(["lm_head"], Encoding())
     assert {key: theirs.get(key) for key in ours} == ours

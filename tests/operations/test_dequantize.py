@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import CheckpointError, OutputExistsError
+from adaptkit.errors import CheckpointError, OutputExistsError, UsageError
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
@@ -106,7 +106,7 @@ def test_the_manifest_names_its_parent(quantized, tmp_path):
 
 
 def test_what_is_not_quantized_is_refused(llama, tmp_path):
-    with pytest.raises(CheckpointError, match="no NF4 weights"):
+    with pytest.raises(CheckpointError, match="no quantized weights"):
         dequantize(llama, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -115,3 +115,31 @@ def test_an_existing_output_is_left_alone(quantized, copy_of):
     out = copy_of(quantized)
     with pytest.raises(OutputExistsError):
         dequantize(quantized, out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_what_transformers_saved_comes_out_in_any_type(llama, tmp_path, dtype, format):
+    """Without double quantization bitsandbytes' own decoder, asked for that type, gives the same bits."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=format, bnb_4bit_use_double_quant=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        llama, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    dequantize(tmp_path / "theirs", tmp_path / "out", DequantizeOptions(dtype=dtype))
+    plain = load_file(tmp_path / "out" / "model.safetensors")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        state = layer.weight.quant_state
+        state.dtype = getattr(torch, dtype)
+        assert torch.equal(plain[f"{name}.weight"], bnb.functional.dequantize_4bit(layer.weight.data, state)), name
+    assert plain["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"max_shard_bytes": 0}, {"threads": 0}])
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(UsageError):
+        DequantizeOptions(**options)

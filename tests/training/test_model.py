@@ -1,6 +1,7 @@
 """The packed model is the model that transformers loads."""
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -10,7 +11,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
-from adaptkit.operations.quantize import quantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.linear import NF4Weight
 from adaptkit.training.model import attach_adapter, choose_device, load_model, new_adapter
 
@@ -163,3 +164,29 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     for name in ("cuda:2", "gpu"):
         with pytest.raises(UsageError, match="not available"):
             choose_device(name)
+
+
+def test_a_file_without_the_models_prefix_is_loaded_by_it(gpt2, copy_of):
+    """As the Hub's GPT-2, with the causal masks that older versions of transformers wrote."""
+    expected = logits(load_model(gpt2, torch.float32, CPU).network)
+
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 128, 128).tril()
+
+    model = load_model(rewritten(copy_of(gpt2), bare), torch.float32, CPU)
+    assert torch.equal(logits(model.network), expected)
+    assert "transformer.h.0.attn.c_attn" in model.linears
+
+
+def test_a_quantized_head_is_used_and_is_no_target(tmp_path):
+    source = tiny.write_llama(tmp_path / "source", tied=False)
+    quantize(source, tmp_path / "nf4", QuantizeOptions(include_head=True))
+    model = load_model(tmp_path / "nf4", torch.float32, CPU)
+    checkpoint = Checkpoint(tmp_path / "nf4")
+    assert "lm_head" not in model.linears
+    with torch.no_grad():
+        hidden = model.network.model(IDS).last_hidden_state
+        head = read_quantized(checkpoint, "lm_head.weight").dequantize(torch.float32)
+        assert torch.allclose(logits(model.network), hidden @ head.T, atol=1e-5)

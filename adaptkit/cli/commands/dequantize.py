@@ -13,12 +13,13 @@ from adaptkit.cli.progress import byte_progress
 @click.command()
 @click.argument("source", type=ArtifactPath())
 @output_options
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: what each weight had.")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 @threads_option
 def command(
     source: Path, output: Path, force: bool, as_json: bool, quiet: bool, max_shard_size: int, **options: Any
 ) -> None:
-    """Turn the NF4 checkpoint SOURCE, ours or bitsandbytes', back into a plain one."""
+    """Turn the quantized checkpoint SOURCE, ours or bitsandbytes' 4-bit one, back into a plain one."""
     from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 
     chosen = DequantizeOptions(max_shard_bytes=max_shard_size, **options)

@@ -1,23 +1,61 @@
 """``adaptkit quantize``."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, Size, output_options, threads_option
-from adaptkit.cli.output import show, size
-from adaptkit.cli.progress import byte_progress
+from adaptkit.cli.options import ArtifactPath, Share, Size, output_options, threads_option
+from adaptkit.cli.output import Row, percent, show, size
+from adaptkit.cli.progress import byte_progress, count_progress
+
+if TYPE_CHECKING:
+    from adaptkit.operations.quantize import QuantizeReport
+
+WORST = 3
+"""How many of the tensors with the largest errors the table names."""
 
 
 @click.command()
 @click.argument("source", type=ArtifactPath())
 @output_options
+@click.option("--format", default="nf4", show_default=True, type=click.Choice(["nf4", "fp4", "int8"]))
 @click.option("--block-size", default=64, show_default=True, help="Weights sharing one constant; a power of two.")
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave modules in 16 bits: '*.down_proj'. Repeatable.")
+@click.option("--include-head", is_flag=True, help="Quantize the output layer too.")
+@click.option(
+    "--moe",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "nf4"]),
+    help="Experts: bitsandbytes cannot load them quantized, adaptkit's trainer can.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Text or jsonl: choose constants and codes by what goes through the model. Repeatable.",
+)
+@click.option("--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True)
+@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--init-adapter",
+    type=click.IntRange(min=1),
+    metavar="RANK",
+    help="With --calibrate: make an adapter, too, that makes up for much of the loss; train --init begins with it.",
+)
+@click.option("--init-adapter-output", type=click.Path(path_type=Path), help="Its folder. [<output>-init]")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
+@click.option(
+    "--part",
+    type=Share(),
+    metavar="K/N",
+    help="Write the K-th of N shares of the shards, perhaps on another machine; the same command without --part joins.",
+)
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page, too.")
 @threads_option
 def command(
     source: Path,
@@ -27,29 +65,78 @@ def command(
     quiet: bool,
     max_shard_size: int,
     dry_run: bool,
-    skip: tuple[str, ...],
+    html: Path | None,
+    part: tuple[int, int] | None,
+    calibrate: tuple[Path, ...],
+    calibration_tokens: int,
+    window: int,
+    init_adapter: int | None,
+    init_adapter_output: Path | None,
     **options: Any,
 ) -> None:
     """Quantize the checkpoint SOURCE into NF4 shards with doubly quantized constants.
 
     transformers with bitsandbytes, vLLM and unsloth load the result.
     """
-    from adaptkit.operations.quantize import QuantizeOptions, quantize
+    from adaptkit.cli.pages import prepare, write
+    from adaptkit.cli.pages.quantize import quantize_page
+    from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
 
-    chosen = QuantizeOptions(skip=skip, max_shard_bytes=max_shard_size, **options)
-    with byte_progress("quantize", as_json or quiet) as progress:
-        report = quantize(source, output, chosen, force=force, dry_run=dry_run, progress=progress)
+    if init_adapter is not None and not calibrate:
+        raise click.UsageError("--init-adapter needs --calibrate FILE")
+    share = Part(*part) if part else None
+    calibration = Calibration(calibrate, calibration_tokens, window, init_adapter) if calibrate else None
+    chosen = QuantizeOptions(max_shard_bytes=max_shard_size, part=share, calibration=calibration, **options)
+    prepare(html)
+    hidden = as_json or quiet
+    with byte_progress("quantize", hidden) as progress, count_progress("calibrate", hidden) as calibration_progress:
+        report = quantize(
+            source,
+            output,
+            chosen,
+            force=force,
+            dry_run=dry_run,
+            companion=init_adapter_output,
+            progress=progress,
+            calibration_progress=calibration_progress,
+        )
+    if html is not None:
+        write(html, quantize_page(report))
+    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+
+
+def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     kept = ", ".join(f"{count} {reason}" for reason, count in report.kept.items())
+    what = f"{report.output} ({report.shards} shard(s))"
     rows = [
-        ("would write" if dry_run else "wrote", f"{report.output} ({report.shards} shard(s))"),
+        ("would write" if dry_run else "wrote", _share(report.part) + what),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"),
         (
             "quantized",
             f"{report.quantized} matrices, {report.quantized_parameters:,} of {report.parameters:,} parameters",
         ),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
+        ("linear layers", f"read from {report.read_from}"),
         ("kept in 16 bits", kept or "nothing"),
     ]
+    measured = sorted(
+        ((tensor.relative_error, tensor.name) for tensor in report.tensors if tensor.relative_error is not None),
+        key=lambda found: (-found[0], found[1]),
+    )
+    if report.relative_error is not None:
+        worst = "\n".join(f"{percent(error)} {name}" for error, name in measured[:WORST])
+        rows += [("relative error", f"{percent(report.relative_error)} of the weights' norm"), ("worst", worst)]
+    if report.weighted_error is not None:
+        text = f"{percent(report.weighted_error)}, by what goes through {report.calibrated} calibrated matrices"
+        rows.append(("weighted error", text))
+    if report.companion is not None:
+        rows.append(("companion", f"{report.companion}: begin with it by train --init"))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
-    show(report, rows, as_json=as_json, quiet=quiet)
+    if report.part is not None:
+        rows.append(("next", "when all shares are there, run this without --part to join them"))
+    return rows
+
+
+def _share(part: tuple[int, int] | None) -> str:
+    return f"share {part[0]} of {part[1]} of " if part else ""

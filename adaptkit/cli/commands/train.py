@@ -20,7 +20,7 @@ from adaptkit.cli.progress import step_progress
 @click.option(
     "--targets", multiple=True, metavar="PATTERN", help="Layers that get an adapter. [all linear] Repeatable."
 )
-@click.option("--init", help="Of A: kaiming or normal. [kaiming]")
+@click.option("--init", help="Of A: kaiming or normal; or an adapter's folder to begin with. [kaiming]")
 @click.option("--dropout", type=float, help="Of the adapter's input. [0]")
 @click.option("--steps", type=int, help="Optimizer steps; default: as many as the epochs take.")
 @click.option("--epochs", type=float, help="Passes over the data. [1]")

@@ -1,0 +1,65 @@
+"""What an adapter began with, where that makes up for what quantizing its base lost.
+
+    adaptkit-compensation.safetensors    <module>.lora_A (r, in), <module>.lora_B (out, r) F32, <module>.scaling F64 [1]
+
+An adapter that began with it changes the quantized base by s · B A as any other; the 16-bit base lost nothing, so
+there only the difference to the beginning counts.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.reader import TensorFiles
+from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import AdapterError
+from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics.lora import LowRank
+
+COMPENSATION_NAME = "adaptkit-compensation.safetensors"
+
+
+def write_compensation(output: Output, modules: Mapping[str, LowRank]) -> None:
+    """Write what an adapter begins with beside it; exact."""
+    tensors = {}
+    for module, term in modules.items():
+        tensors[f"{module}.lora_A"] = term.lora_a.detach().float().cpu()
+        tensors[f"{module}.lora_B"] = term.lora_b.detach().float().cpu()
+        tensors[f"{module}.scaling"] = torch.tensor([term.scaling], dtype=torch.float64)
+    specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in sorted(tensors.items())]
+    specs.sort(key=lambda spec: spec.dtype, reverse=True)  # float64 before float32, so that all are aligned
+    with TensorWriter(output.folder, COMPENSATION_NAME, specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, tensors[spec.name])
+    output.add(writer.record, [])
+
+
+def read_compensation(root: Path, changes: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Read what an adapter began with; empty if that was nothing.
+
+    Args:
+        root: the adapter's folder.
+        changes: of the adapter, by module.
+
+    Raises:
+        AdapterError: the file is damaged, or does not belong to this adapter.
+    """
+    if not (root / COMPENSATION_NAME).exists():
+        return {}
+    files = TensorFiles(root, [COMPENSATION_NAME])
+    found = {name: files.read(name) for name in files.tensors}
+    modules = {name.rpartition(".")[0] for name in found}
+    expected = {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_B", "scaling")}
+    if set(found) != expected or not all(all_finite(tensor) for tensor in found.values()):
+        raise AdapterError(f"{root}: {COMPENSATION_NAME} is incomplete or not finite", hint="get the adapter again")
+    terms = {}
+    for module in sorted(modules):
+        lora_a, lora_b, scaling = (found[f"{module}.{part}"] for part in ("lora_A", "lora_B", "scaling"))
+        fits = lora_a.dim() == lora_b.dim() == 2 and lora_a.shape[0] == lora_b.shape[1] and scaling.shape == (1,)
+        if not fits or module not in changes or changes[module].shape != (lora_b.shape[0], lora_a.shape[1]):
+            raise AdapterError(f"{root}: {COMPENSATION_NAME} does not fit the adapter at {module}")
+        terms[module] = LowRank(lora_a, lora_b, float(scaling))
+    return terms

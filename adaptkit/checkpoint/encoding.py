@@ -1,0 +1,76 @@
+"""How a weight is quantized, and how ``config.json`` says so."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adaptkit.discovery import load
+from adaptkit.numerics import formats
+from adaptkit.numerics.formats._blockwise import Format, check_block_size
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a weight is quantized.
+
+    Attributes:
+        format: name of a module of ``numerics.formats``.
+        block_size: weights sharing one constant; a power of two from 32 to 4096.
+        double_quant: whether the constants are quantized too.
+    """
+
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        load(formats, self.format, "FORMAT")
+        check_block_size(self.block_size)
+
+    @property
+    def numerics(self) -> Format:
+        """The format's functions."""
+        found: Format = load(formats, self.format, "FORMAT")
+        return found
+
+    @property
+    def state_suffix(self) -> str:
+        """What the name of a weight's state ends in."""
+        return state_suffix(self.format)
+
+
+def state_suffix(format_name: str) -> str:
+    """What the name of a weight's state ends in."""
+    owner = "adaptkit" if format_name == "int8" else "bitsandbytes"
+    return f".quant_state.{owner}__{format_name}"
+
+
+def quantization_config(kept: list[str], encoding: Encoding) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``: bitsandbytes' terms for 4 bits, our own for int8.
+
+    Args:
+        kept: full dotted paths of the linear modules that stay in 16 bits.
+        encoding: of the others.
+    """
+    if encoding.numerics.bits == 8:
+        return {
+            "block_size": encoding.block_size,
+            "double_quant": encoding.double_quant,
+            "format": encoding.format,
+            "modules_to_not_convert": kept,
+            "quant_method": "adaptkit",
+        }
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": encoding.format,
+        "bnb_4bit_use_double_quant": encoding.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": kept,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }

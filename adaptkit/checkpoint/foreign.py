@@ -1,0 +1,33 @@
+"""By which method a checkpoint is quantized already, told by its configuration or by its tensors' names and types."""
+
+import re
+
+from adaptkit.checkpoint.reader import Checkpoint
+
+_BY_NAME = (
+    (re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), "bitsandbytes (4 bits)"),
+    (re.compile(r"(^|\.)SCB$"), "bitsandbytes (int8)"),
+    (re.compile(r"(^|\.)g_idx$"), "GPTQ"),
+    (re.compile(r"(^|\.)qweight$"), "GPTQ or AWQ"),
+    (re.compile(r"(^|\.)weight_packed$"), "compressed-tensors"),
+    (re.compile(r"(^|\.)weight_scale_inv$"), "fp8"),
+)
+
+
+def quantization_found(checkpoint: Checkpoint) -> str | None:
+    """Name the method that a checkpoint is quantized with, or return None if it is not.
+
+    ``config.json`` is believed if it names one; where it is silent the tensors tell: the names that a method gives
+    to its parts, 8-bit floats, or a GGUF file beside them.
+    """
+    if checkpoint.quantization_method is not None:
+        return checkpoint.quantization_method
+    for pattern, method in _BY_NAME:
+        if any(pattern.search(name) for name in checkpoint.tensors):
+            return method
+    names = checkpoint.tensors
+    if any(name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names for name in names):
+        return "MXFP4"
+    if any(located.spec.dtype.startswith("F8_") for located in checkpoint.tensors.values()):
+        return "compressed-tensors" if any(name.endswith(".weight_scale") for name in names) else "fp8"
+    return "GGUF" if any(checkpoint.root.glob("*.gguf")) else None

@@ -1,0 +1,62 @@
+"""Where transformers puts the tensors of a file: files and models do not always call them the same.
+
+A file may lack the prefix of the model around it (``h.0.attn.c_attn.weight`` of the Hub's GPT-2), use a name of an
+older version, or hold one matrix an expert where the model has a stack of them. transformers knows, and is asked.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of a file belongs.
+
+    Attributes:
+        parameters: names in the model; several if the tensor is cut up.
+        pattern: which of ``patterns`` the tensor is, in transformers' notation; empty if it is used as it is.
+        patterns: of all tensors that are combined with this one, in their order.
+        operations: what transformers does with them, one after the other.
+    """
+
+    parameters: tuple[str, ...]
+    pattern: str = ""
+    patterns: tuple[str, ...] = ()
+    operations: tuple[Any, ...] = ()
+
+
+def places(network: Any, names: Iterable[str]) -> dict[str, Place]:
+    """Find the places of a file's tensors; those that the model does not have are left out.
+
+    Args:
+        network: transformers' model, on the meta device or not, before its layers are replaced.
+        names: of tensors.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    known = network.state_dict()
+    mapping = get_model_conversion_mapping(network)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, network.base_model_prefix, known)
+        if renamed not in known:
+            renamed, pattern = rename_source_key(name, [], [], network.base_model_prefix, known)
+        if renamed not in known:
+            continue
+        if pattern is None:
+            found[name] = Place((renamed,))
+            continue
+        converter = by_pattern[pattern]
+        targets = converter.target_patterns
+        found[name] = Place(
+            tuple(renamed.replace(targets[0], target) for target in targets),
+            pattern,
+            tuple(converter.source_patterns),
+            tuple(converter.operations),
+        )
+    return found

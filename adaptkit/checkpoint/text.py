@@ -1,0 +1,121 @@
+"""Text as windows of tokens, for what measures a model on text: calibration, perplexity, divergence."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.conversation import is_text, messages_of, read_text, render, rows
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_json
+from adaptkit.errors import DataError, UsageError
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""The names that configurations have for the longest sequence."""
+
+
+def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: int | None = None) -> Tensor:
+    """Tokenize text files with a checkpoint's tokenizer and cut them into windows.
+
+    A ``.jsonl`` file's rows hold ``text``, or a conversation in a layout of ``checkpoint.conversation``, which goes
+    through the chat template; every other file is one text. The texts follow each other, an end token between them.
+    If the tokenizer begins texts with a token, every window begins with it, as whatever the model was trained on did.
+
+    Args:
+        files: one after the other.
+        root: folder of the checkpoint.
+        window: tokens in a window; at least 2.
+        max_tokens: read no more than the windows that this many tokens make; one if they make none.
+
+    Returns:
+        (windows, window) int64. What is left over at the end and fills no window is dropped, unless it is all there
+        is: then there is one window, shorter.
+
+    Raises:
+        DataError: a file that cannot be read or is no text, a row that is no JSON or lacks its fields (with file and
+            line), or nothing to read.
+        UsageError: the window is longer than the model allows, or there is no tokenizer.
+    """
+    if window < 2 or (max_tokens is not None and max_tokens < 2):
+        raise UsageError(f"a window of {window} tokens, of {max_tokens} in all: both are at least 2")
+    longest = longest_sequence(root)
+    if longest is not None and window > longest:
+        raise UsageError(
+            f"windows of {window} tokens are longer than {root} allows", hint=f"it reads at most {longest}"
+        )
+    if max_tokens is not None:
+        window = min(window, max_tokens)
+    wanted = None if max_tokens is None else max_tokens // window
+    tokenizer = load_tokenizer(root)
+    stream: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ended = True
+    for ids, ends_itself in _texts(files, tokenizer):
+        if ids:
+            stream += ids if ended else [*end, *ids]
+            ended = ends_itself
+        if wanted is not None and len(stream) >= wanted * window:
+            break
+    begin = tokenizer("", verbose=False)["input_ids"][:1]
+    windows = _cut(stream, window, [int(token) for token in begin])
+    if not windows or len(windows[0]) < 2:
+        raise DataError(f"{', '.join(map(str, files)) or 'no files'}: hold no text", hint="give text to read")
+    return torch.tensor(windows[:wanted])
+
+
+def longest_sequence(root: Path) -> int | None:
+    """The most tokens that a checkpoint's model reads at once, or None if its configuration does not say."""
+    config = read_json(root / CONFIG_NAME)
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        for name in _LENGTHS:
+            if isinstance(values.get(name), int) and values[name] > 0:
+                return int(values[name])
+    return None
+
+
+def _texts(files: Sequence[Path], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
+    """The tokens of every text, and whether it ends with an end token of its own."""
+    for file in files:
+        if file.suffix == ".jsonl":
+            for where, row in rows(file):
+                yield _row_tokens(row, where, tokenizer)
+        else:
+            yield _tokens(tokenizer, read_text(file), True), False
+
+
+def _row_tokens(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[list[int], bool]:
+    if not row.keys() & {"text", "messages", "instruction", "prompt"}:
+        raise DataError(
+            f"{where}: has neither text nor a conversation", hint=f"found: {', '.join(map(str, row)) or 'nothing'}"
+        )
+    if "text" in row and "messages" not in row:
+        if not is_text(row["text"]):
+            raise DataError(f"{where}: the text is no text", hint="text is a string")
+        return _tokens(tokenizer, str(row["text"]), True), False
+    messages = messages_of(row, where)
+    try:
+        rendered = render(messages, tokenizer)
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", error.hint) from error
+    return _tokens(tokenizer, rendered, tokenizer.chat_template is None), True
+
+
+def _tokens(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    # verbose=False: transformers would warn of texts longer than the model, which are about to be cut
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if text.strip() else []
+    return [int(token) for token in ids]
+
+
+def _cut(stream: Sequence[int], window: int, begin: list[int]) -> list[list[int]]:
+    windows: list[list[int]] = []
+    position = 0
+    while position < len(stream):
+        lead = [] if stream[position] in begin else begin
+        piece = [*lead, *stream[position : position + window - len(lead)]]
+        position += window - len(lead)
+        if len(piece) == window or not windows:
+            windows.append(piece)
+    return windows

@@ -1,0 +1,204 @@
+"""Quantize the linears of a checkpoint with what goes through them in view, layer by layer, before shards are written.
+
+    adaptkit-scratch-calibrated-<n>.safetensors    the n-th layer's linears: their parts as the shards will have them,
+                                                   and <weight>.lora_A, <weight>.lora_B of the companion adapter
+
+The scratch files are as small as the output, and are removed when it is published.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.header import DTYPE_NAMES, DTYPES, TensorSpec
+from adaptkit.checkpoint.integrity import Progress
+from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
+from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.checkpoint.writer import TensorWriter, write_file
+from adaptkit.errors import IntegrityError
+from adaptkit.numerics.calibration import weighted_nf4
+from adaptkit.numerics.compensation import companion_adapter
+from adaptkit.numerics.formats._double_quant import dynamic_map
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
+from adaptkit.operations._encoding import Encoded, TensorPlan
+from adaptkit.operations._layerwise import InputMoments, layer_moments
+from adaptkit.operations._pipeline import in_order
+
+_END = f"{SCRATCH_PREFIX}calibrated"
+"""Written when every layer is done; says how many there were."""
+
+
+@dataclass(frozen=True)
+class Ready(TensorPlan):
+    """A linear that is quantized already.
+
+    Attributes:
+        scratch: where its parts are.
+        note: what ``assemble`` returns.
+    """
+
+    scratch: TensorFiles | None = None
+    note: Mapping[str, Any] | None = None
+
+    def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
+        """Read the parts; see ``TensorPlan``."""
+        scratch, specs = self.scratch, self.group().specs
+        if scratch is None:
+            raise ValueError(f"{self.spec.name} is not ready")
+        return [_reading(scratch, spec.name) for spec in specs]
+
+    def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
+        """Write the parts; see ``TensorPlan``."""
+        for spec, result in zip(self.group().specs, results, strict=True):
+            writer.write(spec.name, result.raw)
+        return dict(self.note or {})
+
+
+def calibrate(
+    out: Output,
+    checkpoint: Checkpoint,
+    plans: Mapping[str, TensorPlan],
+    tokens: Tensor,
+    *,
+    init_rank: int | None,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Ready]:
+    """Quantize all linears that the tokens reach, or find them quantized by an earlier run.
+
+    Args:
+        out: the folder being written.
+        checkpoint: the source.
+        plans: of every tensor, by name.
+        tokens: (windows, window) int64.
+        init_rank: of the companion adapter; None for none.
+        threads: linears at a time.
+        progress: told how much of the model's run is done.
+
+    Returns:
+        Linears by the name of their weight. One that no token reached, an expert for instance, is absent.
+
+    Raises:
+        NonFiniteError: a weight or an activation is NaN or infinite.
+        UsageError: transformers cannot run this checkpoint.
+    """
+    found_before = out.finished(_END)
+    if not found_before:
+        layers = 0
+        for layer in layer_moments(checkpoint, tokens, second_moments=True, progress=progress):
+            wanted = {
+                plans[f"{module}.weight"]: moments
+                for module, moments in layer.moments.items()
+                if f"{module}.weight" in plans and plans[f"{module}.weight"].encoding is not None
+            }
+            if wanted:
+                _write_layer(out, checkpoint, layers, wanted, init_rank, threads)
+                layers += 1
+        out.add(write_file(out.folder, _END, str(layers).encode()), [])
+    count = int((out.folder / _END).read_text())
+    names = [_layer_name(number) for number in range(count)]
+    if found_before and not out.finished(*names):
+        raise IntegrityError(f"{out.folder}: calibrated layers are missing", hint="delete that folder to begin anew")
+    scratch = TensorFiles(out.folder, names)
+    notes = {name: note for found in names for name, note in out.notes[found].items()}
+    return {
+        name: Ready(plans[name].spec, plans[name].encoding, plans[name].transposed, scratch, note)
+        for name, note in notes.items()
+    }
+
+
+def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:
+    """The companion adapter's matrices by module."""
+    found = {}
+    for name, plan in ready.items():
+        if plan.scratch is not None and f"{name}.lora_A" in plan.scratch.tensors:
+            lora_a, lora_b = plan.scratch.read(f"{name}.lora_A"), plan.scratch.read(f"{name}.lora_B")
+            found[name.removesuffix(".weight")] = LowRank(lora_a, lora_b, 1.0)
+    return found
+
+
+@dataclass(frozen=True)
+class _Made:
+    tensors: Mapping[str, Tensor]
+    note: Mapping[str, Any]
+
+
+def _write_layer(
+    out: Output,
+    checkpoint: Checkpoint,
+    number: int,
+    wanted: Mapping[TensorPlan, InputMoments],
+    init_rank: int | None,
+    threads: int,
+) -> None:
+    factors = {
+        id(moments): compensation_factor(moments.second_moment)
+        for moments in wanted.values()
+        if moments.second_moment is not None
+    }
+
+    def make(item: tuple[TensorPlan, InputMoments]) -> _Made:
+        plan, moments = item
+        return _make(checkpoint, plan, moments, factors.get(id(moments)), init_rank)
+
+    made = dict(zip((plan.spec.name for plan in wanted), in_order(make, wanted.items(), threads), strict=True))
+    tensors = {name: tensor for result in made.values() for name, tensor in result.tensors.items()}
+    specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in sorted(tensors.items())]
+    specs.sort(key=lambda spec: DTYPES[spec.dtype].itemsize, reverse=True)  # so that all are aligned
+    with TensorWriter(out.folder, _layer_name(number), specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, tensors[spec.name])
+    out.add(writer.record, [], {_layer_name(number): {name: dict(result.note) for name, result in made.items()}})
+
+
+def _make(
+    checkpoint: Checkpoint, plan: TensorPlan, moments: InputMoments, factor: Tensor | None, init_rank: int | None
+) -> _Made:
+    """Quantize one linear, and measure what that lost."""
+    name, encoding = plan.spec.name, plan.encoding
+    if encoding is None:
+        raise ValueError(f"{name} is not to be quantized")
+    raw = checkpoint.read(name)
+    plan.check(raw.reshape(-1), 0)
+    weight = raw.T.contiguous() if plan.transposed else raw
+    arguments = (encoding.block_size, encoding.double_quant)
+    if factor is None:
+        codes, constants = weighted_nf4(weight, moments.mean_square, *arguments)
+    else:
+        codes, constants = compensated_nf4(weight, moments.mean_square, factor, *arguments)
+    packed = QuantizedWeight(encoding, codes, constants, tuple(weight.shape), torch.float32, dynamic_map())
+    wide = weight.float()
+    lost = wide - packed.dequantize(torch.float32)
+    importance = moments.mean_square.double()
+    note = {
+        "fingerprint": fingerprint(raw),
+        "error": [float(lost.double().square().sum()), float(wide.double().square().sum())],
+        "weighted_error": [_weighted(lost, importance), _weighted(wide, importance)],
+    }
+    tensors = {name: codes.view(quantized.code_spec(plan.linear, encoding).shape)}
+    tensors |= quantized.constant_parts(plan.linear, encoding, constants)
+    if init_rank is not None:
+        moment = moments.mean_square if moments.second_moment is None else moments.second_moment
+        lora_a, lora_b = companion_adapter(lost, moment, min(init_rank, *lost.shape))
+        tensors |= {f"{name}.lora_A": lora_a.contiguous(), f"{name}.lora_B": lora_b.contiguous()}
+    return _Made(tensors, note)
+
+
+def _weighted(values: Tensor, importance: Tensor) -> float:
+    """Σ_ij values_ij² · importance_j."""
+    return float(values.double().square().sum(0) @ importance)
+
+
+def _layer_name(number: int) -> str:
+    return f"{SCRATCH_PREFIX}calibrated-{number}.safetensors"
+
+
+def _reading(scratch: TensorFiles, name: str) -> Callable[[], Encoded]:
+    return lambda: Encoded(scratch.read(name))

@@ -1,0 +1,133 @@
+"""Quantize one tensor of a checkpoint, piece by piece: the jobs, and how their results become its parts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.hashing import bytes_of
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.operations._shards import Group, Piece, cut, reading
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A piece of a weight: as the file holds it, and quantized. All of a weight that stays is ``raw``."""
+
+    raw: Tensor
+    packed: Blockwise | None = None
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor.
+
+    Attributes:
+        spec: in the source.
+        encoding: how it is quantized; None if it stays.
+        transposed: whether the source keeps it as (in, out).
+    """
+
+    spec: TensorSpec
+    encoding: Encoding | None
+    transposed: bool = False
+
+    @property
+    def linear(self) -> TensorSpec:
+        """The weight as (out, in)."""
+        return TensorSpec(
+            self.spec.name, self.spec.dtype, self.spec.shape[::-1] if self.transposed else self.spec.shape
+        )
+
+    def group(self) -> Group:
+        """The tensors that it becomes."""
+        specs = [self.spec] if self.encoding is None else quantized.part_specs(self.linear, self.encoding)
+        return Group(self.spec.name, tuple(specs))
+
+    def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
+        """What to do for it, in order.
+
+        Raises:
+            NonFiniteError: (a job) a weight is NaN or infinite; names its index.
+        """
+        if self.encoding is None:
+            return [_then_encoded(job) for job in reading(checkpoint, self.spec, self.check)]
+        if self.transposed:  # in the GPT-2 family alone, whose matrices are small
+            return [lambda: self._encode(checkpoint, None)]
+        return [self._job(checkpoint, piece) for piece in cut(self.spec, self.encoding.block_size)]
+
+    def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
+        """Write its tensors.
+
+        Returns:
+            fingerprint: of the source tensor.
+            error: Σ(w − q)² and Σw² over the weights, if it was quantized.
+        """
+        if self.encoding is None:
+            for result in results:
+                writer.write(self.spec.name, result.raw)
+            return {"fingerprint": writer.tensors[-1].xxh3_128}
+        digest, absmax, moments = xxhash.xxh3_128(), [], []
+        for result in results:
+            digest.update(bytes_of(result.raw))
+            if result.packed is not None:
+                writer.write(self.spec.name, result.packed.codes)
+                absmax.append(result.packed.absmax)
+                moments.append(result.packed.moments)
+        constants = quantized.nest(torch.cat(absmax), self.encoding)
+        for name, part in quantized.constant_parts(self.linear, self.encoding, constants).items():
+            writer.write(name, part)
+        used = quantized.unnest(constants)
+        return {
+            "fingerprint": digest.hexdigest(),
+            "error": _errors(torch.cat([m for m in moments if m is not None]), used),
+        }
+
+    def _job(self, checkpoint: Checkpoint, piece: Piece) -> Callable[[], Encoded]:
+        return lambda: self._encode(checkpoint, piece)
+
+    def _encode(self, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
+        if self.encoding is None:
+            raise ValueError(f"{self.spec.name} is not to be quantized")
+        if piece is None:
+            raw = checkpoint.read(self.spec.name)
+            values, start = raw.T.contiguous(), 0
+        else:
+            raw = values = checkpoint.read_flat(self.spec.name, piece.start, piece.count)
+            start = piece.start
+        try:
+            return Encoded(raw, self.encoding.numerics.quantize(values, self.encoding.block_size, measure=True))
+        except NonFiniteError:
+            self.check(raw.reshape(-1), start)
+            raise
+
+    def check(self, values: Tensor, start: int) -> None:
+        """Refuse NaN and infinity, with the index in the file."""
+        if not all_finite(values):
+            position = int((~torch.isfinite(values.float())).nonzero()[0, 0])
+            where = [int(index) for index in torch.unravel_index(torch.tensor(start + position), self.spec.shape)]
+            raise NonFiniteError(
+                f"{self.spec.name}: the weight at {where} is {float(values[position])}",
+                hint="repair or re-download this checkpoint",
+            )
+
+
+def _then_encoded(job: Callable[[], Tensor]) -> Callable[[], Encoded]:
+    return lambda: Encoded(job())
+
+
+def _errors(moments: Tensor, absmax: Tensor) -> list[float]:
+    """Σ(w − q)² and Σw² from the blocks' moments and the constants that the file holds in the end."""
+    square, cross, level = moments.double().unbind(1)
+    a = absmax.double()
+    return [max(0.0, float((square - 2 * a * cross + a * a * level).sum())), float(square.sum())]

@@ -1,0 +1,182 @@
+"""How much the prediction depends on what each linear layer gives, with one layer's weights in memory at a time.
+
+With g the gradient of log p(y | x) in a linear layer's output, where y is drawn from the model's own prediction,
+E[g gᵀ] is that output's Fisher information, and a small change ΔW of its weight moves the prediction by about
+
+    KL ≈ ½ · E[(gᵀ ΔW x)²]  ≈  ½ · Σᵢ E[gᵢ²] · ΔWᵢ E[x xᵀ] ΔWᵢᵀ
+
+nats a token, the last step taking g and x for independent and E[g gᵀ] for its diagonal. Source: the factored Fisher
+information of K-FAC (Martens and Grosse, arXiv:1503.05671), with the diagonal of its output factor.
+
+The forward pass leaves every layer's output on disk; the backward pass takes the layers from the last to the first.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.operations._layerwise import Progress, Sums
+from adaptkit.operations._replay import Replay
+
+LOGIT_POSITIONS = 64
+"""Tokens of each window whose logits are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """What one layer's linears have to do with the prediction.
+
+    Attributes:
+        prefix: the layer's dotted path.
+        gradient_square: by the linear's dotted path in the files, (out,) float32: E[g²] over the tokens that it saw,
+            in nats² by the squared unit of its output. A linear that no token reached is absent.
+    """
+
+    prefix: str
+    gradient_square: Mapping[str, Tensor]
+
+
+def layer_gradients(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    *,
+    seed: int = 0,
+    sampled: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Iterator[LayerGradients]:
+    """Run a 16- or 32-bit checkpoint over tokens and back, and measure the gradients of its linears' outputs.
+
+    Args:
+        checkpoint: a causal language model that transformers knows.
+        tokens: (windows, window) int64; every window is a sequence of its own.
+        seed: of the drawn tokens.
+        sampled: draw the next tokens from the model's prediction, as the Fisher information asks; otherwise take the
+            text's own (the empirical Fisher information).
+        compute_dtype: float32 or bfloat16; of weights, activations and gradients.
+        device: that computes; the CPU unless given.
+        progress: told how many batches of layers are done, there and back, of how many.
+
+    Yields:
+        Every linear outside the layers (an untied head) under its own path, then the layers from the last to the first.
+
+    Raises:
+        UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
+        CheckpointError: a tensor that the architecture needs is missing, or has another shape.
+        NonFiniteError: a gradient is NaN or infinite; names the linear layer.
+    """
+    replay = Replay(checkpoint, tokens, compute_dtype, device or torch.device("cpu"))
+    count, batches = len(replay.prefixes), len(replay.batches)
+    tell = progress or (lambda done, total: None)
+    with tempfile.TemporaryDirectory(prefix="adaptkit-") as folder, replay.outside():
+        outputs = _Outputs(Path(folder))
+        for index in range(count):
+            with replay.layer(index), torch.no_grad():
+                for batch in range(batches):
+                    outputs.put(index, batch, replay.run(index, batch, outputs.get(index - 1, batch)))
+                    tell(index * batches + batch + 1, 2 * count * batches)
+        collector = _Collector()
+        with replay.head(), collector.watching(replay.linears(count)):
+            generator = torch.Generator().manual_seed(seed) if sampled else None
+            grads = [_top(replay, batch, outputs.get(count - 1, batch), generator) for batch in range(batches)]
+        for name, square in collector.mean_squares().items():
+            yield LayerGradients(name, replay.as_in_files({name: square}))
+        for index in reversed(range(count)):
+            collector = _Collector()
+            with replay.layer(index), collector.watching(replay.linears(index)):
+                for batch in range(batches):
+                    grads[batch] = _back(replay, index, batch, outputs.get(index - 1, batch), grads[batch])
+                    tell((2 * count - 1 - index) * batches + batch + 1, 2 * count * batches)
+            yield LayerGradients(replay.prefixes[index], replay.as_in_files(collector.mean_squares()))
+
+
+class _Outputs:
+    """What the layers gave, on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, index: int, batch: int, output: Any) -> None:
+        torch.save(output, self._folder / f"{index}-{batch}")
+
+    def get(self, index: int, batch: int) -> Any:
+        """None before the first layer."""
+        return torch.load(self._folder / f"{index}-{batch}") if index >= 0 else None
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states, in what a layer gave: alone, or before other things."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+def _leaf(output: Any) -> tuple[Any, Tensor]:
+    """What a layer gave, with hidden states that gradients end in, and these."""
+    hidden = _hidden(output).detach().requires_grad_()
+    return (hidden if isinstance(output, Tensor) else (hidden, *output[1:])), hidden
+
+
+def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator | None) -> Tensor:
+    """The gradient of the log-likelihood in the last layer's output, (windows, window, hidden)."""
+    before, hidden = _leaf(output)
+    ids = replay.batches[batch]
+    last = ids.shape[1] if generator is not None else ids.shape[1] - 1
+    for start in range(0, last, LOGIT_POSITIONS):
+        positions = torch.arange(start, min(start + LOGIT_POSITIONS, last), device=ids.device)
+        predicted = replay.finish(batch, before, positions).float().log_softmax(-1).flatten(0, 1)
+        if generator is None:
+            wanted = ids[:, positions + 1].reshape(-1, 1)
+        else:
+            wanted = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(ids.device)
+        torch.autograd.backward(predicted.gather(1, wanted).sum())
+    return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+
+
+def _back(replay: Replay, index: int, batch: int, output: Any, grad: Tensor) -> Tensor:
+    """The gradient in a layer's input, from the one in its output; of no use before the first layer."""
+    before, hidden = (None, None) if output is None else _leaf(output)
+    torch.autograd.backward(_hidden(replay.run(index, batch, before)), grad)
+    return grad if hidden is None or hidden.grad is None else hidden.grad
+
+
+class _Collector:
+    """Sums the squares of the gradients of linear layers' outputs."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Sums] = {}
+
+    @contextlib.contextmanager
+    def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Sum over what runs back in the block."""
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def mean_squares(self) -> dict[str, Tensor]:
+        return {name: sums.mean_square(f"the gradient of {name}") for name, sums in self._sums.items()}
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        def add(grad: Tensor) -> None:
+            if grad.numel():
+                self._sums.setdefault(name, Sums(grad.shape[-1], False, grad.device)).add(grad)
+
+        def see(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if output.requires_grad:
+                output.register_hook(add)  # type: ignore[no-untyped-call]
+                return None
+            leaf = output.requires_grad_()  # before the first layer nothing asks for gradients
+            leaf.register_hook(add)  # type: ignore[no-untyped-call]
+            return leaf.clone()  # the model may change it in place
+
+        return see

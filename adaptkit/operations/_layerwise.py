@@ -1,0 +1,183 @@
+"""What enters each linear layer of a model, measured with one layer's weights in memory at a time; see ``_replay``."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import NonFiniteError
+from adaptkit.operations._replay import Replay
+
+Progress = Callable[[int, int], None]
+
+SUM_ROWS = 128
+"""Tokens whose squares are in memory in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Second moments of one linear layer's input x, over every token that it saw.
+
+    Attributes:
+        mean_square: (in,) float32, E[x²], summed in float64.
+        second_moment: (in, in) float32, E[x xᵀ]; None if it was not asked for.
+        tokens: how many there were; fewer than all for an expert that a router chooses.
+    """
+
+    mean_square: Tensor
+    second_moment: Tensor | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """The moments of one layer's linears.
+
+    Attributes:
+        prefix: the layer's dotted path: ``model.layers.0``.
+        moments: by the linear's dotted path in the files, which may lack a prefix, or hold in several matrices what
+            the network has in one. Linears that read the same tensor share one ``InputMoments``; one that no token
+            reached is absent.
+    """
+
+    prefix: str
+    moments: Mapping[str, InputMoments]
+
+
+def layer_moments(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    *,
+    second_moments: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Iterator[LayerMoments]:
+    """Run a 16- or 32-bit checkpoint over tokens, and measure what enters its linear layers.
+
+    Args:
+        checkpoint: a causal language model that transformers knows.
+        tokens: (windows, window) int64; every window is a sequence of its own.
+        second_moments: also collect E[x xᵀ], in² numbers a distinct input.
+        compute_dtype: float32 or bfloat16; of weights and activations.
+        device: that computes; the CPU unless given. The moments lie there too.
+        progress: told how many batches of layers are done, of how many.
+
+    Yields:
+        The layers in their order, then every linear outside them (an untied head) under its own path.
+
+    Raises:
+        UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
+        CheckpointError: a tensor that the architecture needs is missing, or has another shape.
+        NonFiniteError: an activation is NaN or infinite; names the linear layer.
+    """
+    replay = Replay(checkpoint, tokens, compute_dtype, device or torch.device("cpu"))
+    count = len(replay.prefixes)
+    outputs: list[Any] = [None] * len(replay.batches)
+    with replay.outside():
+        for index, prefix in enumerate(replay.prefixes):
+            collector = Collector(second_moments)
+            with replay.layer(index), collector.watching(replay.linears(index)), torch.no_grad():
+                for batch, before in enumerate(outputs):
+                    outputs[batch] = replay.run(index, batch, before)
+                    if progress is not None:
+                        progress(index * len(outputs) + batch + 1, count * len(outputs))
+            yield LayerMoments(prefix, replay.as_in_files(collector.moments()))
+        for name, moments in _outside(replay, outputs, second_moments).items():
+            yield LayerMoments(name, replay.as_in_files({name: moments}))
+
+
+def _outside(replay: Replay, outputs: list[Any], second_moments: bool) -> dict[str, InputMoments]:
+    """What enters the linear layers outside the layers: an untied head, a projection of embeddings."""
+    linears = replay.linears(len(replay.prefixes))
+    head = replay.network.get_output_embeddings()
+    if not linears:
+        return {}
+    if head is not None:  # its input is what is measured; logits would only take memory
+        head.forward = lambda x: x[..., :0]
+    collector = Collector(second_moments)
+    with collector.watching(linears), torch.no_grad():
+        for batch, before in enumerate(outputs):
+            replay.finish(batch, before)
+    return collector.moments()
+
+
+class Sums:
+    """Running sums of x² and, if asked for, of x xᵀ over the rows of tensors."""
+
+    def __init__(self, features: int, products: bool, device: torch.device) -> None:
+        self._square = torch.zeros(features, dtype=torch.float64, device=device)
+        self._product = torch.zeros(features, features, device=device) if products else None
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add (…, features)."""
+        rows = x.reshape(-1, x.shape[-1])
+        for start in range(0, len(rows), SUM_ROWS):
+            self._square += rows[start : start + SUM_ROWS].double().square().sum(0)
+        if self._product is not None:
+            wide = rows.float()
+            self._product.addmm_(wide.T, wide)
+        self.tokens += len(rows)
+
+    def mean_square(self, what: str) -> Tensor:
+        """(features,) float32.
+
+        Raises:
+            NonFiniteError: it is not finite; ``what`` says of what.
+        """
+        mean = (self._square / self.tokens).float()
+        if not bool(mean.isfinite().all()):
+            raise NonFiniteError(f"{what} is not finite", hint="measure in float32")
+        return mean
+
+    def mean_product(self) -> Tensor | None:
+        """(features, features) float32. Ends the summing."""
+        return None if self._product is None else self._product.div_(self.tokens)
+
+
+class Collector:
+    """Sums what enters linear layers, once for those that read the same tensor."""
+
+    def __init__(self, products: bool) -> None:
+        self._products = products
+        self._sums: dict[str, Sums] = {}
+        self._latest: tuple[Tensor, Sums] | None = None
+
+    @contextlib.contextmanager
+    def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Sum over what runs in the block."""
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
+        try:
+            yield
+        finally:
+            self._latest = None
+            for handle in handles:
+                handle.remove()
+
+    def moments(self) -> dict[str, InputMoments]:
+        """By name; ends the summing."""
+        done: dict[int, InputMoments] = {}
+        seen = {name: sums for name, sums in self._sums.items() if sums.tokens}
+        for name, sums in seen.items():
+            if id(sums) not in done:
+                mean_square = sums.mean_square(f"what enters {name}")
+                done[id(sums)] = InputMoments(mean_square, sums.mean_product(), sums.tokens)
+        return {name: done[id(sums)] for name, sums in seen.items()}
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            same = self._latest[1] if self._latest is not None and self._latest[0] is x else None
+            if same is not None and self._sums.setdefault(name, same) is same:
+                return  # already added
+            sums = self._sums.setdefault(name, Sums(x.shape[-1], self._products, x.device))
+            if x.numel():
+                sums.add(x)
+            self._latest = x, sums
+
+        return see

@@ -1,0 +1,177 @@
+"""What quantizing a checkpoint will do, decided before any weight is read."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.journal import Part
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.operations._encoding import TensorPlan
+from adaptkit.operations._roles import Roles
+from adaptkit.operations._selection import Choice, Selection, matched_by, select
+from adaptkit.operations._shards import Group, Shards, plan_shards
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that shows what goes through a model, and what to do with that.
+
+    Attributes:
+        files: text, or jsonl; see ``checkpoint.text``.
+        tokens: to read of it, at most.
+        window: tokens of a sequence.
+        init_rank: of a companion adapter, which makes up for some of what quantization lost; None for none.
+    """
+
+    files: tuple[Path, ...]
+    tokens: int = 8192
+    window: int = 512
+    init_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise UsageError("calibration needs text", hint="give --calibrate FILE")
+        if self.window < 2 or self.tokens < 2:
+            raise UsageError(f"calibration on {self.tokens} tokens in windows of {self.window}: at least 2 each")
+        if self.init_rank is not None and self.init_rank < 1:
+            raise UsageError(f"a companion adapter of rank {self.init_rank}: at least 1")
+
+    def recorded(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return asdict(self) | {"files": [file_sha256(file) for file in self.files]}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to quantize.
+
+    Attributes:
+        format: nf4, fp4 or int8; bitsandbytes loads the first two.
+        block_size: weights sharing one constant; a power of two from 32 to 4096.
+        double_quant: quantize the constants too.
+        skip: shell patterns of module paths that stay in 16 bits.
+        include_head: quantize the output layer too.
+        moe: ``keep`` experts in 16 bits, or quantize them for adaptkit's own trainer: ``nf4``.
+        max_shard_bytes: no shard grows larger, unless one tensor is.
+        threads: number of pieces encoded at a time; one per processor if None. Not part of the result.
+        part: write only a share of the shards; the same call without it joins them. Not part of the result.
+        calibration: choose constants and codes by what goes through the model; nf4 alone.
+    """
+
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    skip: tuple[str, ...] = ()
+    include_head: bool = False
+    moe: str = "keep"
+    max_shard_bytes: int = 5_000_000_000
+    threads: int | None = None
+    part: Part | None = None
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes < 1:
+            raise UsageError("the shard size must be positive")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads cannot work", hint="at least one")
+        if self.calibration is not None and self.format != "nf4":
+            raise UsageError(f"calibration is for nf4, not {self.format}", hint="leave out --calibrate")
+        if self.calibration is not None and self.part is not None:
+            raise UsageError("a calibrated checkpoint is made by one run, not in shares", hint="leave out --part")
+        _ = self.encoding
+
+    @property
+    def encoding(self) -> Encoding:
+        """How a weight is quantized."""
+        return Encoding(self.format, self.block_size, self.double_quant)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the result depends on."""
+        values = {name: value for name, value in asdict(self).items() if name not in {"threads", "part", "calibration"}}
+        return values | ({"calibration": self.calibration.recorded()} if self.calibration else {})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before any weight is read."""
+
+    checkpoint: Checkpoint
+    selection: Selection
+    tensors: dict[str, TensorPlan]
+    groups: dict[str, Group]
+    shards: Shards
+
+    def quantized(self) -> list[Choice]:
+        """The tensors that do not stay as they are."""
+        return [choice for choice in self.selection.choices if not choice.kept_because]
+
+    def outline(self) -> list[Any]:
+        """What tells this plan from others for the same checkpoint."""
+        return [[name, asdict(p.encoding) if p.encoding else None, p.transposed] for name, p in self.tensors.items()]
+
+    def nbytes(self) -> int:
+        """Of all tensors of the output."""
+        return sum(group.nbytes for group in self.groups.values())
+
+
+def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles | None = None) -> Plan:
+    """Decide for every tensor, and refuse what cannot be done.
+
+    Args:
+        checkpoint: the source.
+        options: how.
+        roles: what its tensors are, if that is known already.
+
+    Raises:
+        CheckpointError: the source is quantized already, or has nothing to quantize.
+        UsageError: a pattern matches nothing, or the head cannot be included.
+    """
+    method = quantization_found(checkpoint)
+    if method is not None:
+        raise CheckpointError(
+            f"{checkpoint.root}: quantized already, with {method}", hint="quantize the original 16-bit checkpoint"
+        )
+    selection = select(
+        checkpoint,
+        skip=options.skip,
+        include_head=options.include_head,
+        moe=options.moe,
+        block_size=options.block_size,
+        roles=roles,
+    )
+    _check_selection(checkpoint, selection, options)
+    tensors = {
+        choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else options.encoding, choice.transposed)
+        for choice in selection.choices
+    }
+    groups = {name: tensor.group() for name, tensor in tensors.items()}
+    _check_names(checkpoint, groups)
+    return Plan(checkpoint, selection, tensors, groups, plan_shards(list(groups.values()), options.max_shard_bytes))
+
+
+def _check_selection(checkpoint: Checkpoint, selection: Selection, options: QuantizeOptions) -> None:
+    for choice in selection.choices:
+        if choice.spec.count == 0:
+            raise CheckpointError(
+                f"{checkpoint.root}: tensor {choice.spec.name!r} is empty ({list(choice.spec.shape)})"
+            )
+    for pattern in options.skip:
+        if not matched_by(selection, pattern):
+            raise UsageError(f"--skip {pattern!r} matches no module", hint="patterns match whole paths: '*.down_proj'")
+    if all(choice.kept_because for choice in selection.choices):
+        raise CheckpointError(f"{checkpoint.root}: nothing to quantize: no weights of linear layers that may be")
+
+
+def _check_names(checkpoint: Checkpoint, groups: dict[str, Group]) -> None:
+    """Refuse a source with a tensor that has the name of a part of a quantized weight."""
+    for group in groups.values():
+        for spec in group.specs:
+            if spec.name != group.source and spec.name in groups:
+                raise CheckpointError(
+                    f"{checkpoint.root}: tensor {spec.name!r} has the name of a part of {group.source!r} quantized",
+                    hint="leave that one in 16 bits with --skip, or remove the stray tensor",
+                )

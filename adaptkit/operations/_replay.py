@@ -1,0 +1,184 @@
+"""A model's forward pass, entered anew for every layer, with one layer's weights in memory at a time.
+
+The network is built on the meta device. To run one layer, the model's own forward pass is entered: the layers before
+that one give back at once what the last of them gave before, the layer runs with its weights read from the shards, and
+the pass ends there. So whatever the model computes before its layers (embeddings, positions, masks of several kinds)
+reaches each layer as the model itself passes it, and nothing here knows one family from another. That work outside
+the layers is small; the layers' own is done once.
+
+    resident   embeddings and what else lies outside the layers, one layer, and one hidden state a token
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.checkpoint.architecture import empty_network, is_linear
+from adaptkit.checkpoint.assembly import Assembly, find_stack
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import UsageError
+
+Found = TypeVar("Found")
+
+BATCH_TOKENS = 1024
+"""Tokens that go through a layer at a time; fixed, so that sums over them have one order."""
+
+
+class Replay:
+    """A checkpoint's model and the tokens that it runs over.
+
+    Args:
+        checkpoint: of 16- or 32-bit tensors.
+        tokens: (windows, window) int64; every window is a sequence of its own.
+        dtype: of weights and activations.
+        device: that computes.
+
+    Attributes:
+        network: transformers' model, on the meta device but for its buffers and what is resident.
+        prefixes: the layers' dotted paths, in order.
+        batches: of the tokens, each (windows, window).
+
+    Raises:
+        UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        method = quantization_found(checkpoint)
+        if method is not None:
+            raise UsageError(
+                f"{checkpoint.root}: is quantized ({method})", hint="measure the checkpoint that it was made from"
+            )
+        self.network = empty_network(checkpoint, dtype).eval()
+        _check_tokens(self.network, tokens)
+        stack, layers = find_stack(self.network)
+        self.prefixes = [f"{stack}.{index}" for index in range(len(layers))]
+        self._dtype, self._device = dtype, device
+        self._assembly = Assembly(self.network, checkpoint)
+        self._assembly.load_buffers(device)
+        size = max(1, BATCH_TOKENS // tokens.shape[1])
+        self.batches = [tokens[start : start + size].to(device) for start in range(0, len(tokens), size)]
+        self._parameters = [name for name, _ in self.network.named_parameters()]
+        self._head = self._own_head()
+        self._current, self._calls, self._before = 0, 0, None
+        for index, layer in enumerate(layers):
+            layer.forward = self._door(index, layer.forward)
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Hold what lies outside the layers in memory, but for a head of its own."""
+        names = [name for name in self._parameters if not name.startswith((*self._dotted(), *self._head))]
+        return self._assembly.resident(names, self._dtype, self._device)
+
+    def head(self) -> AbstractContextManager[None]:
+        """Hold the head in memory, if it is not the embedding."""
+        names = [name for name in self._parameters if name.startswith(tuple(self._head))]
+        return self._assembly.resident(names, self._dtype, self._device)
+
+    def layer(self, index: int) -> AbstractContextManager[None]:
+        """Hold one layer in memory."""
+        names = [name for name in self._parameters if name.startswith(f"{self.prefixes[index]}.")]
+        return self._assembly.resident(names, self._dtype, self._device)
+
+    def linears(self, index: int) -> dict[str, nn.Module]:
+        """A layer's linear layers by dotted path; those outside the layers if ``index`` is the number of layers."""
+        found = {name: module for name, module in self.network.named_modules() if is_linear(module)}
+        if index < len(self.prefixes):
+            return {name: module for name, module in found.items() if name.startswith(f"{self.prefixes[index]}.")}
+        tied = None if self._head else self.network.get_output_embeddings()
+        return {n: module for n, module in found.items() if not n.startswith(self._dotted()) and module is not tied}
+
+    def run(self, index: int, batch: int, before: Any) -> Any:
+        """Put a batch through one layer, whose weights must be resident.
+
+        Args:
+            index: of the layer.
+            batch: which one.
+            before: what the layer before it gave; not looked at for the first.
+
+        Returns:
+            What the layer gave.
+
+        Raises:
+            UsageError: the model does not run its layers once each, in their order.
+        """
+        self._current, self._calls, self._before = index, 0, before
+        try:
+            self.network(input_ids=self.batches[batch], use_cache=False)
+        except _ReachedError as reached:
+            return reached.output
+        finally:
+            self._before = None
+        raise self._out_of_order()
+
+    def finish(self, batch: int, before: Any, positions: Tensor | None = None) -> Tensor:
+        """Put a batch through what follows the layers; the head must be resident.
+
+        Args:
+            batch: which one.
+            before: what the last layer gave.
+            positions: (count,) int64, of the tokens whose logits are wanted; all of them unless given.
+
+        Returns:
+            (windows, count, vocabulary) logits.
+        """
+        self._current, self._calls, self._before = len(self.prefixes), 0, before
+        some = {} if positions is None else {"logits_to_keep": positions}
+        try:
+            output = self.network(input_ids=self.batches[batch], use_cache=False, **some)
+        finally:
+            self._before = None
+        logits: Tensor = output.logits
+        return logits
+
+    def as_in_files(self, found: Mapping[str, Found]) -> dict[str, Found]:
+        """What was found by linear layer, by the names of the matrices that make up its weight in the files."""
+        return {
+            file_name.removesuffix(".weight"): value
+            for name, value in found.items()
+            for file_name in self._assembly.sources[f"{name}.weight"]
+        }
+
+    def _dotted(self) -> tuple[str, ...]:
+        return tuple(f"{prefix}." for prefix in self.prefixes)
+
+    def _own_head(self) -> list[str]:
+        """Prefix of the parameters of a head that is not the embedding."""
+        head = self.network.get_output_embeddings()
+        if head is None or head.weight is self.network.get_input_embeddings().weight:
+            return []
+        return [f"{name}." for name, module in self.network.named_modules() if module is head]
+
+    def _door(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if index != self._calls:
+                raise self._out_of_order()
+            self._calls += 1
+            if index < self._current:
+                return self._before
+            raise _ReachedError(forward(*args, **kwargs))
+
+        return run
+
+    def _out_of_order(self) -> UsageError:
+        return UsageError(f"{type(self.network).__name__} does not run its layers once each, one after another")
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the current layer, with what it gave."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _check_tokens(network: Any, tokens: Tensor) -> None:
+    if tokens.dim() != 2 or not tokens.numel():
+        raise UsageError(f"tokens of shape {list(tokens.shape)}: expected windows of tokens")
+    known = network.get_input_embeddings().weight.shape[0]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= known:
+        raise UsageError(
+            f"a token is {int(tokens.max())}, and the model knows {known}", hint="use the model's own tokenizer"
+        )

@@ -1,0 +1,195 @@
+"""What each tensor of a checkpoint is: a linear layer's weight, a norm, an embedding, an expert.
+
+Where transformers knows the architecture, the model is built without weights and its modules say which tensors are
+the weights of linear layers. Elsewhere names and shapes do: a matrix of the numbered layers (``….layers.7.….weight``)
+that no name gives away as something else. Names also say what the tensors are that are no linear layer's.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from adaptkit.checkpoint.architecture import empty_network, is_linear, transformers_version, why_unknown
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.naming import Place, places
+from adaptkit.checkpoint.reader import Checkpoint
+
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+_EXPERTS = re.compile(r"^(?:.*?\.)?experts(?=\.)")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
+_TABLE = re.compile(r"embed|relative_attention_bias|(^|\.)(wte|wpe)(\.|$)")
+_LOOKED_UP = re.compile(
+    r"(^|\.)(embed_tokens|[a-z_]*embeddings?|embed_positions|relative_attention_bias|wte|wpe|embed_in)$"
+)
+_NORM = re.compile(r"(^|\.)(ln_[^.]*|[^.]*norm[^.]*)$", re.IGNORECASE)
+_FLOAT32 = re.compile(r"\.indexer\.weights_proj$")
+_OWN_LINEAR_MODELS = {"falcon"}  # their layers are a subclass of nn.Linear, which bitsandbytes leaves alone
+_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
+_CONV1D_MODELS = {"gpt2", "openai-gpt"}
+_LINEAR_BY_NAME = {
+    "linear",
+    "conv1d",
+    "head",
+    "router",
+    "outside the layers",
+    "float32 by its architecture",
+    "shared by several layers",
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a tensor is.
+
+    Attributes:
+        kind: ``linear``, ``conv1d``, ``head``, ``expert``, or in a few words why it is none of these.
+        is_linear: whether some reader of the file may have a linear layer for it.
+        paths: by which readers know the tensor's module.
+    """
+
+    kind: str
+    is_linear: bool
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the tensors of a checkpoint are.
+
+    Attributes:
+        of: by the tensor's name.
+        read_from: how that was found out.
+        head: path of the output layer in the model.
+        tied: whether the head is the embedding.
+    """
+
+    of: Mapping[str, Role]
+    read_from: str
+    head: str
+    tied: bool
+
+
+def roles_here(checkpoint: Checkpoint) -> Roles:
+    """Tell what every tensor of a checkpoint is; loads transformers if it is installed.
+
+    Raises:
+        UsageError: ``config.json`` describes a model that cannot be built.
+        CheckpointError: it speaks of more layers than there are tensors.
+    """
+    unknown = why_unknown(checkpoint)
+    return roles_by_name(checkpoint, unknown) if unknown else _from_architecture(checkpoint)
+
+
+def is_conv1d(model_type: str, module: str) -> bool:
+    """Whether a module is, by its name, one of the GPT-2 family's that keep their weight as (in, out)."""
+    return model_type in _CONV1D_MODELS and bool(_CONV1D.search(module))
+
+
+def roles_by_name(checkpoint: Checkpoint, reason: str) -> Roles:
+    """Tell by names and shapes what every tensor of a checkpoint is.
+
+    Args:
+        checkpoint: unquantized.
+        reason: why the architecture is not asked, in a few words.
+    """
+    model_type = str(checkpoint.config.get("model_type"))
+    roles = {name: _by_name(located.spec, model_type) for name, located in checkpoint.tensors.items()}
+    heads = [name.removesuffix(".weight") for name, role in roles.items() if role.kind == "head"]
+    tied = checkpoint.config.get("tie_word_embeddings") is True or not heads
+    return Roles(roles, f"names and shapes ({reason})", heads[0] if heads else "lm_head", tied)
+
+
+def _by_name(spec: TensorSpec, model_type: str) -> Role:
+    module = spec.name.removesuffix(".weight")
+    experts = _EXPERTS.match(spec.name)
+    if experts and len(spec.shape) in {2, 3} and not spec.name.endswith("bias"):
+        return Role("expert", True, (experts[0],))
+    kind = _kind_by_name(spec, module, model_type)
+    is_listed = kind in _LINEAR_BY_NAME or (kind == "embedding" and not _LOOKED_UP.search(module))
+    return Role(kind, is_listed, (module,))
+
+
+def _kind_by_name(spec: TensorSpec, module: str, model_type: str) -> str:
+    is_bias = spec.name.endswith("bias") and len(spec.shape) in {1, 2}
+    rules = (
+        (is_bias, "bias"),
+        (not spec.name.endswith(".weight"), "not a weight"),
+        (bool(_NORM.search(module)), "norm"),
+        (len(spec.shape) != 2, "not a matrix"),
+        (bool(_HEAD.search(module)), "head"),
+        (bool(_TABLE.search(module)), "embedding"),
+        (bool(_ROUTER.search(module)), "router"),
+        (not _NUMBERED.search(module), "outside the layers"),
+        (model_type in _OWN_LINEAR_MODELS, "not a linear layer"),
+        (bool(_FLOAT32.search(module)), "float32 by its architecture"),
+        (is_conv1d(model_type, module), "conv1d"),
+    )
+    return next((kind for applies, kind in rules if applies), "linear")
+
+
+def _from_architecture(checkpoint: Checkpoint) -> Roles:
+    network = empty_network(checkpoint)
+    head = network.get_output_embeddings()
+    found = places(network, checkpoint.tensors)
+    shared = _shared_modules(network)
+    model_type = str(checkpoint.config.get("model_type"))
+    roles, strangers = {}, 0
+    for name, located in checkpoint.tensors.items():
+        role = _by_name(located.spec, model_type)
+        if name in found and _fits(network, found[name], located.spec):
+            role = _in_network(network, head, found[name], role, shared)
+        else:
+            strangers += 1
+        roles[name] = role
+    read_from = f"architecture {type(network).__name__} (transformers {transformers_version()})"
+    if strangers:
+        read_from += f"; names and shapes for {strangers} tensors that it does not have, or has in another shape"
+    head_path = next((path for path, module in network.named_modules() if head is not None and module is head), "")
+    tied = head is not None and head.weight is network.get_input_embeddings().weight
+    return Roles(roles, read_from, head_path or "lm_head", tied)
+
+
+def _fits(network: Any, place: Place, spec: TensorSpec) -> bool:
+    """Whether a tensor can be what the model has at its place."""
+    return bool(place.pattern) or tuple(network.get_parameter_or_buffer(place.parameters[0]).shape) == spec.shape
+
+
+def _shared_modules(network: Any) -> dict[str, list[str]]:
+    """By a module's path, the paths of all that have the same weight; the ones of a tied head and embedding too."""
+    groups: dict[str, list[str]] = {}
+    for name, source in network.all_tied_weights_keys.items():
+        groups.setdefault(source.removesuffix(".weight"), []).append(name.removesuffix(".weight"))
+    return {path: [source, *others] for source, others in groups.items() for path in [source, *others]}
+
+
+def _in_network(
+    network: Any, head: nn.Module | None, place: Place, role: Role, shared: Mapping[str, list[str]]
+) -> Role:
+    """The role of a tensor whose place in the model is known; ``role`` is what its name says."""
+    modules = [name.removesuffix(".weight") for name in place.parameters if name.endswith(".weight")]
+    owners = [network.get_submodule(module) for module in modules]
+    if not any(is_linear(owner) for owner in owners):
+        kind = "not a linear layer" if role.kind in _LINEAR_BY_NAME - {"router"} else role.kind
+        return Role(kind, kind in {"router", "expert"}, role.paths)
+    paths = tuple(dict.fromkeys([*role.paths, *modules]))
+    if place.pattern:
+        return Role("reshaped by transformers while loading", True, paths)
+    if owners[0] is head:
+        return Role("head", True, paths)
+    if role.kind == "router":
+        return Role("router", True, paths)
+    if modules[0] in shared:
+        return Role("shared by several layers", True, tuple(dict.fromkeys([*paths, *shared[modules[0]]])))
+    if _stays_in_float32(network, modules[0]):
+        return Role("float32 by its architecture", True, paths)
+    return Role("linear" if isinstance(owners[0], nn.Linear) else "conv1d", True, paths)
+
+
+def _stays_in_float32(network: Any, module: str) -> bool:
+    """Whether transformers leaves a linear layer alone whatever the list of modules to skip says."""
+    patterns = getattr(network, "_keep_in_fp32_modules", None) or ()
+    return any(re.match(rf"(?:{pattern})(?:\.|$)", module) or module.endswith(pattern) for pattern in patterns)

@@ -1,0 +1,108 @@
+"""What is put together from the files is what transformers loads from them."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.checkpoint.assembly import Assembly, compute_buffers, find_stack
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import CheckpointError, UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def family(made):
+    """Write a tiny float32 checkpoint of a family, once."""
+
+    def write(name):
+        folder = made / f"assembly-{name}"
+        if not folder.exists():
+            sizes = {"num_local_experts": 12} if name == "mixtral" else {"query_pre_attn_scalar": 16, "head_dim": 16}
+            config = AutoConfig.for_model(name, vocab_size=90, pad_token_id=0, **tiny._DECODER | sizes)
+            tiny._save(folder, lambda: AutoModelForCausalLM.from_config(config), "float32", 1, 0)
+        return folder
+
+    return write
+
+
+def assembled(folder):
+    checkpoint = Checkpoint(folder)
+    return Assembly(empty_network(checkpoint, torch.float32), checkpoint)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3_text"])
+def test_parameters_and_buffers_are_those_that_transformers_loads(name, family):
+    """Twelve experts, since ``experts.10`` must not come before ``experts.2``; Gemma scales its embeddings."""
+    expected = AutoModelForCausalLM.from_pretrained(family(name), dtype=torch.float32)
+    assembly = assembled(family(name))
+    for path, parameter in expected.named_parameters():
+        assert torch.equal(assembly.read(path), parameter), path
+    assembly.load_buffers(CPU)
+    buffers = dict(assembly.network.named_buffers())
+    assert set(buffers) == {path for path, _ in expected.named_buffers()}
+    for path, buffer in expected.named_buffers():
+        assert torch.allclose(buffers[path], buffer), path
+
+
+def test_the_trainers_model_of_a_family_that_scales_its_embeddings_gives_the_logits_of_transformers(family):
+    """The scale is a buffer beside the embedding, whose computation would draw the embedding anew."""
+    from adaptkit.training.model import load_model
+
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(family("gemma3_text"), dtype=torch.float32)(ids).logits
+        found = load_model(family("gemma3_text"), torch.float32, CPU).network(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_parameters_are_in_memory_while_the_block_runs_under_all_their_names(llama):
+    assembly = assembled(llama)
+    embedding, head = assembly.network.get_input_embeddings(), assembly.network.get_output_embeddings()
+    other = "model.layers.0.mlp.up_proj.weight"
+    with assembly.resident(["model.embed_tokens.weight"], torch.float32, CPU):
+        assert torch.equal(embedding.weight, Checkpoint(llama).read("model.embed_tokens.weight").float())
+        assert head.weight is embedding.weight
+        assert assembly.network.get_parameter(other).is_meta
+    assert embedding.weight.is_meta
+    assert head.weight is embedding.weight
+
+
+def test_a_parameter_that_is_missing_or_of_another_shape_is_refused_and_leaves_nothing_behind(llama, copy_of):
+    from safetensors.torch import load_file, save_file
+
+    folder, name = copy_of(llama), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name][:-1].clone()
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assembly = assembled(folder)
+    first = "model.layers.0.mlp.up_proj.weight"
+    for wrong, message in ((name, r"is \[127, 64\] in the file"), ("model.norm.weight", "has no model.norm.weight")):
+        with pytest.raises(CheckpointError, match=message), assembly.resident([first, wrong], torch.float32, CPU):
+            pass
+        assert all(parameter.is_meta for parameter in assembly.network.parameters())
+
+
+def test_the_stack_is_the_heaviest_outermost_list():
+    layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(9))}) for _ in "ab")
+    model = nn.ModuleDict({"few": nn.ModuleList([nn.Linear(2, 2)]), "inner": nn.ModuleDict({"layers": layers})})
+    assert find_stack(model) == ("inner.layers", layers)
+    with pytest.raises(UsageError, match="has no stack of layers"):
+        find_stack(nn.ModuleDict({"empty": nn.ModuleList()}))
+
+
+def test_a_buffer_that_is_left_as_it_is_found_is_refused():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.empty(3, device="meta"))
+
+        def _init_weights(self, module):
+            pass
+
+    with pytest.raises(CheckpointError, match=r"does not say what \.table holds"):
+        compute_buffers(Network())

@@ -1,0 +1,65 @@
+"""A quantized checkpoint is known by its configuration, and by its tensors where that is silent."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.reader import Checkpoint
+
+LINEAR = "model.layers.0.mlp.up_proj"
+BYTES, FLOATS = torch.ones(64, 8, dtype=torch.uint8), torch.ones(64)
+MADE = {
+    "GPTQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros", "g_idx")} | {f"{LINEAR}.scales": FLOATS},
+    "GPTQ or AWQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros")} | {f"{LINEAR}.scales": FLOATS},
+    "bitsandbytes (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.SCB": FLOATS},
+    "fp8": {f"{LINEAR}.weight": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}.weight_scale_inv": FLOATS},
+    "compressed-tensors": {f"{LINEAR}.weight_packed": BYTES.int(), f"{LINEAR}.weight_scale": FLOATS},
+    "MXFP4": {f"model.layers.0.mlp.experts.down_proj_{part}": BYTES for part in ("blocks", "scales")},
+}
+
+
+def folder_of(path, tensors, config=None):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_the_parts_of_a_method_give_it_away(tmp_path, method):
+    assert quantization_found(Checkpoint(folder_of(tmp_path, MADE[method]))) == method
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_own_state_gives_it_away(tmp_path, kind):
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type=kind)
+    state = torch.nn.ModuleDict({"up_proj": layer}).to("cpu").state_dict()
+    assert quantization_found(Checkpoint(folder_of(tmp_path, state))) == "bitsandbytes (4 bits)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_give_it_away(tmp_path, dtype):
+    folder = folder_of(tmp_path, {f"{LINEAR}.weight": FLOATS.to(dtype)})
+    assert quantization_found(Checkpoint(folder)) == "fp8"
+
+
+def test_the_configuration_is_believed_first(tmp_path):
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}
+    assert quantization_found(Checkpoint(folder_of(tmp_path, MADE["GPTQ"], config))) == "hqq"
+
+
+def test_a_gguf_file_beside_the_weights_gives_it_away(tmp_path):
+    folder = folder_of(tmp_path, {f"{LINEAR}.weight": FLOATS})
+    assert quantization_found(Checkpoint(folder)) is None
+    (folder / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+    assert quantization_found(Checkpoint(folder)) == "GGUF"
+
+
+def test_a_plain_checkpoint_is_not_taken_for_quantized(llama, gpt2):
+    assert quantization_found(Checkpoint(llama)) is None
+    assert quantization_found(Checkpoint(gpt2)) is None

@@ -1,0 +1,178 @@
+"""Windows hold the tokens that the tokenizer gives, in order, and nothing that cannot be read goes unsaid."""
+
+import json
+import re
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.text import longest_sequence, read_tokens
+from adaptkit.errors import DataError, UsageError
+
+PROSE = "the rivers in the north are quiet and the metals at night are not. " * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama):
+    return load_tokenizer(llama)
+
+
+@pytest.fixture(scope="module")
+def beginning(made):
+    """A checkpoint whose tokenizer begins every text with <|im_start|>."""
+    from tokenizers.processors import TemplateProcessing
+
+    folder = tiny.write_llama(made / "beginning")
+    tokenizer = load_tokenizer(folder)
+    bos, number = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write(tmp_path, name, *lines):
+    path = tmp_path / name
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_a_text_file_is_cut_in_order_and_what_is_left_over_is_dropped(llama, tokenizer, tmp_path):
+    path = write(tmp_path, "prose.txt", PROSE)
+    ids = tokenizer(PROSE + "\n")["input_ids"]
+    windows = read_tokens([path], llama, window=48)
+    assert windows.dtype == torch.int64
+    assert windows.shape == (len(ids) // 48, 48)
+    assert windows.reshape(-1).tolist() == ids[: windows.numel()]
+    assert len(ids) % 48
+
+
+def test_a_text_shorter_than_a_window_is_one_short_window(llama, tokenizer, tmp_path):
+    path = tmp_path / "short.md"
+    path.write_text("the quiet rivers")
+    assert read_tokens([path], llama, window=48).tolist() == [tokenizer("the quiet rivers")["input_ids"]]
+
+
+def test_rows_of_text_and_conversations_follow_each_other_with_one_end_each(llama, tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "Name it"}, {"role": "assistant", "content": "the Rhine"}]
+    rows = [
+        {"text": "one text"},
+        {"instruction": "Name it", "context": "", "output": "the Rhine"},
+        {"text": ""},
+        {"prompt": "Name it", "completion": "the Rhine"},
+        {"messages": messages},
+        {"text": "another"},
+    ]
+    found = read_tokens([write(tmp_path, "rows.jsonl", *rows)], llama, window=500)
+    chat = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(found[0]) == f"one text<|im_end|>{chat * 3}another"
+
+
+def test_without_a_template_a_conversation_is_text_that_ends(llama, copy_of, tmp_path):
+    folder = copy_of(llama)
+    (folder / "chat_template.jinja").unlink()
+    row = {"prompt": "Name it", "completion": "the Rhine"}
+    found = read_tokens([write(tmp_path, "rows.jsonl", row, row)], folder, window=99)
+    assert load_tokenizer(folder).decode(found[0]) == "Name it\nthe Rhine<|im_end|>" * 2
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(beginning, tmp_path):
+    tokenizer = load_tokenizer(beginning)
+    begin, *content = tokenizer(PROSE + "\n")["input_ids"]
+    assert begin == tokenizer.bos_token_id
+    windows = read_tokens([write(tmp_path, "prose.txt", PROSE)], beginning, window=32)
+    assert windows[:, 0].tolist() == [begin] * len(windows)
+    assert windows[:, 1:].reshape(-1).tolist() == content[: len(windows) * 31]
+
+
+@given(texts=st.lists(st.text(), min_size=1, max_size=5), window=st.integers(2, 60), limit=st.integers(2, 200))
+def test_no_token_is_lost_or_moved_and_the_limit_holds(llama, tmp_path_factory, tokenizer, texts, window, limit):
+    path = write(tmp_path_factory.mktemp("texts"), "rows.jsonl", *({"text": text} for text in texts))
+    expected = []
+    for text in texts:
+        if text.strip():
+            expected += [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
+    expected = expected[1:]
+    if len(expected) < 2:
+        with pytest.raises(DataError, match="hold no text"):
+            read_tokens([path], llama, window=window)
+        return
+    whole = read_tokens([path], llama, window=window).reshape(-1).tolist()
+    assert whole == expected[: len(whole)]
+    assert len(expected) - len(whole) < window
+    some = read_tokens([path], llama, window=window, max_tokens=limit).reshape(-1).tolist()
+    assert some == expected[: len(some)]
+    assert len(some) <= limit
+    assert len(some) > limit - window or len(some) > len(expected) - window
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"title": "no text"}, "line 2: has neither text nor a conversation"),
+        ({"text": 5}, "line 2: the text is no text"),
+        ({"text": "half: \ud800"}, "line 2: the text is no text"),
+        ({"prompt": "no answer"}, "line 2: has no output or response or completion"),
+        ("{not json", "line 2: not JSON"),
+        ("[1]", "line 2: expected an object"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(line, message, llama, tmp_path):
+    path = write(tmp_path, "rows.jsonl", {"text": "good"}, line)
+    with pytest.raises(DataError, match=re.escape(f"{path}, {message}")):
+        read_tokens([path], llama, window=8)
+
+
+def test_a_template_that_refuses_is_named_with_file_and_line(llama, copy_of, tmp_path):
+    folder = copy_of(llama)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system prompt here') }}")
+    path = write(tmp_path, "rows.jsonl", {"text": "good"}, {"prompt": "x", "completion": "y"})
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: the chat template refuses .*no system prompt here"):
+        read_tokens([path], folder, window=8)
+
+
+def test_files_that_hold_nothing_or_no_text_are_refused(llama, tmp_path):
+    for name, content in (
+        ("empty.txt", b""),
+        ("blank.txt", b" \n"),
+        ("empty.jsonl", b"\n"),
+        ("blank.jsonl", b"{}"[:0]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: hold no text"):
+            read_tokens([tmp_path / name], llama, window=8)
+    (tmp_path / "latin.txt").write_bytes("fine\nna\u00efve".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt, line 2: cannot be read"):
+        read_tokens([tmp_path / "latin.txt"], llama, window=8)
+    for absent in (tmp_path / "absent.txt", tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_tokens([absent], llama, window=8)
+
+
+def test_a_window_longer_than_the_model_allows_is_refused(llama, gpt2, tmp_path):
+    path = write(tmp_path, "prose.txt", PROSE)
+    for folder, longest in ((llama, 512), (gpt2, 128)):
+        assert longest_sequence(folder) == longest
+        assert read_tokens([path], folder, window=longest).shape[0] > 0
+        with pytest.raises(UsageError, match=f"windows of {longest + 1} tokens are longer") as caught:
+            read_tokens([path], folder, window=longest + 1)
+        assert str(longest) in caught.value.hint
+
+
+@pytest.mark.parametrize("sizes", [{"window": 1}, {"window": 8, "max_tokens": 1}])
+def test_windows_that_predict_nothing_are_refused(sizes, llama, tmp_path):
+    with pytest.raises(UsageError, match="at least 2"):
+        read_tokens([write(tmp_path, "prose.txt", PROSE)], llama, **sizes)
+
+
+def test_texts_longer_than_the_model_bring_no_warning(llama, copy_of, run_cli, tmp_path):
+    folder = copy_of(llama)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 16}))
+    path = write(tmp_path, "prose.txt", PROSE)
+    instructions = tiny.write_instructions(tmp_path / "rows.jsonl", rows=2)
+    done = run_cli("evaluate", "--base", folder, "--text", path, "--data", instructions, "--window", 64, "--json")
+    assert (done.code, done.stderr) == (0, "")

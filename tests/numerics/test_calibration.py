@@ -1,0 +1,188 @@
+"""Activation-weighted scales lose less than plain ones, and decode by the ordinary formula."""
+
+import bitsandbytes.functional
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.numerics.calibration import (
+    FLOOR,
+    ScaleGrid,
+    decoded,
+    encode_at,
+    nest_scales,
+    search_scales,
+    weighted_error,
+    weighted_nf4,
+)
+from adaptkit.numerics.formats import nf4
+from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.numerics.formats._double_quant import dynamic_map, quantize_absmax
+from adaptkit.numerics.kernels.codebook import NF4_LEVELS
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PLAIN = ScaleGrid(1.0, 1.0, 1, signed=False, reach=0)
+
+
+@st.composite
+def problems(draw):
+    """A weight and an importance: usual ones, outliers, zero blocks, inputs never used, tails, blocks across rows."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rows, columns = draw(st.integers(1, 12)), draw(st.integers(1, 300))
+    weight = torch.randn(rows, columns, generator=generator)
+    kind = draw(st.sampled_from(["normal", "outliers", "sparse", "wild"]))
+    if kind == "outliers":
+        weight[torch.rand(rows, columns, generator=generator) < 0.01] *= 50
+    elif kind == "sparse":
+        weight[torch.rand(rows, columns, generator=generator) < 0.95] = 0
+    elif kind == "wild":
+        weight *= torch.exp(6 * torch.randn(rows, 1, generator=generator))
+    importance = torch.exp(3 * torch.randn(columns, generator=generator))
+    if draw(st.booleans()):
+        importance[torch.rand(columns, generator=generator) < 0.5] = 0
+    scale = draw(st.sampled_from([1e-6, 0.02, 30]))
+    dtype = draw(st.sampled_from(DTYPES))
+    largest = torch.finfo(dtype).max
+    return (weight * scale).clamp(-largest, largest).to(dtype), importance * draw(st.sampled_from([1e-9, 1.0, 1e6]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.sampled_from([32, 64, 256]), st.booleans(), st.booleans())
+def test_the_weighted_error_is_never_larger_than_that_of_plain_nf4(problem, block_size, double_quant, signed):
+    weight, importance = problem
+    codes, constants = weighted_nf4(weight, importance, block_size, double_quant, ScaleGrid(signed=signed))
+    plain = nf4.quantize(weight, block_size).absmax
+    plain = quantize_absmax(plain) if double_quant else plain
+    plain_codes = encode_at(weight, decoded(plain), block_size)
+    floored = importance.double() + FLOOR * importance.double().mean()
+    found = weighted_error(weight, floored, codes, constants, block_size)
+    assert found <= weighted_error(weight, floored, plain_codes, plain, block_size) * (1 + 1e-5)
+    assert bool(torch.isfinite(decoded(constants)).all())
+    if not signed:
+        assert bool((decoded(constants) >= 0).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([32, 64]))
+def test_one_candidate_is_plain_nf4(problem, block_size):
+    weight, _ = problem
+    uniform = torch.ones(weight.shape[1])
+    plain = nf4.quantize(weight, block_size)
+    codes, absmax = weighted_nf4(weight, uniform, block_size, double_quant=False, grid=PLAIN)
+    zero = plain.absmax < 1e-38
+    assert torch.equal(absmax[~zero], plain.absmax[~zero])
+    assert torch.equal(codes, plain.codes)
+    expected = quantize_absmax(absmax)
+    codes, constants = weighted_nf4(weight, uniform, block_size, double_quant=True, grid=PLAIN)
+    assert torch.equal(constants.codes, expected.codes)
+    assert torch.equal(constants.nested_absmax, expected.nested_absmax)
+    assert torch.equal(codes, encode_at(weight, decoded(expected), block_size))
+
+
+def _errors(block, h, scales):
+    """Σ h (w - q s)² in float64 over all candidate scales, each weight at the level that is nearest, by brute force."""
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
+    distances = (block.double().view(1, -1, 1) - scales.double().view(-1, 1, 1) * levels).square().amin(dim=2)
+    return distances @ h.double()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(20, 70), st.booleans())
+def test_the_best_candidate_is_chosen(seed, rows, columns, signed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    importance = torch.rand(columns, generator=generator) + 0.01
+    grid = ScaleGrid(signed=signed)
+    scales = search_scales(weight, importance, 32, grid)
+    important = (importance.double() + FLOOR * importance.double().mean()).repeat(rows)
+    for block, scale in enumerate(scales):
+        part = slice(block * 32, (block + 1) * 32)
+        weights, h = weight.reshape(-1)[part], important[part]
+        errors = _errors(weights, h, torch.from_numpy(grid.factors) * weights.abs().max())
+        assert float(_errors(weights, h, scale.view(1))) <= float(errors.min()) * (1 + 1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.booleans())
+def test_the_best_nested_code_is_chosen(seed, signed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 64, generator=generator)
+    importance = torch.rand(64, generator=generator) + 0.01
+    grid = ScaleGrid(signed=signed, reach=255)
+    found = nest_scales(weight, search_scales(weight, importance, 32, grid), importance, 32, grid)
+    every = dynamic_map() * found.nested_absmax[0] + found.offset
+    allowed = every if signed else every[every > 0]
+    h = importance.double() + FLOOR * importance.double().mean()
+    for block, scale in enumerate(decoded(found)):
+        part = slice(block % 2 * 32, block % 2 * 32 + 32)
+        weights = weight.reshape(-1)[block * 32 : block * 32 + 32]
+        least = float(_errors(weights, h[part], allowed).min())
+        assert float(_errors(weights, h[part], scale.view(1))) <= least * (1 + 1e-5)
+
+
+def test_a_search_by_row_blocks_gives_the_same_scales():
+    weight, importance = torch.randn(12, 96), torch.rand(96)
+    parts = [search_scales(part, importance) for part in weight.split(4)]
+    assert torch.equal(torch.cat(parts), search_scales(weight, importance))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_type_of_a_weight_does_not_matter(dtype):
+    weight, importance = torch.randn(8, 128).to(dtype), torch.rand(128)
+    for found, expected in zip(
+        weighted_nf4(weight, importance, double_quant=False),
+        weighted_nf4(weight.float(), importance, double_quant=False),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_bitsandbytes_decodes_negative_scales_by_the_same_formula():
+    generator = torch.Generator().manual_seed(0)
+    weight, importance = torch.randn(64, 128, generator=generator), torch.rand(128, generator=generator)
+    codes, constants = weighted_nf4(weight, importance)
+    assert bool((decoded(constants) < 0).any())
+    assert bool((decoded(constants) > 0).any())
+    functional = bitsandbytes.functional
+    nested = functional.QuantState(constants.nested_absmax, code=dynamic_map(), blocksize=256, dtype=torch.float32)
+    state = functional.QuantState(
+        constants.codes, weight.shape, torch.tensor(NF4_LEVELS), 64, "nf4", torch.float32,
+        torch.tensor(constants.offset), nested,
+    )  # fmt: skip
+    theirs = functional.dequantize_4bit(codes.view(-1, 1), state)
+    ours = nf4.dequantize(Blockwise(codes, decoded(constants), (64, 128), 64), torch.float32)
+    assert torch.equal(theirs, ours)
+
+
+def test_a_negative_scale_helps_a_block_with_more_to_tell_below_zero():
+    levels = -torch.tensor(NF4_LEVELS).repeat(2)  # exact with a negative scale only
+    scales = search_scales(levels.view(1, 32), torch.ones(32), 32, ScaleGrid(1.0, 1.0, 1))
+    assert scales.tolist() == [-1.0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "importance", "error"),
+    [
+        (torch.ones(2, 32), torch.ones(31), UsageError),
+        (torch.ones(64), torch.ones(64), UsageError),
+        (torch.ones(2, 32), -torch.ones(32), UsageError),
+        (torch.ones(2, 32), torch.full((32,), torch.nan), NonFiniteError),
+        (torch.full((2, 32), torch.inf), torch.ones(32), NonFiniteError),
+    ],
+)
+def test_what_cannot_be_weighted_is_refused(weight, importance, error):
+    with pytest.raises(error):
+        weighted_nf4(weight, importance)
+
+
+@pytest.mark.parametrize("options", [{"low": 0.0}, {"low": 2.0}, {"points": 0}, {"points": 1}, {"reach": -1}])
+def test_an_impossible_grid_is_refused(options):
+    with pytest.raises(UsageError):
+        ScaleGrid(**options)
+
+
+def test_a_grid_holds_both_ends_and_both_signs():
+    np.testing.assert_allclose(ScaleGrid(0.5, 1.0, 3).factors, [0.5, 0.75, 1.0, -0.5, -0.75, -1.0])

@@ -1,0 +1,85 @@
+"""The companion adapter is the best one of its rank."""
+
+import pytest
+import torch
+
+from adaptkit.errors import UsageError
+from adaptkit.numerics.compensation import DAMPING, companion_adapter
+from adaptkit.numerics.rounding import damped
+
+
+def problem(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lost = torch.randn(rows, columns, generator=generator)
+    inputs = torch.randn(2 * columns, columns, generator=generator, dtype=torch.float64)
+    inputs *= torch.exp(torch.randn(columns, generator=generator, dtype=torch.float64))
+    inputs @= torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    return lost, inputs.T @ inputs / len(inputs)
+
+
+def loss(lost, lora_a, lora_b, matrix):
+    rest = lost.double() - lora_b.double() @ lora_a.double()
+    return float(((rest @ matrix) * rest).sum())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 72), (96, 48), (33, 33)])
+@pytest.mark.parametrize("rank", [1, 8, 16])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_the_loss_is_that_of_the_dense_decomposition(rows, columns, rank, diagonal):
+    lost, second_moment = problem(rows, columns)
+    given = second_moment.diagonal() if diagonal else second_moment
+    weighting = damped(torch.diag(given) if diagonal else given, DAMPING)
+    values, vectors = torch.linalg.eigh(weighting)
+    root = vectors @ torch.diag(values.sqrt()) @ vectors.T  # QERA's root is the symmetric one
+    least = float(torch.linalg.svdvals(lost.double() @ root)[rank:].square().sum())
+    lora_a, lora_b = companion_adapter(lost, given, rank)
+    assert lora_a.shape == (rank, columns)
+    assert lora_b.shape == (rows, rank)
+    assert loss(lost, lora_a, lora_b, weighting) == pytest.approx(least, rel=1e-3)
+
+
+def test_no_perturbation_of_it_is_better():
+    lost, second_moment = problem(32, 48)
+    lora_a, lora_b = companion_adapter(lost, second_moment, 8)
+    weighting = damped(second_moment, DAMPING)
+    least = loss(lost, lora_a, lora_b, weighting)
+    generator = torch.Generator().manual_seed(1)
+    for size in (1e-2, 1e-1, 1.0):
+        for _ in range(20):
+            a = lora_a + size * lora_a.std() * torch.randn(lora_a.shape, generator=generator)
+            b = lora_b + size * lora_b.std() * torch.randn(lora_b.shape, generator=generator)
+            assert loss(lost, a, b, weighting) > least * (1 - 1e-6)
+
+
+def test_a_loss_of_low_rank_is_given_back_whole():
+    generator = torch.Generator().manual_seed(0)
+    lost = torch.randn(50, 4, generator=generator) @ torch.randn(4, 70, generator=generator)
+    lora_a, lora_b = companion_adapter(lost, torch.rand(70, generator=generator), 8)
+    assert torch.allclose(lora_b @ lora_a, lost, atol=1e-4)
+
+
+def test_nothing_lost_makes_an_adapter_that_does_nothing():
+    lora_a, lora_b = companion_adapter(torch.zeros(20, 30), torch.zeros(30), 4)
+    assert not (lora_b @ lora_a).any()
+    assert bool(torch.isfinite(lora_a).all())
+
+
+def test_components_are_balanced_and_the_same_every_time():
+    lost, second_moment = problem(30, 40)
+    lora_a, lora_b = companion_adapter(lost, second_moment, 5)
+    assert torch.allclose(lora_a.norm(dim=1), lora_b.norm(dim=0), rtol=1e-4)
+    torch.manual_seed(5)
+    again = companion_adapter(lost, second_moment, 5)
+    assert torch.equal(again[0], lora_a)
+    assert torch.equal(again[1], lora_b)
+
+
+@pytest.mark.parametrize("rank", [0, 21])
+def test_an_impossible_rank_is_refused(rank):
+    with pytest.raises(UsageError, match="rank"):
+        companion_adapter(torch.ones(20, 30), torch.ones(30), rank)
+
+
+def test_second_moments_of_another_linear_are_refused():
+    with pytest.raises(UsageError, match="second moments"):
+        companion_adapter(torch.ones(20, 30), torch.ones(20), 4)

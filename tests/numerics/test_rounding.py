@@ -1,0 +1,101 @@
+"""Rounding that compensates its errors loses less of a linear's outputs when inputs are correlated."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.errors import UsageError
+from adaptkit.numerics.calibration import ScaleGrid, decoded, weighted_nf4
+from adaptkit.numerics.formats import nf4
+from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.numerics.kernels.codebook import NF4_LEVELS
+from adaptkit.numerics.rounding import compensated_nf4, compensation_factor, damped
+
+
+def correlated(columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    mixing[:, : columns // 4] *= 4
+    inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ mixing.T
+    return inputs.T @ inputs / len(inputs)
+
+
+def decode(weight, codes, constants, block_size):
+    quantized = Blockwise(codes, decoded(constants), tuple(weight.shape), block_size)
+    return nf4.dequantize(quantized, torch.float32)
+
+
+def output_loss(weight, codes, constants, second_moment, block_size=64):
+    lost = (weight.float() - decode(weight, codes, constants, block_size)).double()
+    return float(((lost @ second_moment) * lost).sum())
+
+
+@pytest.mark.parametrize(("columns", "block_size"), [(128, 64), (128, 32), (256, 128), (100, 64), (72, 32)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_less_of_the_outputs_is_lost(columns, block_size, double_quant):
+    second_moment = correlated(columns)
+    weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    importance = second_moment.diagonal()
+    nearest = weighted_nf4(weight, importance, block_size, double_quant)
+    factor = compensation_factor(second_moment, 0.01)
+    found = compensated_nf4(weight, importance, factor, block_size, double_quant)
+    assert output_loss(weight, *found, second_moment, block_size) < 0.8 * output_loss(
+        weight, *nearest, second_moment, block_size
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([48, 64, 96, 130]), st.integers(1, 20))
+def test_codes_are_those_of_the_plain_recursion_in_float64(seed, columns, rows):
+    second_moment = correlated(columns, seed % 1000)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    importance = second_moment.diagonal()
+    codes, scales = compensated_nf4(
+        weight, importance, compensation_factor(second_moment), double_quant=False, grid=ScaleGrid()
+    )
+    inverse = torch.linalg.inv(damped(second_moment, 0.2))
+    factor = torch.linalg.cholesky(inverse).T  # lower L Lᵀ = H⁻¹, so its transpose is the upper factor
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
+    elements = scales.double().repeat_interleave(64)[: rows * columns].view(rows, columns)
+    found = decode(weight, codes, scales, 64).double()
+    work = weight.double().clone()
+    close_calls = 0
+    for j in range(columns):
+        grid = levels * elements[:, j : j + 1]
+        distances = (work[:, j : j + 1] - grid).abs()
+        best, second = distances.topk(2, dim=1, largest=False).values.T
+        differs = (found[:, j] - grid.gather(1, distances.argmin(1, keepdim=True))[:, 0]).abs() > 1e-6
+        close_calls += int(differs.sum())
+        assert bool(((second - best) < 1e-4)[differs].all())
+        error = (work[:, j] - found[:, j]) / factor[j, j]
+        work[:, j + 1 :] -= error.unsqueeze(1) * factor[j, j + 1 :]
+    assert close_calls <= 2
+
+
+def test_uncorrelated_inputs_leave_nothing_to_compensate():
+    weight, importance = torch.randn(9, 128), torch.rand(128) + 0.1
+    grid = ScaleGrid(reach=0)
+    factor = compensation_factor(torch.diag(importance))
+    codes, constants = compensated_nf4(weight, importance, factor, grid=grid, reach=0)
+    expected_codes, expected = weighted_nf4(weight, importance, grid=grid)
+    assert torch.equal(constants.codes, expected.codes)
+    assert torch.equal(codes, expected_codes)
+
+
+def test_an_odd_number_of_weights_is_padded_like_plain_nf4():
+    weight = torch.randn(3, 65)
+    codes, _ = compensated_nf4(weight, torch.ones(65), torch.eye(65))
+    assert codes.shape == nf4.quantize(weight).codes.shape
+    assert int(codes[-1]) & 15 == 7
+
+
+def test_inputs_that_are_all_zero_are_as_good_as_uncorrelated():
+    assert torch.equal(compensation_factor(torch.zeros(5, 5)), torch.eye(5))
+
+
+def test_second_moments_of_another_linear_are_refused():
+    with pytest.raises(UsageError, match="factor"):
+        compensated_nf4(torch.ones(2, 64), torch.ones(64), torch.eye(32))
+    with pytest.raises(UsageError, match="square"):
+        compensation_factor(torch.ones(3, 4))

@@ -1,0 +1,89 @@
+"""The cost of an error predicts the divergence, and a budget goes where a byte saves most."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.errors import UsageError
+from adaptkit.numerics.sensitivity import Choice, allocate, divergence_cost
+
+
+def test_the_cost_is_the_divergence_of_a_softmax_regression():
+    """Independent inputs and random errors make the Fisher matrix nearly the assumed one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 40, generator=generator, dtype=torch.float64) * 0.05
+    lost = torch.randn(12, 40, generator=generator, dtype=torch.float64) * 1e-3
+    inputs = torch.randint(0, 2, (20000, 40), generator=generator).double() * 2 - 1
+    inputs *= torch.linspace(0.1, 2, 40, dtype=torch.float64)
+    log_p = torch.log_softmax(inputs @ weight.T, -1)
+    log_q = torch.log_softmax(inputs @ (weight - lost).T, -1)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    labels = torch.multinomial(log_p.exp(), 1, generator=generator)
+    gradient = -log_p.exp()
+    gradient.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float64))
+    cost = divergence_cost(lost, inputs.square().mean(0), gradient.square().mean(0))
+    assert cost == pytest.approx(divergence, rel=0.15)
+
+
+@st.composite
+def problems(draw):
+    choices = {}
+    for index in range(draw(st.integers(1, 5))):
+        count = draw(st.integers(1, 4))
+        sizes = st.integers(1, 60)
+        costs = st.integers(0, 100)
+        choices[f"linear{index}"] = [Choice(draw(sizes), float(draw(costs))) for _ in range(count)]
+    least = sum(min(choice.nbytes for choice in ways) for ways in choices.values())
+    return choices, least + draw(st.integers(0, 120))
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_the_allocation_is_within_one_step_of_the_best(problem):
+    choices, budget = problem
+    steps = allocate(choices, budget)
+    at = {name: min(range(len(w)), key=lambda i, w=w: (w[i].nbytes, w[i].cost)) for name, w in choices.items()}
+    for step in steps:
+        before, after = choices[step.name][at[step.name]], choices[step.name][step.choice]
+        assert (step.extra_bytes, step.gain) == (after.nbytes - before.nbytes, before.cost - after.cost)
+        at[step.name] = step.choice
+    chosen = [choices[name][index] for name, index in at.items()]
+    assert sum(choice.nbytes for choice in chosen) <= budget
+    best = min(
+        sum(choice.cost for choice in combination)
+        for combination in product(*choices.values())
+        if sum(choice.nbytes for choice in combination) <= budget
+    )
+    largest = max(max(c.cost for c in ways) - min(c.cost for c in ways) for ways in choices.values())
+    assert sum(choice.cost for choice in chosen) <= best + largest
+    gains = [step.gain_per_byte for step in steps]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_a_budget_that_ends_with_a_step_is_spent_in_the_best_way():
+    choices = {
+        "a": [Choice(10, 8.0), Choice(11, 7.0), Choice(40, 0.0)],
+        "b": [Choice(10, 90.0), Choice(11, 80.0), Choice(40, 0.0)],
+    }
+    steps = allocate(choices, 52)
+    assert [(step.name, step.choice, step.gain) for step in steps] == [("b", 1, 10.0), ("b", 2, 80.0), ("a", 1, 1.0)]
+
+
+def test_the_order_does_not_depend_on_that_of_the_linears():
+    choices = {name: [Choice(1, 2.0), Choice(2, 1.0)] for name in "cab"}
+    assert [step.name for step in allocate(choices, 5)] == ["a", "b"]
+    assert allocate(dict(sorted(choices.items())), 5) == allocate(choices, 5)
+
+
+def test_a_larger_choice_that_saves_nothing_is_never_made():
+    assert allocate({"a": [Choice(1, 1.0), Choice(2, 1.0), Choice(3, 2.0)]}, 100) == []
+
+
+def test_a_budget_below_the_least_is_refused():
+    with pytest.raises(UsageError, match="budget"):
+        allocate({"a": [Choice(5, 1.0)]}, 4)
+    with pytest.raises(UsageError, match="no way"):
+        allocate({"a": []}, 4)

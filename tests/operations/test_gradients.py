@@ -1,0 +1,147 @@
+"""One layer at a time gives the gradients that autograd gives on the whole model."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import NonFiniteError
+from adaptkit.operations import _gradients, _replay
+from adaptkit.operations._gradients import layer_gradients
+
+FAMILIES = ["llama", "qwen2", "gemma", "phi", "mixtral", "gpt2"]
+
+
+@pytest.fixture(scope="module")
+def family(made):
+    """Write a tiny float32 checkpoint of a family, once."""
+
+    def write(name):
+        folder = made / f"gradients-{name}"
+        if not folder.exists():
+            if name == "gpt2":
+                tiny.write_gpt2(folder)
+            else:
+                tiny.write_family(folder, name, tied=name == "gemma", dtype="float32")
+        return folder
+
+    return write
+
+
+def windows(count=5, length=20):
+    """Without the padding token, whose embedding is zero: there the norms' gradients are huge."""
+    return torch.randint(3, 90, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def by_autograd(folder, tokens):
+    """Of every linear, the gradients of the text's log-likelihood in its output, by transformers and autograd alone."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    head, outputs = model.get_output_embeddings(), {}
+    tied = head.weight is model.get_input_embeddings().weight
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and not (tied and module is head):
+            module.register_forward_hook(lambda _, args, output, name=name: outputs.setdefault(name, output))
+    grads = {}
+    for window in tokens:
+        outputs.clear()
+        predicted = model(window[None]).logits[0, :-1].log_softmax(-1)
+        likelihood = predicted.gather(1, window[1:, None]).sum()
+        for name, grad in zip(outputs, torch.autograd.grad(likelihood, list(outputs.values())), strict=True):
+            grads.setdefault(name, []).append(grad.reshape(-1, grad.shape[-1]).double())
+    return {name: torch.cat(found).square().mean(0) for name, found in grads.items()}
+
+
+def of_all(*given, **options):
+    return {
+        name: square for layer in layer_gradients(*given, **options) for name, square in layer.gradient_square.items()
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_autograd_on_the_whole_model(name, family, monkeypatch):
+    monkeypatch.setattr(_replay, "BATCH_TOKENS", 40)  # batches of 2, 2 and 1 windows
+    monkeypatch.setattr(_gradients, "LOGIT_POSITIONS", 8)
+    expected = by_autograd(family(name), windows())
+    found = of_all(Checkpoint(family(name)), windows(), sampled=False)
+    assert set(found) == set(expected)
+    for path, square in expected.items():
+        if path == "lm_head":  # no loss is on the last token, which never reaches the head here
+            square = square * 20 / 19
+        scale = float(square.mean())
+        assert torch.allclose(found[path].double(), square, atol=1e-4 * scale, rtol=1e-3), path
+
+
+def test_drawn_tokens_follow_the_prediction(family):
+    """E over drawn tokens of the squared gradient in the logits is p (1 - p)."""
+    tokens = windows(60, 40)
+    model = transformers.AutoModelForCausalLM.from_pretrained(family("llama"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        predicted = model(tokens).logits.softmax(-1)
+    variance = (predicted * (1 - predicted)).mean((0, 1))
+    layers = layer_gradients(Checkpoint(family("llama")), tokens)
+    found = next(layers).gradient_square["lm_head"]
+    assert float(found.sum() / variance.sum()) == pytest.approx(1, abs=0.01)
+    likely = variance > variance.median()
+    assert float((found / variance)[likely].std()) < 0.6
+
+
+def test_the_seed_decides_the_draw(family):
+    checkpoint, tokens = Checkpoint(family("llama")), windows(1)
+    first, again, other = (of_all(checkpoint, tokens, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(family, monkeypatch):
+    networks, loaded = [], []
+    build = _replay.empty_network
+    monkeypatch.setattr(_replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
+
+    def watch(done, total):
+        names = {name for name, parameter in networks[0].named_parameters() if not parameter.is_meta}
+        loaded.append((done, total, sorted({name.split(".")[2] for name in names if ".layers." in name})))
+        assert "lm_head.weight" not in names
+
+    layers = layer_gradients(Checkpoint(family("llama")), windows(), progress=watch)
+    assert [layer.prefix for layer in layers] == ["lm_head", "model.layers.1", "model.layers.0"]
+    assert loaded == [(1, 4, ["0"]), (2, 4, ["1"]), (3, 4, ["1"]), (4, 4, ["0"])]
+
+
+def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(family):
+    """The formula of the module's docstring, against KL measured on two models, both factors from here."""
+    from adaptkit.operations._layerwise import layer_moments
+
+    folder, tokens = family("llama"), windows(60, 40)
+    checkpoint = Checkpoint(folder)
+    squares = of_all(checkpoint, tokens)
+    moments = {
+        n: m for layer in layer_moments(checkpoint, tokens, second_moments=True) for n, m in layer.moments.items()
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        before = model(tokens).logits.log_softmax(-1)
+        for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
+            weight = model.get_parameter(f"{name}.weight")
+            change = 1e-3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight += change
+            after = model(tokens).logits.log_softmax(-1)
+            weight -= change
+            divergence = float((before.exp() * (before - after)).sum(-1).mean())
+            rows = ((change @ moments[name].second_moment.double()) * change).sum(1)
+            estimate = 0.5 * float((squares[name].double() * rows).sum())
+            assert 0.6 < estimate / divergence < 1.6, (name, estimate, divergence)
+
+
+def test_a_gradient_that_is_not_finite_is_named(family, copy_of):
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of(family("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="the gradient of lm_head is not finite"):
+        of_all(Checkpoint(folder), windows(1), sampled=False)

@@ -1,0 +1,233 @@
+"""One layer at a time gives the moments that hooks on the whole model give."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
+from adaptkit.operations import _replay
+from adaptkit.operations._layerwise import layer_moments
+
+SIZES = {
+    "vocab_size": 90,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+FAMILIES = {
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "layer_types": [FULL, SLIDING, FULL]},
+    "qwen3": {"tie_word_embeddings": True},
+    "phi": {"tie_word_embeddings": False},
+    "gemma2": {"sliding_window": 4, "layer_types": [SLIDING, FULL, SLIDING], "query_pre_attn_scalar": 12},
+    "gemma3_text": {"sliding_window": 4, "layer_types": [SLIDING, FULL, SLIDING], "query_pre_attn_scalar": 12},
+    "gpt2": {"n_embd": 48, "n_head": 4, "n_layer": 3, "n_positions": 64, "n_inner": 80},
+    "gpt_neox": {"tie_word_embeddings": False},
+    "opt": {"ffn_dim": 80, "word_embed_proj_dim": 32},
+    "bloom": {"n_head": 4, "n_layer": 3},
+    "phi3": {"tie_word_embeddings": False},
+    "mixtral": {"num_local_experts": 12, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def family(made):
+    """Write a tiny checkpoint of a family, once."""
+
+    def write(name):
+        folder = made / f"layerwise-{name}"
+        if not folder.exists():
+            sizes = {} if name == "gpt2" else dict(SIZES)
+            config = transformers.AutoConfig.for_model(name, **sizes | {"vocab_size": 90} | FAMILIES[name])
+            tiny._save(folder, lambda: transformers.AutoModelForCausalLM.from_config(config), "float32", 1, 0)
+        return folder
+
+    return write
+
+
+def windows(count=5, length=24, seed=0):
+    return torch.randint(1, 90, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def by_hooks(folder, tokens):
+    """E[x xᵀ] of every linear's input in float64, from transformers' own model with all its weights."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    head, seen = model.get_output_embeddings(), {}
+    tied = head.weight is model.get_input_embeddings().weight
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and not (tied and module is head):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+    with torch.no_grad():
+        for window in tokens:
+            model(window[None])
+    stored = {"lm_head": "embed_out"} if model.config.model_type == "gpt_neox" else {}
+    return {
+        stored.get(name, name): torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]).double()
+        for name, xs in seen.items()
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_moments_are_those_of_hooks_on_the_whole_model(name, family, monkeypatch):
+    monkeypatch.setattr(_replay, "BATCH_TOKENS", 48)  # batches of 2, 2 and 1 windows
+    folder, tokens = family(name), windows()
+    layers = list(layer_moments(Checkpoint(folder), tokens, second_moments=True))
+    found = {path: moments for layer in layers for path, moments in layer.moments.items()}
+    expected = by_hooks(folder, tokens)
+    assert set(found) == set(expected)
+    for path, x in expected.items():
+        product = x.T @ x / len(x)
+        scale = float(product.diagonal().mean())
+        assert torch.allclose(found[path].second_moment.double(), product, atol=2e-5 * scale, rtol=1e-4), path
+        assert torch.allclose(found[path].mean_square.double(), product.diagonal(), atol=2e-5 * scale, rtol=1e-4), path
+        assert found[path].tokens == len(x)
+
+
+def test_layers_come_in_order_and_an_untied_head_comes_last(family):
+    def prefixes(name):
+        return [layer.prefix for layer in layer_moments(Checkpoint(family(name)), windows(1))]
+
+    inside = [f"model.layers.{index}" for index in range(3)]
+    assert prefixes("llama") == [*inside, "lm_head"]
+    assert prefixes("qwen3") == inside
+
+
+def test_linears_that_read_one_tensor_share_its_moments_and_products_are_only_made_when_asked_for(family):
+    layer = next(layer_moments(Checkpoint(family("llama")), windows()))
+    attention = {name: layer.moments[f"model.layers.0.self_attn.{name}_proj"] for name in "qkvo"}
+    assert attention["q"] is attention["k"] is attention["v"]
+    assert attention["o"] is not attention["q"]
+    assert all(moments.second_moment is None for moments in layer.moments.values())
+
+
+def test_only_the_current_layer_has_its_weights_in_memory(family, monkeypatch):
+    networks, loaded = [], []
+    build = _replay.empty_network
+    monkeypatch.setattr(_replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
+
+    def watch(done, total):
+        (network,) = networks
+        loaded.append({name for name, parameter in network.named_parameters() if not parameter.is_meta})
+
+    for _ in layer_moments(Checkpoint(family("llama")), windows(), progress=watch):
+        assert torch.is_grad_enabled()  # whoever reads the moments keeps the modes that they had
+    outside = {"model.embed_tokens.weight", "model.norm.weight"}
+    assert [{name.split(".")[2] for name in names - outside} for names in loaded] == [{"0"}, {"1"}, {"2"}]
+    assert all(outside <= names for names in loaded)
+
+
+def test_progress_counts_every_batch_of_every_layer(family, monkeypatch):
+    monkeypatch.setattr(_replay, "BATCH_TOKENS", 24)
+    seen = []
+    list(layer_moments(Checkpoint(family("llama")), windows(2), progress=lambda *now: seen.append(now)))
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
+def test_the_same_tokens_give_the_same_bits(family):
+    first, second = (next(layer_moments(Checkpoint(family("llama")), windows(), second_moments=True)) for _ in "ab")
+    for name, moments in first.moments.items():
+        assert torch.equal(moments.mean_square, second.moments[name].mean_square)
+        assert torch.equal(moments.second_moment, second.moments[name].second_moment)
+
+
+def test_bfloat16_is_near_float32(family):
+    exact, near = (
+        {name: m for layer in layer_moments(Checkpoint(family("llama")), windows(), compute_dtype=dtype)
+         for name, m in layer.moments.items()}
+        for dtype in (torch.float32, torch.bfloat16)
+    )  # fmt: skip
+    for name, moments in exact.items():
+        difference = (near[name].mean_square - moments.mean_square).norm() / moments.mean_square.norm()
+        assert 0 < difference < 0.05, name
+
+
+def test_tokens_that_the_model_cannot_take_are_refused(family):
+    checkpoint = Checkpoint(family("llama"))
+    for tokens, message in (
+        (torch.tensor([[1, 90]]), "a token is 90, and the model knows 90"),
+        (torch.tensor([1, 2]), "expected windows of tokens"),
+        (torch.zeros(0, 8, dtype=torch.int64), "expected windows of tokens"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            next(layer_moments(checkpoint, tokens))
+
+
+def test_a_quantized_checkpoint_is_refused(family, copy_of):
+    folder = copy_of(family("llama"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UsageError, match=r"is quantized \(gptq\)"):
+        next(layer_moments(Checkpoint(folder), windows()))
+
+
+def rewritten(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint(folder)
+
+
+def test_a_missing_or_infinite_weight_is_named(family, copy_of):
+    name = "model.layers.1.mlp.up_proj.weight"
+    without = rewritten(copy_of(family("llama"), "without"), lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
+        list(layer_moments(without, windows()))
+    infinite = rewritten(copy_of(family("llama"), "infinite"), lambda tensors: tensors[name].fill_(torch.inf))
+    with pytest.raises(NonFiniteError, match=r"enters model\.layers\.1\.mlp\.down_proj"):
+        list(layer_moments(infinite, windows()))
+
+
+def test_a_model_without_layers_or_that_skips_one_is_refused(family, copy_of, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def backwards(self, *args, **kwargs):
+        layers = self.layers
+        self.layers = layers[::-1]
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.layers = layers
+
+    monkeypatch.setattr(LlamaModel, "forward", backwards)
+    with pytest.raises(UsageError, match="does not run its layers once each"):
+        next(layer_moments(Checkpoint(family("llama")), windows()))
+    config = json.loads((family("llama") / "config.json").read_text())
+    empty = copy_of(family("llama"), "empty")
+    (empty / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
+    with pytest.raises(UsageError, match="has no stack of layers"):
+        next(layer_moments(Checkpoint(empty), windows()))
+
+
+def test_moments_go_by_the_names_of_the_files(gpt2, copy_of):
+    """The Hub's GPT-2 lacks the prefix of the model around it."""
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    expected = {name: m for layer in layer_moments(Checkpoint(gpt2), windows()) for name, m in layer.moments.items()}
+    stripped = rewritten(copy_of(gpt2), strip)
+    found = {name: m for layer in layer_moments(stripped, windows()) for name, m in layer.moments.items()}
+    assert {f"transformer.{name}" for name in found} == set(expected)
+    for name, moments in found.items():
+        assert f"{name}.weight" in stripped.tensors
+        assert torch.equal(moments.mean_square, expected[f"transformer.{name}"].mean_square)

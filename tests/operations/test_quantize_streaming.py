@@ -1,0 +1,178 @@
+"""How the work is cut up (pieces, threads, shards, shares, kills) is no part of the result."""
+
+import multiprocessing
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.journal import Part
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.errors import ConflictError, UsageError
+from adaptkit.operations import _shards
+from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+
+SMALL = 40_000
+"""A shard size that makes several shards of the small model."""
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, llama):
+    out = tmp_path_factory.mktemp("sharded") / "llama"
+    quantize(llama, out, QuantizeOptions(max_shard_bytes=SMALL))
+    return out
+
+
+@pytest.mark.parametrize("piece", [130, 8200])
+@pytest.mark.parametrize("options", [{}, {"double_quant": False}, {"block_size": 128}])
+def test_pieces_are_no_part_of_the_result(llama, tmp_path, monkeypatch, piece, options):
+    quantize(llama, tmp_path / "whole", QuantizeOptions(**options))
+    dequantize(tmp_path / "whole", tmp_path / "plain")
+    monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
+    quantize(llama, tmp_path / "out", QuantizeOptions(**options))
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    monkeypatch.setattr(_shards, "PIECE_BYTES", 64 * piece)
+    dequantize(tmp_path / "out", tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(tmp_path / "plain")
+
+
+def test_an_odd_number_of_weights_is_cut_as_well(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    weight = torch.randn(37, 91, generator=torch.Generator().manual_seed(1))
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, source / "model.safetensors")
+    quantize(source, tmp_path / "whole")
+    monkeypatch.setattr(_shards, "PIECE_BYTES", 600)
+    quantize(source, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    dequantize(tmp_path / "out", tmp_path / "plain", DequantizeOptions(dtype="float32"))
+    back = load_file(tmp_path / "plain" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert back.dtype == torch.float32
+    assert 0.05 < float((back - weight).norm() / weight.norm()) < 0.12
+
+
+def test_the_reported_error_is_that_of_what_is_in_the_file(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(_shards, "PIECE_BYTES", 5000)
+    report = quantize(llama, tmp_path / "out")
+    dequantize(tmp_path / "out", tmp_path / "plain", DequantizeOptions(dtype="float32"))
+    before, after = load_file(llama / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
+    squares = [0.0, 0.0]
+    for tensor in report.tensors:
+        weight = before[tensor.name].double()
+        error = float((weight - after[tensor.name].double()).square().sum())
+        if tensor.format:
+            assert tensor.relative_error == pytest.approx((error / float(weight.square().sum())) ** 0.5, rel=1e-3)
+            squares = [squares[0] + error, squares[1] + float(weight.square().sum())]
+        else:
+            assert (error, tensor.relative_error) == (0, None)
+            assert tensor.kept_because
+    assert report.relative_error == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-3)
+
+
+def share(llama, out, number, total, **options):
+    return quantize(llama, out, QuantizeOptions(max_shard_bytes=SMALL, part=Part(number, total), **options))
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 2, 1, 3)])
+def test_shares_join_to_what_one_run_makes(llama, sharded, tmp_path, order):
+    for number in order:
+        report = share(llama, tmp_path / "out", number, 3)
+        assert (report.part, report.manifest_sha256) == ((number, 3), None)
+        assert not (tmp_path / "out").exists()
+    quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
+    assert tree(tmp_path / "out") == tree(sharded)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_joining_writes_nothing_twice(llama, sharded, tmp_path):
+    for number in (1, 2):
+        share(llama, tmp_path / "out", number, 2)
+    shards = sorted((tmp_path / "out.partial").glob("*.safetensors"))
+    before = {path.name: path.stat().st_ino for path in shards}
+    assert len(before) == len(list(sharded.glob("*.safetensors")))
+    quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.safetensors")} == before
+
+
+def test_what_a_share_did_not_make_is_made_when_joining(llama, sharded, tmp_path):
+    share(llama, tmp_path / "out", 2, 3)
+    quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
+    assert tree(tmp_path / "out") == tree(sharded)
+
+
+def test_shares_from_a_copy_of_the_source_join_too(llama, sharded, copy_of, tmp_path):
+    """As on several machines, where paths and times differ."""
+    share(copy_of(llama, "elsewhere"), tmp_path / "out", 1, 2)
+    share(llama, tmp_path / "out", 2, 2)
+    quantize(copy_of(llama, "third"), tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
+    assert tree(tmp_path / "out") == tree(sharded)
+
+
+def test_shares_of_a_source_that_changed_meanwhile_are_not_joined(llama, copy_of, tmp_path):
+    source = copy_of(llama)
+    share(source, tmp_path / "out", 1, 2)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConflictError, match="other options, inputs or shares"):
+        share(source, tmp_path / "out", 2, 2)
+    options = QuantizeOptions(max_shard_bytes=SMALL)
+    quantize(source, tmp_path / "out", options)
+    quantize(source, tmp_path / "fresh", options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_shares_with_other_options_or_of_another_number_are_refused(llama, tmp_path):
+    share(llama, tmp_path / "out", 1, 2)
+    before = tree(tmp_path / "out.partial")
+    with pytest.raises(ConflictError):
+        share(llama, tmp_path / "out", 2, 2, double_quant=False)
+    with pytest.raises(ConflictError):
+        share(llama, tmp_path / "out", 2, 3)
+    assert tree(tmp_path / "out.partial") == before
+    share(llama, tmp_path / "out", 2, 2)
+
+
+def test_a_share_leaves_a_foreign_folder_alone(llama, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConflictError, match="not adaptkit's"):
+        share(llama, tmp_path / "out", 1, 2)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("number", "total"), [(0, 2), (3, 2), (-1, 2), (1, 0)])
+def test_a_share_that_there_is_not_is_refused(number, total):
+    with pytest.raises(UsageError):
+        Part(number, total)
+
+
+def _share_in_process(arguments):
+    share(*arguments)
+
+
+def test_shares_can_be_made_at_once(llama, sharded, tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(_share_in_process, [(llama, tmp_path / "out", number, 2) for number in (1, 2)])
+    quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
+    assert tree(tmp_path / "out") == tree(sharded)
+
+
+def test_too_little_space_is_said_before_anything_is_written(llama, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(Exception, match="10,000 free") as caught:
+        quantize(llama, tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert not list((tmp_path / "out.partial").glob("*.safetensors"))
+
+
+def test_the_manifest_does_not_tell_shares_apart(sharded):
+    assert not {"part", "threads"} & set(require_manifest(sharded).operation["options"])

@@ -1,0 +1,344 @@
+"""What is chosen is what bitsandbytes would choose, whether the architecture says so or names and shapes do."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec, write_header
+from adaptkit.checkpoint.layout import index_bytes
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
+from adaptkit.operations._roles import roles_by_name, roles_here
+from adaptkit.operations._selection import matched_by, select, skip_modules, stores_transposed
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+
+UNTIED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "mixtral", "qwen2_moe", "qwen3_moe"]
+FUSED = ["mixtral-fused", "qwen2_moe-fused", "qwen3_moe-fused"]
+FAMILIES = [*UNTIED, *FUSED, "llama-tied", "gemma-tied", "gpt2", "gpt2-of-the-hub"]
+TIED = ["llama-tied", "gemma-tied", "gpt2", "gpt2-of-the-hub"]
+ARCHITECTURES = [
+    *("bloom", "blt", "codegen", "cohere", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm4"),
+    *(
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "jamba",
+        "jetmoe",
+        "llama",
+        "mamba",
+    ),
+    *("mistral", "mixtral", "mpt", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "smollm3", "stablelm"),
+    *("starcoder2", "zamba", "zamba2"),
+]
+CHOSEN = {"mistral": 14, "qwen3": 14, "phi": 12, "phi3": 8, "gpt2": 8, "mixtral": 8, "qwen2_moe": 14, "qwen3_moe": 8}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """A folder of every family."""
+    root = tmp_path_factory.mktemp("families")
+    for name in [*UNTIED, *FUSED]:
+        family, _, fused = name.partition("-")
+        tiny.write_family(root / name, family, fused_experts=bool(fused))
+    for name in ("llama", "gemma"):
+        tiny.write_family(root / f"{name}-tied", name, tied=True)
+    tiny.write_gpt2(root / "gpt2", dtype="bfloat16")
+    tiny.write_gpt2(root / "gpt2-of-the-hub", dtype="bfloat16")
+    weights = root / "gpt2-of-the-hub" / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(weights).items()}
+    bare |= {f"h.{number}.attn.bias": torch.ones(1, 1, 128, 128).tril() for number in (0, 1)}
+    save_file(bare, weights, metadata={"format": "pt"})
+    return root
+
+
+def summary(folder, **options):
+    """What a selection says, in JSON's types."""
+    selection = select(Checkpoint(Path(folder)), **options)
+    return {
+        "choices": [[c.spec.name, c.kept_because, c.transposed] for c in selection.choices],
+        "skip": skip_modules(selection),
+        "read_from": selection.read_from,
+    }
+
+
+@pytest.fixture(scope="module")
+def without_transformers(families):
+    """The summaries that an installation without transformers gives."""
+    code = (
+        "import json, sys; sys.modules['transformers'] = None; from pathlib import Path\n"
+        "from adaptkit.checkpoint.reader import Checkpoint\n"
+        "from adaptkit.operations._selection import select, skip_modules\n"
+        "def summary(folder, **options):\n"
+        "    s = select(Checkpoint(folder), **options)\n"
+        "    choices = [[c.spec.name, c.kept_because, c.transposed] for c in s.choices]\n"
+        "    return {'choices': choices, 'skip': skip_modules(s), 'read_from': s.read_from}\n"
+        "folders = sorted(Path(sys.argv[1]).iterdir())\n"
+        "print(json.dumps({f.name: [summary(f), summary(f, moe='nf4')] for f in folders}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, families], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def load(folder, **options):
+    options = {"device_map": "cpu", "dtype": torch.bfloat16} | options
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_chosen_are_those_that_bitsandbytes_converts_but_for_routers(families, family):
+    model = load(families / family, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    theirs = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    if family.startswith("qwen2_moe"):
+        theirs -= {f"model.layers.{number}.mlp.shared_expert_gate" for number in (0, 1)}
+    prefix = "transformer." if family == "gpt2-of-the-hub" else ""
+    selection = select(Checkpoint(families / family))
+    assert {prefix + choice.module for choice in selection.choices if not choice.kept_because} == theirs
+    assert len(theirs) == CHOSEN.get(family, len(theirs))
+    assert selection.read_from.startswith(f"architecture {type(model).__name__} (transformers 5.")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_shapes_choose_the_same_for_the_same_reasons(families, family, without_transformers):
+    for found, options in zip(without_transformers[family], ({}, {"moe": "nf4"}), strict=True):
+        expected = summary(families / family, **options)
+        assert found["choices"] == expected["choices"]
+        assert found["skip"] == expected["skip"]
+        assert found["read_from"] == "names and shapes (transformers is not installed)"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reasons_count_every_tensor_that_stays(families, family):
+    selection = select(Checkpoint(families / family))
+    kept = Counter(choice.kept_because for choice in selection.choices if choice.kept_because)
+    experts = {"mixtral": 24, "qwen2_moe": 24, "qwen3_moe": 24}.get(family, 4 * family.endswith("-fused"))
+    assert kept["head"] == (family not in TIED)
+    assert kept["embedding"] == 1 + family.startswith("gpt2")
+    assert kept["expert: bitsandbytes cannot load it quantized"] == experts
+    assert kept["router"] == (4 if family.startswith("qwen2_moe") else 2 if experts else 0)
+    norms = {"qwen3": 9, "qwen3_moe": 9, "qwen3_moe-fused": 9, "phi": 3}.get(family, 5)
+    assert kept["norm"] == norms
+    other = set(kept) - {"head", "embedding", "expert: bitsandbytes cannot load it quantized", "router", "norm", "bias"}
+    assert other == ({"not a weight"} if family == "gpt2-of-the-hub" else set())  # the causal masks
+    assert all(choice.kept_because for choice in selection.choices if len(choice.spec.shape) != 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("include_head", [False, True])
+def test_bitsandbytes_loads_it_without_a_key_to_spare_and_computes_the_same(families, family, include_head, tmp_path):
+    """In training mode, where bitsandbytes' linear layer is the plain one on the dequantized weight, bit by bit."""
+    options = QuantizeOptions(include_head=include_head)
+    if include_head and family in TIED:
+        with pytest.raises(UsageError, match="the head is the embedding"):
+            quantize(families / family, tmp_path / "packed", options)
+        return
+    quantize(families / family, tmp_path / "packed", options)
+    dequantize(tmp_path / "packed", tmp_path / "plain")
+    packed, notes = load(tmp_path / "packed", output_loading_info=True)
+    assert not any(notes.values())
+    assert isinstance(packed.get_output_embeddings(), bnb.nn.Linear4bit) == include_head
+    tokens = torch.arange(3, 43).view(2, 20)
+    found, expected = packed.train()(tokens).logits, load(tmp_path / "plain").train()(tokens).logits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_a_tied_head_is_named_for_readers_though_no_file_holds_it(families, family):
+    assert skip_modules(select(Checkpoint(families / family))) == ["lm_head"]
+
+
+def test_routers_and_experts_are_named_for_readers_once_a_layer(families):
+    layers = [f"model.layers.{number}.block_sparse_moe" for number in (0, 1)]
+    expected = ["lm_head", *(f"{layer}.{part}" for layer in layers for part in ("experts", "gate"))]
+    assert skip_modules(select(Checkpoint(families / "mixtral"))) == expected
+    assert skip_modules(select(Checkpoint(families / "mixtral"), moe="nf4", include_head=True)) == [
+        f"{layer}.gate" for layer in layers
+    ]
+
+
+def test_a_skipped_module_is_named_as_the_file_and_as_the_model_call_it(families):
+    selection = select(Checkpoint(families / "gpt2-of-the-hub"), skip=("*.0.mlp.c_fc",))
+    assert skip_modules(selection) == ["h.0.mlp.c_fc", "lm_head", "transformer.h.0.mlp.c_fc"]
+    assert matched_by(selection, "transformer.h.0.mlp.c_fc") == ["h.0.mlp.c_fc"]
+    assert matched_by(selection, "c_fc") == []
+    assert [c.spec.name for c in selection.choices if c.kept_because == "asked to skip"] == ["h.0.mlp.c_fc.weight"]
+
+
+def test_what_stays_anyway_keeps_its_reason_when_it_is_skipped(families):
+    selection = select(Checkpoint(families / "llama"), skip=("*",))
+    assert {choice.kept_because for choice in selection.choices} == {"asked to skip", "head", "norm", "embedding"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_a_conv1d_is_transposed_and_dequantize_knows_which(families, family):
+    checkpoint = Checkpoint(families / family)
+    chosen = [choice for choice in select(checkpoint).choices if not choice.kept_because]
+    assert {choice.transposed for choice in chosen} == {family.startswith("gpt2")}
+    assert all(choice.transposed == stores_transposed(checkpoint, choice.module) for choice in chosen)
+
+
+@pytest.mark.parametrize("family", ["mixtral", *FUSED])
+def test_experts_are_chosen_when_asked_for(families, family):
+    chosen = {c.module for c in select(Checkpoint(families / family), moe="nf4").choices if not c.kept_because}
+    experts = {name for name in chosen if ".experts." in name}
+    plain = {c.module for c in select(Checkpoint(families / family)).choices if not c.kept_because}
+    assert experts == chosen - plain
+    assert len(experts) == (24 if family == "mixtral" else 4)
+
+
+def test_a_stack_stays_if_a_block_would_straddle_two_experts(families):
+    sizes = {"gate_up_proj": 128 * 64, "down_proj": 64 * 64}
+    checkpoint = Checkpoint(families / "qwen3_moe-fused")
+    for block_size in (4096, 8192):
+        for choice in select(checkpoint, moe="nf4", block_size=block_size).choices:
+            if ".experts." in choice.spec.name:
+                fits = sizes[choice.module.rpartition(".")[2]] % block_size == 0
+                assert choice.kept_because == ("" if fits else "expert: its size is no multiple of the block size")
+
+
+def test_an_unknown_way_with_experts_is_refused(families):
+    with pytest.raises(UsageError, match="'int3'"):
+        select(Checkpoint(families / "mixtral"), moe="int3")
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_readers_convert_what_is_chosen_in_any_architecture(model_type, tmp_path):
+    """transformers' own rule for our list, on the model that it builds; the files have headers and holes."""
+    config = AutoConfig.for_model(model_type)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    state = {n: t for n, t in network.state_dict().items() if n not in network.all_tied_weights_keys}
+    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in state.items()]
+    files = {spec.name: f"model-{number // 20}.safetensors" for number, spec in enumerate(specs)}
+    for name in set(files.values()):
+        inside = [spec for spec in specs if files[spec.name] == name]
+        with (tmp_path / name).open("wb") as file:
+            file.write(write_header(inside))
+            file.truncate(file.tell() + sum(spec.nbytes for spec in inside))
+    (tmp_path / "model.safetensors.index.json").write_bytes(index_bytes(files.items(), 0))
+    config.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    always = list(network._keep_in_fp32_modules or [])
+    answers = [roles_here(checkpoint)]
+    if not model_type.startswith("zamba"):  # names do not tell which layers share a weight
+        answers.append(roles_by_name(checkpoint, "asked to"))
+    for roles in answers:
+        selection = select(checkpoint, roles=roles)
+        listed = [*skip_modules(selection), *always]
+        linears = [n for n, m in network.named_modules() if type(m) is torch.nn.Linear or isinstance(m, Conv1D)]
+        converted = {name for name in linears if should_convert_module(name, listed)}
+        assert {choice.module for choice in selection.choices if not choice.kept_because} == converted
+        assert converted or model_type == "falcon"
+
+
+def changed(folder, copy_of, tensors=None, **config):
+    """Copy a folder and change its configuration, and its tensors."""
+    folder = copy_of(folder)
+    values = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(values))
+    if tensors is not None:
+        save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    return Checkpoint(folder)
+
+
+def test_a_model_that_transformers_does_not_know_is_read_by_names(families, copy_of):
+    unknown = select(changed(families / "qwen2", copy_of, model_type="brand_new"))
+    assert unknown.read_from == "names and shapes (transformers does not know model_type 'brand_new')"
+    known = select(Checkpoint(families / "qwen2"))
+    assert [choice.kept_because for choice in unknown.choices] == [choice.kept_because for choice in known.choices]
+
+
+def test_tensors_that_the_architecture_lacks_are_read_by_names_and_counted(families, copy_of):
+    extra = {"model.layers.2.mtp.proj.weight": torch.ones(64, 64)}
+    selection = select(changed(families / "llama", copy_of, lambda tensors: tensors | extra))
+    assert "; names and shapes for 1 tensors that it does not have" in selection.read_from
+    assert "model.layers.2.mtp.proj" in {choice.module for choice in selection.choices if not choice.kept_because}
+
+
+def test_a_float_of_another_type_stays_and_says_so(families, copy_of):
+    name = "model.layers.0.mlp.up_proj.weight"
+    doubled = changed(families / "llama", copy_of, lambda tensors: tensors | {name: tensors[name].double()})
+    selection = select(doubled)
+    assert {c.spec.name for c in selection.choices if c.kept_because == "of type F64"} == {name}
+    assert skip_modules(selection) == ["lm_head", name.removesuffix(".weight")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": "2"},
+        {"num_hidden_layers": 2.5},
+        {"num_hidden_layers": None},
+        {"num_labels": 10**9},
+        {"num_experts": 10**9},
+        {"nested": {"n_layer": 10**9}},
+        {"vocab_size": 10**30},
+        {"vocab_size": -3},
+        {"hidden_size": [64]},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"head_dim": 0},
+        {"rope_parameters": {"rope_type": "nope"}},
+        {"layer_types": ["nope"]},
+        {"tie_word_embeddings": "yes"},
+        {"hidden_act": "nope"},
+        {"pad_token_id": 10**9},
+        {"text_config": 5},
+        {"dtype": "nope"},
+        {"self": 3},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_one_line_at_once(families, copy_of, config):
+    checkpoint = changed(families / "llama", copy_of, **config)
+    started = time.monotonic()
+    with pytest.raises(AdaptkitError) as caught:
+        select(checkpoint)
+    assert time.monotonic() - started < 5
+    assert isinstance(caught.value, UsageError | CheckpointError)
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 10**12}, {"max_position_embeddings": 10**15}], ids=str)
+def test_a_size_that_no_machine_holds_costs_nothing(families, copy_of, config):
+    checkpoint = changed(families / "llama", copy_of, **config)
+    assert sum(not choice.kept_because for choice in select(checkpoint).choices) == 14
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+def test_no_configuration_has_code_fetched(families, copy_of, key):
+    """transformers takes ``owner/name`` there for a kernel on the Hub."""
+    selection = select(changed(families / "mixtral", copy_of, **{key: "someone/kernel"}))
+    assert sum(not choice.kept_because for choice in selection.choices) == 8
+
+
+def test_eighty_layers_are_read_in_a_moment(families, copy_of):
+    def deepen(tensors):
+        layer = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.")}
+        copies = {n.replace(".1.", f".{k}.", 1): t.clone() for n, t in layer.items() for k in range(2, 80)}
+        return tensors | copies
+
+    checkpoint = changed(families / "llama", copy_of, deepen, num_hidden_layers=80, layer_types=None)
+    started = time.monotonic()
+    selection = select(checkpoint)
+    assert time.monotonic() - started < 5
+    assert sum(not choice.kept_because for choice in selection.choices) == 80 * 7
+    assert "names and shapes" not in selection.read_from

@@ -1,0 +1,153 @@
+"""Packed experts compute what transformers computes with the dequantized ones, and nothing keeps them unpacked."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM
+
+from adaptkit.checkpoint.naming import Place
+from adaptkit.checkpoint.quantized import quantized_names, read_quantized
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import CheckpointError
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.training.experts import ExpertList, combine
+from adaptkit.training.linear import NF4Weight, PlainWeight
+from adaptkit.training.model import load_model, new_adapter
+from adaptkit.training.segments import checkpoint_layers
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 43).view(2, 20)
+FAMILIES = ["mixtral", "mixtral-fused", "qwen2_moe", "qwen3_moe", "qwen3_moe-fused"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """By family, a checkpoint with packed experts, and its dequantized copy in float32."""
+    root = tmp_path_factory.mktemp("experts")
+    made = {}
+    for family in FAMILIES:
+        name, _, fused = family.partition("-")
+        source = tiny.write_family(root / family, name, fused_experts=bool(fused), dtype="float32")
+        packed, plain = root / f"{family}-nf4", root / f"{family}-plain"
+        quantize(source, packed, QuantizeOptions(moe="nf4"))
+        dequantize(packed, plain)
+        checkpoint, tensors = Checkpoint(packed), load_file(plain / "model.safetensors")
+        for tensor in quantized_names(checkpoint):
+            tensors[tensor] = read_quantized(checkpoint, tensor).dequantize(torch.float32)
+        save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+        made[family] = SimpleNamespace(source=source, packed=packed, plain=plain)
+    return made
+
+
+def packed_matrices(network):
+    return [module for name, module in network.named_modules() if isinstance(module, NF4Weight) and "experts" in name]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers_with_the_dequantized_experts(folders, family, implementation):
+    plain = AutoModelForCausalLM.from_pretrained(folders[family].plain, dtype=torch.float32)
+    model = load_model(folders[family].packed, torch.float32, CPU)
+    for network in (plain, model.network):
+        network.set_experts_implementation(implementation)
+    assert len(packed_matrices(model.network)) == (4 if family.endswith("-fused") else 24)
+    with torch.no_grad():
+        assert torch.allclose(model.network(IDS).logits, plain(IDS).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_that_stay_plain_are_loaded_too(folders, family):
+    plain = AutoModelForCausalLM.from_pretrained(folders[family].source, dtype=torch.float32)
+    model = load_model(folders[family].source, torch.float32, CPU)
+    with torch.no_grad():
+        assert torch.allclose(model.network(IDS).logits, plain(IDS).logits, rtol=0, atol=1e-6)
+
+
+def gradients(folder, policy, implementation):
+    model = load_model(folder, torch.float32, CPU)
+    model.network.set_experts_implementation(implementation)
+    new_adapter(model, ("*_proj",), 4, 8.0, "kaiming", 0.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in sorted(model.adapted().items()):
+        layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
+    checkpoint_layers(model.network, policy)
+    model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("policy", ["none", "sqrt", "layer"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe-fused"])
+def test_gradients_are_those_through_the_dequantized_experts(folders, family, policy, implementation):
+    found = gradients(folders[family].packed, policy, implementation)
+    expected = gradients(folders[family].plain, "none", implementation)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-5
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatch):
+    model = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU)
+    model.network.set_experts_implementation(implementation)
+    new_adapter(model, ("q_proj",), 4, 8.0, "kaiming", 0.0, seed=0)
+    unpacked, dequantize_really = [], NF4Weight.dequantize
+
+    def watched(weight, dtype):
+        result = dequantize_really(weight, dtype)
+        if len(weight.shape) == 3:
+            unpacked.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+    monkeypatch.setattr(NF4Weight, "dequantize", watched)
+    loss = model.network.train()(IDS, labels=IDS, use_cache=False).loss
+    assert len(unpacked) == 4
+    assert all(storage.expired() for storage in unpacked)
+    loss.backward()
+    assert len(unpacked) == 8  # once more a stack, however many of its experts were used
+    assert all(storage.expired() for storage in unpacked)
+
+
+def test_a_list_of_experts_is_the_stack_of_its_matrices_in_their_order():
+    matrices = [[torch.randn(3, 4), torch.randn(2, 4)] for _ in range(11)]
+    experts = ExpertList([[PlainWeight(matrix) for matrix in row] for row in matrices])
+    expected = torch.stack([torch.cat(row) for row in matrices])
+    assert experts.shape == tuple(expected.shape)
+    assert torch.equal(experts.dequantize(torch.float32), expected)
+
+
+def step(kind, dim):
+    return type(kind, (), {"dim": dim})()
+
+
+def test_experts_are_ordered_by_number_and_not_by_letter():
+    operations = (step("MergeModulelist", 0),)
+    names = [f"experts.{number}.w2.weight" for number in range(12)]
+    places = {name: Place(("experts.down_proj",), ".w2.", (".w2.",), operations) for name in sorted(names)}
+    stack = combine(places, lambda name: PlainWeight(torch.full((2, 2), float(name.split(".")[1]))))
+    assert stack.dequantize(torch.float32)[:, 0, 0].tolist() == list(range(12))
+
+
+def test_an_expert_that_is_missing_is_an_error(folders, copy_of):
+    folder = copy_of(folders["mixtral"].source)
+    tensors = load_file(folder / "model.safetensors")
+    removed = tensors.pop("model.layers.1.block_sparse_moe.experts.3.w3.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: the files hold 4 of .*w1.*3 of"):
+        load_model(folder, torch.float32, CPU)
+    tensors["model.layers.1.block_sparse_moe.experts.3.w3.weight"] = removed[:, :32].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_a_conversion_that_training_cannot_do_is_refused_by_name():
+    place = Place(("experts.gate_up_proj",), ".w1.", (".w1.",), (step("MergeModulelist", 0), step("Transpose", 1)))
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w1\.weight: transformers rebuilds experts\.gate_up_proj"):
+        combine({"experts.0.w1.weight": place}, lambda name: PlainWeight(torch.ones(2, 2)))
