@@ -1,0 +1,203 @@
+"""Activation-weighted scales: the bytes of plain NF4, spent where a linear's inputs are large.
+
+A linear y = W x loses Σ_ij ΔW_ij² E[x_j²] of its output when its weights move independently, so a weight matters by its
+input's second moment. Each block's scale, which plain NF4 takes from the largest weight, is chosen among candidates to
+make that loss small; so is its nested 8-bit code. The result decodes by the ordinary formula in every reader.
+
+A scale may be negative. NF4 has eight levels above zero and seven below, and a negative scale turns a block around.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.errors import UsageError
+from adaptkit.numerics.finite import check_finite
+from adaptkit.numerics.formats import nf4
+from adaptkit.numerics.formats._blockwise import Blockwise, check_block_size
+from adaptkit.numerics.formats._double_quant import (
+    GROUP,
+    DoubleQuantized,
+    dequantize_absmax,
+    dynamic_map,
+    quantize_absmax,
+)
+from adaptkit.numerics.kernels import _cpu_calibration
+
+Constants = DoubleQuantized | Tensor
+"""A weight's scales as a file holds them: doubly quantized, or (M,) float32."""
+
+FLOOR = 1e-4
+"""Share of the mean importance that every input keeps, so that one never seen in calibration still counts a little."""
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """The candidates for a block's scale.
+
+    Attributes:
+        low: the smallest, as a multiple of the block's largest weight.
+        high: the largest.
+        points: how many, evenly spaced.
+        signed: whether their negatives are candidates too.
+        reach: how far from the nearest nested code to look for a better one, in codes to either side.
+    """
+
+    low: float = 0.5
+    high: float = 1.1
+    points: int = 9
+    signed: bool = True
+    reach: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high < 100:
+            raise UsageError(f"scales from {self.low} to {self.high}: must be positive and ascending")
+        if self.points < 1 or (self.points == 1 and self.low != self.high):
+            raise UsageError(f"{self.points} scales from {self.low} to {self.high}: must be at least both ends")
+        if not 0 <= self.reach <= 255:
+            raise UsageError(f"reach {self.reach}: must be from 0 to 255 nested codes")
+
+    @property
+    def factors(self) -> Any:
+        """The candidates, (points,) or (2 · points,) float32."""
+        positive = np.linspace(self.low, self.high, self.points).astype(np.float32)
+        return np.concatenate([positive, -positive]) if self.signed else positive
+
+
+def weighted_nf4(
+    weight: Tensor,
+    importance: Tensor,
+    block_size: int = 64,
+    double_quant: bool = True,
+    grid: ScaleGrid | None = None,
+) -> tuple[Tensor, Constants]:
+    """Quantize a linear's weight to NF4 with little error in its outputs.
+
+    Args:
+        weight: (out, in), floating point, on the CPU; blocks run along its row-major order and may straddle rows.
+        importance: (in,) E[x²] of each input, not negative, in any unit.
+        block_size: weights sharing one scale; a power of two from 32 to 4096.
+        double_quant: whether to quantize the scales too.
+        grid: the candidates.
+
+    Returns:
+        codes: (ceil(N / 2),) uint8, two a byte, the nearest levels at the scales as they decode.
+        constants: the scales. Their weighted error is at most that of plain NF4 stored in the same way.
+
+    Raises:
+        NonFiniteError: a weight or an importance is NaN or infinite.
+        UsageError: shapes that do not belong together, or a block size that cannot be used.
+
+    Source: the weighted error is that of AWQ (arXiv:2306.00978) and of llama.cpp's importance matrix, for one scale a
+    block; here for the NF4 grid, with signed scales and the choice of the nested code.
+    """
+    grid = grid or ScaleGrid()
+    scales = search_scales(weight, importance, block_size, grid)
+    constants: Constants = scales
+    absmax = nf4.quantize(weight, block_size).absmax
+    plain: Constants = absmax
+    if double_quant:
+        constants = nest_scales(weight, scales, importance, block_size, grid)
+        plain = quantize_absmax(absmax)
+    # One group of wildly unequal blocks may decode its searched scales worse than the plain ones.
+    flat, important = _flat(weight), normalized_importance(weight, importance)
+    errors = [_cpu_calibration.total_error(flat, important, block_size, decoded(c).numpy()) for c in (constants, plain)]
+    constants = constants if errors[0] <= errors[1] else plain
+    return encode_at(weight, decoded(constants), block_size), constants
+
+
+def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64, grid: ScaleGrid | None = None) -> Tensor:
+    """Choose each block's scale before any rounding of the scales themselves.
+
+    Arguments and errors are ``weighted_nf4``'s; rows that begin a block can be searched apart from the others.
+
+    Returns:
+        (ceil(N / block_size),) float32; at equal errors the candidate that comes first; for a zero block 1e-38.
+    """
+    check_block_size(block_size)
+    check_finite(weight)
+    flat, important = _flat(weight), normalized_importance(weight, importance)
+    scales = np.empty(-(-flat.size // block_size), np.float32)
+    _cpu_calibration.search_scales(flat, important, block_size, (grid or ScaleGrid()).factors, scales)
+    return torch.from_numpy(scales)
+
+
+def nest_scales(
+    weight: Tensor, scales: Tensor, importance: Tensor, block_size: int = 64, grid: ScaleGrid | None = None
+) -> DoubleQuantized:
+    """Quantize scales to 8 bits, choosing for each block the code that leaves the least weighted error.
+
+    Args:
+        weight: all of the tensor: offset and nested scales are taken over it.
+        scales: (M,) float32, negative ones among them or not.
+        importance: (in,) E[x²] of each input.
+        block_size: weights sharing one scale.
+        grid: how far to look.
+    """
+    grid = grid or ScaleGrid()
+    signed = bool((scales < 0).any())
+    nested = _quantize_signed(scales) if signed else quantize_absmax(scales)
+    codes = nested.codes.numpy().copy()
+    _cpu_calibration.choose_codes(
+        _flat(weight), normalized_importance(weight, importance), block_size, dynamic_map().numpy(),
+        nested.nested_absmax.numpy(), np.float32(nested.offset), grid.reach, signed, codes,
+    )  # fmt: skip
+    return DoubleQuantized(torch.from_numpy(codes), nested.nested_absmax, nested.offset)
+
+
+def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """The nearest NF4 codes at given scales: (ceil(N / 2),) uint8."""
+    flat = _flat(weight)
+    packed = np.empty((flat.size + 1) // 2, np.uint8)
+    _cpu_calibration.encode_at(flat, scales.numpy(), block_size, packed)
+    return torch.from_numpy(packed)
+
+
+def decoded(constants: Constants) -> Tensor:
+    """The scales that readers see, (M,) float32."""
+    return constants if isinstance(constants, Tensor) else dequantize_absmax(constants)
+
+
+def weighted_error(
+    weight: Tensor, importance: Tensor, codes: Tensor, constants: Constants, block_size: int = 64
+) -> float:
+    """Σ_ij (W - Q)_ij² · importance_j in float64, Q being the decoded float32 weight."""
+    quantized = Blockwise(codes, decoded(constants), tuple(weight.shape), block_size)
+    difference = weight.float() - nf4.dequantize(quantized, torch.float32)
+    columns = difference.double().square().sum(0)
+    return float((columns * importance.double()).sum())
+
+
+def _flat(weight: Tensor) -> Any:
+    return weight.reshape(-1).float().contiguous().numpy()
+
+
+def normalized_importance(weight: Tensor, importance: Tensor) -> Any:
+    """Importance in (0, 1] with the floor added, float32."""
+    if weight.dim() != 2 or importance.shape != weight.shape[1:]:
+        raise UsageError(
+            f"importance {list(importance.shape)} does not belong to a weight {list(weight.shape)}",
+            hint="it has one value for each input of the linear",
+        )
+    check_finite(importance)
+    values = importance.double()
+    if bool((values < 0).any()):
+        raise UsageError("an importance is negative", hint="it is the mean of squares")
+    values = values + FLOOR * values.mean()
+    largest = values.max()
+    return (values / largest if largest > 0 else torch.ones_like(values)).float().contiguous().numpy()
+
+
+def _quantize_signed(scales: Tensor) -> DoubleQuantized:
+    """``quantize_absmax`` for scales of either sign: the nearest code, whatever the sign of what it decodes to."""
+    values = scales.numpy()
+    offset = float(np.float32(np.cumsum(values, dtype=np.float64)[-1] / values.size))
+    groups = torch.nn.functional.pad(scales - offset, (0, -values.size % GROUP)).view(-1, GROUP)
+    nested = groups.abs().amax(dim=1)
+    levels = dynamic_map()
+    unit = (groups / nested.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).view(-1)[: values.size]
+    codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    return DoubleQuantized(codes, nested, offset)

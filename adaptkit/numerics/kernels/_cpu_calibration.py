@@ -1,0 +1,177 @@
+"""The loops of ``numerics.calibration``, compiled: how well a block fits a scale, and the search for the best one.
+
+Sums run over sixteen lanes that are added up in one fixed order, so that the compiler may use vectors and the bytes
+still depend neither on the machine nor on threads.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+import numpy as np
+
+from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
+from adaptkit.numerics.kernels.codebook import NF4
+
+LEVELS = np.array(NF4.levels, dtype=np.float32)
+BOUNDS = np.array(NF4.bounds, dtype=np.float32)
+
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8, _L9, _L10, _L11, _L12, _L13, _L14, _L15 = LEVELS
+_B0, _B1, _B2, _B3, _B4, _B5, _B6, _B7, _B8, _B9, _B10, _B11, _B12, _B13, _B14 = BOUNDS
+_TINY = np.float32(TINY)
+_LEAST, _MOST = np.float32(1e-30), np.float32(1e30)
+
+
+@jit
+def _level(t):
+    """The level nearest to ``t``, a tie to the lower: selections instead of a look-up, which become vectors."""
+    v = _L1 if t > _B0 else _L0
+    v = _L2 if t > _B1 else v
+    v = _L3 if t > _B2 else v
+    v = _L4 if t > _B3 else v
+    v = _L5 if t > _B4 else v
+    v = _L6 if t > _B5 else v
+    v = _L7 if t > _B6 else v
+    v = _L8 if t > _B7 else v
+    v = _L9 if t > _B8 else v
+    v = _L10 if t > _B9 else v
+    v = _L11 if t > _B10 else v
+    v = _L12 if t > _B11 else v
+    v = _L13 if t > _B12 else v
+    v = _L14 if t > _B13 else v
+    return _L15 if t > _B14 else v
+
+
+@jit
+def nearest_code(t):
+    """The code of that level."""
+    code = 0
+    for bound in BOUNDS:
+        code += bound < t
+    return code
+
+
+@jit
+def block_error(x, h, factor, lanes):
+    """Σ h (x - level·factor)², the levels being the nearest; x has a multiple of sixteen elements."""
+    reciprocal = np.float32(1) / factor
+    lanes[:] = 0
+    for start in range(0, x.size, 16):
+        for lane in range(16):
+            value = x[start + lane]
+            error = value - _level(value * reciprocal) * factor
+            lanes[lane] += h[start + lane] * error * error
+    for width in (8, 4, 2, 1):
+        for lane in range(width):
+            lanes[lane] += lanes[lane + width]
+    return lanes[0]
+
+
+@jit
+def scale_block(weights, x):
+    """Divide a block by its largest magnitude, which is returned (at least ``TINY``), and pad it with zeros."""
+    largest = _TINY
+    for i in range(weights.size):
+        largest = max(largest, abs(weights[i]))
+    x[:] = 0
+    for i in range(weights.size):
+        x[i] = weights[i] / largest
+    return largest
+
+
+@jit
+def _importance_of(importance, start, size, h):
+    h[:] = 0
+    column = start % importance.size
+    for i in range(size):
+        h[i] = importance[column]
+        column = column + 1 if column + 1 < importance.size else 0
+
+
+@jit
+def _within(factor):
+    """The factor or, where dividing by it would overflow, the nearest one of the same sign that is safe."""
+    size = min(max(abs(factor), _LEAST), _MOST)
+    return -size if factor < 0 else size
+
+
+@jit
+def best_code(x, h, largest, levels, nested, offset, first, reach, signed, lanes):
+    """The nested code, at most ``reach`` away from ``first``, whose constant fits a scaled block best."""
+    best, least = first, np.float32(np.inf)
+    for step in range(2 * reach + 1):
+        code = first + (step + 1) // 2 * (1 if step % 2 else -1)  # from the nearest outwards
+        if code < 0 or code > 255:
+            continue
+        factor = (np.float32(levels[code] * nested) + offset) / largest
+        if step and not signed and factor <= 0:
+            continue
+        error = block_error(x, h, _within(factor), lanes)
+        if error < least:
+            best, least = code, error
+    return best
+
+
+@jit
+def search_scales(flat, importance, block_size, factors, scales):
+    """For each block the best of ``factors`` times its largest magnitude; the earlier one at a tie."""
+    width = -(-block_size // 16) * 16
+    x, h, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
+    for block in range(scales.size):
+        start = block * block_size
+        size = min(block_size, flat.size - start)
+        largest = scale_block(flat[start : start + size], x)
+        _importance_of(importance, start, size, h)
+        best, least = factors[0], np.float32(np.inf)
+        for factor in factors:
+            error = block_error(x, h, factor, lanes)
+            if error < least:
+                best, least = factor, error
+        scales[block] = best * largest if largest > _TINY else largest
+
+
+@jit
+def choose_codes(flat, importance, block_size, levels, nested, offset, reach, signed, codes):
+    """Move each block's nested code to the one that fits best."""
+    width = -(-block_size // 16) * 16
+    x, h, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
+    for block in range(codes.size):
+        start = block * block_size
+        size = min(block_size, flat.size - start)
+        largest = scale_block(flat[start : start + size], x)
+        _importance_of(importance, start, size, h)
+        first = np.int64(codes[block])
+        codes[block] = best_code(x, h, largest, levels, nested[block // GROUP], offset, first, reach, signed, lanes)
+
+
+@jit
+def total_error(flat, importance, block_size, scales):
+    """The weighted squared error of all blocks at given scales, in float64."""
+    width = -(-block_size // 16) * 16
+    x, h, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
+    total = 0.0
+    for block in range(scales.size):
+        start = block * block_size
+        size = min(block_size, flat.size - start)
+        largest = scale_block(flat[start : start + size], x)
+        _importance_of(importance, start, size, h)
+        error = block_error(x, h, _within(scales[block] / largest), lanes)
+        total += np.float64(error) * np.float64(largest) * np.float64(largest)
+    return total
+
+
+@jit
+def encode_at(flat, scales, block_size, packed):
+    """The nearest codes at given scales, two a byte; a short last block by a true division, as plain NF4 has it."""
+    codes = np.empty(block_size + 1, np.uint8)
+    for block in range(scales.size):
+        start = block * block_size
+        size = min(block_size, flat.size - start)
+        scale = scales[block]
+        if abs(scale) < _TINY:
+            scale = _TINY
+        reciprocal = np.float32(1) / scale
+        for i in range(size):
+            value = flat[start + i]
+            codes[i] = nearest_code(value * reciprocal if size == block_size else value / scale)
+        codes[size] = 7
+        for i in range(0, size, 2):
+            packed[(start + i) // 2] = (codes[i] << 4) | codes[i + 1]

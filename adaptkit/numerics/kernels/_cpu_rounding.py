@@ -1,0 +1,88 @@
+"""The loop of ``numerics.rounding``, compiled: column by column, each error spread over the columns to come.
+
+Every product and sum has its place in one fixed order, so the codes depend neither on the machine nor on threads.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+import numpy as np
+
+from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, nearest_code, scale_block
+from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
+
+ROWS = 16
+"""Rows that share one reading of the factor."""
+
+PANEL = 64
+"""Columns whose errors are collected before the columns after them are touched."""
+
+
+@jit
+def _choose_scales(w, left, first_block, importance, block_size, levels, nested, offset, reach, signed, codes, scales):
+    """The nested codes of the blocks of a row that begin in the panel, for the weights as they are by now."""
+    x, lanes = np.empty(block_size, np.float32), np.empty(16, np.float32)
+    for start in range(left, min(left + PANEL, w.size), block_size):
+        if start % block_size:
+            return
+        block = first_block + start // block_size
+        group = nested[block // GROUP]
+        h = importance[start : start + block_size]
+        largest = scale_block(w[start : start + block_size], x)
+        first = np.int64(codes[block])
+        code = best_code(x, h, largest, levels, group, offset, first, reach, signed, lanes)
+        codes[block] = code
+        scales[block] = np.float32(levels[code] * group) + offset
+
+
+@jit
+def _round_panel(w, left, right, first, scales, block_size, factor, codes, errors):
+    """Round the columns of a row in a panel; ``first`` is the row's place among all weights."""
+    errors[:] = 0
+    for j in range(left, right):
+        scale = scales[(first + j) // block_size]
+        if abs(scale) < np.float32(TINY):
+            scale = np.float32(TINY)
+        code = nearest_code(w[j] / scale)
+        codes[j] = code
+        error = (w[j] - LEVELS[code] * scale) / factor[j, j]
+        errors[j - left] = error
+        for k in range(j + 1, right):
+            w[k] -= error * factor[j, k]
+
+
+@jit
+def _spread(w, errors, factor, left, right, j):
+    """Take four columns' errors out of the columns from ``right`` on."""
+    e0, e1, e2, e3 = errors[j], errors[j + 1], errors[j + 2], errors[j + 3]
+    row = left + j
+    f0, f1, f2, f3 = factor[row], factor[row + 1], factor[row + 2], factor[row + 3]
+    for k in range(right, w.size):
+        w[k] = (((w[k] - e0 * f0[k]) - e1 * f1[k]) - e2 * f2[k]) - e3 * f3[k]
+
+
+@jit
+def round_rows(
+    work, factor, importance, block_size, levels, nested, offset, reach, signed, nested_codes, scales, codes
+):
+    """Round every row of ``work``, which is overwritten.
+
+    With ``reach`` > 0, blocks that do not straddle rows choose their nested code anew when their turn comes.
+    """
+    rows, columns = work.shape
+    errors = np.empty((ROWS, PANEL), np.float32)
+    for top in range(0, rows, ROWS):
+        height = min(ROWS, rows - top)
+        for left in range(0, columns, PANEL):
+            right = min(left + PANEL, columns)
+            for row in range(top, top + height):
+                first = row * columns
+                if reach > 0:
+                    _choose_scales(
+                        work[row], left, first // block_size, importance, block_size,
+                        levels, nested, offset, reach, signed, nested_codes, scales,
+                    )  # fmt: skip
+                _round_panel(work[row], left, right, first, scales, block_size, factor, codes[row], errors[row - top])
+            if right < columns:
+                for j in range(0, PANEL, 4):
+                    for row in range(top, top + height):
+                        _spread(work[row], errors[row - top], factor, left, right, j)
