@@ -281,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="regular expression: variants to run besides plain NF4")
     parser.add_argument("--texts", nargs="+", default=HELD_OUT, choices=HELD_OUT)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more hurt on a busy machine")
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, of each text that is measured")
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """What quantizing a checkpoint will do, decided before any weight is read."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ class Calibration:
         tokens: to read of it, at most.
         window: tokens of a sequence.
         init_rank: of a companion adapter, which makes up for some of what quantization lost; None for none.
+        bits_budget: a weight, on average over the quantized matrices: spend what is left on those where it saves most.
     """
 
     files: tuple[Path, ...]
     tokens: int = 8192
     window: int = 512
     init_rank: int | None = None
+    bits_budget: float | None = None
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -39,6 +42,8 @@ class Calibration:
             raise UsageError(f"calibration on {self.tokens} tokens in windows of {self.window}: at least 2 each")
         if self.init_rank is not None and self.init_rank < 1:
             raise UsageError(f"a companion adapter of rank {self.init_rank}: at least 1")
+        if self.bits_budget is not None and not 4 < self.bits_budget < 16:
+            raise UsageError(f"a budget of {self.bits_budget} bits a weight: between 4 and 16")
 
     def recorded(self) -> dict[str, Any]:
         """What the result depends on."""
@@ -104,6 +109,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     groups: dict[str, Group]
     shards: Shards
+    max_shard_bytes: int
 
     def quantized(self) -> list[Choice]:
         """The tensors that do not stay as they are."""
@@ -150,7 +156,29 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles | N
     }
     groups = {name: tensor.group() for name, tensor in tensors.items()}
     _check_names(checkpoint, groups)
-    return Plan(checkpoint, selection, tensors, groups, plan_shards(list(groups.values()), options.max_shard_bytes))
+    most = options.max_shard_bytes
+    return Plan(checkpoint, selection, tensors, groups, plan_shards(list(groups.values()), most), most)
+
+
+WORTH_16_BITS = "worth its 16 bits"
+"""Why a linear stays that a budget has room for."""
+
+
+def with_encodings(plan: Plan, encodings: Mapping[str, Encoding | None]) -> Plan:
+    """The same plan with other ways to store some linears; None leaves a linear in 16 bits."""
+    choices = tuple(
+        replace(choice, kept_because=WORTH_16_BITS) if encodings.get(choice.spec.name, choice) is None else choice
+        for choice in plan.selection.choices
+    )
+    tensors = {name: replace(t, encoding=encodings.get(name, t.encoding)) for name, t in plan.tensors.items()}
+    groups = {name: tensor.group() for name, tensor in tensors.items()}
+    return replace(
+        plan,
+        selection=replace(plan.selection, choices=choices),
+        tensors=tensors,
+        groups=groups,
+        shards=plan_shards(list(groups.values()), plan.max_shard_bytes),
+    )
 
 
 def _check_selection(checkpoint: Checkpoint, selection: Selection, options: QuantizeOptions) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.operations._quantize_plan import Plan
+from adaptkit.operations._budget import Upgrade
+from adaptkit.operations._quantize_plan import WORTH_16_BITS, Plan
 from adaptkit.operations._selection import Choice
 
 
@@ -50,12 +51,14 @@ class QuantizeReport:
         read_from: how it was found out which tensors are linear.
         bytes_before: of tensors.
         bytes_after: of tensors.
-        bits_per_parameter: of the quantized tensors, constants and headers included.
+        bits_per_parameter: of the quantized tensors, constants and headers included, and of those that a budget left
+            in 16 bits.
         relative_error: ‖W − Q‖ / ‖W‖ over all of them; None before the work is done.
         weighted_error: the same with every input weighted by its mean square; None without calibration.
         calibrated: number of tensors whose inputs were seen.
         shards: number of files with tensors.
         tensors: one each.
+        upgrades: linears that a budget gave more bits, in the order in which it was spent.
         companion: folder of the companion adapter, if one was made.
         part: the share that was written, as number and total; None for all.
         tensors_root: binds the result's tensors; None for a dry run or a part.
@@ -76,19 +79,21 @@ class QuantizeReport:
     calibrated: int
     shards: int
     tensors: tuple[TensorReport, ...]
+    upgrades: tuple[Upgrade, ...] = ()
     companion: str | None = None
     part: tuple[int, int] | None = None
     tensors_root: str | None = None
     manifest_sha256: str | None = None
 
 
-def make_report(output: Path, plan: Plan, notes: dict[str, Any]) -> QuantizeReport:
+def make_report(output: Path, plan: Plan, notes: dict[str, Any], upgrades: Sequence[Upgrade] = ()) -> QuantizeReport:
     """Put together what the plan says and what was learnt while writing.
 
     Args:
         output: folder.
         plan: the plan.
         notes: of ``TensorPlan.assemble``, by tensor; none for what is not written.
+        upgrades: what a budget gave more bits.
     """
     choices = plan.selection.choices
     encoded = [choice.spec for choice in plan.quantized()]
@@ -104,11 +109,12 @@ def make_report(output: Path, plan: Plan, notes: dict[str, Any]) -> QuantizeRepo
         read_from=plan.selection.read_from,
         bytes_before=sum(choice.spec.nbytes for choice in choices),
         bytes_after=plan.nbytes(),
-        bits_per_parameter=8 * sum(plan.groups[spec.name].nbytes for spec in encoded) / parameters,
+        bits_per_parameter=_average_bits(plan),
         relative_error=_total([note["error"] for note in found]),
         weighted_error=_total(weighted),
         calibrated=len(weighted),
         shards=len(plan.shards),
+        upgrades=tuple(upgrades),
         tensors=tuple(_tensor_report(choice, plan, notes.get(choice.spec.name, {})) for choice in choices),
     )
 
@@ -127,6 +133,11 @@ def _tensor_report(choice: Choice, plan: Plan, note: dict[str, Any]) -> TensorRe
         weighted_error=_relative(note["weighted_error"]) if "weighted_error" in note else None,
         kept_because=choice.kept_because,
     )
+
+
+def _average_bits(plan: Plan) -> float:
+    specs = [c.spec for c in plan.selection.choices if c.kept_because in ("", WORTH_16_BITS)]
+    return 8 * sum(plan.groups[spec.name].nbytes for spec in specs) / sum(spec.count for spec in specs)
 
 
 def _total(errors: Sequence[Sequence[float]]) -> float | None:

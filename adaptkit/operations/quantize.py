@@ -1,7 +1,8 @@
 """Quantize a checkpoint into 4-bit shards with doubly quantized constants, piece by piece."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import read_tokens
 from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._budget import Upgrade, spend
 from adaptkit.operations._calibrated import Ready, calibrate, companion_modules
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._planning import PlanChanged, Planning
@@ -70,8 +72,10 @@ def quantize(
     with Planning(checkpoint, options) as planning:
         if dry_run:
             return make_report(output, planning.plan(), {})
+        if options.calibration is not None:
+            return run.finish(planning.plan(), planning)
         try:
-            return run.finish(planning.plan() if options.calibration else planning.guess(), planning)
+            return run.finish(planning.guess(), planning)
         except PlanChanged:
             return run.finish(planning.plan(), planning)
 
@@ -89,24 +93,25 @@ class _Run:
     progress: Progress
     calibration_progress: Progress
 
-    def finish(self, plan: Plan, planning: Planning) -> QuantizeReport:
+    def finish(self, begun: Plan, planning: Planning) -> QuantizeReport:
         """Do all that a plan says.
 
         Raises:
             PlanChanged: it was not the right one.
         """
         options, recorded = self.options, self.options.recorded()
-        key = [self.checkpoint.outline(), recorded, plan.outline()]
+        key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = [[str(self.checkpoint.root.resolve()), self.checkpoint.state()]]
         with Output(self.output, key, self.force, inputs=state, part=options.part) as out:
+            plan, upgrades = self._spend(out, begun)
             out.require_space(plan.nbytes() if options.part is None else 0)
             ready = self._calibrate(out, plan)
-            self._write(out, plan, ready, planning)
-            plan = planning.confirm(plan)
-            if options.part is not None:
-                return replace(
-                    make_report(self.output, plan, out.notes), part=(options.part.number, options.part.total)
-                )
+            self._write(out, plan, ready, lambda: planning.check(begun))
+            confirmed = planning.confirm(begun)
+            plan = plan if upgrades else confirmed
+            report = partial(make_report, self.output, plan, out.notes, upgrades)
+            if (part := options.part) is not None:
+                return replace(report(), part=(part.number, part.total))
             _write_others(out, plan, options)
             manifest = _manifest(out, plan, recorded)
             if self.init is None:
@@ -114,11 +119,19 @@ class _Run:
             else:
                 _publish_both(out, manifest, self.init, companion_modules(ready), self.force, plan)
         return replace(
-            make_report(self.output, plan, out.notes),
+            report(),
             companion=str(self.init) if self.init else None,
             tensors_root=manifest.tensors_root,
             manifest_sha256=manifest.sha256,
         )
+
+    def _spend(self, out: Output, plan: Plan) -> tuple[Plan, list[Upgrade]]:
+        calibration = self.options.calibration
+        if calibration is None or calibration.bits_budget is None or self.tokens is None:
+            return plan, []
+        threads = thread_count(self.options.threads)
+        bits, tokens = calibration.bits_budget, self.tokens
+        return spend(out, self.checkpoint, plan, tokens, bits, threads, self.calibration_progress)
 
     def _calibrate(self, out: Output, plan: Plan) -> dict[str, Ready]:
         calibration = self.options.calibration
@@ -134,9 +147,9 @@ class _Run:
             progress=self.calibration_progress,
         )
 
-    def _write(self, out: Output, plan: Plan, ready: Mapping[str, Ready], planning: Planning) -> None:
+    def _write(self, out: Output, plan: Plan, ready: Mapping[str, Ready], check: Callable[[], None]) -> None:
         def tell(done: int, total: int) -> None:
-            planning.check(plan)
+            check()
             self.progress(done, total)
 
         tensors = {**plan.tensors, **ready}

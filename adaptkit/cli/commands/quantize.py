@@ -46,6 +46,12 @@ WORST = 3
     metavar="RANK",
     help="With --calibrate: make an adapter, too, that makes up for much of the loss; train --init begins with it.",
 )
+@click.option(
+    "--bits-budget",
+    type=float,
+    metavar="BITS",
+    help="With --calibrate: spend more bits where they save most, up to this average a quantized weight: 4.5.",
+)
 @click.option("--init-adapter-output", type=click.Path(path_type=Path), help="Its folder. [<output>-init]")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 @click.option(
@@ -71,6 +77,7 @@ def command(
     calibration_tokens: int,
     window: int,
     init_adapter: int | None,
+    bits_budget: float | None,
     init_adapter_output: Path | None,
     **options: Any,
 ) -> None:
@@ -82,10 +89,10 @@ def command(
     from adaptkit.cli.pages.quantize import quantize_page
     from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
 
-    if init_adapter is not None and not calibrate:
-        raise click.UsageError("--init-adapter needs --calibrate FILE")
+    if not calibrate and (init_adapter is not None or bits_budget is not None):
+        raise click.UsageError("--init-adapter and --bits-budget need --calibrate FILE")
     share = Part(*part) if part else None
-    calibration = Calibration(calibrate, calibration_tokens, window, init_adapter) if calibrate else None
+    calibration = Calibration(calibrate, calibration_tokens, window, init_adapter, bits_budget) if calibrate else None
     chosen = QuantizeOptions(max_shard_bytes=max_shard_size, part=share, calibration=calibration, **options)
     prepare(html)
     hidden = as_json or quiet
@@ -129,6 +136,12 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     if report.weighted_error is not None:
         text = f"{percent(report.weighted_error)}, by what goes through {report.calibrated} calibrated matrices"
         rows.append(("weighted error", text))
+    if report.upgrades:
+        gain = sum(upgrade.gain for upgrade in report.upgrades)
+        first = "\n".join(f"{upgrade.module}: {upgrade.to}" for upgrade in report.upgrades[:WORST])
+        rows.append(
+            ("more bits for", f"{len(report.upgrades)} matrices, {gain:.4f} nats expected gain, first\n{first}")
+        )
     if report.companion is not None:
         rows.append(("companion", f"{report.companion}: begin with it by train --init"))
     if report.manifest_sha256:

@@ -1,0 +1,156 @@
+"""Spend a few more bits a weight where they save most: smaller blocks, or 16 bits.
+
+What a linear's quantization costs is the divergence that it is expected to cause, from the inputs and the gradients
+that calibration text brings. The linears are then upgraded in the order of what a byte gains, until the average is
+reached.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.integrity import Progress
+from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
+from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import write_file
+from adaptkit.errors import UsageError
+from adaptkit.numerics.calibration import weighted_nf4
+from adaptkit.numerics.formats._double_quant import dynamic_map
+from adaptkit.numerics.sensitivity import Choice as Way
+from adaptkit.numerics.sensitivity import allocate, divergence_cost
+from adaptkit.operations._encoding import TensorPlan
+from adaptkit.operations._gradients import layer_gradients
+from adaptkit.operations._layerwise import layer_moments
+from adaptkit.operations._pipeline import in_order
+from adaptkit.operations._quantize_plan import Plan, with_encodings
+
+_NAME = f"{SCRATCH_PREFIX}budget.json"
+SMALL_BLOCK = 32
+"""The smallest that every reader of the format takes."""
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """More bits for one linear.
+
+    Attributes:
+        module: dotted path.
+        to: what it became: ``blocks of 32`` or ``16 bits``.
+        extra_bytes: that this takes.
+        gain: of expected divergence, in nats a token.
+    """
+
+    module: str
+    to: str
+    extra_bytes: int
+    gain: float
+
+
+def spend(
+    out: Output, checkpoint: Checkpoint, plan: Plan, tokens: Tensor, bits: float, threads: int, progress: Progress
+) -> tuple[Plan, list[Upgrade]]:
+    """Decide which linears are worth more bits.
+
+    Args:
+        out: the folder being written; what is decided stays there for a run that goes on.
+        checkpoint: the source.
+        plan: with every linear in the same format.
+        tokens: (windows, window) int64.
+        bits: a weight, on average over the quantized matrices, constants and headers included.
+        threads: linears at a time.
+        progress: told how much of the model's run is done.
+
+    Returns:
+        The plan that keeps to the budget, and what differs in it, in the order in which the bits were spent.
+
+    Raises:
+        UsageError: the budget is less than what the plan takes already.
+    """
+    linears = {choice.spec.name: plan.tensors[choice.spec.name] for choice in plan.quantized()}
+    budget = int(bits / 8 * sum(tensor.spec.count for tensor in linears.values()))
+    least = sum(tensor.group().nbytes for tensor in linears.values())
+    if budget < least:
+        average = 8 * least / sum(tensor.spec.count for tensor in linears.values())
+        raise UsageError(
+            f"a budget of {bits} bits a weight: without any upgrade it is {average:.3f} already",
+            hint="give more, or leave out --bits-budget",
+        )
+    if not out.finished(_NAME):
+        ways = _ways(checkpoint, linears, tokens, threads, progress)
+        steps = [asdict(step) for step in allocate(ways, budget - _fixed(linears, ways))]
+        record = write_file(out.folder, _NAME, json.dumps(steps).encode())
+        out.add(record, [], {_NAME: steps})
+    steps = out.notes[_NAME]
+    chosen: dict[str, Encoding | None] = {
+        step["name"]: _encodings(linears[step["name"]])[step["choice"]] for step in steps
+    }
+    upgrades = [
+        Upgrade(
+            module=step["name"].removesuffix(".weight"),
+            to=_words(_encodings(linears[step["name"]])[step["choice"]]),
+            extra_bytes=step["extra_bytes"],
+            gain=step["gain"],
+        )
+        for step in steps
+    ]
+    return with_encodings(plan, chosen), upgrades
+
+
+def _fixed(linears: Mapping[str, TensorPlan], ways: Mapping[str, list[Way]]) -> int:
+    """Bytes of linears that no token reached, which stay as planned."""
+    return sum(tensor.group().nbytes for name, tensor in linears.items() if name not in ways)
+
+
+def _encodings(tensor: TensorPlan) -> list[Encoding | None]:
+    """The ways to store a linear, from the smallest on; None is as it is."""
+    if tensor.encoding is None:
+        raise ValueError(f"{tensor.spec.name} is not to be quantized")
+    smaller = [replace(tensor.encoding, block_size=SMALL_BLOCK)] if tensor.encoding.block_size > SMALL_BLOCK else []
+    return [tensor.encoding, *smaller, None]
+
+
+def _words(encoding: Encoding | None) -> str:
+    return f"blocks of {encoding.block_size}" if encoding else "16 bits"
+
+
+def _ways(
+    checkpoint: Checkpoint, linears: Mapping[str, TensorPlan], tokens: Tensor, threads: int, progress: Progress
+) -> dict[str, list[Way]]:
+    importance = {
+        f"{module}.weight": moments.mean_square
+        for layer in layer_moments(checkpoint, tokens, progress=progress)
+        for module, moments in layer.moments.items()
+    }
+    gradients = {
+        f"{module}.weight": square
+        for layer in layer_gradients(checkpoint, tokens, progress=progress)
+        for module, square in layer.gradient_square.items()
+    }
+    reached = [name for name in linears if name in importance and name in gradients]
+
+    def ways(name: str) -> list[Way]:
+        tensor = linears[name]
+        raw = checkpoint.read(name)
+        weight = raw.T.contiguous() if tensor.transposed else raw
+        found = []
+        for encoding in _encodings(tensor):
+            nbytes = replace(tensor, encoding=encoding).group().nbytes
+            cost = 0.0
+            if encoding is not None:
+                lost = _lost(weight, importance[name], encoding)
+                cost = divergence_cost(lost, importance[name], gradients[name])
+            found.append(Way(nbytes, cost))
+        return found
+
+    return dict(zip(reached, in_order(ways, reached, threads), strict=True))
+
+
+def _lost(weight: Tensor, importance: Tensor, encoding: Encoding) -> Tensor:
+    codes, constants = weighted_nf4(weight, importance, encoding.block_size, encoding.double_quant)
+    packed = QuantizedWeight(encoding, codes, constants, tuple(weight.shape), torch.float32, dynamic_map())
+    return weight.float() - packed.dequantize(torch.float32)

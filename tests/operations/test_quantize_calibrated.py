@@ -1,0 +1,310 @@
+"""Calibration: the same layout, fewer lost outputs; a companion adapter that is this base's alone; a bits budget."""
+
+import bitsandbytes as bnb
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.quantized import quantized_names, read_quantized
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.text import read_tokens
+from adaptkit.errors import AdapterError, BaseMismatchError, DataError, OutputExistsError, UsageError
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.merge import merge
+from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
+from adaptkit.operations.stack import stack
+from adaptkit.operations.unmerge import unmerge
+from adaptkit.operations.verify import verify
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"the {subject} {place}, and {n}" for n in range(9) for subject in tiny.SUBJECTS
+                             for place in tiny.PLACES))  # fmt: skip
+    return path
+
+
+def options(text, **more):
+    calibration = {name: more.pop(name) for name in ("init_rank", "bits_budget") if name in more}
+    return QuantizeOptions(calibration=Calibration((text,), 1024, 128, **calibration), **more)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory, llama, text):
+    """A calibrated base, its companion adapter and the report."""
+    out = tmp_path_factory.mktemp("calibrated") / "llama"
+    report = quantize(llama, out, options(text, init_rank=4))
+    return out, out.with_name("llama-init"), report
+
+
+def inputs_of_linears(llama, text):
+    """What enters every linear layer, by plain hooks on transformers' own model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
+            )
+    with torch.no_grad():
+        model(read_tokens([text], llama, window=128, max_tokens=1024))
+    return {name: torch.cat(found).double() for name, found in seen.items()}
+
+
+def lost_outputs(inputs, source, plain, adapter=None):
+    """Σ ‖(W − Q − BA) x‖² over the calibration tokens, by module."""
+    lost = {}
+    for name in plain:
+        module = name.removesuffix(".weight")
+        if module in inputs and plain[name].dim() == 2 and module != "lm_head":
+            difference = source[name].double() - plain[name].double()
+            if adapter is not None:
+                term = adapter.modules[module]
+                difference -= term.scaling * term.lora_b.double() @ term.lora_a.double()
+            lost[module] = float((inputs[module] @ difference.T).square().sum())
+    return lost
+
+
+def test_outputs_suffer_less_and_least_with_the_companion(llama, text, calibrated, tmp_path):
+    folder, companion, report = calibrated
+    quantize(llama, tmp_path / "plain-nf4")
+    dequantize(tmp_path / "plain-nf4", tmp_path / "absmax")
+    dequantize(folder, tmp_path / "weighted")
+    source = load_file(llama / "model.safetensors")
+    absmax, weighted = (load_file(tmp_path / name / "model.safetensors") for name in ("absmax", "weighted"))
+    inputs = inputs_of_linears(llama, text)
+    before, after = lost_outputs(inputs, source, absmax), lost_outputs(inputs, source, weighted)
+    with_companion = lost_outputs(inputs, source, weighted, read_adapter(companion))
+    assert len(before) == 14
+    assert sum(after.values()) < 0.8 * sum(before.values())
+    assert all(with_companion[module] < after[module] for module in after)
+    assert report.calibrated == 14
+    assert report.weighted_error < 0.1
+
+
+def test_readers_of_the_layout_see_no_difference(llama, calibrated):
+    from transformers import AutoModelForCausalLM
+
+    folder, _, report = calibrated
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    checkpoint = Checkpoint(folder)
+    for name in quantized_names(checkpoint):
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(theirs, read_quantized(checkpoint, name).dequantize()), name
+    plain = quantize(llama, folder.with_name("not-made"), dry_run=True)
+    assert report.bytes_after == plain.bytes_after
+    verify(folder)
+
+
+def test_the_reported_errors_are_those_of_the_file(llama, text, calibrated, tmp_path):
+    folder, _, report = calibrated
+    dequantize(folder, tmp_path / "plain")
+    source, plain = load_file(llama / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
+    inputs = inputs_of_linears(llama, text)
+    for tensor in (tensor for tensor in report.tensors if tensor.format):
+        weight, lost = source[tensor.name].double(), source[tensor.name].double() - plain[tensor.name].double()
+        importance = inputs[tensor.name.removesuffix(".weight")].square().mean(0)
+        expected = ((lost.square() @ importance).sum() / (weight.square() @ importance).sum()).sqrt()
+        assert tensor.weighted_error == pytest.approx(float(expected), rel=0.02)  # a bfloat16 of Q is what was read
+        assert tensor.relative_error == pytest.approx(float(lost.norm() / weight.norm()), rel=0.02)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_are_no_part_of_the_result(llama, text, calibrated, tmp_path, threads):
+    quantize(llama, tmp_path / "llama", options(text, init_rank=4, threads=threads))
+    assert tree(tmp_path / "llama") == tree(calibrated[0])
+    assert tree(tmp_path / "llama-init") == tree(calibrated[1])
+
+
+def test_a_killed_run_goes_on_without_calibrating_again(llama, text, calibrated, tmp_path):
+    """Stopped while it writes shards: the scratch files are there, and are all that is needed."""
+
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama, tmp_path / "llama", options(text, init_rank=4), progress=stop)
+    assert list((tmp_path / "llama.partial").glob("adaptkit-scratch-*"))
+
+    def forbidden(done, total):
+        raise AssertionError("calibrated again")
+
+    quantize(llama, tmp_path / "llama", options(text, init_rank=4), calibration_progress=forbidden)
+    assert tree(tmp_path / "llama") == tree(calibrated[0])
+    assert tree(tmp_path / "llama-init") == tree(calibrated[1])
+
+
+def test_the_manifest_names_the_text_by_its_hash_and_not_by_its_path(text, calibrated):
+    manifest = require_manifest(calibrated[0])
+    recorded = manifest.operation["options"]["calibration"]
+    assert (recorded["tokens"], recorded["window"], len(recorded["files"][0])) == (1024, 128, 64)
+    assert str(text) not in manifest.to_bytes().decode()
+
+
+def test_the_companion_is_bound_to_its_base(calibrated):
+    folder, companion, report = calibrated
+    manifest, base = require_manifest(companion), require_manifest(folder)
+    assert report.companion == str(companion)
+    assert [parent.manifest_sha256 for parent in manifest.parents] == [base.sha256]
+    assert {t.module: t.quantized_root for t in manifest.targets} == {t.module: t.quantized_root for t in base.targets}
+    assert read_adapter(companion).only_compensates
+    verify(companion)
+
+
+def test_peft_loads_the_companion(calibrated):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, companion, _ = calibrated
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu"), companion)
+    ours = read_adapter(companion).modules
+    layers = {name: module for name, module in adapted.named_modules() if hasattr(module, "get_delta_weight")}
+    assert len(layers) == len(ours) == 14
+    for name, layer in layers.items():
+        term = ours[name.removeprefix("base_model.model.")]
+        expected = term.scaling * term.lora_b @ term.lora_a
+        assert torch.allclose(layer.get_delta_weight("default").float(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_merging_the_companion_alone_is_refused(llama, calibrated, tmp_path):
+    with pytest.raises(UsageError, match="only makes up for what quantization lost"):
+        merge(llama, [calibrated[1]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def config(base, init, instructions, **more):
+    return TrainConfig(
+        base=str(base), data=(str(instructions),), init=str(init), steps=3, batch_size=2, held_out=0.0,
+        compute_dtype="float32", device="cpu", learning_rate=1e-2, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, calibrated, instructions):
+    out = tmp_path_factory.mktemp("trained") / "adapter"
+    train(config(calibrated[0], calibrated[1], instructions), out)
+    return out
+
+
+def test_training_begins_with_the_companion_and_merging_takes_it_off_again(llama, calibrated, trained, tmp_path):
+    adapter, companion = read_adapter(trained), read_adapter(calibrated[1])
+    assert not adapter.only_compensates
+    merge(llama, [trained], tmp_path / "merged")
+    source, merged = load_file(llama / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    moved = 0
+    for module, term in adapter.modules.items():
+        begun = companion.modules[module]
+        assert torch.equal(adapter.compensation[module].lora_a, begun.lora_a)
+        delta = term.scaling * term.lora_b.double() @ term.lora_a.double()
+        delta -= begun.scaling * begun.lora_b.double() @ begun.lora_a.double()
+        expected = source[f"{module}.weight"].double() + delta
+        error = (merged[f"{module}.weight"].double() - expected).abs()
+        assert (error <= 2**-8 * expected.abs() + 1e-9).all(), module
+        moved += int((merged[f"{module}.weight"] != source[f"{module}.weight"]).sum())
+    assert moved > 0
+    unmerge(tmp_path / "merged", [trained], tmp_path / "restored")
+    assert (tmp_path / "restored" / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+
+
+def test_the_trained_adapter_says_what_it_began_with(calibrated, trained):
+    manifest = require_manifest(trained)
+    assert {parent.role: parent.manifest_sha256 for parent in manifest.parents} == {
+        "base": require_manifest(calibrated[0]).sha256,
+        "init": require_manifest(calibrated[1]).sha256,
+    }
+    assert manifest.operation["options"]["init"] == "adapter"
+    verify(trained)
+
+
+def test_beginning_with_the_companion_of_another_base_is_refused(llama, calibrated, instructions, tmp_path):
+    quantize(llama, tmp_path / "other")
+    with pytest.raises(BaseMismatchError, match="belongs to another base"):
+        train(config(tmp_path / "other", calibrated[1], instructions), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stacking_what_began_with_a_companion_is_refused(trained, tmp_path):
+    with pytest.raises(AdapterError, match="counts only once"):
+        stack([trained, trained], tmp_path / "out")
+
+
+def test_a_budget_is_kept_and_says_what_it_bought(llama, text, tmp_path):
+    plain = quantize(llama, tmp_path / "plain", dry_run=True).bits_per_parameter
+    report = quantize(llama, tmp_path / "out", options(text, bits_budget=plain + 1.5))
+    assert plain < report.bits_per_parameter <= plain + 1.5
+    rates = [upgrade.gain / upgrade.extra_bytes for upgrade in report.upgrades]
+    assert rates == sorted(rates, reverse=True)
+    assert min(rates) > 0
+    last = {upgrade.module: upgrade.to for upgrade in report.upgrades}
+    checkpoint = Checkpoint(tmp_path / "out")
+    packed = {name: read_quantized(checkpoint, name) for name in quantized_names(checkpoint)}
+    for name in (tensor.name for tensor in report.tensors if tensor.kept_because not in {"norm", "embedding"}):
+        how = last.get(name.removesuffix(".weight"))
+        if how == "16 bits":
+            assert checkpoint.spec(name).dtype == "BF16"
+            assert name.removesuffix(".weight") in checkpoint.config["quantization_config"]["llm_int8_skip_modules"]
+        else:
+            assert packed[name].block_size == (32 if how == "blocks of 32" else 64)
+    assert {"16 bits", "blocks of 32"} & set(last.values())
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu").train()
+    dequantize(tmp_path / "out", tmp_path / "dequantized")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "dequantized").train()
+    tokens = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, reference(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda text: Calibration(()), UsageError, "needs text"),
+        (lambda text: Calibration((text,), window=1), UsageError, "at least 2"),
+        (lambda text: Calibration((text,), init_rank=0), UsageError, "rank 0"),
+        (lambda text: Calibration((text,), bits_budget=17.0), UsageError, "between 4 and 16"),
+        (lambda text: options(text, format="fp4"), UsageError, "calibration is for nf4"),
+        (lambda text: options(text, part=Part(1, 2)), UsageError, "not in shares"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(text, make, kind, words):
+    with pytest.raises(kind, match=words):
+        make(text)
+
+
+def refusal(kind, llama, tmp_path, chosen, **more):
+    with pytest.raises(kind) as caught:
+        quantize(llama, tmp_path / "out", chosen, **more)
+    assert not (tmp_path / "out").exists()
+    return caught.value.message
+
+
+def test_text_that_cannot_serve_is_refused(llama, text, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "no text" in refusal(DataError, llama, tmp_path, options(empty))
+    longer = QuantizeOptions(calibration=Calibration((text,), window=1_000_000, tokens=2_000_000))
+    assert "longer than" in refusal(UsageError, llama, tmp_path, longer)
+    assert "bits" in refusal(UsageError, llama, tmp_path, options(text, bits_budget=4.01))
+
+
+def test_a_companion_folder_without_a_companion_or_in_the_way_is_refused(llama, text, tmp_path):
+    assert "needs calibration and a rank" in refusal(
+        UsageError, llama, tmp_path, options(text), companion=tmp_path / "x"
+    )
+    (tmp_path / "out-init").mkdir()
+    refusal(OutputExistsError, llama, tmp_path, options(text, init_rank=2))
