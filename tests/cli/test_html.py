@@ -1,5 +1,6 @@
 """Pages: everything escaped, every number from the report, the same bytes each time, and a browser that is content."""
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, sect
 from adaptkit.cli.pages import prepare, write
 from adaptkit.cli.pages.quantize import quantize_page
 from adaptkit.errors import UsageError
-from adaptkit.operations.quantize import QuantizeReport, TensorReport
+from adaptkit.operations.quantize import QuantizeReport, TensorReport, Upgrade
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = (
@@ -97,6 +98,8 @@ def report_of(tensors):
         bytes_after=sum(t.bytes_after for t in tensors),
         bits_per_parameter=4.127,
         relative_error=0.0923,
+        weighted_error=None,
+        calibrated=0,
         shards=1,
         tensors=tuple(tensors),
         tensors_root="ab" * 32,
@@ -434,3 +437,15 @@ def test_a_browser_refuses_scripts_that_are_not_the_page_s_own(tmp_path):
     document, console = browse(tmp_path, "page.html")
     assert "<title>safe</title>" in document
     assert sum("Content Security Policy" in line for line in console) == 2
+
+
+def test_what_a_budget_bought_is_listed_in_its_order():
+    upgrades = (
+        Upgrade("model.layers.3.mlp.up_proj", "blocks of 32", 2048, 0.5),
+        Upgrade("x.<y>", "16 bits", 4096, 0.25),
+    )
+    report = dataclasses.replace(report_of([tensor("model.layers.3.mlp.up_proj.weight")]), upgrades=upgrades)
+    parsed = Parsed(quantize_page(report))
+    assert [["model.layers.3.mlp.up_proj", "blocks of 32", "2,048", "0.5"], ["x.<y>", "16 bits", "4,096", "0.25"]] in [
+        rows[1:] for rows in parsed.tables
+    ]

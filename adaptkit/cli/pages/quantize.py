@@ -30,6 +30,7 @@ def quantize_page(report: "QuantizeReport") -> str:
         facts(_summary(report)),
         *_pictures(report.tensors),
         *([_worst(quantized, calibrated)] if quantized else []),
+        *([_upgrades(report)] if report.upgrades else []),
         _kept(report),
         section(f"All {len(report.tensors):,} tensors", _tensors(report.tensors, calibrated), collapsed=True),
     )
@@ -47,6 +48,13 @@ def _summary(report: "QuantizeReport") -> list[tuple[str, str]]:
     ]
     if report.relative_error is not None:
         rows.append(("relative error", f"{percent(report.relative_error)} of the norm of all that was quantized"))
+    if report.weighted_error is not None:
+        text = (
+            f"{percent(report.weighted_error)}, inputs weighted by their mean square, over {report.calibrated} tensors"
+        )
+        rows.append(("weighted error", text))
+    if report.companion is not None:
+        rows.append(("companion adapter", report.companion))
     if report.part:
         rows.append(("part", f"{report.part[0]} of {report.part[1]}"))
     if report.tensors_root:
@@ -104,6 +112,19 @@ def _worst(quantized: Sequence["TensorReport"], calibrated: bool) -> Html:
 
     worst = sorted(quantized, key=lambda t: (-error(t), t.name))[:_WORST]
     return section(f"Largest {'weighted' if calibrated else 'relative'} errors", _tensors(worst, calibrated))
+
+
+def _upgrades(report: "QuantizeReport") -> Html:
+    """What a budget bought, in the order in which it was spent."""
+    rows = [
+        (u.module, u.to, Number(u.extra_bytes, f"{u.extra_bytes:,}"), Number(u.gain, f"{u.gain:.3g}"))
+        for u in report.upgrades
+    ]
+    return section(
+        "More bits where they save most",
+        paragraph("In the order in which the budget was spent; the gain is the divergence expected to be saved."),
+        table(("module", "became", "bytes more", "gain, nats a token"), rows),
+    )
 
 
 def _kept(report: "QuantizeReport") -> Html:
