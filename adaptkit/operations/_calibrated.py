@@ -10,21 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import DTYPE_NAMES, DTYPES, TensorSpec
-from adaptkit.checkpoint.integrity import Progress
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
-from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
-from adaptkit.numerics.formats._double_quant import dynamic_map
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
 from adaptkit.operations._encoding import Encoded, TensorPlan
@@ -167,15 +164,13 @@ def _make(
         raise ValueError(f"{name} is not to be quantized")
     raw = checkpoint.read(name)
     plan.check(raw.reshape(-1), 0)
-    weight = raw.T.contiguous() if plan.transposed else raw
+    weight = plan.as_linear(raw)
     arguments = (encoding.block_size, encoding.double_quant)
     if factor is None:
         codes, constants = weighted_nf4(weight, moments.mean_square, *arguments)
     else:
         codes, constants = compensated_nf4(weight, moments.mean_square, factor, *arguments)
-    packed = QuantizedWeight(encoding, codes, constants, tuple(weight.shape), torch.float32, dynamic_map())
-    wide = weight.float()
-    lost = wide - packed.dequantize(torch.float32)
+    lost, wide = quantized.lost(weight, encoding, codes, constants), weight.float()
     importance = moments.mean_square.double()
     note = {
         "fingerprint": fingerprint(raw),
@@ -185,8 +180,8 @@ def _make(
     tensors = {name: codes.view(quantized.code_spec(plan.linear, encoding).shape)}
     tensors |= quantized.constant_parts(plan.linear, encoding, constants)
     if init_rank is not None:
-        moment = moments.mean_square if moments.second_moment is None else moments.second_moment
-        lora_a, lora_b = companion_adapter(lost, moment, min(init_rank, *lost.shape))
+        # All of E[x xᵀ] measures no better here than its diagonal, and takes a decomposition more.
+        lora_a, lora_b = companion_adapter(lost, moments.mean_square, min(init_rank, *lost.shape))
         tensors |= {f"{name}.lora_A": lora_a.contiguous(), f"{name}.lora_B": lora_b.contiguous()}
     return _Made(tensors, note)
 
