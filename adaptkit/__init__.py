@@ -1,6 +1,7 @@
 """adaptkit: quantize, fine-tune, merge, unmerge and publish language-model adapters, on checkpoint files.
 
-The public names below load on first use, so that ``import adaptkit`` does not import torch.
+The public names below load on first use, so that ``import adaptkit`` does not import torch. Every operation is a
+function with a report, and options that are a frozen dataclass; ``adaptkit.errors`` has what they raise.
 """
 
 from importlib import import_module
@@ -9,17 +10,28 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "quantize": "adaptkit.operations.quantize",
+    "AdaptkitError": "adaptkit.errors",
+    "Calibration": "adaptkit.operations.quantize",
+    "DequantizeOptions": "adaptkit.operations.dequantize",
+    "EvaluateOptions": "adaptkit.training.evaluate",
+    "MergeOptions": "adaptkit.operations.merge",
+    "Part": "adaptkit.operations.quantize",
+    "PublishOptions": "adaptkit.hub.publish",
+    "QuantizeOptions": "adaptkit.operations.quantize",
+    "StackOptions": "adaptkit.operations.stack",
+    "TrainConfig": "adaptkit.training.config",
     "dequantize": "adaptkit.operations.dequantize",
-    "merge": "adaptkit.operations.merge",
-    "unmerge": "adaptkit.operations.unmerge",
-    "stack": "adaptkit.operations.stack",
     "diff": "adaptkit.operations.diff",
-    "verify": "adaptkit.operations.verify",
-    "train": "adaptkit.training.loop",
     "evaluate": "adaptkit.training.evaluate",
+    "inspect": "adaptkit.operations.inspect",
+    "merge": "adaptkit.operations.merge",
     "publish": "adaptkit.hub.publish",
     "pull": "adaptkit.hub.download",
+    "quantize": "adaptkit.operations.quantize",
+    "stack": "adaptkit.operations.stack",
+    "train": "adaptkit.training.loop",
+    "unmerge": "adaptkit.operations.unmerge",
+    "verify": "adaptkit.operations.verify",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -29,3 +41,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'adaptkit' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,19 +2,22 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.naming import places
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.naming import Place, places
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 
 
 def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the network's stack of layers: of its outermost lists of modules, the one with the most parameters.
+    """Find the network's stack of layers: of its outermost lists of modules, the one with the most weights.
+
+    Weights are parameters, or buffers where they stay packed.
 
     Returns:
         Its dotted path, and the list.
@@ -29,7 +32,7 @@ def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
             stacks.append((name, module))
     if not stacks:
         raise UsageError(f"{type(network).__name__} has no stack of layers")
-    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack[1].parameters()))
+    return max(stacks, key=lambda stack: sum(t.numel() for t in (*stack[1].parameters(), *stack[1].buffers())))
 
 
 class Assembly:
@@ -37,39 +40,96 @@ class Assembly:
 
     Args:
         network: transformers' model, as ``empty_network`` built it.
-        checkpoint: of 16- or 32-bit tensors.
+        checkpoint: plain or quantized.
 
     Attributes:
         sources: for every parameter and buffer that the files hold, the tensors that make it up; several where files
-            have one matrix an expert and the network a stack of them, say.
+            have one matrix an expert and the network a stack of them, say. Parameters that are tied share theirs. Of
+            a quantized weight this is the name of its codes.
+        quantized: names of the quantized weights in the files.
+
+    Raises:
+        CheckpointError: two tensors are the same parameter.
     """
 
     def __init__(self, network: Any, checkpoint: Checkpoint) -> None:
         self.network, self.checkpoint = network, checkpoint
-        self._names: dict[int, list[str]] = {}  # of every parameter; several if it is tied
-        for name, parameter in network.named_parameters(remove_duplicate=False):
-            self._names.setdefault(id(parameter), []).append(name)
-        self._places = places(network, checkpoint.tensors)
+        self.quantized = frozenset(quantized.quantized_names(checkpoint))
+        self._parts = {part for name in self.quantized for part in quantized.part_names(checkpoint, name)}
+        self._parts -= self.quantized
+        self._places = places(network, [name for name in checkpoint.tensors if name not in self._parts])
         self.sources: dict[str, list[str]] = {}
         for file_name in sorted(self._places, key=_by_numbers):
             for name in self._places[file_name].parameters:
                 self.sources.setdefault(name, []).append(file_name)
+        for name, (first, *others) in self.sources.items():
+            if others and not self._places[first].operations:
+                raise CheckpointError(f"{checkpoint.root}: {first} and {others[0]} are both {name}")
+        self._names: dict[int, list[str]] = {}  # of every parameter; several if it is tied
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+        for names in self._names.values():
+            held = [name for name in names if name in self.sources]
+            self.sources.update({name: self.sources[held[0]] for name in names if held and name not in self.sources})
 
-    def read(self, name: str) -> Tensor:
-        """Read a parameter or buffer, put together or cut as the network has it.
+    def unknown(self) -> list[str]:
+        """The tensors that the network has no place for, sorted, but for what transformers knows to be left over."""
+        patterns = self.network._keys_to_ignore_on_load_unexpected or ()
+        left = sorted(set(self.checkpoint.tensors) - self._parts - set(self._places))
+        return [name for name in left if not any(re.search(pattern, name) for pattern in patterns)]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a parameter, or something that it is put together from, is quantized in the files."""
+        return not self.quantized.isdisjoint(self.sources.get(name, ()))
+
+    def place(self, name: str) -> Place:
+        """What transformers does with the tensors that make up a parameter or buffer.
 
         Raises:
             CheckpointError: the files lack it.
         """
         if name not in self.sources:
-            raise CheckpointError(f"{self.checkpoint.root}: has no {name}, which {type(self.network).__name__} needs")
-        files = self.sources[name]
-        place = self._places[files[0]]
+            raise CheckpointError(
+                f"{self.checkpoint.root}: has no {name}, which {type(self.network).__name__} needs",
+                hint="get the checkpoint again, with the config.json that belongs to it",
+            )
+        return self._places[self.sources[name][0]]
+
+    def pieces(self, name: str) -> dict[str, list[str]]:
+        """What a parameter is put together from: by pattern (gate and up, say), the tensors in their order.
+
+        Raises:
+            CheckpointError: the files lack all or some of them, or some differ in shape from others.
+        """
+        place = self.place(name)
+        pieces: dict[str, list[str]] = {pattern: [] for pattern in place.patterns}
+        for file_name in self.sources[name]:
+            pieces[self._places[file_name].pattern].append(file_name)
+        is_list = any(type(step).__name__ == "MergeModulelist" for step in place.operations)
+        if is_list and len({len(found) for found in pieces.values()}) != 1:
+            counts = ", ".join(f"{len(found)} of {pattern}" for pattern, found in pieces.items())
+            raise CheckpointError(f"{name}: the files hold {counts}; every expert needs one of each")
+        for first, *others in (found for found in pieces.values() if is_list and found):
+            for other in others:
+                if self._shape(other) != self._shape(first):
+                    raise CheckpointError(
+                        f"{other} is {list(self._shape(other))}, which does not fit {first}, {list(self._shape(first))}"
+                    )
+        return {pattern: found for pattern, found in pieces.items() if found}
+
+    def read(self, name: str) -> Tensor:
+        """Read a parameter or buffer that is not quantized, put together or cut as the network has it.
+
+        Raises:
+            CheckpointError: the files lack it, or what it is put together from does not fit.
+        """
+        place = self.place(name)
         if not place.operations:
-            return self.checkpoint.read(files[0])
-        parts: dict[str, Any] = {}
-        for file_name in files:
-            parts.setdefault(self._places[file_name].pattern, []).append(self.checkpoint.read(file_name))
+            return self.checkpoint.read(self.sources[name][0])
+        parts: Any = {
+            pattern: [self.checkpoint.read(file_name) for file_name in found]
+            for pattern, found in self.pieces(name).items()
+        }
         for operation in place.operations:
             parts = operation.convert(
                 parts,
@@ -89,16 +149,23 @@ class Assembly:
         modules that hold them, which would also overwrite their parameters.
 
         Raises:
-            CheckpointError: the architecture leaves a buffer as it finds it, so that its value is not known.
+            CheckpointError: the files have one in another shape, or the architecture leaves one that they lack as it
+                finds it, so that its value is not known.
         """
+        _compute_buffers(self.network, self.sources.keys())
         for name, buffer in list(self.network.named_buffers()):
-            if name in self.sources:
-                module, child = self._owner(name)
-                module._buffers[child] = self._checked(name, buffer.shape).to(buffer.dtype)
-        compute_buffers(self.network)
-        for name, buffer in list(self.network.named_buffers()):
+            value = self._checked(name, buffer.shape).to(buffer.dtype) if name in self.sources else buffer
             module, child = self._owner(name)
-            module._buffers[child] = buffer.to(device)
+            module._buffers[child] = value.to(device)
+
+    def load(self, parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
+        """Fill one of the network's empty parameters, under all its names, frozen.
+
+        Raises:
+            CheckpointError: the files lack it, or have it in another shape.
+        """
+        value = self._checked(self._names[id(parameter)][0], parameter.shape).to(device=device, dtype=dtype)
+        self._put(parameter, nn.Parameter(value, requires_grad=False))
 
     @contextlib.contextmanager
     def resident(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Iterator[None]:
@@ -109,18 +176,22 @@ class Assembly:
         """
         empty = [self.network.get_parameter(name) for name in names]
         try:
-            for name, parameter in zip(names, empty, strict=True):
-                value = self._checked(name, parameter.shape).to(device=device, dtype=dtype)
-                self._place(parameter, nn.Parameter(value, requires_grad=False))
+            for parameter in empty:
+                self.load(parameter, dtype, device)
             yield
         finally:
             for parameter in empty:
-                self._place(parameter, parameter)
+                self._put(parameter, parameter)
 
-    def _place(self, empty: nn.Parameter, value: nn.Parameter) -> None:
+    def _put(self, empty: nn.Parameter, value: nn.Parameter) -> None:
         for name in self._names[id(empty)]:
             module, child = self._owner(name)
             module._parameters[child] = value
+
+    def _shape(self, file_name: str) -> tuple[int, ...]:
+        if file_name in self.quantized:
+            return quantized.read_outline(self.checkpoint, file_name).shape
+        return self.checkpoint.spec(file_name).shape
 
     def _checked(self, name: str, expected: Sequence[int]) -> Tensor:
         value = self.read(name)
@@ -132,23 +203,27 @@ class Assembly:
         return self.network.get_submodule(parent), child
 
 
-def compute_buffers(network: Any) -> None:
+def _compute_buffers(network: Any, held: Container[str]) -> None:
     """Compute the buffers that no file holds, which the meta device left empty; parameters must still be there too.
 
     Raises:
         CheckpointError: the architecture leaves one as it finds it, so that its value is not known.
     """
     for path, module in network.named_modules():
-        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        empty = {
+            name: buffer
+            for name, buffer in module.named_buffers(path, recurse=False)
+            if buffer.is_meta and name not in held
+        }
         seen = []
         for fill in (0, 1) if empty else ():
             for name, buffer in empty.items():
-                module._buffers[name] = torch.full_like(buffer, fill, device="cpu")
+                module._buffers[name.rpartition(".")[2]] = torch.full_like(buffer, fill, device="cpu")
             network._init_weights(module)
-            seen.append({name: module._buffers[name] for name in empty})
+            seen.append({name: module._buffers[name.rpartition(".")[2]] for name in empty})
         for name in empty:
             if not torch.equal(seen[0][name], seen[1][name]):
-                raise CheckpointError(f"{type(network).__name__} does not say what {path}.{name} holds")
+                raise CheckpointError(f"{type(network).__name__} does not say what {name} holds, and no file does")
 
 
 def check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:

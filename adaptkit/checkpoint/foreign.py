@@ -6,6 +6,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 
 _BY_NAME = (
     (re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), "bitsandbytes (4 bits)"),
+    (re.compile(r"\.quant_state\.adaptkit__int8$"), "adaptkit (int8)"),
     (re.compile(r"(^|\.)SCB$"), "bitsandbytes (int8)"),
     (re.compile(r"(^|\.)g_idx$"), "GPTQ"),
     (re.compile(r"(^|\.)qweight$"), "GPTQ or AWQ"),

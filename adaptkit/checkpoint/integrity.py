@@ -1,21 +1,15 @@
 """Compare a folder with its manifest: the exact set of files, their bytes, and every tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import CheckpointError, IntegrityError
-
-Progress = Callable[[int, int], None]
-"""Told how many bytes are done, of how many."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
 
 
 def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:

@@ -15,19 +15,17 @@ The codes come first, so that they can be written while the rest is not known ye
 that every tensor is aligned, and so that every size is known before any weight is read.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.encoding import Encoding, state_suffix
 from adaptkit.checkpoint.header import DTYPES, TensorSpec
+from adaptkit.checkpoint.quant_state import GET_AGAIN, STATE_NAME, Outline, parse_state, state_bytes
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.errors import CheckpointError
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import (
     GROUP,
@@ -36,10 +34,6 @@ from adaptkit.numerics.formats._double_quant import (
     dynamic_map,
     quantize_absmax,
 )
-
-_STATE = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
-_OFFSET_WIDTH = 26
-"""Room for the longest decimal form of a float32 read as a float64."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +77,19 @@ class QuantizedWeight:
         return self.encoding.numerics.dequantize(packed, dtype or self.dtype)
 
 
+def lost(weight: Tensor, encoding: Encoding, codes: Tensor, constants: DoubleQuantized | Tensor) -> Tensor:
+    """What quantizing took from a weight: W − Q in float32, of its shape, Q being what readers see.
+
+    Args:
+        weight: (out, in).
+        encoding: how it was quantized.
+        codes: of it.
+        constants: of its blocks, doubly quantized or as (M,) float32.
+    """
+    packed = QuantizedWeight(encoding, codes, constants, tuple(weight.shape), torch.float32, dynamic_map())
+    return weight.float() - packed.dequantize()
+
+
 def code_spec(weight: TensorSpec, encoding: Encoding) -> TensorSpec:
     """The tensor that holds a weight's codes."""
     if encoding.numerics.bits == 8:
@@ -109,7 +116,7 @@ def part_specs(weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
         floats += [TensorSpec(f"{name}.absmax", "F32", (blocks,))]
     if encoding.numerics.levels is not None:
         floats += [TensorSpec(f"{name}.quant_map", "F32", (len(encoding.numerics.levels),))]
-    state = len(_state(weight, encoding, 0.0))
+    state = len(state_bytes(weight, encoding, 0.0))
     # The whole group then fills multiples of eight bytes, and the floats in it begin at a multiple of four.
     state += -(sum(spec.nbytes for spec in small + floats) + state) % 8
     return [*small, TensorSpec(name + encoding.state_suffix, "U8", (state,)), *floats]
@@ -138,7 +145,7 @@ def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuan
     named = {f"{weight.name}.{suffix}": part for suffix, part in parts.items()}
     specs = part_specs(weight, encoding)[1:]
     state = next(spec for spec in specs if spec.name.endswith(encoding.state_suffix))
-    text = _state(weight, encoding, offset).ljust(state.nbytes)
+    text = state_bytes(weight, encoding, offset).ljust(state.nbytes)
     named[state.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return {spec.name: named[spec.name] for spec in specs}
 
@@ -166,7 +173,7 @@ def encode(weight: TensorSpec, values: Tensor, encoding: Encoding) -> dict[str, 
 
 def quantized_names(files: TensorFiles) -> list[str]:
     """The names of the quantized weights in a checkpoint."""
-    return [_STATE.sub("", name) for name in files.tensors if _STATE.search(name)]
+    return [STATE_NAME.sub("", name) for name in files.tensors if STATE_NAME.search(name)]
 
 
 def part_names(files: TensorFiles, name: str) -> list[str]:
@@ -174,6 +181,17 @@ def part_names(files: TensorFiles, name: str) -> list[str]:
     states = [state_suffix(format_name) for format_name in ("nf4", "fp4", "int8")]
     suffixes = ("", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", *states)
     return [name + suffix for suffix in suffixes if name + suffix in files.tensors]
+
+
+def read_outline(files: TensorFiles, name: str) -> Outline:
+    """Read what the state of a quantized weight says of it; neither codes nor constants.
+
+    Raises:
+        CheckpointError: the state is missing or malformed.
+    """
+    nothing = torch.empty(0)  # which parts there are matters, not what they hold
+    found = part_names(files, name)
+    return parse_state(name, {n.removeprefix(name): files.read(n) if STATE_NAME.search(n) else nothing for n in found})
 
 
 def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
@@ -193,7 +211,7 @@ def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
     """
     parts = {part.removeprefix(name): files.read(part) for part in part_names(files, name) if part != name}
     if name not in files.tensors:
-        raise CheckpointError(f"{name}: its codes are missing")
+        raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
     spec = files.spec(name)
     return _decode(name, parts, torch.empty(0, dtype=DTYPES[spec.dtype]), spec.count)
 
@@ -205,54 +223,31 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
         CheckpointError: parts are missing or disagree.
     """
     if "" not in parts:
-        raise CheckpointError(f"{name}: its codes are missing")
+        raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
     codes = parts[""].reshape(-1)
     return _decode(name, parts, codes, codes.numel())
 
 
 def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_count: int) -> QuantizedWeight:
+    outline = parse_state(name, parts)
+    encoding, shape = outline.encoding, outline.shape
     try:
-        suffix = next(suffix for suffix in parts if _STATE.search(suffix))
-        state: dict[str, Any] = json.loads(bytes(parts[suffix].numpy()))
-        shape, block_size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
-        dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[state["dtype"]]
-        if len(shape) not in (2, 3) or min(shape) < 1 or block_size < 1:
-            raise CheckpointError(f"{name}: {list(shape)} in blocks of {block_size} is no matrix")
-        count = torch.Size(shape).numel()
-        blocks = -(-count // block_size)
-        nested = ".nested_absmax" in parts
-        levels = parts.get(".nested_quant_map", dynamic_map())
-        absmax = parts[".absmax"].reshape(-1)
-        constants: DoubleQuantized | Tensor = absmax
-        if nested:
-            constants = DoubleQuantized(absmax, parts[".nested_absmax"], float(state["nested_offset"]))
-            if int(state["nested_blocksize"]) != GROUP or constants.nested_absmax.numel() != -(-blocks // GROUP):
-                raise CheckpointError(f"{name}: nested constants in groups of {state['nested_blocksize']}")
-        match = _STATE.search(suffix)
-        encoding = Encoding(match[1] if match else "", block_size, nested)
-        whole = count if encoding.numerics.bits == 8 else (count + 1) // 2
-        types = (codes.dtype, absmax.dtype, levels.dtype, levels.numel())
-        code_dtype = torch.int8 if encoding.numerics.bits == 8 else torch.uint8
-        if types != (code_dtype, torch.uint8 if nested else torch.float32, torch.float32, 256):
-            raise CheckpointError(f"{name}: its parts have types that do not belong together {types}")
-        if code_count != whole or absmax.numel() != blocks:
-            raise CheckpointError(f"{name}: {code_count} bytes of codes do not make {list(shape)} weights")
-    except (KeyError, ValueError, TypeError, OverflowError, ZeroDivisionError, StopIteration, UsageError) as error:
-        raise CheckpointError(f"{name}: its quantization state is malformed ({error!r})") from error
-    return QuantizedWeight(encoding, codes, constants, shape, DTYPES[dtype], levels)
-
-
-def _state(weight: TensorSpec, encoding: Encoding, offset: float) -> bytes:
-    dtype = str(DTYPES[weight.dtype]).removeprefix("torch.")
-    state: dict[str, Any] = {
-        "quant_type": encoding.format,
-        "blocksize": encoding.block_size,
-        # Readers cast the decoded weight to this type; bitsandbytes' own is never float32 (unsloth cannot read that).
-        "dtype": "bfloat16" if weight.dtype == "F32" else dtype,
-        "shape": list(weight.shape),
-    }
-    if not encoding.double_quant:
-        return json.dumps(state).encode()
-    nested = {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": offset}
-    text = json.dumps(state | nested)
-    return (text + " " * (_OFFSET_WIDTH - len(repr(offset)))).encode()
+        absmax, levels = parts[".absmax"].reshape(-1), parts.get(".nested_quant_map", dynamic_map())
+    except KeyError as error:
+        raise CheckpointError(f"{name}: its constants are missing", hint=GET_AGAIN) from error
+    types = (codes.dtype, absmax.dtype, levels.dtype, levels.numel())
+    code_dtype = torch.int8 if encoding.numerics.bits == 8 else torch.uint8
+    if types != (code_dtype, torch.uint8 if encoding.double_quant else torch.float32, torch.float32, 256):
+        raise CheckpointError(f"{name}: its parts have types that do not belong together {types}", hint=GET_AGAIN)
+    count = torch.Size(shape).numel()
+    blocks = -(-count // encoding.block_size)
+    if code_count != (count if encoding.numerics.bits == 8 else (count + 1) // 2) or absmax.numel() != blocks:
+        raise CheckpointError(f"{name}: {code_count} bytes of codes do not make {list(shape)} weights", hint=GET_AGAIN)
+    constants: DoubleQuantized | Tensor = absmax
+    if encoding.double_quant:
+        constants = DoubleQuantized(absmax, parts[".nested_absmax"], outline.offset)
+        if constants.nested_absmax.numel() != -(-blocks // GROUP):
+            raise CheckpointError(
+                f"{name}: {blocks} constants do not make its nested groups of {GROUP}", hint=GET_AGAIN
+            )
+    return QuantizedWeight(encoding, codes, constants, shape, outline.dtype, levels)

@@ -1,5 +1,6 @@
 """The ``adaptkit`` program: finds commands, and is the one place where errors become messages and exit codes."""
 
+import ctypes
 import json
 import signal
 import sys
@@ -15,6 +16,8 @@ from adaptkit.errors import AdaptkitError
 
 INTERRUPTED = 130
 TERMINATED = 143
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 64 << 20
 
 
 class _Commands(click.Group):
@@ -55,6 +58,7 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
+    _keep_freed_memory()
     try:
         code = cli.main(standalone_mode=False)
     except AdaptkitError as error:
@@ -69,6 +73,14 @@ def main() -> None:
     except _Terminated:
         code = _fail(TERMINATED, "terminated", "terminated", "the same command goes on where it stopped", True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _keep_freed_memory() -> None:
+    """Let the next buffer have the last one's memory: glibc would return megabytes, and fetch and clear them again."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:

@@ -14,9 +14,10 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from adaptkit.checkpoint.integrity import Progress, check_tensors, file_problem, no_progress
+from adaptkit.checkpoint.integrity import check_tensors, file_problem
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output, check_output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import IntegrityError, UnsafeInputError, UsageError
 from adaptkit.hub._errors import hub_errors
 from adaptkit.hub._remote import Content, RemoteFile, check_repo_id, client, list_tree, matches

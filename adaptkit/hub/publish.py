@@ -18,9 +18,10 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from adaptkit.checkpoint.integrity import Progress, check_artifact, no_progress
+from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageError
 from adaptkit.hub._errors import hub_errors
 from adaptkit.hub._remote import Content, Repository, check_repo_id, client, differences, list_tree, look_up

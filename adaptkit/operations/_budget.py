@@ -9,18 +9,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from torch import Tensor
 
+from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.integrity import Progress
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
-from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import UsageError
 from adaptkit.numerics.calibration import weighted_nf4
-from adaptkit.numerics.formats._double_quant import dynamic_map
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
 from adaptkit.operations._encoding import TensorPlan
@@ -135,8 +133,7 @@ def _ways(
 
     def ways(name: str) -> list[Way]:
         tensor = linears[name]
-        raw = checkpoint.read(name)
-        weight = raw.T.contiguous() if tensor.transposed else raw
+        weight = tensor.as_linear(checkpoint.read(name))
         found = []
         for encoding in _encodings(tensor):
             nbytes = replace(tensor, encoding=encoding).group().nbytes
@@ -152,5 +149,4 @@ def _ways(
 
 def _lost(weight: Tensor, importance: Tensor, encoding: Encoding) -> Tensor:
     codes, constants = weighted_nf4(weight, importance, encoding.block_size, encoding.double_quant)
-    packed = QuantizedWeight(encoding, codes, constants, tuple(weight.shape), torch.float32, dynamic_map())
-    return weight.float() - packed.dequantize(torch.float32)
+    return quantized.lost(weight, encoding, codes, constants)

@@ -54,6 +54,10 @@ class TensorPlan:
         specs = [self.spec] if self.encoding is None else quantized.part_specs(self.linear, self.encoding)
         return Group(self.spec.name, tuple(specs))
 
+    def as_linear(self, raw: Tensor) -> Tensor:
+        """Turn what the source holds into the weight, (out, in)."""
+        return raw.T.contiguous() if self.transposed else raw
+
     def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
         """What to do for it, in order.
 
@@ -83,15 +87,12 @@ class TensorPlan:
             if result.packed is not None:
                 writer.write(self.spec.name, result.packed.codes)
                 absmax.append(result.packed.absmax)
-                moments.append(result.packed.moments)
+                if result.packed.moments is not None:
+                    moments.append(result.packed.moments)
         constants = quantized.nest(torch.cat(absmax), self.encoding)
         for name, part in quantized.constant_parts(self.linear, self.encoding, constants).items():
             writer.write(name, part)
-        used = quantized.unnest(constants)
-        return {
-            "fingerprint": digest.hexdigest(),
-            "error": _errors(torch.cat([m for m in moments if m is not None]), used),
-        }
+        return {"fingerprint": digest.hexdigest(), "error": _errors(moments, quantized.unnest(constants))}
 
     def _job(self, checkpoint: Checkpoint, piece: Piece) -> Callable[[], Encoded]:
         return lambda: self._encode(checkpoint, piece)
@@ -101,7 +102,7 @@ class TensorPlan:
             raise ValueError(f"{self.spec.name} is not to be quantized")
         if piece is None:
             raw = checkpoint.read(self.spec.name)
-            values, start = raw.T.contiguous(), 0
+            values, start = self.as_linear(raw), 0
         else:
             raw = values = checkpoint.read_flat(self.spec.name, piece.start, piece.count)
             start = piece.start
@@ -126,8 +127,13 @@ def _then_encoded(job: Callable[[], Tensor]) -> Callable[[], Encoded]:
     return lambda: Encoded(job())
 
 
-def _errors(moments: Tensor, absmax: Tensor) -> list[float]:
-    """Σ(w − q)² and Σw² from the blocks' moments and the constants that the file holds in the end."""
-    square, cross, level = moments.double().unbind(1)
-    a = absmax.double()
-    return [max(0.0, float((square - 2 * a * cross + a * a * level).sum())), float(square.sum())]
+def _errors(moments: Sequence[Tensor], absmax: Tensor) -> list[float]:
+    """Σ(w − q)² and Σw² from the blocks' moments, piece by piece, and the constants that the file holds in the end."""
+    lost, whole, start = 0.0, 0.0, 0
+    for piece in moments:
+        square, cross, level = piece.double().unbind(1)
+        a = absmax[start : start + len(piece)].double()
+        lost += float((square - 2 * a * cross + a * a * level).sum())
+        whole += float(square.sum())
+        start += len(piece)
+    return [max(0.0, lost), whole]

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.operations._layerwise import Progress, Sums
+from adaptkit.operations._layerwise import Sums
 from adaptkit.operations._replay import Replay
 
 LOGIT_POSITIONS = 64
@@ -51,7 +52,7 @@ def layer_gradients(
     sampled: bool = True,
     compute_dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[LayerGradients]:
     """Run a 16- or 32-bit checkpoint over tokens and back, and measure the gradients of its linears' outputs.
 
@@ -75,14 +76,13 @@ def layer_gradients(
     """
     replay = Replay(checkpoint, tokens, compute_dtype, device or torch.device("cpu"))
     count, batches = len(replay.prefixes), len(replay.batches)
-    tell = progress or (lambda done, total: None)
     with tempfile.TemporaryDirectory(prefix="adaptkit-") as folder, replay.outside():
         outputs = _Outputs(Path(folder))
         for index in range(count):
             with replay.layer(index), torch.no_grad():
                 for batch in range(batches):
                     outputs.put(index, batch, replay.run(index, batch, outputs.get(index - 1, batch)))
-                    tell(index * batches + batch + 1, 2 * count * batches)
+                    progress(index * batches + batch + 1, 2 * count * batches)
         collector = _Collector()
         with replay.head(), collector.watching(replay.linears(count)):
             generator = torch.Generator().manual_seed(seed) if sampled else None
@@ -94,7 +94,7 @@ def layer_gradients(
             with replay.layer(index), collector.watching(replay.linears(index)):
                 for batch in range(batches):
                     grads[batch] = _back(replay, index, batch, outputs.get(index - 1, batch), grads[batch])
-                    tell((2 * count - 1 - index) * batches + batch + 1, 2 * count * batches)
+                    progress((2 * count - 1 - index) * batches + batch + 1, 2 * count * batches)
             yield LayerGradients(replay.prefixes[index], replay.as_in_files(collector.mean_squares()))
 
 

@@ -6,10 +6,13 @@ it from working for hours on a hostile configuration. Apart, it answers in one l
 
 import importlib.util
 import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
+import threading
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,20 +27,23 @@ _PATIENCE_SECONDS = 300
 class Inquiry:
     """A question that is answered when somebody waits for it; ends its process when it is left.
 
-    There is no process if transformers is loaded already, which makes asking it cheap, or not installed.
+    The process is a fork, which has torch loaded already. There is none where that is not safe (other threads, other
+    systems than Linux) or not allowed (a daemonic process), where transformers is loaded already, which makes asking it
+    cheap, or where it is not installed.
 
     Args:
         checkpoint: unquantized.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint, self._process = checkpoint, None
+        self._checkpoint = checkpoint
+        self._process, self._connection = None, None
         if _is_worth_a_process():
-            command = [sys.executable, "-m", __spec__.name, str(checkpoint.root.resolve())]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-            self._process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            context = multiprocessing.get_context("fork")
+            self._connection, theirs = context.Pipe(duplex=False)
+            self._process = context.Process(target=_answer, args=(checkpoint.root.resolve(), theirs), daemon=True)
+            self._process.start()
+            theirs.close()
 
     def __enter__(self) -> Self:
         return self
@@ -46,8 +52,6 @@ class Inquiry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
-        if self._process is not None:
-            self._process.communicate()
 
     @property
     def takes_long(self) -> bool:
@@ -58,6 +62,7 @@ class Inquiry:
         """End the process; an answer that somebody waits for is then an error."""
         if self._process is not None:
             self._process.kill()
+            self._process.join()
 
     def answer(self) -> Roles:
         """Wait for what every tensor of the checkpoint is; once.
@@ -67,21 +72,20 @@ class Inquiry:
             CheckpointError: it describes none that could be this one, or none within minutes.
         """
         root = self._checkpoint.root
-        if self._process is None:
+        if self._process is None or self._connection is None:
             if importlib.util.find_spec("transformers") is None:
                 return roles_by_name(self._checkpoint, "transformers is not installed")
             return roles_here(self._checkpoint)
+        if not self._connection.poll(_PATIENCE_SECONDS):
+            raise CheckpointError(f"{root}: config.json keeps transformers busy for minutes")
         try:
-            output, complaints = self._process.communicate(timeout=_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise CheckpointError(f"{root}: config.json keeps transformers busy for minutes") from error
-        lines = output.splitlines()
-        if self._process.returncode != 0 or not lines:
+            text = self._connection.recv_bytes()
+        except EOFError as error:
+            self._process.join()
             raise CheckpointError(
-                f"{root}: transformers ended with code {self._process.returncode} over config.json",
-                hint=(complaints.strip().splitlines() or [""])[-1],
-            )
-        return _read(json.loads(lines[-1]), root)
+                f"{root}: transformers ended with code {self._process.exitcode} over config.json"
+            ) from error
+        return _read(json.loads(text), root)
 
 
 def find_roles(checkpoint: Checkpoint) -> Roles:
@@ -90,22 +94,29 @@ def find_roles(checkpoint: Checkpoint) -> Roles:
         return inquiry.answer()
 
 
-def main() -> None:
-    """Answer in one line of JSON on stdout; the argument is the folder."""
+def _answer(root: Path, connection: Connection) -> None:
+    """In the process: send one JSON document. What transformers prints goes nowhere."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is meant for the one who asked, who then ends this
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     answer: dict[str, Any]
     try:
-        roles = roles_here(Checkpoint(Path(sys.argv[1])))
+        roles = roles_here(Checkpoint(root))
     except AdaptkitError as error:
         answer = {"error": error.code, "message": error.message, "hint": error.hint}
     else:
         of = {name: [role.kind, role.is_linear, role.paths] for name, role in roles.of.items()}
         answer = asdict(roles) | {"of": of}
-    print(json.dumps(answer))
+    connection.send_bytes(json.dumps(answer).encode())
 
 
 def _is_worth_a_process() -> bool:
     is_loaded = "transformers" in sys.modules  # as None, where it must not be
-    return not is_loaded and bool(sys.executable) and importlib.util.find_spec("transformers") is not None
+    alone = threading.active_count() == 1 and not multiprocessing.current_process().daemon
+    can_fork = sys.platform == "linux" and alone
+    return not is_loaded and can_fork and importlib.util.find_spec("transformers") is not None
 
 
 def _read(answer: dict[str, Any], root: Path) -> Roles:
@@ -114,7 +125,3 @@ def _read(answer: dict[str, Any], root: Path) -> Roles:
         raise kind(answer["message"].replace(str(root.resolve()), str(root)), answer["hint"])
     of = {name: Role(kind, is_linear, tuple(paths)) for name, (kind, is_linear, paths) in answer["of"].items()}
     return Roles(of, answer["read_from"], answer["head"], answer["tied"])
-
-
-if __name__ == "__main__":
-    main()

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import NonFiniteError
 from adaptkit.operations._replay import Replay
-
-Progress = Callable[[int, int], None]
 
 SUM_ROWS = 128
 """Tokens whose squares are in memory in float64 at a time."""
@@ -55,7 +54,7 @@ def layer_moments(
     second_moments: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[LayerMoments]:
     """Run a 16- or 32-bit checkpoint over tokens, and measure what enters its linear layers.
 
@@ -84,8 +83,7 @@ def layer_moments(
             with replay.layer(index), collector.watching(replay.linears(index)), torch.no_grad():
                 for batch, before in enumerate(outputs):
                     outputs[batch] = replay.run(index, batch, before)
-                    if progress is not None:
-                        progress(index * len(outputs) + batch + 1, count * len(outputs))
+                    progress(index * len(outputs) + batch + 1, count * len(outputs))
             yield LayerMoments(prefix, replay.as_in_files(collector.moments()))
         for name, moments in _outside(replay, outputs, second_moments).items():
             yield LayerMoments(name, replay.as_in_files({name: moments}))

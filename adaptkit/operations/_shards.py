@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.integrity import Progress
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
+from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.operations._pipeline import in_order

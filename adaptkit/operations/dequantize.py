@@ -11,10 +11,10 @@ from torch import Tensor
 from adaptkit.checkpoint import header, quantized
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
-from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter

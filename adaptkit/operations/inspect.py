@@ -1,15 +1,22 @@
 """Say what a folder is: checkpoint, quantized base, adapter or merged model; sizes, types, where it comes from."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adaptkit.checkpoint.adapter import is_adapter, read_adapter
+from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import read_manifest
-from adaptkit.checkpoint.quantized import quantized_names, read_quantized
+from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""The names that configurations have for the number of experts in a layer."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,10 @@ class InspectReport:
         path: folder.
         kind: checkpoint, quantized, adapter or merged.
         tensors: number of them.
-        parameters: of the model, or of the adapter.
+        parameters: of the model, or of the adapter; None if another tool's format hides how many there are.
         bytes: of tensors.
         dtypes: type -> number of tensors.
-        details: facts of this kind: architecture; rank, scaling and modules; block size.
+        details: facts of this kind: architecture, formats and block sizes; ranks, scalings and modules.
         manifest_sha256: None without a manifest.
         tensors_root: None without a manifest.
         parents: as the manifest names them.
@@ -32,7 +39,7 @@ class InspectReport:
     path: str
     kind: str
     tensors: int
-    parameters: int
+    parameters: int | None
     bytes: int
     dtypes: dict[str, int]
     details: dict[str, Any]
@@ -42,7 +49,7 @@ class InspectReport:
 
 
 def inspect(path: Path) -> InspectReport:
-    """Describe a folder from headers and manifest; only an adapter's weights are read.
+    """Describe a folder from headers, quantization states and manifest; only an adapter's weights are read.
 
     Raises:
         UsageError: not a folder.
@@ -51,50 +58,86 @@ def inspect(path: Path) -> InspectReport:
     """
     require_folder(path)
     manifest = read_manifest(path)
-    if is_adapter(path):
-        adapter = read_adapter(path)
-        kind, dtypes = "adapter", Counter(record.dtype for record in adapter.records)
-        parameters = sum(t.lora_a.numel() + t.lora_b.numel() for t in adapter.modules.values())
-        size = sum(t.lora_a.nbytes + t.lora_b.nbytes for t in adapter.modules.values())
-        details = {
-            "modules": len(adapter.modules),
-            "ranks": sorted({term.rank for term in adapter.modules.values()}),
-            "scalings": sorted({term.scaling for term in adapter.modules.values()}),
-            "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
-        }
-    else:
-        checkpoint = Checkpoint(path)
-        specs = [located.spec for located in checkpoint.tensors.values()]
-        names = quantized_names(checkpoint)
-        weights = {name: read_quantized(checkpoint, name) for name in names[:1]}
-        parameters = sum(spec.count for spec in specs)
-        if names:
-            codes = set(names)
-            parameters = sum(
-                2 * spec.count if spec.name in codes else spec.count
-                for spec in specs
-                if spec.name in codes or not any(spec.name.startswith(f"{name}.") for name in names)
-            )
-        kind = "quantized" if names or checkpoint.quantization_method else "checkpoint"
-        dtypes, size = Counter(spec.dtype for spec in specs), sum(spec.nbytes for spec in specs)
-        details = {
-            "architecture": checkpoint.config.get("architectures"),
-            "files": len(checkpoint.headers),
-            "quantization": checkpoint.quantization_method,
-            "quantized_matrices": len(names),
-            "block_size": next((weight.block_size for weight in weights.values()), None),
-        }
+    found = _adapter(path) if is_adapter(path) else _checkpoint(Checkpoint(path))
     return InspectReport(
         path=str(path),
-        kind=manifest.kind if manifest else kind,
-        tensors=sum(dtypes.values()),
-        parameters=parameters,
-        bytes=size,
-        dtypes=dict(sorted(dtypes.items())),
-        details=details,
+        kind=manifest.kind if manifest else found.kind,
+        tensors=sum(found.dtypes.values()),
+        parameters=found.parameters,
+        bytes=found.nbytes,
+        dtypes=dict(sorted(found.dtypes.items())),
+        details=found.details,
         manifest_sha256=manifest.sha256 if manifest else None,
         tensors_root=manifest.tensors_root if manifest else None,
         parents=tuple(
-            {k: v for k, v in asdict(parent).items() if v is not None} for parent in manifest.parents
-        ) if manifest else (),
-    )  # fmt: skip
+            {k: v for k, v in asdict(parent).items() if v is not None}
+            for parent in (manifest.parents if manifest else ())
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    kind: str
+    dtypes: Counter[str]
+    parameters: int | None
+    nbytes: int
+    details: dict[str, Any]
+
+
+def _adapter(path: Path) -> _Found:
+    adapter = read_adapter(path)
+    terms = adapter.modules.values()
+    return _Found(
+        kind="adapter",
+        dtypes=Counter(record.dtype for record in adapter.records),
+        parameters=sum(term.lora_a.numel() + term.lora_b.numel() for term in terms),
+        nbytes=sum(term.lora_a.nbytes + term.lora_b.nbytes for term in terms),
+        details={
+            "modules": len(terms),
+            "ranks": sorted({term.rank for term in terms}),
+            "scalings": sorted({term.scaling for term in terms}),
+            "compensated_modules": len(adapter.compensation) or None,
+            "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        },
+    )
+
+
+def _checkpoint(checkpoint: Checkpoint) -> _Found:
+    specs = {name: located.spec for name, located in checkpoint.tensors.items()}
+    method = quantization_found(checkpoint)
+    details: dict[str, Any] = {
+        "architecture": checkpoint.config.get("architectures"),
+        "experts": next((checkpoint.config[key] for key in _EXPERTS if key in checkpoint.config), None),
+        "files": len(checkpoint.headers),
+        "quantization": method,
+    }
+    names = quantized_names(checkpoint)
+    parameters = None if method and not names else sum(spec.count for spec in specs.values())
+    if names:
+        outlines = {name: read_outline(checkpoint, name) for name in names}
+        parts = {part for name in names for part in part_names(checkpoint, name)}
+        inside = sum(torch.Size(outline.shape).numel() for outline in outlines.values())
+        parameters = inside + sum(spec.count for name, spec in specs.items() if name not in parts)
+        encodings = [outline.encoding for outline in outlines.values()]
+        details |= {
+            "quantized_matrices": len(names),
+            "quantized_stacks": sum(len(outline.shape) == 3 for outline in outlines.values()) or None,
+            "quantized_parameters": inside,
+            "bits_per_quantized_parameter": round(8 * sum(specs[part].nbytes for part in parts) / inside, 3),
+            "formats": _counts(encoding.format for encoding in encodings),
+            "block_sizes": _counts(encoding.block_size for encoding in encodings),
+            "constants": _counts("nested" if encoding.double_quant else "float32" for encoding in encodings),
+        }
+    return _Found(
+        kind="quantized" if method else "checkpoint",
+        dtypes=Counter(spec.dtype for spec in specs.values()),
+        parameters=parameters,
+        nbytes=sum(spec.nbytes for spec in specs.values()),
+        details=details,
+    )
+
+
+def _counts(values: Iterable[str | int]) -> dict[str, int]:
+    """How often each is there; the keys are strings, as JSON has them."""
+    return {str(value): count for value, count in sorted(Counter(values).items())}

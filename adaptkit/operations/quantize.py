@@ -12,10 +12,10 @@ from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, Part, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import read_tokens
 from adaptkit.errors import UsageError
@@ -29,7 +29,7 @@ from adaptkit.operations._quantize_report import QuantizeReport, TensorReport, m
 from adaptkit.operations._selection import skip_modules
 from adaptkit.operations._shards import write_index, write_shards
 
-__all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorReport", "quantize"]
+__all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
 
 
 def quantize(

@@ -11,10 +11,10 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.integrity import Progress, no_progress
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, parent_of, require_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.checkpoint.integrity import Progress, check_artifact, no_progress
+from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._pipeline import thread_count
 

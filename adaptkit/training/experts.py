@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.naming import Place
+from adaptkit.checkpoint.assembly import Assembly
+from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.errors import CheckpointError
-from adaptkit.training.linear import FrozenWeight
+from adaptkit.training.linear import FrozenWeight, PackedWeight, PlainWeight
 
 
 class ExpertList(nn.Module):
@@ -46,35 +47,36 @@ class ExpertList(nn.Module):
 Stack = FrozenWeight | ExpertList
 
 
-def combine(places: Mapping[str, Place], load: Callable[[str], FrozenWeight]) -> ExpertList:
-    """Make one stack of the tensors of a file that transformers makes a stack of.
+def read_weight(assembly: Assembly, name: str) -> Stack:
+    """Read a weight as the files have it: packed if it is quantized there, a stack of matrices in pieces if they are.
 
     Args:
-        places: of all tensors that go into one parameter, by name.
-        load: reads one of them.
+        assembly: of the network that it belongs to.
+        name: of the parameter.
 
     Raises:
-        CheckpointError: transformers does something else with them, or they do not fit together.
+        CheckpointError: the files lack it or some of it, or hold quantized what transformers rebuilds while loading.
     """
-    name, place = next(iter(places.items()))
+    if not assembly.is_quantized(name):
+        return PlainWeight(assembly.read(name))
+    place = assembly.place(name)
+    if not place.operations:
+        return _read_piece(assembly, assembly.sources[name][0])
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in place.operations]
     if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         raise CheckpointError(
-            f"{name}: transformers rebuilds {place.parameters[0]} of it while loading, in a way that training cannot",
+            f"{assembly.sources[name][0]}: transformers rebuilds {name} of it while loading, which packed weights "
+            "cannot take",
             hint="load the model with transformers, save it with save_original_format=False, and quantize that",
         )
-    rows: dict[str, list[str]] = {pattern: [] for pattern in place.patterns}
-    for name in sorted(places, key=_natural):
-        rows[places[name].pattern].append(name)
-    if len({len(names) for names in rows.values()}) != 1:
-        counts = ", ".join(f"{len(names)} of {pattern}" for pattern, names in rows.items())
-        raise CheckpointError(f"{place.parameters[0]}: the files hold {counts}; every expert needs one of each")
-    experts = [[load(name) for name in names] for names in zip(*rows.values(), strict=True)]
-    shapes = [[tuple(matrix.shape) for matrix in matrices] for matrices in experts]
-    for names, found in zip(zip(*rows.values(), strict=True), shapes, strict=True):
-        if found != shapes[0] or any(len(shape) != 2 or shape[1] != found[0][1] for shape in found):
-            raise CheckpointError(f"{names[0]} is {list(found[0])}, which does not fit the other experts")
-    return ExpertList(experts)
+    experts = zip(*assembly.pieces(name).values(), strict=True)
+    return ExpertList([[_read_piece(assembly, piece) for piece in pieces] for pieces in experts])
+
+
+def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
+    if file_name in assembly.quantized:
+        return PackedWeight(read_quantized(assembly.checkpoint, file_name))
+    return PlainWeight(assembly.checkpoint.read(file_name))
 
 
 def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
@@ -155,8 +157,3 @@ def _reader(name: str, dtype: torch.dtype) -> Callable[[Any], Tensor]:
         return stack
 
     return read
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers in names as numbers."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -12,28 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.errors import BaseMismatchError
-from adaptkit.numerics.formats._blockwise import Blockwise
-from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax
+from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
 
 
-class NF4Weight(nn.Module):
-    """A frozen quantized weight, (out, in), packed as in the file."""
+class PackedWeight(nn.Module):
+    """A frozen quantized weight of any format, packed as in the file: (out, in), or a stack (experts, out, in)."""
 
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor
     levels: Tensor
 
-    def __init__(self, weight: quantized.QuantizedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
-        self.shape, self.block_size, self.format = weight.shape, weight.block_size, weight.encoding.numerics
-        self.offset: float | None = None
+        self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
+        self._offset: float | None = None
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
-            absmax, nested_absmax, self.offset = constants.codes, constants.nested_absmax, constants.offset
+            absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
         else:
             absmax = constants
         for name, part in (("codes", weight.codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
@@ -41,11 +40,12 @@ class NF4Weight(nn.Module):
         self.register_buffer("levels", weight.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight, (out, in), in ``dtype``."""
-        absmax = self.absmax
-        if self.offset is not None:
-            absmax = dequantize_absmax(DoubleQuantized(self.absmax, self.nested_absmax, self.offset), self.levels)
-        return self.format.dequantize(Blockwise(self.codes, absmax, self.shape, self.block_size), dtype)
+        """The weight in its shape, in ``dtype``."""
+        constants: DoubleQuantized | Tensor = self.absmax
+        if self._offset is not None:
+            constants = DoubleQuantized(self.absmax, self.nested_absmax, self._offset)
+        weight = QuantizedWeight(self._encoding, self.codes, constants, self.shape, self._dtype, self.levels)
+        return weight.dequantize(dtype)
 
 
 class PlainWeight(nn.Module):
@@ -63,7 +63,7 @@ class PlainWeight(nn.Module):
         return self.weight.to(dtype)
 
 
-FrozenWeight = NF4Weight | PlainWeight
+FrozenWeight = PackedWeight | PlainWeight
 
 
 class _Linear(torch.autograd.Function):
@@ -76,7 +76,7 @@ class _Linear(torch.autograd.Function):
         dropped: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
-        weight: NF4Weight | PlainWeight,
+        weight: FrozenWeight,
         scale: float,
     ) -> Tensor:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
@@ -111,7 +111,7 @@ class LoraLinear(nn.Module):
     """A linear layer with a frozen weight and, if it is a target, a LoRA adapter.
 
     Attributes:
-        weight: frozen, (out, in).
+        base: the frozen weight, (out, in).
         bias: frozen, (out,), or None.
         lora_a: (rank, in) float32, or None.
         lora_b: (out, rank) float32, or None.

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adaptkit.checkpoint.architecture import empty_network, is_linear
-from adaptkit.checkpoint.assembly import compute_buffers
+from adaptkit.checkpoint.assembly import Assembly, check_shape
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.experts import Stack, combine, pack
-from adaptkit.training.linear import LoraLinear
-from adaptkit.training.source import Source
+from adaptkit.training.experts import ExpertList, Stack, pack, read_weight
+from adaptkit.training.linear import LoraLinear, PlainWeight
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     """Build a checkpoint's model with packed weights; every linear layer inside it becomes a ``LoraLinear``.
 
     Args:
-        root: folder of an NF4 or plain checkpoint.
+        root: folder of a quantized or plain checkpoint.
         compute_dtype: of activations, norms and embeddings.
         device: where it will run.
 
@@ -67,27 +66,26 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         UsageError: transformers does not know the architecture, or is not installed.
     """
     checkpoint = Checkpoint(root)
-    network = empty_network(checkpoint, compute_dtype)
-    compute_buffers(network)  # first: it would overwrite the parameters beside them
-    source = Source(checkpoint, network)
+    assembly = Assembly(empty_network(checkpoint, compute_dtype), checkpoint)
+    network = assembly.network
+    unknown = assembly.unknown()
+    if unknown:
+        raise CheckpointError(
+            f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}",
+            hint="its config.json belongs to another model, or something was added to its files",
+        )
+    assembly.load_buffers(device)
     linears: dict[str, LoraLinear] = {}
     transposed = False
     head = network.get_output_embeddings()
     for name, module in list(network.named_modules()):
-        if not is_linear(module) or (module is head and not source.is_packed(f"{name}.weight")):
+        if not is_linear(module) or (module is head and not assembly.is_quantized(f"{name}.weight")):
             continue
-        layer = _replace(network, name, module, source)
+        layer = _replace(assembly, name, module)
         if module is not head:
             linears[name] = layer
             transposed |= not isinstance(module, nn.Linear)
-    _load_others(network, source, compute_dtype)
-    network.tie_weights()
-    missing = [name for name, tensor in [*network.named_parameters(), *network.named_buffers()] if tensor.is_meta]
-    if missing:
-        raise CheckpointError(f"{root}: has no {missing[0]}, which {type(network).__name__} needs")
-    unknown = source.unused(network)
-    if unknown:
-        raise CheckpointError(f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}")
+    _load_others(assembly, compute_dtype, device)
     network.requires_grad_(False)
     return Model(network.to(device).eval(), linears, checkpoint, transposed)
 
@@ -157,55 +155,37 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _replace(network: Any, name: str, module: Any, source: Source) -> LoraLinear:
+def _replace(assembly: Assembly, name: str, module: Any) -> LoraLinear:
+    """Put a ``LoraLinear`` in a linear layer's place."""
     weight_name, bias_name = f"{name}.weight", f"{name}.bias"
-    transposed = not isinstance(module, nn.Linear)
-    needed = [weight_name] if module.bias is None else [weight_name, bias_name]
-    for needed_name in needed:
-        if needed_name not in source.files:
-            raise CheckpointError(f"{source.root}: has no {needed_name}, which {type(network).__name__} needs")
-    weight = source.weight(source.files[weight_name], transposed)
-    expected = tuple(module.weight.shape[::-1] if transposed else module.weight.shape)
-    _check_shape(weight_name, weight.shape, expected)
+    weight, expected = read_weight(assembly, weight_name), tuple(module.weight.shape)
+    if not isinstance(module, nn.Linear):  # a Conv1D, whose plain weight is (in, out), and whose packed one is not
+        expected = expected[::-1]
+        if isinstance(weight, PlainWeight):
+            weight = PlainWeight(weight.weight.T.contiguous())
+    if isinstance(weight, ExpertList):
+        raise CheckpointError(f"{weight_name}: is quantized in pieces", hint="quantize it as one matrix")
+    check_shape(weight_name, weight.shape, expected)
     bias = None
     if module.bias is not None:
-        bias = source.read(source.files[bias_name])
-        _check_shape(bias_name, bias.shape, module.bias.shape)
+        bias = assembly.read(bias_name)
+        check_shape(bias_name, bias.shape, module.bias.shape)
     layer = LoraLinear(weight, bias)
     parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, layer)
+    setattr(assembly.network.get_submodule(parent), child, layer)
     return layer
 
 
-def _load_others(network: Any, source: Source, dtype: torch.dtype) -> None:
+def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -> None:
     """Put everything but linear layers in its place; what is packed stays packed."""
     stacks: dict[str, dict[str, Stack]] = {}
-    for name, parameter in list(network.named_parameters(remove_duplicate=False)):
+    for name, parameter in list(assembly.network.named_parameters()):
+        if not assembly.is_quantized(name):
+            assembly.load(parameter, dtype, device)
+            continue
+        stack = read_weight(assembly, name)
+        check_shape(name, stack.shape, parameter.shape)
         parent, _, child = name.rpartition(".")
-        if not parameter.is_meta:
-            continue
-        if source.is_packed(name):
-            stack: Stack = source.weight(source.files[name])
-        elif name in source.pieces:
-            stack = combine(source.pieces[name], source.weight)
-        elif name in source.files:
-            _assign(network, name, source.read(source.files[name]).to(dtype))
-            continue
-        else:
-            continue
-        _check_shape(name, stack.shape, parameter.shape)
         stacks.setdefault(parent, {})[child] = stack
     for parent, found in stacks.items():
-        pack(network.get_submodule(parent), found, dtype)
-
-
-def _assign(network: Any, name: str, value: Tensor) -> None:
-    parent, _, child = name.rpartition(".")
-    module = network.get_submodule(parent)
-    _check_shape(name, value.shape, module._parameters[child].shape)
-    module._parameters[child] = nn.Parameter(value, requires_grad=False)
-
-
-def _check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    if tuple(found) != tuple(expected):
-        raise CheckpointError(f"{name} is {list(found)} in the file; the architecture expects {list(expected)}")
+        pack(assembly.network.get_submodule(parent), found, dtype)

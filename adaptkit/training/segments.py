@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.checkpoint.assembly import find_stack
 from adaptkit.errors import ConfigError, UsageError
 
 Run = Callable[[Tensor], Tensor]
@@ -49,20 +50,6 @@ def segment_length(policy: str, layers: int) -> int | None:
     raise ConfigError(f"checkpointing: {policy!r} is none of none, layer, sqrt, segments:K")
 
 
-def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Find the model's stack of layers: of its lists of modules of one class, the one with the most inside.
-
-    A layer's own lists, of experts say, may be longer, but lie in one layer.
-
-    Raises:
-        UsageError: there is none.
-    """
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
-    if not stacks:
-        raise UsageError("this architecture has no stack of equal layers to checkpoint", hint="checkpointing: none")
-    return max(stacks, key=lambda stack: sum(1 for _ in stack.modules()))
-
-
 def checkpoint_layers(model: nn.Module, policy: str) -> int:
     """Make a model's layers keep only what the policy says. Takes effect wherever gradients are recorded.
 
@@ -75,7 +62,10 @@ def checkpoint_layers(model: nn.Module, policy: str) -> int:
     """
     if policy == "none":
         return 0
-    layers = find_layers(model)
+    try:
+        _, layers = find_stack(model)
+    except UsageError as error:
+        raise UsageError(error.message, hint="checkpointing: none") from error
     length = segment_length(policy, len(layers)) or len(layers)
     current: list[_Segment] = []
     for index, layer in enumerate(layers):

@@ -3,11 +3,12 @@
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.architecture import empty_network
-from adaptkit.checkpoint.assembly import Assembly, compute_buffers, find_stack
+from adaptkit.checkpoint.assembly import Assembly, find_stack
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 
@@ -27,6 +28,14 @@ def family(made):
         return folder
 
     return write
+
+
+def rewritten(folder, change):
+    """Change the tensors of a folder with one weights file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def assembled(folder):
@@ -72,14 +81,13 @@ def test_parameters_are_in_memory_while_the_block_runs_under_all_their_names(lla
 
 
 def test_a_parameter_that_is_missing_or_of_another_shape_is_refused_and_leaves_nothing_behind(llama, copy_of):
-    from safetensors.torch import load_file, save_file
+    name = "model.layers.1.mlp.up_proj.weight"
 
-    folder, name = copy_of(llama), "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = tensors[name][:-1].clone()
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assembly = assembled(folder)
+    def spoil(tensors):
+        tensors[name] = tensors[name][:-1].clone()
+        del tensors["model.norm.weight"]
+
+    assembly = assembled(rewritten(copy_of(llama), spoil))
     first = "model.layers.0.mlp.up_proj.weight"
     for wrong, message in ((name, r"is \[127, 64\] in the file"), ("model.norm.weight", "has no model.norm.weight")):
         with pytest.raises(CheckpointError, match=message), assembly.resident([first, wrong], torch.float32, CPU):
@@ -95,14 +103,50 @@ def test_the_stack_is_the_heaviest_outermost_list():
         find_stack(nn.ModuleDict({"empty": nn.ModuleList()}))
 
 
-def test_a_buffer_that_is_left_as_it_is_found_is_refused():
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("table", torch.empty(3, device="meta"))
+def test_the_stack_is_found_too_where_its_weights_are_packed():
+    """As buffers; a longer list inside a layer is not it."""
+    few, many = nn.ModuleList([nn.Linear(9, 9)]), nn.ModuleList(nn.Module() for _ in "abc")
+    for layer in many:
+        layer.experts = nn.ModuleList(nn.Module() for _ in range(9))
+        layer.register_buffer("codes", torch.zeros(100, dtype=torch.uint8))
+    assert find_stack(nn.ModuleDict({"few": few, "many": many})) == ("many", many)
 
-        def _init_weights(self, module):
-            pass
 
-    with pytest.raises(CheckpointError, match=r"does not say what \.table holds"):
-        compute_buffers(Network())
+@pytest.fixture(scope="module")
+def deepseek(made):
+    """A DeepSeek whose routers have a bias, in a buffer that files hold."""
+    sizes = {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"moe_intermediate_size": 64, "n_shared_experts": 1, "kv_lora_rank": 16, "q_lora_rank": 16},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4},
+    }
+    config = AutoConfig.for_model("deepseek_v3", vocab_size=90, pad_token_id=0, **tiny._DECODER | sizes)
+    folder = tiny._save(made / "deepseek", lambda: AutoModelForCausalLM.from_config(config), "float32", 1, 0)
+    return rewritten(folder, lambda tensors: tensors.update({ROUTER_BIAS: torch.tensor([0.3, -0.2, 0.1, -0.4])}))
+
+
+ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_trainer_reads_the_buffers_that_files_hold(deepseek, packed, tmp_path):
+    from adaptkit.operations.quantize import quantize
+    from adaptkit.training.model import load_model
+
+    ids, folder = torch.arange(1, 60)[None], deepseek
+    if packed:
+        folder = tmp_path / "nf4"
+        quantize(deepseek, folder)
+    model = load_model(folder, torch.float32, CPU)
+    assert model.network.get_buffer(ROUTER_BIAS).tolist() == pytest.approx([0.3, -0.2, 0.1, -0.4])
+    if not packed:
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(deepseek, dtype=torch.float32)(ids).logits
+            assert torch.allclose(model.network(ids).logits, expected, atol=1e-5)
+
+
+def test_two_tensors_for_one_parameter_are_refused(gpt2, copy_of):
+    name = "transformer.h.0.ln_1.bias"
+    folder = rewritten(copy_of(gpt2), lambda t: t.update({name.removeprefix("transformer."): t[name] + 1}))
+    with pytest.raises(CheckpointError, match=rf"h\.0\.ln_1\.bias and {name} are both {name}"):
+        assembled(folder)

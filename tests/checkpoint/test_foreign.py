@@ -15,6 +15,7 @@ MADE = {
     "GPTQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros", "g_idx")} | {f"{LINEAR}.scales": FLOATS},
     "GPTQ or AWQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros")} | {f"{LINEAR}.scales": FLOATS},
     "bitsandbytes (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.SCB": FLOATS},
+    "adaptkit (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight.quant_state.adaptkit__int8": BYTES},
     "fp8": {f"{LINEAR}.weight": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}.weight_scale_inv": FLOATS},
     "compressed-tensors": {f"{LINEAR}.weight_packed": BYTES.int(), f"{LINEAR}.weight_scale": FLOATS},
     "MXFP4": {f"model.layers.0.mlp.experts.down_proj_{part}": BYTES for part in ("blocks", "scales")},

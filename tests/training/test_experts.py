@@ -1,5 +1,7 @@
 """Packed experts compute what transformers computes with the dequantized ones, and nothing keeps them unpacked."""
 
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
-from adaptkit.checkpoint.naming import Place
+from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.checkpoint.assembly import Assembly
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
-from adaptkit.training.experts import ExpertList, combine
-from adaptkit.training.linear import NF4Weight, PlainWeight
+from adaptkit.training.experts import ExpertList, read_weight
+from adaptkit.training.linear import PackedWeight, PlainWeight
 from adaptkit.training.model import load_model, new_adapter
 from adaptkit.training.segments import checkpoint_layers
 
@@ -45,7 +48,7 @@ def folders(tmp_path_factory):
 
 
 def packed_matrices(network):
-    return [module for name, module in network.named_modules() if isinstance(module, NF4Weight) and "experts" in name]
+    return [part for name, part in network.named_modules() if isinstance(part, PackedWeight) and "experts" in name]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -80,12 +83,19 @@ def gradients(folder, policy, implementation):
     return {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
 
 
+@pytest.fixture(scope="module")
+def expected_gradients(folders):
+    return cache(lambda family, implementation: gradients(folders[family].plain, "none", implementation))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("policy", ["none", "sqrt", "layer"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe-fused"])
-def test_gradients_are_those_through_the_dequantized_experts(folders, family, policy, implementation):
+def test_gradients_are_those_through_the_dequantized_experts(
+    folders, expected_gradients, family, policy, implementation
+):
     found = gradients(folders[family].packed, policy, implementation)
-    expected = gradients(folders[family].plain, "none", implementation)
+    expected = expected_gradients(family, implementation)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-5
@@ -97,7 +107,7 @@ def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatc
     model = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU)
     model.network.set_experts_implementation(implementation)
     new_adapter(model, ("q_proj",), 4, 8.0, "kaiming", 0.0, seed=0)
-    unpacked, dequantize_really = [], NF4Weight.dequantize
+    unpacked, dequantize_really = [], PackedWeight.dequantize
 
     def watched(weight, dtype):
         result = dequantize_really(weight, dtype)
@@ -105,7 +115,7 @@ def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatc
             unpacked.append(StorageWeakRef(result.untyped_storage()))
         return result
 
-    monkeypatch.setattr(NF4Weight, "dequantize", watched)
+    monkeypatch.setattr(PackedWeight, "dequantize", watched)
     loss = model.network.train()(IDS, labels=IDS, use_cache=False).loss
     assert len(unpacked) == 4
     assert all(storage.expired() for storage in unpacked)
@@ -122,16 +132,26 @@ def test_a_list_of_experts_is_the_stack_of_its_matrices_in_their_order():
     assert torch.equal(experts.dequantize(torch.float32), expected)
 
 
-def step(kind, dim):
-    return type(kind, (), {"dim": dim})()
+def test_packed_experts_are_ordered_by_number_and_not_by_letter(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.FAMILIES["mixtral"], "num_local_experts", 12)
+    source = tiny.write_family(tmp_path / "source", "mixtral")
+    quantize(source, tmp_path / "nf4", QuantizeOptions(moe="nf4"))
+    checkpoint = Checkpoint(tmp_path / "nf4")
+    stack = read_weight(Assembly(empty_network(checkpoint), checkpoint), "model.layers.1.mlp.experts.down_proj")
+    names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(12)]
+    expected = torch.stack([read_quantized(checkpoint, name).dequantize(torch.float32) for name in names])
+    assert torch.equal(stack.dequantize(torch.float32), expected)
 
 
-def test_experts_are_ordered_by_number_and_not_by_letter():
-    operations = (step("MergeModulelist", 0),)
-    names = [f"experts.{number}.w2.weight" for number in range(12)]
-    places = {name: Place(("experts.down_proj",), ".w2.", (".w2.",), operations) for name in sorted(names)}
-    stack = combine(places, lambda name: PlainWeight(torch.full((2, 2), float(name.split(".")[1]))))
-    assert stack.dequantize(torch.float32)[:, 0, 0].tolist() == list(range(12))
+def test_experts_of_which_some_are_packed_make_one_stack(folders, tmp_path):
+    """As ``--skip`` leaves them."""
+    skipped = QuantizeOptions(moe="nf4", skip=("*.experts.1.*",))
+    quantize(folders["mixtral"].source, tmp_path / "nf4", skipped)
+    dequantize(tmp_path / "nf4", tmp_path / "plain", DequantizeOptions(dtype="float32"))
+    plain, model = (load_model(tmp_path / name, torch.float32, CPU) for name in ("plain", "nf4"))
+    assert len(packed_matrices(model.network)) == 18
+    with torch.no_grad():
+        assert torch.allclose(model.network(IDS).logits, plain.network(IDS).logits, rtol=0, atol=1e-5)
 
 
 def test_an_expert_that_is_missing_is_an_error(folders, copy_of):
@@ -147,7 +167,13 @@ def test_an_expert_that_is_missing_is_an_error(folders, copy_of):
         load_model(folder, torch.float32, CPU)
 
 
-def test_a_conversion_that_training_cannot_do_is_refused_by_name():
-    place = Place(("experts.gate_up_proj",), ".w1.", (".w1.",), (step("MergeModulelist", 0), step("Transpose", 1)))
-    with pytest.raises(CheckpointError, match=r"experts\.0\.w1\.weight: transformers rebuilds experts\.gate_up_proj"):
-        combine({"experts.0.w1.weight": place}, lambda name: PlainWeight(torch.ones(2, 2)))
+def test_packed_experts_that_transformers_would_rebuild_are_refused_by_name(folders):
+    from transformers.core_model_loading import Transpose
+
+    checkpoint, name = Checkpoint(folders["mixtral"].packed), "model.layers.0.mlp.experts.down_proj"
+    assembly = Assembly(empty_network(checkpoint), checkpoint)
+    for file_name in assembly.sources[name]:
+        place = assembly._places[file_name]
+        assembly._places[file_name] = replace(place, operations=(*place.operations, Transpose(1, 2)))
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight: transformers rebuilds .*experts\.down_proj"):
+        read_weight(assembly, name)

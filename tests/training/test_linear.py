@@ -9,7 +9,7 @@ from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.errors import BaseMismatchError
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.linear import LoraLinear, NF4Weight, PlainWeight
+from adaptkit.training.linear import LoraLinear, PackedWeight, PlainWeight
 
 
 def nf4_layer(double_quant=True, out_features=96, in_features=128, rank=4, seed=0):
@@ -18,7 +18,7 @@ def nf4_layer(double_quant=True, out_features=96, in_features=128, rank=4, seed=
     spec = TensorSpec("x.weight", "BF16", tuple(weight.shape))
     parts = quantized.encode(spec, weight, Encoding("nf4", 64, double_quant))
     packed = quantized.decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
-    layer = LoraLinear(NF4Weight(packed), torch.randn(out_features, generator=generator))
+    layer = LoraLinear(PackedWeight(packed), torch.randn(out_features, generator=generator))
     a = torch.randn(rank, in_features, generator=generator)
     b = torch.randn(out_features, rank, generator=generator)
     layer.attach(LowRank(a, b, 0.5))

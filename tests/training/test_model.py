@@ -12,7 +12,7 @@ from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
-from adaptkit.training.linear import NF4Weight
+from adaptkit.training.linear import PackedWeight
 from adaptkit.training.model import attach_adapter, choose_device, load_model, new_adapter
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_logits_are_those_of_the_dequantized_checkpoint_in_transformers(family, 
         parameter.data.copy_(weight.T if family == "gpt2" else weight)
     expected = logits(plain)
     model = load_model(tmp_path / "nf4", torch.float32, CPU)
-    packed = [layer for layer in model.linears.values() if isinstance(layer.base, NF4Weight)]
+    packed = [layer for layer in model.linears.values() if isinstance(layer.base, PackedWeight)]
     assert len(packed) == len(model.linears)
     assert torch.allclose(logits(model.network), expected, atol=1e-5)
 

@@ -1,5 +1,7 @@
 """Every checkpointing policy gives the same bits, and keeps less."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.training import segments
 from adaptkit.training.model import load_model, new_adapter
-from adaptkit.training.segments import checkpoint_layers, find_layers, segment_length
+from adaptkit.training.segments import checkpoint_layers, segment_length
 
 POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments:7"]
 IDS = torch.arange(40).reshape(2, 20) % 50 + 3
@@ -29,10 +31,15 @@ def gradients(folder, policy, dropout, twice=False):
     return found, count, float(torch.rand(()))
 
 
+@pytest.fixture(scope="module")
+def unsegmented(deep_nf4):
+    return cache(lambda dropout: gradients(deep_nf4, "none", dropout, twice=True))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients_are_bit_equal_to_none(deep_nf4, policy, dropout):
-    expected, _, random_after = gradients(deep_nf4, "none", dropout, twice=True)
+def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout):
+    expected, _, random_after = unsegmented(dropout)
     found, count, random_found = gradients(deep_nf4, policy, dropout, twice=True)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -88,17 +95,6 @@ def test_policies_give_their_segment_lengths(policy, expected):
 def test_other_policies_are_refused(policy):
     with pytest.raises(ConfigError, match="sqrt"):
         segment_length(policy, 30)
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
-
-
-def test_a_longer_list_inside_a_layer_is_not_the_stack_of_layers():
-    model = nn.ModuleDict({"layers": nn.ModuleList(Experts() for _ in range(3))})
-    assert find_layers(model) is model["layers"]
 
 
 def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():

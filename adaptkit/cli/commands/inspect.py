@@ -1,6 +1,7 @@
 """``adaptkit inspect``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,10 +19,10 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
     report = inspect(path)
     rows = [
         ("kind", report.kind),
-        ("parameters", f"{report.parameters:,}"),
+        ("parameters", "not told by this format" if report.parameters is None else f"{report.parameters:,}"),
         ("tensors", f"{report.tensors} ({', '.join(f'{n} {t}' for t, n in report.dtypes.items())})"),
         ("size", size(report.bytes)),
-        *((key.replace("_", " "), str(value)) for key, value in report.details.items() if value is not None),
+        *((key.replace("_", " "), _words(value)) for key, value in report.details.items() if value is not None),
     ]
     for parent in report.parents:
         weight = f", weight {parent['weight']}" if "weight" in parent else ""
@@ -29,3 +30,11 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
     rows += [("tensors root", report.tensors_root)] if report.tensors_root else []
     rows += [("manifest sha256", report.manifest_sha256 or "none: another tool made it")]
     show(report, rows, as_json=as_json, quiet=quiet)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):  # value -> how often it is there
+        return ", ".join(f"{item} ({count})" if len(value) > 1 else str(item) for item, count in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

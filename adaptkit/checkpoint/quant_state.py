@@ -1,0 +1,92 @@
+"""The state of a quantized weight: a tensor of JSON that says how the weight is quantized.
+
+    {"quant_type", "blocksize", "dtype", "shape"}
+    {..., "nested_blocksize", "nested_dtype", "nested_offset"}        with doubly quantized constants
+
+Spaces at the end make it as long as it can become, since its size must be known before the offset is.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import DTYPES, TensorSpec
+from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.numerics.formats._double_quant import GROUP
+
+STATE_NAME = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
+GET_AGAIN = "get the checkpoint again, or quantize the original anew"
+_OFFSET_WIDTH = 26
+"""Room for the longest decimal form of a float32 read as a float64."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a quantized weight is like.
+
+    Attributes:
+        encoding: how it is quantized.
+        shape: of the weight, (out, in), or (experts, out, in).
+        dtype: that the weight had.
+        offset: of doubly quantized constants, in the weight's units; 0 for others.
+    """
+
+    encoding: Encoding
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: float
+
+
+def parse_state(name: str, parts: Mapping[str, Tensor]) -> Outline:
+    """Say what a weight is like, from the state among its parts.
+
+    Args:
+        name: of the weight.
+        parts: by suffix; of all but the state it matters only which there are.
+
+    Raises:
+        CheckpointError: the state is missing or malformed.
+    """
+    try:
+        suffix, match = next((suffix, match) for suffix in parts if (match := STATE_NAME.search(suffix)))
+        state: dict[str, Any] = json.loads(bytes(parts[suffix].numpy()))
+        shape, block_size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
+        if len(shape) not in (2, 3) or min(shape) < 1 or block_size < 1:
+            raise CheckpointError(f"{name}: {list(shape)} in blocks of {block_size} is no matrix", hint=GET_AGAIN)
+        nested = ".nested_absmax" in parts
+        if nested and int(state["nested_blocksize"]) != GROUP:
+            raise CheckpointError(f"{name}: nested constants in groups of {state['nested_blocksize']}, not {GROUP}")
+        encoding = Encoding(match[1], block_size, nested)
+        dtype = DTYPES[{"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[state["dtype"]]]
+        return Outline(encoding, shape, dtype, float(state["nested_offset"]) if nested else 0.0)
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError, StopIteration, UsageError) as error:
+        raise CheckpointError(f"{name}: its quantization state is malformed ({error!r})", hint=GET_AGAIN) from error
+
+
+def state_bytes(weight: TensorSpec, encoding: Encoding, offset: float) -> bytes:
+    """Write the state of a weight; as long for every offset.
+
+    Args:
+        weight: the 16- or 32-bit weight.
+        encoding: how it is quantized.
+        offset: of doubly quantized constants.
+    """
+    dtype = str(DTYPES[weight.dtype]).removeprefix("torch.")
+    state: dict[str, Any] = {
+        "quant_type": encoding.format,
+        "blocksize": encoding.block_size,
+        # Readers cast the decoded weight to this type; bitsandbytes' own is never float32 (unsloth cannot read that).
+        "dtype": "bfloat16" if weight.dtype == "F32" else dtype,
+        "shape": list(weight.shape),
+    }
+    if not encoding.double_quant:
+        return json.dumps(state).encode()
+    nested = {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": offset}
+    text = json.dumps(state | nested)
+    return (text + " " * (_OFFSET_WIDTH - len(repr(offset)))).encode()

@@ -1,0 +1,84 @@
+"""The work begins with what names say, and ends with what the architecture says, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+
+LIE = """
+import sys
+from pathlib import Path
+from adaptkit.errors import AdaptkitError
+from dataclasses import replace
+from adaptkit.operations import _planning
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+
+truth, begun = _planning.roles_by_name, []
+
+def lie(checkpoint, reason):
+    roles = truth(checkpoint, reason)
+    wrong = {n: replace(r, kind="norm") if n.endswith("down_proj.weight") else r for n, r in roles.of.items()}
+    return replace(roles, of=wrong)
+
+if sys.argv[3] == "lie":
+    _planning.roles_by_name = lie
+check = _planning.Planning.confirm
+_planning.Planning.confirm = lambda self, plan: begun.append(len(plan.quantized())) or check(self, plan)
+report = quantize(Path(sys.argv[1]), Path(sys.argv[2]), QuantizeOptions(max_shard_bytes=40_000))
+print(begun[0], begun[-1], "transformers" in sys.modules, report.read_from, sep="|")
+"""
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("guess", "first"), [("truth", "14"), ("lie", "12")])
+def test_a_wrong_guess_costs_time_and_changes_nothing(llama, tmp_path, guess, first):
+    quantize(llama, tmp_path / "here", QuantizeOptions(max_shard_bytes=40_000))
+    command = [sys.executable, "-c", LIE, str(llama), str(tmp_path / "out"), guess]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    begun, ended, loaded, read_from = done.stdout.strip().split("|")
+    assert (begun, ended, loaded) == (first, "14", "False")
+    assert read_from.startswith("architecture LlamaForCausalLM")
+    assert tree(tmp_path / "out") == tree(tmp_path / "here")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_the_architecture_refuses_is_refused_though_names_would_do(llama, copy_of, tmp_path):
+    source = copy_of(llama)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_attention_heads": "four"}))
+    command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", str(source), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") <= 2
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_leaves_no_process_and_goes_on(llama, tmp_path):
+    """SIGINT goes to the whole group, as from a terminal."""
+    command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", str(llama), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.partial").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    if process.returncode:
+        subprocess.run(command, check=True, capture_output=True)
+    quantize(llama, tmp_path / "here")
+    assert tree(tmp_path / "out") == tree(tmp_path / "here")
