@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from adaptkit.checkpoint.layout import write_json
+from adaptkit.checkpoint.lines import append_line, read_lines
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.writer import DiskError, write_file
+from adaptkit.checkpoint.writer import DiskError, disk_errors, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
@@ -85,7 +86,7 @@ class Output:
         self.part = part
         self._journal = JOURNAL_NAME if part is None else f"adaptkit-journal-{part.number}-of-{part.total}.jsonl"
         self._inputs = json.loads(json.dumps(inputs))
-        self.folder = final.with_name(final.name + _PARTIAL)
+        self.folder = partial_folder(final)
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force = force
         self._keep_work = keep_work
@@ -136,7 +137,8 @@ class Output:
             notes: what else was learnt while making it; a run that goes on finds it in ``self.notes``.
         """
         self._count(record, tensors, notes or {})
-        self._append({"file": asdict(record), "tensors": [asdict(t) for t in tensors], "notes": notes or {}})
+        line = {"file": asdict(record), "tensors": [asdict(tensor) for tensor in tensors], "notes": notes or {}}
+        append_line(self.folder / self._journal, line)
 
     def _count(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any]) -> None:
         if not record.path.startswith(SCRATCH_PREFIX):
@@ -189,7 +191,8 @@ class Output:
             shutil.rmtree(replaced)
 
     def _lock(self, path: Path, how: int, flags: int = os.O_RDONLY) -> None:
-        handle = os.open(path, flags, 0o666)
+        with disk_errors(path):
+            handle = os.open(path, flags, 0o666)
         self._locks.append(handle)
         try:
             fcntl.flock(handle, how | fcntl.LOCK_NB)
@@ -201,7 +204,7 @@ class Output:
     def _resume(self) -> None:
         mine = (self._journal,) if self.part else ()  # another share may be writing its own just now
         journals = {
-            path.name: _journal_lines(path, repair=not mine or path.name in mine)
+            path.name: read_lines(path, repair=not mine or path.name in mine)
             for path in sorted(self.folder.glob(_JOURNAL_PATTERN))
         }
         begun = {name: lines for name, lines in journals.items() if lines}
@@ -215,7 +218,7 @@ class Output:
             for line in lines[1:]:
                 self._recall(line)
         if self._journal not in begun:
-            self._append({"key": self._key, "inputs": self._inputs})
+            append_line(self.folder / self._journal, {"key": self._key, "inputs": self._inputs})
 
     def _differs(self, first: dict[str, Any]) -> bool:
         """Whether a journal is of a run with another plan, or with other bytes at the same path."""
@@ -257,11 +260,10 @@ class Output:
     def _is_ours(self) -> bool:
         return (self.folder / MANIFEST_NAME).is_file() or any(self.folder.glob(_JOURNAL_PATTERN))
 
-    def _append(self, line: dict[str, Any]) -> None:
-        with (self.folder / self._journal).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+def partial_folder(final: Path) -> Path:
+    """Where an output is written before it appears, and lies when that was cut off."""
+    return final.with_name(final.name + _PARTIAL)
 
 
 def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -291,18 +293,6 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise ConflictError(f"{aside}: is in the way and not adaptkit's", hint="move it, or choose another -o")
     if os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST_NAME).is_file()):
         raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it")
-
-
-def _journal_lines(path: Path, repair: bool) -> list[dict[str, Any]]:
-    """The complete lines of a journal; with ``repair``, what a kill cut off is removed from the file."""
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text and repair:
-        os.truncate(path, len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to begin anew") from error
 
 
 def _replaced(final: Path) -> Path:

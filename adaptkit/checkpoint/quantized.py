@@ -9,7 +9,8 @@
 
 Without double quantization ``absmax`` is F32, after the state, and the nested parts are absent. fp4 has its own name
 in the state's; int8, which bitsandbytes does not have in blocks, is ``adaptkit__int8`` there. A stack of matrices
-(the experts of one layer) is one such weight with three numbers in its shape; no block straddles two matrices.
+(the experts of one layer) is one such weight with three numbers in its shape; no block straddles two matrices. In
+files of others the tensor of 4-bit codes may say a float type (``bnb_4bit_quant_storage``); its bytes are the same.
 
 The codes come first, so that they can be written while the rest is not known yet. The JSON is padded with spaces so
 that every tensor is aligned, and so that every size is known before any weight is read.
@@ -34,6 +35,9 @@ from adaptkit.numerics.formats._double_quant import (
     dynamic_map,
     quantize_absmax,
 )
+
+_STORAGE = (torch.bfloat16, torch.float16, torch.float32)
+"""Types that bitsandbytes can give to the bytes of 4-bit codes: its ``bnb_4bit_quant_storage``."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
     if name not in files.tensors:
         raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
     spec = files.spec(name)
-    return _decode(name, parts, torch.empty(0, dtype=DTYPES[spec.dtype]), spec.count)
+    return _decode(name, parts, torch.empty(0, dtype=DTYPES[spec.dtype]), spec.nbytes)
 
 
 def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -225,12 +229,14 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
     if "" not in parts:
         raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
     codes = parts[""].reshape(-1)
-    return _decode(name, parts, codes, codes.numel())
+    return _decode(name, parts, codes, codes.nbytes)
 
 
-def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_count: int) -> QuantizedWeight:
+def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_bytes: int) -> QuantizedWeight:
     outline = parse_state(name, parts)
     encoding, shape = outline.encoding, outline.shape
+    if encoding.numerics.bits == 4 and codes.dtype in _STORAGE:
+        codes = codes.view(torch.uint8)
     try:
         absmax, levels = parts[".absmax"].reshape(-1), parts.get(".nested_quant_map", dynamic_map())
     except KeyError as error:
@@ -241,8 +247,8 @@ def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_count: i
         raise CheckpointError(f"{name}: its parts have types that do not belong together {types}", hint=GET_AGAIN)
     count = torch.Size(shape).numel()
     blocks = -(-count // encoding.block_size)
-    if code_count != (count if encoding.numerics.bits == 8 else (count + 1) // 2) or absmax.numel() != blocks:
-        raise CheckpointError(f"{name}: {code_count} bytes of codes do not make {list(shape)} weights", hint=GET_AGAIN)
+    if code_bytes != (count if encoding.numerics.bits == 8 else (count + 1) // 2) or absmax.numel() != blocks:
+        raise CheckpointError(f"{name}: {code_bytes} bytes of codes do not make {list(shape)} weights", hint=GET_AGAIN)
     constants: DoubleQuantized | Tensor = absmax
     if encoding.double_quant:
         constants = DoubleQuantized(absmax, parts[".nested_absmax"], outline.offset)

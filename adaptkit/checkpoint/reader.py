@@ -18,6 +18,7 @@ from adaptkit.errors import CheckpointError, IntegrityError
 
 CHUNK_BYTES = 32 << 20
 """How much of a tensor is handled at once; what keeps memory flat."""
+_KEEP_STILL = "run it again when the disk is well and nothing writes to that folder"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class TensorFiles:
         dtype = DTYPES[self.spec(name).dtype]
         return self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
+    def read_bytes(self, name: str, start: int, count: int) -> Tensor:
+        """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8."""
+        return self._read(self.tensors[name], start, count)
+
     def row_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Read a tensor in blocks of whole rows of at most ``CHUNK_BYTES`` (or one row).
 
@@ -84,15 +89,16 @@ class TensorFiles:
     def _read(self, located: Located, offset: int, size: int) -> Tensor:
         buffer = np.empty(size, np.uint8)
         done = 0
-        handle = os.open(resolve_inside(self.root, located.file), os.O_RDONLY)
+        path = resolve_inside(self.root, located.file)
         try:
-            while done < size:
-                count = os.preadv(handle, [buffer.data[done:]], located.position + offset + done)
-                if count == 0:
-                    raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}")
-                done += count
-        finally:
-            os.close(handle)
+            with path.open("rb", buffering=0) as file:
+                while done < size:
+                    count = os.preadv(file.fileno(), [buffer.data[done:]], located.position + offset + done)
+                    if count == 0:
+                        raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", _KEEP_STILL)
+                    done += count
+        except OSError as error:
+            raise IntegrityError(f"{located.file}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
         return torch.from_numpy(buffer) if size else torch.empty(0, dtype=torch.uint8)
 
 
@@ -142,6 +148,24 @@ class Checkpoint(TensorFiles):
         return digest.hexdigest()
 
     def state(self) -> list[list[Any]]:
-        """Sizes and modification times of the files, to notice that an input changed between two runs."""
-        found = ((file, (self.root / file).stat()) for file in sorted([*self.headers, CONFIG_NAME]))
+        """Sizes and modification times of the files, to notice that an input changed between two runs.
+
+        Raises:
+            IntegrityError: a file is no longer there.
+        """
+        try:
+            found = [(file, (self.root / file).stat()) for file in sorted([*self.headers, CONFIG_NAME])]
+        except OSError as error:
+            raise IntegrityError(f"{error.filename}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
         return [[file, status.st_size, status.st_mtime_ns] for file, status in found]
+
+    def require_state(self, state: list[list[Any]]) -> None:
+        """Refuse to go on with a checkpoint whose files are no longer those that were read before.
+
+        Raises:
+            IntegrityError: a file changed since ``state``, or is no longer there.
+        """
+        now = self.state()
+        if now != state:
+            changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
+            raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)

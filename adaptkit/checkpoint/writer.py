@@ -22,7 +22,7 @@ _FLUSH_BYTES = 64 << 20
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     """Write a small file and make sure that it is on the disk."""
-    with _disk_errors(folder / name), (folder / name).open("wb") as file:
+    with disk_errors(folder / name), (folder / name).open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -55,7 +55,8 @@ class TensorWriter:
         self.tensors: list[TensorRecord] = []
 
     def __enter__(self) -> Self:
-        self._file = (self._folder / self._name).open("wb")
+        with disk_errors(self._folder / self._name):
+            self._file = (self._folder / self._name).open("wb")
         self._put(memoryview(self._header))
         return self
 
@@ -81,7 +82,7 @@ class TensorWriter:
             self._xxh3.reset()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with _disk_errors(self._folder / self._name), self._file:  # closing writes what is buffered
+        with disk_errors(self._folder / self._name), self._file:  # closing writes what is buffered
             self._flusher.shutdown()
             if kind is None:
                 if self._flushing is not None:
@@ -97,7 +98,7 @@ class TensorWriter:
         return FileRecord(self._name, self._size, self._sha256.hexdigest())
 
     def _put(self, view: memoryview) -> None:
-        with _disk_errors(self._folder / self._name):
+        with disk_errors(self._folder / self._name):
             self._file.write(view)
             self._unflushed += len(view)
             if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
@@ -113,7 +114,7 @@ class DiskError(AdaptkitError):
     """The disk refused a write."""
 
 
-class _disk_errors:  # noqa: N801 - reads as a statement
+class disk_errors:  # noqa: N801 - reads as a statement
     """Turn the disk's own errors into one line that says what to do."""
 
     def __init__(self, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Options and argument types that several commands share."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,10 +49,10 @@ class Share(click.ParamType[tuple[int, int]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """See ``click.ParamType``."""
-        number, _, total = str(value).partition("/")
-        if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value))
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
             return self.fail(f"{value!r} is not a share such as 1/4 to 4/4", param, ctx)
-        return int(number), int(total)
+        return int(found[1]), int(found[2])
 
 
 def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:

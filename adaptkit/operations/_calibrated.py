@@ -6,7 +6,7 @@
 The scratch files are as small as the output, and are removed when it is published.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def calibrate(
         NonFiniteError: a weight or an activation is NaN or infinite.
         UsageError: transformers cannot run this checkpoint.
     """
-    found_before = out.finished(_END)
+    found_before = is_calibrated(out)
     if not found_before:
         layers = 0
         for layer in layer_moments(checkpoint, tokens, second_moments=True, progress=progress):
@@ -109,6 +109,18 @@ def calibrate(
         name: Ready(plans[name].spec, plans[name].encoding, plans[name].transposed, scratch, note)
         for name, note in notes.items()
     }
+
+
+def is_calibrated(out: Output) -> bool:
+    """Whether an earlier run quantized all linears that the tokens reach."""
+    return out.finished(_END)
+
+
+def scratch_bytes(plans: Iterable[TensorPlan], init_rank: int | None) -> int:
+    """The size of the scratch files, which exist beside the output for a while."""
+    linears = [plan for plan in plans if plan.encoding is not None]
+    terms = [(min(init_rank, *plan.spec.shape[-2:]), sum(plan.spec.shape[-2:])) for plan in linears if init_rank]
+    return sum(plan.group().nbytes for plan in linears) + sum(4 * rank * features for rank, features in terms)
 
 
 def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:

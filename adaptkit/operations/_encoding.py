@@ -1,6 +1,6 @@
 """Quantize one tensor of a checkpoint, piece by piece: the jobs, and how their results become its parts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._shards import Group, Piece, cut, reading
 
 
@@ -121,6 +122,17 @@ class TensorPlan:
                 f"{self.spec.name}: the weight at {where} is {float(values[position])}",
                 hint="repair or re-download this checkpoint",
             )
+
+
+def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: int) -> None:
+    """Read all of a checkpoint's tensors once.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; names tensor and index.
+    """
+    jobs = (job for plan in plans for job in reading(checkpoint, plan.spec, plan.check))
+    for _ in in_order(lambda job: job(), jobs, threads):
+        pass
 
 
 def _then_encoded(job: Callable[[], Tensor]) -> Callable[[], Encoded]:

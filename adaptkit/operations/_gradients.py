@@ -12,6 +12,7 @@ The forward pass leaves every layer's output on disk; the backward pass takes th
 """
 
 import contextlib
+import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.errors import NonFiniteError
 from adaptkit.operations._layerwise import Sums
 from adaptkit.operations._replay import Replay
 
@@ -105,7 +108,11 @@ class _Outputs:
         self._folder = folder
 
     def put(self, index: int, batch: int, output: Any) -> None:
-        torch.save(output, self._folder / f"{index}-{batch}")
+        buffer = io.BytesIO()
+        torch.save(output, buffer)
+        path = self._folder / f"{index}-{batch}"
+        with disk_errors(path):
+            path.write_bytes(buffer.getbuffer())
 
     def get(self, index: int, batch: int) -> Any:
         """None before the first layer."""
@@ -132,6 +139,8 @@ def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator | N
     for start in range(0, last, LOGIT_POSITIONS):
         positions = torch.arange(start, min(start + LOGIT_POSITIONS, last), device=ids.device)
         predicted = replay.finish(batch, before, positions).float().log_softmax(-1).flatten(0, 1)
+        if bool(predicted.isnan().any()):
+            raise NonFiniteError("the model's prediction is not finite", hint="repair or re-download this checkpoint")
         if generator is None:
             wanted = ids[:, positions + 1].reshape(-1, 1)
         else:

@@ -128,10 +128,11 @@ def dequantize(
         return {part: fingerprint(checkpoint.read(part)) for part in small} | {group.source: digest.hexdigest()}
 
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
-    state = [[str(source.resolve()), checkpoint.state()]]
-    with Output(output, [checkpoint.outline(), recorded], force, inputs=state) as out:
+    state = checkpoint.state()
+    with Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out:
         out.require_space(sum(group.nbytes for group in groups))
         write_shards(out, shards, jobs, assemble, thread_count(options.threads), progress)
+        checkpoint.require_state(state)
         write_index(out, shards)
         out.write_json(CONFIG_NAME, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
         for path in side_files(source):
@@ -179,7 +180,8 @@ def _decode_job(
 ) -> Callable[[], _Decoded]:
     def run() -> _Decoded:
         a_byte = 8 // weight.encoding.numerics.bits
-        codes = checkpoint.read_flat(name, piece.start // a_byte, -(-piece.count // a_byte))
+        raw = checkpoint.read_bytes(name, piece.start // a_byte, -(-piece.count // a_byte))
+        codes = raw if a_byte == 2 else raw.view(torch.int8)
         first = piece.start // weight.block_size
         constants = absmax[first : first + -(-piece.count // weight.block_size)]
         packed = Blockwise(codes, constants, (piece.count,), weight.block_size)

@@ -1,5 +1,6 @@
 """Quantize a checkpoint into 4-bit shards with doubly quantized constants, piece by piece."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.journal import Output, Part, check_output
+from adaptkit.checkpoint.journal import Output, Part, check_output, partial_folder
 from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -21,7 +22,8 @@ from adaptkit.checkpoint.text import read_tokens
 from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._budget import Upgrade, spend
-from adaptkit.operations._calibrated import Ready, calibrate, companion_modules
+from adaptkit.operations._calibrated import Ready, calibrate, companion_modules, is_calibrated, scratch_bytes
+from adaptkit.operations._encoding import check_finite
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._planning import PlanChanged, Planning
 from adaptkit.operations._quantize_plan import Calibration, Plan, QuantizeOptions
@@ -67,12 +69,15 @@ def quantize(
     init = _companion_folder(output, companion, options)
     for folder in [output, *([init] if init else [])]:
         check_output(folder, force, [source])
+    if init is not None:
+        _check_apart(output, init)
     tokens = _read_tokens(source, options.calibration)
     run = _Run(checkpoint, output, options, force, init, tokens, progress, calibration_progress)
     with Planning(checkpoint, options) as planning:
         if dry_run:
             return make_report(output, planning.plan(), {})
-        if options.calibration is not None:
+        if options.calibration is not None or options.part is not None or partial_folder(output).exists():
+            # Shares must agree on the plan, and a wrong one would throw away what an earlier run has done.
             return run.finish(planning.plan(), planning)
         try:
             return run.finish(planning.guess(), planning)
@@ -101,12 +106,16 @@ class _Run:
         """
         options, recorded = self.options, self.options.recorded()
         key = [self.checkpoint.outline(), recorded, begun.outline()]
-        state = [[str(self.checkpoint.root.resolve()), self.checkpoint.state()]]
-        with Output(self.output, key, self.force, inputs=state, part=options.part) as out:
+        state = self.checkpoint.state()
+        inputs = [[str(self.checkpoint.root.resolve()), state]]
+        with Output(self.output, key, self.force, inputs=inputs, part=options.part) as out:
+            if self.tokens is not None and not is_calibrated(out):
+                check_finite(self.checkpoint, begun.tensors.values(), thread_count(options.threads))
             plan, upgrades = self._spend(out, begun)
-            out.require_space(plan.nbytes() if options.part is None else 0)
+            out.require_space(self._room(plan))
             ready = self._calibrate(out, plan)
             self._write(out, plan, ready, lambda: planning.check(begun))
+            self.checkpoint.require_state(state)
             confirmed = planning.confirm(begun)
             plan = plan if upgrades else confirmed
             report = partial(make_report, self.output, plan, out.notes, upgrades)
@@ -124,6 +133,14 @@ class _Run:
             tensors_root=manifest.tensors_root,
             manifest_sha256=manifest.sha256,
         )
+
+    def _room(self, plan: Plan) -> int:
+        """The bytes that the work takes on the disk, if this run is to do all of it."""
+        calibration = self.options.calibration
+        if self.options.part is not None:
+            return 0
+        scratch = scratch_bytes(plan.tensors.values(), calibration.init_rank) if calibration else 0
+        return plan.nbytes() + scratch
 
     def _spend(self, out: Output, plan: Plan) -> tuple[Plan, list[Upgrade]]:
         calibration = self.options.calibration
@@ -176,6 +193,17 @@ def _companion_folder(output: Path, companion: Path | None, options: QuantizeOpt
     return (companion or output.with_name(f"{output.name}-init")) if wanted else None
 
 
+def _check_apart(output: Path, companion: Path) -> None:
+    """Refuse a companion adapter in the folder of its base, or the other way round."""
+    one, other = (Path(os.path.realpath(folder)) for folder in (output, companion))
+    for inner, outer in ((one, other), (other, one)):
+        if inner.is_relative_to(outer) or inner.is_relative_to(partial_folder(outer)):
+            raise UsageError(
+                f"{companion}: the companion adapter needs a folder of its own, apart from {output}",
+                hint="choose another --init-adapter-output",
+            )
+
+
 def _publish_both(
     out: Output, manifest: Manifest, folder: Path, modules: dict[str, LowRank], force: bool, plan: Plan
 ) -> None:
@@ -192,8 +220,9 @@ def _publish_both(
             parents=(parent_of("base", manifest, ()),),
             targets=tuple(target for target in manifest.targets if target.module in modules),
         )
-        out.publish(manifest)
+        # Killed in between, the same command with --force finds the base all but finished.
         adapter.publish(described)
+        out.publish(manifest)
 
 
 def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:

@@ -1,0 +1,213 @@
+"""What a clumsy or unlucky user does to ``quantize``: one line, a hint, the right code, and nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.journal import JOURNAL_NAME
+from adaptkit.checkpoint.lines import append_line
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import DiskError, TensorWriter
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations import _shards
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
+
+SMALL = "40KB"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The rivers in the north are in the water and on the hill.\n" * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def misnamed(tmp_path_factory):
+    """A model with linear layers that their names take for something else."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("misnamed") / "prophetnet"
+    sizes = {f"{side}_ffn_dim": 128 for side in ("encoder", "decoder")}
+    sizes |= {f"num_{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+    sizes |= {"num_encoder_layers": 1, "num_decoder_layers": 3, "hidden_size": 64, "max_position_embeddings": 128}
+    vocabulary = len(tiny.write_tokenizer(folder))
+    config = AutoConfig.for_model("prophetnet", vocab_size=vocabulary, is_decoder=True, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def poisoned(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_shares_of_a_model_that_its_names_do_not_tell_join(misnamed, tmp_path, run_cli):
+    options = QuantizeOptions(max_shard_bytes=40_000)
+    report = quantize(misnamed, tmp_path / "whole", options)
+    named = {t.name for t in report.tensors if t.format and "embed" in t.name}
+    assert named, "the architecture says more than the names"
+    for share in ("2/2", "1/2"):
+        arguments = ["quantize", misnamed, "-o", tmp_path / "out", "--max-shard-size", SMALL, "--part", share]
+        done = run_cli(*arguments)
+        assert done.code == 0, done.stderr
+    assert run_cli("quantize", misnamed, "-o", tmp_path / "out", "--max-shard-size", SMALL).code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_going_on_throws_nothing_away_whatever_the_names_say(misnamed, tmp_path, monkeypatch, run_cli):
+    class Stop(Exception):  # noqa: N818 - not an error
+        pass
+
+    def stop(done, total):
+        if done > 0.5 * total:
+            raise Stop
+
+    options = QuantizeOptions(max_shard_bytes=40_000)
+    quantize(misnamed, tmp_path / "whole", options)
+    with pytest.raises(Stop):
+        quantize(misnamed, tmp_path / "out", options, progress=stop)
+    partial = tmp_path / "out.partial"
+    finished = [json.loads(line)["file"]["path"] for line in (partial / JOURNAL_NAME).read_text().splitlines()[1:]]
+    assert finished
+    before = {name: (partial / name).stat().st_mtime_ns for name in finished}
+    # This time in a process that has not loaded transformers, and could begin by the names.
+    done = run_cli("quantize", misnamed, "-o", tmp_path / "out", "--max-shard-size", SMALL)
+    assert done.code == 0, done.stderr
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == before
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["out", "out/init", "out.partial/init", "."])
+def test_a_companion_in_the_folder_of_its_base_is_refused_before_the_work(llama, text, tmp_path, where):
+    options = QuantizeOptions(calibration=Calibration((text,), 128, 64, init_rank=2))
+    with pytest.raises(UsageError) as caught:
+        quantize(llama, tmp_path / "x" / "out", options, companion=tmp_path / "x" / where)
+    assert caught.value.hint
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", []),
+        ("model.embed_tokens.weight", ["--bits-budget", 8]),
+    ],
+)
+def test_calibration_names_the_weight_that_is_not_finite(llama, text, copy_of, tmp_path, run_cli, name, more):
+    source = poisoned(copy_of(llama), name)
+    calibration = ["--calibrate", text, "--calibration-tokens", 128, "--window", 64, *more]
+    done = run_cli("quantize", source, "-o", tmp_path / "out", *calibration)
+    assert done.code == 5
+    assert done.stderr.splitlines()[0] == f"error: {name}: the weight at [3, 5] is nan"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_published(llama, copy_of, tmp_path):
+    source = copy_of(llama)
+
+    def touch(done, total):
+        if done == total:
+            os.utime(source / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(IntegrityError, match=r"model\.safetensors changed while it was read"):
+        quantize(source, tmp_path / "out", progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_vanishes_while_it_is_read_is_named(llama, copy_of, monkeypatch):
+    checkpoint = Checkpoint(copy_of(llama))
+    (checkpoint.root / "model.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: cannot be read"):
+        checkpoint.read("model.norm.weight")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: cannot be read"):
+        checkpoint.state()
+
+
+def test_a_disk_without_room_for_one_more_file_is_named(tmp_path):
+    full = tmp_path / "file"
+    full.write_text("")
+    with pytest.raises(DiskError, match="cannot write"), TensorWriter(full, "model.safetensors", []):
+        pass
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_journal_on_a_full_disk_is_a_message_and_a_hint():
+    with pytest.raises(DiskError, match="No space left") as caught:
+        append_line(Path("/dev/full"), {"key": "value"})
+    assert "goes on where it stopped" in caught.value.hint
+
+
+def test_calibration_asks_for_the_room_that_its_scratch_files_take(llama, text, tmp_path, monkeypatch):
+    plain = quantize(llama, tmp_path / "plain").bytes_after
+
+    class Disk:
+        free = plain + 1000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk)
+    with pytest.raises(DiskError, match="more bytes"):
+        quantize(llama, tmp_path / "out", QuantizeOptions(calibration=Calibration((text,), 128, 64)))
+    assert quantize(llama, tmp_path / "other").bytes_after == plain
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+@pytest.mark.parametrize("piece", [600, 4 << 20])
+def test_codes_stored_as_floats_are_read(llama, tmp_path, monkeypatch, storage, piece):
+    """bitsandbytes gives the same bytes another type if ``bnb_4bit_quant_storage`` says so."""
+    quantize(llama, tmp_path / "packed")
+    dequantize(tmp_path / "packed", tmp_path / "expected")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name.partition(".quant_state.")[0] for name in tensors if ".quant_state." in name]:
+        tensors[name] = tensors[name].flatten().view(getattr(torch, storage)).view(-1, 1)
+    save_file(tensors, file, {"format": "pt"})
+    monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
+    dequantize(tmp_path / "packed", tmp_path / "plain")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("expected", "plain"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_one_line_and_leaves_no_process(tmp_path, number, code):
+    source = tiny.write_llama(tmp_path / "source", layers=8, hidden=128)
+    command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", source, "-o", tmp_path / "out", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, complaints = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("it was done before the signal came")
+    assert (process.returncode, complaints.strip()) == (code, "")
+    assert json.loads(output)["error"]["retryable"]
+    with pytest.raises(ProcessLookupError):  # its process group is empty
+        os.killpg(process.pid, 0)
+
+
+def test_a_share_with_a_number_of_thousands_of_digits_is_a_usage_error(llama, tmp_path, run_cli):
+    done = run_cli("quantize", llama, "-o", tmp_path / "out", "--part", "1/" + "9" * 5000)
+    assert done.code == 2
+    assert "Traceback" not in done.stderr
