@@ -1,7 +1,7 @@
 """How the work is cut up (pieces, threads, shards, shares, kills) is no part of the result."""
 
-import multiprocessing
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -154,13 +154,12 @@ def test_a_share_that_there_is_not_is_refused(number, total):
         Part(number, total)
 
 
-def _share_in_process(arguments):
-    share(*arguments)
+def test_shares_can_be_made_at_once(llama, sharded, tmp_path, run_cli):
+    def share_apart(number):
+        return run_cli("quantize", llama, "-o", tmp_path / "out", "--part", f"{number}/2", "--max-shard-size", SMALL)
 
-
-def test_shares_can_be_made_at_once(llama, sharded, tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        pool.map(_share_in_process, [(llama, tmp_path / "out", number, 2) for number in (1, 2)])
+    with ThreadPoolExecutor(2) as pool:
+        assert [done.code for done in pool.map(share_apart, (1, 2))] == [0, 0]
     quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
     assert tree(tmp_path / "out") == tree(sharded)
 
