@@ -136,12 +136,12 @@ def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(fami
             assert 0.6 < estimate / divergence < 1.6, (name, estimate, divergence)
 
 
-def test_a_gradient_that_is_not_finite_is_named(family, copy_of):
+def test_a_prediction_that_is_not_finite_is_named(family, copy_of):
     from safetensors.torch import load_file, save_file
 
     folder = copy_of(family("llama"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match="the gradient of lm_head is not finite"):
+    with pytest.raises(NonFiniteError, match="the model's prediction is not finite"):
         of_all(Checkpoint(folder), windows(1), sampled=False)
