@@ -19,7 +19,7 @@ from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import read_tokens
-from adaptkit.errors import UsageError
+from adaptkit.errors import DataError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._budget import Upgrade, spend
 from adaptkit.operations._calibrated import Ready, calibrate, companion_modules, is_calibrated, scratch_bytes
@@ -183,6 +183,9 @@ class _Run:
 def _read_tokens(source: Path, calibration: Calibration | None) -> Tensor | None:
     if calibration is None:
         return None
+    for file in calibration.files:
+        if file.is_fifo():  # its hash, which the manifest names, would be that of nothing
+            raise DataError(f"{file}: is a pipe, which can be read only once", hint="save the text in a file")
     return read_tokens(calibration.files, source, window=calibration.window, max_tokens=calibration.tokens)
 
 

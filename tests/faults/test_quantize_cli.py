@@ -17,7 +17,7 @@ from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError, TensorWriter
-from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.errors import DataError, IntegrityError, UsageError
 from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
@@ -211,3 +211,9 @@ def test_a_share_with_a_number_of_thousands_of_digits_is_a_usage_error(llama, tm
     done = run_cli("quantize", llama, "-o", tmp_path / "out", "--part", "1/" + "9" * 5000)
     assert done.code == 2
     assert "Traceback" not in done.stderr
+
+
+def test_calibration_text_from_a_pipe_is_refused(llama, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is a pipe"):
+        quantize(llama, tmp_path / "out", QuantizeOptions(calibration=Calibration((tmp_path / "pipe",), 128, 64)))
