@@ -131,13 +131,14 @@ def read_adapter(root: Path) -> Adapter:
     if not halves:
         raise AdapterError(f"{root}: the adapter holds no tensors")
     modules = {module: _low_rank(root, config, module, halves[module]) for module in sorted(halves)}
+    manifest = read_manifest(root)
     return Adapter(
         root=root,
         config=config,
         modules=modules,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        compensation=read_compensation(root, modules),
-        manifest=read_manifest(root),
+        compensation=read_compensation(root, modules, manifest),
+        manifest=manifest,
         records=tuple(records),
     )
 

@@ -13,9 +13,10 @@ import torch
 
 from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import AdapterError
+from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank
 
@@ -37,17 +38,21 @@ def write_compensation(output: Output, modules: Mapping[str, LowRank]) -> None:
     output.add(writer.record, [])
 
 
-def read_compensation(root: Path, changes: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def read_compensation(root: Path, changes: Mapping[str, LowRank], manifest: Manifest | None) -> dict[str, LowRank]:
     """Read what an adapter began with; empty if that was nothing.
 
     Args:
         root: the adapter's folder.
         changes: of the adapter, by module.
+        manifest: of the adapter, if it has one.
 
     Raises:
         AdapterError: the file is damaged, or does not belong to this adapter.
+        IntegrityError: the manifest lists the file, but it is not there; without it nobody knows what is to be merged.
     """
     if not (root / COMPENSATION_NAME).exists():
+        if manifest is not None and any(file.path == COMPENSATION_NAME for file in manifest.files):
+            raise IntegrityError(f"{root}: {COMPENSATION_NAME} is missing", hint="get the adapter again, all of it")
         return {}
     files = TensorFiles(root, [COMPENSATION_NAME])
     found = {name: files.read(name) for name in files.tensors}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.conversation import is_text, messages_of, read_text, render, rows
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, require_folder
 from adaptkit.errors import DataError, UsageError
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -40,11 +40,7 @@ def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: i
     """
     if window < 2 or (max_tokens is not None and max_tokens < 2):
         raise UsageError(f"a window of {window} tokens, of {max_tokens} in all: both are at least 2")
-    longest = longest_sequence(root)
-    if longest is not None and window > longest:
-        raise UsageError(
-            f"windows of {window} tokens are longer than {root} allows", hint=f"it reads at most {longest}"
-        )
+    check_window(root, window)
     if max_tokens is not None:
         window = min(window, max_tokens)
     wanted = None if max_tokens is None else max_tokens // window
@@ -63,6 +59,19 @@ def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: i
     if not windows or len(windows[0]) < 2:
         raise DataError(f"{', '.join(map(str, files)) or 'no files'}: hold no text", hint="give text to read")
     return torch.tensor(windows[:wanted])
+
+
+def check_window(root: Path, window: int) -> None:
+    """Refuse windows that a checkpoint's model cannot read.
+
+    Raises:
+        UsageError: they are longer than it allows, or there is no such folder.
+    """
+    longest = longest_sequence(require_folder(root))
+    if longest is not None and window > longest:
+        raise UsageError(
+            f"windows of {window} tokens are longer than {root} allows", hint=f"it reads at most {longest}"
+        )
 
 
 def longest_sequence(root: Path) -> int | None:

@@ -114,6 +114,11 @@ class _Run:
             plan, upgrades = self._spend(out, begun)
             out.require_space(self._room(plan))
             ready = self._calibrate(out, plan)
+            if self.init is not None and not ready:
+                raise UsageError(
+                    "a companion adapter has nothing to make up for: what the text reaches stays in 16 bits",
+                    hint="lower --bits-budget, or leave out --init-adapter",
+                )
             self._write(out, plan, ready, lambda: planning.check(begun))
             self.checkpoint.require_state(state)
             confirmed = planning.confirm(begun)

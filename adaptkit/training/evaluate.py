@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer, quiet_transformers
-from adaptkit.checkpoint.text import read_tokens
+from adaptkit.checkpoint.text import check_window, read_tokens
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.data import IGNORED, Batch, Sample, collate, load_data, prompt_ids
@@ -144,6 +144,8 @@ def evaluate(
         raise UsageError("nothing to evaluate", hint="give --data FILE, --text FILE or --prompt TEXT")
     if reference is not None and not text:
         raise UsageError("a reference is compared on text", hint="give --text FILE")
+    if reference is not None:
+        check_window(reference, options.window)
     tokenizer = load_tokenizer(base)
     dataset = load_data(data, tokenizer, options.max_length) if data else None
     windows = read_tokens(text, base, window=options.window, max_tokens=options.max_tokens) if text else None

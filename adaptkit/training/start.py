@@ -34,9 +34,10 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
                 f"{adapter.root}: belongs to another base than {config.base}: {module} differs",
                 hint="begin with an adapter for this base",
             )
-    if adapter.compensation and base is None:
+    if adapter.compensation and (base is None or adapter.manifest is None):
+        silent = config.base if base is None else adapter.root
         raise BaseMismatchError(
-            f"{adapter.root}: makes up for the quantization of one base, and {config.base} has no manifest to tell",
+            f"{adapter.root}: makes up for the quantization of one base, and {silent} has no manifest to tell which",
             hint="give the folder that quantize made together with this adapter",
         )
     return adapter

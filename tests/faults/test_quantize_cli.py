@@ -13,14 +13,20 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint.compensation import COMPENSATION_NAME
 from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.lines import append_line
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError, TensorWriter
-from adaptkit.errors import DataError, IntegrityError, UsageError
+from adaptkit.errors import BaseMismatchError, DataError, IntegrityError, UsageError
 from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.evaluate import evaluate
+from adaptkit.training.start import read_start
 
 SMALL = "40KB"
 
@@ -217,3 +223,45 @@ def test_calibration_text_from_a_pipe_is_refused(llama, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="is a pipe"):
         quantize(llama, tmp_path / "out", QuantizeOptions(calibration=Calibration((tmp_path / "pipe",), 128, 64)))
+
+
+def test_a_companion_of_a_base_that_lost_nothing_is_refused(text, tmp_path):
+    """The stacked experts, which the calibration does not see, leave room to keep all others in 16 bits."""
+    source = tiny.write_family(tmp_path / "source", "mixtral", fused_experts=True)
+    options = QuantizeOptions(moe="nf4", calibration=Calibration((text,), 128, 64, init_rank=2, bits_budget=9))
+    with pytest.raises(UsageError) as caught:
+        quantize(source, tmp_path / "out", options)
+    assert "nothing to make up for" in caught.value.message
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out-init").exists()
+
+
+def test_windows_longer_than_the_reference_allows_are_refused(llama, gpt2, text, tmp_path):
+    with pytest.raises(UsageError, match=r"longer than .*gpt2 allows"):
+        evaluate(llama, text=[text], reference=gpt2)
+
+
+@pytest.fixture(scope="module")
+def with_companion(llama, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("companion") / "out"
+    quantize(llama, out, QuantizeOptions(calibration=Calibration((text,), 128, 64, init_rank=2)))
+    return out, out.with_name("out-init")
+
+
+def test_a_companion_without_its_record_is_refused_by_merge_and_train(llama, with_companion, copy_of, tmp_path):
+    base, companion = with_companion[0], copy_of(with_companion[1])
+    (companion / COMPENSATION_NAME).unlink()
+    with pytest.raises(IntegrityError, match="is missing"):
+        merge(llama, [companion], tmp_path / "merged")
+    with pytest.raises(IntegrityError, match="is missing"):
+        read_start(TrainConfig(str(base), (str(base),), init=str(companion)), require_manifest(base))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_companion_that_does_not_say_its_base_is_not_trained(with_companion, copy_of):
+    base, companion = with_companion[0], copy_of(with_companion[1])
+    config = TrainConfig(str(base), (str(base),), init=str(companion))
+    assert read_start(config, require_manifest(base)) is not None
+    (companion / MANIFEST_NAME).unlink()
+    with pytest.raises(BaseMismatchError, match="no manifest"):
+        read_start(config, require_manifest(base))
