@@ -1,8 +1,7 @@
-"""Open a checkpoint folder and read its tensors one at a time, or by rows."""
+"""Open a checkpoint folder and read its tensors one at a time, or piece by piece."""
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +15,6 @@ from adaptkit.checkpoint.header import DTYPES, Header, TensorSpec, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
 
-CHUNK_BYTES = 32 << 20
-"""How much of a tensor is handled at once; what keeps memory flat."""
 _KEEP_STILL = "run it again when the disk is well and nothing writes to that folder"
 
 
@@ -67,24 +64,6 @@ class TensorFiles:
     def read_bytes(self, name: str, start: int, count: int) -> Tensor:
         """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8."""
         return self._read(self.tensors[name], start, count)
-
-    def row_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Read a tensor in blocks of whole rows of at most ``CHUNK_BYTES`` (or one row).
-
-        Yields:
-            The first row's number and a (rows, ...) tensor; a scalar counts as one row.
-        """
-        spec = self.spec(name)
-        shape = spec.shape or (1,)
-        if spec.count == 0:
-            yield 0, torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-            return
-        row_bytes = spec.nbytes // shape[0]
-        step = max(1, CHUNK_BYTES // row_bytes)
-        for start in range(0, shape[0], step):
-            rows = min(step, shape[0] - start)
-            raw = self._read(self.tensors[name], start * row_bytes, rows * row_bytes)
-            yield start, raw.view(DTYPES[spec.dtype]).reshape((rows, *shape[1:]) if spec.shape else ())
 
     def _read(self, located: Located, offset: int, size: int) -> Tensor:
         buffer = np.empty(size, np.uint8)

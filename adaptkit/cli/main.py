@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import signal
 import sys
 from types import FrameType
@@ -47,17 +48,40 @@ def cli() -> None:
     """
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived; unwinds like an interrupt, so that locks and files are closed."""
+class _Stopped(BaseException):
+    """A signal arrived; unwinds, so that locks and files are closed. click would add a line to a KeyboardInterrupt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind; but leave at once from the middle of an import, which some modules would go on with half done."""
+    if _is_importing(frame):
+        code = _say_stopped(number)
+        sys.stdout.flush()
+        os._exit(code)
+    raise _Stopped(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _say_stopped(number: int) -> int:
+    """Say how to go on, and return the exit code."""
+    code, word = (INTERRUPTED, "interrupted") if number == signal.SIGINT else (TERMINATED, "terminated")
+    return _fail(code, word, word, "the same command goes on where it stopped", True)
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(number, _stop)
     _keep_freed_memory()
     try:
         code = cli.main(standalone_mode=False)
@@ -68,10 +92,10 @@ def main() -> None:
         code = _fail(error.exit_code, "usage", error.format_message(), f"see {asked}", False)
     except click.ClickException as error:
         code = _fail(error.exit_code, "usage", error.format_message(), "", False)
-    except (click.Abort, KeyboardInterrupt):
-        code = _fail(INTERRUPTED, "interrupted", "interrupted", "the same command goes on where it stopped", True)
-    except _Terminated:
-        code = _fail(TERMINATED, "terminated", "terminated", "the same command goes on where it stopped", True)
+    except click.Abort:
+        code = _say_stopped(signal.SIGINT)
+    except _Stopped as stopped:
+        code = _say_stopped(stopped.number)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -23,7 +23,6 @@ from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
 from adaptkit.operations._encoding import TensorPlan
 from adaptkit.operations._gradients import layer_gradients
-from adaptkit.operations._layerwise import layer_moments
 from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._quantize_plan import Plan, with_encodings
 
@@ -119,16 +118,11 @@ def _words(encoding: Encoding | None) -> str:
 def _ways(
     checkpoint: Checkpoint, linears: Mapping[str, TensorPlan], tokens: Tensor, threads: int, progress: Progress
 ) -> dict[str, list[Way]]:
-    importance = {
-        f"{module}.weight": moments.mean_square
-        for layer in layer_moments(checkpoint, tokens, progress=progress)
-        for module, moments in layer.moments.items()
-    }
-    gradients = {
-        f"{module}.weight": square
-        for layer in layer_gradients(checkpoint, tokens, progress=progress)
-        for module, square in layer.gradient_square.items()
-    }
+    importance: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for layer in layer_gradients(checkpoint, tokens, progress=progress):
+        importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}
+        gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}
     reached = [name for name in linears if name in importance and name in gradients]
 
     def ways(name: str) -> list[Way]:

@@ -32,7 +32,7 @@ _END = f"{SCRATCH_PREFIX}calibrated"
 """Written when every layer is done; says how many there were."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ready(TensorPlan):
     """A linear that is quantized already.
 
@@ -41,21 +41,18 @@ class Ready(TensorPlan):
         note: what ``assemble`` returns.
     """
 
-    scratch: TensorFiles | None = None
-    note: Mapping[str, Any] | None = None
+    scratch: TensorFiles
+    note: Mapping[str, Any]
 
     def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
         """Read the parts; see ``TensorPlan``."""
-        scratch, specs = self.scratch, self.group().specs
-        if scratch is None:
-            raise ValueError(f"{self.spec.name} is not ready")
-        return [_reading(scratch, spec.name) for spec in specs]
+        return [_reading(self.scratch, spec.name) for spec in self.group().specs]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
         """Write the parts; see ``TensorPlan``."""
         for spec, result in zip(self.group().specs, results, strict=True):
             writer.write(spec.name, result.raw)
-        return dict(self.note or {})
+        return dict(self.note)
 
 
 def calibrate(
@@ -64,6 +61,7 @@ def calibrate(
     plans: Mapping[str, TensorPlan],
     tokens: Tensor,
     *,
+    compensate: bool,
     init_rank: int | None,
     threads: int,
     progress: Progress,
@@ -75,6 +73,7 @@ def calibrate(
         checkpoint: the source.
         plans: of every tensor, by name.
         tokens: (windows, window) int64.
+        compensate: round columns one after the other, each making up for those before it; takes E[x xᵀ].
         init_rank: of the companion adapter; None for none.
         threads: linears at a time.
         progress: told how much of the model's run is done.
@@ -89,7 +88,7 @@ def calibrate(
     found_before = is_calibrated(out)
     if not found_before:
         layers = 0
-        for layer in layer_moments(checkpoint, tokens, second_moments=True, progress=progress):
+        for layer in layer_moments(checkpoint, tokens, second_moments=compensate, progress=progress):
             wanted = {
                 plans[f"{module}.weight"]: moments
                 for module, moments in layer.moments.items()
@@ -106,7 +105,7 @@ def calibrate(
     scratch = TensorFiles(out.folder, names)
     notes = {name: note for found in names for name, note in out.notes[found].items()}
     return {
-        name: Ready(plans[name].spec, plans[name].encoding, plans[name].transposed, scratch, note)
+        name: Ready(plans[name].spec, plans[name].encoding, plans[name].transposed, scratch=scratch, note=note)
         for name, note in notes.items()
     }
 
@@ -127,7 +126,7 @@ def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:
     """The companion adapter's matrices by module."""
     found = {}
     for name, plan in ready.items():
-        if plan.scratch is not None and f"{name}.lora_A" in plan.scratch.tensors:
+        if f"{name}.lora_A" in plan.scratch.tensors:
             lora_a, lora_b = plan.scratch.read(f"{name}.lora_A"), plan.scratch.read(f"{name}.lora_B")
             found[name.removesuffix(".weight")] = LowRank(lora_a, lora_b, 1.0)
     return found

@@ -26,7 +26,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import disk_errors
 from adaptkit.errors import NonFiniteError
-from adaptkit.operations._layerwise import Sums
+from adaptkit.operations._layerwise import Collector, InputMoments, Sums
 from adaptkit.operations._replay import Replay
 
 LOGIT_POSITIONS = 64
@@ -41,10 +41,12 @@ class LayerGradients:
         prefix: the layer's dotted path.
         gradient_square: by the linear's dotted path in the files, (out,) float32: E[g²] over the tokens that it saw,
             in nats² by the squared unit of its output. A linear that no token reached is absent.
+        inputs: by the same paths, what entered the linear, as ``layer_moments`` measures it.
     """
 
     prefix: str
     gradient_square: Mapping[str, Tensor]
+    inputs: Mapping[str, InputMoments]
 
 
 def layer_gradients(
@@ -86,19 +88,23 @@ def layer_gradients(
                 for batch in range(batches):
                     outputs.put(index, batch, replay.run(index, batch, outputs.get(index - 1, batch)))
                     progress(index * batches + batch + 1, 2 * count * batches)
-        collector = _Collector()
-        with replay.head(), collector.watching(replay.linears(count)):
+        collector, inputs = _Collector(), Collector(products=False)
+        linears = replay.linears(count)
+        with replay.head(), collector.watching(linears), inputs.watching(linears):
             generator = torch.Generator().manual_seed(seed) if sampled else None
             grads = [_top(replay, batch, outputs.get(count - 1, batch), generator) for batch in range(batches)]
         for name, square in collector.mean_squares().items():
-            yield LayerGradients(name, replay.as_in_files({name: square}))
+            entered = {name: inputs.moments()[name]}
+            yield LayerGradients(name, replay.as_in_files({name: square}), replay.as_in_files(entered))
         for index in reversed(range(count)):
-            collector = _Collector()
-            with replay.layer(index), collector.watching(replay.linears(index)):
+            collector, inputs = _Collector(), Collector(products=False)
+            linears = replay.linears(index)
+            with replay.layer(index), collector.watching(linears), inputs.watching(linears):
                 for batch in range(batches):
                     grads[batch] = _back(replay, index, batch, outputs.get(index - 1, batch), grads[batch])
                     progress((2 * count - 1 - index) * batches + batch + 1, 2 * count * batches)
-            yield LayerGradients(replay.prefixes[index], replay.as_in_files(collector.mean_squares()))
+            squares, entered = collector.mean_squares(), inputs.moments()
+            yield LayerGradients(replay.prefixes[index], replay.as_in_files(squares), replay.as_in_files(entered))
 
 
 class _Outputs:

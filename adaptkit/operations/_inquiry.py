@@ -4,6 +4,7 @@ Loaded here it would stay in memory for good, with nearly as much as everything 
 it from working for hours on a hostile configuration. Apart, it answers in one line of JSON while others go on.
 """
 
+import ctypes
 import importlib.util
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
 
 _PATIENCE_SECONDS = 300
+_PR_SET_PDEATHSIG = 1
 
 
 class Inquiry:
@@ -98,6 +100,7 @@ def _answer(root: Path, connection: Connection) -> None:
     """In the process: send one JSON document. What transformers prints goes nowhere."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is meant for the one who asked, who then ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asked may be killed, too
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

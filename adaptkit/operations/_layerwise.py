@@ -114,7 +114,7 @@ class Sums:
 
     def add(self, x: Tensor) -> None:
         """Add (…, features)."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.detach().reshape(-1, x.shape[-1])
         for start in range(0, len(rows), SUM_ROWS):
             self._square += rows[start : start + SUM_ROWS].double().square().sum(0)
         if self._product is not None:

@@ -27,6 +27,8 @@ class Calibration:
         window: tokens of a sequence.
         init_rank: of a companion adapter, which makes up for some of what quantization lost; None for none.
         bits_budget: a weight, on average over the quantized matrices: spend what is left on those where it saves most.
+        compensate: round columns one after the other, each making up for what those before it lost, instead of each
+            weight to the nearest level; takes more time, and memory for the square of a layer's inputs.
     """
 
     files: tuple[Path, ...]
@@ -34,6 +36,7 @@ class Calibration:
     window: int = 512
     init_rank: int | None = None
     bits_budget: float | None = None
+    compensate: bool = True
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -60,7 +63,7 @@ class QuantizeOptions:
         double_quant: quantize the constants too.
         skip: shell patterns of module paths that stay in 16 bits.
         include_head: quantize the output layer too.
-        moe: ``keep`` experts in 16 bits, or quantize them for adaptkit's own trainer: ``nf4``.
+        moe: ``keep`` experts in 16 bits, or ``quantize`` them for adaptkit's own trainer.
         max_shard_bytes: no shard grows larger, unless one tensor is.
         threads: number of pieces encoded at a time; one per processor if None. Not part of the result.
         part: write only a share of the shards; the same call without it joins them. Not part of the result.

@@ -14,7 +14,7 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._roles import Role, Roles, is_conv1d
 
-MOE = ("keep", "nf4")
+MOE = ("keep", "quantize")
 """What can be done with experts."""
 
 _REASONS = {"linear": "", "conv1d": "", "expert": "expert: bitsandbytes cannot load it quantized"}
@@ -77,7 +77,7 @@ def select(
         checkpoint: unquantized.
         skip: shell patterns of module paths that stay as they are; see ``matched_by``.
         include_head: quantize the output layer too.
-        moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``nf4`` quantizes them for
+        moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``quantize`` quantizes them for
             adaptkit's own trainer.
         block_size: weights sharing one constant; no block may straddle two experts.
         roles: what the tensors are, if that is known already.
@@ -141,7 +141,7 @@ def _kept_because(
     reason = _REASONS.get(role.kind, role.kind)
     if role.kind == "head" and include_head:
         reason = ""
-    elif role.kind == "expert" and moe == "nf4":
+    elif role.kind == "expert" and moe == "quantize":
         reason = _expert_kept_because(spec, block_size)
     if not reason and spec.dtype not in FLOATS:
         return f"of type {spec.dtype}"

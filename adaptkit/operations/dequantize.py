@@ -147,7 +147,7 @@ def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: Dequa
     """The plain tensor that a tensor becomes; a quantized one's shape and type are in its state."""
     if not is_quantized:
         return Group(name, (checkpoint.spec(name),))
-    weight = quantized.read_constants(checkpoint, name)
+    weight = quantized.read_constants(checkpoint, name)  # all of it, so that what does not fit is found now
     shape = weight.shape[::-1] if _is_transposed(checkpoint, name) else weight.shape
     dtype = DTYPES[options.dtype] if options.dtype else weight.dtype
     return Group(name, (TensorSpec(name, DTYPE_NAMES[dtype], shape),))

@@ -164,6 +164,7 @@ class _Run:
             self.checkpoint,
             plan.tensors,
             self.tokens,
+            compensate=calibration.compensate,
             init_rank=calibration.init_rank,
             threads=thread_count(self.options.threads),
             progress=self.calibration_progress,

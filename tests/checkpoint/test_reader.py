@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.checkpoint import reader
 from adaptkit.checkpoint.layout import INDEX_NAME
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import CheckpointError, IntegrityError, UnsafeInputError
@@ -47,22 +46,14 @@ def test_tensors_are_those_of_safetensors(mixed):
         assert same(checkpoint.read(name), tensor), name
 
 
-@pytest.mark.parametrize("chunk", [1, 20, 64, 1 << 20])
-def test_row_blocks_together_are_the_tensor(mixed, monkeypatch, chunk):
-    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
+def test_pieces_together_are_the_tensor(mixed, size):
     tensors, folder = mixed
     checkpoint = Checkpoint(folder)
     for name, tensor in tensors.items():
-        blocks = list(checkpoint.row_blocks(name))
-        pieces = [block for _, block in blocks]
-        assert same(torch.cat(pieces) if tensor.dim() else pieces[0], tensor), name
-        starts, position = [start for start, _ in blocks], 0
-        for start, piece in zip(starts, pieces, strict=True):
-            assert start == position
-            position += piece.shape[0] if piece.dim() else 1
-        assert position == (tensor.shape[0] if tensor.dim() else 1)
-        row = max(1, tensor.nbytes // max(1, tensor.shape[0] if tensor.dim() else 1))
-        assert all(piece.nbytes <= max(chunk, row) for piece in pieces)
+        starts = range(0, tensor.numel(), size)
+        pieces = [checkpoint.read_flat(name, start, min(size, tensor.numel() - start)) for start in starts]
+        assert same(torch.cat(pieces) if pieces else tensor.reshape(-1), tensor.reshape(-1)), name
 
 
 def test_shards_read_as_one(llama, llama_sharded):

@@ -192,25 +192,57 @@ def test_codes_stored_as_floats_are_read(llama, tmp_path, monkeypatch, storage, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_in_one_line_and_leaves_no_process(tmp_path, number, code):
-    source = tiny.write_llama(tmp_path / "source", layers=8, hidden=128)
-    command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", source, "-o", tmp_path / "out", "--json"]
+def begin(source, output, *more):
+    """Start ``adaptkit quantize`` in a process group of its own."""
+    command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", source, "-o", output, *more]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def wait_until(condition):
     deadline = time.monotonic() + 60
-    while not (tmp_path / "out.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def is_gone(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("when", [0.3, 0.6, "working"])
+def test_a_signal_ends_in_one_line_leaves_no_process_and_costs_nothing(llama, tmp_path, number, code, when):
+    """The first two arrive while torch and numpy are being imported, the last while transformers is asked."""
+    process = begin(llama, tmp_path / "out", "--json")
+    if when == "working":
+        wait_until(lambda: (tmp_path / "out.partial").exists())
+    else:
+        time.sleep(when)
     process.send_signal(number)
     output, complaints = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("it was done before the signal came")
-    assert (process.returncode, complaints.strip()) == (code, "")
+    assert (process.returncode, complaints) == (code, "")
     assert json.loads(output)["error"]["retryable"]
-    with pytest.raises(ProcessLookupError):  # its process group is empty
-        os.killpg(process.pid, 0)
+    assert is_gone(process.pid)
+    quantize(llama, tmp_path / "out")
+    quantize(llama, tmp_path / "at-once")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "at-once").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems ask transformers in the same process")
+def test_a_killed_run_takes_the_process_that_asks_transformers_with_it(llama, tmp_path):
+    process = begin(llama, tmp_path / "out")
+    wait_until(lambda: (tmp_path / "out.partial").exists())
+    assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.communicate(timeout=60)
+    wait_until(lambda: is_gone(process.pid))
 
 
 def test_a_share_with_a_number_of_thousands_of_digits_is_a_usage_error(llama, tmp_path, run_cli):
@@ -228,7 +260,7 @@ def test_calibration_text_from_a_pipe_is_refused(llama, tmp_path):
 def test_a_companion_of_a_base_that_lost_nothing_is_refused(text, tmp_path):
     """The stacked experts, which the calibration does not see, leave room to keep all others in 16 bits."""
     source = tiny.write_family(tmp_path / "source", "mixtral", fused_experts=True)
-    options = QuantizeOptions(moe="nf4", calibration=Calibration((text,), 128, 64, init_rank=2, bits_budget=9))
+    options = QuantizeOptions(moe="quantize", calibration=Calibration((text,), 128, 64, init_rank=2, bits_budget=9))
     with pytest.raises(UsageError) as caught:
         quantize(source, tmp_path / "out", options)
     assert "nothing to make up for" in caught.value.message

@@ -10,6 +10,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import NonFiniteError
 from adaptkit.operations import _gradients, _replay
 from adaptkit.operations._gradients import layer_gradients
+from adaptkit.operations._layerwise import layer_moments
 
 FAMILIES = ["llama", "qwen2", "gemma", "phi", "mixtral", "gpt2"]
 
@@ -145,3 +146,13 @@ def test_a_prediction_that_is_not_finite_is_named(family, copy_of):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFiniteError, match="the model's prediction is not finite"):
         of_all(Checkpoint(folder), windows(1), sampled=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_inputs_measured_on_the_way_are_those_of_the_forward_pass(name, family):
+    checkpoint = Checkpoint(family(name))
+    forward = {n: m for layer in layer_moments(checkpoint, windows()) for n, m in layer.moments.items()}
+    found = {n: m for layer in layer_gradients(checkpoint, windows()) for n, m in layer.inputs.items()}
+    assert set(found) == set(forward)
+    for path, moments in found.items():
+        assert torch.allclose(moments.mean_square, forward[path].mean_square, rtol=1e-5), path

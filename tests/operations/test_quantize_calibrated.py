@@ -35,7 +35,7 @@ def text(tmp_path_factory):
 
 
 def options(text, **more):
-    calibration = {name: more.pop(name) for name in ("init_rank", "bits_budget") if name in more}
+    calibration = {name: more.pop(name) for name in ("init_rank", "bits_budget", "compensate") if name in more}
     return QuantizeOptions(calibration=Calibration((text,), 1024, 128, **calibration), **more)
 
 
@@ -92,6 +92,16 @@ def test_outputs_suffer_less_and_least_with_the_companion(llama, text, calibrate
     assert all(with_companion[module] < after[module] for module in after)
     assert report.calibrated == 14
     assert report.weighted_error < 0.1
+
+
+def test_compensated_rounding_loses_less_than_rounding_to_the_nearest(llama, text, calibrated, tmp_path):
+    quantize(llama, tmp_path / "nearest", options(text, compensate=False))
+    source, inputs, lost = load_file(llama / "model.safetensors"), inputs_of_linears(llama, text), []
+    for folder in (calibrated[0], tmp_path / "nearest"):
+        dequantize(folder, tmp_path / f"{folder.name}-plain")
+        plain = load_file(tmp_path / f"{folder.name}-plain" / "model.safetensors")
+        lost.append(sum(lost_outputs(inputs, source, plain).values()))
+    assert lost[0] < 0.95 * lost[1]
 
 
 def test_readers_of_the_layout_see_no_difference(llama, calibrated):

@@ -90,7 +90,7 @@ def without_transformers(families):
         "    choices = [[c.spec.name, c.kept_because, c.transposed] for c in s.choices]\n"
         "    return {'choices': choices, 'skip': skip_modules(s), 'read_from': s.read_from}\n"
         "folders = sorted(Path(sys.argv[1]).iterdir())\n"
-        "print(json.dumps({f.name: [summary(f), summary(f, moe='nf4')] for f in folders}))\n"
+        "print(json.dumps({f.name: [summary(f), summary(f, moe='quantize')] for f in folders}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, families], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -116,7 +116,7 @@ def test_the_chosen_are_those_that_bitsandbytes_converts_but_for_routers(familie
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_choose_the_same_for_the_same_reasons(families, family, without_transformers):
-    for found, options in zip(without_transformers[family], ({}, {"moe": "nf4"}), strict=True):
+    for found, options in zip(without_transformers[family], ({}, {"moe": "quantize"}), strict=True):
         expected = summary(families / family, **options)
         assert found["choices"] == expected["choices"]
         assert found["skip"] == expected["skip"]
@@ -167,7 +167,7 @@ def test_routers_and_experts_are_named_for_readers_once_a_layer(families):
     layers = [f"model.layers.{number}.block_sparse_moe" for number in (0, 1)]
     expected = ["lm_head", *(f"{layer}.{part}" for layer in layers for part in ("experts", "gate"))]
     assert skip_modules(select(Checkpoint(families / "mixtral"))) == expected
-    assert skip_modules(select(Checkpoint(families / "mixtral"), moe="nf4", include_head=True)) == [
+    assert skip_modules(select(Checkpoint(families / "mixtral"), moe="quantize", include_head=True)) == [
         f"{layer}.gate" for layer in layers
     ]
 
@@ -195,7 +195,7 @@ def test_only_a_conv1d_is_transposed_and_dequantize_knows_which(families, family
 
 @pytest.mark.parametrize("family", ["mixtral", *FUSED])
 def test_experts_are_chosen_when_asked_for(families, family):
-    chosen = {c.module for c in select(Checkpoint(families / family), moe="nf4").choices if not c.kept_because}
+    chosen = {c.module for c in select(Checkpoint(families / family), moe="quantize").choices if not c.kept_because}
     experts = {name for name in chosen if ".experts." in name}
     plain = {c.module for c in select(Checkpoint(families / family)).choices if not c.kept_because}
     assert experts == chosen - plain
@@ -206,7 +206,7 @@ def test_a_stack_stays_if_a_block_would_straddle_two_experts(families):
     sizes = {"gate_up_proj": 128 * 64, "down_proj": 64 * 64}
     checkpoint = Checkpoint(families / "qwen3_moe-fused")
     for block_size in (4096, 8192):
-        for choice in select(checkpoint, moe="nf4", block_size=block_size).choices:
+        for choice in select(checkpoint, moe="quantize", block_size=block_size).choices:
             if ".experts." in choice.spec.name:
                 fits = sizes[choice.module.rpartition(".")[2]] % block_size == 0
                 assert choice.kept_because == ("" if fits else "expert: its size is no multiple of the block size")

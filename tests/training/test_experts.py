@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
         name, _, fused = family.partition("-")
         source = tiny.write_family(root / family, name, fused_experts=bool(fused), dtype="float32")
         packed, plain = root / f"{family}-nf4", root / f"{family}-plain"
-        quantize(source, packed, QuantizeOptions(moe="nf4"))
+        quantize(source, packed, QuantizeOptions(moe="quantize"))
         dequantize(packed, plain)
         checkpoint, tensors = Checkpoint(packed), load_file(plain / "model.safetensors")
         for tensor in quantized_names(checkpoint):
@@ -135,7 +135,7 @@ def test_a_list_of_experts_is_the_stack_of_its_matrices_in_their_order():
 def test_packed_experts_are_ordered_by_number_and_not_by_letter(tmp_path, monkeypatch):
     monkeypatch.setitem(tiny.FAMILIES["mixtral"], "num_local_experts", 12)
     source = tiny.write_family(tmp_path / "source", "mixtral")
-    quantize(source, tmp_path / "nf4", QuantizeOptions(moe="nf4"))
+    quantize(source, tmp_path / "nf4", QuantizeOptions(moe="quantize"))
     checkpoint = Checkpoint(tmp_path / "nf4")
     stack = read_weight(Assembly(empty_network(checkpoint), checkpoint), "model.layers.1.mlp.experts.down_proj")
     names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(12)]
@@ -145,7 +145,7 @@ def test_packed_experts_are_ordered_by_number_and_not_by_letter(tmp_path, monkey
 
 def test_experts_of_which_some_are_packed_make_one_stack(folders, tmp_path):
     """As ``--skip`` leaves them."""
-    skipped = QuantizeOptions(moe="nf4", skip=("*.experts.1.*",))
+    skipped = QuantizeOptions(moe="quantize", skip=("*.experts.1.*",))
     quantize(folders["mixtral"].source, tmp_path / "nf4", skipped)
     dequantize(tmp_path / "nf4", tmp_path / "plain", DequantizeOptions(dtype="float32"))
     plain, model = (load_model(tmp_path / name, torch.float32, CPU) for name in ("plain", "nf4"))

@@ -28,7 +28,7 @@ WORST = 3
     "--moe",
     default="keep",
     show_default=True,
-    type=click.Choice(["keep", "nf4"]),
+    type=click.Choice(["keep", "quantize"]),
     help="Experts: bitsandbytes cannot load them quantized, adaptkit's trainer can.",
 )
 @click.option(
@@ -40,6 +40,12 @@ WORST = 3
 )
 @click.option("--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True)
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--compensate/--no-compensate",
+    default=True,
+    show_default=True,
+    help="With --calibrate: each column makes up for what those before it lost. Slower, closer.",
+)
 @click.option(
     "--init-adapter",
     type=click.IntRange(min=1),
@@ -78,6 +84,7 @@ def command(
     window: int,
     init_adapter: int | None,
     bits_budget: float | None,
+    compensate: bool,
     init_adapter_output: Path | None,
     **options: Any,
 ) -> None:
@@ -89,10 +96,19 @@ def command(
     from adaptkit.cli.pages.quantize import quantize_page
     from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
 
-    if not calibrate and (init_adapter is not None or bits_budget is not None):
-        raise click.UsageError("--init-adapter and --bits-budget need --calibrate FILE")
+    if not calibrate and (init_adapter is not None or bits_budget is not None or not compensate):
+        raise click.UsageError("--init-adapter, --bits-budget and --no-compensate need --calibrate FILE")
     share = Part(*part) if part else None
-    calibration = Calibration(calibrate, calibration_tokens, window, init_adapter, bits_budget) if calibrate else None
+    calibration = None
+    if calibrate:
+        calibration = Calibration(
+            files=calibrate,
+            tokens=calibration_tokens,
+            window=window,
+            init_rank=init_adapter,
+            bits_budget=bits_budget,
+            compensate=compensate,
+        )
     chosen = QuantizeOptions(max_shard_bytes=max_shard_size, part=share, calibration=calibration, **options)
     prepare(html)
     hidden = as_json or quiet
