@@ -138,5 +138,6 @@ def _check_counts(checkpoint: Checkpoint, value: Any, key: str = "") -> None:
         if value > most:
             found = len(checkpoint.tensors)
             raise CheckpointError(
-                f"{checkpoint.root}: config.json says {key} = {value}; its files hold {found} tensors"
+                f"{checkpoint.root}: config.json says {key} = {value}; its files hold {found} tensors",
+                hint="give it the config.json that belongs to it",
             )

@@ -28,7 +28,7 @@ def read_text(file: Path) -> str:
     try:
         raw = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{file}: cannot be read ({error.strerror})", hint="check the path") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -55,9 +55,11 @@ def rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error})") from error
+            raise DataError(f"{where}: not JSON ({error})", hint="one JSON object on each line") from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+            raise DataError(
+                f"{where}: expected an object, found {type(row).__name__}", hint="one JSON object on each line"
+            )
         yield where, row
 
 

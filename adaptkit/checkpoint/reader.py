@@ -15,6 +15,7 @@ from adaptkit.checkpoint.header import DTYPES, Header, TensorSpec, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
 
+_GET_AGAIN = "download or copy the checkpoint again: index and shards must be of one save"
 _KEEP_STILL = "run it again when the disk is well and nothing writes to that folder"
 
 
@@ -44,7 +45,7 @@ class TensorFiles:
             for spec, position in header.tensors:
                 if spec.name in self.tensors:
                     other = self.tensors[spec.name].file
-                    raise CheckpointError(f"tensor {spec.name!r} is in {other} and in {file}")
+                    raise CheckpointError(f"tensor {spec.name!r} is in {other} and in {file}", hint=_GET_AGAIN)
                 self.tensors[spec.name] = Located(spec, file, position)
 
     def spec(self, name: str) -> TensorSpec:
@@ -99,12 +100,16 @@ class Checkpoint(TensorFiles):
         if weight_map is not None:
             for name, file in weight_map.items():
                 if name not in self.tensors or self.tensors[name].file != file:
-                    raise CheckpointError(f"the index says that {file} holds {name!r}, which it does not")
+                    raise CheckpointError(
+                        f"the index says that {file} holds {name!r}, which it does not", hint=_GET_AGAIN
+                    )
             unlisted = sorted(set(self.tensors) - set(weight_map))
             if unlisted:
-                raise CheckpointError(f"{unlisted[0]!r} is in {self.tensors[unlisted[0]].file} but not in the index")
+                raise CheckpointError(
+                    f"{unlisted[0]!r} is in {self.tensors[unlisted[0]].file} but not in the index", hint=_GET_AGAIN
+                )
         if not self.tensors:
-            raise CheckpointError(f"{root}: holds no tensors")
+            raise CheckpointError(f"{root}: holds no tensors", hint=_GET_AGAIN)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Calibration:
         if self.init_rank is not None and self.init_rank < 1:
             raise UsageError(f"a companion adapter of rank {self.init_rank}: at least 1")
         if self.bits_budget is not None and not 4 < self.bits_budget < 16:
-            raise UsageError(f"a budget of {self.bits_budget} bits a weight: between 4 and 16")
+            raise UsageError(f"a budget of {self.bits_budget} bits a weight: between 4 and 16", hint="4.5, say")
 
     def recorded(self) -> dict[str, Any]:
         """What the result depends on."""
@@ -188,7 +188,8 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
     for choice in selection.choices:
         if choice.spec.count == 0:
             raise CheckpointError(
-                f"{checkpoint.root}: tensor {choice.spec.name!r} is empty ({list(choice.spec.shape)})"
+                f"{checkpoint.root}: tensor {choice.spec.name!r} is empty ({list(choice.spec.shape)})",
+                hint="remove it from the file, or download the checkpoint again",
             )
     for pattern in options.skip:
         if not matched_by(selection, pattern):

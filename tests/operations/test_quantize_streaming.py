@@ -37,25 +37,30 @@ def test_pieces_are_no_part_of_the_result(llama, tmp_path, monkeypatch, piece, o
     monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
     quantize(llama, tmp_path / "out", QuantizeOptions(**options))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    monkeypatch.setattr(_shards, "PIECE_BYTES", 64 * piece)
     dequantize(tmp_path / "out", tmp_path / "again")
     assert tree(tmp_path / "again") == tree(tmp_path / "plain")
 
 
-def test_an_odd_number_of_weights_is_cut_as_well(tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_large_and_odd_number_of_weights_is_cut_as_well(tmp_path, monkeypatch, format, double_quant):
+    """Large enough for several pieces of dequantize, too, which hold whole groups of constants."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
-    weight = torch.randn(37, 91, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(301, 191, generator=torch.Generator().manual_seed(1))
     save_file({"model.layers.0.mlp.up_proj.weight": weight}, source / "model.safetensors")
-    quantize(source, tmp_path / "whole")
+    options, plain = QuantizeOptions(format=format, double_quant=double_quant), DequantizeOptions(dtype="float32")
+    quantize(source, tmp_path / "whole", options)
+    dequantize(tmp_path / "whole", tmp_path / "whole-plain", plain)
     monkeypatch.setattr(_shards, "PIECE_BYTES", 600)
-    quantize(source, tmp_path / "out")
+    quantize(source, tmp_path / "out", options)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    dequantize(tmp_path / "out", tmp_path / "plain", DequantizeOptions(dtype="float32"))
+    dequantize(tmp_path / "out", tmp_path / "plain", plain)
+    assert tree(tmp_path / "plain") == tree(tmp_path / "whole-plain")
     back = load_file(tmp_path / "plain" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert back.dtype == torch.float32
-    assert 0.05 < float((back - weight).norm() / weight.norm()) < 0.12
+    assert 0.001 < float((back - weight).norm() / weight.norm()) < 0.12
 
 
 def test_the_reported_error_is_that_of_what_is_in_the_file(llama, tmp_path, monkeypatch):
@@ -89,6 +94,17 @@ def test_shares_join_to_what_one_run_makes(llama, sharded, tmp_path, order):
     quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
     assert tree(tmp_path / "out") == tree(sharded)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_share_writes_its_shards_and_no_others(llama, sharded, tmp_path):
+    every = {path.name for path in sharded.glob("*.safetensors")}
+    made = []
+    for number in (1, 2, 3):
+        share(llama, tmp_path / str(number), number, 3)
+        made.append({path.name for path in (tmp_path / f"{number}.partial").glob("*.safetensors")})
+    assert all(made)
+    assert set.union(*made) == every
+    assert sum(len(names) for names in made) == len(every)
 
 
 def test_joining_writes_nothing_twice(llama, sharded, tmp_path):
