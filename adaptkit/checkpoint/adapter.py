@@ -1,23 +1,27 @@
 """PEFT's adapter folder, read completely or refused, and written.
 
     adapter_config.json          peft_type, r, lora_alpha, patterns, target_modules, ...
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r)
+    adapter_model.safetensors    the tensors; ``_adapter_keys`` says what their names mean
 
 Every key of the file is used exactly once or named in an error. What this module does not know is refused by name.
 """
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from torch import Tensor
 
+from adaptkit.checkpoint._adapter_config import check_config
+from adaptkit.checkpoint._adapter_keys import name_parts
+from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint.compensation import read_compensation
-from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.header import FLOATS, TensorSpec
+from adaptkit.checkpoint.hashing import bytes_of
+from adaptkit.checkpoint.header import DTYPE_NAMES, FLOATS, TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import read_json, require_folder
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
@@ -25,49 +29,31 @@ from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import AdapterError, NonFiniteError
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.lora import LowRank, scaling
+from adaptkit.numerics.lora import LowRank, transposed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "modules_to_save",
-    "lora_bias",
-    "megatron_config",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-)
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "target_modules", "task_type",
-}  # fmt: skip
-"""Keys that say nothing about the change, or only what the tensors show anyway."""
-_USED = {"alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "r", "rank_pattern", "use_rslora"}
-_FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
-"""How A and B began; ``init_lora_weights`` says whether that matters."""
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
+_PIECE_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as files hold it.
+    """A LoRA adapter as files hold it. Modules, and the names of tensors, are those of the running model.
 
     Attributes:
         root: its folder.
         config: ``adapter_config.json``.
-        modules: by dotted path of the module, the change of its weight.
-        fan_in_fan_out: whether the base keeps its weights transposed (GPT-2's Conv1D).
+        files: its tensors; what replaces a whole tensor of the base stays there until it is needed.
+        modules: by dotted path of the module, the change of its weight: (out, in), or (entries, dim) of an embedding.
+        embeddings: which of the modules are embeddings.
+        magnitudes: by module, DoRA's (out,) lengths of the rows of W + Δ.
+        biases: by module, what is added to its bias: (out,) float64, scaling included.
+        replaced: by name of the base's tensor, the key in ``files`` of what takes its place.
+        begins: by name of the base's tensor, the key of what its change is added to; usually the same as the base's.
+        tokens: by module, the rows of its weight that are replaced.
+        experts: by path of a stacked parameter, the change of each expert's matrix, (out, in).
+        fan_in_fan_out: whether linear layers of the base keep their weights transposed (GPT-2's Conv1D).
         compensation: by module, what it began with to make up for what quantizing its base lost; mostly empty.
         manifest: None if another tool made the adapter.
         records: its tensors with fingerprints.
@@ -75,7 +61,15 @@ class Adapter:
 
     root: Path
     config: Mapping[str, Any]
+    files: TensorFiles
     modules: Mapping[str, LowRank]
+    embeddings: frozenset[str]
+    magnitudes: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    replaced: Mapping[str, str]
+    begins: Mapping[str, str]
+    tokens: Mapping[str, TokenRows]
+    experts: Mapping[str, tuple[LowRank, ...]]
     fan_in_fan_out: bool
     compensation: Mapping[str, LowRank]
     manifest: Manifest | None
@@ -109,47 +103,100 @@ def read_adapter(root: Path) -> Adapter:
     if not is_adapter(root):
         raise AdapterError(f"{root}: not an adapter: there is no {CONFIG_NAME}", hint="give the adapter's folder")
     config = read_json(root / CONFIG_NAME)
-    _check_config(root, config)
+    check_config(root, config)
     if not (root / WEIGHTS_NAME).exists():
         pickled = " (a pickled .bin is not loaded: save it again with peft)" if list(root.glob("*.bin")) else ""
         raise AdapterError(f"{root}: there is no {WEIGHTS_NAME}{pickled}")
     files = TensorFiles(root, [WEIGHTS_NAME])
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    records = []
-    for name, located in files.tensors.items():
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
-        if match is None or located.spec.dtype not in FLOATS or len(located.spec.shape) != 2:
-            raise AdapterError(
-                f"{root}: the tensor {name!r} ({located.spec.dtype}, {list(located.spec.shape)}) is none that is known",
-                hint="only lora_A and lora_B of linear layers are supported",
-            )
-        tensor = files.read(name)
-        if not all_finite(tensor):
-            raise AdapterError(f"{root}: {name} holds NaN or infinity")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-        records.append(TensorRecord(name, WEIGHTS_NAME, located.spec.dtype, located.spec.shape, fingerprint(tensor)))
-    if not halves:
+    if not files.tensors:
         raise AdapterError(f"{root}: the adapter holds no tensors")
-    modules = {module: _low_rank(root, config, module, halves[module]) for module in sorted(halves)}
+    parts = name_parts(root, files.tensors)
+    records = tuple(_record(files, key) for key in files.tensors)
+    found = Parts(root, config, files, parts)
+    found.take_all()
     manifest = read_manifest(root)
     return Adapter(
         root=root,
         config=config,
-        modules=modules,
+        files=files,
+        modules=dict(sorted(found.modules.items())),
+        embeddings=frozenset(found.embeddings),
+        magnitudes=found.magnitudes,
+        biases=found.biases,
+        replaced=found.replaced,
+        begins=found.begins,
+        tokens=found.tokens,
+        experts=found.experts,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        compensation=read_compensation(root, modules, manifest),
+        compensation=read_compensation(root, found.modules, manifest),
         manifest=manifest,
-        records=tuple(records),
+        records=records,
     )
 
 
-def write_adapter(output: Output, modules: Mapping[str, LowRank], base_name: str, **config: Any) -> None:
+def require_plain(adapter: Adapter, doing: str) -> None:
+    """Refuse an adapter that does anything but add low-rank changes.
+
+    Args:
+        adapter: which.
+        doing: a verb for the message.
+
+    Raises:
+        AdapterError: names what else it does.
+    """
+    others = {
+        "a DoRA magnitude": adapter.magnitudes,
+        "a trained bias": adapter.biases,
+        "a tensor that replaces the base's": adapter.replaced,
+        "trained rows of a vocabulary": adapter.tokens,
+        "changes of stacked experts": adapter.experts,
+    }
+    for what, found in others.items():
+        if found:
+            raise AdapterError(
+                f"{adapter.root}: cannot {doing} {what} ({min(found)}), only low-rank changes of whole weights",
+                hint="merge it into its base instead",
+            )
+
+
+def _record(files: TensorFiles, key: str) -> TensorRecord:
+    """Read a tensor once, piece by piece.
+
+    Raises:
+        AdapterError: of a type that no adapter has, or NaN or infinite.
+    """
+    spec = files.spec(key)
+    if spec.dtype not in FLOATS:
+        raise AdapterError(
+            f"{files.root}: the tensor {key!r} ({spec.dtype}, {list(spec.shape)}) is none that is known",
+            hint=f"weights of an adapter are {', '.join(FLOATS)}",
+        )
+    digest = xxhash.xxh3_128()
+    for start in range(0, spec.count, _PIECE_ELEMENTS):
+        piece = files.read_flat(key, start, min(_PIECE_ELEMENTS, spec.count - start))
+        if not all_finite(piece):
+            raise AdapterError(f"{files.root}: {key} holds NaN or infinity", hint="train it again, or get it again")
+        digest.update(bytes_of(piece))
+    return TensorRecord(key, WEIGHTS_NAME, spec.dtype, spec.shape, digest.hexdigest())
+
+
+def write_adapter(
+    output: Output,
+    modules: Mapping[str, LowRank],
+    base_name: str,
+    embeddings: frozenset[str] = frozenset(),
+    saved: Mapping[str, Tensor] | None = None,
+    **config: Any,
+) -> None:
     """Write configuration and weights of a LoRA adapter, as PEFT and vLLM read them.
 
     Args:
         output: the folder being written; file and tensor records are added to it.
         modules: by dotted path of the module; stored in float32.
         base_name: what ``base_model_name_or_path`` says.
+        embeddings: which of the modules are embeddings, whose changes are (entries, dim).
+        saved: by name of the base's tensor, what takes its place; stored as it is. A bias of a module that is changed
+            too is peft's ``base_layer.bias``; say ``bias="all"`` where there are biases.
         config: more keys of ``adapter_config.json``, or other values; ``target_modules`` is every module's whole path
             unless it is among them.
 
@@ -158,7 +205,7 @@ def write_adapter(output: Output, modules: Mapping[str, LowRank], base_name: str
     """
     ranks = {module: term.rank for module, term in modules.items()}
     alphas = {module: term.scaling * term.rank for module, term in modules.items()}
-    common_rank, common_alpha = _most_common(ranks), _most_common(alphas)
+    common_rank, common_alpha = (_most_common(ranks), _most_common(alphas)) if modules else (8, 8)
     document = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -177,75 +224,26 @@ def write_adapter(output: Output, modules: Mapping[str, LowRank], base_name: str
         "modules_to_save": None,
     } | config
     output.write_json(CONFIG_NAME, document)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module, term in modules.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = term.lora_a.detach().float().cpu()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = term.lora_b.detach().float().cpu()
+        is_table = module in embeddings
+        halves = transposed(term) if is_table else term
+        names = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
+        for name, half in zip(names, (halves.lora_a, halves.lora_b), strict=True):
+            tensors[f"{_PREFIX}{module}.{name}"] = half.detach().float().cpu().contiguous()
+    for name, tensor in (saved or {}).items():
+        module, _, kind = name.rpartition(".")
+        wrapped = kind == "bias" and module in modules
+        tensors[f"{_PREFIX}{module}.base_layer.bias" if wrapped else f"{_PREFIX}{name}"] = tensor.detach().cpu()
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise NonFiniteError(f"{name}: NaN, or too large for float32", hint="use smaller weights")
-    specs = [TensorSpec(name, "F32", tuple(tensors[name].shape)) for name in sorted(tensors)]
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
+    specs = [TensorSpec(name, DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order]
     with TensorWriter(output.folder, WEIGHTS_NAME, specs) as writer:
         for spec in specs:
             writer.write(spec.name, tensors[spec.name])
     output.add(writer.record, writer.tensors)
-
-
-def _check_config(root: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{root}: a {kind} adapter, which is not supported", hint="only LORA adapters are")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise AdapterError(f"{root}: uses {key}, which is not supported", hint="merge it with peft itself")
-    unknown = {key for key, value in config.items() if value} - _HARMLESS - _USED - _FINISHED
-    if unknown:
-        raise AdapterError(
-            f"{root}: {CONFIG_NAME} has the key {min(unknown)!r}, whose meaning is not known",
-            hint="remove it if it changes nothing, or merge with the tool that wrote it",
-        )
-    begun = config.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"{root}: began with {begun}, which changes the base's weights: it does not belong to the original base",
-            hint="save it with peft's path_initial_model_for_weight_conversion",
-        )
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{root}: trains biases (bias={config['bias']!r}), which is not supported")
-
-
-def _low_rank(root: Path, config: Mapping[str, Any], module: str, halves: dict[str, torch.Tensor]) -> LowRank:
-    missing = {"A", "B"} - set(halves)
-    if missing:
-        raise AdapterError(f"{root}: {module} has no lora_{missing.pop()}")
-    lora_a, lora_b = halves["A"], halves["B"]
-    try:
-        rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
-        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    except (re.error, AttributeError) as error:
-        raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})") from error
-    if (
-        not isinstance(rank, int)
-        or isinstance(rank, bool)
-        or rank < 1
-        or lora_a.shape[0] != rank
-        or lora_b.shape[1] != rank
-    ):
-        raise AdapterError(
-            f"{root}: {module}: the configuration says rank {rank}, lora_A has {lora_a.shape[0]} rows and "
-            f"lora_B {lora_b.shape[1]} columns"
-        )
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
-        raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number")
-    return LowRank(lora_a, lora_b, scaling(float(alpha), rank, bool(config.get("use_rslora"))))
-
-
-def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

@@ -1,0 +1,154 @@
+"""What ``adapter_config.json`` may say, and what it says of one module."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptkit.errors import AdapterError
+from adaptkit.numerics.lora import scaling
+
+_UNSUPPORTED = (
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "megatron_config",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+)
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "target_modules", "task_type",
+}  # fmt: skip
+"""Keys that say nothing about the change, or only what the tensors show anyway."""
+_USED = {
+    "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save", "r",
+    "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+_FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+"""How A and B began; ``init_lora_weights`` says whether that matters."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
+_BIASES = ("none", "all", "lora_only")
+_EXPERT_ORDER = ("gate_up_proj", "down_proj")
+"""The order in which modules of experts define their parameters, and so in which peft wraps them."""
+
+
+def check_config(root: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose configuration says anything that this package does not understand.
+
+    Raises:
+        AdapterError: names the key.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{root}: a {kind} adapter, which is not supported", hint="only LORA adapters are")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise AdapterError(f"{root}: uses {key}, which is not supported", hint="merge it with peft itself")
+    unknown = {key for key, value in config.items() if value} - _HARMLESS - _USED - _FINISHED
+    if unknown:
+        raise AdapterError(
+            f"{root}: adapter_config.json has the key {min(unknown)!r}, whose meaning is not known",
+            hint="remove it if it changes nothing, or merge with the tool that wrote it",
+        )
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{root}: began with {begun}, which changes the base's weights: it does not belong to the original base",
+            hint="save it with peft's path_initial_model_for_weight_conversion",
+        )
+    if config.get("bias", "none") not in _BIASES:
+        raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}")
+    for key in ("modules_to_save", "target_parameters"):
+        value = config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names")
+
+
+def rank_and_scaling(root: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """The rank that the configuration gives a module (or parameter), and what its B A is multiplied by.
+
+    Raises:
+        AdapterError: either is no positive number, or a pattern is malformed.
+    """
+    try:
+        rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+    except (re.error, AttributeError) as error:
+        raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})") from error
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
+        raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number")
+    usable = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    return (rank, scaling(float(alpha), rank, bool(config.get("use_rslora")))) if usable else (0, 0.0)
+
+
+def expert_parameters(root: Path, config: Mapping[str, Any], module: str) -> list[str]:
+    """The stacked parameters of a module that ``target_parameters`` names, innermost wrapper first.
+
+    Raises:
+        AdapterError: their order cannot be known.
+    """
+    leaves = set()
+    for target in config.get("target_parameters") or []:
+        owner, _, leaf = target.rpartition(".")
+        is_meant = f".{module}".endswith(f".{owner}") if owner else module.endswith("experts")
+        if leaf != "weight" and is_meant:
+            leaves.add(leaf)
+    if len(leaves) > 1 and not leaves <= set(_EXPERT_ORDER):
+        raise AdapterError(
+            f"{root}: {module}: which tensors belong to which of {', '.join(sorted(leaves))} is not known",
+            hint="merge it with peft itself",
+        )
+    return sorted(leaves, key=lambda leaf: _EXPERT_ORDER.index(leaf) if leaf in _EXPERT_ORDER else 0)
+
+
+def is_saved(config: Mapping[str, Any], module: str) -> bool:
+    """Whether ``modules_to_save`` names a module or one around it, by the end of its path as peft does."""
+    parts = module.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(path.endswith(name) for name in _saved(config) for path in around)
+
+
+def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> bool:
+    """Whether ``modules_to_save`` names something but nothing of it is there.
+
+    Some of its names may be absent: peft lists every name that a task's head could have.
+    """
+    return bool(_saved(config)) and not any(is_saved(config, module) for module in modules)
+
+
+def token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) -> tuple[int, ...]:
+    """Which rows of a module's weight ``trainable_token_indices`` names.
+
+    Raises:
+        AdapterError: none, or something that is no list of different positive numbers.
+    """
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        names = [name for name in given if f".{module}".endswith(f".{name}")]
+        given = given[max(names, key=len)] if names else None
+    fits = isinstance(given, list) and all(type(index) is int and index >= 0 for index in given)
+    if not fits or not given or len(set(given)) != len(given):
+        raise AdapterError(
+            f"{root}: trainable_token_indices does not say which rows {key!r} replaces",
+            hint="adapter_config.json and adapter_model.safetensors must be of one save",
+        )
+    return tuple(given)
+
+
+def _saved(config: Mapping[str, Any]) -> list[str]:
+    return config.get("modules_to_save") or []
+
+
+def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's path."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,92 @@
+"""The names of an adapter's tensors: which module each belongs to, and which part of its change it is.
+
+base_model.model.<module>.lora_A.weight            what peft writes
+base_model.model.<module>.lora_A.default.weight    with the adapter's name left in
+<module>.lora_A.weight                             without the wrapper's prefix
+_orig_mod. module. _fsdp_wrapped_module.           left by torch.compile, data parallelism and sharding, anywhere
+
+<module>.lora_A.weight  .lora_B.weight             Δ = s · B A
+<module>.lora_B.bias                               added to the bias
+<module>.lora_embedding_A  .lora_embedding_B       of an embedding: Δ = s · (B A)ᵀ
+<module>.lora_magnitude_vector                     DoRA
+<module>.base_layer.weight  .base_layer.bias       what the change is added to, if it is not the base's
+<module>.token_adapter.trainable_tokens_delta      rows that replace the base's
+<module>.weight, <module>.bias                     replace the base's
+<experts>.base_layer.lora_A.weight ...             inner one of two stacked parameters; see ``expert_parameters``
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptkit.errors import AdapterError
+
+_PREFIX = "base_model.model."
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PARTS = (
+    (re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight"), "lora_{}"),
+    (re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.(bias)"), "lora_{}"),
+    (re.compile(r"(.+)\.lora_embedding_([AB])(?:\.[^.]+)?"), "embedding_{}"),
+    (re.compile(r"(.+)\.lora_(magnitude)_vector(?:\.[^.]+)?(?:\.weight)?"), "{}"),
+    (re.compile(r"(.+)\.token_adapter\.(trainable_tokens)_delta(?:\.[^.]+)?"), "{}"),
+    (re.compile(r"(.+)\.token_adapter\.base_layer\.(weight)"), "base_{}"),
+    (re.compile(r"(.+)\.base_layer\.(weight|bias)"), "base_{}"),
+    (re.compile(r"(.+)\.modules_to_save(?:\.[^.]+)?\.(weight|bias)"), "{}"),
+)
+_REPLACED = re.compile(r"(?!.*(?:lora_|original_module|trainable_tokens|base_layer))(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor of the file is.
+
+    Attributes:
+        module: dotted path in the model; of experts with ``.base_layer`` for every wrapper inside.
+        role: lora_A, lora_B, lora_bias, embedding_A, embedding_B, magnitude, trainable_tokens, base_weight, base_bias,
+            weight or bias.
+    """
+
+    module: str
+    role: str
+
+
+def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
+    """Say what every tensor of a file is.
+
+    Returns:
+        Part -> key.
+
+    Raises:
+        AdapterError: a key is not understood, or two mean the same.
+    """
+    parts: dict[Part, str] = {}
+    for key in keys:
+        part = _part(key)
+        if part is None:
+            raise AdapterError(
+                f"{root}: the tensor {key!r} is none that is known",
+                hint="it may be of a kind of adapter that is not supported, or not belong here",
+            )
+        if part in parts:
+            raise AdapterError(
+                f"{root}: {parts[part]!r} and {key!r} are the same part of {part.module}",
+                hint="save one adapter at a time",
+            )
+        parts[part] = key
+    return parts
+
+
+def _part(key: str) -> Part | None:
+    segments = [segment for segment in key.split(".") if segment not in _WRAPPERS]
+    while segments and segments[0] == "module":
+        segments.pop(0)
+    name = ".".join(segments)
+    name = name[len(_PREFIX) :] if name.startswith(_PREFIX) else name
+    name = name.removeprefix("module.")
+    for pattern, role in _PARTS:
+        match = pattern.fullmatch(name)
+        if match:
+            return Part(match[1], role.format(match[2]))
+    match = _REPLACED.fullmatch(name)
+    return Part(match[1], match[2]) if match else None

@@ -1,0 +1,209 @@
+"""Put the tensors of an adapter together to what it does to each module, with every tensor used once."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.checkpoint._adapter_config import (
+    expert_parameters,
+    is_saved,
+    rank_and_scaling,
+    token_indices,
+    unused_saved,
+)
+from adaptkit.checkpoint._adapter_keys import Part
+from adaptkit.checkpoint.reader import TensorFiles
+from adaptkit.errors import AdapterError
+from adaptkit.numerics.lora import LowRank, transposed
+
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
+"""When the vocabulary was resized peft saves the embedding whole, unasked, and with it the head."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding or head that replace the base's.
+
+    Attributes:
+        indices: which rows, in the order of the tensor's.
+        rows: (len(indices), dim).
+    """
+
+    indices: tuple[int, ...]
+    rows: Tensor
+
+
+class Parts:
+    """Takes the named parts of an adapter one kind after the other; what is left at the end does not belong.
+
+    Args:
+        root: the adapter's folder, for messages.
+        config: ``adapter_config.json``, checked.
+        files: the tensors.
+        parts: what each of them is.
+
+    Attributes:
+        modules, embeddings, magnitudes, biases, replaced, begins, tokens, experts: see ``Adapter``.
+    """
+
+    def __init__(self, root: Path, config: Mapping[str, Any], files: TensorFiles, parts: Mapping[Part, str]) -> None:
+        self._root, self._config, self._files = root, config, files
+        self._left = dict(parts)
+        self.modules: dict[str, LowRank] = {}
+        self.embeddings: set[str] = set()
+        self.magnitudes: dict[str, Tensor] = {}
+        self.biases: dict[str, Tensor] = {}
+        self.replaced: dict[str, str] = {}
+        self.begins: dict[str, str] = {}
+        self.tokens: dict[str, TokenRows] = {}
+        self.experts: dict[str, tuple[LowRank, ...]] = {}
+
+    def take_all(self) -> None:
+        """Take everything.
+
+        Raises:
+            AdapterError: a part is missing, does not fit, or is left over.
+        """
+        names = {part.module for part in self._left if part.role in ("lora_A", "lora_B", "embedding_A", "embedding_B")}
+        stacked = {name for name in names if self._stack_of(name)[1]}
+        for module in sorted(names - stacked):
+            self._take_module(module)
+        for module in sorted({self._stack_of(name)[0] for name in stacked}):
+            self._take_experts(module)
+        targets = tuple(f".{target}" for target in self._config.get("target_parameters") or ())
+        changed = [f".{name}" for name in (*self.experts, *(f"{module}.weight" for module in self.modules))]
+        if targets and not any(name.endswith(targets) for name in changed):
+            raise AdapterError(
+                f"{self._root}: target_parameters is {self._config['target_parameters']}, but there is no tensor of it"
+            )
+        self._take_tokens()
+        self._take_replaced()
+        for part, key in self._left.items():
+            raise AdapterError(
+                f"{self._root}: the tensor {key!r} is none that the configuration speaks of ({part.role} of "
+                f"{part.module})",
+                hint="adapter_config.json and adapter_model.safetensors must be of one save",
+            )
+        if unused_saved(self._config, [name.rpartition(".")[0] for name in self.replaced]):
+            raise AdapterError(
+                f"{self._root}: modules_to_save is {self._config['modules_to_save']}, but there is no tensor of it"
+            )
+
+    def _take(self, module: str, role: str, dims: int) -> Tensor | None:
+        key = self._left.pop(Part(module, role), None)
+        if key is None:
+            return None
+        spec = self._files.spec(key)
+        if len(spec.shape) != dims or 0 in spec.shape:
+            raise AdapterError(
+                f"{self._root}: {key} is {list(spec.shape)}; expected {dims} dimension{'s' if dims > 1 else ''}"
+            )
+        return self._files.read(key)
+
+    def _take_halves(self, module: str, kind: str) -> tuple[Tensor, Tensor]:
+        keys = {half: self._left.get(Part(module, f"{kind}_{half}")) for half in ("A", "B")}
+        for half, key in keys.items():
+            if key is None:
+                other = keys["B" if half == "A" else "A"]
+                name = "lora" if kind == "lora" else "lora_embedding"
+                raise AdapterError(f"{self._root}: {module} has no {name}_{half} beside {other!r}")
+        lora_a, lora_b = (self._take(module, f"{kind}_{half}", 2) for half in ("A", "B"))
+        if lora_a is None or lora_b is None:
+            raise ValueError("both halves are there")
+        return lora_a, lora_b
+
+    def _take_module(self, module: str) -> None:
+        is_table = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
+        lora_a, lora_b = self._take_halves(module, "embedding" if is_table else "lora")
+        rank, factor = rank_and_scaling(self._root, self._config, module)
+        self._check_rank(module, rank, rank, lora_a, lora_b)
+        term = LowRank(lora_a, lora_b, factor)
+        self.modules[module] = transposed(term) if is_table else term
+        if is_table:
+            self.embeddings.add(module)
+        self._take_magnitude(module, lora_b.shape[0])
+        bias = self._take(module, "lora_bias", 1)
+        if bias is None and self._config.get("lora_bias") and not is_table:
+            raise AdapterError(f"{self._root}: {module} has no bias of lora_B, though lora_bias is set")
+        if bias is not None and (not self._config.get("lora_bias") or bias.shape[0] != lora_b.shape[0]):
+            raise AdapterError(f"{self._root}: {module}: lora_B.bias is {list(bias.shape)}, which does not fit")
+        if bias is not None:
+            self.biases[module] = bias.double() * factor
+
+    def _take_magnitude(self, module: str, count: int) -> None:
+        magnitude = self._take(module, "magnitude", 1)
+        wanted = bool(self._config.get("use_dora"))
+        if wanted and magnitude is None:
+            raise AdapterError(f"{self._root}: {module} has no lora_magnitude_vector, though use_dora is set")
+        if magnitude is not None and (not wanted or magnitude.shape[0] != count):
+            raise AdapterError(
+                f"{self._root}: {module}.lora_magnitude_vector has {magnitude.shape[0]} numbers for {count} rows"
+                f"{'' if wanted else ', and use_dora is not set'}"
+            )
+        if magnitude is not None:
+            self.magnitudes[module] = magnitude
+
+    def _check_rank(self, module: str, rank: int, rows: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        if rank < 1 or lora_a.shape[0] != rows or lora_b.shape[1] != rows:
+            raise AdapterError(
+                f"{self._root}: {module}: the configuration says rank {rank or self._config.get('r')!r}, lora_A has "
+                f"{lora_a.shape[0]} rows and lora_B {lora_b.shape[1]} columns"
+            )
+
+    def _stack_of(self, name: str) -> tuple[str, list[str]]:
+        """A wrapper's module of experts, and its stacked parameters; none if it is an ordinary module."""
+        module = name
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        return module, expert_parameters(self._root, self._config, module)
+
+    def _take_experts(self, module: str) -> None:
+        leaves = expert_parameters(self._root, self._config, module)
+        for depth, leaf in enumerate(reversed(leaves)):  # the outermost wrapper is that of the last parameter
+            wrapper = module + ".base_layer" * depth
+            lora_a, lora_b = self._take_halves(wrapper, "lora")
+            parameter = f"{module}.{leaf}"
+            rank, factor = rank_and_scaling(self._root, self._config, parameter)
+            count = lora_a.shape[0] // rank if rank else 0
+            self._check_rank(parameter, rank, max(1, count) * rank, lora_a, lora_b)
+            a = lora_a.reshape(count, rank, -1)
+            b = lora_b.reshape(lora_b.shape[0], rank, count)  # the expert's number runs fastest
+            self.experts[parameter] = tuple(
+                LowRank(a[expert], b[:, :, expert].contiguous(), factor) for expert in range(count)
+            )
+
+    def _take_tokens(self) -> None:
+        for part in [part for part in self._left if part.role == "trainable_tokens"]:
+            indices = token_indices(self._root, self._config, part.module, self._left[part])
+            rows = self._take(part.module, part.role, 2)
+            if rows is None or rows.shape[0] != len(indices):
+                raise AdapterError(
+                    f"{self._root}: {part.module} has {0 if rows is None else rows.shape[0]} trained rows for "
+                    f"{len(indices)} tokens"
+                )
+            self.tokens[part.module] = TokenRows(indices, rows)
+        if self._config.get("trainable_token_indices") and not self.tokens:
+            raise AdapterError(f"{self._root}: trainable_token_indices is set, but there are no trained rows")
+
+    def _take_replaced(self) -> None:
+        biases = self._config.get("bias", "none") != "none"
+        resized = any(part.role == "weight" and _TABLE.search(part.module) for part in self._left)
+        for part in list(self._left):
+            kind = part.role.removeprefix("base_")
+            name = f"{part.module}.{kind}"
+            wrapped = part.role.startswith("base_")
+            if kind == "weight" and wrapped and (part.module in self.modules or part.module in self.tokens):
+                self.begins[name] = self._left.pop(part)
+            elif (
+                (kind == "bias" and biases)
+                or (not wrapped and is_saved(self._config, part.module))
+                or (resized and part.role == "weight" and (_TABLE.search(part.module) or _HEAD.search(part.module)))
+            ):
+                if name in self.replaced:
+                    raise AdapterError(f"{self._root}: {name} is there twice")
+                self.replaced[name] = self._left.pop(part)
