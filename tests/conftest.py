@@ -19,6 +19,10 @@ sys.path.insert(0, str(ROOT / "fixtures"))
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("adaptkit", deadline=None)  # a timing is a benchmark, never a test
+settings.load_profile("adaptkit")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 
 def assert_same(made, golden):
     """All bytes, but for the one fact in a manifest that is meant to change: which version of adaptkit wrote it."""
-    assert sorted(p.name for p in made.iterdir()) == sorted(p.name for p in golden.iterdir())
-    for path in golden.iterdir():
-        found, expected = (made / path.name).read_bytes(), path.read_bytes()
+    names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (made, golden)]
+    assert names[0] == names[1]
+    for path in (golden / name for name in names[1]):
+        found, expected = (made / path.relative_to(golden)).read_bytes(), path.read_bytes()
         if path.name == MANIFEST:
             found, expected = json.loads(found), json.loads(expected)
             assert found["tool"].pop("version")

@@ -34,8 +34,11 @@ _FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 """How A and B began; ``init_lora_weights`` says whether that matters."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
+_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"
+_SAVED = "modules_to_save"
+_HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 _BIASES = ("none", "all", "lora_only")
-_EXPERT_ORDER = ("gate_up_proj", "down_proj")
+_EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """The order in which modules of experts define their parameters, and so in which peft wraps them."""
 
 
@@ -64,11 +67,13 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
             hint="save it with peft's path_initial_model_for_weight_conversion",
         )
     if config.get("bias", "none") not in _BIASES:
-        raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}")
-    for key in ("modules_to_save", "target_parameters"):
+        raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}", hint=_ONE_SAVE)
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise AdapterError(f"{root}: use_dora together with lora_bias, which nobody has defined", hint="train it again")
+    for key in (_SAVED, "target_parameters"):
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names")
+            raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names", hint=_ONE_SAVE)
 
 
 def rank_and_scaling(root: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
@@ -81,9 +86,9 @@ def rank_and_scaling(root: Path, config: Mapping[str, Any], module: str) -> tupl
         rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
         alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     except (re.error, AttributeError) as error:
-        raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})") from error
+        raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE) from error
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
-        raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number")
+        raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number", hint=_ONE_SAVE)
     usable = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     return (rank, scaling(float(alpha), rank, bool(config.get("use_rslora")))) if usable else (0, 0.0)
 
@@ -115,12 +120,29 @@ def is_saved(config: Mapping[str, Any], module: str) -> bool:
     return any(path.endswith(name) for name in _saved(config) for path in around)
 
 
-def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> bool:
-    """Whether ``modules_to_save`` names something but nothing of it is there.
+def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> str:
+    """A name in ``modules_to_save`` of which nothing is there; empty if there is none.
 
-    Some of its names may be absent: peft lists every name that a task's head could have.
+    Heads of classifiers do not count: peft lists every name that one could have.
     """
-    return bool(_saved(config)) and not any(is_saved(config, module) for module in modules)
+    for name in _saved(config):
+        if name not in _HEADS_OF_CLASSIFIERS and not any(is_saved({_SAVED: [name]}, module) for module in modules):
+            return name
+    return ""
+
+
+def untrained_tokens(config: Mapping[str, Any], modules: Sequence[str]) -> str:
+    """A name in ``trainable_token_indices`` of which nothing is there; empty if there is none.
+
+    One with the same list as another may be missing: the two are tied.
+    """
+    given = config.get("trainable_token_indices")
+    if not given:
+        return ""
+    if not isinstance(given, dict):
+        return "" if modules else "an embedding"
+    there = {name for name in given if any(f".{module}".endswith(f".{name}") for module in modules)}
+    return next((n for n, rows in given.items() if n not in there and rows not in [given[t] for t in there]), "")
 
 
 def token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) -> tuple[int, ...]:
@@ -137,13 +159,13 @@ def token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) 
     if not fits or not given or len(set(given)) != len(given):
         raise AdapterError(
             f"{root}: trainable_token_indices does not say which rows {key!r} replaces",
-            hint="adapter_config.json and adapter_model.safetensors must be of one save",
+            hint=_ONE_SAVE,
         )
     return tuple(given)
 
 
 def _saved(config: Mapping[str, Any]) -> list[str]:
-    return config.get("modules_to_save") or []
+    return config.get(_SAVED) or []
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -30,11 +30,11 @@ _PARTS = (
     (re.compile(r"(.+)\.lora_embedding_([AB])(?:\.[^.]+)?"), "embedding_{}"),
     (re.compile(r"(.+)\.lora_(magnitude)_vector(?:\.[^.]+)?(?:\.weight)?"), "{}"),
     (re.compile(r"(.+)\.token_adapter\.(trainable_tokens)_delta(?:\.[^.]+)?"), "{}"),
-    (re.compile(r"(.+)\.token_adapter\.base_layer\.(weight)"), "base_{}"),
-    (re.compile(r"(.+)\.base_layer\.(weight|bias)"), "base_{}"),
-    (re.compile(r"(.+)\.modules_to_save(?:\.[^.]+)?\.(weight|bias)"), "{}"),
+    (re.compile(r"(.+?)(?:\.token_adapter)?\.base_layer\.(weight|bias)"), "base_{}"),
+    (re.compile(r"(.+)\.modules_to_save(?:\.[^.]+)?\.([^.]+)"), "copy_{}"),
+    (re.compile(r"(.+)\.original_module\.([^.]+)"), "original_{}"),
+    (re.compile(r"(.+)\.([^.]+)"), "{}"),
 )
-_REPLACED = re.compile(r"(?!.*(?:lora_|original_module|trainable_tokens|base_layer))(.+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Part:
 
     Attributes:
         module: dotted path in the model; of experts with ``.base_layer`` for every wrapper inside.
-        role: lora_A, lora_B, lora_bias, embedding_A, embedding_B, magnitude, trainable_tokens, base_weight, base_bias,
-            weight or bias.
+        role: lora_A, lora_B, lora_bias, embedding_A, embedding_B, magnitude, trainable_tokens; base_, copy_ or
+            original_ and the name of a parameter; or that name alone.
     """
 
     module: str
@@ -78,15 +78,21 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
 
 
 def _part(key: str) -> Part | None:
-    segments = [segment for segment in key.split(".") if segment not in _WRAPPERS]
-    while segments and segments[0] == "module":
-        segments.pop(0)
-    name = ".".join(segments)
-    name = name[len(_PREFIX) :] if name.startswith(_PREFIX) else name
-    name = name.removeprefix("module.")
+    name = _without_wrappers(key)
+    while name.startswith(_PREFIX):
+        name = _without_wrappers(name[len(_PREFIX) :])
     for pattern, role in _PARTS:
         match = pattern.fullmatch(name)
         if match:
             return Part(match[1], role.format(match[2]))
-    match = _REPLACED.fullmatch(name)
-    return Part(match[1], match[2]) if match else None
+    return None
+
+
+def _without_wrappers(name: str) -> str:
+    """Take out what wrappers of modules leave in names: at the beginning, or around a numbered layer."""
+    kept: list[str] = []
+    for segment in name.split("."):
+        inside = not kept or kept[-1].isdecimal()
+        if segment not in _WRAPPERS and not (segment == "module" and inside):
+            kept.append(segment)
+    return ".".join(kept)

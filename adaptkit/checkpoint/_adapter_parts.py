@@ -1,10 +1,10 @@
 """Put the tensors of an adapter together to what it does to each module, with every tensor used once."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -13,13 +13,16 @@ from adaptkit.checkpoint._adapter_config import (
     is_saved,
     rank_and_scaling,
     token_indices,
+    untrained_tokens,
     unused_saved,
 )
 from adaptkit.checkpoint._adapter_keys import Part
+from adaptkit.checkpoint.manifest import TensorRecord
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank, transposed
 
+_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be whole and of one save"
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 """When the vocabulary was resized peft saves the embedding whole, unasked, and with it the head."""
@@ -46,14 +49,23 @@ class Parts:
         config: ``adapter_config.json``, checked.
         files: the tensors.
         parts: what each of them is.
+        records: their fingerprints.
 
     Attributes:
         modules, embeddings, magnitudes, biases, replaced, begins, tokens, experts: see ``Adapter``.
     """
 
-    def __init__(self, root: Path, config: Mapping[str, Any], files: TensorFiles, parts: Mapping[Part, str]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        config: Mapping[str, Any],
+        files: TensorFiles,
+        parts: Mapping[Part, str],
+        records: Sequence[TensorRecord],
+    ) -> None:
         self._root, self._config, self._files = root, config, files
         self._left = dict(parts)
+        self._digests = {record.name: (record.xxh3_128, record.dtype, record.shape) for record in records}
         self.modules: dict[str, LowRank] = {}
         self.embeddings: set[str] = set()
         self.magnitudes: dict[str, Tensor] = {}
@@ -78,21 +90,19 @@ class Parts:
         targets = tuple(f".{target}" for target in self._config.get("target_parameters") or ())
         changed = [f".{name}" for name in (*self.experts, *(f"{module}.weight" for module in self.modules))]
         if targets and not any(name.endswith(targets) for name in changed):
-            raise AdapterError(
-                f"{self._root}: target_parameters is {self._config['target_parameters']}, but there is no tensor of it"
-            )
+            self._refuse(f"target_parameters is {self._config['target_parameters']}, but there is no tensor of it")
         self._take_tokens()
         self._take_replaced()
         for part, key in self._left.items():
-            raise AdapterError(
-                f"{self._root}: the tensor {key!r} is none that the configuration speaks of ({part.role} of "
-                f"{part.module})",
-                hint="adapter_config.json and adapter_model.safetensors must be of one save",
+            self._refuse(
+                f"the tensor {key!r} is none that the configuration speaks of ({part.role} of {part.module})",
             )
-        if unused_saved(self._config, [name.rpartition(".")[0] for name in self.replaced]):
-            raise AdapterError(
-                f"{self._root}: modules_to_save is {self._config['modules_to_save']}, but there is no tensor of it"
-            )
+        missing = unused_saved(self._config, [name.rpartition(".")[0] for name in self.replaced])
+        if missing:
+            self._refuse(f"modules_to_save names {missing!r}, but there is no tensor of it")
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise AdapterError(f"{self._root}: {why}", hint=_ONE_SAVE)
 
     def _take(self, module: str, role: str, dims: int) -> Tensor | None:
         key = self._left.pop(Part(module, role), None)
@@ -100,9 +110,7 @@ class Parts:
             return None
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
-            raise AdapterError(
-                f"{self._root}: {key} is {list(spec.shape)}; expected {dims} dimension{'s' if dims > 1 else ''}"
-            )
+            self._refuse(f"{key} is {list(spec.shape)}; expected {dims} dimension{'s' if dims > 1 else ''}")
         return self._files.read(key)
 
     def _take_halves(self, module: str, kind: str) -> tuple[Tensor, Tensor]:
@@ -110,8 +118,8 @@ class Parts:
         for half, key in keys.items():
             if key is None:
                 other = keys["B" if half == "A" else "A"]
-                name = "lora" if kind == "lora" else "lora_embedding"
-                raise AdapterError(f"{self._root}: {module} has no {name}_{half} beside {other!r}")
+                beside = f" beside {other!r}" if other else ""
+                self._refuse(f"{module} has no {'lora' if kind == 'lora' else 'lora_embedding'}_{half}{beside}")
         lora_a, lora_b = (self._take(module, f"{kind}_{half}", 2) for half in ("A", "B"))
         if lora_a is None or lora_b is None:
             raise ValueError("both halves are there")
@@ -129,9 +137,9 @@ class Parts:
         self._take_magnitude(module, lora_b.shape[0])
         bias = self._take(module, "lora_bias", 1)
         if bias is None and self._config.get("lora_bias") and not is_table:
-            raise AdapterError(f"{self._root}: {module} has no bias of lora_B, though lora_bias is set")
+            self._refuse(f"{module} has no bias of lora_B, though lora_bias is set")
         if bias is not None and (not self._config.get("lora_bias") or bias.shape[0] != lora_b.shape[0]):
-            raise AdapterError(f"{self._root}: {module}: lora_B.bias is {list(bias.shape)}, which does not fit")
+            self._refuse(f"{module}: lora_B.bias is {list(bias.shape)}, which does not fit")
         if bias is not None:
             self.biases[module] = bias.double() * factor
 
@@ -139,10 +147,10 @@ class Parts:
         magnitude = self._take(module, "magnitude", 1)
         wanted = bool(self._config.get("use_dora"))
         if wanted and magnitude is None:
-            raise AdapterError(f"{self._root}: {module} has no lora_magnitude_vector, though use_dora is set")
+            self._refuse(f"{module} has no lora_magnitude_vector, though use_dora is set")
         if magnitude is not None and (not wanted or magnitude.shape[0] != count):
-            raise AdapterError(
-                f"{self._root}: {module}.lora_magnitude_vector has {magnitude.shape[0]} numbers for {count} rows"
+            self._refuse(
+                f"{module}.lora_magnitude_vector has {magnitude.shape[0]} numbers for {count} rows"
                 f"{'' if wanted else ', and use_dora is not set'}"
             )
         if magnitude is not None:
@@ -150,8 +158,8 @@ class Parts:
 
     def _check_rank(self, module: str, rank: int, rows: int, lora_a: Tensor, lora_b: Tensor) -> None:
         if rank < 1 or lora_a.shape[0] != rows or lora_b.shape[1] != rows:
-            raise AdapterError(
-                f"{self._root}: {module}: the configuration says rank {rank or self._config.get('r')!r}, lora_A has "
+            self._refuse(
+                f"{module}: the configuration says rank {rank or self._config.get('r')!r}, lora_A has "
                 f"{lora_a.shape[0]} rows and lora_B {lora_b.shape[1]} columns"
             )
 
@@ -182,28 +190,43 @@ class Parts:
             indices = token_indices(self._root, self._config, part.module, self._left[part])
             rows = self._take(part.module, part.role, 2)
             if rows is None or rows.shape[0] != len(indices):
-                raise AdapterError(
-                    f"{self._root}: {part.module} has {0 if rows is None else rows.shape[0]} trained rows for "
-                    f"{len(indices)} tokens"
-                )
+                found = 0 if rows is None else rows.shape[0]
+                self._refuse(f"{part.module} has {found} trained rows for {len(indices)} tokens")
             self.tokens[part.module] = TokenRows(indices, rows)
-        if self._config.get("trainable_token_indices") and not self.tokens:
-            raise AdapterError(f"{self._root}: trainable_token_indices is set, but there are no trained rows")
+        missing = untrained_tokens(self._config, list(self.tokens))
+        if missing:
+            self._refuse(f"trainable_token_indices speaks of {missing}, but there are no trained rows of it")
 
     def _take_replaced(self) -> None:
-        biases = self._config.get("bias", "none") != "none"
-        resized = any(part.role == "weight" and _TABLE.search(part.module) for part in self._left)
+        self._take_copies()
+        whole = [part for part in self._left if part.role in ("weight", "base_weight")]
+        resized = any(_TABLE.search(part.module) for part in whole)
         for part in list(self._left):
             kind = part.role.removeprefix("base_")
             name = f"{part.module}.{kind}"
             wrapped = part.role.startswith("base_")
+            unasked = resized and not wrapped and (_TABLE.search(part.module) or _HEAD.search(part.module))
             if kind == "weight" and wrapped and (part.module in self.modules or part.module in self.tokens):
                 self.begins[name] = self._left.pop(part)
             elif (
-                (kind == "bias" and biases)
+                (kind == "bias" and self._config.get("bias", "none") != "none")
                 or (not wrapped and is_saved(self._config, part.module))
-                or (resized and part.role == "weight" and (_TABLE.search(part.module) or _HEAD.search(part.module)))
+                or (kind in ("weight", "bias") and unasked)
             ):
-                if name in self.replaced:
-                    raise AdapterError(f"{self._root}: {name} is there twice")
+                if name in self.replaced or (not wrapped and kind == "weight" and part.module in self.modules):
+                    self._refuse(f"{self._left[part]!r} and another tensor both stand for {name}")
                 self.replaced[name] = self._left.pop(part)
+
+    def _take_copies(self) -> None:
+        """What peft writes beside a tensor that takes the place of the base's: the same again, and the base's."""
+        for part, key in list(self._left.items()):
+            kind, _, leaf = part.role.partition("_")
+            plain = Part(part.module, leaf)
+            if kind == "original" and (plain in self._left or Part(part.module, f"copy_{leaf}") in self._left):
+                del self._left[part]
+            elif kind == "copy" and plain not in self._left:
+                self._left[plain] = self._left.pop(part)
+            elif kind == "copy":
+                if self._digests[key] != self._digests[self._left[plain]]:
+                    self._refuse(f"{key!r} and {self._left[plain]!r} should be the same, and are not")
+                del self._left[part]

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from adaptkit.checkpoint._adapter_config import check_config
+from adaptkit.checkpoint._adapter_config import check_config, is_saved
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint.compensation import read_compensation
@@ -30,6 +30,18 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import AdapterError, NonFiniteError
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, transposed
+
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "Adapter",
+    "TokenRows",
+    "is_adapter",
+    "is_saved",
+    "read_adapter",
+    "require_plain",
+    "write_adapter",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -106,13 +118,13 @@ def read_adapter(root: Path) -> Adapter:
     check_config(root, config)
     if not (root / WEIGHTS_NAME).exists():
         pickled = " (a pickled .bin is not loaded: save it again with peft)" if list(root.glob("*.bin")) else ""
-        raise AdapterError(f"{root}: there is no {WEIGHTS_NAME}{pickled}")
+        raise AdapterError(f"{root}: there is no {WEIGHTS_NAME}{pickled}", hint="get the adapter again, all of it")
     files = TensorFiles(root, [WEIGHTS_NAME])
     if not files.tensors:
-        raise AdapterError(f"{root}: the adapter holds no tensors")
+        raise AdapterError(f"{root}: the adapter holds no tensors", hint="get the adapter again, or train it again")
     parts = name_parts(root, files.tensors)
     records = tuple(_record(files, key) for key in files.tensors)
-    found = Parts(root, config, files, parts)
+    found = Parts(root, config, files, parts, records)
     found.take_all()
     manifest = read_manifest(root)
     return Adapter(

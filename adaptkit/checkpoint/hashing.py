@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.manifest import TensorRecord
+    from adaptkit.checkpoint.reader import TensorFiles
 
 _CHUNK_BYTES = 4 << 20
 
@@ -27,6 +28,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def fingerprint(tensor: Tensor) -> str:
     """xxh3_128 of a tensor's bytes, in hexadecimal; dtype and shape are not part of it."""
     return xxhash.xxh3_128_hexdigest(bytes_of(tensor))
+
+
+def fingerprint_in_pieces(files: "TensorFiles", name: str) -> str:
+    """The fingerprint of a tensor in a file, read piece by piece."""
+    digest, spec = xxhash.xxh3_128(), files.spec(name)
+    for start in range(0, spec.nbytes, _CHUNK_BYTES):
+        digest.update(bytes_of(files.read_bytes(name, start, min(_CHUNK_BYTES, spec.nbytes - start))))
+    return digest.hexdigest()
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:

@@ -41,6 +41,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("F32", "F16", "BF16")
 """The types that weights and adapters may have."""
 
+_REPAIR = "correct the file, or get it again"
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -93,9 +94,18 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         length = file.read(8)
         raw = length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
-    entries = strict_json(raw[8:], path.name)
+    return parse_header(raw, path.name)
+
+
+def parse_header(raw: bytes, where: str) -> Header:
+    """Parse the first bytes of a safetensors file whose lengths and offsets are known to be right.
+
+    Raises:
+        CheckpointError: something in it that readers disagree about.
+    """
+    entries = strict_json(raw[8:], where)
     entries.pop("__metadata__", None)
-    tensors = [(_spec(name, entry, path.name), len(raw) + entry["data_offsets"][0]) for name, entry in entries.items()]
+    tensors = [(_spec(name, entry, where), len(raw) + entry["data_offsets"][0]) for name, entry in entries.items()]
     return Header(raw, tuple(sorted(tensors, key=lambda item: (item[1], item[0].name))))
 
 
@@ -138,23 +148,23 @@ def strict_json(text: bytes, where: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{where}: the key {twice!r} appears twice")
+            raise CheckpointError(f"{where}: the key {twice!r} appears twice", hint=_REPAIR)
         return found
 
     def refuse(constant: str) -> None:
-        raise CheckpointError(f"{where}: {constant} is not JSON")
+        raise CheckpointError(f"{where}: {constant} is not JSON", hint=_REPAIR)
 
     def finite(number: str) -> float:
         if not math.isfinite(float(number)):
-            raise CheckpointError(f"{where}: {number} is too large for a float")
+            raise CheckpointError(f"{where}: {number} is too large for a float", hint=_REPAIR)
         return float(number)
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{where}: not valid JSON ({error})", hint=_REPAIR) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}", hint=_REPAIR)
     return value
 
 

@@ -20,13 +20,14 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.lines import append_line, read_lines
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.writer import DiskError, disk_errors, write_file
+from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
@@ -167,6 +168,15 @@ class Output:
         """Write a small file of the output."""
         self.files.append(write_file(self.folder, name, content))
 
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file of any size into the output.
+
+        Raises:
+            CheckpointError: the source is not a regular file.
+        """
+        check_regular(source)
+        self.files.append(copy_file(source, self.folder, name))
+
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file of the output."""
         self.write(name, write_json(value))
@@ -174,11 +184,12 @@ class Output:
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest, remove what is no part of the artifact, and rename the folder into view."""
         write_file(self.folder, MANIFEST_NAME, manifest.to_bytes())
-        keep = {record.path for record in manifest.files} | {MANIFEST_NAME}
+        keep = {PurePosixPath(record.path).parts[0] for record in manifest.files} | {MANIFEST_NAME}
         for path in sorted(self.folder.iterdir()):
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        _sync_folder(self.folder)
+        for path in (self.folder, *(found for found in self.folder.rglob("*") if found.is_dir())):
+            _sync_folder(path)
         check_output(self.final, self._force)
         replaced = _replaced(self.final)
         if self.final.exists():

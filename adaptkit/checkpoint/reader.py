@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.header import DTYPES, Header, TensorSpec, read_header
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside, weight_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside, side_files, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be of one save"
@@ -123,6 +123,10 @@ class Checkpoint(TensorFiles):
         if quantization is None:
             return None
         return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
+
+    def side_contents(self) -> dict[str, bytes]:
+        """The small files that travel with the weights, by name; see ``layout.side_files``."""
+        return {path.name: path.read_bytes() for path in side_files(self.root)}
 
     def outline(self) -> str:
         """sha256 over the configuration and all headers: what the checkpoint is like, but for the weights' values."""

@@ -1,71 +1,138 @@
-"""The undo record: what makes a merge reversible to the last bit.
+"""The undo record: what makes a merge reversible to the last bit. Readers of models do not look into its folder.
 
-    adaptkit-undo-00001-of-0000N.safetensors     beside the n-th merged shard, one tensor per changed weight:
-    X.weight   U8   a zlib stream: the number M of ambiguous weights (little-endian int64), their residuals in a byte
-                    each, and for every byte that is -128 the true residual (int64)
+    adaptkit-undo/shard-00001-of-0000N.safetensors    what was lost of the n-th shard of the result
+        X             U8   of each changed tensor of the base: frames of (rows u32, length u32, stream), little-endian,
+                           for runs of rows of it; a stream is what ``numerics.residual`` makes of the residuals
+        X:lengths:a   F64  of DoRA, by the number of the adapter: the lengths of the rows of W + Δ
+        X:rest             last rows of a tensor that has fewer in the result, as they were
+        :header       U8   the first bytes of the base's shard
+    adaptkit-undo/files.safetensors                   U8, by name: small files of the base that the result has not, or
+                                                      has changed; ``:added`` lists those that only the result has
+    adaptkit-undo/base/...                            of a base that was an artifact: its manifest, and its files that
+                                                      the result has no place for, its own undo record among them
+    adaptkit-adapters/1/...                           with --embed-adapter, the adapters themselves
 
-Together with the merged weight and the adapter's delta this restores the original; see ``reference.undo``.
+Together with the merged weight and the adapter's change this restores the original; see ``reference.undo``.
 """
 
-import zlib
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
+from adaptkit.numerics import residual
 
-_ESCAPE = -128
-_LEVEL = 6
+FOLDER = "adaptkit-undo"
+FILES_NAME = f"{FOLDER}/files.safetensors"
+BASE_PREFIX = f"{FOLDER}/base/"
+ADAPTERS_PREFIX = "adaptkit-adapters/"
+HEADER = ":header"
+ADDED = ":added"
+_FRAME = struct.Struct("<II")
 
 
-def undo_name(number: int, total: int) -> str:
+def record_name(number: int, total: int) -> str:
     """Name of the record for the number-th of ``total`` shards."""
-    return f"adaptkit-undo-{number:05d}-of-{total:05d}.safetensors"
+    return f"{FOLDER}/shard-{number:05d}-of-{total:05d}.safetensors"
 
 
-def pack(residual: Tensor) -> Tensor:
-    """Compress a residual.
+def lengths_name(name: str, adapter: int) -> str:
+    """Name of the lengths that a DoRA adapter found for a tensor."""
+    return f"{name}:lengths:{adapter}"
+
+
+def rest_name(name: str) -> str:
+    """Name of the last rows of a tensor of the base, if the result has fewer."""
+    return f"{name}:rest"
+
+
+def pack_frame(rows: int, values: Tensor) -> bytes:
+    """What was lost of a run of rows.
 
     Args:
-        residual: (M,) int64.
-
-    Returns:
-        uint8, at least one.
+        rows: in the run.
+        values: (M,) int64 residuals.
     """
-    values = residual.numpy()
-    large = np.abs(values) >= -_ESCAPE
-    small = np.where(large, _ESCAPE, values).astype(np.int8)
-    count = np.array([values.size], dtype="<i8")
-    stream = count.tobytes() + small.tobytes() + values[large].astype("<i8").tobytes()
-    return torch.frombuffer(bytearray(zlib.compress(stream, _LEVEL)), dtype=torch.uint8)
+    stream = residual.encode(values).numpy().tobytes()
+    return _FRAME.pack(rows, len(stream)) + stream
 
 
-def unpack(packed: Tensor, most: int) -> Tensor:
-    """Undo ``pack``.
+def frames(record: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The runs of rows of a tensor's record, as (rows, stream).
+
+    Raises:
+        IntegrityError: this is no record.
+    """
+    position = 0
+    while position < record.numel():
+        if position + _FRAME.size > record.numel():
+            raise IntegrityError("not an undo record (cut short)")
+        rows, length = _FRAME.unpack(record[position : position + _FRAME.size].numpy().tobytes())
+        position += _FRAME.size
+        if position + length > record.numel() or rows == 0:
+            raise IntegrityError("not an undo record (cut short)")
+        yield rows, record[position : position + length]
+        position += length
+
+
+def unpack(stream: Tensor, most: int) -> Tensor:
+    """The residuals of a frame.
 
     Args:
-        packed: uint8.
+        stream: uint8.
         most: how many weights there are, and so the longest that the residual can be.
 
     Raises:
         IntegrityError: this is no packed residual.
     """
-    limit = 8 + 9 * most
-    inflate = zlib.decompressobj()
     try:
-        stream = inflate.decompress(packed.numpy().tobytes(), limit)
-    except zlib.error as error:
+        return residual.decode(stream, most)
+    except ValueError as error:
         raise IntegrityError(f"not a residual ({error})") from error
-    if not inflate.eof or len(stream) < 8:
-        raise IntegrityError("not a residual (wrong length)")
-    count = int(np.frombuffer(stream, "<i8", 1)[0])
-    if not 0 <= count <= most or len(stream) < 8 + count:
-        raise IntegrityError("not a residual (wrong length)")
-    small = np.frombuffer(stream, np.int8, count, offset=8)
-    large = small == _ESCAPE
-    if len(stream) != 8 + count + 8 * int(large.sum()):
-        raise IntegrityError("not a residual (wrong length)")
-    values = small.astype(np.int64)
-    values[large] = np.frombuffer(stream, "<i8", offset=8 + count)
-    return torch.from_numpy(values)
+
+
+def as_bytes(content: bytes) -> Tensor:
+    """Bytes as a tensor, (N,) uint8."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+
+
+def write_record(output: Output, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file of the record and note it in the journal."""
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all are aligned
+    specs = [TensorSpec(key, DTYPE_NAMES[tensors[key].dtype], tuple(tensors[key].shape)) for key in order]
+    with TensorWriter(output.folder, name, specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, tensors[spec.name])
+    output.add(writer.record, [])
+
+
+def added_files(names: Iterable[str]) -> Tensor:
+    """The list of files that the base does not have, as a tensor."""
+    return as_bytes(json.dumps(sorted(names)).encode())
+
+
+def read_added(tensor: Tensor) -> list[str]:
+    """Undo ``added_files``.
+
+    Raises:
+        IntegrityError: this is no such list.
+    """
+    try:
+        names = json.loads(tensor.numpy().tobytes())
+    except ValueError as error:
+        raise IntegrityError(f"the undo record's list of files is damaged ({error})") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise IntegrityError("the undo record's list of files is damaged")
+    return names
+
+
+def packed(parts: Iterable[bytes]) -> Tensor:
+    """Frames, one after the other, as a tensor."""
+    return torch.from_numpy(np.frombuffer(b"".join(parts), np.uint8).copy())

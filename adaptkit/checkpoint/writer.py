@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Self
 import xxhash
 from torch import Tensor
 
-from adaptkit.checkpoint.hashing import bytes_of
+from adaptkit.checkpoint.hashing import bytes_of, file_chunks
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.errors import AdaptkitError
@@ -22,11 +23,32 @@ _FLUSH_BYTES = 64 << 20
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     """Write a small file and make sure that it is on the disk."""
+    with disk_errors(folder / name):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder / name), (folder / name).open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
+    """Copy a file piece by piece, and make sure that it is on the disk."""
+    digest, size = hashlib.sha256(), 0
+    with disk_errors(folder / name):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder / name), (folder / name).open("wb") as file:
+        for chunk in file_chunks(source):
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(name, size, digest.hexdigest())
+
+
+_HASHED_AT_ONCE, _HASHED_LATER = 1 << 16, 4
+"""Bytes that are not worth a thread, and how many pieces may wait for one; they stay in memory meanwhile."""
 
 
 class TensorWriter:
@@ -49,6 +71,8 @@ class TensorWriter:
         self._size = 0
         self._piece_bytes = 0
         self._unflushed = 0
+        self._hashing: deque[Future[None]] = deque()
+        self._hasher = ThreadPoolExecutor(1)
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: Future[None] | None = None
         self._xxh3 = xxhash.xxh3_128()
@@ -56,6 +80,7 @@ class TensorWriter:
 
     def __enter__(self) -> Self:
         with disk_errors(self._folder / self._name):
+            (self._folder / self._name).parent.mkdir(parents=True, exist_ok=True)
             self._file = (self._folder / self._name).open("wb")
         self._put(memoryview(self._header))
         return self
@@ -83,6 +108,7 @@ class TensorWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with disk_errors(self._folder / self._name), self._file:  # closing writes what is buffered
+            self._hasher.shutdown()
             self._flusher.shutdown()
             if kind is None:
                 if self._flushing is not None:
@@ -106,8 +132,17 @@ class TensorWriter:
                     self._flushing.result()  # the disk's errors are raised once
                 self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
                 self._unflushed = 0
-        self._sha256.update(view)
         self._size += len(view)
+        self._hash(view)
+
+    def _hash(self, view: memoryview) -> None:
+        """Hash in a thread of its own: what is written next need not wait for sha256, which is slower than the disk."""
+        if len(view) < _HASHED_AT_ONCE and not self._hashing:
+            self._sha256.update(view)
+            return
+        self._hashing.append(self._hasher.submit(self._sha256.update, view))
+        while self._hashing and (len(self._hashing) > _HASHED_LATER or self._hashing[0].done()):
+            self._hashing.popleft().result()
 
 
 class DiskError(AdaptkitError):

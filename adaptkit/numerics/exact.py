@@ -1,18 +1,62 @@
-"""A rounded addition and its exact undoing, in blocks that keep memory flat."""
+"""A rounded addition and its exact undoing: of some rows at a time, for whoever streams, or of a whole weight.
+
+    merged = round(gain · W + Δ)        in float64, rounded once to the type of W; the gain is 1 unless one is given
+
+What rounding loses is the residual: how far the original is from a guess, for those weights alone that the result does
+not determine. See ``kernels.reference`` for the definition, and ``residual`` for how it is stored.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.kernels import kernels_for
-from adaptkit.numerics.lora import LowRank, delta
+from adaptkit.numerics.kernels import Kernels, kernels_for
+from adaptkit.numerics.kernels._reference_exact import RowsMerged
+from adaptkit.numerics.lora import LowRank
 
 _BLOCK_ELEMENTS = 1 << 20
-"""Elements handled at a time; eight bytes each for the delta."""
+"""Elements of a whole weight that are handled at a time."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Low-rank changes of one weight in the form that the kernels want; threads may share it.
+
+    Attributes:
+        shape: (out, in) of the weight.
+        kernels: those of the device that holds the changes.
+        factors: from ``kernels.prepare``.
+    """
+
+    shape: tuple[int, int]
+    kernels: Kernels
+    factors: Any
+
+
+@dataclass(frozen=True)
+class MergedRows:
+    """Some rows of a weight after an addition.
+
+    Attributes:
+        weight: (rows, in), rounded once.
+        residual: (M,) int64, in row-major order, what undoing needs; empty if it was not asked for.
+        moved: number of weights whose value changed.
+        squared_delta: Σ Δ² of the exact change, which is (gain - 1) · W + Δ where there is a gain.
+        squared_weight: Σ W² of the weight before.
+        overlap: Σ effect · Δ, where effect is what the rounded addition really changed.
+    """
+
+    weight: Tensor
+    residual: Tensor
+    moved: int
+    squared_delta: float
+    squared_weight: float
+    overlap: float
 
 
 @dataclass(frozen=True)
@@ -36,8 +80,95 @@ class Merged:
     effect: float
 
 
+def prepare(terms: Sequence[LowRank]) -> Prepared:
+    """Prepare low-rank changes to be added to one weight; once a weight, not once a block of rows.
+
+    Args:
+        terms: at least one, each of shape (out, in), in the order in which they are added.
+    """
+    lora_a = torch.cat([term.lora_a.float() for term in terms])
+    lora_b = torch.cat([term.lora_b.float() for term in terms], dim=1)
+    ranks, scales = [term.rank for term in terms], [term.scaling for term in terms]
+    kernels = kernels_for(lora_a.device)
+    return Prepared(terms[0].shape, kernels, kernels.prepare(lora_a, lora_b, ranks, scales))
+
+
+def merge_rows(weight: Tensor, prepared: Prepared, start_row: int, with_undo: bool) -> MergedRows:
+    """Add low-rank changes to some rows of a weight: summed in float64, rounded once.
+
+    Args:
+        weight: (rows, in) bfloat16, float16 or float32, finite.
+        prepared: the changes.
+        start_row: which row of the whole weight the first one is.
+        with_undo: also find what the exact undoing needs.
+
+    Raises:
+        NonFiniteError: the weight is not finite, or the sum overflows its type.
+    """
+    _check_rows(weight, prepared, start_row)
+    found = prepared.kernels.merge_rows(weight, prepared.factors, start_row, with_undo)
+    return _checked(weight, found)
+
+
+def unmerge_rows(merged: Tensor, prepared: Prepared, start_row: int, residual: Tensor) -> Tensor:
+    """Restore the rows that ``merge_rows`` was given, to the bit.
+
+    Args:
+        merged: (rows, in).
+        prepared: the same changes in the same order.
+        start_row: which row of the whole weight the first one is.
+        residual: (M,) int64 from ``merge_rows``.
+
+    Raises:
+        ValueError: the residual belongs to another merge.
+    """
+    _check_rows(merged, prepared, start_row)
+    weight, used = prepared.kernels.unmerge_rows(merged, prepared.factors, start_row, residual)
+    _check_used(used, residual)
+    return weight
+
+
+def merge_affine(weight: Tensor, change: Tensor, gain: Tensor | None, with_undo: bool) -> MergedRows:
+    """Scale rows of a weight and add a change: gain · W rounded to float64, then the sum, and that once to the type.
+
+    Args:
+        weight: (rows, in) bfloat16, float16 or float32, finite.
+        change: (rows, in) float64.
+        gain: float64, finite, of two dimensions that broadcast to (rows, in), such as (rows, 1); None for 1.
+        with_undo: also find what the exact undoing needs.
+
+    Raises:
+        NonFiniteError: the weight is not finite, or the sum overflows its type.
+    """
+    kernels = kernels_for(weight.device)
+    merged = kernels.add_rounded(weight, change, gain)
+    finite = all_finite(merged)
+    whole = change if gain is None else change + (gain - 1) * weight.double()
+    residual = torch.empty(0, dtype=torch.int64, device=weight.device)
+    if with_undo and finite:
+        residual = kernels.undo_residual(weight, merged, change, gain)
+    return _checked(weight, RowsMerged(merged, residual, finite, *kernels.addition_sums(weight, merged, whole)))
+
+
+def unmerge_affine(merged: Tensor, change: Tensor, gain: Tensor | None, residual: Tensor) -> Tensor:
+    """Restore the rows that ``merge_affine`` was given, to the bit.
+
+    Args:
+        merged: (rows, in).
+        change: the same bits as when merging.
+        gain: the same bits as when merging.
+        residual: (M,) int64 from ``merge_affine``.
+
+    Raises:
+        ValueError: the residual belongs to another merge.
+    """
+    weight, used = kernels_for(merged.device).undo(merged, change, residual, gain)
+    _check_used(used, residual)
+    return weight
+
+
 def merge(weight: Tensor, terms: Sequence[LowRank], with_undo: bool = True) -> Merged:
-    """Add low-rank changes to a weight: summed in float64, rounded once.
+    """Add low-rank changes to a whole weight; see ``merge_rows``.
 
     Args:
         weight: (out, in) bfloat16, float16 or float32, finite.
@@ -47,33 +178,16 @@ def merge(weight: Tensor, terms: Sequence[LowRank], with_undo: bool = True) -> M
     Raises:
         NonFiniteError: the weight is not finite, or the sum overflows its type.
     """
-    kernels = kernels_for(weight.device)
-    merged, moved = torch.empty_like(weight), 0
-    residuals = [torch.empty(0, dtype=torch.int64, device=weight.device)]
-    squared_delta = squared_weight = overlap = 0.0
-    for rows in _row_slices(weight.shape):
-        before, change = weight[rows], delta(terms, rows)
-        after = kernels.add_rounded(before, change)
-        for values, what in ((before, "holds NaN or infinity"), (after, "overflows")):
-            if not all_finite(values):
-                raise NonFiniteError(
-                    f"the weight {what}", hint="is this the right base, and the adapter's scaling right?"
-                )
-        merged[rows] = after
-        if with_undo:
-            residuals.append(kernels.undo_residual(before, after, change))
-        sums = kernels.addition_sums(before, after, change)
-        moved += sums[0]
-        squared_delta += sums[1]
-        squared_weight += sums[2]
-        overlap += sums[3]
+    prepared = prepare(terms)
+    pieces = [merge_rows(weight[rows], prepared, rows.start, with_undo) for rows in _row_slices(weight.shape)]
+    squared_delta = sum(piece.squared_delta for piece in pieces)
     return Merged(
-        weight=merged,
-        residual=torch.cat(residuals),
-        moved=moved,
+        weight=torch.cat([piece.weight for piece in pieces]),
+        residual=torch.cat([piece.residual for piece in pieces]),
+        moved=sum(piece.moved for piece in pieces),
         delta_norm=squared_delta**0.5,
-        weight_norm=squared_weight**0.5,
-        effect=overlap / squared_delta if squared_delta else 1.0,
+        weight_norm=sum(piece.squared_weight for piece in pieces) ** 0.5,
+        effect=sum(piece.overlap for piece in pieces) / squared_delta if squared_delta else 1.0,
     )
 
 
@@ -88,16 +202,39 @@ def unmerge(merged: Tensor, terms: Sequence[LowRank], residual: Tensor) -> Tenso
     Raises:
         ValueError: the residual belongs to another merge.
     """
-    kernels = kernels_for(merged.device)
-    weight, start = torch.empty_like(merged), 0
+    prepared, weight, start = prepare(terms), torch.empty_like(merged), 0
     for rows in _row_slices(merged.shape):
-        weight[rows], used = kernels.undo(merged[rows], delta(terms, rows), residual[start:])
+        weight[rows], used = prepared.kernels.unmerge_rows(merged[rows], prepared.factors, rows.start, residual[start:])
         start += used
-    if start != residual.numel():
-        raise ValueError(f"{start} weights are ambiguous, the record holds {residual.numel()}")
+    _check_used(start, residual)
     return weight
 
 
 def _row_slices(shape: Sequence[int]) -> list[slice]:
-    step = max(1, _BLOCK_ELEMENTS // shape[1])
-    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    step = max(1, _BLOCK_ELEMENTS // max(1, shape[1]))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, max(1, shape[0]), step)]
+
+
+def _check_rows(weight: Tensor, prepared: Prepared, start_row: int) -> None:
+    rows, columns = prepared.shape
+    if weight.shape[1] != columns or not 0 <= start_row <= start_row + weight.shape[0] <= rows:
+        raise ValueError(f"rows {start_row} on of shape {tuple(weight.shape)} are none of {prepared.shape}")
+
+
+def _check_used(used: int, residual: Tensor) -> None:
+    if used != residual.numel():
+        raise ValueError(f"{used} weights are ambiguous, the record holds {residual.numel()}")
+
+
+def _checked(weight: Tensor, found: RowsMerged) -> MergedRows:
+    if not found.finite:
+        what = "overflows" if all_finite(weight) else "holds NaN or infinity"
+        raise NonFiniteError(f"the weight {what}", hint="is this the right base, and the adapter's scaling right?")
+    return MergedRows(
+        weight=found.weight,
+        residual=found.residual,
+        moved=found.moved,
+        squared_delta=found.squared_delta,
+        squared_weight=found.squared_weight,
+        overlap=found.overlap,
+    )

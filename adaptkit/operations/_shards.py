@@ -6,7 +6,7 @@ next tensor and the next shard, but only a few of their results exist at a time.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -37,6 +37,18 @@ class Group:
     def nbytes(self) -> int:
         """Size in bytes."""
         return sum(spec.nbytes for spec in self.specs)
+
+
+class Beside(Protocol):
+    """Files that are written with a shard, which is not finished without them."""
+
+    def names(self, file: str) -> list[str]:
+        """Which belong to a shard."""
+        ...
+
+    def write(self, file: str) -> None:
+        """Write them; the shard's tensors are all there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ def write_shards(
     assemble: Callable[[Group, Iterator[Result], TensorWriter], Mapping[str, Any]],
     threads: int,
     progress: Progress,
+    headers: Mapping[str, bytes] | None = None,
+    beside: "Beside | None" = None,
 ) -> None:
     """Write all shards that an earlier run did not finish; of a part, those that are its share.
 
@@ -110,22 +124,28 @@ def write_shards(
         assemble: take the results of a group's jobs, in order, and write its tensors.
         threads: jobs at a time.
         progress: told of bytes written.
+        headers: by file name, first bytes to begin with instead of those that are made from the specs.
+        beside: other files that belong to the shards.
     """
     part = output.part
     share = [shard for position, shard in enumerate(shards) if part is None or part.holds(position)]
     total = sum(group.nbytes for _, groups in share for group in groups)
-    todo = [shard for shard in share if not output.finished(shard[0])]
+    names = {file: [file, *(beside.names(file) if beside else [])] for file, _ in share}
+    todo = [shard for shard in share if not output.finished(*names[shard[0]])]
     done = total - sum(group.nbytes for _, groups in todo for group in groups)
     progress(done, total)
     ahead = (numbered for _, groups in todo for group in groups for numbered in _with_last(jobs(group)))
     results = in_order(lambda job: (job[0], job[1]()), ahead, threads)
     for file, groups in todo:
         notes = {}
-        with TensorWriter(output.folder, file, [spec for group in groups for spec in group.specs]) as writer:
+        specs = [spec for group in groups for spec in group.specs]
+        with TensorWriter(output.folder, file, specs, (headers or {}).get(file)) as writer:
             for group in groups:
                 notes[group.source] = assemble(group, _until_last(results), writer)
                 done += group.nbytes
                 progress(done, total)
+        if beside is not None:
+            beside.write(file)
         output.add(writer.record, writer.tensors, notes)
 
 

@@ -14,7 +14,7 @@ from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output, Part, check_output, partial_folder
-from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -65,14 +65,42 @@ def quantize(
     Source: QLoRA (arXiv:2305.14314); bytes as bitsandbytes 0.50 makes them.
     """
     options = options or QuantizeOptions()
-    checkpoint = Checkpoint(source)
     init = _companion_folder(output, companion, options)
     for folder in [output, *([init] if init else [])]:
         check_output(folder, force, [source])
     if init is not None:
         _check_apart(output, init)
     tokens = _read_tokens(source, options.calibration)
-    run = _Run(checkpoint, output, options, force, init, tokens, progress, calibration_progress)
+    run = _Run(Checkpoint(source), output, options, force, init, tokens, progress, calibration_progress)
+    return _plan_and_run(run, dry_run)
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    output: Path,
+    options: QuantizeOptions,
+    *,
+    force: bool,
+    progress: Progress,
+    describe: Callable[[Manifest], Manifest],
+) -> QuantizeReport:
+    """Quantize what may be no folder by itself, such as a merged model that is never written in 16 bits.
+
+    Args:
+        checkpoint: what to read.
+        output: folder to make.
+        options: how, without calibration.
+        force: replace an existing output.
+        progress: told of bytes written.
+        describe: what to say of it instead of what ``quantize`` would say.
+    """
+    return _plan_and_run(
+        _Run(checkpoint, output, options, force, None, None, progress, no_progress, describe), dry_run=False
+    )
+
+
+def _plan_and_run(run: "_Run", dry_run: bool) -> QuantizeReport:
+    checkpoint, output, options = run.checkpoint, run.output, run.options
     with Planning(checkpoint, options) as planning:
         if dry_run:
             return make_report(output, planning.plan(), {})
@@ -97,6 +125,7 @@ class _Run:
     tokens: Tensor | None
     progress: Progress
     calibration_progress: Progress
+    describe: Callable[[Manifest], Manifest] | None = None
 
     def finish(self, begun: Plan, planning: Planning) -> QuantizeReport:
         """Do all that a plan says.
@@ -128,6 +157,7 @@ class _Run:
                 return replace(report(), part=(part.number, part.total))
             _write_others(out, plan, options)
             manifest = _manifest(out, plan, recorded)
+            manifest = self.describe(manifest) if self.describe else manifest
             if self.init is None:
                 out.publish(manifest)
             else:
@@ -240,8 +270,8 @@ def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
     kept = skip_modules(plan.selection)
     config = plan.checkpoint.config | {"quantization_config": quantization_config(kept, options.encoding)}
     out.write_json(CONFIG_NAME, config)
-    for path in side_files(plan.checkpoint.root):
-        out.write(path.name, path.read_bytes())
+    for name, content in plan.checkpoint.side_contents().items():
+        out.write(name, content)
 
 
 def _manifest(out: Output, plan: Plan, recorded: dict[str, Any]) -> Manifest:

@@ -1,27 +1,29 @@
 """Take adapters out of a merged checkpoint, back to the bytes of the base."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from torch import Tensor
 
 from adaptkit.checkpoint import undo
-from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
-from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.hashing import bytes_of, tensors_root
+from adaptkit.checkpoint.header import Header
 from adaptkit.checkpoint.journal import Output, check_output
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
-from adaptkit.checkpoint.manifest import Manifest, parent_of, require_manifest
+from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
-from adaptkit.numerics import exact
-from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._pipeline import in_order, thread_count
-from adaptkit.operations._terms import plan_terms
+from adaptkit.numerics.approximate import ErrorBound, subtract
+from adaptkit.operations._edits import Edit, Edits, matrix_of, plan_edits
+from adaptkit.operations._folding import Fold, Rows, cut_frames, read_rows
+from adaptkit.operations._merged import BaseOutline, MergedModel, open_merged, target_names
+from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._shards import Group, reading, write_shards
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,11 @@ class UnmergeReport:
 
     Attributes:
         output: folder.
-        restored: number of weights restored to the bit, each compared with the fingerprint of the original.
-        tensors: in the checkpoint.
-        identical: whether the result's tensors are those that the merge began with.
+        restored: number of tensors that were changed back.
+        tensors: in the result.
+        identical: whether the result's tensors are, to the bit, those that the merge began with.
+        same_tensors: how many of the restored ones are.
+        error_bound: of an approximate result, the most by which a weight can be off; 0 for an exact one.
         tensors_root: binds the result's tensors.
         manifest_sha256: of the result's manifest.
     """
@@ -41,6 +45,8 @@ class UnmergeReport:
     restored: int
     tensors: int
     identical: bool
+    same_tensors: int
+    error_bound: float
     tensors_root: str
     manifest_sha256: str
 
@@ -50,143 +56,206 @@ def unmerge(
     adapters: Sequence[Path],
     output: Path,
     *,
+    approximate: bool = False,
     threads: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> UnmergeReport:
-    """Undo ``merge`` exactly.
+    """Undo ``merge`` exactly; or, without its record, as nearly as subtracting can.
+
+    Tensors and records are compared with the fingerprints in the manifest as they are read, which finds accidents;
+    ``verify`` finds malice, too.
 
     Args:
-        merged: folder that ``merge`` made, with its undo records.
-        adapters: folders of the adapters that were merged, in any order.
+        merged: folder that ``merge`` made.
+        adapters: folders of the adapters that were merged, in any order; none if they are in the folder.
         output: folder to make.
-        threads: number of tensors restored at a time; one per processor if None.
+        approximate: subtract and round where there is no undo record.
+        threads: number of pieces restored at a time; one per processor if None.
         force: replace an existing output.
         progress: told of bytes written.
 
     Raises:
         IntegrityError: a tensor or record changed since the merge, or there are no records; names it.
         BaseMismatchError: other adapters than those that were merged.
+        UsageError: changes that cannot be subtracted.
         OutputExistsError: the output exists.
     """
-    manifest = require_manifest(merged)
-    if manifest.kind != "merged":
-        raise IntegrityError(f"{merged}: is {manifest.kind}, not merged", hint="only what merge made can be unmerged")
-    checkpoint = Checkpoint(merged)
-    terms = plan_terms(checkpoint, *_match(merged, manifest, [read_adapter(path) for path in adapters]))
-    if set(terms) != {f"{target.module}.weight" for target in manifest.targets}:
-        raise BaseMismatchError(f"{merged}: the merge changed other tensors than these adapters do")
-    records = _records(merged, checkpoint, terms)
-    check_output(output, force, [merged, *adapters])
-    plan = [str(merged.resolve()), checkpoint.state(), manifest.sha256]
-    with Output(output, plan, force) as out:
-        for file in sorted(checkpoint.headers):
-            if not out.finished(file):
-                _restore_shard(out, checkpoint, file, manifest, terms, records, thread_count(threads), progress)
-        for name in (CONFIG_NAME, INDEX_NAME):
-            if (merged / name).exists():
-                out.write(name, _unchanged(merged, manifest, name))
-        for path in side_files(merged):
-            out.write(path.name, _unchanged(merged, manifest, path.name))
-        base = next(parent for parent in manifest.parents if parent.role == "base")
-        if tensors_root(out.tensors) != base.tensors_root:
-            raise IntegrityError(f"{merged}: the result is not the base that was merged", hint="report this as a bug")
-        restored = Manifest(
-            kind="checkpoint",
-            operation={"name": "unmerge", "options": {}},
-            files=tuple(out.files),
-            tensors=tuple(out.tensors),
-            parents=(parent_of("merged", manifest, manifest.tensors),),
-        )
-        out.publish(restored)
-    return UnmergeReport(str(output), len(terms), len(checkpoint.tensors), True, restored.tensors_root, restored.sha256)
-
-
-def _match(merged: Path, manifest: Manifest, adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[float]]:
-    """Put the adapters in the order of the merge, with the weights that it used."""
-    recorded = [parent for parent in manifest.parents if parent.role == "adapter"]
-    if len(recorded) != len(adapters):
-        raise UsageError(
-            f"{merged}: {len(recorded)} adapters were merged, {len(adapters)} given", hint="give each with --adapter"
-        )
-    waiting = list(adapters)
-    ordered = []
-    for parent in recorded:
-        found = next((a for a in waiting if tensors_root(a.records) == parent.tensors_root), None)
-        if found is None:
-            raise BaseMismatchError(
-                f"{merged}: was merged with an adapter whose tensors_root is {parent.tensors_root[:16]}…, "
-                "which none of those given has",
-                hint="inspect the adapter to see its own",
-            )
-        waiting.remove(found)
-        ordered.append(found)
-    return ordered, [parent.weight if parent.weight is not None else 1.0 for parent in recorded]
-
-
-def _unchanged(merged: Path, manifest: Manifest, name: str) -> bytes:
-    """The content of a small file, if it is still that of the merge."""
-    content = (merged / name).read_bytes()
-    recorded = next((record.sha256 for record in manifest.files if record.path == name), None)
-    if hashlib.sha256(content).hexdigest() != recorded:
-        raise IntegrityError(f"{name} changed since the merge", hint="get the merged model again")
-    return content
-
-
-def _records(merged: Path, checkpoint: Checkpoint, terms: dict[str, list[LowRank]]) -> TensorFiles:
-    count = len(checkpoint.headers)
-    names = [undo.undo_name(number, count) for number in range(1, count + 1)]
-    records = TensorFiles(merged, [name for name in names if (merged / name).exists()])
-    missing = sorted(set(terms) - set(records.tensors))
-    if missing:
+    model = open_merged(merged)
+    if not model.has_record and not approximate:
         raise IntegrityError(
-            f"{merged}: there is no undo record for {missing[0]}",
-            hint="it was merged with --no-undo, or a file is lost",
+            f"{merged}: has no undo record",
+            hint="it was merged with --no-undo: merge again from the base, or come near to it with --approximate",
         )
-    return records
+    read, weights = model.adapters(adapters)
+    records = {file: model.records(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
+    base = model.outline({file: model.header(file, found) for file, found in records.items()})
+    options = model.manifest.operation.get("options", {})
+    begins = partial(_begins, base, frozenset(options.get("begun", ())))
+    edits = plan_edits(base, read, weights, begins, bool(options.get("untie")))
+    originals = target_names(model.manifest, base.tensors)
+    if set(originals) != set(edits.of) - set(edits.added):
+        raise BaseMismatchError(f"{merged}: the merge changed other tensors than these adapters do")
+    if not model.has_record:
+        _check_subtractable(merged, edits)
+    check_output(output, force, [merged, *adapters])
+    plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256]
+    with Output(output, plan, force) as out:
+        restoring = _Restoring(model, base, edits, records, originals)
+        restoring.write(out, thread_count(threads), progress)
+        manifest = restoring.finish(out)
+        out.publish(manifest)
+    return UnmergeReport(
+        output=str(output),
+        restored=len(originals),
+        tensors=len(base.tensors),
+        identical=restoring.is_identical(out),
+        same_tensors=sum(out.notes[name]["same"] for name in originals),
+        error_bound=max((out.notes[name]["bound"] for name in originals), default=0.0),
+        tensors_root=manifest.tensors_root,
+        manifest_sha256=manifest.sha256,
+    )
 
 
-def _restore_shard(
-    out: Output,
-    checkpoint: Checkpoint,
-    file: str,
-    manifest: Manifest,
-    terms: dict[str, list[LowRank]],
-    records: TensorFiles,
-    threads: int,
-    progress: Progress,
-) -> None:
-    digests = {tensor.name: tensor.xxh3_128 for tensor in manifest.tensors}
-    originals = {f"{target.module}.weight": target.base_xxh3_128 for target in manifest.targets}
+def _begins(base: BaseOutline, begun: frozenset[str], name: str, files: TensorFiles, key: str) -> bool:
+    """Whether the merge let an adapter's copy of a tensor take its place."""
+    return name in begun or files.spec(key).shape != base.spec(name).shape
 
-    def make(spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        tensor = checkpoint.read(spec.name)
-        if fingerprint(tensor) != digests.get(spec.name):
-            raise IntegrityError(f"{spec.name} in {file} changed since the merge", hint="get the merged model again")
-        if spec.name not in terms:
-            return tensor, tensor
-        try:
-            residual = undo.unpack(records.read(spec.name), spec.count)
-            weight = exact.unmerge(tensor, terms[spec.name], residual)
-        except (ValueError, IntegrityError) as error:
-            raise IntegrityError(f"{spec.name}: the undo record does not fit ({error})") from error
-        if fingerprint(weight) != originals[spec.name]:
-            raise IntegrityError(
-                f"{spec.name}: the undo record or the adapter is not the one of this merge", hint="run verify on both"
+
+def _check_subtractable(merged: Path, edits: Edits) -> None:
+    for name, edit in edits.of.items():
+        if not edit.is_plain or edit.spec.shape != edit.base_shape:
+            raise UsageError(
+                f"{merged}: {name} was replaced or scaled, not added to; that cannot be subtracted",
+                hint="merge again from the base",
             )
-        return tensor, weight
 
-    header = checkpoint.headers[file]
-    specs = [spec for spec, _ in header.tensors]
-    done = sum(record.size for record in out.files)
-    total = sum(located.spec.nbytes for located in checkpoint.tensors.values())
-    as_merged = hashlib.sha256(header.raw)
-    with TensorWriter(out.folder, file, specs, header.raw) as writer:
-        for spec, (tensor, weight) in zip(specs, in_order(make, specs, threads), strict=True):
-            as_merged.update(bytes_of(tensor))
-            writer.write(spec.name, weight)
-            done += spec.nbytes
-            progress(done, total)
-    if as_merged.hexdigest() != next((record.sha256 for record in manifest.files if record.path == file), None):
-        raise IntegrityError(f"{file} changed since the merge", hint="get the merged model again")
-    out.add(writer.record, writer.tensors)
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of rows: of the result, and of the base."""
+
+    merged: Tensor
+    values: Tensor
+    bound: float = 0.0
+
+
+@dataclass
+class _Restoring:
+    """Writes the base from a merged model."""
+
+    model: MergedModel
+    base: BaseOutline
+    edits: Edits
+    records: Mapping[str, Mapping[str, Tensor]]
+    originals: Mapping[str, str | None]
+    digests: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digests = {tensor.name: tensor.xxh3_128 for tensor in self.model.manifest.tensors}
+
+    def write(self, out: Output, threads: int, progress: Progress) -> None:
+        """Write the shards."""
+        checkpoint = self.model.checkpoint
+        shards = []
+        for file in sorted(checkpoint.headers):
+            groups = []
+            for spec, _ in checkpoint.headers[file].tensors:
+                known = spec.name in self.base.tensors
+                groups.append(Group(spec.name, (self.base.spec(spec.name),) if known else ()))
+            shards.append((file, groups))
+        headers: dict[str, Header] = self.base.headers
+        raw = {file: header.raw for file, header in headers.items()}
+        write_shards(out, shards, self._jobs, self._assemble, threads, progress, raw)
+
+    def finish(self, out: Output) -> Manifest:
+        """Write everything but the shards, and describe it; an artifact becomes what it was, manifest and all.
+
+        Raises:
+            IntegrityError: the result is not the base that was merged.
+        """
+        model = self.model
+        if model.has_record and not self.is_identical(out):
+            raise IntegrityError(
+                f"{model.root}: the result is not the base that was merged", hint="report this as a bug"
+            )
+        for name, content in sorted(model.restored_files().items()):
+            out.write(name, content)
+        before = model.base_manifest()
+        if before is None:
+            parents = (parent_of("merged", model.manifest, model.manifest.tensors),)
+            options = {} if model.has_record else {"approximate": True}
+            operation = {"name": "unmerge", "options": options}
+            return Manifest("checkpoint", operation, tuple(out.files), tuple(out.tensors), parents)
+        written = {record.path for record in out.files}
+        for record in before.files:
+            if record.path not in written:
+                kept = f"{undo.BASE_PREFIX}{record.path}"
+                model.require_unchanged(kept)
+                out.copy(model.root / kept, record.path)
+        if set(before.files) != set(out.files):
+            differing = min(record.path for record in set(before.files) ^ set(out.files))
+            raise IntegrityError(f"{model.root}: {differing} is not as it was in the base", hint="run verify on it")
+        return before
+
+    def is_identical(self, out: Output) -> bool:
+        """Whether the tensors are those that the merge began with."""
+        base = next(parent for parent in self.model.manifest.parents if parent.role == "base")
+        return tensors_root(out.tensors) == base.tensors_root
+
+    def _record(self, name: str) -> Mapping[str, Tensor]:
+        return self.records[self.model.checkpoint.tensors[name].file]
+
+    def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
+        name, checkpoint = group.source, self.model.checkpoint
+        edit = self.edits.of.get(name)
+        if edit is None or name in self.edits.added:
+            return reading(checkpoint, checkpoint.spec(name), lambda values, start: None)
+        record = self._record(name)
+        lengths = {step.adapter: record.get(undo.lengths_name(name, step.adapter)) for step in edit.steps}
+        fold = Fold(edit, {adapter: found for adapter, found in lengths.items() if found is not None})
+        if not self.model.has_record:
+            return [partial(self._subtract, edit, rows) for rows in fold.pieces()]
+        if name not in record:
+            raise IntegrityError(f"{name}: the undo record says nothing of it", hint="get the merged model again")
+        return [partial(self._take_back, fold, rows, stream) for rows, stream in cut_frames(record[name], edit)]
+
+    def _take_back(self, fold: Fold, rows: Rows, stream: Tensor) -> _Run:
+        name = fold.edit.spec.name
+        merged = read_rows(self.model.checkpoint, name, rows)
+        try:
+            return _Run(merged, fold.take_back(merged, rows, stream))
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{name}: {error.message}", hint="run verify on the merged model and on the adapters"
+            ) from error
+
+    def _subtract(self, edit: Edit, rows: Rows) -> _Run:
+        merged = read_rows(self.model.checkpoint, edit.spec.name, rows)
+        panel, first = divmod(rows.start, edit.panel_rows)
+        found: ErrorBound = subtract(merged, edit.terms(panel), slice(first, first + rows.count))
+        return _Run(merged, found.values, found.bound)
+
+    def _assemble(self, group: Group, results: Iterator[Any], writer: TensorWriter) -> Mapping[str, Any]:
+        name = group.source
+        edit, digest = self.edits.of.get(name), xxhash.xxh3_128()
+        bound = 0.0
+        for result in results:
+            run = result if isinstance(result, _Run) else _Run(result, result)
+            digest.update(bytes_of(run.merged))
+            bound = max(bound, run.bound)
+            if group.specs:
+                writer.write(name, run.values)
+        if digest.hexdigest() != self.digests[name]:
+            file = self.model.checkpoint.tensors[name].file
+            raise IntegrityError(f"{name} in {file} changed since the merge", hint="get the merged model again")
+        if edit is None or not group.specs:
+            return {"same": True, "bound": 0.0}
+        if matrix_of(edit.base_shape)[0] > edit.matrix[0]:
+            writer.write(name, self._record(name)[undo.rest_name(name)])
+        same = writer.tensors[-1].xxh3_128 == self.originals[name]
+        if self.model.has_record and not same:
+            raise IntegrityError(
+                f"{name}: the undo record or the adapter is not the one of this merge", hint="run verify on both"
+            )
+        return {"same": same, "bound": bound}

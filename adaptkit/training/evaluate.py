@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.adapter import read_adapter, require_plain
 from adaptkit.checkpoint.architecture import load_tokenizer, quiet_transformers
 from adaptkit.checkpoint.text import check_window, read_tokens
 from adaptkit.errors import BaseMismatchError, UsageError
@@ -152,7 +152,9 @@ def evaluate(
     dtype, device = getattr(torch, options.compute_dtype), choose_device(options.device)
     model = load_model(base, dtype, device)
     if adapter is not None:
-        attach_adapter(model, read_adapter(adapter).modules, str(adapter))
+        read = read_adapter(adapter)
+        require_plain(read, "evaluate")
+        attach_adapter(model, read.modules, str(adapter))
     samples = dataset.samples if dataset else ()
     loss = mean_loss(model, samples, options.batch_size, pad_id(tokenizer)) if samples else None
     other = load_model(reference, dtype, device) if reference is not None else None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain
 from adaptkit.checkpoint.manifest import Manifest, Target
 from adaptkit.errors import BaseMismatchError
 from adaptkit.training.config import INITS, TrainConfig
@@ -24,6 +24,7 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
     if config.init in INITS:
         return None
     adapter = read_adapter(Path(config.init))
+    require_plain(adapter, "go on training")
     for module, expected in _targets(adapter.manifest).items():
         found = _targets(base).get(module)
         differs = found is None or expected.base_xxh3_128 not in (None, found.base_xxh3_128)

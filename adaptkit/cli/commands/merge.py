@@ -15,7 +15,16 @@ from adaptkit.cli.progress import byte_progress
 @click.argument("adapters", nargs=-1, required=True, type=ArtifactPath())
 @output_options
 @weight_option
+@click.option(
+    "--format",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "nf4"]),
+    help="nf4: merge on the 16-bit weights and quantize the result.",
+)
 @click.option("--undo/--no-undo", default=True, show_default=True, help="Write what makes unmerge exact.")
+@click.option("--embed-adapter", is_flag=True, help="Put copies of the adapters into the result, for unmerge.")
+@click.option("--untie", is_flag=True, help="Give the head a tensor of its own where it would differ.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Merge onto a base the adapter was not trained on.")
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
 @threads_option
@@ -31,7 +40,8 @@ def command(
 ) -> None:
     """Fold ADAPTERS into the 16-bit checkpoint BASE and write a merged one.
 
-    The change is summed exactly and rounded once; the base's shards, types and tokenizer are kept.
+    The change is summed exactly and rounded once; the base's shards, types and tokenizer are kept. Of a quantized BASE
+    the checkpoint that it was made from is taken, if it lies beside it.
     """
     from adaptkit.operations.merge import MergeOptions, merge
 
@@ -42,12 +52,16 @@ def command(
         ("would write" if dry_run else "wrote", report.output),
         ("merged", f"{report.merged} of {report.tensors} tensors"),
         ("base", "compared when merging" if dry_run and report.base_verified else verified),
+        *(("note", told) for told in report.told),
     ]
     if not dry_run:
+        quantized = options["format"] != "keep"
+        least = f"; least in {report.changes[0].name}, {percent(report.changes[0].effect)}" if report.changes else ""
+        record = f"{report.undo_bits:.3f} bits per parameter" if options["undo"] and not quantized else "none"
         rows += [
             ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
-            ("kept of it", f"{percent(report.effect)} after rounding"),
-            ("undo record", f"{report.undo_bits:.3f} bits per parameter" if options["undo"] else "none"),
+            ("kept of it", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),
+            ("undo record", record),
             ("manifest sha256", str(report.manifest_sha256)),
         ]
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -13,8 +13,13 @@ from adaptkit.cli.progress import byte_progress
 @click.argument("merged", type=ArtifactPath())
 @output_options
 @click.option(
-    "--adapter", "adapters", type=ArtifactPath(), multiple=True, required=True, help="That was merged. Repeatable."
+    "--adapter",
+    "adapters",
+    type=ArtifactPath(),
+    multiple=True,
+    help="That was merged. Repeatable. Default: the copies that merge --embed-adapter made.",
 )
+@click.option("--approximate", is_flag=True, help="Without an undo record, subtract and say how far off that may be.")
 @threads_option
 def command(
     merged: Path,
@@ -23,17 +28,27 @@ def command(
     force: bool,
     as_json: bool,
     quiet: bool,
+    approximate: bool,
     threads: int | None,
 ) -> None:
     """Take adapters out of MERGED again, back to the very bytes of its base."""
     from adaptkit.operations.unmerge import unmerge
 
     with byte_progress("unmerge", as_json or quiet) as progress:
-        report = unmerge(merged, adapters, output, threads=threads, force=force, progress=progress)
+        report = unmerge(
+            merged, adapters, output, approximate=approximate, threads=threads, force=force, progress=progress
+        )
+    if report.identical:
+        found = f"identical: all {report.tensors} tensors have the base's fingerprints"
+    else:
+        found = (
+            f"approximate: {report.same_tensors} of {report.restored} restored tensors are the base's; "
+            f"any other weight is at most {report.error_bound:.3g} off"
+        )
     rows = [
         ("wrote", report.output),
-        ("unmerge", f"identical: all {report.tensors} tensors have the base's fingerprints"),
-        ("restored", f"{report.restored} weights"),
+        ("unmerge", found),
+        ("restored", f"{report.restored} tensors"),
         ("tensors root", report.tensors_root),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -7,10 +7,11 @@ CUDA device. A property test holds them to the same bits.
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor, device, dtype
 
+from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.kernels.codebook import Codebook
 
 
@@ -51,7 +52,7 @@ class Kernels(Protocol):
         """See ``reference.low_rank_delta``."""
         ...
 
-    def add_rounded(self, weight: Tensor, delta: Tensor) -> Tensor:
+    def add_rounded(self, weight: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
         """See ``reference.add_rounded``."""
         ...
 
@@ -59,12 +60,24 @@ class Kernels(Protocol):
         """See ``reference.addition_sums``."""
         ...
 
-    def undo_residual(self, weight: Tensor, merged: Tensor, delta: Tensor) -> Tensor:
+    def undo_residual(self, weight: Tensor, merged: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
         """See ``reference.undo_residual``."""
         ...
 
-    def undo(self, merged: Tensor, delta: Tensor, residual: Tensor) -> tuple[Tensor, int]:
+    def undo(self, merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = None) -> tuple[Tensor, int]:
         """See ``reference.undo``."""
+        ...
+
+    def prepare(self, lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Any:
+        """See ``reference.prepare``; what it gives is for the same module's other functions only."""
+        ...
+
+    def merge_rows(self, weight: Tensor, factors: Any, start: int, with_undo: bool) -> RowsMerged:
+        """See ``reference.merge_rows``."""
+        ...
+
+    def unmerge_rows(self, merged: Tensor, factors: Any, start: int, residual: Tensor) -> tuple[Tensor, int]:
+        """See ``reference.unmerge_rows``."""
         ...
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptkit.numerics.kernels import _reference_blocks as reference
 from adaptkit.numerics.kernels import _whole_blocks
-from adaptkit.numerics.kernels._cpu_float import absmax_value, float_bits, magnitude, plain, rounded, value
+from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, magnitude, plain, rounded, value
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
 from adaptkit.numerics.kernels._cpu_memory import jit
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
@@ -73,7 +73,7 @@ def _absmax(x):
     largest = magnitude(x, 0)
     for i in range(x.size):
         largest = max(largest, magnitude(x, i))
-    return absmax_value(x, largest)
+    return any_value(x, largest)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})

@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined
 
 _VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
 
@@ -28,7 +28,7 @@ def magnitude(array, i):
     raise NotImplementedError
 
 
-@overload(magnitude)
+@overload(magnitude, jit_options=INLINED)
 def _magnitude(array, i):
     if array.dtype == types.uint32:
         return lambda array, i: np.int32(array[i] & np.uint32(0x7FFFFFFF))
@@ -40,7 +40,7 @@ def value(array, bits):
     raise NotImplementedError
 
 
-@overload(value)
+@overload(value, jit_options=INLINED)
 def _value(array, bits):
     if array.dtype == types.uint16:
         return lambda array, bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
@@ -61,15 +61,15 @@ def _value_float16(array, bits):
     return result
 
 
-def absmax_value(array, bits):
-    """``value``, but of a magnitude that may be infinity or NaN; these come back as such."""
+def any_value(array, bits):
+    """``value``, but also of infinity and NaN; float16's infinity comes back as NaN."""
     raise NotImplementedError
 
 
-@overload(absmax_value)
-def _absmax_value(array, bits):
+@overload(any_value, jit_options=INLINED)
+def _any_value(array, bits):
     if array.dtype == types.int16:
-        return lambda array, bits: np.float32(np.nan) if bits >= 0x7C00 else value(array, bits)
+        return lambda array, bits: np.float32(np.nan) if bits & 0x7C00 == 0x7C00 else value(array, bits)
     return lambda array, bits: value(array, bits)
 
 
@@ -78,7 +78,7 @@ def rounded(array, number):
     raise NotImplementedError
 
 
-@overload(rounded)
+@overload(rounded, jit_options=INLINED)
 def _rounded(array, number):
     if array.dtype == types.uint16:
         return lambda array, number: _to_bfloat16(number)
@@ -87,19 +87,19 @@ def _rounded(array, number):
     return lambda array, number: _to_float16(number)
 
 
-@jit
+@inlined
 def plain(number):
     """The number, or the usual NaN, whose low bits are zero and cannot carry into the sign when it is rounded."""
     return number if number == number else np.float32(np.nan)
 
 
-@jit
+@inlined
 def _to_bfloat16(number):
     bits = np.float32(number).view(np.uint32)
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@jit
+@inlined
 def _to_float16(number):
     bits = np.float32(number).view(np.uint32)
     size = np.uint32(bits & np.uint32(0x7FFFFFFF))

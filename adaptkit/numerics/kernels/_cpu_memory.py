@@ -8,6 +8,11 @@ from torch import Tensor
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
+INLINED = {"error_model": "numpy", "forceinline": True}
+"""Options of what is small, and called where a call would keep the compiler from making vectors."""
+
+inlined = numba.njit(nogil=True, cache=True, **INLINED)
+
 
 def as_numpy(tensor: Tensor) -> Any:
     """View a tensor's memory as numpy, bit patterns for the types that numpy lacks."""

@@ -5,7 +5,9 @@ Every function gives the bits of its namesake in ``reference``; read that for wh
 
 from adaptkit.numerics.kernels._cpu_blocks import decode_4bit, decode_8bit, encode_4bit, encode_8bit
 from adaptkit.numerics.kernels._cpu_constants import decode_constants, encode_constants
-from adaptkit.numerics.kernels._cpu_exact import add_rounded, addition_sums, low_rank_delta, undo, undo_residual
+from adaptkit.numerics.kernels._cpu_exact import add_rounded, addition_sums, undo, undo_residual
+from adaptkit.numerics.kernels._cpu_factors import low_rank_delta, prepare
+from adaptkit.numerics.kernels._cpu_merge import merge_rows, unmerge_rows
 
 __all__ = [
     "add_rounded",
@@ -17,6 +19,9 @@ __all__ = [
     "encode_8bit",
     "encode_constants",
     "low_rank_delta",
+    "merge_rows",
+    "prepare",
     "undo",
     "undo_residual",
+    "unmerge_rows",
 ]

@@ -20,8 +20,11 @@ from adaptkit.numerics.kernels.reference import (
     decode_constants,
     encode_constants,
     low_rank_delta,
+    merge_rows,
+    prepare,
     undo,
     undo_residual,
+    unmerge_rows,
 )
 
 __all__ = [
@@ -34,8 +37,11 @@ __all__ = [
     "encode_8bit",
     "encode_constants",
     "low_rank_delta",
+    "merge_rows",
+    "prepare",
     "undo",
     "undo_residual",
+    "unmerge_rows",
 ]
 
 _WEIGHTS_PER_PROGRAM = 2048

@@ -1,0 +1,146 @@
+"""Where a checkpoint's files keep what a model calls by another name.
+
+Adapters name the parameters of the running model. Files may call them the same; have or lack the prefix of the model
+around them; or use names of their own, one matrix an expert where the model has a stack, say. The first two are seen
+from the names alone; for the last, transformers is asked.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from adaptkit.checkpoint.architecture import empty_network, why_unknown
+from adaptkit.checkpoint.assembly import Assembly
+from adaptkit.checkpoint.naming import places
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError
+
+_PREFIXES = (
+    ("", ""),
+    ("", "model."),
+    ("model.", ""),
+    ("transformer.", ""),
+    ("", "transformer."),
+    ("model.", "model.language_model."),
+    ("model.", "language_model.model."),
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.model.", "model.language_model."),
+    ("model.language_model.", "language_model.model."),
+)
+"""What the model says at the beginning of a name, and what the files say there."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A tensor of the files, and what part of a parameter it is; or the other way round.
+
+    Attributes:
+        name: of the tensor.
+        expert: which of a stack of matrices is meant; None for all there is.
+        part: of how many equal runs of rows of that matrix one is meant: (number, of how many).
+        of_tensor: the parameter is that part of the tensor, instead of the tensor of the parameter.
+    """
+
+    name: str
+    expert: int | None = None
+    part: tuple[int, int] = (0, 1)
+    of_tensor: bool = False
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where parameters are.
+
+    Attributes:
+        of: by name of the parameter, the tensors that hold it.
+        told_by: how that was found out, in a few words; empty where the names are the same.
+    """
+
+    of: dict[str, tuple[Slice, ...]]
+    told_by: str = ""
+
+
+def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str, optional: Iterable[str] = ()) -> Addresses:
+    """Find where a checkpoint keeps some parameters.
+
+    Args:
+        checkpoint: plain.
+        names: of parameters, as the running model calls them.
+        who: asks, for messages.
+        optional: names that may be missing: they are in the answer if they are found beside the others.
+
+    Raises:
+        BaseMismatchError: it lacks one; names it.
+    """
+    wanted, extra = sorted(names), sorted(optional)
+    for said, held in _PREFIXES:
+        moved = {name: held + name[len(said) :] for name in (*wanted, *extra) if name.startswith(said)}
+        if all(moved.get(name) in checkpoint.tensors for name in wanted) and (wanted or extra):
+            told_by = f"names begin with {held or 'nothing'!r} instead of {said or 'nothing'!r}" if said != held else ""
+            found: dict[str, tuple[Slice, ...]] = {
+                name: (Slice(file),) for name, file in moved.items() if file in checkpoint.tensors
+            }
+            return Addresses(found, told_by)
+    return _ask(checkpoint, wanted, extra, who)
+
+
+def _ask(checkpoint: Checkpoint, wanted: list[str], optional: list[str], who: str) -> Addresses:
+    missing = next((name for name in wanted if name not in checkpoint.tensors), "")
+    lacks = f"{who}: changes {missing}, which {checkpoint.root} does not have"
+    if importlib.util.find_spec("transformers") is None:
+        raise BaseMismatchError(
+            f"{lacks} under that name",
+            hint="is this the right base? If its files use other names than the model: pip install 'adaptkit[train]'",
+        )
+    if why_unknown(checkpoint):
+        raise BaseMismatchError(lacks, hint="this adapter is for another model")
+    assembly = Assembly(empty_network(checkpoint), checkpoint)
+    prefix = f"{assembly.network.base_model_prefix}."
+    found: dict[str, tuple[Slice, ...]] = {}
+    for name in (*wanted, *optional):
+        known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in assembly.sources), None)
+        inside = _inside(assembly, name) if known is None else None
+        if known is not None:
+            found[name] = _slices(assembly, known, who)
+        elif inside is not None:
+            found[name] = (inside,)
+        elif name not in optional:
+            raise BaseMismatchError(
+                f"{who}: changes {name}, which {checkpoint.root} does not have",
+                hint="this adapter is for another model",
+            )
+    return Addresses(found, f"names mapped as transformers does for {type(assembly.network).__name__}")
+
+
+def _inside(assembly: Assembly, name: str) -> Slice | None:
+    """Find one expert's matrix, as files used to name it, in a stack that the files hold whole."""
+    expert = re.search(r"\.experts\.(\d+)\.", name)
+    place = places(assembly.network, [name]).get(name)
+    if expert is None or place is None or not place.pattern or len(place.parameters) != 1:
+        return None
+    stack = place.parameters[0]
+    if stack not in assembly.sources or assembly.place(stack).operations:
+        return None
+    part = (place.patterns.index(place.pattern), len(place.patterns))
+    return Slice(assembly.sources[stack][0], int(expert[1]), part, of_tensor=True)
+
+
+def _slices(assembly: Assembly, name: str, who: str) -> tuple[Slice, ...]:
+    place = assembly.place(name)
+    if not place.operations:
+        return (Slice(assembly.sources[name][0]),)
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in place.operations]
+    if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+        raise BaseMismatchError(
+            f"{who}: changes {name}, which transformers puts together from several tensors in a way not known here "
+            f"({', '.join(step for step, _ in steps)})",
+            hint="merge it with peft itself",
+        )
+    pieces = assembly.pieces(name)
+    return tuple(
+        Slice(file, expert, (number, len(pieces)))
+        for number, files in enumerate(pieces.values())
+        for expert, file in enumerate(files)
+    )

@@ -1,0 +1,97 @@
+"""What is more than an addition: DoRA's lengths, replaced values, and weighted sums of such changes.
+
+An adapter that turns W into E(W) counts with its weight w as W + w · (E(W) - W). With E(W) = g ⊙ (S + Δ), where S is W
+or what replaces it, every sum of such changes has the form
+
+    merged = gain ⊙ W + change
+
+with float64 numbers, rounded once. ``exact.merge_affine`` does that and ``exact.unmerge_affine`` undoes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one adapter makes of a run of rows of a weight W (rows, columns).
+
+    Attributes:
+        weight: with which the adapter counts.
+        delta: Δ, (rows, columns) float64; None for none. Of a plain addition it includes the weight.
+        gain: g, float64, (rows, 1) or (1, columns); None for 1.
+        instead: what takes W's place, (rows, columns) float64; None for W itself.
+        where: (rows, 1) bool, which rows are replaced; None for all of them.
+    """
+
+    weight: float
+    delta: Tensor | None = None
+    gain: Tensor | None = None
+    instead: Tensor | None = None
+    where: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it only adds."""
+        return self.gain is None and self.instead is None
+
+
+def combine(effects: Sequence[Effect], rows: int, columns: int) -> tuple[Tensor | None, Tensor]:
+    """Sum effects up, in their order.
+
+    Args:
+        effects: of the same rows.
+        rows: of them.
+        columns: of them.
+
+    Returns:
+        gain, float64 and of a shape that broadcasts to (rows, columns), or None for 1; and change (rows, columns)
+        float64.
+    """
+    change = torch.zeros(rows, columns, dtype=torch.float64)
+    others = [effect for effect in effects if not effect.is_plain]
+    gain: Tensor | None = None
+    if others:
+        gain = torch.full((1, 1), 1.0 - sum(effect.weight for effect in others), dtype=torch.float64)
+    for effect in effects:
+        if effect.is_plain:
+            if effect.delta is not None:
+                change += effect.delta
+            continue
+        factor = torch.full((1, 1), effect.weight, dtype=torch.float64)
+        if effect.gain is not None:
+            factor = factor * effect.gain
+        kept = factor
+        if effect.instead is not None:
+            kept = torch.zeros(1, 1, dtype=torch.float64)
+            instead = effect.instead
+            if effect.where is not None:
+                kept = torch.where(effect.where, 0.0, factor)
+                instead = torch.where(effect.where, instead, 0.0)
+            change += factor * instead
+        if effect.delta is not None:
+            change += factor * effect.delta
+        gain = kept if gain is None else gain + kept
+    return gain, change
+
+
+def square_sums(values: Tensor, per_column: bool, before: Tensor | None = None) -> Tensor:
+    """Σ v² of each row, or of each column, added one after the other: the same bits on every machine.
+
+    Args:
+        values: (rows, columns) float64.
+        per_column: sum down the columns.
+        before: (columns,) of the rows above; only with ``per_column``.
+
+    Returns:
+        (rows,) or (columns,) float64.
+    """
+    squares = values.square().numpy()
+    if per_column and before is not None:
+        squares = np.concatenate([before.numpy()[None], squares])
+    axis = 0 if per_column else 1
+    return torch.from_numpy(np.cumsum(squares, axis=axis).take(-1, axis=axis).copy())

@@ -1,0 +1,106 @@
+"""Rounding float64 to the three float types, once, inside compiled loops: without a branch, as in ``_cpu_float``.
+
+As there, the integer type of an array says which float its bits are: uint16 bfloat16, int16 float16, uint32 float32.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined
+
+_MANTISSA = {types.uint16: 7, types.int16: 10, types.uint32: 23}
+_LEAST_EXPONENT = {types.uint16: -126, types.int16: -14, types.uint32: -126}
+_INFINITY = {types.uint16: 0x7F80, types.int16: 0x7C00, types.uint32: 0x7F800000}
+
+_EXPONENT = np.int64(0x7FF << 52)
+_SIGN = np.int64(-1 << 63)
+
+
+def rounded_once(array, number):
+    """The bits of a float64 rounded once to an array's type, to nearest with ties to even; NaN is not finite."""
+    raise NotImplementedError
+
+
+@overload(rounded_once, jit_options=INLINED)
+def _rounded_once(array, number):
+    mantissa, least = _MANTISSA[array.dtype], _LEAST_EXPONENT[array.dtype]
+    floor = np.int64((least + 1023) << 52)
+    step = np.int64(((52 - mantissa) << 52) | (1 << 51))
+
+    # Adding and taking away 1.5 · 2^(52 + q) leaves a multiple of 2^q, rounded by the processor to nearest, ties to
+    # even; q is the exponent of the last place. Beyond 2^977 that fails, but there is nothing to round to.
+    def impl(array, number):
+        bits = np.float64(number).view(np.int64)
+        magic = np.int64(max(bits & _EXPONENT, floor) + step).view(np.float64)
+        multiple = np.float64((number + magic) - magic)
+        signed = np.int64(multiple.view(np.int64) | (bits & _SIGN)).view(np.float64)  # zero has a sign too
+        return _narrow(array, np.float32(signed))
+
+    return impl
+
+
+def _narrow(array, number):
+    """The bits of a float32 that an array's type holds exactly, or that is too large for it."""
+    raise NotImplementedError
+
+
+@overload(_narrow, jit_options=INLINED)
+def _narrow_to(array, number):
+    if array.dtype == types.uint16:
+        return lambda array, number: np.uint16(np.float32(number).view(np.uint32) >> np.uint32(16))
+    if array.dtype == types.uint32:
+        return lambda array, number: np.float32(number).view(np.uint32)
+    return lambda array, number: _narrow_float16(number)
+
+
+@inlined
+def _narrow_float16(number):
+    bits = np.float32(number).view(np.uint32)
+    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    result = np.uint32(np.uint32(size - np.uint32(0x38000000)) >> np.uint32(13))
+    if size < np.uint32(0x38800000):
+        result = np.uint32(np.int32(abs(np.float32(number)) * np.float32(2.0**24)))
+    if size >= np.uint32(0x47800000):
+        result = np.uint32(0x7C00)
+    return np.int16(np.uint16(result | ((bits >> np.uint32(16)) & np.uint32(0x8000))))
+
+
+def is_finite(array, bits):
+    """Whether an element's bits are those of a number."""
+    raise NotImplementedError
+
+
+@overload(is_finite, jit_options=INLINED)
+def _is_finite(array, bits):
+    infinity = np.int64(_INFINITY[array.dtype])
+    return lambda array, bits: (np.int64(bits) & infinity) != infinity
+
+
+def ordinal(array, bits):
+    """The place of an element's bits among the floats of its type, int64; see ``reference.ordinal``."""
+    raise NotImplementedError
+
+
+@overload(ordinal, jit_options=INLINED)
+def _ordinal(array, bits):
+    top = np.int64(1 << (array.dtype.bitwidth - 1))
+
+    def impl(array, bits):
+        size = np.int64(bits) & (top - 1)
+        return -size - 1 if np.int64(bits) & top else size
+
+    return impl
+
+
+def at_ordinal(array, number):
+    """Undo ``ordinal``."""
+    raise NotImplementedError
+
+
+@overload(at_ordinal, jit_options=INLINED)
+def _at_ordinal(array, number):
+    top = np.int64(1 << (array.dtype.bitwidth - 1))
+    kind = {types.uint16: np.uint16, types.int16: np.int16, types.uint32: np.uint32}[array.dtype]
+    return lambda array, number: kind(number if number >= 0 else top - number - 1)

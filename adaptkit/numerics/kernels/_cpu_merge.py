@@ -1,0 +1,239 @@
+"""Whole rows merged and unmerged in one pass, compiled: no matrix of float64 is ever formed.
+
+A tile of the change is multiplied out in float32 for four rows at a time, added by ``_cpu_filter``, and the elements
+that it doubts are computed as the definition says. float32 weights, of which float32 arithmetic cannot decide anything,
+go by way of the change of a few rows.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.kernels import _cpu_exact
+from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
+from adaptkit.numerics.kernels._cpu_exact import candidate, result
+from adaptkit.numerics.kernels._cpu_factors import BLOCK, TILE, Factors, delta_at, delta_rows, multiply
+from adaptkit.numerics.kernels._cpu_filter import (
+    UNKNOWN,
+    find_candidates,
+    find_marks,
+    round_row,
+    square_row,
+    trusted_range,
+)
+from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
+from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
+
+_Figures = tuple[int, float, float, float]
+"""What ``reference.addition_sums`` gives."""
+
+_PANEL_ELEMENTS = 1 << 18
+"""Elements whose change is held in float64 at a time, where it is."""
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def _squared_norm(b, row, gram):
+    """Σ Δ² of one row, and what it would be if the rank-1 parts of the change were orthogonal."""
+    squared, apart = 0.0, 0.0
+    for k in range(gram.shape[0]):
+        factor, inner = np.float64(b[row, k]), 0.0
+        for m in range(gram.shape[0]):
+            inner += gram[k, m] * np.float64(b[row, m])
+        squared += factor * inner
+        apart += factor * factor * gram[k, k]
+    return squared, apart
+
+
+@jit
+def _settle(weight, row, left, factors, start, tile, delta, i, found, count, out, sums):
+    """Compute the doubtful elements of a piece of a row as the definition says; whether all of them are finite."""
+    finite = True
+    for n in range(count):
+        j = found[n]
+        before = weight[row, left + j]
+        bits = result(weight, before, delta_at(factors, start + row, tile, j), 1.0)
+        effect = np.float64(any_value(out, bits)) - np.float64(any_value(weight, before))
+        sums[0] += effect != 0
+        sums[2] += effect * np.float64(delta[i, j])
+        finite &= is_finite(out, bits)
+        out[row, left + j] = bits
+    return finite
+
+
+@jit
+def _settle_guesses(merged, row, left, factors, start, tile, found, count, guess, guess_row, guess_left, states):
+    """Decide what float32 could not decide; leave where the ambiguous ones are in ``found``, and say how many."""
+    total = 0
+    for n in range(count):
+        j = found[n]
+        ambiguous = True
+        if states[j] == UNKNOWN:
+            change = delta_at(factors, start + row, tile, j)
+            bits, ambiguous = candidate(merged, merged[row, left + j], change, 1.0)
+            guess[guess_row, guess_left + j] = bits
+        found[total] = j
+        total += ambiguous
+    return total
+
+
+@jit
+def _room():
+    """Scratch: the change of four rows, marks and the same as words, places of words and of marks."""
+    marks = np.zeros(TILE, np.uint8)
+    words, found = np.empty(TILE // 8, np.uint64), np.empty(TILE, np.int64)
+    return np.empty((BLOCK, TILE), np.float32), marks, marks.view(np.uint64), words, found
+
+
+@jit
+def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, out, residual, sums):
+    """Merge a block of rows; how long the residual is, and whether the result is finite."""
+    a, columns = factors[0], weight.shape[1]
+    delta, marks, eights, words, found = _room()
+    guess = np.empty((1, TILE), weight.dtype)
+    pending, counts = np.empty((BLOCK, columns), np.int64), np.zeros(BLOCK, np.int64)
+    finite, length = True, 0
+    for top in range(0, weight.shape[0], BLOCK):
+        height = min(BLOCK, weight.shape[0] - top)
+        for tile in range(a.shape[0]):
+            left = tile * TILE
+            count = min(TILE, columns - left)
+            multiply(a, scaled, start + top, tile, 0, a.shape[1], count, delta)
+            for i in range(height):
+                row, error = top + i, errors[start + top + i]
+                least, span = trusted_range(weight, error)
+                moved, overlap, doubts = round_row(weight, row, left, count, delta, i, error, least, span, out, marks)
+                sums[0] += moved
+                sums[1] += square_row(weight, row, left, count)
+                sums[2] += overlap
+                if doubts:
+                    marked = find_marks(marks, eights, count, words, found)
+                    finite &= _settle(weight, row, left, factors, start, tile, delta, i, found, marked, out, sums)
+                if with_undo:
+                    find_candidates(out, row, left, count, delta, i, error, least, span, guess, 0, 0, marks)
+                    marked = find_marks(marks, eights, count, words, found)
+                    marked = _settle_guesses(out, row, left, factors, start, tile, found, marked, guess, 0, 0, marks)
+                    for n in range(marked):
+                        above = ordinal(weight, weight[row, left + found[n]]) - ordinal(guess, guess[0, found[n]])
+                        pending[i, counts[i] + n] = above
+                    counts[i] += marked
+        for i in range(height):
+            residual[length : length + counts[i]] = pending[i, : counts[i]]
+            length += counts[i]
+            counts[i] = 0
+            squared, apart = _squared_norm(factors[1], start + top + i, gram)
+            sums[3] += squared
+            sums[4] += apart
+    return length, finite
+
+
+@jit
+def _unmerge_rows(merged, factors, scaled, errors, start, residual, out):
+    """Restore a block of rows; how much of the residual that takes, which may be more than there is."""
+    a, columns = factors[0], merged.shape[1]
+    delta, marks, eights, words, found = _room()
+    pending, counts = np.empty((BLOCK, columns), np.int64), np.zeros(BLOCK, np.int64)
+    used = 0
+    for top in range(0, merged.shape[0], BLOCK):
+        height = min(BLOCK, merged.shape[0] - top)
+        for tile in range(a.shape[0]):
+            left = tile * TILE
+            count = min(TILE, columns - left)
+            multiply(a, scaled, start + top, tile, 0, a.shape[1], count, delta)
+            for i in range(height):
+                row, error = top + i, errors[start + top + i]
+                least, span = trusted_range(merged, error)
+                find_candidates(merged, row, left, count, delta, i, error, least, span, out, row, left, marks)
+                marked = find_marks(marks, eights, count, words, found)
+                marked = _settle_guesses(merged, row, left, factors, start, tile, found, marked, out, row, left, marks)
+                for n in range(marked):
+                    pending[i, counts[i] + n] = left + found[n]
+                counts[i] += marked
+        for i in range(height):
+            for n in range(min(counts[i], residual.size - used)):
+                place = ordinal(out, out[top + i, pending[i, n]]) + residual[used + n]
+                out[top + i, pending[i, n]] = at_ordinal(out, place)
+            used += counts[i]
+            counts[i] = 0
+    return used
+
+
+def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+    """See ``reference.merge_rows``."""
+    if weight.dtype == torch.float32:
+        return _merge_by_panels(weight, factors, start, with_undo)
+    weight = weight.contiguous()
+    out = torch.empty_like(weight)
+    residual, sums = np.empty(weight.numel() if with_undo else 0, np.int64), np.zeros(5)
+    arrays = (factors.a, factors.b, factors.ranks, factors.scales), factors.scaled, factors.gram, factors.errors
+    length, finite = _merge_rows(float_bits(weight), *arrays, start, with_undo, float_bits(out), residual, sums)
+    moved, squared_weight, overlap, squared_delta, apart = sums.tolist()
+    kept = torch.from_numpy(residual[:length].copy())
+    if not _figures_hold(squared_delta, apart, overlap, weight.numel()):
+        figures = _figures(weight, out, factors, start)
+    else:
+        figures = int(moved), squared_delta, squared_weight, overlap
+    return RowsMerged(out, kept, bool(finite), *figures)
+
+
+def _figures_hold(squared_delta: float, apart: float, overlap: float, count: int) -> bool:
+    """Whether nothing cancels in Σ Δ², and no square was too small or too large for float32."""
+    within = 2.0**-80 * count < squared_delta < 2.0**100
+    return within and squared_delta > 1e-4 * apart and math.isfinite(overlap)
+
+
+def _panels(rows: int, columns: int) -> list[slice]:
+    step = max(1, _PANEL_ELEMENTS // max(1, columns))
+    return [slice(top, min(top + step, rows)) for top in range(0, rows, step)]
+
+
+def _figures(weight: Tensor, merged: Tensor, factors: Factors, start: int) -> _Figures:
+    """The figures, from the canonical change itself."""
+    total = (0, 0.0, 0.0, 0.0)
+    for rows in _panels(*weight.shape):
+        delta = delta_rows(factors, start + rows.start, rows.stop - rows.start)
+        total = _added(total, _cpu_exact.addition_sums(weight[rows], merged[rows], delta))
+    return total
+
+
+def _added(first: _Figures, second: _Figures) -> _Figures:
+    return first[0] + second[0], first[1] + second[1], first[2] + second[2], first[3] + second[3]
+
+
+def _merge_by_panels(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+    merged, residuals = torch.empty_like(weight), [torch.empty(0, dtype=torch.int64)]
+    finite, figures = True, (0, 0.0, 0.0, 0.0)
+    for rows in _panels(*weight.shape):
+        before, delta = weight[rows], delta_rows(factors, start + rows.start, rows.stop - rows.start)
+        after = merged[rows] = _cpu_exact.add_rounded(before, delta)
+        finite = finite and bool(torch.isfinite(after).all())
+        figures = _added(figures, _cpu_exact.addition_sums(before, after, delta))
+        if with_undo:
+            residuals.append(_cpu_exact.undo_residual(before, after, delta))
+    return RowsMerged(merged, torch.cat(residuals), finite, *figures)
+
+
+def unmerge_rows(merged: Tensor, factors: Factors, start: int, residual: Tensor) -> tuple[Tensor, int]:
+    """See ``reference.unmerge_rows``."""
+    if merged.dtype == torch.float32:
+        return _unmerge_by_panels(merged, factors, start, residual)
+    merged = merged.contiguous()
+    out = torch.empty_like(merged)
+    arrays = (factors.a, factors.b, factors.ranks, factors.scales), factors.scaled, factors.errors
+    values = residual.contiguous().numpy()
+    used = _unmerge_rows(float_bits(merged), *arrays, start, values, float_bits(out))
+    check_length(used, residual)
+    return out, used
+
+
+def _unmerge_by_panels(merged: Tensor, factors: Factors, start: int, residual: Tensor) -> tuple[Tensor, int]:
+    out, used = torch.empty_like(merged), 0
+    for rows in _panels(*merged.shape):
+        delta = delta_rows(factors, start + rows.start, rows.stop - rows.start)
+        out[rows], more = _cpu_exact.undo(merged[rows], delta, residual[used:])
+        used += more
+    return out, used

@@ -1,0 +1,179 @@
+"""Residuals in few bytes, the same on every machine: a range coder whose frequencies are in the stream.
+
+    varint M                            number of values; if it is 0, nothing follows
+    varint S                            number of different symbols
+    S times: varint gap, varint f       the symbols in ascending order, as the distance to the one before less one (the
+                                        first: the symbol itself); f is its frequency, all add up to 4096
+    4 times: uint32                     the states from which decoding begins, each at least 65536
+    varint W                            number of words
+    W times: uint16                     the words, in the order in which decoding takes them
+    bytes                               raw bits, the lowest of a byte first, the last byte padded with zeros
+
+Numbers are little-endian. A varint has seven bits a byte, the lowest first, and bit 7 set in all bytes but the last.
+
+A value v is first folded: z = 2v, or -2v - 1 if v is negative. A z below 192 is a symbol; of a greater one that has n
+bits the symbol is 184 + n, and the n - 1 bits below the first follow among the raw bits, lowest first. The i-th symbol
+is taken from state x number i mod 4. Of a symbol with frequency f, whose slots begin at c (the sum of the frequencies
+before it), decoding finds c <= x mod 4096 < c + f, goes on with x = f ⌊x / 4096⌋ + x mod 4096 - c, and if that is less
+than 65536 with 65536 x + the next word. In the end all states are 65536. Frequencies are ⌊4096 count / M⌋, but at least
+1; what is missing goes to the most frequent symbol, and what is too much comes from whichever is greatest then, the
+lower symbol first.
+
+Source: Jarek Duda's asymmetric numeral systems (arXiv:1311.2540), the range variant, interleaved (Giesen,
+arXiv:1402.3392).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.kernels import _cpu_entropy
+from adaptkit.numerics.kernels._cpu_entropy import LEAST, PRECISION, STATES, SYMBOLS
+
+_TOTAL = 1 << PRECISION
+_LARGEST_VARINT = 10
+"""Bytes: enough for 64 bits."""
+
+
+def encode(residual: Tensor) -> Tensor:
+    """Compress residuals.
+
+    Args:
+        residual: (M,) int64.
+
+    Returns:
+        (N,) uint8 on the CPU, at least one.
+    """
+    values = residual.cpu().contiguous().numpy()
+    if values.size == 0:
+        return torch.zeros(1, dtype=torch.uint8)
+    symbols, counts = np.empty(values.size, np.uint8), np.zeros((STATES, 256), np.int64)
+    raw = np.zeros((int(_cpu_entropy.split(values, symbols, counts)) + 7) // 8, np.uint8)
+    if raw.size:
+        _cpu_entropy.put_raw(values, symbols, raw)
+    frequencies = _frequencies(counts.sum(axis=0)[:SYMBOLS])
+    states, words = np.full(STATES, LEAST, np.uint64), np.empty(values.size, np.uint16)
+    begin = _cpu_entropy.push(symbols, *_encoding_tables(frequencies), states, words)
+    used = words[begin:].astype("<u2").tobytes()
+    present = np.flatnonzero(frequencies).tolist()
+    parts = [_varint(values.size), _varint(len(present))]
+    for before, symbol in zip([-1, *present], present, strict=False):
+        parts += [_varint(symbol - before - 1), _varint(int(frequencies[symbol]))]
+    parts += [states.astype("<u4").tobytes(), _varint(len(used) // 2), used, raw.tobytes()]
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+
+
+def decode(stream: Tensor, most: int) -> Tensor:
+    """Undo ``encode``.
+
+    Args:
+        stream: (N,) uint8; whatever it holds, memory beyond it is never read.
+        most: how many values there may be; no more memory is used than these take.
+
+    Returns:
+        (M,) int64, M at most ``most``.
+
+    Raises:
+        ValueError: ``encode`` did not make this, or there are more values.
+    """
+    source = _Source(stream.cpu().contiguous().numpy())
+    count = source.varint()
+    if count > most:
+        raise ValueError(f"it holds {count} values, at most {most} are wanted")
+    if count == 0:
+        source.end()
+        return torch.empty(0, dtype=torch.int64)
+    slots = _slots(source)
+    states = source.take(4 * STATES).view("<u4").astype(np.uint64)
+    words = source.take(2 * source.varint()).view("<u2").astype(np.uint16)
+    symbols = np.empty(count, np.uint8)
+    padded = np.concatenate([words, np.zeros(STATES, np.uint16)])
+    used = _cpu_entropy.pop(states, slots, padded, symbols)
+    if used != words.size or (states != LEAST).any():
+        raise ValueError("its symbols do not end where they should")
+    bits = _cpu_entropy.raw_bits(symbols)
+    raw = source.take((bits + 7) // 8)
+    if bits % 8 and raw[-1] >> (bits % 8):
+        raise ValueError("it is not padded with zeros")
+    source.end()
+    values = torch.empty(count, dtype=torch.int64)
+    _cpu_entropy.join(symbols, raw, values.numpy())
+    return values
+
+
+class _Source:
+    """Bytes that are taken from the front, never more than there are."""
+
+    def __init__(self, content: Any) -> None:
+        self._rest = content
+
+    def take(self, count: int) -> Any:
+        if count > self._rest.size:
+            raise ValueError("it is cut short")
+        taken, self._rest = self._rest[:count].copy(), self._rest[count:]
+        return taken
+
+    def varint(self) -> int:
+        number = 0
+        for place in range(_LARGEST_VARINT):
+            byte = int(self.take(1)[0])
+            number |= (byte & 0x7F) << (7 * place)
+            if byte < 0x80:
+                return number
+        raise ValueError("a number in it is too long")
+
+    def end(self) -> None:
+        if self._rest.size:
+            raise ValueError(f"{self._rest.size} bytes are left over")
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _frequencies(counts: Any) -> Any:
+    """Scale counts to a sum of 4096, none that occurs to 0; see the layout above."""
+    total = int(counts.sum())
+    scaled = np.array([max(1, int(count) * _TOTAL // total) if count else 0 for count in counts.tolist()], np.int64)
+    surplus = int(scaled.sum()) - _TOTAL
+    if surplus < 0:
+        scaled[int(counts.argmax())] -= surplus
+    for _ in range(surplus):
+        scaled[int(scaled.argmax())] -= 1
+    return scaled
+
+
+def _encoding_tables(frequencies: Any) -> tuple[Any, Any, Any, Any]:
+    """For each symbol 2^44 / f rounded up, 4096 - f, where its slots begin, and from which state on to shift.
+
+    A state below f · 2^20 times 2^44 / f, rounded up, then shifted down by 44, is exactly the quotient: rounding adds
+    less than f · 2^20 · f / f, which is less than 2^44 / f, and the product stays below 2^64.
+    """
+    f = frequencies.astype(np.uint64)
+    safe = np.maximum(f, np.uint64(1))
+    top = np.uint64(1 << (32 + PRECISION))
+    start = np.cumsum(f) - f
+    return (top + safe - np.uint64(1)) // safe, np.uint64(_TOTAL) - f, start, f << np.uint64(32 - PRECISION)
+
+
+def _slots(source: _Source) -> Any:
+    """Read the frequencies; for each of the 4096 slots f - 1, its place among those of its symbol, and the symbol."""
+    slots, filled, symbol = np.empty(_TOTAL, np.uint32), 0, -1
+    for _ in range(source.varint()):
+        symbol += 1 + source.varint()
+        frequency = source.varint()
+        if symbol >= SYMBOLS or not 1 <= frequency <= _TOTAL - filled:
+            raise ValueError("its frequencies are none")
+        place = np.arange(frequency, dtype=np.uint32)
+        slots[filled : filled + frequency] = (frequency - 1) << 20 | place << 8 | symbol
+        filled += frequency
+    if filled != _TOTAL:
+        raise ValueError("its frequencies do not add up")
+    return slots

@@ -1,0 +1,240 @@
+"""Apply edits to tensors piece by piece, and take them back: the same pieces, the same arithmetic."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint import undo
+from adaptkit.checkpoint.adapter import TokenRows
+from adaptkit.checkpoint.header import DTYPES
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import IntegrityError, NonFiniteError
+from adaptkit.numerics import exact, lora
+from adaptkit.numerics.affine import Effect, combine, square_sums
+from adaptkit.numerics.exact import MergedRows, Prepared
+from adaptkit.operations._edits import Edit, Step, matrix_of
+from adaptkit.operations._shards import PIECE_BYTES
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A run of rows of a tensor as a matrix, all of one panel."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A run of rows before and after.
+
+    Attributes:
+        raw: of the base, as its file holds it.
+        values: of the result.
+        merged: what the addition did.
+        frame: what undoing it needs; empty if it was not asked for.
+    """
+
+    raw: Tensor
+    values: Tensor
+    merged: MergedRows
+    frame: bytes
+
+
+class Fold:
+    """One edit, ready to be applied to rows of the base or to be taken back from rows of the result.
+
+    Args:
+        edit: what happens.
+        lengths: by number of the adapter, DoRA's lengths of the rows (or columns) of W + Δ, float64.
+    """
+
+    def __init__(self, edit: Edit, lengths: Mapping[int, Tensor]) -> None:
+        self.edit, self._lengths = edit, lengths
+        self._prepared: dict[int, Prepared | None] = {}
+
+    def pieces(self) -> list[Rows]:
+        """Cut the result's rows into runs of about ``PIECE_BYTES``."""
+        return _cut(self.edit.matrix, self.edit.panel_rows, DTYPES[self.edit.spec.dtype].itemsize)
+
+    def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> Folded:
+        """Make rows of the result.
+
+        Raises:
+            NonFiniteError: the base is not finite, or the sum overflows; names the tensor.
+        """
+        held = self._base_rows(rows)
+        raw = _read(checkpoint, self.edit.source, self.edit.base_shape, held)
+        try:
+            terms = self._terms(rows) if self.edit.is_plain else None
+            if terms is not None:
+                merged = exact.merge_rows(raw, terms, self._within(rows), with_undo)
+            else:
+                gain, change = self._sum(rows)
+                merged = exact.merge_affine(raw, change[: held.count], _first(gain, held.count), with_undo)
+                if held.count < rows.count:  # more rows than the base has
+                    nothing = raw.new_zeros(rows.count - held.count, raw.shape[1])
+                    more = exact.merge_affine(nothing, change[held.count :], None, False)
+                    merged = replace(merged, weight=torch.cat([merged.weight, more.weight]))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.edit.spec.name}: {error.message}", error.hint) from error
+        frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
+        return Folded(raw, merged.weight, merged, frame)
+
+    def take_back(self, values: Tensor, rows: Rows, stream: Tensor) -> Tensor:
+        """Restore rows of the base; fewer than there are of the result, if the result has more.
+
+        Raises:
+            IntegrityError: the stream belongs to another merge.
+        """
+        residual = undo.unpack(stream, values.numel())
+        try:
+            terms = self._terms(rows) if self.edit.is_plain else None
+            if terms is not None:
+                return exact.unmerge_rows(values, terms, self._within(rows), residual)
+            gain, change = self._sum(rows)
+            held = self._base_rows(rows).count
+            return exact.unmerge_affine(values[:held], change[:held], _first(gain, held), residual)
+        except ValueError as error:
+            raise IntegrityError(f"the undo record does not fit ({error})") from error
+
+    def exact_change(self, weight: Tensor, rows: Rows) -> Tensor:
+        """What the edit adds to rows of the base, before rounding: float64."""
+        gain, change = self._sum(rows)
+        return change if gain is None else change + (gain - 1.0) * weight.double()
+
+    def _within(self, rows: Rows) -> int:
+        return rows.start % self.edit.panel_rows
+
+    def _base_rows(self, rows: Rows) -> Rows:
+        there = matrix_of(self.edit.base_shape)[0]
+        return Rows(rows.start, max(0, min(rows.count, there - rows.start)))
+
+    def _terms(self, rows: Rows) -> Prepared | None:
+        """The changes of a plain edit's rows; None if there are none, as of one expert among others."""
+        panel = rows.start // self.edit.panel_rows
+        known = self._prepared  # of the last panel only, to keep memory flat; threads may replace it meanwhile
+        if panel not in known:
+            terms = self.edit.terms(panel)
+            known = self._prepared = {panel: exact.prepare(terms) if terms else None}
+        return known[panel]
+
+    def _sum(self, rows: Rows) -> tuple[Tensor | None, Tensor]:
+        effects = [step_effect(step, self.edit, rows, self._lengths.get(step.adapter)) for step in self.edit.steps]
+        return combine(effects, rows.count, self.edit.matrix[1])
+
+
+def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> Effect:
+    """What a step does to a run of rows; ``lengths`` are DoRA's, None while they are being found.
+
+    Raises:
+        NonFiniteError: a length is 0.
+    """
+    panel, first = divmod(rows.start, edit.panel_rows)
+    inside = slice(first, first + rows.count)
+    only_adds = step.magnitude is None and step.whole is None and step.tokens is None
+    weight = step.weight if only_adds else 1.0  # which then counts for all that the adapter does
+    delta: Tensor | None = None
+    if step.panels and step.panels[panel]:
+        delta = lora.delta([term.weighted(weight) for term in step.panels[panel]], inside)
+    if step.bias is not None:
+        bias = (step.bias * weight)[rows.start : rows.start + rows.count, None]
+        delta = bias if delta is None else delta + bias
+    gain = None
+    if step.magnitude is not None and lengths is not None:
+        gain = step.magnitude.double() / lengths
+        if not bool(torch.isfinite(gain).all()):
+            raise NonFiniteError(f"{edit.spec.name}: a row of the changed weight is zero, so DoRA cannot scale it")
+        gain = gain[None] if step.per_column else gain[rows.start : rows.start + rows.count, None]
+    instead: Tensor | None = None
+    where: Tensor | None = None
+    if step.tokens is not None:
+        instead, where = _token_rows(step.tokens, rows, edit.matrix[1])
+    if step.whole is not None:
+        columns, first_row = edit.matrix[1], step.whole.first_row + rows.start
+        flat = step.whole.files.read_flat(step.whole.key, first_row * columns, rows.count * columns)
+        whole = flat.reshape(rows.count, columns).double()
+        instead = whole if instead is None or where is None else torch.where(where, instead, whole)
+        where = None
+    return Effect(step.weight, delta, gain, instead, where)
+
+
+def find_lengths(checkpoint: Checkpoint, edit: Edit) -> dict[int, Tensor]:
+    """DoRA's lengths of the rows (or columns) of W + Δ for every adapter that has magnitudes; reads the tensor once."""
+    found: dict[int, Tensor] = {}
+    for step in edit.steps:
+        if step.magnitude is None:
+            continue
+        sums: list[Tensor] = []
+        for rows in Fold(edit, {}).pieces():
+            effect = step_effect(step, edit, rows, None)
+            weight = effect.instead
+            if weight is None or effect.where is not None:
+                raw = _read(checkpoint, edit.source, edit.base_shape, rows).double()
+                weight = raw if effect.where is None or weight is None else torch.where(effect.where, weight, raw)
+            exact_sum = weight if effect.delta is None else weight + effect.delta
+            if step.per_column:
+                sums = [square_sums(exact_sum, True, sums[0] if sums else None)]
+            else:
+                sums.append(square_sums(exact_sum, False))
+        found[step.adapter] = torch.cat(sums).sqrt()
+    return found
+
+
+def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Tensor:
+    """Read a run of rows of a tensor as a matrix."""
+    return _read(checkpoint, name, checkpoint.spec(name).shape, rows)
+
+
+def cut_frames(record: Tensor, edit: Edit) -> Iterator[tuple[Rows, Tensor]]:
+    """The runs of rows that a record speaks of, each with its stream.
+
+    Raises:
+        IntegrityError: they are not the rows of this tensor.
+    """
+    start, (height, _) = 0, edit.matrix
+    for count, stream in undo.frames(record):
+        if start + count > height or start // edit.panel_rows != (start + count - 1) // edit.panel_rows:
+            raise IntegrityError("the undo record does not fit (other rows)")
+        yield Rows(start, count), stream
+        start += count
+    if start != height:
+        raise IntegrityError(f"the undo record does not fit ({start} rows of {height})")
+
+
+def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Callable[[], Folded]]:
+    """What to do for an edit, in order."""
+    return [partial(fold.apply, checkpoint, rows, with_undo) for rows in fold.pieces()]
+
+
+def _read(checkpoint: Checkpoint, name: str, shape: Sequence[int], rows: Rows) -> Tensor:
+    columns = matrix_of(shape)[1]
+    return checkpoint.read_flat(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
+
+
+def _first(gain: Tensor | None, count: int) -> Tensor | None:
+    """A gain for the first rows of those that it is for."""
+    return gain if gain is None or gain.shape[0] == 1 else gain[:count]
+
+
+def _token_rows(tokens: TokenRows, rows: Rows, columns: int) -> tuple[Tensor, Tensor]:
+    instead = torch.zeros(rows.count, columns, dtype=torch.float64)
+    where = torch.zeros(rows.count, 1, dtype=torch.bool)
+    for number, index in enumerate(tokens.indices):
+        if rows.start <= index < rows.start + rows.count:
+            instead[index - rows.start] = tokens.rows[number].double()
+            where[index - rows.start] = True
+    return instead, where
+
+
+def _cut(matrix: tuple[int, int], panel_rows: int, itemsize: int) -> list[Rows]:
+    height, columns = matrix
+    step = max(1, PIECE_BYTES // itemsize // max(1, columns))
+    return [
+        Rows(start, min(step, panel + panel_rows - start))
+        for panel in range(0, height, panel_rows)
+        for start in range(panel, panel + panel_rows, step)
+    ]

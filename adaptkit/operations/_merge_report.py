@@ -1,0 +1,116 @@
+"""What a merge is asked for, and what it tells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from adaptkit.errors import UsageError
+
+FORMATS = ("keep", "nf4")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        weights: one per adapter; empty means 1 for each.
+        undo: write the record that makes ``unmerge`` exact.
+        allow_base_mismatch: merge onto a base that the adapter was not trained on; recorded in the manifest.
+        untie: give the head a tensor of its own where a change would make it differ from the embedding.
+        format: ``keep`` the base's types; or ``nf4``: quantize the merged weights, which are then never written in 16
+            bits, and cannot be unmerged.
+        embed_adapter: put copies of the adapters into the result, so that ``unmerge`` needs nothing else.
+        threads: number of pieces merged at a time; one per processor if None. Not part of the result.
+    """
+
+    weights: tuple[float, ...] = ()
+    undo: bool = True
+    allow_base_mismatch: bool = False
+    untie: bool = False
+    format: str = "keep"
+    embed_adapter: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"format: {self.format!r} is none of {', '.join(FORMATS)}")
+        if self.format != "keep" and self.embed_adapter:
+            raise UsageError("a quantized merge cannot be unmerged", hint="leave out --embed-adapter")
+        if self.embed_adapter and not self.undo:
+            raise UsageError("copies of the adapters are for unmerge, which needs the undo record", hint="one of both")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads cannot work", hint="at least one")
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """What merging did to one tensor.
+
+    Attributes:
+        name: of the tensor.
+        elements: number of them.
+        moved: share of them whose value changed.
+        delta_norm: ‖Δ‖, of the exact change.
+        weight_norm: ‖W‖, of the base.
+        effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩, where effect is what the rounded addition, or the requantized weight, really
+            changed; 1 where nothing is lost.
+    """
+
+    name: str
+    elements: int
+    moved: float
+    delta_norm: float
+    weight_norm: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was done, or would be.
+
+    Attributes:
+        output: folder.
+        base: folder that was merged onto.
+        merged: number of tensors changed.
+        added: names of tensors that the base does not have.
+        tensors: in the result.
+        base_verified: whether all changed weights were compared with those that every adapter was trained on.
+        told: what people should know: how names were found, what was untied, whose tokenizer it is.
+        moved: share of the changed tensors' elements whose value moved.
+        relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors.
+        effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩ over all of them; what rounding left of the change.
+        undo_bits: size of the undo record, in bits per element of the changed tensors.
+        changes: tensor by tensor, those of which least was left first.
+        tensors_root: binds the result's tensors; None for a dry run.
+        manifest_sha256: None for a dry run.
+    """
+
+    output: str
+    base: str
+    merged: int
+    added: tuple[str, ...]
+    tensors: int
+    base_verified: bool
+    told: tuple[str, ...] = ()
+    moved: float = 0.0
+    relative_delta: float = 0.0
+    effect: float = 1.0
+    undo_bits: float = 0.0
+    changes: tuple[TensorChange, ...] = ()
+    tensors_root: str | None = None
+    manifest_sha256: str | None = None
+
+
+def with_changes(report: MergeReport, changes: Sequence[TensorChange]) -> MergeReport:
+    """A report that tells what was done to each tensor, and to all of them together."""
+    elements = sum(change.elements for change in changes)
+    squares = sum(change.delta_norm**2 for change in changes)
+    weights = sum(change.weight_norm**2 for change in changes)
+    overlap = sum(change.effect * change.delta_norm**2 for change in changes)
+    return replace(
+        report,
+        moved=sum(change.moved * change.elements for change in changes) / max(1, elements),
+        relative_delta=(squares / weights) ** 0.5 if weights else 0.0,
+        effect=overlap / squares if squares else 1.0,
+        changes=tuple(sorted(changes, key=lambda change: (change.effect, change.name))),
+    )

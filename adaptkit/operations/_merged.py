@@ -1,0 +1,206 @@
+"""A merged checkpoint and its undo record, opened for taking the adapters out again."""
+
+import hashlib
+import json
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.checkpoint import undo
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.hashing import file_sha256, tensors_root
+from adaptkit.checkpoint.header import Header, parse_header, strict_json
+from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
+from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
+from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
+
+_AGAIN = "get the merged model again"
+
+
+class BaseOutline(Checkpoint):
+    """The base of a merge as its headers and configuration were; its weights are not there.
+
+    Args:
+        root: of the merged checkpoint, for messages.
+        headers: by file.
+        config: ``config.json``.
+    """
+
+    def __init__(self, root: Path, headers: Mapping[str, Header], config: dict[str, Any]) -> None:
+        self.root = root
+        self.headers = dict(headers)
+        self.tensors = {
+            spec.name: Located(spec, file, position)
+            for file, header in headers.items()
+            for spec, position in header.tensors
+        }
+        self.__dict__["config"] = config
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """What ``merge`` made.
+
+    Attributes:
+        root: its folder.
+        manifest: of it.
+        checkpoint: its weights.
+        has_record: whether it has an undo record.
+    """
+
+    root: Path
+    manifest: Manifest
+    checkpoint: Checkpoint
+    has_record: bool
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every file, by path."""
+        return {record.path: record.sha256 for record in self.manifest.files}
+
+    def records(self, number: int) -> dict[str, Tensor]:
+        """What was lost of the number-th shard (from 1), by name; read whole, since it is small.
+
+        Raises:
+            IntegrityError: the file changed, or is not there.
+        """
+        if not self.has_record:
+            return {}
+        name = undo.record_name(number, len(self.checkpoint.headers))
+        return self.read_all(name)
+
+    def read_all(self, name: str) -> dict[str, Tensor]:
+        """Read a safetensors file of the record whose bytes are still those of the merge."""
+        self.require_unchanged(name)
+        files = TensorFiles(self.root, [name])
+        return {key: files.read(key) for key in files.tensors}
+
+    def require_unchanged(self, name: str) -> None:
+        """Compare a file with the manifest.
+
+        Raises:
+            IntegrityError: it changed, or is not there.
+        """
+        path = resolve_inside(self.root, name)
+        if not path.is_file():
+            raise IntegrityError(f"{self.root}: {name} is missing", hint=_AGAIN)
+        if file_sha256(path) != self.digests.get(name):
+            raise IntegrityError(f"{name} changed since the merge", hint=_AGAIN)
+
+    def small_file(self, name: str) -> bytes:
+        """The content of a small file, if it is still that of the merge.
+
+        Raises:
+            IntegrityError: it is not.
+        """
+        content = resolve_inside(self.root, name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.digests.get(name):
+            raise IntegrityError(f"{name} changed since the merge", hint=_AGAIN)
+        return content
+
+    @cached_property
+    def lost_files(self) -> dict[str, bytes]:
+        """Small files of the base that the result has not, or has changed; and the list of those that it added."""
+        if undo.FILES_NAME not in self.digests:
+            return {}
+        return {name: tensor.numpy().tobytes() for name, tensor in self.read_all(undo.FILES_NAME).items()}
+
+    def restored_files(self) -> dict[str, bytes]:
+        """The base's small files, by name.
+
+        Raises:
+            IntegrityError: one changed since the merge.
+        """
+        added = json.loads(self.lost_files[undo.ADDED]) if undo.ADDED in self.lost_files else []
+        ours = {*self.checkpoint.headers, *self.lost_files, *added}
+        kept = [name for name in self.digests if name not in ours and "/" not in name]
+        found = {name: self.small_file(name) for name in kept}
+        return found | {name: content for name, content in self.lost_files.items() if name != undo.ADDED}
+
+    def outline(self, headers: Mapping[str, Header]) -> BaseOutline:
+        """The base as its headers and configuration were."""
+        text = self.lost_files.get(CONFIG_NAME) or self.small_file(CONFIG_NAME)
+        return BaseOutline(self.root, headers, strict_json(text, CONFIG_NAME))
+
+    def header(self, file: str, records: Mapping[str, Tensor]) -> Header:
+        """The header of the base's shard."""
+        if undo.HEADER not in records:
+            return self.checkpoint.headers[file]
+        return parse_header(records[undo.HEADER].numpy().tobytes(), file)
+
+    def base_manifest(self) -> Manifest | None:
+        """The manifest of the base, if it was an artifact."""
+        name = f"{undo.BASE_PREFIX}{MANIFEST_NAME}"
+        return Manifest.from_bytes(self.small_file(name)) if name in self.digests else None
+
+    def adapters(self, given: Sequence[Path]) -> tuple[list[Adapter], list[float]]:
+        """The adapters of the merge in their order, with their weights: those given, or the copies in the folder.
+
+        Raises:
+            UsageError: another number of them, or none and no copies.
+            BaseMismatchError: others than those that were merged.
+        """
+        recorded = [parent for parent in self.manifest.parents if parent.role == "adapter"]
+        paths = list(given) or self._embedded(len(recorded))
+        if len(recorded) != len(paths):
+            raise UsageError(
+                f"{self.root}: {len(recorded)} adapters were merged, {len(paths)} given",
+                hint="give each with --adapter",
+            )
+        waiting = [read_adapter(path) for path in paths]
+        ordered = []
+        for parent in recorded:
+            found = next((a for a in waiting if tensors_root(a.records) == parent.tensors_root), None)
+            if found is None:
+                raise BaseMismatchError(
+                    f"{self.root}: was merged with an adapter whose tensors_root is {parent.tensors_root[:16]}…, "
+                    "which none of those given has",
+                    hint="inspect the adapter to see its own",
+                )
+            waiting.remove(found)
+            ordered.append(found)
+        return ordered, [parent.weight if parent.weight is not None else 1.0 for parent in recorded]
+
+    def _embedded(self, count: int) -> list[Path]:
+        names = [name for name in self.digests if name.startswith(undo.ADAPTERS_PREFIX)]
+        if not names:
+            raise UsageError(
+                f"{self.root}: holds no copies of the {count} adapter(s) that were merged",
+                hint="give each with --adapter",
+            )
+        for name in names:
+            self.require_unchanged(name)
+        return [self.root / undo.ADAPTERS_PREFIX / str(number) for number in range(1, count + 1)]
+
+
+def open_merged(root: Path) -> MergedModel:
+    """Open what ``merge`` made.
+
+    Raises:
+        IntegrityError: it is something else, or its files are not those of its manifest.
+    """
+    manifest = require_manifest(root)
+    if manifest.kind != "merged" or manifest.operation.get("name") != "merge":
+        raise IntegrityError(f"{root}: is {manifest.kind}, not merged", hint="only what merge made can be unmerged")
+    checkpoint = Checkpoint(root)
+    described = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
+    found = {(name, at.file, at.spec.dtype, at.spec.shape) for name, at in checkpoint.tensors.items()}
+    if described != found:
+        differing = min(described ^ found)[0]
+        raise IntegrityError(f"{root}: {differing} is not in the shards as the manifest says", hint=_AGAIN)
+    has_record = any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files)
+    return MergedModel(root, manifest, checkpoint, has_record)
+
+
+def target_names(manifest: Manifest, tensors: Container[str]) -> dict[str, str | None]:
+    """By name of the tensor, the fingerprint that each changed one had before."""
+    named = {}
+    for target in manifest.targets:
+        weight = f"{target.module}.weight"
+        named[weight if weight in tensors else target.module] = target.base_xxh3_128
+    return named

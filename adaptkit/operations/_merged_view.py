@@ -1,0 +1,106 @@
+"""A merged model that is in no file: its weights are made from the base's when they are read.
+
+So it can be quantized without being written in 16 bits, and what is left of the adapters in 4 bits can be measured.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import DTYPES
+from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.reader import Checkpoint, Located
+from adaptkit.operations._edits import Edit, Edits
+from adaptkit.operations._folding import Fold, Rows, find_lengths, read_rows
+from adaptkit.operations._merge_report import TensorChange
+
+
+class MergedView(Checkpoint):
+    """A checkpoint with edits applied to whatever is read of it.
+
+    Args:
+        base: plain.
+        edits: that add, remove and resize nothing.
+        contents: small files of the result, by name.
+        identity: what tells these edits from others.
+    """
+
+    def __init__(self, base: Checkpoint, edits: Edits, contents: Mapping[str, bytes], identity: str) -> None:
+        self.base, self.root = base, base.root
+        self.headers, self.tensors = base.headers, base.tensors
+        self._contents, self._identity = contents, identity
+        self.folds = {name: Fold(edit, find_lengths(base, edit)) for name, edit in edits.of.items()}
+
+    def outline(self) -> str:
+        """sha256 over the base's outline and what is done to it."""
+        return hashlib.sha256(f"{self.base.outline()} {self._identity}".encode()).hexdigest()
+
+    def side_contents(self) -> dict[str, bytes]:
+        """The small files of the result but for its configuration, which is the base's."""
+        return {name: content for name, content in self._contents.items() if name != CONFIG_NAME}
+
+    def _read(self, located: Located, offset: int, size: int) -> Tensor:
+        fold = self.folds.get(located.spec.name)
+        if fold is None:
+            return self.base._read(located, offset, size)
+        itemsize, columns = DTYPES[located.spec.dtype].itemsize, fold.edit.matrix[1]
+        first, last = offset // itemsize, (offset + size) // itemsize
+        start, stop = first // columns, -(-last // columns)
+        runs = [fold.apply(self.base, rows, False).values for rows in _within_panels(fold.edit, start, stop)]
+        flat = torch.cat([run.reshape(-1) for run in runs]) if runs else torch.empty(0, dtype=torch.uint8)
+        return flat[first - start * columns : last - start * columns].contiguous().view(torch.uint8)
+
+
+def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: Encoding, flip: bool) -> TensorChange:
+    """What is left of the change of a weight in its quantized form.
+
+    Args:
+        view: the merged model.
+        output: quantized from it.
+        name: of the weight.
+        encoding: of it.
+        flip: whether the plain weight is stored transposed.
+
+    Returns:
+        ``effect`` is ⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩ and ``moved`` the share of elements for which the two differ. Q(W)
+        is computed with constants that are not quantized themselves, which Δ knows nothing of.
+    """
+    fold = view.folds[name]
+    stored = quantized.read_quantized(output, name).dequantize(torch.float32)
+    after = stored.T if flip else stored
+    height, columns = fold.edit.matrix
+    aligned = not flip and columns % encoding.block_size == 0 and fold.edit.panel_rows == height
+    runs = fold.pieces() if aligned else [Rows(0, height)]
+    total = [0.0] * 5
+    for rows in runs:
+        weight = read_rows(view.base, name, rows)
+        linear = weight.T.contiguous() if flip else weight
+        codes = encoding.numerics.quantize(linear, encoding.block_size)
+        again = encoding.numerics.dequantize(codes, torch.float32).reshape(linear.shape)
+        before = again.T if flip else again
+        difference = (after.reshape(height, columns)[rows.start : rows.start + rows.count] - before).double()
+        delta = fold.exact_change(weight, rows)
+        found = (
+            float((difference != 0).sum()),
+            float(difference.numel()),
+            float(delta.square().sum()),
+            float(weight.double().square().sum()),
+            float((difference * delta).sum()),
+        )
+        total = [one + other for one, other in zip(total, found, strict=True)]
+    moved, count, squares, weights, overlap = total
+    effect = overlap / squares if squares else 1.0
+    return TensorChange(name, int(count), moved / max(1.0, count), squares**0.5, weights**0.5, effect)
+
+
+def _within_panels(edit: Edit, start: int, stop: int) -> list[Rows]:
+    runs = []
+    while start < stop:
+        end = min(stop, (start // edit.panel_rows + 1) * edit.panel_rows)
+        runs.append(Rows(start, end - start))
+        start = end
+    return runs

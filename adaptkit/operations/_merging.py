@@ -1,0 +1,242 @@
+"""One merge at work: pieces in threads, shards in order, and what is lost of each kept beside it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from adaptkit.checkpoint import undo
+from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import INDEX_NAME, resolve_inside
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target, TensorRecord
+from adaptkit.checkpoint.progress import Progress
+from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.operations._edits import Edit, Edits, matrix_of
+from adaptkit.operations._folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
+from adaptkit.operations._merge_base import Base, check_fingerprint, merge_parents
+from adaptkit.operations._merge_report import MergeOptions, MergeReport, TensorChange, with_changes
+from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._shards import Group, reading, write_shards
+from adaptkit.operations._side_files import SideFiles, plan_index, relative_files
+
+
+class Merging:
+    """One merge: what it knows before it begins, and the records that it collects on its way."""
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        options: MergeOptions,
+        edits: Edits,
+        side: SideFiles,
+    ) -> None:
+        self.base, self.checkpoint = base, base.checkpoint
+        self.adapters, self.weights, self.options = adapters, weights, options
+        self.edits, self.side = edits, side
+        self.shards = self._plan_shards()
+        self._out: Output
+        self._records: dict[str, Tensor] = {}
+        self._lengths: dict[str, dict[int, Tensor]] = {}
+        recorded: dict[str, Any] = {"weights": list(weights)}
+        for key in ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter"):
+            recorded[key] = getattr(options, key)
+        if edits.begun:
+            recorded["begun"] = sorted(edits.begun)
+        self.recorded = recorded
+
+    def identity(self) -> list[Any]:
+        """What, beside the base, decides the bytes of the result."""
+        roots = [[tensors_root(adapter.records), dict(adapter.config), _begun(adapter)] for adapter in self.adapters]
+        side = [[name, fingerprint(undo.as_bytes(content))] for name, content in sorted(self.side.contents.items())]
+        return [roots, side, self.recorded]
+
+    def run(self, output: Path, force: bool, progress: Progress) -> MergeReport:
+        """Write everything."""
+        checkpoint, state = self.checkpoint, self.checkpoint.state()
+        plan = [checkpoint.outline(), self.identity()]
+        with Output(output, plan, force, inputs=[[str(checkpoint.root.resolve()), state]]) as out:
+            out.require_space(sum(group.nbytes for _, groups in self.shards for group in groups))
+            self._out = out
+            write_shards(
+                out,
+                self.shards,
+                jobs=self._jobs,
+                assemble=self._assemble,
+                threads=thread_count(self.options.threads),
+                progress=progress,
+                headers=self._headers(),
+                beside=self if self.options.undo else None,
+            )
+            checkpoint.require_state(state)
+            self._write_others(out)
+            manifest = self._manifest(out)
+            out.publish(manifest)
+            return self.report(output, out, manifest)
+
+    def names(self, file: str) -> list[str]:
+        """The undo record that belongs to a shard."""
+        return [undo.record_name([name for name, _ in self.shards].index(file) + 1, len(self.shards))]
+
+    def write(self, file: str) -> None:
+        """Write the undo record that belongs to a shard."""
+        self._records[undo.HEADER] = undo.as_bytes(self.checkpoint.headers[file].raw)
+        undo.write_record(self._out, self.names(file)[0], self._records)
+        self._records = {}
+
+    def _plan_shards(self) -> list[tuple[str, list[Group]]]:
+        """The base's shards; a tensor that it does not have follows the one that it begins as."""
+        shards = []
+        for file in sorted(self.checkpoint.headers):
+            groups = []
+            for spec, _ in self.checkpoint.headers[file].tensors:
+                edit = self.edits.of.get(spec.name)
+                groups.append(Group(spec.name, (edit.spec if edit else spec,)))
+                new = [self.edits.of[name] for name in self.edits.added if self.edits.of[name].source == spec.name]
+                groups += [Group(edit.spec.name, (edit.spec,)) for edit in new]
+            shards.append((file, groups))
+        return shards
+
+    def _headers(self) -> dict[str, bytes]:
+        """The headers of the base's shards that fit the result's."""
+        kept = {}
+        for file, groups in self.shards:
+            header = self.checkpoint.headers[file]
+            if [spec for group in groups for spec in group.specs] == [spec for spec, _ in header.tensors]:
+                kept[file] = header.raw
+        return kept
+
+    def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
+        edit = self.edits.of.get(group.source)
+        if edit is None:
+            return reading(self.checkpoint, group.specs[0], lambda values, start: None)
+        lengths = self._lengths[edit.spec.name] = find_lengths(self.checkpoint, edit)
+        return jobs_of(Fold(edit, lengths), self.checkpoint, self.options.undo and not self._is_new(edit))
+
+    def _is_new(self, edit: Edit) -> bool:
+        return edit.spec.name in self.edits.added
+
+    def _assemble(self, group: Group, results: Iterator[Any], writer: TensorWriter) -> Mapping[str, Any]:
+        edit = self.edits.of.get(group.source)
+        if edit is not None:
+            return self._assemble_edit(edit, results, writer)
+        for values in results:
+            writer.write(group.source, values)
+        digest = writer.tensors[-1].xxh3_128
+        check_fingerprint(self.base, group.source, digest)
+        return {"base": digest}
+
+    def _assemble_edit(self, edit: Edit, results: Iterator[Folded], writer: TensorWriter) -> Mapping[str, Any]:
+        name, frames, digest = edit.spec.name, [], xxhash.xxh3_128()
+        moved, sums = 0, [0.0, 0.0, 0.0]
+        for result in results:
+            digest.update(bytes_of(result.raw))
+            writer.write(name, result.values)
+            frames.append(result.frame)
+            moved += result.merged.moved
+            for place, value in enumerate(
+                (result.merged.squared_delta, result.merged.squared_weight, result.merged.overlap)
+            ):
+                sums[place] += value
+        (height, _), (before, _) = edit.matrix, matrix_of(edit.base_shape)
+        if before > height:  # the base has rows that the result has not
+            rest = read_rows(self.checkpoint, edit.source, Rows(height, before - height))
+            digest.update(bytes_of(rest))
+            self._records[undo.rest_name(name)] = rest
+        if not self._is_new(edit):
+            check_fingerprint(self.base, name, digest.hexdigest())
+            self._records[name] = undo.packed(frames)
+            for adapter, lengths in self._lengths.pop(name, {}).items():
+                self._records[undo.lengths_name(name, adapter)] = lengths
+        return {"base": digest.hexdigest(), "moved": moved, "sums": sums}
+
+    def _write_others(self, out: Output) -> None:
+        """Everything but the weights and what was lost of them."""
+        files = {tensor.name: tensor.file for tensor in out.tensors}
+        index = plan_index(self.checkpoint, files, sum(g.nbytes for _, groups in self.shards for g in groups))
+        contents = dict(self.side.contents)
+        lost, added = dict(self.side.lost), list(self.side.added)
+        if index is not None:
+            contents[INDEX_NAME] = index
+            before = (self.checkpoint.root / INDEX_NAME).read_bytes()
+            lost |= {INDEX_NAME: before} if before != index else {}
+        for name, content in sorted(contents.items()):
+            out.write(name, content)
+        if not self.options.undo:
+            return
+        if lost or added:
+            tensors = {name: undo.as_bytes(content) for name, content in lost.items()}
+            undo.write_record(out, undo.FILES_NAME, tensors | {undo.ADDED: undo.added_files(added)})
+        if self.base.manifest is not None:
+            kept = {*contents, *(file for file, _ in self.shards), *lost}
+            for name in [MANIFEST_NAME, *(f.path for f in self.base.manifest.files if f.path not in kept)]:
+                out.copy(resolve_inside(self.checkpoint.root, name), f"{undo.BASE_PREFIX}{name}")
+        if self.options.embed_adapter:
+            for number, adapter in enumerate(self.adapters, 1):
+                for name in relative_files(adapter.root):
+                    out.copy(adapter.root / name, f"{undo.ADAPTERS_PREFIX}{number}/{name}")
+
+    def _manifest(self, out: Output) -> Manifest:
+        checkpoint = self.checkpoint
+        base = [
+            TensorRecord(name, "", located.spec.dtype, located.spec.shape, out.notes[name]["base"])
+            for name, located in checkpoint.tensors.items()
+        ]
+        targets = [
+            Target(name.removesuffix(".weight"), edit.base_shape, out.notes[name]["base"])
+            for name, edit in self.edits.of.items()
+            if not self._is_new(edit)
+        ]
+        return Manifest(
+            kind="merged",
+            operation={"name": "merge", "options": self.recorded},
+            files=tuple(out.files),
+            tensors=tuple(out.tensors),
+            parents=merge_parents(self.base, self.adapters, self.weights, base),
+            targets=tuple(targets),
+        )
+
+    def report(self, output: Path, out: Output | None = None, manifest: Manifest | None = None) -> MergeReport:
+        """What was done, or would be."""
+        changed = [edit for edit in self.edits.of.values() if edit.steps]
+        sources = {edit.source for edit in changed}
+        told = [*self.edits.told, *self.side.told]
+        if self.base.found_for is not None:
+            told.insert(
+                0, f"{self.base.found_for} is quantized; merged onto the 16-bit checkpoint that it was made from"
+            )
+        plain = MergeReport(
+            output=str(output),
+            base=str(self.checkpoint.root),
+            merged=len(changed),
+            added=tuple(self.edits.added),
+            tensors=sum(len(groups) for _, groups in self.shards),
+            base_verified=bool(sources) and sources <= set(self.base.expected),
+            told=tuple(told),
+        )
+        if out is None or manifest is None:
+            return plain
+        records = sum(record.size for record in out.files if record.path.startswith(f"{undo.FOLDER}/shard-"))
+        changes = [_change(edit, out.notes[edit.spec.name]) for edit in changed]
+        return replace(
+            with_changes(plain, changes),
+            undo_bits=8 * records / max(1, sum(change.elements for change in changes)),
+            tensors_root=manifest.tensors_root,
+            manifest_sha256=manifest.sha256,
+        )
+
+
+def _change(edit: Edit, note: Mapping[str, Any]) -> TensorChange:
+    squares, weights, overlap = note["sums"]
+    moved, effect = note["moved"] / max(1, edit.spec.count), overlap / squares if squares else 1.0
+    return TensorChange(edit.spec.name, edit.spec.count, moved, squares**0.5, weights**0.5, effect)
+
+
+def _begun(adapter: Adapter) -> dict[str, list[str]]:
+    return {name: [fingerprint(t.lora_a), fingerprint(t.lora_b)] for name, t in adapter.compensation.items()}

@@ -1,0 +1,128 @@
+"""The small files of a merged checkpoint: the base's, but for what the adapters bring or change."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, read_json, side_files
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import UsageError
+from adaptkit.operations._edits import Edits
+
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
+_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+_TOKENIZER = {
+    *_VOCABULARIES,
+    *_TEMPLATES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+}
+
+
+@dataclass
+class SideFiles:
+    """Small files of the result.
+
+    Attributes:
+        contents: by name.
+        lost: by name, what the base had and the result has not, or has changed.
+        added: names that the base does not have.
+        told: for people.
+    """
+
+    contents: dict[str, bytes] = field(default_factory=dict)
+    lost: dict[str, bytes] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+
+def plan_side_files(checkpoint: Checkpoint, adapters: Sequence[Adapter], edits: Edits) -> SideFiles:
+    """Collect the small files of a merged checkpoint, but for its index.
+
+    A tokenizer that comes with an adapter takes the place of the base's, all of it, since the adapter was trained with
+    it; so does a chat template alone.
+
+    Raises:
+        UsageError: two adapters bring different ones.
+    """
+    root = checkpoint.root
+    before = {path.name: path.read_bytes() for path in side_files(root)}
+    before[CONFIG_NAME] = (root / CONFIG_NAME).read_bytes()
+    files = SideFiles(dict(before))
+    if edits.config:
+        files.contents[CONFIG_NAME] = _changed_config(checkpoint.config, edits.config)
+    brought: dict[str, tuple[bytes, Adapter]] = {}
+    for adapter in adapters:
+        own = {path.name: path.read_bytes() for path in side_files(adapter.root) if path.name in _TOKENIZER}
+        for name, content in own.items():
+            other = brought.setdefault(name, (content, adapter))
+            if other[0] != content:
+                raise UsageError(
+                    f"{other[1].root} and {adapter.root} bring different {name}",
+                    hint="remove the tokenizer files of one of them",
+                )
+    if _VOCABULARIES & set(brought):
+        for name in _TOKENIZER & set(files.contents) - set(brought):
+            del files.contents[name]
+        files.told.append(f"tokenizer: the one of {min(str(adapter.root) for _, adapter in brought.values())}")
+    elif _TEMPLATES & set(brought):
+        files.told.append("chat template: the adapter's")
+        for name in _TEMPLATES & set(files.contents):
+            del files.contents[name]
+        brought = {name: found for name, found in brought.items() if name in _TEMPLATES}
+    else:
+        brought = {}
+    files.contents |= {name: content for name, (content, _) in brought.items()}
+    files.lost = {name: content for name, content in before.items() if files.contents.get(name) != content}
+    files.added = sorted(set(files.contents) - set(before))
+    return files
+
+
+def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: int) -> bytes | None:
+    """The index of the result: the base's own bytes unless tensors were added or resized.
+
+    Args:
+        checkpoint: the base.
+        files: by name, the file of every tensor of the result.
+        total_bytes: of its tensors.
+
+    Returns:
+        None if the base has none.
+    """
+    path = checkpoint.root / INDEX_NAME
+    if not path.exists():
+        return None
+    document = read_json(path)
+    held = sum(located.spec.nbytes for located in checkpoint.tensors.values())
+    if set(files) == set(checkpoint.tensors) and total_bytes == held:
+        return path.read_bytes()
+    metadata = document.get("metadata")
+    document["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_bytes}
+    document["weight_map"] = dict(sorted(files.items()))
+    return _as_before(document)
+
+
+def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
+    """The configuration with other values, in the order that it had; where a model's text part has them, there."""
+    changed = dict(config)
+    nested = changed.get("text_config")
+    for key, value in changes.items():
+        if isinstance(nested, dict) and key in nested and key not in changed:
+            nested = changed["text_config"] = nested | {key: value}
+        else:
+            changed[key] = value
+    return _as_before(changed)
+
+
+def _as_before(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def relative_files(root: Path) -> list[str]:
+    """Every file in and below a folder, by its relative path."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())

@@ -1,0 +1,182 @@
+"""Embedding and head of a checkpoint, which may be one tensor, and what becomes of that when an adapter changes one.
+
+In the running model peft wraps modules, not tensors: a change of the embedding leaves a tied head as it was, and the
+other way round. Rows of trained tokens, and what ``ensure_weight_tying`` is set for, change both.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.addressing import Slice, find_addresses
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import AdapterError, BaseMismatchError
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Where a checkpoint keeps what depends on its vocabulary.
+
+    Attributes:
+        embedding: name of the tensor; empty if none is known.
+        head: name of the output layer's tensor, in the files or not.
+        tied: whether the head is the embedding.
+        tensors: names in the files.
+    """
+
+    embedding: str
+    head: str
+    tied: bool
+    tensors: Collection[str]
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether a tensor of the files is the embedding."""
+        return bool(name) and name == self.embedding
+
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor, or a parameter of the model, is the output layer."""
+        return bool(_HEAD.search(name))
+
+    def stored(self, name: str) -> str:
+        """The tensor of the files that a tensor of the result begins as."""
+        return self.embedding if name == self.head and name not in self.tensors else name
+
+    def both(self, name: str) -> list[str]:
+        """Embedding and head if they are one and a tensor is that; else only the tensor."""
+        return [self.embedding, self.head] if self.tied and name in (self.embedding, self.head) else [name]
+
+    def outputs(self, name: str, together: bool) -> list[str]:
+        """The tensors that a change of one goes to.
+
+        Args:
+            name: of the tensor.
+            together: whether embedding and head change together.
+        """
+        if not self.tied or name not in (self.embedding, self.head) or not together:
+            return [name]
+        return [self.embedding, *([self.head] if self.head in self.tensors else [])]
+
+
+@dataclass(frozen=True)
+class VocabularyChange:
+    """What an adapter means for the vocabulary's tensors, and where its parameters are.
+
+    Attributes:
+        addresses: of every parameter that it changes, but those in ``repeated``.
+        told_by: how they were found, if the names differ.
+        together: embedding and head change alike.
+        separate: they would no longer be the same tensor.
+        repeated: parameters whose change only repeats that of the embedding.
+    """
+
+    addresses: Mapping[str, tuple[Slice, ...]]
+    told_by: str
+    together: bool
+    separate: bool
+    repeated: frozenset[str]
+
+
+def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    """Find embedding and head, from names and configuration."""
+    shortest_first = sorted(checkpoint.tensors, key=lambda name: (len(name), name))
+    tables = [name for name in shortest_first if _EMBEDDING.search(name)]
+    heads = [name for name in shortest_first if _HEAD.search(name)]
+    says = _says_tied(checkpoint.config)
+    tied = bool(tables) and (not heads or says is True)
+    return Vocabulary(tables[0] if tables else "", heads[0] if heads else "lm_head.weight", tied, checkpoint.tensors)
+
+
+def vocabulary_changes(
+    checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Adapter, untie: bool
+) -> VocabularyChange:
+    """Find an adapter's parameters in the files, and what its changes mean for a tied head.
+
+    Raises:
+        BaseMismatchError: the checkpoint lacks one; or a tied head would no longer be the embedding, and that is not
+            asked for.
+    """
+    names = _parameters(adapter)
+    absent = {n for n in names if vocabulary.is_head(n) and vocabulary.tied and n not in checkpoint.tensors}
+    found = find_addresses(checkpoint, names - absent, str(adapter.root))
+    addresses = dict(found.of) | {name: (Slice(vocabulary.head),) for name in absent}
+    plain = VocabularyChange(addresses, found.told_by, True, False, frozenset())
+    if not vocabulary.tied:
+        return plain
+    tables = [name for name, slices in found.of.items() if vocabulary.is_embedding(slices[0].name)]
+    heads = [name for name in names if vocabulary.is_head(name)]
+    if not tables and not heads:
+        return plain
+    if _change_alike(adapter, tables, heads, vocabulary, checkpoint):
+        return VocabularyChange(addresses, found.told_by, True, False, frozenset(heads) if tables else frozenset())
+    if not untie:
+        raise BaseMismatchError(
+            f"{adapter.root}: changes {(tables + heads)[0]}, but {checkpoint.root} ties its head to its embedding, "
+            "which would no longer be the same",
+            hint="give the head a tensor of its own: --untie",
+        )
+    return VocabularyChange(addresses, found.told_by, False, True, frozenset())
+
+
+def _parameters(adapter: Adapter) -> set[str]:
+    weights = {f"{module}.weight" for module in (*adapter.modules, *adapter.tokens)}
+    return {*weights, *(f"{module}.bias" for module in adapter.biases), *adapter.experts, *adapter.replaced}
+
+
+def _change_alike(
+    adapter: Adapter, tables: list[str], heads: list[str], vocabulary: Vocabulary, checkpoint: Checkpoint
+) -> bool:
+    """Whether embedding and head stay the same tensor in the running model."""
+    digests = {record.name: (record.xxh3_128, record.dtype, record.shape) for record in adapter.records}
+    if adapter.config.get("ensure_weight_tying"):
+        return _repeats(adapter, tables, heads, digests)
+    kinds = [_kinds(adapter, name) for name in (*tables, *heads)]
+    if all(kind == {"replaced"} for kind in kinds) and tables:
+        values = {digests[adapter.replaced[name]] for name in (*tables, *heads)}
+        shape = adapter.files.spec(adapter.replaced[tables[0]]).shape
+        return len(values) == 1 and (bool(heads) or shape != checkpoint.spec(vocabulary.embedding).shape)
+    if all(kind == {"tokens"} for kind in kinds) and tables:
+        tokens = [adapter.tokens[name.removesuffix(".weight")] for name in (*tables, *heads)]
+        return all(t.indices == tokens[0].indices and t.rows.equal(tokens[0].rows) for t in tokens)
+    return False
+
+
+def _repeats(adapter: Adapter, tables: list[str], heads: list[str], digests: Mapping[str, Any]) -> bool:
+    """Whether the head's change, if there is one beside that of the embedding, is the same.
+
+    Raises:
+        AdapterError: it is not, though they are said to be tied.
+    """
+    for table, head in ((table, head) for table in tables for head in heads):
+        one, other = (adapter.modules.get(name.removesuffix(".weight")) for name in (table, head))
+        if one and other and not (torch.equal(one.lora_a, other.lora_a) and torch.equal(one.lora_b, other.lora_b)):
+            raise AdapterError(
+                f"{adapter.root}: ensure_weight_tying is set, but {table} and {head} change differently",
+                hint="save it again with peft",
+            )
+        begins = [adapter.begins.get(name) for name in (table, head)]
+        values = [None if key is None else digests[key] for key in begins]
+        if None not in values and values[0] != values[1]:
+            raise AdapterError(
+                f"{adapter.root}: ensure_weight_tying is set, but {begins[0]!r} and {begins[1]!r} differ",
+                hint="save it again with peft",
+            )
+    return True
+
+
+def _kinds(adapter: Adapter, name: str) -> set[str]:
+    module = name.removesuffix(".weight")
+    found = {"low rank": module in adapter.modules, "tokens": module in adapter.tokens}
+    return {kind for kind, there in (found | {"replaced": name in adapter.replaced}).items() if there}
+
+
+def _says_tied(config: Mapping[str, Any]) -> Any:
+    nested = config.get("text_config")
+    inner = nested.get("tie_word_embeddings") if isinstance(nested, dict) else None
+    return config.get("tie_word_embeddings", inner)

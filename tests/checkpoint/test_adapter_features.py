@@ -1,0 +1,505 @@
+"""Every tensor of an adapter is used exactly once, whatever it is part of, or the error names what is wrong."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import peft_adapters
+import pytest
+import torch
+from peft_adapters import CASES, CONFIG, PREFIX, REFUSED, WEIGHTS, change_config, change_tensors, keys_of
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.errors import AdapterError, BaseMismatchError, UnsafeInputError, UsageError
+from adaptkit.operations.merge import MergeOptions, merge
+
+KINDS = [
+    "linear", "linear_patterns", "linear_as_parameter", "conv1d", "embedding", "embedding_tied_ensured", "head_tied",
+    "dora", "dora_conv1d", "dora_embedding", "lora_bias", "biases_all_lora_bias", "saved_norms", "saved_mlp",
+    "saved_head_phi", "saved_both_tied", "resized", "resized_phi", "resized_embedding", "tokens", "tokens_both",
+    "tokens_resized", "experts_mixtral", "experts_qwen3_fused", "experts_up_only", "experts_down_only",
+    "experts_transposed", "experts_saved", "experts_one_by_one_qwen3", "router", "router_saved", "everything",
+    "everything_phi", "everything_qwen2_moe",
+]  # fmt: skip
+"""Every kind of tensor, and the kinds that stand beside each other."""
+LAYER = "model.layers.0"
+Q = f"{LAYER}.self_attn.q_proj"
+EXPERTS = f"{LAYER}.mlp.experts"
+COPIES = (".original_module.weight", ".modules_to_save.weight", ".original_module.bias", ".modules_to_save.bias")
+"""peft saves these beside the module's own where it saves embeddings, or all biases, as well."""
+
+
+@pytest.fixture
+def changed(made, copy_of):
+    """A case with a copy of its adapter that may be changed."""
+
+    def make(name):
+        case = peft_adapters.make(made, name)
+        return case, copy_of(case.adapter)
+
+    return make
+
+
+@contextlib.contextmanager
+def kept(adapter):
+    """Put an adapter's files back afterwards."""
+    before = {path: path.read_bytes() for path in (adapter / CONFIG, adapter / WEIGHTS)}
+    yield
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def refuse(case, adapter, tmp_path, *names):
+    """Merging must fail with a line that names one of ``names`` and a hint, and leave nothing."""
+    options = MergeOptions(untie=True) if case.case.untied else MergeOptions()
+    with pytest.raises((UnsafeInputError, BaseMismatchError)) as caught:
+        merge(case.base, [adapter], tmp_path / "out", options)
+    message, hint = caught.value.message, caught.value.hint
+    assert any(name in message for name in names), f"{message!r} names none of {names}"
+    assert hint
+    assert "\n" not in message + hint
+    assert list(tmp_path.glob("out*")) == []
+
+
+def module_of(key):
+    """The module that a tensor belongs to, dotted, without what peft puts around it."""
+    parts = r"\.(lora_|base_layer|token_adapter|modules_to_save|original_module|weight$|bias$|gate_up_proj$|down_proj$)"
+    return re.split(parts, key.removeprefix(PREFIX))[0]
+
+
+def names_of(key):
+    """What a message may call a tensor: its module, or that module as transformers names it."""
+    module = module_of(key)
+    vocabulary = {"vocab", "embedding", "embed_tokens", "lm_head"}  # they are missed by each other
+    sizes = vocabulary if "embed" in module or "lm_head" in module else set()
+    return {module, module.replace(".mlp.", ".block_sparse_moe.")} | sizes
+
+
+def one_of_each_kind(adapter):
+    """The first key of every kind of tensor: parts of LoRA, their neighbours, what is saved; the head's for itself."""
+    found = {}
+    for key in keys_of(adapter):
+        part = key.removeprefix(PREFIX).removeprefix(module_of(key))
+        found.setdefault((part, "lm_head" in key, "embed" in key, "norm" in key), key)
+    return list(found.values())
+
+
+# Nothing is passed over
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_is_recorded(changed, name):
+    _, adapter = changed(name)
+    assert sorted(record.name for record in read_adapter(adapter).records) == keys_of(adapter)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("everything_phi", "tokens_resized_tied")])
+def test_every_tensor_is_used_exactly_once(changed, name):
+    """By counting them: two a LoRA, one of everything else; but for copies, which must be the same."""
+    _, adapter = changed(name)
+    read = read_adapter(adapter)
+    used = 2 * len(read.modules) + 2 * len(read.experts)
+    used += sum(map(len, (read.magnitudes, read.biases, read.replaced, read.begins, read.tokens)))
+    assert used == len([key for key in keys_of(adapter) if not key.endswith(COPIES)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stray_tensor_is_named(changed, tmp_path, name):
+    case, adapter = changed(name)
+    module = f"{PREFIX}{module_of(next(key for key in keys_of(adapter) if 'lora_' in key))}"
+    for stray in (f"{module}.lora_C.weight", f"{PREFIX}model.stray.weight", f"{module}.lora_A.weight.again"):
+        with kept(adapter):
+            change_tensors(adapter, lambda tensors, stray=stray: tensors.update({stray: torch.ones(4, 4)}))
+            refuse(case, adapter, tmp_path, stray.removeprefix(PREFIX))
+
+
+@pytest.mark.parametrize(
+    ("name", "stray", "like"),
+    [
+        ("linear", f"{Q}.lora_magnitude_vector", "rows"),
+        ("lora_bias", f"{LAYER}.self_attn.o_proj.lora_B.bias", "rows"),
+        ("linear", f"{Q}.lora_B.bias", "rows"),
+        ("linear", f"{Q}.weight", "square"),  # peft has no place for it: the module is wrapped
+        ("linear", f"{Q}.lora_embedding_A", "square"),
+        ("linear", "model.embed_tokens.token_adapter.trainable_tokens_delta", "square"),
+        ("experts_up_only", f"{EXPERTS}.base_layer.lora_A.weight", "square"),
+        ("experts_mixtral", f"{EXPERTS}.base_layer.base_layer.lora_A.weight", "square"),
+        ("experts_mixtral", f"{EXPERTS}.lora_magnitude_vector", "rows"),
+        ("tokens", "lm_head.token_adapter.trainable_tokens_delta", "square"),
+        ("embedding", "model.embed_tokens.lora_A.weight", "square"),
+    ],
+)
+def test_a_tensor_that_the_configuration_knows_nothing_of_is_named(changed, tmp_path, name, stray, like):
+    case, adapter = changed(name)
+    tensor = torch.ones(64) if like == "rows" else torch.ones(64, 64)
+    change_tensors(adapter, lambda tensors: tensors.update({PREFIX + stray: tensor}))
+    refuse(case, adapter, tmp_path, stray, module_of(stray))
+
+
+def is_needed(name, key):
+    """Whether an adapter without this tensor is no whole one."""
+    case = CASES[name]
+    if key.endswith(COPIES):
+        return False
+    if key.endswith("base_layer.weight"):  # the base has the same
+        return case.vocabulary is not None
+    if key.endswith(".bias") and ".lora_B." not in key:  # peft cannot say which biases there are to be
+        return name in ("saved_head_phi", "resized_phi")
+    return True
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_missing_tensor_is_named(changed, tmp_path, name):
+    case, adapter = changed(name)
+    keys = [key for key in one_of_each_kind(adapter) if is_needed(name, key)]
+    assert len(keys) >= 2
+    for key in keys:
+        with kept(adapter):
+            change_tensors(adapter, lambda tensors, key=key: tensors.pop(key))
+            refuse(case, adapter, tmp_path, *names_of(key))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_another_shape_is_named(changed, tmp_path, name):
+    case, adapter = changed(name)
+    for key in one_of_each_kind(adapter):
+        if key.endswith(COPIES):
+            continue
+        for dim in range(load_file(adapter / WEIGHTS)[key].dim()):
+            with kept(adapter):
+                change_tensors(
+                    adapter, lambda t, key=key, dim=dim: t.update({key: t[key].narrow(dim, 1, t[key].shape[dim] - 1)})
+                )
+                refuse(case, adapter, tmp_path, *names_of(key))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_another_number_of_dimensions_is_named(changed, tmp_path, name):
+    case, adapter = changed(name)
+    for key in one_of_each_kind(adapter):
+        for change in (lambda tensor: tensor[None], lambda tensor: tensor.reshape(-1)):
+            with kept(adapter):
+                tensor = load_file(adapter / WEIGHTS)[key]
+                if change(tensor).shape != tensor.shape and not key.endswith(COPIES):
+                    change_tensors(adapter, lambda t, key=key, change=change: t.update({key: change(t[key])}))
+                    refuse(case, adapter, tmp_path, *names_of(key))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_value_that_is_not_finite_is_named(changed, tmp_path, name, value):
+    case, adapter = changed(name)
+    for key in one_of_each_kind(adapter):
+        with kept(adapter):
+            change_tensors(adapter, lambda t, key=key: t[key].view(-1).__setitem__(-1, value))
+            refuse(case, adapter, tmp_path, *names_of(key))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_type_that_is_no_floating_point_is_named(changed, tmp_path, name):
+    case, adapter = changed(name)
+    for key in one_of_each_kind(adapter):
+        with kept(adapter):
+            change_tensors(adapter, lambda t, key=key: t.update({key: t[key].to(torch.int32)}))
+            refuse(case, adapter, tmp_path, *names_of(key))
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "dora", "embedding", "tokens", "saved_head", "experts_mixtral", "lora_bias"]
+)
+def test_the_same_tensor_under_two_names_is_named(changed, tmp_path, name):
+    case, adapter = changed(name)
+    for key in one_of_each_kind(adapter):
+        for other in (key.removeprefix(PREFIX), f"module.{key}"):
+            with kept(adapter):
+                change_tensors(adapter, lambda t, key=key, other=other: t.update({other: t[key] * 2}))
+                refuse(case, adapter, tmp_path, *names_of(key))
+
+
+def test_two_adapters_in_one_file_are_refused(changed, tmp_path):
+    case, adapter = changed("linear")
+    tensors = load_file(adapter / WEIGHTS)
+    both = {
+        re.sub(r"(lora_[AB])", rf"\1.{name}", key): tensor * factor
+        for key, tensor in tensors.items()
+        for name, factor in (("default", 1), ("other", 2))
+    }
+    save_file(both, adapter / WEIGHTS)
+    refuse(case, adapter, tmp_path, "_proj")
+
+
+@pytest.mark.parametrize("name", ["resized_saved", "resized_saved_embedding_tied", "everything_phi"])
+def test_copies_that_differ_are_named(changed, tmp_path, name):
+    """peft writes a replaced tensor two times; which of them was trained cannot be known."""
+    case, adapter = changed(name)
+    copies = [key for key in keys_of(adapter) if ".modules_to_save." in key]
+    assert copies
+    for key in copies:
+        with kept(adapter):
+            change_tensors(adapter, lambda t, key=key: t[key].mul_(1.5))
+            refuse(case, adapter, tmp_path, module_of(key))
+
+
+# Configuration and tensors belong together
+
+
+@pytest.mark.parametrize("rank", [2, 5, 8, 16])
+@pytest.mark.parametrize("name", KINDS)
+def test_another_rank_is_refused(changed, tmp_path, name, rank):
+    """Of experts too, where twice the rank would be half the experts."""
+    case, adapter = changed(name)
+    change_config(adapter, r=rank)
+    modules = {name for key in keys_of(adapter) if "lora_" in key for name in names_of(key)}
+    refuse(case, adapter, tmp_path, *modules)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, None, "8", True, [8]])
+@pytest.mark.parametrize(
+    "name", ["dora", "embedding", "lora_bias", "experts_mixtral", "router", "experts_one_by_one_qwen3"]
+)
+def test_a_scaling_that_is_no_positive_number_is_refused(changed, tmp_path, name, alpha):
+    case, adapter = changed(name)
+    change_config(adapter, lora_alpha=alpha)
+    refuse(case, adapter, tmp_path, "lora_alpha")
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["linear", "dora", "experts_mixtral"])
+def test_a_scaling_that_is_not_finite_is_refused(changed, tmp_path, name, alpha):
+    case, adapter = changed(name)
+    text = (adapter / CONFIG).read_text()
+    (adapter / CONFIG).write_text(re.sub(r'"lora_alpha": \d+', f'"lora_alpha": {alpha}', text))
+    assert alpha in (adapter / CONFIG).read_text()
+    refuse(case, adapter, tmp_path, "lora_alpha", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "names"),
+    [
+        ("linear", {"use_dora": True}, ("magnitude", Q)),
+        ("dora", {"use_dora": False}, ("magnitude", Q)),
+        ("lora_bias", {"lora_bias": False}, ("bias",)),
+        ("linear", {"lora_bias": True}, ("bias",)),
+        ("tokens", {"trainable_token_indices": None}, ("embed_tokens",)),
+        ("tokens", {"trainable_token_indices": [7, 2]}, ("embed_tokens",)),
+        ("tokens", {"trainable_token_indices": [7, 2, 2]}, ("embed_tokens",)),
+        ("tokens", {"trainable_token_indices": [7, 2, -1]}, ("embed_tokens",)),
+        ("tokens", {"trainable_token_indices": [7, 2, 301]}, ("embed_tokens",)),
+        ("tokens", {"trainable_token_indices": {"lm_head": [7, 2, 40]}}, ("embed_tokens",)),
+        ("tokens", {"trainable_token_indices": {"embed_tokens": [7, 2, 40], "lm_head": [1]}}, ("lm_head",)),
+        ("linear", {"trainable_token_indices": [7]}, ("trainable_token_indices",)),
+        ("tokens_resized", {"trainable_token_indices": [303, 5, 310]}, ("embed_tokens",)),
+        ("experts_mixtral", {"target_parameters": None}, ("experts",)),
+        ("experts_mixtral", {"target_parameters": ["mlp.experts.down_proj"]}, ("experts",)),
+        ("experts_up_only", {"target_parameters": ["experts.down_proj"]}, ("experts",)),
+        ("experts_down_only", {"target_parameters": ["experts.gate_up_proj"]}, ("experts",)),
+        ("experts_up_only", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, ("experts",)),
+        ("linear", {"modules_to_save": ["lm_head"]}, ("lm_head",)),
+        ("saved_head", {"modules_to_save": ["lm_head", "norm"]}, ("norm",)),
+        ("linear", {"target_parameters": ["experts.down_proj"]}, ("target_parameters", "experts")),
+        ("linear", {"bias": "lora"}, ("bias",)),
+        ("dora", {"rank_pattern": {"q_proj": 3}}, (Q,)),
+        ("experts_patterns", {"rank_pattern": {}}, ("gate_up_proj", "experts")),
+        ("experts_patterns", {"alpha_pattern": {"gate_up_proj": 0}}, ("lora_alpha",)),
+    ],
+)
+def test_a_configuration_of_another_adapter_is_refused(changed, tmp_path, name, says, names):
+    case, adapter = changed(name)
+    change_config(adapter, **says)
+    refuse(case, adapter, tmp_path, *names)
+
+
+def test_one_of_two_stacks_is_not_taken_for_the_other(changed, tmp_path):
+    """Without the inner one the outer one's names are those of a sole one."""
+    case, adapter = changed("experts_mixtral")
+    for half in ("inner", "outer"):
+        with kept(adapter):
+            words = f"{EXPERTS}.base_layer.lora_" if half == "inner" else f"{EXPERTS}.lora_"
+            change_tensors(adapter, lambda t, words=words: [t.pop(PREFIX + f"{words}{x}.weight") for x in "AB"])
+            refuse(case, adapter, tmp_path, "experts")
+
+
+def test_biases_that_the_base_does_not_have_are_named(made, tmp_path):
+    """peft runs them; no checkpoint of this architecture can hold them."""
+    case = peft_adapters.make(made, "linear_orthogonal")
+    lora = {"target_modules": ["q_proj"], "lora_bias": True}
+    adapter = peft_adapters.write_adapter(tmp_path / "adapter", peft_adapters.Case(tied=True, lora=lora), case.base)
+    refuse(case, adapter, tmp_path, f"{Q}.bias", Q.replace("layers.0", "layers.1"))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_half_a_resized_vocabulary_is_refused(made, tmp_path, target):
+    """peft saves the one that has a LoRA, and not the other, which was resized too."""
+    case = peft_adapters.make(made, "head")
+    wanted = peft_adapters.Case(lora={"target_modules": [target]}, vocabulary=peft_adapters.GREATER_VOCABULARY)
+    adapter = peft_adapters.write_adapter(tmp_path / "adapter", wanted, case.base)
+    refuse(case, adapter, tmp_path, "embed_tokens", "lm_head", "embedding", "head")
+
+
+# What is not supported
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(made, tmp_path, name):
+    case = peft_adapters.make(made, "head")
+    adapter = peft_adapters.write_refused(tmp_path / "adapter", name, case.base)
+    refuse(case, adapter, tmp_path, REFUSED[name][0])
+    with pytest.raises(AdapterError, match=REFUSED[name][0]):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"use_qalora": True},
+        {"megatron_config": {"tensor_model_parallel_size": 1}},
+        {"arrow_config": {"top_k": 3}},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "lora_ga"},
+        {"init_lora_weights": "pissa_niter_16"},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"something_new": {"scale": 2}},
+    ],
+    ids=lambda says: next(iter(says)),
+)
+@pytest.mark.parametrize("name", ["linear", "dora", "experts_mixtral", "resized"])
+def test_a_word_of_the_configuration_is_enough(changed, tmp_path, name, says):
+    case, adapter = changed(name)
+    change_config(adapter, **says)
+    refuse(case, adapter, tmp_path, *says, *(str(value) for value in says.values()))
+
+
+def test_dora_with_lora_bias_is_refused(changed, tmp_path):
+    """peft does not make it, and has no formula for it."""
+    case, adapter = changed("lora_bias")
+    change_config(adapter, use_dora=True)
+    tensors = load_file(adapter / WEIGHTS)
+    for key in [key for key in tensors if "lora_B.weight" in key]:
+        tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(tensors[key].shape[0])
+    save_file(tensors, adapter / WEIGHTS)
+    refuse(case, adapter, tmp_path, "lora_bias", "bias")
+
+
+def test_convolutions_are_refused(changed, tmp_path):
+    case, adapter = changed("linear")
+    key = f"{PREFIX}{Q}.lora_A.weight"
+    change_tensors(adapter, lambda t: t.update({key: t[key][:, :, None, None]}))
+    refuse(case, adapter, tmp_path, Q)
+
+
+@pytest.mark.parametrize("name", ["linear", "resized", "experts_mixtral"])
+def test_a_pickle_is_refused_and_not_loaded(changed, tmp_path, name):
+    case, adapter = changed(name)
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+    refuse(case, adapter, tmp_path, ".bin")
+
+
+# Another base
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("linear", "conv1d"),
+        ("experts_mixtral", "linear"),
+        ("experts_mixtral", "experts_qwen3"),
+        ("experts_qwen3", "linear"),
+        ("biases_all", "linear"),
+        ("lora_bias", "linear"),
+        ("tokens_conv1d", "linear"),
+        ("saved_head_phi", "linear"),
+        ("resized_conv1d", "linear"),
+        ("router", "linear"),
+        ("experts_one_by_one_mixtral", "experts_qwen2"),
+        ("experts_transposed", "experts_mixtral"),
+    ],
+)
+def test_an_adapter_for_another_model_is_refused(made, tmp_path, name, other):
+    adapter, base = peft_adapters.make(made, name).adapter, peft_adapters.make(made, other).base
+    with pytest.raises((BaseMismatchError, UsageError)) as caught:
+        merge(base, [adapter], tmp_path / "out")
+    assert any(name in caught.value.message for key in keys_of(adapter) for name in names_of(key))
+    assert caught.value.hint
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_another_number_of_experts_is_refused(made, changed, tmp_path):
+    case, adapter = changed("experts_up_only")
+    for layer in (0, 1):
+        name = f"{PREFIX}model.layers.{layer}.mlp.experts.lora_"
+        change_tensors(
+            adapter,
+            lambda t, name=name: t.update(
+                {f"{name}A.weight": t[f"{name}A.weight"][:12], f"{name}B.weight": t[f"{name}B.weight"][:, :12]}
+            ),
+        )
+    refuse(case, adapter, tmp_path, "experts")
+
+
+# The same on the command line
+
+
+def spoil(adapter, how):
+    """Spoil an adapter in one of several ways."""
+    key = f"{PREFIX}{Q}.lora_A.weight"
+    if how == "stray":
+        change_tensors(adapter, lambda t: t.update({f"{PREFIX}{Q}.lora_C.weight": torch.ones(4, 4)}))
+    elif how == "half":
+        change_tensors(adapter, lambda t: t.pop(key))
+    elif how == "rank":
+        change_config(adapter, r=5)
+    elif how == "alpha":
+        text = (adapter / CONFIG).read_text()
+        (adapter / CONFIG).write_text(re.sub(r'"lora_alpha": \d+', '"lora_alpha": NaN', text))
+    elif how == "kind":
+        change_config(adapter, peft_type="LOHA")
+    elif how == "pickle":
+        (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+    elif how == "module":
+        peft_adapters.rename_keys(adapter, lambda name: name.replace(".layers.0.", ".layers.9."))
+    elif how == "shape":
+        change_tensors(adapter, lambda t: t.update({key: t[key][:, :32]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "code", "phrase"),
+    [
+        ("everything", "stray", 5, "lora_C"),
+        ("everything", "half", 5, Q),
+        ("experts_mixtral", "rank", 5, "rank"),
+        ("dora", "alpha", 5, CONFIG),
+        ("tokens", "kind", 5, "LOHA"),
+        ("resized", "pickle", 5, ".bin"),
+        ("lora_bias", "module", 4, "layers.9"),
+        ("head", "shape", 4, Q),
+    ],
+)
+def test_the_command_line_says_it_in_one_line_with_a_hint(changed, run_cli, tmp_path, name, how, code, phrase):
+    case, adapter = changed(name)
+    spoil(adapter, how)
+    done = run_cli("merge", case.base, adapter, "-o", tmp_path / "out")
+    assert done.code == code, done.stderr
+    assert done.stdout == ""
+    error, *rest = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert phrase in error
+    assert len(rest) == 1
+    assert rest[0].startswith("hint: ")
+    assert list(tmp_path.glob("out*")) == []
+    document = run_cli("merge", case.base, adapter, "-o", tmp_path / "out", "--json")
+    assert phrase in json.loads(document.stdout)["error"]["message"]
+    assert document.stderr == ""
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_inputs_are_left_as_they_were(changed, tmp_path):
+    case, adapter = changed("everything")
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    shutil.copytree(case.base, tmp_path / "base")
+    merge(tmp_path / "base", [adapter], tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {path.name for path in case.base.iterdir()}

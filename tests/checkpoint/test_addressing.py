@@ -1,0 +1,75 @@
+"""Parameters are found under the names that files use, or named as missing."""
+
+import json
+import re
+
+import pytest
+import tiny
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.addressing import Slice, find_addresses
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError
+
+NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+
+
+def test_the_same_names_are_found_without_a_word(llama):
+    found = find_addresses(Checkpoint(llama), NAMES, "a")
+    assert found.of == {name: (Slice(name),) for name in NAMES}
+    assert found.told_by == ""
+
+
+@pytest.mark.parametrize("said", ["", "model.language_model.", "language_model.model."])
+def test_another_beginning_of_all_names_is_found_and_told(llama, said):
+    asked = {said + name.removeprefix("model."): name for name in NAMES}
+    found = find_addresses(Checkpoint(llama), asked, "a")
+    assert found.of == {name: (Slice(held),) for name, held in asked.items()}
+    assert "'model.'" in found.told_by
+
+
+def test_gpt2_of_the_hub_lacks_the_prefix_of_the_model(tmp_path, gpt2, copy_of):
+    folder = copy_of(gpt2)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, folder / "model.safetensors")
+    found = find_addresses(Checkpoint(folder), ["transformer.h.0.attn.c_attn.weight"], "a")
+    assert found.of == {"transformer.h.0.attn.c_attn.weight": (Slice("h.0.attn.c_attn.weight"),)}
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias", "x"])
+def test_what_is_not_there_is_named(llama, name):
+    with pytest.raises(BaseMismatchError, match=re.escape(name)):
+        find_addresses(Checkpoint(llama), [*NAMES, name], "a")
+
+
+def test_one_name_of_another_scheme_does_not_change_that_of_the_others(llama):
+    with pytest.raises(BaseMismatchError, match=r"layers\.0\.mlp\.wrong"):
+        find_addresses(Checkpoint(llama), [*NAMES, "layers.0.mlp.wrong.weight"], "a")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_stack_of_experts_is_found_in_one_matrix_an_expert(tmp_path, family):
+    """Put together by the slices, the files' matrices are the parameter that transformers loads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = tiny.write_family(tmp_path / "base", family)
+    checkpoint = Checkpoint(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    names = [f"model.layers.1.mlp.experts.{leaf}" for leaf in ("gate_up_proj", "down_proj")]
+    for name, slices in find_addresses(checkpoint, names, "a").of.items():
+        parameter = model.get_parameter(name)
+        assert len(slices) == len(parameter) * slices[0].part[1]
+        for piece in slices:
+            number, count = piece.part
+            rows = parameter.shape[1] // count
+            expected = parameter[piece.expert, number * rows : (number + 1) * rows]
+            assert torch.equal(checkpoint.read(piece.name), expected)
+
+
+def test_an_architecture_that_nobody_knows_is_no_traceback(llama, copy_of):
+    folder = copy_of(llama)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nobodys"}))
+    with pytest.raises(BaseMismatchError, match="experts"):
+        find_addresses(Checkpoint(folder), ["model.layers.0.mlp.experts.down_proj"], "a")

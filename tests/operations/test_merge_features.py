@@ -1,0 +1,520 @@
+"""Whatever peft can write merges to what the running model computes, every element rounded once, or is refused."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+
+import peft_adapters
+import peft_formulas
+import pytest
+import torch
+from peft_adapters import CASES, PREFIX, WEIGHTS
+from peft_formulas import HEAD, rounded_once, tensors_of
+from safetensors.torch import load_file, save_file
+
+from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.verify import verify
+
+INDEX, MANIFEST = "model.safetensors.index.json", "adaptkit-manifest.json"
+UNTIED = [name for name, case in CASES.items() if case.untied]
+
+
+@pytest.fixture
+def judged(made) -> Callable[..., tuple[peft_adapters.Made, peft_formulas.Judgement]]:
+    def judge(name, dtype="bfloat16"):
+        case = peft_adapters.make(made, name, dtype)
+        return case, peft_formulas.judge(case.base, case.adapter, name)
+
+    return judge
+
+
+def options_for(case: peft_adapters.Case, **options) -> MergeOptions:
+    return MergeOptions(untie=True, **options) if case.untied else MergeOptions(**options)
+
+
+def steps_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """How many numbers of their type lie between two tensors of one sign."""
+    integers = torch.int32 if one.dtype == torch.float32 else torch.int16
+    return (one.view(integers).long() - other.view(integers).long()).abs()
+
+
+def assert_rounded_once(found, exact, files, by_norm=frozenset()):
+    """Every element is the float64 result rounded to the base's type.
+
+    A norm's last bits in float64 depend on the order of its sum, which may turn over an element in very many.
+    """
+    assert set(found) == set(exact)
+    for name, values in exact.items():
+        dtype = files[name if name in files else embedding_in(files)].dtype
+        assert found[name].dtype == dtype, name
+        assert found[name].shape == values.shape, name
+        wanted = rounded_once(values, dtype)
+        if name in by_norm:
+            apart = steps_apart(found[name], wanted)
+            assert apart.max() <= 1, name
+            assert int(apart.sum()) <= 2, name
+        else:
+            assert torch.equal(found[name], wanted), name
+
+
+def embedding_in(files):
+    return next(name for name in peft_formulas.EMBEDDINGS if name in files)
+
+
+def by_norm(*judgements):
+    return {name for judgement in judgements for name, change in judgement.changes.items() if change.by_norm}
+
+
+def shards_of(folder):
+    return {path.name: sorted(load_file(path)) for path in sorted(folder.glob("model*.safetensors"))}
+
+
+def assert_kept_but_for_weights(out, base, case: peft_adapters.Case):
+    """Files, shards, tokenizer and configuration are the base's, and what had to change is right."""
+    before, after = ({path.name for path in folder.iterdir()} for folder in (base, out))
+    assert {name for name in after - before if not name.startswith("adaptkit-")} == set()
+    assert before <= after
+    names = {name for name in before if not name.endswith((".safetensors", ".index.json")) and name != "config.json"}
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    for name in names:
+        assert (out / name).read_bytes() == (base / name).read_bytes(), name
+    changes = {"tie_word_embeddings": False} if case.untied else {}
+    changes |= {"vocab_size": case.vocabulary} if case.vocabulary else {}
+    config, found = (json.loads((folder / "config.json").read_text()) for folder in (base, out))
+    assert found == config | changes
+    if not changes:
+        assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    shards, held = shards_of(base), shards_of(out)
+    assert set(shards) == set(held)
+    added = {name for names in held.values() for name in names} - {name for names in shards.values() for name in names}
+    assert added == ({HEAD} if case.untied else set())
+    assert all(set(names) - added == set(shards[file]) for file, names in held.items())
+    assert (INDEX in after) == (INDEX in before)
+    if INDEX in after:
+        index = json.loads((out / INDEX).read_text())
+        assert index["weight_map"] == {name: file for file, names in held.items() for name in names}
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(out).values())
+        assert index["metadata"]["total_size"] == total
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_element_is_the_float64_result_rounded_once(tmp_path, judged, name):
+    case, judgement = judged(name)
+    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
+    assert_right(tmp_path / "out", case, judgement)
+    verify(tmp_path / "out")
+
+
+def assert_right(out, case, judgement):
+    """Tensors, files and configuration of a merge are what they must be."""
+    found, exact = tensors_of(out), peft_formulas.merged(judgement.files, [judgement.changes])
+    assert_rounded_once(found, exact, judgement.files, by_norm(judgement))
+    untouched = set(judgement.files) - set(judgement.changes)
+    assert all(torch.equal(found[name], judgement.files[name]) for name in untouched)
+    assert_kept_but_for_weights(out, case.base, case.case)
+
+
+class Said(logging.Handler):
+    """What transformers says while it loads."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def loaded(folder):
+    """A checkpoint as transformers loads it, without a word on missing, unexpected or tied weights."""
+    from transformers import AutoModelForCausalLM
+
+    said, logger = Said(), logging.getLogger("transformers")
+    logger.addHandler(said)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    finally:
+        logger.removeHandler(said)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert said.lines == []
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_merged_checkpoint_has_the_logits_of_the_running_adapter(tmp_path, judged, name):
+    """Not those of peft's own merge, which changes a tied head along with its embedding."""
+    case, judgement = judged(name, "float32")
+    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
+    assert_right(tmp_path / "out", case, judgement)
+    model = loaded(tmp_path / "out")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == ((case.case.tied or case.case.family == "gpt2") and not case.case.untied)
+    with torch.no_grad():
+        logits = model(peft_formulas.tokens(case.case.vocabulary)).logits
+    if judgement.logits is not None:
+        assert logits.shape == judgement.logits.shape
+        assert (logits - judgement.logits).abs().max() < 5e-6 * judgement.logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["experts_mixtral", "tokens_resized_tied", "everything_phi", "embedding_tied_ensured"])
+def test_half_precision_too(tmp_path, judged, name):
+    case, judgement = judged(name, "float16")
+    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
+    assert_right(tmp_path / "out", case, judgement)
+
+
+def test_every_tensor_keeps_its_own_type(tmp_path, made):
+    """A base whose norms and head are in float32 and the rest in bfloat16."""
+    case = peft_adapters.make(made, "everything_phi")
+    base = tmp_path / "base"
+    shutil.copytree(case.base, base)
+    tensors = load_file(base / "model.safetensors")
+    wide = {name: t.float() if "norm" in name or "lm_head" in name else t for name, t in tensors.items()}
+    save_file(wide, base / "model.safetensors", {"format": "pt"})
+    judgement = peft_formulas.judge(base, case.adapter, case.name)
+    merge(base, [case.adapter], tmp_path / "out")
+    exact = peft_formulas.merged(judgement.files, [judgement.changes])
+    assert_rounded_once(tensors_of(tmp_path / "out"), exact, wide)
+    assert tensors_of(tmp_path / "out")["lm_head.bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["everything_qwen2_moe", "resized_embedding_tied", "tokens_both_tied", "dora"])
+def test_threads_do_not_change_the_bytes(tmp_path, judged, name):
+    case, _ = judged(name)
+    for threads in (1, 2):
+        merge(case.base, [case.adapter], tmp_path / str(threads), options_for(case.case, threads=threads))
+    one, two = ([path for path in sorted((tmp_path / folder).rglob("*")) if path.is_file()] for folder in "12")
+    assert [path.relative_to(tmp_path / "1") for path in one] == [path.relative_to(tmp_path / "2") for path in two]
+    assert all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in zip(one, two, strict=True))
+
+
+# Tied heads
+
+
+def assert_nothing_written(tmp_path):
+    assert list(tmp_path.glob("out*")) == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("name", UNTIED)
+def test_what_would_part_a_tied_head_from_its_embedding_is_refused(tmp_path, judged, name, dry_run):
+    case, _ = judged(name)
+    with pytest.raises(AdaptkitError, match=r"lm_head|embed_tokens|wte") as caught:
+        merge(case.base, [case.adapter], tmp_path / "out", dry_run=dry_run)
+    assert "--untie" in caught.value.hint
+    assert_nothing_written(tmp_path)
+
+
+def test_the_command_line_unties_when_told_to(tmp_path, judged, run_cli):
+    case, judgement = judged("head_tied")
+    refused = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out")
+    assert refused.code in (2, 4)
+    assert refused.stdout == ""
+    error, *rest = refused.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert "lm_head" in error
+    assert [line for line in rest if "--untie" in line and line.startswith("hint: ")] == rest
+    assert_nothing_written(tmp_path)
+    done = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out", "--untie")
+    assert done.code == 0, done.stderr
+    exact = peft_formulas.merged(judgement.files, [judgement.changes])
+    assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgement.files)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_adapter_that_is_untied_by_its_weight_alone_is_refused(tmp_path, judged):
+    """Both change alike, but the second adapter's change is the embedding's only."""
+    one, other = judged("embedding_tied_ensured")[0], judged("embedding_tied")[0]
+    with pytest.raises(AdaptkitError) as caught:
+        merge(one.base, [one.adapter, other.adapter], tmp_path / "out")
+    assert "--untie" in caught.value.hint
+
+
+def test_equal_replacements_of_embedding_and_head_need_no_untying(tmp_path, judged, copy_of):
+    case, judgement = judged("saved_both_tied")
+    adapter = copy_of(case.adapter)
+    same = load_file(adapter / WEIGHTS)[f"{PREFIX}lm_head.weight"]
+    peft_adapters.change_tensors(adapter, lambda t: t.update({f"{PREFIX}model.embed_tokens.weight": same.clone()}))
+    merge(case.base, [adapter], tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert set(found) == set(judgement.files)
+    assert torch.equal(found["model.embed_tokens.weight"], rounded_once(same.double(), torch.bfloat16))
+
+
+# Names in the wild
+
+
+def in_layers(word: str) -> Callable[[str], str]:
+    """A wrapper around every layer."""
+    return lambda key: key.replace(".layers.0.", f".layers.0.{word}.").replace(".layers.1.", f".layers.1.{word}.")
+
+
+def with_name(adapter: str) -> Callable[[str], str]:
+    """The adapter's name left in, as the running model's state has it."""
+
+    def rename(key: str) -> str:
+        for word in ("lora_A", "lora_B"):
+            key = key.replace(f".{word}.", f".{word}.{adapter}.")
+        for word in ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta"):
+            key = key.replace(f".{word}", f".{word}.{adapter}")
+        key = key.replace(".lora_magnitude_vector", f".lora_magnitude_vector.{adapter}.weight")
+        return key.replace("norm.weight", f"norm.modules_to_save.{adapter}.weight")
+
+    return rename
+
+
+NAMES: dict[str, Callable[[str], str]] = {
+    "no prefix": lambda key: key.removeprefix(PREFIX),
+    "of the model without its head": lambda key: key.replace(f"{PREFIX}model.", PREFIX),
+    "of the model without its head, no prefix": lambda key: key.removeprefix(f"{PREFIX}model."),
+    "name of the adapter": with_name("default"),
+    "another name of the adapter": with_name("my-run_2"),
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "compiled inside": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "compiled layers": in_layers("_orig_mod"),
+    "data parallel": lambda key: f"module.{key}",
+    "data parallel, no prefix": lambda key: f"module.{key.removeprefix(PREFIX)}",
+    "data parallel inside": lambda key: key.replace(PREFIX, f"{PREFIX}module."),
+    "sharded": lambda key: "_fsdp_wrapped_module." + in_layers("_fsdp_wrapped_module")(key),
+    "sharded inside": lambda key: in_layers("_fsdp_wrapped_module")(key).replace(
+        PREFIX, "base_model.model._fsdp_wrapped_module."
+    ),
+    "checkpointed": in_layers("_checkpoint_wrapped_module"),
+    "all of these": lambda key: (
+        "module._orig_mod._fsdp_wrapped_module."
+        + in_layers("_fsdp_wrapped_module._checkpoint_wrapped_module")(with_name("default")(key))
+    ),
+    "wrapped twice": lambda key: PREFIX + key,
+}
+MAY_BE_REFUSED: dict[str, Callable[[str], str]] = {
+    "language model in a vision model": lambda key: key.replace(f"{PREFIX}model.", f"{PREFIX}model.language_model."),
+    "language model, old nesting": lambda key: key.replace(f"{PREFIX}model.", f"{PREFIX}language_model.model."),
+    "an unknown wrapper": lambda key: key.replace(PREFIX, f"{PREFIX}wrapped."),
+}
+
+
+def weights_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("model*.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["linear", "everything"])
+@pytest.mark.parametrize("naming", NAMES)
+def test_names_that_other_trainers_leave_mean_the_same(tmp_path, judged, copy_of, naming, name):
+    case, _ = judged(name)
+    adapter = copy_of(case.adapter)
+    peft_adapters.rename_keys(adapter, NAMES[naming])
+    assert set(load_file(adapter / WEIGHTS)) != set(load_file(case.adapter / WEIGHTS))
+    merge(case.base, [adapter], tmp_path / "out")
+    merge(case.base, [case.adapter], tmp_path / "plain")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+
+
+def refusal_of(base, adapter, out):
+    """Merge, and return the error if it is one that is meant for people."""
+    try:
+        merge(base, [adapter], out)
+    except (AdapterError, BaseMismatchError) as error:
+        return error
+    return None
+
+
+def merged_alike_or_refused(base, adapter, plain, tmp_path, *names):
+    """Either what ``plain`` merges to, or an error that names one of ``names`` and writes nothing."""
+    error = refusal_of(base, adapter, tmp_path / "out")
+    if error is not None:
+        assert any(name in error.message for name in names), error.message
+        assert error.hint
+        assert_nothing_written(tmp_path)
+    else:
+        merge(base, [plain], tmp_path / "plain")
+        assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("naming", MAY_BE_REFUSED)
+def test_other_names_mean_the_same_or_are_refused(tmp_path, judged, copy_of, naming):
+    case, _ = judged("linear")
+    adapter = copy_of(case.adapter)
+    peft_adapters.rename_keys(adapter, MAY_BE_REFUSED[naming])
+    merged_alike_or_refused(case.base, adapter, case.adapter, tmp_path, "_proj")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "transformer."])
+def test_a_base_saved_without_the_name_of_its_body_is_the_same_base(tmp_path, judged, copy_of, prefix):
+    """GPT-2 lies so on the Hub."""
+    case, _ = judged({"model.": "linear_patterns", "transformer.": "conv1d"}[prefix])
+    base = copy_of(case.base, "base")
+    for path in base.glob("model*.safetensors"):
+        tensors = load_file(path)
+        save_file({name.removeprefix(prefix): t for name, t in tensors.items()}, path, {"format": "pt"})
+    if (base / INDEX).exists():
+        index = json.loads((base / INDEX).read_text())
+        index["weight_map"] = {name.removeprefix(prefix): file for name, file in index["weight_map"].items()}
+        (base / INDEX).write_text(json.dumps(index))
+    merge(base, [case.adapter], tmp_path / "out")
+    merge(case.base, [case.adapter], tmp_path / "plain")
+    plain = tensors_of(tmp_path / "plain")
+    found = tensors_of(tmp_path / "out")
+    assert set(found) == {name.removeprefix(prefix) for name in plain}
+    assert all(torch.equal(found[name.removeprefix(prefix)], tensor) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("linear_mica", {"fan_in_fan_out": True}),  # square matrices; peft warns and sets it back
+        ("conv1d_square", {"fan_in_fan_out": False}),  # and here
+        ("biases_lora_only", {"bias": "none"}),  # peft loads what is there
+    ],
+)
+def test_a_configuration_that_peft_corrects_is_corrected_or_refused(tmp_path, judged, copy_of, name, says):
+    case, _ = judged(name)
+    adapter = copy_of(case.adapter)
+    peft_adapters.change_config(adapter, **says)
+    merged_alike_or_refused(case.base, adapter, case.adapter, tmp_path, *says, "proj")
+
+
+def test_an_embedding_whose_base_differs_is_never_passed_over(tmp_path, judged, copy_of):
+    """The file carries the embedding that A and B belong to; peft puts it in the base's place."""
+    case, _ = judged("embedding_rslora")
+    adapter, key = copy_of(case.adapter), f"{PREFIX}model.embed_tokens.base_layer.weight"
+    peft_adapters.change_tensors(adapter, lambda t: t[key].mul_(1.25))
+    error = refusal_of(case.base, adapter, tmp_path / "out")
+    if error is not None:
+        assert "embed_tokens" in error.message
+        assert_nothing_written(tmp_path)
+    else:
+        judgement = peft_formulas.judge(case.base, adapter, case.name)
+        exact = peft_formulas.merged(judgement.files, [judgement.changes])
+        assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgement.files)
+
+
+def test_an_adapter_without_its_embeddings_base_uses_the_bases(tmp_path, judged, copy_of):
+    """As peft wrote it before it saved embeddings along."""
+    case, _ = judged("embedding_rslora")
+    adapter = copy_of(case.adapter)
+    peft_adapters.change_tensors(adapter, lambda t: t.pop(f"{PREFIX}model.embed_tokens.base_layer.weight"))
+    merge(case.base, [adapter], tmp_path / "out")
+    merge(case.base, [case.adapter], tmp_path / "plain")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+
+
+# Tokenizers
+
+
+def give_tokenizer(adapter, tokens=("<|tool|>", "<|result|>")):
+    """A tokenizer with more tokens and another template, as trainers save it beside an adapter."""
+    import tiny
+
+    tokenizer = tiny.write_tokenizer(adapter)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(adapter)
+    return len(tokenizer)
+
+
+def test_the_adapters_tokenizer_comes_first(tmp_path, judged, copy_of):
+    from transformers import AutoTokenizer
+
+    case, _ = judged("resized")
+    adapter = copy_of(case.adapter)
+    plain = {path.name for path in adapter.iterdir()}
+    count = give_tokenizer(adapter)
+    brought = {path.name for path in adapter.iterdir()} - plain
+    assert brought >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    for name in ("README.md", "training_args.bin", "trainer_state.json", "generation_config.json"):
+        (adapter / name).write_text("{}")
+    merge(case.base, [adapter], tmp_path / "out")
+    for name in brought:
+        assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes(), name
+    kept = "generation_config.json"
+    assert (tmp_path / "out" / kept).read_bytes() == (case.base / kept).read_bytes()
+    added = {path.name for path in (tmp_path / "out").iterdir()} - {path.name for path in case.base.iterdir()} - brought
+    assert all(name.startswith("adaptkit-") for name in added)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == count == 303
+    verify(tmp_path / "out")
+
+
+# Several adapters
+
+PAIRS = [
+    ("linear_patterns", "linear_rslora"),  # other ranks, rsLoRA, and tensors in common with the next
+    ("linear_rslora", "dora"),  # LoRA and DoRA on down_proj and k_proj
+    ("dora", "dora_rslora"),
+    ("saved_mlp", "linear_patterns"),  # replaced and added to
+    ("saved_norms", "tokens_tied"),
+    ("tokens_tied", "embedding_tied_ensured"),  # rows replaced, and added to
+    ("head", "saved_head"),
+    ("embedding", "tokens"),
+    ("lora_bias", "biases_lora_only"),
+    ("biases_all", "everything_phi"),
+    ("experts_mixtral", "experts_up_only"),
+    ("experts_one_by_one_qwen2", "experts_qwen2"),
+    ("conv1d", "dora_conv1d"),
+    ("embedding_tied", "embedding_tied_ensured"),
+]
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 1.0), (-1.3, 0.25)])
+@pytest.mark.parametrize("names", PAIRS, ids="+".join)
+def test_two_adapters_sum_to_what_each_makes_of_the_base_alone(tmp_path, judged, names, weights):
+    """W + Σ weight · (what the adapter makes of W, less W), rounded once."""
+    first, _ = judged(names[0])
+    adapters = [judged(name)[0].adapter for name in names]
+    judgements = [peft_formulas.judge(first.base, a, name) for a, name in zip(adapters, names, strict=True)]
+    exact = peft_formulas.merged(judgements[0].files, [judgement.changes for judgement in judgements], weights)
+    untie = any(CASES[name].untied for name in names)
+    options = MergeOptions(weights=weights, untie=True) if untie else MergeOptions(weights=weights)
+    merge(first.base, adapters, tmp_path / "out", options)
+    normed = by_norm(*judgements)
+    assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgements[0].files, normed)
+
+
+@pytest.mark.parametrize("weight", [0.5, -2.0])
+@pytest.mark.parametrize(
+    "name", ["linear_rslora", "dora", "saved_both", "tokens_tied", "biases_all", "lora_bias", "experts_qwen2", "router"]
+)
+def test_one_adapter_counts_by_its_weight(tmp_path, judged, name, weight):
+    case, judgement = judged(name)
+    merge(case.base, [case.adapter], tmp_path / "out", MergeOptions(weights=(weight,)))
+    exact = peft_formulas.merged(judgement.files, [judgement.changes], (weight,))
+    assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgement.files, by_norm(judgement))
+
+
+@pytest.mark.parametrize("name", ["dora", "saved_both", "tokens_tied", "biases_all", "experts_qwen2"])
+def test_a_weight_of_zero_gives_the_base(tmp_path, judged, name):
+    case, judgement = judged(name)
+    merge(case.base, [case.adapter], tmp_path / "out", MergeOptions(weights=(0.0,)))
+    found = tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[key], tensor) for key, tensor in judgement.files.items())
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (0.0,), (2.0,)])
+@pytest.mark.parametrize("name", ["resized", "resized_embedding", "tokens_resized_tied"])
+def test_a_resized_vocabulary_has_no_half(tmp_path, judged, name, weights):
+    """There are no rows of the base that half of the new ones could be added to."""
+    case, _ = judged(name)
+    with pytest.raises(AdaptkitError, match=r"embed_tokens|lm_head|vocab") as caught:
+        merge(case.base, [case.adapter], tmp_path / "out", MergeOptions(weights=weights))
+    assert caught.value.hint
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("others", [("resized", "embedding"), ("embedding", "resized"), ("resized", "resized_down")])
+def test_vocabularies_of_different_sizes_are_refused(tmp_path, judged, others):
+    cases = [judged(name)[0] for name in others]
+    with pytest.raises(AdaptkitError, match=r"embed_tokens|lm_head|vocab"):
+        merge(cases[0].base, [case.adapter for case in cases], tmp_path / "out")
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("everything", (1.0, 2.0)), ("experts_qwen3", ()), ("dora", (1.0,) * 3)])
+def test_the_number_of_weights_is_that_of_the_adapters(tmp_path, judged, name, weights):
+    case, _ = judged(name)
+    adapters = [case.adapter] * (2 if not weights else 1)
+    if not weights:
+        weights = (1.0,)
+    with pytest.raises(AdaptkitError, match=f"{len(weights)} weights for {len(adapters)}"):
+        merge(case.base, adapters, tmp_path / "out", MergeOptions(weights=weights))
+    assert_nothing_written(tmp_path)
