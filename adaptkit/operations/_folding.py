@@ -16,7 +16,9 @@ from adaptkit.numerics import exact, lora
 from adaptkit.numerics.affine import Effect, combine, square_sums
 from adaptkit.numerics.exact import MergedRows, Prepared
 from adaptkit.operations._edits import Edit, Step, matrix_of
-from adaptkit.operations._shards import PIECE_BYTES
+
+RUN_BYTES = 1 << 20
+"""Size of a run of rows: it and all that is made of it stay near the processor."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Fold:
         self._prepared: dict[int, Prepared | None] = {}
 
     def pieces(self) -> list[Rows]:
-        """Cut the result's rows into runs of about ``PIECE_BYTES``."""
+        """Cut the result's rows into runs of about ``RUN_BYTES``."""
         return _cut(self.edit.matrix, self.edit.panel_rows, DTYPES[self.edit.spec.dtype].itemsize)
 
     def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> Folded:
@@ -232,7 +234,7 @@ def _token_rows(tokens: TokenRows, rows: Rows, columns: int) -> tuple[Tensor, Te
 
 def _cut(matrix: tuple[int, int], panel_rows: int, itemsize: int) -> list[Rows]:
     height, columns = matrix
-    step = max(1, PIECE_BYTES // itemsize // max(1, columns))
+    step = max(1, RUN_BYTES // itemsize // max(1, columns))
     return [
         Rows(start, min(step, panel + panel_rows - start))
         for panel in range(0, height, panel_rows)

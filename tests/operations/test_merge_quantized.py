@@ -1,0 +1,162 @@
+"""Merging for 4 bits: on the 16-bit weights, never on what quantization left of them."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from peft_adapters import quiet
+from safetensors.torch import load_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.quantized import read_quantized
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import quantize
+from adaptkit.operations.unmerge import unmerge
+from adaptkit.operations.verify import verify
+
+NF4 = MergeOptions(format="nf4")
+
+
+def weights(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("scale", [(1.0,), (0.3,)])
+def test_it_is_the_merge_quantized_byte_by_byte(tmp_path, llama_sharded, adapter, scale):
+    merge(llama_sharded, [adapter], tmp_path / "merged", MergeOptions(weights=scale))
+    quantize(tmp_path / "merged", tmp_path / "two steps")
+    merge(llama_sharded, [adapter], tmp_path / "one step", MergeOptions(weights=scale, format="nf4"))
+    assert weights(tmp_path / "one step") == weights(tmp_path / "two steps")
+    verify(tmp_path / "one step")
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "one step" / name).read_bytes() == (tmp_path / "two steps" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "features", [{"use_dora": True}, {"modules_to_save": ["q_proj"], "target_modules": ["v_proj"]}]
+)
+def test_other_changes_too(tmp_path, llama, features):
+    folder = tiny.write_peft_adapter(tmp_path / "a", llama, **features)
+    merge(llama, [folder], tmp_path / "merged")
+    quantize(tmp_path / "merged", tmp_path / "two steps")
+    merge(llama, [folder], tmp_path / "one step", NF4)
+    assert weights(tmp_path / "one step") == weights(tmp_path / "two steps")
+
+
+def test_gpt2_too_whose_weights_are_transposed(tmp_path, gpt2):
+    folder = tiny.write_peft_adapter(tmp_path / "a", gpt2)
+    merge(gpt2, [folder], tmp_path / "merged")
+    quantize(tmp_path / "merged", tmp_path / "two steps")
+    report = merge(gpt2, [folder], tmp_path / "one step", NF4)
+    assert weights(tmp_path / "one step") == weights(tmp_path / "two steps")
+    assert len(report.changes) == 8
+
+
+def test_what_is_left_of_the_change_is_told_by_tensor(tmp_path, llama, adapter):
+    """⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩ with both from files."""
+    report = merge(llama, [adapter], tmp_path / "out", NF4)
+    quantize(llama, tmp_path / "base")
+    read, plain = read_adapter(adapter), load_file(llama / "model.safetensors")
+    assert {change.name for change in report.changes} == {f"{module}.weight" for module in read.modules}
+    overlap = squares = 0.0
+    for change in report.changes:
+        term = read.modules[change.name.removesuffix(".weight")]
+        delta = term.scaling * term.lora_b.double() @ term.lora_a.double()
+        after, before = (
+            read_quantized(Checkpoint(tmp_path / name), change.name).dequantize(torch.float32).double()
+            for name in ("out", "base")
+        )
+        expected = float(((after - before) * delta).sum() / (delta * delta).sum())
+        assert change.effect == pytest.approx(expected, abs=0.03)  # Q(W) is told without quantizing its constants
+        assert change.delta_norm == pytest.approx(float(delta.norm()), rel=1e-9)
+        assert change.weight_norm == pytest.approx(float(plain[change.name].double().norm()), rel=1e-6)
+        overlap += change.effect * change.delta_norm**2
+        squares += change.delta_norm**2
+    assert report.effect == pytest.approx(overlap / squares)
+    assert 0.8 < report.effect < 1.2
+
+
+def test_the_manifest_names_base_and_adapters_and_what_was_quantized(tmp_path, llama, adapter, certified):
+    folder = certified(adapter, llama)
+    merge(llama, [folder], tmp_path / "merged")
+    merge(llama, [folder], tmp_path / "out", NF4)
+    manifest, merged = require_manifest(tmp_path / "out"), require_manifest(tmp_path / "merged")
+    assert manifest.kind == "quantized"
+    assert manifest.operation["name"] == "merge"
+    assert manifest.operation["options"]["quantize"]["format"] == "nf4"
+    assert [(p.role, p.tensors_root) for p in manifest.parents] == [
+        ("merged", merged.tensors_root),
+        *((p.role, p.tensors_root) for p in merged.parents),
+    ]
+    with pytest.raises(IntegrityError, match="is quantized, not merged"):
+        unmerge(tmp_path / "out", [folder], tmp_path / "back")
+
+
+def test_of_a_quantized_base_the_one_that_it_was_made_from_is_found_beside_it(
+    tmp_path, llama, adapter, copy_of, certified
+):
+    base = copy_of(llama, "original")
+    copy_of(tiny.write_llama(tmp_path / "elsewhere" / "another", seed=5), "another")
+    quantize(base, tmp_path / "a quantized base")
+    folder = certified(adapter, base)
+    report = merge(tmp_path / "a quantized base", [folder], tmp_path / "out")
+    assert report.base == str(base)
+    assert report.base_verified
+    assert any("is quantized; merged onto the 16-bit checkpoint" in told for told in report.told)
+    merge(base, [folder], tmp_path / "directly")
+    assert weights(tmp_path / "out") == weights(tmp_path / "directly")
+
+
+def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, adapter, copy_of):
+    """Whatever is compared to find it, the merge compares everything."""
+    base = copy_of(llama, "original")
+    quantize(base, tmp_path / "quantized")
+    located = Checkpoint(base).tensors["model.layers.1.mlp.down_proj.weight"]
+    content = bytearray((base / located.file).read_bytes())
+    content[located.position + 4] ^= 1
+    (base / located.file).write_bytes(content)
+    with pytest.raises((BaseMismatchError, CheckpointError)):
+        merge(tmp_path / "quantized", [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_was_quantized_and_turned_back_is_refused_unless_told(tmp_path, llama, adapter):
+    quantize(llama, tmp_path / "quantized")
+    dequantize(tmp_path / "quantized", tmp_path / "back")
+    with pytest.raises(BaseMismatchError, match="was quantized and turned back") as caught:
+        merge(tmp_path / "back", [adapter], tmp_path / "out")
+    assert "16-bit" in caught.value.hint
+    merge(tmp_path / "back", [adapter], tmp_path / "out", MergeOptions(allow_base_mismatch=True))
+    assert require_manifest(tmp_path / "out").operation["options"]["allow_base_mismatch"]
+
+
+def test_what_changes_more_than_values_takes_two_steps(tmp_path, llama):
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", llama, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UsageError, match=r"lm_head\.weight") as caught:
+        merge(llama, [folder], tmp_path / "out", MergeOptions(format="nf4", untie=True))
+    assert "then quantize" in caught.value.hint
+
+
+def test_a_killed_run_with_another_adapter_left_nothing_that_is_used(tmp_path, llama, adapter, second_adapter):
+    """The work in the partial folder belongs to one set of adapters."""
+    merge(llama, [second_adapter], tmp_path / "other", NF4)
+    partial = tmp_path / "out.partial"
+    (tmp_path / "other").rename(partial)
+    files = json.loads((partial / "adaptkit-manifest.json").read_text())["files"]
+    assert files
+    merge(llama, [adapter], tmp_path / "clean", NF4)
+    merge(llama, [adapter], tmp_path / "out", NF4, force=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "clean")
+
+
+def test_the_command_line_says_what_is_left(tmp_path, llama, adapter, run_cli):
+    done = run_cli("merge", llama, adapter, "-o", tmp_path / "out", "--format", "nf4")
+    assert done.code == 0, done.stderr
+    assert "after quantizing; least in model.layers." in done.stdout
+    assert run_cli("inspect", tmp_path / "out").code == 0
