@@ -15,7 +15,7 @@ from adaptkit.checkpoint.journal import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError
-from adaptkit.operations._edits import is_same, plan_edits
+from adaptkit.operations._edit_plan import is_same, plan_edits
 from adaptkit.operations._merge_base import open_base
 from adaptkit.operations._merge_quantized import check_quantizable, merge_quantized
 from adaptkit.operations._merge_report import MergeOptions, MergeReport, TensorChange

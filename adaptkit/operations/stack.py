@@ -1,18 +1,24 @@
 """Combine adapters into one adapter."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
-from adaptkit.checkpoint.adapter import Adapter, read_adapter, write_adapter
+from adaptkit.checkpoint.adapter import read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output, check_output
-from adaptkit.checkpoint.manifest import Manifest, Target, parent_of
+from adaptkit.checkpoint.manifest import Manifest, parent_of
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.discovery import load
-from adaptkit.errors import AdapterError, UsageError
+from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.numerics import stacking
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
+from adaptkit.operations._extract_rank import check_threads, each
+from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._stack_terms import Stackable, stackable
 from adaptkit.operations._terms import check_weights, expected_fingerprints
 
 
@@ -23,35 +29,116 @@ class StackOptions:
     Attributes:
         method: name of a stacking method.
         weights: one per adapter; empty means 1 for each.
+        rank: largest rank of a module of the result; None leaves it to the method.
+        energy: instead of a rank, the share of each module's ‖Δ‖² that is kept, in (0, 1].
+        settings: options of the method by name (``density``, ``epsilon``, ``gamma``, ``lambda``, ``seed``); it has
+            defaults for those that are not given.
+        threads: number of modules combined at a time; one per processor if None. Not part of the result.
     """
 
     method: str = "cat"
     weights: tuple[float, ...] = ()
+    rank: int | None = None
+    energy: float | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        Limit(self.rank, self.energy)
+        self.resolved()
+
+    def resolved(self) -> Any:
+        """The method's own options, with its defaults.
+
+        Raises:
+            UsageError: there is no such method, it has no such option, or a value is out of its range.
+        """
+        options = load(stacking, self.method, "METHOD").options
+        known = {part.name.rstrip("_"): part.name for part in fields(options)}
+        for name in self.settings:
+            if name not in known:
+                used = ", ".join(f"--{each}" for each in known)
+                raise UsageError(
+                    f"{self.method} does not use --{name}",
+                    hint=f"beside --weight, --rank and --energy it uses {used or 'none'}",
+                )
+        return options(**{known[name]: value for name, value in self.settings.items()})
+
+    def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
+        """Everything that the result depends on, for its manifest."""
+        limits = {"rank": self.rank, "energy": self.energy}
+        return {
+            "method": self.method,
+            "source": load(stacking, self.method, "METHOD").source,
+            "weights": list(weights),
+            **{name.rstrip("_"): value for name, value in asdict(self.resolved()).items()},
+            **{name: value for name, value in limits.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
+class StackedModule:
+    """What became of one module.
+
+    Attributes:
+        module: dotted path.
+        adapters: number of those that change it.
+        rank: in the result.
+        norm: ‖Δ‖ of what the method makes of them.
+        energy_kept: share of ‖Δ‖² that is left at this rank.
+    """
+
+    module: str
+    adapters: int
+    rank: int
+    norm: float
+    energy_kept: float
 
 
 @dataclass(frozen=True)
 class StackReport:
-    """What was done.
+    """What was done, or would be.
 
     Attributes:
         output: folder.
         method: that combined the adapters.
+        settings: the method's own options, defaults included.
+        adapters: number of them.
         modules: number of them in the result.
+        partial: number of modules that not every adapter changes; it counts as a change of zero there.
+        zero: number of modules of whose changes nothing is left.
         ranks: smallest and largest rank of a module.
-        tensors_root: binds the result's tensors.
-        manifest_sha256: of the result's manifest.
+        energy_kept: share of Σ ‖Δ‖² over all modules that is left.
+        base_copies: tensors of the base that adapters carried along, as peft does for embeddings; not in the result.
+        per_module: one each, by name.
+        tensors_root: binds the result's tensors; None for a dry run.
+        manifest_sha256: of the result's manifest; None for a dry run.
     """
 
     output: str
     method: str
+    settings: dict[str, float]
+    adapters: int
     modules: int
+    partial: int
+    zero: int
     ranks: tuple[int, int]
-    tensors_root: str
-    manifest_sha256: str
+    energy_kept: float
+    base_copies: int
+    per_module: tuple[StackedModule, ...]
+    tensors_root: str | None = None
+    manifest_sha256: str | None = None
 
 
 def stack(
-    adapters: Sequence[Path], output: Path, options: StackOptions | None = None, *, force: bool = False
+    adapters: Sequence[Path],
+    output: Path,
+    options: StackOptions | None = None,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
 ) -> StackReport:
     """Write one adapter that stands for several.
 
@@ -60,28 +147,33 @@ def stack(
         output: folder to make.
         options: how.
         force: replace an existing output.
+        dry_run: find out what would be lost, and write nothing.
+        progress: told of modules combined.
 
     Raises:
-        AdapterError: shapes or layouts of the adapters differ.
+        AdapterError: the adapters do not fit together, or do something else than adding low-rank changes.
         BaseMismatchError: they were trained on different bases.
-        UsageError: fewer than two, or another number of weights.
+        UsageError: fewer than two, another number of weights, or nothing would be left.
+        NonFiniteError: the result is too large for float32.
         OutputExistsError: the output exists.
     """
     options = options or StackOptions()
-    method: Method = load(stacking, options.method, "METHOD")
     if len(adapters) < 2:
-        raise UsageError("stacking takes at least two adapters")
+        raise UsageError("stacking takes at least two adapters", hint="give their folders one after the other")
     weights = options.weights or (1.0,) * len(adapters)
     read = [read_adapter(path) for path in adapters]
     check_weights(read, weights)
     expected_fingerprints(read)
-    modules = {name: method.combine(terms) for name, terms in _terms(read, weights).items()}
+    plan = stackable(read, weights)
     check_output(output, force, adapters)
-    recorded = {"method": options.method, "source": method.source, "weights": list(weights)}
+    combined = _combine(plan, options, progress)
+    report = _report(output, options, plan, combined, len(adapters), sum(len(adapter.begins) for adapter in read))
+    if dry_run:
+        return report
+    recorded = options.recorded(weights)
     with Output(output, [[tensors_root(a.records) for a in read], recorded], force) as out:
-        base_names = {str(adapter.config.get("base_model_name_or_path")) for adapter in read}
-        extra = {"fan_in_fan_out": read[0].fan_in_fan_out}
-        write_adapter(out, modules, base_names.pop() if len(base_names) == 1 else "", **extra)
+        modules = {name: made.term for name, made in combined.items()}
+        write_adapter(out, modules, plan.base_name, plan.embeddings, **plan.config)
         manifest = Manifest(
             kind="adapter",
             operation={"name": "stack", "options": recorded},
@@ -91,41 +183,68 @@ def stack(
                 parent_of("adapter", adapter.manifest, adapter.records, weight)
                 for adapter, weight in zip(read, weights, strict=True)
             ),
-            targets=_targets(read),
+            targets=plan.targets,
         )
         out.publish(manifest)
-    ranks = [module.rank for module in modules.values()]
-    return StackReport(
-        str(output), options.method, len(modules), (min(ranks), max(ranks)), manifest.tensors_root, manifest.sha256
+    return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
+
+
+def _combine(plan: Stackable, options: StackOptions, progress: Progress) -> dict[str, Compressed]:
+    """Each module's change, by name."""
+    combined = {}
+    for name, made in zip(
+        plan.modules, each(_combiner(plan, options), plan.modules, thread_count(options.threads)), strict=True
+    ):
+        combined[name] = made
+        progress(len(combined), len(plan.modules))
+    if all(made.is_zero for made in combined.values()):
+        raise UsageError(
+            f"nothing is left of any module: the changes cancel, or {options.method} drops them all",
+            hint="check the weights, and that the adapters were trained",
+        )
+    return combined
+
+
+def _combiner(plan: Stackable, options: StackOptions) -> Callable[[str], Compressed]:
+    """A function from a module's name to what its changes become."""
+    method: Method = load(stacking, options.method, "METHOD")
+    settings, limit = options.resolved(), Limit(options.rank, options.energy)
+
+    def work(name: str) -> Compressed:
+        terms = plan.modules[name]
+        try:
+            return compress(method.combine(terms, settings, name), terms, method.length, limit)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{name}: {error.message}", error.hint) from error
+
+    return work
+
+
+def _report(
+    output: Path,
+    options: StackOptions,
+    plan: Stackable,
+    combined: Mapping[str, Compressed],
+    adapters: int,
+    base_copies: int,
+) -> StackReport:
+    entries = tuple(
+        StackedModule(name, sum(term.rank > 0 for term in plan.modules[name]), made.term.rank, made.norm, made.energy)
+        for name, made in combined.items()
     )
-
-
-def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[LowRank]]:
-    terms: dict[str, list[LowRank]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if adapter.compensation:
-            raise AdapterError(
-                f"{adapter.root}: began with what makes up for the quantization of its base, which counts only once",
-                hint="merge it onto the 16-bit base",
-            )
-        if adapter.fan_in_fan_out != adapters[0].fan_in_fan_out:
-            raise AdapterError(f"{adapter.root} and {adapters[0].root} are for bases that store weights differently")
-        for module, low_rank in adapter.modules.items():
-            found = terms.setdefault(module, [])
-            if found and found[0].shape != low_rank.shape:
-                raise AdapterError(
-                    f"{module} is {list(found[0].shape)} in one adapter and {list(low_rank.shape)} in {adapter.root}"
-                )
-            found.append(low_rank.weighted(weight))
-    return dict(sorted(terms.items()))
-
-
-def _targets(adapters: Sequence[Adapter]) -> tuple[Target, ...]:
-    """What the result needs of a base: known only if every adapter says what it was trained on."""
-    if any(adapter.manifest is None for adapter in adapters):
-        return ()
-    found: dict[str, Target] = {}
-    for adapter in adapters:
-        for target in adapter.manifest.targets if adapter.manifest else ():
-            found.setdefault(target.module, target)
-    return tuple(found.values())
+    total = math.fsum(entry.norm**2 for entry in entries)
+    lost = math.fsum((1 - entry.energy_kept) * entry.norm**2 for entry in entries)
+    ranks = [entry.rank for entry in entries]
+    return StackReport(
+        output=str(output),
+        method=options.method,
+        settings={name.rstrip("_"): value for name, value in asdict(options.resolved()).items()},
+        adapters=adapters,
+        modules=len(entries),
+        partial=plan.partial,
+        zero=sum(made.is_zero for made in combined.values()),
+        ranks=(min(ranks), max(ranks)),
+        energy_kept=1 - lost / total if total else 1.0,
+        base_copies=base_copies,
+        per_module=entries,
+    )

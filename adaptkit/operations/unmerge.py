@@ -19,7 +19,8 @@ from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics.approximate import ErrorBound, subtract
-from adaptkit.operations._edits import Edit, Edits, matrix_of, plan_edits
+from adaptkit.operations._edit_plan import plan_edits
+from adaptkit.operations._edits import Edit, Edits, matrix_of
 from adaptkit.operations._folding import Fold, Rows, cut_frames, read_rows
 from adaptkit.operations._merged import BaseOutline, MergedModel, open_merged, target_names
 from adaptkit.operations._pipeline import thread_count

@@ -1,18 +1,52 @@
 """``adaptkit stack``."""
 
+import ast
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, output_options, weight_option
-from adaptkit.cli.output import show
+from adaptkit.cli.options import ArtifactPath, output_options, threads_option, weight_option
+from adaptkit.cli.output import Row, percent, show
+from adaptkit.cli.progress import count_progress
+from adaptkit.discovery import names
+from adaptkit.numerics import stacking
+
+if TYPE_CHECKING:
+    from adaptkit.operations.stack import StackReport
+
+WORST = 3
+"""How many of the modules that lose most the table names."""
+_SETTINGS = ("density", "epsilon", "gamma", "lambda", "seed")
 
 
-@click.command()
+class _WithMethods(click.Command):
+    """Its help lists the methods by the first line of each one's file, and imports none: that would take torch."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See ``click.Command``."""
+        rows = []
+        for name in names(stacking):
+            source = Path(stacking.__path__[0], f"{name}.py").read_text(encoding="utf-8")
+            rows.append((name, (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]))
+        with formatter.section("Methods"):
+            formatter.write_dl(rows)
+
+
+@click.command(cls=_WithMethods)
 @click.argument("adapters", nargs=-1, required=True, type=ArtifactPath())
 @output_options
-@click.option("--method", default="cat", show_default=True, help="How the adapters are combined.")
+@click.option("--method", default="cat", show_default=True, help="How the adapters are combined; see below.")
 @weight_option
+@click.option("--rank", type=click.IntRange(min=1), help="Largest rank of a module of the result.")
+@click.option("--energy", type=float, metavar="SHARE", help="Keep this share of each module's square norm: 0.99.")
+@click.option("--density", type=float, metavar="SHARE", help="Of the elements that a method keeps.")
+@click.option("--epsilon", type=float, help="della: how much likelier the largest elements are kept.")
+@click.option("--gamma", type=float, metavar="SHARE", help="breadcrumbs: of the largest elements, which are dropped.")
+@click.option("--lambda", "lambda_", type=float, metavar="FACTOR", help="Factor of the result. [1]")
+@click.option("--seed", type=click.IntRange(min=0), help="Of methods that drop elements at random. [0]")
+@click.option("--dry-run", is_flag=True, help="Say what would be lost, and write nothing.")
+@threads_option
 def command(
     adapters: tuple[Path, ...],
     output: Path,
@@ -21,16 +55,44 @@ def command(
     quiet: bool,
     method: str,
     weights: tuple[float, ...],
+    rank: int | None,
+    energy: float | None,
+    dry_run: bool,
+    threads: int | None,
+    **settings: Any,
 ) -> None:
-    """Combine ADAPTERS into one adapter."""
+    """Combine ADAPTERS into one adapter.
+
+    Each adapter's change is multiplied by its weight before the method sees it. A method's own options have its
+    defaults; one that it does not use is refused.
+    """
     from adaptkit.operations.stack import StackOptions, stack
 
-    report = stack(adapters, output, StackOptions(method, weights), force=force)
+    given = {name: settings[name if name in settings else f"{name}_"] for name in _SETTINGS}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = StackOptions(method, weights, rank, energy, chosen, threads)
+    with count_progress("stack", as_json or quiet) as progress:
+        report = stack(adapters, output, options, force=force, dry_run=dry_run, progress=progress)
+    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+
+
+def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
     low, high = report.ranks
+    settings = ", ".join(f"{name} {value:g}" for name, value in report.settings.items())
+    partial = f"; {report.partial} not in every adapter" if report.partial else ""
     rows = [
-        ("wrote", report.output),
-        ("stacked", f"{len(adapters)} adapters by {report.method}"),
-        ("modules", f"{report.modules}, rank {low}" + (f" to {high}" if high != low else "")),
-        ("manifest sha256", report.manifest_sha256),
+        ("would write" if dry_run else "wrote", report.output),
+        ("stacked", f"{report.adapters} adapters by {report.method}" + (f" ({settings})" if settings else "")),
+        ("modules", f"{report.modules}, rank {low}" + (f" to {high}" if high != low else "") + partial),
+        ("energy kept", f"{percent(report.energy_kept)} of the square norm"),
     ]
-    show(report, rows, as_json=as_json, quiet=quiet)
+    losing = sorted((m for m in report.per_module if m.energy_kept < 1), key=lambda m: (m.energy_kept, m.module))
+    if losing:
+        rows.append(("kept least", "\n".join(f"{percent(m.energy_kept)} {m.module}" for m in losing[:WORST])))
+    if report.zero:
+        rows.append(("zero", f"{report.zero} modules of whose changes nothing is left"))
+    if report.base_copies:
+        rows.append(("left out", f"{report.base_copies} copies of the base's own tensors"))
+    if report.manifest_sha256:
+        rows.append(("manifest sha256", report.manifest_sha256))
+    return rows

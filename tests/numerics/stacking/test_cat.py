@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from adaptkit.discovery import load, names
 from adaptkit.numerics import stacking
 from adaptkit.numerics.lora import LowRank, delta
+from adaptkit.numerics.stacking._method import NoOptions
 
 CAT = load(stacking, "cat", "METHOD")
 
@@ -21,7 +22,7 @@ def term(rank, scaling, seed):
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(-3, 3), st.integers(0, 99)), min_size=1, max_size=4))
 def test_the_result_is_the_sum_up_to_one_rounding_of_b(parts):
     terms = [term(*part) for part in parts]
-    stacked = CAT.combine(terms)
+    stacked = CAT.combine(terms, NoOptions(), "m")
     assert stacked.rank == sum(change.rank for change in terms)
     assert stacked.scaling == 1.0
     exact = sum(change.scaling * (change.lora_b.double() @ change.lora_a.double()) for change in terms)
@@ -33,7 +34,7 @@ def test_the_result_is_the_sum_up_to_one_rounding_of_b(parts):
 def test_scalings_that_are_powers_of_two_lose_nothing():
     """B is then stored exactly, so all that is left is the order of the float64 sum."""
     terms = [term(2, 0.5, 1), term(3, 2.0, 2), term(1, -4.0, 3)]
-    stacked = CAT.combine(terms)
+    stacked = CAT.combine(terms, NoOptions(), "m")
     exact = torch.cat([change.lora_b.double() * change.scaling for change in terms], dim=1)
     assert torch.equal(stacked.lora_b.double(), exact)
     assert (delta([stacked]) - delta(terms)).abs().max() < 1e-13
@@ -41,7 +42,7 @@ def test_scalings_that_are_powers_of_two_lose_nothing():
 
 def test_the_order_of_the_ranks_is_that_of_the_adapters():
     terms = [term(2, 0.5, 1), term(3, 2.0, 2)]
-    stacked = CAT.combine(terms)
+    stacked = CAT.combine(terms, NoOptions(), "m")
     assert torch.equal(stacked.lora_a, torch.cat([terms[0].lora_a, terms[1].lora_a]))
     assert torch.equal(stacked.lora_b[:, :2], terms[0].lora_b * 0.5)
     assert torch.equal(stacked.lora_b[:, 2:], terms[1].lora_b * 2.0)
@@ -50,7 +51,7 @@ def test_the_order_of_the_ranks_is_that_of_the_adapters():
 def test_inputs_are_left_as_they_were():
     change = term(2, 0.5, 1)
     before = change.lora_a.clone(), change.lora_b.clone()
-    CAT.combine([change, change])
+    CAT.combine([change, change], NoOptions(), "m")
     assert torch.equal(change.lora_a, before[0])
     assert torch.equal(change.lora_b, before[1])
 

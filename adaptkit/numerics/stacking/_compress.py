@@ -1,0 +1,139 @@
+"""Bring what a method returns to a rank, and say how much of it is left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.numerics import lora
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spectrum import Spectrum, energy_kept, rank_for_energy, svd
+from adaptkit.numerics.stacking._core import numerical_rank
+from adaptkit.numerics.stacking._method import Length
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_DENSE_RESOLUTION = 2.0**-24
+"""Singular values below this share drown in the rounding of their squares in float64; float32 would not hold them."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far to compress; at most one of the two.
+
+    Attributes:
+        rank: the largest rank of a module, at least 1.
+        energy: the smallest share of ‖Δ‖² to keep in each module, in (0, 1].
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.energy is not None:
+            raise UsageError("a rank and an energy were both given", hint="give --rank or --energy")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"rank {self.rank}: must be at least 1", hint="16 is a usual rank")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(
+                f"energy {self.energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the square norm"
+            )
+
+    def choose(self, sigma: Tensor, default: int) -> int:
+        """The rank to keep.
+
+        Args:
+            sigma: (k,) the singular values that are more than rounding; at least one.
+            default: if neither rank nor energy are given.
+
+        Returns:
+            From 1 to k.
+        """
+        if self.energy is not None:
+            return rank_for_energy(sigma, self.energy)
+        return min(sigma.numel(), self.rank or default)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A change in the factors that are written.
+
+    Attributes:
+        term: float32 factors.
+        norm: ‖Δ‖ of the method's result.
+        energy: ‖Δ_k‖² / ‖Δ‖² of what is left of it; 1 if that is 0.
+    """
+
+    term: LowRank
+    norm: float
+    energy: float
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether a factor is zero; factors that are kept as given may also cancel, which nobody looks for."""
+        return not (bool(self.term.lora_a.any()) and bool(self.term.lora_b.any()))
+
+
+def compress(result: LowRank | Spectrum | Tensor, terms: Sequence[LowRank], length: Length, limit: Limit) -> Compressed:
+    """Keep the largest singular values of a result.
+
+    Args:
+        result: what a method made of ``terms``.
+        terms: one per adapter, weighted.
+        length: what to keep if ``limit`` says nothing.
+        limit: what to keep.
+
+    Raises:
+        NonFiniteError: it is too large for float32.
+    """
+    scale = float(sum(lora.norm(term) for term in terms))
+    if isinstance(result, Tensor):
+        return _compress_dense(result, scale, length, limit, terms)
+    if isinstance(result, LowRank) and length == "as given" and limit == Limit():
+        return Compressed(result, lora.norm(result), 1.0)
+    if isinstance(result, LowRank):
+        _check_size(result.lora_a, result.lora_b)
+    spectrum = svd(result) if isinstance(result, LowRank) else result
+    _check_size(spectrum.sigma)
+    sigma = spectrum.sigma[: numerical_rank(spectrum.sigma, scale)]
+    if not sigma.numel():
+        return _nothing(terms[0].shape)
+    kept = limit.choose(sigma, _default(length, terms))
+    return Compressed(spectrum.truncated(kept), float(sigma.norm()), energy_kept(sigma, kept))
+
+
+def _compress_dense(delta: Tensor, scale: float, length: Length, limit: Limit, terms: Sequence[LowRank]) -> Compressed:
+    """The same from eigenvectors of the smaller of Δᵀ Δ and Δ Δᵀ, several times faster than an SVD of Δ.
+
+    Δ is projected on the leading ones, and what that keeps is measured, not inferred.
+    """
+    _check_size(delta)
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    values, vectors = torch.linalg.eigh(tall.T @ tall)
+    sigma = values.flip(0).clamp(min=0).sqrt()
+    sigma = sigma[sigma > _DENSE_RESOLUTION * scale]
+    if not sigma.numel():
+        return _nothing(terms[0].shape)
+    kept = limit.choose(sigma, _default(length, terms))
+    basis = vectors.flip(1)[:, :kept]
+    spectrum = svd(LowRank(basis.T, tall @ basis, 1.0))
+    leading, norm = spectrum.truncated(kept), float(delta.norm())
+    energy = min(1.0, float(spectrum.sigma.square().sum()) / norm**2)
+    return Compressed(leading if tall is delta else lora.transposed(leading), norm, energy)
+
+
+def _nothing(shape: tuple[int, int]) -> Compressed:
+    """A change of zero, of rank 1, for PEFT knows no smaller rank."""
+    return Compressed(LowRank(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1), 1.0), 0.0, 1.0)
+
+
+def _default(length: Length, terms: Sequence[LowRank]) -> int:
+    ranks = [term.rank for term in terms]
+    return max(ranks) if length == "largest" else sum(ranks)
+
+
+def _check_size(*factors: Tensor) -> None:
+    for factor in factors:
+        if not bool((factor.abs() <= _FLOAT32_MAX).all()):  # nor is NaN
+            raise NonFiniteError("too large for float32", hint="use smaller weights")

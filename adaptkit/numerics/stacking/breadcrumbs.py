@@ -1,0 +1,72 @@
+"""Model Breadcrumbs: drop each adapter's largest elements and its smallest ones, and add up what lies between.
+
+Of the N elements of w_t Δ_t, sorted by magnitude, the ⌊gamma · N⌋ largest are dropped, and so many of the smallest
+that ⌊density · N⌋ are left; equal ones at either end stay together. The sum over the adapters times λ (the paper's α)
+follows. Nothing is scaled up, and no signs are elected.
+
+Variant: layer by layer, as the paper has it and mergekit; the authors' code sorts row by row. The paper speaks of the
+percentiles β = 1 − gamma − density, below which and γ = 1 − gamma, above which elements are dropped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptkit.errors import UsageError
+from adaptkit.numerics import lora
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._elements import by_rows, nth_largest
+from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
+
+
+@dataclass(frozen=True)
+class BreadcrumbsOptions:
+    """Options of Model Breadcrumbs.
+
+    Attributes:
+        density: share of each adapter's elements that is kept.
+        gamma: share of the largest ones that is dropped.
+        lambda_: factor of the result.
+    """
+
+    density: float = 0.9
+    gamma: float = 0.01
+    lambda_: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_lambda(self.lambda_)
+        if not 0 <= self.gamma < 1 or self.density + self.gamma > 1 + 1e-12:
+            raise UsageError(
+                f"density {self.density} and gamma {self.gamma}: neither may be negative, nor their sum exceed 1",
+                hint=f"with this density give --gamma at most {1 - self.density:g}",
+            )
+
+
+def _between(term: LowRank, options: BreadcrumbsOptions, module: str) -> tuple[float, float]:
+    """The smallest and the largest magnitude that are kept."""
+    out, columns = term.shape
+    elements = out * columns
+    above, kept = int(options.gamma * elements), count_kept(options.density, elements, module)
+    if kept == elements or term.rank == 0:
+        return 0.0, float("inf")
+    magnitudes = lora.delta([term]).abs_()
+    largest = nth_largest(magnitudes, above + 1)
+    return nth_largest(magnitudes, min(above + kept, elements)), largest
+
+
+def combine(terms: Sequence[LowRank], options: BreadcrumbsOptions, module: str) -> Tensor:
+    """Drop at both ends and add. Returns (out, in) float64."""
+    bounds = torch.tensor([_between(term, options, module) for term in terms], dtype=torch.float64)
+    least, largest = bounds[:, 0, None, None], bounds[:, 1, None, None]
+
+    def rule(changes: Tensor, rows: slice) -> Tensor:
+        sizes = changes.abs()
+        return (changes * ((sizes >= least) & (sizes <= largest))).sum(0) * options.lambda_
+
+    return by_rows(terms, rule)
+
+
+METHOD = Method(combine, source="Model Breadcrumbs (arXiv:2312.06795), sorted by module", options=BreadcrumbsOptions)

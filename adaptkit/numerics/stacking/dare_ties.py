@@ -1,0 +1,46 @@
+"""DARE instead of the trimming of TIES: drop at random and rescale, elect signs, average those that have them.
+
+Steps 2 and 3 are those of ``ties``, variant included: signs elected after weighting, mean by count. peft and mergekit
+call the same thing ``dare_ties``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean
+from adaptkit.numerics.stacking._method import Method, check_lambda
+from adaptkit.numerics.stacking.dare import DareOptions, drop_and_rescale
+
+
+@dataclass(frozen=True)
+class DareTiesOptions(DareOptions):
+    """Options of DARE with an election.
+
+    Attributes:
+        lambda_: factor of the result.
+    """
+
+    lambda_: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_lambda(self.lambda_)
+
+
+def combine(terms: Sequence[LowRank], options: DareTiesOptions, module: str) -> Tensor:
+    """Drop, rescale, elect, merge. Returns (out, in) float64."""
+
+    def rule(changes: Tensor, rows: slice) -> Tensor:
+        return disjoint_mean(drop_and_rescale(changes, rows, options, module)) * options.lambda_
+
+    return by_rows(terms, rule)
+
+
+METHOD = Method(
+    combine,
+    source="DARE (arXiv:2311.03099), election of TIES-Merging (arXiv:2306.01708) after weighting, mean by count",
+    options=DareTiesOptions,
+)

@@ -1,0 +1,88 @@
+"""DELLA: drop elements at random, small ones more often, scale up the rest, elect signs, average those that have them.
+
+In each row of w_t Δ_t the elements are ranked by magnitude, 0 to in − 1. The one of rank i is kept with probability
+
+    p_i = density − epsilon + 2 · epsilon · i / (in − 1)
+
+and divided by it, so that nothing changes on average. Steps 2 and 3 are those of ``ties``, variant included.
+
+Variant: MAGPRUNE of the paper, ranked by row and rescaled by each element's own probability as its authors' code does
+(mergekit now rescales by a norm). ``epsilon`` is half the width of the window of probabilities, as in mergekit; the
+paper's ε is the whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptkit.errors import UsageError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean
+from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, check_seed
+from adaptkit.numerics.stacking._random import uniform
+
+
+@dataclass(frozen=True)
+class DellaOptions:
+    """Options of DELLA.
+
+    Attributes:
+        density: probability with which an element of middle rank is kept.
+        epsilon: by how much that of the largest is above it, and that of the smallest below.
+        lambda_: factor of the result.
+        seed: of the choice.
+    """
+
+    density: float = 0.5
+    epsilon: float = 0.15
+    lambda_: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_lambda(self.lambda_)
+        check_seed(self.seed)
+        if self.epsilon < 0 or self.density - self.epsilon <= 0 or self.density + self.epsilon > 1 + 1e-12:
+            room = min(self.density, 1 - self.density)
+            raise UsageError(
+                f"density {self.density} ± epsilon {self.epsilon}: must stay above 0 and not exceed 1",
+                hint=f"with this density give --epsilon from 0 to less than {room:g}" if room else "give --epsilon 0",
+            )
+
+
+def probabilities(changes: Tensor, options: DellaOptions) -> Tensor:
+    """With what probability each element is kept.
+
+    Args:
+        changes: (adapters, rows, in) float64.
+        options: density and epsilon.
+
+    Returns:
+        The same shape; of equal magnitudes the one further right counts as the larger.
+    """
+    columns = changes.shape[2]
+    if columns == 1:
+        return torch.full_like(changes, options.density)
+    order = changes.abs().argsort(dim=2, stable=True)
+    rank = torch.empty_like(order).scatter_(2, order, torch.arange(columns).expand_as(order))
+    return options.density - options.epsilon + 2 * options.epsilon * rank.double() / (columns - 1)
+
+
+def combine(terms: Sequence[LowRank], options: DellaOptions, module: str) -> Tensor:
+    """Drop by rank, rescale, elect, merge. Returns (out, in) float64."""
+
+    def rule(changes: Tensor, rows: slice) -> Tensor:
+        kept = probabilities(changes, options)
+        drawn = [uniform(options.seed, module, adapter, rows, changes.shape[2]) for adapter in range(len(terms))]
+        return disjoint_mean(changes * (torch.stack(drawn) < kept) / kept) * options.lambda_
+
+    return by_rows(terms, rule)
+
+
+METHOD = Method(
+    combine,
+    source="DELLA-Merging (arXiv:2406.11617), MAGPRUNE by row, signs elected after weighting, mean by count",
+    options=DellaOptions,
+)

@@ -1,0 +1,41 @@
+"""Keep each adapter's largest elements, and add them up.
+
+The first step of TIES without its election: Σ_t of the largest ``density`` of the elements of w_t Δ_t, by magnitude,
+module by module, as peft's ``magnitude_prune_svd``. What is kept is not scaled up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._elements import by_rows, trim, trimming
+from adaptkit.numerics.stacking._method import Method, check_density
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Options of pruning.
+
+    Attributes:
+        density: share of each adapter's elements that is kept.
+    """
+
+    density: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+
+def combine(terms: Sequence[LowRank], options: PruneOptions, module: str) -> Tensor:
+    """Trim and add. Returns (out, in) float64."""
+    least = trimming(terms, options.density, module)
+    return by_rows(terms, lambda changes, rows: trim(changes, least).sum(0))
+
+
+METHOD = Method(
+    combine,
+    source="the trimming of TIES-Merging (arXiv:2306.01708), by module, summed, as peft's magnitude_prune",
+    options=PruneOptions,
+)

@@ -1,0 +1,74 @@
+"""SCE: select elements in which the adapters differ, weight each adapter by its energy there, erase minority signs.
+
+    1  select     of the elements whose variance over the adapters is not 0 the ``density`` where it is largest
+    2  calculate  η_t = Σ τ̂_t² / Σ_t Σ τ̂_t², a coefficient for each adapter and module
+    3  erase      elements whose sign is not that of Σ_t τ̂_t; a sum of 0 counts as positive
+
+The result is λ · Σ η_t τ̂_t / Σ η_t over the elements that are left. An adapter without the module counts in the
+variance, as a change of zero.
+
+Variant: mergekit's, which came from the authors; its ``select_topk`` is ``density``, and 1 (its default) selects
+everything. mergekit has no weights here; ours are in the τ_t = w_t Δ_t.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._elements import agreeing, by_rows, changes_in, nth_largest, row_blocks
+from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
+
+
+@dataclass(frozen=True)
+class SceOptions:
+    """Options of SCE.
+
+    Attributes:
+        density: share of the elements that is selected.
+        lambda_: factor of the result.
+    """
+
+    density: float = 1.0
+    lambda_: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_lambda(self.lambda_)
+
+
+def _selection(terms: Sequence[LowRank], density: float, module: str) -> Tensor | None:
+    """Which elements are selected: (out, in) bool; None for all."""
+    if density == 1:
+        return None
+    variance = by_rows(terms, lambda changes, rows: changes.var(0, correction=0))
+    differing = int(variance.count_nonzero())
+    if differing == 0:
+        return torch.zeros_like(variance, dtype=torch.bool)
+    return variance >= nth_largest(variance, count_kept(density, differing, module))
+
+
+def combine(terms: Sequence[LowRank], options: SceOptions, module: str) -> Tensor:
+    """Select, calculate, erase. Returns (out, in) float64."""
+    selection = _selection(terms, options.density, module)
+
+    def selected(changes: Tensor, rows: slice) -> Tensor:
+        return changes if selection is None else changes * selection[rows]
+
+    energies = torch.zeros(len(terms), dtype=torch.float64)
+    for rows in row_blocks(terms):
+        energies += selected(changes_in(terms, rows), rows).square().sum((1, 2))
+    coefficients = (energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny))[:, None, None]
+
+    def rule(changes: Tensor, rows: slice) -> Tensor:
+        chosen = selected(changes, rows)
+        left = coefficients * agreeing(chosen)
+        total = left.sum(0)
+        return (chosen * left).sum(0) / torch.where(total == 0, 1.0, total) * options.lambda_
+
+    return by_rows(terms, rule)
+
+
+METHOD = Method(combine, source="SCE of FuseChat (arXiv:2408.07990), as mergekit has it", options=SceOptions)

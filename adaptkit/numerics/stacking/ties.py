@@ -1,0 +1,49 @@
+"""TIES: keep each adapter's largest elements, elect a sign for each element, average those that have it.
+
+    1  trim      τ̂_t: the largest ``density`` of the elements of τ_t = w_t Δ_t, by magnitude, module by module
+    2  elect     γ = the sign of Σ_t τ̂_t; a sum of 0 counts as positive
+    3  merge     λ · the mean of τ̂_t over those t whose element has the sign γ
+
+Variant: the paper trims over all modules at once, peft, mergekit and this one over each. Signs are elected after
+weighting, as in mergekit (peft elects before). The mean is over the number of adapters that agree, as in the paper and
+in peft (mergekit divides by the sum of their weights unless told otherwise). With equal weights the result is peft's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean, trim, trimming
+from adaptkit.numerics.stacking._method import Method, check_density, check_lambda
+
+
+@dataclass(frozen=True)
+class TiesOptions:
+    """Options of TIES.
+
+    Attributes:
+        density: share of each adapter's elements that is kept; the paper's 20 % if not given.
+        lambda_: factor of the result.
+    """
+
+    density: float = 0.2
+    lambda_: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_lambda(self.lambda_)
+
+
+def combine(terms: Sequence[LowRank], options: TiesOptions, module: str) -> Tensor:
+    """Trim, elect, merge; see the module's docstring. Returns (out, in) float64."""
+    least = trimming(terms, options.density, module)
+    return by_rows(terms, lambda changes, rows: disjoint_mean(trim(changes, least)) * options.lambda_)
+
+
+METHOD = Method(
+    combine,
+    source="TIES-Merging (arXiv:2306.01708), trimmed by module, signs elected after weighting, mean by count",
+    options=TiesOptions,
+)

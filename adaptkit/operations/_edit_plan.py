@@ -1,0 +1,302 @@
+"""What adapters do to the tensors of a checkpoint; every part of every adapter finds its tensor or is refused.
+
+What an adapter began with to make up for the quantization of its base is taken off again: the base here has lost
+nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from adaptkit.checkpoint.adapter import Adapter, TokenRows, is_saved
+from adaptkit.checkpoint.addressing import Slice
+from adaptkit.checkpoint.header import FLOATS, TensorSpec
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.numerics import lora
+from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._edits import Edit, Edits, Step, Stored
+from adaptkit.operations._expert_panels import Experts
+from adaptkit.operations._roles import is_conv1d
+from adaptkit.operations._tying import Vocabulary, VocabularyChange, find_vocabulary, vocabulary_changes
+
+Begins = Callable[[str, TensorFiles, str], bool]
+"""Asked with the tensor's name, the adapter's files, and the key in them."""
+_OTHER = "this adapter is for another model"
+
+
+def plan_edits(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    begins: Begins,
+    untie: bool = False,
+) -> Edits:
+    """Say what adapters do to each tensor of a checkpoint.
+
+    Args:
+        checkpoint: the base.
+        adapters: in order.
+        weights: one each.
+        begins: whether an adapter's copy of what it is added to takes the place of the base's tensor.
+        untie: give the head a tensor of its own where it would no longer be the embedding.
+
+    Raises:
+        BaseMismatchError: an adapter changes what the checkpoint lacks, or has in another shape.
+        UsageError: an adapter does nothing but make up for quantization; a tied head would no longer be the embedding;
+            or changes that cannot be summed.
+        AdapterError: parts of an adapter contradict each other.
+    """
+    edits = Edits()
+    vocabulary = find_vocabulary(checkpoint)
+    changes = [vocabulary_changes(checkpoint, vocabulary, adapter, untie) for adapter in adapters]
+    separate = any(change.separate for change in changes)
+    if separate:
+        edits.config["tie_word_embeddings"] = False
+        edits.told.append(f"untied: {vocabulary.head} is a tensor of its own now")
+    for number, (adapter, weight, change) in enumerate(zip(adapters, weights, changes, strict=True)):
+        if adapter.only_compensates:
+            raise UsageError(
+                f"{adapter.root}: only makes up for what quantization lost, and {checkpoint.root} has lost nothing",
+                hint="train it first: adaptkit train --init",
+            )
+        edits.told += [f"{adapter.root}: {change.told_by}"] if change.told_by else []
+        _Planner(checkpoint, vocabulary, edits, change, adapter, number, weight, begins).plan()
+    if separate and vocabulary.head not in edits.of:  # it stays what the embedding was
+        spec = checkpoint.spec(vocabulary.stored(vocabulary.head))
+        edits.of[vocabulary.head] = Edit(replace(spec, name=vocabulary.head), spec.name, spec.shape)
+    edits.added = [name for name in edits.of if name not in checkpoint.tensors]
+    _check_sums(checkpoint, edits)
+    return edits
+
+
+class _Planner:
+    """Adds what one adapter does to the edits."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        vocabulary: Vocabulary,
+        edits: Edits,
+        change: VocabularyChange,
+        adapter: Adapter,
+        number: int,
+        weight: float,
+        begins: Begins,
+    ) -> None:
+        self._begins = begins
+        self._checkpoint, self._vocabulary, self._edits = checkpoint, vocabulary, edits
+        self._change, self._adapter, self._number, self._weight = change, adapter, number, weight
+        self._separate = "tie_word_embeddings" in edits.config
+
+    def plan(self) -> None:
+        """Go through all parts of the adapter."""
+        adapter, addresses, repeated = self._adapter, self._change.addresses, self._change.repeated
+        for module, term in adapter.modules.items():
+            if f"{module}.weight" not in repeated:
+                self._plan_module(module, term, addresses[f"{module}.weight"][0])
+        for module, bias in adapter.biases.items():
+            name = addresses[f"{module}.bias"][0].name
+            self._check(name, (bias.shape[0],), f"{module}.bias")
+            self._extend(name, bias=bias)
+        experts = Experts(self._checkpoint, str(adapter.root), self._spec)
+        for parameter, stack in adapter.experts.items():
+            for name, panels in experts.of_stack(parameter, stack, addresses[parameter]):
+                self._extend(name, panels=panels)
+        for module, tokens in adapter.tokens.items():
+            if f"{module}.weight" not in repeated:
+                self._plan_tokens(module, tokens, addresses[f"{module}.weight"][0].name)
+        for parameter, key in adapter.replaced.items():
+            if parameter not in repeated:
+                self._plan_replaced(parameter, key, addresses[parameter])
+        self._check_saved()
+
+    def _check_saved(self) -> None:
+        """Refuse an adapter that lacks a part of what ``modules_to_save`` names."""
+        for name in self._checkpoint.tensors:
+            if is_saved(self._adapter.config, name.rpartition(".")[0]):
+                steps = self._edits.of[name].steps if name in self._edits.of else ()
+                if not any(step.adapter == self._number and step.whole for step in steps):
+                    raise BaseMismatchError(
+                        f"{self._adapter.root}: modules_to_save is {self._adapter.config['modules_to_save']}, but the "
+                        f"adapter has no tensor for {name}",
+                        hint="get the adapter again, all of it; or this adapter is for another model",
+                    )
+
+    def _plan_module(self, module: str, term: LowRank, place: Slice) -> None:
+        adapter, name = self._adapter, place.name
+        if place.of_tensor:
+            panels = Experts(self._checkpoint, str(adapter.root), self._spec).of_one(module, term, place)
+            self._extend(name, panels=panels)
+            return
+        self._plan_begin(module, name)
+        is_table = module in adapter.embeddings
+        flip = not is_table and self._is_transposed(module, term, self._spec(name))
+        terms = [term]
+        if module in adapter.compensation:
+            terms.append(adapter.compensation[module].weighted(-1.0))
+        terms = [lora.transposed(t) if flip else t for t in terms]
+        self._check(name, terms[0].shape, module)
+        self._extend(name, panels=(tuple(terms),))
+        if module in adapter.magnitudes:
+            self._extend(name, magnitude=adapter.magnitudes[module], per_column=flip or is_table)
+
+    def _plan_tokens(self, module: str, tokens: TokenRows, name: str) -> None:
+        self._plan_begin(module, name)
+        spec = self._spec(name)
+        if len(spec.shape) != 2 or tokens.rows.shape[1] != spec.shape[1] or max(tokens.indices) >= spec.shape[0]:
+            raise BaseMismatchError(
+                f"{self._adapter.root}: rows up to {max(tokens.indices)} of {tokens.rows.shape[1]} numbers do not fit "
+                f"{name}, {list(spec.shape)}",
+                hint=_OTHER,
+            )
+        self._extend(name, tokens=tokens)
+
+    def _is_transposed(self, module: str, term: LowRank, spec: TensorSpec) -> bool:
+        """Whether the base keeps this weight as (in, out).
+
+        The shapes say it, unless the matrix is square; the adapter's ``fan_in_fan_out`` does not, since peft sets it by
+        whichever layer came last.
+        """
+        if term.shape[0] != term.shape[1]:
+            return spec.shape == term.shape[::-1]
+        return is_conv1d(str(self._checkpoint.config.get("model_type")), module)
+
+    def _plan_begin(self, module: str, name: str) -> None:
+        """What a change is added to comes with the adapter: usually the base's own tensor, and then no news.
+
+        Otherwise it is the base of the running model, and so of a tied head and embedding alike.
+        """
+        key = self._adapter.begins.get(f"{module}.weight")
+        source = self._vocabulary.stored(name)
+        if key is None or not self._begins(source, self._adapter.files, key):
+            return
+        if self._adapter.files.spec(key).shape == self._checkpoint.spec(source).shape:
+            self._edits.begun.append(source)
+        vocabulary = self._vocabulary
+        for output in vocabulary.both(name) if self._separate else vocabulary.outputs(name, together=True):
+            self._replace(output, key, 0)
+
+    def _plan_replaced(self, parameter: str, key: str, slices: tuple[Slice, ...]) -> None:
+        if slices[0].expert is None:
+            for output in self._outputs(slices[0].name):
+                self._replace(output, key, 0)
+            return
+        found = self._adapter.files.spec(key)
+        experts = Experts(self._checkpoint, str(self._adapter.root), self._spec)
+        for name, first_row in experts.rows_of(parameter, found.shape, slices):
+            self._put(name, whole=Stored(self._adapter.files, key, first_row))
+
+    def _replace(self, output: str, key: str, first_row: int) -> None:
+        """Let a tensor of the adapter take the place of one of the result."""
+        files, spec = self._adapter.files, self._edit(output).spec
+        if files.spec(key).shape != spec.shape:
+            self._resize(output, files.spec(key), spec)
+        self._put(output, whole=Stored(files, key, first_row))
+
+    def _resize(self, output: str, found: TensorSpec, spec: TensorSpec) -> None:
+        """Let an embedding or head, or its bias, have another number of rows."""
+        vocabulary, module = self._vocabulary, output.rpartition(".")[0]
+        is_table = vocabulary.is_head(f"{module}.weight") or vocabulary.is_embedding(f"{module}.weight")
+        if not is_table or len(found.shape) != len(spec.shape) or found.shape[1:] != spec.shape[1:]:
+            raise BaseMismatchError(
+                f"{self._adapter.root}: {output} is {list(found.shape)} for the adapter, but {list(spec.shape)} "
+                f"({spec.dtype}) in {self._checkpoint.root}",
+                hint=_OTHER,
+            )
+        if self._weight != 1:
+            raise UsageError(
+                f"{self._adapter.root}: resizes the vocabulary to {found.shape[0]}, which can only be done whole",
+                hint="leave out its --weight",
+            )
+        self._edits.config["vocab_size"] = found.shape[0]
+        self._edits.of[output] = replace(self._edit(output), spec=replace(spec, shape=found.shape))
+
+    def _spec(self, name: str) -> TensorSpec:
+        edit = self._edits.of.get(self._outputs(name)[0])
+        return edit.spec if edit is not None else self._checkpoint.spec(self._vocabulary.stored(name))
+
+    def _outputs(self, name: str) -> list[str]:
+        """The tensors of the result that a change of one goes to: tied ones change together, unless they part."""
+        vocabulary = self._vocabulary
+        if self._separate and self._change.together and name == vocabulary.embedding:
+            return [vocabulary.embedding, vocabulary.head]
+        return vocabulary.outputs(name, together=not self._separate)
+
+    def _edit(self, output: str) -> Edit:
+        if output not in self._edits.of:
+            source = self._vocabulary.stored(output)
+            spec = self._checkpoint.spec(source)
+            self._edits.of[output] = Edit(replace(spec, name=output), source, spec.shape)
+        return self._edits.of[output]
+
+    def _extend(self, name: str, **what: Any) -> None:
+        """Note a change of a tensor, wherever it goes."""
+        for output in self._outputs(name):
+            self._put(output, **what)
+
+    def _put(self, output: str, **what: Any) -> None:
+        """Note a change of one tensor of the result."""
+        edit = self._edit(output)
+        if edit.spec.dtype not in FLOATS:
+            raise BaseMismatchError(
+                f"{self._adapter.root}: changes {output}, whose numbers are {edit.spec.dtype} in "
+                f"{self._checkpoint.root}",
+                hint="merge onto the 16-bit checkpoint that it was made from",
+            )
+        steps = list(edit.steps)
+        if not steps or steps[-1].adapter != self._number:
+            steps.append(Step(self._number, self._weight))
+        if steps[-1].panels and "panels" in what:
+            both = zip(steps[-1].panels, what["panels"], strict=True)
+            what["panels"] = tuple(one + other for one, other in both)
+        steps[-1] = replace(steps[-1], **what)
+        self._edits.of[output] = replace(edit, steps=tuple(steps))
+
+    def _check(self, name: str, shape: tuple[int, ...], module: str) -> None:
+        spec = self._spec(name)
+        if spec.shape != shape:
+            raise BaseMismatchError(
+                f"{self._adapter.root}: {name} is {list(shape)} for the adapter, but "
+                f"{list(spec.shape)} ({spec.dtype}) in {self._checkpoint.root}",
+                hint=_OTHER,
+            )
+
+
+def _check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
+    """Refuse combinations that are no sum of changes of the same base."""
+    for edit in edits.of.values():
+        resized = edit.spec.shape != edit.base_shape
+        columns = any(step.per_column and step.magnitude is not None for step in edit.steps)
+        if (resized and len(edit.steps) > 1) or (columns and any(step.tokens for step in edit.steps)):
+            raise UsageError(
+                f"{edit.spec.name}: several adapters change it in ways that cannot be summed",
+                hint="merge one adapter after the other",
+            )
+    heights = {edit.spec.shape[0] for edit in edits.of.values() if edit.spec.shape != edit.base_shape}
+    if "vocab_size" in edits.config:
+        vocabulary = find_vocabulary(checkpoint)
+        bias = f"{vocabulary.head.removesuffix('.weight')}.bias"
+        names = {vocabulary.embedding, vocabulary.head, bias} & {*checkpoint.tensors, *edits.of}
+        heights |= {(edits.of[name].spec if name in edits.of else checkpoint.spec(name)).shape[0] for name in names}
+        if len(heights) > 1:
+            raise BaseMismatchError(
+                f"embedding and head would differ in size: {', '.join(map(str, sorted(heights)))} entries",
+                hint="save the adapter with save_embedding_layers=True",
+            )
+
+
+def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> bool:
+    """Whether a tensor of an adapter is the base's, up to the adapter's coarser type; read piece by piece."""
+    ours, theirs = checkpoint.spec(name), files.spec(key)
+    if ours.shape != theirs.shape:
+        return False
+    step = 1 << 20
+    for start in range(0, ours.count, step):
+        count = min(step, ours.count - start)
+        one, other = checkpoint.read_flat(name, start, count), files.read_flat(key, start, count)
+        if not torch.equal(one.to(other.dtype), other):
+            return False
+    return True

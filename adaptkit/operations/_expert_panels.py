@@ -1,0 +1,132 @@
+"""Changes of stacks of experts, brought to the tensors that a checkpoint's files keep them in."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from adaptkit.checkpoint.addressing import Slice
+from adaptkit.checkpoint.architecture import empty_network, why_unknown
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError
+from adaptkit.numerics import lora
+from adaptkit.numerics.lora import LowRank
+
+Panels = tuple[tuple[LowRank, ...], ...]
+"""The changes of each matrix of a tensor."""
+_OTHER = "this adapter is for another model"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a checkpoint as one adapter changes them.
+
+    Attributes:
+        checkpoint: the base.
+        who: the adapter, for messages.
+        spec: of a tensor of the result.
+    """
+
+    checkpoint: Checkpoint
+    who: str
+    spec: Callable[[str], TensorSpec]
+
+    def of_stack(
+        self, parameter: str, stack: tuple[LowRank, ...], slices: Sequence[Slice]
+    ) -> Iterator[tuple[str, Panels]]:
+        """The change of a stacked parameter, by the names of the tensors that hold it.
+
+        Args:
+            parameter: the running model's.
+            stack: a change for each expert, (out, in).
+            slices: where the files keep it.
+
+        Raises:
+            BaseMismatchError: other shapes, or another number of experts.
+        """
+        if slices[0].expert is None:
+            yield slices[0].name, self._whole(parameter, stack, slices[0].name)
+            return
+        parts = slices[0].part[1]
+        if len(slices) != len(stack) * parts:
+            raise BaseMismatchError(
+                f"{self.who}: {parameter} has {len(stack)} experts for the adapter, but {len(slices) // parts} in "
+                f"{self.checkpoint.root}",
+                hint=_OTHER,
+            )
+        for piece in slices:
+            whole = stack[piece.expert or 0]
+            rows = whole.shape[0] // parts
+            self._check(piece.name, (rows, whole.shape[1]))
+            lora_b = whole.lora_b[piece.part[0] * rows : (piece.part[0] + 1) * rows]
+            yield piece.name, ((replace(whole, lora_b=lora_b),),)
+
+    def of_one(self, module: str, term: LowRank, place: Slice) -> Panels:
+        """The change of one expert's matrix, a run of rows of one in a stack, as changes of the stack.
+
+        Raises:
+            BaseMismatchError: it is no such run.
+        """
+        spec, (number, count) = self.spec(place.name), place.part
+        experts, height, width = (*spec.shape, 0, 0, 0)[:3]
+        if len(spec.shape) != 3 or (place.expert or 0) >= experts or term.shape != (height // count, width):
+            raise BaseMismatchError(
+                f"{self.who}: {module} is {list(term.shape)}, which is no part of {place.name}, {list(spec.shape)}",
+                hint=_OTHER,
+            )
+        rows = height // count
+        lora_b = term.lora_b.new_zeros(height, term.rank)
+        lora_b[number * rows : (number + 1) * rows] = term.lora_b
+        padded = replace(term, lora_b=lora_b)
+        return tuple((padded,) if expert == place.expert else () for expert in range(experts))
+
+    def rows_of(self, parameter: str, shape: Sequence[int], slices: Sequence[Slice]) -> Iterator[tuple[str, int]]:
+        """For each tensor that holds a part of a stack, the row of the stack, as one matrix, where that part begins.
+
+        Args:
+            parameter: the running model's.
+            shape: of what takes its place, (experts, out, in).
+            slices: where the files keep it.
+
+        Raises:
+            BaseMismatchError: other shapes, or another number of experts.
+        """
+        experts, height, width = (*shape, 0, 0, 0)[:3]
+        for piece in slices:
+            number, count = piece.part
+            rows, found = height // count, self.spec(piece.name).shape
+            if len(shape) != 3 or len(slices) != experts * count or found != (rows, width):
+                raise BaseMismatchError(
+                    f"{self.who}: {parameter} is {list(shape)} for the adapter, which does not fit {piece.name}, "
+                    f"{list(found)}",
+                    hint=_OTHER,
+                )
+            yield piece.name, (piece.expert or 0) * height + number * rows
+
+    def _whole(self, parameter: str, stack: tuple[LowRank, ...], name: str) -> Panels:
+        spec, (out, into) = self.spec(name), stack[0].shape
+        if len(spec.shape) == 2 and len(stack) == 1:  # a parameter of experts that is one matrix, such as a bias
+            self._check(name, (out, into))
+            return (stack,)
+        flip = spec.shape == (len(stack), into, out) and (into != out or self._keeps_transposed(parameter))
+        self._check(name, (len(stack), into, out) if flip else (len(stack), out, into))
+        return tuple((lora.transposed(term) if flip else term,) for term in stack)
+
+    def _keeps_transposed(self, parameter: str) -> bool:
+        """Whether a stack of square matrices is (experts, in, out); only the model's own code says it."""
+        why = why_unknown(self.checkpoint)
+        if why:
+            raise BaseMismatchError(
+                f"{self.who}: whether {parameter} keeps its square matrices transposed is not known: {why}",
+                hint="pip install 'adaptkit[train]'",
+            )
+        module = empty_network(self.checkpoint).get_submodule(parameter.rpartition(".")[0])
+        return bool(getattr(module, "is_transposed", False))
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        spec = self.spec(name)
+        if spec.shape != shape:
+            raise BaseMismatchError(
+                f"{self.who}: {name} is {list(shape)} for the adapter, but {list(spec.shape)} ({spec.dtype}) in "
+                f"{self.checkpoint.root}",
+                hint=_OTHER,
+            )

@@ -1,0 +1,136 @@
+"""Which changes of which adapters are stacked: module by module, weighted, or refused because they cannot be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaptkit.checkpoint.adapter import Adapter, require_plain
+from adaptkit.checkpoint.manifest import Target
+from adaptkit.errors import AdapterError, NonFiniteError
+from adaptkit.numerics import lora
+from adaptkit.numerics.lora import LowRank
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_SHARED_KEYS = ("task_type", "revision", "ensure_weight_tying")
+"""What the result's configuration says as the adapters' do, if they agree."""
+
+
+@dataclass(frozen=True)
+class Stackable:
+    """Everything that several adapters change.
+
+    Attributes:
+        modules: by dotted path, the weighted changes in the order of the adapters, of rank 0 where one has none.
+        embeddings: which of the modules are embeddings.
+        partial: number of modules that not every adapter changes.
+        config: keys of the result's configuration.
+        base_name: what all adapters call their base; empty if they do not agree.
+        targets: what the result needs of a base; empty unless every adapter says what it was trained on.
+    """
+
+    modules: Mapping[str, tuple[LowRank, ...]]
+    embeddings: frozenset[str]
+    partial: int
+    config: Mapping[str, Any]
+    base_name: str
+    targets: tuple[Target, ...]
+
+
+def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackable:
+    """Line up the changes of several adapters.
+
+    Args:
+        adapters: in order.
+        weights: one each, multiplied into the changes.
+
+    Raises:
+        AdapterError: an adapter does something else than adding low-rank changes, or they do not fit together.
+        NonFiniteError: a weighted change is too large for float32.
+    """
+    for adapter in adapters:
+        _check_alone(adapter)
+        _check_beside(adapter, adapters[0])
+    embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
+    names = sorted({name for adapter in adapters for name in adapter.modules})
+    modules = {name: _changes(name, adapters, weights, name in embeddings) for name in names}
+    agreed = {key: _agreed(adapters, key) for key in _SHARED_KEYS}
+    return Stackable(
+        modules=modules,
+        embeddings=embeddings,
+        partial=sum(any(name not in adapter.modules for adapter in adapters) for name in names),
+        config={"fan_in_fan_out": adapters[0].fan_in_fan_out} | {key: value for key, value in agreed.items() if value},
+        base_name=str(_agreed(adapters, "base_model_name_or_path") or ""),
+        targets=_targets(adapters),
+    )
+
+
+def _check_alone(adapter: Adapter) -> None:
+    require_plain(adapter, "stack")
+    if adapter.compensation:
+        raise AdapterError(
+            f"{adapter.root}: began with what makes up for the quantization of its base, which counts only once",
+            hint="merge it onto the 16-bit base",
+        )
+
+
+def _check_beside(adapter: Adapter, first: Adapter) -> None:
+    if adapter.fan_in_fan_out != first.fan_in_fan_out:
+        raise AdapterError(
+            f"{adapter.root} and {first.root} are for bases that store weights differently (fan_in_fan_out)",
+            hint="stack adapters of one base",
+        )
+    tied, expected = (bool(found.config.get("ensure_weight_tying")) for found in (adapter, first))
+    if tied != expected and (adapter.embeddings or first.embeddings):
+        raise AdapterError(
+            f"{adapter.root} and {first.root}: only one of them changes a head that is tied to the embedding with it "
+            "(ensure_weight_tying)",
+            hint="merge one after the other",
+        )
+
+
+def _changes(
+    name: str, adapters: Sequence[Adapter], weights: Sequence[float], is_embedding: bool
+) -> tuple[LowRank, ...]:
+    """The weighted changes of one module by all adapters; rank 0 stands for none."""
+    known = next(adapter for adapter in adapters if name in adapter.modules)
+    shape, dtype = known.modules[name].shape, torch.float32
+    none = LowRank(torch.zeros(0, shape[1], dtype=dtype), torch.zeros(shape[0], 0, dtype=dtype), 1.0)
+    found = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        term = adapter.modules.get(name, none)
+        if term.shape != shape:
+            raise AdapterError(
+                f"{name} is {list(shape)} in {known.root} and {list(term.shape)} in {adapter.root}",
+                hint="stack adapters of one base",
+            )
+        if name in adapter.modules and (name in adapter.embeddings) != is_embedding:
+            raise AdapterError(
+                f"{name} is an embedding for one adapter, and a linear layer for {adapter.root}",
+                hint="stack adapters of one base",
+            )
+        weighted = term.weighted(weight)
+        if not lora.norm(weighted) <= _FLOAT32_MAX:  # nor is NaN
+            raise NonFiniteError(
+                f"{name}: what {adapter.root} changes, times {weight:g}, is too large for float32",
+                hint="use smaller weights",
+            )
+        found.append(weighted)
+    return tuple(found)
+
+
+def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
+    """What all configurations say; None if they differ."""
+    values = [adapter.config.get(key) for adapter in adapters]
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _targets(adapters: Sequence[Adapter]) -> tuple[Target, ...]:
+    if any(adapter.manifest is None for adapter in adapters):
+        return ()
+    found: dict[str, Target] = {}
+    for adapter in adapters:
+        for target in adapter.manifest.targets if adapter.manifest else ():
+            found.setdefault(target.module, target)
+    return tuple(found.values())

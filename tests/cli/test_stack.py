@@ -1,0 +1,112 @@
+"""``adaptkit stack`` as a process."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from adaptkit.discovery import load, names
+from adaptkit.numerics import stacking
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_help_lists_every_method_with_what_it_does(run_cli):
+    done = run_cli("stack", "--help")
+    assert done.code == 0
+    listed = done.stdout.partition("Methods:")[2]
+    assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == names(stacking)
+    assert "TIES: keep each adapter's largest elements" in listed
+
+
+def test_the_table_says_what_was_lost_and_json_says_it_by_module(run_cli, adapter, second_adapter, tmp_path):
+    arguments = ["stack", adapter, second_adapter, "--method", "ties", "--density", "0.4", "--rank", "2"]
+    done = run_cli(*arguments, "-o", tmp_path / "one")
+    assert done.code == 0, done.stderr
+    assert done.stderr == ""
+    assert "2 adapters by ties (density 0.4, lambda 1)" in done.stdout
+    assert "14, rank 2; 8 not in every adapter" in done.stdout
+    report = json.loads(run_cli(*arguments, "-o", tmp_path / "two", "--json").stdout)
+    assert report["modules"] == len(report["per_module"]) == 14
+    assert report["settings"] == {"density": 0.4, "lambda": 1.0}
+    assert set(report["per_module"][0]) == {"module", "adapters", "rank", "norm", "energy_kept"}
+    worst = min(report["per_module"], key=lambda entry: entry["energy_kept"])
+    assert re.search(rf"kept least +{100 * worst['energy_kept']:.3g} % {re.escape(worst['module'])}", done.stdout)
+    assert f"{100 * report['energy_kept']:.3g} % of the square norm" in done.stdout
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "tsv"])
+def test_processes_with_other_hash_seeds_and_threads_write_the_same_bytes(
+    run_cli, adapter, second_adapter, tmp_path, method
+):
+    for number, threads in (("0", 1), ("1", 2)):
+        done = run_cli(
+            "stack", adapter, second_adapter, "-o", tmp_path / number, "--method", method, "--threads", threads,
+            PYTHONHASHSEED=number, OMP_NUM_THREADS=str(threads),
+        )  # fmt: skip
+        assert done.code == 0, done.stderr
+    assert tree(tmp_path / "0") == tree(tmp_path / "1")
+
+
+def test_a_dry_run_writes_nothing(run_cli, adapter, second_adapter, tmp_path):
+    done = run_cli("stack", adapter, second_adapter, "-o", tmp_path / "out", "--method", "iso", "--dry-run")
+    assert done.code == 0
+    assert "would write" in done.stdout
+    assert "manifest" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message", "hint"),
+    [
+        (["--method", "magic"], 2, "there is no 'magic'", "breadcrumbs, cat, dare"),
+        (["--method", "ties", "--seed", "3"], 2, "ties does not use --seed", "--density, --lambda"),
+        (["--rank", "4", "--energy", "0.9"], 2, "both given", "--rank or --energy"),
+        (["--weight", "0", "--weight", "0"], 2, "nothing is left", "weights"),
+        (["--method", "knots", "--weight", "1e300", "--weight", "1"], 5, "too large for float32", "smaller"),
+    ],
+)
+def test_bad_requests_end_in_one_line_a_hint_and_nothing_written(
+    run_cli, adapter, second_adapter, tmp_path, options, code, message, hint
+):
+    done = run_cli("stack", adapter, second_adapter, "-o", tmp_path / "out", *options)
+    assert done.code == code, done.stderr
+    assert done.stdout == ""
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert message in first
+    assert hint in "\n".join(rest)
+    assert len(rest) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_base_is_exit_code_4(run_cli, llama, adapter, second_adapter, certified, tmp_path):
+    import tiny
+
+    other = tiny.write_llama(tmp_path / "other", seed=9)
+    parts = [certified(adapter, llama), certified(second_adapter, other)]
+    done = run_cli("stack", *parts, "-o", tmp_path / "out", "--method", "ties")
+    assert done.code == 4
+    assert "different bases" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_documented_options_and_defaults_are_those_of_the_methods():
+    """docs/stack.md has a row a method: name, source, space, options, rank."""
+    text = (ROOT / "docs" / "stack.md").read_text(encoding="utf-8")
+    rows = {
+        name: cells for name, *cells in re.findall(r"^\| `(\w+)` \|(.*?)\|(.*?)\|(.*?)\|(.*?)\|$", text, re.MULTILINE)
+    }
+    assert set(rows) == set(names(stacking))
+    for name, (source, _, options, rank) in rows.items():
+        method = load(stacking, name, "METHOD")
+        defaults = {part.rstrip("_"): value for part, value in vars(method.options()).items()}
+        assert dict(re.findall(r"`--(\w+)` ([\d.]+)", options)) == {k: f"{v:g}" for k, v in defaults.items()}, name
+        assert set(re.findall(r"\d{4}\.\d{5}", source)) <= set(re.findall(r"\d{4}\.\d{5}", method.source)), name
+        assert rank.strip() == {"as given": "sum", "largest": "largest", "sum": "sum"}[method.length], name

@@ -1,0 +1,77 @@
+"""Changes to stack, and what they are as whole matrices."""
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.discovery import load
+from adaptkit.numerics import stacking
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spectrum import Spectrum
+
+CASES = {
+    "wide": (7, 11, (2, 3)),
+    "tall": (13, 5, (1, 2, 4)),
+    "square": (6, 6, (2, 2, 2)),
+    "rank beyond the shape": (4, 6, (9, 3)),
+    "one adapter": (8, 5, (3,)),
+    "one lacks the module": (9, 10, (2, 0, 3)),
+    "a single row": (1, 12, (1, 2)),
+    "a single column": (12, 1, (2, 1)),
+}
+
+
+def term(out, into, rank, scaling=1.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+    return LowRank(a.to(dtype), b.to(dtype), scaling)
+
+
+def dense(change):
+    return (change.scaling * (change.lora_b.double() @ change.lora_a.double())).numpy()
+
+
+@pytest.fixture(params=CASES)
+def terms(request):
+    out, into, ranks = CASES[request.param]
+    scalings = (1.0, -0.5, 1 / 3)
+    return [term(out, into, rank, scalings[number], 10 + number) for number, rank in enumerate(ranks)]
+
+
+@pytest.fixture
+def matrices(terms):
+    return [dense(change) for change in terms]
+
+
+@pytest.fixture
+def make():
+    return term
+
+
+@pytest.fixture
+def whole():
+    return dense
+
+
+@pytest.fixture
+def combine():
+    """A method's result as a matrix, whatever form it has."""
+
+    def run(name, changes, module="model.layers.0.mlp.up_proj", **options):
+        method = load(stacking, name, "METHOD")
+        result = method.combine(changes, method.options(**options), module)
+        if isinstance(result, Spectrum):
+            return (result.u * result.sigma @ result.vt).numpy()
+        return result.numpy() if isinstance(result, torch.Tensor) else dense(result)
+
+    return run
+
+
+@pytest.fixture
+def close():
+    def check(found, expected, tolerance=1e-11):
+        size = max(np.abs(expected).max(), 1e-3)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= tolerance * size
+
+    return check

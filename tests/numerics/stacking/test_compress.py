@@ -1,0 +1,108 @@
+"""What is left of a result at a rank is the best of that rank, and how much it is, is what it is said to be."""
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._compress import Limit, compress
+
+SHAPES = [(9, 14, 5), (14, 9, 5), (8, 8, 3), (5, 4, 9), (1, 7, 2)]
+
+
+@pytest.fixture(params=["factors", "matrix"])
+def form(request):
+    """A result as a method in factored form returns it, or as one that works on elements does."""
+
+    def give(change):
+        return change.scaling * change.lora_b.double() @ change.lora_a.double() if request.param == "matrix" else change
+
+    return give
+
+
+def best(matrix, rank):
+    u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] @ np.diag(sigma[:rank]) @ vt[:rank]
+
+
+@pytest.mark.parametrize(("out", "into", "rank"), SHAPES)
+@pytest.mark.parametrize("wanted", [1, 2, 4, 40])
+def test_a_rank_keeps_the_best_approximation_and_its_energy(make, whole, form, out, into, rank, wanted):
+    change = make(out, into, rank, -1.7, 3)
+    made, matrix = compress(form(change), [change], "sum", Limit(rank=wanted)), whole(change)
+    expected = best(matrix, wanted)
+    assert made.term.rank == min(wanted, rank, out, into)
+    assert made.term.scaling == 1.0
+    assert made.term.lora_a.dtype == made.term.lora_b.dtype == torch.float32
+    assert np.abs(whole(made.term) - expected).max() < 1e-6 * np.abs(matrix).max()
+    assert made.norm == pytest.approx(np.linalg.norm(matrix), rel=1e-12)
+    assert made.energy == pytest.approx(np.linalg.norm(expected) ** 2 / np.linalg.norm(matrix) ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("out", "into", "rank"), SHAPES)
+@pytest.mark.parametrize("energy", [0.2, 0.8, 0.99, 1.0])
+def test_an_energy_keeps_the_smallest_rank_that_has_it(make, whole, form, out, into, rank, energy):
+    change = make(out, into, rank, 0.4, 5)
+    made = compress(form(change), [change], "sum", Limit(energy=energy))
+    sigma = np.linalg.svd(whole(change), compute_uv=False)
+    shares = np.cumsum(sigma**2) / (sigma**2).sum()
+    assert made.energy >= energy - 1e-12
+    assert made.term.rank == min(int((shares < energy - 1e-12).sum()) + 1, rank)
+
+
+@pytest.mark.parametrize(("length", "expected"), [("largest", 4), ("sum", 6)])
+def test_unless_told_a_result_gets_the_rank_of_its_method(make, form, length, expected):
+    terms = [make(20, 30, 2, 1.0, 1), make(20, 30, 4, 1.0, 2)]
+    full = make(20, 30, 15, 1.0, 3)
+    assert compress(form(full), terms, length, Limit()).term.rank == expected
+    assert compress(form(full), terms, length, Limit(rank=9)).term.rank == 9
+
+
+def test_factors_as_given_stay_as_they_are(make):
+    change = make(6, 5, 9)
+    made = compress(change, [change], "as given", Limit())
+    assert made.term is change
+    assert made.energy == 1.0
+    assert compress(change, [change], "as given", Limit(rank=2)).term.rank == 2
+
+
+def test_directions_that_are_shared_are_counted_once(make, form):
+    change = make(12, 10, 3)
+    twice = LowRank(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b] * 2, dim=1), 1.0)
+    made = compress(form(twice), [change, change], "sum", Limit())
+    assert made.term.rank == 3
+    assert made.energy == 1.0
+
+
+def test_what_cancels_is_nothing_and_no_noise(make, form):
+    change = make(12, 10, 3, 0.3)
+    both = LowRank(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b, -change.lora_b], dim=1), 0.3)
+    for limit in (Limit(), Limit(rank=4), Limit(energy=0.9)):
+        made = compress(form(both), [change, change.weighted(-1.0)], "sum", limit)
+        assert (made.norm, made.energy, made.term.rank) == (0.0, 1.0, 1)
+        assert not made.term.lora_a.any()
+        assert not made.term.lora_b.any()
+
+
+def test_the_factors_are_of_the_same_size_and_their_signs_are_fixed(make, form):
+    change = make(12, 10, 3)
+    made = compress(form(change), [change], "sum", Limit()).term
+    assert torch.allclose(made.lora_b.norm(dim=0), made.lora_a.norm(dim=1), rtol=1e-5)
+    again = compress(form(LowRank(-change.lora_a, -change.lora_b, 1.0)), [change], "sum", Limit()).term
+    assert torch.allclose(made.lora_b, again.lora_b, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e39, float("inf"), float("nan")])
+def test_what_float32_cannot_hold_is_refused(make, form, size):
+    change = make(3, 4, 2)
+    huge = LowRank(change.lora_a, torch.full_like(change.lora_b, 1.0).double() * size, 1.0)
+    with pytest.raises(NonFiniteError, match="too large for float32"):
+        compress(form(huge), [change], "sum", Limit(rank=1))
+
+
+@pytest.mark.parametrize("limit", [{"rank": 0}, {"rank": 4, "energy": 0.9}, {"energy": 0.0}, {"energy": float("nan")}])
+def test_limits_out_of_range_are_refused_with_a_hint(limit):
+    with pytest.raises(UsageError) as caught:
+        Limit(**limit)
+    assert caught.value.hint

@@ -1,0 +1,431 @@
+"""Every method of stacking, from adapters that peft wrote to one that peft loads."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.discovery import load, names
+from adaptkit.errors import AdapterError, NonFiniteError, UsageError
+from adaptkit.numerics import stacking
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spectrum import Spectrum
+from adaptkit.operations.stack import StackOptions, stack
+
+METHODS = names(stacking)
+SUMS = ["cat", "linear", "svd"]
+DENSE = ["ties", "magnitude_prune", "dare", "dare_ties", "della", "breadcrumbs", "sce"]
+WEIGHTS = (1.0, -0.5, 2.0)
+PREFIX = "base_model.model."
+EMBEDDING_ADVICE = pytest.mark.filterwarnings(
+    "ignore:Setting .save_embedding_layers", "ignore:Model has .tie_word_embeddings"
+)
+"""What peft says of adapters for embeddings."""
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def dense(folder):
+    """Module -> its change in float64, from files alone, as PEFT's documentation has it."""
+    tensors, config = load_file(folder / "adapter_model.safetensors"), read_adapter(folder).config
+    found = {}
+    for key in tensors:
+        if "lora_A" in key or "lora_embedding_A" in key:
+            module = key.removeprefix(PREFIX).split(".lora_")[0]
+            a, b = tensors[key].double(), tensors[key.replace("_A", "_B")].double()
+            rank = a.shape[0]
+            alpha = next((v for k, v in config["alpha_pattern"].items() if matches(k, module)), config["lora_alpha"])
+            scale = alpha / rank**0.5 if config["use_rslora"] else alpha / rank
+            found[module] = (scale * (b @ a)).T if "embedding" in key else scale * (b @ a)
+    return found
+
+
+def as_matrix(made):
+    """What a method returned, in whatever form."""
+    if isinstance(made, Spectrum):
+        return made.u * made.sigma @ made.vt
+    return made if isinstance(made, torch.Tensor) else made.lora_b.double() @ made.lora_a.double()
+
+
+def matches(pattern, module):
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def through_peft(base, folder):
+    """Module -> what peft adds to its weight, in float32."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    return {
+        name.removeprefix(PREFIX): layer.get_delta_weight("default").detach().double()
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, llama, adapter):
+    """Adapters with patterns, with rsLoRA, and with fewer modules."""
+    folder = tmp_path_factory.mktemp("parts")
+    patterned = tiny.write_peft_adapter(
+        folder / "patterned",
+        llama,
+        rank=3,
+        seed=5,
+        rank_pattern={"q_proj": 6, "layers.1.mlp.up_proj": 2},
+        alpha_pattern={"v_proj": 1},
+    )
+    rslora = tiny.write_peft_adapter(
+        folder / "rslora", llama, rank=2, seed=6, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+    return [adapter, patterned, rslora]
+
+
+@pytest.fixture(scope="module")
+def expected(parts):
+    """Method -> module -> what the method makes of the weighted dense changes, each as factors I · Δ."""
+    changes = [dense(folder) for folder in parts]
+
+    def whole(method, **settings):
+        chosen, result = load(stacking, method, "METHOD"), {}
+        for module in changes[0]:
+            shape = changes[0][module].shape
+            matrices = [
+                weight * change.get(module, torch.zeros(shape)) for weight, change in zip(WEIGHTS, changes, strict=True)
+            ]
+            terms = [LowRank(matrix, torch.eye(shape[0]).double(), 1.0) for matrix in matrices]
+            result[module] = as_matrix(chosen.combine(terms, chosen.options(**settings), module))
+        return result
+
+    return whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_says_what_the_method_makes_of_the_dense_changes(tmp_path, parts, expected, method):
+    """At full rank. The factors of the expected ones are other factors: only the matrices matter."""
+    limit = {} if method == "cat" else {"energy": 1.0}
+    report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS, **limit))
+    found, wanted = dense(tmp_path / "out"), expected(method)
+    assert set(found) == set(wanted)
+    assert report.energy_kept == pytest.approx(1.0, abs=1e-12)
+    assert (report.modules, report.partial, report.zero, report.adapters) == (14, 8, 0, 3)
+    for entry in report.per_module:
+        matrix = wanted[entry.module]
+        assert entry.norm == pytest.approx(float(matrix.norm()), rel=1e-6)
+        assert (found[entry.module] - matrix).norm() <= 2e-6 * matrix.norm(), entry.module
+        assert entry.adapters == (3 if entry.module.endswith(("q_proj", "v_proj", "down_proj")) else 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_rank_loses_is_reported_by_module_and_in_all(tmp_path, parts, expected, method):
+    report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS, rank=2))
+    found, wanted = dense(tmp_path / "out"), expected(method)
+    strongest = expected("linear")  # by which iso, whose singular values are all equal, says what comes first
+    assert report.ranks == (2, 2)
+    kept = whole = 0.0
+    for entry in report.per_module:
+        matrix = wanted[entry.module].numpy()
+        u, sigma, vt = np.linalg.svd(strongest[entry.module].numpy() if method == "iso" else matrix)
+        sigma = np.linalg.svd(matrix, compute_uv=False)
+        best = u[:, :2] @ np.diag(sigma[:2]) @ vt[:2]
+        assert np.abs(found[entry.module].numpy() - best).max() < 1e-5 * np.abs(matrix).max()
+        assert entry.energy_kept == pytest.approx((best**2).sum() / (matrix**2).sum(), rel=1e-5)
+        kept, whole = kept + (best**2).sum(), whole + (matrix**2).sum()
+    assert report.energy_kept == pytest.approx(kept / whole, rel=1e-5)
+    assert report.energy_kept < 0.999
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_adds_to_its_weights_what_the_adapter_says(tmp_path, llama, parts, method):
+    stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS))
+    found = through_peft(llama, tmp_path / "out")
+    assert len(found) == 14
+    for module, matrix in dense(tmp_path / "out").items():
+        assert (found[module] - matrix).norm() <= 1e-6 * matrix.norm()
+
+
+def test_the_sum_is_that_of_what_peft_adds_for_each_part(tmp_path, llama, parts):
+    """peft's own arithmetic on both sides: rsLoRA and patterns included."""
+    each = [through_peft(llama, folder) for folder in parts]
+    for method in SUMS:
+        stack(parts, tmp_path / method, StackOptions(method, WEIGHTS, **({"rank": 64} if method == "svd" else {})))
+        for module, matrix in through_peft(llama, tmp_path / method).items():
+            wanted = sum(weight * part[module] for weight, part in zip(WEIGHTS, each, strict=True) if module in part)
+            assert (matrix - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_readers_that_know_one_scaling_read_it_right(tmp_path, parts, method):
+    """vLLM multiplies every module by lora_alpha / r of the configuration, and takes ranks from the tensors."""
+    report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert config["use_rslora"] is config["use_dora"] is False
+    assert config["bias"] == "none"
+    assert config["modules_to_save"] is None
+    assert config["lora_alpha"] == config["r"]
+    ranks = {entry.module: entry.rank for entry in report.per_module}
+    others = {module for module, rank in ranks.items() if rank != config["r"]}
+    assert len(config["rank_pattern"]) == len(config["alpha_pattern"]) == len(others)
+    assert {key.rpartition(".lora_")[2] for key in tensors} == {"A.weight", "B.weight"}
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    for module, rank in ranks.items():
+        assert tensors[f"{PREFIX}{module}.lora_A.weight"].shape[0] == rank
+    stack(parts, tmp_path / "even", StackOptions(method, WEIGHTS, rank=2))
+    even = json.loads((tmp_path / "even" / "adapter_config.json").read_text())
+    assert (even["r"], even["rank_pattern"], even["alpha_pattern"]) == (2, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("cat", (6, 12)), ("linear", (6, 12)), ("svd", (4, 6)), ("ties", (6, 12))]
+)
+def test_unless_told_ranks_are_those_of_the_method(tmp_path, parts, method, ranks):
+    report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS))
+    assert report.ranks == ranks
+    assert (report.energy_kept == pytest.approx(1.0, abs=1e-12)) is (method in {"cat", "linear"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_change_no_byte(tmp_path, parts, method):
+    for threads in (1, 2):
+        stack(parts, tmp_path / str(threads), StackOptions(method, WEIGHTS, rank=3, threads=threads))
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+
+
+@pytest.mark.parametrize("method", ["dare", "dare_ties", "della"])
+def test_a_module_s_random_numbers_do_not_depend_on_the_others(tmp_path, parts, copy_of, method):
+    fewer = [copy_of(folder) for folder in parts]
+    for folder in fewer:
+        change_tensors(folder, lambda t: [t.pop(key) for key in list(t) if "down_proj" not in key])
+    stack(parts, tmp_path / "all", StackOptions(method))
+    stack(fewer, tmp_path / "fewer", StackOptions(method))
+    some = load_file(tmp_path / "fewer" / "adapter_model.safetensors")
+    everything = load_file(tmp_path / "all" / "adapter_model.safetensors")
+    assert len(some) == 4
+    assert all(torch.equal(tensor, everything[key]) for key, tensor in some.items())
+
+
+def test_a_seed_makes_another_result_and_is_recorded(tmp_path, parts):
+    roots = {
+        stack(parts, tmp_path / str(seed), StackOptions("dare", settings={"seed": seed})).tensors_root
+        for seed in (0, 1, 2)
+    }
+    assert len(roots) == 3
+    assert require_manifest(tmp_path / "2").operation["options"]["seed"] == 2
+
+
+def test_the_manifest_says_everything_that_the_result_depends_on(tmp_path, parts):
+    settings = {"density": 0.3, "lambda": 2.0}
+    report = stack(parts, tmp_path / "out", StackOptions("ties", WEIGHTS, energy=0.9, settings=settings, threads=1))
+    options = require_manifest(tmp_path / "out").operation["options"]
+    assert options == {
+        "method": "ties",
+        "source": load(stacking, "ties", "METHOD").source,
+        "weights": list(WEIGHTS),
+        "energy": 0.9,
+        **settings,
+    }
+    assert report.settings == settings
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path, parts):
+    options = StackOptions("ties", WEIGHTS, rank=2)
+    told = stack(parts, tmp_path / "out", options, dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    assert (told.tensors_root, told.manifest_sha256) == (None, None)
+    made = stack(parts, tmp_path / "out", options)
+    assert told.per_module == made.per_module
+    assert told.energy_kept == made.energy_kept
+
+
+def test_progress_counts_modules(tmp_path, parts):
+    told = []
+    stack(parts, tmp_path / "out", progress=lambda done, total: told.append((done, total)))
+    assert told == [(number, 14) for number in range(1, 15)]
+
+
+def test_gpt2_adapters_are_read_as_gpt2_keeps_its_weights(tmp_path, gpt2):
+    parts = [tiny.write_peft_adapter(tmp_path / name, gpt2, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    each = [through_peft(gpt2, folder) for folder in parts]
+    stack(parts, tmp_path / "out", StackOptions("linear", (2.0, 0.5)))
+    for module, matrix in through_peft(gpt2, tmp_path / "out").items():
+        wanted = 2 * each[0][module] + 0.5 * each[1][module]
+        assert (matrix - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@EMBEDDING_ADVICE
+@pytest.mark.parametrize("method", ["cat", "ties", "knots"])
+def test_embeddings_stay_embeddings(tmp_path, method):
+    base = tiny.write_llama(tmp_path / "base", tied=False)
+    targets = ["embed_tokens", "q_proj"]
+    parts = [
+        tiny.write_peft_adapter(tmp_path / str(seed), base, seed=seed, rank=seed, target_modules=targets)
+        for seed in (2, 3)
+    ]
+    report = stack(parts, tmp_path / "out", StackOptions(method, energy=None if method == "cat" else 1.0))
+    assert report.base_copies == sum(len(read_adapter(folder).begins) for folder in parts)
+    assert read_adapter(tmp_path / "out").embeddings == frozenset({"model.embed_tokens"})
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert f"{PREFIX}model.embed_tokens.lora_embedding_A" in keys
+    found = through_peft(base, tmp_path / "out")
+    if method == "cat":
+        each = [through_peft(base, folder) for folder in parts]
+        for module, matrix in found.items():
+            wanted = each[0][module] + each[1][module]
+            assert (matrix - wanted).norm() <= 1e-6 * wanted.norm()
+    else:
+        changes = [dense(folder)["model.embed_tokens"] for folder in parts]
+        chosen = load(stacking, method, "METHOD")
+        terms = [LowRank(change, torch.eye(change.shape[0]).double(), 1.0) for change in changes]
+        wanted = as_matrix(chosen.combine(terms, chosen.options(), "model.embed_tokens"))
+        assert (found["model.embed_tokens"] - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_half_precision_is_taken_for_what_it_says(tmp_path, parts, copy_of):
+    halves = [copy_of(folder) for folder in parts]
+    for folder in halves:
+        change_tensors(folder, lambda t: t.update({key: tensor.bfloat16() for key, tensor in t.items()}))
+    stack(halves, tmp_path / "out", StackOptions("linear", WEIGHTS))
+    each = [dense(folder) for folder in halves]
+    for module, matrix in dense(tmp_path / "out").items():
+        wanted = sum(weight * part[module] for weight, part in zip(WEIGHTS, each, strict=True) if module in part)
+        assert (matrix - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_a_module_that_was_not_trained_is_a_change_of_zero_and_counted(tmp_path, parts, copy_of):
+    idle = [copy_of(folder) for folder in parts[:2]]
+    key = f"{PREFIX}model.layers.0.mlp.up_proj.lora_B.weight"
+    for folder in idle:
+        change_tensors(folder, lambda t: t[key].zero_())
+    for method in METHODS:
+        report = stack(idle, tmp_path / method, StackOptions(method))
+        assert report.zero == 1
+        assert not dense(tmp_path / method)["model.layers.0.mlp.up_proj"].any()
+        assert next(e for e in report.per_module if not e.norm).module == "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_zero_leave_nothing_and_are_refused(tmp_path, parts, method):
+    with pytest.raises(UsageError, match="nothing is left of any module") as caught:
+        stack(parts, tmp_path / "out", StackOptions(method, (0.0, 0.0, 0.0)))
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("linear", {}),
+        ("svd", {}),
+        ("iso", {}),
+        ("magnitude_prune", {}),
+        ("breadcrumbs", {}),
+        ("dare", {"density": 1.0}),
+    ],
+)
+def test_changes_that_cancel_leave_nothing_and_are_refused(tmp_path, adapter, method, settings):
+    """The other methods choose between what is opposed, and have something left."""
+    with pytest.raises(UsageError, match="nothing is left"):
+        stack([adapter, adapter], tmp_path / "out", StackOptions(method, (1.0, -1.0), settings=settings))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_too_large_for_float32_are_refused(tmp_path, parts, method):
+    with pytest.raises(NonFiniteError, match=r"model\.layers.*too large for float32") as caught:
+        stack(parts, tmp_path / "out", StackOptions(method, (1e300, 1.0, 1.0)))
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message", "hint"),
+    [
+        ("cat", {"density": 0.5}, "cat does not use --density", "it uses none"),
+        ("ties", {"seed": 1}, "ties does not use --seed", "it uses --density, --lambda"),
+        ("dare", {"lambda": 2.0}, "dare does not use --lambda", "it uses --density, --seed"),
+        ("della", {"gamma": 0.1}, "della does not use --gamma", "it uses --density, --epsilon, --lambda, --seed"),
+        ("breadcrumbs", {"epsilon": 0.1}, "does not use --epsilon", "it uses --density, --gamma, --lambda"),
+        ("iso", {"density": 0.1}, "iso does not use --density", "it uses --lambda"),
+        ("ties", {"density": 7.0}, "density 7.0", "keeps a fifth"),
+    ],
+)
+def test_options_that_a_method_does_not_use_are_refused_with_those_that_it_does(method, settings, message, hint):
+    with pytest.raises(UsageError, match=message) as caught:
+        StackOptions(method, settings=settings)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("options", [{"rank": 4, "energy": 0.9}, {"rank": 0}, {"energy": 1.1}, {"threads": 0}])
+def test_limits_that_make_no_sense_are_refused(options):
+    with pytest.raises(UsageError):
+        StackOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("DoRA", {"use_dora": True}),
+        ("bias", {"bias": "lora_only", "target_modules": ["q_proj", "c_attn"]}),
+        ("replaces", {"modules_to_save": ["lm_head"]}),
+        ("rows", {"trainable_token_indices": [3, 4]}),
+    ],
+)
+def test_what_is_more_than_a_low_rank_change_is_refused_by_name(tmp_path, adapter, kind, lora):
+    base = tiny.write_family(tmp_path / "base", "qwen2")
+    special = tiny.write_peft_adapter(tmp_path / "special", base, **lora)
+    with pytest.raises(AdapterError, match=f"cannot stack .*{kind}") as caught:
+        stack([adapter, special], tmp_path / "out")
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@EMBEDDING_ADVICE
+def test_an_embedding_and_a_linear_layer_of_one_name_are_refused(tmp_path):
+    base = tiny.write_llama(tmp_path / "base", tied=False)
+    parts = [tiny.write_peft_adapter(tmp_path / n, base, target_modules=["embed_tokens"]) for n in ("a", "b")]
+
+    def turn(tensors):
+        a = tensors.pop(f"{PREFIX}model.embed_tokens.lora_embedding_A")
+        b = tensors.pop(f"{PREFIX}model.embed_tokens.lora_embedding_B")
+        tensors[f"{PREFIX}model.embed_tokens.lora_A.weight"] = b.T.contiguous()
+        tensors[f"{PREFIX}model.embed_tokens.lora_B.weight"] = a.T.contiguous()
+
+    change_tensors(parts[1], turn)
+    with pytest.raises(AdapterError, match="embedding for one adapter, and a linear layer for"):
+        stack(parts, tmp_path / "out")
+
+
+@EMBEDDING_ADVICE
+def test_a_tied_head_is_tied_in_all_or_none(tmp_path, llama, copy_of):
+    parts = [tiny.write_peft_adapter(tmp_path / n, llama, target_modules=["embed_tokens"]) for n in ("a", "b")]
+    config = json.loads((parts[1] / "adapter_config.json").read_text()) | {"ensure_weight_tying": True}
+    (parts[1] / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="ensure_weight_tying"):
+        stack(parts, tmp_path / "out")
+
+
+def test_what_all_configurations_say_is_said_again(tmp_path, parts, copy_of):
+    classifiers = [copy_of(folder) for folder in parts]
+    for folder in classifiers:
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    stack(classifiers, tmp_path / "same")
+    stack([classifiers[0], parts[1]], tmp_path / "mixed")
+    assert read_adapter(tmp_path / "same").config["task_type"] == "SEQ_CLS"
+    assert read_adapter(tmp_path / "mixed").config["task_type"] == "CAUSAL_LM"
