@@ -1,7 +1,6 @@
 """Say what a folder is: checkpoint, quantized base, adapter or merged model; sizes, types, where it comes from."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.operations._inspect_adapter import counts, describe_adapter, trained_parameters
+from adaptkit.operations._inspect_merged import describe_merged
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The names that configurations have for the number of experts in a layer."""
@@ -30,7 +31,8 @@ class InspectReport:
         parameters: of the model, or of the adapter; None if another tool's format hides how many there are.
         bytes: of tensors.
         dtypes: type -> number of tensors.
-        details: facts of this kind: architecture, formats and block sizes; ranks, scalings and modules.
+        details: facts of this kind: architecture, formats and block sizes; ranks, scalings and what else an adapter
+            changes; what a merged model has for taking its adapters out again.
         manifest_sha256: None without a manifest.
         tensors_root: None without a manifest.
         parents: as the manifest names them.
@@ -59,6 +61,7 @@ def inspect(path: Path) -> InspectReport:
     require_folder(path)
     manifest = read_manifest(path)
     found = _adapter(path) if is_adapter(path) else _checkpoint(Checkpoint(path))
+    merged = describe_merged(path, manifest) if manifest and manifest.operation.get("name") == "merge" else {}
     return InspectReport(
         path=str(path),
         kind=manifest.kind if manifest else found.kind,
@@ -66,7 +69,7 @@ def inspect(path: Path) -> InspectReport:
         parameters=found.parameters,
         bytes=found.nbytes,
         dtypes=dict(sorted(found.dtypes.items())),
-        details=found.details,
+        details=found.details | merged,
         manifest_sha256=manifest.sha256 if manifest else None,
         tensors_root=manifest.tensors_root if manifest else None,
         parents=tuple(
@@ -87,28 +90,25 @@ class _Found:
 
 def _adapter(path: Path) -> _Found:
     adapter = read_adapter(path)
-    terms = adapter.modules.values()
     return _Found(
         kind="adapter",
         dtypes=Counter(record.dtype for record in adapter.records),
-        parameters=sum(term.lora_a.numel() + term.lora_b.numel() for term in terms),
-        nbytes=sum(term.lora_a.nbytes + term.lora_b.nbytes for term in terms),
-        details={
-            "modules": len(terms),
-            "ranks": sorted({term.rank for term in terms}),
-            "scalings": sorted({term.scaling for term in terms}),
-            "compensated_modules": len(adapter.compensation) or None,
-            "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
-        },
+        parameters=trained_parameters(adapter),
+        nbytes=sum(located.spec.nbytes for located in adapter.files.tensors.values()),
+        details=describe_adapter(adapter),
     )
 
 
 def _checkpoint(checkpoint: Checkpoint) -> _Found:
     specs = {name: located.spec for name, located in checkpoint.tensors.items()}
     method = quantization_found(checkpoint)
+    config = checkpoint.config
     details: dict[str, Any] = {
-        "architecture": checkpoint.config.get("architectures"),
-        "experts": next((checkpoint.config[key] for key in _EXPERTS if key in checkpoint.config), None),
+        "architecture": config.get("architectures"),
+        "layers": config.get("num_hidden_layers", config.get("n_layer")),
+        "vocabulary": config.get("vocab_size"),
+        "tied_head": config.get("tie_word_embeddings"),
+        "experts": next((config[key] for key in _EXPERTS if key in config), None),
         "files": len(checkpoint.headers),
         "quantization": method,
     }
@@ -125,9 +125,9 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
             "quantized_stacks": sum(len(outline.shape) == 3 for outline in outlines.values()) or None,
             "quantized_parameters": inside,
             "bits_per_quantized_parameter": round(8 * sum(specs[part].nbytes for part in parts) / inside, 3),
-            "formats": _counts(encoding.format for encoding in encodings),
-            "block_sizes": _counts(encoding.block_size for encoding in encodings),
-            "constants": _counts("nested" if encoding.double_quant else "float32" for encoding in encodings),
+            "formats": counts(encoding.format for encoding in encodings),
+            "block_sizes": counts(encoding.block_size for encoding in encodings),
+            "constants": counts("nested" if encoding.double_quant else "float32" for encoding in encodings),
         }
     return _Found(
         kind="quantized" if method else "checkpoint",
@@ -136,8 +136,3 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
         nbytes=sum(spec.nbytes for spec in specs.values()),
         details=details,
     )
-
-
-def _counts(values: Iterable[str | int]) -> dict[str, int]:
-    """How often each is there; the keys are strings, as JSON has them."""
-    return {str(value): count for value, count in sorted(Counter(values).items())}

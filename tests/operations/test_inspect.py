@@ -1,18 +1,30 @@
 """A description says what is in the files."""
 
+import peft_adapters
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, require_manifest
 from adaptkit.checkpoint.quantized import encode
-from adaptkit.errors import CheckpointError, IntegrityError, UsageError
+from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.unmerge import unmerge
+from adaptkit.operations.verify import verify
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = [
+    "linear_patterns", "conv1d", "embedding", "dora_embedding", "lora_bias", "biases_all", "saved_norms", "resized",
+    "tokens_both", "experts_mixtral", "experts_up_only", "everything",
+]  # fmt: skip
+"""One adapter of every kind of tensor."""
 
 
 def test_a_checkpoint(llama, llama_sharded):
@@ -26,6 +38,8 @@ def test_a_checkpoint(llama, llama_sharded):
         assert report.dtypes == {"BF16": len(tensors)}
         assert report.details["architecture"] == ["LlamaForCausalLM"]
         assert report.details["files"] == files
+        assert (report.details["layers"], report.details["tied_head"]) == (2, True)
+        assert report.details["vocabulary"] == tensors["model.embed_tokens.weight"].shape[0]
         assert report.details["quantization"] is None
         assert (report.manifest_sha256, report.tensors_root, report.parents) == (None, None, ())
 
@@ -92,9 +106,73 @@ def test_an_adapter(adapter, tmp_path, llama):
     assert report.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert report.details["modules"] == 14
-    assert (report.details["ranks"], report.details["scalings"]) == ([4], [2.0])
+    assert (report.details["ranks"], report.details["scalings"]) == ({"4": 14}, {"2.0": 14})
+    assert report.details["base_model_name_or_path"] == str(llama)
+    assert report.details["targets"] == dict.fromkeys(sorted(PROJECTIONS), 2)
     mixed = inspect(tiny.write_peft_adapter(tmp_path / "a", llama, rank_pattern={"q_proj": 2}, lora_alpha=4))
-    assert (mixed.details["ranks"], mixed.details["scalings"]) == ([2, 4], [1.0, 2.0])
+    assert (mixed.details["ranks"], mixed.details["scalings"]) == ({"2": 2, "4": 12}, {"1.0": 12, "2.0": 2})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_counted(kind, made):
+    """Against the names of its tensors, in which peft says what they are."""
+    case = peft_adapters.make(made, kind)
+    report, tensors = inspect(case.adapter), load_file(case.adapter / "adapter_model.safetensors")
+    details = report.details
+
+    def having(*endings):
+        return [name for name in tensors if name.endswith(endings)]
+
+    halves = having("lora_A.weight", "lora_embedding_A")
+    stacked = [name for name in halves if "experts.base_layer.lora_A" in name or "experts.lora_A" in name]
+    assert details["modules"] == len(halves) - len(stacked)
+    assert details["embeddings"] == (len(having("lora_embedding_A")) or None)
+    assert details["dora_magnitudes"] == (len(having("lora_magnitude_vector")) or None)
+    assert details["added_biases"] == (len(having("lora_B.bias")) or None)
+    assert sum((details["expert_stacks"] or {}).values()) == len(stacked)
+    rows = {name: len(tensors[name]) for name in having("trainable_tokens_delta")}
+    assert list((details["replaced_rows"] or {}).values()) == list(rows.values())
+    assert details["own_copies_of_the_base"] == (len(having("base_layer.weight")) or None)
+    rest = [name for name in tensors if not any(part in name for part in ("lora_", "trainable_tokens", "base_layer.w"))]
+    assert sum((details["replaced_tensors"] or {}).values()) == len(rest)
+    assert details["rslora"] == bool(case.case.lora.get("use_rslora"))
+    assert report.parameters == sum(t.numel() for name, t in tensors.items() if not name.endswith("base_layer.weight"))
+    assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(details["ranks"].values()) == sum(details["scalings"].values())
+
+
+def test_a_stack_counts_its_experts(made):
+    details = inspect(peft_adapters.make(made, "experts_patterns").adapter).details
+    assert details["expert_stacks"] == {"4": 4}
+    assert details["ranks"] == {"3": 8, "4": 10}  # two q_proj, and four experts of two stacks in each of two layers
+    assert details["targets"] == {"down_proj": 2, "gate_up_proj": 2, "q_proj": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_can_be_verified(kind, made, copy_of):
+    folder = copy_of(peft_adapters.make(made, kind).adapter)
+    files = [
+        FileRecord(p.name, p.stat().st_size, file_sha256(p)) for p in sorted(folder.iterdir()) if p.suffix != ".md"
+    ]
+    manifest = Manifest("adapter", {"name": "train"}, tuple(files), read_adapter(folder).records)
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    report = verify(folder)
+    assert (report.kind, report.tensors) == ("adapter", len(load_file(folder / "adapter_model.safetensors")))
+    weights = folder / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors changed"):
+        verify(folder)
+
+
+def test_an_adapter_that_cannot_be_read_is_an_error(llama, adapter, copy_of, tmp_path):
+    with pytest.raises(AdapterError, match="IA3"):
+        inspect(peft_adapters.write_refused(tmp_path / "ia3", "IA3", llama))
+    folder = copy_of(adapter)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"\.bin is not loaded"):
+        inspect(folder)
 
 
 def test_a_merged_model_names_what_it_was_made_from(llama, adapter, tmp_path):
@@ -103,6 +181,32 @@ def test_a_merged_model_names_what_it_was_made_from(llama, adapter, tmp_path):
     assert report.kind == "merged"
     assert report.parameters == inspect(llama).parameters
     assert [(p["role"], p.get("weight")) for p in report.parents] == [("base", None), ("adapter", 0.5)]
+    record = [path for path in (tmp_path / "out" / "adaptkit-undo").rglob("*") if path.is_file()]
+    assert report.details["undo_record_bytes"] == sum(path.stat().st_size for path in record)
+    assert (report.details["merged_adapters"], report.details["changed_tensors"]) == (1, 14)
+
+
+def test_what_is_there_for_taking_adapters_out_again(llama, adapter, second_adapter, tmp_path):
+    """As unmerge then finds out."""
+    for name, options, given, phrase in (
+        ("with", MergeOptions(), [adapter, second_adapter], "to the bit; needs the 2 adapter(s)"),
+        ("copies", MergeOptions(embed_adapter=True), [], "to the bit; needs nothing else"),
+        ("without", MergeOptions(undo=False), [adapter, second_adapter], "only approximately"),
+    ):
+        merge(llama, [adapter, second_adapter], tmp_path / name, options)
+        details = inspect(tmp_path / name).details
+        assert details["unmerge"].startswith(phrase)
+        assert details["adapter_copies"] == (2 if name == "copies" else None)
+        restored = unmerge(tmp_path / name, given, tmp_path / f"{name}-restored", approximate=name == "without")
+        assert restored.identical == phrase.startswith("to the bit")
+    record = next(path for path in (tmp_path / "with" / "adaptkit-undo").rglob("*") if path.is_file())
+    record.write_bytes(record.read_bytes()[:-1])
+    assert (
+        f"no: adaptkit-undo/{record.name} is missing or of another size"
+        == inspect(tmp_path / "with").details["unmerge"]
+    )
+    with pytest.raises(IntegrityError):
+        unmerge(tmp_path / "with", [adapter, second_adapter], tmp_path / "x")
 
 
 def test_what_it_is_not_is_said(tmp_path, llama, copy_of):

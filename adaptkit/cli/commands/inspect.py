@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, report_options
-from adaptkit.cli.output import show, size
+from adaptkit.cli.output import Row, show, size
 
 
 @click.command()
@@ -22,7 +22,7 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
         ("parameters", "not told by this format" if report.parameters is None else f"{report.parameters:,}"),
         ("tensors", f"{report.tensors} ({', '.join(f'{n} {t}' for t, n in report.dtypes.items())})"),
         ("size", size(report.bytes)),
-        *((key.replace("_", " "), _words(value)) for key, value in report.details.items() if value is not None),
+        *(_row(key, value) for key, value in report.details.items() if value is not None),
     ]
     for parent in report.parents:
         weight = f", weight {parent['weight']}" if "weight" in parent else ""
@@ -32,9 +32,21 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
     show(report, rows, as_json=as_json, quiet=quiet)
 
 
+def _row(key: str, value: Any) -> Row:
+    if key.endswith("_bytes"):
+        return key.removesuffix("_bytes").replace("_", " "), size(value)
+    if key == "replaced_rows":
+        return "replaced rows", ", ".join(f"{count} of {module}" for module, count in value.items())
+    if key == "expert_stacks":
+        return "expert stacks", ", ".join(f"{count} of {experts}" for experts, count in value.items())
+    return key.replace("_", " "), _words(value)
+
+
 def _words(value: Any) -> str:
     if isinstance(value, dict):  # value -> how often it is there
         return ", ".join(f"{item} ({count})" if len(value) > 1 else str(item) for item, count in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)

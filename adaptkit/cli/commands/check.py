@@ -1,0 +1,51 @@
+"""``adaptkit check``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptkit.cli.options import ArtifactPath, report_options
+from adaptkit.cli.output import Row, show
+from adaptkit.discovery import names
+from adaptkit.operations import targets as registry
+
+if TYPE_CHECKING:
+    from adaptkit.operations.check import Verdict
+
+
+@click.command()
+@click.argument("path", type=ArtifactPath())
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    type=click.Choice(names(registry)),
+    help="A program that is to read it. Repeatable. Default: all.",
+)
+@click.option("--base", type=ArtifactPath(), help="An adapter's base: compare modules and shapes with it.")
+@report_options
+def command(path: Path, targets: tuple[str, ...], base: Path | None, as_json: bool, quiet: bool) -> int:
+    """Say whether other programs would take the adapter or checkpoint PATH, and what to change.
+
+    Looks at configuration, names and shapes. Exits with 0 if all of them take it and compute what is meant, 1 if not.
+    """
+    from adaptkit.operations.check import check
+
+    report = check(path, targets, base)
+    rows = [("checked", f"{report.path}: {report.kind}"), ("by", "\n".join(report.examined))]
+    for verdict in report.verdicts:
+        rows += _rows(verdict)
+    rows.append(("not known", "\n".join(report.unknown)))
+    show(report, rows, as_json=as_json, quiet=quiet)
+    return 0 if report.taken else 1
+
+
+def _rows(verdict: "Verdict") -> list[Row]:
+    word = "would take it" if verdict.taken else "would not take it as it is"
+    rows, said = [(verdict.target, f"{word} ({verdict.reader})")], ""
+    for finding in verdict.findings:
+        change = "the same" if finding.change == said else finding.change
+        rows.append((f"  {finding.level}", f"{finding.found}\n{finding.effect}\n-> {change}"))
+        said = finding.change
+    return rows

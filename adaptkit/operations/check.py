@@ -1,0 +1,125 @@
+"""Say whether other programs would take an adapter or a checkpoint, and what to change if not."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptkit.checkpoint.adapter import WEIGHTS_NAME, is_adapter
+from adaptkit.checkpoint.layout import require_folder
+from adaptkit.discovery import load, names
+from adaptkit.errors import UsageError
+from adaptkit.operations import targets as registry
+from adaptkit.operations.targets._adapter_files import AdapterFiles, read_adapter_files
+from adaptkit.operations.targets._base_shapes import BaseShapes, read_base_shapes
+from adaptkit.operations.targets._checkpoint_files import CheckpointFiles, read_checkpoint_files
+from adaptkit.operations.targets._target import Finding, Target
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one program makes of the files.
+
+    Attributes:
+        target: name.
+        reader: the program and the version whose source the rules were read from; others may differ.
+        taken: whether it takes them and computes what is meant; warnings say on which conditions.
+        findings: errors first.
+    """
+
+    target: str
+    reader: str
+    taken: bool
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What several programs make of the files.
+
+    Attributes:
+        path: folder.
+        kind: adapter, quantized or checkpoint.
+        taken: whether all of them take it.
+        verdicts: one a program.
+        examined: what the verdicts rest on.
+        unknown: what they cannot know.
+    """
+
+    path: str
+    kind: str
+    taken: bool
+    verdicts: tuple[Verdict, ...]
+    examined: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def check(path: Path, targets: Sequence[str] = (), base: Path | None = None) -> CheckReport:
+    """Judge an adapter or a checkpoint by its configuration, names and shapes; no weight is read.
+
+    Args:
+        path: folder, of any adapter or checkpoint, whoever wrote it.
+        targets: names of programs; all that are known if there are none.
+        base: folder of an adapter's base, to compare modules and shapes with.
+
+    Raises:
+        UsageError: not a folder, no such target, or a base for something that is no adapter.
+        CheckpointError: neither an adapter nor a checkpoint, or a file that cannot be read at all.
+    """
+    require_folder(path)
+    chosen = list(dict.fromkeys(targets)) or names(registry)
+    loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]
+    if is_adapter(path) or (path / WEIGHTS_NAME).exists():
+        files = read_adapter_files(path)
+        shapes = read_base_shapes(base) if base else None
+        verdicts = [_verdict(name, target, target.adapter(files, shapes)) for name, target in loaded]
+        return _report(path, "adapter", verdicts, _examined(files, shapes), _unknown(files, shapes))
+    if base is not None:
+        raise UsageError(f"{path}: not an adapter, so it has no base", hint="leave out --base")
+    checkpoint = read_checkpoint_files(path)
+    verdicts = [_verdict(name, target, target.checkpoint(checkpoint)) for name, target in loaded]
+    kind = "quantized" if checkpoint.quantization else "checkpoint"
+    return _report(path, kind, verdicts, _seen(checkpoint), _unseen(checkpoint))
+
+
+def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
+    ordered = tuple(sorted(findings, key=lambda finding: finding.level))  # "error" comes before "warning"
+    return Verdict(name, target.reader, all(finding.level != "error" for finding in ordered), ordered)
+
+
+def _report(
+    path: Path, kind: str, verdicts: Sequence[Verdict], examined: tuple[str, ...], unknown: tuple[str, ...]
+) -> CheckReport:
+    return CheckReport(str(path), kind, all(verdict.taken for verdict in verdicts), tuple(verdicts), examined, unknown)
+
+
+def _examined(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
+    seen = [
+        "adapter_config.json",
+        f"names and shapes of {len(files.keys)} tensors in {len(files.pairs)} adapted modules",
+    ]
+    if base is not None:
+        seen.append(f"names and shapes of {len(base.shapes)} weights of {base.root}")
+    return tuple(seen)
+
+
+def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
+    unknown = ["whether the program adapts models of the base's architecture", "the weights' values"]
+    if base is None:
+        unknown.insert(0, "whether the base has these modules in these shapes (give --base)")
+    elif any(pair.stacked for pair in files.pairs):
+        unknown.insert(0, "whether stacks of experts fit the base")
+    if files.pickle:
+        unknown.insert(0, f"what is in {files.pickle}")
+    if str(files.config.get("peft_type")).upper() != "LORA":
+        unknown.insert(0, "the rules of adapters other than LoRA")
+    return tuple(unknown)
+
+
+def _seen(files: CheckpointFiles) -> tuple[str, ...]:
+    packed = (f"states of {len(files.packed)} quantized weights",) if files.packed else ()
+    return ("config.json", "names of files and tensors", *packed)
+
+
+def _unseen(files: CheckpointFiles) -> tuple[str, ...]:
+    architectures = files.config.get("architectures") or ["of no name"]
+    return (f"whether the program has the architecture {architectures[0]}", "the weights' values")

@@ -1,0 +1,1 @@
+"""Programs that read what adaptkit writes: one file a program, ``TARGET`` in it says what that program takes."""

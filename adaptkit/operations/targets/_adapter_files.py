@@ -1,0 +1,196 @@
+"""An adapter's files as other programs see them: names, shapes and configuration, nothing refused and no weights read.
+
+``checkpoint.adapter`` reads an adapter that is right, whatever its names look like; here even one that is not gets a
+verdict, and a name is what is written in the file.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME
+from adaptkit.checkpoint.header import read_header
+from adaptkit.checkpoint.layout import read_json
+from adaptkit.numerics.lora import scaling
+
+PREFIX = "base_model.model."
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+_ROLES = (
+    (re.compile(r"(.+)\.lora_A\.weight"), "A"),
+    (re.compile(r"(.+)\.lora_B\.weight"), "B"),
+    (re.compile(r"(.+)\.lora_embedding_A"), "embedding A"),
+    (re.compile(r"(.+)\.lora_embedding_B"), "embedding B"),
+    (re.compile(r"(.+)\.lora_B\.bias"), "bias of B"),
+    (re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?"), "magnitude"),
+    (re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta"), "token rows"),
+    (re.compile(r"(.+)\.base_layer\.weight"), "wrapped weight"),
+    (re.compile(r"(.+)\.base_layer\.bias"), "bias"),
+    (re.compile(r"(?!.*\.lora_)(.+)\.weight"), "weight"),
+    (re.compile(r"(?!.*\.lora_)(.+)\.bias"), "bias"),
+)
+_EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A tensor of the file.
+
+    Attributes:
+        name: in the file.
+        module: what it belongs to, without peft's prefix.
+        role: A, B, embedding A, embedding B, bias of B, magnitude, token rows, wrapped weight, weight, bias, or other.
+        shape: of the tensor.
+    """
+
+    name: str
+    module: str
+    role: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A and B of a module, either of which may be missing.
+
+    Attributes:
+        module: dotted path.
+        a: (rank, in); of an embedding (rank, entries); of stacked experts (experts · rank, in).
+        b: (out, rank); of an embedding (dim, rank); of stacked experts (out, rank · experts).
+        embedding: whether the module is looked up in.
+        stacked: whether it is a stack of experts.
+        asked: the rank that the configuration gives it, whatever that is.
+        scaling: what B A is multiplied by according to peft's rules; None if the configuration makes no sense.
+    """
+
+    module: str
+    a: Key | None
+    b: Key | None
+    embedding: bool
+    stacked: bool
+    asked: Any
+    scaling: float | None
+
+    @property
+    def rank(self) -> int | None:
+        """What the shape of A says; None without A, and for stacks, where the number of experts is in it too."""
+        return self.a.shape[0] if self.a and len(self.a.shape) == 2 and not self.stacked else None
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter's folder holds.
+
+    Attributes:
+        root: the folder.
+        config: ``adapter_config.json``.
+        keys: tensors, in the order of their names; none if there is no safetensors file.
+        pickle: name of a pickled file of weights, if that is all there is.
+        beside: names of other safetensors files in the folder.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    keys: tuple[Key, ...] = ()
+    pickle: str | None = None
+    beside: tuple[str, ...] = ()
+
+    def named(self, *roles: str) -> list[str]:
+        """The names of the tensors that have one of these roles."""
+        return [key.name for key in self.keys if key.role in roles]
+
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """What is changed by a product of two matrices, by module."""
+        found: dict[str, dict[str, Key]] = {}
+        for key in self.keys:
+            if key.role in ("A", "B", "embedding A", "embedding B"):
+                found.setdefault(key.module, {})[key.role] = key
+        return tuple(self._pair(module, halves) for module, halves in sorted(found.items()))
+
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether all modules have one rank and one scaling."""
+        return len({(pair.rank, pair.scaling) for pair in self.pairs}) == 1
+
+    def merge(self) -> str:
+        """The command that makes a model of it that needs no adapter."""
+        return f"adaptkit merge BASE {self.root} -o MERGED, and give it MERGED"
+
+    def merge_elsewhere(self) -> str:
+        """What to do with what adaptkit does not read either."""
+        return "use it with peft, or, if peft can merge_and_unload it, give the program the merged model"
+
+    @property
+    def saved(self) -> list[str]:
+        """What ``modules_to_save`` names."""
+        given = self.config.get("modules_to_save")
+        return [str(name) for name in given] if isinstance(given, list) else []
+
+    def _pair(self, module: str, halves: Mapping[str, Key]) -> Pair:
+        embedding = any(role.startswith("embedding") for role in halves)
+        a, b = (halves.get(f"embedding {half}" if embedding else half) for half in "AB")
+        stacked = bool(_EXPERTS.search(module)) and not embedding
+        asked, factor = self._numbers(_parameter(module) if stacked else module)
+        return Pair(module, a, b, embedding, stacked, asked, factor)
+
+    def _numbers(self, module: str) -> tuple[Any, float | None]:
+        """Rank and scaling by peft's rules: the first pattern that matches the end of the path, else the default."""
+        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
+        try:
+            rank = _matching(self.config.get("rank_pattern"), module, rank)
+            alpha = _matching(self.config.get("alpha_pattern"), module, alpha)
+        except (re.error, TypeError, AttributeError):
+            return rank, None
+        if not _is_number(rank) or not _is_number(alpha):
+            return rank, None
+        return rank, scaling(float(alpha), rank, bool(self.config.get("use_rslora")))
+
+
+def read_adapter_files(root: Path) -> AdapterFiles:
+    """Look into an adapter's folder.
+
+    Raises:
+        CheckpointError: no configuration, or a file that is no JSON or no safetensors file.
+    """
+    config = read_json(root / CONFIG_NAME)
+    files = sorted(path.name for path in root.glob("*.safetensors"))
+    keys: list[Key] = []
+    if WEIGHTS_NAME in files:
+        keys = [_key(spec.name, spec.shape) for spec, _ in read_header(root / WEIGHTS_NAME).tensors]
+    pickles = [] if WEIGHTS_NAME in files else [name for name in _PICKLES if (root / name).is_file()]
+    return AdapterFiles(
+        root=root,
+        config=config,
+        keys=tuple(sorted(keys, key=lambda key: key.name)),
+        pickle=pickles[0] if pickles else None,
+        beside=tuple(name for name in files if name != WEIGHTS_NAME),
+    )
+
+
+def _key(name: str, shape: tuple[int, ...]) -> Key:
+    inner = name.removeprefix(PREFIX)
+    for pattern, role in _ROLES:
+        match = pattern.fullmatch(inner)
+        if match:
+            return Key(name, match[1], role, shape)
+    return Key(name, inner, "other", shape)
+
+
+def _parameter(module: str) -> str:
+    """What peft matches its patterns with: its outer wrapper of a stack is the last parameter, the inner the first."""
+    inner = module.removesuffix(".base_layer")
+    return f"{inner}.down_proj" if inner == module else f"{inner}.gate_up_proj"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _matching(patterns: Any, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,296 @@
+"""What several programs trip over; each says itself what it then does."""
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
+
+from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
+from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._target import Finding, some
+
+_LOW_RANK = ("A", "B", "embedding A", "embedding B", "wrapped weight")
+_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_TABLE = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|embed_in|word_embeddings)(\.token_adapter)?$")
+_BY_PEFT = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
+    "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
+    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora",
+    "use_dora", "use_qalora", "use_rslora", "velora_config",
+}  # fmt: skip
+"""The keys of peft 0.21's LoraConfig."""
+VARIANTS = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias of lora_B",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "replicated layers",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+}
+"""Keys of the configuration that make something else of an adapter than s · B A, and what that is called."""
+
+
+def weights(files: AdapterFiles, reader: str) -> Iterator[Finding]:
+    """No file of weights, or one that nothing is known of."""
+    if files.pickle:
+        yield Finding(
+            "warning",
+            f"{files.pickle} is a pickle",
+            f"{reader} loads it with torch.load(weights_only=True); adaptkit loads no pickles, so the names in it are "
+            "not checked here",
+            "load it with peft and save_pretrained it again, which writes safetensors",
+        )
+    elif not files.keys:
+        yield Finding(
+            "error",
+            "there are no tensors in adapter_model.safetensors, or no such file",
+            f"{reader} finds nothing to load",
+            "save the adapter again with peft's save_pretrained",
+        )
+
+
+def is_lora(files: AdapterFiles) -> bool:
+    """Whether the configuration says LoRA, in whatever case."""
+    return str(files.config.get("peft_type", "")).upper() == "LORA"
+
+
+def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: str) -> Iterator[Finding]:
+    """Keys of ``VARIANTS`` that are set.
+
+    Args:
+        files: of the adapter.
+        keys: which of them matter.
+        effect: with {what} for what the key asks for.
+        change: what to do.
+    """
+    for key in sorted(keys):
+        if files.config.get(key):
+            yield Finding("error", f"{key} in adapter_config.json", effect.format(what=VARIANTS[key]), change)
+
+
+def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
+    """An initialization that changes the base, whose adapter does not belong to the base as it is published."""
+    how = files.config.get("init_lora_weights")
+    if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
+        yield Finding(
+            "error",
+            f"init_lora_weights is {how!r} in adapter_config.json",
+            effect,
+            "save it with peft's path_initial_model_for_weight_conversion",
+        )
+
+
+def unknown_keys(files: AdapterFiles, effect: str) -> Iterator[Finding]:
+    """Keys of the configuration that peft does not have, or did not have when this was written."""
+    unknown = {key for key, value in files.config.items() if value} - _BY_PEFT
+    if unknown and is_lora(files):
+        yield Finding("warning", f"{some(unknown)} in adapter_config.json", effect, "learn what it means, or remove it")
+
+
+def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
+    """Rank and alpha that are no positive numbers, or patterns that are no patterns."""
+    wrong = [pair for pair in files.pairs if pair.scaling is None]
+    config = files.config
+    plain = _is_rank(config.get("r")) and _is_positive(config.get("lora_alpha"))
+    if wrong or not plain:
+        where = f" (for {some([pair.module for pair in wrong])})" if wrong and plain else ""
+        yield Finding(
+            "error",
+            f"r, lora_alpha, rank_pattern or alpha_pattern in adapter_config.json are no positive numbers{where}: "
+            f"r is {config.get('r')!r}, lora_alpha {config.get('lora_alpha')!r}",
+            effect,
+            _ONE_SAVE,
+        )
+
+
+def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
+    """A without B, or B without A."""
+    alone = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half and not (pair.a and pair.b)]
+    if alone:
+        yield Finding("error", f"{some(alone)} without the other half of its pair", effect, _ONE_SAVE)
+
+
+def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:
+    """Tensors that do not have the rank that the configuration says, or are no matrices."""
+    wrong = [pair for pair in files.pairs if pair.scaling is not None and pair.a and pair.b and not _fits(pair)]
+    if wrong:
+        first = min(wrong, key=lambda pair: pair.module)
+        a, b = first.a, first.b
+        more = f", and so in {len(wrong) - 1} more modules" if len(wrong) > 1 else ""
+        yield Finding(
+            "error",
+            f"{first.module}: rank {first.asked} by adapter_config.json, but A is {_shape(a)} and B {_shape(b)}{more}",
+            effect,
+            _ONE_SAVE,
+        )
+
+
+def on_base(files: AdapterFiles, base: BaseShapes | None, missing: str, other: str) -> Iterator[Finding]:
+    """Modules that the base does not have, or has in another shape; ``tables`` looks at the size of the vocabulary.
+
+    Args:
+        files: of the adapter.
+        base: nothing is found without it.
+        missing: what the program does with tensors of a module that is not there.
+        other: the same with matrices that do not fit.
+    """
+    if base is None:
+        return
+    pairs = [pair for pair in files.pairs if _is_comparable(pair, base)]
+    absent = [pair.module for pair in pairs if base.shape(pair.module) is None]
+    if absent:
+        yield Finding(
+            "warning" if base.is_composed else "error",
+            f"{some(absent)}: no tensor of {base.root} is called like it",
+            missing,
+            f"give the base that it was trained on, or rename the tensors; {_trained_on(files)}",
+        )
+    sizes = {module for module, _ in _tables(files, base)}
+    unlike = [pair for pair in pairs if pair.module not in sizes and not _fits_base(files, base, pair)]
+    if unlike:
+        first = min(unlike, key=lambda pair: pair.module)
+        more = f", and {len(unlike) - 1} more modules do not fit" if len(unlike) > 1 else ""
+        yield Finding(
+            "error",
+            f"{first.module} is {list(base.shape(first.module) or ())} in {base.root}, but B · A is "
+            f"{_shape(first.b, 0)} × {_shape(first.a, 1)}{more}",
+            other,
+            f"give the base that it was trained on; {_trained_on(files)}",
+        )
+
+
+def tables(
+    files: AdapterFiles, base: BaseShapes | None, level: Literal["error", "warning"], effect: str, change: str
+) -> Iterator[Finding]:
+    """Embeddings and heads with another number of entries than the base's, whose vocabulary was resized in between.
+
+    Args:
+        files: of the adapter.
+        base: nothing is found without it.
+        level: of the finding.
+        effect: what the program does.
+        change: what to do, with {entries} for the adapter's number.
+    """
+    found = _tables(files, base) if base else []
+    if found and base is not None:
+        module, entries = min(found)
+        has = (base.shape(module) or (base.vocabulary,))[0]
+        what = f"{module} has {entries} entries, and {has} in {base.root}"
+        yield Finding(level, what, effect, change.format(entries=entries))
+
+
+def tied_head(files: AdapterFiles, base: BaseShapes | None) -> str | None:
+    """The name of the head if the adapter changes it and the base has it in common with the embedding."""
+    heads = [pair.module for pair in files.pairs if _is_head(pair)]
+    return min(heads) if heads and base is not None and base.is_tied else None
+
+
+def experts(files: AdapterFiles) -> list[str]:
+    """The names of tensors that change stacks of experts."""
+    return [half.name for pair in files.pairs if pair.stacked for half in (pair.a, pair.b) if half]
+
+
+def single_experts(files: AdapterFiles) -> list[str]:
+    """Modules that are one of several experts."""
+    return [pair.module for pair in files.pairs if re.search(r"(^|\.)experts\.\d+\.", pair.module)]
+
+
+def flat_change(files: AdapterFiles) -> str:
+    """How to get rid of rsLoRA and patterns: another α where one number will do, else a merged model."""
+    low_rank = all(key.role in _LOW_RANK for key in files.keys) and all(pair.rank for pair in files.pairs)
+    if files.is_flat and low_rank:
+        return f"adaptkit resize {files.root} -o OUT --rank {files.pairs[0].rank}, which changes nothing but α"
+    return files.merge()
+
+
+def scaled_wrongly(files: AdapterFiles, used: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Modules that a program would scale by another factor than peft does.
+
+    Args:
+        files: of the adapter.
+        used: the program's factor by module.
+
+    Returns:
+        (module, peft's factor, the program's).
+    """
+    found = []
+    for pair in files.pairs:
+        if pair.scaling is not None and pair.module in used:
+            meant, wrong = pair.scaling, used[pair.module]
+            if not math.isclose(meant, wrong, rel_tol=1e-6):
+                found.append((pair.module, meant, wrong))
+    return found
+
+
+def _trained_on(files: AdapterFiles) -> str:
+    return f"its configuration says {files.config.get('base_model_name_or_path')!r}"
+
+
+def _fits(pair: Pair) -> bool:
+    if not pair.a or not pair.b or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
+        return False
+    rows, columns = pair.a.shape[0], pair.b.shape[1]
+    if pair.stacked:
+        return bool(rows == columns and rows and rows % pair.asked == 0)
+    return bool(rows == columns == pair.asked)
+
+
+def _fits_base(files: AdapterFiles, base: BaseShapes, pair: Pair) -> bool:
+    expected = base.shape(pair.module)
+    if expected is None or not pair.a or not pair.b or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
+        return True  # found by another rule
+    made = (pair.b.shape[0], pair.a.shape[1])
+    if pair.embedding:
+        return expected == made[::-1]
+    turned = bool(files.config.get("fan_in_fan_out")) or base.is_transposed
+    return expected == made or (turned and expected == made[::-1])
+
+
+def _is_comparable(pair: Pair, base: BaseShapes) -> bool:
+    """Not stacks, nor one expert of a base that keeps stacks, nor a head that is the embedding."""
+    numbered = re.search(r"(^|\.)experts\.\d+\.", pair.module) is not None
+    return (
+        not pair.stacked and not (numbered and not base.has_numbered_experts) and not (_is_head(pair) and base.is_tied)
+    )
+
+
+def _tables(files: AdapterFiles, base: BaseShapes) -> list[tuple[str, int]]:
+    """Modules whose first dimension is a vocabulary of another size than the base's, and that size."""
+    found = []
+    for pair in files.pairs:
+        if pair.embedding and pair.a and len(pair.a.shape) == 2:
+            found.append((pair.module, pair.a.shape[1]))
+        elif _is_head(pair) and pair.b and len(pair.b.shape) == 2:
+            found.append((pair.module, pair.b.shape[0]))
+    for key in files.keys:
+        if key.role in ("weight", "wrapped weight") and len(key.shape) == 2 and _TABLE.search(key.module):
+            found.append((key.module.removesuffix(".token_adapter"), key.shape[0]))
+    return [(module, size) for module, size in found if base.vocabulary and _entries(base, module) != size]
+
+
+def _entries(base: BaseShapes, module: str) -> int | None:
+    shape = base.shape(module)
+    return shape[0] if shape else base.vocabulary
+
+
+def _is_head(pair: Pair) -> bool:
+    return bool(re.search(r"(^|\.)(lm_head|embed_out)$", pair.module)) and not pair.embedding
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and _is_positive(value)
+
+
+def _shape(key: Any, axis: int | None = None) -> str:
+    shape = list(key.shape) if key else []
+    return str(shape) if axis is None or len(shape) != 2 else str(shape[axis])

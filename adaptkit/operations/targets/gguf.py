@@ -1,0 +1,162 @@
+"""GGUF: llama.cpp's converters and its reader of adapters, as of autumn 2026.
+
+``convert_lora_to_gguf.py`` sorts an adapter's tensors by their names and writes A, B and one alpha. Of what it wrote,
+``src/llama-adapter.h`` computes alpha / rank with each tensor's own rank, and ``src/llama-adapter.cpp`` compares shapes
+with the base and skips norms. ``conversion/base.py`` (before that ``convert_hf_to_gguf.py``) reads checkpoints, and
+``conversion/gpt2.py`` turns matrices round.
+"""
+
+import re
+from collections.abc import Iterator
+
+from adaptkit.operations.targets import _checkpoint_rules, _rules
+from adaptkit.operations.targets._adapter_files import AdapterFiles
+from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._rules import VARIANTS
+from adaptkit.operations.targets._target import Finding, Target, some
+
+_METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
+_PLAIN = {"A", "B", "embedding A", "embedding B", "wrapped weight"}
+_NORM = re.compile(r"_layernorm|\.norm")
+_TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two are told by their tensors
+
+
+def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    yield from _rules.weights(files, "convert_lora_to_gguf.py")
+    yield from _configuration(files, base)
+    yield from _scaling(files)
+    yield from _names(files)
+    yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")
+    yield from _rules.ranks(
+        files, "convert_lora_to_gguf.py fails where A and B differ; llama.cpp scales by the rank of the tensors"
+    )
+    yield from _modules(files, base)
+    yield from _rules.on_base(
+        files,
+        base,
+        "convert_lora_to_gguf.py cannot map the name, or llama.cpp refuses the adapter: does not exist in base model",
+        "llama.cpp refuses the adapter: incorrect shape",
+    )
+    yield from _rules.tables(files, base, "error", "llama.cpp refuses the adapter: incorrect shape", files.merge())
+
+
+def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    if not _rules.is_lora(files):
+        yield Finding(
+            "error",
+            f"peft_type is {files.config.get('peft_type')!r} in adapter_config.json",
+            "convert_lora_to_gguf.py does not look at it, and fails on tensors that LoRA does not have",
+            files.merge_elsewhere(),
+        )
+    yield from _rules.numbers(files, "convert_lora_to_gguf.py fails without lora_alpha, or writes what is wrong")
+    yield from _rules.variants(
+        files,
+        {key for key in VARIANTS if key not in _TAKES},
+        "convert_lora_to_gguf.py does not know {what} and writes plain LoRA",
+        files.merge_elsewhere(),
+    )
+    yield from _rules.begun(files, "convert_lora_to_gguf.py does not look at it; the adapter does not fit the base")
+    yield from _rules.unknown_keys(files, "convert_lora_to_gguf.py ignores keys that it does not know")
+    if base is None and not files.config.get("base_model_name_or_path"):
+        yield Finding(
+            "warning",
+            "base_model_name_or_path is missing in adapter_config.json",
+            "convert_lora_to_gguf.py needs the base's config.json",
+            "convert it with --base FOLDER",
+        )
+    if base is not None and base.quantization is not None and base.quantization not in _METHODS:
+        yield Finding(
+            "error",
+            f"{base.root} is quantized ({base.quantization})",
+            "convert_lora_to_gguf.py fails on its config.json: quant method is not yet supported",
+            "convert with --base of the 16-bit checkpoint that it was made from",
+        )
+
+
+def _scaling(files: AdapterFiles) -> Iterator[Finding]:
+    alpha = files.config.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        return
+    used = {pair.module: alpha / pair.rank for pair in files.pairs if pair.rank}
+    wrong = _rules.scaled_wrongly(files, used)
+    if wrong:
+        _, meant, factor = wrong[0]
+        why = "use_rslora" if files.config.get("use_rslora") else "alpha_pattern"
+        yield Finding(
+            "error",
+            f"{why} in adapter_config.json scales {some([name for name, _, _ in wrong])} by {meant:g}",
+            f"llama.cpp scales by lora_alpha over the tensor's rank, here {factor:g}, without a word",
+            _rules.flat_change(files),
+        )
+
+
+def _names(files: AdapterFiles) -> Iterator[Finding]:
+    others = [key.name for key in files.keys if key.role not in _PLAIN]
+    norms = [name for name in others if _NORM.search(name)]
+    if norms:
+        yield Finding(
+            "error",
+            some(norms),
+            "convert_lora_to_gguf.py writes norms, but llama.cpp skips them without a word",
+            files.merge(),
+        )
+    rest = [name for name in others if name not in norms]
+    if rest:
+        yield Finding(
+            "error",
+            some(rest),
+            "convert_lora_to_gguf.py stops: it is neither lora_A nor lora_B",
+            files.merge(),
+        )
+    if files.keys and not others and (files.config.get("use_dora") or files.saved):
+        yield Finding(
+            "error",
+            "use_dora or modules_to_save in adapter_config.json, but no tensors of it",
+            "convert_lora_to_gguf.py does not notice",
+            "save the adapter again with peft",
+        )
+
+
+def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    stacked = _rules.experts(files)
+    if stacked:
+        yield Finding(
+            "error",
+            f"{some(stacked)}: experts in stacks (target_parameters)",
+            "convert_lora_to_gguf.py cannot map the name",
+            files.merge(),
+        )
+    if files.config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
+        yield Finding(
+            "error",
+            "fan_in_fan_out in adapter_config.json, or a base that keeps its matrices transposed (GPT-2)",
+            "convert_lora_to_gguf.py turns A and B round as it does the base's matrices, though peft's are not; "
+            "llama.cpp refuses what does not fit, and takes square ones wrongly",
+            files.merge(),
+        )
+    head = _rules.tied_head(files, base)
+    if head is not None or (base is None and any(pair.module.endswith("lm_head") for pair in files.pairs)):
+        yield Finding(
+            "warning" if head is None else "error",
+            f"{head or 'lm_head'} is changed{', and the base has it in common with the embedding' if head else ''}",
+            "llama.cpp has no output tensor of its own where the head is the embedding, and then refuses the adapter",
+            files.merge() if head else f"give --base to find out; if it is: {files.merge()}",
+        )
+
+
+def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
+    yield from _checkpoint_rules.quantization(files, "convert_hf_to_gguf.py")
+    if files.quantization not in (None, "adaptkit", *_METHODS) and files.says_so:
+        yield Finding(
+            "error",
+            f"quant_method is {files.quantization} in config.json",
+            "convert_hf_to_gguf.py fails: quant method is not yet supported",
+            f"adaptkit dequantize {files.root} -o OUT"
+            if files.packed
+            else "convert the 16-bit checkpoint that it was made from",
+        )
+    yield from _checkpoint_rules.tokenizer(files, "convert_hf_to_gguf.py fails without one", "copy the base's into it")
+
+
+TARGET = Target("llama.cpp's converters of autumn 2026", _adapter, _checkpoint)

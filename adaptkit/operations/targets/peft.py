@@ -1,0 +1,223 @@
+"""peft 0.21.2 with transformers 5, as their sources and trials have it.
+
+``peft/peft_model.py`` and ``utils/save_and_load.py`` build the modules that ``adapter_config.json`` asks for, and then
+load tensors with ``load_state_dict(strict=False)``: what has no place is dropped without a word, and what is missing
+keeps its initial value, after one warning. A checkpoint is read by transformers: ``model.safetensors`` or what the
+index names, and nothing beside them.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from adaptkit.operations.targets import _checkpoint_rules, _rules
+from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles, Key
+from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._target import Finding, Target, some
+
+_TYPES = {
+    "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA", "FOURIERFT",
+    "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS",
+    "MULTITASK_PROMPT_TUNING", "OFT", "OSF", "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA",
+    "P_TUNING", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA",
+    "VBLORA", "VERA", "WAVEFT", "XLORA",
+}  # fmt: skip
+_MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
+"""Variants whose tensors have names of their own."""
+_HEADS = ("score", "classifier")
+_SHORTHAND = "all-linear"
+_DROPS = "peft drops it without a word: what it was meant to change stays as it is"
+
+
+def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    yield from _rules.weights(files, "peft")
+    kind = files.config.get("peft_type")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        yield Finding(
+            "error",
+            f"peft_type is {kind!r} in adapter_config.json",
+            "peft fails on types that it does not know",
+            "pip install -U peft, if it is a new one",
+        )
+    if kind != "LORA":
+        return
+    yield from _rules.numbers(files, "peft fails when it builds the modules")
+    yield from _rules.unknown_keys(files, "peft ignores keys that it does not know, with a warning")
+    yield from _names(files)
+    yield from _rules.halves(files, "peft keeps the initial value of the other half, which is random or zero")
+    yield from _rules.ranks(files, "peft fails: size mismatch")
+    yield from _targeted(files)
+    yield from _asked(files)
+    yield from _rules.on_base(files, base, _DROPS, "peft fails: size mismatch")
+    yield from _rules.tables(
+        files,
+        base,
+        "warning",
+        "peft fails (size mismatch) unless the model's vocabulary is resized first",
+        "call model.resize_token_embeddings({entries}) before the adapter is loaded",
+    )
+    yield from _tied(files, base)
+    yield from _experts(files, base)
+
+
+def _names(files: AdapterFiles) -> Iterator[Finding]:
+    foreign = [key.name for key in files.keys if not key.name.startswith(PREFIX)]
+    if foreign:
+        yield Finding(
+            "error",
+            f"{some(foreign)}: names that do not begin with {PREFIX}",
+            f"{_DROPS} (with all names like this: one warning, and 0 tensors changed)",
+            f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
+        )
+    has_more = any(files.config.get(key) for key in _MORE_TENSORS)
+    unread = [key for key in files.keys if key.role == "other" and key.name not in foreign]
+    unread = [key for key in unread if not (has_more and ".lora_" in key.name)]
+    other = [key.name for key in unread if not any(_within(name, key.module) for name in files.saved)]
+    if other:
+        yield Finding("error", some(other), _DROPS, "remove it, or load it with what wrote it")
+    for role, key, what in (
+        ("magnitude", "use_dora", "magnitudes of DoRA"),
+        ("bias of B", "lora_bias", "biases of lora_B"),
+        ("token rows", "trainable_token_indices", "trained rows"),
+    ):
+        if files.named(role) and not files.config.get(key):
+            yield Finding("error", some(files.named(role)), f"without {key} peft has no {what}; {_DROPS}", f"set {key}")
+
+
+def _targeted(files: AdapterFiles) -> Iterator[Finding]:
+    config = files.config
+    targets, parameters = config.get("target_modules"), config.get("target_parameters")
+    if targets == _SHORTHAND or (targets is None and not parameters) or config.get("ensure_weight_tying"):
+        return  # peft then asks the architecture, or adds what is tied
+    unmatched = [pair.module for pair in files.pairs if not pair.stacked and not _is_target(config, pair.module)]
+    if unmatched and not config.get("layers_to_transform"):
+        yield Finding(
+            "error",
+            f"target_modules in adapter_config.json does not name {some(unmatched)}, or exclude_modules does",
+            f"peft makes no LoRA of it; {_DROPS}",
+            "add it to target_modules",
+        )
+
+
+def _is_target(config: Any, module: str) -> bool:
+    excluded = _matches(config.get("exclude_modules"), module)
+    by_weight = _matches(config.get("target_parameters"), f"{module}.weight")
+    return by_weight or (_matches(config.get("target_modules"), module) and not excluded)
+
+
+def _matches(names: Any, module: str) -> bool:
+    """The rule of peft: a string is a pattern for the whole path, a list has ends of paths."""
+    if isinstance(names, str):
+        try:
+            return re.fullmatch(names, module) is not None
+        except re.error:
+            return False
+    return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _asked(files: AdapterFiles) -> Iterator[Finding]:
+    """What the configuration asks for and the file does not have."""
+    saved = [key.module for key in files.keys if key.role in ("weight", "bias", "other")]
+    absent = [name for name in files.saved if name not in _HEADS and not any(_within(name, path) for path in saved)]
+    if absent and files.keys:
+        yield Finding(
+            "error",
+            f"modules_to_save has {absent}, of which there is no tensor",
+            "peft fails with a KeyError, if the model has such a module",
+            "take it out of modules_to_save, or save the adapter again",
+        )
+    plain = [pair.module for pair in files.pairs if not pair.embedding and not pair.stacked]
+    for key, role, initial in (
+        ("use_dora", "magnitude", "the norms of the base's rows"),
+        ("lora_bias", "bias of B", "zero"),
+    ):
+        there = {found.module for found in files.keys if found.role == role}
+        missing = [module for module in plain if module not in there]
+        if files.config.get(key) and missing:
+            yield Finding(
+                "error",
+                f"{key} is set, but there is no {role} of {some(missing)}",
+                f"peft keeps the initial value, {initial}, after one warning",
+                "save the adapter again with peft",
+            )
+    rows = [key for key in files.keys if key.role == "token rows"]
+    if files.config.get("trainable_token_indices") and files.keys and not rows:
+        yield Finding(
+            "error",
+            "trainable_token_indices is set in adapter_config.json, but there are no trained rows",
+            "peft fails with a KeyError",
+            "take it out, or save the adapter again",
+        )
+    wrong = [key.name for key in rows if (count := _count(files, key)) is not None and count != key.shape[0]]
+    if wrong:
+        yield Finding(
+            "error",
+            f"{some(wrong)}: another number of rows than trainable_token_indices in adapter_config.json has",
+            "peft fails: size mismatch",
+            "save the adapter again with peft",
+        )
+
+
+def _within(name: str, path: str) -> bool:
+    """Whether ``name`` is the end of a path, or of one around it."""
+    return f".{path}.".find(f".{name}.") >= 0
+
+
+def _count(files: AdapterFiles, key: Key) -> int | None:
+    given = files.config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        names = [name for name in given if f".{key.module}".endswith(f".{name}")]
+        given = given[max(names, key=len)] if names else None
+    return len(given) if isinstance(given, list) else None
+
+
+def _tied(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    head = _rules.tied_head(files, base)
+    if head is not None and not files.config.get("ensure_weight_tying"):
+        yield Finding(
+            "warning",
+            f"{head} is changed, and the base has it in common with the embedding",
+            "peft applies it to the head alone while it is loaded; merge_and_unload changes the embedding, too",
+            f"do not merge it with peft: {files.merge()}",
+        )
+
+
+def _experts(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    """Adapters of single experts, which peft puts together to stacks, as transformers 5 keeps them."""
+    single = _rules.single_experts(files)
+    family = base.config.get("model_type") if base else None
+    if single and files.config.get("use_rslora"):
+        yield Finding(
+            "error",
+            f"use_rslora in adapter_config.json, and one pair of matrices an expert: {some(single)}",
+            "peft doubles alpha and rank when it makes stacks of them, and so scales by √2 too much",
+            _rules.flat_change(files),
+        )
+    elif single and family == "qwen2_moe":
+        yield Finding(
+            "error", f"{some(single)}: one pair of matrices an expert", f"for {family} {_DROPS}", files.merge()
+        )
+
+
+def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
+    yield from _checkpoint_rules.quantization(files, "transformers")
+    if files.quantization == "bitsandbytes":
+        yield Finding(
+            "warning",
+            "quant_method is bitsandbytes in config.json",
+            "transformers leaves it to bitsandbytes",
+            "pip install bitsandbytes",
+        )
+    experts = [packed.name for packed in files.packed if packed.is_expert]
+    if experts:
+        yield Finding(
+            "error",
+            f"{some(experts)}: quantized experts",
+            "transformers 5 keeps experts in 16-bit stacks and fails on packed ones",
+            f"quantize the original with --moe keep, or adaptkit dequantize {files.root} -o OUT",
+        )
+    yield from _checkpoint_rules.tokenizer(files, "AutoTokenizer finds none here", "take the base's")
+
+
+TARGET = Target("peft 0.21.2 with transformers 5", _adapter, _checkpoint)

@@ -1,0 +1,211 @@
+"""vLLM, whose LoRA loader and model loader are those of version 0.33.0 (November 2026).
+
+``vllm/lora/peft_helper.py`` judges the configuration, ``lora_model.py`` and ``utils.py`` the names of tensors,
+``config/lora.py`` the ranks, ``model_manager.py`` what becomes of experts, ``model_loader/default_loader.py`` which
+files a checkpoint has. What is older or newer here: patterns of ranks and alphas are heeded from 0.32 on, the check for
+initial adapters that change the base is as new, and bitsandbytes left vLLM for a plugin in 0.28.
+"""
+
+import re
+from collections.abc import Iterator
+
+from adaptkit.operations.targets import _checkpoint_rules, _rules
+from adaptkit.operations.targets._adapter_files import AdapterFiles
+from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._rules import VARIANTS
+from adaptkit.operations.targets._target import Finding, Target, some
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_DEFAULT_RANK = 16
+_VOCABULARY = 258_048
+_HEADS = ("score", "classifier")
+_EMBEDDED = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
+_REFUSES = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication")
+_MERGEABLE = ("use_dora", "lora_bias")
+
+
+def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    yield from _rules.weights(files, "vLLM")
+    yield from _configuration(files, base)
+    yield from _names(files)
+    yield from _rules.halves(files, "vLLM fails when it scales the half that is missing")
+    yield from _rules.ranks(files, "vLLM does not compare them and scales by the rank of the configuration")
+    yield from _patterns(files)
+    yield from _largest_rank(files)
+    yield from _tables(files, base)
+    yield from _experts(files)
+    yield from _rules.on_base(
+        files,
+        base,
+        "vLLM refuses the adapter, or, where another module ends in the same name, drops the tensors without a word",
+        "vLLM fails when it copies the tensors into its buffers",
+    )
+    yield from _rules.tables(
+        files, base, "error", "vLLM refuses an embedding of another size than the base's", files.merge()
+    )
+
+
+def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    if not _rules.is_lora(files):
+        yield Finding(
+            "error",
+            f"peft_type is {files.config.get('peft_type')!r} in adapter_config.json",
+            "vLLM does not look at it, and fails on keys or tensors that LoRA does not have",
+            files.merge_elsewhere(),
+        )
+    elif "target_modules" not in files.config:
+        yield Finding(
+            "error",
+            "target_modules is missing in adapter_config.json",
+            "vLLM refuses a configuration without it",
+            "name the modules: all that have tensors in the file",
+        )
+    yield from _rules.numbers(files, "vLLM refuses them, or scales by them as they are")
+    yield from _rules.variants(files, _MERGEABLE, "vLLM refuses {what}", files.merge())
+    yield from _rules.variants(files, _REFUSES, "vLLM refuses {what}", files.merge_elsewhere())
+    rest = {key for key in VARIANTS if key not in (*_REFUSES, *_MERGEABLE)}
+    yield from _rules.variants(
+        files, rest, "vLLM does not know {what} and computes plain LoRA", files.merge_elsewhere()
+    )
+    yield from _rules.begun(
+        files, "vLLM refuses initial adapters that change the base (before 0.32 it took them, wrongly)"
+    )
+    yield from _rules.unknown_keys(files, "vLLM ignores keys that it does not know")
+    if files.config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
+        yield Finding(
+            "error",
+            "fan_in_fan_out in adapter_config.json, or a base of GPT-2's kind",
+            "vLLM's GPT-2 takes no adapters",
+            files.merge(),
+        )
+    biases = files.named("bias")
+    if files.config.get("bias", "none") != "none" or biases:
+        what = some(biases) if biases else f"bias is {files.config['bias']!r} in adapter_config.json"
+        yield Finding("error", what, "vLLM refuses trained biases", files.merge())
+
+
+def _names(files: AdapterFiles) -> Iterator[Finding]:
+    whole = [key for key in files.keys if key.role == "weight"]
+    heads = [key.name for key in whole if key.module.rpartition(".")[2] in _HEADS]
+    rest = [key.name for key in whole if key.name not in heads]
+    if heads:
+        yield Finding(
+            "warning",
+            f"{some(heads)}: a whole classification head",
+            "vLLM takes one such head, in models that it serves for classification; 0.31 and older refuse it",
+            "serve it with --runner pooling",
+        )
+    asked = [name for name in files.saved if name not in _HEADS]
+    if rest or asked:
+        what = some(rest) if rest else f"modules_to_save is {asked} in adapter_config.json"
+        yield Finding("error", what, "vLLM refuses whole tensors that replace the base's", files.merge())
+    for role, what in (("magnitude", "DoRA"), ("token rows", "trained rows of a vocabulary")):
+        if files.named(role) and not (role == "magnitude" and files.config.get("use_dora")):  # then it is said already
+            yield Finding("error", some(files.named(role)), f"vLLM refuses {what}", files.merge())
+    other = [*files.named("other"), *(n for n in files.named("wrapped weight") if not _EMBEDDED.search(n))]
+    if other:
+        yield Finding(
+            "error",
+            some(other),
+            "vLLM refuses names that it cannot read (… is unsupported LoRA weight)",
+            f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
+        )
+
+
+def _patterns(files: AdapterFiles) -> Iterator[Finding]:
+    rank, alpha = files.config.get("r"), files.config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        return
+    flat = alpha / rank**0.5 if files.config.get("use_rslora") else alpha / rank
+    wrong = _rules.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
+    if wrong:
+        _, meant, used = wrong[0]
+        yield Finding(
+            "warning",
+            f"rank_pattern or alpha_pattern scales {some([name for name, _, _ in wrong])} by {meant:g}",
+            f"vLLM heeds patterns from 0.32 on; older ones scale by {used:g} without a word",
+            f"use vLLM 0.32 or newer, or {_rules.flat_change(files)}",
+        )
+
+
+def _largest_rank(files: AdapterFiles) -> Iterator[Finding]:
+    known = [pair.rank for pair in files.pairs if pair.rank]
+    asked = [pair.asked for pair in files.pairs if isinstance(pair.asked, int)]
+    configured = files.config.get("r")
+    largest = max([*known, *asked, configured if isinstance(configured, int) else 0])
+    if largest > _RANKS[-1]:
+        yield Finding(
+            "error",
+            f"rank {largest}",
+            f"vLLM takes ranks up to {_RANKS[-1]}",
+            f"adaptkit resize {files.root} -o OUT --rank {_RANKS[-1]}",
+        )
+    elif largest > _DEFAULT_RANK:
+        enough = next(rank for rank in _RANKS if rank >= largest)
+        yield Finding(
+            "warning",
+            f"rank {largest}",
+            f"vLLM takes ranks up to {_DEFAULT_RANK} unless it is told otherwise",
+            f"serve it with --max-lora-rank {enough}, or adaptkit resize {files.root} -o OUT --rank {_DEFAULT_RANK}",
+        )
+
+
+def _tables(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    tables = [pair for pair in files.pairs if pair.embedding or pair.module.endswith("lm_head")]
+    if not tables:
+        return
+    yield Finding(
+        "warning",
+        f"{some([pair.module for pair in tables])}: embedding or head",
+        "vLLM takes these where its model of the architecture names them in embedding_modules (Llama, Mixtral and "
+        "Qwen3 do, Mistral and Qwen2 do not), and refuses them elsewhere",
+        f"if it refuses: {files.merge()}",
+    )
+    size = base.vocabulary if base else None
+    if size and size > _VOCABULARY and any(pair.module.endswith("lm_head") for pair in tables):
+        yield Finding(
+            "error",
+            f"lm_head with a vocabulary of {size}",
+            f"vLLM adapts heads of up to {_VOCABULARY} entries",
+            files.merge(),
+        )
+
+
+def _experts(files: AdapterFiles) -> Iterator[Finding]:
+    stacked = _rules.experts(files)
+    inner = {pair.module for pair in files.pairs if pair.stacked}
+    halved = [name for name in inner if f"{name}.base_layer" not in inner and not name.endswith(".base_layer")]
+    if halved:
+        yield Finding(
+            "error",
+            f"{some(halved)}: one of two stacks of experts",
+            "vLLM fails unless both gate_up_proj and down_proj are adapted",
+            files.merge(),
+        )
+    elif stacked:
+        yield Finding(
+            "warning",
+            f"{some(stacked)}: experts in stacks (target_parameters)",
+            "vLLM takes them where its model keeps experts in stacks, and refuses them elsewhere unless it is told",
+            "serve it with --enable-mixed-moe-lora-format and is_3d_lora_weight=True in the LoRA request",
+        )
+
+
+def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
+    yield from _checkpoint_rules.quantization(files, "vLLM")
+    if files.quantization == "bitsandbytes":
+        yield Finding(
+            "warning",
+            "quant_method is bitsandbytes in config.json",
+            "vLLM has it in a plugin from 0.28 on, and takes such a checkpoint on one GPU only: it refuses "
+            "tensor parallelism",
+            "pip install vllm-bnb-plugin",
+        )
+        yield from _checkpoint_rules.storage(files, "vLLM")
+    yield from _checkpoint_rules.stacks(files, "vLLM's plugin has no such stacks")
+    yield from _checkpoint_rules.beside(files, "vLLM")
+    yield from _checkpoint_rules.tokenizer(files, "vLLM takes one of another folder", "--tokenizer FOLDER")
+
+
+TARGET = Target("vLLM 0.33.0", _adapter, _checkpoint)

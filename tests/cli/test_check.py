@@ -1,0 +1,72 @@
+"""``adaptkit check`` as a process: exit codes, the table, the document."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+TARGETS = ["gguf", "peft", "sglang", "vllm"]
+
+
+@pytest.fixture(scope="module")
+def rslora(tmp_path_factory, llama):
+    folder = tmp_path_factory.mktemp("check") / "rslora"
+    return tiny.write_peft_adapter(folder, llama, target_modules=["q_proj", "v_proj"], use_rslora=True)
+
+
+def test_the_exit_code_is_the_verdict(run_cli, rslora):
+    assert run_cli("check", rslora).code == 1
+    assert run_cli("check", rslora, "--target", "vllm", "--target", "peft").code == 0
+
+
+def test_the_table_says_what_was_found_what_becomes_of_it_and_what_to_do(run_cli, rslora):
+    done = run_cli("check", rslora, "--target", "sglang")
+    assert done.stderr == ""
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert any(line.startswith("sglang") and "would not take it" in line for line in lines)
+    assert any(line.startswith("error") and "use_rslora in adapter_config.json" in line for line in lines)
+    assert f"-> adaptkit resize {rslora} -o OUT --rank 4, which changes nothing but α" in lines
+    assert any("--base" in line for line in lines)
+
+
+def test_the_command_it_names_can_be_run(run_cli, rslora, tmp_path):
+    assert run_cli("resize", rslora, "-o", tmp_path / "out", "--rank", "4").code == 0
+    assert run_cli("check", tmp_path / "out").code == 0
+
+
+def test_the_document_has_every_target(run_cli, rslora, llama):
+    done = run_cli("check", rslora, "--base", llama, "--json")
+    report = json.loads(done.stdout)
+    assert done.code == 1
+    assert [verdict["target"] for verdict in report["verdicts"]] == TARGETS
+    assert (report["kind"], report["taken"]) == ("adapter", False)
+    finding = report["verdicts"][TARGETS.index("sglang")]["findings"][0]
+    assert set(finding) == {"level", "found", "effect", "change"}
+    assert not any("--base" in text for text in report["unknown"])
+
+
+def test_checkpoints_too(run_cli, llama):
+    done = run_cli("check", llama, "--quiet")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_help_lists_the_targets(run_cli):
+    assert all(name in run_cli("check", "--help").stdout for name in TARGETS)
+
+
+def test_bad_requests(run_cli, llama, rslora, tmp_path):
+    broken = shutil.copytree(rslora, tmp_path / "broken")
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for arguments, code, phrase in (
+        (["check", tmp_path / "absent"], 2, "does not exist"),
+        (["check", llama, "--target", "tgi"], 2, "tgi"),
+        (["check", rslora, "--base", tmp_path], 5, "not a checkpoint"),
+        (["check", broken], 5, "not a readable safetensors file"),
+    ):
+        done = run_cli(*arguments)
+        assert done.code == code, done.stderr
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert phrase in done.stderr.splitlines()[0]

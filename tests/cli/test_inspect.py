@@ -1,0 +1,44 @@
+"""``adaptkit inspect`` as a process: the table is short, the document has all."""
+
+import json
+
+import peft_adapters
+import pytest
+
+
+@pytest.fixture(scope="module")
+def folder(made):
+    return peft_adapters.make(made, "everything").adapter
+
+
+def table(done):
+    """The first word of every label -> the value."""
+    return {line[:25].strip(): line[25:].strip() for line in done.stdout.splitlines()}
+
+
+def test_the_table_of_an_adapter_that_does_everything(run_cli, folder):
+    done = run_cli("inspect", folder)
+    assert (done.code, done.stderr) == (0, "")
+    rows = table(done)
+    assert rows["kind"] == "adapter"
+    assert rows["rslora"] == "yes"
+    assert rows["dora magnitudes"] == "14"
+    assert rows["ranks"] == "2 (2), 4 (12)"
+    assert rows["replaced rows"] == "3 of model.embed_tokens"
+    assert "norm.weight (1)" in rows["replaced tensors"]
+    assert "expert stacks" not in rows
+    assert len(rows) < 20
+
+
+def test_the_document_has_what_the_table_leaves_out(run_cli, folder):
+    details = json.loads(run_cli("inspect", folder, "--json").stdout)["details"]
+    assert details["expert_stacks"] is None
+    assert details["replaced_rows"] == {"model.embed_tokens": 3}
+    assert details["rslora"] is True
+
+
+def test_what_cannot_be_read_is_one_line(run_cli, llama, tmp_path):
+    done = run_cli("inspect", peft_adapters.write_refused(tmp_path / "ia3", "IA3", llama))
+    assert (done.code, done.stdout) == (5, "")
+    assert done.stderr.startswith("error: ")
+    assert "IA3" in done.stderr

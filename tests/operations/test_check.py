@@ -1,0 +1,516 @@
+"""The verdict on an adapter is what its reader makes of it: peft is asked, the others' rules are written out."""
+
+import json
+import shutil
+
+import peft_adapters
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit import discovery
+from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.operations import targets
+from adaptkit.operations.check import check
+from adaptkit.operations.quantize import quantize
+from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.operations.targets._target import Target
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+UP = "base_model.model.model.layers.0.mlp.up_proj"
+PLAIN_NAME = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return tiny.write_llama(tmp_path_factory.mktemp("check") / "untied", tied=False)
+
+
+@pytest.fixture
+def make(tmp_path, untied):
+    def made(base=untied, name="adapter", **lora_config):
+        with peft_adapters.quiet():
+            return tiny.write_peft_adapter(tmp_path / name, base, **{"target_modules": LINEARS} | lora_config)
+
+    return made
+
+
+def verdicts(path, base=None, only=()):
+    return {verdict.target: verdict for verdict in check(path, only, base).verdicts}
+
+
+def taken(path, base=None):
+    return {name for name, verdict in verdicts(path, base).items() if verdict.taken}
+
+
+def words(verdict):
+    return " ".join(f"{f.level}: {f.found}. {f.effect}. {f.change}." for f in verdict.findings)
+
+
+def configure(folder, **values):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "remove"}))
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / PLAIN_NAME)
+    save_file({k: v.contiguous() for k, v in change(tensors).items()}, folder / PLAIN_NAME, metadata={"format": "pt"})
+
+
+def with_peft(folder, base, vocabulary=None):
+    from peft import PeftModel
+
+    with peft_adapters.quiet():
+        return PeftModel.from_pretrained(peft_adapters.load_float32(base, vocabulary), folder)
+
+
+def peft_takes(folder, base, vocabulary=None):
+    """Whether every tensor of the file arrives in the model, and no LoRA is there that the file does not have."""
+    from peft import get_peft_model_state_dict
+
+    try:
+        model = with_peft(folder, base, vocabulary)
+        with peft_adapters.quiet():
+            adapter = get_peft_model_state_dict(model)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    arrived, file = model.state_dict() | adapter, load_file(folder / PLAIN_NAME)
+    copies = (".original_module.", ".modules_to_save.")  # peft writes these twice
+    names = [name for name in file if not any(copy in name for copy in copies)]
+    trained = {name for name in adapter if "lora_" in name}
+    return all(name in arrived and torch.equal(arrived[name], file[name]) for name in names) and trained <= set(file)
+
+
+def scalings(folder, base):
+    """By module, what peft itself multiplies B A by, and the rank of its A."""
+    return {
+        name: (layer.scaling["default"], layer.lora_A["default"].weight.shape[0])
+        for name, layer in with_peft(folder, base).named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
+GOOD = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "head and norms": {"modules_to_save": ["lm_head", "norm", "input_layernorm"]},
+    "lora bias": {"lora_bias": True},
+    "rank pattern": {"rank_pattern": {"q_proj": 2}},
+    "alpha pattern": {"alpha_pattern": {"layers.0.mlp.up_proj": 3}},
+    "trained tokens": {"trainable_token_indices": [1, 5]},
+    "embedding": {"target_modules": ["embed_tokens", "lm_head", "q_proj", "v_proj"]},
+    "regular expression": {"target_modules": r".*layers\.\d+\..*_proj"},
+}
+
+
+KINDS = [
+    "linear", "linear_patterns", "linear_as_parameter", "conv1d", "conv1d_with_head", "embedding",
+    "embedding_tied_ensured", "head_tied", "dora_embedding", "lora_bias", "biases_all_lora_bias", "saved_mlp",
+    "saved_both_tied", "tokens_both", "experts_patterns", "experts_up_only", "experts_saved", "router", "everything",
+    "everything_phi",
+]  # fmt: skip
+"""What peft can write: every kind of tensor, and names that a base's files do not have."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_takes_back_all_that_it_wrote(kind, made):
+    case = peft_adapters.make(made, kind)
+    assert peft_takes(case.adapter, case.base)
+    for base in (None, case.base):
+        assert {finding.level for finding in verdicts(case.adapter, base)["peft"].findings} <= {"warning"}
+
+
+@pytest.mark.parametrize("kind", ["resized", "resized_embedding", "resized_tied", "resized_head_tied"])
+def test_a_resized_vocabulary_must_be_resized_again(kind, made):
+    case = peft_adapters.make(made, kind)
+    entries = case.case.vocabulary
+    assert not peft_takes(case.adapter, case.base)
+    assert peft_takes(case.adapter, case.base, entries)
+    found = verdicts(case.adapter, case.base)
+    assert f"resize_token_embeddings({entries})" in words(found["peft"])
+    assert {name for name, verdict in found.items() if verdict.taken} == {"peft"}
+    assert "resize_token" not in words(verdicts(case.adapter)["peft"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "loads"),
+    [
+        ("experts_one_by_one_mixtral_fused", True),
+        ("experts_one_by_one_qwen3", True),
+        ("experts_one_by_one_rslora", False),
+        ("experts_one_by_one_qwen2", False),
+    ],
+)
+def test_experts_one_by_one(kind, loads, made):
+    """Whether peft loads these was tried where the cases are made: ``loads``."""
+    case = peft_adapters.make(made, kind)
+    assert case.case.loads == loads
+    found = verdicts(case.adapter, case.base)
+    assert found["peft"].taken == loads
+    assert found["vllm"].taken
+    assert "--lora-target-modules all" in words(found["sglang"])
+
+
+@pytest.mark.parametrize(
+    "kind", ["AdaLoRA", "IA3", "VeRA", "LoHa", "a prompt", "trainable tokens alone", "KaSA", "aLoRA"]
+)
+def test_what_is_no_lora_gets_a_verdict(kind, llama, tmp_path):
+    folder = peft_adapters.write_refused(tmp_path / "adapter", kind, llama)
+    found = verdicts(folder, llama)
+    assert found["peft"].taken
+    assert not found["vllm"].taken
+    assert not found["sglang"].taken
+    assert found["gguf"].taken == (kind == "aLoRA")
+
+
+BROKEN = {
+    "no prefix": lambda t: {name.removeprefix("base_model.model."): tensor for name, tensor in t.items()},
+    "another prefix": lambda t: {name.replace("base_model.model.", "base_model."): v for name, v in t.items()},
+    "the adapter's name": lambda t: {name.replace("lora_A.", "lora_A.default."): v for name, v in t.items()},
+    "one key more": lambda t: t | {f"{UP}.lora_C.weight": torch.ones(3)},
+    "one module more": lambda t: t | {
+        f"{UP}2.lora_A.weight": torch.ones(4, 64),
+        f"{UP}2.lora_B.weight": torch.ones(8, 4),
+    },
+    "half of a pair": lambda t: {name: tensor for name, tensor in t.items() if name != f"{UP}.lora_B.weight"},
+    "magnitudes unasked": lambda t: t | {f"{UP}.lora_magnitude_vector": torch.ones(128)},
+    "a bias of B unasked": lambda t: t | {f"{UP}.lora_B.bias": torch.ones(128)},
+    "rows unasked": lambda t: t | {
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 64)
+    },
+    "another rank": lambda t: t | {f"{UP}.lora_A.weight": torch.ones(2, 64), f"{UP}.lora_B.weight": torch.ones(128, 2)},
+    "no matrix": lambda t: t | {f"{UP}.lora_A.weight": torch.ones(64)},
+}  # fmt: skip
+MISCONFIGURED = {
+    "another r": {"r": 8},
+    "r of zero": {"r": 0},
+    "alpha of words": {"lora_alpha": "16"},
+    "an untargeted module": {"target_modules": ["q_proj"]},
+    "an excluded module": {"exclude_modules": ["up_proj"]},
+    "a pattern of another rank": {"rank_pattern": {"up_proj": 2}},
+    "a saved module that is not there": {"modules_to_save": ["lm_head"]},
+    "dora without magnitudes": {"use_dora": True},
+    "lora_bias without biases": {"lora_bias": True},
+    "tokens that are not there": {"trainable_token_indices": [1, 2]},
+    "a type of the future": {"peft_type": "FUTURE"},
+    "no type": {"peft_type": "remove"},
+}
+
+
+@pytest.mark.parametrize("case", [*BROKEN, *MISCONFIGURED])
+def test_peft_drops_or_refuses_what_the_verdict_says_it_does(case, make, untied):
+    folder = make()
+    if case in BROKEN:
+        rewrite(folder, BROKEN[case])
+    else:
+        configure(folder, **MISCONFIGURED[case])
+    assert not peft_takes(folder, untied)
+    assert not verdicts(folder, untied)["peft"].taken
+
+
+@pytest.mark.parametrize("rows", [[1, 5, 7], {"embed_tokens": [1]}])
+def test_peft_wants_a_row_for_every_trained_token(rows, make, untied):
+    folder = make(trainable_token_indices=[1, 5])
+    configure(folder, trainable_token_indices=rows)
+    assert not peft_takes(folder, untied)
+    assert not verdicts(folder)["peft"].taken
+
+
+def test_a_verdict_names_the_tensor_and_what_to_do(make):
+    folder = make()
+    rewrite(folder, BROKEN["one key more"])
+    for name, verdict in verdicts(folder).items():
+        assert not verdict.taken, name
+        error = next(finding for finding in verdict.findings if "lora_C" in finding.found)
+        assert error.found == f"{UP}.lora_C.weight"
+        assert error.change
+
+
+@pytest.mark.parametrize("case", ["one key more", "half of a pair", "another rank", "no matrix"])
+def test_nobody_takes_what_does_not_fit_together(case, make):
+    folder = make()
+    rewrite(folder, BROKEN[case])
+    assert taken(folder) == set()
+
+
+# What the other readers make of peft's own adapters. They cannot be run here, so that their rules are written out;
+# for scaling they are formulas, whose other side peft computes.
+REFUSED = {
+    "plain": set(),
+    "rslora": {"sglang", "gguf"},
+    "dora": {"vllm", "sglang", "gguf"},
+    "head and norms": {"vllm", "sglang", "gguf"},
+    "lora bias": {"vllm", "sglang", "gguf"},
+    "rank pattern": {"sglang"},
+    "alpha pattern": {"sglang", "gguf"},
+    "trained tokens": {"vllm", "sglang", "gguf"},
+    "embedding": set(),
+    "regular expression": {"sglang"},
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_who_refuses_what(case, make):
+    found = verdicts(make(**GOOD[case]))
+    assert {name for name, verdict in found.items() if not verdict.taken} == REFUSED[case]
+
+
+@pytest.mark.parametrize("case", ["plain", "rslora", "rank pattern", "alpha pattern"])
+def test_whoever_scales_otherwise_than_peft_is_found_out(case, make, untied):
+    folder = make(**GOOD[case])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    meant = scalings(folder, untied)
+    flat = all(scaling == config["lora_alpha"] / config["r"] for scaling, _ in meant.values())
+    by_rank = all(scaling == config["lora_alpha"] / rank for scaling, rank in meant.values())
+    found = verdicts(folder)
+    assert ("adapter_config.json scales" in words(found["sglang"])) == (not flat)
+    assert ("adapter_config.json scales" in words(found["gguf"])) == (not by_rank)
+    by_root = all(s == pytest.approx(config["lora_alpha"] / config["r"] ** 0.5) for s, _ in meant.values())
+    old_vllm = by_root if config["use_rslora"] else flat
+    assert ("older ones scale by" in words(found["vllm"])) == (not old_vllm)
+    assert found["vllm"].taken
+
+
+def test_resizing_to_its_own_rank_makes_rslora_plain(make, tmp_path, untied):
+    """The command that the verdict gives does what the verdict says."""
+    folder = make(use_rslora=True)
+    assert f"adaptkit resize {folder} -o OUT --rank 4" in words(verdicts(folder)["sglang"])
+    resize(folder, tmp_path / "plain", ResizeOptions(rank=4))
+    assert taken(tmp_path / "plain", untied) == {"gguf", "peft", "sglang", "vllm"}
+    assert scalings(tmp_path / "plain", untied) == scalings(folder, untied)
+
+
+def test_what_resizing_cannot_mend_is_merged(make):
+    for folder in (make(name="a", alpha_pattern={"q_proj": 3}), make(name="b", use_rslora=True, use_dora=True)):
+        assert f"adaptkit merge BASE {folder}" in words(verdicts(folder)["gguf"])
+        assert "resize" not in words(verdicts(folder)["gguf"])
+
+
+@pytest.mark.parametrize(("rank", "flag"), [(16, None), (17, 32), (64, 64), (400, 512), (513, None)])
+def test_ranks_that_vllm_takes(rank, flag, make):
+    verdict = verdicts(make(rank=rank))["vllm"]
+    assert verdict.taken == (rank <= 512)
+    assert (f"--max-lora-rank {flag}," in words(verdict)) == (flag is not None)
+    assert ("resize" in words(verdict)) == (rank > 16)
+
+
+@pytest.mark.parametrize(
+    ("config", "refusing"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, {"vllm", "sglang", "gguf"}),
+        ({"init_lora_weights": "gaussian"}, set()),
+        ({"alora_invocation_tokens": [3, 4]}, {"vllm", "sglang"}),
+        ({"layer_replication": [[0, 2], [1, 2]]}, {"vllm", "sglang", "gguf"}),
+        ({"arrow_config": {"top_k": 3}}, {"vllm", "sglang", "gguf"}),
+        ({"bias": "all"}, {"vllm"}),
+        ({"fan_in_fan_out": True}, {"vllm", "gguf"}),
+        ({"use_dora": True}, {"vllm", "sglang", "gguf", "peft"}),
+        ({"modules_to_save": ["lm_head"]}, {"vllm", "gguf", "peft"}),
+        ({"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, {"gguf"}),
+        ({"lora_alpha": 0}, {"vllm", "sglang", "gguf", "peft"}),
+        ({"target_modules": "remove"}, {"vllm", "sglang"}),
+        ({"target_modules": "all-linear"}, set()),
+        ({"peft_type": "IA3"}, {"vllm", "sglang", "gguf"}),
+    ],
+)
+def test_what_the_configuration_says_counts(config, refusing, make):
+    folder = make()
+    configure(folder, **config)
+    assert set(verdicts(folder)) - taken(folder) == refusing
+
+
+def test_a_key_of_the_future_is_a_warning(make):
+    folder = make()
+    configure(folder, future_config={"x": 1})
+    for verdict in verdicts(folder).values():
+        assert verdict.taken
+        assert "future_config" in words(verdict)
+
+
+@pytest.mark.parametrize(
+    ("modules", "level"),
+    [
+        (["q_proj", "v_proj"], None),
+        (["gate_proj", "down_proj"], None),
+        (["q_proj", "k_proj"], "error"),
+        (["v_proj"], "error"),
+        (["up_proj", "down_proj"], "warning"),
+    ],
+)
+def test_sglang_wants_certain_projections_together(modules, level, make, untied):
+    folder = make(target_modules=modules)
+    found = [f.level for f in verdicts(folder)["sglang"].findings if "without" in f.found]
+    assert found == ([level] if level else [])
+    with_base = [f.level for f in verdicts(folder, untied)["sglang"].findings if "without" in f.found]
+    assert with_base == (["error"] if level else [])
+
+
+def test_stacks_of_experts(made):
+    both, one = (peft_adapters.make(made, kind) for kind in ("experts_patterns", "experts_up_only"))
+    found = verdicts(both.adapter, both.base)
+    assert {name for name, verdict in found.items() if verdict.taken} == {"peft", "vllm"}
+    assert "--enable-mixed-moe-lora-format" in words(found["vllm"])
+    assert taken(one.adapter, one.base) == {"peft"}
+
+
+def levels(verdict, phrase):
+    """Of the findings that have a phrase in them."""
+    return {f.level for f in verdict.findings if phrase in f.found + f.effect}
+
+
+def test_sglang_sorts_by_names_and_has_one_rank(make, untied, made, tmp_path, gpt2):
+    folder = make()
+    configure(folder, target_modules=[name for name in LINEARS if name != "o_proj"])
+    assert levels(verdicts(folder)["sglang"], "does not name model.layers.0.self_attn.o_proj and 1 more") == {"error"}
+    configure(folder, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
+    assert verdicts(folder)["sglang"].findings == ()
+    same_scaling = make(name="ranks", rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 4})
+    assert levels(verdicts(same_scaling)["sglang"], "scales") == set()
+    assert levels(verdicts(same_scaling)["sglang"], "another rank") == {"error"}
+    tables = make(name="tables", target_modules=["embed_tokens", "q_proj", "v_proj"])
+    configure(tables, target_modules=["q_proj", "v_proj"])
+    assert levels(verdicts(tables)["sglang"], "drops it without a word") == {"error"}
+    of_gpt2 = tiny.write_peft_adapter(tmp_path / "of-gpt2", gpt2)
+    assert levels(verdicts(of_gpt2)["sglang"], "looks for layers.N.") == {"error"}
+    single, stacks = (peft_adapters.make(made, f"experts_{kind}") for kind in ("one_by_one_qwen3", "qwen3"))
+    assert levels(verdicts(single.adapter)["sglang"], "one pair of matrices") == {"warning"}
+    assert levels(verdicts(stacks.adapter)["sglang"], "experts in stacks") == {"error"}
+
+
+def test_what_sglang_would_load_by_mistake(make, tmp_path):
+    folder = make()
+    shutil.copy(folder / PLAIN_NAME, folder / "adaptkit-compensation.safetensors")
+    assert "sglang" not in taken(folder)
+    assert "adaptkit-compensation.safetensors" in words(verdicts(folder)["sglang"])
+
+
+def test_added_tokens(make, untied):
+    folder = make()
+    size = json.loads((untied / "config.json").read_text())["vocab_size"]
+    (folder / "added_tokens.json").write_text(json.dumps({"<old>": size - 1}))
+    assert [f.level for f in verdicts(folder)["sglang"].findings] == ["warning"]
+    assert verdicts(folder, untied)["sglang"].findings == ()
+    (folder / "added_tokens.json").write_text(json.dumps({"<old>": size - 1, "<new>": size}))
+    assert "<new>" in words(verdicts(folder, untied)["sglang"])
+    assert "sglang" not in taken(folder, untied)
+
+
+def test_the_base_tells_modules_and_shapes(make, untied, tmp_path, gpt2):
+    folder = make()
+    assert taken(folder, untied) == {"gguf", "peft", "sglang", "vllm"}
+    wide = tiny.write_llama(tmp_path / "wide", hidden=128)
+    for other, phrase in ((wide, "down_proj is [128, 256]"), (gpt2, "no tensor of")):
+        found = verdicts(folder, other)
+        assert not any(verdict.taken for verdict in found.values())
+        assert all(phrase in words(verdict) for verdict in found.values())
+    assert verdicts(tiny.write_peft_adapter(tmp_path / "of-gpt2", gpt2), gpt2)["peft"].findings == ()
+
+
+def test_a_base_inside_another_model_may_call_its_modules_otherwise(make, untied, copy_of):
+    folder, base = make(), copy_of(untied)
+    rewrite(folder, lambda t: {name.replace("model.layers", "decoder.layers"): tensor for name, tensor in t.items()})
+    for inner, level in ((None, "error"), ({}, "warning")):
+        config = json.loads((base / "config.json").read_text()) | {"text_config": inner}
+        if inner is None:
+            del config["text_config"]
+        (base / "config.json").write_text(json.dumps(config))
+        found = [f for f in verdicts(folder, base)["vllm"].findings if "no tensor of" in f.found]
+        assert [finding.level for finding in found] == [level]
+
+
+def test_gguf_needs_the_name_of_the_base_and_drops_norms(make, untied):
+    folder = make(modules_to_save=["norm"])
+    configure(folder, base_model_name_or_path=None)
+    levels = {finding.found.split()[0]: finding.level for finding in verdicts(folder)["gguf"].findings}
+    norms = "base_model.model.model.layers.0.input_layernorm.weight"
+    assert levels == {"base_model_name_or_path": "warning", norms: "error"}
+    assert "base_model_name_or_path" not in words(verdicts(folder, untied)["gguf"])
+
+
+def test_heads_that_vllm_takes(make, untied, copy_of):
+    classifier = make()
+    rewrite(classifier, lambda t: t | {"base_model.model.score.weight": torch.ones(3, 64)})
+    configure(classifier, modules_to_save=["score"], task_type="SEQ_CLS")
+    assert levels(verdicts(classifier)["vllm"], "classification head") == {"warning"}
+    assert taken(classifier) == {"peft", "vllm"}
+    head, base = make(name="head", target_modules=["lm_head", "q_proj", "v_proj"]), copy_of(untied)
+    config = json.loads((base / "config.json").read_text())
+    for size, level in ((258_048, set()), (258_049, {"error"})):
+        (base / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+        assert levels(verdicts(head, base)["vllm"], "lm_head with a vocabulary") == level
+
+
+def test_a_quantized_base_has_the_shapes_of_its_weights(make, untied, tmp_path):
+    quantize(untied, tmp_path / "nf4")
+    found = verdicts(make(), tmp_path / "nf4")
+    assert {name for name, verdict in found.items() if verdict.taken} == {"peft", "sglang", "vllm"}
+    assert "16-bit checkpoint" in words(found["gguf"])
+
+
+def test_a_tied_head(make, llama, untied):
+    folder = make(llama, target_modules=["lm_head", "q_proj", "v_proj"])
+    assert [f.level for f in verdicts(folder)["gguf"].findings] == ["warning"]
+    assert verdicts(folder, llama)["gguf"].taken is False
+    assert "merge_and_unload changes the embedding" in words(verdicts(folder, llama)["peft"])
+    assert verdicts(folder, untied)["gguf"].findings == ()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_pickles_are_taken_but_not_looked_into(name, make):
+    folder = make()
+    (folder / PLAIN_NAME).rename(folder / name)
+    report = check(folder)
+    assert report.taken
+    assert any(name in text for text in report.unknown)
+    assert all(name in words(verdict) for verdict in report.verdicts)
+    (folder / name).unlink()
+    assert taken(folder) == set()
+
+
+STRANGE = [None, 0, -1.5, "(", ["x"], {"(": 1}, {"q_proj": "x"}, [[1]], True]
+
+
+def test_no_configuration_is_too_strange_for_a_verdict(make, untied):
+    folder = make()
+    original = json.loads((folder / "adapter_config.json").read_text())
+    for key in original:
+        for value in STRANGE:
+            (folder / "adapter_config.json").write_text(json.dumps(original | {key: value}))
+            assert len(check(folder, base=untied).verdicts) == 4, (key, value)
+
+
+def test_no_shape_is_too_strange_for_a_verdict(make, untied):
+    folder = make()
+    whole = load_file(folder / PLAIN_NAME)
+    for name in (f"{UP}.lora_A.weight", f"{UP}.lora_B.weight"):
+        for shape in ((), (0,), (7,), (0, 64), (4, 0), (2, 3, 4)):
+            save_file(whole | {name: torch.zeros(shape)}, folder / PLAIN_NAME)
+            assert not verdicts(folder, untied)["peft"].taken, (name, shape)
+
+
+def test_a_target_is_a_file(make):
+    assert discovery.names(targets) == ["gguf", "peft", "sglang", "vllm"]
+    for name in discovery.names(targets):
+        assert isinstance(discovery.load(targets, name, "TARGET"), Target)
+    assert [v.target for v in check(make(), ["vllm", "gguf", "vllm"]).verdicts] == ["vllm", "gguf"]
+
+
+def test_bad_requests(tmp_path, llama, make):
+    with pytest.raises(UsageError, match="does not exist"):
+        check(tmp_path / "absent")
+    with pytest.raises(UsageError, match="'tgi'"):
+        check(llama, ["tgi"])
+    with pytest.raises(UsageError, match="not an adapter"):
+        check(llama, base=llama)
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        check(tmp_path)
+    folder = make()
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        check(folder)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        check(folder)

@@ -1,0 +1,105 @@
+"""The verdict on a checkpoint: transformers is asked, the others' rules are written out."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import tiny
+
+from adaptkit.operations.check import check
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+
+
+def verdicts(path):
+    return {verdict.target: verdict for verdict in check(path).verdicts}
+
+
+def taken(path):
+    return {name for name, verdict in verdicts(path).items() if verdict.taken}
+
+
+def words(verdict):
+    return " ".join(f"{f.level}: {f.found}. {f.effect}. {f.change}." for f in verdict.findings)
+
+
+def test_a_merged_model_is_a_plain_checkpoint_whatever_is_beside_it(llama, llama_sharded, adapter, tmp_path):
+    merge(llama, [adapter], tmp_path / "merged")
+    merge(llama_sharded, [adapter], tmp_path / "sharded")
+    merge(llama, [adapter], tmp_path / "without", MergeOptions(undo=False))
+    for folder in (llama, tmp_path / "merged", tmp_path / "sharded", tmp_path / "without"):
+        report = check(folder)
+        assert (report.kind, report.taken) == ("checkpoint", True)
+        assert all(verdict.findings == () for verdict in report.verdicts)
+
+
+def test_a_safetensors_file_that_is_no_weights(llama, llama_sharded, adapter, copy_of):
+    """A reader that globs takes it for weights, unless an index says what weights are; transformers does not glob."""
+    from transformers import AutoModelForCausalLM
+
+    for base, takers in ((llama, {"gguf", "peft"}), (llama_sharded, {"gguf", "peft", "sglang", "vllm"})):
+        folder = copy_of(base)
+        shutil.copy(adapter / "adapter_model.safetensors", folder / "extra.safetensors")
+        assert taken(folder) == takers
+        assert ("extra.safetensors" in words(verdicts(folder)["vllm"])) == (len(takers) == 2)
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "takers"),
+    [
+        ({}, {"peft", "sglang", "vllm"}),
+        ({"format": "fp4"}, {"peft", "sglang", "vllm"}),
+        ({"format": "int8"}, set()),
+    ],
+)
+def test_quantized_checkpoints(options, takers, llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeOptions(**options))
+    report = check(tmp_path / "out")
+    assert report.kind == "quantized"
+    assert {verdict.target for verdict in report.verdicts if verdict.taken} == takers
+    assert "vllm-bnb-plugin" in words(report.verdicts[-1]) or not takers
+
+
+def test_codes_that_say_they_are_floats(llama, tmp_path):
+    quantize(llama, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["bnb_4bit_quant_storage"] = "bfloat16"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert taken(tmp_path / "out") == {"peft"}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_packed_experts(fused, tmp_path):
+    source = tiny.write_family(tmp_path / "source", "mixtral", fused_experts=fused)
+    quantize(source, tmp_path / "out", QuantizeOptions(moe="quantize"))
+    assert taken(tmp_path / "out") == (set() if fused else {"sglang", "vllm"})
+    quantize(source, tmp_path / "kept", QuantizeOptions(moe="keep"))
+    assert taken(tmp_path / "kept") == {"peft", "sglang", "vllm"}
+
+
+def test_transformers_agrees_on_packed_experts_and_int8(tmp_path, llama):
+    from transformers import AutoModelForCausalLM
+
+    source = tiny.write_family(tmp_path / "source", "mixtral")
+    quantize(source, tmp_path / "experts", QuantizeOptions(moe="quantize"))
+    quantize(llama, tmp_path / "int8", QuantizeOptions(format="int8"))
+    for folder in (tmp_path / "experts", tmp_path / "int8"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises((RuntimeError, ValueError)):
+                AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_configuration_that_hides_the_quantization_and_an_absent_tokenizer(llama, tmp_path):
+    quantize(llama, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert taken(tmp_path / "out") == set()
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(llama / name, tmp_path / "bare")
+    found = verdicts(tmp_path / "bare")
+    assert all("warning: there is no tokenizer" in words(verdict) for verdict in found.values())
+    assert all(verdict.taken for verdict in found.values())
