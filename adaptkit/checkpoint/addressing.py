@@ -104,6 +104,8 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], optional: list[str], who: st
         inside = _inside(assembly, name) if known is None else None
         if known is not None:
             found[name] = _slices(assembly, known, who)
+        elif name in checkpoint.tensors:  # one expert's matrix, say, where the model has a stack of them
+            found[name] = (Slice(name),)
         elif inside is not None:
             found[name] = (inside,)
         elif name not in optional:

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 COMMANDS = [
-    "dequantize", "diff", "evaluate", "inspect", "merge", "publish", "pull", "quantize", "stack", "train", "unmerge",
-    "verify",
+    "check", "dequantize", "diff", "evaluate", "extract", "inspect", "merge", "publish", "pull", "quantize", "resize",
+    "stack", "train", "unmerge", "verify",
 ]  # fmt: skip
 
 

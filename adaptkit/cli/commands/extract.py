@@ -1,0 +1,140 @@
+"""``adaptkit extract``."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.cli.options import ArtifactPath, output_options, threads_option
+from adaptkit.cli.output import Row, percent, show
+from adaptkit.cli.progress import byte_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adaptkit.operations.extract import ExtractedModule, ExtractReport, OtherTensor
+
+WORST = 3
+"""How many modules or tensors a line of the table names."""
+
+
+@click.command()
+@click.argument("tuned", type=ArtifactPath())
+@click.argument("base", type=ArtifactPath())
+@output_options
+@click.option("--rank", type=click.IntRange(min=1), help="Of every low-rank change.")
+@click.option("--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead: 0.99.")
+@click.option("--max-rank", type=click.IntRange(min=1), help="With --energy: no rank is larger. [default: 256]")
+@click.option(
+    "--target", multiple=True, metavar="PATTERN", help="Only modules with such a path: '*.q_proj'. Repeatable."
+)
+@click.option("--only-linear", is_flag=True, help="Leave out embeddings, head, norms and biases that differ.")
+@click.option(
+    "--oversampling", type=click.IntRange(min=0), default=10, show_default=True, help="Columns beyond the rank."
+)
+@click.option(
+    "--iterations", type=click.IntRange(min=1), default=3, show_default=True, help="Passes that sharpen the result."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random columns.")
+@click.option("--dry-run", is_flag=True, help="Plan and validate only; no weight is read.")
+@threads_option
+def command(
+    tuned: Path,
+    base: Path,
+    output: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Find the adapter that turns the checkpoint BASE into TUNED.
+
+    What linear layers gained becomes low-rank matrices; whatever else differs is in the adapter whole. The report says
+    what is lost.
+    """
+    from adaptkit.operations.extract import ExtractOptions, extract
+
+    with byte_progress("extract", as_json or quiet) as progress:
+        report = extract(
+            tuned, base, output, ExtractOptions(**options), force=force, dry_run=dry_run, progress=progress
+        )
+    rows = _planned(report) if dry_run else _rows(report)
+    show(report, rows, as_json=as_json, quiet=quiet)
+
+
+def _planned(report: "ExtractReport") -> list[Row]:
+    return [
+        ("would write", report.output),
+        ("would compare", f"{report.tensors} tensors, {report.candidates} of them weights of linear layers"),
+        ("linear layers", f"read from {report.read_from}"),
+        *_warnings(report),
+    ]
+
+
+def _rows(report: "ExtractReport") -> list[Row]:
+    rows = [("wrote", report.output), ("equal", f"{report.equal} of {report.tensors} tensors")]
+    if report.modules:
+        rows += _low_rank(report)
+    if report.placeholder:
+        rows.append(("low-rank", f"nothing; {report.placeholder} has a change of zero, since peft needs one"))
+    both = (("saved whole", report.saved), ("left out", report.left_out))
+    rows += [(label, _named(tensors)) for label, tensors in both if tensors]
+    if report.left_out:
+        rows.append(("", f"which is {percent(report.left_out_energy)} of the square norm of all that differs"))
+    if report.tokenizer:
+        rows.append(("tokenizer", f"the tuned checkpoint's, {len(report.tokenizer)} files"))
+    rows += _warnings(report)
+    rows.append(("manifest sha256", str(report.manifest_sha256)))
+    return rows
+
+
+def _low_rank(report: "ExtractReport") -> list[Row]:
+    low, high = report.ranks
+    kept = f"kept {_kept(report.energy_kept)} of the change; {report.below_90} modules below 90 %"
+    rows = [
+        ("low-rank", f"{len(report.modules)} modules, rank {low}" + (f" to {high}" if high != low else "")),
+        ("parameters", f"{report.parameters:,}"),
+        ("change", f"{kept}; relative error {percent(report.relative_error)}"),
+    ]
+    if report.rounding >= 0.001:
+        rows.append(("rounding", f"to the tuned weights' type is about {percent(report.rounding)} of the change"))
+    if report.unreached:
+        rows.append(("not reached", f"{report.unreached} modules keep less than was asked for; see --max-rank"))
+    worst = sorted(report.modules, key=lambda module: (module.energy_kept, module.module))[:WORST]
+    rows.append(("kept least", "\n".join(_line(module) for module in worst)))
+    return rows
+
+
+def _kept(share: float) -> str:
+    """A share for people that does not say 100 % where something is missing."""
+    is_close = 0.9995 <= share < 1 - 1e-6
+    return f"{math.floor(1e4 * share) / 100} %" if is_close else percent(share)
+
+
+def _line(module: "ExtractedModule") -> str:
+    more = f"99 % would take rank {module.rank_99}" if module.rank_99 else "99 % would take a larger rank"
+    return f"{_kept(module.energy_kept)} {module.module} (rank {module.rank}; {more})"
+
+
+def _named(tensors: "Sequence[OtherTensor]") -> str:
+    kinds = Counter(tensor.why for tensor in tensors)
+    counts = ", ".join(f"{count} {why}" for why, count in sorted(kinds.items()))
+    first = "\n".join(tensor.name for tensor in tensors[:WORST])
+    more = f"\nand {len(tensors) - WORST} more" if len(tensors) > WORST else ""
+    return f"{len(tensors)} tensors ({counts})\n{first}{more}"
+
+
+def _warnings(report: "ExtractReport") -> list[Row]:
+    rows = []
+    if report.resized:
+        rows.append(("vocabulary", "has another size: resize the base's embeddings before peft loads the adapter"))
+    if report.experts:
+        text = f"{report.experts} matrices of single experts, which merge takes and peft takes for some models only"
+        rows.append(("experts", text))
+    if report.config_differs:
+        keys = ", ".join(report.config_differs)
+        rows.append(("not in it", f"config.json differs in {keys}, which an adapter cannot say"))
+    return rows

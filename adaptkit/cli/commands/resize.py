@@ -1,0 +1,57 @@
+"""``adaptkit resize``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.cli.options import ArtifactPath, output_options, threads_option
+from adaptkit.cli.output import Row, percent, show
+
+if TYPE_CHECKING:
+    from adaptkit.operations.resize import ResizeReport
+
+WORST = 3
+"""How many of the modules that lose most the table names."""
+
+
+@click.command()
+@click.argument("adapter", type=ArtifactPath())
+@output_options
+@click.option("--rank", type=click.IntRange(min=1), help="Of every module that has more.")
+@click.option("--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead: 0.99.")
+@click.option("--dry-run", is_flag=True, help="Say what would be lost, and write nothing.")
+@threads_option
+def command(
+    adapter: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any
+) -> None:
+    """Give ADAPTER a smaller rank.
+
+    Each module becomes the best approximation of what it was; one whose rank is small enough already stays as it is.
+    """
+    from adaptkit.operations.resize import ResizeOptions, resize
+
+    report = resize(adapter, output, ResizeOptions(**options), force=force, dry_run=dry_run)
+    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+
+
+def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
+    low, high = report.ranks
+    worst = sorted(report.modules, key=lambda module: (-module.relative_error, module.module))[:WORST]
+    rows = [
+        ("would write" if dry_run else "wrote", report.output),
+        ("resized", f"{report.resized} modules; {report.unchanged} stay as they are"),
+        ("rank", f"{low}" + (f" to {high}" if high != low else "")),
+        ("parameters", f"{report.parameters_before:,} -> {report.parameters:,}"),
+        ("kept", f"{percent(report.energy_kept)} of the square norm; relative error {percent(report.relative_error)}"),
+    ]
+    if report.resized:
+        lines = (f"{percent(m.energy_kept)} {m.module} (rank {m.rank_before} -> {m.rank})" for m in worst)
+        rows.append(("kept least", "\n".join(lines)))
+    if report.below:
+        rows.append(("not padded", f"{report.below} modules have a smaller rank than that already"))
+    if report.base_copies:
+        rows.append(("left out", f"copies of the base's own {', '.join(report.base_copies)}"))
+    if report.manifest_sha256:
+        rows.append(("manifest sha256", report.manifest_sha256))
+    return rows

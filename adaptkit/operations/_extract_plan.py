@@ -1,0 +1,226 @@
+"""What ``extract`` may do with each tensor, decided before any weight is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.header import FLOATS, TensorSpec
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.numerics.randomized import Sketching
+from adaptkit.operations._extract_rank import check_size, check_threads
+from adaptkit.operations._inquiry import find_roles
+from adaptkit.operations._roles import Role, Roles
+
+LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"
+"""What becomes of a tensor if it differs: A and B, a whole tensor, nothing, an error."""
+
+_VOCABULARY = ("embedding", "head")
+_LARGEST_RANK = 256
+_NAMED = 3
+"""How many tensors a message names."""
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """How to extract.
+
+    Attributes:
+        rank: of every low-rank change.
+        energy: instead of a rank, the share of each change's square norm to keep, in (0, 1].
+        max_rank: where the search for a rank that keeps the energy ends; 256 if None.
+        target: shell patterns of module paths; what no pattern matches is left out. All modules if empty.
+        only_linear: leave out what is no linear layer's weight: embeddings, head, norms, biases.
+        oversampling: columns of the sketch beyond the rank.
+        iterations: passes over a matrix that turn the sketch towards its leading singular vectors.
+        seed: of the sketch.
+        threads: number of tensors at a time; one per processor if None. Not part of the result.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int | None = None
+    target: tuple[str, ...] = ()
+    only_linear: bool = False
+    oversampling: int = 10
+    iterations: int = 3
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_size(self.rank, self.energy)
+        check_threads(self.threads)
+        if self.max_rank is not None and self.energy is None:
+            raise UsageError("a largest rank ends the search for one that keeps the energy", hint="add --energy 0.99")
+        if self.largest_rank < 1:
+            raise UsageError(f"largest rank {self.max_rank}: must be at least 1")
+        _ = self.sketching
+
+    @property
+    def largest_rank(self) -> int:
+        """Where the search for a rank that keeps the energy ends."""
+        return _LARGEST_RANK if self.max_rank is None else self.max_rank
+
+    @property
+    def sketching(self) -> Sketching:
+        """How closely singular vectors are found."""
+        return Sketching(self.oversampling, self.iterations, self.seed)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the result depends on."""
+        values = asdict(self) | {"max_rank": None if self.energy is None else self.largest_rank}
+        return {name: value for name, value in values.items() if name != "threads" and value is not None}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor that both checkpoints hold.
+
+    Attributes:
+        spec: in the base.
+        tuned: in the tuned checkpoint; its shape differs only in the number of words of a vocabulary.
+        kind: what it is; see ``Role``.
+        fate: what becomes of it if it differs.
+        why: its kind, or why it is left out.
+        paths: dotted paths by which the module is known; the running model's last, if that is known.
+    """
+
+    spec: TensorSpec
+    tuned: TensorSpec
+    kind: str
+    fate: str
+    why: str
+    paths: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """In both checkpoints."""
+        return self.spec.name
+
+    @property
+    def module(self) -> str:
+        """Dotted path, in the files, of the module that it belongs to."""
+        return module_of(self.spec.name)
+
+    @property
+    def resized(self) -> bool:
+        """Whether the vocabulary changed."""
+        return self.spec.shape != self.tuned.shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What may become of all tensors.
+
+    Attributes:
+        tuned: the checkpoint to explain.
+        base: what it was made from.
+        parts: in the order of the base's files.
+        roles: what the tensors of the base are.
+    """
+
+    tuned: Checkpoint
+    base: Checkpoint
+    parts: tuple[Part, ...]
+    roles: Roles
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the files keep the weights of linear layers as (in, out)."""
+        return any(part.kind == "conv1d" for part in self.parts)
+
+
+def module_of(name: str) -> str:
+    """The module of ``<module>.weight`` and ``<module>.bias``; the name itself for anything else."""
+    module, _, kind = name.rpartition(".")
+    return module if module and kind in ("weight", "bias") else name
+
+
+def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> Plan:
+    """Decide for every tensor, from headers alone, and refuse checkpoints that do not belong together.
+
+    Raises:
+        CheckpointError: one of them is quantized.
+        BaseMismatchError: names, shapes or types of tensors differ.
+        UsageError: a pattern matches no module.
+    """
+    for checkpoint in (tuned, base):
+        method = quantization_found(checkpoint)
+        if method is not None:
+            raise CheckpointError(
+                f"{checkpoint.root}: quantized with {method}: the difference would be that of the rounding to few bits",
+                hint="give the 16-bit checkpoint, or dequantize first if that is all there is",
+            )
+    _check_names(tuned, base)
+    _check_specs(tuned, base, "dtype", {})
+    roles = find_roles(base)
+    _check_specs(tuned, base, "shape", roles.of)
+    transposes = any(role.kind == "conv1d" for role in roles.of.values())
+    parts = tuple(
+        _part(located.spec, tuned.spec(name), roles.of[name], options, transposes)
+        for name, located in base.tensors.items()
+    )
+    for pattern in options.target:
+        if not any(_matches(part.paths, pattern) for part in parts):
+            raise UsageError(f"--target {pattern!r} matches no module", hint="patterns match whole paths: '*.q_proj'")
+    return Plan(tuned, base, parts, roles)
+
+
+def _check_names(tuned: Checkpoint, base: Checkpoint) -> None:
+    for one, other in ((base, tuned), (tuned, base)):
+        missing = [name for name in one.tensors if name not in other.tensors]
+        if missing:
+            raise BaseMismatchError(
+                f"{other.root}: lacks {_some(missing)}, which {one.root} has",
+                hint="give the very checkpoint that was tuned, saved in the same layout",
+            )
+
+
+def _check_specs(tuned: Checkpoint, base: Checkpoint, what: str, roles: Mapping[str, Role]) -> None:
+    differ = []
+    for name, located in base.tensors.items():
+        before, after = getattr(located.spec, what), getattr(tuned.spec(name), what)
+        if before != after and not (what == "shape" and _is_resized(located.spec, tuned.spec(name), roles)):
+            shown = [value if isinstance(value, str) else list(value) for value in (after, before)]
+            differ.append(f"{name} ({shown[0]}, not {shown[1]})")
+    if differ:
+        raise BaseMismatchError(
+            f"{tuned.root}: has another {what} than {base.root} in {_some(differ)}",
+            hint="save both in one type first" if what == "dtype" else "this is another model",
+        )
+
+
+def _is_resized(before: TensorSpec, after: TensorSpec, roles: Mapping[str, Role]) -> bool:
+    """Whether a tensor may differ in its first dimension: it has an entry for every word of the vocabulary."""
+    weight = roles.get(f"{module_of(before.name)}.weight")
+    is_table = weight is not None and weight.kind in _VOCABULARY
+    return is_table and before.shape[1:] == after.shape[1:] and len(before.shape) > 0
+
+
+def _part(spec: TensorSpec, tuned: TensorSpec, role: Role, options: ExtractOptions, transposes: bool) -> Part:
+    is_weight = spec.name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOATS
+    linear = is_weight and spec.shape == tuned.shape and role.kind in ("linear", "conv1d", "expert")
+    fits = linear and (role.kind == "conv1d") == transposes  # one flag says for all whether they are transposed
+    paths = tuple(dict.fromkeys([module_of(spec.name), *(module_of(path) for path in role.paths)]))
+    if options.target and not any(_matches(paths, pattern) for pattern in options.target):
+        fate, why = LEFT_OUT, "no target"
+    elif fits:
+        fate, why = LOW_RANK, role.kind
+    elif options.only_linear:
+        fate, why = LEFT_OUT, role.kind
+    elif spec.name.endswith((".weight", ".bias")) and spec.dtype in FLOATS:
+        fate, why = SAVED, role.kind
+    else:
+        fate, why = IMPOSSIBLE, role.kind
+    return Part(spec, tuned, role.kind, fate, why, paths)
+
+
+def _matches(paths: Sequence[str], pattern: str) -> bool:
+    return any(fnmatchcase(path, pattern) for path in paths)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

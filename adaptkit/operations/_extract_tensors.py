@@ -1,0 +1,149 @@
+"""Compare two tensors piece by piece, and find the low-rank part of what differs, without ever holding it whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import xxhash
+from torch import Tensor
+
+from adaptkit.checkpoint.hashing import bytes_of
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics.lora import LowRank, transposed
+from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
+from adaptkit.operations._extract_plan import LOW_RANK, ExtractOptions, Part, Plan
+from adaptkit.operations._shards import cut
+
+_EXPONENT_BITS = {  # where a type keeps its exponent, and the bits of its fraction
+    torch.float32: (torch.int32, 0x7F800000, 23),
+    torch.bfloat16: (torch.int16, 0x7F80, 7),
+    torch.float16: (torch.int16, 0x7C00, 10),
+}
+_ENERGY_ASKED = 0.99
+_AT_ONCE = 1 << 18
+"""Elements that are in float64 at a time: few enough for a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was learnt of one tensor.
+
+    Attributes:
+        part: the tensor.
+        base_digest: fingerprint in the base.
+        tuned_digest: fingerprint in the tuned checkpoint.
+        differs: whether any number does.
+        square: ‖D‖², D being tuned − base; 0 if the shapes differ.
+        base_square: the same of the base's tensor.
+        rounding: the share of ‖D‖² that rounding each tuned number once to its type makes up, if its errors are evenly
+            spread over a step; at most 1.
+        term: the low-rank change, as adapters hold it; None if there is none.
+        energy_kept: share of ‖D‖² in it.
+        rank_99: the rank that keeps 99 %, if the sketch knows it.
+        reached: whether the energy that was asked for is kept; true if a rank was.
+    """
+
+    part: Part
+    base_digest: str
+    tuned_digest: str
+    differs: bool
+    square: float = 0.0
+    base_square: float = 0.0
+    rounding: float = 0.0
+    term: LowRank | None = None
+    energy_kept: float = 0.0
+    rank_99: int | None = None
+    reached: bool = True
+
+
+def examine(plan: Plan, part: Part, options: ExtractOptions) -> Finding:
+    """Compare a tensor of the two checkpoints, and decompose the change if that is its fate.
+
+    Raises:
+        NonFiniteError: a number of either is NaN or infinite; names the tensor.
+        IntegrityError: a file cannot be read any more.
+    """
+    if part.resized:
+        return Finding(part, _digest(plan.base, part.name), _digest(plan.tuned, part.name), differs=True)
+    finding = _compare(plan, part)
+    if not finding.differs or part.fate != LOW_RANK:
+        return finding
+    return _decompose(plan, finding, options)
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    digest, spec = xxhash.xxh3_128(), checkpoint.spec(name)
+    for piece in cut(spec):
+        values = checkpoint.read_flat(name, piece.start, piece.count)
+        _require_finite(checkpoint, name, values)
+        digest.update(bytes_of(values))
+    return digest.hexdigest()
+
+
+def _require_finite(checkpoint: Checkpoint, name: str, values: Tensor) -> None:
+    if not all_finite(values):
+        raise NonFiniteError(
+            f"{checkpoint.root}: {name} holds NaN or infinity", hint="train it again, or download it again"
+        )
+
+
+def _compare(plan: Plan, part: Part) -> Finding:
+    digests = (xxhash.xxh3_128(), xxhash.xxh3_128())
+    differs, square, base_square, steps = False, 0.0, 0.0, 0.0
+    for piece in cut(part.spec):
+        both = []
+        for checkpoint, digest in zip((plan.base, plan.tuned), digests, strict=True):
+            values = checkpoint.read_flat(part.name, piece.start, piece.count)
+            _require_finite(checkpoint, part.name, values)
+            digest.update(bytes_of(values))
+            both.append(values)
+        differs = differs or not torch.equal(*both)
+        if not both[0].is_floating_point():
+            continue
+        for before, after in zip(*(torch.split(values, _AT_ONCE) for values in both), strict=True):
+            wide = before.double()
+            change = after.double().sub_(wide)
+            square += float(change.dot(change))
+            base_square += float(wide.dot(wide))
+            steps += _square_steps(after)
+    rounding = min(1.0, steps / 12 / square) if square else 0.0
+    before_digest, after_digest = (digest.hexdigest() for digest in digests)
+    return Finding(part, before_digest, after_digest, differs, square, base_square, rounding)
+
+
+def _square_steps(values: Tensor) -> float:
+    """Σ step², step being the distance from a number to the next one of its type; 0 for those below all exponents."""
+    if values.dtype not in _EXPONENT_BITS:
+        return 0.0
+    integers, mask, fraction = _EXPONENT_BITS[values.dtype]
+    powers = (values.view(integers) & mask).view(values.dtype).double()
+    return float(powers.dot(powers)) * 4.0**-fraction
+
+
+def _decompose(plan: Plan, finding: Finding, options: ExtractOptions) -> Finding:
+    part, (height, columns) = finding.part, finding.part.spec.shape
+
+    def blocks() -> Iterator[Tensor]:
+        for piece in cut(part.spec, columns):
+            both = [one.read_flat(part.name, piece.start, piece.count) for one in (plan.base, plan.tuned)]
+            rows = (torch.split(values.view(-1, columns), max(1, _AT_ONCE // columns)) for values in both)
+            for before, after in zip(*rows, strict=True):
+                yield after.double().sub_(before.double())
+
+    shape, how = (height, columns), options.sketching
+    if options.energy is None:
+        rank = min(options.rank or 1, *shape)
+        sketch = sketch_for_rank(blocks, shape, finding.square, rank, how)
+    else:
+        sketch, rank = sketch_for_energy(blocks, shape, finding.square, options.energy, options.largest_rank, how)
+    term = sketch.spectrum.truncated(rank)
+    enough = sketch.rank_for(options.energy) if options.energy is not None else rank
+    return replace(
+        finding,
+        term=transposed(term) if plan.transposed else term,
+        energy_kept=sketch.energy_kept(rank),
+        rank_99=sketch.rank_for(_ENERGY_ASKED),
+        reached=enough is not None and enough <= rank,
+    )

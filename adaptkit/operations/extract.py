@@ -1,0 +1,213 @@
+"""Find the adapter in a tuned checkpoint: what it adds to its base, as low-rank matrices and a few whole tensors."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.adapter import write_adapter
+from adaptkit.checkpoint.journal import Output, check_output
+from adaptkit.checkpoint.layout import side_files
+from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import UsageError
+from adaptkit.operations._extract_plan import (
+    IMPOSSIBLE,
+    LEFT_OUT,
+    SAVED,
+    ExtractOptions,
+    Part,
+    Plan,
+    make_plan,
+)
+from adaptkit.operations._extract_rank import each
+from adaptkit.operations._extract_report import (
+    LITTLE,
+    ExtractedModule,
+    ExtractReport,
+    OtherTensor,
+    module_report,
+    other_report,
+    plan_report,
+    weighted,
+)
+from adaptkit.operations._extract_saved import module_in_model, nothing, placeholder_part, whole_tensors
+from adaptkit.operations._extract_tensors import Finding, examine
+from adaptkit.operations._pipeline import thread_count
+
+__all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
+
+_TOKENIZER = re.compile(r"(.*token.*|vocab.*|merges\.txt|chat_template.*|spiece\.model|.*\.tiktoken)")
+_OF_NO_ACCOUNT = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+}  # fmt: skip
+"""Keys of ``config.json`` that change nothing that the model computes, or that the report says by itself."""
+
+
+def extract(
+    tuned: Path,
+    base: Path,
+    output: Path,
+    options: ExtractOptions,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> ExtractReport:
+    """Write the adapter that turns a base into a tuned checkpoint, as nearly as its rank allows.
+
+    A weight of a linear layer becomes the best low-rank approximation of its change, by a randomized decomposition that
+    reads the two files in row blocks. Everything else that differs is saved whole.
+
+    Args:
+        tuned: folder of a plain checkpoint.
+        base: folder of the plain checkpoint that it was made from.
+        output: folder of the adapter to make.
+        options: how.
+        force: replace an existing output.
+        dry_run: plan and validate only.
+        progress: told of bytes read for the first time, of both checkpoints.
+
+    Raises:
+        BaseMismatchError: names, shapes or types of tensors differ.
+        CheckpointError: malformed or quantized input.
+        NonFiniteError: a weight is NaN or infinite; names the tensor.
+        UsageError: nothing differs, or something does that an adapter cannot hold.
+        OutputExistsError: the output exists.
+
+    Source: Halko, Martinsson and Tropp (arXiv:0909.4061); see ``numerics.randomized`` for the variant.
+    """
+    sources = (Checkpoint(tuned), Checkpoint(base))
+    states = [source.state() for source in sources]
+    check_output(output, force, [tuned, base])
+    plan = make_plan(*sources, options)
+    report = plan_report(output, plan, _config_differs(plan))
+    if dry_run:
+        return report
+    recorded = options.recorded()
+    inputs = [[str(source.root.resolve()), state] for source, state in zip(sources, states, strict=True)]
+    with Output(output, [[source.outline() for source in sources], recorded], force, inputs=inputs) as out:
+        findings = _examine_all(plan, options, progress)
+        for source, state in zip(sources, states, strict=True):
+            source.require_state(state)
+        placeholder = None if any(f.term for f in findings) else placeholder_part(plan)
+        tokenizer = _write(out, plan, findings, placeholder)
+        manifest = _manifest(out, plan, findings, recorded)
+        out.publish(manifest)
+    return replace(
+        _with_findings(report, findings),
+        placeholder=placeholder.module if placeholder else None,
+        tokenizer=tokenizer,
+        tensors_root=manifest.tensors_root,
+        manifest_sha256=manifest.sha256,
+    )
+
+
+def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> list[Finding]:
+    """Look at every tensor, and refuse what makes no adapter."""
+    total = sum(part.spec.nbytes + part.tuned.nbytes for part in plan.parts)
+    done, findings = 0, []
+    progress(done, total)
+    for finding in each(lambda part: examine(plan, part, options), plan.parts, thread_count(options.threads)):
+        if finding.differs and finding.part.fate == IMPOSSIBLE:
+            raise UsageError(
+                f"{finding.part.name} differs ({finding.part.why}), and an adapter cannot hold such a tensor",
+                hint="leave it out, and say so, with --only-linear",
+            )
+        findings.append(finding)
+        done += finding.part.spec.nbytes + finding.part.tuned.nbytes
+        progress(done, total)
+    if not any(finding.differs for finding in findings):
+        raise UsageError(
+            f"{plan.tuned.root} and {plan.base.root} hold the same weights: there is nothing to extract",
+            hint="give the tuned checkpoint first, then its base",
+        )
+    if all(finding.part.fate == LEFT_OUT for finding in findings if finding.differs):
+        raise UsageError(
+            f"all {sum(finding.differs for finding in findings)} tensors that differ would be left out",
+            hint="give other patterns to --target, or leave out --only-linear",
+        )
+    return findings
+
+
+def _write(out: Output, plan: Plan, findings: Sequence[Finding], placeholder: Part | None) -> tuple[str, ...]:
+    """Write the adapter, and the tokenizer if it is another; returns the names of its files."""
+    terms = {module_in_model(finding.part): finding.term for finding in findings if finding.term is not None}
+    if placeholder is not None:
+        terms[module_in_model(placeholder)] = nothing(placeholder)
+    saved = whole_tensors(plan, findings)
+    config = saved.config | {"fan_in_fan_out": plan.transposed}
+    tensors = {name: plan.tuned.read(part.name) for name, part in saved.parts.items()}
+    write_adapter(out, terms, _base_name(plan.base.root), saved=tensors, **config)
+    files = [path for path in side_files(plan.tuned.root) if _TOKENIZER.fullmatch(path.name)]
+    if all(_same_bytes(path, plan.base.root / path.name) for path in files):
+        return ()
+    for path in files:
+        out.write(path.name, path.read_bytes())
+    return tuple(path.name for path in files)
+
+
+def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], recorded: dict[str, Any]) -> Manifest:
+    base = [TensorRecord(f.part.name, "", f.part.spec.dtype, f.part.spec.shape, f.base_digest) for f in findings]
+    tuned = [TensorRecord(f.part.name, "", f.part.tuned.dtype, f.part.tuned.shape, f.tuned_digest) for f in findings]
+    touched = [f for f in findings if f.differs and f.part.fate != LEFT_OUT]
+    return Manifest(
+        kind="adapter",
+        operation={"name": "extract", "options": recorded},
+        files=tuple(out.files),
+        tensors=tuple(out.tensors),
+        parents=(
+            parent_of("base", read_manifest(plan.base.root), base),
+            parent_of("tuned", read_manifest(plan.tuned.root), tuned),
+        ),
+        targets=tuple(Target(f.part.name.removesuffix(".weight"), f.part.spec.shape, f.base_digest) for f in touched),
+    )
+
+
+def _with_findings(report: ExtractReport, findings: Sequence[Finding]) -> ExtractReport:
+    low_rank = [finding for finding in findings if finding.term is not None]
+    others = [finding for finding in findings if finding.differs and finding.term is None]
+    left_out = [finding for finding in others if finding.part.fate == LEFT_OUT]
+    saved = [finding for finding in others if finding.part.fate == SAVED]
+    ranks = [finding.term.rank for finding in low_rank if finding.term is not None] or [0]
+    kept = weighted(low_rank, "energy_kept") if low_rank else 1.0
+    total = sum(finding.square for finding in findings)
+    factors = sum(f.term.rank * sum(f.term.shape) for f in low_rank if f.term is not None)
+    return replace(
+        report,
+        equal=sum(not finding.differs for finding in findings),
+        modules=tuple(module_report(finding) for finding in low_rank),
+        experts=sum(finding.part.kind == "expert" for finding in low_rank),
+        saved=tuple(other_report(finding) for finding in saved),
+        left_out=tuple(other_report(finding) for finding in left_out),
+        ranks=(min(ranks), max(ranks)),
+        parameters=factors + sum(finding.part.tuned.count for finding in saved),
+        energy_kept=kept,
+        relative_error=math.sqrt(max(0.0, 1 - kept)),
+        below_90=sum(finding.energy_kept < LITTLE for finding in low_rank),
+        unreached=sum(not finding.reached for finding in low_rank),
+        rounding=weighted(low_rank, "rounding"),
+        left_out_energy=sum(finding.square for finding in left_out) / total if total else 0.0,
+    )
+
+
+def _config_differs(plan: Plan) -> tuple[str, ...]:
+    before, after = plan.base.config, plan.tuned.config
+    keys = sorted((set(before) | set(after)) - _OF_NO_ACCOUNT)
+    return tuple(key for key in keys if before.get(key) != after.get(key))
+
+
+def _base_name(root: Path) -> str:
+    """What the base is called: the repository if it lies in the Hub's cache, else the folder."""
+    folder = root.resolve()
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()

@@ -1,0 +1,207 @@
+"""Give an adapter another, smaller rank: the best approximation of every module's change."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain, write_adapter
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.journal import Output, check_output
+from adaptkit.checkpoint.manifest import Manifest, parent_of
+from adaptkit.errors import AdapterError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spectrum import rank_for_energy, svd
+from adaptkit.operations._extract_rank import check_size, check_threads, each
+from adaptkit.operations._pipeline import thread_count
+
+_KEPT_KEYS = ("task_type", "revision", "ensure_weight_tying")
+"""What the result's configuration says as the adapter's does, beside what it must."""
+
+
+@dataclass(frozen=True)
+class ResizeOptions:
+    """How small.
+
+    Attributes:
+        rank: of every module; one that has less keeps its own.
+        energy: instead of a rank, the share of each module's square norm that is kept, in (0, 1].
+        threads: number of modules at a time; one per processor if None. Not part of the result.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_size(self.rank, self.energy)
+        check_threads(self.threads)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return {name: value for name, value in asdict(self).items() if name != "threads" and value is not None}
+
+
+@dataclass(frozen=True)
+class ResizedModule:
+    """What became of one module.
+
+    Attributes:
+        module: dotted path.
+        rank_before: in the adapter.
+        rank: in the result.
+        norm: ‖Δ‖ of the adapter.
+        energy_kept: share of ‖Δ‖² that is left.
+        relative_error: ‖Δ − result‖ / ‖Δ‖.
+    """
+
+    module: str
+    rank_before: int
+    rank: int
+    norm: float
+    energy_kept: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What was done, or would be.
+
+    Attributes:
+        output: folder.
+        resized: number of modules with a smaller rank than before.
+        unchanged: number of modules left as they are, byte for byte if they were in float32.
+        below: number of modules whose own rank is below the one that was asked for.
+        ranks: smallest and largest rank of a module.
+        parameters_before: in A and B of all modules.
+        parameters: the same of the result.
+        energy_kept: share of Σ ‖Δ‖² that is left.
+        relative_error: of all modules together.
+        base_copies: tensors of the base that the adapter carried along, as peft does for embeddings; not in the result.
+        modules: one each.
+        tensors_root: binds the result's tensors; None for a dry run.
+        manifest_sha256: None for a dry run.
+    """
+
+    output: str
+    resized: int
+    unchanged: int
+    below: int
+    ranks: tuple[int, int]
+    parameters_before: int
+    parameters: int
+    energy_kept: float
+    relative_error: float
+    base_copies: tuple[str, ...]
+    modules: tuple[ResizedModule, ...]
+    tensors_root: str | None = None
+    manifest_sha256: str | None = None
+
+
+def resize(
+    adapter: Path, output: Path, options: ResizeOptions, *, force: bool = False, dry_run: bool = False
+) -> ResizeReport:
+    """Write an adapter whose modules have the wanted rank, or keep the wanted share of their square norm.
+
+    Every module's Δ = s · B A is decomposed in factored form, by two QR and one small SVD, and cut off: no other matrix
+    of that rank is closer (Eckart and Young). What need not shrink is not touched.
+
+    Args:
+        adapter: folder.
+        output: folder to make.
+        options: how.
+        force: replace an existing output.
+        dry_run: find out what would be lost, and write nothing.
+
+    Raises:
+        AdapterError: malformed, or it does something else than adding low-rank changes.
+        OutputExistsError: the output exists.
+    """
+    read = read_adapter(adapter)
+    require_plain(read, "resize")
+    if read.compensation:
+        raise AdapterError(
+            f"{read.root}: began with what makes up for the quantization of its base, which a smaller rank would tear "
+            "apart",
+            hint="merge it onto the 16-bit base, then extract",
+        )
+    check_output(output, force, [adapter])
+    threads = thread_count(options.threads)
+    found = dict(zip(read.modules, each(_resizer(options), read.modules.values(), threads), strict=True))
+    modules = {module: term for module, (term, _) in found.items()}
+    report = _report(read, output, options, modules, {module: squares for module, (_, squares) in found.items()})
+    if dry_run:
+        return report
+    recorded = options.recorded()
+    with Output(output, [tensors_root(read.records), dict(read.config), recorded], force) as out:
+        kept = {key: read.config[key] for key in _KEPT_KEYS if read.config.get(key)}
+        name = str(read.config.get("base_model_name_or_path") or "")
+        write_adapter(out, modules, name, read.embeddings, fan_in_fan_out=read.fan_in_fan_out, **kept)
+        manifest = Manifest(
+            kind="adapter",
+            operation={"name": "resize", "options": recorded},
+            files=tuple(out.files),
+            tensors=tuple(out.tensors),
+            parents=(parent_of("adapter", read.manifest, read.records),),
+            targets=read.manifest.targets if read.manifest else (),
+        )
+        out.publish(manifest)
+    return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
+
+
+def _resizer(options: ResizeOptions) -> Callable[[LowRank], tuple[LowRank, tuple[float, float]]]:
+    """A function from a change to the resized one, and the square norms of it whole and of what is cut off."""
+
+    def work(term: LowRank) -> tuple[LowRank, tuple[float, float]]:
+        spectrum = svd(term)
+        square = float(spectrum.sigma.square().sum())
+        rank = options.rank if options.energy is None else rank_for_energy(spectrum.sigma, options.energy)
+        rank = min(rank or term.rank, spectrum.sigma.numel())
+        if rank >= term.rank:
+            return term, (square, 0.0)
+        return spectrum.truncated(rank), (square, float(spectrum.sigma[rank:].square().sum()))
+
+    return work
+
+
+def _report(
+    read: Adapter,
+    output: Path,
+    options: ResizeOptions,
+    modules: dict[str, LowRank],
+    figures: dict[str, tuple[float, float]],
+) -> ResizeReport:
+    def entry(module: str, square: float, lost: float) -> ResizedModule:
+        before, after = read.modules[module].rank, modules[module].rank
+        return ResizedModule(module, before, after, math.sqrt(square), 1 - _share(lost, square), _error(lost, square))
+
+    entries = tuple(entry(module, *squares) for module, squares in figures.items())
+    total, lost = (sum(column) for column in zip(*figures.values(), strict=True))
+    ranks = [entry.rank for entry in entries]
+    resized = sum(entry.rank < entry.rank_before for entry in entries)
+    return ResizeReport(
+        output=str(output),
+        resized=resized,
+        unchanged=len(entries) - resized,
+        below=sum(entry.rank_before < (options.rank or 0) for entry in entries),
+        ranks=(min(ranks), max(ranks)),
+        parameters_before=sum(_parameters(term) for term in read.modules.values()),
+        parameters=sum(_parameters(term) for term in modules.values()),
+        energy_kept=1 - _share(lost, total),
+        relative_error=_error(lost, total),
+        base_copies=tuple(sorted(read.begins)),
+        modules=entries,
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _error(lost: float, whole: float) -> float:
+    return math.sqrt(_share(lost, whole))
+
+
+def _parameters(term: LowRank) -> int:
+    return term.lora_a.numel() + term.lora_b.numel()

@@ -1,0 +1,141 @@
+"""``adaptkit extract`` and ``adaptkit resize`` in a process of their own: what they print, and how they fail."""
+
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.manifest import require_manifest
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A base, and a copy with matrices of rank 3 added to its linear layers and other norms."""
+    folder = tmp_path_factory.mktemp("pair")
+    base = tiny.write_llama(folder / "base", dtype="float32")
+    shutil.copytree(base, folder / "tuned")
+    tensors = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            out, columns = tensor.shape
+            b, a = torch.randn(out, 3, generator=generator), torch.randn(3, columns, generator=generator)
+            tensor += 0.01 * b * torch.tensor([4.0, 2.0, 1.0]) @ a
+        elif "norm" in name:
+            tensor *= 1.5
+    save_file(tensors, folder / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    return folder / "tuned", base
+
+
+def table(text):
+    """Label -> the rest of its line; further lines of the same entry are left out."""
+    return dict(re.findall(r"^(\S.*?)  +(.*)$", text, re.MULTILINE))
+
+
+def test_extract_says_what_it_kept(run_cli, tmp_path, pair):
+    done = run_cli("extract", *pair, "-o", tmp_path / "out", "--rank", 3)
+    assert done.code == 0, done.stderr
+    assert done.stderr == ""
+    rows = table(done.stdout)
+    assert rows["wrote"] == str(tmp_path / "out")
+    assert rows["equal"] == "1 of 20 tensors"
+    assert rows["low-rank"] == "14 modules, rank 3"
+    assert rows["change"].startswith("kept 100 % of the change; 0 modules below 90 %; relative error ")
+    assert rows["saved whole"] == "5 tensors (5 norm)"
+    assert rows["manifest sha256"] == require_manifest(tmp_path / "out").sha256
+    low = table(run_cli("extract", *pair, "-o", tmp_path / "low", "--rank", 1).stdout)
+    kept = float(re.match(r"kept ([\d.]+) % of the change; 14 modules below 90 %", low["change"])[1])
+    assert 60 < kept < 90
+    assert re.match(r"[\d.]+ % model\.layers\.\d\.\S+ \(rank 1; 99 % would take rank 3\)$", low["kept least"])
+
+
+def test_extract_prints_one_document_and_it_is_the_same_for_any_threads(run_cli, tmp_path, pair):
+    options = ["--rank", 2, "--only-linear", "--target", "*.q_proj", "--target", "*norm"]
+    runs = [run_cli("extract", *pair, "-o", tmp_path / str(n), *options, "--threads", n, "--json") for n in (1, 2)]
+    report, other = (json.loads(done.stdout) for done in runs)
+    assert all(done.stderr == "" for done in runs)
+    assert report["manifest_sha256"] == other["manifest_sha256"]
+    assert [module["rank"] for module in report["modules"]] == [2, 2]
+    assert {(entry["name"].split(".")[-2], entry["why"]) for entry in report["left_out"]} >= {("norm", "norm")}
+    assert report["left_out_energy"] > 0
+
+
+def test_a_dry_run_of_either_writes_nothing(run_cli, tmp_path, pair, adapter):
+    done = run_cli("extract", *pair, "-o", tmp_path / "out", "--rank", 2, "--dry-run")
+    assert done.code == 0
+    assert table(done.stdout)["would compare"] == "20 tensors, 14 of them weights of linear layers"
+    done = run_cli("resize", adapter, "-o", tmp_path / "out", "--rank", 2, "--dry-run")
+    assert done.code == 0
+    assert table(done.stdout)["would write"] == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resize_says_what_it_kept(run_cli, tmp_path, adapter):
+    done = run_cli("resize", adapter, "-o", tmp_path / "out", "--rank", 2)
+    assert (done.code, done.stderr) == (0, "")
+    rows = table(done.stdout)
+    assert rows["resized"] == "14 modules; 0 stay as they are"
+    assert rows["parameters"] == "8,192 -> 4,096"
+    assert 20 < float(re.match(r"([\d.]+) % of the square norm", rows["kept"])[1]) < 100
+    assert "not padded" not in rows
+    wide = table(run_cli("resize", adapter, "-o", tmp_path / "wide", "--rank", 9).stdout)
+    assert wide["resized"] == "0 modules; 14 stay as they are"
+    assert wide["not padded"] == "14 modules have a smaller rank than that already"
+    quiet = run_cli("resize", adapter, "-o", tmp_path / "wide", "--rank", 2, "--quiet", "--force")
+    assert (quiet.code, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert require_manifest(tmp_path / "wide").sha256 == rows["manifest sha256"]
+    report = json.loads(run_cli("resize", adapter, "-o", tmp_path / "json", "--energy", "0.5", "--json").stdout)
+    assert {entry["module"]: entry["rank"] for entry in report["modules"]} == {
+        module: term.rank for module, term in read_adapter(tmp_path / "json").modules.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def failing(pair, adapter, tmp_path_factory, run_cli):
+    """Command lines that must fail: arguments, exit code, a phrase of the message."""
+    tuned, base = pair
+    folder = tmp_path_factory.mktemp("failing")
+    half = tiny.write_llama(folder / "half")
+    run_cli("quantize", base, "-o", folder / "nf4", "--quiet")
+    shutil.copytree(tuned, folder / "nan")
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.norm.weight"][2] = float("nan")
+    save_file(tensors, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    rank = ["-o", "out", "--rank", "2"]
+    return {
+        "quantized": (["extract", folder / "nf4", base, *rank], 5, "quantized with bitsandbytes"),
+        "not finite": (["extract", folder / "nan", base, *rank], 5, "model.norm.weight holds NaN or infinity"),
+        "another type": (["extract", half, base, *rank], 4, "has another dtype than"),
+        "itself": (["extract", base, base, *rank], 2, "hold the same weights"),
+        "exists": (["extract", tuned, base, "-o", half, "--rank", "2"], 8, "exists already"),
+        "resize too much": (["resize", adapter, "-o", "out", "--energy", "2"], 2, "must be above 0 and at most 1"),
+        "resize no adapter": (["resize", base, *rank], 5, "not an adapter"),
+    }
+
+
+CASES = [
+    "quantized", "not finite", "another type", "itself", "exists", "resize too much",
+    "resize no adapter",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_in_one_line_a_hint_and_its_exit_code(case, failing, run_cli, tmp_path):
+    arguments, code, phrase = failing[case]
+    done = run_cli(*arguments, cwd=tmp_path)
+    assert done.code == code, done.stderr
+    assert done.stdout == ""
+    first, *others = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert phrase in first
+    assert all(line.startswith("hint: ") for line in others)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_case_is_run(failing):
+    assert set(CASES) == set(failing)

@@ -1,0 +1,169 @@
+"""A sketch that sees a matrix in row blocks finds what a dense decomposition finds, and knows what it misses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.errors import UsageError
+from adaptkit.numerics.randomized import Sketching, sketch_for_energy, sketch_for_rank
+
+
+def matrix(sigma, out=90, columns=60, seed=0):
+    """A random (out, columns) matrix with the given singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (
+        torch.linalg.qr(torch.randn(size, len(sigma), dtype=torch.float64, generator=generator))[0]
+        for size in (out, columns)
+    )
+    return (u * torch.tensor(sigma, dtype=torch.float64)) @ v.T
+
+
+class Rows:
+    """Gives a matrix out in row blocks and counts how often."""
+
+    def __init__(self, dense, rows=7):
+        self.dense, self.rows, self.passes = dense, rows, 0
+
+    def __call__(self):
+        self.passes += 1
+        yield from self.dense.split(self.rows)
+
+
+def square_norm(dense):
+    return float(dense.square().sum())
+
+
+def by_rank(dense, rank, how=None, rows=7):
+    return sketch_for_rank(Rows(dense, rows), tuple(dense.shape), square_norm(dense), rank, how)
+
+
+def by_energy(dense, energy, max_rank=200, how=None):
+    return sketch_for_energy(Rows(dense), tuple(dense.shape), square_norm(dense), energy, max_rank, how)
+
+
+def product(term):
+    return term.scaling * term.lora_b.double() @ term.lora_a.double()
+
+
+FALLING = [0.9**k for k in range(60)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_a_matrix_of_low_rank_is_found_whole(scale):
+    sigma = [5.0, 3.0, 1.0, 0.01]
+    dense = matrix(sigma) * scale
+    sketch = by_rank(dense, 4)
+    assert sketch.spectrum.sigma.numel() == 14
+    assert torch.allclose(sketch.spectrum.sigma[:4] / scale, torch.tensor(sigma, dtype=torch.float64), rtol=1e-10)
+    rebuilt = (sketch.spectrum.u * sketch.spectrum.sigma) @ sketch.spectrum.vt
+    assert (rebuilt - dense).norm() < 1e-12 * dense.norm()
+    assert sketch.energy_kept(4) == pytest.approx(1, abs=1e-12)
+    assert sketch.energy_kept(2) == pytest.approx(34 / 35.0001, abs=1e-12)
+    if scale == 1.0:
+        assert (product(sketch.spectrum.truncated(4)) - dense).norm() < 2e-7 * dense.norm()  # rounded to float32
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
+@pytest.mark.parametrize("rank", [1, 8, 30])
+def test_the_rank_keeps_nearly_what_the_best_one_keeps(shape, rank):
+    dense = matrix(FALLING, *shape)
+    sketch = by_rank(dense, rank)
+    best = float(torch.linalg.svdvals(dense)[:rank].square().sum()) / square_norm(dense)
+    assert 0 <= best - sketch.energy_kept(rank) < 1e-4
+
+
+@pytest.mark.parametrize("sigma", [FALLING, [1.0] * 60, [1.0] * 3 + [0.3] * 57])
+def test_what_is_lost_is_known_exactly_though_the_subspace_is_not(sigma):
+    dense = matrix(sigma)
+    for how in (Sketching(0, 1), Sketching(5, 1), Sketching()):
+        sketch = by_rank(dense, 6, how)
+        lost = (product(sketch.spectrum.truncated(6)) - dense).norm() / dense.norm()
+        assert float(lost) == pytest.approx((1 - sketch.energy_kept(6)) ** 0.5, rel=1e-6)
+
+
+def test_more_iterations_come_closer():
+    dense = matrix([1.0] * 10 + [0.8] * 50)
+    kept = [by_rank(dense, 10, Sketching(0, count)).energy_kept(10) for count in (1, 2, 4, 8, 16)]
+    assert kept == sorted(kept)
+    assert kept[0] < 0.19
+    assert kept[-1] == pytest.approx(10 / (10 + 50 * 0.64), rel=1e-3)
+
+
+def test_a_pass_for_each_iteration_and_one_at_last():
+    rows = Rows(matrix(FALLING))
+    sketch_for_rank(rows, (90, 60), square_norm(rows.dense), 8, Sketching(4, 2))
+    assert rows.passes == 3
+
+
+@pytest.mark.parametrize("rank", [50, 60, 500])
+def test_a_sketch_as_large_as_the_matrix_is_a_dense_decomposition(rank):
+    dense = torch.randn(90, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sketch = by_rank(dense, rank)
+    assert torch.allclose(sketch.spectrum.sigma, torch.linalg.svdvals(dense), rtol=1e-12)
+    assert sketch.energy_kept(60) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 0.999999])
+def test_the_smallest_rank_that_keeps_enough_is_found_by_widening(energy):
+    dense = matrix(FALLING)
+    sketch, rank = by_energy(dense, energy)
+    shares = torch.linalg.svdvals(dense).square().cumsum(0) / square_norm(dense)
+    best = int((shares < energy).sum()) + 1
+    assert best <= rank <= best + 1
+    assert sketch.energy_kept(rank) >= energy
+    assert sketch.energy_kept(rank - 1) < energy
+
+
+def test_the_cap_ends_the_search():
+    dense = matrix([1.0] * 60)
+    sketch, rank = by_energy(dense, 0.9, max_rank=20)
+    assert rank == 20
+    assert sketch.rank_for(0.9) is None
+    assert sketch.energy_kept(rank) < 0.4
+    assert by_energy(dense, 0.9, max_rank=1)[1] == 1
+
+
+def test_all_of_the_energy_is_what_float64_can_tell_from_nothing():
+    assert by_energy(matrix([3.0, 2.0, 1.0]), 1.0)[1] == 3
+    assert by_energy(matrix([1.0] * 60), 1.0)[1] == 60
+
+
+def test_a_zero_matrix_is_kept_by_any_rank():
+    dense = torch.zeros(40, 30, dtype=torch.float64)
+    sketch, rank = by_energy(dense, 0.99)
+    assert (rank, sketch.energy_kept(1), sketch.rank_for(0.99)) == (1, 1.0, 1)
+    assert torch.equal(product(sketch.spectrum.truncated(1)), dense)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    dense = matrix(FALLING)
+    one, again, other = (by_rank(dense, 8, Sketching(seed=seed)).spectrum for seed in (1, 1, 2))
+    assert torch.equal(one.u, again.u)
+    assert torch.equal(one.vt, again.vt)
+    assert not torch.equal(one.vt, other.vt)
+
+
+def test_the_height_of_the_blocks_is_no_part_of_the_result_but_for_rounding():
+    dense = matrix(FALLING)
+    for rows in (1, 13, 90):
+        assert torch.allclose(
+            by_rank(dense, 8, rows=rows).spectrum.vt[:8], by_rank(dense, 8).spectrum.vt[:8], atol=1e-8
+        )
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(0, 4), st.integers(0, 10**6))
+def test_never_better_than_the_best_and_never_more_than_all(out, columns, rank, oversampling, seed):
+    dense = torch.randn(out, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    sketch = by_rank(dense, rank, Sketching(oversampling, seed=seed))
+    sigma = torch.linalg.svdvals(dense)
+    assert sketch.spectrum.sigma.numel() == min(rank + oversampling, out, columns)
+    assert (sketch.spectrum.sigma <= sigma[: sketch.spectrum.sigma.numel()] * (1 + 1e-12)).all()
+    assert sketch.energy_kept(rank) <= min(1.0, float(sigma[:rank].square().sum()) / square_norm(dense) + 1e-12)
+
+
+@pytest.mark.parametrize("values", [(-1, 2, 0), (10, 0, 0), (10, -3, 0), (10, 2, -1), (10, 2, 2**63)])
+def test_settings_that_make_no_sense_are_refused(values):
+    with pytest.raises(UsageError):
+        Sketching(*values)

@@ -1,0 +1,597 @@
+"""Base + extracted adapter is the tuned checkpoint, as nearly as the rank allows, and what is lost is said."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.hashing import fingerprint, tensors_root
+from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    IntegrityError,
+    NonFiniteError,
+    OutputExistsError,
+    UsageError,
+)
+from adaptkit.operations import _shards
+from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.operations.merge import merge
+from adaptkit.operations.quantize import quantize
+from adaptkit.operations.verify import verify
+
+LINEAR = ".layers."
+UP = "model.layers.0.mlp.up_proj"
+WHOLE = ExtractOptions(rank=4096)
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors_of(folder):
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def tuned_from(base, folder, change):
+    """A copy of a checkpoint in which ``change(name, tensor)`` takes a tensor's place, unless it is None."""
+    shutil.copytree(base, folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            new = change(name, tensor)
+            tensors[name] = tensor if new is None else new.to(tensor.dtype).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def noise(scale=0.1, only="", rank=None, seed=0):
+    """Changes every float tensor with ``only`` in its name, or matrices by a matrix of low rank."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(name, tensor):
+        if only not in name or not tensor.is_floating_point():
+            return None
+        added = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if rank is not None:
+            if tensor.dim() != 2 or LINEAR not in name:
+                return None
+            sizes = (tensor.shape[0], rank), (rank, tensor.shape[1])
+            b, a = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+            added = b * 0.7 ** torch.arange(rank) @ a
+        return tensor.double() + added * (scale * tensor.double().norm() / added.norm())
+
+    return change
+
+
+def changes(tuned, base):
+    """Tensor -> tuned - base in float64."""
+    before, after = tensors_of(base), tensors_of(tuned)
+    return {name: after[name].double() - before[name].double() for name in before}
+
+
+def dense(folder):
+    """Module -> the adapter's Δ in float64, (out, in)."""
+    terms = read_adapter(folder).modules
+    return {module: term.scaling * term.lora_b.double() @ term.lora_a.double() for module, term in terms.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A float32 Llama whose head is a tensor of its own."""
+    return tiny.write_llama(tmp_path_factory.mktemp("plain") / "base", dtype="float32", tied=False)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, plain):
+    """Every tensor of it changed, and nothing of low rank."""
+    return tuned_from(plain, tmp_path_factory.mktemp("tuned") / "tuned", noise())
+
+
+@pytest.fixture(scope="module")
+def falling(tmp_path_factory, plain):
+    """Its linear layers changed by matrices of rank 12 with falling singular values."""
+    return tuned_from(plain, tmp_path_factory.mktemp("falling") / "tuned", noise(rank=12))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_at_full_rank_the_change_is_all_there(tmp_path, dtype):
+    base = tiny.write_llama(tmp_path / "base", dtype=dtype)
+    folder = tuned_from(base, tmp_path / "tuned", noise(only="_proj"))
+    report = extract(folder, base, tmp_path / "out", WHOLE)
+    expected, found = changes(folder, base), dense(tmp_path / "out")
+    assert len(found) == 14
+    for module, delta in found.items():
+        difference = delta - expected[f"{module}.weight"]
+        assert difference.norm() < 5e-7 * delta.norm()  # A and B are rounded to float32
+    assert report.energy_kept == pytest.approx(1, abs=1e-12)
+    assert report.relative_error < 1e-6
+    verify(tmp_path / "out")
+
+
+def test_of_a_merge_in_bfloat16_the_adapter_comes_back_but_for_the_rounding(tmp_path, llama, adapter):
+    """The noise of rounding is spread over all dimensions; a rank-4 matrix catches the part in its tangent space."""
+    merge(llama, [adapter], tmp_path / "merged")
+    report = extract(tmp_path / "merged", llama, tmp_path / "out", ExtractOptions(rank=4))
+    found, truth, merged = dense(tmp_path / "out"), dense(adapter), changes(tmp_path / "merged", llama)
+    for entry in report.modules:
+        rounding = (merged[f"{entry.module}.weight"] - truth[entry.module]).norm()
+        off = (found[entry.module] - truth[entry.module]).norm()
+        out, columns = truth[entry.module].shape
+        caught = math.sqrt(4 * (out + columns - 4) / (out * columns))
+        assert 0.8 * caught < off / rounding < 1.3 * caught
+        assert entry.relative_error < rounding / entry.norm
+        assert entry.rounding == pytest.approx(float(rounding / entry.norm) ** 2, rel=0.2)
+    assert report.equal == len(Checkpoint(llama).tensors) - 14
+    assert merge(llama, [tmp_path / "out"], tmp_path / "again").base_verified
+
+
+@pytest.mark.parametrize("rank", [1, 5, 20])
+def test_the_report_says_what_a_dense_decomposition_says(tmp_path, plain, falling, rank):
+    report = extract(falling, plain, tmp_path / "out", ExtractOptions(rank=rank))
+    truth, base, found = changes(falling, plain), tensors_of(plain), dense(tmp_path / "out")
+    assert (len(report.modules), report.equal, report.ranks) == (14, 7, (rank, rank))
+    total = lost = 0.0
+    for entry in report.modules:
+        change = truth[f"{entry.module}.weight"]
+        norm, missing = float(change.norm()), float((change - found[entry.module]).norm())
+        sigma = torch.linalg.svdvals(change)
+        best = float(sigma[rank:].norm())
+        assert best * 0.999 - 1e-6 * norm <= missing <= best * 1.02 + 1e-6 * norm
+        assert entry.norm == pytest.approx(norm, rel=1e-6)
+        assert entry.relative_norm == pytest.approx(norm / float(base[f"{entry.module}.weight"].double().norm()))
+        assert entry.relative_error == pytest.approx(missing / norm, rel=1e-4, abs=1e-6)
+        assert entry.energy_kept == pytest.approx(1 - (missing / norm) ** 2, abs=1e-6)
+        shares = sigma.square().cumsum(0) / sigma.square().sum()
+        assert entry.rank_99 == int((shares < 0.99).sum()) + 1
+        total, lost = total + norm**2, lost + missing**2
+    assert report.energy_kept == pytest.approx(1 - lost / total, abs=1e-6)
+    assert report.relative_error == pytest.approx(math.sqrt(lost / total), rel=1e-4, abs=1e-6)
+    assert report.below_90 == sum(entry.energy_kept < 0.9 for entry in report.modules) == (14 if rank < 4 else 0)
+    factors = sum(term.lora_a.numel() + term.lora_b.numel() for term in read_adapter(tmp_path / "out").modules.values())
+    assert report.parameters == factors
+
+
+@pytest.mark.parametrize("energy", [0.6, 0.95, 0.9999])
+def test_every_module_keeps_the_energy_with_no_more_rank_than_that_takes(tmp_path, plain, falling, energy):
+    report = extract(falling, plain, tmp_path / "out", ExtractOptions(energy=energy))
+    truth = changes(falling, plain)
+    for entry in report.modules:
+        sigma = torch.linalg.svdvals(truth[f"{entry.module}.weight"])
+        shares = sigma.square().cumsum(0) / sigma.square().sum()
+        assert entry.rank == int((shares < energy).sum()) + 1
+        assert entry.energy_kept >= energy
+    assert report.unreached == 0
+    assert {module: term.rank for module, term in read_adapter(tmp_path / "out").modules.items()} == {
+        entry.module: entry.rank for entry in report.modules
+    }
+
+
+def test_the_largest_rank_ends_the_search_and_that_is_said(tmp_path, plain, tuned):
+    report = extract(tuned, plain, tmp_path / "out", ExtractOptions(energy=0.99, max_rank=6, only_linear=True))
+    assert report.ranks == (6, 6)
+    assert report.unreached == report.below_90 == 14
+    assert all(entry.energy_kept < 0.6 and entry.rank_99 is None for entry in report.modules)
+
+
+def test_rounding_is_about_what_it_is_said_to_be(tmp_path):
+    base = tiny.write_llama(tmp_path / "base", dtype="bfloat16")
+    change = noise(0.02, rank=3)
+    folder = tuned_from(base, tmp_path / "tuned", change)
+    report = extract(folder, base, tmp_path / "out", ExtractOptions(rank=3))
+    exact = noise(0.02, rank=3)
+    lost = kept = 0.0
+    for name, tensor in tensors_of(base).items():
+        wanted = exact(name, tensor)
+        if wanted is not None:
+            lost += float((wanted - wanted.to(torch.bfloat16).double()).square().sum())
+            kept += float((wanted.to(torch.bfloat16).double() - tensor.double()).square().sum())
+    assert 0.001 < lost / kept < 0.1
+    assert report.rounding == pytest.approx(lost / kept, rel=0.15)
+    assert 1 - report.energy_kept == pytest.approx(report.rounding, rel=0.3)
+
+
+def logits(base, adapter=None, words=None):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if words is not None:
+        model.resize_token_embeddings(words)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 43).view(2, 20)).logits
+
+
+FAMILIES = ["tied", "untied", "gpt2", "qwen2", "phi", "mixtral"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A float32 model, and a copy in which every tensor differs."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param in ("tied", "untied"):
+        base = tiny.write_llama(folder / "base", dtype="float32", tied=request.param == "tied")
+    elif request.param == "gpt2":
+        base = tiny.write_gpt2(folder / "base")
+    else:
+        base = tiny.write_family(folder / "base", request.param, dtype="float32")
+    return base, tuned_from(base, folder / "tuned", noise())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:The following (rank|alpha)_pattern")
+def test_peft_computes_the_tuned_models_logits(tmp_path, family):
+    base, folder = family
+    report = extract(folder, base, tmp_path / "out", WHOLE)
+    assert len(report.modules) + len(report.saved) == report.tensors
+    ours, theirs, before = logits(base, tmp_path / "out"), logits(folder), logits(base)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert (before - theirs).abs().max() > 0.05 * theirs.abs().max()
+
+
+def test_merging_gives_the_tuned_checkpoint(tmp_path, family):
+    base, folder = family
+    report = extract(folder, base, tmp_path / "out", WHOLE)
+    assert merge(base, [tmp_path / "out"], tmp_path / "merged").base_verified
+    merged, wanted = tensors_of(tmp_path / "merged"), tensors_of(folder)
+    assert merged.keys() == wanted.keys()
+    for name in wanted:
+        if name in {tensor.name for tensor in report.saved}:
+            assert torch.equal(merged[name], wanted[name]), name
+        else:
+            assert (merged[name] - wanted[name]).abs().max() <= 1e-6 * wanted[name].abs().max(), name
+
+
+@pytest.mark.parametrize("only", ["norm", "lm_head"])
+def test_an_adapter_without_low_rank_changes_still_loads(tmp_path, plain, only):
+    folder = tuned_from(plain, tmp_path / "tuned", noise(only=only))
+    report = extract(folder, plain, tmp_path / "out", ExtractOptions(rank=2))
+    assert report.modules == ()
+    assert report.placeholder == "model.layers.0.mlp.down_proj"
+    assert {tensor.name for tensor in report.saved} == {name for name in tensors_of(plain) if only in name}
+    assert (logits(plain, tmp_path / "out") - logits(folder)).abs().max() < 1e-6
+    merge(plain, [tmp_path / "out"], tmp_path / "merged")
+    merged, wanted = tensors_of(tmp_path / "merged"), tensors_of(folder)
+    assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
+
+
+def test_a_module_is_replaced_with_all_of_its_tensors(tmp_path, gpt2):
+    """peft looks for the bias of a norm whose weight is there."""
+    folder = tuned_from(gpt2, tmp_path / "tuned", noise(only="ln_1.weight"))
+    report = extract(folder, gpt2, tmp_path / "out", ExtractOptions(rank=2))
+    assert [tensor.name for tensor in report.saved] == [f"transformer.h.{n}.ln_1.weight" for n in (0, 1)]
+    assert "transformer.h.0.ln_1.bias" in read_adapter(tmp_path / "out").replaced
+    assert (logits(gpt2, tmp_path / "out") - logits(folder)).abs().max() < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_files_that_lack_the_models_prefix_make_adapters_that_have_it(tmp_path, gpt2):
+    """As GPT-2 on the Hub."""
+    base = tmp_path / "base"
+    shutil.copytree(gpt2, base)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(gpt2).items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    folder = tuned_from(base, tmp_path / "tuned", noise())
+    extract(folder, base, tmp_path / "out", WHOLE)
+    assert "transformer.h.0.attn.c_attn" in read_adapter(tmp_path / "out").modules
+    assert "transformer.ln_f.weight" in read_adapter(tmp_path / "out").replaced
+    ours, theirs = logits(base, tmp_path / "out"), logits(folder)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert merge(base, [tmp_path / "out"], tmp_path / "merged").base_verified
+
+
+def more_words(tensor, count=5):
+    """The same with rows for more words, and the others changed."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(count, *tensor.shape[1:], generator=generator)
+    return torch.cat([tensor.float() * 1.1, rows * tensor.float().std()])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_is_saved_whole_and_said(tmp_path, tied):
+    base = tiny.write_llama(tmp_path / "base", dtype="float32", tied=tied)
+    folder = tuned_from(base, tmp_path / "tuned", lambda n, t: more_words(t) if "embed" in n or "head" in n else None)
+    words = Checkpoint(folder).spec("model.embed_tokens.weight").shape[0]
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": words}
+    (folder / "config.json").write_text(json.dumps(config))
+    tuned_from(folder, tmp_path / "more", noise(only="_proj"))
+    report = extract(tmp_path / "more", base, tmp_path / "out", WHOLE)
+    assert report.resized
+    assert [(t.name, t.shape[0] - t.base_shape[0], t.relative_norm) for t in report.saved] == [
+        (name, 5, None)
+        for name in (["model.embed_tokens.weight"] if tied else ["lm_head.weight", "model.embed_tokens.weight"])
+    ]
+    assert report.config_differs == ()
+    ours, theirs = logits(base, tmp_path / "out", words), logits(tmp_path / "more")
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    merge(base, [tmp_path / "out"], tmp_path / "merged")
+    assert (logits(tmp_path / "merged") - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_only_linear_leaves_the_rest_out_and_says_how_much_that_is(tmp_path, plain, tuned):
+    report = extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=4096, only_linear=True))
+    assert report.saved == ()
+    assert {tensor.name for tensor in report.left_out} == {
+        name for name in tensors_of(plain) if LINEAR not in name or "norm" in name
+    }
+    squares = {name: float(change.square().sum()) for name, change in changes(tuned, plain).items()}
+    outside = sum(squares[tensor.name] for tensor in report.left_out)
+    assert report.left_out_energy == pytest.approx(outside / sum(squares.values()))
+    read = read_adapter(tmp_path / "out")
+    assert read.replaced == {}
+    assert len(read.modules) == 14
+    assert read.config["modules_to_save"] is None
+
+
+def test_patterns_restrict_everything_and_the_rest_is_said(tmp_path, plain, tuned):
+    patterns = ("*.q_proj", "model.norm")
+    report = extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2, target=patterns))
+    assert [entry.module for entry in report.modules] == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert [tensor.name for tensor in report.saved] == ["model.norm.weight"]
+    assert len(report.left_out) == report.tensors - 3
+    assert {tensor.why for tensor in report.left_out} == {"no target"}
+    with pytest.raises(UsageError, match=r"'\*\.z_proj' matches no module"):
+        extract(tuned, plain, tmp_path / "none", ExtractOptions(rank=2, target=("*.q_proj", "*.z_proj")))
+
+
+def test_what_is_equal_is_counted_and_not_in_the_adapter(tmp_path, plain):
+    folder = tuned_from(plain, tmp_path / "tuned", noise(only="q_proj"))
+    report = extract(folder, plain, tmp_path / "out", ExtractOptions(rank=2))
+    assert report.equal == report.tensors - 2
+    assert set(read_adapter(tmp_path / "out").modules) == {entry.module for entry in report.modules}
+    assert len(report.modules) == 2
+
+
+def test_nothing_to_extract_is_an_error(tmp_path, plain, copy_of):
+    with pytest.raises(UsageError, match="hold the same weights"):
+        extract(copy_of(plain), plain, tmp_path / "out", ExtractOptions(rank=2))
+    signs = tuned_from(plain, tmp_path / "signs", lambda n, t: torch.where(t == 0, -t, t))
+    with pytest.raises(UsageError, match="hold the same weights"):
+        extract(signs, plain, tmp_path / "out", ExtractOptions(rank=2))
+    folder = tuned_from(plain, tmp_path / "norms", noise(only="norm"))
+    with pytest.raises(UsageError, match="all 5 tensors that differ would be left out"):
+        extract(folder, plain, tmp_path / "out", ExtractOptions(rank=2, only_linear=True))
+    assert not (tmp_path / "out").exists()
+
+
+def rewritten(folder, change):
+    """Change the tensors of a folder with one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_checkpoints_that_do_not_belong_together_are_refused_by_name(tmp_path, plain, tuned, copy_of):
+    def refused(folder, base, message):
+        with pytest.raises(BaseMismatchError, match=message):
+            extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
+        assert not list(tmp_path.glob("out*"))
+
+    short = rewritten(copy_of(tuned, "short"), lambda t: t.pop(f"{UP}.weight"))
+    refused(short, plain, rf"short: lacks {UP}\.weight, which .*base has")
+    refused(tuned, rewritten(copy_of(plain, "poor"), lambda t: t.pop("lm_head.weight")), r"poor: lacks lm_head\.weight")
+    cut = rewritten(copy_of(tuned, "cut"), lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:64].clone()}))
+    refused(cut, plain, rf"another shape than .*base in {UP}\.weight \(\[64, 64\], not \[128, 64\]\)")
+    wide = rewritten(copy_of(tuned, "wide"), lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:, :8].clone()}))
+    refused(wide, plain, "another shape .*lm_head")
+    half = rewritten(copy_of(tuned, "half"), lambda t: t.update({n: v.half() for n, v in t.items()}))
+    refused(half, plain, r"another dtype than .*base in .* \(F16, not F32\), .* and 18 more")
+    refused(tiny.write_llama(tmp_path / "deep", layers=3, dtype="float32", tied=False), plain, "base: lacks ")
+
+
+def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path, plain, tuned):
+    quantize(tuned, tmp_path / "nf4")
+    for pair in ((tmp_path / "nf4", plain), (plain, tmp_path / "nf4")):
+        with pytest.raises(CheckpointError, match="quantized with bitsandbytes: the difference would be"):
+            extract(*pair, tmp_path / "out", ExtractOptions(rank=2))
+
+
+@pytest.mark.parametrize("where", ["tuned", "base"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [f"{UP}.weight", "model.norm.weight"])
+def test_what_is_no_number_is_refused_by_name(tmp_path, plain, tuned, copy_of, where, value, name):
+    def spoil(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    broken = rewritten(copy_of(tuned if where == "tuned" else plain, "broken"), spoil)
+    pair = (broken, plain) if where == "tuned" else (tuned, broken)
+    with pytest.raises(NonFiniteError, match=rf"broken: {name} holds NaN or infinity"):
+        extract(*pair, tmp_path / "out", ExtractOptions(rank=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stack_of_experts_is_no_tensor_of_an_adapter_and_left_out_only_aloud(tmp_path):
+    base = tiny.write_family(tmp_path / "base", "qwen3_moe", dtype="float32", fused_experts=True)
+    folder = tuned_from(base, tmp_path / "tuned", noise(only="layers.0"))
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.experts\.down_proj differs \(expert\)"):
+        extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
+    report = extract(folder, base, tmp_path / "out", ExtractOptions(rank=2, only_linear=True))
+    assert {t.name.rpartition(".")[2] for t in report.left_out if t.why == "expert"} == {"gate_up_proj", "down_proj"}
+
+
+def test_shards_and_pieces_and_threads_are_no_part_of_the_result(tmp_path, plain, tuned, monkeypatch):
+    pieces = tiny.write_llama(tmp_path / "pieces", dtype="float32", tied=False, shards=3)
+    before = torch.get_num_threads()
+    extract(tuned, plain, tmp_path / "one", ExtractOptions(rank=3, threads=1))
+    extract(tuned, pieces, tmp_path / "sharded", ExtractOptions(rank=3, threads=1))
+    for threads in (2, 3):
+        extract(tuned, plain, tmp_path / str(threads), ExtractOptions(rank=3, threads=threads))
+        assert tree(tmp_path / str(threads)) == tree(tmp_path / "one")
+    assert torch.get_num_threads() == before
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "sharded" / weights).read_bytes() == (tmp_path / "one" / weights).read_bytes()
+    monkeypatch.setattr(_shards, "PIECE_BYTES", 1000)
+    extract(tuned, plain, tmp_path / "small", ExtractOptions(rank=3))
+    one, small = load_file(tmp_path / "one" / weights), load_file(tmp_path / "small" / weights)
+    assert all((one[key] - small[key]).abs().max() <= 1e-5 * one[key].abs().max() for key in one)
+
+
+def test_seeds_and_passes_are_part_of_the_result(tmp_path, plain, tuned):
+    usual = {"rank": 3, "only_linear": True}
+    report = extract(tuned, plain, tmp_path / "usual", ExtractOptions(**usual))
+    extract(tuned, plain, tmp_path / "seed", ExtractOptions(**usual, seed=1))
+    assert tree(tmp_path / "seed")["adapter_model.safetensors"] != tree(tmp_path / "usual")["adapter_model.safetensors"]
+    rough = extract(tuned, plain, tmp_path / "rough", ExtractOptions(**usual, oversampling=0, iterations=1))
+    close = extract(tuned, plain, tmp_path / "close", ExtractOptions(**usual, iterations=12))
+    assert rough.energy_kept < report.energy_kept < close.energy_kept
+    assert close.energy_kept < report.energy_kept * 1.1
+
+
+def test_the_manifest_names_both_checkpoints_and_every_tensor_that_is_changed(tmp_path, plain, tuned):
+    extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2, target=("*.q_proj", "model.norm"), threads=2))
+    manifest = require_manifest(tmp_path / "out")
+
+    def root(folder):
+        checkpoint = Checkpoint(folder)
+        return tensors_root(
+            TensorRecord(name, "", found.spec.dtype, found.spec.shape, fingerprint(checkpoint.read(name)))
+            for name, found in checkpoint.tensors.items()
+        )
+
+    assert [(p.role, p.kind, p.tensors_root) for p in manifest.parents] == [
+        ("base", "checkpoint", root(plain)),
+        ("tuned", "checkpoint", root(tuned)),
+    ]
+    assert manifest.kind == "adapter"
+    assert manifest.operation == {
+        "name": "extract",
+        "options": {
+            "rank": 2, "target": ["*.q_proj", "model.norm"], "only_linear": False, "oversampling": 10, "iterations": 3,
+            "seed": 0,
+        },
+    }  # fmt: skip
+    base = tensors_of(plain)
+    assert {target.module: target.base_xxh3_128 for target in manifest.targets} == {
+        module: fingerprint(base[f"{module}.weight"])
+        for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.norm")
+    }
+    verify(tmp_path / "out")
+
+
+def test_merging_onto_another_base_is_refused(tmp_path, plain, tuned, copy_of):
+    extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2))
+    other = rewritten(copy_of(plain, "other"), lambda tensors: tensors["model.norm.weight"].mul_(1.001))
+    with pytest.raises(BaseMismatchError, match=r"model\.norm\.weight"):
+        merge(other, [tmp_path / "out"], tmp_path / "merged")
+
+
+def test_the_tokenizer_goes_along_if_it_is_another_and_the_configuration_cannot(tmp_path, plain, tuned, copy_of):
+    report = extract(tuned, plain, tmp_path / "same", ExtractOptions(rank=2))
+    assert (report.tokenizer, report.config_differs) == ((), ())
+    folder = copy_of(tuned, "changed")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 1e-3, "transformers_version": "0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = extract(folder, plain, tmp_path / "out", ExtractOptions(rank=2))
+    assert report.config_differs == ("rms_norm_eps",)
+    assert set(report.tokenizer) == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    verify(tmp_path / "out")
+
+
+def test_a_dry_run_reads_no_weight_and_writes_nothing(tmp_path, plain, tuned):
+    hollow = rewritten(
+        shutil.copytree(tuned, tmp_path / "hollow"), lambda t: [v.fill_(float("nan")) for v in t.values()]
+    )
+    report = extract(hollow, plain, tmp_path / "out", ExtractOptions(rank=2), dry_run=True)
+    assert (report.tensors, report.candidates, report.modules, report.manifest_sha256) == (21, 14, (), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["hollow"]
+
+
+def test_an_existing_output_is_left_alone(tmp_path, plain, tuned):
+    extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2))
+    with pytest.raises(OutputExistsError):
+        extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=3))
+    extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=3), force=True)
+    assert read_adapter(tmp_path / "out").modules[UP].rank == 3
+    with pytest.raises(UsageError, match="its own input"):
+        extract(tuned, plain, tuned / "out", ExtractOptions(rank=2))
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path, plain, tuned, copy_of):
+    folder = copy_of(tuned, "moving")
+
+    def touch(done, total):
+        if done == total:
+            (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+
+    with pytest.raises(IntegrityError, match=r"config\.json changed while it was read"):
+        extract(folder, plain, tmp_path / "out", ExtractOptions(rank=2), progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_ends_at_the_bytes_of_both_checkpoints(tmp_path, plain, tuned):
+    told = []
+    extract(
+        tuned, plain, tmp_path / "out", ExtractOptions(rank=2), progress=lambda done, total: told.append((done, total))
+    )
+    both = sum(located.spec.nbytes for folder in (plain, tuned) for located in Checkpoint(folder).tensors.values())
+    assert told[0] == (0, both)
+    assert told[-1] == (both, both)
+    assert told == sorted(told)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank": 2, "energy": 0.9},
+        {"rank": 0},
+        {"energy": 0.0},
+        {"energy": 1.5},
+        {"energy": float("nan")},
+        {"energy": 0.9, "max_rank": 0},
+        {"rank": 2, "max_rank": 8},
+        {"rank": 2, "oversampling": -1},
+        {"rank": 2, "iterations": 0},
+        {"rank": 2, "seed": -1},
+        {"rank": 2, "threads": 0},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(UsageError):
+        ExtractOptions(**options)
+
+
+def write_matrix(folder, rows, columns, seed):
+    """A checkpoint of one linear layer, bfloat16, that no architecture knows."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.empty(rows, columns, dtype=torch.bfloat16).normal_(generator=generator)
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, folder / "model.safetensors")
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from adaptkit.operations.extract import ExtractOptions, extract
+tuned, base, out = map(Path, sys.argv[1:])
+report = extract(tuned, base, out, ExtractOptions(rank=8, threads=1))
+assert len(report.modules) == 1
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_grows_with_the_sketch_and_not_with_the_matrix(tmp_path):
+    columns, peaks = 2048, []
+    for rows in (2048, 8192):
+        for number, name in enumerate(("base", "tuned")):
+            write_matrix(tmp_path / f"{name}-{rows}", rows, columns, number)
+        folders = [tmp_path / f"{name}-{rows}" for name in ("tuned", "base", "out")]
+        done = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    added = 6144 * columns * 2  # of one bfloat16 matrix; in float64 it would be four times this
+    assert peaks[1] - peaks[0] < added

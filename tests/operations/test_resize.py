@@ -1,0 +1,260 @@
+"""A resized adapter is the best approximation of its rank, and what need not shrink is not touched."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.errors import AdapterError, BaseMismatchError, OutputExistsError, UsageError
+from adaptkit.operations.merge import merge
+from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.operations.verify import verify
+
+PREFIX = "base_model.model."
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def dense(folder):
+    """Module -> its change in float64, from the files alone."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            a, b = (tensors[f"{PREFIX}{module}.lora_{half}.weight"].double() for half in "AB")
+            rank = config["rank_pattern"].get(f"^{module}$".replace(".", r"\."), config["r"])
+            alpha = config["alpha_pattern"].get(f"^{module}$".replace(".", r"\."), config["lora_alpha"])
+            assert (a.shape[0], b.shape[1]) == (rank, rank)
+            found[module] = alpha / (rank**0.5 if config["use_rslora"] else rank) * b @ a
+    return found
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, llama):
+    """Rank 8, rsLoRA, and singular values that fall."""
+    folder = tiny.write_peft_adapter(
+        tmp_path_factory.mktemp("wide") / "adapter", llama, rank=8, seed=7, use_rslora=True, lora_alpha=3
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        falling = 0.6 ** torch.arange(8.0)
+        tensors[key] = tensor * (falling[:, None] if ".lora_A." in key else falling)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_every_module_is_the_best_of_its_rank(tmp_path, wide, rank):
+    report = resize(wide, tmp_path / "out", ResizeOptions(rank=rank))
+    before, after = dense(wide), dense(tmp_path / "out")
+    assert (report.resized, report.unchanged, report.ranks) == (14, 0, (rank, rank))
+    total = lost = 0.0
+    for entry in report.modules:
+        u, sigma, vt = torch.linalg.svd(before[entry.module], full_matrices=False)
+        best = (u[:, :rank] * sigma[:rank]) @ vt[:rank]
+        assert (after[entry.module] - best).norm() < 1e-6 * best.norm()
+        missing = float((after[entry.module] - before[entry.module]).norm())
+        assert entry.norm == pytest.approx(float(before[entry.module].norm()))
+        assert entry.relative_error == pytest.approx(missing / entry.norm, rel=1e-5)
+        assert entry.energy_kept == pytest.approx(1 - (missing / entry.norm) ** 2)
+        total, lost = total + entry.norm**2, lost + missing**2
+    assert report.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-5)
+    assert report.energy_kept == pytest.approx(1 - lost / total)
+    assert report.parameters * 8 == report.parameters_before * rank
+    verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_every_module_keeps_at_least_the_energy_and_needs_its_rank_for_that(tmp_path, wide, energy):
+    report = resize(wide, tmp_path / "out", ResizeOptions(energy=energy))
+    before = dense(wide)
+    for entry in report.modules:
+        shares = torch.linalg.svdvals(before[entry.module]).square().cumsum(0) / before[entry.module].square().sum()
+        assert entry.rank == int((shares < energy).sum()) + 1
+        assert entry.energy_kept >= energy
+    assert report.energy_kept >= energy
+    assert {entry.rank for entry in report.modules} <= set(range(1, 9))
+    assert dense(tmp_path / "out").keys() == before.keys()  # with patterns that fit the tensors
+
+
+@pytest.mark.parametrize("options", [{"rank": 8}, {"rank": 64}, {"energy": 1.0}])
+def test_nothing_that_is_small_enough_is_touched(tmp_path, wide, options):
+    report = resize(wide, tmp_path / "out", ResizeOptions(**options))
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (wide, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    one, other = dense(wide), dense(tmp_path / "out")
+    assert all((one[module] - other[module]).norm() <= 1e-15 * one[module].norm() for module in one)
+    assert (report.resized, report.unchanged, report.energy_kept, report.relative_error) == (0, 14, 1.0, 0.0)
+    assert report.below == (14 if options.get("rank") == 64 else 0)
+
+
+def test_ranks_that_differ_are_cut_or_kept_one_by_one(tmp_path, llama):
+    parts = {"r": 6, "lora_alpha": 6, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 1}}
+    mixed = tiny.write_peft_adapter(tmp_path / "mixed", llama, **parts)
+    report = resize(mixed, tmp_path / "out", ResizeOptions(rank=4))
+    assert (report.resized, report.unchanged, report.below, report.ranks) == (12, 2, 2, (2, 4))
+    before, after = dense_by_reading(mixed), dense(tmp_path / "out")
+    for module in before:
+        u, sigma, vt = torch.linalg.svd(before[module])
+        assert (after[module] - (u[:, :4] * sigma[:4]) @ vt[:4]).norm() < 1e-6 * sigma[0]
+
+
+def dense_by_reading(folder):
+    terms = read_adapter(folder).modules
+    return {module: term.scaling * term.lora_b.double() @ term.lora_a.double() for module, term in terms.items()}
+
+
+def test_the_energy_that_is_all_drops_only_what_is_nothing(tmp_path, wide, copy_of):
+    folder = copy_of(wide)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight"
+    tensors[key][5:] = tensors[key][:3]  # three rows that others have already
+    save_file(tensors, folder / "adapter_model.safetensors")
+    report = resize(folder, tmp_path / "out", ResizeOptions(energy=1.0))
+    assert {entry.module: entry.rank for entry in report.modules if entry.rank < 8} == {"model.layers.0.mlp.up_proj": 5}
+    before, after = dense(folder), dense(tmp_path / "out")
+    assert all((before[module] - after[module]).norm() < 2e-7 * before[module].norm() for module in before)
+
+
+def test_an_adapter_that_does_nothing_yet_can_be_resized(tmp_path, adapter, copy_of):
+    folder = copy_of(adapter)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    zeroed = {key: tensor * 0 if ".lora_B." in key else tensor for key, tensor in tensors.items()}
+    save_file(zeroed, folder / "adapter_model.safetensors")
+    for number, options in enumerate([{"rank": 2}, {"energy": 0.9}]):
+        report = resize(folder, tmp_path / str(number), ResizeOptions(**options))
+        assert (report.energy_kept, report.relative_error) == (1.0, 0.0)
+        assert all(not change.any() for change in dense(tmp_path / str(number)).values())
+
+
+def logits(base, adapter):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 43).view(2, 20)).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_computes_the_same_when_only_nothing_was_dropped(tmp_path, family, request):
+    base = request.getfixturevalue(family)
+    adapter = tiny.write_peft_adapter(tmp_path / "adapter", base, rank=6, seed=3)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        if ".lora_A." in key:
+            tensor[3:] = tensor[:3]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    report = resize(adapter, tmp_path / "out", ResizeOptions(rank=3))
+    assert report.resized == len(report.modules)
+    ours, theirs = logits(base, tmp_path / "out"), logits(base, adapter)
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    plain = logits(base, tiny.write_peft_adapter(tmp_path / "other", base, rank=6, seed=4))
+    assert (ours - plain).abs().max() > 1e-2 * theirs.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_embeddings_stay_embeddings(tmp_path):
+    base = tiny.write_llama(tmp_path / "untied", tied=False)
+    adapter = tiny.write_peft_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
+    report = resize(adapter, tmp_path / "out", ResizeOptions(rank=2))
+    assert report.base_copies == ("model.embed_tokens.weight",)
+    before, after = read_adapter(adapter), read_adapter(tmp_path / "out")
+    assert after.embeddings == before.embeddings == {"model.embed_tokens"}
+    assert after.modules["model.embed_tokens"].shape == before.modules["model.embed_tokens"].shape
+    change = dense_by_reading(adapter)["model.embed_tokens"]
+    u, sigma, vt = torch.linalg.svd(change, full_matrices=False)
+    kept = dense_by_reading(tmp_path / "out")["model.embed_tokens"]
+    assert (kept - (u[:, :2] * sigma[:2]) @ vt[:2]).norm() < 1e-6 * sigma[0]
+
+
+def test_threads_and_repetition_change_no_byte(tmp_path, wide):
+    before = torch.get_num_threads()
+    for name, threads in (("one", 1), ("two", 2), ("three", 3), ("again", 1)):
+        resize(wide, tmp_path / name, ResizeOptions(rank=3, threads=threads))
+    assert len({tuple(sorted(tree(tmp_path / name).items())) for name in ("one", "two", "three", "again")}) == 1
+    assert torch.get_num_threads() == before
+
+
+def test_the_base_stays_known(tmp_path, llama, wide, certified):
+    known = certified(wide, llama)
+    resize(known, tmp_path / "out", ResizeOptions(rank=2))
+    manifest = require_manifest(tmp_path / "out")
+    assert manifest.operation == {"name": "resize", "options": {"rank": 2}}
+    assert [(parent.role, parent.manifest_sha256) for parent in manifest.parents] == [
+        ("adapter", require_manifest(known).sha256)
+    ]
+    assert manifest.targets == require_manifest(known).targets
+    with pytest.raises(BaseMismatchError):
+        merge(tiny.write_llama(tmp_path / "other", seed=9), [tmp_path / "out"], tmp_path / "merged")
+    assert merge(llama, [tmp_path / "out"], tmp_path / "merged").base_verified
+    resize(wide, tmp_path / "unknown", ResizeOptions(rank=2))
+    assert require_manifest(tmp_path / "unknown").targets == ()
+
+
+def test_what_is_not_low_rank_is_refused_by_name(tmp_path, llama):
+    dora = tiny.write_peft_adapter(tmp_path / "dora", llama, use_dora=True)
+    with pytest.raises(AdapterError, match="cannot resize a DoRA magnitude"):
+        resize(dora, tmp_path / "out", ResizeOptions(rank=2))
+    saved = tiny.write_peft_adapter(tmp_path / "saved", llama, modules_to_save=["norm"])
+    with pytest.raises(AdapterError, match="cannot resize a tensor that replaces"):
+        resize(saved, tmp_path / "out", ResizeOptions(rank=2))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_companion_of_a_quantized_base_is_refused(tmp_path, adapter, copy_of):
+    from adaptkit.checkpoint.compensation import write_compensation
+    from adaptkit.checkpoint.journal import Output
+    from adaptkit.checkpoint.manifest import Manifest
+
+    read = read_adapter(adapter)
+    with Output(tmp_path / "companion", "test") as out:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            out.write(name, (adapter / name).read_bytes())
+        write_compensation(out, read.modules)
+        out.publish(Manifest("adapter", {"name": "quantize"}, tuple(out.files), read.records))
+    with pytest.raises(AdapterError, match="quantization of its base"):
+        resize(tmp_path / "companion", tmp_path / "out", ResizeOptions(rank=2))
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path, wide):
+    dry = resize(wide, tmp_path / "out", ResizeOptions(rank=3), dry_run=True)
+    assert not list(tmp_path.iterdir())
+    report = resize(wide, tmp_path / "out", ResizeOptions(rank=3))
+    assert (dry.modules, dry.energy_kept, dry.parameters) == (report.modules, report.energy_kept, report.parameters)
+    assert (dry.manifest_sha256, report.manifest_sha256) == (None, require_manifest(tmp_path / "out").sha256)
+
+
+def test_an_existing_output_is_left_alone(tmp_path, wide):
+    resize(wide, tmp_path / "out", ResizeOptions(rank=2))
+    with pytest.raises(OutputExistsError):
+        resize(wide, tmp_path / "out", ResizeOptions(rank=3))
+    resize(wide, tmp_path / "out", ResizeOptions(rank=3), force=True)
+    assert read_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"].rank == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank": 2, "energy": 0.9},
+        {"rank": 0},
+        {"rank": -1},
+        {"energy": 0.0},
+        {"energy": 1.5},
+        {"energy": float("nan")},
+        {"rank": 2, "threads": 0},
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(options):
+    with pytest.raises(UsageError):
+        ResizeOptions(**options)
