@@ -69,6 +69,20 @@ def energy_kept(sigma: Tensor, rank: int) -> float:
     return float(sigma[:rank].square().sum()) / total if total else 1.0
 
 
+def check_size(rank: int | None, energy: float | None) -> None:
+    """Refuse anything but one of the two, in its range.
+
+    Raises:
+        UsageError: says which it is.
+    """
+    if (rank is None) == (energy is None):
+        raise UsageError("give either a rank or a share of the energy", hint="--rank 16, or --energy 0.99")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank}: must be at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy {energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the square norm")
+
+
 def rank_for_energy(sigma: Tensor, energy: float) -> int:
     """The smallest rank, at least 1, that keeps a share of Σσ².
 
@@ -90,7 +104,7 @@ def rank_for_energy(sigma: Tensor, energy: float) -> int:
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """exp of the entropy of σ / Σσ (Roy and Vetterli, 2007); 0 for a zero matrix."""
+    """Exp of the entropy of σ / Σσ (Roy and Vetterli, 2007); 0 for a zero matrix."""
     total = float(sigma.sum())
     if total == 0:
         return 0.0

@@ -10,8 +10,9 @@ from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.randomized import Sketching
-from adaptkit.operations._extract_rank import check_size, check_threads
+from adaptkit.numerics.spectrum import check_size
 from adaptkit.operations._inquiry import find_roles
+from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._roles import Role, Roles
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from adaptkit.errors import UsageError
+from adaptkit.operations._pipeline import check_threads
 
 FORMATS = ("keep", "nf4")
 
@@ -38,8 +39,7 @@ class MergeOptions:
             raise UsageError("a quantized merge cannot be unmerged", hint="leave out --embed-adapter")
         if self.embed_adapter and not self.undo:
             raise UsageError("copies of the adapters are for unmerge, which needs the undo record", hint="one of both")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads cannot work", hint="at least one")
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
+from adaptkit.errors import UsageError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -32,3 +36,31 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
         finally:
             for future in running:
                 future.cancel()
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that cannot work.
+
+    Raises:
+        UsageError: it is less than one.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot work", hint="at least one")
+
+
+def each(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Apply ``work`` to several items at once, and yield the results in the order of the items.
+
+    The matrix library is kept to one thread an item while the results are taken: with more, the order of its sums, and
+    so the last bits, would depend on how many there are.
+    """
+
+    def alone(item: Item) -> Result:
+        torch.set_num_threads(1)  # holds for the calling thread, whatever it holds for in others
+        return work(item)
+
+    before = torch.get_num_threads()
+    try:
+        yield from in_order(alone, items, threads)
+    finally:
+        torch.set_num_threads(before)

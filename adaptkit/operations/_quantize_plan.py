@@ -12,6 +12,7 @@ from adaptkit.checkpoint.journal import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations._encoding import TensorPlan
+from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._selection import Choice, Selection, matched_by, select
 from adaptkit.operations._shards import Group, Shards, plan_shards
@@ -84,8 +85,7 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.max_shard_bytes < 1:
             raise UsageError("the shard size must be positive")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads cannot work", hint="at least one")
+        check_threads(self.threads)
         if self.calibration is not None and self.format != "nf4":
             raise UsageError(f"calibration is for nf4, not {self.format}", hint="leave out --calibrate")
         if self.calibration is not None and self.part is not None:

@@ -21,7 +21,7 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
-from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._selection import stores_transposed
 from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
 
@@ -47,8 +47,7 @@ class DequantizeOptions:
             raise UsageError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.max_shard_bytes < 1:
             raise UsageError("the shard size must be positive")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads cannot work", hint="at least one")
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

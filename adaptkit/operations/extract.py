@@ -23,7 +23,6 @@ from adaptkit.operations._extract_plan import (
     Plan,
     make_plan,
 )
-from adaptkit.operations._extract_rank import each
 from adaptkit.operations._extract_report import (
     LITTLE,
     ExtractedModule,
@@ -36,7 +35,7 @@ from adaptkit.operations._extract_report import (
 )
 from adaptkit.operations._extract_saved import module_in_model, nothing, placeholder_part, whole_tensors
 from adaptkit.operations._extract_tensors import Finding, examine
-from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._pipeline import each, thread_count
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
 

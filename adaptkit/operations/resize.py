@@ -12,9 +12,8 @@ from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.spectrum import rank_for_energy, svd
-from adaptkit.operations._extract_rank import check_size, check_threads, each
-from adaptkit.operations._pipeline import thread_count
+from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
+from adaptkit.operations._pipeline import check_threads, each, thread_count
 
 _KEPT_KEYS = ("task_type", "revision", "ensure_weight_tying")
 """What the result's configuration says as the adapter's does, beside what it must."""

@@ -16,8 +16,7 @@ from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
-from adaptkit.operations._extract_rank import check_threads, each
-from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._stack_terms import Stackable, stackable
 from adaptkit.operations._terms import check_weights, expected_fingerprints
 
