@@ -160,13 +160,14 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str], digests: Map
                 f"{adapter.root}: ensure_weight_tying is set, but {table} and {head} change differently",
                 hint="save it again with peft",
             )
-        begins = [adapter.begins.get(name) for name in (table, head)]
-        values = [None if key is None else digests[key] for key in begins]
-        if None not in values and values[0] != values[1]:
-            raise AdapterError(
-                f"{adapter.root}: ensure_weight_tying is set, but {begins[0]!r} and {begins[1]!r} differ",
-                hint="save it again with peft",
-            )
+        for stored in (adapter.begins, adapter.replaced):
+            keys = [stored.get(name) for name in (table, head)]
+            values = [None if key is None else digests[key] for key in keys]
+            if None not in values and values[0] != values[1]:
+                raise AdapterError(
+                    f"{adapter.root}: ensure_weight_tying is set, but {keys[0]!r} and {keys[1]!r} differ",
+                    hint="save it again with peft",
+                )
     return True
 
 

@@ -1,7 +1,6 @@
 """Every tensor of an adapter is used exactly once, whatever it is part of, or the error names what is wrong."""
 
 import contextlib
-import json
 import re
 import shutil
 
@@ -445,23 +444,17 @@ def test_another_number_of_experts_is_refused(made, changed, tmp_path):
 
 def spoil(adapter, how):
     """Spoil an adapter in one of several ways."""
-    key = f"{PREFIX}{Q}.lora_A.weight"
     if how == "stray":
         change_tensors(adapter, lambda t: t.update({f"{PREFIX}{Q}.lora_C.weight": torch.ones(4, 4)}))
-    elif how == "half":
-        change_tensors(adapter, lambda t: t.pop(key))
     elif how == "rank":
         change_config(adapter, r=5)
     elif how == "alpha":
         text = (adapter / CONFIG).read_text()
         (adapter / CONFIG).write_text(re.sub(r'"lora_alpha": \d+', '"lora_alpha": NaN', text))
-    elif how == "kind":
-        change_config(adapter, peft_type="LOHA")
-    elif how == "pickle":
-        (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
     elif how == "module":
         peft_adapters.rename_keys(adapter, lambda name: name.replace(".layers.0.", ".layers.9."))
     elif how == "shape":
+        key = f"{PREFIX}{Q}.lora_A.weight"
         change_tensors(adapter, lambda t: t.update({key: t[key][:, :32]}))
 
 
@@ -469,11 +462,8 @@ def spoil(adapter, how):
     ("name", "how", "code", "phrase"),
     [
         ("everything", "stray", 5, "lora_C"),
-        ("everything", "half", 5, Q),
         ("experts_mixtral", "rank", 5, "rank"),
         ("dora", "alpha", 5, CONFIG),
-        ("tokens", "kind", 5, "LOHA"),
-        ("resized", "pickle", 5, ".bin"),
         ("lora_bias", "module", 4, "layers.9"),
         ("head", "shape", 4, Q),
     ],
@@ -489,10 +479,6 @@ def test_the_command_line_says_it_in_one_line_with_a_hint(changed, run_cli, tmp_
     assert phrase in error
     assert len(rest) == 1
     assert rest[0].startswith("hint: ")
-    assert list(tmp_path.glob("out*")) == []
-    document = run_cli("merge", case.base, adapter, "-o", tmp_path / "out", "--json")
-    assert phrase in json.loads(document.stdout)["error"]["message"]
-    assert document.stderr == ""
     assert list(tmp_path.glob("out*")) == []
 
 

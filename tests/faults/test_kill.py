@@ -95,7 +95,7 @@ def inputs(tmp_path_factory):
 
 
 def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("operation", ["quantize", "merge", "unmerge"])

@@ -314,7 +314,7 @@ def test_another_shape_is_refused_with_both_shapes(tmp_path, llama, adapter, cop
 
 def test_a_quantized_base_is_refused(tmp_path, llama, adapter):
     quantize(llama, tmp_path / "quantized")
-    with pytest.raises(CheckpointError, match="quantized with bitsandbytes.*16-bit") as caught:
+    with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*16-bit") as caught:
         merge(tmp_path / "quantized", [adapter], tmp_path / "out")
     assert require_manifest(tmp_path / "quantized").parents[0].tensors_root in caught.value.hint
 

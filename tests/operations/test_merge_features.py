@@ -9,7 +9,7 @@ import peft_adapters
 import peft_formulas
 import pytest
 import torch
-from peft_adapters import CASES, PREFIX, WEIGHTS
+from peft_adapters import CASES, OF_EVERY_KIND, PREFIX, WEIGHTS
 from peft_formulas import HEAD, rounded_once, tensors_of
 from safetensors.torch import load_file, save_file
 
@@ -99,14 +99,6 @@ def assert_kept_but_for_weights(out, base, case: peft_adapters.Case):
         assert index["metadata"]["total_size"] == total
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_element_is_the_float64_result_rounded_once(tmp_path, judged, name):
-    case, judgement = judged(name)
-    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
-    assert_right(tmp_path / "out", case, judgement)
-    verify(tmp_path / "out")
-
-
 def assert_right(out, case, judgement):
     """Tensors, files and configuration of a merge are what they must be."""
     found, exact = tensors_of(out), peft_formulas.merged(judgement.files, [judgement.changes])
@@ -142,20 +134,38 @@ def loaded(folder):
     return model.eval()
 
 
+def assert_computes(out, case, judgement, tolerance, measure=torch.max):
+    """transformers loads a merge without complaint, tied as it should be, to the logits of the running adapter.
+
+    Not to those of peft's own merge, which changes a tied head along with its embedding.
+    """
+    model = loaded(out)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == ((case.case.tied or case.case.family == "gpt2") and not case.case.untied)
+    if judgement.logits is None:
+        return
+    with torch.no_grad():
+        logits = model(peft_formulas.tokens(case.case.vocabulary)).logits
+    assert logits.shape == judgement.logits.shape
+    assert measure((logits - judgement.logits).abs()) < tolerance * measure(judgement.logits.abs())
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_merged_checkpoint_has_the_logits_of_the_running_adapter(tmp_path, judged, name):
-    """Not those of peft's own merge, which changes a tied head along with its embedding."""
+def test_every_element_is_the_float64_result_rounded_once(tmp_path, judged, name):
+    case, judgement = judged(name)
+    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
+    assert_right(tmp_path / "out", case, judgement)
+    # So much comes of rounding to bfloat16; here and there a token goes to another expert.
+    assert_computes(tmp_path / "out", case, judgement, 0.05, torch.mean)
+    verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", OF_EVERY_KIND)
+def test_in_float32_the_logits_are_those_of_the_running_adapter(tmp_path, judged, name):
     case, judgement = judged(name, "float32")
     merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
     assert_right(tmp_path / "out", case, judgement)
-    model = loaded(tmp_path / "out")
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == ((case.case.tied or case.case.family == "gpt2") and not case.case.untied)
-    with torch.no_grad():
-        logits = model(peft_formulas.tokens(case.case.vocabulary)).logits
-    if judgement.logits is not None:
-        assert logits.shape == judgement.logits.shape
-        assert (logits - judgement.logits).abs().max() < 5e-6 * judgement.logits.abs().max()
+    assert_computes(tmp_path / "out", case, judgement, 5e-6)
 
 
 @pytest.mark.parametrize("name", ["experts_mixtral", "tokens_resized_tied", "everything_phi", "embedding_tied_ensured"])
@@ -232,6 +242,28 @@ def test_an_adapter_that_is_untied_by_its_weight_alone_is_refused(tmp_path, judg
     assert "--untie" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("saved_tied_ensured", "lm_head.weight"),
+        ("embedding_tied_ensured", "lm_head.lora_A.weight"),
+        ("embedding_tied_ensured", "lm_head.base_layer.weight"),
+        ("resized_tied", "lm_head.weight"),
+        ("resized_tied_ensured", "lm_head.weight"),
+        ("resized_embedding_tied_ensured", "lm_head.base_layer.weight"),
+        ("tokens_resized_tied", "lm_head.token_adapter.trainable_tokens_delta"),
+    ],
+)
+def test_a_head_that_should_repeat_its_embedding_and_does_not_is_refused(tmp_path, judged, copy_of, name, key):
+    """The two are one tensor in the running model, which of them it keeps depends on the order of loading."""
+    case, _ = judged(name)
+    adapter = copy_of(case.adapter)
+    peft_adapters.change_tensors(adapter, lambda tensors: tensors[PREFIX + key].mul_(1.5))
+    with pytest.raises((AdapterError, BaseMismatchError), match=r"lm_head|embed_tokens"):
+        merge(case.base, [adapter], tmp_path / "out")
+    assert_nothing_written(tmp_path)
+
+
 def test_equal_replacements_of_embedding_and_head_need_no_untying(tmp_path, judged, copy_of):
     case, judgement = judged("saved_both_tied")
     adapter = copy_of(case.adapter)
@@ -301,14 +333,26 @@ def weights_of(folder):
 
 @pytest.mark.parametrize("name", ["linear", "everything"])
 @pytest.mark.parametrize("naming", NAMES)
-def test_names_that_other_trainers_leave_mean_the_same(tmp_path, judged, copy_of, naming, name):
+def test_names_that_other_trainers_leave_mean_the_same(tmp_path, judged, copy_of, plain, naming, name):
     case, _ = judged(name)
     adapter = copy_of(case.adapter)
     peft_adapters.rename_keys(adapter, NAMES[naming])
     assert set(load_file(adapter / WEIGHTS)) != set(load_file(case.adapter / WEIGHTS))
     merge(case.base, [adapter], tmp_path / "out")
-    merge(case.base, [case.adapter], tmp_path / "plain")
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+    assert weights_of(tmp_path / "out") == plain(case)
+
+
+@pytest.fixture
+def plain(made):
+    """The weight files of a merge of a case's own adapter, made once."""
+
+    def merged(case):
+        out = made / f"merged-{case.name}"
+        if not out.exists():
+            merge(case.base, [case.adapter], out, options_for(case.case))
+        return weights_of(out)
+
+    return merged
 
 
 def refusal_of(base, adapter, out):
@@ -320,24 +364,23 @@ def refusal_of(base, adapter, out):
     return None
 
 
-def merged_alike_or_refused(base, adapter, plain, tmp_path, *names):
-    """Either what ``plain`` merges to, or an error that names one of ``names`` and writes nothing."""
-    error = refusal_of(base, adapter, tmp_path / "out")
-    if error is not None:
-        assert any(name in error.message for name in names), error.message
-        assert error.hint
-        assert_nothing_written(tmp_path)
-    else:
-        merge(base, [plain], tmp_path / "plain")
-        assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+def merged_alike_or_refused(case, adapter, plain, tmp_path, *names):
+    """Either what the case's own adapter merges to, or an error that names one of ``names`` and writes nothing."""
+    error = refusal_of(case.base, adapter, tmp_path / "out")
+    if error is None:
+        assert weights_of(tmp_path / "out") == plain(case)
+        return
+    assert any(name in error.message for name in names), error.message
+    assert error.hint
+    assert_nothing_written(tmp_path)
 
 
 @pytest.mark.parametrize("naming", MAY_BE_REFUSED)
-def test_other_names_mean_the_same_or_are_refused(tmp_path, judged, copy_of, naming):
+def test_other_names_mean_the_same_or_are_refused(tmp_path, judged, copy_of, plain, naming):
     case, _ = judged("linear")
     adapter = copy_of(case.adapter)
     peft_adapters.rename_keys(adapter, MAY_BE_REFUSED[naming])
-    merged_alike_or_refused(case.base, adapter, case.adapter, tmp_path, "_proj")
+    merged_alike_or_refused(case, adapter, plain, tmp_path, "_proj")
 
 
 @pytest.mark.parametrize("prefix", ["model.", "transformer."])
@@ -368,11 +411,11 @@ def test_a_base_saved_without_the_name_of_its_body_is_the_same_base(tmp_path, ju
         ("biases_lora_only", {"bias": "none"}),  # peft loads what is there
     ],
 )
-def test_a_configuration_that_peft_corrects_is_corrected_or_refused(tmp_path, judged, copy_of, name, says):
+def test_a_configuration_that_peft_corrects_is_corrected_or_refused(tmp_path, judged, copy_of, plain, name, says):
     case, _ = judged(name)
     adapter = copy_of(case.adapter)
     peft_adapters.change_config(adapter, **says)
-    merged_alike_or_refused(case.base, adapter, case.adapter, tmp_path, *says, "proj")
+    merged_alike_or_refused(case, adapter, plain, tmp_path, *says, "proj")
 
 
 def test_an_embedding_whose_base_differs_is_never_passed_over(tmp_path, judged, copy_of):
@@ -390,14 +433,13 @@ def test_an_embedding_whose_base_differs_is_never_passed_over(tmp_path, judged, 
         assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgement.files)
 
 
-def test_an_adapter_without_its_embeddings_base_uses_the_bases(tmp_path, judged, copy_of):
+def test_an_adapter_without_its_embeddings_base_uses_the_bases(tmp_path, judged, copy_of, plain):
     """As peft wrote it before it saved embeddings along."""
     case, _ = judged("embedding_rslora")
     adapter = copy_of(case.adapter)
     peft_adapters.change_tensors(adapter, lambda t: t.pop(f"{PREFIX}model.embed_tokens.base_layer.weight"))
     merge(case.base, [adapter], tmp_path / "out")
-    merge(case.base, [case.adapter], tmp_path / "plain")
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+    assert weights_of(tmp_path / "out") == plain(case)
 
 
 # Tokenizers

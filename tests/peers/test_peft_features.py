@@ -21,7 +21,7 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(scope="session")
 def judged(made):
-    def judge(name, dtype="float32"):
+    def judge(name, dtype="bfloat16"):
         case = peft_adapters.make(made, name, dtype)
         return case, peft_formulas.judge(case.base, case.adapter, name)
 
@@ -74,7 +74,7 @@ def test_the_formulas_give_the_logits_of_the_running_model(tmp_path, judged, nam
     config |= {"tie_word_embeddings": False} if untied else {}
     config |= {"vocab_size": case.case.vocabulary} if case.case.vocabulary else {}
     (folder / "config.json").write_text(json.dumps(config))
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with peft_adapters.quiet(), torch.no_grad():
         logits = model.eval()(peft_formulas.tokens(case.case.vocabulary)).logits
