@@ -50,18 +50,24 @@ def encode(residual: Tensor) -> Tensor:
     if values.size == 0:
         return torch.zeros(1, dtype=torch.uint8)
     symbols, counts = np.empty(values.size, np.uint8), np.zeros((STATES, 256), np.int64)
-    raw = np.zeros((int(_cpu_entropy.split(values, symbols, counts)) + 7) // 8, np.uint8)
-    if raw.size:
+    bits = int(_cpu_entropy.split(values, symbols, counts))
+    raw = np.zeros(bits // 64 + 2, np.uint64)
+    if bits:
         _cpu_entropy.put_raw(values, symbols, raw)
     frequencies = _frequencies(counts.sum(axis=0)[:SYMBOLS])
-    states, words = np.full(STATES, LEAST, np.uint64), np.empty(values.size, np.uint16)
-    begin = _cpu_entropy.push(symbols, *_encoding_tables(frequencies), states, words)
+    states, words = np.full(STATES, LEAST, np.uint64), np.empty(values.size + 1, np.uint16)
+    begin = _cpu_entropy.push(symbols, _encoding_table(frequencies), states, words)
     used = words[begin:].astype("<u2").tobytes()
     present = np.flatnonzero(frequencies).tolist()
     parts = [_varint(values.size), _varint(len(present))]
     for before, symbol in zip([-1, *present], present, strict=False):
         parts += [_varint(symbol - before - 1), _varint(int(frequencies[symbol]))]
-    parts += [states.astype("<u4").tobytes(), _varint(len(used) // 2), used, raw.tobytes()]
+    parts += [
+        states.astype("<u4").tobytes(),
+        _varint(len(used) // 2),
+        used,
+        raw.astype("<u8").tobytes()[: (bits + 7) // 8],
+    ]
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
 
@@ -94,12 +100,14 @@ def decode(stream: Tensor, most: int) -> Tensor:
     if used != words.size or (states != LEAST).any():
         raise ValueError("its symbols do not end where they should")
     bits = _cpu_entropy.raw_bits(symbols)
-    raw = source.take((bits + 7) // 8)
-    if bits % 8 and raw[-1] >> (bits % 8):
+    raw = np.zeros(8 * (bits // 64 + 2), np.uint8)
+    tail = source.take((bits + 7) // 8)
+    raw[: tail.size] = tail
+    if bits % 8 and tail[-1] >> (bits % 8):
         raise ValueError("it is not padded with zeros")
     source.end()
     values = torch.empty(count, dtype=torch.int64)
-    _cpu_entropy.join(symbols, raw, values.numpy())
+    _cpu_entropy.join(symbols, raw.view("<u8").astype(np.uint64), values.numpy())
     return values
 
 
@@ -150,30 +158,26 @@ def _frequencies(counts: Any) -> Any:
     return scaled
 
 
-def _encoding_tables(frequencies: Any) -> tuple[Any, Any, Any, Any]:
-    """For each symbol 2^44 / f rounded up, 4096 - f, where its slots begin, and from which state on to shift.
-
-    A state below f · 2^20 times 2^44 / f, rounded up, then shifted down by 44, is exactly the quotient: rounding adds
-    less than f · 2^20 · f / f, which is less than 2^44 / f, and the product stays below 2^64.
-    """
+def _encoding_table(frequencies: Any) -> Any:
+    """What ``_cpu_entropy.push`` needs to know of each symbol."""
     f = frequencies.astype(np.uint64)
     safe = np.maximum(f, np.uint64(1))
-    top = np.uint64(1 << (32 + PRECISION))
-    start = np.cumsum(f) - f
-    return (top + safe - np.uint64(1)) // safe, np.uint64(_TOTAL) - f, start, f << np.uint64(32 - PRECISION)
+    inverse = (np.uint64(1 << (32 + PRECISION)) + safe - np.uint64(1)) // safe
+    return np.stack([inverse, np.uint64(_TOTAL) - f, np.cumsum(f) - f, f << np.uint64(32 - PRECISION)], axis=1)
 
 
 def _slots(source: _Source) -> Any:
     """Read the frequencies; for each of the 4096 slots f - 1, its place among those of its symbol, and the symbol."""
-    slots, filled, symbol = np.empty(_TOTAL, np.uint32), 0, -1
+    symbols: list[int] = []
+    frequencies: list[int] = []
     for _ in range(source.varint()):
-        symbol += 1 + source.varint()
-        frequency = source.varint()
-        if symbol >= SYMBOLS or not 1 <= frequency <= _TOTAL - filled:
+        symbols.append(source.varint() + (symbols[-1] + 1 if symbols else 0))
+        frequencies.append(source.varint())
+        if symbols[-1] >= SYMBOLS or not 1 <= frequencies[-1] <= _TOTAL:
             raise ValueError("its frequencies are none")
-        place = np.arange(frequency, dtype=np.uint32)
-        slots[filled : filled + frequency] = (frequency - 1) << 20 | place << 8 | symbol
-        filled += frequency
-    if filled != _TOTAL:
+    if sum(frequencies) != _TOTAL:
         raise ValueError("its frequencies do not add up")
-    return slots
+    f = np.array(frequencies, np.uint32)
+    start = np.cumsum(f, dtype=np.uint32) - f
+    packed = (f - 1) << 20 | np.array(symbols, np.uint32)
+    return np.repeat(packed, f) | (np.arange(_TOTAL, dtype=np.uint32) - np.repeat(start, f)) << 8

@@ -3,9 +3,10 @@
 Each loop is told how long its arrays are and never goes beyond, whatever bytes it is given.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
 import numpy as np
 
+from adaptkit.numerics.kernels._cpu_bits import leading_zeros
 from adaptkit.numerics.kernels._cpu_memory import inlined, jit
 
 EXACT = 192
@@ -24,28 +25,22 @@ STATES = 4
 
 
 @inlined
-def _bit_length(number):
-    length = np.uint64(0)
-    for step in (32, 16, 8, 4, 2, 1):
-        if number >> np.uint64(step):
-            number >>= np.uint64(step)
-            length += np.uint64(step)
-    return length + np.uint64(1)
-
-
-@inlined
 def _zigzag(value):
     return np.uint64((value << 1) ^ (value >> 63))
 
 
 @jit
 def split(values, symbols, counts):
-    """The symbol of every value; ``counts``, (STATES, 256), takes how often each occurs. Returns the number of raw bits."""
+    """Find the symbol of every value, and in ``counts``, (STATES, 256), how often each occurs.
+
+    Returns:
+        The number of raw bits.
+    """
     raw = np.uint64(0)
     for i in range(values.size):
         code = _zigzag(values[i])
         if code >= np.uint64(EXACT):
-            length = _bit_length(code)
+            length = np.uint64(64) - leading_zeros(code)
             raw += length - np.uint64(1)
             code = np.uint64(EXACT - 8) + length
         symbols[i] = code
@@ -53,40 +48,24 @@ def split(values, symbols, counts):
     return raw
 
 
-@inlined
-def _put(out, position, bits, count):
-    """Write up to 64 bits; ``out`` is zero from there on."""
-    while count:
-        free = min(np.uint64(8) - (position & np.uint64(7)), count)
-        low = bits & ((np.uint64(1) << free) - np.uint64(1))
-        out[position >> np.uint64(3)] |= np.uint8(low << (position & np.uint64(7)))
-        bits >>= free
-        count -= free
-        position += free
-    return position
-
-
-@inlined
-def _get(source, position, count):
-    """Read up to 63 bits."""
-    bits, done = np.uint64(0), np.uint64(0)
-    while done < count:
-        some = min(np.uint64(8) - (position & np.uint64(7)), count - done)
-        byte = np.uint64(source[position >> np.uint64(3)]) >> (position & np.uint64(7))
-        bits |= (byte & ((np.uint64(1) << some) - np.uint64(1))) << done
-        done += some
-        position += some
-    return bits
-
-
 @jit
 def put_raw(values, symbols, out):
-    """Write the bits below the first one of every value that is no symbol of its own."""
+    """Write the bits below the first one of every value that is no symbol of its own.
+
+    Args:
+        values: int64.
+        symbols: uint8, as ``split`` found them.
+        out: uint64, zeros, one more than the bits take; filled from the lowest bit on.
+    """
     position = np.uint64(0)
     for i in range(values.size):
         if symbols[i] >= EXACT:
-            position = _put(out, position, _zigzag(values[i]), np.uint64(symbols[i]) - np.uint64(EXACT - 7))
-    return position
+            count = np.uint64(symbols[i]) - np.uint64(EXACT - 7)
+            bits = _zigzag(values[i]) ^ (np.uint64(1) << count)
+            word, shift = position >> np.uint64(6), position & np.uint64(63)
+            out[word] |= bits << shift
+            out[word + np.uint64(1)] |= (bits >> np.uint64(1)) >> (np.uint64(63) - shift)
+            position += count
 
 
 @jit
@@ -101,43 +80,56 @@ def raw_bits(symbols):
 
 @jit
 def join(symbols, raw, values):
-    """Undo ``split`` and ``put_raw``; ``raw`` holds as many bits as ``raw_bits`` says."""
+    """Undo ``split`` and ``put_raw``; ``raw`` has one element more than the bits take, as there."""
     position = np.uint64(0)
     for i in range(symbols.size):
         code = np.uint64(symbols[i])
         if code >= np.uint64(EXACT):
             count = code - np.uint64(EXACT - 7)
-            code = (np.uint64(1) << count) | _get(raw, position, count)
+            word, shift = position >> np.uint64(6), position & np.uint64(63)
+            high = (raw[word + np.uint64(1)] << np.uint64(1)) << (np.uint64(63) - shift)
+            first = np.uint64(1) << count
+            code = first | (((raw[word] >> shift) | high) & (first - np.uint64(1)))
             position += count
         values[i] = np.int64(code >> np.uint64(1)) ^ -np.int64(code & np.uint64(1))
 
 
 @inlined
-def _push(state, symbol, inverse, room, start, limit, words, position):
+def _push(state, symbol, table, words, position):
     """Put one symbol into a state: (state / f) 2^12 + state mod f + start, after making room for it."""
-    if state >= limit[symbol]:
-        position -= 1
-        words[position] = state & np.uint64(0xFFFF)
-        state >>= np.uint64(16)
-    quotient = (state * inverse[symbol]) >> np.uint64(32 + PRECISION)  # exactly state / f, see ``encoding_tables``
-    return state + start[symbol] + quotient * room[symbol], position
+    symbol = np.uint64(symbol)
+    words[position - np.uint64(1)] = state & np.uint64(0xFFFF)  # counts only if it is full; no branch to be guessed
+    full = np.uint64(state >= table[symbol, 3])
+    position -= full
+    state >>= full << np.uint64(4)
+    quotient = (state * table[symbol, 0]) >> np.uint64(32 + PRECISION)  # exactly state / f
+    return state + table[symbol, 2] + quotient * table[symbol, 1], position
 
 
 @jit
-def push(symbols, inverse, room, start, limit, states, words):
-    """Code the symbols from the last to the first; the words are filled from the end. Returns where they begin."""
-    position, count = words.size, symbols.size
-    for i in range(count - 1, (count & ~(STATES - 1)) - 1, -1):
-        lane = i & (STATES - 1)
-        states[lane], position = _push(states[lane], symbols[i], inverse, room, start, limit, words, position)
+def push(symbols, table, states, words):
+    """Code the symbols from the last to the first; the words are filled from the end. Returns where they begin.
+
+    Args:
+        symbols: uint8.
+        table: (SYMBOLS, 4) uint64: 2^44 / f rounded up, 2^12 - f, where the slots begin, and from which state on a word
+            is to be taken out, f · 2^20. A state below that times the first, shifted down by 44, is exactly the
+            quotient: rounding adds less than f · 2^20 · f / f < 2^44 / f, and the product stays below 2^64.
+        states: STATES uint64, left as decoding is to find them.
+        words: uint16, one more than there are symbols.
+    """
+    position, count = np.uint64(words.size), symbols.size
+    whole = count & ~(STATES - 1)
+    for lane in range(count - whole - 1, -1, -1):
+        states[lane], position = _push(states[lane], symbols[whole + lane], table, words, position)
     s0, s1, s2, s3 = states[0], states[1], states[2], states[3]
-    for i in range((count & ~(STATES - 1)) - STATES, -1, -STATES):
-        s3, position = _push(s3, symbols[i + 3], inverse, room, start, limit, words, position)
-        s2, position = _push(s2, symbols[i + 2], inverse, room, start, limit, words, position)
-        s1, position = _push(s1, symbols[i + 1], inverse, room, start, limit, words, position)
-        s0, position = _push(s0, symbols[i], inverse, room, start, limit, words, position)
+    for i in range(whole - STATES, -1, -STATES):
+        s3, position = _push(s3, symbols[i + 3], table, words, position)
+        s2, position = _push(s2, symbols[i + 2], table, words, position)
+        s1, position = _push(s1, symbols[i + 1], table, words, position)
+        s0, position = _push(s0, symbols[i], table, words, position)
     states[0], states[1], states[2], states[3] = s0, s1, s2, s3
-    return position
+    return np.int64(position)
 
 
 @inlined
@@ -146,10 +138,9 @@ def _pop(state, slots, words, position):
     slot = np.uint64(slots[state & np.uint64((1 << PRECISION) - 1)])
     state = ((slot >> np.uint64(20)) + np.uint64(1)) * (state >> np.uint64(PRECISION))
     state += (slot >> np.uint64(8)) & np.uint64((1 << PRECISION) - 1)
-    if state < np.uint64(LEAST):
-        state = (state << np.uint64(16)) | np.uint64(words[position])
-        position += np.uint64(1)
-    return state, slot, position
+    empty = np.uint64(state < np.uint64(LEAST))
+    state = (state << (empty << np.uint64(4))) | (np.uint64(words[position]) & (np.uint64(0) - empty))
+    return state, slot, position + empty
 
 
 @jit
@@ -165,7 +156,8 @@ def pop(states, slots, words, symbols):
     position, usable = np.uint64(0), np.uint64(words.size - STATES)
     s0, s1, s2, s3 = states[0], states[1], states[2], states[3]
     count = symbols.size
-    for i in range(0, count & ~(STATES - 1), STATES):
+    whole = count & ~(STATES - 1)
+    for i in range(0, whole, STATES):
         s0, slot0, position = _pop(s0, slots, words, position)
         s1, slot1, position = _pop(s1, slots, words, position)
         s2, slot2, position = _pop(s2, slots, words, position)
@@ -174,8 +166,7 @@ def pop(states, slots, words, symbols):
         if position > usable:
             return np.int64(position)
     states[0], states[1], states[2], states[3] = s0, s1, s2, s3
-    for i in range(count & ~(STATES - 1), count):
-        lane = i & (STATES - 1)
+    for lane in range(count - whole):
         states[lane], slot, position = _pop(states[lane], slots, words, position)
-        symbols[i] = slot
+        symbols[whole + lane] = slot
     return np.int64(position)

@@ -42,11 +42,9 @@ def candidate(array, merged, delta, gain):
 @jit
 def _row_of(gain, row, out):
     """A row of a gain that may have one row, one column or one of both."""
-    row = row if gain.shape[0] > 1 else 0
-    if gain.shape[1] > 1:
-        out[:] = gain[row]
-    else:
-        out[:] = gain[row, 0]
+    row, step = (row if gain.shape[0] > 1 else 0), int(gain.shape[1] > 1)
+    for j in range(out.size):
+        out[j] = gain[row, j * step]
 
 
 @jit

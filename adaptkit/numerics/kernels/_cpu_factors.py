@@ -1,8 +1,6 @@
 """Low-rank factors as the compiled loops want them, and their product B A.
 
-The columns of A are cut into tiles that stay near the processor, each rank of a tile in one piece; ranks are padded to
-a multiple of four with zeros, whose products change nothing. The loops take four rows of B and four ranks at a time,
-so that the sixteen factors stay in registers; the ranks keep their order.
+The columns of A are cut into tiles that stay near the processor, each rank of a tile in one piece.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -13,15 +11,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import types
-from numba.extending import overload
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
-
-BLOCK = 4
-"""Rows, and ranks, that are multiplied at a time."""
+from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 
 TILE = 512
 """Columns of a tile."""
@@ -29,15 +23,18 @@ TILE = 512
 _UNIT = 2.0**-24
 """The most by which one float32 operation is off, relative to its result."""
 
+_HOPELESS = 3e38
+"""An error so large that nothing can be told, and float32 still holds it."""
+
 
 @dataclass(frozen=True)
 class Factors:
     """Low-rank changes of one weight; all arrays are numpy's.
 
     Attributes:
-        a: (tiles, K, TILE) float32, K being the sum of the padded ranks.
-        b: (out + BLOCK, K) float32, the last rows zero.
-        ranks: (adapters,) int64, padded.
+        a: (tiles, K, TILE) float32, K being the sum of the ranks; zeros fill up the last tile.
+        b: (out + ROWS, K) float32, the last rows zero.
+        ranks: (adapters,) int64.
         scales: (adapters,) float64.
         columns: in.
     """
@@ -51,7 +48,8 @@ class Factors:
     @cached_property
     def scaled(self) -> Any:
         """B times the scales, rounded to float32."""
-        return (self.b * self._scale).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity, which the filter doubts
+            return (self.b * self._scale).astype(np.float32)
 
     @cached_property
     def gram(self) -> Any:
@@ -73,7 +71,7 @@ class Factors:
         norms_b = np.sqrt(np.square(self.b * self._scale).cumsum(axis=1))
         relative = norms_b @ norms_a + 3 * norms_b[:, -1] * norms_a[-1]
         bound = 1.01 * _UNIT * relative + 2.0**-126 * (largest.sum() + terms + 4)
-        return np.nextafter(bound.astype(np.float32), np.float32(np.inf))
+        return np.nextafter(np.minimum(bound, _HOPELESS).astype(np.float32), np.float32(np.inf))
 
     @property
     def _scale(self) -> Any:
@@ -82,13 +80,10 @@ class Factors:
 
 def prepare(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Factors:
     """See ``reference.prepare``."""
-    padding = [-rank % BLOCK for rank in ranks]
-    parts = zip(lora_a.float().split(ranks), lora_b.float().split(ranks, dim=1), padding, strict=True)
-    a, b = zip(*((pad(x, (0, 0, 0, n)), pad(y, (0, n))) for x, y, n in parts), strict=True)
     return Factors(
-        a=_tiles(torch.cat(a)).numpy(),
-        b=pad(torch.cat(b, dim=1), (0, 0, 0, BLOCK)).numpy(),
-        ranks=np.array([rank + n for rank, n in zip(ranks, padding, strict=True)], np.int64),
+        a=_tiles(lora_a.float()).numpy(),
+        b=pad(lora_b.float(), (0, 0, 0, ROWS)).numpy(),
+        ranks=np.array(ranks, np.int64),
         scales=np.array(scales, np.float64),
         columns=lora_a.shape[1],
     )
@@ -100,74 +95,17 @@ def _tiles(lora_a: Tensor) -> Tensor:
     return pad(lora_a, (0, count * TILE - columns)).view(ranks, count, TILE).transpose(0, 1).contiguous()
 
 
-def _as(array, number):
-    """A number as the type of an array's elements."""
-    raise NotImplementedError
-
-
-@overload(_as, jit_options=INLINED)
-def _as_type(array, number):
-    if array.dtype == types.float64:
-        return lambda array, number: np.float64(number)
-    return lambda array, number: np.float32(number)
-
-
-# A product of two float32 is exact in float64, so fusing it with the addition changes no bit there. (In float32 it
-# does, but there only a bound of the error is wanted.) Nothing else may be fused: flags are a function's own.
-_fused = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"contract"}, **INLINED)
-def _four(total, b, a):
-    return (((total + b[0] * a[0]) + b[1] * a[1]) + b[2] * a[2]) + b[3] * a[3]
-
-
-@inlined
-def _four_factors(out, b, row, k):
-    return _as(out, b[row, k]), _as(out, b[row, k + 1]), _as(out, b[row, k + 2]), _as(out, b[row, k + 3])
-
-
-@inlined
-def _four_ranks(out, a, tile, k, j):
-    first, second = _as(out, a[tile, k, j]), _as(out, a[tile, k + 1, j])
-    return first, second, _as(out, a[tile, k + 2, j]), _as(out, a[tile, k + 3, j])
-
-
-@inlined
-def _multiply_four(a, b, row, tile, k, count, out, keep):
-    """Put the products of four rows of B with four ranks of a tile of A into ``out``, or add them to what it holds."""
-    b0, b1 = _four_factors(out, b, row, k), _four_factors(out, b, row + 1, k)
-    b2, b3 = _four_factors(out, b, row + 2, k), _four_factors(out, b, row + 3, k)
-    if keep:
-        for j in range(count):
-            x = _four_ranks(out, a, tile, k, j)
-            out[0, j], out[1, j] = _four(out[0, j], b0, x), _four(out[1, j], b1, x)
-            out[2, j], out[3, j] = _four(out[2, j], b2, x), _four(out[3, j], b3, x)
-    else:
-        for j in range(count):
-            x, zero = _four_ranks(out, a, tile, k, j), _as(out, 0)
-            out[0, j], out[1, j] = _four(zero, b0, x), _four(zero, b1, x)
-            out[2, j], out[3, j] = _four(zero, b2, x), _four(zero, b3, x)
-
-
-@jit
-def multiply(a, b, row, tile, first, stop, count, out):
-    """Put B A for four rows and a tile's first ``count`` columns into ``out``, over the ranks from first to stop."""
-    for k in range(first, stop, BLOCK):
-        _multiply_four(a, b, row, tile, k, count, out, k > first)
-
-
 @jit
 def _add_scaled(inner, scale, count, delta, row, left):
-    for i in range(min(BLOCK, delta.shape[0] - row)):
+    for i in range(min(ROWS, delta.shape[0] - row)):
         for j in range(count):
             delta[row + i, left + j] += inner[i, j] * scale
 
 
 @jit
 def _low_rank_delta(a, b, ranks, scales, start, delta):
-    inner = np.empty((BLOCK, a.shape[2]), np.float64)
-    for row in range(0, delta.shape[0], BLOCK):
+    inner = np.empty((ROWS, a.shape[2]), np.float64)
+    for row in range(0, delta.shape[0], ROWS):
         for tile in range(a.shape[0]):
             left = tile * a.shape[2]
             count = min(a.shape[2], delta.shape[1] - left)
@@ -179,7 +117,9 @@ def _low_rank_delta(a, b, ranks, scales, start, delta):
                 first = stop
 
 
-@_fused
+# A product of two float32 is exact in float64, so fusing it with the addition changes no bit. It may not be fused with
+# the scale; flags are a function's own.
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def _inner_at(a, b, row, tile, column, first, stop):
     total = 0.0
     for k in range(first, stop):

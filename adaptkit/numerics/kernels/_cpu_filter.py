@@ -12,17 +12,15 @@ Everything is written so that NaN and infinity are doubtful: each test asks for 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
+from adaptkit.numerics.kernels._cpu_bits import trailing_zeros
 from adaptkit.numerics.kernels._cpu_float import any_value
 from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
 
 CERTAIN, AMBIGUOUS, UNKNOWN = 0, 1, 2
 """What ``find_candidates`` says: the guess is the original, or is not enough to tell, or float32 cannot decide."""
-
-_FALSE = ir.Constant(ir.IntType(1), 0)
 
 _SIZE = np.uint32(0x7FFFFFFF)
 _SIGN = np.uint32(0x80000000)
@@ -52,7 +50,7 @@ def _limits(array):
 
 @overload(_limits, jit_options=INLINED)
 def _limits_of(array):
-    least, most, reach = (2.0**-100, 2.0**127, 2.0**11) if array.dtype == types.uint16 else (2.0**-13, 2.0**15, 2.0**14)
+    least, most, reach = (2.0**-100, 2.0**126, 2.0**11) if array.dtype == types.uint16 else (2.0**-13, 2.0**15, 2.0**14)
     limits = np.float32(least), np.float32(most).view(np.uint32), np.float32(reach)
     return lambda array: limits
 
@@ -183,12 +181,6 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
         guesses[j] = _narrowed(guesses, place ^ sign)
 
 
-@intrinsic
-def _trailing_zeros(typingctx, bits):
-    """How many bits of a uint64 other than 0 are zero before the first that is not."""
-    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.cttz(args[0], _FALSE)
-
-
 @jit
 def find_marks(marks, eights, count, words, found):
     """Find the elements of ``marks`` that are not zero.
@@ -214,7 +206,7 @@ def find_marks(marks, eights, count, words, found):
     for n in range(some):
         bits = eights[words[n]]
         while bits:
-            place = _trailing_zeros(bits) >> np.uint64(3)
+            place = trailing_zeros(bits) >> np.uint64(3)
             found[total] = np.int64(np.uint64(8) * words[n] + place)
             total += np.uint64(1)
             bits &= ~(np.uint64(255) << np.uint64(np.uint64(8) * place))

@@ -7,6 +7,7 @@ go by way of the change of a few rows.
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import math
+from typing import Any
 
 import numba
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from adaptkit.numerics.kernels import _cpu_exact
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
 from adaptkit.numerics.kernels._cpu_exact import candidate, result
-from adaptkit.numerics.kernels._cpu_factors import BLOCK, TILE, Factors, delta_at, delta_rows, multiply
+from adaptkit.numerics.kernels._cpu_factors import TILE, Factors, delta_at, delta_rows
 from adaptkit.numerics.kernels._cpu_filter import (
     UNKNOWN,
     find_candidates,
@@ -27,6 +28,7 @@ from adaptkit.numerics.kernels._cpu_filter import (
 )
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
 from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
 
 _Figures = tuple[int, float, float, float]
@@ -82,23 +84,13 @@ def _settle_guesses(merged, row, left, factors, start, tile, found, count, guess
 
 
 @jit
-def _room():
-    """Scratch: the change of four rows, marks and the same as words, places of words and of marks."""
-    marks = np.zeros(TILE, np.uint8)
-    words, found = np.empty(TILE // 8, np.uint64), np.empty(TILE, np.int64)
-    return np.empty((BLOCK, TILE), np.float32), marks, marks.view(np.uint64), words, found
-
-
-@jit
-def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, out, residual, sums):
+def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, out, guess, residual, sums):
     """Merge a block of rows; how long the residual is, and whether the result is finite."""
     a, columns = factors[0], weight.shape[1]
-    delta, marks, eights, words, found = _room()
-    guess = np.empty((1, TILE), weight.dtype)
-    pending, counts = np.empty((BLOCK, columns), np.int64), np.zeros(BLOCK, np.int64)
+    delta, marks, eights, words, found, pending, counts = room
     finite, length = True, 0
-    for top in range(0, weight.shape[0], BLOCK):
-        height = min(BLOCK, weight.shape[0] - top)
+    for top in range(0, weight.shape[0], ROWS):
+        height = min(ROWS, weight.shape[0] - top)
         for tile in range(a.shape[0]):
             left = tile * TILE
             count = min(TILE, columns - left)
@@ -122,7 +114,8 @@ def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, out, re
                         pending[i, counts[i] + n] = above
                     counts[i] += marked
         for i in range(height):
-            residual[length : length + counts[i]] = pending[i, : counts[i]]
+            for n in range(counts[i]):
+                residual[length + n] = pending[i, n]
             length += counts[i]
             counts[i] = 0
             squared, apart = _squared_norm(factors[1], start + top + i, gram)
@@ -132,14 +125,13 @@ def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, out, re
 
 
 @jit
-def _unmerge_rows(merged, factors, scaled, errors, start, residual, out):
+def _unmerge_rows(merged, factors, scaled, errors, start, residual, room, out):
     """Restore a block of rows; how much of the residual that takes, which may be more than there is."""
     a, columns = factors[0], merged.shape[1]
-    delta, marks, eights, words, found = _room()
-    pending, counts = np.empty((BLOCK, columns), np.int64), np.zeros(BLOCK, np.int64)
+    delta, marks, eights, words, found, pending, counts = room
     used = 0
-    for top in range(0, merged.shape[0], BLOCK):
-        height = min(BLOCK, merged.shape[0] - top)
+    for top in range(0, merged.shape[0], ROWS):
+        height = min(ROWS, merged.shape[0] - top)
         for tile in range(a.shape[0]):
             left = tile * TILE
             count = min(TILE, columns - left)
@@ -162,6 +154,19 @@ def _unmerge_rows(merged, factors, scaled, errors, start, residual, out):
     return used
 
 
+def _room(columns: int) -> tuple[Any, ...]:
+    """Scratch of the loops.
+
+    Returns:
+        The change of four rows of a tile; marks of a row of it, and the same memory as words; places of words, and of
+        marks; of each of the four rows what it adds to the residual, or where it takes from that, and how many.
+    """
+    marks = np.zeros(TILE, np.uint8)
+    places = np.empty(TILE // 8, np.uint64), np.empty(TILE, np.int64)
+    rest = np.empty((ROWS, columns), np.int64), np.zeros(ROWS, np.int64)
+    return np.empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
+
+
 def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
     """See ``reference.merge_rows``."""
     if weight.dtype == torch.float32:
@@ -170,7 +175,8 @@ def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) ->
     out = torch.empty_like(weight)
     residual, sums = np.empty(weight.numel() if with_undo else 0, np.int64), np.zeros(5)
     arrays = (factors.a, factors.b, factors.ranks, factors.scales), factors.scaled, factors.gram, factors.errors
-    length, finite = _merge_rows(float_bits(weight), *arrays, start, with_undo, float_bits(out), residual, sums)
+    scratch = _room(weight.shape[1]), float_bits(out), float_bits(torch.empty((1, TILE), dtype=weight.dtype))
+    length, finite = _merge_rows(float_bits(weight), *arrays, start, with_undo, *scratch, residual, sums)
     moved, squared_weight, overlap, squared_delta, apart = sums.tolist()
     kept = torch.from_numpy(residual[:length].copy())
     if not _figures_hold(squared_delta, apart, overlap, weight.numel()):
@@ -225,7 +231,7 @@ def unmerge_rows(merged: Tensor, factors: Factors, start: int, residual: Tensor)
     out = torch.empty_like(merged)
     arrays = (factors.a, factors.b, factors.ranks, factors.scales), factors.scaled, factors.errors
     values = residual.contiguous().numpy()
-    used = _unmerge_rows(float_bits(merged), *arrays, start, values, float_bits(out))
+    used = _unmerge_rows(float_bits(merged), *arrays, start, values, _room(merged.shape[1]), float_bits(out))
     check_length(used, residual)
     return out, used
 

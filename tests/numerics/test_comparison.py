@@ -1,0 +1,282 @@
+"""Factored comparisons are those of the dense matrices, in float64; tallies are those of the whole tensors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.numerics import lora
+from adaptkit.numerics.comparison import (
+    SAMPLED_ROWS,
+    Tally,
+    compare,
+    effective_rank_with_tail,
+    is_equal,
+    sampled_rows,
+)
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spectrum import effective_rank
+
+
+def term(out, rank, into, scaling=1.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+    return LowRank(a.to(dtype), b.to(dtype), scaling)
+
+
+def dense(change):
+    return change.scaling * (change.lora_b.double() @ change.lora_a.double())
+
+
+def thin(matrix):
+    """Its singular vectors and values, without those that are rounding."""
+    u, sigma, vt = torch.linalg.svd(matrix, full_matrices=False)
+    kept = sigma > 1e-10 * max(float(sigma[0]), 1e-300)
+    return u[:, kept], sigma[kept], vt[kept]
+
+
+def interference(one, two):
+    """As the paper writes it: ‖(UᵀU − I) Σ (VᵀV − I)‖₁ over both tasks' vectors side by side."""
+    (u1, s1, v1), (u2, s2, v2) = thin(one), thin(two)
+    u, v = torch.cat([u1, u2], dim=1), torch.cat([v1, v2]).T
+    sigma, eye = torch.diag(torch.cat([s1, s2])), torch.eye(u.shape[1], dtype=u.dtype)
+    return float(((u.T @ u - eye) @ sigma @ (v.T @ v - eye)).abs().sum())
+
+
+def subspace_cosines(one, two):
+    """From projections onto the subspaces instead of bases of them: P₁P₂P₁ has the cosines' squares as eigenvalues."""
+    projections = [basis @ torch.linalg.pinv(basis) for basis in (one, two)]
+    squares = torch.linalg.eigvalsh(projections[0] @ projections[1] @ projections[0])
+    return squares.clamp(min=0).sqrt().flip(0)[: min(one.shape[1], two.shape[1])]
+
+
+TERMS = st.builds(
+    term,
+    st.just(13),
+    st.integers(1, 7),
+    st.just(9),
+    st.sampled_from([1.0, -0.5, 2.0, 1 / 3]),
+    st.integers(0, 999),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(TERMS, TERMS)
+def test_every_figure_is_that_of_the_dense_matrices(first, second):
+    found, one, two = compare(first, second), dense(first), dense(second)
+    size = float(one.norm() * two.norm())
+    assert found.inner == pytest.approx(float((one * two).sum()), abs=1e-12 * size)
+    for sigma, matrix in zip((*found.sigmas, found.difference_sigma), (one, two, one - two), strict=True):
+        expected = torch.linalg.svdvals(matrix)
+        assert torch.allclose(sigma, expected[: sigma.numel()], atol=1e-11 * float(expected[0]) + 1e-11)
+        assert float(sigma.norm()) == pytest.approx(float(matrix.norm()), rel=1e-10, abs=1e-10)
+    spaces = ((found.columns, one, two, 13), (found.rows, one.T, two.T, 9))
+    for overlap, a, b, space in spaces:
+        bases = thin(a)[0], thin(b)[0]
+        assert overlap.dimensions == (bases[0].shape[1], bases[1].shape[1])
+        assert torch.allclose(overlap.cosines, subspace_cosines(*bases), atol=1e-6)  # roots of eigenvalues near 0
+        expected = float((bases[0].T @ bases[1]).norm()) / math.sqrt(min(overlap.dimensions))
+        assert overlap.rms == pytest.approx(expected, abs=1e-9)
+        assert overlap.random == pytest.approx(math.sqrt(max(overlap.dimensions) / space), rel=1e-12)
+    scale = float(found.sigmas[0].sum() + found.sigmas[1].sum())
+    assert found.interference == pytest.approx(interference(one, two), abs=1e-9 * scale)
+    assert found.interference_share == pytest.approx(interference(one, two) / scale, abs=1e-9)
+    both = (one != 0) & (two != 0)
+    agreeing = (torch.sign(one) == torch.sign(two)) & both  # 13 rows are all sampled
+    assert found.sign_agreement == pytest.approx(int(agreeing.sum()) / int(both.sum()), abs=2 / 117)
+
+
+@settings(deadline=None, max_examples=60)
+@given(TERMS, TERMS)
+def test_the_other_way_round_is_the_mirror_image(first, second):
+    there, back = compare(first, second), compare(second, first)
+    for mine, theirs in zip(there.sigmas, back.sigmas[::-1], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12 * float(mine[0]))
+    assert torch.allclose(there.difference_sigma, back.difference_sigma, atol=1e-11)
+    assert there.inner == pytest.approx(back.inner, abs=1e-11 * lora.norm(first) * lora.norm(second))
+    for mine, theirs in ((there.columns, back.columns), (there.rows, back.rows)):
+        assert mine.dimensions == theirs.dimensions[::-1]
+        assert torch.allclose(mine.cosines, theirs.cosines, atol=1e-10)
+        assert mine.random == theirs.random
+    assert there.interference == pytest.approx(back.interference, rel=1e-9, abs=1e-9)
+    assert there.sign_agreement == back.sign_agreement
+
+
+@settings(deadline=None, max_examples=40)
+@given(TERMS)
+def test_a_change_and_itself(change):
+    found = compare(change, LowRank(change.lora_a.clone(), change.lora_b.clone(), change.scaling))
+    assert found.difference_sigma.count_nonzero() == 0, "exactly"
+    assert torch.equal(*found.sigmas)
+    assert found.inner == pytest.approx(float(dense(change).square().sum()), rel=1e-12)
+    assert found.columns.rms == pytest.approx(1, abs=1e-12)
+    assert found.rows.rms == pytest.approx(1, abs=1e-12)
+    assert found.interference_share == pytest.approx(1, rel=1e-9)
+    assert found.sign_agreement == 1
+
+
+def test_a_change_and_its_opposite():
+    change = term(70, 3, 20)
+    found = compare(change, change.weighted(-1))
+    assert found.inner == pytest.approx(-float(dense(change).square().sum()), rel=1e-12)
+    assert found.columns.rms == pytest.approx(1, abs=1e-12)
+    assert found.sign_agreement == 0
+
+
+def test_orthogonal_changes_do_not_interfere():
+    eye = torch.eye(8)
+    first, second = LowRank(eye[:2], eye[:, 2:4], 3.0), LowRank(eye[4:6], eye[:, 6:8], 0.5)
+    found = compare(first, second)
+    assert (found.inner, found.interference, found.columns.rms, found.rows.rms) == (0, 0, 0, 0)
+    assert found.sign_agreement is None, "where one is not zero the other is"
+    assert found.difference_sigma[:4].tolist() == pytest.approx([3, 3, 0.5, 0.5])
+
+
+def test_one_subspace_in_another_has_only_zero_angles():
+    """Two directions of five: the cosines are two, and all one."""
+    whole = term(40, 5, 30, seed=1)
+    part = LowRank(whole.lora_a[:2], whole.lora_b[:, 1:3], 1.0)
+    found = compare(whole, part)
+    assert found.columns.cosines.tolist() == pytest.approx([1, 1])
+    assert found.rows.cosines.tolist() == pytest.approx([1, 1])
+    assert found.columns.random == math.sqrt(5 / 40)
+
+
+def test_a_known_angle():
+    angle = 0.3
+    first = LowRank(torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0], [0], [0], [0]]), 2.0)
+    second = LowRank(
+        torch.tensor([[math.cos(angle), math.sin(angle), 0]], dtype=torch.float64),
+        torch.tensor([[0.0], [1], [0], [0]], dtype=torch.float64),
+        5.0,
+    )
+    found = compare(first, second)
+    assert found.rows.cosines.tolist() == pytest.approx([math.cos(angle)], abs=1e-14)
+    assert found.columns.cosines.tolist() == [0.0]
+
+
+def test_random_subspaces_overlap_as_the_baseline_says():
+    """The mean of the squares is r₁r₂/m over pairs of subspaces, so that of rms² is max(r₁, r₂)/m."""
+    squares = [compare(term(60, 3, 50, seed=2 * i), term(60, 6, 50, seed=2 * i + 1)) for i in range(150)]
+    for side in ("columns", "rows"):
+        overlaps = [getattr(found, side) for found in squares]
+        mean = sum(overlap.rms**2 for overlap in overlaps) / len(overlaps)
+        assert mean == pytest.approx(overlaps[0].random ** 2, rel=0.05)
+
+
+def test_tiny_differences_keep_their_digits():
+    """Expanding ‖Δ₁ − Δ₂‖² would lose all of them."""
+    first = term(50, 4, 40)
+    second = LowRank(first.lora_a, first.lora_b.clone(), first.scaling)
+    second.lora_b[7, 2] += 1e-6
+    step = float(second.lora_b[7, 2].double() - first.lora_b[7, 2].double())
+    found = compare(first, second)
+    expected = abs(step) * float(first.lora_a[2].double().norm())
+    assert float(found.difference_sigma.norm()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_changes_of_very_different_size_keep_their_figures():
+    small, large = term(50, 4, 40, scaling=1e-9, seed=3), term(50, 4, 40, scaling=1e6, seed=4)
+    found = compare(large, small)
+    assert torch.allclose(found.sigmas[1], torch.linalg.svdvals(dense(small))[:4], rtol=1e-10)
+    assert found.columns.dimensions == (4, 4)
+
+
+def test_zero_changes_have_no_directions():
+    zero, change = LowRank(torch.randn(2, 9), torch.zeros(13, 2), 1.0), term(13, 3, 9)
+    for first, second in ((zero, change), (change, zero), (zero, zero), (change.weighted(0.0), change)):
+        found = compare(first, second)
+        assert found.columns.cosines.numel() == 0
+        assert (found.columns.rms, found.columns.random, found.sign_agreement) == (None, None, None)
+        assert (found.inner, found.interference, found.interference_share) == (0, 0, 0)
+    assert found.sigmas[1].tolist() == pytest.approx(torch.linalg.svdvals(dense(change))[:3].tolist())
+
+
+def test_changes_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare(term(4, 1, 5), term(5, 1, 4))
+
+
+def test_signs_of_many_rows_are_estimated_from_the_same_rows_each_time():
+    first, second = term(4000, 3, 50, seed=1), term(4000, 3, 50, seed=2)
+    mixed = LowRank(torch.cat([first.lora_a, second.lora_a]), torch.cat([first.lora_b, second.lora_b], dim=1), 1.0)
+    found = compare(first, mixed).sign_agreement
+    rows = sampled_rows(4000)
+    assert torch.equal(rows, sampled_rows(4000))
+    assert rows.unique().numel() == SAMPLED_ROWS == 64
+    one, two = dense(first), dense(mixed)
+    assert found == float((torch.sign(one[rows]) == torch.sign(two[rows])).double().mean())
+    assert found == pytest.approx(float((torch.sign(one) == torch.sign(two)).double().mean()), abs=0.03)
+    assert sampled_rows(64).tolist() == list(range(64))
+
+
+def test_equal_means_the_same_values():
+    change = term(5, 2, 4)
+    assert is_equal(change, LowRank(change.lora_a.clone(), change.lora_b.clone(), 1.0))
+    assert not is_equal(change, change.weighted(2))
+    other = change.lora_b.clone()
+    other.view(torch.int32)[3, 1] += 1
+    assert not is_equal(change, LowRank(change.lora_a, other, 1.0))
+
+
+NUMBERS = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40)
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+
+
+@settings(deadline=None, max_examples=80)
+@given(NUMBERS, DTYPES, DTYPES, st.integers(1, 9), st.randoms(use_true_random=False))
+def test_a_tally_of_pieces_is_that_of_the_whole(numbers, dtype, other_dtype, piece, random):
+    values = torch.tensor(numbers, dtype=torch.float64).clamp(-400, 400)
+    first = values.to(dtype)
+    second = torch.tensor([v * random.choice([1, 1, 1.5]) for v in values.tolist()]).clamp(-400, 400).to(other_dtype)
+    tally = Tally()
+    for start in range(0, len(numbers), piece):
+        tally.add(first[start : start + piece], second[start : start + piece])
+    one, two = first.double(), second.double()
+    for found, expected in zip(tally.norms, (one, two, one - two), strict=True):
+        assert found == pytest.approx(float(expected.norm()), rel=1e-12)
+    assert tally.compared == len(numbers)
+    if dtype != other_dtype:
+        assert tally.changed == int((one != two).sum())
+    else:
+        bits = [values.view(torch.uint8).reshape(len(numbers), -1) for values in (first, second)]
+        unlike = [bool((bits[0][i] != bits[1][i]).any()) for i in range(len(numbers))]
+        assert tally.changed == sum(unlike)
+
+
+def test_a_tally_sees_bits_that_values_hide():
+    tally = Tally()
+    tally.add(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]))
+    assert (tally.changed, tally.norms) == (1, (1.0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_tally_has_no_norms_where_there_is_no_number(bad):
+    tally = Tally()
+    tally.add(torch.tensor([bad, 1.0]), torch.tensor([1.0, 1.0]))
+    assert (tally.changed, tally.norms) == (1, None)
+
+
+def test_a_tally_counts_whole_numbers():
+    tally = Tally()
+    tally.add(torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor([1, 2, 4], dtype=torch.uint8))
+    tally.add(torch.tensor([True, False]), torch.tensor([True, True]))
+    assert (tally.changed, tally.compared) == (2, 5)
+
+
+def test_the_effective_rank_with_a_flat_tail_is_that_of_the_whole():
+    sigma = torch.cat([torch.tensor([9.0, 5, 2]), torch.full((20,), 0.25)]).double()
+    square = float(sigma.square().sum())
+    assert effective_rank_with_tail(sigma[:3], square, 23) == pytest.approx(effective_rank(sigma), rel=1e-9)
+    assert effective_rank_with_tail(sigma, square, 23) == pytest.approx(effective_rank(sigma), rel=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=30), st.integers(1, 30))
+def test_the_effective_rank_with_a_tail_is_never_too_low(numbers, known):
+    sigma = torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64)
+    found = effective_rank_with_tail(sigma[:known], float(sigma.square().sum()), len(numbers))
+    assert found >= effective_rank(sigma) * (1 - 1e-9)
