@@ -1,12 +1,14 @@
 """Time adaptkit against what people use today, both sides in one go, each as a whole process.
 
-    .venv/bin/python scripts/bench.py help|quantize|memory|merge [--rounds 3]
+    .venv/bin/python scripts/bench.py help|quantize|memory|merge|diff [--rounds 3]
 
 The checkpoint is a random Llama of 1.1 billion parameters, bfloat16, five shards, made once in the user's cache; for
 memory, one of four times that size, in matrices and in bytes, too.
 Peers: transformers + bitsandbytes (``from_pretrained(load_in_4bit)`` and ``save_pretrained``), peft
 (``merge_and_unload`` and ``save_pretrained``), and a plain copy with a sync after it. The rounds alternate; medians are
 printed with the ratio to adaptkit. Peak memory is the process's own, as the kernel accounts it.
+``diff`` compares two adapters for that checkpoint; its peer forms both changes of every weight in float32. Singular
+values of such matrices take minutes, so those of one weight of each shape are measured and counted for all of them.
 """
 
 import argparse
@@ -66,6 +68,70 @@ PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained
 """
 
 
+MAKE_RANDOM_ADAPTER = """
+import json, pathlib, torch
+from safetensors.torch import save_file
+hidden, inter = {hidden}, {intermediate}
+shapes = {{"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden // 8, hidden),
+          "self_attn.v_proj": (hidden // 8, hidden), "self_attn.o_proj": (hidden, hidden),
+          "mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden), "mlp.down_proj": (hidden, inter)}}
+for seed, folder in [({seed}, pathlib.Path({folder!r}))]:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {{}}
+    for layer in range(22):
+        for name, (out, into) in shapes.items():
+            key = f"base_model.model.model.layers.{{layer}}.{{name}}.lora_"
+            tensors[f"{{key}}A.weight"] = torch.randn(16, into, generator=generator) / 45
+            tensors[f"{{key}}B.weight"] = torch.randn(out, 16, generator=generator) / 500
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {{"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": sorted(shapes)}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+"""
+
+TIME_DIFF = """
+import collections, pathlib, statistics, time, torch
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.numerics import lora
+from adaptkit.operations._diff_adapters import differ_in_module
+from adaptkit.operations._pipeline import each
+one, two = (read_adapter(pathlib.Path(path)).modules for path in ({first!r}, {second!r}))
+
+def dense(module, spectra):
+    x, y = ((t.lora_b @ t.lora_a).mul_(t.scaling) for t in (one[module], two[module]))
+    norms = torch.linalg.vector_norm(x), torch.linalg.vector_norm(y)
+    found = [norms, torch.dot(x.view(-1), y.view(-1)) / norms[0] / norms[1]]
+    return found + [torch.linalg.svdvals(matrix) for matrix in (x, y, x - y)] if spectra else found
+
+def figures():  # all that the command says of each module: angles, interference and signs, too
+    return list(each(lambda name: differ_in_module(name, one[name], two[name]), one, 2))
+
+def norms():
+    return list(each(lambda m: (lora.norm(one[m]), lora.norm(two[m]), lora.inner_product(one[m], two[m])), one, 2))
+
+def seconds(work):
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+sides = {{"adaptkit, all figures": figures, "adaptkit, norms and cosine": norms,
+         "dense, norms and cosine": lambda: [dense(module, False) for module in one]}}
+times = {{name: [] for name in sides}}
+for _ in range({rounds}):
+    for name, work in sides.items():
+        times[name].append(seconds(work))
+found = {{name: statistics.median(runs) for name, runs in times.items()}}
+shapes = collections.defaultdict(list)
+for module in one:
+    shapes[one[module].shape].append(module)
+scaled = sum(len(modules) * seconds(lambda: dense(modules[0], True)) for modules in shapes.values())
+found[f"dense, with singular values ({{len(shapes)}} of {{len(one)}})"] = scaled
+for name, value in found.items():
+    ratios = [value / found[side] for side in ("adaptkit, all figures", "adaptkit, norms and cosine")]
+    print(f"{{name:44}} {{value:9.3f}} s {{ratios[0]:10.1f}} {{ratios[1]:10.1f}}")
+"""
+
+
 def python(code: str, **names: Path) -> list[str]:
     """A command that runs a snippet with paths filled in."""
     return [sys.executable, "-c", code.format(**{name: str(path) for name, path in names.items()})]
@@ -120,6 +186,15 @@ def adapter() -> Path:
     return folder
 
 
+def random_adapter(name: str, hidden: int, intermediate: int, seed: int = 0) -> Path:
+    """A rank-16 adapter for all linear layers of a checkpoint of these sizes, without the checkpoint."""
+    folder = FOLDER / name
+    if not (folder / "adapter_config.json").exists():
+        code = MAKE_RANDOM_ADAPTER.format(folder=str(folder), hidden=hidden, intermediate=intermediate, seed=seed)
+        subprocess.run([sys.executable, "-c", code], check=True)
+    return folder
+
+
 def bench_help(rounds: int) -> None:
     """How long ``--help`` takes."""
     sides = {
@@ -147,39 +222,57 @@ def bench_quantize(rounds: int) -> None:
 
 
 def bench_memory(rounds: int) -> None:
-    """Quantize two checkpoints of which one has four times the parameters, and matrices of four times the size."""
+    """Quantize, and merge into, two checkpoints of which one has four times the parameters and sizes of matrices."""
     small, large = checkpoint(), checkpoint("llama-4.1b", 4096, 11264, "1900MB")
     out = FOLDER / "out"
-    sides = {model.name: [*ADAPTKIT, "quantize", str(model), "-o", str(out)] for model in (small, large)}
+    sides = {f"quantize {model.name}": [*ADAPTKIT, "quantize", str(model), "-o", str(out)] for model in (small, large)}
+    adapters = {small: random_adapter("memory-small", 2048, 5632), large: random_adapter("memory-large", 4096, 11264)}
+    for model, lora in adapters.items():
+        sides[f"merge {model.name}"] = [*ADAPTKIT, "merge", str(model), str(lora), "-o", str(out)]
     compare(sides, rounds, out)
 
 
 def bench_merge(rounds: int) -> None:
-    """A rank-16 adapter on all linear layers, into 16 bits."""
-    model, lora, out = checkpoint(), adapter(), FOLDER / "out"
-    ours = [*ADAPTKIT, "merge", str(model), str(lora), "-o", str(out)]
+    """A rank-16 adapter on all linear layers, into 16 bits, and out again."""
+    model, lora, out, merged = checkpoint(), adapter(), FOLDER / "out", FOLDER / "merged"
+    ours = [*ADAPTKIT, "merge", str(model), str(lora), "-o"]
+    shutil.rmtree(merged, ignore_errors=True)
+    subprocess.run([*ours, str(merged)], check=True, stdout=subprocess.DEVNULL)
     compare(
         {
-            "adaptkit merge": ours,
-            "adaptkit merge --no-undo": [*ours, "--no-undo"],
+            "adaptkit merge --no-undo": [*ours, str(out), "--no-undo"],
+            "adaptkit merge": [*ours, str(out)],
+            "adaptkit unmerge": [*ADAPTKIT, "unmerge", str(merged), "--adapter", str(lora), "-o", str(out)],
             "peft merge_and_unload + save": python(PEER_MERGE, model=model, adapter=lora, out=out),
             "cp of the input, and sync": ["sh", "-c", f"cp -r '{model}' '{out}' && sync"],
         },
         rounds,
         out,
     )
+    shutil.rmtree(merged)
+
+
+def bench_diff(rounds: int) -> None:
+    """Two rank-16 adapters on all 154 linear layers, factored and dense; and the whole command."""
+    folders = {name: random_adapter(f"diff-{name}", 2048, 5632, seed) for seed, name in enumerate(("first", "second"))}
+    print(f"{'':44} {'':11} {'to all':>10} {'to norms':>10}   ratios", flush=True)
+    subprocess.run(python(TIME_DIFF.replace("{rounds}", str(rounds)), **folders), check=True)
+    paths = " ".join(f"'{folder}'" for folder in folders.values())
+    command = " ".join([*ADAPTKIT, "diff", paths, "--quiet"])  # it exits with 1: they differ
+    sides = {"adaptkit diff": ["sh", "-c", f"{command} || test $? -eq 1"]}
+    compare(sides | {"python -c 'import torch'": [sys.executable, "-c", "import torch"]}, rounds, FOLDER / "out")
 
 
 def main() -> None:
     """Run one comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["help", "quantize", "memory", "merge"])
+    parser.add_argument("what", choices=["help", "quantize", "memory", "merge", "diff"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {options.rounds} rounds")
     sides = {"help": bench_help, "quantize": bench_quantize, "memory": bench_memory, "merge": bench_merge}
-    sides[options.what](options.rounds)
+    (sides | {"diff": bench_diff})[options.what](options.rounds)
 
 
 if __name__ == "__main__":

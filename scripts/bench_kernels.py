@@ -1,10 +1,15 @@
-"""Time encoding and decoding of every format against bitsandbytes and plain torch, in one process on one core.
+"""Time the kernels on one core: every format against bitsandbytes and plain torch, then merging, undoing, the coder.
 
     .venv/bin/python scripts/bench_kernels.py [--rounds 9] [--million 4] [--device cpu|cuda]
 
 The sides take turns within each round and the best is printed, in millions of weights a second, with the ratios to
 adaptkit. Blocks of 64 with float32 constants. bitsandbytes' counterpart of int8 is its 8-bit block-wise format, whose
 256 levels are others. On a GPU, memory traffic in GB/s is printed too, and the bytes are compared with the CPU's.
+
+On a CPU a second table follows: a change of rank 16 and of 1 % of the weight's norm is merged and taken out again.
+Were all of it done in float64, as the definition says, nothing could be faster than the multiply-adds alone, one a rank
+and weight, with all that they need in the cache. They are timed in the same turns, as float32, of which a vector holds
+twice as many, so at half the rate; "of floor" is a rate divided by that.
 """
 
 import argparse
@@ -18,16 +23,20 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads OpenMP
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import bitsandbytes.functional as bnb
+import numba
+import numpy as np
 import torch
 from torch import Tensor
 
 from adaptkit.discovery import load, names
-from adaptkit.numerics import formats
+from adaptkit.numerics import exact, formats, lora, residual
 from adaptkit.numerics.formats._blockwise import Blockwise, Format
-from adaptkit.numerics.kernels import reference
+from adaptkit.numerics.kernels import _cpu_product, reference
 from adaptkit.numerics.kernels.codebook import FP4, NF4
+from adaptkit.numerics.lora import LowRank
 
 BLOCK = 64
+RANK = 16
 BOOKS = {"nf4": NF4, "fp4": FP4}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIDES = ("adaptkit", "bitsandbytes", "torch")
@@ -98,6 +107,58 @@ def same_as_on_cpu(form: Format, weight: Tensor) -> bool:
     return all(torch.equal(on_device.cpu(), on_cpu) for on_device, on_cpu in pairs)
 
 
+@numba.njit(nogil=True)
+def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, blocks: int) -> None:
+    """The products of so many blocks of four rows and 256 columns, all of the same few numbers."""
+    for _ in range(blocks):
+        _cpu_product.multiply(a, b, 0, 0, 0, RANK, 256, out)
+
+
+def merge_runs(weight: Tensor, term: LowRank) -> tuple[dict[str, Run], dict[str, int]]:
+    """What to time of merging, and how many elements each run handles."""
+    prepared, rows = exact.prepare([term]), slice(0, 64)
+    merged = exact.merge_rows(weight, prepared, 0, True)
+    a, b = np.ones((1, RANK, 256), np.float32), np.ones((4, RANK), np.float32)
+    out, count = np.empty((4, 256), np.float32), weight.numel()
+    many = merged.residual.repeat(1 + 500_000 // max(1, merged.residual.numel()))
+    packed = residual.encode(many)
+    part = exact.prepare([LowRank(term.lora_a, term.lora_b[rows], term.scaling)])
+    plain = reference.prepare(term.lora_a, term.lora_b[rows], [RANK], [term.scaling])
+    runs: dict[str, Run] = {
+        "floor": lambda: products(a, b, out, 2 * count // 1024),
+        "merge": lambda: exact.merge_rows(weight, prepared, 0, False),
+        "merge, undo": lambda: exact.merge_rows(weight, prepared, 0, True),
+        "unmerge": lambda: exact.unmerge_rows(merged.weight, prepared, 0, merged.residual),
+        "encode": lambda: residual.encode(many),
+        "decode": lambda: residual.decode(packed, many.numel()),
+        "small": lambda: exact.merge_rows(weight[rows], part, 0, True),
+        "torch": lambda: reference.merge_rows(weight[rows], plain, 0, True),
+    }
+    sizes = dict.fromkeys(runs, count) | dict.fromkeys(("encode", "decode"), many.numel())
+    return runs, sizes | dict.fromkeys(("small", "torch"), weight[rows].numel())
+
+
+def bench_merge(values: Tensor, rounds: int) -> None:
+    """Print the table of merging."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(RANK, values.shape[1], generator=generator)
+    term = LowRank(a, torch.randn(values.shape[0], RANK, generator=generator), 1.0)
+    term = term.weighted(0.01 * float(values.norm()) / lora.norm(term))
+    print(f"\n{'':5} {'dtype':5} {'':12} {'million/s':>10} {'of floor':>9}")
+    for short, dtype in DTYPES.items():
+        weight = values.to(dtype)
+        runs, sizes = merge_runs(weight, term)
+        taken = take_turns(runs, rounds, "cpu")
+        rate = {name: sizes[name] / taken[name] / 1e6 for name in runs}
+        for name in ("floor", "merge", "merge, undo", "unmerge"):
+            print(f"exact {short:5} {name:12} {rate[name]:10,.0f} {rate[name] / rate['floor']:9.0%}")
+        for name in ("encode", "decode"):
+            print(f"coder {short:5} {name:12} {rate[name]:10,.0f}")
+        kept = residual.encode(exact.merge_rows(weight, exact.prepare([term]), 0, True).residual)
+        print(f"      {short:5} {rate['small'] / rate['torch']:.0f}x plain torch", end=", ")
+        print(f"{8 * kept.numel() / weight.numel():.4f} bits a weight are kept")
+
+
 def keep_memory() -> None:
     """Have the C library keep what is freed: otherwise page faults are timed, and on whose turn they fall is luck."""
     if sys.platform == "linux":
@@ -140,6 +201,8 @@ def main() -> int:
                     line += f" {traffic / taken['adaptkit'] / 1e9:9.0f} {'yes' if same else 'NO':>9}"
                 print(line, flush=True)
     print(f"slower than bitsandbytes: {slower} of {2 * len(DTYPES) * len(names(formats))}")
+    if options.device == "cpu":
+        bench_merge(weight[:512], options.rounds)
     return int(differing > 0 or (options.device == "cpu" and slower > 0))
 
 

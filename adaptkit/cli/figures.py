@@ -93,7 +93,14 @@ def histogram(values: Sequence[float], what: str, things: str, *, bins: int = 30
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], horizontal: str, vertical: str, *, logarithmic: bool = False
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    horizontal: str,
+    vertical: str,
+    *,
+    logarithmic: bool = False,
+    title: str = "",
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> Html:
     """Lines over a common axis.
 
@@ -102,6 +109,9 @@ def curves(
         horizontal: name and unit of the first number.
         vertical: of the second.
         logarithmic: the vertical axis is.
+        title: over the picture; those of one page must differ if their vertical axes do not.
+        bands: name of a line -> the same first numbers, and what is shaded around the line: from, to.
+        levels: name -> height of a dotted line across, in the colour of the line of that name.
     """
     with _figure() as figure:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -112,14 +122,28 @@ def curves(
         for points in series.values():
             seen = "." if len(points) == 1 else ""  # a line of one point has no length
             lines += axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2, marker=seen)
+        colours = {name: line.get_color() for name, line in zip(series, lines, strict=True)}
+        for name, band in (bands or {}).items():
+            x, low, high = ([point[place] for point in band] for place in range(3))
+            axes.fill_between(x, low, high, color=colours[name], alpha=0.18, linewidth=0)
+        for name, level in (levels or {}).items():
+            axes.axhline(level, color=colours[name], linewidth=1, linestyle=":")
         if logarithmic:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bottom, top = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 200 * bottom else (1,)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         if len(series) > 1:
-            axes.legend(lines, [_label(name) for name in series], fontsize=8, frameon=False, labelcolor=_INK)
-        return _svg(figure, f"curves {vertical}", f"{vertical} by {horizontal}: {', '.join(series)}", {})
+            place: dict[str, Any] = {}
+            if title:  # the legend is between title and axes, where no line can be
+                place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(series), "borderaxespad": 0.2}
+            names = [_label(name) for name in series]
+            axes.legend(lines, names, fontsize=8, frameon=False, labelcolor=_INK, **place)
+        if title:
+            axes.set_title(_label(title), fontsize=9, loc="left", pad=20 if len(series) > 1 else 6)
+        about = f"{title} {vertical}".strip()
+        return _svg(figure, f"curves {about}", f"{about} by {horizontal}: {', '.join(series)}", {})
 
 
 @contextmanager

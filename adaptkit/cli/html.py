@@ -46,6 +46,9 @@ th[aria-sort=ascending] button::after { content: " \\25B4"; }
 th[aria-sort=descending] button::after { content: " \\25BE"; }
 figure { margin: 1rem 0 1.5rem; }
 figure svg { display: block; }
+.abreast { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+.abreast > * { flex: none; max-width: 100%; margin: 0; }
+.abreast > figure { flex: 1 1 18rem; min-width: 0; }
 figure svg text { font-family: system-ui, sans-serif !important; }
 figure output { display: block; position: sticky; bottom: 0; min-height: 1.5em; background: var(--paper);
   overflow-wrap: anywhere; }
@@ -167,10 +170,23 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Number]]) -> Htm
     )
 
 
-def figure(caption: str, *pictures: Html) -> Html:
-    """Pictures from ``adaptkit.cli.figures`` over a caption; what is chosen in them is spelt out between."""
-    drawn = "\n".join(f'<div class="scroll">{picture}</div>' for picture in pictures)
+def figure(caption: str, *pictures: Html, abreast: bool = False) -> Html:
+    """Pictures from ``adaptkit.cli.figures`` over a caption; what is chosen in them is spelt out between.
+
+    Args:
+        caption: below.
+        pictures: one below the other, or
+        abreast: beside each other as far as there is room.
+    """
+    framed = [Html(f'<div class="scroll">{picture}</div>') for picture in pictures]
+    drawn = side_by_side(*framed) if abreast else "\n".join(framed)
     return Html(f"<figure>\n{drawn}\n<output></output>\n<figcaption>{text(caption)}</figcaption>\n</figure>")
+
+
+def side_by_side(*parts: Html) -> Html:
+    """Parts beside each other as far as there is room."""
+    inside = "\n".join(parts)
+    return Html(f'<div class="abreast">\n{inside}\n</div>')
 
 
 def _cell(cell: str | Number) -> str:

@@ -1,38 +1,200 @@
 """``adaptkit diff``."""
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, report_options
-from adaptkit.cli.output import percent, show
+from adaptkit.cli.options import ArtifactPath, report_options, threads_option
+from adaptkit.cli.output import Row, percent, show, size
+from adaptkit.cli.progress import byte_progress
 
-_SHOWN = 8
+if TYPE_CHECKING:
+    from adaptkit.operations._diff_files import FilesDifference, ValueDifference
+    from adaptkit.operations._diff_groups import GroupDifference, ModuleDifference
+    from adaptkit.operations._diff_tensors import TensorDifference
+    from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport
+
+SHOWN = 8
+"""How many modules, tensors or keys the table names."""
+_LONGEST_VALUE = 60
 
 
 @click.command()
 @click.argument("first", type=ArtifactPath())
 @click.argument("second", type=ArtifactPath())
+@click.option("--recompute", is_flag=True, help="Read checkpoints whole, even where manifests say what is in them.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page, too.")
 @report_options
-def command(first: Path, second: Path, as_json: bool, quiet: bool) -> int:
-    """Compare two adapters, FIRST and SECOND. Exits with 0 if they are the same, 1 if they differ."""
-    from adaptkit.operations.diff import diff
+@threads_option
+def command(
+    first: Path, second: Path, recompute: bool, html: Path | None, as_json: bool, quiet: bool, threads: int | None
+) -> int:
+    """Compare two adapters or two checkpoints, FIRST and SECOND.
 
-    report = diff(first, second)
-    rows = [
-        ("adapters", "the same" if report.same else "different"),
-        ("norms", f"{report.norms[0]:.6g} and {report.norms[1]:.6g}"),
-        ("cosine", f"{report.cosine:+.6f}"),
-        ("difference", f"{percent(report.relative)} of the larger norm"),
-        ("only in first", f"{len(report.only_in_first)} module(s)"),
-        ("only in second", f"{len(report.only_in_second)} module(s)"),
-    ]
-    if not report.same:
-        rows += [
-            (m.module, f"cosine {m.cosine:+.4f}, difference {percent(m.relative)}, ranks {m.ranks[0]} and {m.ranks[1]}")
-            for m in report.modules[:_SHOWN]
-        ]
-        more = len(report.modules) - _SHOWN
-        rows += [("…", f"{more} more in --json")] if more > 0 else []
+    Exits with 0 if they are the same, 1 if they differ.
+    """
+    from adaptkit.cli.pages import prepare, write
+    from adaptkit.cli.pages.diff import diff_page
+    from adaptkit.operations.diff import AdapterDiffReport, diff
+
+    prepare(html)
+    with byte_progress("diff", as_json or quiet) as progress:
+        report = diff(first, second, recompute=recompute, threads=threads, progress=progress)
+    if html is not None:
+        write(html, diff_page(report))
+    rows = _adapters(report) if isinstance(report, AdapterDiffReport) else _checkpoints(report)
     show(report, rows, as_json=as_json, quiet=quiet)
     return 0 if report.same else 1
+
+
+def _adapters(report: "AdapterDiffReport") -> list[Row]:
+    modules = report.modules
+    counts = [sum(m.shapes[side] is not None for m in modules) for side in (0, 1)]
+    ranks = [_range(m.ranks[side] for m in modules if m.ranks[side]) for side in (0, 1)]
+    rows = [
+        ("adapters", "the same" if report.same else "different"),
+        ("modules", f"{counts[0]:,} of rank {ranks[0]} and {counts[1]:,} of rank {ranks[1]}"),
+        *_together(report.total),
+        *_lonely("module", report.only_in_first, report.only_in_second),
+    ]
+    others = report.tensors_equal + len(report.tensors)
+    lonely = len(report.tensors_only_in_first), len(report.tensors_only_in_second)
+    if others or any(lonely):
+        told = f"{report.tensors_equal:,} equal, {len(report.tensors):,} differ, {sum(lonely):,} in one only"
+        roles = Counter(t.role for t in report.tensors)
+        rows.append(("other tensors", told + "".join(f"\n{count:,} × {role}" for role, count in sorted(roles.items()))))
+    rows += [*_values("configuration", report.config), *_beside(report.beside)]
+    rows += [("remark", remark) for remark in report.remarks]
+    if not report.same:
+        rows += [(m.module, _module(m)) for m in modules[:SHOWN] if m.difference] + _more(modules)
+        rows += [(t.name, _tensor(t)) for t in report.tensors[:SHOWN]] + _more(report.tensors)
+    return rows
+
+
+def _checkpoints(report: "CheckpointDiffReport") -> list[Row]:
+    shared = f"{report.equal:,} equal ({size(report.equal_bytes)}), {len(report.tensors):,} differ"
+    rows = [
+        ("checkpoints", "the same" if report.same else "different"),
+        ("tensors", shared),
+        ("fingerprints", _fingerprints(report.fingerprints)),
+    ]
+    if any(report.quantizations):
+        names = [name or "not quantized" for name in report.quantizations]
+        rows.append(("quantized", f"{names[0]} and {names[1]}; compared as stored, not decoded"))
+    if report.tensors:
+        rows.append(("difference", f"{percent(report.relative)} of the norm of what differs"))
+    if report.energy:
+        shares = ", ".join(f"{percent(share)} in {rank}" for rank, share in report.energy.items())
+        rows.append(("low rank", f"{shares} directions a matrix, of the change's square"))
+    rows += _lonely("tensor", report.only_in_first, report.only_in_second)
+    rows += [*_values("config.json", report.config), *_beside(report.beside)]
+    rows += [("remark", remark) for remark in report.remarks]
+    return rows + [(t.name, _tensor(t)) for t in report.tensors[:SHOWN]] + _more(report.tensors)
+
+
+def _together(total: "GroupDifference") -> list[Row]:
+    rows = [
+        ("norms", f"{total.norms[0]:.6g} and {total.norms[1]:.6g}"),
+        ("cosine", f"{total.cosine:+.6f}"),
+        ("difference", f"{percent(total.relative)} of the larger norm"),
+        ("effective ranks", f"{total.effective_ranks[0]:.3g} and {total.effective_ranks[1]:.3g}, mean of the modules"),
+        ("stable ranks", f"{total.stable_ranks[0]:.3g} and {total.stable_ranks[1]:.3g}, mean of the modules"),
+    ]
+    for side, overlap, random in (
+        ("outputs", total.columns, total.columns_random),
+        ("inputs", total.rows, total.rows_random),
+    ):
+        if overlap is not None and random is not None:
+            rows.append((f"overlap, {side}", f"{overlap:.3f}; random subspaces {random:.3f}"))
+    if total.sign_agreement is not None:
+        rows.append(("signs", f"{percent(total.sign_agreement)} agree, on 64 rows a module"))
+    if total.interference_share is not None:
+        rows.append(("interference", f"{percent(total.interference_share)} of the singular values"))
+    return rows
+
+
+def _module(module: "ModuleDifference") -> str:
+    if module.shapes[0] is None or module.shapes[1] is None:
+        side = "second" if module.shapes[0] is None else "first"
+        return f"only in {side}, norm {max(module.norms):.4g}, rank {max(module.ranks)}"
+    if module.shapes[0] != module.shapes[1]:
+        return f"shapes {_shape(module.shapes[0])} and {_shape(module.shapes[1])}"
+    ranks = f"rank {module.ranks[0]}" if module.ranks[0] == module.ranks[1] else "ranks {} and {}".format(*module.ranks)
+    return f"difference {percent(module.relative)}, cosine {module.cosine:+.4f}, {ranks}"
+
+
+def _tensor(tensor: "TensorDifference") -> str:
+    told = []
+    if tensor.shapes[0] != tensor.shapes[1]:
+        told.append(f"{_shape(tensor.shapes[0])} and {_shape(tensor.shapes[1])}")
+    if tensor.dtypes[0] != tensor.dtypes[1]:
+        told.append(f"{tensor.dtypes[0]} and {tensor.dtypes[1]}")
+    if tensor.relative is not None:
+        told.append(f"difference {percent(tensor.relative)}")
+    if tensor.compared:
+        told.append(f"{percent(tensor.changed / tensor.compared)} of the elements")
+    if tensor.change is not None:
+        told.append(f"{percent(tensor.change.energy['16'])} of it in 16 directions")
+    return ", ".join([*told, *([tensor.remark] if tensor.remark else [])])
+
+
+def _beside(beside: "FilesDifference") -> list[Row]:
+    rows = []
+    for file in sorted({value.file for value in beside.values}):
+        rows += _values(file, [value for value in beside.values if value.file == file])
+    for found in beside.files[:SHOWN]:
+        absent = [side for side, digest in zip(("first", "second"), found.sha256, strict=True) if digest is None]
+        rows.append((found.file, f"not in {absent[0]}" if absent else "differs"))
+    rows += _more(beside.files)
+    for template in beside.templates:
+        where = " and ".join(file or "absent" for file in template.files)
+        changed = sum(line[:1] in "+-" and line[:3] not in ("+++", "---") for line in template.lines)
+        rows.append((f"chat template {template.name}", f"{changed} lines differ ({where})"))
+    return rows
+
+
+def _values(label: str, values: Sequence["ValueDifference"]) -> list[Row]:
+    if not values:
+        return []
+    lines = [f"{v.key}: {_short(v.first)} -> {_short(v.second)}" for v in values[:SHOWN]]
+    more = [f"and {len(values) - SHOWN:,} more keys"] if len(values) > SHOWN else []
+    return [(label, "\n".join([*lines, *more]))]
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    return value if len(value) <= _LONGEST_VALUE else f"{value[: _LONGEST_VALUE - 2]} …"
+
+
+def _lonely(kind: str, first: Sequence[str], second: Sequence[str]) -> list[Row]:
+    rows = []
+    for side, names in (("first", first), ("second", second)):
+        if names:
+            rows.append((f"only in {side}", f"{len(names):,} {kind}(s): {names[0]}{', …' if len(names) > 1 else ''}"))
+    return rows
+
+
+def _fingerprints(basis: tuple[str, str]) -> str:
+    words = {"manifest": "by its manifest, not read", "computed": "computed from its bytes"}
+    if basis[0] == basis[1]:
+        return {"manifest": "by both manifests; --recompute reads the tensors", "computed": "computed from all bytes"}[
+            basis[0]
+        ]
+    return f"first {words[basis[0]]}; second {words[basis[1]]}"
+
+
+def _range(ranks: Iterable[int]) -> str:
+    found = sorted(set(ranks))
+    return "0" if not found else f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _more(found: Sequence[object]) -> list[Row]:
+    return [("…", f"{len(found) - SHOWN:,} more in --json")] if len(found) > SHOWN else []

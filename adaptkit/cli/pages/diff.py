@@ -1,0 +1,20 @@
+"""The page of ``adaptkit diff --html``: where two adapters or checkpoints differ, how much, in which directions."""
+
+from typing import TYPE_CHECKING
+
+from adaptkit.cli.pages._diff_adapters import adapters_page
+from adaptkit.cli.pages._diff_checkpoints import checkpoints_page
+
+if TYPE_CHECKING:
+    from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport
+
+
+def diff_page(report: "AdapterDiffReport | CheckpointDiffReport") -> str:
+    """One HTML document, self-contained.
+
+    Raises:
+        UsageError: matplotlib, which draws the pictures, is not installed.
+    """
+    from adaptkit.operations.diff import AdapterDiffReport
+
+    return adapters_page(report) if isinstance(report, AdapterDiffReport) else checkpoints_page(report)

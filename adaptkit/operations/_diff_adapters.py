@@ -1,0 +1,204 @@
+"""Compare two adapters: low-rank changes in factored form, everything else that they hold as plain tensors."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.checkpoint.adapter import CONFIG_NAME, Adapter, read_adapter
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.numerics.comparison import Overlap, compare, is_equal
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
+from adaptkit.operations._diff_files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
+from adaptkit.operations._diff_groups import (
+    GroupDifference,
+    ModuleDifference,
+    OverlapReport,
+    by_layer,
+    by_type,
+    cosine,
+    relative,
+    total,
+)
+from adaptkit.operations._diff_parts import changes_of, differ_in_part, held_by
+from adaptkit.operations._diff_tensors import TensorDifference
+from adaptkit.operations._pipeline import each
+
+_UNORDERED = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
+
+
+@dataclass(frozen=True)
+class AdapterDiffReport:
+    """How two adapters compare; all tensors of both were read.
+
+    Attributes:
+        kind: ``adapter``.
+        first: folder.
+        second: folder.
+        same: whether they change a base in the same way, to the last bit, and bring the same files beside it.
+        tensors_roots: of both, computed.
+        manifests: sha256 of both; None where there is none.
+        total: over all modules together.
+        layers: the same by layer.
+        types: the same by type of module.
+        modules: one by one, those that differ most first.
+        only_in_first: modules that only the first adapter changes.
+        only_in_second: modules that only the second adapter changes.
+        tensors_equal: tensors that are no low-rank change and are the same: DoRA magnitudes, biases, replaced tensors.
+        tensors: such tensors that are not the same.
+        tensors_only_in_first: such tensors of the first alone.
+        tensors_only_in_second: such tensors of the second alone.
+        config: keys of the configuration with two values. What they do to the tensors is in the figures; they do not
+            count.
+        beside: tokenizer, chat template and other files beside the adapter.
+        remarks: what else a reader has to know.
+    """
+
+    kind: str
+    first: str
+    second: str
+    same: bool
+    tensors_roots: tuple[str, str]
+    manifests: tuple[str | None, str | None]
+    total: GroupDifference
+    layers: tuple[GroupDifference, ...]
+    types: tuple[GroupDifference, ...]
+    modules: tuple[ModuleDifference, ...]
+    only_in_first: tuple[str, ...]
+    only_in_second: tuple[str, ...]
+    tensors_equal: int
+    tensors: tuple[TensorDifference, ...]
+    tensors_only_in_first: tuple[str, ...]
+    tensors_only_in_second: tuple[str, ...]
+    config: tuple[ValueDifference, ...]
+    beside: FilesDifference
+    remarks: tuple[str, ...]
+
+
+def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffReport:
+    """Compare two adapters, without ever forming a matrix of a change.
+
+    Raises:
+        AdapterError: one of them is not a LoRA adapter that can be read.
+    """
+    one, two = each(read_adapter, (first, second), threads)
+    changes = (changes_of(one), changes_of(two))
+    names = sorted({*changes[0], *changes[1]})
+    modules = list(
+        each(lambda name: differ_in_module(name, changes[0].get(name), changes[1].get(name)), names, threads)
+    )
+    alike = changes[0].keys() == changes[1].keys() and all(_is_same(changes[0][n], changes[1][n]) for n in names)
+    held = (held_by(one), held_by(two))
+    shared = sorted(held[0].keys() & held[1].keys())
+    tensors = [found for name in shared if (found := differ_in_part(name, held[0][name], held[1][name]))]
+    lonely = [tuple(sorted(held[i].keys() - held[1 - i].keys())) for i in (0, 1)]
+    beside = differ_in_files_beside(first, second)
+    turned = one.fan_in_fan_out != two.fan_in_fan_out or one.embeddings != two.embeddings
+    return AdapterDiffReport(
+        kind="adapter",
+        first=str(first),
+        second=str(second),
+        same=alike and not turned and not tensors and lonely == [(), ()] and beside.same,
+        tensors_roots=(tensors_root(one.records), tensors_root(two.records)),
+        manifests=(_manifest_sha256(one), _manifest_sha256(two)),
+        total=total(modules),
+        layers=by_layer(modules),
+        types=by_type(modules),
+        modules=tuple(sorted(modules, key=lambda m: (-m.relative, m.module))),
+        only_in_first=tuple(sorted(changes[0].keys() - changes[1].keys())),
+        only_in_second=tuple(sorted(changes[1].keys() - changes[0].keys())),
+        tensors_equal=len(shared) - len(tensors),
+        tensors=tuple(sorted(tensors, key=lambda t: (-(t.relative or 0.0), t.name))),
+        tensors_only_in_first=lonely[0],
+        tensors_only_in_second=lonely[1],
+        config=tuple(differ_in_values(CONFIG_NAME, _config(one), _config(two))),
+        beside=beside,
+        remarks=tuple(_remarks(one, two)),
+    )
+
+
+def differ_in_module(name: str, first: LowRank | None, second: LowRank | None) -> ModuleDifference:
+    """Compare two changes of one module; where one is absent it is zero, where shapes differ they share nothing."""
+    found = compare(first, second) if first and second and first.shape == second.shape else None
+    sigmas = found.sigmas if found else tuple(singular_values(term) if term else None for term in (first, second))
+    norms = (_norm(sigmas[0]), _norm(sigmas[1]))
+    inner = found.inner if found else 0.0
+    distance = _norm(found.difference_sigma) if found else math.hypot(*norms)
+    measured = found is not None and found.columns.cosines.numel() > 0
+    return ModuleDifference(
+        module=name,
+        shapes=(first.shape if first else None, second.shape if second else None),
+        ranks=(first.rank if first else 0, second.rank if second else 0),
+        norms=norms,
+        inner=inner,
+        difference=distance,
+        cosine=cosine(inner, norms),
+        relative=relative(distance, norms),
+        spectra=(_numbers(sigmas[0]), _numbers(sigmas[1])),
+        difference_spectrum=_numbers(found.difference_sigma) if found else (),
+        effective_ranks=_both(effective_rank, sigmas),
+        stable_ranks=_both(stable_rank, sigmas),
+        columns=_overlap(found.columns) if found else None,
+        rows=_overlap(found.rows) if found else None,
+        sign_agreement=found.sign_agreement if found and measured else None,
+        interference=found.interference if found and measured else None,
+        interference_share=found.interference_share if found and measured else None,
+    )
+
+
+def _is_same(first: LowRank, second: LowRank) -> bool:
+    return is_equal(first, second) and (first.lora_a.dtype, first.lora_b.dtype) == (
+        second.lora_a.dtype,
+        second.lora_b.dtype,
+    )
+
+
+def _norm(sigma: Tensor | None) -> float:
+    return 0.0 if sigma is None else float(sigma.norm())
+
+
+def _numbers(sigma: Tensor | None) -> tuple[float, ...]:
+    return () if sigma is None else tuple(sigma.tolist())
+
+
+def _both(figure: Callable[[Tensor], float], sigmas: tuple[Tensor | None, ...]) -> tuple[float, float]:
+    one, two = (0.0 if sigma is None else figure(sigma) for sigma in sigmas)
+    return one, two
+
+
+def _overlap(overlap: Overlap) -> OverlapReport | None:
+    rms, random = overlap.rms, overlap.random
+    if rms is None or random is None:
+        return None
+    return OverlapReport(tuple(overlap.cosines.tolist()), rms, random)
+
+
+def _manifest_sha256(adapter: Adapter) -> str | None:
+    return adapter.manifest.sha256 if adapter.manifest else None
+
+
+def _config(adapter: Adapter) -> Mapping[str, Any]:
+    """The configuration, with lists whose order means nothing in one order: peft writes sets."""
+    return {
+        key: sorted(value, key=str) if key in _UNORDERED and isinstance(value, list) else value
+        for key, value in adapter.config.items()
+    }
+
+
+def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
+    if first.magnitudes or second.magnitudes:
+        yield "DoRA: the figures are those of Δ alone; its magnitudes scale the rows of W + Δ"
+    for adapter in (first, second):
+        if adapter.manifest is not None and adapter.manifest.tensors_root != tensors_root(adapter.records):
+            yield f"{adapter.root}: its tensors are not those of its manifest; see adaptkit verify"
+    targets = [
+        {t.module: t.base_xxh3_128 or t.quantized_root for t in adapter.manifest.targets} if adapter.manifest else {}
+        for adapter in (first, second)
+    ]
+    other = sorted(m for m in targets[0].keys() & targets[1].keys() if targets[0][m] != targets[1][m])
+    if other:
+        yield f"they were trained on different bases: {len(other):,} modules, {other[0]} first"

@@ -1,0 +1,258 @@
+"""Compare what lies beside the weights: configuration by key, tokens and chat templates by name, the rest by hash."""
+
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.header import strict_json
+from adaptkit.checkpoint.layout import side_files
+from adaptkit.errors import CheckpointError, IntegrityError
+
+TOKENIZER_NAME = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEMPLATE_KEY = "chat_template"
+_TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")  # what a later one says goes before an earlier one
+_MORE_TEMPLATES = "additional_chat_templates"
+FOLDERS = ("adaptkit-adapters", "adaptkit-undo")
+"""Of ``checkpoint.undo``, which brings a compiler that nothing here needs."""
+_MOST_KEYED_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class ValueDifference:
+    """A key of a JSON file with two values.
+
+    Attributes:
+        file: which.
+        key: dotted path in it.
+        first: the value as JSON; None where the key is absent.
+        second: of the other.
+    """
+
+    file: str
+    key: str
+    first: str | None
+    second: str | None
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """A file that is not the same in both folders.
+
+    Attributes:
+        file: which.
+        sha256: of both; None where it is absent.
+    """
+
+    file: str
+    sha256: tuple[str | None, str | None]
+
+
+@dataclass(frozen=True)
+class TemplateDifference:
+    """A chat template that is not the same.
+
+    Attributes:
+        name: ``default``, or its own.
+        files: where it is; None where it is absent.
+        lines: what changed, as a unified diff.
+    """
+
+    name: str
+    files: tuple[str | None, str | None]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FilesDifference:
+    """What lies beside the weights and is not the same.
+
+    Attributes:
+        compared: how many files, of both folders together.
+        values: keys of JSON files, of the tokenizer too.
+        files: that differ in another way, or are in one folder only.
+        templates: chat templates, wherever they are.
+    """
+
+    compared: int
+    values: tuple[ValueDifference, ...]
+    files: tuple[FileDifference, ...]
+    templates: tuple[TemplateDifference, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.values or self.files or self.templates)
+
+
+def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
+    """Compare the side files of two folders, and their undo records.
+
+    Files of JSON objects count as the same where all their values are. Chat templates are compared as such, wherever
+    they are kept.
+    """
+    found = [_beside(root) for root in (first, second)]
+    templates = _differ_in_templates(_templates(first), _templates(second))
+    values: list[ValueDifference] = []
+    files: list[FileDifference] = []
+    for name in sorted({*found[0], *found[1]} - set(_TEMPLATE_FILES)):
+        one, two = (paths.get(name) for paths in found)
+        digests = [None if path is None else _sha256(path) for path in (one, two)]
+        if digests[0] == digests[1]:
+            continue
+        documents = [None if path is None else _document(path) for path in (one, two)]
+        if name == _TOKENIZER_CONFIG and documents[0] and documents[1]:
+            documents = _without_templates(documents[0], documents[1], told=bool(templates))
+        if documents[0] is not None and documents[0] == documents[1]:
+            continue  # they are written in different ways
+        told = _differ_in_documents(name, documents[0], documents[1])
+        values += told
+        files += [] if told else [FileDifference(name, (digests[0], digests[1]))]
+    return FilesDifference(sum(map(len, found)), tuple(values), tuple(files), templates)
+
+
+def differ_in_values(file: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
+    """Compare two JSON objects key by key, and objects in them alike; lists are compared whole."""
+    return [ValueDifference(file, key, one, two) for key, one, two in _unlike(dict(_flat(first)), dict(_flat(second)))]
+
+
+def _differ_in_documents(
+    name: str, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
+) -> list[ValueDifference]:
+    """Keys with two values; none where that is not how these files can be told apart."""
+    if first is None or second is None:
+        return []
+    return _tokenizer(first, second) if name == TOKENIZER_NAME else differ_in_values(name, first, second)
+
+
+def _without_templates(first: dict[str, Any], second: dict[str, Any], told: bool) -> list[dict[str, Any] | None]:
+    """Leave chat templates to their own comparison, unless a file of their own hides them on both sides."""
+    hidden = not told and _TEMPLATE_KEY in first and _TEMPLATE_KEY in second
+    return [{k: v for k, v in document.items() if hidden or k != _TEMPLATE_KEY} for document in (first, second)]
+
+
+def _beside(root: Path) -> dict[str, Path]:
+    """What is compared, by name; a folder of undo records or embedded adapters is one thing."""
+    found = {path.name: path for path in side_files(root)}
+    return found | {f"{name}/": root / name for name in FOLDERS if (root / name).is_dir()}
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's bytes, or over the names and digests of a folder's files."""
+    try:
+        if not path.is_dir():
+            return file_sha256(path)
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n" for file in inside]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
+
+
+def _document(path: Path) -> dict[str, Any] | None:
+    """A JSON object to be compared key by key; None for anything else, which its hash stands for."""
+    if path.suffix != ".json" or (path.name != TOKENIZER_NAME and path.stat().st_size > _MOST_KEYED_BYTES):
+        return None
+    try:
+        return strict_json(path.read_bytes(), path.name)
+    except CheckpointError:  # another tool's file, perhaps a list; that it differs is told all the same
+        return None
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    elif prefix:
+        yield prefix, json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _unlike(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
+    keys = sorted({*first, *second})
+    return [(key, first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)]
+
+
+def _tokenizer(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
+    """Compare two ``tokenizer.json``: added tokens by name, vocabulary and merges by number, the rest by key."""
+    documents = [_summarized(mine, other) for mine, other in ((first, second), (second, first))]
+    return [ValueDifference(TOKENIZER_NAME, *found) for found in _unlike(*documents)]
+
+
+def _summarized(mine: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key in mine:
+        if key == "added_tokens" and isinstance(mine[key], list):
+            for token in mine[key]:
+                content = token.get("content") if isinstance(token, dict) else token
+                found[f"added token {content!r}"] = json.dumps(token, sort_keys=True, ensure_ascii=False)
+        elif key == "model" and isinstance(mine[key], dict):
+            theirs = other.get(key) if isinstance(other.get(key), dict) else {}
+            for part, value in mine[key].items():
+                if part in ("vocab", "merges"):
+                    found[f"model.{part}"] = _counted(value, (theirs or {}).get(part))
+                else:
+                    found |= dict(_flat(value, f"model.{part}"))
+        else:
+            found |= dict(_flat(mine[key], key))
+    return found
+
+
+def _counted(mine: Any, other: Any) -> str:
+    """A vocabulary or a list of merges in a few words, the same only for the same."""
+    if mine == other:
+        return "the same"
+    entries = [_entries(part) for part in (mine, other)]
+    told = f"{len(entries[0]):,} entries, {len(entries[0] - entries[1]):,} of them not in the other"
+    if not isinstance(mine, list) or not isinstance(other, list):
+        return told
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False)))
+    return f"{told}, entry {common:,} is {mine[common] if common < len(mine) else 'absent'!r}"
+
+
+def _entries(part: Any) -> set[str]:
+    items = part.items() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return set(map(repr, items))
+
+
+def _templates(root: Path) -> dict[str, tuple[str, str]]:
+    """Chat templates by name: the file, and the text."""
+    found: dict[str, tuple[str, str]] = {}
+    for file in (_TOKENIZER_CONFIG, _TEMPLATE_FILES[0]):
+        document = _document(root / file) if (root / file).is_file() else None
+        kept = (document or {}).get(_TEMPLATE_KEY)
+        if isinstance(kept, list) and all(isinstance(entry, dict) for entry in kept):
+            found |= {str(entry.get("name")): (file, str(entry.get("template"))) for entry in kept}
+        elif kept is not None:
+            found["default"] = (file, kept if isinstance(kept, str) else json.dumps(kept))
+    if (root / _TEMPLATE_FILES[1]).is_file():
+        found["default"] = (_TEMPLATE_FILES[1], _text(root / _TEMPLATE_FILES[1]))
+    for path in sorted((root / _MORE_TEMPLATES).glob("*.jinja")):
+        found[path.stem] = (f"{_MORE_TEMPLATES}/{path.name}", _text(path))
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "backslashreplace")
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
+
+
+def _differ_in_templates(
+    first: Mapping[str, tuple[str, str]], second: Mapping[str, tuple[str, str]]
+) -> tuple[TemplateDifference, ...]:
+    found = []
+    for name in sorted({*first, *second}):
+        one, two = first.get(name), second.get(name)
+        texts = [template[1] if template else "" for template in (one, two)]
+        if one is None or two is None or texts[0] != texts[1]:
+            old, new = (text.split("\n") for text in texts)  # a last newline counts
+            lines = difflib.unified_diff(old, new, "first", "second", lineterm="", n=1)
+            found.append(TemplateDifference(name, (one and one[0], two and two[0]), tuple(lines)))
+    return tuple(found)

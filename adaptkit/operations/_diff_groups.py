@@ -1,0 +1,204 @@
+"""What the modules of two adapters have in common one by one, by layer, by type, and together."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class OverlapReport:
+    """How far two subspaces lie in each other; see ``numerics.comparison.Overlap``.
+
+    Attributes:
+        cosines: of the principal angles, descending.
+        rms: root mean square of the cosines.
+        random: what ``rms`` would be for random subspaces of these dimensions: √(r/m), r being the larger one.
+    """
+
+    cosines: tuple[float, ...]
+    rms: float
+    random: float
+
+
+@dataclass(frozen=True)
+class ModuleDifference:
+    """How two changes Δ₁ and Δ₂ of one weight compare.
+
+    Attributes:
+        module: dotted path.
+        shapes: (out, in) of both; None where an adapter does not change the module.
+        ranks: of both; 0 where an adapter does not change the module.
+        norms: ‖Δ‖ of both.
+        inner: ⟨Δ₁, Δ₂⟩; 0 where shapes differ.
+        difference: ‖Δ₁ − Δ₂‖; where shapes differ, as if they had nothing in common.
+        cosine: of the angle between them as vectors; 0 where one is zero, and where shapes differ.
+        relative: ‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖); 0 where both are zero.
+        spectra: singular values of both, descending.
+        difference_spectrum: of Δ₁ − Δ₂; empty where one is absent or shapes differ.
+        effective_ranks: of both; exp of the entropy of σ / Σσ.
+        stable_ranks: of both; ‖Δ‖² / σ₁².
+        columns: of the column spaces, on the side of outputs; None where one is zero or absent, or shapes differ.
+        rows: of the row spaces, on the side of inputs.
+        sign_agreement: share of elements with the same sign, measured on 64 rows; None as ``columns``.
+        interference: ‖(UᵀU − I) Σ (VᵀV − I)‖₁; None as ``columns``.
+        interference_share: ``interference`` / Σσ of both; 0 for orthogonal changes, 1 for a change and itself.
+    """
+
+    module: str
+    shapes: tuple[tuple[int, int] | None, tuple[int, int] | None]
+    ranks: tuple[int, int]
+    norms: Pair
+    inner: float
+    difference: float
+    cosine: float
+    relative: float
+    spectra: tuple[tuple[float, ...], tuple[float, ...]]
+    difference_spectrum: tuple[float, ...]
+    effective_ranks: Pair
+    stable_ranks: Pair
+    columns: OverlapReport | None = None
+    rows: OverlapReport | None = None
+    sign_agreement: float | None = None
+    interference: float | None = None
+    interference_share: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupDifference:
+    """How the changes of several modules compare, taken together.
+
+    Attributes:
+        name: of the layer, or of the type with ``*`` for its numbers.
+        modules: how many.
+        norms: of both, all changes as one vector.
+        difference: norm of the difference of these vectors.
+        cosine: of the angle between these vectors; 0 where one is zero.
+        relative: ``difference`` over the larger norm; 0 where both are zero.
+        effective_ranks: mean over the modules that the adapter changes, of both.
+        stable_ranks: likewise.
+        columns: root mean square of the cosines of all principal angles of the column spaces; None without any.
+        columns_random: what that would be for random subspaces.
+        rows: of the row spaces.
+        rows_random: what that would be for random subspaces.
+        sign_agreement: mean over the modules, weighted by their sizes; None where none has any.
+        interference: sum over the modules.
+        interference_share: of Σσ over the modules that have one.
+    """
+
+    name: str
+    modules: int
+    norms: Pair
+    difference: float
+    cosine: float
+    relative: float
+    effective_ranks: Pair
+    stable_ranks: Pair
+    columns: float | None
+    columns_random: float | None
+    rows: float | None
+    rows_random: float | None
+    sign_agreement: float | None
+    interference: float | None
+    interference_share: float | None
+
+
+def total(modules: Sequence[ModuleDifference]) -> GroupDifference:
+    """All modules together."""
+    return _group("all", modules)
+
+
+def by_layer(modules: Iterable[ModuleDifference]) -> tuple[GroupDifference, ...]:
+    """Modules with the same path up to its first number, in the order of these numbers; those without one are last."""
+    return _grouped(modules, _layer)
+
+
+def by_type(modules: Iterable[ModuleDifference]) -> tuple[GroupDifference, ...]:
+    """Modules whose paths differ in their numbers alone."""
+    return _grouped(modules, _type)
+
+
+def cosine(inner: float, norms: Pair) -> float:
+    """⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖), within [−1, 1]; 0 where one is zero."""
+    return max(-1.0, min(1.0, inner / norms[0] / norms[1])) if all(norms) else 0.0
+
+
+def relative(difference: float, norms: Pair) -> float:
+    """Over the larger norm; 0 where both are zero."""
+    return difference / max(norms) if max(norms) else 0.0
+
+
+def _layer(name: str) -> tuple[str, int, str]:
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[:position]), int(part), ".".join(parts[: position + 1])
+    return "\uffff", 0, "no layer"
+
+
+def _type(name: str) -> tuple[str, int, str]:
+    starred = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+    return starred, 0, starred
+
+
+def _grouped(
+    modules: Iterable[ModuleDifference], key: Callable[[str], tuple[str, int, str]]
+) -> tuple[GroupDifference, ...]:
+    groups: dict[tuple[str, int, str], list[ModuleDifference]] = defaultdict(list)
+    for module in modules:
+        groups[key(module.module)].append(module)
+    return tuple(_group(place[2], found) for place, found in sorted(groups.items()))
+
+
+def _group(name: str, modules: Sequence[ModuleDifference]) -> GroupDifference:
+    norms = _both(lambda side: math.hypot(*(m.norms[side] for m in modules)))
+    difference = math.hypot(*(m.difference for m in modules))
+    measured = [m for m in modules if m.interference is not None]
+    interference = sum(m.interference or 0.0 for m in measured)
+    sizes = [(m.sign_agreement, math.prod(m.shapes[0] or ())) for m in modules if m.sign_agreement is not None]
+    columns, rows = _overlap([m.columns for m in modules]), _overlap([m.rows for m in modules])
+    return GroupDifference(
+        name=name,
+        modules=len(modules),
+        norms=norms,
+        difference=difference,
+        cosine=cosine(sum(m.inner for m in modules), norms),
+        relative=relative(difference, norms),
+        effective_ranks=_both(lambda side: _mean([m.effective_ranks[side] for m in modules if m.ranks[side]])),
+        stable_ranks=_both(lambda side: _mean([m.stable_ranks[side] for m in modules if m.ranks[side]])),
+        columns=columns[0],
+        columns_random=columns[1],
+        rows=rows[0],
+        rows_random=rows[1],
+        sign_agreement=sum(share * size for share, size in sizes) / sum(s for _, s in sizes) if sizes else None,
+        interference=interference if measured else None,
+        interference_share=_share(interference, measured),
+    )
+
+
+def _share(interference: float, measured: Sequence[ModuleDifference]) -> float | None:
+    nuclear = sum(sum(spectrum) for m in measured for spectrum in m.spectra)
+    return interference / nuclear if nuclear else None
+
+
+def _overlap(overlaps: Iterable[OverlapReport | None]) -> tuple[float | None, float | None]:
+    """Root mean square over all angles, and over what it would be for random subspaces."""
+    found = [(overlap, len(overlap.cosines)) for overlap in overlaps if overlap is not None]
+    angles = sum(count for _, count in found)
+    if not angles:
+        return None, None
+    means = [sum(count * value**2 for count, value in part) / angles for part in (
+        [(count, overlap.rms) for overlap, count in found],
+        [(count, overlap.random) for overlap, count in found],
+    )]  # fmt: skip
+    return math.sqrt(means[0]), math.sqrt(means[1])
+
+
+def _both(of_side: Callable[[int], float]) -> Pair:
+    return of_side(0), of_side(1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

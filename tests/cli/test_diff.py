@@ -1,0 +1,190 @@
+"""The command: what it prints, how it exits, and what it says of input that is no use."""
+
+import functools
+import json
+import shutil
+
+import peft_adapters
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.errors import AdaptkitError
+from adaptkit.operations.diff import diff
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory, llama):
+    """A copy of the checkpoint with one matrix and one key changed."""
+    folder = tmp_path_factory.mktemp("changed") / "changed"
+    shutil.copytree(llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.25
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 7.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(run_cli, adapter, second_adapter, llama, changed):
+    """How each pair is shown, by the pair and the options; every command runs once."""
+    pairs = {
+        "adapters": (adapter, second_adapter),
+        "adapter": (adapter, adapter),
+        "checkpoints": (llama, changed),
+        "checkpoint": (llama, llama),
+    }
+    return functools.cache(lambda pair, *options: run_cli("diff", *pairs[pair], *options))
+
+
+def test_exit_codes_tell_same_from_different_however_it_is_shown(ran):
+    for options in ((), ("--json",), ("--quiet",)):
+        done = ran("adapters", *options)
+        assert (done.code, done.stderr) == (1, "")
+        assert (done.stdout == "") == (options == ("--quiet",))
+    assert [ran(pair).code for pair in ("adapter", "checkpoint", "checkpoints")] == [0, 0, 1]
+
+
+def test_json_holds_everything_once(ran):
+    report = json.loads(ran("adapters", "--json").stdout)
+    assert (report["kind"], report["same"], len(report["modules"])) == ("adapter", False, 14)
+    assert len(report["modules"][-1]["spectra"][0]) == 4
+    report = json.loads(ran("checkpoints", "--json").stdout)
+    assert [t["name"] for t in report["tensors"]] == ["model.layers.1.mlp.up_proj.weight"]
+    assert report["tensors"][0]["relative"] == pytest.approx(0.2, rel=1e-3)
+    assert report["config"] == [{"file": "config.json", "key": "rope_theta", "first": None, "second": "7.0"}]
+
+
+def rows(done):
+    """Label -> value of the table; continuation lines belong to the label above."""
+    found, label = {}, ""
+    width = len(done.stdout.splitlines()[0]) - len(done.stdout.splitlines()[0].split("  ", 1)[1].lstrip())
+    for line in done.stdout.splitlines():
+        label = line[:width].strip() or label
+        found[label] = "\n".join(filter(None, [found.get(label), line[width:]]))
+    return found
+
+
+def test_the_table_of_adapters_is_totals_then_the_most_different_modules(ran):
+    table, report = rows(ran("adapters")), json.loads(ran("adapters", "--json").stdout)
+    assert table["adapters"] == "different"
+    assert table["modules"] == "14 of rank 4 and 6 of rank 2"
+    assert float(table["cosine"]) == pytest.approx(report["total"]["cosine"], abs=1e-6)
+    assert table["only in first"].startswith("8 module(s): model.layers.0.mlp.gate_proj")
+    assert "random subspaces" in table["overlap, outputs"]
+    first = report["modules"][0]
+    assert (
+        f"difference {100 * first['relative']:.3g} %" in table[first["module"]] or "only in" in table[first["module"]]
+    )
+    named = [m["module"] for m in report["modules"][:8]]
+    assert [label for label in table if label.startswith("model.")] == named
+    assert table["…"] == "6 more in --json"
+    same = rows(ran("adapter"))
+    assert same["adapters"] == "the same"
+    assert not [label for label in same if label.startswith("model.")]
+
+
+def test_the_table_of_adapters_tells_what_is_no_low_rank_change(run_cli, made, tmp_path):
+    folder = peft_adapters.make(made, "dora").adapter
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    peft_adapters.change_tensors(twin, lambda t: [v.mul_(2) for k, v in t.items() if "magnitude" in k and ".0." in k])
+    table = rows(run_cli("diff", folder, twin))
+    assert table["other tensors"] == "3 equal, 3 differ, 0 in one only\n3 × DoRA magnitude"
+    assert table["model.layers.0.mlp.down_proj.lora_magnitude_vector"].startswith("difference 50 %, 100 % of the elem")
+    assert "DoRA" in table["remark"]
+
+
+def test_the_table_of_checkpoints_says_what_differs(ran):
+    table = rows(ran("checkpoints"))
+    assert table["checkpoints"] == "different"
+    assert table["tensors"].endswith(", 1 differ")
+    assert table["fingerprints"] == "computed from all bytes"
+    assert table["config.json"] == "rope_theta: absent -> 7.0"
+    assert table["model.layers.1.mlp.up_proj.weight"].startswith("difference 20 %")
+    assert list(rows(ran("checkpoint"))) == ["checkpoints", "tensors", "fingerprints"]
+
+
+def test_what_was_read_and_what_was_believed_is_told(run_cli, llama, tmp_path):
+    quantize(llama, tmp_path / "nf4", QuantizeOptions())
+    table = rows(run_cli("diff", tmp_path / "nf4", tmp_path / "nf4"))
+    assert (table["checkpoints"], "--recompute" in table["fingerprints"]) == ("the same", True)
+    table = rows(run_cli("diff", tmp_path / "nf4", tmp_path / "nf4", "--recompute"))
+    assert (table["checkpoints"], table["fingerprints"]) == ("the same", "computed from all bytes")
+    table = rows(run_cli("diff", llama, tmp_path / "nf4"))
+    assert table["quantized"] == "not quantized and bitsandbytes; compared as stored, not decoded"
+    assert table["fingerprints"] == "first computed from its bytes; second by its manifest, not read"
+
+
+def test_a_page_is_written_beside_what_is_printed(run_cli, adapter, second_adapter, tmp_path):
+    done = run_cli("diff", adapter, second_adapter, "--json", "--html", tmp_path / "page.html")
+    assert (done.code, json.loads(done.stdout)["same"]) == (1, False)
+    assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def trouble(tmp_path_factory, llama, adapter):
+    """Folders that cannot be compared."""
+    root = tmp_path_factory.mktemp("trouble")
+    (root / "empty").mkdir()
+    (root / "file").write_text("x")
+    for name in ("truncated", "config", "pickled"):
+        shutil.copytree(adapter, root / name)
+    weights = (root / "truncated" / WEIGHTS).read_bytes()
+    (root / "truncated" / WEIGHTS).write_bytes(weights[:-7])
+    (root / "config" / "adapter_config.json").write_text('{"peft_type": ')
+    (root / "pickled" / WEIGHTS).unlink()
+    torch.save({}, root / "pickled" / "adapter_model.bin")
+    for name in ("model", "json", "manifest"):
+        shutil.copytree(llama, root / name)
+    (root / "model" / "model.safetensors").write_bytes(b"\x08" + b"\x00" * 7 + b"not json")
+    (root / "json" / "config.json").write_text("[]")
+    (root / "manifest" / "adaptkit-manifest.json").write_text("{}")
+    return root
+
+
+PAIRS = {
+    "adapter absent": (2, "does not exist"),
+    "adapter file": (2, "is a file"),
+    "adapter empty": (5, "not a checkpoint"),
+    "empty empty": (5, "not a checkpoint"),
+    "adapter truncated": (5, "not a readable safetensors file"),
+    "adapter config": (5, "not valid JSON"),
+    "adapter pickled": (5, "pickled"),
+    "llama model": (5, "not a readable safetensors file"),
+    "llama json": (5, "expected a JSON object"),
+    "llama manifest": (3, "adaptkit-manifest.json"),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_what_cannot_be_compared_is_refused(pair, trouble, adapter, llama):
+    known = {"adapter": adapter, "llama": llama}
+    paths = [known.get(name, trouble / name) for name in pair.split()]
+    for first, second in (paths, paths[::-1]):
+        with pytest.raises(AdaptkitError) as caught:
+            diff(first, second)
+        assert (caught.value.exit_code, PAIRS[pair][1] in caught.value.message) == (PAIRS[pair][0], True)
+        assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_two_kinds_are_refused_in_a_line_and_a_hint(options, run_cli, adapter, llama, tmp_path):
+    done = run_cli("diff", adapter, llama, "--html", tmp_path / "page.html", *options)
+    assert done.code == 2
+    assert not (tmp_path / "page.html").exists()
+    if options:
+        told = json.loads(done.stdout)["error"]
+        assert (told["code"], "not of one kind" in told["message"], done.stderr) == ("usage", True, "")
+    else:
+        error, hint = done.stderr.splitlines()
+        assert (error[:7], "not of one kind" in error, done.stdout) == ("error: ", True, "")
+        assert hint.startswith("hint: merge the adapter into its base")
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(run_cli, adapter, tmp_path):
+    done = run_cli("diff", adapter, tmp_path / "absent", "--html", tmp_path / "nowhere" / "page.html")
+    assert (done.code, "no page can be written there" in done.stderr) == (2, True)

@@ -1,0 +1,370 @@
+"""The pages of diff: every number from the report, everything escaped, the same bytes each time, a browser content."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.cli.pages._diff_parts import curves_by_type
+from adaptkit.cli.pages.diff import diff_page
+from adaptkit.operations._diff_files import FileDifference, TemplateDifference, ValueDifference
+from adaptkit.operations._diff_tensors import ChangeSpectrum, TensorDifference
+from adaptkit.operations.diff import diff
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"onmouseover='alert(1)'",
+    "</title></style>",
+    "a&amp;b",
+    "--><b>",
+    "$x_{",
+    "日本",
+)
+
+
+class Parsed(HTMLParser):
+    """What a browser makes of a page: tags, attributes, and rows of tables under the heading before them."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.titles: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._inside: list[str] = []
+        self._heading = ""
+        self.feed(document)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag in {"h2", "summary"}:
+            self._heading = ""
+        elif tag == "table":
+            self.tables[self._heading] = []
+        elif tag == "tr":
+            self.tables[self._heading].append([])
+        elif tag in {"td", "th"}:
+            self.tables[self._heading][-1].append("")
+        elif tag == "title":
+            self.titles.append("")
+        if tag not in {"wbr", "meta"}:
+            self._inside.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self._inside.pop() == tag, tag
+
+    def handle_data(self, data):
+        inside = self._inside[-1] if self._inside else ""
+        self.text.append(data)
+        if inside in {"td", "button"}:
+            self.tables[self._heading][-1][-1] += data
+        elif inside in {"h2", "summary"}:
+            self._heading += data
+        elif inside == "title":
+            self.titles[-1] += data
+
+
+def figures(document):
+    """The heat maps of a page, in order: the words under each, and what its cells say."""
+    found = []
+    for drawn in re.findall(r"<figure>.*?</figure>", document, flags=re.DOTALL):
+        cells = dict(title.rsplit(": ", 1) for title in Parsed(drawn).titles)
+        if cells:
+            found.append((re.search(r"<figcaption>(.*)</figcaption>", drawn)[1], cells))
+    return found
+
+
+def strokes(svg):
+    """The heights of the points of every line in the first colour, in the order in which they are drawn."""
+    found = re.findall(r'd="([^"]+)" clip-path="[^"]+" style="fill: none;[^"]* stroke: #1f77b4[^"]*"', svg)
+    return [[float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)] for path in found]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, llama):
+    """A changed copy of the checkpoint, with another configuration, template and tokenizer."""
+    folder = Path(shutil.copytree(llama, tmp_path_factory.mktemp("tuned") / "tuned"))
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "proj" in name or name == "model.norm.weight":
+            noise = torch.randn(tensor.shape, generator=generator) * 0.02
+            tensors[name] = (tensor.float() * (1 + noise)).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 7.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ changed }}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(adapter, second_adapter, llama, tuned):
+    return {"adapters": diff(adapter, second_adapter), "checkpoints": diff(llama, tuned)}
+
+
+def test_every_module_has_a_row_and_cells_with_its_own_numbers(reports):
+    report = reports["adapters"]
+    document = diff_page(report)
+    heading, *rows = Parsed(document).tables[f"All {len(report.modules)} modules"]
+    assert [row[0] for row in rows] == [m.module for m in report.modules]
+    for row, m in zip(rows, report.modules, strict=True):
+        cells = dict(zip(heading, row, strict=False))
+        assert cells["cosine"] == f"{m.cosine:+.3f}"
+        assert float(cells["difference"].removesuffix(" %")) == pytest.approx(100 * m.relative, rel=5e-3)
+        overlap = f"{m.columns.rms:.3f} ({m.columns.random:.3f})" if m.columns else "–"
+        assert cells["out (random)"] == overlap
+    (_, differences), (_, cosines), (_, outputs), (_, inputs) = figures(document)
+    for m in report.modules:
+        layer, kind = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", m.module).groups()
+        where = f"model.layers.{layer} {kind}"
+        assert float(differences.pop(where)) == pytest.approx(100 * m.relative, rel=5e-3)
+        assert (where in cosines) == (m.columns is not None)
+        if m.columns:
+            assert float(cosines.pop(where)) == pytest.approx(m.cosine, abs=0.0051)
+            assert float(outputs.pop(where)) == pytest.approx(m.columns.rms / m.columns.random, rel=5e-3)
+            assert float(inputs.pop(where)) == pytest.approx(m.rows.rms / m.rows.random, rel=5e-3)
+    assert {**differences, **cosines, **outputs, **inputs} == {}, "cells that no module stands for"
+
+
+def test_spectra_and_angles_are_drawn_for_every_type_of_module(reports):
+    report = reports["adapters"]
+    document = diff_page(report)
+    spectra, angles = (re.search(rf"<h2>{name}</h2>.*?</section>", document, re.DOTALL)[0] for name in
+                       ("Spectra", "Principal angles"))  # fmt: skip
+    kinds = {m.module.split(".", 3)[3] for m in report.modules}
+    shared = {m.module.split(".", 3)[3] for m in report.modules if m.columns}
+    assert shared < kinds
+    for kind in kinds:
+        assert f">{kind}</text>" in spectra
+        assert (f">{kind}</text>" in angles) == (kind in shared)
+    assert angles.count("stroke-dasharray") == 2 * len(shared), "a dotted line for either side's random subspaces"
+    for name in ("first", "second", "difference"):
+        assert f">{name}</text>" in spectra
+    for svg in re.findall(r"<svg.*?</svg>", angles, re.DOTALL):
+        (kind,) = (kind for kind in shared if f">{kind}</text>" in svg)
+        overlaps = [m.columns for m in report.modules if m.module.endswith(kind)]
+        cosines = [sum(column) / 2 for column in zip(*(o.cosines for o in overlaps), strict=True)]  # median of two
+        heights, (level, _) = strokes(svg)
+        expected = [c - overlaps[0].random for c in cosines]
+        drawn = [level - height for height in heights]
+        assert drawn == pytest.approx([e * drawn[0] / expected[0] for e in expected], rel=1e-2, abs=0.1)
+
+
+def test_groups_have_tables(reports):
+    tables = Parsed(diff_page(reports["adapters"])).tables
+    assert [row[0] for row in tables["By layer"][1:]] == ["model.layers.0", "model.layers.1"]
+    kinds = {row[0]: row[1] for row in tables["By type of module"][1:]}
+    assert kinds["model.layers.*.mlp.up_proj"] == "2"
+    assert {row[1] for row in tables["Modules of one only"][1:]} == {"first"}
+
+
+def test_every_tensor_that_differs_has_a_row_and_a_cell(reports):
+    report = reports["checkpoints"]
+    document = diff_page(report)
+    parsed = Parsed(document)
+    heading, *rows = parsed.tables[f"All {len(report.tensors)} tensors that differ"]
+    assert [row[0] for row in rows] == [t.name for t in report.tensors]
+    for row, t in zip(rows, report.tensors, strict=True):
+        cells = dict(zip(heading, row, strict=True))
+        assert float(cells["difference"].removesuffix(" %")) == pytest.approx(100 * t.relative, rel=5e-3)
+        assert (cells["stable rank"] == "–") == (t.change is None)
+    said = [cells for _, cells in figures(document)]
+    assert sum(map(len, said)) == len(report.tensors) + sum(t.change is not None for t in report.tensors)
+    assert float(said[0]["model.norm"]) == pytest.approx(100 * next(
+        t.relative for t in report.tensors if t.name == "model.norm.weight"), rel=5e-3)  # fmt: skip
+    assert ["config.json", "rope_theta", "absent", "7.0"] in parsed.tables["Configuration"]
+    assert "Chat template default" in document
+    assert "+{{ changed }}" in "".join(parsed.text)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_names_and_values_stay_text(hostile, reports):
+    beside = dataclasses.replace(
+        reports["checkpoints"].beside,
+        values=(ValueDifference(hostile, hostile, hostile, None),),
+        files=(FileDifference(hostile, (hostile, None)),),
+        templates=(TemplateDifference(hostile, (hostile, None), (hostile,)),),
+    )
+    change = ChangeSpectrum((2.0, 1.0), {"8": 1.0, "16": 1.0, "32": 1.0, "64": 1.0}, 1.2, 1.5)
+    tensor = TensorDifference(
+        f"model.layers.0.{hostile}.weight", hostile, (hostile, "F32"), ((3, 2), (3, 2)), 1, 6, (5.0, 5.0), 2.2, 0.4,
+        change, hostile,
+    )  # fmt: skip
+    both = {"first": hostile, "second": hostile, "remarks": (hostile,), "beside": beside, "tensors": (tensor,)}
+    modules = tuple(
+        dataclasses.replace(m, module=f"model.layers.{i}.{hostile}")
+        for i, m in enumerate(reports["adapters"].modules)
+    )  # fmt: skip
+    lonely = {"only_in_first": (hostile,), "only_in_second": (hostile,)}
+    for kind, changes in (("adapters", {"modules": modules, "config": beside.values}), ("checkpoints", {})):
+        document = diff_page(dataclasses.replace(reports[kind], **both, **changes, **lonely))
+        parsed = Parsed(document)
+        assert parsed.tags.count("script") == 1
+        assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+        assert [hostile, hostile, hostile, "absent"] in parsed.tables["Configuration"]
+
+
+@pytest.mark.parametrize("kind", ["adapters", "checkpoints"])
+def test_nothing_is_loaded_from_anywhere_and_identifiers_are_unique(kind, reports):
+    document = diff_page(reports[kind])
+    parsed = Parsed(document)
+    assert not {"link", "img", "image", "iframe", "object", "a"} & set(parsed.tags)
+    assert not [v for k, v in parsed.attributes if k in {"src", "href", "xlink:href"} and not (v or "").startswith("#")]
+    assert "@import" not in document
+    assert not re.search(r"url\((?!#)", document)
+    identifiers = [value for key, value in parsed.attributes if key == "id"]
+    assert identifiers
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_types_of_two_stacks_with_one_name_keep_their_pictures_apart(reports):
+    modules = [m for m in reports["adapters"].modules if m.module.endswith("up_proj")]
+    twins = [dataclasses.replace(m, module=f"{stack}.{m.module}") for m in modules for stack in ("encoder", "decoder")]
+    document = diff_page(dataclasses.replace(reports["adapters"], modules=tuple(twins)))
+    identifiers = [value for key, value in Parsed(document).attributes if key == "id"]
+    assert len(identifiers) == len(set(identifiers))
+    assert "encoder.model" in document
+
+
+def test_the_same_two_give_the_same_page(run_cli, adapter, second_adapter, tmp_path):
+    pages = [tmp_path / name for name in ("one.html", "two.html")]
+    for seed, page in enumerate(pages):
+        assert run_cli("diff", adapter, second_adapter, "--html", page, PYTHONHASHSEED=str(seed)).code == 1
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_little_to_say_makes_a_page_too(adapter, llama, reports):
+    assert "the same" in diff_page(diff(adapter, adapter))
+    document = diff_page(diff(llama, llama))
+    assert "the same" in document
+    assert "<svg" not in document
+    empty = dataclasses.replace(reports["adapters"], modules=(), layers=(), types=())
+    assert "<svg" not in diff_page(empty)
+
+
+def test_a_large_model_makes_a_page_that_opens(reports):
+    modules = [m for m in reports["adapters"].modules if m.columns]
+    many = tuple(
+        dataclasses.replace(m, module=f"model.layers.{layer}.part_{chr(97 + i)}.{'x' * (i // 26)}w")
+        for layer in range(30)
+        for i, m in enumerate([*modules, *modules][:12])
+    )
+    document = diff_page(dataclasses.replace(reports["adapters"], modules=many))
+    assert sum(len(cells) for _, cells in figures(document)) == 4 * 30 * 12
+    assert len(document.encode()) < 1_600_000
+
+
+PROBE = """<iframe id="page" src="page.html" width="375" height="800"></iframe><pre id="found"></pre>
+<script>
+document.getElementById("page").onload = function () {
+  const inside = this.contentDocument, found = {};
+  const sizes = Array.from(inside.querySelectorAll(".cell"), (cell) => cell.getBoundingClientRect());
+  found.cells = sizes.length;
+  found.smallest = Math.min(...sizes.map((s) => Math.min(s.width, s.height)));
+  found.overflow = inside.documentElement.scrollWidth - inside.documentElement.clientWidth;
+  found.pictures = Array.from(inside.querySelectorAll("svg"), (svg) => svg.getBoundingClientRect().width);
+  found.overlaps = 0;
+  for (const svg of inside.querySelectorAll("svg")) {
+    const texts = Array.from(svg.querySelectorAll("text"), (text) => text.getBoundingClientRect());
+    for (const a of texts) for (const b of texts) {
+      if (a !== b && a.left + 1 < b.right && b.left + 1 < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom) {
+        found.overlaps += 1;
+      }
+    }
+  }
+  const cell = inside.querySelector(".cell");
+  cell.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+  found.said = cell.closest("figure").querySelector("output").textContent;
+  found.title = cell.querySelector("title").textContent;
+  inside.querySelector("details").open = true;
+  const table = inside.querySelector("details table"), heading = table.querySelectorAll("th button")[1];
+  const column = () => Array.from(table.tBodies[0].rows, (row) => parseFloat(row.cells[1].dataset.value ?? "NaN"));
+  heading.click();
+  found.up = column();
+  heading.click();
+  found.down = column();
+  document.getElementById("found").textContent = JSON.stringify(found);
+};
+</script>"""
+
+
+def browse(folder, name):
+    """Open a file in headless Chromium: the document that it ends in, and what it logged to its console."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run([program, *flags, (folder / name).as_uri()], capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.parametrize("kind", ["adapters", "checkpoints"])
+def test_a_browser_shows_the_page_on_a_phone_and_has_no_complaint(kind, reports, tmp_path):
+    report = reports[kind]
+    (tmp_path / "page.html").write_text(diff_page(report), encoding="utf-8")
+    (tmp_path / "probe.html").write_text(PROBE)
+    document, console = browse(tmp_path, "probe.html")
+    assert console == []
+    found = json.loads(re.search(r'<pre id="found">(.*)</pre>', document)[1])
+    assert found["cells"] == sum(len(cells) for _, cells in figures(diff_page(report)))
+    assert found["smallest"] >= 7
+    assert found["overflow"] <= 0, "a phone scrolls the page sideways"
+    assert min(found["pictures"]) > 40
+    assert found["overlaps"] == 0, "labels on labels"
+    assert found["said"] == found["title"]
+    values = report.modules if kind == "adapters" else report.tensors
+    expected = sorted(v.relative for v in values)
+    assert found["up"] == pytest.approx(expected)
+    assert found["down"] == pytest.approx(expected[::-1])
+
+
+def test_without_matplotlib_nothing_is_done_and_the_hint_says_what_to_install(adapter, tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from adaptkit.cli.main import main\n"
+        "sys.argv = ['adaptkit', 'diff', *sys.argv[1:]]\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, adapter, adapter]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--html", tmp_path / "x.html"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "hint: pip install 'adaptkit[report]'" in done.stderr
+    assert not (tmp_path / "x.html").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_curve_is_the_median_of_its_modules_and_ends_where_they_do():
+    numbers = {"layers.0.q": [4.0, 2.0, 1.0], "layers.1.q": [8.0, 2.0, 1.0], "layers.2.q": [6.0, 2.0]}
+    lines = {"line": {**numbers, "layers.0.k": [9.0] * 5}}
+    (svg,) = curves_by_type(lines, ["layers.*.q"], "x", "y", levels={"layers.*.q": {"line": 4.0}})
+    y, level = strokes(svg)
+    assert len(y) == 3
+    assert (y[1] - y[0]) / (y[2] - y[1]) == pytest.approx(4, rel=1e-3), "6, 2, 1"
+    assert level[0] == level[1] == pytest.approx((y[0] + y[1]) / 2, rel=1e-3), "4 is between 6 and 2"
+
+
+def test_a_logarithmic_curve_ends_where_only_rounding_is_left():
+    lines = {"line": {"layers.0.q": [1.0, 0.1, 1e-17], "layers.1.q": [2.0, 0.0, 0.0]}}
+    (svg,) = curves_by_type(lines, ["layers.*.q"], "x", "y", logarithmic=True)
+    assert [len(heights) for heights in strokes(svg)] == [2]
+    assert curves_by_type({"line": {"layers.0.q": [0.0]}}, ["layers.*.q"], "x", "y", logarithmic=True) == []
