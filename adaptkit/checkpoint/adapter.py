@@ -90,11 +90,17 @@ class Adapter:
     @property
     def only_compensates(self) -> bool:
         """Whether it is still what it began with, so that it says nothing about the 16-bit base."""
-        return set(self.compensation) == set(self.modules) and all(
-            torch.equal(begun.lora_a, self.modules[name].lora_a)
-            and torch.equal(begun.lora_b, self.modules[name].lora_b)
-            and begun.scaling == self.modules[name].scaling
-            for name, begun in self.compensation.items()
+        others = self.magnitudes or self.biases or self.replaced or self.tokens or self.experts
+        return (
+            bool(self.compensation)
+            and not others
+            and set(self.compensation) == set(self.modules)
+            and all(
+                torch.equal(begun.lora_a, self.modules[name].lora_a)
+                and torch.equal(begun.lora_b, self.modules[name].lora_b)
+                and begun.scaling == self.modules[name].scaling
+                for name, begun in self.compensation.items()
+            )
         )
 
 

@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self
 
 from adaptkit.checkpoint.header import check_regular
@@ -168,7 +168,7 @@ class Output:
         """Write a small file of the output."""
         self.files.append(write_file(self.folder, name, content))
 
-    def copy(self, source: Path, name: str) -> None:
+    def copy(self, source: Path, name: str) -> FileRecord:
         """Copy a file of any size into the output.
 
         Raises:
@@ -176,6 +176,7 @@ class Output:
         """
         check_regular(source)
         self.files.append(copy_file(source, self.folder, name))
+        return self.files[-1]
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file of the output."""
@@ -184,10 +185,14 @@ class Output:
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest, remove what is no part of the artifact, and rename the folder into view."""
         write_file(self.folder, MANIFEST_NAME, manifest.to_bytes())
-        keep = {PurePosixPath(record.path).parts[0] for record in manifest.files} | {MANIFEST_NAME}
-        for path in sorted(self.folder.iterdir()):
-            if path.name not in keep:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        keep = {record.path for record in manifest.files} | {MANIFEST_NAME}
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_symlink() or not path.is_dir():
+                if name not in keep:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
         for path in (self.folder, *(found for found in self.folder.rglob("*") if found.is_dir())):
             _sync_folder(path)
         check_output(self.final, self._force)

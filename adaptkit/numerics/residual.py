@@ -23,14 +23,14 @@ Source: Jarek Duda's asymmetric numeral systems (arXiv:1311.2540), the range var
 arXiv:1402.3392).
 """
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.kernels import _cpu_entropy
-from adaptkit.numerics.kernels._cpu_entropy import LEAST, PRECISION, STATES, SYMBOLS
+from adaptkit.numerics.kernels._entropy import LEAST, PRECISION, STATES, SYMBOLS
 
 _TOTAL = 1 << PRECISION
 _LARGEST_VARINT = 10
@@ -49,14 +49,15 @@ def encode(residual: Tensor) -> Tensor:
     values = residual.cpu().contiguous().numpy()
     if values.size == 0:
         return torch.zeros(1, dtype=torch.uint8)
+    loops = _loops()
     symbols, counts = np.empty(values.size, np.uint8), np.zeros((STATES, 256), np.int64)
-    bits = int(_cpu_entropy.split(values, symbols, counts))
+    bits = int(loops.split(values, symbols, counts))
     raw = np.zeros(bits // 64 + 2, np.uint64)
     if bits:
-        _cpu_entropy.put_raw(values, symbols, raw)
+        loops.put_raw(values, symbols, raw)
     frequencies = _frequencies(counts.sum(axis=0)[:SYMBOLS])
     states, words = np.full(STATES, LEAST, np.uint64), np.empty(values.size + 1, np.uint16)
-    begin = _cpu_entropy.push(symbols, _encoding_table(frequencies), states, words)
+    begin = loops.push(symbols, _encoding_table(frequencies), states, words)
     used = words[begin:].astype("<u2").tobytes()
     present = np.flatnonzero(frequencies).tolist()
     parts = [_varint(values.size), _varint(len(present))]
@@ -94,12 +95,12 @@ def decode(stream: Tensor, most: int) -> Tensor:
     slots = _slots(source)
     states = source.take(4 * STATES).view("<u4").astype(np.uint64)
     words = source.take(2 * source.varint()).view("<u2").astype(np.uint16)
-    symbols = np.empty(count, np.uint8)
+    symbols, loops = np.empty(count, np.uint8), _loops()
     padded = np.concatenate([words, np.zeros(STATES, np.uint16)])
-    used = _cpu_entropy.pop(states, slots, padded, symbols)
+    used = loops.pop(states, slots, padded, symbols)
     if used != words.size or (states != LEAST).any():
         raise ValueError("its symbols do not end where they should")
-    bits = _cpu_entropy.raw_bits(symbols)
+    bits = loops.raw_bits(symbols)
     raw = np.zeros(8 * (bits // 64 + 2), np.uint8)
     tail = source.take((bits + 7) // 8)
     raw[: tail.size] = tail
@@ -107,8 +108,12 @@ def decode(stream: Tensor, most: int) -> Tensor:
         raise ValueError("it is not padded with zeros")
     source.end()
     values = torch.empty(count, dtype=torch.int64)
-    _cpu_entropy.join(symbols, raw.view("<u8").astype(np.uint64), values.numpy())
+    loops.join(symbols, raw.view("<u8").astype(np.uint64), values.numpy())
     return values
+
+
+def _loops() -> Any:
+    return import_module("adaptkit.numerics.kernels._cpu_entropy")  # with its compiler, which takes a while to load
 
 
 class _Source:

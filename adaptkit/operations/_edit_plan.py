@@ -52,6 +52,7 @@ def plan_edits(
     edits = Edits()
     vocabulary = find_vocabulary(checkpoint)
     changes = [vocabulary_changes(checkpoint, vocabulary, adapter, untie) for adapter in adapters]
+    edits.addresses = [change.addresses for change in changes]
     separate = any(change.separate for change in changes)
     if separate:
         edits.config["tie_word_embeddings"] = False

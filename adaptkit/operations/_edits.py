@@ -1,13 +1,14 @@
 """What is done to the tensors of a checkpoint when adapters are merged into it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import TokenRows
+from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.numerics.lora import LowRank
@@ -98,6 +99,7 @@ class Edits:
         config: what changes in ``config.json``.
         begun: names of tensors that an adapter's own copy of the same shape takes the place of.
         told: for people: how names were found, what was untied.
+        addresses: of every adapter in order, where the files keep the parameters that it changes.
     """
 
     of: dict[str, Edit] = field(default_factory=dict)
@@ -105,6 +107,7 @@ class Edits:
     config: dict[str, Any] = field(default_factory=dict)
     begun: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    addresses: list[Mapping[str, tuple[Slice, ...]]] = field(default_factory=list)
 
 
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:

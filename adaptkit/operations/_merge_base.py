@@ -1,16 +1,17 @@
 """The base of a merge: what may be merged onto, and the 16-bit parent of what may not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError
+from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
+from adaptkit.operations._edits import Edits
 from adaptkit.operations._terms import expected_fingerprints
 
 _EARLY = 3
@@ -26,12 +27,14 @@ class Base:
         manifest: of it.
         expected: by tensor name, (fingerprint, who says so).
         found_for: the quantized base that was given instead; None if this one was given.
+        root: what its tensors' root must be, by its own manifest or that of the quantized base; None if nobody says.
     """
 
     checkpoint: Checkpoint
     manifest: Manifest | None
     expected: Mapping[str, tuple[str, str]]
     found_for: Path | None = None
+    root: str | None = None
 
 
 def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> Base:
@@ -48,9 +51,11 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
     manifest = read_manifest(path)
     if quantization_found(checkpoint) is not None:
         parent, named = _find_parent(checkpoint, manifest)
-        base = Base(parent, read_manifest(parent.root), named | _by_tensor(parent, expected), path)
+        wanted = named | _by_tensor(parent, expected)
+        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest))
     else:
-        base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected))
+        root = manifest.tensors_root if manifest else None
+        base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected), root=root)
         operation = manifest.operation.get("name") if manifest else None
         if operation == "dequantize" and not allow_mismatch:
             raise BaseMismatchError(
@@ -89,12 +94,57 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
 def merge_parents(
     base: Base, adapters: Sequence[Adapter], weights: Sequence[float], records: Sequence[TensorRecord]
 ) -> tuple[Parent, ...]:
-    """What a merged model names as its parents; ``records`` are the base's tensors."""
+    """What a merged model names as its parents; ``records`` are the base's tensors.
+
+    Raises:
+        IntegrityError: they are not those that the base's own manifest speaks of.
+        BaseMismatchError: they are not those that the quantized base was made from.
+    """
+    if base.root is not None and tensors_root(records) != base.root:
+        if base.found_for is not None:
+            raise BaseMismatchError(
+                f"{base.checkpoint.root}: not all of its tensors are those that {base.found_for} was made from",
+                hint=f"give the checkpoint whose tensors root is {base.root}",
+            )
+        raise IntegrityError(
+            f"{base.checkpoint.root}: its tensors are not those of its manifest", hint="run verify on it"
+        )
     given = zip(adapters, weights, strict=True)
     return (
         parent_of("base", base.manifest, records),
         *(parent_of("adapter", adapter.manifest, adapter.records, weight) for adapter, weight in given),
     )
+
+
+def with_addresses(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> Base:
+    """The same base, with what adapters expect of weights that its files call by other names.
+
+    Raises:
+        BaseMismatchError: an adapter was trained on a weight that the base does not have.
+    """
+    expected, tensors = dict(base.expected), base.checkpoint.tensors
+    for name in [name for name in expected if name not in tensors]:
+        digest = expected.pop(name)
+        places = [found.get(name) or found.get(name.removesuffix(".weight")) for found in edits.addresses]
+        whole = next((slices[0] for slices in places if slices and slices[0].expert is None), None)
+        if whole is not None:
+            expected[whole.name] = digest
+        elif not any(places):
+            raise BaseMismatchError(
+                f"{digest[1]} was trained on {name}, which {base.checkpoint.root} does not have",
+                hint="give the right base, or say --allow-base-mismatch",
+            )
+    return replace(base, expected=expected)
+
+
+def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> bool:
+    """Whether every adapter says what it was trained on, of every weight that it changes, and all were compared."""
+    for number, adapter in enumerate(adapters):
+        sources = {e.source for e in edits.of.values() if any(step.adapter == number for step in e.steps)}
+        targets = adapter.manifest.targets if adapter.manifest else ()
+        if not sources <= set(base.expected) or not (base.found_for or len(targets) >= len(sources)):
+            return False
+    return bool(base.expected)
 
 
 def _by_tensor(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
@@ -112,8 +162,10 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     if manifest is None:
         raise CheckpointError(why, hint="merge onto the 16-bit checkpoint that it was made from")
     wanted = {target.module: target for target in manifest.targets if target.base_xxh3_128 is not None}
+    fitting = []
     for folder in sorted(root.resolve().parent.iterdir()):
-        if folder != root.resolve() and (folder / CONFIG_NAME).is_file():
+        unfinished = folder.name.endswith((".partial", ".replaced"))
+        if folder != root.resolve() and not unfinished and (folder / CONFIG_NAME).is_file():
             try:
                 candidate = Checkpoint(folder)
             except AdaptkitError:  # some other folder, not ours to judge
@@ -124,12 +176,21 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
                 continue
             smallest = min(there, key=lambda name: (candidate.spec(name).nbytes, name))
             if fingerprint_in_pieces(candidate, smallest) == named[smallest][0]:
-                return candidate, named
+                fitting.append((candidate, named))
+    if len(fitting) > 1:  # such as a model and what was tuned from it: now all weights count
+        fitting = [(c, named) for c, named in fitting if _is_parent(c, named)]
+    if fitting:
+        return fitting[0]
     raise CheckpointError(
         f"{why}, and the 16-bit checkpoint that it was made from is not beside it",
         hint=f"merge onto that one: its tensors root is {_parent_root(manifest)}",
     )
 
 
-def _parent_root(manifest: Manifest) -> str:
-    return next((parent.tensors_root for parent in manifest.parents if parent.role == "base"), "not known")
+def _is_parent(checkpoint: Checkpoint, named: Mapping[str, tuple[str, str]]) -> bool:
+    return all(fingerprint_in_pieces(checkpoint, name) == digest for name, (digest, _) in named.items())
+
+
+def _parent_root(manifest: Manifest | None) -> str | None:
+    parents = manifest.parents if manifest else ()
+    return next((parent.tensors_root for parent in parents if parent.role == "base"), None)

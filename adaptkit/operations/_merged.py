@@ -1,7 +1,6 @@
 """A merged checkpoint and its undo record, opened for taking the adapters out again."""
 
 import hashlib
-import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,8 @@ from adaptkit.checkpoint.header import Header, parse_header, strict_json
 from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
-from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
+from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
+from adaptkit.operations._terms import adapter_identity
 
 _AGAIN = "get the merged model again"
 
@@ -58,21 +58,27 @@ class MergedModel:
     checkpoint: Checkpoint
     has_record: bool
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the merge was asked for."""
+        found: dict[str, Any] = self.manifest.operation["options"]
+        return found
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """sha256 of every file, by path."""
         return {record.path: record.sha256 for record in self.manifest.files}
 
-    def records(self, number: int) -> dict[str, Tensor]:
-        """What was lost of the number-th shard (from 1), by name; read whole, since it is small.
+    def record(self, number: int) -> TensorFiles:
+        """What was lost of the number-th shard (from 1); nothing without a record.
 
         Raises:
             IntegrityError: the file changed, or is not there.
         """
-        if not self.has_record:
-            return {}
         name = undo.record_name(number, len(self.checkpoint.headers))
-        return self.read_all(name)
+        if self.has_record:
+            self.require_unchanged(name)
+        return TensorFiles(self.root, [name] if self.has_record else [])
 
     def read_all(self, name: str) -> dict[str, Tensor]:
         """Read a safetensors file of the record whose bytes are still those of the merge."""
@@ -98,7 +104,10 @@ class MergedModel:
         Raises:
             IntegrityError: it is not.
         """
-        content = resolve_inside(self.root, name).read_bytes()
+        path = resolve_inside(self.root, name)
+        if not path.is_file():
+            raise IntegrityError(f"{self.root}: {name} is missing", hint=_AGAIN)
+        content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.digests.get(name):
             raise IntegrityError(f"{name} changed since the merge", hint=_AGAIN)
         return content
@@ -116,7 +125,12 @@ class MergedModel:
         Raises:
             IntegrityError: one changed since the merge.
         """
-        added = json.loads(self.lost_files[undo.ADDED]) if undo.ADDED in self.lost_files else []
+        added = undo.read_added(undo.as_bytes(self.lost_files[undo.ADDED])) if undo.ADDED in self.lost_files else []
+        for name in self.lost_files:
+            if name != undo.ADDED and not _is_small_file(name):
+                raise IntegrityError(
+                    f"{self.root}: the undo record holds a file {name!r}, which no base has", hint=_AGAIN
+                )
         ours = {*self.checkpoint.headers, *self.lost_files, *added}
         kept = [name for name in self.digests if name not in ours and "/" not in name]
         found = {name: self.small_file(name) for name in kept}
@@ -127,11 +141,25 @@ class MergedModel:
         text = self.lost_files.get(CONFIG_NAME) or self.small_file(CONFIG_NAME)
         return BaseOutline(self.root, headers, strict_json(text, CONFIG_NAME))
 
-    def header(self, file: str, records: Mapping[str, Tensor]) -> Header:
-        """The header of the base's shard."""
-        if undo.HEADER not in records:
+    def header(self, file: str, record: TensorFiles) -> Header:
+        """The header of the base's shard.
+
+        Raises:
+            IntegrityError: the record's is damaged.
+        """
+        if undo.HEADER not in record.tensors:
             return self.checkpoint.headers[file]
-        return parse_header(records[undo.HEADER].numpy().tobytes(), file)
+        raw = record.read(undo.HEADER).numpy().tobytes()
+        try:
+            header = parse_header(raw, file)
+            position = len(raw)
+            for spec, start in header.tensors:
+                if start != position or not all(type(size) is int and size >= 0 for size in spec.shape):
+                    raise IntegrityError(f"{file}: the undo record's header is damaged", hint=_AGAIN)
+                position += spec.nbytes
+        except (CheckpointError, TypeError, KeyError, ValueError, IndexError) as error:
+            raise IntegrityError(f"{file}: the undo record's header is damaged ({error})", hint=_AGAIN) from error
+        return header
 
     def base_manifest(self) -> Manifest | None:
         """The manifest of the base, if it was an artifact."""
@@ -153,9 +181,18 @@ class MergedModel:
                 hint="give each with --adapter",
             )
         waiting = [read_adapter(path) for path in paths]
+        identities = self.options.get("adapters")
+        if not isinstance(identities, list) or len(identities) != len(recorded):
+            raise IntegrityError(f"{self.root}: the manifest does not say which adapters were merged", hint=_AGAIN)
         ordered = []
-        for parent in recorded:
-            found = next((a for a in waiting if tensors_root(a.records) == parent.tensors_root), None)
+        for parent, identity in zip(recorded, identities, strict=True):
+            same = [a for a in waiting if tensors_root(a.records) == parent.tensors_root]
+            found = next((a for a in same if adapter_identity(a) == identity), None)
+            if found is None and same:
+                raise BaseMismatchError(
+                    f"{same[0].root}: has the tensors of an adapter that was merged, but another adapter_config.json",
+                    hint="get the adapter again, all of it",
+                )
             if found is None:
                 raise BaseMismatchError(
                     f"{self.root}: was merged with an adapter whose tensors_root is {parent.tensors_root[:16]}…, "
@@ -187,6 +224,9 @@ def open_merged(root: Path) -> MergedModel:
     manifest = require_manifest(root)
     if manifest.kind != "merged" or manifest.operation.get("name") != "merge":
         raise IntegrityError(f"{root}: is {manifest.kind}, not merged", hint="only what merge made can be unmerged")
+    bases = [parent for parent in manifest.parents if parent.role == "base"]
+    if not isinstance(manifest.operation.get("options"), dict) or len(bases) != 1:
+        raise IntegrityError(f"{root}: the manifest does not describe a merge", hint=_AGAIN)
     checkpoint = Checkpoint(root)
     described = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
     found = {(name, at.file, at.spec.dtype, at.spec.shape) for name, at in checkpoint.tensors.items()}
@@ -195,6 +235,12 @@ def open_merged(root: Path) -> MergedModel:
         raise IntegrityError(f"{root}: {differing} is not in the shards as the manifest says", hint=_AGAIN)
     has_record = any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files)
     return MergedModel(root, manifest, checkpoint, has_record)
+
+
+def _is_small_file(name: str) -> bool:
+    """Whether a name that a record gives to a file is one that travels with weights, and nothing else."""
+    plain = name.isprintable() and not set(name) & set("/\\:") and not name.startswith((".", "~", "adaptkit-"))
+    return plain and name != MANIFEST_NAME and not name.endswith(".safetensors")
 
 
 def target_names(manifest: Manifest, tensors: Container[str]) -> dict[str, str | None]:

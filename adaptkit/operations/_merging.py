@@ -9,20 +9,23 @@ import xxhash
 from torch import Tensor
 
 from adaptkit.checkpoint import undo
-from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from adaptkit.checkpoint.compensation import COMPENSATION_NAME
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import INDEX_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import IntegrityError
 from adaptkit.operations._edits import Edit, Edits, matrix_of
 from adaptkit.operations._folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
-from adaptkit.operations._merge_base import Base, check_fingerprint, merge_parents
+from adaptkit.operations._merge_base import Base, changed_are_known, check_fingerprint, merge_parents
 from adaptkit.operations._merge_report import MergeOptions, MergeReport, TensorChange, with_changes
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
-from adaptkit.operations._side_files import SideFiles, plan_index, relative_files
+from adaptkit.operations._side_files import SideFiles, plan_index
+from adaptkit.operations._terms import adapter_identity
 
 
 class Merging:
@@ -47,15 +50,19 @@ class Merging:
         recorded: dict[str, Any] = {"weights": list(weights)}
         for key in ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter"):
             recorded[key] = getattr(options, key)
+        recorded["undo"] = options.undo and options.format == "keep"
+        recorded["adapters"] = [adapter_identity(adapter) for adapter in adapters]
         if edits.begun:
             recorded["begun"] = sorted(edits.begun)
+        if side.lost or side.added:
+            recorded["small_files"] = sorted({*side.lost, *side.added})
         self.recorded = recorded
 
     def identity(self) -> list[Any]:
         """What, beside the base, decides the bytes of the result."""
-        roots = [[tensors_root(adapter.records), dict(adapter.config), _begun(adapter)] for adapter in self.adapters]
+        roots = [[tensors_root(adapter.records), adapter_identity(adapter)] for adapter in self.adapters]
         side = [[name, fingerprint(undo.as_bytes(content))] for name, content in sorted(self.side.contents.items())]
-        return [roots, side, self.recorded]
+        return [roots, side, self.recorded, {name: digest for name, (digest, _) in self.base.expected.items()}]
 
     def run(self, output: Path, force: bool, progress: Progress) -> MergeReport:
         """Write everything."""
@@ -148,11 +155,13 @@ class Merging:
         if before > height:  # the base has rows that the result has not
             rest = read_rows(self.checkpoint, edit.source, Rows(height, before - height))
             digest.update(bytes_of(rest))
-            self._records[undo.rest_name(name)] = rest
+            self._records |= {undo.rest_name(name): rest} if self.options.undo else {}
+        lengths_found = self._lengths.pop(name, {})
         if not self._is_new(edit):
             check_fingerprint(self.base, name, digest.hexdigest())
+        if not self._is_new(edit) and self.options.undo:
             self._records[name] = undo.packed(frames)
-            for adapter, lengths in self._lengths.pop(name, {}).items():
+            for adapter, lengths in lengths_found.items():
                 self._records[undo.lengths_name(name, adapter)] = lengths
         return {"base": digest.hexdigest(), "moved": moved, "sums": sums}
 
@@ -175,12 +184,18 @@ class Merging:
             undo.write_record(out, undo.FILES_NAME, tensors | {undo.ADDED: undo.added_files(added)})
         if self.base.manifest is not None:
             kept = {*contents, *(file for file, _ in self.shards), *lost}
-            for name in [MANIFEST_NAME, *(f.path for f in self.base.manifest.files if f.path not in kept)]:
-                out.copy(resolve_inside(self.checkpoint.root, name), f"{undo.BASE_PREFIX}{name}")
+            known = {record.path: record.sha256 for record in self.base.manifest.files if record.path not in kept}
+            for name in (MANIFEST_NAME, *known):
+                copied = out.copy(resolve_inside(self.checkpoint.root, name), f"{undo.BASE_PREFIX}{name}")
+                if name != MANIFEST_NAME and copied.sha256 != known[name]:
+                    raise IntegrityError(
+                        f"{self.checkpoint.root}: {name} is not the one of its manifest", hint="run verify on it"
+                    )
         if self.options.embed_adapter:
             for number, adapter in enumerate(self.adapters, 1):
-                for name in relative_files(adapter.root):
-                    out.copy(adapter.root / name, f"{undo.ADAPTERS_PREFIX}{number}/{name}")
+                for name in (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME, COMPENSATION_NAME):
+                    if (adapter.root / name).exists():
+                        out.copy(adapter.root / name, f"{undo.ADAPTERS_PREFIX}{number}/{name}")
 
     def _manifest(self, out: Output) -> Manifest:
         checkpoint = self.checkpoint
@@ -205,7 +220,6 @@ class Merging:
     def report(self, output: Path, out: Output | None = None, manifest: Manifest | None = None) -> MergeReport:
         """What was done, or would be."""
         changed = [edit for edit in self.edits.of.values() if edit.steps]
-        sources = {edit.source for edit in changed}
         told = [*self.edits.told, *self.side.told]
         if self.base.found_for is not None:
             told.insert(
@@ -217,7 +231,7 @@ class Merging:
             merged=len(changed),
             added=tuple(self.edits.added),
             tensors=sum(len(groups) for _, groups in self.shards),
-            base_verified=bool(sources) and sources <= set(self.base.expected),
+            base_verified=changed_are_known(self.base, self.edits, self.adapters),
             told=tuple(told),
         )
         if out is None or manifest is None:
@@ -236,7 +250,3 @@ def _change(edit: Edit, note: Mapping[str, Any]) -> TensorChange:
     squares, weights, overlap = note["sums"]
     moved, effect = note["moved"] / max(1, edit.spec.count), overlap / squares if squares else 1.0
     return TensorChange(edit.spec.name, edit.spec.count, moved, squares**0.5, weights**0.5, effect)
-
-
-def _begun(adapter: Adapter) -> dict[str, list[str]]:
-    return {name: [fingerprint(t.lora_a), fingerprint(t.lora_b)] for name, t in adapter.compensation.items()}

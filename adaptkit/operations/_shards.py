@@ -4,6 +4,7 @@ What a shard holds is made in jobs, some threads at a time, and put together in 
 next tensor and the next shard, but only a few of their results exist at a time.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -136,10 +137,25 @@ def write_shards(
     progress(done, total)
     ahead = (numbered for _, groups in todo for group in groups for numbered in _with_last(jobs(group)))
     results = in_order(lambda job: (job[0], job[1]()), ahead, threads)
+    with contextlib.closing(results):  # so that no job runs on after an error
+        _write_each(output, todo, results, assemble, (done, total), progress, headers or {}, beside)
+
+
+def _write_each(
+    output: Output,
+    todo: Shards,
+    results: Iterator[tuple[bool, Result]],
+    assemble: Callable[[Group, Iterator[Result], TensorWriter], Mapping[str, Any]],
+    begun: tuple[int, int],
+    progress: Progress,
+    headers: Mapping[str, bytes],
+    beside: "Beside | None",
+) -> None:
+    done, total = begun
     for file, groups in todo:
         notes = {}
         specs = [spec for group in groups for spec in group.specs]
-        with TensorWriter(output.folder, file, specs, (headers or {}).get(file)) as writer:
+        with TensorWriter(output.folder, file, specs, headers.get(file)) as writer:
             for group in groups:
                 notes[group.source] = assemble(group, _until_last(results), writer)
                 done += group.nbytes

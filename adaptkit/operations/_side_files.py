@@ -1,5 +1,6 @@
 """The small files of a merged checkpoint: the base's, but for what the adapters bring or change."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, read_json, side_files
+from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import UsageError
+from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations._edits import Edits
 
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
@@ -41,18 +43,28 @@ class SideFiles:
     told: list[str] = field(default_factory=list)
 
 
-def plan_side_files(checkpoint: Checkpoint, adapters: Sequence[Adapter], edits: Edits) -> SideFiles:
+def plan_side_files(
+    checkpoint: Checkpoint, manifest: Manifest | None, adapters: Sequence[Adapter], edits: Edits
+) -> SideFiles:
     """Collect the small files of a merged checkpoint, but for its index.
 
     A tokenizer that comes with an adapter takes the place of the base's, all of it, since the adapter was trained with
     it; so does a chat template alone.
 
+    Args:
+        checkpoint: the base.
+        manifest: of it, if it is an artifact.
+        adapters: in order.
+        edits: what they change.
+
     Raises:
         UsageError: two adapters bring different ones.
+        IntegrityError: a file of the base is not the one of its manifest.
     """
     root = checkpoint.root
     before = {path.name: path.read_bytes() for path in side_files(root)}
     before[CONFIG_NAME] = (root / CONFIG_NAME).read_bytes()
+    _check_unchanged(root, manifest, before)
     files = SideFiles(dict(before))
     if edits.config:
         files.contents[CONFIG_NAME] = _changed_config(checkpoint.config, edits.config)
@@ -107,6 +119,15 @@ def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: in
     return _as_before(document)
 
 
+def _check_unchanged(root: Path, manifest: Manifest | None, contents: Mapping[str, bytes]) -> None:
+    for record in manifest.files if manifest else ():
+        content = contents.get(record.path)
+        if content is not None and hashlib.sha256(content).hexdigest() != record.sha256:
+            raise IntegrityError(
+                f"{root}: {record.path} is not the one of its manifest", hint="get it again, or remove the manifest"
+            )
+
+
 def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
     """The configuration with other values, in the order that it had; where a model's text part has them, there."""
     changed = dict(config)
@@ -121,8 +142,3 @@ def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> by
 
 def _as_before(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def relative_files(root: Path) -> list[str]:
-    """Every file in and below a folder, by its relative path."""
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())

@@ -1,8 +1,11 @@
 """What adapters say of themselves before anything is read of a base: their weights, and which base they expect."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.errors import BaseMismatchError, UsageError
 
 
@@ -42,3 +45,17 @@ def check_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> None
     for weight in weights:
         if not abs(weight) < float("inf"):
             raise UsageError(f"the weight {weight} is not a finite number")
+
+
+_SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+"""Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
+
+
+def adapter_identity(adapter: Adapter) -> str:
+    """sha256 over what decides an adapter's changes beside its tensors: configuration, and what it began with."""
+    config = {key: value for key, value in adapter.config.items() if key not in _SAYS_NOTHING}
+    begun = {
+        name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
+        for name, term in adapter.compensation.items()
+    }
+    return hashlib.sha256(json.dumps([config, begun], sort_keys=True).encode()).hexdigest()

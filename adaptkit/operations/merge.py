@@ -16,7 +16,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError
 from adaptkit.operations._edit_plan import is_same, plan_edits
-from adaptkit.operations._merge_base import open_base
+from adaptkit.operations._merge_base import open_base, with_addresses
 from adaptkit.operations._merge_quantized import check_quantizable, merge_quantized
 from adaptkit.operations._merge_report import MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merged_view import MergedView
@@ -62,7 +62,11 @@ def merge(
     opened = open_base(base, read, options.allow_base_mismatch)
     begins = partial(_begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)
     edits = plan_edits(opened.checkpoint, read, weights, begins, options.untie)
-    merging = Merging(opened, read, weights, options, edits, plan_side_files(opened.checkpoint, read, edits))
+    opened = with_addresses(opened, edits, read)
+    check_output(output, force, [base, opened.checkpoint.root, *adapters])  # the base may be one that was found
+    merging = Merging(
+        opened, read, weights, options, edits, plan_side_files(opened.checkpoint, opened.manifest, read, edits)
+    )
     if options.format != "keep":
         check_quantizable(edits)
     if dry_run:

@@ -89,19 +89,20 @@ def unmerge(
             hint="it was merged with --no-undo: merge again from the base, or come near to it with --approximate",
         )
     read, weights = model.adapters(adapters)
-    records = {file: model.records(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
+    records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
-    options = model.manifest.operation.get("options", {})
+    options = model.options
     begins = partial(_begins, base, frozenset(options.get("begun", ())))
     edits = plan_edits(base, read, weights, begins, bool(options.get("untie")))
     originals = target_names(model.manifest, base.tensors)
     if set(originals) != set(edits.of) - set(edits.added):
         raise BaseMismatchError(f"{merged}: the merge changed other tensors than these adapters do")
     if not model.has_record:
-        _check_subtractable(merged, edits)
+        _check_subtractable(merged, edits, options.get("small_files", ()))
     check_output(output, force, [merged, *adapters])
-    plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256]
+    plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
     with Output(output, plan, force) as out:
+        out.require_space(sum(at.spec.nbytes for at in base.tensors.values()))
         restoring = _Restoring(model, base, edits, records, originals)
         restoring.write(out, thread_count(threads), progress)
         manifest = restoring.finish(out)
@@ -123,7 +124,11 @@ def _begins(base: BaseOutline, begun: frozenset[str], name: str, files: TensorFi
     return name in begun or files.spec(key).shape != base.spec(name).shape
 
 
-def _check_subtractable(merged: Path, edits: Edits) -> None:
+def _check_subtractable(merged: Path, edits: Edits, small_files: Sequence[str]) -> None:
+    if small_files:
+        raise UsageError(
+            f"{merged}: {small_files[0]} is not the base's, which nothing was kept of", hint="merge again from the base"
+        )
     for name, edit in edits.of.items():
         if not edit.is_plain or edit.spec.shape != edit.base_shape:
             raise UsageError(
@@ -148,7 +153,7 @@ class _Restoring:
     model: MergedModel
     base: BaseOutline
     edits: Edits
-    records: Mapping[str, Mapping[str, Tensor]]
+    records: Mapping[str, TensorFiles]
     originals: Mapping[str, str | None]
     digests: dict[str, str] = field(init=False)
 
@@ -204,7 +209,7 @@ class _Restoring:
         base = next(parent for parent in self.model.manifest.parents if parent.role == "base")
         return tensors_root(out.tensors) == base.tensors_root
 
-    def _record(self, name: str) -> Mapping[str, Tensor]:
+    def _record(self, name: str) -> TensorFiles:
         return self.records[self.model.checkpoint.tensors[name].file]
 
     def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
@@ -213,13 +218,18 @@ class _Restoring:
         if edit is None or name in self.edits.added:
             return reading(checkpoint, checkpoint.spec(name), lambda values, start: None)
         record = self._record(name)
-        lengths = {step.adapter: record.get(undo.lengths_name(name, step.adapter)) for step in edit.steps}
-        fold = Fold(edit, {adapter: found for adapter, found in lengths.items() if found is not None})
+        lengths = {step.adapter: undo.lengths_name(name, step.adapter) for step in edit.steps}
+        held = {adapter: record.read(key) for adapter, key in lengths.items() if key in record.tensors}
+        fold = Fold(edit, held)
         if not self.model.has_record:
             return [partial(self._subtract, edit, rows) for rows in fold.pieces()]
-        if name not in record:
+        if name not in record.tensors:
             raise IntegrityError(f"{name}: the undo record says nothing of it", hint="get the merged model again")
-        return [partial(self._take_back, fold, rows, stream) for rows, stream in cut_frames(record[name], edit)]
+        try:
+            runs = list(cut_frames(record.read(name), edit))
+        except IntegrityError as error:
+            raise IntegrityError(f"{name}: {error.message}", hint="get the merged model again") from error
+        return [partial(self._take_back, fold, rows, stream) for rows, stream in runs]
 
     def _take_back(self, fold: Fold, rows: Rows, stream: Tensor) -> _Run:
         name = fold.edit.spec.name
@@ -253,7 +263,7 @@ class _Restoring:
         if edit is None or not group.specs:
             return {"same": True, "bound": 0.0}
         if matrix_of(edit.base_shape)[0] > edit.matrix[0]:
-            writer.write(name, self._record(name)[undo.rest_name(name)])
+            writer.write(name, self._record(name).read(undo.rest_name(name)))
         same = writer.tensors[-1].xxh3_128 == self.originals[name]
         if self.model.has_record and not same:
             raise IntegrityError(

@@ -18,6 +18,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
     BaseMismatchError,
     CheckpointError,
+    IntegrityError,
     NonFiniteError,
     OutputExistsError,
     UsageError,
@@ -374,3 +375,57 @@ def test_an_existing_output_is_left_alone(tmp_path, llama, adapter, copy_of):
     assert tree(tmp_path / "out") == before
     merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=(2.0,)), force=True)
     assert tree(tmp_path / "out") != before
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"target_modules": [], "modules_to_save": ["norm"]},
+        {"target_modules": [], "trainable_token_indices": [3, 1]},
+    ],
+    ids=["saved alone", "tokens alone"],
+)
+def test_an_adapter_without_low_rank_changes_is_merged(tmp_path, llama, adapter, copy_of, features):
+    """peft cannot make one without a target; others do, and what is left of one of peft's is the same."""
+    folder = tiny.write_peft_adapter(tmp_path / "a", llama, **(features | {"target_modules": ["q_proj"]}))
+    edit_adapter(folder, lambda t: [t.pop(key) for key in list(t) if "lora_" in key])
+    report = merge(llama, [folder], tmp_path / "out")
+    assert report.merged == (5 if "modules_to_save" in features else 1)
+
+
+def test_a_base_whose_weights_are_not_those_of_its_manifest_is_refused(tmp_path, llama, adapter, second_adapter):
+    merge(llama, [adapter], tmp_path / "base")
+    located = Checkpoint(tmp_path / "base").tensors["model.norm.weight"]
+    content = bytearray((tmp_path / "base" / WEIGHTS).read_bytes())
+    content[located.position] ^= 1
+    (tmp_path / "base" / WEIGHTS).write_bytes(content)
+    with pytest.raises(IntegrityError, match="not those of its manifest"):
+        merge(tmp_path / "base", [second_adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_a_side_file_that_is_not_the_one_of_its_manifest_is_refused(
+    tmp_path, llama, adapter, second_adapter
+):
+    merge(llama, [adapter], tmp_path / "base")
+    with (tmp_path / "base" / "tokenizer_config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(IntegrityError, match=r"tokenizer_config\.json is not the one of its manifest"):
+        merge(tmp_path / "base", [second_adapter], tmp_path / "out")
+
+
+def test_a_parent_that_was_found_is_not_replaced_by_the_result(tmp_path, llama, adapter, second_adapter):
+    merge(llama, [adapter], tmp_path / "parent")
+    quantize(tmp_path / "parent", tmp_path / "quantized")
+    before = tree(tmp_path / "parent")
+    with pytest.raises(UsageError, match="would change its own input"):
+        merge(tmp_path / "quantized", [second_adapter], tmp_path / "parent", force=True)
+    assert tree(tmp_path / "parent") == before
+
+
+def test_the_base_is_verified_only_if_every_adapter_says_what_it_was_trained_on(
+    tmp_path, llama, adapter, second_adapter, certified
+):
+    one, two = certified(adapter, llama), certified(second_adapter, llama)
+    assert merge(llama, [one, two], tmp_path / "both").base_verified
+    assert not merge(llama, [one, second_adapter], tmp_path / "one").base_verified

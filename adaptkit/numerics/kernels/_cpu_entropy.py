@@ -8,20 +8,7 @@ import numpy as np
 
 from adaptkit.numerics.kernels._cpu_bits import leading_zeros
 from adaptkit.numerics.kernels._cpu_memory import inlined, jit
-
-EXACT = 192
-"""Zigzag values below this are symbols of their own."""
-
-SYMBOLS = EXACT + 57
-"""The others are told by their number of bits, 8 to 64."""
-
-PRECISION = 12
-"""Frequencies add up to two to this power."""
-
-LEAST = 1 << 16
-"""A state is at least this, and less than 2^32."""
-
-STATES = 4
+from adaptkit.numerics.kernels._entropy import EXACT, LEAST, PRECISION, STATES
 
 
 @inlined

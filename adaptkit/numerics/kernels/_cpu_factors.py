@@ -26,6 +26,9 @@ _UNIT = 2.0**-24
 _HOPELESS = 3e38
 """An error so large that nothing can be told, and float32 still holds it."""
 
+_ABOVE = np.float32(1 + 2.0**-22)
+"""Times this a float32 is larger than what was rounded to it."""
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -46,34 +49,40 @@ class Factors:
     columns: int
 
     @cached_property
-    def scaled(self) -> Any:
-        """B times the scales, rounded to float32."""
-        with np.errstate(over="ignore"):  # infinity, which the filter doubts
-            return (self.b * self._scale).astype(np.float32)
-
-    @cached_property
     def gram(self) -> Any:
         """(K, K) float64, the inner products of the rows of A times their scales."""
         weighted = self.a.transpose(1, 0, 2).reshape(self._scale.size, -1) * self._scale[:, None]
         return weighted @ weighted.T
 
-    @cached_property
-    def errors(self) -> Any:
-        """(out,) float32: how far the product of ``scaled`` and A, summed in float32, may be from the canonical change.
+    def scaled(self, start: int, count: int) -> tuple[Any, Any]:
+        """Some rows of B times the scales in float32, whose product with A is nearly the change; and how nearly.
 
         Every addition is off by at most a unit relative to the partial sum, which is at most the product of the norms
         of the factors so far; so are every product and the rounding of scale · b. Where numbers are so small that they
         lose digits, or are taken for zero, each is off by 2^-126 more. The float64 sum has an error too, which the
         hundredth on top covers.
-        """
-        terms, largest = self._scale.size, np.abs(self.a).max(axis=(0, 2)).astype(np.float64)
-        norms_a = np.sqrt(np.square(self.a, dtype=np.float64).cumsum(axis=1).max(axis=(0, 2)))
-        norms_b = np.sqrt(np.square(self.b * self._scale).cumsum(axis=1))
-        relative = norms_b @ norms_a + 3 * norms_b[:, -1] * norms_a[-1]
-        bound = 1.01 * _UNIT * relative + 2.0**-126 * (largest.sum() + terms + 4)
-        return np.nextafter(np.minimum(bound, _HOPELESS).astype(np.float32), np.float32(np.inf))
 
-    @property
+        Returns:
+            (count + ROWS, K) float32, of which the last rows are there to be multiplied, not to be used; and (count,)
+            float32, the most by which their product with A, summed rank by rank, differs from the canonical change.
+        """
+        rounded = np.empty((count + ROWS, self._scale.size), np.float32)
+        errors = np.empty(count, np.float32)
+        floor = 2.0**-126 * (self._largest + 2 * self._scale.size + 4)
+        _scale_rows(self.b, self._scale, self._norms, start, floor, rounded, errors)
+        return rounded, errors
+
+    @cached_property
+    def _norms(self) -> Any:
+        """(K,), the greatest norm that a column of A has in its first ranks."""
+        return np.sqrt(np.square(self.a, dtype=np.float64).cumsum(axis=1).max(axis=(0, 2)))
+
+    @cached_property
+    def _largest(self) -> float:
+        """Σ over the ranks of the largest magnitude in that row of A."""
+        return float(np.abs(self.a).max(axis=(0, 2)).sum(dtype=np.float64))
+
+    @cached_property
     def _scale(self) -> Any:
         return np.repeat(self.scales, self.ranks)
 
@@ -96,10 +105,30 @@ def _tiles(lora_a: Tensor) -> Tensor:
 
 
 @jit
-def _add_scaled(inner, scale, count, delta, row, left):
+def _scale_rows(b, scale, norms, start, floor, rounded, errors):
+    for row in range(rounded.shape[0]):
+        squares, relative, norm = 0.0, 0.0, 0.0
+        for k in range(scale.size):
+            factor = np.float64(b[start + row, k]) * scale[k]
+            rounded[row, k] = np.float32(factor)
+            squares += factor * factor
+            norm = np.sqrt(squares)
+            relative += norm * norms[k]
+        if row < errors.size:
+            bound = 1.01 * _UNIT * (relative + 3 * norm * norms[-1]) + floor
+            errors[row] = np.float32(min(bound, _HOPELESS)) * _ABOVE
+
+
+@jit
+def _add_scaled(inner, scale, count, delta, row, left, keep):
+    """Add one adapter's part of a tile to the change, which is 0 before the first."""
     for i in range(min(ROWS, delta.shape[0] - row)):
-        for j in range(count):
-            delta[row + i, left + j] += inner[i, j] * scale
+        if keep:
+            for j in range(count):
+                delta[row + i, left + j] += inner[i, j] * scale
+        else:
+            for j in range(count):
+                delta[row + i, left + j] = 0.0 + inner[i, j] * scale
 
 
 @jit
@@ -113,7 +142,7 @@ def _low_rank_delta(a, b, ranks, scales, start, delta):
             for adapter in range(ranks.size):
                 stop = first + ranks[adapter]
                 multiply(a, b, start + row, tile, first, stop, count, inner)
-                _add_scaled(inner, scales[adapter], count, delta, row, left)
+                _add_scaled(inner, scales[adapter], count, delta, row, left, adapter > 0)
                 first = stop
 
 
@@ -141,7 +170,7 @@ def delta_at(factors, row, tile, column):
 
 def delta_rows(factors: Factors, start: int, count: int) -> Tensor:
     """Rows of the canonical change, (count, in) float64."""
-    delta = torch.zeros(count, factors.columns, dtype=torch.float64)
+    delta = torch.empty(count, factors.columns, dtype=torch.float64)
     _low_rank_delta(factors.a, factors.b, factors.ranks, factors.scales, start, delta.numpy())
     return delta
 

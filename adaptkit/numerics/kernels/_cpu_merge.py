@@ -94,9 +94,9 @@ def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, o
         for tile in range(a.shape[0]):
             left = tile * TILE
             count = min(TILE, columns - left)
-            multiply(a, scaled, start + top, tile, 0, a.shape[1], count, delta)
+            multiply(a, scaled, top, tile, 0, a.shape[1], count, delta)
             for i in range(height):
-                row, error = top + i, errors[start + top + i]
+                row, error = top + i, errors[top + i]
                 least, span = trusted_range(weight, error)
                 moved, overlap, doubts = round_row(weight, row, left, count, delta, i, error, least, span, out, marks)
                 sums[0] += moved
@@ -135,9 +135,9 @@ def _unmerge_rows(merged, factors, scaled, errors, start, residual, room, out):
         for tile in range(a.shape[0]):
             left = tile * TILE
             count = min(TILE, columns - left)
-            multiply(a, scaled, start + top, tile, 0, a.shape[1], count, delta)
+            multiply(a, scaled, top, tile, 0, a.shape[1], count, delta)
             for i in range(height):
-                row, error = top + i, errors[start + top + i]
+                row, error = top + i, errors[top + i]
                 least, span = trusted_range(merged, error)
                 find_candidates(merged, row, left, count, delta, i, error, least, span, out, row, left, marks)
                 marked = find_marks(marks, eights, count, words, found)
@@ -174,7 +174,8 @@ def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) ->
     weight = weight.contiguous()
     out = torch.empty_like(weight)
     residual, sums = np.empty(weight.numel() if with_undo else 0, np.int64), np.zeros(5)
-    arrays = (factors.a, factors.b, factors.ranks, factors.scales), factors.scaled, factors.gram, factors.errors
+    scaled, errors = factors.scaled(start, len(weight))
+    arrays = (factors.a, factors.b, factors.ranks, factors.scales), scaled, factors.gram, errors
     scratch = _room(weight.shape[1]), float_bits(out), float_bits(torch.empty((1, TILE), dtype=weight.dtype))
     length, finite = _merge_rows(float_bits(weight), *arrays, start, with_undo, *scratch, residual, sums)
     moved, squared_weight, overlap, squared_delta, apart = sums.tolist()
@@ -212,14 +213,14 @@ def _added(first: _Figures, second: _Figures) -> _Figures:
 
 def _merge_by_panels(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
     merged, residuals = torch.empty_like(weight), [torch.empty(0, dtype=torch.int64)]
-    finite, figures = True, (0, 0.0, 0.0, 0.0)
+    figures = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
         before, delta = weight[rows], delta_rows(factors, start + rows.start, rows.stop - rows.start)
         after = merged[rows] = _cpu_exact.add_rounded(before, delta)
-        finite = finite and bool(torch.isfinite(after).all())
         figures = _added(figures, _cpu_exact.addition_sums(before, after, delta))
         if with_undo:
             residuals.append(_cpu_exact.undo_residual(before, after, delta))
+    finite = math.isfinite(figures[3])  # an effect that is not finite makes its sum so, and no other does
     return RowsMerged(merged, torch.cat(residuals), finite, *figures)
 
 
@@ -229,7 +230,7 @@ def unmerge_rows(merged: Tensor, factors: Factors, start: int, residual: Tensor)
         return _unmerge_by_panels(merged, factors, start, residual)
     merged = merged.contiguous()
     out = torch.empty_like(merged)
-    arrays = (factors.a, factors.b, factors.ranks, factors.scales), factors.scaled, factors.errors
+    arrays = (factors.a, factors.b, factors.ranks, factors.scales), *factors.scaled(start, len(merged))
     values = residual.contiguous().numpy()
     used = _unmerge_rows(float_bits(merged), *arrays, start, values, _room(merged.shape[1]), float_bits(out))
     check_length(used, residual)

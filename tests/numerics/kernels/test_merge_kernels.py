@@ -201,7 +201,7 @@ def test_the_float32_product_is_within_its_bound(seed, size, scale):
     exact = reference.low_rank_delta(a, b[2:], ranks, [scale, -scale]).numpy()
     fine = np.isfinite(found)
     assert (np.abs(found - exact) <= bound[:, None])[fine].all()
-    assert not fine.all() or bound.max() < 1e-3 * np.abs(exact).max() + 1e-36  # and it is not just large
+    assert not fine.all() or bound.max() < 1e-3 * np.abs(exact).max() + 3e-36  # and it is not just large
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
