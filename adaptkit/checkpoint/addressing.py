@@ -62,31 +62,30 @@ class Addresses:
     told_by: str = ""
 
 
-def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str, optional: Iterable[str] = ()) -> Addresses:
+def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str) -> Addresses:
     """Find where a checkpoint keeps some parameters.
 
     Args:
         checkpoint: plain.
         names: of parameters, as the running model calls them.
         who: asks, for messages.
-        optional: names that may be missing: they are in the answer if they are found beside the others.
 
     Raises:
         BaseMismatchError: it lacks one; names it.
     """
-    wanted, extra = sorted(names), sorted(optional)
+    wanted = sorted(names)
     for said, held in _PREFIXES:
-        moved = {name: held + name[len(said) :] for name in (*wanted, *extra) if name.startswith(said)}
-        if all(moved.get(name) in checkpoint.tensors for name in wanted) and (wanted or extra):
+        moved = {name: held + name[len(said) :] for name in wanted if name.startswith(said)}
+        if all(moved.get(name) in checkpoint.tensors for name in wanted):
             told_by = f"names begin with {held or 'nothing'!r} instead of {said or 'nothing'!r}" if said != held else ""
             found: dict[str, tuple[Slice, ...]] = {
                 name: (Slice(file),) for name, file in moved.items() if file in checkpoint.tensors
             }
             return Addresses(found, told_by)
-    return _ask(checkpoint, wanted, extra, who)
+    return _ask(checkpoint, wanted, who)
 
 
-def _ask(checkpoint: Checkpoint, wanted: list[str], optional: list[str], who: str) -> Addresses:
+def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
     missing = next((name for name in wanted if name not in checkpoint.tensors), "")
     lacks = f"{who}: changes {missing}, which {checkpoint.root} does not have"
     if importlib.util.find_spec("transformers") is None:
@@ -99,16 +98,17 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], optional: list[str], who: st
     assembly = Assembly(empty_network(checkpoint), checkpoint)
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}
-    for name in (*wanted, *optional):
+    for name in wanted:
         known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in assembly.sources), None)
-        inside = _inside(assembly, name) if known is None else None
+        held = known is not None or name in checkpoint.tensors
+        inside = None if held else _inside(assembly, name)
         if known is not None:
             found[name] = _slices(assembly, known, who)
         elif name in checkpoint.tensors:  # one expert's matrix, say, where the model has a stack of them
             found[name] = (Slice(name),)
         elif inside is not None:
             found[name] = (inside,)
-        elif name not in optional:
+        else:
             raise BaseMismatchError(
                 f"{who}: changes {name}, which {checkpoint.root} does not have",
                 hint="this adapter is for another model",

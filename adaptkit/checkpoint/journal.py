@@ -203,7 +203,7 @@ class Output:
             self.final.rename(replaced)
         self.folder.rename(self.final)
         _sync_folder(self.final.parent)
-        if replaced.exists():
+        if replaced.exists() and self._force:  # else nobody said that anything may go
             shutil.rmtree(replaced)
 
     def _lock(self, path: Path, how: int, flags: int = os.O_RDONLY) -> None:
@@ -297,6 +297,11 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     whole = Path(os.path.realpath(final))
     for path in inputs:
         source = Path(os.path.realpath(path))
+        for work in (partial_folder(whole), _replaced(whole)):
+            if source.is_relative_to(work):
+                raise UsageError(
+                    f"{final}: its unfinished work would take the place of {path}", hint="choose another -o"
+                )
         inside = whole != source and whole.is_relative_to(source)
         if inside or (force and source.is_relative_to(whole)):
             raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")

@@ -59,7 +59,7 @@ class Parent:
     """An artifact that this one was made from.
 
     Attributes:
-        role: base or adapter.
+        role: base, adapter, merged, tuned, or init for what training began with.
         kind: of the parent; ``checkpoint`` for one without a manifest.
         tensors_root: binds the parent's tensors.
         manifest_sha256: of the parent's manifest, if it has one.

@@ -70,6 +70,8 @@ def frames(record: Tensor) -> Iterator[tuple[int, Tensor]]:
     Raises:
         IntegrityError: this is no record.
     """
+    if record.dtype != torch.uint8 or record.dim() != 1:
+        raise IntegrityError("not an undo record (of another type)")
     position = 0
     while position < record.numel():
         if position + _FRAME.size > record.numel():
@@ -126,7 +128,7 @@ def read_added(tensor: Tensor) -> list[str]:
     """
     try:
         names = json.loads(tensor.numpy().tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"the undo record's list of files is damaged ({error})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise IntegrityError("the undo record's list of files is damaged")

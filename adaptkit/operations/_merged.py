@@ -84,6 +84,9 @@ class MergedModel:
         """Read a safetensors file of the record whose bytes are still those of the merge."""
         self.require_unchanged(name)
         files = TensorFiles(self.root, [name])
+        for key, located in files.tensors.items():
+            if located.spec.dtype != "U8" or len(located.spec.shape) != 1:
+                raise IntegrityError(f"{name}: {key!r} is no file", hint=_AGAIN)
         return {key: files.read(key) for key in files.tensors}
 
     def require_unchanged(self, name: str) -> None:
@@ -224,8 +227,11 @@ def open_merged(root: Path) -> MergedModel:
     manifest = require_manifest(root)
     if manifest.kind != "merged" or manifest.operation.get("name") != "merge":
         raise IntegrityError(f"{root}: is {manifest.kind}, not merged", hint="only what merge made can be unmerged")
+    options = manifest.operation.get("options")
+    lists = [options.get(key, []) for key in ("begun", "small_files")] if isinstance(options, dict) else [None]
+    plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
     bases = [parent for parent in manifest.parents if parent.role == "base"]
-    if not isinstance(manifest.operation.get("options"), dict) or len(bases) != 1:
+    if not plain or len(bases) != 1:
         raise IntegrityError(f"{root}: the manifest does not describe a merge", hint=_AGAIN)
     checkpoint = Checkpoint(root)
     described = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}

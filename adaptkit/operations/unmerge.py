@@ -94,6 +94,7 @@ def unmerge(
     options = model.options
     begins = partial(_begins, base, frozenset(options.get("begun", ())))
     edits = plan_edits(base, read, weights, begins, bool(options.get("untie")))
+    _check_headers(model, base, edits)
     originals = target_names(model.manifest, base.tensors)
     if set(originals) != set(edits.of) - set(edits.added):
         raise BaseMismatchError(f"{merged}: the merge changed other tensors than these adapters do")
@@ -122,6 +123,22 @@ def unmerge(
 def _begins(base: BaseOutline, begun: frozenset[str], name: str, files: TensorFiles, key: str) -> bool:
     """Whether the merge let an adapter's copy of a tensor take its place."""
     return name in begun or files.spec(key).shape != base.spec(name).shape
+
+
+def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
+    """Refuse a record whose headers speak of other tensors than those that the merge left."""
+    merged = {name: at for name, at in model.checkpoint.tensors.items() if name not in edits.added}
+    for name in sorted({*merged, *base.tensors}):
+        before, after = base.tensors.get(name), merged.get(name)
+        alike = before is not None and after is not None and before.file == after.file
+        if before is None or after is None or not alike or before.spec.dtype != after.spec.dtype:
+            raise IntegrityError(
+                f"{model.root}: the undo record does not fit at {name}", hint="get the merged model again"
+            )
+        if before.spec.shape != after.spec.shape and name not in edits.of:
+            raise IntegrityError(
+                f"{model.root}: the undo record does not fit at {name}", hint="get the merged model again"
+            )
 
 
 def _check_subtractable(merged: Path, edits: Edits, small_files: Sequence[str]) -> None:

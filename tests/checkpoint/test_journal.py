@@ -295,3 +295,21 @@ def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path):
 def test_checking_an_output_creates_nothing(tmp_path):
     check_output(tmp_path / "deeper" / "out", force=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
+def test_an_input_is_never_taken_for_unfinished_work(tmp_path, suffix):
+    make(tmp_path / "source")
+    source = (tmp_path / "source").rename(tmp_path / f"out{suffix}")
+    before = tree(source)
+    with pytest.raises(UsageError, match="unfinished work would take the place"):
+        check_output(tmp_path / "out", True, [source])
+    assert tree(source) == before
+
+
+def test_what_lies_where_a_replaced_output_would_is_kept_unless_forced(tmp_path):
+    make(tmp_path / "old")
+    aside = (tmp_path / "old").rename(tmp_path / "out.replaced")
+    before = tree(aside)
+    make(tmp_path / "out")
+    assert tree(aside) == before

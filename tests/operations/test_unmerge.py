@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, IntegrityError, OutputExistsError, UnsafeInputError, UsageError
@@ -354,3 +355,66 @@ def test_copies_of_adapters_are_of_their_own_files_alone(tmp_path, llama, adapte
     merge(llama, [folder], tmp_path / "merged", MergeOptions(embed_adapter=True))
     held = {p.name for p in (tmp_path / "merged" / "adaptkit-adapters").rglob("*") if p.is_file()}
     assert held == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"3", b"null", b"[[1]]", b"x", b"", b"[" * 100_000],
+    ids=["number", "null", "nested", "words", "nothing", "deep"],
+)
+def test_a_damaged_list_of_added_files_is_refused(tmp_path, llama, content):
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", llama, target_modules=["lm_head", "q_proj"])
+    merge(llama, [folder], tmp_path / "merged", MergeOptions(untie=True))
+    record = "adaptkit-undo/files.safetensors"
+    files = load_file(tmp_path / "merged" / record)
+    save_file(files | {undo.ADDED: undo.as_bytes(content)}, tmp_path / "merged" / record)
+    rehash(tmp_path / "merged", record)
+    with pytest.raises((IntegrityError, UnsafeInputError)):
+        unmerge(tmp_path / "merged", [folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["two dimensions", "float64", "bfloat16", "absent"])
+def test_a_record_of_another_type_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, how):
+    name, records = "model.layers.0.mlp.gate_proj.weight", load_file(merged / RECORD)
+    changed = {
+        "two dimensions": records[name][None],
+        "float64": torch.zeros(4, dtype=torch.float64),
+        "bfloat16": torch.zeros(4, dtype=torch.bfloat16),
+    }
+    save_file({k: changed.get(how, v) if k == name else v for k, v in records.items() if how != "absent" or k != name},
+              merged / RECORD)  # fmt: skip
+    rehash(merged, RECORD)
+    with pytest.raises(IntegrityError, match="gate_proj"):
+        unmerge(merged, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["one more", "one less", "another type", "another shape", "no header", "empty"])
+def test_a_recorded_header_of_other_tensors_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, how):
+    records = load_file(merged / RECORD)
+    specs = {name: at.spec for name, at in Checkpoint(merged).tensors.items()}
+    norm = "model.norm.weight"
+    if how == "one more":
+        specs["zzz"] = TensorSpec("zzz", "BF16", (64,))
+    elif how == "one less":
+        del specs[norm]
+    elif how == "another type":
+        specs[norm] = replace(specs[norm], dtype="F16")
+    elif how == "another shape":
+        specs[norm] = replace(specs[norm], shape=(32, 2))
+    raw = {"no header": b"{", "empty": b""}.get(how, write_header(specs.values()))
+    save_file(records | {undo.HEADER: undo.as_bytes(raw)}, merged / RECORD)
+    rehash(merged, RECORD)
+    with pytest.raises((IntegrityError, BaseMismatchError)):
+        unmerge(merged, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], {"begun": 3}, {"begun": [[1]]}, {"adapters": 1}, {"small_files": [2]}])
+def test_a_manifest_that_describes_no_merge_is_refused(merged, adapter, tmp_path, options):
+    manifest = require_manifest(merged)
+    given = manifest.operation["options"] | options if options else options
+    changed = replace(manifest, operation={"name": "merge", "options": given})
+    (merged / MANIFEST).write_bytes(changed.to_bytes())
+    with pytest.raises(IntegrityError):
+        unmerge(merged, [adapter], tmp_path / "out")

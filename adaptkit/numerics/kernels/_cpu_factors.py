@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from adaptkit.numerics.kernels._cpu_memory import jit
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 
-TILE = 512
+TILE = 768
 """Columns of a tile."""
 
 _UNIT = 2.0**-24
@@ -51,8 +51,9 @@ class Factors:
     @cached_property
     def gram(self) -> Any:
         """(K, K) float64, the inner products of the rows of A times their scales."""
-        weighted = self.a.transpose(1, 0, 2).reshape(self._scale.size, -1) * self._scale[:, None]
-        return weighted @ weighted.T
+        with np.errstate(over="ignore", invalid="ignore"):  # such a change overflows, which is found elsewhere
+            weighted = self.a.transpose(1, 0, 2).reshape(self._scale.size, -1) * self._scale[:, None]
+            return weighted @ weighted.T
 
     def scaled(self, start: int, count: int) -> tuple[Any, Any]:
         """Some rows of B times the scales in float32, whose product with A is nearly the change; and how nearly.

@@ -161,10 +161,10 @@ def _room(columns: int) -> tuple[Any, ...]:
         The change of four rows of a tile; marks of a row of it, and the same memory as words; places of words, and of
         marks; of each of the four rows what it adds to the residual, or where it takes from that, and how many.
     """
-    marks = np.zeros(TILE, np.uint8)
+    marks = torch.zeros(TILE, dtype=torch.uint8).numpy()  # torch's memory begins where vectors should
     places = np.empty(TILE // 8, np.uint64), np.empty(TILE, np.int64)
     rest = np.empty((ROWS, columns), np.int64), np.zeros(ROWS, np.int64)
-    return np.empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
+    return torch.empty((ROWS, TILE)).numpy(), marks, marks.view(np.uint64), *places, *rest
 
 
 def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:

@@ -19,7 +19,7 @@ BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: 
 
 
 NARROW = st.integers(1, 70)
-WIDE = st.sampled_from([511, 512, 513, 1100])  # beside the width of a tile
+WIDE = st.sampled_from([_cpu_factors.TILE + more for more in (-1, 0, 1, 900)])
 
 
 def same_bits(x, y):
