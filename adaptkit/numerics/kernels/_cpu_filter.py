@@ -173,7 +173,8 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
         place = _nearest(guesses, back)
         inside = abs(_number(place) - middle)
         outside = min(abs(_number(place + step) - middle), abs(_number(place - step) - middle))
-        off = _plus_product(_plus_product(error, result, _UNIT * np.float32(2.0**-8)), abs(back), _UNIT)
+        # ``middle`` and the distances are rounded as numbers as large as ``back``, ``half`` as one as large as a cell.
+        off = _plus_product(_plus_product(error, result, _UNIT * np.float32(2.0**-7)), abs(back), _UNIT)
         known = _is_certain(guesses, back, error, least, span) & (np.uint32(size - least) <= span)
         unique = known & (inside < half - off) & (outside > half + off)
         ambiguous = known & ((inside > half + off) | (outside < half - off))
