@@ -27,7 +27,7 @@ from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.lines import append_line, read_lines
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, write_file
+from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, sync_folder, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
@@ -194,7 +194,7 @@ class Output:
             elif not any(path.iterdir()):
                 path.rmdir()
         for path in (self.folder, *(found for found in self.folder.rglob("*") if found.is_dir())):
-            _sync_folder(path)
+            sync_folder(path)
         check_output(self.final, self._force)
         replaced = _replaced(self.final)
         if self.final.exists():
@@ -202,7 +202,7 @@ class Output:
                 shutil.rmtree(replaced)
             self.final.rename(replaced)
         self.folder.rename(self.final)
-        _sync_folder(self.final.parent)
+        sync_folder(self.final.parent)
         if replaced.exists() and self._force:  # else nobody said that anything may go
             shutil.rmtree(replaced)
 
@@ -319,11 +319,3 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
 def _replaced(final: Path) -> Path:
     """Where an output that is being replaced waits until the new one is in its place."""
     return final.with_name(final.name + _REPLACED)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

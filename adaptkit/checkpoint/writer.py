@@ -32,6 +32,15 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
 
 
+def sync_folder(folder: Path) -> None:
+    """Make sure that the entries of a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
     """Copy a file piece by piece, and make sure that it is on the disk."""
     digest, size = hashlib.sha256(), 0
