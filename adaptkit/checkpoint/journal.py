@@ -187,9 +187,8 @@ class Output:
         write_file(self.folder, MANIFEST_NAME, manifest.to_bytes())
         keep = {record.path for record in manifest.files} | {MANIFEST_NAME}
         for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
-            name = path.relative_to(self.folder).as_posix()
             if path.is_symlink() or not path.is_dir():
-                if name not in keep:
+                if path.relative_to(self.folder).as_posix() not in keep:
                     path.unlink()
             elif not any(path.iterdir()):
                 path.rmdir()
