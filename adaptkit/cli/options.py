@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,3 +81,67 @@ threads_option = click.option("--threads", type=click.IntRange(min=1), help="Def
 weight_option = click.option(
     "--weight", "weights", type=float, multiple=True, help="One per adapter, in their order. Default: 1 each."
 )
+
+
+class Number(click.ParamType[tuple[str, float]]):
+    """A name and its number: q_proj=8."""
+
+    name = "name=number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """See ``click.ParamType``."""
+        name, separator, number = str(value).rpartition("=")
+        try:
+            if name and separator:
+                return name, int(number) if number.isdecimal() else float(number)
+        except ValueError:
+            pass
+        return self.fail(f"{value!r} is not a name and a number, such as q_proj=8", param, ctx)
+
+
+def settings_options(kind: type, **types: click.ParamType[Any]) -> Callable[[Function], Function]:
+    """An option for every setting of a dataclass; what is not given is not passed on.
+
+    Args:
+        kind: see ``training.settings``.
+        types: of options, where another than the field's is wanted.
+    """
+    from adaptkit.training.settings import settings
+
+    return _together(*(_setting_option(name, found, rule, types) for name, (found, rule) in settings(kind).items()))
+
+
+def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) -> Any:
+    annotation, flag = str(found.type), f"--{name.replace('_', '-')}"
+    help_text = rule.help
+    repeatable = "tuple" in annotation or "Mapping" in annotation
+    if rule.choices:
+        help_text += f" One of {', '.join(rule.choices)}."
+    if repeatable:
+        help_text += " Repeatable."
+    if found.default is not MISSING and not (
+        found.default is None or found.default is False or found.default in ((), {})
+    ):
+        default = found.default
+        help_text += f" [{' '.join(default) if isinstance(default, tuple) else default}]"
+    if found.type is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=help_text)
+    plain = next(
+        kind for word, kind in (("tuple", str), ("int", int), ("float", float), ("str", str)) if word in annotation
+    )
+    option_type = types.get(name, Number() if "Mapping" in annotation else plain)
+    return click.option(flag, type=option_type, multiple=repeatable, help=help_text)
+
+
+def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the command line gave, in the types of a file's."""
+    from adaptkit.training.settings import settings
+
+    found = {}
+    for name, (setting, _) in settings(kind).items():
+        value = values[name]
+        if value is not None and value != ():
+            found[name] = dict(value) if "Mapping" in str(setting.type) else value
+            if isinstance(value, Path):
+                found[name] = str(value)
+    return found

@@ -3,7 +3,8 @@
 import pytest
 
 from adaptkit.errors import ConfigError
-from adaptkit.training.config import TrainConfig, read_config_file
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.settings import read_config_file
 
 GOOD = {"base": "b", "data": ["d.jsonl"]}
 
