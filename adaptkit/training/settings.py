@@ -1,0 +1,195 @@
+"""Settings: fields of a frozen dataclass that are keys of a configuration file and options of the command line at once.
+
+    @dataclass(frozen=True)
+    class Config:
+        rank: int = setting("Of the adapter's matrices.", 16, at_least=1)
+
+A field's type is one of int, float, str, bool, ``tuple[str, ...]`` or ``Mapping[str, float]``, each with ``| None`` if
+it may be left open. Tuples and mappings are lists and mappings in a file, and repeatable options (``NAME=NUMBER`` for
+a mapping) on the command line.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adaptkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field's metadata says of it.
+
+    Attributes:
+        help: a sentence for people.
+        at_least: smallest value.
+        above: values are larger.
+        at_most: largest value.
+        below: values are smaller.
+        choices: the only values.
+    """
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] | None = None
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of the right type can be used; NaN never can."""
+        if value is None or isinstance(value, bool):
+            return True
+        if isinstance(value, Mapping):
+            return all(self.allows(item) for item in value.values())
+        if isinstance(value, tuple):
+            return all(self.allows(item) for item in value)
+        if isinstance(value, str):
+            return self.choices is None or value in self.choices
+        return bool(
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and abs(value) < float("inf")
+        )
+
+    def range(self) -> str:
+        """What it allows, for people; empty if everything."""
+        if self.choices is not None:
+            return f"one of {', '.join(self.choices)}"
+        bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
+        return ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+def setting(help: str, default: Any = MISSING, **limits: Any) -> Any:
+    """A field that is a setting.
+
+    Args:
+        help: a sentence for people.
+        default: MISSING if it has to be given.
+        limits: see ``Setting``.
+    """
+    return field(default=default, metadata={"setting": Setting(help, **limits)})
+
+
+def settings(kind: type) -> dict[str, tuple[Field[Any], Setting]]:
+    """The settings of a dataclass, by name, in order."""
+    return {found.name: (found, found.metadata["setting"]) for found in fields(kind) if "setting" in found.metadata}
+
+
+def check(config: Any) -> None:
+    """Check the values of a dataclass of settings against their limits.
+
+    Raises:
+        ConfigError: one cannot be used; names it.
+    """
+    for name, (_, rule) in settings(type(config)).items():
+        if not rule.allows(getattr(config, name)):
+            refuse(config, name, rule.range())
+
+
+def refuse(config: Any, name: str, reason: str = "") -> None:
+    """Say that a setting's value cannot be used.
+
+    Raises:
+        ConfigError: always.
+    """
+    _, rule = settings(type(config))[name]
+    hint = f"{name}: {rule.help}" + (f" ({reason})" if reason else "")
+    raise ConfigError(f"{name}: {getattr(config, name)!r} cannot be used", hint=hint)
+
+
+def check_values(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check the names and types of values for a dataclass of settings.
+
+    Args:
+        kind: the dataclass.
+        values: of a file or the command line.
+        where: they came from, for the message.
+
+    Returns:
+        The same; lists as tuples.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a required key that is missing.
+    """
+    known = settings(kind)
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
+        if not _fits(value, str(known[key][0].type)):
+            expected = _name(known[key][0].type)
+            raise ConfigError(f"{where}: {key} is {value!r}; expected {expected}", hint=f"{key}: {known[key][1].help}")
+    for key, (found, rule) in known.items():
+        if found.default is MISSING and key not in values:
+            raise ConfigError(f"{where}: {key} is missing", hint=f"{key}: {rule.help}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of options.
+
+    Raises:
+        ConfigError: absent, malformed, a key that appears twice, or no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = _read_json(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, such as 'rank: 16'")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which keeps the last of equal keys, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See ``yaml.SafeLoader``."""
+        _unique([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
+def _read_json(text: str) -> Any:
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _unique([key for key, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=mapping)
+
+
+def _unique(keys: Sequence[str]) -> None:
+    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+    if twice is not None:
+        raise ValueError(f"the key {twice!r} appears twice")
+
+
+def _name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    if value is None:
+        return "None" in annotation
+    if "tuple" in annotation:
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if "Mapping" in annotation:
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str) and isinstance(item, int | float) and not isinstance(item, bool)
+            for key, item in value.items()
+        )
+    if isinstance(value, bool):
+        return "bool" in annotation
+    kinds = {"int": int, "float": int | float, "str": str}
+    return any(isinstance(value, kind) for name, kind in kinds.items() if name in annotation)
