@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from adaptkit.training.loop import StepReport
+    from adaptkit.training.report import StepReport
 
 
 @contextmanager

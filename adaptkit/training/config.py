@@ -9,7 +9,7 @@ from adaptkit.training.settings import check, check_values, refuse, setting
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
 INITS = ("kaiming", "normal")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _LARGEST = 1e30
 """Of a factor: float32 holds 3.4e38, and products of factors need room."""
 _SEEDS = (1 << 40) - 1
@@ -55,6 +55,7 @@ class TrainConfig:
     # The optimizer
     learning_rate: float = setting("At its highest.", 2e-4, above=0, at_most=_LARGEST)
     schedule: str = setting("Of the rate, after the warm-up.", "constant", choices=SCHEDULES)
+    decay: float = setting("Fraction of the steps in which the rate of wsd falls.", 0.2, above=0, at_most=1)
     warmup: float = setting("Fraction of the steps in which the rate rises.", 0.03, at_least=0, below=1)
     weight_decay: float = setting("AdamW's.", 0.0, at_least=0, at_most=_LARGEST)
     max_grad_norm: float = setting("Gradients are scaled down to this norm; 0 leaves them.", 1.0, at_least=0)

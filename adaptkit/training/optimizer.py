@@ -1,11 +1,8 @@
-"""AdamW over one flat vector of parameters, its state in pages; and the rate at which it learns."""
-
-import math
+"""AdamW over one flat vector of parameters, its state in pages."""
 
 import torch
 from torch import Tensor
 
-from adaptkit.training.config import TrainConfig
 from adaptkit.training.paging import PagedState
 
 
@@ -54,13 +51,3 @@ class PagedAdamW:
             first.lerp_(gradients, 1 - beta1)
             second.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
             parameters.addcdiv_(first, (second.sqrt() / root_correction).add_(self._eps), value=-step_size)
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of the step-th step (from 0): a linear rise over the warm-up, then the schedule."""
-    warmup = math.ceil(config.warmup * steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return config.learning_rate * shapes[config.schedule]

@@ -1,0 +1,95 @@
+"""Everything that a run reads, checked before anything is written."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.hashing import file_sha256, tensors_root
+from adaptkit.checkpoint.journal import check_output
+from adaptkit.checkpoint.manifest import Manifest, read_manifest
+from adaptkit.checkpoint.quantized import quantized_names
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import UsageError
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.data import Dataset, Sample, load_data, split
+from adaptkit.training.start import read_start
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        config: of the run.
+        base: folder of the base.
+        manifest: of the base, if it has one.
+        state: of the base's files, which tells bases without a manifest apart.
+        tokenizer: of the base.
+        data: every sample, and what happened on the way.
+        data_sha256: of the data files.
+        samples: to train on.
+        held_out: to measure on.
+        start: the adapter to begin with, if not fresh matrices.
+    """
+
+    config: TrainConfig
+    base: Path
+    manifest: Manifest | None
+    state: Any
+    tokenizer: Any
+    data: Dataset
+    data_sha256: list[str]
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]
+    start: Adapter | None
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must agree in with the one that it goes on from."""
+        return {
+            "options": self.config.recorded(),
+            "base": self.manifest.sha256 if self.manifest else self.state,
+            "data": _digest(self.data.samples),
+            "init": tensors_root(self.start.records) if self.start else None,
+        }
+
+
+def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
+    """Read and check everything but the base's weights.
+
+    Raises:
+        CheckpointError, UsageError, DataError: base, output or data cannot be used.
+    """
+    base = Path(config.base)
+    checkpoint = Checkpoint(base)
+    if not quantized_names(checkpoint):
+        raise UsageError(f"{base}: not quantized", hint=f"run: adaptkit quantize {base} -o {base.name}-nf4")
+    check_output(output, force, [base, *map(Path, config.data)])
+    tokenizer = load_tokenizer(base)
+    data = load_data([Path(file) for file in config.data], tokenizer, config.max_length)
+    samples, held_out = split(data.samples, config.held_out, config.seed)
+    manifest = read_manifest(base)
+    return Inputs(
+        config=config,
+        base=base,
+        manifest=manifest,
+        state=checkpoint.state(),
+        tokenizer=tokenizer,
+        data=data,
+        data_sha256=[file_sha256(Path(file)) for file in config.data],
+        samples=samples,
+        held_out=held_out,
+        start=read_start(config, manifest),
+    )
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """Tells whether a run that goes on has the data, as tokens, that it began with."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.ids, sample.labels]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""What a run tells while it goes on, and at its end."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step.
+
+    Attributes:
+        step: from 1.
+        steps: of the run.
+        loss: mean over the batch's answer tokens.
+        tokens_per_second: of all tokens, padding aside.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        output: folder of the adapter.
+        steps: taken in all.
+        resumed_from: step at which this process began; 0 if it began the run.
+        trainable_parameters: in the adapter.
+        samples: trained on.
+        truncated: samples cut to the longest length.
+        dropped: samples left out since the cut took their whole answer.
+        held_out_before: mean loss per answer token on the held-out samples, before training; None without any.
+        held_out_after: the same after training.
+        segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        paging: pages, slots, faults, evictions, write-backs of the optimizer state.
+        tokens_per_second: of this process.
+        tensors_root: binds the adapter's tensors.
+        manifest_sha256: of the adapter's manifest.
+    """
+
+    output: str
+    steps: int
+    resumed_from: int
+    trainable_parameters: int
+    samples: int
+    truncated: int
+    dropped: int
+    held_out_before: float | None
+    held_out_after: float | None
+    segments: int
+    paging: dict[str, int]
+    tokens_per_second: float
+    tensors_root: str
+    manifest_sha256: str

@@ -1,0 +1,168 @@
+"""The steps of a run; killed and begun again, it goes on."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adaptkit.errors import NonFiniteError
+from adaptkit.training.data import Sample, collate, step_samples
+from adaptkit.training.evaluate import mean_loss, pad_id, summed_loss
+from adaptkit.training.history import History
+from adaptkit.training.inputs import Inputs
+from adaptkit.training.model import Model, choose_device, load_model
+from adaptkit.training.optimizer import PagedAdamW
+from adaptkit.training.paging import PagedState
+from adaptkit.training.report import StepReport
+from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
+from adaptkit.training.schedule import learning_rate
+from adaptkit.training.segments import checkpoint_layers
+from adaptkit.training.start import begin
+
+_PAGES_NAME = "optimizer-pages.bin"
+
+
+class Run:
+    """The state of a run: model, flat parameters, optimizer, history.
+
+    Args:
+        inputs: what was read.
+        folder: for checkpoints, metrics and pages; a checkpoint in it is gone on from.
+
+    Attributes:
+        steps: in all.
+        model: being trained.
+        segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        parameters: (N,) float32, all that is trained.
+        optimizer: of them.
+        history: what was measured.
+        resumed_from: step at which this process began; 0 if it began the run.
+        tokens_per_second: of this process, padding aside.
+    """
+
+    def __init__(self, inputs: Inputs, folder: Path) -> None:
+        self._config, self._inputs, self._folder = inputs.config, inputs, folder
+        self._padding = pad_id(inputs.tokenizer)
+        config = inputs.config
+        per_epoch = len(inputs.samples) / config.batch_size
+        self.steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+        device = choose_device(config.device)
+        self.model = load_model(inputs.base, getattr(torch, config.compute_dtype), device)
+        begin(self.model, config, inputs.start)
+        self.segments = checkpoint_layers(self.model.network, config.checkpointing)
+        self.parameters, self._gradients = _flatten(self.model)
+        self.optimizer = PagedAdamW(self.parameters, self._gradients, self._paged_state(device), config.weight_decay)
+        self.tokens_per_second = 0.0
+        snapshot = newest_checkpoint(folder)
+        self.resumed_from = snapshot.step if snapshot else 0
+        self.history = History(folder, snapshot.metrics if snapshot else b"")
+        if snapshot:
+            self._restore(snapshot)
+
+    def train(self, on_step: Callable[[StepReport], None]) -> None:
+        """Take the steps that are left."""
+        config, tokens, seconds = self._config, 0, 0.0
+        if self.resumed_from == 0:
+            self._measure(0)
+        for step in range(self.resumed_from, self.steps):
+            start = time.monotonic()
+            chosen = step_samples(self._inputs.samples, config.batch_size, step, config.seed)
+            loss = self._step(step, chosen)
+            tokens += sum(len(sample.ids) for sample in chosen)
+            seconds += time.monotonic() - start
+            self.tokens_per_second = tokens / seconds
+            on_step(StepReport(step + 1, self.steps, loss, self.tokens_per_second))
+            if self._is_due(config.eval_every, step + 1):
+                self._measure(step + 1)
+            if self._is_due(config.save_every, step + 1):
+                save_checkpoint(self._folder, self._snapshot(step + 1))
+
+    def close(self) -> None:
+        """Remove what only a run that goes on needs."""
+        (self._folder / _PAGES_NAME).unlink(missing_ok=True)
+
+    def _is_due(self, every: int, done: int) -> bool:
+        return done == self.steps or (every > 0 and done % every == 0)
+
+    def _step(self, step: int, chosen: Sequence[Sample]) -> float:
+        config = self._config
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a run can go on
+        self.model.network.train()
+        self._gradients.zero_()
+        answers = sum(sample.answer_tokens for sample in chosen)
+        size = config.micro_batch_size or config.batch_size
+        total = 0.0
+        for start in range(0, len(chosen), size):
+            total += self._add_gradients(chosen[start : start + size], answers, step)
+        norm = self.optimizer.clip(config.max_grad_norm)
+        _check_number(norm, "gradient's norm", step + 1)
+        rate = learning_rate(config, step, self.steps)
+        self.optimizer.step(rate)
+        self.history.add(
+            {
+                "step": step + 1,
+                "loss": total,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": sum(len(sample.ids) for sample in chosen),
+                "answer_tokens": answers,
+            }
+        )
+        return total
+
+    def _add_gradients(self, chosen: Sequence[Sample], answers: int, step: int) -> float:
+        """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
+        loss = summed_loss(self.model, collate(chosen, self._padding)) / answers
+        value = float(loss.detach())
+        _check_number(value, "loss", step + 1)
+        torch.autograd.backward(loss)
+        return value
+
+    def _measure(self, step: int) -> None:
+        if self._inputs.held_out:
+            loss = mean_loss(self.model, self._inputs.held_out, self._config.batch_size, self._padding)
+            _check_number(loss, "held-out loss", step)
+            self.history.add({"step": step, "held_out_loss": loss})
+
+    def _paged_state(self, device: torch.device) -> PagedState:
+        budget = self._config.optimizer_pages_mib
+        resident = None if budget is None else int(budget * 2**20)
+        elements = max(1, self._config.page_kib * 1024 // 8)
+        return PagedState(self.parameters.numel(), elements, resident, device, self._folder / _PAGES_NAME)
+
+    def _snapshot(self, step: int) -> Snapshot:
+        first, second = self.optimizer.state.moments()
+        tensors = {"parameters": self.parameters.detach(), "first_moment": first, "second_moment": second}
+        return Snapshot(step, tensors, {"updates": self.optimizer.steps}, self.history.content())
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.parameters.copy_(snapshot.tensors["parameters"])
+        self.optimizer.steps = snapshot.values["updates"]
+        self.optimizer.state.load_moments(snapshot.tensors["first_moment"], snapshot.tensors["second_moment"])
+
+
+def _flatten(model: Model) -> tuple[Tensor, Tensor]:
+    """Move all trainable parameters, and their gradients, into one vector each; the layers get views.
+
+    The optimizer then works on long contiguous pages, whatever the sizes of the matrices.
+    """
+    trainable = [p for layer in model.adapted().values() for p in (layer.lora_a, layer.lora_b) if p is not None]
+    parameters = torch.cat([parameter.detach().reshape(-1) for parameter in trainable])
+    gradients = torch.zeros_like(parameters)
+    start = 0
+    for parameter in trainable:
+        end = start + parameter.numel()
+        parameter.data = parameters[start:end].view(parameter.shape)
+        parameter.grad = gradients[start:end].view(parameter.shape)
+        start = end
+    return parameters, gradients
+
+
+def _check_number(value: float, what: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the {what} is {value} at step {step}", hint="lower the learning rate, or look at the data"
+        )
