@@ -33,6 +33,9 @@ class TrainConfig:
                                        "inside the model.", ("*",))  # fmt: skip
     dropout: float = setting("Of the adapter's input.", 0.0, at_least=0, below=1)
 
+    lora_plus_ratio: float = setting("How much faster B learns than A; LoRA+ suggests 16.", 1.0, above=0,
+                                     at_most=_LARGEST)  # fmt: skip
+
     # Samples
     max_length: int = setting("Tokens of a sample; longer ones are cut, which is reported.", 1024, at_least=2)
     held_out: float = setting(

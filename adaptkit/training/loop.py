@@ -58,7 +58,7 @@ def _report(output: Path, inputs: Inputs, run: Run, manifest: Manifest) -> Train
         output=str(output),
         steps=run.steps,
         resumed_from=run.resumed_from,
-        trainable_parameters=run.parameters.numel(),
+        trainable_parameters=run.trainable.values.numel(),
         samples=len(inputs.samples),
         truncated=inputs.data.truncated,
         dropped=inputs.data.dropped,

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from adaptkit.errors import NonFiniteError
 from adaptkit.training.data import Sample, collate, step_samples
 from adaptkit.training.evaluate import mean_loss, pad_id, summed_loss
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.model import Model, choose_device, load_model
+from adaptkit.training.model import choose_device, load_model
 from adaptkit.training.optimizer import PagedAdamW
 from adaptkit.training.paging import PagedState
+from adaptkit.training.parameters import Trainable
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
 from adaptkit.training.schedule import learning_rate
@@ -26,7 +26,7 @@ _PAGES_NAME = "optimizer-pages.bin"
 
 
 class Run:
-    """The state of a run: model, flat parameters, optimizer, history.
+    """The state of a run: model, what is trained, optimizer, history.
 
     Args:
         inputs: what was read.
@@ -36,8 +36,8 @@ class Run:
         steps: in all.
         model: being trained.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
-        parameters: (N,) float32, all that is trained.
-        optimizer: of them.
+        trainable: all that is trained.
+        optimizer: of it.
         history: what was measured.
         resumed_from: step at which this process began; 0 if it began the run.
         tokens_per_second: of this process, padding aside.
@@ -53,8 +53,9 @@ class Run:
         self.model = load_model(inputs.base, getattr(torch, config.compute_dtype), device)
         begin(self.model, config, inputs.start)
         self.segments = checkpoint_layers(self.model.network, config.checkpointing)
-        self.parameters, self._gradients = _flatten(self.model)
-        self.optimizer = PagedAdamW(self.parameters, self._gradients, self._paged_state(device), config.weight_decay)
+        self.trainable = Trainable.of(self.model, config.lora_plus_ratio)
+        values, gradients, groups = self.trainable.values, self.trainable.gradients, self.trainable.groups
+        self.optimizer = PagedAdamW(values, gradients, groups, self._paged_state(device), config.weight_decay)
         self.tokens_per_second = 0.0
         snapshot = newest_checkpoint(folder)
         self.resumed_from = snapshot.step if snapshot else 0
@@ -91,7 +92,7 @@ class Run:
         config = self._config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a run can go on
         self.model.network.train()
-        self._gradients.zero_()
+        self.trainable.gradients.zero_()
         answers = sum(sample.answer_tokens for sample in chosen)
         size = config.micro_batch_size or config.batch_size
         total = 0.0
@@ -131,34 +132,17 @@ class Run:
         budget = self._config.optimizer_pages_mib
         resident = None if budget is None else int(budget * 2**20)
         elements = max(1, self._config.page_kib * 1024 // 8)
-        return PagedState(self.parameters.numel(), elements, resident, device, self._folder / _PAGES_NAME)
+        return PagedState(self.trainable.values.numel(), elements, resident, device, self._folder / _PAGES_NAME)
 
     def _snapshot(self, step: int) -> Snapshot:
         first, second = self.optimizer.state.moments()
-        tensors = {"parameters": self.parameters.detach(), "first_moment": first, "second_moment": second}
+        tensors = {"parameters": self.trainable.values, "first_moment": first, "second_moment": second}
         return Snapshot(step, tensors, {"updates": self.optimizer.steps}, self.history.content())
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self.parameters.copy_(snapshot.tensors["parameters"])
+        self.trainable.values.copy_(snapshot.tensors["parameters"])
         self.optimizer.steps = snapshot.values["updates"]
         self.optimizer.state.load_moments(snapshot.tensors["first_moment"], snapshot.tensors["second_moment"])
-
-
-def _flatten(model: Model) -> tuple[Tensor, Tensor]:
-    """Move all trainable parameters, and their gradients, into one vector each; the layers get views.
-
-    The optimizer then works on long contiguous pages, whatever the sizes of the matrices.
-    """
-    trainable = [p for layer in model.adapted().values() for p in (layer.lora_a, layer.lora_b) if p is not None]
-    parameters = torch.cat([parameter.detach().reshape(-1) for parameter in trainable])
-    gradients = torch.zeros_like(parameters)
-    start = 0
-    for parameter in trainable:
-        end = start + parameter.numel()
-        parameter.data = parameters[start:end].view(parameter.shape)
-        parameter.grad = gradients[start:end].view(parameter.shape)
-        start = end
-    return parameters, gradients
 
 
 def _check_number(value: float, what: str, step: int) -> None:

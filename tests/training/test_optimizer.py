@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from adaptkit.training.optimizer import PagedAdamW
 from adaptkit.training.paging import PagedState
+from adaptkit.training.parameters import Group
 
 CPU = torch.device("cpu")
 RATES = [1e-3, 2e-3, 5e-4, 1e-3, 3e-3]
@@ -40,13 +41,35 @@ def test_updates_are_those_of_torch_with_any_budget_changed_at_any_step(count, p
     start = torch.randn(count, generator=torch.Generator().manual_seed(99))
     parameters, gradients = start.clone(), torch.zeros(count)
     state = PagedState(count, page, budgets[0], CPU)
-    optimizer = PagedAdamW(parameters, gradients, state, weight_decay)
+    optimizer = PagedAdamW(parameters, gradients, [Group(slice(0, count))], state, weight_decay)
     for step, rate in enumerate(RATES):
         state.set_budget(budgets[step])
         gradients.copy_(gradient(count, step))
         optimizer.step(rate)
     for found, expected in zip((parameters, *state.moments()), torch_adamw(start, weight_decay), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("page", [7, 64, 500])
+def test_groups_learn_at_their_own_rates_and_decay_as_they_say(page):
+    """Two of torch's groups, whose border no page keeps to."""
+    start = torch.randn(200, generator=torch.Generator().manual_seed(5))
+    torch_groups = [
+        {"params": [torch.nn.Parameter(start[:83].clone())], "weight_decay": 0.1},
+        {"params": [torch.nn.Parameter(start[83:].clone())], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(torch_groups, foreach=False, fused=False)
+    values, gradients = start.clone(), torch.zeros(200)
+    groups = [Group(slice(0, 83)), Group(slice(83, 200), rate=16.0, decay=False)]
+    ours = PagedAdamW(values, gradients, groups, PagedState(200, page, 3 * 8 * page, CPU), weight_decay=0.1)
+    for step, rate in enumerate(RATES):
+        gradients.copy_(gradient(200, step))
+        for group, span, factor in zip(theirs.param_groups, (slice(0, 83), slice(83, 200)), (1.0, 16.0), strict=True):
+            group["lr"] = rate * factor
+            group["params"][0].grad = gradients[span].clone()
+        theirs.step()
+        ours.step(rate)
+    assert torch.equal(values, torch.cat([group["params"][0].detach() for group in theirs.param_groups]))
 
 
 def test_a_cyclic_sweep_reuses_the_resident_subset():
@@ -86,7 +109,7 @@ def test_gradients_are_clipped_to_the_norm_as_torch_does():
     parameter = torch.nn.Parameter(torch.zeros(300))
     parameter.grad = gradients.clone()
     expected = torch.nn.utils.clip_grad_norm_([parameter], 0.5)
-    optimizer = PagedAdamW(torch.zeros(300), gradients, PagedState(300, 64, None, CPU))
+    optimizer = PagedAdamW(torch.zeros(300), gradients, [Group(slice(0, 300))], PagedState(300, 64, None, CPU))
     assert optimizer.clip(0.5) == pytest.approx(float(expected), rel=1e-6)
     assert torch.allclose(gradients, parameter.grad, rtol=1e-6)
     assert float(gradients.norm()) == pytest.approx(0.5, rel=1e-4)
