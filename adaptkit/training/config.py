@@ -48,6 +48,7 @@ class TrainConfig:
     batch_size: int = setting("Samples in a step.", 8, at_least=1)
     micro_batch_size: int | None = setting("Samples that go through the model at a time; default: the whole batch.",
                                            None, at_least=1)  # fmt: skip
+    group_by_length: bool = setting("Put samples of like length into one step, which pads little.", False)
     eval_every: int = setting(
         "Steps between measurements of the held-out loss; 0: only before and after.", 0, at_least=0
     )

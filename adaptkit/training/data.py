@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adaptkit.checkpoint.conversation import Message, is_text, messages_of, render, rows
 from adaptkit.errors import DataError, UsageError
@@ -52,21 +51,6 @@ class Dataset:
     samples: tuple[Sample, ...]
     truncated: int
     dropped: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples padded to one length.
-
-    Attributes:
-        ids: (batch, length) int64.
-        labels: (batch, length) int64, ``IGNORED`` where there is no loss.
-        mask: (batch, length) int64, 1 for tokens and 0 for padding.
-    """
-
-    ids: Tensor
-    labels: Tensor
-    mask: Tensor
 
 
 def load_data(files: Sequence[Path], tokenizer: Any, max_length: int) -> Dataset:
@@ -168,28 +152,3 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
 def order(count: int, seed: int) -> tuple[int, ...]:
     """A permutation of range(count) that depends on the seed alone."""
     return tuple(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
-
-
-def step_samples(samples: Sequence[Sample], batch_size: int, step: int, seed: int) -> list[Sample]:
-    """The samples of the step-th batch (from 0): each epoch is a new permutation, and batches run across its end.
-
-    A function of the step alone, so that a resumed run sees what an uninterrupted one would.
-    """
-    chosen = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index = divmod(position, len(samples))
-        chosen.append(samples[order(len(samples), seed * 1_000_003 + epoch)[index]])
-    return chosen
-
-
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad samples at the end to the longest. The mask tells what is padding; its id may be the end token's."""
-    length = max(len(sample.ids) for sample in samples)
-    ids = torch.full((len(samples), length), pad_id)
-    labels = torch.full((len(samples), length), IGNORED)
-    mask = torch.zeros((len(samples), length), dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
-        labels[row, : len(sample.ids)] = torch.tensor(sample.labels)
-        mask[row, : len(sample.ids)] = 1
-    return Batch(ids, labels, mask)

@@ -14,8 +14,9 @@ from adaptkit.checkpoint.adapter import read_adapter, require_plain
 from adaptkit.checkpoint.architecture import load_tokenizer, quiet_transformers
 from adaptkit.checkpoint.text import check_window, read_tokens
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.training.batches import Batch, collate
 from adaptkit.training.config import COMPUTE_DTYPES
-from adaptkit.training.data import IGNORED, Batch, Sample, collate, load_data, prompt_ids
+from adaptkit.training.data import IGNORED, Sample, load_data, prompt_ids
 from adaptkit.training.model import Model, attach_adapter, choose_device, load_model
 
 POSITIONS = 64
@@ -185,7 +186,8 @@ def summed_loss(model: Model, batch: Batch) -> Tensor:
     positions = (labels != IGNORED).any(dim=0).nonzero().reshape(-1)
     logits = model.network(
         input_ids=batch.ids.to(device),
-        attention_mask=batch.mask.to(device),
+        attention_mask=batch.mask.to(device) if batch.positions is None else None,
+        position_ids=None if batch.positions is None else batch.positions.to(device),
         use_cache=False,
         logits_to_keep=positions.to(device),
     ).logits
@@ -202,7 +204,8 @@ def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding:
     by_length = sorted(samples, key=lambda sample: len(sample.ids))
     total = 0.0
     for start in range(0, len(by_length), batch_size):
-        total += float(summed_loss(model, collate(by_length[start : start + batch_size], padding)))
+        rows = [(sample,) for sample in by_length[start : start + batch_size]]
+        total += float(summed_loss(model, collate(rows, padding)))
     return total / sum(sample.answer_tokens for sample in samples)
 
 

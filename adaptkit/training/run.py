@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from adaptkit.errors import NonFiniteError
-from adaptkit.training.data import Sample, collate, step_samples
+from adaptkit.training.batches import Batch, Batches
 from adaptkit.training.evaluate import mean_loss, pad_id, summed_loss
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
@@ -47,8 +47,15 @@ class Run:
         self._config, self._inputs, self._folder = inputs.config, inputs, folder
         self._padding = pad_id(inputs.tokenizer)
         config = inputs.config
-        per_epoch = len(inputs.samples) / config.batch_size
-        self.steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+        self._batches = Batches(
+            inputs.samples,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            seed=config.seed,
+            padding=self._padding,
+            group_by_length=config.group_by_length,
+        )
+        self.steps = config.steps or math.ceil(config.epochs * self._batches.steps_per_epoch)
         device = choose_device(config.device)
         self.model = load_model(inputs.base, getattr(torch, config.compute_dtype), device)
         begin(self.model, config, inputs.start)
@@ -70,9 +77,8 @@ class Run:
             self._measure(0)
         for step in range(self.resumed_from, self.steps):
             start = time.monotonic()
-            chosen = step_samples(self._inputs.samples, config.batch_size, step, config.seed)
-            loss = self._step(step, chosen)
-            tokens += sum(len(sample.ids) for sample in chosen)
+            loss = self._step(step)
+            tokens += self._batches.tokens(step)
             seconds += time.monotonic() - start
             self.tokens_per_second = tokens / seconds
             on_step(StepReport(step + 1, self.steps, loss, self.tokens_per_second))
@@ -88,16 +94,15 @@ class Run:
     def _is_due(self, every: int, done: int) -> bool:
         return done == self.steps or (every > 0 and done % every == 0)
 
-    def _step(self, step: int, chosen: Sequence[Sample]) -> float:
+    def _step(self, step: int) -> float:
         config = self._config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a run can go on
         self.model.network.train()
         self.trainable.gradients.zero_()
-        answers = sum(sample.answer_tokens for sample in chosen)
-        size = config.micro_batch_size or config.batch_size
+        answers = self._batches.answer_tokens(step)
         total = 0.0
-        for start in range(0, len(chosen), size):
-            total += self._add_gradients(chosen[start : start + size], answers, step)
+        for batch in self._batches.micro_batches(step):
+            total += self._add_gradients(batch, answers, step)
         norm = self.optimizer.clip(config.max_grad_norm)
         _check_number(norm, "gradient's norm", step + 1)
         rate = learning_rate(config, step, self.steps)
@@ -108,15 +113,15 @@ class Run:
                 "loss": total,
                 "learning_rate": rate,
                 "grad_norm": norm,
-                "tokens": sum(len(sample.ids) for sample in chosen),
+                "tokens": self._batches.tokens(step),
                 "answer_tokens": answers,
             }
         )
         return total
 
-    def _add_gradients(self, chosen: Sequence[Sample], answers: int, step: int) -> float:
+    def _add_gradients(self, batch: Batch, answers: int, step: int) -> float:
         """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
-        loss = summed_loss(self.model, collate(chosen, self._padding)) / answers
+        loss = summed_loss(self.model, batch) / answers
         value = float(loss.detach())
         _check_number(value, "loss", step + 1)
         torch.autograd.backward(loss)

@@ -71,14 +71,6 @@ def test_the_prompt_ends_where_the_answer_begins(tokenizer):
     assert list(sample.ids[:start]) == data.prompt_ids("Where?", tokenizer)
 
 
-def test_padding_is_masked_though_its_id_is_the_end_token(tokenizer):
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    short, long = data.Sample((5, 6, 2), (-100, 6, 2)), data.Sample((5, 6, 7, 8, 2), (-100, -100, 7, 8, 2))
-    batch = data.collate([short, long], tokenizer.pad_token_id)
-    assert batch.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch.labels.tolist() == [[-100, 6, 2, -100, -100], [-100, -100, 7, 8, 2]]
-
-
 def test_long_samples_are_cut_and_counted(tokenizer, tmp_path):
     path = rows(
         tmp_path,
@@ -148,14 +140,6 @@ def test_a_split_loses_and_repeats_nothing(count, fraction, seed):
     assert sorted(s.ids[0] for s in train + held_out) == list(range(count))
     assert train
     assert held_out
-
-
-@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 3))
-def test_an_epoch_shows_every_sample_once(count, batch_size, seed):
-    samples = [data.Sample((i,), (i,)) for i in range(count)]
-    seen = [s.ids[0] for step in range(3 * count) for s in data.step_samples(samples, batch_size, step, seed)]
-    for epoch in range(3 * batch_size):
-        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(llama):

@@ -21,6 +21,7 @@ from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.training import run
+from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.evaluate import EvaluateOptions, evaluate, summed_loss
 from adaptkit.training.loop import train
@@ -93,7 +94,7 @@ def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_
     tokenizer = load_tokenizer(llama_nf4)
     samples, _ = data.split(data.load_data([instructions], tokenizer, 1024).samples, config.held_out, config.seed)
     total = 0.0
-    for sample in data.step_samples(samples, config.batch_size, 0, config.seed):
+    for (sample,) in Batches(samples, batch_size=config.batch_size, seed=config.seed).rows(0):
         ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * sample.answer_tokens

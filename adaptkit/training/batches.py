@@ -1,0 +1,160 @@
+"""Which samples a step trains on, as padded tensors: a function of step and seed alone.
+
+A run that was killed goes on with what an uninterrupted one would have seen, and several processes divide each step
+among them without a word to each other.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.training.data import IGNORED, Sample, order
+
+_GROUPED_STEPS = 50
+"""Steps among which samples of like length find each other; the rest of the epoch's order stays random."""
+
+Row = tuple[Sample, ...]
+"""What goes through the model as one sequence: a sample, or several that are packed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to one length.
+
+    Attributes:
+        ids: (batch, length) int64.
+        labels: (batch, length) int64, ``IGNORED`` where there is no loss; never at a sample's first token.
+        mask: (batch, length) int64, 1 for tokens and 0 for padding.
+        positions: (batch, length) int64, from 0 in each sample, 0 for padding; None unless rows are packed. A model
+            that gets them, and no mask, keeps packed samples apart.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    positions: Tensor | None = None
+
+
+class Batches:
+    """The steps of a run.
+
+    Each epoch is a new permutation of the samples, cut into steps whose sizes differ by one at most; every sample
+    comes once an epoch.
+
+    Attributes:
+        steps_per_epoch: of the first epoch.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        seed: int = 0,
+        padding: int = 0,
+        group_by_length: bool = False,
+    ) -> None:
+        """See the class.
+
+        Args:
+            samples: at least one.
+            batch_size: most rows in a step, of all processes.
+            micro_batch_size: most rows that go through the model at a time; None is a process's whole share.
+            seed: of the order.
+            padding: id of the token to pad with.
+            group_by_length: let rows of like length share a step; the order of the steps is random still.
+        """
+        self._samples, self._seed, self._padding = samples, seed, padding
+        self._batch_size, self._micro_batch_size = batch_size, micro_batch_size or batch_size
+        self._group = group_by_length
+        self._planned: tuple[int, list[list[Row]]] | None = None
+        self.steps_per_epoch = len(self._epoch(0))
+
+    def rows(self, step: int) -> list[Row]:
+        """The rows of a step (from 0), of all processes."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index]
+
+    def answer_tokens(self, step: int) -> int:
+        """Tokens of a step that carry loss, over all processes."""
+        return sum(sample.answer_tokens for row in self.rows(step) for sample in row)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of a step, padding aside, over all processes."""
+        return sum(len(sample.ids) for row in self.rows(step) for sample in row)
+
+    def micro_batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        """What one process puts through the model in a step.
+
+        Args:
+            step: from 0.
+            rank: of the process.
+            world: number of processes.
+
+        Returns:
+            Micro-batches, as many for every process, so that those that wait for each other never do so in vain. Over
+            all processes they hold the step's rows once; a process that is short of rows gets one without loss.
+        """
+        rows = self.rows(step)
+        mine = rows[rank::world]
+        count = math.ceil(math.ceil(len(rows) / world) / self._micro_batch_size)
+        parts = [mine[start:end] for start, end in _cuts(len(mine), count)]
+        return [collate(part, self._padding) if part else self._blank() for part in parts]
+
+    def _epoch(self, epoch: int) -> list[list[Row]]:
+        """The rows of every step of an epoch."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = (epoch, self._plan(epoch))
+        return self._planned[1]
+
+    def _plan(self, epoch: int) -> list[list[Row]]:
+        seed = self._seed * 1_000_003 + epoch
+        rows: list[Row] = [(self._samples[i],) for i in order(len(self._samples), seed)]
+        cuts = _cuts(len(rows), math.ceil(len(rows) / self._batch_size))
+        if not self._group:
+            return [rows[start:end] for start, end in cuts]
+        for first in range(0, len(cuts), _GROUPED_STEPS):
+            start, end = cuts[first][0], cuts[min(first + _GROUPED_STEPS, len(cuts)) - 1][1]
+            rows[start:end] = sorted(rows[start:end], key=_length)
+        return [rows[slice(*cuts[i])] for i in order(len(cuts), seed)]
+
+    def _blank(self) -> Batch:
+        ids = torch.full((1, 2), self._padding)
+        return Batch(ids, torch.full_like(ids, IGNORED), torch.ones_like(ids))
+
+
+def collate(rows: Sequence[Row], padding: int) -> Batch:
+    """Pad rows at the end to the longest. The mask tells what is padding; its id may be the end token's."""
+    length = max(_length(row) for row in rows)
+    ids = np.full((len(rows), length), padding, np.int64)
+    labels = np.full((len(rows), length), IGNORED, np.int64)
+    mask = np.zeros((len(rows), length), np.int64)
+    positions = np.zeros((len(rows), length), np.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            end = start + len(sample.ids)
+            ids[number, start:end] = sample.ids
+            labels[number, start:end] = sample.labels
+            labels[number, start] = IGNORED  # nothing before it foretells it
+            mask[number, start:end] = 1
+            positions[number, start:end] = np.arange(end - start)
+            start = end
+    packed = torch.from_numpy(positions) if any(len(row) > 1 for row in rows) else None
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask), packed)
+
+
+def _cuts(count: int, parts: int) -> list[tuple[int, int]]:
+    """Where range(count) is cut into parts that differ by one at most."""
+    ends = [count * part // parts for part in range(parts + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def _length(row: Row) -> int:
+    return sum(len(sample.ids) for sample in row)
