@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -73,18 +75,29 @@ def count_progress(label: str, hidden: bool = False) -> Iterator[Callable[[int, 
         bar.stop()
 
 
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a training run is shown.
+
+    Attributes:
+        step: told of every step.
+        note: told of everything else, in a line for people.
+    """
+
+    step: Callable[["StepReport"], None]
+    note: Callable[[str], None]
+
+
 @contextmanager
-def step_progress(hidden: bool = False) -> Iterator[Callable[["StepReport"], None]]:
-    """Show loss, tokens per second and time left of a training run while the block runs.
+def training_progress(hidden: bool = False, quiet: bool = False) -> Iterator[TrainingProgress]:
+    """Show step, loss, tokens per second and time left of a training run while the block runs; notes stay.
 
     Args:
-        hidden: show nothing.
-
-    Yields:
-        A function that is told of every step.
+        hidden: show no progress.
+        quiet: show no notes either, but for warnings.
     """
     if hidden or not sys.stderr.isatty():
-        yield lambda report: None
+        yield TrainingProgress(lambda report: None, partial(_note, quiet, partial(print, file=sys.stderr, flush=True)))
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,7 +110,8 @@ def step_progress(hidden: bool = False) -> Iterator[Callable[["StepReport"], Non
         TextColumn("{task.fields[speed]:.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("train", total=None, loss=float("nan"), speed=0.0)
 
         def show(report: "StepReport") -> None:
@@ -105,4 +119,9 @@ def step_progress(hidden: bool = False) -> Iterator[Callable[["StepReport"], Non
                 task, completed=report.step, total=report.steps, loss=report.loss, speed=report.tokens_per_second
             )
 
-        yield show
+        yield TrainingProgress(show, partial(_note, quiet, partial(console.print, markup=False, highlight=False)))
+
+
+def _note(quiet: bool, show: Callable[[str], None], text: str) -> None:
+    if not quiet or text.startswith("warning"):
+        show(text)

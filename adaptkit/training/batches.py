@@ -32,12 +32,14 @@ class Batch:
         mask: (batch, length) int64, 1 for tokens and 0 for padding.
         positions: (batch, length) int64, from 0 in each sample, 0 for padding; None unless rows are packed. A model
             that gets them, and no mask, keeps packed samples apart.
+        sources: file and line of every sample.
     """
 
     ids: Tensor
     labels: Tensor
     mask: Tensor
     positions: Tensor | None = None
+    sources: tuple[str, ...] = ()
 
 
 class Batches:
@@ -147,7 +149,8 @@ def collate(rows: Sequence[Row], padding: int) -> Batch:
             positions[number, start:end] = np.arange(end - start)
             start = end
     packed = torch.from_numpy(positions) if any(len(row) > 1 for row in rows) else None
-    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask), packed)
+    sources = tuple(sample.source for row in rows for sample in row)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask), packed, sources)
 
 
 def _cuts(count: int, parts: int) -> list[tuple[int, int]]:

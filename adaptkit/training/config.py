@@ -15,6 +15,10 @@ _LARGEST = 1e30
 _SEEDS = (1 << 40) - 1
 """Steps are added to a million times the seed, in 64 bits."""
 
+_PLACES = frozenset({"base", "data", "device", "tensorboard", "wandb"})
+_FREE = frozenset({"save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing"})
+"""Change no byte of the adapter, so a run can go on with others."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -52,7 +56,14 @@ class TrainConfig:
     eval_every: int = setting(
         "Steps between measurements of the held-out loss; 0: only before and after.", 0, at_least=0
     )
-    save_every: int = setting("Steps between checkpoints; 0: none.", 50, at_least=0)
+    patience: int = setting("Measurements without a better held-out loss after which the run ends; 0: it goes on.",
+                            0, at_least=0)  # fmt: skip
+    keep: str = setting("The adapter to publish: that of the best held-out loss, or the last; the other lies beside "
+                        "it.", "best", choices=("best", "last"))  # fmt: skip
+    save_every: int = setting("Steps between checkpoints; 0: none but at the end, or when interrupted.", 50, at_least=0)
+    keep_checkpoints: int = setting("Checkpoints that stay; older ones are removed.", 2, at_least=1)
+    on_non_finite: str = setting("When the loss or a gradient is no number: stop, or skip the step and count it.",
+                                 "stop", choices=("stop", "skip"))  # fmt: skip
     seed: int = setting("Of the initial A, the order of samples, dropout and the held-out choice.", 0, at_least=-_SEEDS,
                         at_most=_SEEDS)  # fmt: skip
 
@@ -63,6 +74,17 @@ class TrainConfig:
     warmup: float = setting("Fraction of the steps in which the rate rises.", 0.03, at_least=0, below=1)
     weight_decay: float = setting("AdamW's.", 0.0, at_least=0, at_most=_LARGEST)
     max_grad_norm: float = setting("Gradients are scaled down to this norm; 0 leaves them.", 1.0, at_least=0)
+
+    # Against overfitting
+    neftune_alpha: float = setting("Noise on the embeddings while training (NEFTune); 5 is usual, 0 is none.", 0.0,
+                                   at_least=0, at_most=_LARGEST)  # fmt: skip
+
+    # What is shown
+    sample_prompts: tuple[str, ...] = setting("Prompt to answer during the run.", ())
+    sample_every: int = setting("Steps between answers to them; 0: only after the last.", 0, at_least=0)
+    sample_tokens: int = setting("Longest answer.", 64, at_least=1)
+    tensorboard: str | None = setting("Folder for TensorBoard.", None)
+    wandb: str | None = setting("Project of Weights & Biases.", None)
 
     # Memory
     checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers) or segments:K.", "layer")
@@ -75,12 +97,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))
         object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))
         check(self)
         for name in ("data", "targets"):
             if not getattr(self, name):
                 refuse(self, name, "at least one")
         if self.init not in INITS and not Path(self.init).is_dir():
             refuse(self, "init")
+        if self.patience and not (self.held_out and self.eval_every):
+            refuse(self, "patience", "needs held_out and eval_every")
+        if self.sample_every and not self.sample_prompts:
+            refuse(self, "sample_every", "needs sample_prompts")
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -92,6 +119,10 @@ class TrainConfig:
         return cls(**check_values(cls, values, where))
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all of it but paths and devices, which say nothing about the result."""
-        values = {k: v for k, v in asdict(self).items() if k not in {"base", "data", "device"}}
+        """What the manifest keeps: all of it but paths, devices and trackers, which say nothing about the result."""
+        values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
         return values if self.init in INITS else values | {"init": "adapter"}  # a parent in the manifest says which
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides about the result: a run that goes on must have the same."""
+        return {name: value for name, value in self.recorded().items() if name not in _FREE}

@@ -27,10 +27,12 @@ class Sample:
     Attributes:
         ids: token ids.
         labels: the same, or ``IGNORED`` where there is no loss.
+        source: file and line.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    source: str = ""
 
     @property
     def answer_tokens(self) -> int:
@@ -73,7 +75,7 @@ def load_data(files: Sequence[Path], tokenizer: Any, max_length: int) -> Dataset
                 raise DataError(f"{where}: {error.message.removeprefix(f'{where}: ')}", error.hint) from error
             if whole.answer_tokens == 0:
                 raise DataError(f"{where}: the answer is empty", hint="every row needs something to learn")
-            cut = Sample(whole.ids[:max_length], whole.labels[:max_length])
+            cut = Sample(whole.ids[:max_length], whole.labels[:max_length], where)
             truncated += len(whole.ids) > max_length
             if cut.answer_tokens:
                 samples.append(cut)

@@ -18,6 +18,7 @@ from adaptkit.errors import UsageError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data import Dataset, Sample, load_data, split
 from adaptkit.training.start import read_start
+from adaptkit.training.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Inputs:
     def identity(self) -> dict[str, Any]:
         """What a run that goes on must agree in with the one that it goes on from."""
         return {
-            "options": self.config.recorded(),
+            "options": self.config.decisive(),
             "base": self.manifest.sha256 if self.manifest else self.state,
             "data": _digest(self.data.samples),
             "init": tensors_root(self.start.records) if self.start else None,
@@ -68,6 +69,7 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
     checkpoint = Checkpoint(base)
     if not quantized_names(checkpoint):
         raise UsageError(f"{base}: not quantized", hint=f"run: adaptkit quantize {base} -o {base.name}-nf4")
+    require_trackers(config)
     check_output(output, force, [base, *map(Path, config.data)])
     tokenizer = load_tokenizer(base)
     data = load_data([Path(file) for file in config.data], tokenizer, config.max_length)

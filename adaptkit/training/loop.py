@@ -1,22 +1,34 @@
 """Training from beginning to end: inputs are checked, a run takes its steps, an adapter appears.
 
-inputs.py     what is read        run.py        the steps           result.py    what is written
-schedule.py   the rate            history.py    metrics.jsonl       resume.py    checkpoints
+    inputs.py     what is read        run.py          the steps              result.py     what is written
+    schedule.py   the rate            gradients.py    of a step              resume.py     checkpoints
+    history.py    metrics.jsonl       selection.py    the best, the end      trackers.py   TensorBoard, W&B
 
 Nothing is written before everything that can be checked is.
 """
 
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.journal import Output, partial_folder
+from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
+from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import write_result
-from adaptkit.training.run import Run
+from adaptkit.training.resume import check_unfinished, remember, require_room
+from adaptkit.training.run import Chosen, Run
+from adaptkit.training.trackers import trackers
+
+
+def to_stderr(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr)
 
 
 def train(
@@ -24,46 +36,88 @@ def train(
     output: Path,
     *,
     force: bool = False,
+    resume: bool = False,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    note: Callable[[str], None] = to_stderr,
 ) -> TrainReport:
-    """Train a LoRA adapter on an NF4 base.
+    """Train a LoRA adapter on an NF4 base. A run that was cut off goes on when it is called again.
 
     Args:
         config: the run.
         output: folder of the adapter to make.
         force: replace an existing adapter, or begin anew where a run with other options stopped.
+        resume: go on, and never begin.
         on_step: told of every step.
+        note: told, in a line for people, what else happens: answers to prompts, skipped steps, an early end.
 
     Raises:
-        CheckpointError, UsageError, DataError: base, targets or data cannot be used.
-        NonFiniteError: the loss is no number; names the step.
-        ConflictError: the output exists, or unfinished work of another run lies there.
+        CheckpointError, UsageError, DataError: base, targets or data cannot be used; nothing to resume.
+        NonFiniteError: the loss is no number; names the step and the samples.
+        ConflictError: the output exists, or unfinished work of another run lies there; names what differs.
+        DiskError: there is no room for a checkpoint; the one before it stays.
 
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
     inputs = read_inputs(config, output, force)
-    with Output(output, inputs.identity(), force, keep_work=True) as out:
-        run = Run(inputs, out.folder)
-        run.train(on_step)
+    identity = inputs.identity()
+    check_unfinished(partial_folder(output), identity, force, resume)
+    with Output(output, identity, force, keep_work=True) as out:
+        remember(out.folder, identity)
+        run = Run(inputs, out.folder, note)
+        require_room(out.folder, run.checkpoint_bytes, config.keep_checkpoints)
+        with trackers(config, identity, run.resumed_from) as opened:
+            run.train(on_step, opened)
         run.close()
-        out.write(METRICS_NAME, run.history.content())
-        manifest = write_result(out, run.model, config, inputs.manifest, inputs.start, inputs.data_sha256)
-        out.publish(manifest)
-    return _report(output, inputs, run, manifest)
+        kept, *others = run.chosen()
+        for adapter in others:
+            note(f"{adapter.name}/ holds the adapter after step {adapter.step}")
+            _write_beside(out, inputs, run, adapter)
+        manifest = _write(out, inputs, run, kept, note)
+    return _report(output, inputs, run, kept.step, manifest)
 
 
-def _report(output: Path, inputs: Inputs, run: Run, manifest: Manifest) -> TrainReport:
-    held_out = run.history.values("held_out_loss")
+def _write(out: Output, inputs: Inputs, run: Run, kept: Chosen, note: Callable[[str], None]) -> Manifest:
+    run.trainable.values.copy_(kept.parameters)
+    out.write(METRICS_NAME, run.history.content())
+    if can_draw():
+        out.write(PICTURE_NAME, draw(run.history))
+    else:
+        note(f"no {PICTURE_NAME}: matplotlib is not installed (pip install 'adaptkit[report]')")
+    manifest = write_result(out, run.model, inputs.config, inputs.manifest, inputs.start, inputs.data_sha256)
+    out.publish(manifest)
+    return manifest
+
+
+def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> None:
+    """Write another adapter of the run as a whole artifact in a folder of its own."""
+    inside = out.folder / adapter.name
+    shutil.rmtree(inside, ignore_errors=True)  # of a run that was killed here
+    last = run.trainable.values.clone()
+    run.trainable.values.copy_(adapter.parameters)
+    with Output(inside, inputs.identity()) as nested:
+        nested.publish(
+            write_result(nested, run.model, inputs.config, inputs.manifest, inputs.start, inputs.data_sha256)
+        )
+    run.trainable.values.copy_(last)
+    for path in sorted(inside.iterdir()):
+        name = path.relative_to(out.folder).as_posix()
+        out.files.append(FileRecord(name, path.stat().st_size, file_sha256(path)))
+
+
+def _report(output: Path, inputs: Inputs, run: Run, kept: int, manifest: Manifest) -> TrainReport:
+    held_out = {line["step"]: line["held_out_loss"] for line in run.history.lines if "held_out_loss" in line}
     return TrainReport(
         output=str(output),
-        steps=run.steps,
+        steps=run.done,
+        kept_step=kept,
+        skipped=len(run.history.values("skipped")),
         resumed_from=run.resumed_from,
         trainable_parameters=run.trainable.values.numel(),
         samples=len(inputs.samples),
         truncated=inputs.data.truncated,
         dropped=inputs.data.dropped,
-        held_out_before=held_out[0] if held_out else None,
-        held_out_after=held_out[-1] if held_out else None,
+        held_out_before=held_out.get(0),
+        held_out_after=held_out.get(kept),
         segments=run.segments,
         paging=run.optimizer.state.metrics(),
         tokens_per_second=run.tokens_per_second,

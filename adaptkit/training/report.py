@@ -27,13 +27,15 @@ class TrainReport:
     Attributes:
         output: folder of the adapter.
         steps: taken in all.
+        kept_step: after which the adapter was as it is published.
+        skipped: steps whose loss or gradient was no number.
         resumed_from: step at which this process began; 0 if it began the run.
         trainable_parameters: in the adapter.
         samples: trained on.
         truncated: samples cut to the longest length.
         dropped: samples left out since the cut took their whole answer.
         held_out_before: mean loss per answer token on the held-out samples, before training; None without any.
-        held_out_after: the same after training.
+        held_out_after: the same of the published adapter; None if it was not measured.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         paging: pages, slots, faults, evictions, write-backs of the optimizer state.
         tokens_per_second: of this process.
@@ -43,6 +45,8 @@ class TrainReport:
 
     output: str
     steps: int
+    kept_step: int
+    skipped: int
     resumed_from: int
     trainable_parameters: int
     samples: int

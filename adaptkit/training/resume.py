@@ -1,5 +1,6 @@
 """Checkpoints of a training run.
 
+    run.json                              what decides about the result; a run with anything else does not go on here
     checkpoint-<step>/state.safetensors   float32 vectors: parameters, moments, the best parameters if they are others
     checkpoint-<step>/metrics.jsonl       everything that was measured so far
     checkpoint-<step>/checkpoint.json     step, further values, the sha256 of both files, and its own; written last
@@ -8,9 +9,9 @@ The order of the data and all randomness are functions of seed and step, so this
 """
 
 import hashlib
+import json
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
 from adaptkit.checkpoint.layout import read_json, write_json
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.checkpoint.writer import TensorWriter, sync_folder, write_file
-from adaptkit.errors import CheckpointError, IntegrityError
+from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, sync_folder, write_file
+from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, UsageError
 from adaptkit.training.history import METRICS_NAME
 
-_STATE, _RECORD = "state.safetensors", "checkpoint.json"
+_RUN, _STATE, _RECORD = "run.json", "state.safetensors", "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,53 @@ class Snapshot:
     metrics: bytes
 
 
+def remember(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write down what decides about the result, so that a run that cannot go on can be told why."""
+    if _read_identity(folder) is None:
+        write_file(folder, f"{_RUN}.partial", write_json(identity))
+        (folder / f"{_RUN}.partial").rename(folder / _RUN)
+
+
+def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, resume: bool) -> None:
+    """Refuse to mix two runs, and to begin where there was to be something to go on from.
+
+    Args:
+        folder: where unfinished work would lie.
+        identity: of the run that is to be.
+        force: work of another run may be thrown away.
+        resume: there has to be a checkpoint.
+
+    Raises:
+        ConflictError: the work that lies there is of another run; names what differs.
+        UsageError: there is nothing to resume.
+    """
+    known = _read_identity(folder)
+    if known is not None and (resume or not force):
+        differences = _differences(known, json.loads(write_json(identity)))
+        if differences:
+            raise ConflictError(
+                f"{folder}: holds unfinished work of another run: {'; '.join(differences)}",
+                hint="give the same options and inputs to go on, or begin anew with --force",
+            )
+    if resume and not (known and checkpoints(folder)):
+        raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to begin")
+
+
+def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
+    """Refuse a run whose checkpoints the disk has no room for; those that are there have theirs already.
+
+    Raises:
+        DiskError: says how much is missing.
+    """
+    needed = checkpoint_bytes * max(1, keep + 1 - len(checkpoints(folder)))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskError(
+            f"{folder}: its checkpoints need {needed:,} more bytes, but its disk has {free:,} free",
+            hint="free some space, keep fewer with --keep-checkpoints 1, or choose another -o",
+        )
+
+
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
     """Write a checkpoint, whole or not at all, and remove all but the newest ones.
 
@@ -58,38 +106,48 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
     """
     final = folder / f"checkpoint-{snapshot.step}"
     partial = folder / f"checkpoint-{snapshot.step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    specs = [
-        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in snapshot.tensors.items()
-    ]
-    with TensorWriter(partial, _STATE, specs) as writer:
-        for name, tensor in snapshot.tensors.items():
-            writer.write(name, tensor.detach().cpu())
-    metrics = write_file(partial, METRICS_NAME, snapshot.metrics)
-    files = {_STATE: writer.record.sha256, METRICS_NAME: metrics.sha256}
-    record = {"step": snapshot.step, "values": dict(snapshot.values), "files": files}
-    write_file(partial, _RECORD, write_json(record | {"sha256": _digest(record)}))
-    sync_folder(partial)
+    try:
+        _write(partial, snapshot)
+    except DiskError:
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint is no use, and there is no room for it
+        raise
     if final.exists():  # damaged, or it would have been gone on from
         shutil.rmtree(final)
     partial.rename(final)
     sync_folder(folder)
-    for _, old in _checkpoints(folder)[:-keep]:
+    for _, old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 
-def newest_checkpoint(folder: Path) -> Snapshot | None:
-    """Read the newest undamaged checkpoint; a damaged one is named on stderr and the one before it is taken."""
-    for step, path in reversed(_checkpoints(folder)):
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with disk_errors(folder):
+        folder.mkdir()
+    specs = [
+        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in snapshot.tensors.items()
+    ]
+    with TensorWriter(folder, _STATE, specs) as writer:
+        for name, tensor in snapshot.tensors.items():
+            writer.write(name, tensor.detach().cpu())
+    metrics = write_file(folder, METRICS_NAME, snapshot.metrics)
+    files = {_STATE: writer.record.sha256, METRICS_NAME: metrics.sha256}
+    record = {"step": snapshot.step, "values": dict(snapshot.values), "files": files}
+    write_file(folder, _RECORD, write_json(record | {"sha256": _digest(record)}))
+    sync_folder(folder)
+
+
+def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Snapshot | None:
+    """Read the newest undamaged checkpoint; a damaged one is named in a note, and the one before it is taken."""
+    for step, path in reversed(checkpoints(folder)):
         try:
             return _read(path, step)
         except (CheckpointError, IntegrityError, KeyError, TypeError, OSError) as error:
-            print(f"warning: {path.name} is damaged ({error}); trying the one before it", file=sys.stderr)
+            note(f"warning: {path.name} is damaged ({error}); trying the one before it")
     return None
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a folder, whole or damaged: step and path, the newest last."""
     found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
     return sorted((int(step), path) for step, path in found if step.isdecimal())
 
@@ -108,3 +166,21 @@ def _read(path: Path, step: int) -> Snapshot:
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(write_json(record)).hexdigest()
+
+
+def _read_identity(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(folder / _RUN)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, for people; options by name, with both values."""
+    options, others = before.get("options") or {}, {"base": "base", "data": "data", "init": "adapter to begin with"}
+    found = [
+        f"{name} was {options.get(name)!r} and is {now['options'].get(name)!r}"
+        for name in sorted({*options, *now["options"]})
+        if options.get(name) != now["options"].get(name)
+    ]
+    return found + [f"another {what}" for key, what in others.items() if before.get(key) != now.get(key)]

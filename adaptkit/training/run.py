@@ -2,17 +2,24 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
-from adaptkit.training.batches import Batch, Batches
-from adaptkit.training.evaluate import mean_loss, pad_id, summed_loss
+from adaptkit.training.batches import Batches
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.evaluate import answer, mean_loss, pad_id
+from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.model import choose_device, load_model
+from adaptkit.training.model import Model, choose_device, load_model
 from adaptkit.training.optimizer import PagedAdamW
 from adaptkit.training.paging import PagedState
 from adaptkit.training.parameters import Trainable
@@ -20,118 +27,198 @@ from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
 from adaptkit.training.schedule import learning_rate
 from adaptkit.training.segments import checkpoint_layers
+from adaptkit.training.selection import best_step, is_over
 from adaptkit.training.start import begin
+from adaptkit.training.trackers import Tracker
 
 _PAGES_NAME = "optimizer-pages.bin"
+_SKIPPED_IN_A_ROW = 5
+"""More than data can explain: then the parameters themselves are no numbers any more, or soon will be."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter of a run.
+
+    Attributes:
+        name: ``best`` or ``last``.
+        step: after which it was so.
+        parameters: (N,) float32.
+    """
+
+    name: str
+    step: int
+    parameters: Tensor
 
 
 class Run:
-    """The state of a run: model, what is trained, optimizer, history.
+    """The state of a run: model, flat parameters, optimizer, history.
 
     Args:
         inputs: what was read.
         folder: for checkpoints, metrics and pages; a checkpoint in it is gone on from.
+        note: told, in a line for people, what happens besides steps.
 
     Attributes:
-        steps: in all.
+        steps: in all, unless the run stops early.
         model: being trained.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         trainable: all that is trained.
         optimizer: of it.
         history: what was measured.
         resumed_from: step at which this process began; 0 if it began the run.
+        done: steps taken.
         tokens_per_second: of this process, padding aside.
     """
 
-    def __init__(self, inputs: Inputs, folder: Path) -> None:
-        self._config, self._inputs, self._folder = inputs.config, inputs, folder
+    def __init__(self, inputs: Inputs, folder: Path, note: Callable[[str], None]) -> None:
+        self._config, self._inputs, self._folder, self._note = inputs.config, inputs, folder, note
         self._padding = pad_id(inputs.tokenizer)
-        config = inputs.config
-        self._batches = Batches(
-            inputs.samples,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            seed=config.seed,
-            padding=self._padding,
-            group_by_length=config.group_by_length,
-        )
-        self.steps = config.steps or math.ceil(config.epochs * self._batches.steps_per_epoch)
-        device = choose_device(config.device)
-        self.model = load_model(inputs.base, getattr(torch, config.compute_dtype), device)
-        begin(self.model, config, inputs.start)
-        self.segments = checkpoint_layers(self.model.network, config.checkpointing)
-        self.trainable = Trainable.of(self.model, config.lora_plus_ratio)
-        values, gradients, groups = self.trainable.values, self.trainable.gradients, self.trainable.groups
-        self.optimizer = PagedAdamW(values, gradients, groups, self._paged_state(device), config.weight_decay)
+        self._batches = batches_of(inputs)
+        self.steps = total_steps(inputs.config, self._batches)
+        device = choose_device(inputs.config.device)
+        self.model, self.segments = build(inputs, device)
+        self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
+        values, vector, groups = self.trainable.values, self.trainable.gradients, self.trainable.groups
+        self._gradients = Gradients(self.model, vector, inputs.config)
+        self.optimizer = PagedAdamW(values, vector, groups, self._paged_state(device), inputs.config.weight_decay)
         self.tokens_per_second = 0.0
-        snapshot = newest_checkpoint(folder)
-        self.resumed_from = snapshot.step if snapshot else 0
+        snapshot = newest_checkpoint(folder, note)
+        self.resumed_from = self.done = snapshot.step if snapshot else 0
         self.history = History(folder, snapshot.metrics if snapshot else b"")
+        self._best: Tensor | None = None
+        self._trackers: Sequence[Tracker] = ()
+        self._can_save, self._saved = True, self.done
         if snapshot:
             self._restore(snapshot)
 
-    def train(self, on_step: Callable[[StepReport], None]) -> None:
-        """Take the steps that are left."""
-        config, tokens, seconds = self._config, 0, 0.0
-        if self.resumed_from == 0:
-            self._measure(0)
-        for step in range(self.resumed_from, self.steps):
-            start = time.monotonic()
-            loss = self._step(step)
-            tokens += self._batches.tokens(step)
-            seconds += time.monotonic() - start
-            self.tokens_per_second = tokens / seconds
-            on_step(StepReport(step + 1, self.steps, loss, self.tokens_per_second))
-            if self._is_due(config.eval_every, step + 1):
-                self._measure(step + 1)
-            if self._is_due(config.save_every, step + 1):
-                save_checkpoint(self._folder, self._snapshot(step + 1))
+    def train(self, on_step: Callable[[StepReport], None], trackers: Sequence[Tracker] = ()) -> None:
+        """Take the steps that are left. Whatever stops it on the way, what is done is saved.
+
+        Args:
+            on_step: told of every step.
+            trackers: told of every line of the history.
+        """
+        self._trackers = trackers
+        tokens, seconds = 0, 0.0
+        try:
+            self._observe()
+            while not self._is_finished():
+                start = time.monotonic()
+                line = self._step(self.done)
+                tokens, seconds = tokens + line["tokens"], seconds + time.monotonic() - start
+                self.tokens_per_second = tokens / seconds
+                on_step(StepReport(self.done, self.steps, line.get("loss", math.nan), self.tokens_per_second))
+                self._observe()
+                if self._is_due(self._config.save_every):
+                    self._save()
+        finally:
+            if self._can_save and self.done != self._saved:
+                self._save()
+        if self.done < self.steps:
+            patience = self._config.patience
+            self._note(f"stopped early after step {self.done}: {patience} measurements brought nothing better")
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint."""
+        return checkpoint_bytes(self._config, self.trainable.values.numel())
+
+    def chosen(self) -> list[Chosen]:
+        """The adapter to publish, and then the one to keep beside it, if that is another."""
+        best = best_step(self.history)
+        found = [Chosen("last", self.done, self.trainable.values)]
+        if best is not None and best != self.done and self._best is not None:
+            found.append(Chosen("best", best, self._best))
+        return sorted(found, key=lambda adapter: adapter.name != self._config.keep)
 
     def close(self) -> None:
         """Remove what only a run that goes on needs."""
         (self._folder / _PAGES_NAME).unlink(missing_ok=True)
 
-    def _is_due(self, every: int, done: int) -> bool:
-        return done == self.steps or (every > 0 and done % every == 0)
+    def _is_finished(self) -> bool:
+        return self.done >= self.steps or is_over(self.history, self._config.patience)
 
-    def _step(self, step: int) -> float:
+    def _is_due(self, every: int) -> bool:
+        return self._is_finished() or (every > 0 and self.done % every == 0)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """While the block runs, the state is that of no step; if it is left by an exception, there is none to save."""
+        self._can_save = False
+        yield
+        self._can_save = True
+
+    def _step(self, step: int) -> dict[str, Any]:
         config = self._config
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a run can go on
-        self.model.network.train()
-        self.trainable.gradients.zero_()
         answers = self._batches.answer_tokens(step)
-        total = 0.0
-        for batch in self._batches.micro_batches(step):
-            total += self._add_gradients(batch, answers, step)
-        norm = self.optimizer.clip(config.max_grad_norm)
-        _check_number(norm, "gradient's norm", step + 1)
+        line: dict[str, Any] = {"tokens": self._batches.tokens(step), "answer_tokens": answers}
         rate = learning_rate(config, step, self.steps)
-        self.optimizer.step(rate)
-        self.history.add(
-            {
-                "step": step + 1,
-                "loss": total,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                "tokens": self._batches.tokens(step),
-                "answer_tokens": answers,
-            }
-        )
-        return total
+        loss = self._gradients.collect(self._batches.micro_batches(step), answers, step)
+        norm = self.optimizer.clip(config.max_grad_norm)
+        refused = self._refused(loss, norm, step + 1)
+        with self._changing():
+            if refused is None:
+                self.optimizer.step(rate)
+                line = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | line
+            else:
+                line = {"skipped": refused} | line
+            self._record({"step": step + 1} | line)
+            self.done = step + 1
+        return line
 
-    def _add_gradients(self, batch: Batch, answers: int, step: int) -> float:
-        """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
-        loss = summed_loss(self.model, batch) / answers
-        value = float(loss.detach())
-        _check_number(value, "loss", step + 1)
-        torch.autograd.backward(loss)
-        return value
+    def _refused(self, loss: float, norm: float, step: int) -> str | None:
+        """What is wrong with the gradients, if something is, so that the optimizer must not see them.
 
-    def _measure(self, step: int) -> None:
-        if self._inputs.held_out:
-            loss = mean_loss(self.model, self._inputs.held_out, self._config.batch_size, self._padding)
-            _check_number(loss, "held-out loss", step)
-            self.history.add({"step": step, "held_out_loss": loss})
+        Raises:
+            NonFiniteError: such steps are not to be skipped, or there were too many in a row.
+        """
+        if math.isfinite(norm) and not self._gradients.spoiled:
+            return None
+        wrong = f"the loss is {loss}" if self._gradients.spoiled else f"the gradient's norm is {norm}"
+        samples = ", ".join(self._gradients.spoiled or self._gradients.sources)
+        message = f"{wrong} at step {step}: {samples}"
+        if self._config.on_non_finite == "stop":
+            hint = "lower the learning rate, look at these samples, or go on without them: --on-non-finite skip"
+            raise NonFiniteError(message, hint=hint)
+        before = [line for line in self.history.lines if "answer_tokens" in line][1 - _SKIPPED_IN_A_ROW :]
+        if len(before) == _SKIPPED_IN_A_ROW - 1 and all("skipped" in line for line in before):
+            raise NonFiniteError(
+                f"{message}, and so at {_SKIPPED_IN_A_ROW} steps in a row", hint="lower the learning rate"
+            )
+        self._note(f"warning: skipped step {step}: {wrong}: {samples}")
+        return f"{wrong}: {samples}"
+
+    def _observe(self) -> None:
+        """Measure, and let the model answer, where it is time and was not done before a kill."""
+        config, is_first = self._config, self.done == 0
+        known = {name for line in self.history.lines if line["step"] == self.done for name in line}
+        wants_loss = bool(self._inputs.held_out) and (is_first or self._is_due(config.eval_every))
+        if wants_loss and "held_out_loss" not in known:
+            self._measure()
+        wants_answers = bool(config.sample_prompts) and not is_first and self._is_due(config.sample_every)
+        if wants_answers and "answers" not in known:
+            answers = {prompt: self._answer(prompt) for prompt in config.sample_prompts}
+            for prompt, text in answers.items():
+                self._note(f"step {self.done}: {prompt!r} -> {text!r}")
+            self._record({"step": self.done, "answers": answers})
+
+    def _measure(self) -> None:
+        loss = mean_loss(self.model, self._inputs.held_out, self._config.batch_size, self._padding)
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"the held-out loss is {loss} at step {self.done}", hint="lower the learning rate")
+        with self._changing():
+            self._record({"step": self.done, "held_out_loss": loss})
+            if best_step(self.history) == self.done:
+                self._best = self.trainable.values.clone() if self.done < self.steps else None
+
+    def _answer(self, prompt: str) -> str:
+        return answer(self.model, self._inputs.tokenizer, prompt, self._config.sample_tokens)
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self.history.add(line)
+        for tracker in self._trackers:
+            tracker.add(line)
 
     def _paged_state(self, device: torch.device) -> PagedState:
         budget = self._config.optimizer_pages_mib
@@ -139,19 +226,53 @@ class Run:
         elements = max(1, self._config.page_kib * 1024 // 8)
         return PagedState(self.trainable.values.numel(), elements, resident, device, self._folder / _PAGES_NAME)
 
-    def _snapshot(self, step: int) -> Snapshot:
+    def _save(self) -> None:
         first, second = self.optimizer.state.moments()
         tensors = {"parameters": self.trainable.values, "first_moment": first, "second_moment": second}
-        return Snapshot(step, tensors, {"updates": self.optimizer.steps}, self.history.content())
+        if best_step(self.history) != self.done and self._best is not None:
+            tensors["best_parameters"] = self._best
+        snapshot = Snapshot(self.done, tensors, {"updates": self.optimizer.steps}, self.history.content())
+        try:
+            save_checkpoint(self._folder, snapshot, self._config.keep_checkpoints)
+        except DiskError:
+            self._can_save = False  # the disk will not take it a second time either
+            raise
+        self._saved = self.done
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self.trainable.values.copy_(snapshot.tensors["parameters"])
+        tensors = snapshot.tensors
+        self.trainable.values.copy_(tensors["parameters"])
         self.optimizer.steps = snapshot.values["updates"]
-        self.optimizer.state.load_moments(snapshot.tensors["first_moment"], snapshot.tensors["second_moment"])
+        self.optimizer.state.load_moments(tensors["first_moment"], tensors["second_moment"])
+        if best_step(self.history) is not None:
+            self._best = tensors.get("best_parameters", tensors["parameters"]).to(self.trainable.values.device)
 
 
-def _check_number(value: float, what: str, step: int) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the {what} is {value} at step {step}", hint="lower the learning rate, or look at the data"
-        )
+def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
+    """Size of a checkpoint: parameters, two moments and, if there may be one, the best adapter's parameters."""
+    return 4 * parameters * (4 if config.held_out and config.eval_every else 3)
+
+
+def batches_of(inputs: Inputs) -> Batches:
+    """The steps' samples."""
+    config = inputs.config
+    return Batches(
+        inputs.samples,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        padding=pad_id(inputs.tokenizer),
+        group_by_length=config.group_by_length,
+    )
+
+
+def total_steps(config: TrainConfig, batches: Batches) -> int:
+    """How many steps a run takes, unless it stops early."""
+    return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+
+
+def build(inputs: Inputs, device: torch.device) -> tuple[Model, int]:
+    """The model with the adapter that it begins with, and the segments of its gradient checkpointing."""
+    model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), device)
+    begin(model, inputs.config, inputs.start)
+    return model, checkpoint_layers(model.network, inputs.config.checkpointing)

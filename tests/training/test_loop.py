@@ -20,7 +20,7 @@ from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, Us
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
-from adaptkit.training import run
+from adaptkit.training import gradients
 from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.evaluate import EvaluateOptions, evaluate, summed_loss
@@ -46,7 +46,7 @@ def test_the_held_out_loss_falls_and_the_adapter_verifies(trained):
     assert report.held_out_after < 0.9 * report.held_out_before
     assert verify(output).kind == "adapter"
     assert sorted(path.name for path in output.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "adaptkit-manifest.json", "metrics.jsonl",
+        "adapter_config.json", "adapter_model.safetensors", "adaptkit-manifest.json", "loss.svg", "metrics.jsonl",
     ]  # fmt: skip
     assert not output.with_name("adapter.partial").exists()
 
@@ -167,12 +167,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, traine
 
     with pytest.raises(KeyboardInterrupt):
         train(saving, output, on_step=stop)
-    state = output.with_name("adapter.partial") / "checkpoint-8" / "state.safetensors"
+    state = output.with_name("adapter.partial") / "checkpoint-10" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")
     report = train(saving, output)
-    assert report.resumed_from == 4
+    assert report.resumed_from == 8
     assert report.tensors_root == trained[1].tensors_root
-    assert "checkpoint-8 is damaged" in capsys.readouterr().err
+    assert "checkpoint-10 is damaged" in capsys.readouterr().err
 
 
 def test_unfinished_work_of_another_run_is_not_thrown_away(config, tmp_path):
@@ -231,7 +231,7 @@ def test_metrics_that_were_cut_off_are_made_whole_from_the_checkpoint(config, tr
     stopped(saving, output, 6)
     live = tmp_path / "adapter.partial" / "metrics.jsonl"
     live.write_bytes(live.read_bytes()[:-7])
-    assert train(saving, output).resumed_from == 4
+    assert train(saving, output).resumed_from == 6
     assert (output / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
 
 
@@ -241,7 +241,7 @@ def test_gradients_that_are_no_numbers_stop_the_run_before_they_are_used(config,
         loss.register_hook(lambda grad: grad * float("inf"))
         return loss
 
-    monkeypatch.setattr(run, "summed_loss", spoil)
+    monkeypatch.setattr(gradients, "summed_loss", spoil)
     with pytest.raises(NonFiniteError, match=r"gradient's norm is .* at step 1"):
         train(replace(config, steps=1), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

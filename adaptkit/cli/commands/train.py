@@ -1,51 +1,90 @@
 """``adaptkit train``."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.cli.options import ArtifactPath, given, output_options, settings_options
-from adaptkit.cli.output import show
-from adaptkit.cli.progress import step_progress
+from adaptkit.cli.output import Row, show, size
+from adaptkit.cli.progress import training_progress
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import read_config_file
+
+if TYPE_CHECKING:
+    from adaptkit.training.dry_run import RunPlan
+    from adaptkit.training.report import TrainReport
 
 
 @click.command()
 @output_options
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML or JSON file of these options.")
+@click.option("--resume", is_flag=True, help="Go on, and fail rather than begin if there is no checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show what would be done, but write nothing.")
 @settings_options(TrainConfig, base=ArtifactPath())
-def command(output: Path, force: bool, as_json: bool, quiet: bool, config_file: Path | None, **options: Any) -> None:
+def command(
+    output: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    config_file: Path | None,
+    resume: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Train a LoRA adapter on an NF4 checkpoint (QLoRA).
 
-    Every option is also a key of the --config file (dashes as underscores); the command line wins. A killed run goes on
-    when the same command is given again.
+    Every option is also a key of the --config file (dashes as underscores); the command line wins. A run that was
+    killed or interrupted goes on when the same command is given again.
     """
-    from adaptkit.training.loop import train
-
     values = read_config_file(config_file) if config_file else {}
     values |= given(TrainConfig, options)
     config = TrainConfig.from_values(values, str(config_file) if config_file else "options")
-    with step_progress(as_json or quiet) as on_step:
-        report = train(config, output, force=force, on_step=on_step)
-    rows = [
-        ("wrote", report.output),
-        ("trained", f"{report.trainable_parameters:,} parameters, {report.steps} steps, {report.samples} samples"),
-        ("speed", f"{report.tokens_per_second:.0f} tokens/s"),
-        ("memory", f"{report.segments or 'no'} checkpointed segments"),
-        (
-            "optimizer state",
-            "{slots} of {pages} pages resident, {faults} faults, {write_backs} write-backs".format(**report.paging),
-        ),
-    ]
+    if dry_run:
+        from adaptkit.training.dry_run import plan_run
+
+        plan = plan_run(config, output, force=force, resume=resume)
+        show(plan, _plan_rows(plan), as_json=as_json, quiet=quiet)
+        return
+    from adaptkit.training.loop import train
+
+    with training_progress(as_json or quiet, quiet) as progress:
+        report = train(config, output, force=force, resume=resume, on_step=progress.step, note=progress.note)
+    show(report, _rows(report), as_json=as_json, quiet=quiet)
+
+
+def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
+    yield "would write", plan.output
+    if plan.resumed_from:
+        yield "goes on from", f"step {plan.resumed_from}"
+    yield "steps", f"{plan.steps}, {plan.warmup_steps} of them warm-up"
+    yield "samples", f"{plan.samples} to train on, {plan.held_out} held out"
+    yield "tokens of a pass", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"
+    yield "trainable", f"{plan.trainable_parameters:,} parameters"
+    yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
+    yield from _cut(plan)
+
+
+def _rows(report: "TrainReport") -> Iterator[Row]:
+    yield "wrote", report.output
     if report.resumed_from:
-        rows.insert(1, ("went on from", f"step {report.resumed_from}"))
+        yield "went on from", f"step {report.resumed_from}"
     if report.held_out_before is not None and report.held_out_after is not None:
-        rows.insert(2, ("held-out loss", f"{report.held_out_before:.4f} -> {report.held_out_after:.4f}"))
+        yield "held-out loss", f"{report.held_out_before:.4f} -> {report.held_out_after:.4f}"
+    yield "trained", f"{report.trainable_parameters:,} parameters, {report.steps} steps, {report.samples} samples"
+    if report.kept_step != report.steps:
+        yield "kept", f"the adapter after step {report.kept_step}; the last one is in last/"
+    if report.skipped:
+        yield "skipped", f"{report.skipped} steps whose loss or gradient was no number"
+    yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
+    yield "memory", f"{report.segments or 'no'} checkpointed segments"
+    paging = "{slots} of {pages} pages resident, {faults} faults, {write_backs} write-backs"
+    yield "optimizer state", paging.format(**report.paging)
+    yield from _cut(report)
+    yield "manifest sha256", report.manifest_sha256
+
+
+def _cut(report: "TrainReport | RunPlan") -> Iterator[Row]:
     if report.truncated or report.dropped:
-        rows.append(
-            ("cut", f"{report.truncated} samples to max_length; {report.dropped} lost their answer and were left out")
-        )
-    rows.append(("manifest sha256", report.manifest_sha256))
-    show(report, rows, as_json=as_json, quiet=quiet)
+        yield "cut", f"{report.truncated} samples to max_length; {report.dropped} lost their answer and were left out"

@@ -1,0 +1,82 @@
+"""What a run would do: everything is read and checked, the model is built, and nothing is written."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptkit.checkpoint.journal import partial_folder
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.inputs import read_inputs
+from adaptkit.training.model import choose_device
+from adaptkit.training.parameters import Trainable
+from adaptkit.training.resume import check_unfinished, checkpoints
+from adaptkit.training.run import batches_of, build, checkpoint_bytes, total_steps
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would do.
+
+    Attributes:
+        output: folder that it would make.
+        steps: of the run.
+        warmup_steps: of them.
+        resumed_from: step of the newest checkpoint that lies there; 0 without one.
+        samples: to train on.
+        held_out: samples to measure on.
+        truncated: samples cut to the longest length.
+        dropped: samples left out since the cut took their whole answer.
+        tokens: of the samples to train on, once.
+        answer_tokens: of them, those that carry loss.
+        trainable_parameters: in the adapter.
+        segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        checkpoint_bytes: size of one.
+        disk_bytes: of all that are there at a time.
+    """
+
+    output: str
+    steps: int
+    warmup_steps: int
+    resumed_from: int
+    samples: int
+    held_out: int
+    truncated: int
+    dropped: int
+    tokens: int
+    answer_tokens: int
+    trainable_parameters: int
+    segments: int
+    checkpoint_bytes: int
+    disk_bytes: int
+
+
+def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: bool = False) -> RunPlan:
+    """Check a run as ``train`` would, up to its first step.
+
+    Raises:
+        AdaptkitError: whatever ``train`` would raise before its first step.
+    """
+    inputs = read_inputs(config, output, force)
+    work = partial_folder(output)
+    check_unfinished(work, inputs.identity(), force, resume)
+    model, segments = build(inputs, choose_device(config.device))
+    parameters = Trainable.of(model).values.numel()
+    steps = total_steps(config, batches_of(inputs))
+    one = checkpoint_bytes(config, parameters)
+    begun = checkpoints(work)
+    return RunPlan(
+        output=str(output),
+        steps=steps,
+        warmup_steps=math.ceil(config.warmup * steps),
+        resumed_from=begun[-1][0] if begun else 0,
+        samples=len(inputs.samples),
+        held_out=len(inputs.held_out),
+        truncated=inputs.data.truncated,
+        dropped=inputs.data.dropped,
+        tokens=sum(len(sample.ids) for sample in inputs.samples),
+        answer_tokens=sum(sample.answer_tokens for sample in inputs.samples),
+        trainable_parameters=parameters,
+        segments=segments,
+        checkpoint_bytes=one,
+        disk_bytes=one * (config.keep_checkpoints + 1),
+    )

@@ -1,0 +1,69 @@
+"""The gradients of a step, micro-batch by micro-batch."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adaptkit.training.batches import Batch
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.evaluate import summed_loss
+from adaptkit.training.model import Model
+from adaptkit.training.neftune import EmbeddingNoise
+
+
+class Gradients:
+    """Collects the gradients of a step.
+
+    Args:
+        model: whose parameters' gradients are views of ``vector``.
+        vector: (N,) float32.
+        config: of the run.
+
+    Attributes:
+        sources: file and line of the samples of the latest step.
+        spoiled: of those whose loss was no number.
+    """
+
+    def __init__(self, model: Model, vector: Tensor, config: TrainConfig) -> None:
+        self._model, self._vector, self._seed = model, vector, config.seed
+        self._noise = EmbeddingNoise(model.network, config.neftune_alpha) if config.neftune_alpha else None
+        self.sources: list[str] = []
+        self.spoiled: list[str] = []
+
+    def collect(self, batches: Sequence[Batch], answers: int, step: int) -> float:
+        """Make the vector the gradient of the loss of a step.
+
+        Args:
+            batches: of the step.
+            answers: tokens that carry loss, of the whole step: what the loss is the mean over.
+            step: from 0.
+
+        Returns:
+            The loss; no number if that of a micro-batch is none, and the gradients are then incomplete.
+        """
+        self._model.network.train()
+        self._vector.zero_()
+        self.sources = [source for batch in batches for source in batch.sources]
+        self.spoiled = []
+        return sum(self._add(batch, answers, step, index) for index, batch in enumerate(batches))
+
+    def _add(self, batch: Batch, answers: int, step: int, index: int) -> float:
+        """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
+        torch.manual_seed(random_seed(self._seed, step, index))
+        if self._noise is not None:
+            self._noise.expect(batch)
+        loss = summed_loss(self._model, batch) / answers
+        value = float(loss.detach())
+        if math.isfinite(value):
+            torch.autograd.backward(loss)
+        else:
+            self.spoiled += batch.sources
+        return value
+
+
+def random_seed(seed: int, step: int, index: int) -> int:
+    """The seed of dropout and noise: a function of seed, step and micro-batch alone, so a run can go on anywhere."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:8], "little") >> 1

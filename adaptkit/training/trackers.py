@@ -1,0 +1,93 @@
+"""What a run measures, also for TensorBoard and Weights & Biases, while it goes on.
+
+Both are optional. They get the lines of ``metrics.jsonl``: numbers as scalars, answers to prompts as text.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from adaptkit.errors import UsageError
+from adaptkit.training.config import TrainConfig
+
+
+class Tracker(Protocol):
+    """Told of every line, in order."""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take a line of the metrics."""
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Ask before work whether the trackers that a run wants are installed.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) is not None and find_spec(name) is None:
+            raise UsageError(f"{name}: the package is not installed", hint="pip install 'adaptkit[track]'")
+
+
+@contextmanager
+def trackers(config: TrainConfig, identity: Mapping[str, Any], begun: int) -> Iterator[list[Tracker]]:
+    """Open the trackers that a run wants, and close them after it.
+
+    Args:
+        config: of the run.
+        identity: the same for a run that goes on, another for any other run.
+        begun: steps taken before; what was shown of later ones, before a kill, is replaced.
+    """
+    with ExitStack() as stack:
+        opened: list[Tracker] = []
+        if config.tensorboard is not None:
+            opened.append(stack.enter_context(_tensorboard(config.tensorboard, begun)))
+        if config.wandb is not None:
+            opened.append(stack.enter_context(_wandb(config, identity)))
+        yield opened
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def add(self, line: dict[str, Any]) -> None:
+        for name, value in _numbers(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+        for prompt, answer in line.get("answers", {}).items():
+            self._writer.add_text(prompt, answer, line["step"])
+
+
+@contextmanager
+def _tensorboard(folder: str, begun: int) -> Iterator[Tracker]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder, purge_step=begun + 1 if begun else None) as writer:
+        yield _TensorBoard(writer)
+
+
+class _Wandb:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def add(self, line: dict[str, Any]) -> None:
+        texts = {f"answer to {prompt!r}": answer for prompt, answer in line.get("answers", {}).items()}
+        self._run.log(_numbers(line) | texts, step=line["step"])
+
+
+@contextmanager
+def _wandb(config: TrainConfig, identity: Mapping[str, Any]) -> Iterator[Tracker]:
+    """WANDB_MODE, WANDB_DIR and its other variables mean what they always do."""
+    import wandb
+
+    same = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    quiet = wandb.Settings(silent=True, console="off")
+    with wandb.init(project=config.wandb, id=same, resume="allow", config=config.recorded(), settings=quiet) as run:
+        yield _Wandb(run)
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
