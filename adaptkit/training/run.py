@@ -1,6 +1,7 @@
 """The steps of a run; killed and begun again, it goes on."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,7 +177,8 @@ class Run:
         if math.isfinite(norm) and not self._gradients.spoiled:
             return None
         wrong = f"the loss is {loss}" if self._gradients.spoiled else f"the gradient's norm is {norm}"
-        samples = ", ".join(self._gradients.spoiled or self._gradients.sources)
+        sources = self._gradients.spoiled or self._gradients.sources
+        samples = "; ".join(sources)
         message = f"{wrong} at step {step}: {samples}"
         if self._config.on_non_finite == "stop":
             hint = "lower the learning rate, look at these samples, or go on without them: --on-non-finite skip"
@@ -187,7 +189,7 @@ class Run:
                 f"{message}, and so at {_SKIPPED_IN_A_ROW} steps in a row", hint="lower the learning rate"
             )
         self._note(f"warning: skipped step {step}: {wrong}: {samples}")
-        return f"{wrong}: {samples}"
+        return f"{wrong}: {'; '.join(map(os.path.basename, sources))}"  # the metrics hold no paths
 
     def _observe(self) -> None:
         """Measure, and let the model answer, where it is time and was not done before a kill."""

@@ -1,0 +1,353 @@
+"""What a run does besides steps: it stops early, skips, answers, tells trackers, draws, plans."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, UsageError
+from adaptkit.operations.quantize import quantize
+from adaptkit.operations.verify import verify
+from adaptkit.training.batches import Batches
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.dry_run import plan_run
+from adaptkit.training.evaluate import EvaluateOptions, evaluate, pad_id
+from adaptkit.training.gradients import Gradients
+from adaptkit.training.inputs import read_inputs
+from adaptkit.training.loop import train
+from adaptkit.training.parameters import Trainable
+from adaptkit.training.run import build
+
+
+@pytest.fixture(scope="module")
+def config(llama_nf4, instructions):
+    return TrainConfig(
+        base=str(llama_nf4), data=(str(instructions),), rank=4, steps=8, batch_size=4, learning_rate=5e-3, warmup=0.0,
+        compute_dtype="float32", dropout=0.1, save_every=0, device="cpu",
+    )  # fmt: skip
+
+
+def metrics(folder, key):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+# Gradients
+
+
+@pytest.fixture(scope="module")
+def gradient_of(config, tmp_path_factory):
+    inputs = read_inputs(replace(config, dropout=0.0), tmp_path_factory.mktemp("none") / "adapter", False)
+    model, _ = build(inputs, torch.device("cpu"))
+    for layer in model.adapted().values():
+        torch.nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
+    trainable = Trainable.of(model)
+    gradients = Gradients(model, trainable.gradients, inputs.config)
+
+    def gradient(size, batch_size=8):
+        padding = pad_id(inputs.tokenizer)
+        batches = Batches(inputs.samples, batch_size=batch_size, micro_batch_size=size, padding=padding)
+        loss = gradients.collect(batches.micro_batches(1), batches.answer_tokens(1), 1)
+        return loss, trainable.gradients.clone()
+
+    return gradient
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_any_micro_batch_size_gives_the_same_loss_and_gradient(gradient_of, size):
+    """Samples differ in length, so a mean over micro-batches instead of tokens would show."""
+    whole_loss, whole = gradient_of(None)
+    loss, parts = gradient_of(size)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    assert (parts - whole).norm() < 2e-6 * whole.norm()
+    assert torch.equal(gradient_of(size)[1], parts)
+
+
+# What is no number
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """A model for which one letter is infinite, and data of which one line has it."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    quantize(tiny.write_llama(folder / "plain", tied=False), folder / "nf4")
+    (letter,) = load_tokenizer(folder / "plain")("Z")["input_ids"]
+    tensors = load_file(folder / "nf4" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][letter] = math.inf
+    save_file(tensors, folder / "nf4" / "model.safetensors", metadata={"format": "pt"})
+    lines = tiny.write_instructions(folder / "rows.jsonl", rows=12).read_text().splitlines()
+    lines[7] = json.dumps({"instruction": "Z", "context": "", "output": "quiet"})
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_poisoned(config, poisoned):
+    return replace(
+        config, base=str(poisoned / "nf4"), data=(str(poisoned / "rows.jsonl"),), batch_size=3, steps=4, held_out=0.0
+    )
+
+
+def test_a_loss_that_is_no_number_is_named_by_step_file_and_line(on_poisoned, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"the loss is nan at step \d: .*rows.jsonl, line 8") as caught:
+        train(replace(on_poisoned, micro_batch_size=1), tmp_path / "adapter")
+    assert caught.value.message.count("rows.jsonl") == 1  # the micro-batch, not the whole batch
+    assert "--on-non-finite skip" in caught.value.hint
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_optimizer_never_sees_a_skipped_step(on_poisoned, tmp_path):
+    """A run that ends with the skipped step is the run that ends before it."""
+    skipping, notes = replace(on_poisoned, on_non_finite="skip"), []
+    report = train(skipping, tmp_path / "whole", note=notes.append)
+    (step,) = metrics(tmp_path / "whole", "skipped")
+    assert (report.skipped, report.steps) == (1, 4)
+    assert "rows.jsonl, line 8" in metrics(tmp_path / "whole", "skipped")[step]
+    assert str(tmp_path.parent) not in (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert [note for note in notes if note.startswith(f"warning: skipped step {step}")]
+    assert step not in metrics(tmp_path / "whole", "loss")
+    assert all(torch.isfinite(term.lora_b).all() for term in read_adapter(tmp_path / "whole").modules.values())
+    assert step > 1, "choose another seed: then there is a step before it"
+    through = train(replace(skipping, steps=step), tmp_path / "through")
+    before = train(replace(skipping, steps=step - 1), tmp_path / "before")
+    assert through.tensors_root == before.tensors_root
+
+
+def test_skipping_gives_up_when_every_step_is_no_number(on_poisoned, tmp_path):
+    broken = replace(on_poisoned, on_non_finite="skip", learning_rate=1e30, max_grad_norm=0.0, steps=20)
+    with pytest.raises(NonFiniteError, match="5 steps in a row"):
+        train(broken, tmp_path / "adapter", note=lambda text: None)
+
+
+# The best, the last, and an early end
+
+
+@pytest.fixture(scope="module")
+def overshooting(config):
+    return replace(config, learning_rate=0.05, eval_every=2, patience=2, steps=40)
+
+
+@pytest.fixture(scope="module")
+def stopped(overshooting, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stopped") / "adapter"
+    return output, train(overshooting, output, note=lambda text: None)
+
+
+def test_a_run_ends_when_patience_does(stopped):
+    output, report = stopped
+    losses = metrics(output, "held_out_loss")
+    del losses[0]
+    best = min(losses, key=losses.get)
+    assert 0 < best < report.steps < 40
+    assert report.kept_step == best
+    assert report.steps == best + 2 * 2
+    assert report.held_out_after == losses[best]
+
+
+def test_the_best_adapter_is_published_and_the_last_lies_beside_it(stopped, overshooting, tmp_path):
+    output, report = stopped
+    plain = replace(overshooting, patience=0, eval_every=0, keep="last")
+    best = train(replace(plain, steps=report.kept_step), tmp_path / "best")
+    last = train(replace(plain, steps=report.steps), tmp_path / "last")
+    assert report.tensors_root == best.tensors_root
+    assert require_manifest(output / "last").tensors_root == last.tensors_root
+    assert verify(output).kind == verify(output / "last").kind == "adapter"
+    kept = train(replace(overshooting, keep="last"), tmp_path / "kept", note=lambda text: None)
+    assert kept.tensors_root == last.tensors_root
+    assert require_manifest(tmp_path / "kept" / "best").tensors_root == best.tensors_root
+
+
+def test_a_run_that_is_cut_off_anywhere_stops_at_the_same_step(stopped, overshooting, tmp_path):
+    """After every single step: best adapter, patience and history go on from the checkpoint."""
+    output = tmp_path / "adapter"
+
+    def cut(report):
+        raise KeyboardInterrupt
+
+    for _ in range(stopped[1].steps):
+        with pytest.raises(KeyboardInterrupt):
+            train(overshooting, output, on_step=cut, note=lambda text: None)
+    report = train(overshooting, output, note=lambda text: None)
+    assert report.manifest_sha256 == stopped[1].manifest_sha256  # of every file
+
+
+@pytest.mark.parametrize(
+    "change", [{"patience": 1}, {"patience": 1, "eval_every": 1, "held_out": 0.0}, {"sample_every": 1}]
+)
+def test_options_that_need_others_say_so(config, change):
+    with pytest.raises(ConfigError, match=next(iter(change))) as caught:
+        replace(config, **change)
+    assert "needs" in caught.value.hint
+
+
+# What is shown
+
+
+def test_answers_are_those_of_the_adapter(config, llama_nf4, tmp_path):
+    prompts, notes = ("Tell me about birds.", "hello"), []
+    shown = replace(config, sample_prompts=prompts, sample_every=3, sample_tokens=6, learning_rate=0.02)
+    train(shown, tmp_path / "adapter", note=notes.append)
+    answers = metrics(tmp_path / "adapter", "answers")
+    assert sorted(answers) == [3, 6, 8]
+    options = EvaluateOptions(prompts=prompts, max_new_tokens=6, compute_dtype="float32", device="cpu")
+    assert answers[8] == evaluate(llama_nf4, tmp_path / "adapter", options=options).answers
+    assert notes[-1] == f"step 8: 'hello' -> {answers[8]['hello']!r}"
+
+
+def test_tensorboard_has_every_number_of_the_metrics(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = replace(config, tensorboard=str(tmp_path / "board"), eval_every=4)
+    train(shown, tmp_path / "adapter", note=lambda text: None)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    for name in ("loss", "held_out_loss", "learning_rate", "grad_norm", "tokens"):
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx(metrics(tmp_path / "adapter", name), rel=1e-6)
+    plain = train(replace(shown, tensorboard=None), tmp_path / "plain", note=lambda text: None)
+    assert plain.manifest_sha256 == require_manifest(tmp_path / "adapter").sha256
+
+
+def command(config, output, *more):
+    shown = [
+        "train", "--base", config.base, "--data", config.data[0], "-o", str(output), "--rank", "4", "--steps", "8",
+        "--batch-size", "4", "--learning-rate", "0.005", "--warmup", "0", "--compute-dtype", "float32",
+        "--dropout", "0.1", "--save-every", "0", "--device", "cpu",
+    ]  # fmt: skip
+    return [*shown, *more]
+
+
+def test_weights_and_biases_gets_every_line_offline(config, run_cli, tmp_path):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    done = run_cli(*command(config, tmp_path / "adapter", "--wandb", "p"), cwd=tmp_path, WANDB_MODE="offline")
+    assert (done.code, done.stderr) == (0, "")
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    found = {}
+    for data in log_records(log.read_bytes()):
+        items = {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in Record.FromString(data).history.item}
+        if "loss" in items:
+            found[items["_step"]] = items["loss"]
+    assert found == metrics(tmp_path / "adapter", "loss")
+
+
+def log_records(content):
+    """Of LevelDB's log format, after W&B's header: blocks of 32 KiB of crc (4), length (2), type (1), data."""
+    position, parts = 7, b""
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_asked_for(config, name, tmp_path):
+    code = f"import sys; sys.modules[{name!r}] = None; from adaptkit.cli.main import main; main()"
+    shown = command(config, tmp_path / "adapter", f"--{name}", "x")
+    done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {name}: the package is not installed\nhint: pip install 'adaptkit[track]'\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_has_the_curves_and_is_left_out_aloud_without_matplotlib(config, tmp_path):
+    train(replace(config, eval_every=4), tmp_path / "adapter")
+    texts = "".join(ElementTree.parse(tmp_path / "adapter" / "loss.svg").getroot().itertext())
+    assert all(word in texts for word in ("training", "held out", "step", "learning rate"))
+    code = "import sys; sys.modules['matplotlib'] = None; from adaptkit.cli.main import main; main()"
+    shown = command(config, tmp_path / "plain")
+    done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "no loss.svg: matplotlib is not installed (pip install 'adaptkit[report]')" in done.stderr
+    assert not (tmp_path / "plain" / "loss.svg").exists()
+
+
+# What it would do, and what it goes on from
+
+
+def test_a_plan_is_what_the_run_then_does_and_writes_nothing(config, run_cli, tmp_path):
+    planned = replace(config, eval_every=3, steps=None, epochs=2.0)
+    plan = plan_run(planned, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+    report = train(planned, tmp_path / "adapter", note=lambda text: None)
+    for name in ("output", "steps", "samples", "trainable_parameters", "segments", "truncated", "dropped"):
+        assert getattr(plan, name) == getattr(report, name), name
+    tokens = metrics(tmp_path / "adapter", "tokens")
+    assert sum(tokens.values()) == 2 * plan.tokens  # two whole passes
+    assert sum(metrics(tmp_path / "adapter", "answer_tokens").values()) == 2 * plan.answer_tokens
+    done = run_cli(*command(config, tmp_path / "other", "--dry-run", "--json"))
+    assert json.loads(done.stdout)["steps"] == 8
+    assert not (tmp_path / "other.partial").exists()
+
+
+def cut_after(config, output, step):
+    def cut(report):
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, output, on_step=cut)
+
+
+def test_the_size_of_a_checkpoint_is_foretold(config, tmp_path):
+    plan = plan_run(config, tmp_path / "adapter")
+    cut_after(config, tmp_path / "adapter", 3)
+    state = tmp_path / "adapter.partial" / "checkpoint-3" / "state.safetensors"
+    assert plan.checkpoint_bytes <= state.stat().st_size <= plan.checkpoint_bytes + 1000
+
+
+def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
+    output = tmp_path / "adapter"
+    cut_after(config, output, 2)
+    for change, words in (
+        ({"rank": 8}, "rank was 4 and is 8"),
+        ({"rank": 8, "seed": 3}, "rank was 4 and is 8; seed was 0 and is 3"),
+        ({"targets": ("q_proj",)}, r"targets was \['\*'\] and is \['q_proj'\]"),
+    ):
+        with pytest.raises(ConflictError, match=words) as caught:
+            train(replace(config, **change), output)
+        assert "--force" in caught.value.hint
+    rows = tiny.write_instructions(tmp_path / "rows.jsonl", seed=9)
+    with pytest.raises(ConflictError, match="another data"):
+        train(replace(config, data=(str(rows),)), output)
+    assert train(config, output).resumed_from == 2
+
+
+def test_what_changes_no_byte_may_change_on_the_way(config, tmp_path):
+    whole = train(config, tmp_path / "whole")
+    cut_after(config, tmp_path / "adapter", 3)
+    other = replace(
+        config, save_every=2, keep_checkpoints=1, page_kib=4, optimizer_pages_mib=0.01, checkpointing="none"
+    )
+    report = train(other, tmp_path / "adapter")
+    assert (report.resumed_from, report.tensors_root) == (3, whole.tensors_root)
+
+
+def test_resuming_nothing_is_an_error(config, tmp_path):
+    with pytest.raises(UsageError, match="no checkpoint to resume from"):
+        train(config, tmp_path / "adapter", resume=True)
+    assert not list(tmp_path.iterdir())
+    cut_after(config, tmp_path / "adapter", 1)
+    assert train(config, tmp_path / "adapter", resume=True).resumed_from == 1
+
+
+def test_only_the_newest_checkpoints_stay(config, tmp_path):
+    cut_after(replace(config, save_every=1, keep_checkpoints=3), tmp_path / "adapter", 7)
+    assert sorted(path.name for path in (tmp_path / "adapter.partial").glob("checkpoint-*")) == [
+        f"checkpoint-{step}" for step in (5, 6, 7)
+    ]
