@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def rank_and_scaling(root: Path, config: Mapping[str, Any], module: str) -> tupl
         AdapterError: either is no positive number, or a pattern is malformed.
     """
     try:
-        rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
-        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+        rank = by_pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        alpha = by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     except (re.error, AttributeError) as error:
         raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE) from error
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
@@ -110,6 +110,11 @@ def expert_parameters(root: Path, config: Mapping[str, Any], module: str) -> lis
             f"{root}: {module}: which tensors belong to which of {', '.join(sorted(leaves))} is not known",
             hint="merge it with peft itself",
         )
+    return stack_order(leaves)
+
+
+def stack_order(leaves: Iterable[str]) -> list[str]:
+    """The stacked parameters of a module in the order in which peft wraps them, innermost first."""
     return sorted(leaves, key=lambda leaf: _EXPERT_ORDER.index(leaf) if leaf in _EXPERT_ORDER else 0)
 
 
@@ -168,8 +173,17 @@ def _saved(config: Mapping[str, Any]) -> list[str]:
     return config.get(_SAVED) or []
 
 
-def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's path."""
+def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """What a mapping says of a module by PEFT's rule: the first regular expression that matches the end of its path.
+
+    Args:
+        patterns: regular expressions, and what they stand for.
+        module: dotted path.
+        default: where none matches.
+
+    Raises:
+        re.error: a pattern is malformed.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

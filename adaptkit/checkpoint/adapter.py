@@ -6,7 +6,6 @@
 Every key of the file is used exactly once or named in an error. What this module does not know is refused by name.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +15,26 @@ import torch
 import xxhash
 from torch import Tensor
 
-from adaptkit.checkpoint._adapter_config import check_config, is_saved
+from adaptkit.checkpoint._adapter_config import by_pattern, check_config, is_saved
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
+from adaptkit.checkpoint._adapter_writing import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of
-from adaptkit.checkpoint.header import DTYPE_NAMES, FLOATS, TensorSpec
-from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.layout import read_json, require_folder
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import AdapterError, NonFiniteError
+from adaptkit.errors import AdapterError
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.lora import LowRank, transposed
+from adaptkit.numerics.lora import LowRank
 
 __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
     "Adapter",
     "TokenRows",
+    "by_pattern",
     "is_adapter",
     "is_saved",
     "read_adapter",
@@ -43,9 +42,6 @@ __all__ = [
     "write_adapter",
 ]
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _PIECE_ELEMENTS = 1 << 20
 
 
@@ -196,75 +192,3 @@ def _record(files: TensorFiles, key: str) -> TensorRecord:
             raise AdapterError(f"{files.root}: {key} holds NaN or infinity", hint="train it again, or get it again")
         digest.update(bytes_of(piece))
     return TensorRecord(key, WEIGHTS_NAME, spec.dtype, spec.shape, digest.hexdigest())
-
-
-def write_adapter(
-    output: Output,
-    modules: Mapping[str, LowRank],
-    base_name: str,
-    embeddings: frozenset[str] = frozenset(),
-    saved: Mapping[str, Tensor] | None = None,
-    **config: Any,
-) -> None:
-    """Write configuration and weights of a LoRA adapter, as PEFT and vLLM read them.
-
-    Args:
-        output: the folder being written; file and tensor records are added to it.
-        modules: by dotted path of the module; stored in float32.
-        base_name: what ``base_model_name_or_path`` says.
-        embeddings: which of the modules are embeddings, whose changes are (entries, dim).
-        saved: by name of the base's tensor, what takes its place; stored as it is. A bias of a module that is changed
-            too is peft's ``base_layer.bias``; say ``bias="all"`` where there are biases.
-        config: more keys of ``adapter_config.json``, or other values; ``target_modules`` is every module's whole path
-            unless it is among them.
-
-    Raises:
-        NonFiniteError: a number is NaN or too large for float32; names the tensor.
-    """
-    ranks = {module: term.rank for module, term in modules.items()}
-    alphas = {module: term.scaling * term.rank for module, term in modules.items()}
-    common_rank, common_alpha = (_most_common(ranks), _most_common(alphas)) if modules else (8, 8)
-    document = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": common_rank,
-        "lora_alpha": common_alpha,
-        "rank_pattern": {f"^{re.escape(m)}$": r for m, r in ranks.items() if r != common_rank},
-        "alpha_pattern": {f"^{re.escape(m)}$": a for m, a in alphas.items() if a != common_alpha},
-        "target_modules": sorted(modules),
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-    } | config
-    output.write_json(CONFIG_NAME, document)
-    tensors: dict[str, Tensor] = {}
-    for module, term in modules.items():
-        is_table = module in embeddings
-        halves = transposed(term) if is_table else term
-        names = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
-        for name, half in zip(names, (halves.lora_a, halves.lora_b), strict=True):
-            tensors[f"{_PREFIX}{module}.{name}"] = half.detach().float().cpu().contiguous()
-    for name, tensor in (saved or {}).items():
-        module, _, kind = name.rpartition(".")
-        wrapped = kind == "bias" and module in modules
-        tensors[f"{_PREFIX}{module}.base_layer.bias" if wrapped else f"{_PREFIX}{name}"] = tensor.detach().cpu()
-    for name, tensor in tensors.items():
-        if not all_finite(tensor):
-            raise NonFiniteError(f"{name}: NaN, or too large for float32", hint="use smaller weights")
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
-    specs = [TensorSpec(name, DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order]
-    with TensorWriter(output.folder, WEIGHTS_NAME, specs) as writer:
-        for spec in specs:
-            writer.write(spec.name, tensors[spec.name])
-    output.add(writer.record, writer.tensors)
-
-
-def _most_common(values: Mapping[str, Any]) -> Any:
-    counted = list(values.values())
-    best = max(sorted(set(counted)), key=counted.count)
-    return int(best) if float(best).is_integer() else best

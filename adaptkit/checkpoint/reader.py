@@ -157,3 +157,31 @@ class Checkpoint(TensorFiles):
         if now != state:
             changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
             raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)
+
+
+class MappedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are views of its mapped files: pages of them are read when they are touched.
+
+    The mappings are private: what is written to a tensor does not reach the file. The files must stay as they are
+    while tensors of them are alive.
+    """
+
+    def _read(self, located: Located, offset: int, size: int) -> Tensor:
+        start = located.position + offset
+        if not size or start % DTYPES[located.spec.dtype].itemsize:  # as no writer that is known aligns them
+            return super()._read(located, offset, size)
+        try:
+            whole = self._maps.get(located.file)
+            if whole is None:
+                whole = np.memmap(resolve_inside(self.root, located.file), np.uint8, mode="c")
+                self._maps[located.file] = whole
+        except OSError as error:
+            raise IntegrityError(f"{located.file}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
+        if start + size > len(whole):
+            raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_KEEP_STILL)
+        return torch.from_numpy(whole[start : start + size])
+
+    @cached_property
+    def _maps(self) -> dict[str, Any]:
+        """By file name."""
+        return {}

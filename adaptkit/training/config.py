@@ -5,11 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from adaptkit.training.settings import check, check_values, refuse, setting
+from adaptkit.training.settings import check, check_values, refuse, setting, settings
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
+METHODS = ("auto", "lora", "qlora", "full")
+BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "normal")
-OPTIMIZERS = ("adamw", "adamw8bit")
+_BEGUN = ("exclude", "target_parameters", "rslora", "rank_pattern", "alpha_pattern")
+_ADAPTER = (
+    *("init", "rank", "alpha", "targets", "dropout", "dora", "lora_plus_ratio", "bias", "modules_to_save"),
+    *("trainable_tokens", *_BEGUN),
+)
+"""What only an adapter has, and of that what another adapter decides that it begins with."""
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _LARGEST = 1e30
 """Of a factor: float32 holds 3.4e38, and products of factors need room."""
@@ -26,20 +33,37 @@ class TrainConfig:
     """A training run. What a field means is said beside it."""
 
     # What is trained, and on what
-    base: str = setting("Folder of an NF4 checkpoint that quantize made.")
+    base: str = setting("Folder of a checkpoint: one that quantize made, or a 16-bit one.")
     data: tuple[str, ...] = setting("jsonl file.")
     init: str = setting("Of A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or the folder of an adapter "
                         "to begin with, whose rank, alpha and targets are then the run's.", "kaiming")  # fmt: skip
+    method: str = setting("auto is qlora on a base that adaptkit quantized, and lora on a 16-bit one; full trains "
+                          "every weight, and writes a checkpoint.", "auto", choices=METHODS)  # fmt: skip
 
     # The adapter
     rank: int = setting("Of the adapter's matrices.", 16, at_least=1, at_most=1 << 16)
     alpha: float = setting("The adapter's change is scaled by alpha / rank.", 32.0, above=0, at_most=_LARGEST)
     targets: tuple[str, ...] = setting("Shell pattern of module paths that get an adapter; * is every linear layer "
                                        "inside the model.", ("*",))  # fmt: skip
+    exclude: tuple[str, ...] = setting("Shell pattern of module paths that get none all the same.", ())
+    target_parameters: tuple[str, ...] = setting("Shell pattern of stacked experts' matrices that get an adapter, such "
+                                                 "as *.experts.*.", ())  # fmt: skip
     dropout: float = setting("Of the adapter's input.", 0.0, at_least=0, below=1)
-
+    rslora: bool = setting("Scale by alpha / √rank instead (rsLoRA).", False)
+    dora: bool = setting("Train the lengths of the weights' rows too (DoRA).", False)
+    rank_pattern: Mapping[str, float] | None = setting("Other ranks, by the end of a module's path (a regular "
+                                                       "expression, as in PEFT).", None, at_least=1,
+                                                       at_most=1 << 16)  # fmt: skip
+    alpha_pattern: Mapping[str, float] | None = setting("Other alphas, the same way.", None, above=0,
+                                                        at_most=_LARGEST)  # fmt: skip
     lora_plus_ratio: float = setting("How much faster B learns than A; LoRA+ suggests 16.", 1.0, above=0,
                                      at_most=_LARGEST)  # fmt: skip
+    bias: str = setting("Which biases are trained: none, all, or those of the layers with an adapter.", "none",
+                        choices=BIASES)  # fmt: skip
+    modules_to_save: tuple[str, ...] = setting("End of the path of a module that is trained whole, such as lm_head or "
+                                               "norm.", ())  # fmt: skip
+    trainable_tokens: tuple[str, ...] = setting("Token, by its text or number, whose row of the embedding is trained.",
+                                                ())  # fmt: skip
 
     # Samples
     max_length: int = setting("Tokens of a sample; longer ones are cut, which is reported.", 1024, at_least=2)
@@ -88,28 +112,47 @@ class TrainConfig:
     wandb: str | None = setting("Project of Weights & Biases.", None)
 
     # Memory
-    optimizer: str = setting("Moments in 32 bits, or in 8 with a constant for every 256.", "adamw", choices=OPTIMIZERS)
     checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers) or segments:K.", "layer")
     optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory. "
                                                 "Default: all of it.", None, above=0, at_most=_LARGEST)  # fmt: skip
-    page_kib: int = setting("Size of a page of optimizer state.", 2048, at_least=1, at_most=1 << 20)
+    page_kib: int = setting("Size of a page of optimizer state.", 512, at_least=1, at_most=1 << 20)
     compute_dtype: str = setting("Of activations and dequantized weights.", "bfloat16", choices=COMPUTE_DTYPES)
     device: str = setting("cpu, cuda, or auto.", "auto")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", tuple(self.data))
-        object.__setattr__(self, "targets", tuple(self.targets))
-        object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))
+        for name, (found, _) in settings(type(self)).items():
+            if "tuple" in str(found.type):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self)
-        for name in ("data", "targets"):
-            if not getattr(self, name):
-                refuse(self, name, "at least one")
+        if not self.data:
+            refuse(self, "data", "at least one")
+        if not self.targets and not self.target_parameters:
+            refuse(self, "targets", "at least one")
         if self.init not in INITS and not Path(self.init).is_dir():
             refuse(self, "init")
+        self._check_adapter()
         if self.patience and not (self.held_out and self.eval_every):
             refuse(self, "patience", "needs held_out and eval_every")
         if self.sample_every and not self.sample_prompts:
             refuse(self, "sample_every", "needs sample_prompts")
+
+    def _check_adapter(self) -> None:
+        """Refuse settings of the adapter that do not go together.
+
+        Raises:
+            ConfigError: names one.
+        """
+        given = [name for name in _ADAPTER if getattr(self, name) != settings(type(self))[name][0].default]
+        if self.method == "full" and given:
+            refuse(self, given[0], "method full makes no adapter")
+        begun = next((name for name in given if name in _BEGUN), None)
+        if self.init not in INITS and begun:
+            refuse(self, begun, "the adapter to begin with has its own")
+        for name in ("dora", "dropout"):
+            if self.target_parameters and getattr(self, name):
+                refuse(self, name, "does not go with target_parameters, nor does it in PEFT")
+        if any(rank != int(rank) for rank in (self.rank_pattern or {}).values()):
+            refuse(self, "rank_pattern", "whole numbers")
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str) -> Self:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptkit.checkpoint.adapter import read_adapter, require_plain
+from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer, quiet_transformers
 from adaptkit.checkpoint.text import check_window, read_tokens
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.training.batches import Batch, collate
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.data import IGNORED, Sample, load_data, prompt_ids
-from adaptkit.training.model import Model, attach_adapter, choose_device, load_model
+from adaptkit.training.loading import load_adapter
+from adaptkit.training.model import Model, choose_device, load_model
 
 POSITIONS = 64
 """Tokens whose log-probabilities over the vocabulary are in memory at a time."""
@@ -153,9 +154,7 @@ def evaluate(
     dtype, device = getattr(torch, options.compute_dtype), choose_device(options.device)
     model = load_model(base, dtype, device)
     if adapter is not None:
-        read = read_adapter(adapter)
-        require_plain(read, "evaluate")
-        attach_adapter(model, read.modules, str(adapter))
+        load_adapter(model, read_adapter(adapter))
     samples = dataset.samples if dataset else ()
     loss = mean_loss(model, samples, options.batch_size, pad_id(tokenizer)) if samples else None
     other = load_model(reference, dtype, device) if reference is not None else None

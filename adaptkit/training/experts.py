@@ -79,6 +79,73 @@ def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     return PlainWeight(assembly.checkpoint.read(file_name))
 
 
+class StackLora(nn.Module):
+    """A low-rank change of every matrix of a stack: W_e + s · B_e A_e.
+
+    Attributes:
+        lora_a: (experts, rank, in) float32.
+        lora_b: (experts, out, rank) float32.
+        scaling: s.
+        transposed: whether the stack holds its matrices as (in, out).
+    """
+
+    def __init__(self, lora_a: Tensor, lora_b: Tensor, scaling: float, transposed: bool) -> None:
+        super().__init__()
+        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+        self.scaling, self.transposed = scaling, transposed
+
+    def add_to(self, stack: Tensor, in_place: bool) -> Tensor:
+        """The changed stack, in the stack's type."""
+        a, b = self.lora_a.detach().to(stack.dtype), self.lora_b.detach().to(stack.dtype)
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        if in_place:
+            return stack.baddbmm_(left, right, alpha=self.scaling)
+        return torch.baddbmm(stack, left, right, alpha=self.scaling)
+
+
+class _Changed(torch.autograd.Function):
+    """A changed stack, whose gradient becomes that of its A and B; keeps only these."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, lora_a: Tensor, lora_b: Tensor, stack: Stack, change: StackLora, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(lora_a, lora_b)
+        ctx.change = change
+        return _unpack(stack, change, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        lora_a, lora_b = ctx.saved_tensors
+        grad = grads[0].mT if ctx.change.transposed else grads[0]  # (experts, out, in)
+        grad_a = torch.bmm(lora_b.to(grad.dtype).mT, grad).to(lora_a.dtype) * ctx.change.scaling
+        grad_b = torch.bmm(grad, lora_a.to(grad.dtype).mT).to(lora_b.dtype) * ctx.change.scaling
+        return grad_a, grad_b, None, None, None
+
+
+def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype) -> Tensor:
+    """A stack in ``dtype``, with its low-rank change if it has one."""
+    value = stack.dequantize(dtype)
+    return value if change is None else change.add_to(value, in_place=not isinstance(stack, PlainWeight))
+
+
+def adapt_stack(module: nn.Module, name: str, change: StackLora, dtype: torch.dtype) -> None:
+    """Give a stack of a module's a low-rank change.
+
+    Args:
+        module: of experts.
+        name: of the stacked parameter, packed or plain.
+        change: of it.
+        dtype: that the module computes in.
+    """
+    plain = module._parameters.get(name)
+    if plain is not None:
+        pack(module, {name: PlainWeight(plain.detach())}, dtype)
+    if not isinstance(module, PackedModule):
+        raise TypeError(f"{name} is no stack of {type(module).__name__}")
+    module.changes[name] = change
+
+
 def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
     """Replace 3-D parameters of a module by packed stacks.
 
@@ -89,30 +156,47 @@ def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> 
     """
     for name in stacks:
         del module._parameters[name]
-    module.add_module("packed", nn.ModuleDict(stacks))
     properties = {name: property(_reader(name, dtype)) for name in stacks}
-    module.__class__ = type(type(module).__name__, (_Packed, type(module)), properties)
+    if isinstance(module, PackedModule):
+        module.packed.update(stacks)
+        module.__class__ = type(type(module).__name__, (type(module),), properties)
+        return
+    module.add_module("packed", nn.ModuleDict(stacks))
+    module.add_module("changes", nn.ModuleDict())
+    module.__class__ = type(type(module).__name__, (PackedModule, type(module)), properties)
     module.__dict__["_unpacked"] = {}
     module.__dict__["_compute_dtype"] = dtype
 
 
-class _Packed:
+class PackedModule(nn.Module):
     """What a module with packed stacks does otherwise; comes before the module's own class."""
 
     packed: nn.ModuleDict
+    changes: nn.ModuleDict
     _unpacked: dict[str, Tensor]
     _compute_dtype: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, with its stacks unpacked meanwhile."""
         with self._stacks():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
+
+    def change_of(self, name: str) -> StackLora | None:
+        """The low-rank change of a stack, if it has one."""
+        change: Any = dict(self.changes.items()).get(name)
+        return change  # type: ignore[no-any-return]
 
     @contextmanager
     def _stacks(self) -> Iterator[None]:
         kept = {}
         for name, stack in self.packed.items():
-            self._unpacked[name] = stack.dequantize(self._compute_dtype)  # type: ignore[operator]
-            kept[self._unpacked[name].untyped_storage().data_ptr()] = _Again(stack, self._compute_dtype)
+            change = self.change_of(name)
+            if change is not None and torch.is_grad_enabled():
+                value = _Changed.apply(change.lora_a, change.lora_b, stack, change, self._compute_dtype)  # type: ignore[no-untyped-call]
+            else:
+                value = _unpack(stack, change, self._compute_dtype)  # type: ignore[arg-type]
+            self._unpacked[name] = value
+            kept[value.untyped_storage().data_ptr()] = _Again(stack, change, self._compute_dtype)
 
         def keep(saved: Tensor) -> Any:
             again = kept.get(saved.untyped_storage().data_ptr())
@@ -130,14 +214,14 @@ class _Packed:
 class _Again:
     """A stack that the backward pass unpacks when it first needs it; the graph's last reference drops it."""
 
-    def __init__(self, stack: Any, dtype: torch.dtype) -> None:
-        self.stack, self.dtype = stack, dtype
+    def __init__(self, stack: Any, change: StackLora | None, dtype: torch.dtype) -> None:
+        self.stack, self.change, self.dtype = stack, change, dtype
         self.value: Tensor | None = None
 
     def unpacked(self) -> Tensor:
         if self.value is None:
             with torch.no_grad():
-                self.value = self.stack.dequantize(self.dtype)
+                self.value = _unpack(self.stack, self.change, self.dtype)
         return self.value
 
 
@@ -153,7 +237,8 @@ def _reader(name: str, dtype: torch.dtype) -> Callable[[Any], Tensor]:
     def read(module: Any) -> Tensor:
         stack: Tensor | None = module._unpacked.get(name)
         if stack is None:  # asked for outside the forward pass
-            stack = module.packed[name].dequantize(dtype)
+            change = module.change_of(name)
+            stack = _unpack(module.packed[name], change, dtype)
         return stack
 
     return read

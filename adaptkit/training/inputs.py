@@ -12,12 +12,10 @@ from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.journal import check_output
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
-from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import UsageError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data import Dataset, Sample, load_data, split
-from adaptkit.training.start import read_start
+from adaptkit.training.start import read_start, resolve_method
 from adaptkit.training.trackers import require_trackers
 
 
@@ -26,7 +24,7 @@ class Inputs:
     """What a run reads.
 
     Attributes:
-        config: of the run.
+        config: of the run, with its method resolved.
         base: folder of the base.
         manifest: of the base, if it has one.
         state: of the base's files, which tells bases without a manifest apart.
@@ -67,8 +65,7 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
     """
     base = Path(config.base)
     checkpoint = Checkpoint(base)
-    if not quantized_names(checkpoint):
-        raise UsageError(f"{base}: not quantized", hint=f"run: adaptkit quantize {base} -o {base.name}-nf4")
+    config = resolve_method(config, checkpoint)
     require_trackers(config)
     check_output(output, force, [base, *map(Path, config.data)])
     tokenizer = load_tokenizer(base)

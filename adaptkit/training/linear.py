@@ -16,6 +16,8 @@ from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.errors import BaseMismatchError
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
+from adaptkit.training.dora import DoraProduct, row_norms, squared_rows
+from adaptkit.training.whole import TrainedWeight
 
 
 class PackedWeight(nn.Module):
@@ -107,27 +109,49 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_dropped, grad_a, grad_b, None, None
 
 
+class _FrozenLinear(torch.autograd.Function):
+    """X Wᵀ with a frozen W that is dequantized in both passes and kept by neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
+        ctx.weight = weight
+        return functional.linear(x, weight.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.weight.dequantize(grads[0].dtype), None
+
+
 class LoraLinear(nn.Module):
-    """A linear layer with a frozen weight and, if it is a target, a LoRA adapter.
+    """A linear layer with a frozen weight and, if it is a target, a LoRA adapter; or with a weight that is trained.
 
     Attributes:
-        base: the frozen weight, (out, in).
-        bias: frozen, (out,), or None.
+        base: the weight, (out, in).
+        bias: (out,), or None; a parameter if it is trained.
         lora_a: (rank, in) float32, or None.
         lora_b: (out, rank) float32, or None.
-        scaling: α / rank.
+        magnitude: DoRA's lengths of the rows, (out,) float32, or None.
+        scaling: α / rank, or α / √rank with rsLoRA.
         dropout: of the adapter's input, while training.
     """
 
     bias: Tensor | None
+    squares: Tensor | None
 
     def __init__(self, weight: FrozenWeight, bias: Tensor | None) -> None:
         super().__init__()
-        self.base = weight
+        self.base: FrozenWeight | TrainedWeight = weight
         self.register_buffer("bias", bias)
+        self.register_buffer("squares", None, persistent=False)
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
+        self.magnitude: nn.Parameter | None = None
         self.scaling, self.dropout = 1.0, 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return next(iter((*self.base.buffers(), *self.base.parameters()))).device
 
     def attach(self, change: LowRank, dropout: float = 0.0) -> None:
         """Give the layer an adapter.
@@ -137,15 +161,37 @@ class LoraLinear(nn.Module):
         """
         if change.shape != tuple(self.base.shape):
             raise BaseMismatchError(f"the adapter is for {list(change.shape)}, the weight is {list(self.base.shape)}")
-        self.lora_a = nn.Parameter(change.lora_a.float())
-        self.lora_b = nn.Parameter(change.lora_b.float())
+        self.lora_a = nn.Parameter(change.lora_a.float().to(self.device))
+        self.lora_b = nn.Parameter(change.lora_b.float().to(self.device))
         self.scaling, self.dropout = change.scaling, dropout
+
+    def attach_magnitude(self, magnitude: Tensor | None = None) -> None:
+        """Make the adapter a DoRA.
+
+        Args:
+            magnitude: (out,); None for the lengths that the rows have with the adapter, so that nothing changes.
+        """
+        if self.lora_a is None or self.lora_b is None:
+            raise ValueError("the low-rank change comes first")
+        self.squares = squared_rows(self.base)
+        if magnitude is None:
+            a, b = self.lora_a.detach(), self.lora_b.detach()
+            magnitude = row_norms(self.base.dequantize(torch.float32), a, b, self.scaling, self.squares)
+        self.magnitude = nn.Parameter(magnitude.float().to(self.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out)."""
+        y: Tensor
         if self.lora_a is None or self.lora_b is None:
-            y = functional.linear(x, self.base.dequantize(x.dtype))
+            if isinstance(self.base, TrainedWeight):
+                y = functional.linear(x, self.base.dequantize(x.dtype))
+            else:
+                y = _FrozenLinear.apply(x, self.base)  # type: ignore[no-untyped-call]
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
+        adapter = (x, dropped, self.lora_a, self.lora_b)
+        if self.magnitude is None:
+            y = _Linear.apply(*adapter, self.base, self.scaling)  # type: ignore[no-untyped-call]
         else:
-            dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
-            y = _Linear.apply(x, dropped, self.lora_a, self.lora_b, self.base, self.scaling)  # type: ignore[no-untyped-call]
+            y = DoraProduct.apply(*adapter, self.magnitude, self.base, self.squares, self.scaling)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)

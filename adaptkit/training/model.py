@@ -6,22 +6,24 @@ transformers builds the architecture on the meta device, without memory; its lin
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from adaptkit.checkpoint.adapter import by_pattern
 from adaptkit.checkpoint.architecture import empty_network, is_linear
 from adaptkit.checkpoint.assembly import Assembly, check_shape
-from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
-from adaptkit.numerics.lora import LowRank
-from adaptkit.training.experts import ExpertList, Stack, pack, read_weight
+from adaptkit.numerics.lora import LowRank, scaling
+from adaptkit.training.experts import ExpertList, PackedModule, Stack, pack, read_weight
 from adaptkit.training.linear import LoraLinear, PlainWeight
+from adaptkit.training.whole import TrainedRows, Whole
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,32 @@ class Model:
 
     Attributes:
         network: transformers' model, on its device.
-        linears: by dotted path, its replaced linear layers.
-        checkpoint: where the weights came from.
+        linears: by dotted path, its replaced linear layers; the output layer is none of them.
+        assembly: what it was put together from.
+        dtype: that it computes in.
         stores_transposed: whether the plain checkpoint keeps the linear weights as (in, out), as GPT-2's Conv1D does.
+        whole: by name, the parameters that are trained whole, or that an adapter replaces; see ``training.saved``.
+        rows: by module, the trained rows of vocabularies; a tied head's are its embedding's.
     """
 
     network: Any
     linears: Mapping[str, LoraLinear]
-    checkpoint: Checkpoint
+    assembly: Assembly
+    dtype: torch.dtype
     stores_transposed: bool = False
+    whole: dict[str, Whole] = field(default_factory=dict)
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the weights came from."""
+        return self.assembly.checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        tensor: Tensor = next(iter((*self.network.parameters(), *self.network.buffers())))
+        return tensor.device
 
     def adapted(self) -> dict[str, LoraLinear]:
         """The layers that carry an adapter, by dotted path, sorted."""
@@ -51,6 +70,16 @@ class Model:
             for name, layer in self.adapted().items()
             if layer.lora_a is not None and layer.lora_b is not None
         }
+
+    def stacks(self) -> dict[str, nn.Module]:
+        """The modules that hold stacked matrices of experts, by the parameter's dotted path, sorted."""
+        found = {}
+        for path, module in self.network.named_modules():
+            held: dict[str, Any] = dict(module.named_parameters(recurse=False))
+            if isinstance(module, PackedModule):
+                held |= module.packed.items()
+            found.update({f"{path}.{name}": module for name, stack in held.items() if len(stack.shape) == 3})
+        return dict(sorted(found.items()))
 
 
 def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> Model:
@@ -65,7 +94,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there.
         UsageError: transformers does not know the architecture, or is not installed.
     """
-    checkpoint = Checkpoint(root)
+    checkpoint = MappedCheckpoint(root)
     assembly = Assembly(empty_network(checkpoint, compute_dtype), checkpoint)
     network = assembly.network
     unknown = assembly.unknown()
@@ -87,12 +116,14 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
             transposed |= not isinstance(module, nn.Linear)
     _load_others(assembly, compute_dtype, device)
     network.requires_grad_(False)
-    return Model(network.to(device).eval(), linears, checkpoint, transposed)
+    return Model(network.to(device).eval(), linears, assembly, compute_dtype, transposed)
 
 
 def new_adapter(
-    model: Model, targets: Sequence[str], rank: int, alpha: float, init: str, dropout: float, seed: int
-) -> None:
+    model: Model, targets: Sequence[str], rank: int, alpha: float, init: str, dropout: float, seed: int,
+    *, exclude: Sequence[str] = (), rslora: bool = False, rank_pattern: Mapping[str, float] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, dora: bool = False,
+) -> None:  # fmt: skip
     """Give every layer that matches a pattern a fresh adapter: A random, B zero.
 
     Args:
@@ -103,32 +134,36 @@ def new_adapter(
         init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
         dropout: of the adapters' input.
         seed: of A.
+        exclude: shell patterns of what gets none all the same.
+        rslora: scaling is alpha / √rank (arXiv:2312.03732).
+        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.adapter.by_pattern``.
+        alpha_pattern: by PEFT's patterns, other alphas.
+        dora: train the lengths of the weights' rows too (arXiv:2402.09353).
 
     Raises:
-        UsageError: a pattern matches no layer.
+        UsageError: a pattern matches no layer, or a rank is above a layer's size.
     """
-    chosen: set[str] = set()
-    for pattern in targets:
-        matched = {n for n in model.linears if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
-        if not matched:
-            known = sorted({name.rpartition(".")[2] for name in model.linears})
-            raise UsageError(f"the target {pattern!r} matches no linear layer", hint=f"there are: {', '.join(known)}")
-        chosen |= matched
+    chosen = matching("target", targets, model.linears, "linear layer")
+    chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
+    if not chosen:
+        raise UsageError("every target is excluded", hint="give --exclude fewer patterns")
+    shape = AdapterShape(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(chosen):
         layer = model.linears[name]
         out_features, in_features = layer.base.shape
+        own_rank, factor = shape.of(name, (out_features, in_features))
         if init == "normal":
-            lora_a = torch.randn(rank, in_features, generator=generator) / rank
+            lora_a = torch.randn(own_rank, in_features, generator=generator) / own_rank
         else:
-            lora_a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
-        change = LowRank(lora_a, torch.zeros(out_features, rank), alpha / rank)
-        layer.attach(change, dropout)
-        layer.to(next(layer.base.buffers()).device)
+            lora_a = (torch.rand(own_rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+        layer.attach(LowRank(lora_a, torch.zeros(out_features, own_rank), factor), dropout)
+        if dora:
+            layer.attach_magnitude()
 
 
 def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dropout: float = 0.0) -> None:
-    """Give a model an existing adapter.
+    """Give a model existing low-rank changes of linear layers.
 
     Raises:
         BaseMismatchError: the adapter changes a module that the model lacks, or of another shape.
@@ -140,7 +175,73 @@ def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dro
             model.linears[name].attach(change, dropout)
         except BaseMismatchError as error:
             raise BaseMismatchError(f"{where}: {name}: {error.message}") from error
-        model.linears[name].to(next(model.linears[name].base.buffers()).device)
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Rank and scaling of fresh adapters; see ``new_adapter``."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+
+    def of(self, name: str, matrix: tuple[int, int]) -> tuple[int, float]:
+        """Rank and scaling of one module or parameter.
+
+        Args:
+            name: dotted path.
+            matrix: its (out, in).
+
+        Raises:
+            UsageError: the rank is above the matrix's size.
+        """
+        rank = int(by_pattern(self.rank_pattern, name, self.rank))
+        if rank > min(matrix):
+            raise UsageError(
+                f"rank {rank} is above that of {name}, which is {matrix[0]} x {matrix[1]}",
+                hint=f"a smaller rank, or for this one alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
+            )
+        return rank, scaling(float(by_pattern(self.alpha_pattern, name, self.alpha)), rank, self.rslora)
+
+    def require_use(self, setting: str, names: Sequence[str]) -> None:
+        """Refuse a pattern that speaks of nothing.
+
+        Args:
+            setting: rank_pattern or alpha_pattern.
+            names: of everything that has an adapter.
+
+        Raises:
+            UsageError: a pattern matches none of them, or is malformed.
+        """
+        patterns: Mapping[str, float] = getattr(self, setting)
+        try:
+            unused = [pattern for pattern in patterns if not any(by_pattern({pattern: 1}, n, 0) for n in names)]
+        except re.error as error:
+            raise UsageError(f"{setting}: malformed ({error})", hint="the keys are regular expressions") from error
+        if unused:
+            raise UsageError(
+                f"{setting}: {unused[0]!r} matches nothing that has an adapter",
+                hint="a key is the end of a module's path, such as q_proj or layers.0.mlp.up_proj",
+            )
+
+
+def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
+    """The dotted paths that a shell pattern matches, as a whole or in their last part.
+
+    Raises:
+        UsageError: a pattern matches none.
+    """
+    names, chosen = list(names), set()
+    for pattern in patterns:
+        matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
+        if not matched:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            there = f"there are: {', '.join(known)}" if known else f"the model has no {kind}s"
+            raise UsageError(f"the {what} {pattern!r} matches no {kind}", hint=there)
+        chosen |= matched
+    return chosen
 
 
 def choose_device(name: str) -> torch.device:
@@ -162,7 +263,7 @@ def _replace(assembly: Assembly, name: str, module: Any) -> LoraLinear:
     if not isinstance(module, nn.Linear):  # a Conv1D, whose plain weight is (in, out), and whose packed one is not
         expected = expected[::-1]
         if isinstance(weight, PlainWeight):
-            weight = PlainWeight(weight.weight.T.contiguous())
+            weight = PlainWeight(weight.weight.T)
     if isinstance(weight, ExpertList):
         raise CheckpointError(f"{weight_name}: is quantized in pieces", hint="quantize it as one matrix")
     check_shape(weight_name, weight.shape, expected)

@@ -1,14 +1,23 @@
-"""Write what a run made: an adapter, and the manifest that says what it belongs to."""
+"""Write what a run made: an adapter or a checkpoint, and the manifest that says what it belongs to."""
 
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.adapter import Adapter, write_adapter
+from torch import Tensor
+
+from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
+from adaptkit.checkpoint.addressing import Slice, find_addresses
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.header import DTYPES
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.finite import all_finite
+from adaptkit.training.adapt import stack_changes
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.model import Model
 
@@ -21,36 +30,112 @@ def write_result(
     start: Adapter | None,
     data_sha256: list[str],
 ) -> Manifest:
-    """Write the adapter, and describe it and everything else in the folder.
+    """Write what was trained, and describe it and everything else in the folder.
 
     Args:
         out: the folder being written.
         model: trained.
-        config: of the run.
+        config: of the run, its method resolved.
         base: manifest of the base, if it has one.
         start: what the run began with, if not with fresh matrices.
         data_sha256: of the data files.
+
+    Raises:
+        NonFiniteError: a weight is no number, or too large for the type that it is stored in.
     """
-    changes = model.changes()
-    extra: dict[str, Any] = {"lora_dropout": config.dropout, "fan_in_fan_out": model.stores_transposed}
-    if set(changes) == set(model.linears):  # says the same as every path, and is how people write it
-        extra["target_modules"] = sorted({name.rpartition(".")[2] for name in changes})
-    write_adapter(out, changes, Path(config.base).resolve().name, **extra)
+    is_full = config.method == "full"
+    if is_full:
+        write_checkpoint(out, model)
+    else:
+        _write_adapter(out, model, config)
     if start is not None and start.compensation:
         write_compensation(out, start.compensation)
-    known = {target.module: target for target in base.targets} if base else {}
-    targets = [known.get(name, Target(name, change.shape)) for name, change in changes.items()]
     parents = [parent_of("base", base, () if base else _records(model.checkpoint))]
     if start is not None:
         parents.append(parent_of("init", start.manifest, start.records))
     return Manifest(
-        kind="adapter",
+        kind="checkpoint" if is_full else "adapter",
         operation={"name": "train", "options": config.recorded() | {"data_sha256": data_sha256}},
         files=tuple(out.files),
         tensors=tuple(out.tensors),
         parents=tuple(parents),
-        targets=tuple(targets),
+        targets=() if is_full else _targets(model, base),
     )
+
+
+def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
+    layers = model.adapted()
+    changes = model.changes()
+    experts = stack_changes(model)
+    extra: dict[str, Any] = {"lora_dropout": config.dropout, "fan_in_fan_out": model.stores_transposed}
+    if changes and set(changes) == set(model.linears):  # says the same as every path, and is how people write it
+        extra["target_modules"] = sorted({name.rpartition(".")[2] for name in changes})
+    saved = {name: whole.value() for name, whole in model.whole.items()}
+    biases = {n for n in saved if n.endswith(".bias") and f"{n.removesuffix('.bias')}.weight" not in saved}
+    if set(saved) - biases:
+        extra["modules_to_save"] = sorted({name.rpartition(".")[0] for name in set(saved) - biases})
+    if biases:
+        extra["bias"] = config.bias if config.bias != "none" else "all"
+    write_adapter(
+        out,
+        changes,
+        Path(config.base).resolve().name,
+        saved=saved,
+        magnitudes={name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None},
+        tokens={path: TokenRows(tuple(trained.indices.tolist()), trained.rows) for path, trained in model.rows.items()},
+        experts=experts,
+        use_rslora=config.rslora,
+        **extra,
+    )
+
+
+def _targets(model: Model, base: Manifest | None) -> tuple[Target, ...]:
+    """The base's weights that have a low-rank change, with what tells them from others."""
+    known = {target.module: target for target in base.targets} if base else {}
+    targets = []
+    for name, change in model.changes().items():
+        target, (file_name, *_) = known.get(name), model.assembly.sources[f"{name}.weight"]
+        if target is None and file_name not in model.assembly.quantized:
+            weight = model.checkpoint.read(file_name)
+            target = Target(name, tuple(weight.shape), fingerprint(weight))
+        targets.append(target or Target(name, change.shape))
+    return tuple(targets)
+
+
+def write_checkpoint(out: Output, model: Model) -> None:
+    """Write the base's checkpoint with the weights that were trained, each in the base's type and place.
+
+    Args:
+        out: the folder being written.
+        model: every parameter of it trained whole.
+
+    Raises:
+        NonFiniteError: a weight is no number, or too large for its type.
+    """
+    checkpoint = model.checkpoint
+    addresses = find_addresses(checkpoint, model.whole, "training")
+    pieces = {slice_.name: (name, slice_) for name, slices in addresses.of.items() for slice_ in slices}
+    for file, header in checkpoint.headers.items():
+        with TensorWriter(out.folder, file, [spec for spec, _ in header.tensors], header=header.raw) as writer:
+            for spec, _ in header.tensors:
+                value = checkpoint.read(spec.name)
+                if spec.name in pieces:
+                    name, slice_ = pieces[spec.name]
+                    value = _part(model.whole[name].value(), slice_).to("cpu", DTYPES[spec.dtype]).contiguous()
+                    if not all_finite(value):
+                        raise NonFiniteError(f"{spec.name}: NaN, or too large for {spec.dtype}")
+                writer.write(spec.name, value)
+        out.add(writer.record, writer.tensors)
+    for path in (checkpoint.root / CONFIG_NAME, checkpoint.root / INDEX_NAME, *side_files(checkpoint.root)):
+        if path.is_file():
+            out.copy(path, path.name)
+
+
+def _part(value: Tensor, slice_: Slice) -> Tensor:
+    """What one tensor of the files holds of a parameter."""
+    matrix = value if slice_.expert is None else value[slice_.expert]
+    number, count = slice_.part
+    return matrix.chunk(count)[number] if count > 1 else matrix
 
 
 def _records(checkpoint: Checkpoint) -> list[TensorRecord]:

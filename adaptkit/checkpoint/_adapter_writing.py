@@ -1,0 +1,150 @@
+"""Write an adapter folder as PEFT and vLLM read it; ``_adapter_keys`` says what the tensors' names mean."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint._adapter_config import stack_order
+from adaptkit.checkpoint._adapter_parts import TokenRows
+from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics.lora import LowRank, scaling, transposed
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def write_adapter(
+    output: Output,
+    modules: Mapping[str, LowRank],
+    base_name: str,
+    embeddings: frozenset[str] = frozenset(),
+    saved: Mapping[str, Tensor] | None = None,
+    *,
+    magnitudes: Mapping[str, Tensor] | None = None,
+    tokens: Mapping[str, TokenRows] | None = None,
+    experts: Mapping[str, tuple[LowRank, ...]] | None = None,
+    **config: Any,
+) -> None:
+    """Write configuration and weights of a LoRA adapter, as PEFT and vLLM read them.
+
+    Args:
+        output: the folder being written; file and tensor records are added to it.
+        modules: by dotted path of the module; stored in float32.
+        base_name: what ``base_model_name_or_path`` says.
+        embeddings: which of the modules are embeddings, whose changes are (entries, dim).
+        saved: by name of the base's tensor, what takes its place; stored as it is. A bias of a module that is changed
+            too is peft's ``base_layer.bias``; say ``bias="all"`` where there are biases.
+        magnitudes: by module, DoRA's lengths of rows; of every module, or of none.
+        tokens: by module, the rows of its weight that are replaced.
+        experts: by path of a stacked parameter, the change of each expert's matrix.
+        config: more keys of ``adapter_config.json``, or other values; ``target_modules`` is every module's whole path
+            unless it is among them.
+
+    Raises:
+        NonFiniteError: a number is NaN or too large for float32; names the tensor.
+    """
+    experts, tokens = experts or {}, tokens or {}
+    document = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        **_ranks({**modules, **{name: one[0] for name, one in experts.items()}}, config.get("use_rslora", False)),
+        "target_modules": sorted(modules),
+        "use_rslora": False,
+        "use_dora": bool(magnitudes),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+    } | config
+    if experts:
+        document["target_parameters"] = sorted(experts)
+    if tokens:
+        document["trainable_token_indices"] = {path: list(chosen.indices) for path, chosen in tokens.items()}
+    output.write_json(CONFIG_NAME, document)
+    tensors: dict[str, Tensor] = {}
+    for module, term in modules.items():
+        is_table = module in embeddings
+        halves = transposed(term) if is_table else term
+        names = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
+        for name, half in zip(names, (halves.lora_a, halves.lora_b), strict=True):
+            tensors[f"{_PREFIX}{module}.{name}"] = half.detach().float().cpu().contiguous()
+    for name, tensor in (saved or {}).items():
+        module, _, kind = name.rpartition(".")
+        wrapped = kind == "bias" and module in modules
+        tensors[f"{_PREFIX}{module}.base_layer.bias" if wrapped else f"{_PREFIX}{name}"] = tensor.detach().cpu()
+    for module, magnitude in (magnitudes or {}).items():
+        tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = magnitude.detach().float().cpu()
+    for module, chosen in tokens.items():
+        tensors[f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"] = chosen.rows.detach().float().cpu()
+    tensors |= _stacked(experts)
+    _write_tensors(output, tensors)
+
+
+def _ranks(terms: Mapping[str, LowRank], rslora: bool) -> dict[str, Any]:
+    """The keys that say rank and alpha: the commonest ones, and patterns for the others."""
+    ranks = {name: term.rank for name, term in terms.items()}
+    alphas = {name: _alpha(term, rslora) for name, term in terms.items()}
+    rank, alpha = (_most_common(ranks), _most_common(alphas)) if terms else (8, 8)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(name)}$": other for name, other in ranks.items() if other != rank},
+        "alpha_pattern": {f"^{re.escape(name)}$": other for name, other in alphas.items() if other != alpha},
+    }
+
+
+def _alpha(term: LowRank, rslora: bool) -> float:
+    """The alpha that gives a change its scaling, to the bit if a short number does."""
+    exact = term.scaling * (math.sqrt(term.rank) if rslora else term.rank)
+    short = round(exact, 6)
+    return short if scaling(short, term.rank, rslora) == term.scaling else exact
+
+
+def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Tensor]:
+    """The tensors of stacked parameters: A's rows are (expert, rank), B's columns (rank, expert).
+
+    The wrapper of a module's last parameter is the outermost, and has the module's own name.
+    """
+    tensors = {}
+    modules: dict[str, list[str]] = {}
+    for name in experts:
+        module, _, leaf = name.rpartition(".")
+        modules.setdefault(module, []).append(leaf)
+    for module, leaves in modules.items():
+        for depth, leaf in enumerate(reversed(stack_order(leaves))):
+            changes = experts[f"{module}.{leaf}"]
+            lora_a = torch.cat([change.lora_a.detach().float().cpu() for change in changes])
+            lora_b = torch.stack([change.lora_b.detach().float().cpu() for change in changes], dim=2)
+            wrapper = f"{_PREFIX}{module}{'.base_layer' * depth}"
+            tensors[f"{wrapper}.lora_A.weight"] = lora_a
+            tensors[f"{wrapper}.lora_B.weight"] = lora_b.flatten(1)
+    return tensors
+
+
+def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise NonFiniteError(f"{name}: NaN, or too large for float32", hint="use smaller weights")
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
+    specs = [TensorSpec(name, DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order]
+    with TensorWriter(output.folder, WEIGHTS_NAME, specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, tensors[spec.name])
+    output.add(writer.record, writer.tensors)
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    counted = list(values.values())
+    best = max(sorted(set(counted)), key=counted.count)
+    return int(best) if float(best).is_integer() else best

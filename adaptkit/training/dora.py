@@ -1,0 +1,99 @@
+"""DoRA: a linear layer's direction changes by a LoRA, and the length of each of its rows is trained beside it.
+
+    V = W + s · B A        n_i = ‖V_i‖        Y = X Wᵀ − X' Wᵀ + (m / n) ∘ (X' Vᵀ)
+
+X' is X after dropout; without dropout this is (m / n) ∘ X Vᵀ. The norms n count as constants (section 4.3 of the paper
+and PEFT). They come from ‖W_i‖², which is known, and two products that are as small as the rank:
+
+    n_i² = ‖W_i‖² + 2s B_i · (W Aᵀ)_i + s² B_i A Aᵀ B_iᵀ
+
+so that no second matrix of W's size is formed. W is dequantized in the forward pass, dropped, and dequantized again in
+the backward pass.
+
+Source: DoRA (arXiv:2402.09353), as PEFT 0.21 computes it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def squared_rows(weight: Any) -> Tensor:
+    """‖W_i‖² of a frozen weight: (out,) float32."""
+    squares: Tensor = weight.dequantize(torch.float32).square().sum(dim=1)
+    return squares
+
+
+def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, squares: Tensor) -> Tensor:
+    """The norms of the rows of W + s · B A.
+
+    Args:
+        weight: W, (out, in).
+        lora_a: (rank, in), of W's type.
+        lora_b: (out, rank), of W's type.
+        scale: s.
+        squares: ‖W_i‖², (out,) float32.
+
+    Returns:
+        (out,) float32. Where B is zero they are the roots of ``squares`` to the bit.
+    """
+    a, b = lora_a.float(), lora_b.float()
+    mixed = (b * (weight @ lora_a.T).float()).sum(dim=1)
+    own = (b * (b @ (a @ a.T))).sum(dim=1)
+    return (squares + 2 * scale * mixed + scale * scale * own).clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
+
+
+class DoraProduct(torch.autograd.Function):
+    """The formula of the module's docstring; saves inputs, adapter and X'Vᵀ, never W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor,
+        weight: Any,
+        squares: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """(…, in) to (…, out)."""
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        w = weight.dequantize(x.dtype)
+        norm = row_norms(w, a, b, scale, squares)
+        inner = flat_dropped @ a.T
+        turned = flat_dropped @ w.T
+        turned.addmm_(inner, b.T, alpha=scale)
+        y = torch.empty_like(turned)
+        torch.mul(turned, magnitude / norm, out=y)  # in float32, and rounded once
+        shared = dropped is x
+        if not shared:
+            y.addmm_(flat - flat_dropped, w.T)
+        ctx.save_for_backward(flat_dropped, inner, turned, lora_a, lora_b, magnitude, norm)
+        ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, shared
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
+        """Of x, dropped x, A, B and the magnitude."""
+        dropped, inner, turned, lora_a, lora_b, magnitude, norm = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        grad_magnitude = (grad * turned).sum(dim=0, dtype=torch.float32) / norm
+        grad_turned = torch.empty_like(grad)
+        torch.mul(grad, magnitude / norm, out=grad_turned)
+        grad_inner = (grad_turned @ b) * ctx.scale
+        grad_a = (grad_inner.T @ dropped).to(lora_a.dtype)
+        grad_b = ((grad_turned.T @ inner) * ctx.scale).to(lora_b.dtype)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            w = ctx.weight.dequantize(grad.dtype)
+            if ctx.shared:
+                grad_x = (grad_turned @ w).addmm_(grad_inner, a).view(ctx.shape)
+            else:
+                grad_x = (grad @ w).view(ctx.shape)
+                grad_dropped = ((grad_turned - grad) @ w).addmm_(grad_inner, a).view(ctx.shape)
+        return grad_x, grad_dropped, grad_a, grad_b, grad_magnitude, None, None, None
