@@ -17,6 +17,7 @@ _ADAPTER = (
     *("trainable_tokens", *_BEGUN),
 )
 """What only an adapter has, and of that what another adapter decides that it begins with."""
+OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _LARGEST = 1e30
 """Of a factor: float32 holds 3.4e38, and products of factors need room."""
@@ -112,10 +113,11 @@ class TrainConfig:
     wandb: str | None = setting("Project of Weights & Biases.", None)
 
     # Memory
+    optimizer: str = setting("Moments in 32 bits, or in 8 with a constant for every 256.", "adamw", choices=OPTIMIZERS)
     checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers) or segments:K.", "layer")
     optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory. "
                                                 "Default: all of it.", None, above=0, at_most=_LARGEST)  # fmt: skip
-    page_kib: int = setting("Size of a page of optimizer state.", 512, at_least=1, at_most=1 << 20)
+    page_kib: int = setting("Size of a page of optimizer state.", 2048, at_least=1, at_most=1 << 20)
     compute_dtype: str = setting("Of activations and dequantized weights.", "bfloat16", choices=COMPUTE_DTYPES)
     device: str = setting("cpu, cuda, or auto.", "auto")
 

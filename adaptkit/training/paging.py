@@ -1,21 +1,34 @@
-"""Optimizer state in fixed-size pages, some resident, the rest in host memory.
+"""Fixed-size pages, some resident on the training device, the others in host memory.
 
-    a page        [first moment | second moment] of ``page_elements`` parameters, float32
-    host          every page: a memory-mapped file on a CPU, pinned memory beside a GPU
-    slots         the resident pages, on the training device, as many as the budget allows
+    page          0 .. resident - 1    resident: each in a slot of its own, for good
+                  resident .. pages    home is the host; visits the device in a streaming slot, once a sweep
+    host          a file on a CPU, pinned memory beside a GPU; made when a page first needs it
+    slots         resident ones + streaming ones: as many as the budget holds, at least one
 
 An optimizer step sweeps over all pages in order, every time. Under such a cyclic sweep "least recently used" evicts
-each page just before it is needed; so a fixed subset stays resident, and the others pass through the last slot.
+each page just before it is needed; so a fixed subset stays, and the others stream.
+
+    host ──fetch──▶ streaming slot ──update──▶ streaming slot ──write back──▶ host
+          inward stream           current stream             outward stream
+
+On a GPU the three run at the same time for different pages. A fetch waits until the slot's last page is written back;
+the update waits for the fetch; writing back waits for the update. All three are ordered by events: the host waits only
+where it reads a page itself. On a CPU a copy is a copy: a thread that fetches ahead was measured to gain nothing.
 """
 
-from collections.abc import Iterator
+import os
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_BYTES = 4
+from adaptkit.checkpoint.writer import disk_errors
+
+STREAMING = {"cpu": 1, "cuda": 3}
+"""Streaming slots: on a GPU one is fetched, one updated and one written back at a time."""
 
 
 @dataclass
@@ -23,114 +36,222 @@ class PagingCounters:
     """What paging did so far.
 
     Attributes:
-        faults: pages copied from host to a slot.
-        evictions: pages that made room for another.
-        write_backs: pages copied from a slot to host.
+        faults: pages copied from host to a streaming slot, for a sweep.
+        write_backs: pages copied from a streaming slot to host, after their visit.
+        evictions: pages that lost their residence.
     """
 
     faults: int = 0
-    evictions: int = 0
     write_backs: int = 0
+    evictions: int = 0
 
 
-class PagedState:
-    """Two moments for each of ``count`` parameters.
+class Pages:
+    """Pages of bytes, all zero at first.
 
     Args:
-        count: number of parameters.
-        page_elements: parameters a page holds the moments of.
-        budget_bytes: how much may be resident; at least one page is. None: everything.
-        device: where the resident pages are.
+        count: number of pages, at least one.
+        page_bytes: size of each.
+        budget_bytes: how much may be on the device; one page always is. None: everything.
+        device: where pages are used.
         file: backs the host side on a CPU; made anew. None: ordinary memory.
     """
 
     def __init__(
-        self, count: int, page_elements: int, budget_bytes: int | None, device: torch.device, file: Path | None = None
+        self, count: int, page_bytes: int, budget_bytes: int | None, device: torch.device, file: Path | None = None
     ) -> None:
-        self.count, self.page_elements, self._device = count, page_elements, device
-        self.pages = -(-count // page_elements)
-        elements = self.pages * 2 * page_elements
-        if device.type == "cuda":
-            host = torch.zeros(elements, pin_memory=True)
-        elif file is not None:
-            file.unlink(missing_ok=True)
-            host = torch.from_file(str(file), shared=True, size=elements, dtype=torch.float32)
-        else:
-            host = torch.zeros(elements)
-        self._host = host.view(self.pages, 2, page_elements)
+        self.count, self.page_bytes, self._device, self._file = count, page_bytes, device, file
         self.counters = PagingCounters()
-        self._held: list[int | None] = []
-        self._slots = torch.empty(0)
-        self.set_budget(budget_bytes)
+        self._host: _Host | None = None
+        self._resident: list[Tensor] = []
+        self._stream = _Stream(device, page_bytes)
+        self._fit(budget_bytes, new=True)
 
     @property
-    def page_bytes(self) -> int:
-        """Size of a page."""
-        return 2 * self.page_elements * _BYTES
+    def resident(self) -> int:
+        """Number of pages that stay on the device."""
+        return len(self._resident)
 
     @property
     def slots(self) -> int:
-        """Number of pages that can be resident."""
-        return self._slots.shape[0]
+        """Number of pages that the device has room for."""
+        return self.resident + len(self._stream.slots)
 
     def set_budget(self, budget_bytes: int | None) -> None:
-        """Change how much may be resident; takes effect at once and changes no value."""
-        self.flush()
-        self._slots = torch.empty(0)  # first, so that old and new slots never exist together
-        fit = self.pages if budget_bytes is None else budget_bytes // self.page_bytes
-        self._slots = torch.empty((max(1, min(self.pages, fit)), 2, self.page_elements), device=self._device)
-        self._held = [None] * self.slots
+        """Change how much may be on the device: pages move at once, and keep their bytes."""
+        self._fit(budget_bytes, new=False)
 
-    def sweep(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Visit every page in order; what is written to the moments is kept.
+    def sweep(self) -> Iterator[Tensor]:
+        """Visit every page in order; what is written to it is kept.
 
         Yields:
-            Which parameters, and views of their first and second moments on the training device.
+            (page_bytes,) uint8 on the device, to be used on its current stream before the next one is asked for.
         """
-        for page in range(self.pages):
-            slot = self._fetch(page)
-            start = page * self.page_elements
-            size = min(self.page_elements, self.count - start)
-            yield slice(start, start + size), self._slots[slot, 0, :size], self._slots[slot, 1, :size]
+        yield from self._resident
+        host, first = self._host, self.resident
+        if host is None or first == self.count:
+            return
+        ahead = len(self._stream.slots) - 1
+        for page in range(first, self.count):
+            for wanted in range(page, min(page + ahead + 1, self.count)):
+                self._stream.fetch(wanted, host)
+            self.counters.faults += 1
+            yield self._stream.begin(page)
+            self._stream.write_back(page, host)
+            self.counters.write_backs += 1
+        for page in range(first, min(first + ahead, self.count)):
+            self._stream.fetch(page, host)  # on their way while the next step's gradients are computed
 
-    def flush(self) -> None:
-        """Copy every resident page to host."""
-        for slot, page in enumerate(self._held):
-            if page is not None:
-                self._write_back(page, slot)
+    def read(self, page: int) -> Tensor:
+        """(page_bytes,) uint8, on the device if the page is resident, else on the host."""
+        if page < self.resident:
+            return self._resident[page]
+        self._stream.synchronize()
+        content = torch.empty(self.page_bytes, dtype=torch.uint8)
+        self._hosted().get(page, content)
+        return content
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Both moments of all parameters, (count,) float32 each, as copies on the host."""
-        self.flush()
-        return (
-            self._host[:, 0].reshape(-1)[: self.count].clone(),
-            self._host[:, 1].reshape(-1)[: self.count].clone(),
-        )
-
-    def load_moments(self, first: Tensor, second: Tensor) -> None:
-        """Set both moments of all parameters, (count,) each."""
-        self._held = [None] * self.slots
-        for index, moment in enumerate((first, second)):
-            padded = torch.nn.functional.pad(moment, (0, self.pages * self.page_elements - self.count))
-            self._host[:, index] = padded.view(self.pages, self.page_elements)
+    def write(self, page: int, content: Tensor) -> None:
+        """Replace a page's bytes by those of a tensor on the host."""
+        if page < self.resident:
+            self._resident[page].copy_(content)
+        else:
+            self._stream.forget()
+            self._hosted().put(page, content)
 
     def metrics(self) -> dict[str, int]:
-        """Counters and the shape of the page table."""
-        return {"pages": self.pages, "slots": self.slots, "page_bytes": self.page_bytes} | asdict(self.counters)
+        """The page table's shape, and the counters."""
+        shape = {"pages": self.count, "resident": self.resident, "slots": self.slots, "page_bytes": self.page_bytes}
+        return shape | asdict(self.counters)
 
-    def _fetch(self, page: int) -> int:
-        slot = min(page, self.slots - 1)  # the last slot is the one through which pages pass
-        held = self._held[slot]
-        if held == page:
-            return slot
-        if held is not None:
-            self._write_back(held, slot)
+    def _fit(self, budget_bytes: int | None, new: bool) -> None:
+        fit = self.count if budget_bytes is None else budget_bytes // self.page_bytes
+        slots = max(1, min(self.count, fit))
+        streaming = 0 if slots == self.count else min(slots, STREAMING[self._device.type])
+        wanted = slots - streaming
+        self._stream.resize(0)  # first, so that there is room; its pages are at home on the host
+        while self.resident > wanted:
+            self._hosted().put(self.resident - 1, self._resident[-1])
+            self._resident.pop()
             self.counters.evictions += 1
-        self._slots[slot].copy_(self._host[page])
-        self.counters.faults += 1
-        self._held[slot] = page
-        return slot
+        for page in range(self.resident, wanted):
+            slot = torch.zeros(self.page_bytes, dtype=torch.uint8, device=self._device)
+            if not new:
+                self._hosted().get(page, slot)
+            self._resident.append(slot)
+        if streaming:
+            self._hosted()
+        self._stream.resize(streaming)
 
-    def _write_back(self, page: int, slot: int) -> None:
-        self._host[page].copy_(self._slots[slot])
-        self.counters.write_backs += 1
+    def _hosted(self) -> "_Host":
+        if self._host is None:
+            self._host = _Host(self.count, self.page_bytes, self._device, self._file)
+        return self._host
+
+
+class _Host:
+    """The host's side of every page.
+
+    A file is read and written, not mapped into memory: a mapping takes a fault for every 4 KiB, which was measured to
+    be four times slower, and what is mapped counts as the process's memory.
+    """
+
+    def __init__(self, count: int, page_bytes: int, device: torch.device, path: Path | None) -> None:
+        self._page_bytes, self._path, self._file = page_bytes, path or Path(), -1
+        if device.type == "cpu" and path is not None:
+            path.unlink(missing_ok=True)
+            with disk_errors(path):
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                weakref.finalize(self, os.close, self._file)
+                os.posix_fallocate(self._file, 0, count * page_bytes)  # so that no write can fail later on
+            return
+        pages = torch.zeros(count * page_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._pages = pages.view(count, page_bytes)
+
+    def get(self, page: int, slot: Tensor) -> None:
+        """Copy a page to a slot. On a GPU this is queued on the current stream, as is ``put``."""
+        if self._file < 0:
+            slot.copy_(self._pages[page], non_blocking=True)
+        else:
+            self._transfer(os.preadv, page, slot)
+
+    def put(self, page: int, slot: Tensor) -> None:
+        """Copy a slot to its page; whoever reads the page waits for the stream first."""
+        if self._file < 0:
+            self._pages[page].copy_(slot, non_blocking=True)
+        else:
+            self._transfer(os.pwritev, page, slot)
+
+    def _transfer(self, call: Callable[[int, list[memoryview], int], int], page: int, slot: Tensor) -> None:
+        content, done = slot.numpy().data, 0
+        with disk_errors(self._path):
+            while done < self._page_bytes:
+                done += call(self._file, [content[done:]], page * self._page_bytes + done)
+
+
+class _Stream:
+    """Slots through which pages pass, and on a GPU the two streams that copy."""
+
+    def __init__(self, device: torch.device, page_bytes: int) -> None:
+        self._device, self._page_bytes = device, page_bytes
+        self.slots: list[Tensor] = []
+        self._held: list[int | None] = []
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._inward, self._outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._ready: list[torch.cuda.Event] = []
+
+    def resize(self, slots: int) -> None:
+        """Change the number of slots; afterwards all are empty. Nothing is still being copied when this returns."""
+        self.synchronize()
+        self.slots = []
+        self.slots = [torch.empty(self._page_bytes, dtype=torch.uint8, device=self._device) for _ in range(slots)]
+        self._held = [None] * slots
+        if self._cuda:
+            self._ready = [torch.cuda.Event() for _ in range(slots)]  # type: ignore[no-untyped-call]
+            self._inward.wait_stream(torch.cuda.current_stream(self._device))  # the slots' memory may just be freed
+
+    def fetch(self, page: int, host: _Host) -> None:
+        """Begin to copy a page to its slot, unless it is there or on its way."""
+        slot = page % len(self.slots)
+        if self._held[slot] == page:
+            return
+        self._held[slot] = page
+        if not self._cuda:
+            host.get(page, self.slots[slot])
+            return
+        # The outward stream ran behind every update so far; when it is done, so are the slot and the page.
+        self._inward.wait_stream(self._outward)
+        with torch.cuda.stream(self._inward):
+            host.get(page, self.slots[slot])
+            self._ready[slot].record(self._inward)
+
+    def begin(self, page: int) -> Tensor:
+        """The slot of a page that was fetched; what comes next on the current stream waits for the copy."""
+        slot = page % len(self.slots)
+        if self._cuda:
+            torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
+        return self.slots[slot]
+
+    def write_back(self, page: int, host: _Host) -> None:
+        """Begin to copy a page home, behind all that the current stream was told to do so far."""
+        slot = page % len(self.slots)
+        self._held[slot] = None
+        if not self._cuda:
+            host.put(page, self.slots[slot])
+            return
+        self._outward.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._outward):
+            host.put(page, self.slots[slot])
+
+    def forget(self) -> None:
+        """Take no page for fetched any more."""
+        self.synchronize()
+        self._held = [None] * len(self.slots)
+
+    def synchronize(self) -> None:
+        """Wait until every copy is done."""
+        if self._cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+            self._inward.synchronize()
+            self._outward.synchronize()

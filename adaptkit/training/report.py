@@ -37,7 +37,7 @@ class TrainReport:
         held_out_before: mean loss per answer token on the held-out samples, before training; None without any.
         held_out_after: the same of the published adapter; None if it was not measured.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
-        paging: pages, slots, faults, evictions, write-backs of the optimizer state.
+        paging: the optimizer state's page table and what moved; see ``paging.Pages.metrics``.
         tokens_per_second: of this process.
         tensors_root: binds the adapter's tensors.
         manifest_sha256: of the adapter's manifest.

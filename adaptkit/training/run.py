@@ -21,8 +21,8 @@ from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.model import Model, choose_device, load_model
-from adaptkit.training.optimizer import PagedAdamW
-from adaptkit.training.paging import PagedState
+from adaptkit.training.moments import moment_bytes
+from adaptkit.training.optimizer import STATE_BITS, make_optimizer
 from adaptkit.training.parameters import Trainable
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
@@ -80,9 +80,8 @@ class Run:
         device = choose_device(inputs.config.device)
         self.model, self.segments = build(inputs, device)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
-        values, vector, groups = self.trainable.values, self.trainable.gradients, self.trainable.groups
-        self._gradients = Gradients(self.model, vector, inputs.config)
-        self.optimizer = PagedAdamW(values, vector, groups, self._paged_state(device), inputs.config.weight_decay)
+        self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config)
+        self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)
         self.tokens_per_second = 0.0
         snapshot = newest_checkpoint(folder, note)
         self.resumed_from = self.done = snapshot.step if snapshot else 0
@@ -160,8 +159,8 @@ class Run:
         refused = self._refused(loss, norm, step + 1)
         with self._changing():
             if refused is None:
-                self.optimizer.step(rate)
-                line = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | line
+                paging = self.optimizer.step(rate)
+                line = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | line | paging
             else:
                 line = {"skipped": refused} | line
             self._record({"step": step + 1} | line)
@@ -222,15 +221,8 @@ class Run:
         for tracker in self._trackers:
             tracker.add(line)
 
-    def _paged_state(self, device: torch.device) -> PagedState:
-        budget = self._config.optimizer_pages_mib
-        resident = None if budget is None else int(budget * 2**20)
-        elements = max(1, self._config.page_kib * 1024 // 8)
-        return PagedState(self.trainable.values.numel(), elements, resident, device, self._folder / _PAGES_NAME)
-
     def _save(self) -> None:
-        first, second = self.optimizer.state.moments()
-        tensors = {"parameters": self.trainable.values, "first_moment": first, "second_moment": second}
+        tensors = {"parameters": self.trainable.values} | self.optimizer.state.tensors()
         if best_step(self.history) != self.done and self._best is not None:
             tensors["best_parameters"] = self._best
         snapshot = Snapshot(self.done, tensors, {"updates": self.optimizer.steps}, self.history.content())
@@ -245,14 +237,15 @@ class Run:
         tensors = snapshot.tensors
         self.trainable.values.copy_(tensors["parameters"])
         self.optimizer.steps = snapshot.values["updates"]
-        self.optimizer.state.load_moments(tensors["first_moment"], tensors["second_moment"])
+        self.optimizer.state.load(tensors)
         if best_step(self.history) is not None:
             self._best = tensors.get("best_parameters", tensors["parameters"]).to(self.trainable.values.device)
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     """Size of a checkpoint: parameters, two moments and, if there may be one, the best adapter's parameters."""
-    return 4 * parameters * (4 if config.held_out and config.eval_every else 3)
+    vectors = 2 if config.held_out and config.eval_every else 1
+    return 4 * parameters * vectors + moment_bytes(parameters, STATE_BITS[config.optimizer])
 
 
 def batches_of(inputs: Inputs) -> Batches:

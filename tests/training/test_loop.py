@@ -111,7 +111,7 @@ def test_neither_pages_nor_segments_change_a_byte(config, trained, change, tmp_p
     assert report.tensors_root == trained[1].tensors_root
     if "page_kib" in change:
         assert report.paging["slots"] < report.paging["pages"]
-        assert report.paging["evictions"] > 0
+        assert report.paging["write_backs"] > 0
 
 
 def test_another_seed_gives_another_adapter(config, trained, tmp_path):
@@ -224,6 +224,33 @@ def stopped(config, output, step):
 
     with pytest.raises(KeyboardInterrupt):
         train(config, output, on_step=stop)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_paged_run_goes_on_with_another_budget_to_the_same_bytes(config, optimizer, tmp_path):
+    """The whole state is resident, then one page is, and a run that was never stopped has something in between."""
+    run = replace(config, optimizer=optimizer, steps=4, page_kib=4, optimizer_pages_mib=0.012)
+    whole = train(run, tmp_path / "whole")
+    assert 0 < whole.paging["resident"] < whole.paging["pages"]
+    stopped(replace(run, optimizer_pages_mib=None), tmp_path / "adapter", 2)
+    report = train(replace(run, optimizer_pages_mib=1e-6, page_kib=8), tmp_path / "adapter")
+    assert (report.resumed_from, report.paging["resident"]) == (2, 0)
+    assert report.tensors_root == whole.tensors_root
+
+
+def test_metrics_show_the_page_table_and_what_moved_in_every_step(config, tmp_path):
+    """Of a run that was stopped, too: what moves in a step does not depend on where the process began."""
+    run = replace(config, steps=4, page_kib=4, optimizer_pages_mib=0.02)
+    whole = train(run, tmp_path / "whole")
+    stopped(run, tmp_path / "adapter", 2)
+    train(run, tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "metrics.jsonl").read_text()
+    assert text == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    found = [line["paging"] for line in map(json.loads, text.splitlines()) if "loss" in line]
+    assert len(found) == 4
+    for paging in found:
+        assert (paging["pages"], paging["resident"]) == (whole.paging["pages"], whole.paging["resident"])
+        assert paging["faults"] == paging["write_backs"] == paging["pages"] - paging["resident"] > 0
 
 
 def test_metrics_that_were_cut_off_are_made_whole_from_the_checkpoint(config, trained, tmp_path):

@@ -35,13 +35,17 @@ class DoubleQuantized:
 
 
 @cache
-def dynamic_map() -> Tensor:
-    """The 256 levels: (256,) float32, ascending; level 127 is 0 and level 255 is 1."""
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 256 levels: (256,) float32, ascending; level 127 is 0 and level 255 is 1.
+
+    Args:
+        signed: otherwise there are twice as many fractions and no sign, and level 0 is 0.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
         middles = (edges[:-1] + edges[1:]) / 2.0
-        for sign in (1, -1):
+        for sign in (1, -1) if signed else (1,):
             values += (sign * 10 ** (exponent - 6) * middles).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
 

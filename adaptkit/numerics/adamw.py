@@ -1,0 +1,127 @@
+"""AdamW on vectors, and moments in 8 bits.
+
+With g the gradient, t the step from 1, m and v the moments, and p the parameter:
+
+    p <- p · (1 - lr · decay)
+    m <- m + (1 - β1) · (g - m)                                  rounded once, after the sum
+    v <- v · β2 + ((1 - β2) · g) · g                             rounded after v · β2, (1 - β2) · g, and the sum
+    p <- p + (-lr / (1 - β1^t) · m) / (√v / √(1 - β2^t) + ε)     rounded after every operation
+
+On a CPU this gives the same bits however the vector is cut, which torch's fused AdamW does only for multiples of its
+vectors' length; elsewhere it is torch's fused AdamW. ``torch.optim.AdamW(foreach=False)`` has the same moments, and
+takes the root from a library that may be off by one in the last bit.
+
+In 8 bits a moment is one of 256 levels times a constant that 256 neighbours share. The levels are the dynamic map of
+``formats._double_quant``: with a sign for m, without one for v, which is never negative (arXiv:2110.02861, as
+bitsandbytes 0.50 lays them out). A value gets the nearest level, a tie the lower one.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.formats._double_quant import GROUP, dynamic_map
+
+BLOCK = GROUP
+"""Moments that share one constant."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """One step of AdamW (arXiv:1711.05101).
+
+    Attributes:
+        learning_rate: of this step.
+        step: from 1.
+        weight_decay: decoupled from the gradient.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    learning_rate: float
+    step: int
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def update(self, parameters: Tensor, gradients: Tensor, first: Tensor, second: Tensor) -> None:
+        """Change parameters and moments in place.
+
+        Args:
+            parameters: (N,) float32, contiguous, as are the others.
+            gradients: (N,) float32; read.
+            first: (N,) float32.
+            second: (N,) float32, not negative.
+        """
+        beta1, beta2 = self.betas
+        if parameters.device.type != "cpu":
+            vectors = [parameters], [gradients], [first], [second]
+            step = torch.full((), float(self.step), device=parameters.device)
+            torch._fused_adamw_(
+                *vectors, [], [step], lr=self.learning_rate, beta1=beta1, beta2=beta2,
+                weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
+            return
+        from adaptkit.numerics.kernels._cpu_adamw import update
+
+        numbers = (
+            *(1 - self.learning_rate * self.weight_decay, 1 - beta1, beta2, 1 - beta2),
+            *((1 - beta2**self.step) ** 0.5, self.eps, -self.learning_rate / (1 - beta1**self.step)),
+        )
+        update(*(tensor.numpy() for tensor in (parameters, gradients, first, second)), *map(np.float32, numbers))
+
+
+def encode(moment: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> None:
+    """Write a moment in 8 bits.
+
+    Args:
+        moment: (N,) float32, finite; without a sign it is nowhere negative.
+        codes: (N,) uint8; written.
+        absmax: (ceil(N / BLOCK),) float32; written: the largest magnitude of each block.
+        signed: which map.
+    """
+    levels = _on(moment.device, signed)
+    if moment.device.type == "cpu":
+        from adaptkit.numerics.kernels._cpu_adamw import encode as compiled
+
+        bounds, starts, most = _search(signed)
+        compiled(moment.numpy(), BLOCK, bounds, starts, most, codes.numpy(), absmax.numpy())
+        return
+    blocks = torch.nn.functional.pad(moment, (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(1)
+    absmax.copy_(largest)
+    scaled = blocks / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
+    middles = (levels[:-1] + levels[1:]) * 0.5
+    codes.copy_(torch.bucketize(scaled, middles).view(-1)[: moment.numel()])
+
+
+def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> None:
+    """Undo ``encode`` up to rounding: level times constant, (N,) float32, written to ``moment``."""
+    levels = _on(moment.device, signed)
+    if moment.device.type == "cpu":
+        from adaptkit.numerics.kernels._cpu_adamw import decode as compiled
+
+        compiled(codes.numpy(), absmax.numpy(), BLOCK, levels.numpy(), moment.numpy())
+        return
+    torch.mul(levels[codes.int()], absmax.repeat_interleave(BLOCK)[: codes.numel()], out=moment)
+
+
+@cache
+def _on(device: torch.device, signed: bool) -> Tensor:
+    return dynamic_map(signed).to(device)
+
+
+@cache
+def _search(signed: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """The bounds between levels, and where to begin among them: see ``kernels._cpu_adamw.encode``."""
+    levels = dynamic_map(signed)
+    bounds = ((levels[:-1] + levels[1:]) * 0.5).numpy()
+    upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    ends = upper.view(np.float32), (upper | np.uint32(0xFFFF)).view(np.float32)
+    low, high = (np.searchsorted(bounds, np.nan_to_num(end)) for end in ends)  # bounds below the end
+    starts = np.minimum(low, high).astype(np.uint8)
+    most = int(np.abs(high - low)[np.isfinite(ends[0]) & np.isfinite(ends[1])].max())
+    return np.append(bounds, np.float32(np.inf)), starts, most
