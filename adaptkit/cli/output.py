@@ -1,7 +1,7 @@
 """Reports for programs (one JSON document) and for people (a short table)."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,10 +21,34 @@ def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> Non
         print(json.dumps(asdict(report), indent=2))
     elif not quiet:
         table = list(rows)
-        width = max(len(label) for label, _ in table)
+        width = max((len(label) for label, _ in table), default=0)
         for label, value in table:
             aligned = value.replace("\n", "\n" + " " * (width + 2))
             print(f"{label:<{width}}  {aligned}".rstrip())
+
+
+def show_table(
+    report: Any, columns: Sequence[tuple[str, Sequence[str]]], rows: Iterable[Row], *, as_json: bool, quiet: bool
+) -> None:
+    """Print a report on several things on stdout, a line each.
+
+    Args:
+        report: a dataclass; what ``--json`` prints.
+        columns: heading and cells; all but the first are set to the right.
+        rows: label and value of what follows the table.
+        as_json: print the document.
+        quiet: print nothing.
+    """
+    if not as_json and not quiet:
+        widths = [max(map(len, (heading, *cells))) for heading, cells in columns]
+        for line in zip(*((heading, *cells) for heading, cells in columns), strict=True):
+            first, *others = (
+                f"{cell:>{width}}" if number else f"{cell:<{width}}"
+                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            print("  ".join([first, *others]).rstrip())
+        print()
+    show(report, rows, as_json=as_json, quiet=quiet)
 
 
 def size(count: float) -> str:

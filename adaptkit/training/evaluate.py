@@ -1,8 +1,7 @@
-"""Loss on held-out answers, perplexity on text, divergence from a reference, and what a model says to a prompt."""
+"""One model measured: loss on held-out answers, text, answers of its own, and how near they are to references."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,112 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.architecture import load_tokenizer, quiet_transformers
-from adaptkit.checkpoint.text import check_window, read_tokens
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.errors import UsageError
 from adaptkit.training.batches import Batch, collate
-from adaptkit.training.config import COMPUTE_DTYPES
-from adaptkit.training.data import IGNORED, Sample, load_data, prompt_ids
+from adaptkit.training.data import IGNORED, Sample
+from adaptkit.training.evaluation import Answer, EvaluateOptions, EvaluateReport, GenerationReport
+from adaptkit.training.generation import Generated, generate
+from adaptkit.training.lineage import check_base, trained_parameters
 from adaptkit.training.loading import load_adapter
+from adaptkit.training.material import Material, read_material
 from adaptkit.training.model import Model, choose_device, load_model
-
-POSITIONS = 64
-"""Tokens whose log-probabilities over the vocabulary are in memory at a time."""
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """How to evaluate.
-
-    Attributes:
-        prompts: user messages to answer, greedily.
-        max_new_tokens: of an answer.
-        max_length: tokens of a sample.
-        batch_size: samples at a time.
-        window: tokens of a window of text.
-        max_tokens: of text; None is all of it.
-        compute_dtype: bfloat16 or float32.
-        device: cpu, cuda, or auto.
-    """
-
-    prompts: tuple[str, ...] = ()
-    max_new_tokens: int = 64
-    max_length: int = 1024
-    batch_size: int = 8
-    window: int = 512
-    max_tokens: int | None = None
-    compute_dtype: str = "bfloat16"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("max_new_tokens", 1),
-            ("max_length", 2),
-            ("batch_size", 1),
-            ("window", 2),
-            ("max_tokens", 2),
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is at least {least}")
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise UsageError(f"compute_dtype: {self.compute_dtype!r} is none of {', '.join(COMPUTE_DTYPES)}")
-
-
-@dataclass(frozen=True)
-class TextReport:
-    """What was measured on text, over every token of every window but its first.
-
-    Attributes:
-        windows: number of them.
-        tokens: that were predicted.
-        loss: mean cross-entropy, in nats.
-        perplexity: its exponential; None where that is no number.
-        reference: folder of the reference, or None; what follows is None without one.
-        reference_loss: the reference's own.
-        reference_perplexity: the reference's own.
-        kl_divergence: mean over the tokens of KL(reference ‖ model) over the whole vocabulary, in nats.
-        same_top_token: fraction of the tokens for which both think the same token likeliest.
-    """
-
-    windows: int
-    tokens: int
-    loss: float
-    perplexity: float | None
-    reference: str | None = None
-    reference_loss: float | None = None
-    reference_perplexity: float | None = None
-    kl_divergence: float | None = None
-    same_top_token: float | None = None
-
-
-@dataclass(frozen=True)
-class EvaluateReport:
-    """What was measured.
-
-    Attributes:
-        base: folder.
-        adapter: folder, or None.
-        samples: number of them that were measured.
-        truncated: samples cut to the longest length.
-        dropped: samples left out since the cut took their whole answer.
-        answer_tokens: that carry loss.
-        loss: mean over the answer tokens, in nats; None without data.
-        perplexity: its exponential; None without data.
-        text: what was measured on text; None without it.
-        answers: prompt -> answer.
-    """
-
-    base: str
-    adapter: str | None
-    samples: int
-    truncated: int
-    dropped: int
-    answer_tokens: int
-    loss: float | None
-    perplexity: float | None
-    text: TextReport | None
-    answers: dict[str, str]
+from adaptkit.training.perplexity import measure_text, perplexity_of
+from adaptkit.training.scores import require_metrics, score
 
 
 def evaluate(
@@ -126,50 +32,128 @@ def evaluate(
     *,
     text: Sequence[Path] = (),
     reference: Path | None = None,
+    on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> EvaluateReport:
     """Measure a model, with or without an adapter.
 
     Args:
         base: folder of an NF4 or plain checkpoint.
         adapter: folder of a LoRA adapter.
-        data: jsonl files; see ``training.data``.
+        data: rows with answers; see ``training.data``.
         options: how.
         text: files; see ``checkpoint.text``.
         reference: folder of a checkpoint that the model shall resemble on the text: the one that it was made from.
+        on_answer: told of every answer to the data's questions.
 
     Raises:
-        UsageError: neither data, nor text, nor prompts; or a reference without text.
-        BaseMismatchError: the adapter does not fit the base, or the reference has another vocabulary.
+        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing.
+        BaseMismatchError: the adapter does not belong to the base, or the reference has another vocabulary.
+        DataError: data or text cannot be used.
     """
     options = options or EvaluateOptions()
+    check_request(data, text, options, reference)
+    read = None if adapter is None else read_adapter(adapter)
+    if read is not None:
+        check_base(read, base)
+    (material,) = read_material([base], data, text, options, reference)
+    other = load(reference, options) if reference is not None else None
+    return measure(base, read, material, options, other, on_answer)
+
+
+def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions, reference: Path | None) -> None:
+    """Refuse what cannot be carried out, before anything is read.
+
+    Raises:
+        UsageError: says what is missing.
+    """
     if not data and not text and not options.prompts:
         raise UsageError("nothing to evaluate", hint="give --data FILE, --text FILE or --prompt TEXT")
     if reference is not None and not text:
         raise UsageError("a reference is compared on text", hint="give --text FILE")
-    if reference is not None:
-        check_window(reference, options.window)
-    tokenizer = load_tokenizer(base)
-    dataset = load_data(data, tokenizer, options.max_length) if data else None
-    windows = read_tokens(text, base, window=options.window, max_tokens=options.max_tokens) if text else None
-    dtype, device = getattr(torch, options.compute_dtype), choose_device(options.device)
-    model = load_model(base, dtype, device)
+    if options.generate and not data:
+        raise UsageError("the questions to answer, and their answers, come from data", hint="give --data FILE")
+    if options.shots and not data and not options.prompts:
+        raise UsageError("examples come before questions, and there are none", hint="give --data FILE or --prompt TEXT")
+    if options.generate:
+        require_metrics()
+
+
+def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
+    """Load a checkpoint, and an adapter on it."""
+    model = load_model(base, getattr(torch, options.compute_dtype), choose_device(options.device))
     if adapter is not None:
-        load_adapter(model, read_adapter(adapter))
-    samples = dataset.samples if dataset else ()
-    loss = mean_loss(model, samples, options.batch_size, pad_id(tokenizer)) if samples else None
-    other = load_model(reference, dtype, device) if reference is not None else None
-    return EvaluateReport(
+        load_adapter(model, adapter)
+    return model
+
+
+def measure(
+    base: Path,
+    adapter: Adapter | None,
+    material: Material,
+    options: EvaluateOptions,
+    reference: Model | None,
+    on_answer: Callable[[Answer], None],
+) -> EvaluateReport:
+    """Measure one model on what was read for it; see ``evaluate``."""
+    model = load(base, options, adapter)
+    samples = material.dataset.samples if material.dataset else ()
+    loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer)) if samples else None
+    total = sum(parameter.numel() for parameter in empty_network(model.checkpoint).parameters())
+    report = EvaluateReport(
         base=str(base),
-        adapter=str(adapter) if adapter else None,
+        adapter=str(adapter.root) if adapter else None,
+        shots=len(material.shots),
+        fewer_shots=material.fewer_shots,
+        parameters=total,
+        trained_parameters=trained_parameters(base, adapter, total),
         samples=len(samples),
-        truncated=dataset.truncated if dataset else 0,
-        dropped=dataset.dropped if dataset else 0,
+        truncated=material.dataset.truncated if material.dataset else 0,
+        dropped=material.dataset.dropped if material.dataset else 0,
         answer_tokens=sum(sample.answer_tokens for sample in samples),
         loss=loss,
-        perplexity=None if loss is None else _perplexity(loss),
-        text=None if windows is None else measure_text(model, windows, other),
-        answers={prompt: answer(model, tokenizer, prompt, options.max_new_tokens) for prompt in options.prompts},
+        perplexity=None if loss is None else perplexity_of(loss),
+        text=None if material.windows is None else measure_text(model, material.windows, reference),
+        generated=None,
+        answers={},
     )
+    return _with_answers(report, model, material, options, on_answer)
+
+
+def _with_answers(
+    report: EvaluateReport,
+    model: Model,
+    material: Material,
+    options: EvaluateOptions,
+    on_answer: Callable[[Answer], None],
+) -> EvaluateReport:
+    """Answer the prompts and the data's questions, and score the latter."""
+
+    def say(prompts: Sequence[Sequence[int]]) -> list[Generated]:
+        return generate(
+            model,
+            material.tokenizer,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            padding=pad_id(material.tokenizer),
+        )
+
+    said = say(material.prompts)
+    report = replace(report, answers={p: found.text for p, found in zip(options.prompts, said, strict=True)})
+    if not options.generate:
+        return report
+    found = say(material.question_prompts)
+    for question, answer in zip(material.questions, found, strict=True):
+        on_answer(Answer(report.label, question.messages, answer.text, question.references))
+    references = [question.references for question in material.questions]
+    generated = GenerationReport(
+        questions=len(found),
+        references=sum(map(len, references)),
+        too_long=material.too_long,
+        unfinished=sum(not answer.ended for answer in found),
+        scores=score([answer.text for answer in found], references),
+    )
+    return replace(report, generated=generated)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -206,101 +190,3 @@ def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding:
         rows = [(sample,) for sample in by_length[start : start + batch_size]]
         total += float(summed_loss(model, collate(rows, padding)))
     return total / sum(sample.answer_tokens for sample in samples)
-
-
-@torch.no_grad()
-def measure_text(model: Model, windows: Tensor, reference: Model | None = None) -> TextReport:
-    """Measure perplexity on windows of text, and how far the model is from a reference, one window at a time.
-
-    Log-probabilities are float32, from logits of the compute dtype; their sums are float64.
-
-    Args:
-        model: to measure.
-        windows: (windows, window) int64.
-        reference: of the same vocabulary.
-
-    Raises:
-        BaseMismatchError: it has another vocabulary.
-        UsageError: a token is not in the model's vocabulary.
-    """
-    _check_vocabulary(model, windows, reference)
-    sums = torch.zeros(4, dtype=torch.float64)
-    for window in windows:
-        logits = _next_token_logits(model, window)
-        others = None if reference is None else _next_token_logits(reference, window)
-        for start in range(0, len(logits), POSITIONS):
-            rows = slice(start, start + POSITIONS)
-            wanted = window[1:][rows].to(logits.device)
-            sums += _text_sums(logits[rows], wanted, None if others is None else others[rows])
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    loss, reference_loss, divergence, same = (sums / tokens).tolist()
-    report = TextReport(len(windows), tokens, loss, _perplexity(loss))
-    if reference is None:
-        return report
-    return replace(
-        report,
-        reference=str(reference.checkpoint.root),
-        reference_loss=reference_loss,
-        reference_perplexity=_perplexity(reference_loss),
-        kl_divergence=divergence,
-        same_top_token=same,
-    )
-
-
-def _check_vocabulary(model: Model, windows: Tensor, reference: Model | None) -> None:
-    known = model.network.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= known:
-        raise UsageError(
-            f"{model.checkpoint.root}: its tokenizer makes the token {int(windows.max())}, its model knows {known}"
-        )
-    others = known if reference is None else reference.network.get_input_embeddings().weight.shape[0]
-    if reference is not None and others != known:
-        raise BaseMismatchError(
-            f"{reference.checkpoint.root}: knows {others} tokens, {model.checkpoint.root} knows {known}",
-            hint="the reference is the checkpoint that the model was made from",
-        )
-
-
-def _next_token_logits(model: Model, window: Tensor) -> Tensor:
-    """(window - 1, vocabulary), in the compute dtype."""
-    model.network.eval()
-    device = next(model.network.parameters()).device
-    logits: Tensor = model.network(input_ids=window[None].to(device), use_cache=False).logits
-    return logits[0, :-1]
-
-
-def _text_sums(logits: Tensor, wanted: Tensor, others: Tensor | None) -> Tensor:
-    """(4,) float64: sums over positions of loss, the reference's loss, divergence, and equal likeliest tokens."""
-    found = logits.float().log_softmax(-1)
-    sums = torch.zeros(4, dtype=torch.float64)
-    sums[0] = -found.gather(-1, wanted[:, None]).double().sum()
-    if others is not None:
-        expected = others.float().log_softmax(-1)
-        sums[1] = -expected.gather(-1, wanted[:, None]).double().sum()
-        sums[2] = (
-            functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1, dtype=torch.float64).sum()
-        )
-        sums[3] = (found.argmax(-1) == expected.argmax(-1)).sum()
-    return sums
-
-
-def _perplexity(loss: float) -> float | None:
-    return math.exp(loss) if loss < 700 else None
-
-
-@torch.no_grad()
-def answer(model: Model, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """What the model answers to a user's message, greedily."""
-    model.network.eval()
-    device = next(model.network.parameters()).device
-    ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=device)
-    with quiet_transformers():
-        output = model.network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad_id(tokenizer),
-        )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -16,7 +16,9 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
 from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.evaluate import answer, mean_loss, pad_id
+from adaptkit.training.data import prompt_ids
+from adaptkit.training.evaluate import mean_loss, pad_id
+from adaptkit.training.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
@@ -199,7 +201,7 @@ class Run:
             self._measure()
         wants_answers = bool(config.sample_prompts) and not is_first and self._is_due(config.sample_every)
         if wants_answers and "answers" not in known:
-            answers = {prompt: self._answer(prompt) for prompt in config.sample_prompts}
+            answers = self._answers(config.sample_prompts)
             for prompt, text in answers.items():
                 self._note(f"step {self.done}: {prompt!r} -> {text!r}")
             self._record({"step": self.done, "answers": answers})
@@ -213,8 +215,16 @@ class Run:
             if best_step(self.history) == self.done:
                 self._best = self.trainable.values.clone() if self.done < self.steps else None
 
-    def _answer(self, prompt: str) -> str:
-        return answer(self.model, self._inputs.tokenizer, prompt, self._config.sample_tokens)
+    def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
+        found = generate(
+            self.model,
+            self._inputs.tokenizer,
+            [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts],
+            max_new_tokens=self._config.sample_tokens,
+            batch_size=self._config.batch_size,
+            padding=self._padding,
+        )
+        return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
 
     def _record(self, line: dict[str, Any]) -> None:
         self.history.add(line)

@@ -1,60 +1,128 @@
 """``adaptkit evaluate``."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from adaptkit.cli.measured import columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, report_options
-from adaptkit.cli.output import percent, show
+from adaptkit.cli.output import Row, percent, show, show_table
+from adaptkit.cli.progress import count_progress
 
 if TYPE_CHECKING:
-    from adaptkit.training.evaluate import EvaluateReport, TextReport
+    from adaptkit.training.comparison import Comparison
+    from adaptkit.training.evaluation import Answer, EvaluateReport, GenerationReport
+    from adaptkit.training.perplexity import TextReport
+
+_FILE = click.Path(path_type=Path)
+_NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
-@click.option("--base", type=ArtifactPath(), required=True, help="Checkpoint, quantized or not.")
-@click.option("--adapter", type=ArtifactPath(), help="Measure it with this adapter.")
-@click.option("--data", type=click.Path(path_type=Path), multiple=True, help="jsonl file. Repeatable.")
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Text, or jsonl, to measure perplexity on. Repeatable.",
-)
+@click.option("--base", "bases", type=ArtifactPath(), multiple=True, required=True,
+              help="Checkpoint, quantized or not. Repeatable.")  # fmt: skip
+@click.option("--adapter", "adapters", type=ArtifactPath(), multiple=True,
+              help="Measure its base with this adapter. Repeatable.")  # fmt: skip
+@click.option("--compare", "compared", is_flag=True,
+              help="Measure the base without its adapter, too. Always so with several models.")  # fmt: skip
+@click.option("--data", type=_FILE, multiple=True, help="Rows with answers, as for train. Repeatable.")
+@click.option("--text", type=_FILE, multiple=True, help="Text, or jsonl, to measure perplexity on. Repeatable.")
 @click.option("--reference", type=ArtifactPath(), help="Also measure the divergence from this checkpoint on the text.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of text at a time.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Read no more text than this.")
+@click.option("--generate", is_flag=True,
+              help="Answer the data's questions; score them by BLEU, NIST, METEOR, ROUGE-L and CIDEr.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=1), help="Answer no more questions than this, chosen by the seed.")
+@click.option("--samples-file", type=_NEW_FILE, help="Write questions, answers and references to it, a JSON line each.")
+@click.option("--shots", type=click.IntRange(min=0), default=0, metavar="K",
+              help="Measure every base with K examples before each question, too.")  # fmt: skip
+@click.option("--shots-from", type=_FILE, multiple=True, help="Choose the examples from this file. Repeatable.")
+@click.option("--seed", default=0, show_default=True, help="Of the choice of questions and of examples.")
 @click.option("--prompt", "prompts", multiple=True, help="Show the answer to it. Repeatable.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--compute-dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", default="auto", show_default=True)
+@click.option("--html", type=_NEW_FILE, help="Write the report as a page, too.")
 @report_options
 def command(
-    base: Path,
-    adapter: Path | None,
+    bases: tuple[Path, ...],
+    adapters: tuple[Path, ...],
+    compared: bool,
     data: tuple[Path, ...],
     text: tuple[Path, ...],
     reference: Path | None,
+    samples_file: Path | None,
+    html: Path | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure the loss on answers and text, and show what the model says."""
-    from adaptkit.training.evaluate import EvaluateOptions, evaluate
+    """Measure models: loss on answers and text, and what they say to questions.
 
-    report = evaluate(base, adapter, data, EvaluateOptions(**options), text=text, reference=reference)
+    With several bases, an adapter is measured on the one that its manifest names.
+    """
+    from adaptkit.cli.pages import prepare, write
+    from adaptkit.cli.pages.evaluate import evaluate_page
+    from adaptkit.training.comparison import Comparison, compare
+    from adaptkit.training.evaluate import evaluate
+    from adaptkit.training.evaluation import EvaluateOptions
+
+    chosen = EvaluateOptions(**options)
+    if samples_file is not None:
+        _check_samples_file(samples_file, chosen.generate)
+    prepare(html, pictures=False)
+    answers: list[Answer] = []
+    more: dict[str, Any] = {"text": text, "reference": reference, "on_answer": answers.append}
+    if compared or chosen.shots or len(bases) > 1 or len(adapters) > 1:
+        with count_progress("models", as_json or quiet) as progress:
+            report = comparison = compare(bases, adapters, data, chosen, progress=progress, **more)
+        show_table(report, *_table(report), as_json=as_json, quiet=quiet)
+    else:
+        single = evaluate(bases[0], adapters[0] if adapters else None, data, chosen, **more)
+        comparison = Comparison((single,), ())
+        show(single, _rows(single), as_json=as_json, quiet=quiet)
+    if samples_file is not None:
+        _write_samples(samples_file, answers)
+    if html is not None:
+        write(html, evaluate_page(comparison, answers))
+
+
+def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[Row]]:
+    """The cells of a table of models, and what is said below it."""
+    cells = [
+        (heading, [cell if isinstance(cell, str) else cell.shown or "–" for cell in column])
+        for heading, column in columns(comparison)
+    ]
+    rows = [("forgetting", "\n".join(forgetting(found, comparison) for found in comparison.forgetting))]
+    rows = rows if comparison.forgetting else []
+    rows += [("note", remark) for remark in remarks(comparison)]
+    for prompt in comparison.models[0].answers:
+        rows.append(("prompt", " ".join(prompt.split())))
+        rows += [(short_label(report, comparison), report.answers[prompt]) for report in comparison.models]
+    return cells, rows
+
+
+def _rows(report: "EvaluateReport") -> list[Row]:
     rows = [("model", f"{report.base}" + (f" with {report.adapter}" if report.adapter else ""))]
+    if report.trained_parameters is not None:
+        share = percent(report.trained_parameters / report.parameters)
+        rows.append(("trained", f"{report.trained_parameters:,} parameters, {share} of the base's"))
     if report.loss is not None:
         rows.append(("loss", f"{_loss(report.loss, report.perplexity)} over {report.answer_tokens} answer tokens"))
         rows.append(("samples", _samples(report)))
     if report.text is not None:
         rows += _text_rows(report.text)
+    if report.generated is not None:
+        rows += _score_rows(report.generated)
     for prompt, said in report.answers.items():
         rows += [("prompt", " ".join(prompt.split())), ("answer", said)]
-    show(report, rows, as_json=as_json, quiet=quiet)
+    return rows
 
 
 def _loss(loss: float, perplexity: float | None) -> str:
@@ -66,7 +134,7 @@ def _samples(report: "EvaluateReport") -> str:
     return "; ".join([str(report.samples), *(f"{count} {what}" for count, what in left_out if count)])
 
 
-def _text_rows(text: "TextReport") -> list[tuple[str, str]]:
+def _text_rows(text: "TextReport") -> list[Row]:
     size = f"{text.tokens} tokens of text in {text.windows} window(s)"
     rows = [("loss on text", f"{_loss(text.loss, text.perplexity)} over {size}")]
     if text.reference_loss is not None:
@@ -76,3 +144,38 @@ def _text_rows(text: "TextReport") -> list[tuple[str, str]]:
             ("same top token", percent(text.same_top_token or 0.0)),
         ]
     return rows
+
+
+def _score_rows(generated: "GenerationReport") -> list[Row]:
+    scores = generated.scores
+    count = f"{generated.questions} questions with {generated.references} reference answers"
+    left_out = [
+        (generated.too_long, "left out: longer than the context"),
+        (generated.unfinished, "answers cut at --max-new-tokens"),
+    ]
+    return [
+        ("answered", "; ".join([count, *(f"{number} {what}" for number, what in left_out if number)])),
+        ("BLEU", f"{scores.bleu:.2f}"),
+        ("NIST", "–" if scores.nist is None else f"{scores.nist:.3f}"),
+        ("METEOR", f"{scores.meteor:.4f} ({scores.meteor_variant})"),
+        ("ROUGE-L", f"{scores.rouge_l:.4f}"),
+        ("CIDEr", "–" if scores.cider is None else f"{scores.cider:.4f}"),
+        ("computed by", scores.signature),
+    ]
+
+
+def _check_samples_file(path: Path, generate: bool) -> None:
+    """Ask before the work whether its answers can be written."""
+    if not generate:
+        raise click.UsageError("--samples-file needs --generate")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"--samples-file {path}: there is no folder {path.parent}")
+
+
+def _write_samples(path: Path, answers: Sequence["Answer"]) -> None:
+    """A JSON line for each answer."""
+    lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+    try:
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise click.UsageError(f"--samples-file {path}: cannot be written: {error.strerror}") from error

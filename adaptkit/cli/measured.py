@@ -1,0 +1,94 @@
+"""What ``adaptkit evaluate`` shows of several models, as columns: the terminal and the page draw the same."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaptkit.cli.html import Number
+from adaptkit.cli.output import percent
+
+if TYPE_CHECKING:
+    from adaptkit.training.comparison import Comparison, Forgetting
+    from adaptkit.training.evaluation import EvaluateReport
+
+Column = tuple[str, Sequence[str | Number]]
+_Value = Callable[["EvaluateReport"], float | None]
+
+_COLUMNS: tuple[tuple[str, str, _Value], ...] = (
+    ("trained", ",.0f", lambda r: r.trained_parameters),
+    ("share %", ".3g", lambda r: None if r.trained_parameters is None else 100 * r.trained_parameters / r.parameters),
+    ("loss", ".4f", lambda r: r.loss),
+    ("perplexity", ".2f", lambda r: r.perplexity),
+    ("text perplexity", ".2f", lambda r: r.text.perplexity if r.text else None),
+    ("KL", ".4f", lambda r: r.text.kl_divergence if r.text else None),
+    ("BLEU", ".2f", lambda r: r.generated.scores.bleu if r.generated else None),
+    ("NIST", ".3f", lambda r: r.generated.scores.nist if r.generated else None),
+    ("METEOR", ".4f", lambda r: r.generated.scores.meteor if r.generated else None),
+    ("ROUGE-L", ".4f", lambda r: r.generated.scores.rouge_l if r.generated else None),
+    ("CIDEr", ".4f", lambda r: r.generated.scores.cider if r.generated else None),
+)
+
+
+def columns(comparison: "Comparison") -> list[Column]:
+    """One for each measure that some model has; the first names the models."""
+    made: list[Column] = [("model", [short_label(report, comparison) for report in comparison.models])]
+    for heading, form, value_of in _COLUMNS:
+        values = [value_of(report) for report in comparison.models]
+        if any(value is not None for value in values):
+            made.append((heading, [Number(v, "" if v is None else format(v, form)) for v in values]))
+    return made
+
+
+def short_label(report: "EvaluateReport", comparison: "Comparison") -> str:
+    """The names of a model's folders; their paths where two of the same name were measured."""
+    folders = {folder for other in comparison.models for folder in (other.base, other.adapter) if folder}
+    names = [Path(folder).name for folder in folders]
+
+    def short(folder: str) -> str:
+        name = Path(folder).name
+        return name if names.count(name) == 1 else folder
+
+    label = short(report.base) + (f" + {short(report.adapter)}" if report.adapter else "")
+    return label + (f", {report.shots} shots" if report.shots else "")
+
+
+def forgetting(found: "Forgetting", comparison: "Comparison") -> str:
+    """A line: how a model's perplexity on general text changed."""
+    by_label = {report.label: short_label(report, comparison) for report in comparison.models}
+    before, after = found.perplexity_before, found.perplexity_after
+    if before is None or after is None:
+        numbers = f"loss on text {found.loss_before:.4f} -> {found.loss_after:.4f}"
+    else:
+        numbers = f"{before:.2f} -> {after:.2f} ({'+' if after >= before else '-'}{percent(abs(after / before - 1))})"
+    return f"{by_label[found.model]}: {numbers}, from {by_label[found.before]}"
+
+
+def remarks(comparison: "Comparison") -> list[str]:
+    """What has to be said beside the numbers."""
+    models, said = comparison.models, []
+    if len({report.answer_tokens for report in models}) > 1:
+        said.append("losses are means over different numbers of answer tokens: tokenizers or cuts differ")
+    for remark, names in _left_out(comparison).items():
+        said.append(f"{remark} ({'each model' if len(names) == len(models) > 1 else ', '.join(names)})")
+    generated = next((report.generated for report in models if report.generated), None)
+    if generated is not None:
+        if generated.too_long:
+            said.append(f"{generated.too_long} questions left out: longer than a model's context")
+        said.append(f"METEOR: {generated.scores.meteor_variant}; {generated.scores.signature}")
+    return said
+
+
+def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
+    """What was cut, and in which models."""
+    found: dict[str, list[str]] = {}
+    for report in comparison.models:
+        counts = (
+            (report.truncated, "samples cut to --max-length"),
+            (report.dropped, "samples dropped since the cut took their answer"),
+            (report.fewer_shots, "samples, questions or prompts with room for fewer examples"),
+            (report.generated.unfinished if report.generated else 0, "answers cut at --max-new-tokens"),
+        )
+        for count, what in counts:
+            if count:
+                found.setdefault(f"{count:,} {what}", []).append(short_label(report, comparison))
+    return found

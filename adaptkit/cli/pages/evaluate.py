@@ -1,0 +1,69 @@
+"""The page of ``adaptkit evaluate --html``: models side by side, what they forgot, and what they say."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from adaptkit.cli.html import Html, Number, facts, page, paragraph, section, table
+from adaptkit.cli.measured import columns, forgetting, remarks, short_label
+
+if TYPE_CHECKING:
+    from adaptkit.training.comparison import Comparison
+    from adaptkit.training.evaluation import Answer, EvaluateReport
+
+_SHOWN_QUESTIONS = 20
+
+
+def evaluate_page(comparison: "Comparison", answers: Sequence["Answer"] = ()) -> str:
+    """One HTML document, self-contained.
+
+    Args:
+        comparison: of one model or several.
+        answers: to the data's questions.
+    """
+    names = {report.label: short_label(report, comparison) for report in comparison.models}
+    parts = [facts(_summary(comparison)), section("Models", _models(comparison))]
+    if comparison.forgetting:
+        lines = [forgetting(found, comparison) for found in comparison.forgetting]
+        parts.append(section("Perplexity of general text, before and after", *map(paragraph, lines)))
+    said = [(short_label(r, comparison), p, a) for r in comparison.models for p, a in r.answers.items()]
+    if said:
+        rows = [(prompt, name, answer) for name, prompt, answer in said]
+        parts.append(section("Answers to prompts", table(("prompt", "model", "answer"), rows)))
+    if answers:
+        parts.append(_answers(answers, names))
+    if remarks(comparison):
+        parts.append(section("Notes", *map(paragraph, remarks(comparison))))
+    return page("Evaluation of " + (names.popitem()[1] if len(names) == 1 else f"{len(names)} models"), *parts)
+
+
+def _summary(comparison: "Comparison") -> list[tuple[str, str]]:
+    first: EvaluateReport = comparison.models[0]
+    rows = [("models", f"{len(comparison.models)}")]
+    if first.loss is not None:
+        rows.append(("samples", f"{first.samples:,} with {first.answer_tokens:,} answer tokens"))
+    if first.text is not None:
+        rows.append(("text", f"{first.text.tokens:,} tokens in {first.text.windows:,} window(s)"))
+        if first.text.reference is not None:
+            rows.append(("reference", first.text.reference))
+    if first.generated is not None:
+        count = f"{first.generated.questions:,}"
+        rows.append(("questions", f"{count} with {first.generated.references:,} reference answers"))
+    return rows
+
+
+def _models(comparison: "Comparison") -> Html:
+    found = columns(comparison)
+    return table([heading for heading, _ in found], zip(*(cells for _, cells in found), strict=True))
+
+
+def _answers(answers: Sequence["Answer"], names: dict[str, str]) -> Html:
+    """The first questions, what every model answered, and the references."""
+    asked: dict[tuple[str, ...], list[Answer]] = {}
+    for answer in answers:
+        asked.setdefault(tuple(message["content"] for message in answer.messages), []).append(answer)
+    rows: list[tuple[str | Number, ...]] = []
+    for question, found in list(asked.items())[:_SHOWN_QUESTIONS]:
+        rows += [(question[-1], names[answer.model], answer.answer) for answer in found]
+        rows += [(question[-1], "reference", reference) for reference in found[0].references]
+    heading = f"The first {min(_SHOWN_QUESTIONS, len(asked))} of {len(asked):,} questions"
+    return section(heading, table(("question", "who", "answer"), rows), collapsed=True)

@@ -1,0 +1,207 @@
+"""``adaptkit evaluate`` on several models: a table, a document, a page, a file of answers; bad input in one line."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import tiny
+
+from adaptkit.cli.main import main
+from adaptkit.cli.pages.evaluate import evaluate_page
+from adaptkit.training.comparison import Comparison, Forgetting
+from adaptkit.training.evaluation import Answer, EvaluateReport, GenerationReport
+from adaptkit.training.perplexity import TextReport
+from adaptkit.training.scores import Scores
+
+HOSTILE = ("<script>alert(1)</script>", "\"onmouseover='alert(1)'", "</title></style>", "--><b>")
+
+
+class Parsed(HTMLParser):
+    """The tags of a page, its attributes, and the rows of its tables under the heading before them."""
+
+    def __init__(self, document):
+        super().__init__()
+        self.tags, self.attributes, self.tables, self.heading, self.inside = [], [], {}, "", []
+        self.feed(document)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag in {"h2", "summary"}:
+            self.heading = ""
+        elif tag == "table":
+            self.tables[self.heading] = []
+        elif tag == "tr":
+            self.tables[self.heading].append([])
+        elif tag in {"td", "th"}:
+            self.tables[self.heading][-1].append("")
+        if tag not in {"wbr", "meta"}:
+            self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.inside.pop() == tag
+
+    def handle_data(self, data):
+        if self.inside and self.inside[-1] in {"h2", "summary"}:
+            self.heading += data
+        elif self.inside and self.inside[-1] in {"td", "button"}:
+            self.tables[self.heading][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def compared(llama, adapter, second_adapter, instructions, made, run_cli):
+    """One run with everything."""
+    folder = made / "compared"
+    folder.mkdir()
+    (folder / "prose.txt").write_text("the rivers in the north are quiet and the metals at night are not. " * 12)
+    examples = tiny.write_instructions(folder / "examples.jsonl", seed=9)
+    done = run_cli(
+        "evaluate", "--base", llama, "--adapter", adapter, "--adapter", second_adapter, "--data", instructions,
+        "--text", folder / "prose.txt", "--reference", llama, "--window", 64, "--generate", "--samples", 4,
+        "--max-new-tokens", 6, "--shots", 1, "--shots-from", examples, "--prompt", "hello", "--samples-file",
+        folder / "answers.jsonl", "--html", folder / "page.html", "--compute-dtype", "float32", "--json",
+    )  # fmt: skip
+    assert (done.code, done.stderr) == (0, "")
+    return folder, json.loads(done.stdout)
+
+
+def report_of(base, adapter=None, loss=2.5, text=3.0, shots=0):
+    scores = Scores(12.5, 2.25, 0.3125, 0.4375, 1.125, "exact and stem", "BLEU x")
+    return EvaluateReport(
+        base, adapter, shots, 0, 1000, 10 if adapter else None, 8, 0, 0, 64, loss, 12.18,
+        TextReport(2, 126, text, 20.09), GenerationReport(3, 4, 0, 1, scores), {"hello": f"{base} says"},
+    )  # fmt: skip
+
+
+def comparison_of(first="base", second="adapter"):
+    models = (report_of(first), report_of(first, second, 1.5, 3.1))
+    return Comparison(models, (Forgetting(models[1].label, models[0].label, 3.0, 3.1, 20.0, 22.0),))
+
+
+def test_the_document_has_a_report_for_every_model_and_what_was_forgotten(compared, llama, adapter, second_adapter):
+    _, document = compared
+    assert [(m["base"], m["adapter"], m["shots"]) for m in document["models"]] == [
+        (str(llama), None, 0), (str(llama), None, 1), (str(llama), str(adapter), 0),
+        (str(llama), str(second_adapter), 0),
+    ]  # fmt: skip
+    assert document["models"][0]["text"]["kl_divergence"] == 0
+    assert document["models"][2]["text"]["kl_divergence"] > 0
+    assert document["models"][1]["text"] is None
+    assert [line["model"] for line in document["forgetting"]] == [f"{llama} + {a}" for a in (adapter, second_adapter)]
+    assert {"bleu", "nist", "meteor", "rouge_l", "cider"} <= document["models"][3]["generated"]["scores"].keys()
+
+
+def test_the_file_of_answers_has_every_model_s_answer_to_every_question(compared, instructions):
+    folder, document = compared
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * len(document["models"])
+    asked = [json.dumps(line["messages"]) for line in lines]
+    assert asked == asked[:4] * len(document["models"])
+    outputs = {json.loads(line)["output"] for line in instructions.read_text().splitlines()}
+    assert all(set(line["references"]) <= outputs and line["references"] for line in lines)
+
+
+def test_the_page_says_what_the_document_says(compared):
+    folder, document = compared
+    tables = Parsed((folder / "page.html").read_text()).tables
+    heading, *rows = tables["Models"]
+    assert [row[0] for row in rows] == ["llama", "llama, 1 shots", "llama + adapter", "llama + second-adapter"]
+    for row, model in zip(rows, document["models"], strict=True):
+        assert row[heading.index("loss")] == f"{model['loss']:.4f}"
+        assert row[heading.index("ROUGE-L")] == f"{model['generated']['scores']['rouge_l']:.4f}"
+        trained = model["trained_parameters"]
+        assert row[heading.index("trained")] == ("–" if trained is None else f"{trained:,}")
+
+
+def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(llama, adapter, instructions, run_cli):
+    done = run_cli("evaluate", "--base", llama, "--adapter", adapter, "--compare", "--data", instructions)
+    assert (done.code, done.stderr) == (0, "")
+    heading, first, second = done.stdout.splitlines()[:3]
+    assert heading.split() == ["model", "trained", "share", "%", "loss", "perplexity"]
+    assert len(heading) == len(first) == len(second)
+    assert first.startswith("llama  ")
+    assert second.startswith("llama + adapter")
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_names_and_answers_stay_text(hostile):
+    answers = [Answer(hostile + " + a", ({"role": "user", "content": hostile},), hostile, (hostile,))]
+    comparison = Comparison((report_of(hostile, "a"),), ())
+    parsed = Parsed(evaluate_page(comparison, answers))
+    tame_answers = [Answer("b + a", answers[0].messages, "", ("x",))]
+    tame = Parsed(evaluate_page(Comparison((report_of("b", "a"),), ()), tame_answers))
+    assert set(parsed.tags) <= set(tame.tags)
+    assert parsed.tags.count("script") == 1
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    said = parsed.tables["The first 1 of 1 questions"][1:]
+    assert [row[2] for row in said] == [hostile, hostile]
+
+
+def test_models_of_one_name_are_told_apart():
+    tables = Parsed(evaluate_page(comparison_of("runs/a/model", "runs/b/model"))).tables
+    assert [row[0] for row in tables["Models"][1:]] == ["runs/a/model", "runs/a/model + runs/b/model"]
+
+
+def test_a_browser_shows_the_page_and_sorts_it(tmp_path):
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    page = evaluate_page(comparison_of())
+    (tmp_path / "page.html").write_text(page)
+    probe = """<iframe id="page" src="page.html" width="375" height="800"></iframe><pre id="found"></pre><script>
+    document.getElementById("page").onload = function () {
+      const inside = this.contentDocument, table = inside.querySelector("table");
+      const names = Array.from(table.tHead.rows[0].cells, (cell) => cell.textContent);
+      table.querySelectorAll("th button")[names.indexOf("loss")].click();
+      document.getElementById("found").textContent = JSON.stringify({
+        order: Array.from(table.tBodies[0].rows, (row) => row.cells[0].textContent),
+        overflow: inside.documentElement.scrollWidth - inside.documentElement.clientWidth });
+    };</script>"""
+    (tmp_path / "probe.html").write_text(probe)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run(
+        [program, *flags, (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    found = json.loads(re.search(r'<pre id="found">(.*)</pre>', done.stdout)[1])
+    assert found["order"] == ["base + adapter", "base"]
+    assert found["overflow"] <= 0, "a phone scrolls the page sideways"
+
+
+def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
+    llama, adapter, certified, instructions, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "unanswered.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a " * 600, "output": "b"}) + "\n")
+    (tmp_path / "text.txt").write_text("words " * 50)
+    other = tiny.write_llama(tmp_path / "other", seed=5)
+    of_another = certified(adapter, other)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest keeps its own
+    cases = [
+        (["--data", tmp_path / "empty.jsonl"], 5, "there are no rows"),
+        (["--data", tmp_path / "unanswered.jsonl", "--generate"], 5, "line 2: has no output"),
+        (["--data", tmp_path / "long.jsonl", "--generate"], 5, "longer than a model's context"),
+        (["--data", instructions, "--adapter", of_another], 4, "belongs to another base"),
+        (["--data", instructions, "--adapter", of_another, "--compare"], 4, "belongs to another base"),
+        (["--data", instructions, "--base", llama], 2, "given twice"),
+        (["--text", tmp_path / "text.txt", "--window", 513], 2, "longer than"),
+        (["--text", tmp_path / "text.txt", "--generate"], 2, "come from data"),
+        (["--data", instructions, "--shots", 2], 2, "--shots-from"),
+        (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "are wanted"),
+        (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
+        (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no folder"),
+        (["--prompt", "words " * 400], 2, "too long for"),
+        (["--data", instructions, "--html", tmp_path], 2, "is a directory"),
+    ]  # fmt: skip
+    for arguments, code, message in cases:
+        monkeypatch.setattr("sys.argv", ["adaptkit", "evaluate", "--base", str(llama), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        assert (stopped.value.code, said.out) == (code, ""), (arguments, said)
+        assert message in said.err, (arguments, said.err)
