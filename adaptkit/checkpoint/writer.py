@@ -158,6 +158,13 @@ class DiskError(AdaptkitError):
     """The disk refused a write."""
 
 
+_DISK_HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+}
+
+
 class disk_errors:  # noqa: N801 - reads as a statement
     """Turn the disk's own errors into one line that says what to do."""
 
@@ -169,6 +176,6 @@ class disk_errors:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = "free some space and run the same command again: it goes on where it stopped" if full else ""
+            hint = _DISK_HINTS.get(error.errno or 0, "")
+            hint = hint and f"{hint} and run the same command again: it goes on where it stopped"
             raise DiskError(f"{self._path.name}: cannot write: {error.strerror}", hint) from error

@@ -154,7 +154,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _read(path: Path, step: int) -> Snapshot:
     record = read_json(path / _RECORD)
-    if record.pop("sha256") != _digest(record) or record["step"] != step:
+    is_whole = (path / _RECORD).read_bytes() == write_json(record)
+    if not is_whole or record.pop("sha256") != _digest(record) or record["step"] != step:
         raise IntegrityError(f"{_RECORD} changed after it was written")
     for name in (_STATE, METRICS_NAME):
         if file_sha256(path / name) != record["files"][name]:

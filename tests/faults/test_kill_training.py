@@ -1,0 +1,268 @@
+"""A training run that is killed, interrupted or damaged at any moment ends in the same bytes.
+
+The command line runs in children of one helper process, which imports torch once, and is killed from outside: at
+moments spread over the time that an undisturbed run takes, and in the middle of writing a checkpoint.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.resume import checkpoints, newest_checkpoint
+
+OPTIONS = [
+    "--rank", "4", "--steps", "10", "--batch-size", "4", "--micro-batch-size", "3", "--learning-rate", "1",
+    "--compute-dtype", "float32", "--dropout", "0.1", "--neftune-alpha", "5", "--eval-every", "2", "--patience", "3",
+    "--sample-prompts", "hello", "--sample-every", "5", "--sample-tokens", "3", "--page-kib", "4",
+    "--optimizer-pages-mib", "0.01", "--on-non-finite", "skip", "--device", "cpu", "--group-by-length",
+]  # fmt: skip
+
+HELPER = """
+import json, os, random, signal, sys, time, warnings
+from pathlib import Path
+
+import matplotlib.backends.backend_svg
+import adaptkit.training.loop
+from adaptkit.cli.main import main
+
+warnings.simplefilter("ignore")  # newer Pythons warn of forks
+base, data, root = map(Path, sys.argv[1:4])
+options, chance = sys.argv[4:], random.Random(3)
+
+
+def run(name, *more):
+    sys.argv = ["adaptkit", "train", "--base", str(base), "--data", str(data), "-o", str(root / name), *options, *more]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+
+
+def start(name, save_every):
+    child = os.fork()
+    if child == 0:
+        log = os.open(root / (name + ".log"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(log, 1), os.dup2(log, 2)
+        code = run(name, "--save-every", str(save_every))
+        sys.stdout.flush()
+        os._exit(code)
+    return child
+
+
+def ended(child):
+    status = os.waitpid(child, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.0002)
+
+
+def over(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def half(work, after):  # a checkpoint being written, of a later step
+    try:
+        names = [name for name in os.listdir(work) if name.startswith("checkpoint-") and name.endswith(".partial")]
+    except FileNotFoundError:
+        return 0
+    return max([step for step in (int(name[11:-8]) for name in names) if step > after], default=0)
+
+
+def lines(work):
+    return len((work / "metrics.jsonl").read_bytes().splitlines()) if (work / "metrics.jsonl").exists() else 0
+
+
+assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
+began = time.monotonic()
+assert ended(start("undisturbed", 1)) == 0
+duration = time.monotonic() - began
+report = {"moments": 0, "halves": 0, "signals": []}
+
+for attempt in range(3):  # at any moment
+    child = start("moment", 1)
+    time.sleep(duration * (0.2 + 0.6 * chance.random()))
+    os.kill(child, signal.SIGKILL)
+    if ended(child) == 0:
+        break
+    report["moments"] += 1
+else:
+    assert ended(start("moment", 1)) == 0
+
+work, killed_at = root / "half.partial", 0
+for attempt in range(2):  # what is half a checkpoint then is found by the next run
+    child = start("half", 1)
+    wait_for(lambda: over(child) or half(work, killed_at))
+    os.kill(child, signal.SIGKILL)
+    ended(child)
+    report["halves"] += half(work, killed_at) > 0
+    killed_at = half(work, killed_at) or killed_at
+assert ended(start("half", 1)) == 0
+
+work = root / "signal.partial"
+for number in (signal.SIGINT, signal.SIGTERM):
+    child, seen = start("signal", 0), lines(work)
+    wait_for(lambda: lines(work) >= seen + 4)
+    os.kill(child, number)
+    code = ended(child)
+    saved = sorted(int(p.name.removeprefix("checkpoint-")) for p in work.glob("checkpoint-*"))
+    report["signals"].append({"code": code, "saved": saved})
+assert ended(start("signal", 0)) == 0
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kill-training")
+    quantize(tiny.write_llama(root / "base"), root / "nf4")
+    return root / "nf4", tiny.write_instructions(root / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def killed(inputs, tmp_path_factory):
+    root = tmp_path_factory.mktemp("killed")
+    arguments = [sys.executable, "-c", HELPER, *inputs, root, *OPTIONS]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    logs = "".join(path.read_text() for path in sorted(root.glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
+    return root, json.loads(done.stdout)
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):
+    root, report = killed
+    expected = tree(root / "undisturbed")
+    assert "last/adapter_model.safetensors" in expected, "the best adapter is not the last one"
+    assert report["moments"] >= 2
+    assert report["halves"] >= 1
+    for name in ("moment", "half", "signal"):
+        found = tree(root / name)
+        if name == "signal":  # its manifests say that it made no checkpoints on the way
+            assert found.keys() == expected.keys()
+            found = {path: content for path, content in found.items() if "manifest" not in path}
+        assert found.items() <= expected.items(), name
+        assert len(found) >= len(expected) - 2
+        assert not (root / f"{name}.partial").exists()
+    assert "went on from" in (root / "half.log").read_text()
+
+
+def test_an_interrupted_run_saves_what_it_did_and_says_how_to_go_on(killed):
+    root, report = killed
+    assert [signal["code"] for signal in report["signals"]] == [130, 143]
+    first, second = (signal["saved"] for signal in report["signals"])
+    assert first, "without a checkpoint every so many steps, an interruption makes one"
+    assert second[-1] > first[-1]
+    log = (root / "signal.log").read_text()
+    for word in ("interrupted", "terminated"):
+        assert f"error: {word}\nhint: the same command goes on where it stopped\n" in log
+    assert "Traceback" not in log
+
+
+# Damage
+
+
+@pytest.fixture
+def config(inputs):
+    base, data = map(str, inputs)
+    return TrainConfig(base=base, data=(data,), rank=2, steps=6, batch_size=4, compute_dtype="float32", save_every=2,
+                       keep_checkpoints=3, device="cpu")  # fmt: skip
+
+
+@pytest.fixture
+def interrupted(config, tmp_path):
+    """Work with checkpoints after steps 2, 4 and 5."""
+
+    def cut(report):
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "adapter", on_step=cut)
+    assert [step for step, _ in checkpoints(tmp_path / "adapter.partial")] == [2, 4, 5]
+    return tmp_path / "adapter.partial"
+
+
+def test_no_damage_to_a_checkpoint_goes_unnoticed(interrupted):
+    """Every file cut short, emptied, gone or with a bit flipped: every bit of the record, many of the rest."""
+    for path in sorted((interrupted / "checkpoint-5").iterdir()):
+        content = path.read_bytes()
+        bits = 8 * len(content)
+        flipped = range(bits) if path.name == "checkpoint.json" else range(0, bits, max(1, bits // 97))
+        variants = [content[: len(content) // 2], b"", content[:-1], content + b"\0"]
+        for bit in flipped:
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            variants.append(bytes(changed))
+        for number, variant in enumerate(variants):
+            path.write_bytes(variant)
+            notes = []
+            found = newest_checkpoint(interrupted, notes.append)
+            assert found.step == 4, (path.name, number)
+            assert notes[0].startswith("warning: checkpoint-5 is damaged")
+        path.unlink()
+        assert newest_checkpoint(interrupted, notes.append).step == 4
+        path.write_bytes(content)
+        assert newest_checkpoint(interrupted, notes.append).step == 5
+
+
+def test_damaged_checkpoints_cost_only_their_steps(config, interrupted, tmp_path):
+    undisturbed = train(config, tmp_path / "undisturbed")
+    for step, victim in ((5, "state.safetensors"), (4, "checkpoint.json")):
+        path = interrupted / f"checkpoint-{step}" / victim
+        path.write_bytes(path.read_bytes()[:100])
+    copies = [shutil.copytree(interrupted, tmp_path / f"{name}.partial") for name in ("one", "none")]
+    shutil.rmtree(copies[1] / "checkpoint-2")
+    for name, step, count in (("one", 2, 2), ("none", 0, 2)):
+        notes = []
+        report = train(config, tmp_path / name, note=notes.append)
+        assert (report.resumed_from, len(notes)) == (step, count)
+        assert tree(tmp_path / name) == tree(tmp_path / "undisturbed")
+        assert report.manifest_sha256 == undisturbed.manifest_sha256
+
+
+def test_a_file_that_is_no_checkpoint_is_in_nobodys_way(config, interrupted, tmp_path):
+    (interrupted / "checkpoint-latest").mkdir()
+    (interrupted / "checkpoint-9.partial").mkdir()
+    (interrupted / "checkpoint-7").write_text("a file")
+    notes = []
+    assert train(config, tmp_path / "adapter", note=notes.append).resumed_from == 5
+    assert notes[0].startswith("warning: checkpoint-7 is damaged")
+
+
+def test_no_room_for_a_checkpoint_ends_in_one_line_and_loses_nothing(config, interrupted, tmp_path):
+    """A limit on the size of files stands for a disk that is full: the write itself fails, half way."""
+    expected = tree(interrupted / "checkpoint-5")
+    size = (interrupted / "checkpoint-5" / "state.safetensors").stat().st_size
+    arguments = [
+        "train", "--base", config.base, "--data", config.data[0], "-o", str(tmp_path / "adapter"), "--rank", "2",
+        "--steps", "6", "--batch-size", "4", "--compute-dtype", "float32", "--save-every", "2",
+        "--keep-checkpoints", "3", "--device", "cpu", "--page-kib", "4",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "adaptkit.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: state.safetensors: cannot write: File too large\nhint: ")
+    assert len(done.stderr.splitlines()) == 2
+    assert tree(interrupted / "checkpoint-5") == expected
+    assert [path.name for path in interrupted.glob("*.partial")] == []
+    assert train(config, tmp_path / "adapter").resumed_from == 5
