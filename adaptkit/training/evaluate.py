@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.errors import UsageError
-from adaptkit.training.batches import Batch, collate
-from adaptkit.training.data import IGNORED, Sample
+from adaptkit.training.batches import collate
+from adaptkit.training.data import Sample
 from adaptkit.training.evaluation import Answer, EvaluateOptions, EvaluateReport, GenerationReport
 from adaptkit.training.generation import Generated, generate
 from adaptkit.training.lineage import check_base, trained_parameters
 from adaptkit.training.loading import load_adapter
+from adaptkit.training.loss import summed_loss
 from adaptkit.training.material import Material, read_material
 from adaptkit.training.model import Model, choose_device, load_model
 from adaptkit.training.perplexity import measure_text, perplexity_of
@@ -160,24 +159,6 @@ def pad_id(tokenizer: Any) -> int:
     """The token to pad with; masks tell what is padding, so the end token does where there is none of its own."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(pad or 0)
-
-
-def summed_loss(model: Model, batch: Batch) -> Tensor:
-    """Cross-entropy summed over the batch's answer tokens, in float32; logits exist only where there is loss."""
-    device = next(model.network.parameters()).device
-    labels = batch.labels[:, 1:]
-    positions = (labels != IGNORED).any(dim=0).nonzero().reshape(-1)
-    logits = model.network(
-        input_ids=batch.ids.to(device),
-        attention_mask=batch.mask.to(device) if batch.positions is None else None,
-        position_ids=None if batch.positions is None else batch.positions.to(device),
-        use_cache=False,
-        logits_to_keep=positions.to(device),
-    ).logits
-    wanted = labels[:, positions].to(device)
-    return functional.cross_entropy(
-        logits.float().reshape(-1, logits.shape[-1]), wanted.reshape(-1), ignore_index=IGNORED, reduction="sum"
-    )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit.training.batches import Batch
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.evaluate import summed_loss
+from adaptkit.training.loss import summed_loss
 from adaptkit.training.model import Model
 from adaptkit.training.neftune import EmbeddingNoise
 

@@ -21,8 +21,10 @@ from adaptkit.checkpoint.assembly import Assembly, check_shape
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank, scaling
+from adaptkit.training.attention import use_own_attention
 from adaptkit.training.experts import ExpertList, PackedModule, Stack, pack, read_weight
 from adaptkit.training.linear import LoraLinear, PlainWeight
+from adaptkit.training.loss import logits_are_the_heads
 from adaptkit.training.whole import TrainedRows, Whole
 
 
@@ -38,6 +40,7 @@ class Model:
         stores_transposed: whether the plain checkpoint keeps the linear weights as (in, out), as GPT-2's Conv1D does.
         whole: by name, the parameters that are trained whole, or that an adapter replaces; see ``training.saved``.
         rows: by module, the trained rows of vocabularies; a tied head's are its embedding's.
+        logits_are_the_heads: whether nothing happens to the logits after the output layer.
     """
 
     network: Any
@@ -47,6 +50,7 @@ class Model:
     stores_transposed: bool = False
     whole: dict[str, Whole] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
+    logits_are_the_heads: bool = False
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -116,7 +120,11 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
             transposed |= not isinstance(module, nn.Linear)
     _load_others(assembly, compute_dtype, device)
     network.requires_grad_(False)
-    return Model(network.to(device).eval(), linears, assembly, compute_dtype, transposed)
+    network.to(device).eval()
+    if device.type == "cpu":
+        use_own_attention(network)
+    plain = logits_are_the_heads(network)
+    return Model(network, linears, assembly, compute_dtype, transposed, logits_are_the_heads=plain)
 
 
 def new_adapter(

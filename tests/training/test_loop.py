@@ -23,8 +23,9 @@ from adaptkit.operations.verify import verify
 from adaptkit.training import gradients
 from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.evaluate import EvaluateOptions, evaluate, summed_loss
+from adaptkit.training.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
+from adaptkit.training.loss import summed_loss
 
 
 @pytest.fixture(scope="module")

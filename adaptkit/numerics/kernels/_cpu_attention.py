@@ -1,0 +1,122 @@
+"""What attention does to a block of scores between its matrix products, in one pass over it each way.
+
+Scores and their gradients are bits of bfloat16 or float32 (see ``_cpu_float``); everything between is float32. A row
+attends to columns ``first <= column < last``; the other columns of the block become zero.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+import numba
+import numpy as np
+
+from adaptkit.numerics.kernels._cpu_float import rounded, value
+from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
+
+_REORDERED = {"reassoc", "nnan", "nsz"}
+"""Sums and maxima of a row may be taken in any order, so that the compiler makes vectors of them."""
+
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SMALLEST = np.float32(-87.0)
+_C2, _C3, _C4 = np.float32(0.5), np.float32(1.6666665e-1), np.float32(4.1665796e-2)
+_C5, _C6, _C7 = np.float32(8.333452e-3), np.float32(1.3981999e-3), np.float32(1.9875691e-4)
+
+
+@inlined
+def exponential(x):
+    """E to a float32 that is not positive, to within 2 units in the last place; below -87 it is e to -87.
+
+    The polynomial is Cephes' (expf).
+    """
+    x = x if x > _SMALLEST else _SMALLEST
+    whole = np.int32(x * _LOG2_E - np.float32(0.5))  # rounds to the nearest, since it cuts towards zero
+    scale = np.float32(whole)
+    x = x - scale * _LN2_HIGH
+    x = x - scale * _LN2_LOW
+    y = _C7
+    y = y * x + _C6
+    y = y * x + _C5
+    y = y * x + _C4
+    y = y * x + _C3
+    y = y * x + _C2
+    y = y * (x * x) + x + np.float32(1.0)
+    return y * np.uint32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
+def _largest(row):
+    largest = row[0]
+    for i in range(row.size):
+        largest = row[i] if row[i] > largest else largest
+    return largest
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
+def _exponentials(row, largest):
+    """Put the exponentials of the differences from the largest in place, and return their sum."""
+    total = np.float32(0.0)
+    for i in range(row.size):
+        row[i] = exponential(row[i] - largest)
+        total += row[i]
+    return total
+
+
+@jit
+def softmax_block(scores, first, last, scale, log_sums):
+    """Turn scores into probabilities in place, and keep the logarithm of each row's sum of exponentials.
+
+    Args:
+        scores: (heads, rows, columns) bits, products of queries and keys.
+        first: (rows,) int32, the first column that a row attends to.
+        last: (rows,) int32, one past the last; a row without columns gets zeros.
+        scale: float32, of the scores.
+        log_sums: (heads, rows) float32, written.
+    """
+    heads, rows, columns = scores.shape
+    memory = np.empty(columns, np.float32)
+    for head in range(heads):
+        for i in range(rows):
+            row, start, end = scores[head, i], first[i], last[i]
+            row[:start] = 0
+            row[end:] = 0
+            log_sums[head, i] = 0.0
+            if start < end:
+                seen, work = row[start:end], memory[: end - start]
+                for j in range(seen.size):
+                    work[j] = value(scores, seen[j]) * scale
+                largest = _largest(work)
+                total = _exponentials(work, largest)
+                factor = np.float32(1.0) / total
+                for j in range(seen.size):
+                    seen[j] = rounded(scores, work[j] * factor)
+                log_sums[head, i] = largest + np.float32(np.log(total))
+
+
+@jit
+def gradient_block(scores, gradients, first, last, scale, log_sums, means):
+    """Turn scores into probabilities again, and gradients of probabilities into those of scores, both in place.
+
+    Args:
+        scores: (heads, rows, columns) bits.
+        gradients: (heads, rows, columns) bits.
+        first: as for ``softmax_block``.
+        last: as for ``softmax_block``.
+        scale: as for ``softmax_block``.
+        log_sums: (heads, rows) float32, what ``softmax_block`` kept.
+        means: (heads, rows) float32, the gradient's mean under each row's probabilities.
+    """
+    heads, rows, _ = scores.shape
+    for head in range(heads):
+        for i in range(rows):
+            row, change, start, end = scores[head, i], gradients[head, i], first[i], last[i]
+            log_sum, mean = log_sums[head, i], means[head, i]
+            row[:start] = 0
+            row[end:] = 0
+            change[:start] = 0
+            change[end:] = 0
+            seen, seen_change = row[start:end], change[start:end]
+            for j in range(seen.size):
+                power = value(scores, seen[j]) * scale - log_sum
+                probability = exponential(power if power < np.float32(0.0) else np.float32(0.0))
+                difference = value(gradients, seen_change[j]) - mean
+                seen[j] = rounded(scores, probability)
+                seen_change[j] = rounded(gradients, probability * difference * scale)

@@ -1,0 +1,254 @@
+"""Time one training step against what people use today, on a CPU: adaptkit, and peft on two kinds of base.
+
+    .venv/bin/python scripts/bench_training.py [--rounds 5] [--only 256 ...] [--threads 1]
+
+All sides train rank-16 adapters on every linear layer of SmolLM2-135M-Instruct with AdamW and clipping, on the same
+tokens. Each side is a process of its own that is told when to take a step, and the sides take turns step by step, so
+that a busy machine is busy for all of them; medians are printed, with ratios to the faster peer. Peak memory is the
+process's own (the kernel's high-water mark, reset once the model is loaded), interpreter and libraries included.
+
+    adaptkit     NF4 shards, bfloat16 compute
+    peft, bnb    transformers + peft + bitsandbytes: NF4 with double quantization, bfloat16 autocast
+    peft, bf16   transformers + peft on the 16-bit model, the fastest peer
+
+The floor is the time of nothing but the matrix products with frozen weights that a step cannot do without, forward and
+backward, in the same shapes, one after the other.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import get_smollm2
+
+CASES = {
+    "256": (256, 1.0, False),
+    "1024": (1024, 1.0, False),
+    "256, 40 % answers": (256, 0.4, False),
+    "256, checkpointing": (256, 1.0, True),
+    "1024, checkpointing": (1024, 1.0, True),
+}
+"""Tokens of the one sequence, the share of them that carries loss, and whether layers are checkpointed."""
+
+SIDES = ("adaptkit", "peft, bnb", "peft, bf16")
+RATE = 2e-4
+
+
+def tokens(length: int, share: float) -> tuple[Any, Any]:
+    """(1, length) ids and labels; the last ``share`` of the positions carries loss."""
+    import torch
+
+    ids = torch.randint(0, 49152, (1, length), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : round(length * (1 - share))] = -100
+    return ids, labels
+
+
+def adaptkit_step(base: Path, length: int, share: float, checkpointing: bool) -> Callable[[], float]:
+    """One step as ``adaptkit train`` takes it."""
+    import torch
+
+    from adaptkit.training.batches import Batch
+    from adaptkit.training.config import TrainConfig
+    from adaptkit.training.gradients import Gradients
+    from adaptkit.training.model import load_model, new_adapter
+    from adaptkit.training.optimizer import make_optimizer
+    from adaptkit.training.parameters import Trainable
+    from adaptkit.training.segments import checkpoint_layers
+
+    config = TrainConfig(base=str(base), data=("data.jsonl",), device="cpu")
+    model = load_model(base, torch.bfloat16, torch.device("cpu"))
+    new_adapter(model, ("*",), 16, 32.0, "kaiming", 0.0, 0)
+    checkpoint_layers(model.network, "layer" if checkpointing else "none")
+    trainable = Trainable.of(model)
+    gradients = Gradients(model, trainable.gradients, config)
+    optimizer = make_optimizer(trainable, config, Path("unused: every page is resident"))
+    ids, labels = tokens(length, share)
+    batch = Batch(ids, labels, torch.ones_like(ids))
+    answers = int((labels[:, 1:] != -100).sum())
+
+    def step() -> float:
+        loss = gradients.collect([batch], answers, 0)
+        optimizer.clip(1.0)
+        optimizer.step(RATE)
+        return loss
+
+    return step
+
+
+def peft_step(source: Path, length: int, share: float, checkpointing: bool, packed: bool) -> Callable[[], float]:
+    """One step of a plain loop with peft."""
+    import contextlib
+
+    import peft
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if packed:
+        options |= {
+            "quantization_config": transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            ),
+            "device_map": "cpu",
+        }
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(plain, adapter)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    ids, labels = tokens(length, share)
+    model.train()
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16) if packed else contextlib.nullcontext():
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Callable[[], float]:
+    """The products with the frozen weights: forward, for the inputs' gradients, and again if it is recomputed."""
+    import torch
+
+    config = json.loads((base / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    layers = config["num_hidden_layers"]
+    shapes = [(hidden, hidden, 2 * layers), (keys, hidden, 2 * layers), (inner, hidden, 2 * layers)]
+    shapes += [(hidden, inner, layers), (config["vocab_size"], hidden, 1)]
+    products = []
+    for out, into, count in shapes:
+        rows = round(length * share) if out == config["vocab_size"] else length
+        products.append((torch.randn(rows, into).bfloat16(), torch.randn(out, into).bfloat16(), count))
+    forwards = 2 if checkpointing else 1
+
+    def step() -> float:
+        for x, weight, count in products:
+            y = x @ weight.T
+            for _ in range((count if weight.shape[0] != config["vocab_size"] else 1) * forwards - 1):
+                y = x @ weight.T
+            for _ in range(count):
+                y @ weight
+        return 0.0
+
+    return step
+
+
+def work(side: str, case: str, threads: int) -> None:
+    """Be one side: load, say so, and take a step for every line of the input; the answer is its seconds and loss."""
+    import time
+
+    import torch
+
+    torch.set_num_threads(threads)
+    length, share, checkpointing = CASES[case]
+    source = get_smollm2.default_folder() / get_smollm2.MODEL_NAME
+    base = packed_base(source)
+    if side == "adaptkit":
+        step = adaptkit_step(base, length, share, checkpointing)
+    elif side == "floor":
+        step = floor_step(source, length, share, checkpointing)
+    else:
+        step = peft_step(source, length, share, checkpointing, side == "peft, bnb")
+    Path("/proc/self/clear_refs").write_text("5")
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        loss = step()
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) / 1000
+        print(json.dumps([time.perf_counter() - started, peak, loss]), flush=True)
+
+
+def packed_base(source: Path) -> Path:
+    """The quantized model, made once."""
+    packed = source.parent / "bench-nf4"
+    if not packed.exists():
+        command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", str(source), "-o", str(packed)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return packed
+
+
+def compare(case: str, rounds: int, threads: int, sides: tuple[str, ...]) -> None:
+    """Let all sides take steps in turn, and print what they took."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    workers = {
+        side: subprocess.Popen(
+            [sys.executable, __file__, "--work", side, "--case", case, "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if side.startswith("peft") else None,
+            text=True,
+            env=environment,
+        )
+        for side in sides
+    }
+    found: dict[str, list[list[float]]] = {side: [] for side in sides}
+    for side, worker in workers.items():
+        if worker.stdout.readline().strip() != "ready":
+            sys.exit(f"bench: {side} failed to start")
+    for turn in range(rounds + 1):
+        for side, worker in workers.items():
+            worker.stdin.write("step\n")
+            worker.stdin.flush()
+            answer = json.loads(worker.stdout.readline())
+            if turn:  # the first step compiles, allocates and fills caches
+                found[side].append(answer)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    peers = [side for side in sides if side.startswith("peft")]
+    fastest = min(statistics.median(s for s, _, _ in found[side]) for side in peers) if peers else 1.0
+    smallest = min(max(m for _, m, _ in found[side]) for side in peers) if peers else 1.0
+    print(f"\n{case} tokens{'':24} {'s/step':>8} {'ratio':>7} {'peak MB':>9} {'ratio':>7} {'loss':>8}")
+    for side, answers in found.items():
+        seconds = statistics.median(s for s, _, _ in answers)
+        peak = max(m for _, m, _ in answers)
+        memory = f"{peak:9.0f} {peak / smallest:7.2f} {answers[-1][2]:8.4f}" if side != "floor" else ""
+        print(f"{side:40} {seconds:8.3f} {seconds / fastest:7.2f} {memory}", flush=True)
+
+
+def main() -> None:
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="cases")
+    parser.add_argument("--sides", nargs="*", choices=[*SIDES, "floor"], default=[*SIDES, "floor"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work, options.case, options.threads)
+        return
+    source = get_smollm2.default_folder() / get_smollm2.MODEL_NAME
+    if not source.exists():
+        sys.exit("bench: run scripts/get_smollm2.py first")
+    shutil.rmtree(source.parent / "bench-nf4", ignore_errors=True)
+    packed_base(source)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {options.threads} thread(s)")
+    for case in options.only or CASES:
+        compare(case, options.rounds, options.threads, tuple(options.sides))
+
+
+if __name__ == "__main__":
+    main()
