@@ -1,0 +1,141 @@
+"""Full fine-tuning trains transformers' own model, and writes the base's checkpoint with other numbers."""
+
+import peft_adapters
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import ConfigError, NonFiniteError, UsageError
+from adaptkit.operations.verify import verify
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.evaluate import EvaluateOptions, evaluate
+from adaptkit.training.loop import train
+from adaptkit.training.model import load_model
+from adaptkit.training.parameters import Trainable
+from adaptkit.training.result import write_result
+from adaptkit.training.start import begin, resolve_method
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 83).view(2, 40)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    tiny.write_llama(root / "tied", shards=3)
+    tiny.write_llama(root / "untied", tied=False)
+    tiny.write_gpt2(root / "gpt2", shards=2)
+    tiny.write_family(root / "experts", "mixtral")
+    tiny.write_family(root / "fused", "qwen3_moe", fused_experts=True)
+    tiny.write_family(root / "phi", "phi")
+    return root
+
+
+FAMILIES = ["tied", "untied", "gpt2", "experts", "fused", "phi"]
+
+
+def begun(base, dtype="float32"):
+    config = resolve_method(TrainConfig(base=str(base), data=("none",), method="full"), Checkpoint(base))
+    model = load_model(base, getattr(torch, dtype), CPU)
+    begin(model, config, None, load_tokenizer(base))
+    return model, config, Trainable.of(model)
+
+
+def written(folder, model, config):
+    with Output(folder, "plan") as out:
+        out.publish(write_result(out, model, config, None, None, []))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gradient_is_that_of_transformers_model(bases, family):
+    model, _, trainable = begun(bases / family)
+    plain = AutoModelForCausalLM.from_pretrained(bases / family, dtype=torch.float32).train()
+    model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
+    plain(IDS, labels=IDS, use_cache=False).loss.backward()
+    expected = dict(plain.named_parameters())
+    assert trainable.values.numel() == sum(p.numel() for p in expected.values())
+    for name, parameter in expected.items():
+        found = model.whole[name].parameter.grad
+        found = found.T if model.whole[name].transposed else found
+        assert float((found - parameter.grad).norm()) <= 1e-5 * float(parameter.grad.norm()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untrained_it_writes_the_bases_own_bytes(bases, family, tmp_path):
+    model, config, _ = begun(bases / family, "bfloat16")
+    folder = written(tmp_path / "tuned", model, config)
+    for path in (bases / family).iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+    assert verify(folder).kind == "checkpoint"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_it_writes_what_transformers_loads_to_the_same_logits(bases, family, tmp_path):
+    model, config, trainable = begun(bases / family)
+    generator = torch.Generator().manual_seed(3)
+    trainable.values.add_(torch.randn(trainable.values.shape, generator=generator), alpha=0.02)
+    if Checkpoint(bases / family).config["dtype"] == "bfloat16":
+        trainable.values.copy_(trainable.values.bfloat16())  # so that writing rounds nothing
+    folder = written(tmp_path / "tuned", model, config)
+    with peft_adapters.quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    before = AutoModelForCausalLM.from_pretrained(bases / family, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model.network.eval()(IDS).logits
+        assert float((loaded(IDS).logits - expected).abs().max()) < 1e-5
+        assert float((before(IDS).logits - expected).abs().max()) > 1e-2
+
+
+def test_in_bfloat16_it_computes_what_a_bfloat16_model_does(bases):
+    model, _, trainable = begun(bases / "tied", "bfloat16")
+    assert trainable.values.dtype == torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(bases / "tied", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert torch.equal(model.network.eval()(IDS).logits, plain(IDS).logits)
+
+
+def test_a_run_learns_and_keeps_the_layout(bases, instructions, tmp_path):
+    base = bases / "tied"
+    config = TrainConfig(
+        base=str(base), data=(str(instructions),), method="full", steps=12, batch_size=4, learning_rate=2e-3,
+        compute_dtype="float32", device="cpu",
+    )  # fmt: skip
+    report = train(config, tmp_path / "tuned")
+    assert report.held_out_after < 0.9 * report.held_out_before
+    options = EvaluateOptions(compute_dtype="float32", device="cpu")
+    losses = [evaluate(folder, None, [instructions], options).loss for folder in (base, tmp_path / "tuned")]
+    assert losses[1] < 0.9 * losses[0]
+    for path in base.glob("*.safetensors"):
+        with safe_open(path, "pt") as before, safe_open(tmp_path / "tuned" / path.name, "pt") as after:
+            assert [(n, after.get_tensor(n).dtype) for n in after.keys()] == [  # noqa: SIM118
+                (n, before.get_tensor(n).dtype)
+                for n in before.keys()  # noqa: SIM118
+            ]
+
+
+def test_a_quantized_base_is_refused_with_what_to_do(llama_nf4):
+    config = TrainConfig(base=str(llama_nf4), data=("none",), method="full")
+    with pytest.raises(UsageError, match="is quantized, and full") as caught:
+        resolve_method(config, Checkpoint(llama_nf4))
+    assert "dequantize" in caught.value.hint
+
+
+def test_what_only_an_adapter_has_is_refused():
+    for name, value in (("dora", True), ("rank", 4), ("modules_to_save", ("lm_head",)), ("bias", "all")):
+        with pytest.raises(ConfigError, match=name) as caught:
+            TrainConfig(base="base", data=("none",), method="full", **{name: value})
+        assert "no adapter" in caught.value.hint
+
+
+def test_a_weight_that_its_type_cannot_hold_is_an_error(bases, tmp_path):
+    model, config, trainable = begun(bases / "tied")
+    trainable.values[5] = float("inf")
+    with pytest.raises(NonFiniteError, match="too large for BF16"):
+        written(tmp_path / "tuned", model, config)
+    assert not (tmp_path / "tuned").exists()
