@@ -162,14 +162,17 @@ def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
         raise BaseMismatchError(f"{name} is {list(value.shape)}, the base's is {list(expected)}")
 
 
-def train_rows(model: Model, path: str, indices: Sequence[int], rows: Tensor | None = None) -> None:
-    """Train rows of an embedding or output layer, and of what is tied to it.
+def train_rows(
+    model: Model, path: str, indices: Sequence[int], rows: Tensor | None = None, together: bool = True
+) -> None:
+    """Train rows of an embedding or output layer.
 
     Args:
         model: to change.
         path: of the module.
         indices: which rows.
         rows: (n, dim), what they begin as; None for the base's own.
+        together: whether what is tied to the module uses them too.
 
     Raises:
         UsageError: there is no such row, or the table is quantized or trained whole.
@@ -191,7 +194,8 @@ def train_rows(model: Model, path: str, indices: Sequence[int], rows: Tensor | N
     _check_shape(f"the trained rows of {path}", rows, (len(indices), dim))
     trained = TrainedRows(torch.tensor(indices), rows.float(), entries).to(model.device)
     for place in places.values():
-        if place.module._parameters.get(place.child) is table:
+        is_tied = place.module._parameters.get(place.child) is table
+        if is_tied and (together or place is places[name]):
             replace_rows(place.module, trained)
     model.rows[path] = trained
 

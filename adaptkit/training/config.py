@@ -1,5 +1,6 @@
 """Everything that determines a training run; each field is an option of ``adaptkit train`` and a key of its file."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,6 +154,9 @@ class TrainConfig:
         for name in ("dora", "dropout"):
             if self.target_parameters and getattr(self, name):
                 refuse(self, name, "does not go with target_parameters, nor does it in PEFT")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not all(map(_is_expression, getattr(self, name) or {})):
+                refuse(self, name, "the keys are regular expressions")
         if any(rank != int(rank) for rank in (self.rank_pattern or {}).values()):
             refuse(self, "rank_pattern", "whole numbers")
 
@@ -173,3 +177,11 @@ class TrainConfig:
     def decisive(self) -> dict[str, Any]:
         """What decides about the result: a run that goes on must have the same."""
         return {name: value for name, value in self.recorded().items() if name not in _FREE}
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True

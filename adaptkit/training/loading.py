@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.errors import AdapterError, BaseMismatchError
+from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
 from adaptkit.training.adapt import put_stack, stack_shape, train_rows, train_whole
 from adaptkit.training.model import Model, attach_adapter
 
@@ -26,12 +26,15 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
     for name, magnitude in adapter.magnitudes.items():
         model.linears[name].attach_magnitude(magnitude)
     values = {name: adapter.files.read(key) for name, key in adapter.replaced.items()}
-    train_whole(model, values, values, together=bool(adapter.config.get("ensure_weight_tying")))
-    for path, chosen in adapter.tokens.items():
-        if (
-            getattr(model.network.get_submodule(path), "trained_rows", None) is None
-        ):  # else it is tied to the one before
-            train_rows(model, path, chosen.indices, chosen.rows)
+    head = model.network.get_output_embeddings()
+    try:
+        train_whole(model, values, values, together=bool(adapter.config.get("ensure_weight_tying")))
+        for path, chosen in adapter.tokens.items():
+            # As in peft: a tied head has the embedding's rows unless it has its own, and never the other way round.
+            is_head = model.network.get_submodule(path) is head
+            train_rows(model, path, chosen.indices, chosen.rows, together=len(adapter.tokens) == 1 and not is_head)
+    except AdaptkitError as error:
+        raise BaseMismatchError(f"{adapter.root}: {error.message}", hint=error.hint) from error
     stacks = model.stacks()
     for name, changes in adapter.experts.items():
         count, *matrix = stack_shape(stacks[name], name) if name in stacks else (0, 0, 0)

@@ -6,6 +6,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
@@ -16,10 +17,12 @@ from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.linear import PackedWeight
 from adaptkit.training.loading import load_adapter
 from adaptkit.training.model import load_model
 from adaptkit.training.parameters import Trainable
 from adaptkit.training.result import write_result
+from adaptkit.training.segments import checkpoint_layers
 from adaptkit.training.start import begin, resolve_method
 
 CPU = torch.device("cpu")
@@ -140,3 +143,88 @@ def test_loading_and_merging_give_the_logits_of_the_trained_model(bases, name, t
     merge(base, [adapter], tmp_path / "merged")
     merged = logits(load_model(tmp_path / "merged", torch.float32, CPU).network)
     assert float((merged - expected).abs().max()) < 2e-5
+
+
+def formula(model, plain):
+    """The plain model's parameters as written out here, from leaves that get gradients; and these with the trained."""
+    leaves = []
+
+    def leaf(parameter):
+        leaves.append((parameter.detach().clone().requires_grad_(), parameter))
+        return leaves[-1][0]
+
+    values = {}
+    for name, layer in model.adapted().items():
+        changed = layer.scaling * leaf(layer.lora_b) @ leaf(layer.lora_a)
+        weight = plain.get_parameter(f"{name}.weight").detach()
+        weight = (weight.T if model.stores_transposed else weight) + changed
+        if layer.magnitude is not None:
+            weight = (leaf(layer.magnitude) / weight.norm(dim=1).detach())[:, None] * weight
+        values[f"{name}.weight"] = weight.T if model.stores_transposed else weight
+    for name, module in model.stacks().items():
+        change = module.change_of(name.rpartition(".")[2]) if hasattr(module, "changes") else None
+        if change is not None:
+            delta = torch.einsum("eor,eri->eoi", leaf(change.lora_b), leaf(change.lora_a))
+            values[name] = plain.get_parameter(name).detach() + change.scaling * delta
+    shared = {}  # of tied names
+    for name, whole in model.whole.items():
+        if id(whole.parameter) not in shared:
+            shared[id(whole.parameter)] = values[name] = leaf(whole.parameter)
+    for path, rows in model.rows.items():
+        table = plain.get_parameter(f"{path}.weight").detach()
+        values[f"{path}.weight"] = table.index_copy(0, rows.indices, leaf(rows.rows))
+    return values, leaves
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [(name, "none") for name in CASES] + [(n, "sqrt") for n, case in CASES.items() if case.family in ("untied", "moe")],
+)
+def test_gradients_are_those_of_the_formula_on_the_dequantized_model(bases, name, checkpointing):
+    case = CASES[name]
+    model, _ = begun(bases / f"{case.family}-nf4", case.settings)
+    plain = peft_adapters.load_float32(bases / f"{case.family}-again").train()
+    if model.rows:  # torch gives the padding's row no gradient, even where it is the end token of an answer
+        plain.get_input_embeddings().padding_idx = None
+    values, leaves = formula(model, plain)
+    ids = IDS[:2]
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    torch.func.functional_call(plain, values, kwargs=inputs).loss.backward()
+    checkpoint_layers(model.network, checkpointing)
+    model.network.train()(**inputs).loss.backward()
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(parameter) for _, parameter in leaves}
+    for expected, parameter in leaves:
+        assert float(expected.grad.norm()) > 0
+        assert float((parameter.grad - expected.grad).norm()) <= 1e-5 * float(expected.grad.norm())
+
+
+@pytest.mark.parametrize("name", ["rslora", "dora", "tokens of a tied vocabulary", "experts"])
+def test_no_unpacked_weight_outlives_the_forward_pass(bases, name, monkeypatch):
+    """Of any layer: with an adapter, without one, or of experts."""
+    model, _ = begun(bases / f"{CASES[name].family}-nf4", CASES[name].settings)
+    unpacked, dequantize_really = [], PackedWeight.dequantize
+
+    def watched(weight, dtype):
+        result = dequantize_really(weight, dtype)
+        unpacked.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+    monkeypatch.setattr(PackedWeight, "dequantize", watched)
+    loss = model.network.train()(IDS, labels=IDS, use_cache=False).loss
+    assert len(unpacked) >= len(model.linears)
+    assert all(storage.expired() for storage in unpacked)
+    loss.backward()
+    assert all(storage.expired() for storage in unpacked)
+
+
+def test_in_bfloat16_a_fresh_adapter_changes_no_logit(bases):
+    """A DoRA's magnitudes begin as the very norms that it divides by."""
+    base = bases / "tied-nf4"
+    settings = {"dora": True, "modules_to_save": ("norm",), "trainable_tokens": ("7",), "compute_dtype": "bfloat16"}
+    config = TrainConfig(base=str(base), data=("none",), rank=4, **settings)
+    model, plain = (load_model(base, torch.bfloat16, CPU) for _ in range(2))
+    begin(model, config, None, load_tokenizer(base))
+    Trainable.of(model)
+    assert all(p.dtype == torch.float32 for p in model.network.parameters() if p.requires_grad)
+    assert torch.equal(logits(model.network), logits(plain.network))

@@ -1,5 +1,7 @@
 """The packed model is the model that transformers loads."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
-from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
@@ -190,3 +192,34 @@ def test_a_quantized_head_is_used_and_is_no_target(tmp_path):
         hidden = model.network.model(IDS).last_hidden_state
         head = read_quantized(checkpoint, "lm_head.weight").dequantize(torch.float32)
         assert torch.allclose(logits(model.network), hidden @ head.T, atol=1e-5)
+
+
+def mapped(address):
+    """The file that memory at an address is a view of; empty for ordinary memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5) if line.count("/") else (line.split()[0], "")
+        start, end = (int(edge, 16) for edge in span.split("-"))
+        if start <= address < end:
+            return name
+    raise ValueError(address)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says what memory is a view of what file")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llama_nf4"])
+def test_weights_are_views_of_the_files(family, request):
+    folder = request.getfixturevalue(family)
+    model = load_model(folder, torch.float32 if family == "gpt2" else torch.bfloat16, CPU)
+    tensors = [t for layer in model.linears.values() for t in layer.base.buffers() if t.numel() > 1000]
+    tensors += [parameter for parameter in model.network.parameters() if parameter.dim() > 1]
+    assert len(tensors) > len(model.linears)
+    assert {mapped(tensor.data_ptr()) for tensor in tensors} == {str(folder / "model.safetensors")}
+
+
+def test_what_is_written_to_a_mapped_tensor_stays_out_of_the_file(llama):
+    before = (llama / "model.safetensors").read_bytes()
+    checkpoint = MappedCheckpoint(llama)
+    for name in checkpoint.tensors:
+        tensor = checkpoint.read(name)
+        assert torch.equal(tensor, Checkpoint(llama).read(name))
+        tensor.zero_()
+    assert (llama / "model.safetensors").read_bytes() == before
