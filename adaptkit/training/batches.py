@@ -109,6 +109,12 @@ class Batches:
         parts = [mine[start:end] for start, end in _cuts(len(mine), count)]
         return [collate(part, self._padding) if part else self._blank() for part in parts]
 
+    def largest(self) -> tuple[int, int]:
+        """The most rows of a micro-batch of one process alone, and the length of the longest row."""
+        steps = self._epoch(0)
+        rows = max(math.ceil(len(step) / math.ceil(len(step) / self._micro_batch_size)) for step in steps)
+        return rows, max(_length(row) for step in steps for row in step)
+
     def _epoch(self, epoch: int) -> list[list[Row]]:
         """The rows of every step of an epoch."""
         if self._planned is None or self._planned[0] != epoch:

@@ -26,7 +26,9 @@ _SEEDS = (1 << 40) - 1
 """Steps are added to a million times the seed, in 64 bits."""
 
 _PLACES = frozenset({"base", "data", "device", "tensorboard", "wandb"})
-_FREE = frozenset({"save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing"})
+_FREE = frozenset(
+    {"save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing", "offload_checkpoints"}
+)
 """Change no byte of the adapter, so a run can go on with others."""
 
 
@@ -115,7 +117,9 @@ class TrainConfig:
 
     # Memory
     optimizer: str = setting("Moments in 32 bits, or in 8 with a constant for every 256.", "adamw", choices=OPTIMIZERS)
-    checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers) or segments:K.", "layer")
+    checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers), segments:K, or "
+                                 "budget:MIB (whatever recomputes least within it).", "layer")  # fmt: skip
+    offload_checkpoints: bool = setting("Let the inputs of segments wait in host memory; on a GPU.", False)
     optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory. "
                                                 "Default: all of it.", None, above=0, at_most=_LARGEST)  # fmt: skip
     page_kib: int = setting("Size of a page of optimizer state.", 2048, at_least=1, at_most=1 << 20)

@@ -30,6 +30,7 @@ class RunPlan:
         answer_tokens: of them, those that carry loss.
         trainable_parameters: in the adapter.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        checkpointing: which layers are checkpointed, in words.
         checkpoint_bytes: size of one.
         disk_bytes: of all that are there at a time.
     """
@@ -46,6 +47,7 @@ class RunPlan:
     answer_tokens: int
     trainable_parameters: int
     segments: int
+    checkpointing: str
     checkpoint_bytes: int
     disk_bytes: int
 
@@ -59,7 +61,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     inputs = read_inputs(config, output, force)
     work = partial_folder(output)
     check_unfinished(work, inputs.identity(), force, resume)
-    model, segments = build(inputs, choose_device(config.device))
+    model, checkpointing = build(inputs, choose_device(config.device))
     parameters = Trainable.of(model).values.numel()
     steps = total_steps(config, batches_of(inputs))
     one = checkpoint_bytes(config, parameters)
@@ -76,7 +78,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         tokens=sum(len(sample.ids) for sample in inputs.samples),
         answer_tokens=sum(sample.answer_tokens for sample in inputs.samples),
         trainable_parameters=parameters,
-        segments=segments,
+        segments=checkpointing.segments,
+        checkpointing=str(checkpointing),
         checkpoint_bytes=one,
         disk_bytes=one * (config.keep_checkpoints + 1),
     )

@@ -37,6 +37,7 @@ class TrainReport:
         held_out_before: mean loss per answer token on the held-out samples, before training; None without any.
         held_out_after: the same of the published adapter; None if it was not measured.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        checkpointing: which layers are checkpointed, in words.
         paging: the optimizer state's page table and what moved; see ``paging.Pages.metrics``.
         tokens_per_second: of this process.
         tensors_root: binds the adapter's tensors.
@@ -55,6 +56,7 @@ class TrainReport:
     held_out_before: float | None
     held_out_after: float | None
     segments: int
+    checkpointing: str
     paging: dict[str, int]
     tokens_per_second: float
     tensors_root: str

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.checkpoint.activations import Checkpointing
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
 from adaptkit.training.batches import Batches
@@ -22,6 +23,7 @@ from adaptkit.training.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
+from adaptkit.training.memory import save_activations
 from adaptkit.training.model import Model, choose_device, load_model
 from adaptkit.training.moments import moment_bytes
 from adaptkit.training.optimizer import STATE_BITS, make_optimizer
@@ -29,7 +31,6 @@ from adaptkit.training.parameters import Trainable
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
 from adaptkit.training.schedule import learning_rate
-from adaptkit.training.segments import checkpoint_layers
 from adaptkit.training.selection import best_step, is_over
 from adaptkit.training.start import begin
 from adaptkit.training.trackers import Tracker
@@ -65,7 +66,7 @@ class Run:
     Attributes:
         steps: in all, unless the run stops early.
         model: being trained.
-        segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        checkpointing: which layers are checkpointed.
         trainable: all that is trained.
         optimizer: of it.
         history: what was measured.
@@ -80,7 +81,7 @@ class Run:
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
         device = choose_device(inputs.config.device)
-        self.model, self.segments = build(inputs, device)
+        self.model, self.checkpointing = build(inputs, device)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)
@@ -276,8 +277,8 @@ def total_steps(config: TrainConfig, batches: Batches) -> int:
     return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
 
 
-def build(inputs: Inputs, device: torch.device) -> tuple[Model, int]:
-    """The model with the adapter that it begins with, and the segments of its gradient checkpointing."""
+def build(inputs: Inputs, device: torch.device) -> tuple[Model, Checkpointing]:
+    """The model with the adapter that it begins with, and which of its layers are checkpointed."""
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), device)
     begin(model, inputs.config, inputs.start, inputs.tokenizer)
-    return model, checkpoint_layers(model.network, inputs.config.checkpointing)
+    return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

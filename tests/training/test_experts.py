@@ -21,7 +21,7 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.experts import ExpertList, read_weight
 from adaptkit.training.linear import PackedWeight, PlainWeight
 from adaptkit.training.model import load_model, new_adapter
-from adaptkit.training.segments import checkpoint_layers
+from adaptkit.training.segments import checkpoint_layers, choose_checkpointing
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -78,7 +78,7 @@ def gradients(folder, policy, implementation):
     generator = torch.Generator().manual_seed(0)
     for _, layer in sorted(model.adapted().items()):
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
-    checkpoint_layers(model.network, policy)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, policy, measure=None))
     model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
 

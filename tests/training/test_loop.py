@@ -104,8 +104,11 @@ def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_
 
 @pytest.mark.parametrize(
     "change",
-    [{"optimizer_pages_mib": 0.01, "page_kib": 4}, {"checkpointing": "sqrt"}, {"checkpointing": "none"}],
-    ids=["paged", "sqrt", "none"],
+    [
+        {"optimizer_pages_mib": 0.01, "page_kib": 4},
+        *({"checkpointing": policy} for policy in ("sqrt", "none", "segments:1", "budget:5")),
+    ],
+    ids=["paged", "sqrt", "none", "segments", "budget"],
 )
 def test_neither_pages_nor_segments_change_a_byte(config, trained, change, tmp_path):
     report = train(replace(config, **change), tmp_path / "adapter")
@@ -174,6 +177,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, traine
     assert report.resumed_from == 8
     assert report.tensors_root == trained[1].tensors_root
     assert "checkpoint-10 is damaged" in capsys.readouterr().err
+
+
+def test_a_budget_says_what_it_chose_or_what_the_least_would_be(config, run_cli, tmp_path):
+    arguments = ["train", "--base", config.base, "--data", config.data[0], "-o", tmp_path / "out", "--dry-run"]
+    done = run_cli(*arguments, "--checkpointing", "budget:64")
+    assert "all 2 layers keep everything" in done.stdout
+    done = run_cli(*arguments, "--checkpointing", "budget:1", "--batch-size", 32, "--compute-dtype", "float32")
+    assert (done.code, "budget:1 is not enough" in done.stderr) == (2, True)
+    least = done.stderr.partition("give ")[2].partition(",")[0]
+    done = run_cli(*arguments, "--checkpointing", least, "--batch-size", 32, "--compute-dtype", "float32")
+    assert (done.code, "a checkpoint a layer of 2" in done.stdout) == (0, True), done.stderr
+
+
+def test_offloading_where_there_is_no_gpu_is_refused_with_the_reason(config, tmp_path):
+    with pytest.raises(UsageError, match="where a CPU has them already"):
+        train(replace(config, offload_checkpoints=True), tmp_path / "adapter")
 
 
 def test_unfinished_work_of_another_run_is_not_thrown_away(config, tmp_path):

@@ -6,22 +6,32 @@ import pytest
 import torch
 from torch import nn
 
-from adaptkit.errors import ConfigError, UsageError
+from adaptkit.checkpoint.activations import Checkpointing
+from adaptkit.errors import UsageError
 from adaptkit.training import segments
 from adaptkit.training.model import load_model, new_adapter
-from adaptkit.training.segments import checkpoint_layers, segment_length
+from adaptkit.training.offload import Shelf
+from adaptkit.training.segments import checkpoint_layers, choose_checkpointing
+
+
+def checkpoint(network, policy, shelf=None):
+    if isinstance(policy, str):
+        policy = choose_checkpointing(network, policy, measure=None)
+    checkpoint_layers(network, policy, shelf)
+    return policy.segments
+
 
 POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments:7"]
 IDS = torch.arange(40).reshape(2, 20) % 50 + 3
 
 
-def gradients(folder, policy, dropout, twice=False):
+def gradients(folder, policy, dropout, twice=False, shelf=None):
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), 2, 4.0, "kaiming", dropout, seed=0)
     for number, layer in enumerate(model.adapted().values()):
         generator = torch.Generator().manual_seed(number)
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
-    count = checkpoint_layers(model.network, policy)
+    count = checkpoint(model.network, policy, shelf)
     model.network.train()
     torch.manual_seed(11)
     for _ in range(2 if twice else 1):
@@ -48,11 +58,21 @@ def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout)
     assert count == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0))
 
 
+def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmented):
+    """Twice: the second step takes the shelf's buffers again."""
+    expected, _, random_after = unsegmented(0.1)
+    shelf = Shelf(torch.device("cpu"))
+    for checkpointing in ("segments:3", Checkpointing(7, 2, whole=2)):
+        found, count, random_found = gradients(deep_nf4, checkpointing, 0.1, twice=True, shelf=shelf)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert (random_found, count) == (random_after, 3)
+
+
 def saved_bytes(folder, policy):
     """What autograd saves in the forward pass through the layers."""
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
-    checkpoint_layers(model.network, policy)
+    checkpoint(model.network, policy)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
         model.network.train().model(input_ids=IDS, use_cache=False)
@@ -74,7 +94,7 @@ def kept_inputs(folder, policy):
     inputs = []
     for layer in model.network.model.layers:
         layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
-    checkpoint_layers(model.network, policy)
+    checkpoint(model.network, policy)
     hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
     alive = sum(reference() is not None for reference in inputs)
     hidden.sum().backward()
@@ -86,21 +106,10 @@ def test_only_the_inputs_of_segments_are_kept(deep_nf4):
     assert kept_inputs(deep_nf4, "sqrt") == 3
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("none", None), ("layer", 1), ("sqrt", 5), ("segments:4", 8)])
-def test_policies_give_their_segment_lengths(policy, expected):
-    assert segment_length(policy, 30) == expected
-
-
-@pytest.mark.parametrize("policy", ["", "segments:0", "segments:²", "segments:x", "layers", "segments"])
-def test_other_policies_are_refused(policy):
-    with pytest.raises(ConfigError, match="sqrt"):
-        segment_length(policy, 30)
-
-
 def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
-    assert checkpoint_layers(nn.Linear(2, 2), "none") == 0
+    assert checkpoint(nn.Linear(2, 2), "none") == 0
     with pytest.raises(UsageError, match="no stack") as caught:
-        checkpoint_layers(nn.Linear(2, 2), "layer")
+        checkpoint(nn.Linear(2, 2), "layer")
     assert "none" in caught.value.hint
 
 
@@ -110,7 +119,7 @@ def test_nothing_but_the_graph_keeps_a_segment(deep_nf4):
 
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
-    checkpoint_layers(model.network, "sqrt")
+    checkpoint(model.network, "sqrt")
     inputs = []
     for layer in model.network.model.layers:
         layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))

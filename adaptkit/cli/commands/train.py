@@ -62,6 +62,7 @@ def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
     yield "samples", f"{plan.samples} to train on, {plan.held_out} held out"
     yield "tokens of a pass", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"
     yield "trainable", f"{plan.trainable_parameters:,} parameters"
+    yield "activations", plan.checkpointing
     yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
     yield from _cut(plan)
 
@@ -78,7 +79,7 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
     if report.skipped:
         yield "skipped", f"{report.skipped} steps whose loss or gradient was no number"
     yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
-    yield "memory", f"{report.segments or 'no'} checkpointed segments"
+    yield "activations", report.checkpointing
     paging = "{slots} of {pages} pages resident, {faults} faults, {write_backs} write-backs"
     yield "optimizer state", paging.format(**report.paging)
     yield from _cut(report)

@@ -1,0 +1,120 @@
+"""What layers keep is measured by what is alive, and policies and budgets do the arithmetic that they say."""
+
+import pytest
+import torch
+from torch import nn
+
+from adaptkit.checkpoint.activations import Alive, Checkpointing, LayerSize, fit_budget, measure_layers, parse_policy
+from adaptkit.errors import ConfigError, UsageError
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "whole"),
+    [("none", 1, 30), ("layer", 1, 0), ("sqrt", 5, 0), ("segments:4", 8, 0), ("segments:40", 1, 0)],
+)
+def test_policies_give_their_segments(policy, length, whole):
+    assert parse_policy(policy, 30) == Checkpointing(30, length, whole)
+    assert parse_policy("budget:12", 30) == 12 * MIB
+
+
+@pytest.mark.parametrize(
+    "policy", ["", "segments:0", "segments:²", "segments:x", "layers", "segments", "budget", "budget:0", "budget:1.5"]
+)
+def test_other_policies_are_refused(policy):
+    with pytest.raises(ConfigError, match="sqrt, segments:K or budget:MIB"):
+        parse_policy(policy, 30)
+
+
+def sizes(count=16, h=1, a=20, w=5):
+    return [LayerSize(h * MIB, a * MIB, (a + w) * MIB)] * count
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "expected"),
+    [
+        (Checkpointing(16, 1, 16), 16 * 21 + 5),
+        (Checkpointing(16, 1), 16 + 25),
+        (Checkpointing(16, 4), 4 + 3 + 25),
+        (Checkpointing(16, 16), 1 + 15 + 25),
+        (Checkpointing(16, 1, 1), 15 + max(21 + 5, 25)),
+        (Checkpointing(16, 1, 8), 8 + 8 * 21 + 5),
+    ],
+)
+def test_the_peak_is_the_sum_of_what_is_alive_at_once(checkpointing, expected):
+    assert checkpointing.bytes_needed(sizes()) == expected * MIB
+
+
+def test_offloaded_inputs_of_segments_leave_two_behind():
+    assert Checkpointing(16, 1).bytes_needed(sizes(), offloaded=True) == (2 + 25) * MIB
+
+
+def test_recomputation_is_counted_in_forward_passes():
+    assert Checkpointing(16, 1, 16).recomputed == 0
+    assert Checkpointing(16, 1).recomputed == 1
+    assert Checkpointing(16, 4).recomputed == 1 + 12 / 16
+    assert Checkpointing(16, 1, 4).recomputed == 0.75
+
+
+def test_a_budget_gets_what_recomputes_least_within_it():
+    seen = []
+    for budget in range(32, 345):
+        found = fit_budget(budget * MIB, sizes())
+        assert found.bytes_needed(sizes()) <= budget * MIB
+        seen.append(found.recomputed)
+    assert seen == sorted(seen, reverse=True)
+    assert (seen[0], seen[-1]) == (1.75, 0)
+    assert fit_budget(341 * MIB, sizes()) == Checkpointing(16, 1, 16)
+    assert fit_budget(42 * MIB, sizes()).whole == 1
+    assert fit_budget(40 * MIB, sizes()).length > 1
+
+
+def test_a_budget_that_nothing_fits_into_is_refused_with_the_least_that_would_do():
+    with pytest.raises(UsageError, match=r"budget:31 is not enough: .* at least 32 MiB \(segments of 4") as caught:
+        fit_budget(31 * MIB, sizes())
+    assert "budget:32" in caught.value.hint
+
+
+class Layer(nn.Module):
+    """Keeps x for the weight, and the product for the square: two float32 matrices; makes one more for a while."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, width))
+
+    def forward(self, x, mask):
+        return (x @ self.weight).square() + mask
+
+
+def test_layers_are_measured_by_what_stays_alive():
+    layers, mask, x = [Layer(64) for _ in range(3)], torch.zeros(64), torch.zeros(1024, 64)
+    ran = []
+
+    def call():
+        hidden = x
+        for layer in layers:
+            ran.append(layer)
+            hidden = layer(hidden, mask)
+
+    found = measure_layers(layers, call)
+    one = 1024 * 64 * 4
+    assert len(found) == 3
+    assert len(set(found)) == len(ran) == 1, "layers of one kind are measured once"
+    assert (found[0].input_bytes, found[0].kept_bytes) == (one, one)
+    assert 4 * one <= found[0].peak_bytes <= 6 * one  # output, its gradient, the product, its gradient, 2 x, …
+    assert all(layer.weight.grad is None and "forward" not in vars(layer) for layer in layers)
+    wider = measure_layers([layers[0], Layer(64)], lambda: layers[0](x[:1].clone(), mask))
+    assert wider[1] == wider[0] == LayerSize(256, 256, wider[0].peak_bytes)
+
+
+def test_memory_that_is_given_back_is_not_alive():
+    with Alive() as alive:
+        kept = torch.ones(1000)
+        for _ in range(5):
+            torch.ones(5000)
+        view = kept[10:]
+    assert alive.total() == 4000
+    assert 24_000 <= alive.peak < 48_000
+    del kept, view
+    assert alive.total() == 0
