@@ -1,93 +1,87 @@
-"""Rows of jsonl files, the conversations in them, and the text that a model's chat template makes of one.
+"""The layouts of rows, the conversation or text in a row, and what a model's chat template makes of a conversation.
 
-A row is one of
-    {"instruction", "context" or "input" (optional), "output" or "response"}
-    {"prompt", "completion"}
-    {"messages": [{"role", "content"}, ...]}
+    instruction    {"instruction", "output"}            a question and an answer. The answer's column may also be named
+    question       {"question", "answer"}               output, response, completion or answer. Beside them: context
+    prompt         {"prompt", "completion"}             or input, which follows the question, and system. A prompt
+                                                        and its completion may be lists of messages.
+    messages       {"messages": [{"role", "content"}, ...]}         also from and value; "weight": 0 on an answer
+    conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss
+    text           {"text"}
+
+A row has to be of exactly one layout, unless one is asked for by name.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from adaptkit.errors import DataError
 
 Message = dict[str, str]
 
+LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
+_QUESTIONS = LAYOUTS[:3]
+_ANSWERS = ("output", "response", "completion", "answer")
+_CONTEXTS = ("context", "input")
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def read_text(file: Path) -> str:
-    """Read a UTF-8 file, without the mark that Windows editors begin files with.
+@dataclass(frozen=True)
+class Example:
+    """What a row holds.
+
+    Attributes:
+        layout: one of ``LAYOUTS``.
+        messages: of the conversation; none if the row holds text.
+        learned: which of them the model shall learn to say, ascending.
+        text: None if the row holds a conversation.
+        columns: of the row that were used.
+    """
+
+    layout: str
+    messages: tuple[Message, ...] = ()
+    learned: tuple[int, ...] = ()
+    text: str | None = None
+    columns: frozenset[str] = frozenset()
+
+
+def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) -> Example:
+    """The conversation or text in a row.
+
+    Args:
+        row: columns that are None are taken for absent; parquet has them.
+        where: it came from.
+        layout: it has; None to find out.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8; names the line.
+        DataError: the row has none of the layouts, or more than one, or a column holds something else than it should.
     """
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})", hint="check the path") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{file}, line {line}: cannot be read ({error.reason})", hint="save it as UTF-8") from error
-
-
-def rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read a jsonl file.
-
-    Yields:
-        Where a row is (file and line), and the row.
-
-    Raises:
-        DataError: not a readable ``.jsonl`` file, or a line that is no JSON object.
-    """
-    if file.suffix != ".jsonl":
-        raise DataError(f"{file}: expected a .jsonl file", hint="one JSON object on each line")
-    lines = read_text(file).split("\n")  # splitlines would cut at characters that JSON strings may hold as they are
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error})", hint="one JSON object on each line") from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{where}: expected an object, found {type(row).__name__}", hint="one JSON object on each line"
-            )
-        yield where, row
-
-
-def messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
-    """The conversation in a row.
-
-    Raises:
-        DataError: the row has none of the layouts.
-    """
-    if "messages" in row:
-        messages = row["messages"]
-        roles = {"system", "user", "assistant"}
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and is_text(m.get("role")) and m["role"] in roles and is_text(m.get("content"))
-            for m in messages
-        ):
-            raise DataError(f"{where}: messages must be a list of {{role, content}}", hint=f"roles: {sorted(roles)}")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise DataError(f"{where}: no message is the assistant's")
-        return [{"role": m["role"], "content": m["content"]} for m in messages]
-    question = _field(row, ("instruction", "prompt"), where)
-    answer = _field(row, ("output", "response", "completion"), where)
-    context = next((row[name] for name in ("context", "input") if row.get(name)), "")
-    if not is_text(context):
-        raise DataError(f"{where}: the context is no text", hint="context and input are strings, or left out")
-    if context:
-        question = f"{question}\n\n{context}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    row = {name: value for name, value in row.items() if value is not None}
+    layout = layout or _layout_of(row, where)
+    if layout not in row:
+        raise DataError(f"{where}: has no {layout}", hint=f"found: {_names(row)}")
+    if layout == "text":
+        return Example(layout, text=_text(row, layout, where), columns=frozenset({layout}))
+    if layout in _QUESTIONS:
+        messages, columns = _asked(row, layout, where)
+    else:
+        messages, columns = _turns(row, layout, where), {layout}
+    if row.get("system", "") != "":
+        if messages[0].role == "system":
+            raise DataError(f"{where}: has a column and a message for the system", hint="remove one of them")
+        messages, columns = [_Turn("system", _text(row, "system", where)), *messages], {*columns, "system"}
+    learned = tuple(number for number, turn in enumerate(messages) if turn.learned)
+    if not learned:
+        raise DataError(f"{where}: no message is the assistant's to learn", hint="the assistant has to answer")
+    return Example(
+        layout,
+        tuple({"role": turn.role, "content": turn.content} for turn in messages),
+        learned,
+        columns=frozenset(columns),
+    )
 
 
 def render(messages: Sequence[Message], tokenizer: Any, opening: bool = False) -> str:
@@ -121,8 +115,72 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and _HALF.search(value) is None
 
 
-def _field(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    for name in names:
-        if is_text(row.get(name)):
-            return str(row[name])
-    raise DataError(f"{where}: has no {' or '.join(names)}", hint=f"found: {', '.join(map(str, row)) or 'nothing'}")
+@dataclass(frozen=True)
+class _Turn:
+    role: str
+    content: str
+    learned: bool = False
+
+
+def _layout_of(row: Mapping[str, Any], where: str) -> str:
+    found = [name for name in LAYOUTS if name in row]
+    if not any(name in row for name in _ANSWERS):
+        questions = [name for name in found if name in _QUESTIONS]
+        found = [name for name in found if name not in _QUESTIONS]
+        if questions and not found:
+            raise DataError(f"{where}: has no {' or '.join(_ANSWERS)}", hint=f"found: {_names(row)}")
+    if not found:
+        raise DataError(f"{where}: has no known layout: {_KNOWN}", hint=f"found: {_names(row)}")
+    if len(found) > 1:
+        raise DataError(f"{where}: has more than one layout: {' and '.join(found)}", hint=f"say which, as in layout: {found[0]}")
+    return found[0]
+
+
+def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn], set[str]]:
+    """The conversation in columns of their own for question, context and answer; and the columns."""
+    answers = [name for name in _ANSWERS if name in row]
+    contexts = [name for name in _CONTEXTS if row.get(name, "") != ""]
+    if not answers:
+        raise DataError(f"{where}: has no {' or '.join(_ANSWERS)}", hint=f"found: {_names(row)}")
+    for names in (answers, contexts):
+        if len(names) > 1:
+            raise DataError(f"{where}: has both {names[0]} and {names[1]}", hint="remove one of the columns")
+    columns = {layout, answers[0], *(name for name in _CONTEXTS if name in row)}
+    if isinstance(row[layout], list) and isinstance(row[answers[0]], list):
+        before = [_Turn(turn.role, turn.content) for turn in _turns(row, layout, where)]
+        return before + _turns(row, answers[0], where), columns - set(_CONTEXTS)
+    question = "\n\n".join(_text(row, name, where) for name in (layout, *contexts))
+    return [_Turn("user", question), _Turn("assistant", _text(row, answers[0], where), True)], columns
+
+
+def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
+    messages = row[column]
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{where}: {column} must be a list of {{role, content}} or of {{from, value}}")
+    return [_turn(message, f"{where}: message {number} of {column}") for number, message in enumerate(messages, 1)]
+
+
+def _turn(message: Mapping[str, Any], where: str) -> _Turn:
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise DataError(f"{where} has the role {role!r}", hint=f"roles: {', '.join(_ROLES)}")
+    if message.get("tool_calls"):
+        raise DataError(f"{where} calls tools, which is not supported", hint="leave such conversations out")
+    if not is_text(content):
+        raise DataError(f"{where} has no text ({type(content).__name__})", hint="content and value are strings")
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
+    return _Turn(_ROLES[role], str(content), _ROLES[role] == "assistant" and weight != 0)
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    if not is_text(row[name]):
+        found = "half a character" if isinstance(row[name], str) else type(row[name]).__name__
+        raise DataError(f"{where}: {name} is no text ({found})", hint=f"{name} is a string")
+    return str(row[name])
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, row)) or "nothing"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import is_text, messages_of, read_text, render, rows
+from adaptkit.checkpoint.conversation import read_example, render
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, require_folder
+from adaptkit.checkpoint.rows import read_rows, read_text
 from adaptkit.errors import DataError, UsageError
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -89,24 +90,19 @@ def _texts(files: Sequence[Path], tokenizer: Any) -> Iterator[tuple[list[int], b
     """The tokens of every text, and whether it ends with an end token of its own."""
     for file in files:
         if file.suffix == ".jsonl":
-            for where, row in rows(file):
+            for where, row in read_rows(file):
                 yield _row_tokens(row, where, tokenizer)
         else:
             yield _tokens(tokenizer, read_text(file), True), False
 
 
 def _row_tokens(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[list[int], bool]:
-    if not row.keys() & {"text", "messages", "instruction", "prompt"}:
-        raise DataError(
-            f"{where}: has neither text nor a conversation", hint=f"found: {', '.join(map(str, row)) or 'nothing'}"
-        )
-    if "text" in row and "messages" not in row:
-        if not is_text(row["text"]):
-            raise DataError(f"{where}: the text is no text", hint="text is a string")
-        return _tokens(tokenizer, str(row["text"]), True), False
-    messages = messages_of(row, where)
+    layout = "text" if "text" in row and "messages" not in row else None
+    example = read_example(row, where, layout)
+    if example.text is not None:
+        return _tokens(tokenizer, example.text, True), False
     try:
-        rendered = render(messages, tokenizer)
+        rendered = render(example.messages, tokenizer)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", error.hint) from error
     return _tokens(tokenizer, rendered, tokenizer.chat_template is None), True

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.training.data import IGNORED, Sample, order
+from adaptkit.training.data import order
+from adaptkit.training.samples import IGNORED, Sample
 
 _GROUPED_STEPS = 50
 """Steps among which samples of like length find each other; the rest of the epoch's order stays random."""

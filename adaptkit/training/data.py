@@ -1,43 +1,54 @@
-"""Instruction data: rows to token ids, with a label only where the model shall answer.
+"""Training data: rows become samples; what was cut, left out or not used is counted and named."""
 
-The rows are those of ``checkpoint.conversation``, and go through the model's own chat template. What the template
-adds between a conversation up to the answer's opening and the conversation with the answer is the answer, its
-end-of-turn token included; only that carries loss.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.conversation import Message, is_text, messages_of, render, rows
-from adaptkit.errors import DataError, UsageError
+from adaptkit.checkpoint.conversation import Example, read_example
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.rows import is_on_hub, read_rows
+from adaptkit.errors import DataError
+from adaptkit.training.encoding import Encoder
+from adaptkit.training.samples import Sample
 
-IGNORED = -100
-"""The label of a token that carries no loss."""
+TOO_LONG = ("cut", "drop", "error")
+_TOGETHER = 1000
+"""Rows that are tokenized at a time."""
+_NAMED = 5
+"""Rows that a report names."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One conversation.
+class SourceReport:
+    """What came from one source.
 
     Attributes:
-        ids: token ids.
-        labels: the same, or ``IGNORED`` where there is no loss.
-        source: file and line.
+        name: file, or name on the Hub.
+        sha256: of the file, or of the rows.
+        rows: in it.
+        samples: of them that can be trained on.
+        tokens: of these samples.
+        answer_tokens: of them that carry loss.
+        layouts: of the rows, with their numbers.
+        unused: columns that no layout has.
     """
 
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    source: str = ""
-
-    @property
-    def answer_tokens(self) -> int:
-        """Number of tokens that carry loss; the first token never does."""
-        return sum(label != IGNORED for label in self.labels[1:])
+    name: str
+    sha256: str
+    rows: int
+    samples: int
+    tokens: int
+    answer_tokens: int
+    layouts: Mapping[str, int]
+    unused: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -45,91 +56,79 @@ class Dataset:
     """Samples, and what happened on the way.
 
     Attributes:
-        samples: in file order.
+        samples: in the order of their rows.
+        sources: in the order given.
+        longest: tokens of the longest sample, before any was cut.
+        longest_at: where it came from.
         truncated: how many were cut to the longest length.
-        dropped: how many were left out since the cut took their whole answer.
+        dropped: how many were left out: too long, or cut before anything that carries loss.
+        masked: where some of those that the cut left nothing to learn came from.
+        split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
+        ended: samples that were given an end token, since the chat template puts none after an answer.
     """
 
     samples: tuple[Sample, ...]
+    sources: tuple[SourceReport, ...]
+    longest: int
+    longest_at: str
     truncated: int
     dropped: int
+    masked: tuple[str, ...]
+    split: int
+    ended: int
 
 
-def load_data(files: Sequence[Path], tokenizer: Any, max_length: int) -> Dataset:
-    """Read jsonl files and tokenize their rows.
+@dataclass(frozen=True)
+class DataOptions:
+    """How rows become samples.
+
+    Attributes:
+        max_length: most tokens of a sample.
+        too_long: what becomes of longer ones: ``cut`` at the end, ``drop`` or ``error``.
+        loss_on: see ``Encoder``.
+        layout: of all rows; None to find out for each.
+        context: most tokens that the model reads at once; None if it does not say.
+    """
+
+    max_length: int
+    too_long: str = "cut"
+    loss_on: str = "answers"
+    layout: str | None = None
+    context: int | None = None
+
+
+def load_data(sources: Sequence[Path | str], tokenizer: Any, options: DataOptions) -> Dataset:
+    """Read sources and tokenize their rows.
 
     Args:
-        files: one after the other.
-        tokenizer: with a chat template; without one, prompt and answer follow each other on lines of their own.
-        max_length: tokens; longer samples are cut at the end.
+        sources: see ``checkpoint.rows``; one after the other.
+        tokenizer: of the model.
+        options: how.
 
     Raises:
-        DataError: an unreadable file, a row without the fields that it needs (with file and line), or nothing to learn.
+        DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
+            line), or nothing to learn.
     """
-    samples, truncated, dropped = [], 0, 0
-    for file in files:
-        for where, row in rows(file):
-            try:
-                whole = encode(messages_of(row, where), tokenizer)
-            except DataError as error:
-                raise DataError(f"{where}: {error.message.removeprefix(f'{where}: ')}", error.hint) from error
-            if whole.answer_tokens == 0:
-                raise DataError(f"{where}: the answer is empty", hint="every row needs something to learn")
-            cut = Sample(whole.ids[:max_length], whole.labels[:max_length], where)
-            truncated += len(whole.ids) > max_length
-            if cut.answer_tokens:
-                samples.append(cut)
-            else:
-                dropped += 1
-    if not samples:
-        reason = f"all {dropped} rows lose their answer at {max_length} tokens" if dropped else "there are no rows"
-        raise DataError(f"{', '.join(map(str, files))}: {reason}", hint="raise max_length, or give other data")
-    return Dataset(tuple(samples), truncated, dropped)
-
-
-def encode(messages: Sequence[Message], tokenizer: Any) -> Sample:
-    """Tokenize a conversation once, and label the tokens inside the assistant's turns.
-
-    Raises:
-        DataError: the template refuses the conversation, or rewrites earlier turns, so that no turn has a fixed place.
-    """
-    text = render(messages, tokenizer)
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            if turn == 0:
-                raise DataError("the assistant speaks first", hint="begin with a user's message")
-            before = render(messages[:turn], tokenizer, opening=True)
-            through = render(messages[: turn + 1], tokenizer)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise DataError(
-                    f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens cannot "
-                    "be told from the others",
-                    hint="split the conversation into rows of one answer each, or use another template",
-                )
-            spans.append((len(before), len(through)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = [int(token) for token in encoded["input_ids"]]
-    labels = [IGNORED] * len(ids)
-    for start, end in spans:
-        inside = [i for i, (left, right) in enumerate(encoded["offset_mapping"]) if left >= start and right <= end]
-        ends = [i for i in inside if ids[i] == tokenizer.eos_token_id]
-        for i in inside:
-            if not ends or i <= ends[-1]:  # what the template puts after the end of the turn is not the model's to say
-                labels[i] = ids[i]
-    return Sample(tuple(ids), tuple(labels))
-
-
-def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of a user's message, up to where the model answers.
-
-    Raises:
-        UsageError: the message is not UTF-8.
-    """
-    if not is_text(prompt):
-        raise UsageError(f"the prompt {prompt!r} is not UTF-8")
-    text = render([{"role": "user", "content": prompt}], tokenizer, opening=True)
-    return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    tally = _Tally(options)
+    encoder = Encoder(tokenizer, options.loss_on)
+    reports = [_read(source, number, encoder, tally) for number, source in enumerate(sources)]
+    if not tally.samples:
+        dropped = f"all {tally.dropped} are too long, or lose their answer, at {options.max_length} tokens"
+        raise DataError(
+            f"{', '.join(map(str, sources))}: {dropped if tally.dropped else 'there are no rows'}",
+            hint="raise max_length, or give other data",
+        )
+    return Dataset(
+        samples=tuple(tally.samples),
+        sources=tuple(reports),
+        longest=tally.longest,
+        longest_at=tally.longest_at,
+        truncated=tally.truncated,
+        dropped=tally.dropped,
+        masked=tuple(tally.masked),
+        split=tally.split,
+        ended=tally.ended,
+    )
 
 
 def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -154,3 +153,96 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
 def order(count: int, seed: int) -> tuple[int, ...]:
     """A permutation of range(count) that depends on the seed alone."""
     return tuple(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@dataclass
+class _Tally:
+    """Samples that were taken, and counts of what happened to the others."""
+
+    options: DataOptions
+    samples: list[Sample] = field(default_factory=list)
+    longest: int = 0
+    longest_at: str = ""
+    truncated: int = 0
+    dropped: int = 0
+    masked: list[str] = field(default_factory=list)
+    split: int = 0
+    ended: int = 0
+
+    def add(self, sample: Sample) -> Sample | None:
+        """Take a sample, as long as it may be, or leave it out."""
+        options, length = self.options, len(sample.ids)
+        if sample.answer_tokens == 0:
+            raise DataError(f"{sample.source}: there is nothing to learn", hint="every row needs an answer, or text")
+        if length > self.longest:
+            self.longest, self.longest_at = length, sample.source
+        if length > options.max_length:
+            if options.too_long == "error":
+                raise DataError(
+                    f"{sample.source}: {length} tokens, more than max_length {options.max_length}",
+                    hint="raise it, or give too_long: cut or drop",
+                )
+            if options.too_long == "drop":
+                self.dropped += 1
+                return None
+            self.truncated += 1
+            sample = Sample(
+                sample.ids[: options.max_length], sample.labels[: options.max_length], sample.source, sample.origin
+            )
+            if sample.answer_tokens == 0:
+                self.dropped += 1
+                self.masked += [sample.source] * (len(self.masked) < _NAMED)
+                return None
+        if options.context is not None and len(sample.ids) > options.context:
+            raise DataError(
+                f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {options.context}",
+                hint=f"max_length: {options.context}",
+            )
+        self.samples.append(sample)
+        return sample
+
+
+def _read(source: Path | str, number: int, encoder: Encoder, tally: _Tally) -> SourceReport:
+    """Read one source."""
+    layouts: Counter[str] = Counter()
+    used: set[str] = set()
+    columns: dict[str, None] = {}
+    digest = hashlib.sha256() if is_on_hub(source) else None
+    samples = tokens = answer_tokens = 0
+
+    def examples() -> Iterator[tuple[str, Example]]:
+        for where, row in read_rows(source):
+            if digest is not None:
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            example = read_example(row, where, tally.options.layout)
+            layouts[example.layout] += 1
+            used.update(example.columns)
+            columns.update((name, None) for name, value in row.items() if value is not None)
+            yield where, example
+
+    for some in _batched(examples(), _TOGETHER):
+        for encoded in encoder.encode(some):
+            tally.split += len(encoded.samples) > 1
+            tally.ended += encoded.ended
+            for sample in encoded.samples:
+                taken = tally.add(Sample(sample.ids, sample.labels, sample.source, number))
+                if taken is not None:
+                    samples += 1
+                    tokens += len(taken.ids)
+                    answer_tokens += taken.answer_tokens
+    return SourceReport(
+        name=str(source),
+        sha256=digest.hexdigest() if digest is not None else file_sha256(Path(source)),
+        rows=layouts.total(),
+        samples=samples,
+        tokens=tokens,
+        answer_tokens=answer_tokens,
+        layouts=dict(layouts),
+        unused=tuple(name for name in columns if name not in used),
+    )
+
+
+def _batched(items: Iterable[tuple[str, Example]], size: int) -> Iterator[list[tuple[str, Example]]]:
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some

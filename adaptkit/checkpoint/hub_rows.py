@@ -1,0 +1,65 @@
+"""Rows of data sets on the Hugging Face Hub, by way of the package ``datasets`` and its cache."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from adaptkit.errors import AuthenticationError, DataError, NetworkError, UsageError
+
+
+def read_hub_rows(
+    name: str, config: str | None = None, revision: str | None = None, split: str | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read a data set; it is downloaded once, and read from the cache after that.
+
+    Args:
+        name: org/name.
+        config: one of its configurations; it may be left out where there is one.
+        revision: branch, tag or commit; its main branch if None.
+        split: ``train`` if None.
+
+    Yields:
+        Where a row is (name and row), and the row.
+
+    Raises:
+        UsageError: ``datasets`` is not installed, or there is no such data set, configuration or split.
+        AuthenticationError: it wants a token, or a better one.
+        NetworkError: the Hub did not answer.
+        DataError: it cannot be read.
+    """
+    split = split or "train"
+    whole = "/".join(filter(None, (name, config))) + (f"@{revision}" if revision else "") + f":{split}"
+    with _quiet_datasets() as datasets:
+        try:
+            found = datasets.load_dataset(name, config, revision=revision, split=split)
+        except datasets.exceptions.DatasetNotFoundError as error:
+            if "gated" in str(error):
+                raise AuthenticationError(f"{name}: asks for its terms to be accepted", hint="hf auth login") from error
+            raise UsageError(f"{name}: is no data set on the Hub, and no file", hint="check the name") from error
+        except (ConnectionError, TimeoutError) as error:
+            raise NetworkError(f"{name}: the Hub does not answer, and no file has this name",
+                               hint="try again, or give a file") from error  # fmt: skip
+        except ValueError as error:  # what it says of configurations and splits that are not there
+            raise UsageError(f"{whole}: {error}", hint="org/name/config@revision:split") from error
+        except datasets.exceptions.DatasetsError as error:
+            raise DataError(f"{whole}: cannot be read ({error})", hint="give a file instead") from error
+    for number, row in enumerate(found, 1):
+        yield f"{whole}, row {number}", row
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[Any]:
+    """The package, without progress bars, and as it was afterwards."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError("data sets of the Hub need datasets", hint="pip install 'adaptkit[train]'") from error
+    shown, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield datasets
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,186 @@
+"""Rows of data files, each with the place it came from.
+
+    .jsonl               one JSON object a line                          file, line N
+    .json                a list of objects, or {"data": [...]}           file, row N
+    .csv, .tsv           a header, then cells, all of them text          file, line N
+    .parquet             pyarrow reads it                                file, row N
+    org/name             a data set of the Hub, by way of datasets       name, row N
+    org/name/config@revision:split                                       the last three may be left out
+
+Cells of csv stay what is written, "NA" and "007" too, and a missing cell is an error; readers that guess types lose both.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from adaptkit.errors import DataError, UsageError
+
+Row = Mapping[str, Any]
+Located = tuple[str, Row]
+
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_HUB = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.-]+))?"
+    r"(?:@(?P<revision>[\w./+-]+))?(?::(?P<split>[\w.-]+))?",
+    re.ASCII,
+)
+_LARGEST_CELL = (1 << 31) - 1
+_PARQUET_ROWS = 1024
+
+
+def read_rows(source: Path | str) -> Iterator[Located]:
+    """Read the rows of a file or of a data set on the Hub.
+
+    Yields:
+        Where a row is, and the row.
+
+    Raises:
+        DataError: it cannot be read, or a row is no row; names the line or row.
+        UsageError: a package that it needs is not installed, or the Hub has no such data set.
+        AuthenticationError, NetworkError: the Hub refused or did not answer.
+    """
+    if is_on_hub(source):
+        from adaptkit.checkpoint.hub_rows import read_hub_rows
+
+        found = _HUB.fullmatch(str(source))
+        return read_hub_rows(**(found.groupdict() if found else {}))
+    file = Path(source)
+    if file.suffix not in _SUFFIXES:
+        known = ", ".join(_SUFFIXES)
+        raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint="rename or convert it")
+    return dict(zip(_SUFFIXES, (_lines, _document, _cells, _cells, _parquet), strict=True))[file.suffix](file)
+
+
+def is_on_hub(source: Path | str) -> bool:
+    """Whether a source names a data set on the Hub, and no file: what exists, or ends as data files do, is a file."""
+    text = str(source)
+    return not os.path.exists(text) and not text.endswith(_SUFFIXES) and _HUB.fullmatch(text) is not None
+
+
+def read_text(file: Path) -> str:
+    """Read a UTF-8 file, without the mark that Windows editors begin files with.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8; names the line.
+    """
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{file}, line {line}: cannot be read ({error.reason})", hint="save it as UTF-8") from error
+
+
+def _lines(file: Path) -> Iterator[Located]:
+    """Only \\n ends a line: JSON strings may hold the other separators as they are."""
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{file}, line {number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    row = json.loads(text) if text else None
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{where}: cannot be read ({error.reason})", hint="save it as UTF-8") from error
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{where}: not JSON ({error})", hint="one JSON object on each line") from error
+                if text:
+                    yield where, _object(row, where, "one JSON object on each line")
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _document(file: Path) -> Iterator[Located]:
+    text = read_text(file)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if _is_object(text.lstrip().partition("\n")[0]):  # JSON lines under another name
+            yield from _lines(file)
+            return
+        raise DataError(f"{file}: not JSON ({error})", hint="a list of objects, or one object on each line") from error
+    found = document.get("data") if isinstance(document, dict) else document
+    if not isinstance(found, list):
+        keys = f"the keys {', '.join(document)}" if isinstance(document, dict) else type(document).__name__
+        raise DataError(f"{file}: expected a list of rows, found {keys}", hint='[{...}, ...] or {"data": [{...}, ...]}')
+    for number, row in enumerate(found, 1):
+        where = f"{file}, row {number}"
+        yield where, _object(row, where, "a list of objects")
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _cells(file: Path) -> Iterator[Located]:
+    text = read_text(file)
+    before = csv.field_size_limit(_LARGEST_CELL)  # the whole process's, so it is set for no longer than this
+    try:
+        table = list(_records(text, "\t" if file.suffix == ".tsv" else ","))
+    except csv.Error as error:
+        raise DataError(f"{file}: not csv ({error})", hint="quote cells that hold quotes or line ends") from error
+    finally:
+        csv.field_size_limit(before)
+    header = table[0][1] if table else []
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{file}, line 1: two columns are named {twice!r}", hint="rename one")
+    for line, cells in table[1:]:
+        where = f"{file}, line {line}"
+        if len(cells) != len(header):
+            raise DataError(
+                f"{where}: has {len(cells)} cells, the header has {len(header)}",
+                hint="quote cells that hold commas or line ends",
+            )
+        yield where, dict(zip(header, cells, strict=True))
+
+
+def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Every record that is not empty, with the line it begins in."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    for cells in reader:
+        if cells:
+            yield line, cells
+        line = reader.line_num + 1
+
+
+def _parquet(file: Path) -> Iterator[Located]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError(f"{file}: parquet needs pyarrow", hint="pip install 'adaptkit[train]'") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise DataError(f"{file}, after row {number}: not parquet ({error})", hint="write it again") from error
+
+
+def _object(row: Any, where: str, hint: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, found {type(row).__name__}", hint=hint)
+    return row
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(f"{file}: cannot be read ({error.strerror or error})", hint="check the path")

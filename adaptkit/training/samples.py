@@ -1,0 +1,31 @@
+"""Samples: token ids, with a label wherever there is loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation or text.
+
+    Attributes:
+        ids: token ids.
+        labels: the same, or ``IGNORED`` where there is no loss.
+        source: file and line.
+        origin: number of the source that it came from.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    source: str = ""
+    origin: int = 0
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of tokens that carry loss; the first token never does."""
+        return int(np.count_nonzero(np.asarray(self.labels[1:]) != IGNORED))
