@@ -123,16 +123,18 @@ class _Turn:
 
 
 def _layout_of(row: Mapping[str, Any], where: str) -> str:
-    found = [name for name in LAYOUTS if name in row]
-    if not any(name in row for name in _ANSWERS):
-        questions = [name for name in found if name in _QUESTIONS]
-        found = [name for name in found if name not in _QUESTIONS]
-        if questions and not found:
-            raise DataError(f"{where}: has no {' or '.join(_ANSWERS)}", hint=f"found: {_names(row)}")
+    answered = any(name in row for name in _ANSWERS)
+    asked = any(name in row for name in _QUESTIONS)
+    found = [name for name in LAYOUTS if name in row and (answered or name not in _QUESTIONS)]
+    if not found and asked != answered:
+        missing = _QUESTIONS if answered else _ANSWERS
+        raise DataError(f"{where}: has no {' or '.join(missing)}", hint=f"found: {_names(row)}")
     if not found:
         raise DataError(f"{where}: has no known layout: {_KNOWN}", hint=f"found: {_names(row)}")
     if len(found) > 1:
-        raise DataError(f"{where}: has more than one layout: {' and '.join(found)}", hint=f"say which, as in layout: {found[0]}")
+        raise DataError(
+            f"{where}: has more than one layout: {' and '.join(found)}", hint=f"say which, as in layout: {found[0]}"
+        )
     return found[0]
 
 
@@ -156,7 +158,10 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
 def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
     messages = row[column]
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{where}: {column} must be a list of {{role, content}} or of {{from, value}}")
+        raise DataError(
+            f"{where}: {column} must be a list of {{role, content}} or of {{from, value}}",
+            hint=f"found: {type(messages).__name__}" + (" with none of them" if isinstance(messages, list) else ""),
+        )
     return [_turn(message, f"{where}: message {number} of {column}") for number, message in enumerate(messages, 1)]
 
 

@@ -7,7 +7,8 @@
     org/name             a data set of the Hub, by way of datasets       name, row N
     org/name/config@revision:split                                       the last three may be left out
 
-Cells of csv stay what is written, "NA" and "007" too, and a missing cell is an error; readers that guess types lose both.
+Cells of csv stay what is written, "NA" and "007" too, and a missing cell is an error;
+readers that guess types lose all three.
 """
 
 import csv
@@ -81,7 +82,7 @@ def read_text(file: Path) -> str:
 
 
 def _lines(file: Path) -> Iterator[Located]:
-    """Only \\n ends a line: JSON strings may hold the other separators as they are."""
+    """Lines end with line feeds only: JSON strings may hold the other separators as they are."""
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):

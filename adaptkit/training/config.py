@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.training.settings import check, check_values, refuse, setting, settings
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -18,6 +19,8 @@ _ADAPTER = (
     *("trainable_tokens", *_BEGUN),
 )
 """What only an adapter has, and of that what another adapter decides that it begins with."""
+LOSS_ON = ("answers", "last_answer", "all")
+TOO_LONG = ("cut", "drop", "error")
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _LARGEST = 1e30
@@ -38,7 +41,8 @@ class TrainConfig:
 
     # What is trained, and on what
     base: str = setting("Folder of a checkpoint: one that quantize made, or a 16-bit one.")
-    data: tuple[str, ...] = setting("jsonl file.")
+    data: tuple[str, ...] = setting("File (jsonl, json, csv, tsv, parquet) or data set of the Hub "
+                                    "(org/name[/config][@revision][:split]).")  # fmt: skip
     init: str = setting("Of A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or the folder of an adapter "
                         "to begin with, whose rank, alpha and targets are then the run's.", "kaiming")  # fmt: skip
     method: str = setting("auto is qlora on a base that adaptkit quantized, and lora on a 16-bit one; full trains "
@@ -70,7 +74,10 @@ class TrainConfig:
                                                 ())  # fmt: skip
 
     # Samples
-    max_length: int = setting("Tokens of a sample; longer ones are cut, which is reported.", 1024, at_least=2)
+    layout: str | None = setting("Of the rows; default: each row's own.", None, choices=LAYOUTS)
+    loss_on: str = setting("Tokens that are learned; plain text is learned whole.", "answers", choices=LOSS_ON)
+    max_length: int = setting("Tokens of a sample.", 1024, at_least=2)
+    too_long: str = setting("What becomes of longer samples.", "cut", choices=TOO_LONG)
     held_out: float = setting(
         "Fraction of the samples that is measured instead of trained on.", 0.1, at_least=0, below=1
     )

@@ -19,7 +19,6 @@ from adaptkit.errors import DataError
 from adaptkit.training.encoding import Encoder
 from adaptkit.training.samples import Sample
 
-TOO_LONG = ("cut", "drop", "error")
 _TOGETHER = 1000
 """Rows that are tokenized at a time."""
 _NAMED = 5
@@ -57,74 +56,68 @@ class Dataset:
 
     Attributes:
         samples: in the order of their rows.
+        truncated: how many were cut to the longest length.
+        dropped: how many were left out: too long, or cut before anything that carries loss.
         sources: in the order given.
         longest: tokens of the longest sample, before any was cut.
         longest_at: where it came from.
-        truncated: how many were cut to the longest length.
-        dropped: how many were left out: too long, or cut before anything that carries loss.
         masked: where some of those that the cut left nothing to learn came from.
         split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
         ended: samples that were given an end token, since the chat template puts none after an answer.
     """
 
     samples: tuple[Sample, ...]
-    sources: tuple[SourceReport, ...]
-    longest: int
-    longest_at: str
     truncated: int
     dropped: int
-    masked: tuple[str, ...]
-    split: int
-    ended: int
+    sources: tuple[SourceReport, ...] = ()
+    longest: int = 0
+    longest_at: str = ""
+    masked: tuple[str, ...] = ()
+    split: int = 0
+    ended: int = 0
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """How rows become samples.
-
-    Attributes:
-        max_length: most tokens of a sample.
-        too_long: what becomes of longer ones: ``cut`` at the end, ``drop`` or ``error``.
-        loss_on: see ``Encoder``.
-        layout: of all rows; None to find out for each.
-        context: most tokens that the model reads at once; None if it does not say.
-    """
-
-    max_length: int
-    too_long: str = "cut"
-    loss_on: str = "answers"
-    layout: str | None = None
-    context: int | None = None
-
-
-def load_data(sources: Sequence[Path | str], tokenizer: Any, options: DataOptions) -> Dataset:
+def load_data(
+    sources: Sequence[Path | str],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    too_long: str = "cut",
+    loss_on: str = "answers",
+    layout: str | None = None,
+    context: int | None = None,
+) -> Dataset:
     """Read sources and tokenize their rows.
 
     Args:
         sources: see ``checkpoint.rows``; one after the other.
         tokenizer: of the model.
-        options: how.
+        max_length: most tokens of a sample.
+        too_long: what becomes of longer ones: ``cut`` at the end, ``drop`` or ``error``.
+        loss_on: see ``Encoder``.
+        layout: of all rows; None to find out for each.
+        context: most tokens that the model reads at once; None if it does not say.
 
     Raises:
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    tally = _Tally(options)
-    encoder = Encoder(tokenizer, options.loss_on)
-    reports = [_read(source, number, encoder, tally) for number, source in enumerate(sources)]
+    tally = _Tally(max_length, too_long, context)
+    encoder = Encoder(tokenizer, loss_on)
+    reports = [_read(source, number, layout, encoder, tally) for number, source in enumerate(sources)]
     if not tally.samples:
-        dropped = f"all {tally.dropped} are too long, or lose their answer, at {options.max_length} tokens"
+        reason = f"all {tally.dropped} samples are too long, or lose their answer, at max_length {max_length}"
         raise DataError(
-            f"{', '.join(map(str, sources))}: {dropped if tally.dropped else 'there are no rows'}",
-            hint="raise max_length, or give other data",
+            f"{', '.join(map(str, sources))}: {reason if tally.dropped else 'there are no rows'}",
+            hint="raise max_length" if tally.dropped else "give rows to learn from",
         )
     return Dataset(
         samples=tuple(tally.samples),
+        truncated=tally.truncated,
+        dropped=tally.dropped,
         sources=tuple(reports),
         longest=tally.longest,
         longest_at=tally.longest_at,
-        truncated=tally.truncated,
-        dropped=tally.dropped,
         masked=tuple(tally.masked),
         split=tally.split,
         ended=tally.ended,
@@ -159,7 +152,9 @@ def order(count: int, seed: int) -> tuple[int, ...]:
 class _Tally:
     """Samples that were taken, and counts of what happened to the others."""
 
-    options: DataOptions
+    max_length: int
+    too_long: str
+    context: int | None
     samples: list[Sample] = field(default_factory=list)
     longest: int = 0
     longest_at: str = ""
@@ -171,38 +166,37 @@ class _Tally:
 
     def add(self, sample: Sample) -> Sample | None:
         """Take a sample, as long as it may be, or leave it out."""
-        options, length = self.options, len(sample.ids)
+        length = len(sample.ids)
         if sample.answer_tokens == 0:
             raise DataError(f"{sample.source}: there is nothing to learn", hint="every row needs an answer, or text")
         if length > self.longest:
             self.longest, self.longest_at = length, sample.source
-        if length > options.max_length:
-            if options.too_long == "error":
+        if length > self.max_length:
+            if self.too_long == "error":
                 raise DataError(
-                    f"{sample.source}: {length} tokens, more than max_length {options.max_length}",
+                    f"{sample.source}: {length} tokens, more than max_length {self.max_length}",
                     hint="raise it, or give too_long: cut or drop",
                 )
-            if options.too_long == "drop":
+            if self.too_long == "drop":
                 self.dropped += 1
                 return None
             self.truncated += 1
-            sample = Sample(
-                sample.ids[: options.max_length], sample.labels[: options.max_length], sample.source, sample.origin
-            )
+            ids, labels = sample.ids[: self.max_length], sample.labels[: self.max_length]
+            sample = Sample(ids, labels, sample.source, sample.origin)
             if sample.answer_tokens == 0:
                 self.dropped += 1
                 self.masked += [sample.source] * (len(self.masked) < _NAMED)
                 return None
-        if options.context is not None and len(sample.ids) > options.context:
+        if self.context is not None and len(sample.ids) > self.context:
             raise DataError(
-                f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {options.context}",
-                hint=f"max_length: {options.context}",
+                f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {self.context}",
+                hint=f"max_length: {self.context}",
             )
         self.samples.append(sample)
         return sample
 
 
-def _read(source: Path | str, number: int, encoder: Encoder, tally: _Tally) -> SourceReport:
+def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, tally: _Tally) -> SourceReport:
     """Read one source."""
     layouts: Counter[str] = Counter()
     used: set[str] = set()
@@ -214,7 +208,7 @@ def _read(source: Path | str, number: int, encoder: Encoder, tally: _Tally) -> S
         for where, row in read_rows(source):
             if digest is not None:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-            example = read_example(row, where, tally.options.layout)
+            example = read_example(row, where, layout)
             layouts[example.layout] += 1
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)

@@ -2,8 +2,8 @@
 
 What the template adds between a conversation up to the answer's opening and the conversation with the answer is the
 answer, its end-of-turn included. The text is tokenized in pieces that begin where answers begin, because at inference
-the prompt is tokenized by itself: in one piece, "assistant\\n" and an answer that begins with a line end would share a
-token that no prompt ends with.
+the prompt is tokenized by itself: in one piece, a line end that ends the prompt and one that begins the answer may
+become one token, which no prompt ends with.
 """
 
 from array import array
@@ -17,8 +17,6 @@ from typing import Any
 from adaptkit.checkpoint.conversation import Example, Message, is_text, render
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.samples import IGNORED, Sample
-
-LOSS_ON = ("answers", "last_answer", "all")
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 """Ids, and where each begins and ends in the text."""
@@ -89,7 +87,7 @@ class Encoder:
             raise UsageError(f"{type(tokenizer).__name__} is no fast tokenizer", hint="add its tokenizer.json")
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
-        self._begin = _first_tokens(tokenizer)
+        self._begin = array("i", _first_tokens(tokenizer))
         self._cuts = _joins(tokenizer)
 
     def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[Encoded]:
@@ -206,7 +204,12 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """
     if not is_text(prompt):
         raise UsageError(f"the prompt {prompt!r} is not UTF-8")
-    text = render([{"role": "user", "content": prompt}], tokenizer, opening=True)
+    return conversation_ids([{"role": "user", "content": prompt}], tokenizer)
+
+
+def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """The tokens of a conversation, up to where the model answers."""
+    text = render(messages, tokenizer, opening=True)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
 
@@ -224,11 +227,11 @@ def _find(messages: Sequence[Message], turn: int, whole: str, tokenizer: Any) ->
     return _Answer(len(before), None if at < 0 else at + len(content), len(through))
 
 
-def _first_tokens(tokenizer: Any) -> array[int]:
+def _first_tokens(tokenizer: Any) -> list[int]:
     """What a tokenizer puts before a text: one token, or none."""
     text = "a"
     marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-    return array("i", marked[: marked.index(plain[0])])
+    return [int(token) for token in marked[: marked.index(plain[0])]]
 
 
 def _joins(tokenizer: Any) -> bool:

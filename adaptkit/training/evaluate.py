@@ -11,7 +11,6 @@ from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.errors import UsageError
 from adaptkit.training.batches import collate
-from adaptkit.training.data import Sample
 from adaptkit.training.evaluation import Answer, EvaluateOptions, EvaluateReport, GenerationReport
 from adaptkit.training.generation import Generated, generate
 from adaptkit.training.lineage import check_base, trained_parameters
@@ -20,6 +19,7 @@ from adaptkit.training.loss import summed_loss
 from adaptkit.training.material import Material, read_material
 from adaptkit.training.model import Model, choose_device, load_model
 from adaptkit.training.perplexity import measure_text, perplexity_of
+from adaptkit.training.samples import Sample
 from adaptkit.training.scores import require_metrics, score
 
 

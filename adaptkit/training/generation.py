@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.architecture import quiet_transformers
-from adaptkit.checkpoint.conversation import Message, render
+from adaptkit.checkpoint.conversation import render
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.training.model import Model
 
@@ -30,12 +30,6 @@ class Generated:
 
     text: str
     ended: bool
-
-
-def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """The tokens of a conversation, up to where the model answers."""
-    text = render(messages, tokenizer, opening=True)
-    return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def stop_tokens(model: Model, tokenizer: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """Everything that a run reads, checked before anything is written."""
 
 import hashlib
-import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.hashing import file_sha256, tensors_root
+from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import check_output
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.text import longest_sequence
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data import Dataset, Sample, load_data, split
+from adaptkit.training.data import Dataset, load_data, split
+from adaptkit.training.samples import Sample
 from adaptkit.training.start import read_start, resolve_method
 from adaptkit.training.trackers import require_trackers
 
@@ -69,7 +71,15 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
     require_trackers(config)
     check_output(output, force, [base, *map(Path, config.data)])
     tokenizer = load_tokenizer(base)
-    data = load_data([Path(file) for file in config.data], tokenizer, config.max_length)
+    data = load_data(
+        config.data,
+        tokenizer,
+        config.max_length,
+        too_long=config.too_long,
+        loss_on=config.loss_on,
+        layout=config.layout,
+        context=longest_sequence(base),
+    )
     samples, held_out = split(data.samples, config.held_out, config.seed)
     manifest = read_manifest(base)
     return Inputs(
@@ -79,7 +89,7 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
         state=checkpoint.state(),
         tokenizer=tokenizer,
         data=data,
-        data_sha256=[file_sha256(Path(file)) for file in config.data],
+        data_sha256=[source.sha256 for source in data.sources],
         samples=samples,
         held_out=held_out,
         start=read_start(config, manifest),
@@ -90,5 +100,6 @@ def _digest(samples: Sequence[Sample]) -> str:
     """Tells whether a run that goes on has the data, as tokens, that it began with."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(json.dumps([sample.ids, sample.labels]).encode())
+        digest.update(len(sample.ids).to_bytes(8, "little"))
+        digest.update(array("i", [*sample.ids, *sample.labels]).tobytes())
     return digest.hexdigest()

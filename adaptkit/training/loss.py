@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.training.batches import Batch
-from adaptkit.training.data import IGNORED
 from adaptkit.training.linear import LoraLinear
+from adaptkit.training.samples import IGNORED
 
 _CHUNK_BYTES = 32 * 2**20
 """Of logits in the compute dtype."""

@@ -6,14 +6,16 @@ references. Examples (few-shot prompting) are whole conversations that come befo
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.conversation import Message, messages_of, rows
+from adaptkit.checkpoint.conversation import Example, Message, read_example
+from adaptkit.checkpoint.rows import read_rows
 from adaptkit.errors import DataError
-from adaptkit.training.data import IGNORED, Dataset, Sample, encode, order
-from adaptkit.training.generation import conversation_ids
+from adaptkit.training.data import Dataset, order
+from adaptkit.training.encoding import Encoder, conversation_ids
+from adaptkit.training.samples import Sample
 
 Conversation = tuple[Message, ...]
 
@@ -126,36 +128,38 @@ def load_data_with_shots(
     Returns:
         The samples, and how many of them have fewer examples than all.
     """
+    encoder = Encoder(tokenizer)
     samples, truncated, dropped, fewer = [], 0, 0, 0
     for where, row in _rows(files):
-        messages = conversation(row, where)
-        alone = encode(messages, tokenizer)
-        if alone.answer_tokens == 0:
-            raise DataError(f"{where}: the answer is empty", hint="every row needs something to learn")
+        example = _conversation(row, where)
+        alone = _encode(encoder, example, (), where)
         left_out, whole = 0, alone
         for left_out in range(len(shots) + 1):
-            whole = encode(with_shots(messages, shots[left_out:]), tokenizer)
-            if longest is None or len(whole.ids) <= longest:
+            whole = _encode(encoder, example, shots[left_out:], where)
+            if longest is None or all(len(sample.ids) <= longest for sample in whole):
                 break
-        excess = max(0, len(alone.ids) - max_length)
-        length = len(whole.ids) - excess
-        labels = _last(whole.labels, alone.answer_tokens)
-        sample = Sample(whole.ids[:length], labels[:length])
-        truncated, fewer = truncated + (excess > 0), fewer + (left_out > 0)
-        if sample.answer_tokens:
-            samples.append(sample)
-        else:
-            dropped += 1
+        fewer += left_out > 0
+        for shorter, sample in zip(alone, whole, strict=True):
+            excess = max(0, len(shorter.ids) - max_length)
+            length = len(sample.ids) - excess
+            cut = Sample(sample.ids[:length], sample.labels[:length], where)
+            truncated += excess > 0
+            if cut.answer_tokens:
+                samples.append(cut)
+            else:
+                dropped += 1
     if not samples:
         raise DataError(f"{', '.join(map(str, files))}: no row keeps an answer", hint="raise max_length")
     return Dataset(tuple(samples), truncated, dropped), fewer
 
 
-def _last(labels: Sequence[int], count: int) -> tuple[int, ...]:
-    """Keep the last ``count`` labels that carry loss."""
-    carrying = [place for place, label in enumerate(labels) if label != IGNORED]
-    first = carrying[-count]
-    return tuple(IGNORED if place < first else label for place, label in enumerate(labels))
+def _encode(encoder: Encoder, example: Example, shots: Sequence[Conversation], where: str) -> tuple[Sample, ...]:
+    """The samples of a conversation after examples, which carry no loss."""
+    before = sum(len(shot) for shot in shots)
+    messages = tuple(with_shots(example.messages, shots))
+    learned = tuple(turn + before for turn in example.learned)
+    (encoded,) = encoder.encode([(where, replace(example, messages=messages, learned=learned))])
+    return encoded.samples
 
 
 def conversation(row: Mapping[str, Any], where: str) -> list[Message]:
@@ -164,11 +168,17 @@ def conversation(row: Mapping[str, Any], where: str) -> list[Message]:
     Raises:
         DataError: the row has none of the layouts.
     """
-    messages = messages_of(row, where)
-    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[: last + 1]
+    return list(_conversation(row, where).messages)
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> Example:
+    example = read_example(row, where)
+    if example.text is not None:
+        raise DataError(f"{where}: plain text asks nothing", hint="give conversations, or --text")
+    last = max(number for number, message in enumerate(example.messages) if message["role"] == "assistant")
+    return replace(example, messages=example.messages[: last + 1])
 
 
 def _rows(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for file in files:
-        yield from rows(file)
+        yield from read_rows(file)

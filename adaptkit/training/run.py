@@ -17,7 +17,7 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
 from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data import prompt_ids
+from adaptkit.training.encoding import prompt_ids
 from adaptkit.training.evaluate import mean_loss, pad_id
 from adaptkit.training.generation import generate
 from adaptkit.training.gradients import Gradients

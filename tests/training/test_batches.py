@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.training.batches import Batches, collate
-from adaptkit.training.data import IGNORED, Sample
+from adaptkit.training.samples import IGNORED, Sample
 
 PAD = 0
 plans = st.fixed_dictionaries(

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.training.generation import conversation_ids, generate, stop_tokens
+from adaptkit.training.encoding import conversation_ids
+from adaptkit.training.generation import generate, stop_tokens
 from adaptkit.training.model import load_model
 
 SENTENCES = (

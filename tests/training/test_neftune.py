@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from adaptkit.training.batches import Batch, collate
-from adaptkit.training.data import Sample
 from adaptkit.training.neftune import EmbeddingNoise, sample_lengths
+from adaptkit.training.samples import Sample
 
 
 def sample(length):

@@ -6,7 +6,7 @@ import pytest
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.errors import DataError
-from adaptkit.training.data import IGNORED, load_data
+from adaptkit.training.data import load_data
 from adaptkit.training.questions import (
     Question,
     choose,
@@ -16,6 +16,7 @@ from adaptkit.training.questions import (
     read_shots,
     with_shots,
 )
+from adaptkit.training.samples import IGNORED
 
 
 def write(path, rows):

@@ -1,0 +1,120 @@
+"""A row is of one layout, or it is refused by name."""
+
+import re
+
+import pytest
+
+from adaptkit.checkpoint.conversation import read_example
+from adaptkit.errors import DataError
+
+ASKED = {"role": "user", "content": "Name it\n\na river"}
+ANSWERED = {"role": "assistant", "content": "the Rhine"}
+CHAT = [ASKED, ANSWERED]
+SHARED = [{"from": "human", "value": "Name it\n\na river"}, {"from": "gpt", "value": "the Rhine"}]
+
+
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        ("instruction", {"instruction": "Name it", "context": "a river", "output": "the Rhine"}),
+        ("instruction", {"instruction": "Name it", "input": "a river", "output": "the Rhine"}),
+        ("instruction", {"instruction": "Name it\n\na river", "input": "", "response": "the Rhine"}),
+        ("question", {"question": "Name it\n\na river", "answer": "the Rhine"}),
+        ("prompt", {"prompt": "Name it\n\na river", "completion": "the Rhine"}),
+        ("prompt", {"prompt": [ASKED], "completion": [ANSWERED]}),
+        ("messages", {"messages": CHAT}),
+        ("messages", {"messages": SHARED}),
+        ("messages", {"messages": CHAT, "prompt": "of ultrachat, without an answer"}),
+        ("conversations", {"conversations": SHARED}),
+        ("conversations", {"conversations": CHAT, "text": None}),
+    ],
+)
+def test_every_layout_is_the_same_conversation(layout, row):
+    example = read_example(row, "here")
+    assert (example.layout, list(example.messages), example.learned, example.text) == (layout, CHAT, (1,), None)
+
+
+def test_plain_text_is_no_conversation():
+    example = read_example({"text": "Call me Ishmael.", "title": "Moby-Dick"}, "here")
+    assert (example.layout, example.text, example.messages) == ("text", "Call me Ishmael.", ())
+
+
+def test_the_columns_that_were_used_are_told():
+    row = {"id": 1, "system": "Be brief.", "instruction": "x", "input": "", "output": "y", "source": "web"}
+    assert read_example(row, "here").columns == {"system", "instruction", "input", "output"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "instruction": "x", "output": "y"},
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+        {"messages": [{"from": "system", "value": "Be brief."}, {"from": "user", "value": "x"},
+                      {"from": "gpt", "value": "y"}]},
+    ],
+)  # fmt: skip
+def test_a_system_prompt_comes_first(row):
+    example = read_example(row, "here")
+    assert [(m["role"], m["content"]) for m in example.messages] == [
+        ("system", "Be brief."), ("user", "x"), ("assistant", "y"),
+    ]  # fmt: skip
+    assert example.learned == (2,)
+
+
+def test_answers_in_a_prompt_or_of_weight_zero_are_not_learned():
+    few_shot = {"prompt": [*CHAT, ASKED], "completion": [ANSWERED]}
+    assert read_example(few_shot, "here").learned == (3,)
+    weighted = {"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, ANSWERED | {"weight": 1}, ASKED, ANSWERED]}
+    assert read_example(weighted, "here").learned == (3, 5)
+
+
+ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
+
+
+def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
+    with pytest.raises(DataError, match="more than one layout: instruction and text") as raised:
+        read_example(ALPACA, "here")
+    assert raised.value.hint == "say which, as in layout: instruction"
+    assert read_example(ALPACA, "here", "instruction").messages[1]["content"] == "y"
+    assert read_example(ALPACA, "here", "text").text == ALPACA["text"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "x"}, "has no output or response or completion or answer"),
+        ({"output": "y"}, "has no instruction or question or prompt"),
+        ({"title": "x"}, "has no known layout"),
+        ({}, "has no known layout"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "has no output or"),
+        ({"instruction": "x", "output": "y", "response": "z"}, "has both output and response"),
+        ({"instruction": "x", "output": "y", "context": "a", "input": "b"}, "has both context and input"),
+        ({"instruction": "x", "output": 5}, "output is no text (int)"),
+        ({"instruction": "x", "output": "half: \ud800"}, "output is no text (half a character)"),
+        ({"instruction": "x", "context": 5, "output": "y"}, "context is no text (int)"),
+        ({"text": ["a"]}, "text is no text (list)"),
+        ({"messages": "x"}, "messages must be a list of {role, content}"),
+        ({"messages": []}, "messages must be a list"),
+        ({"messages": ["x"]}, "messages must be a list"),
+        ({"messages": [ASKED]}, "no message is the assistant's to learn"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no message is the assistant's to learn"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages has the weight 0.5"),
+        ({"messages": [ASKED, {"role": "tool", "content": "x"}]}, "message 2 of messages has the role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 of messages has the role ['user']"),
+        ({"messages": [{"content": "x"}]}, "message 1 of messages has the role None"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of conversations has the"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "message 1 of messages has no text (list)"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]}, "message 2 of messages calls tools"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}, *CHAT]}, "has a column and a message"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_is_refused_by_name(row, message):
+    with pytest.raises(DataError, match=re.escape(f"rows.jsonl, line 7: {message}")) as raised:
+        read_example(row, "rows.jsonl, line 7")
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize("layout", ["instruction", "messages", "text"])
+def test_a_layout_that_is_asked_for_has_to_be_there(layout):
+    with pytest.raises(DataError, match=f"has no {layout}"):
+        read_example({"title": "x"}, "here", layout)

@@ -1,0 +1,179 @@
+"""Rows come out of every kind of file as they went in, and what is wrong is named by file and line or row."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.checkpoint.rows import is_on_hub, read_rows
+from adaptkit.errors import DataError, NetworkError
+
+ROWS = [{"instruction": "Name it, please.", "output": 'the "Rhine"\nriver'}, {"instruction": "NA", "output": "007"}]
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "places"),
+    [
+        (".jsonl", ["line 1", "line 2"]),
+        (".json", ["row 1", "row 2"]),
+        (".csv", ["line 2", "line 4"]),
+        (".tsv", ["line 2", "line 4"]),
+        (".parquet", ["row 1", "row 2"]),
+    ],
+)
+def test_rows_come_out_as_they_went_in_with_their_places(suffix, places, tmp_path):
+    path = write(tmp_path / f"rows{suffix}", ROWS)
+    assert list(read_rows(path)) == [(f"{path}, {place}", row) for place, row in zip(places, ROWS, strict=True)]
+
+
+@given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=6))
+def test_any_text_survives_csv(tmp_path_factory, texts):
+    path = write(tmp_path_factory.mktemp("csv") / "rows.csv", [{"a": text, "b": texts[0]} for text in texts])
+    assert [row["a"] for _, row in read_rows(path)] == texts
+
+
+def test_long_cells_are_read_and_the_reader_of_the_process_is_left_alone(tmp_path):
+    limit = csv.field_size_limit()
+    path = write(tmp_path / "rows.csv", [{"text": "x" * 200_000}])
+    assert [len(row["text"]) for _, row in read_rows(path)] == [200_000]
+    assert csv.field_size_limit() == limit
+
+
+def test_json_may_hold_its_rows_under_data_or_on_lines(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert [row for _, row in read_rows(path)] == ROWS
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [where for where, _ in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
+
+
+def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_path):
+    row = '{"text": "one\u2028line\u0085"}\r\n'
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(("\ufeff" + row + "\r\n" + row).encode())
+    assert list(read_rows(path)) == [(f"{path}, line {number}", {"text": "one\u2028line\u0085"}) for number in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b'{"a": 1}\n{not json', ", line 2: not JSON"),
+        ("rows.jsonl", b'{"a": 1}\n[1, 2]', ", line 2: expected an object, found list"),
+        ("rows.jsonl", b'{"a": "' + b"\xff", ", line 1: cannot be read (invalid start byte)"),
+        ("rows.jsonl", b'{"n": ' + b"9" * 5000 + b"}", ", line 1: not JSON"),
+        ("rows.jsonl", b'{"n": ' + b"[" * 100_000, ", line 1: not JSON"),
+        ("rows.json", b'[{"a": 1}, 5]', ", row 2: expected an object, found int"),
+        ("rows.json", b'{"rows": []}', ": expected a list of rows, found the keys rows"),
+        ("rows.json", b"5", ": expected a list of rows, found int"),
+        ("rows.json", b'[{"a": 1},', ": not JSON"),
+        ("rows.json", b'{"a": 1}\n{"a"', ", line 2: not JSON"),
+        ("rows.csv", b'a,b\n1,2\n\n3,"x\ny",4\n', ", line 4: has 3 cells, the header has 2"),
+        ("rows.csv", b"a,b\n1\n", ", line 2: has 1 cells, the header has 2"),
+        ("rows.csv", b"a,a\n1,2\n", ", line 1: two columns are named 'a'"),
+        ("rows.csv", b'a,b\n"1"2,3\n', ": not csv"),
+        ("rows.csv", b"a,b\n1,\xff\n", ", line 2: cannot be read (invalid start byte)"),
+        ("rows.parquet", b"PAR1 or not", ", after row 0: not parquet"),
+        ("rows.xlsx", b"", ": expected a data file (.jsonl, .json, .csv, .tsv, .parquet) or org/name on the Hub"),
+    ],
+)
+def test_what_is_no_row_is_named_by_file_and_place(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / name}{message}")) as raised:
+        list(read_rows(tmp_path / name))
+    assert raised.value.hint
+    assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet", "folder.jsonl"])
+def test_a_file_that_cannot_be_opened_is_named(name, tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / name}: cannot be read")):
+        list(read_rows(tmp_path / name))
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    path = write(tmp_path / "rows.parquet", [{"text": f"text {number} " * 50} for number in range(2000)])
+    content = bytearray(path.read_bytes())
+    content[100:2000] = bytes(1900)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("source", "on_hub"),
+    [
+        ("org/name", True),
+        ("org/name:test", True),
+        ("org/name@v1.0:train", True),
+        ("org/name@refs/pr/1", True),
+        ("org/name/config@main:train_sft", True),
+        ("data/rows.jsonl", False),
+        ("./org/name", False),
+        ("/org/name", False),
+        ("name", False),
+        ("a/b/c/d", False),
+    ],
+)
+def test_names_on_the_hub_are_told_from_files(source, on_hub):
+    assert is_on_hub(source) is on_hub
+
+
+def test_a_folder_of_the_name_goes_before_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_on_hub("org/name")
+
+
+def test_a_hub_that_does_not_answer_is_an_error_that_may_pass(tmp_path):
+    """HF_HUB_OFFLINE is set for all tests, so nothing is asked."""
+    pytest.importorskip("datasets")
+    with pytest.raises(NetworkError, match="org/name: the Hub does not answer, and no file has this name"):
+        list(read_rows("org/name@v1:test"))
+
+
+def test_local_files_need_no_network_and_no_cache(tmp_path):
+    """In a process of its own, whose home is empty and stays so, and which may open no socket."""
+    for suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        write(tmp_path / f"rows{suffix}", ROWS)
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise RuntimeError('a socket')\n"
+        "socket.socket.connect = refuse\n"
+        "from adaptkit.checkpoint.rows import read_rows\n"
+        "print(sum(len(list(read_rows(name))) for name in sys.argv[1:]))\n"
+        "print('datasets' in sys.modules, 'torch' in sys.modules)\n"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(path) for path in sorted(tmp_path.glob("rows.*")))],
+        env=environment | {"HOME": str(home)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("8\nFalse False\n", "")
+    assert list(home.iterdir()) == []
