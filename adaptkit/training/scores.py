@@ -15,6 +15,7 @@ another METEOR (the Java program 1.5 with its paraphrases, which papers on E2E u
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from adaptkit.errors import UsageError
@@ -49,7 +50,7 @@ def require_metrics() -> None:
     """Ask before hours of work whether its answers can be scored.
 
     Raises:
-        UsageError: a metric package is not installed.
+        UsageError: a metric package is not installed, or nltk's WordNet is there and cannot be read.
     """
     try:
         import nltk  # noqa: F401
@@ -61,6 +62,7 @@ def require_metrics() -> None:
             f"scoring answers needs the metric packages, one of which cannot be imported: {error}",
             hint="pip install 'adaptkit[eval]'",
         ) from error
+    _wordnet()
 
 
 def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
@@ -71,12 +73,12 @@ def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores
         references: of each answer, at least one.
 
     Raises:
-        UsageError: a metric package is not installed, or nltk's WordNet is there and cannot be read.
+        ImportError: a metric package is not installed; ask ``require_metrics`` before.
+        UsageError: nltk's WordNet is there and cannot be read.
         ValueError: there is nothing to score, or an answer has no reference.
     """
     if not answers or len(answers) != len(references) or not all(references):
         raise ValueError(f"{len(answers)} answers, {len(references)} lists of references: one each is needed")
-    require_metrics()
     from importlib.metadata import version
 
     bleu, signature = _bleu(answers, references)
@@ -134,6 +136,7 @@ class _NoSynonyms:
         return ()
 
 
+@lru_cache(maxsize=1)  # it takes seconds to read
 def _wordnet() -> tuple[Any, str]:
     """WordNet, if nltk finds it in its own places, which the variable NLTK_DATA can add to."""
     import nltk
