@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import cross_entropy
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
@@ -16,12 +17,15 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.training.batches import Batch
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.linear import PackedWeight
 from adaptkit.training.loading import load_adapter
+from adaptkit.training.loss import summed_loss
 from adaptkit.training.model import load_model
 from adaptkit.training.parameters import Trainable
 from adaptkit.training.result import write_result
+from adaptkit.training.samples import IGNORED
 from adaptkit.training.segments import checkpoint_layers
 from adaptkit.training.start import begin, resolve_method
 
@@ -228,3 +232,25 @@ def test_in_bfloat16_a_fresh_adapter_changes_no_logit(bases):
     Trainable.of(model)
     assert all(p.dtype == torch.float32 for p in model.network.parameters() if p.requires_grad)
     assert torch.equal(logits(model.network), logits(plain.network))
+
+
+@pytest.mark.parametrize("name", ["a tied head", "a head", "tokens of a tied vocabulary", "all biases", "all of it"])
+def test_the_trainers_loss_has_the_gradients_of_the_whole_logits(bases, name):
+    """Though it never makes them: what is trained in the output layer gets its gradient all the same."""
+    case = CASES[name]
+    ids = IDS[:3]
+    labels = ids.clone()
+    labels[:, :9] = labels[1, 20:] = IGNORED
+    gradients = []
+    for loss in (
+        lambda model: summed_loss(model, Batch(ids, labels, torch.ones_like(ids))),
+        lambda model: cross_entropy(
+            model.network(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        ),
+    ):
+        model, _ = begun(bases / f"{case.family}-nf4", case.settings)
+        loss(model).backward()
+        gradients.append({n: p.grad for n, p in model.network.named_parameters() if p.requires_grad})
+    for parameter, expected in gradients[1].items():
+        error = float((gradients[0][parameter] - expected).norm())
+        assert error <= 1e-5 * float(expected.norm()), parameter
