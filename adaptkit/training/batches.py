@@ -6,6 +6,7 @@ among them without a word to each other.
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.training.data import order
+from adaptkit.training.mixture import Mixture
+from adaptkit.training.packing import pack
 from adaptkit.training.samples import IGNORED, Sample
 
 _GROUPED_STEPS = 50
@@ -46,11 +49,11 @@ class Batch:
 class Batches:
     """The steps of a run.
 
-    Each epoch is a new permutation of the samples, cut into steps whose sizes differ by one at most; every sample
-    comes once an epoch.
+    Each epoch is a new permutation of the samples, or of what a mixture draws of them, cut into steps whose sizes
+    differ by one at most; without a mixture every sample comes once an epoch.
 
     Attributes:
-        steps_per_epoch: of the first epoch.
+        steps_per_epoch: of the first epoch; packed mixtures may fill another number of rows in others.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Batches:
         seed: int = 0,
         padding: int = 0,
         group_by_length: bool = False,
+        pack_length: int | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         """See the class.
 
@@ -72,17 +77,25 @@ class Batches:
             seed: of the order.
             padding: id of the token to pad with.
             group_by_length: let rows of like length share a step; the order of the steps is random still.
+            pack_length: put samples together in rows of at most so many tokens; None gives each a row of its own.
+            mixture: what an epoch draws; None is all of the samples.
         """
         self._samples, self._seed, self._padding = samples, seed, padding
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size or batch_size
-        self._group = group_by_length
+        self._group, self._pack_length, self._mixture = group_by_length, pack_length, mixture
         self._planned: tuple[int, list[list[Row]]] | None = None
         self.steps_per_epoch = len(self._epoch(0))
+        self._ends = [self.steps_per_epoch]
 
     def rows(self, step: int) -> list[Row]:
         """The rows of a step (from 0), of all processes."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[index]
+        if self._pack_length is None or self._mixture is None:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            return self._epoch(epoch)[index]
+        while self._ends[-1] <= step:
+            self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends))))
+        epoch = bisect_right(self._ends, step)
+        return self._epoch(epoch)[step - self._ends[epoch]]  # from the end
 
     def answer_tokens(self, step: int) -> int:
         """Tokens of a step that carry loss, over all processes."""
@@ -124,7 +137,12 @@ class Batches:
 
     def _plan(self, epoch: int) -> list[list[Row]]:
         seed = self._seed * 1_000_003 + epoch
-        rows: list[Row] = [(self._samples[i],) for i in order(len(self._samples), seed)]
+        drawn = range(len(self._samples)) if self._mixture is None else self._mixture.draw(epoch, self._seed)
+        samples = [self._samples[drawn[i]] for i in order(len(drawn), seed)]
+        rows: list[Row] = [(sample,) for sample in samples]
+        if self._pack_length is not None:
+            packed = pack([len(sample.ids) for sample in samples], self._pack_length)
+            rows = [tuple(samples[i] for i in packed[row]) for row in order(len(packed), seed)]
         cuts = _cuts(len(rows), math.ceil(len(rows) / self._batch_size))
         if not self._group:
             return [rows[start:end] for start, end in cuts]

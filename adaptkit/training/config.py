@@ -28,7 +28,7 @@ _LARGEST = 1e30
 _SEEDS = (1 << 40) - 1
 """Steps are added to a million times the seed, in 64 bits."""
 
-_PLACES = frozenset({"base", "data", "device", "tensorboard", "wandb"})
+_PLACES = frozenset({"base", "data", "held_out_data", "device", "tensorboard", "wandb"})
 _FREE = frozenset(
     {"save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing", "offload_checkpoints"}
 )
@@ -78,9 +78,13 @@ class TrainConfig:
     loss_on: str = setting("Tokens that are learned; plain text is learned whole.", "answers", choices=LOSS_ON)
     max_length: int = setting("Tokens of a sample.", 1024, at_least=2)
     too_long: str = setting("What becomes of longer samples.", "cut", choices=TOO_LONG)
-    held_out: float = setting(
-        "Fraction of the samples that is measured instead of trained on.", 0.1, at_least=0, below=1
-    )
+    mixture: Mapping[str, float] | None = setting("How much of each data file an epoch draws, relative to the others; "
+                                                  "1 where nothing is said.", None, above=0,
+                                                  at_most=_LARGEST)  # fmt: skip
+    pack: bool = setting("Put samples together in rows of max_length tokens; a step then has batch_size rows.", False)
+    held_out: float = setting("Fraction of the samples that is measured instead of trained on; 0 with held_out_data.",
+                              0.1, at_least=0, below=1)  # fmt: skip
+    held_out_data: tuple[str, ...] = setting("File or data set that is measured instead.", ())
 
     # Steps
     steps: int | None = setting("Optimizer steps; default: as many as the epochs take.", None, at_least=1)
@@ -145,7 +149,9 @@ class TrainConfig:
         if self.init not in INITS and not Path(self.init).is_dir():
             refuse(self, "init")
         self._check_adapter()
-        if self.patience and not (self.held_out and self.eval_every):
+        if self.pack and self.group_by_length:
+            refuse(self, "group_by_length", "rows that are packed are of like length already")
+        if self.patience and not (self.has_held_out and self.eval_every):
             refuse(self, "patience", "needs held_out and eval_every")
         if self.sample_every and not self.sample_prompts:
             refuse(self, "sample_every", "needs sample_prompts")
@@ -171,6 +177,11 @@ class TrainConfig:
         if any(rank != int(rank) for rank in (self.rank_pattern or {}).values()):
             refuse(self, "rank_pattern", "whole numbers")
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are samples to measure on."""
+        return bool(self.held_out or self.held_out_data)
+
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: str) -> Self:
         """Make a configuration from a file's or the command line's values.
@@ -183,6 +194,8 @@ class TrainConfig:
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all of it but paths, devices and trackers, which say nothing about the result."""
         values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
+        if self.mixture is not None:
+            values["mixture"] = {Path(name).name: weight for name, weight in self.mixture.items()}
         return values if self.init in INITS else values | {"init": "adapter"}  # a parent in the manifest says which
 
     def decisive(self) -> dict[str, Any]:

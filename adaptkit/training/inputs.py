@@ -4,6 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import longest_sequence
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data import Dataset, load_data, split
+from adaptkit.training.mixture import Mixture, weights_of
 from adaptkit.training.samples import Sample
 from adaptkit.training.start import read_start, resolve_method
 from adaptkit.training.trackers import require_trackers
@@ -35,6 +37,7 @@ class Inputs:
         data_sha256: of the data files.
         samples: to train on.
         held_out: to measure on.
+        mixture: what an epoch draws of the samples; None is all of them.
         start: the adapter to begin with, if not fresh matrices.
     """
 
@@ -47,6 +50,7 @@ class Inputs:
     data_sha256: list[str]
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
+    mixture: Mixture | None
     start: Adapter | None
 
     def identity(self) -> dict[str, Any]:
@@ -54,7 +58,7 @@ class Inputs:
         return {
             "options": self.config.decisive(),
             "base": self.manifest.sha256 if self.manifest else self.state,
-            "data": _digest(self.data.samples),
+            "data": _digest([*self.samples, *self.held_out]),
             "init": tensors_root(self.start.records) if self.start else None,
         }
 
@@ -71,16 +75,19 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
     require_trackers(config)
     check_output(output, force, [base, *map(Path, config.data)])
     tokenizer = load_tokenizer(base)
-    data = load_data(
-        config.data,
-        tokenizer,
-        config.max_length,
+    weights = weights_of(config.mixture, config.data) if config.mixture else None
+    load = partial(
+        load_data,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
         too_long=config.too_long,
         loss_on=config.loss_on,
         layout=config.layout,
         context=longest_sequence(base),
     )
-    samples, held_out = split(data.samples, config.held_out, config.seed)
+    data = load(config.data)
+    other = load(config.held_out_data) if config.held_out_data else None
+    samples, held_out = split(data.samples, 0 if other else config.held_out, config.seed)
     manifest = read_manifest(base)
     return Inputs(
         config=config,
@@ -91,7 +98,8 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
         data=data,
         data_sha256=[source.sha256 for source in data.sources],
         samples=samples,
-        held_out=held_out,
+        held_out=other.samples if other else held_out,
+        mixture=Mixture.of(samples, weights, config.data) if weights else None,
         start=read_start(config, manifest),
     )
 

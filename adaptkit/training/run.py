@@ -27,6 +27,7 @@ from adaptkit.training.memory import save_activations
 from adaptkit.training.model import Model, choose_device, load_model
 from adaptkit.training.moments import moment_bytes
 from adaptkit.training.optimizer import STATE_BITS, make_optimizer
+from adaptkit.training.packing import check_packing
 from adaptkit.training.parameters import Trainable
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
@@ -255,7 +256,7 @@ class Run:
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     """Size of a checkpoint: parameters, two moments and, if there may be one, the best adapter's parameters."""
-    vectors = 2 if config.held_out and config.eval_every else 1
+    vectors = 2 if config.has_held_out and config.eval_every else 1
     return 4 * parameters * vectors + moment_bytes(parameters, STATE_BITS[config.optimizer])
 
 
@@ -269,6 +270,8 @@ def batches_of(inputs: Inputs) -> Batches:
         seed=config.seed,
         padding=pad_id(inputs.tokenizer),
         group_by_length=config.group_by_length,
+        pack_length=config.max_length if config.pack else None,
+        mixture=inputs.mixture,
     )
 
 
@@ -281,4 +284,6 @@ def build(inputs: Inputs, device: torch.device) -> tuple[Model, Checkpointing]:
     """The model with the adapter that it begins with, and which of its layers are checkpointed."""
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), device)
     begin(model, inputs.config, inputs.start, inputs.tokenizer)
+    if inputs.config.pack:
+        check_packing(model.network)
     return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)
