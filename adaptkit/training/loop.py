@@ -40,11 +40,11 @@ def train(
     on_step: Callable[[StepReport], None] = lambda report: None,
     note: Callable[[str], None] = to_stderr,
 ) -> TrainReport:
-    """Train a LoRA adapter on an NF4 base. A run that was cut off goes on when it is called again.
+    """Train an adapter, or with ``method: full`` a whole model. A run that was cut off goes on when it is called again.
 
     Args:
         config: the run.
-        output: folder of the adapter to make.
+        output: folder of the adapter or checkpoint to make.
         force: replace an existing adapter, or begin anew where a run with other options stopped.
         resume: go on, and never begin.
         on_step: told of every step.

@@ -61,14 +61,16 @@ class Trainable:
                 kinds.setdefault((lora_plus_ratio if fast else 1.0, is_matrix), []).append(parameter)
         everything = [parameter for kind in kinds.values() for parameter in kind]
         count = sum(parameter.numel() for parameter in everything)
-        values = torch.empty(count, device=everything[0].device)
-        gradients, start = torch.zeros_like(values), 0
+        values, start = torch.empty(count, device=everything[0].device), 0
+        spans = []
         for parameter in everything:
-            span = slice(start, start + parameter.numel())
-            values[span] = parameter.detach().reshape(-1)
-            parameter.data = values[span].view(parameter.shape)  # what it held before is free from here on
+            spans.append(slice(start, start + parameter.numel()))
+            values[spans[-1]] = parameter.detach().reshape(-1)
+            parameter.data = values[spans[-1]].view(parameter.shape)  # what it held before is free from here on
+            start = spans[-1].stop
+        gradients = torch.zeros_like(values)  # after that, so that never three copies of a whole model exist
+        for parameter, span in zip(everything, spans, strict=True):
             parameter.grad = gradients[span].view(parameter.shape)
-            start = span.stop
         groups, start = [], 0
         for (rate, decay), kind in kinds.items():
             end = start + sum(parameter.numel() for parameter in kind)

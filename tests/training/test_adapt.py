@@ -26,7 +26,7 @@ from adaptkit.training.model import load_model
 from adaptkit.training.parameters import Trainable
 from adaptkit.training.result import write_result
 from adaptkit.training.samples import IGNORED
-from adaptkit.training.segments import checkpoint_layers
+from adaptkit.training.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.start import begin, resolve_method
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_gradients_are_those_of_the_formula_on_the_dequantized_model(bases, name
     ids = IDS[:2]
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     torch.func.functional_call(plain, values, kwargs=inputs).loss.backward()
-    checkpoint_layers(model.network, checkpointing)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, checkpointing, measure=None))
     model.network.train()(**inputs).loss.backward()
     trained = [p for p in model.network.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(parameter) for _, parameter in leaves}
@@ -254,3 +254,16 @@ def test_the_trainers_loss_has_the_gradients_of_the_whole_logits(bases, name):
     for parameter, expected in gradients[1].items():
         error = float((gradients[0][parameter] - expected).norm())
         assert error <= 1e-5 * float(expected.norm()), parameter
+
+
+@pytest.mark.parametrize("name", ["dora of Conv1D", "all of it", "all biases"])
+def test_checkpointing_with_dropout_changes_no_bit_of_a_gradient(bases, name):
+    case, gradients = CASES[name], []
+    for checkpointing in ("none", "layer", "sqrt"):
+        model, _ = begun(bases / f"{case.family}-nf4", case.settings | {"dropout": 0.3})
+        checkpoint_layers(model.network, choose_checkpointing(model.network, checkpointing, measure=None))
+        torch.manual_seed(11)
+        model.network.train()(IDS[:2], labels=IDS[:2], use_cache=False).loss.backward()
+        gradients.append({n: p.grad for n, p in model.network.named_parameters() if p.requires_grad})
+    for others in gradients[1:]:
+        assert all(torch.equal(others[n], gradient) for n, gradient in gradients[0].items())

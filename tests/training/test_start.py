@@ -208,3 +208,32 @@ def test_the_command_says_in_one_line_what_is_wrong(run_cli, llama, llama_nf4, i
     code, error = train_with(llama, "--modules-to-save", "score", "--steps", "1")
     assert (code, "no module is called 'score'" in error) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "full", "learning_rate": 1e-3},
+        {"rank": 4, "dora": True, "dropout": 0.2, "modules_to_save": ("lm_head",), "lora_plus_ratio": 8.0},
+        {"rank": 4, "rslora": True, "trainable_tokens": ("7", "<|im_end|>")},
+    ],
+    ids=["full", "dora", "tokens"],
+)
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(llama, instructions, settings, tmp_path):
+    config = TrainConfig(
+        base=str(llama), data=(str(instructions),), steps=6, batch_size=4, compute_dtype="bfloat16", device="cpu",
+        **settings,
+    )  # fmt: skip
+    expected = train(config, tmp_path / "whole")
+
+    def stop(report):
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "stopped", on_step=stop)
+    report = train(config, tmp_path / "stopped")
+    assert report.resumed_from > 0
+    assert report.manifest_sha256 == expected.manifest_sha256
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()

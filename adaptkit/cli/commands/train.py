@@ -33,7 +33,7 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Train a LoRA adapter on an NF4 checkpoint (QLoRA).
+    """Train an adapter on a quantized checkpoint (QLoRA) or a 16-bit one (LoRA), or every weight of a 16-bit one.
 
     Every option is also a key of the --config file (dashes as underscores); the command line wins. A run that was
     killed or interrupted goes on when the same command is given again.
