@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "training": GROUND | {"numerics", "checkpoint"},
     "hub": GROUND | {"numerics", "checkpoint"},
     "pipeline": GROUND | {"numerics", "checkpoint", "operations", "training", "hub"},
+    "__main__": {"cli"},
     "cli": GROUND | {"numerics", "checkpoint", "operations", "training", "hub", "pipeline"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -112,9 +112,10 @@ def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
         print(json.dumps({"error": error}))
     else:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        of = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""  # torchrun's
+        print(f"{of}error: {' '.join(message.split())}", file=sys.stderr)
         if hint:
-            print(f"hint: {hint}", file=sys.stderr)
+            print(f"{of}hint: {hint}", file=sys.stderr)
     return exit_code
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptkit.training.batches import Batch
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.distributed import World
 from adaptkit.training.loss import summed_loss
 from adaptkit.training.model import Model
 from adaptkit.training.neftune import EmbeddingNoise
@@ -21,38 +22,42 @@ class Gradients:
         model: whose parameters' gradients are views of ``vector``.
         vector: (N,) float32.
         config: of the run.
-
-    Attributes:
-        sources: file and line of the samples of the latest step.
-        spoiled: of those whose loss was no number.
+        world: the processes among which a step is divided.
     """
 
-    def __init__(self, model: Model, vector: Tensor, config: TrainConfig) -> None:
-        self._model, self._vector, self._seed = model, vector, config.seed
+    def __init__(self, model: Model, vector: Tensor, config: TrainConfig, world: World) -> None:
+        self._model, self._vector, self._seed, self._world = model, vector, config.seed, world
         self._noise = EmbeddingNoise(model.network, config.neftune_alpha) if config.neftune_alpha else None
-        self.sources: list[str] = []
-        self.spoiled: list[str] = []
+        self._sources: list[str] = []
+        self._spoiled: list[str] = []
 
     def collect(self, batches: Sequence[Batch], answers: int, step: int) -> float:
         """Make the vector the gradient of the loss of a step.
 
         Args:
-            batches: of the step.
+            batches: this process's share of the step.
             answers: tokens that carry loss, of the whole step: what the loss is the mean over.
             step: from 0.
 
         Returns:
-            The loss; no number if that of a micro-batch is none, and the gradients are then incomplete.
+            The loss of the whole step; no number if that of a micro-batch is none, and the gradients are then
+            incomplete. Gradients and loss are the same in all processes.
         """
         self._model.network.train()
         self._vector.zero_()
-        self.sources = [source for batch in batches for source in batch.sources]
-        self.spoiled = []
-        return sum(self._add(batch, answers, step, index) for index, batch in enumerate(batches))
+        self._sources = [source for batch in batches for source in batch.sources]
+        self._spoiled = []
+        loss = sum(self._add(batch, answers, step, index) for index, batch in enumerate(batches))
+        self._world.add_up(self._vector)
+        return self._world.total(loss)
+
+    def blamed(self) -> list[str]:
+        """File and line of the samples whose loss was no number, in any process; of the whole step if it was none's."""
+        return self._world.collect(self._spoiled) or self._world.collect(self._sources)
 
     def _add(self, batch: Batch, answers: int, step: int, index: int) -> float:
         """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
-        torch.manual_seed(random_seed(self._seed, step, index))
+        torch.manual_seed(random_seed(self._seed, step, self._world.rank, index))
         if self._noise is not None:
             self._noise.expect(batch)
         loss = summed_loss(self._model, batch) / answers
@@ -60,10 +65,10 @@ class Gradients:
         if math.isfinite(value):
             torch.autograd.backward(loss)
         else:
-            self.spoiled += batch.sources
+            self._spoiled += batch.sources
         return value
 
 
-def random_seed(seed: int, step: int, index: int) -> int:
-    """The seed of dropout and noise: a function of seed, step and micro-batch alone, so a run can go on anywhere."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:8], "little") >> 1
+def random_seed(seed: int, step: int, rank: int, index: int) -> int:
+    """The seed of a micro-batch's dropout and noise: depends on nothing before it, so a run can go on anywhere."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank} {index}".encode()).digest()[:8], "little") >> 1

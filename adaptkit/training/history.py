@@ -19,21 +19,23 @@ class History:
     """The lines so far, also in a file that can be followed while the run goes on.
 
     Args:
-        folder: of the file.
+        folder: of the file; None keeps none.
         content: the lines with which to begin.
     """
 
-    def __init__(self, folder: Path, content: bytes = b"") -> None:
-        self._path = folder / METRICS_NAME
+    def __init__(self, folder: Path | None, content: bytes = b"") -> None:
+        self._path = None if folder is None else folder / METRICS_NAME
         self.lines: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
-        with disk_errors(self._path):
-            self._path.write_bytes(self.content())
+        if self._path is not None:
+            with disk_errors(self._path):
+                self._path.write_bytes(self.content())
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a line."""
         self.lines.append(line)
-        with disk_errors(self._path), self._path.open("ab") as file:
-            file.write(_encode(line))
+        if self._path is not None:
+            with disk_errors(self._path), self._path.open("ab") as file:
+                file.write(_encode(line))
 
     def content(self) -> bytes:
         """One JSON object a line."""

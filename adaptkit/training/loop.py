@@ -9,6 +9,7 @@ Nothing is written before everything that can be checked is.
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.journal import Output, partial_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.distributed import World, join
 from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
@@ -56,14 +58,39 @@ def train(
         ConflictError: the output exists, or unfinished work of another run lies there; names what differs.
         DiskError: there is no room for a checkpoint; the one before it stays.
 
+    Started by torchrun, every process returns the report of the first, which alone writes and tells.
+
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
     inputs = read_inputs(config, output, force)
-    identity = inputs.identity()
+    with join(config.device) as world:
+        if world.is_first:
+            report = _lead(inputs, output, force, resume, on_step, note, world)
+        else:
+            with tempfile.TemporaryDirectory(prefix="adaptkit-") as pages:
+                Run(inputs, Path(pages), lambda text: None, world).train(lambda step: None)
+            report = None
+        shared = world.share(report)
+    if shared is None:
+        raise ValueError("the first process made no report")
+    return shared
+
+
+def _lead(
+    inputs: Inputs,
+    output: Path,
+    force: bool,
+    resume: bool,
+    on_step: Callable[[StepReport], None],
+    note: Callable[[str], None],
+    world: World,
+) -> TrainReport:
+    """What the first process does, and what the only one does: see ``train``."""
+    config, identity = inputs.config, inputs.identity()
     check_unfinished(partial_folder(output), identity, force, resume)
     with Output(output, identity, force, keep_work=True) as out:
         remember(out.folder, identity)
-        run = Run(inputs, out.folder, note)
+        run = Run(inputs, out.folder, note, world)
         require_room(out.folder, run.checkpoint_bytes, config.keep_checkpoints)
         with trackers(config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)

@@ -17,6 +17,7 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
 from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.distributed import World
 from adaptkit.training.encoding import prompt_ids
 from adaptkit.training.evaluate import mean_loss, pad_id
 from adaptkit.training.generation import generate
@@ -24,7 +25,7 @@ from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory import save_activations
-from adaptkit.training.model import Model, choose_device, load_model
+from adaptkit.training.model import Model, load_model
 from adaptkit.training.moments import moment_bytes
 from adaptkit.training.optimizer import STATE_BITS, make_optimizer
 from adaptkit.training.packing import check_packing
@@ -61,8 +62,10 @@ class Run:
 
     Args:
         inputs: what was read.
-        folder: for checkpoints, metrics and pages; a checkpoint in it is gone on from.
+        folder: for checkpoints, metrics and pages; a checkpoint in it is gone on from. Of other processes than the
+            first only for pages.
         note: told, in a line for people, what happens besides steps.
+        world: the processes of the run.
 
     Attributes:
         steps: in all, unless the run stops early.
@@ -76,23 +79,23 @@ class Run:
         tokens_per_second: of this process, padding aside.
     """
 
-    def __init__(self, inputs: Inputs, folder: Path, note: Callable[[str], None]) -> None:
+    def __init__(self, inputs: Inputs, folder: Path, note: Callable[[str], None], world: World) -> None:
         self._config, self._inputs, self._folder, self._note = inputs.config, inputs, folder, note
+        self._world = world
         self._padding = pad_id(inputs.tokenizer)
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
-        device = choose_device(inputs.config.device)
-        self.model, self.checkpointing = build(inputs, device)
+        self.model, self.checkpointing = build(inputs, world.device)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
-        self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config)
+        self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)
         self.tokens_per_second = 0.0
-        snapshot = newest_checkpoint(folder, note)
+        snapshot = world.share(newest_checkpoint(folder, note) if world.is_first else None)
         self.resumed_from = self.done = snapshot.step if snapshot else 0
-        self.history = History(folder, snapshot.metrics if snapshot else b"")
+        self.history = History(folder if world.is_first else None, snapshot.metrics if snapshot else b"")
         self._best: Tensor | None = None
         self._trackers: Sequence[Tracker] = ()
-        self._can_save, self._saved = True, self.done
+        self._can_save, self._saved = world.is_first, self.done
         if snapshot:
             self._restore(snapshot)
 
@@ -114,7 +117,7 @@ class Run:
                 self.tokens_per_second = tokens / seconds
                 on_step(StepReport(self.done, self.steps, line.get("loss", math.nan), self.tokens_per_second))
                 self._observe()
-                if self._is_due(self._config.save_every):
+                if self._world.is_first and self._is_due(self._config.save_every):
                     self._save()
         finally:
             if self._can_save and self.done != self._saved:
@@ -151,14 +154,16 @@ class Run:
         """While the block runs, the state is that of no step; if it is left by an exception, there is none to save."""
         self._can_save = False
         yield
-        self._can_save = True
+        self._can_save = self._world.is_first
 
     def _step(self, step: int) -> dict[str, Any]:
         config = self._config
         answers = self._batches.answer_tokens(step)
         line: dict[str, Any] = {"tokens": self._batches.tokens(step), "answer_tokens": answers}
         rate = learning_rate(config, step, self.steps)
-        loss = self._gradients.collect(self._batches.micro_batches(step), answers, step)
+        loss = self._gradients.collect(
+            self._batches.micro_batches(step, self._world.rank, self._world.size), answers, step
+        )
         norm = self.optimizer.clip(config.max_grad_norm)
         refused = self._refused(loss, norm, step + 1)
         with self._changing():
@@ -177,10 +182,10 @@ class Run:
         Raises:
             NonFiniteError: such steps are not to be skipped, or there were too many in a row.
         """
-        if math.isfinite(norm) and not self._gradients.spoiled:
+        if math.isfinite(loss) and math.isfinite(norm):
             return None
-        wrong = f"the loss is {loss}" if self._gradients.spoiled else f"the gradient's norm is {norm}"
-        sources = self._gradients.spoiled or self._gradients.sources
+        wrong = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        sources = self._gradients.blamed()
         samples = "; ".join(sources)
         message = f"{wrong} at step {step}: {samples}"
         if self._config.on_non_finite == "stop":
@@ -209,7 +214,7 @@ class Run:
             self._record({"step": self.done, "answers": answers})
 
     def _measure(self) -> None:
-        loss = mean_loss(self.model, self._inputs.held_out, self._config.batch_size, self._padding)
+        loss = self._held_out_loss()
         if not math.isfinite(loss):
             raise NonFiniteError(f"the held-out loss is {loss} at step {self.done}", hint="lower the learning rate")
         with self._changing():
@@ -227,6 +232,15 @@ class Run:
             padding=self._padding,
         )
         return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
+
+    def _held_out_loss(self) -> float:
+        everything = self._inputs.held_out
+        mine = everything[self._world.rank :: self._world.size]
+        loss = mean_loss(self.model, mine, self._config.batch_size, self._padding) if mine else 0.0
+        if self._world.size == 1:
+            return loss
+        summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))
+        return summed / sum(sample.answer_tokens for sample in everything)
 
     def _record(self, line: dict[str, Any]) -> None:
         self.history.add(line)

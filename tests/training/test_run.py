@@ -21,6 +21,7 @@ from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.distributed import World
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluate import EvaluateOptions, evaluate, pad_id
 from adaptkit.training.gradients import Gradients
@@ -53,7 +54,7 @@ def gradient_of(config, tmp_path_factory):
     for layer in model.adapted().values():
         torch.nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
     trainable = Trainable.of(model)
-    gradients = Gradients(model, trainable.gradients, inputs.config)
+    gradients = Gradients(model, trainable.gradients, inputs.config, World(torch.device("cpu")))
 
     def gradient(size, batch_size=8):
         padding = pad_id(inputs.tokenizer)

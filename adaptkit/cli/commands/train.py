@@ -1,5 +1,6 @@
 """``adaptkit train``."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ def command(
     values = read_config_file(config_file) if config_file else {}
     values |= given(TrainConfig, options)
     config = TrainConfig.from_values(values, str(config_file) if config_file else "options")
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
+        as_json, quiet = False, True
     if dry_run:
         from adaptkit.training.dry_run import plan_run
 

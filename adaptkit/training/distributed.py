@@ -1,0 +1,117 @@
+"""Several processes that train one adapter, as ``torchrun`` starts them: gloo on a CPU, NCCL on GPUs.
+
+Every process holds the model, takes its share of each step's samples, and adds its gradients to those of the others;
+all gradients are one vector, so that is one sum a step. All then make the same update of the same parameters. The
+first process alone reads and writes checkpoints and the result.
+
+The loss is the mean over the answer tokens of the whole step, however many processes there are. Sums of float32 are in
+another order than with one process, and dropout and NEFTune draw other numbers in each, so an adapter is the same as
+that of one process up to rounding, and without these two; with the same number of processes it is the same to the bit.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from adaptkit.errors import NetworkError
+from adaptkit.training.model import choose_device
+
+Shared = TypeVar("Shared")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which one this is.
+
+    Attributes:
+        device: of this process.
+        rank: from 0.
+        size: how many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that reads and writes."""
+        return self.rank == 0
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Put the sum over all processes into a tensor; every process gets the same bits."""
+        if self.size > 1:
+            with _partners():
+                distributed.all_reduce(tensor)
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all processes, in float64."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        self.add_up(tensor)
+        return float(tensor)
+
+    def share(self, value: Shared) -> Shared:
+        """What the first process has; the others may give anything."""
+        if self.size == 1:
+            return value
+        held: list[Any] = [value if self.is_first else None]
+        with _partners():
+            distributed.broadcast_object_list(held, src=0, device=self.device)
+        shared: Shared = held[0]
+        return shared
+
+    def collect(self, values: list[Shared]) -> list[Shared]:
+        """The values of all processes, in their order."""
+        if self.size == 1:
+            return values
+        held: list[Any] = [None] * self.size
+        with _partners():
+            distributed.all_gather_object(held, values)
+        return [value for part in held for value in part]
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, if it started this one, and leave them at the end.
+
+    Args:
+        device: as in the configuration; on GPUs each process of a machine takes the next one.
+
+    Raises:
+        UsageError: the device is not there.
+        NetworkError: the other processes cannot be reached.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    if size == 1:
+        yield World(choose_device(device))
+        return
+    mine = choose_device(device)
+    if mine.type == "cuda" and mine.index is None:
+        mine = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(mine)
+    with _partners():
+        distributed.init_process_group("nccl" if mine.type == "cuda" else "gloo")
+    try:
+        yield World(mine, distributed.get_rank(), size)
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _partners() -> Iterator[None]:
+    """Torch tells only by a RuntimeError that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NetworkError(
+            f"another process of this run cannot be reached: {reason}",
+            hint="its own message says why; the same command goes on where it stopped",
+        ) from error
