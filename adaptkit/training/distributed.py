@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from adaptkit.errors import NetworkError
 from adaptkit.training.model import choose_device
@@ -97,9 +98,13 @@ def join(device: str) -> Iterator[World]:
         mine = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(mine)
     with _partners():
-        distributed.init_process_group("nccl" if mine.type == "cuda" else "gloo")
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun may keep the store when it begins again, with addresses of processes that are gone.
+        attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+        backend = "nccl" if mine.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size)
     try:
-        yield World(mine, distributed.get_rank(), size)
+        yield World(mine, rank, size)
     finally:
         distributed.destroy_process_group()
 

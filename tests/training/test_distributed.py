@@ -1,0 +1,176 @@
+"""Two real processes train what one does, agree on everything, and go on when one of them is killed.
+
+Children of one helper process, which imports torch once, are told what torchrun tells; one test uses torchrun itself.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from adaptkit.checkpoint.adapter import read_adapter
+
+OPTIONS = [
+    "--rank", "4", "--steps", "8", "--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "0.002",
+    "--compute-dtype", "float32", "--eval-every", "2", "--save-every", "2", "--device", "cpu", "--held-out", "0.2",
+]  # fmt: skip
+
+HELPER = """
+import os, signal, socket, sys, time, warnings
+from pathlib import Path
+
+import matplotlib.backends.backend_svg
+import adaptkit.training.loop
+from adaptkit.cli.main import main
+
+warnings.simplefilter("ignore")  # newer Pythons warn of forks
+base, data, root = map(Path, sys.argv[1:4])
+options = sys.argv[4:]
+noisy = ["--dropout", "0.1", "--neftune-alpha", "5"]
+
+
+def run(name, *more):
+    sys.argv = ["adaptkit", "train", "--base", str(base), "--data", str(data), "-o", str(root / name), *options, *more]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+
+
+def start(name, size, *more):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            log = os.open(root / f"{name}-{rank}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.dup2(log, 1), os.dup2(log, 2)
+            if size > 1:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                               "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+            code = run(name, *more)
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(child)
+    return children
+
+
+def ended(children):
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
+assert ended(start("one", 1)) == [0]
+assert ended(start("two", 2)) == [0, 0]
+assert ended(start("noisy", 2, *noisy)) == [0, 0]
+
+children, metrics = start("killed", 2, *noisy), root / "killed.partial" / "metrics.jsonl"
+while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 5:
+    assert os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    time.sleep(0.001)
+os.kill(children[1], signal.SIGKILL)
+assert ended(children) == [7, -9]
+assert ended(start("killed", 2, *noisy)) == [0, 0]
+
+assert ended(start("broken", 2, "--learning-rate", "1e30", "--max-grad-norm", "0")) == [5, 5]
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(llama_nf4, instructions, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    done = subprocess.run(
+        [sys.executable, "-c", HELPER, llama_nf4, instructions, root, *OPTIONS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    logs = "".join(f"{path.name}: {path.read_text()}" for path in sorted(root.glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
+    return root
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_two_processes_measure_the_losses_and_gradients_of_one(runs):
+    """Steps have four or five samples, so the processes' shares of samples and tokens differ."""
+    one, two = metrics(runs / "one"), metrics(runs / "two")
+    assert [sorted(line) for line in one] == [sorted(line) for line in two]
+    for mine, theirs in zip(one, two, strict=True):
+        for name, value in mine.items():
+            assert theirs[name] == pytest.approx(value, rel=1e-5), (name, mine["step"])
+
+
+def test_two_processes_train_the_adapter_of_one(runs):
+    one, two = (read_adapter(runs / name).modules for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for module, term in one.items():
+        change, other = (t.lora_b @ t.lora_a for t in (term, two[module]))
+        assert (change - other).norm() < 1e-3 * change.norm(), module
+        assert torch.isfinite(change).all()
+
+
+def test_only_the_first_process_writes_and_speaks(runs):
+    assert (runs / "two-0.log").read_text().startswith("wrote")
+    assert (runs / "two-1.log").read_text() == ""
+    assert sorted(path.name for path in runs.glob("*.partial")) == ["broken.partial"]
+
+
+def test_when_one_is_killed_the_other_says_so_and_the_same_command_ends_in_the_same_bytes(runs):
+    first = (runs / "killed-0.log").read_text()
+    assert first.startswith("error: another process of this run cannot be reached")
+    assert "hint: its own message says why; the same command goes on where it stopped" in first
+    assert "Traceback" not in first
+    assert "went on from" in first
+    assert tree(runs / "killed") == tree(runs / "noisy")
+
+
+def test_all_processes_stop_at_the_same_step_and_name_the_samples_of_all(runs):
+    messages = [(runs / f"broken-{rank}.log").read_text().splitlines() for rank in range(2)]
+    assert messages[0][0].startswith("error: the loss is nan at step")
+    assert messages[1] == [f"process 1: {line}" for line in messages[0]]
+    assert messages[0][0].count("line ") in (4, 5)  # all of a step, not one process's half
+
+
+def test_torchrun_begins_again_when_a_process_is_killed(runs, llama_nf4, instructions, tmp_path):
+    output = tmp_path / "adapter"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+        "--monitor-interval", "0.1", "-m", "adaptkit", "train", "--base", str(llama_nf4), "--data", str(instructions),
+        "-o", str(output), *OPTIONS, "--dropout", "0.1", "--neftune-alpha", "5",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    live, deadline = output.with_name("adapter.partial") / "metrics.jsonl", time.monotonic() + 120
+    while not live.exists() or len(live.read_bytes().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()  # noqa: PT018
+        time.sleep(0.001)
+    os.kill(worker_of(process.pid, "1"), signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "went on from" in stdout
+    assert tree(output) == tree(runs / "noisy")
+
+
+def worker_of(parent, rank):
+    """The child of a process that has a rank."""
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
+        for child in file.read().split():
+            with open(f"/proc/{child}/environ", "rb") as environment:
+                if f"RANK={rank}".encode() in environment.read().split(b"\0"):
+                    return int(child)
+    raise AssertionError("no such worker")
