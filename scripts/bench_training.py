@@ -58,16 +58,19 @@ def adaptkit_step(base: Path, length: int, share: float, checkpointing: bool) ->
 
     from adaptkit.training.batches import Batch
     from adaptkit.training.config import TrainConfig
+    from adaptkit.training.fused import fuse_layers
     from adaptkit.training.gradients import Gradients
+    from adaptkit.training.memory import save_activations
     from adaptkit.training.model import load_model, new_adapter
     from adaptkit.training.optimizer import make_optimizer
     from adaptkit.training.parameters import Trainable
-    from adaptkit.training.segments import checkpoint_layers
 
-    config = TrainConfig(base=str(base), data=("data.jsonl",), device="cpu")
+    policy = "layer" if checkpointing else "none"
+    config = TrainConfig(base=str(base), data=("data.jsonl",), device="cpu", checkpointing=policy)
     model = load_model(base, torch.bfloat16, torch.device("cpu"))
     new_adapter(model, ("*",), 16, 32.0, "kaiming", 0.0, 0)
-    checkpoint_layers(model.network, "layer" if checkpointing else "none")
+    fuse_layers(model.network)
+    save_activations(model.network, config, (1, length), torch.device("cpu"))
     trainable = Trainable.of(model)
     gradients = Gradients(model, trainable.gradients, config)
     optimizer = make_optimizer(trainable, config, Path("unused: every page is resident"))

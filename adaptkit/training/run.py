@@ -20,6 +20,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.distributed import World
 from adaptkit.training.encoding import prompt_ids
 from adaptkit.training.evaluate import mean_loss, pad_id
+from adaptkit.training.fused import fuse_layers
 from adaptkit.training.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
@@ -300,4 +301,6 @@ def build(inputs: Inputs, device: torch.device) -> tuple[Model, Checkpointing]:
     begin(model, inputs.config, inputs.start, inputs.tokenizer)
     if inputs.config.pack:
         check_packing(model.network)
+    if device.type == "cpu":
+        fuse_layers(model.network)
     return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

@@ -1,0 +1,132 @@
+"""The parts of a decoder layer between its matrix products, on a CPU, in one pass each and with little to keep.
+
+A module is recognized by what it computes, not by its name: it is asked for its output on a probe, and only one that
+gives to the bit what the formula gives is replaced. Its forward pass then keeps its input; torch's own keeps three or
+four tensors of that size.
+
+    norm       y = x / √(mean x² + eps) · w, or · (1 + w)          needs a frozen w
+    gate       y = silu(gate) · up          in a module that computes down(silu(gate(x)) · up(x))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
+
+
+def fuse_layers(network: nn.Module) -> None:
+    """Replace the forward passes of the norms and gates of a model on a CPU whose parts are frozen."""
+    for module in network.modules():
+        weight, eps = _norm_parts(module)
+        if weight is not None and not weight.requires_grad:
+            plus_one = _which(module, weight, eps)
+            if plus_one is not None:
+                module.forward = _norm(weight, eps, plus_one)
+        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED) and _is_gated(module):
+            module.forward = _gated(module)
+
+
+_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+def _norm_parts(module: nn.Module) -> tuple[Tensor | None, float]:
+    """The weight and epsilon of what may be a root-mean-square norm."""
+    parameters = dict(module.named_parameters())
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or not isinstance(eps, float):
+        return None, 0.0
+    return parameters["weight"], eps
+
+
+def _probe(size: int, dtype: torch.dtype) -> Tensor:
+    """(3, size): rows of unlike lengths."""
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    return (rows * torch.tensor([[0.01], [1.0], [30.0]])).to(dtype)
+
+
+@torch.no_grad()
+def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
+    """Whether a module is a norm with 1 + w for a factor; None if it is no norm that is known here."""
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    x = _probe(len(weight), weight.dtype)
+    found, wide = module(x), x.float()
+    quotient = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if torch.equal(found, weight * quotient.to(x.dtype)):
+        return False
+    if torch.equal(found, (quotient * (1.0 + weight.float())).to(x.dtype)):
+        return True
+    return None
+
+
+@torch.no_grad()
+def _is_gated(module: Any) -> bool:
+    """Whether a module is down(silu(gate(x)) · up(x))."""
+    x = _probe(module.gate_proj.base.shape[1], torch.float32) if hasattr(module.gate_proj, "base") else None
+    if x is None:
+        return False
+    expected = module.down_proj(functional.silu(module.gate_proj(x)) * module.up_proj(x))
+    return torch.equal(module(x), expected)
+
+
+def _norm(weight: Tensor, eps: float, plus_one: bool) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        result: Tensor = _Norm.apply(x, weight, eps, plus_one)  # type: ignore[no-untyped-call]
+        return result
+
+    return forward
+
+
+def _gated(module: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        inner: Tensor = _Gate.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
+        result: Tensor = module.down_proj(inner)
+        return result
+
+    return forward
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        y, scales = torch.empty_like(flat), torch.empty(len(flat))
+        norm_forward(
+            float_bits(flat), float_bits(weight.detach()), np.float32(eps), plus_one, scales.numpy(), float_bits(y)
+        )
+        ctx.save_for_backward(x, scales)
+        ctx.weight, ctx.plus_one = weight, plus_one
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scales = ctx.saved_tensors
+        flat, grad = (side.reshape(-1, x.shape[-1]).contiguous() for side in (x, grads[0]))
+        grad_x = torch.empty_like(flat)
+        bits = float_bits(flat), float_bits(ctx.weight.detach())
+        norm_backward(*bits, ctx.plus_one, scales.numpy(), float_bits(grad), float_bits(grad_x))
+        return grad_x.view(x.shape), None, None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        gate_forward(*(float_bits(side.view(-1)) for side in (gate, up, y)))
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        sides = (gate, up, grads[0].contiguous(), grad_gate, grad_up)
+        gate_backward(*(float_bits(side.view(-1)) for side in sides))
+        return grad_gate, grad_up
