@@ -1,13 +1,12 @@
 """What a run trains, and what that begins as: fresh matrices, an adapter that is there already, or the base itself."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.manifest import Manifest, Target
+from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
@@ -20,6 +19,7 @@ from adaptkit.training.adapt import (
     train_whole,
 )
 from adaptkit.training.config import INITS, TrainConfig
+from adaptkit.training.lineage import check_base
 from adaptkit.training.loading import load_adapter
 from adaptkit.training.model import AdapterShape, Model, new_adapter
 
@@ -61,16 +61,7 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
     if config.init in INITS:
         return None
     adapter = read_adapter(Path(config.init))
-    for module, expected in _targets(adapter.manifest).items():
-        found = _targets(base).get(module)
-        differs = found is None or expected.base_xxh3_128 not in (None, found.base_xxh3_128)
-        if adapter.compensation:  # it makes up for these very codes
-            differs = differs or found is None or expected.quantized_root != found.quantized_root
-        if base is not None and differs:
-            raise BaseMismatchError(
-                f"{adapter.root}: belongs to another base than {config.base}: {module} differs",
-                hint="begin with an adapter for this base",
-            )
+    check_base(adapter, Path(config.base))
     if adapter.compensation and (base is None or adapter.manifest is None):
         silent = config.base if base is None else adapter.root
         raise BaseMismatchError(
@@ -146,7 +137,3 @@ def _token(text: str, tokenizer: Any) -> int:
             f"trainable_tokens: {text!r} is no token of the vocabulary", hint="give a token's exact text, or its number"
         )
     return int(found)
-
-
-def _targets(manifest: Manifest | None) -> Mapping[str, Target]:
-    return {target.module: target for target in manifest.targets} if manifest else {}

@@ -1,5 +1,7 @@
 """What a run begins as, and what it refuses to begin with, through the library and through the command."""
 
+from dataclasses import replace
+
 import peft_adapters
 import pytest
 import torch
@@ -237,3 +239,26 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(llama, instructions, sett
     assert report.manifest_sha256 == expected.manifest_sha256
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
+
+
+def test_an_adapter_for_another_plain_base_is_refused_and_one_for_its_quantized_twin_is_not(
+    llama, llama_nf4, instructions, tmp_path
+):
+    import tiny
+
+    config = TrainConfig(base=str(llama_nf4), data=(str(instructions),), steps=1, batch_size=2, **RUN)
+    train(config, tmp_path / "adapter")
+    begun(llama, init=str(tmp_path / "adapter"))
+    other = tiny.write_llama(tmp_path / "other", seed=5)
+    with pytest.raises(BaseMismatchError, match="belongs to another base"):
+        begun(other, init=str(tmp_path / "adapter"))
+
+
+def test_an_adapter_of_a_checkpoint_with_a_manifest_goes_on(llama, instructions, tmp_path):
+    config = TrainConfig(base=str(llama), data=(str(instructions),), steps=1, batch_size=2, device="cpu")
+    train(replace(config, method="full"), tmp_path / "tuned")
+    on_tuned = replace(config, base=str(tmp_path / "tuned"), rank=4)
+    train(on_tuned, tmp_path / "first")
+    train(replace(on_tuned, init=str(tmp_path / "first")), tmp_path / "second")
+    roles = {parent.role: parent.kind for parent in require_manifest(tmp_path / "second").parents}
+    assert roles == {"base": "checkpoint", "init": "adapter"}
