@@ -136,6 +136,8 @@ class TrainConfig:
     page_kib: int = setting("Size of a page of optimizer state.", 2048, at_least=1, at_most=1 << 20)
     compute_dtype: str = setting("Of activations and dequantized weights.", "bfloat16", choices=COMPUTE_DTYPES)
     device: str = setting("cpu, cuda, or auto.", "auto")
+    deterministic: bool = setting("On a GPU only operations that give the same bits every time: a run that goes "
+                                  "on ends in the same bytes; a CPU's always do.", False)  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, (found, _) in settings(type(self)).items():

@@ -110,6 +110,22 @@ def join(device: str) -> Iterator[World]:
 
 
 @contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch use only operations that give the same bits every time while the block runs.
+
+    An operation for which it has none is a RuntimeError that names it.
+    """
+    before, space = torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG"
+    if wanted:
+        os.environ.setdefault(space, ":4096:8")  # cuBLAS reads it once, when it begins
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
 def _partners() -> Iterator[None]:
     """Torch tells only by a RuntimeError that another process is gone."""
     try:

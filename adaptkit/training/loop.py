@@ -17,7 +17,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.journal import Output, partial_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.distributed import World, join
+from adaptkit.training.distributed import World, deterministic, join
 from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
@@ -63,7 +63,7 @@ def train(
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
     inputs = read_inputs(config, output, force)
-    with join(config.device) as world:
+    with deterministic(config.deterministic), join(config.device) as world:
         if world.is_first:
             report = _lead(inputs, output, force, resume, on_step, note, world)
         else:

@@ -339,6 +339,18 @@ def test_what_changes_no_byte_may_change_on_the_way(config, tmp_path):
     assert (report.resumed_from, report.tensors_root) == (3, whole.tensors_root)
 
 
+def test_deterministic_operations_are_asked_for_during_the_run_only(config, tmp_path):
+    seen = []
+    for wanted in (True, False):
+        train(
+            replace(config, deterministic=wanted, steps=1),
+            tmp_path / str(wanted),
+            on_step=lambda report: seen.append(torch.are_deterministic_algorithms_enabled()),
+        )
+    assert seen == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_resuming_nothing_is_an_error(config, tmp_path):
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
         train(config, tmp_path / "adapter", resume=True)
