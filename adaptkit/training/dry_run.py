@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.journal import partial_folder
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.model import choose_device
 from adaptkit.training.parameters import Trainable
@@ -25,7 +26,8 @@ class RunPlan:
         samples: to train on.
         held_out: samples to measure on.
         truncated: samples cut to the longest length.
-        dropped: samples left out since the cut took their whole answer.
+        dropped: samples left out, as too long or since the cut took their whole answer.
+        data: where samples came from, and what became of them.
         tokens: of the samples to train on, once.
         answer_tokens: of them, those that carry loss.
         trainable_parameters: in the adapter.
@@ -43,6 +45,7 @@ class RunPlan:
     held_out: int
     truncated: int
     dropped: int
+    data: DataReport
     tokens: int
     answer_tokens: int
     trainable_parameters: int
@@ -63,7 +66,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     check_unfinished(work, inputs.identity(), force, resume)
     model, checkpointing = build(inputs, choose_device(config.device))
     parameters = Trainable.of(model).values.numel()
-    steps = total_steps(config, batches_of(inputs))
+    batches = batches_of(inputs)
+    steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)
     begun = checkpoints(work)
     return RunPlan(
@@ -75,6 +79,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         held_out=len(inputs.held_out),
         truncated=inputs.data.truncated,
         dropped=inputs.data.dropped,
+        data=report_data(inputs, batches),
         tokens=sum(len(sample.ids) for sample in inputs.samples),
         answer_tokens=sum(sample.answer_tokens for sample in inputs.samples),
         trainable_parameters=parameters,

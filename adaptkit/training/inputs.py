@@ -16,7 +16,7 @@ from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import longest_sequence
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data import Dataset, load_data, split
+from adaptkit.training.data import Dataset, SourceReport, load_data, split
 from adaptkit.training.mixture import Mixture, weights_of
 from adaptkit.training.samples import Sample
 from adaptkit.training.start import read_start, resolve_method
@@ -37,6 +37,7 @@ class Inputs:
         data_sha256: of the data files.
         samples: to train on.
         held_out: to measure on.
+        held_out_sources: of held-out data of its own.
         mixture: what an epoch draws of the samples; None is all of them.
         start: the adapter to begin with, if not fresh matrices.
     """
@@ -50,6 +51,7 @@ class Inputs:
     data_sha256: list[str]
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
+    held_out_sources: tuple[SourceReport, ...]
     mixture: Mixture | None
     start: Adapter | None
 
@@ -63,8 +65,13 @@ class Inputs:
         }
 
 
-def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
+def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs:
     """Read and check everything but the base's weights.
+
+    Args:
+        config: of the run.
+        output: folder that will be made; None if none will.
+        force: whether it may be there.
 
     Raises:
         CheckpointError, UsageError, DataError: base, output or data cannot be used.
@@ -73,7 +80,8 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
     checkpoint = Checkpoint(base)
     config = resolve_method(config, checkpoint)
     require_trackers(config)
-    check_output(output, force, [base, *map(Path, config.data)])
+    if output is not None:
+        check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data))])
     tokenizer = load_tokenizer(base)
     weights = weights_of(config.mixture, config.data) if config.mixture else None
     load = partial(
@@ -99,6 +107,7 @@ def read_inputs(config: TrainConfig, output: Path, force: bool) -> Inputs:
         data_sha256=[source.sha256 for source in data.sources],
         samples=samples,
         held_out=other.samples if other else held_out,
+        held_out_sources=other.sources if other else (),
         mixture=Mixture.of(samples, weights, config.data) if weights else None,
         start=read_start(config, manifest),
     )

@@ -17,6 +17,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.journal import Output, partial_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.data_report import report_data
 from adaptkit.training.distributed import World, deterministic, join
 from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
@@ -24,7 +25,7 @@ from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import write_result
 from adaptkit.training.resume import check_unfinished, remember, require_room
-from adaptkit.training.run import Chosen, Run
+from adaptkit.training.run import Chosen, Run, batches_of
 from adaptkit.training.trackers import trackers
 
 
@@ -143,6 +144,7 @@ def _report(output: Path, inputs: Inputs, run: Run, kept: int, manifest: Manifes
         samples=len(inputs.samples),
         truncated=inputs.data.truncated,
         dropped=inputs.data.dropped,
+        data=report_data(inputs, batches_of(inputs)),
         held_out_before=held_out.get(0),
         held_out_after=held_out.get(kept),
         segments=run.checkpointing.segments,

@@ -47,7 +47,9 @@ class Mixture:
             counts[source] += 1
         for name, count, member in zip(sources, counts, members, strict=True):
             if count == 0 or not member:
-                reason = "its share of an epoch is less than one" if member else "all of its samples are held out"
+                reason = (
+                    "its share of an epoch is less than one" if member else "none of its samples is left to train on"
+                )
                 raise ConfigError(f"mixture: {name}: no sample would be drawn", hint=reason)
         return cls(tuple(members), tuple(counts))
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from adaptkit.training.data_report import DataReport
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -33,7 +35,8 @@ class TrainReport:
         trainable_parameters: in the adapter.
         samples: trained on.
         truncated: samples cut to the longest length.
-        dropped: samples left out since the cut took their whole answer.
+        dropped: samples left out, as too long or since the cut took their whole answer.
+        data: where samples came from, and what became of them.
         held_out_before: mean loss per answer token on the held-out samples, before training; None without any.
         held_out_after: the same of the published adapter; None if it was not measured.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
@@ -53,6 +56,7 @@ class TrainReport:
     samples: int
     truncated: int
     dropped: int
+    data: DataReport
     held_out_before: float | None
     held_out_after: float | None
     segments: int

@@ -70,4 +70,4 @@ def test_a_source_that_would_give_nothing_is_refused():
         Mixture.of(samples([5, 5]), [1, 0.001], ["a", "b"])
     with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn") as raised:
         Mixture.of(samples([5]), [1, 1], ["a", "b"])
-    assert raised.value.hint == "all of its samples are held out"
+    assert raised.value.hint == "none of its samples is left to train on"

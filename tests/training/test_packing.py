@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.errors import UsageError
+from adaptkit.errors import ConfigError, UsageError
 from adaptkit.training.batches import Batches, collate
+from adaptkit.training.config import TrainConfig
 from adaptkit.training.loss import summed_loss
 from adaptkit.training.model import load_model
 from adaptkit.training.packing import check_packing, pack
@@ -102,6 +103,11 @@ def test_nothing_foretells_the_first_token_of_a_packed_sample():
     assert batch.labels.tolist() == [[IGNORED, 6, IGNORED, 8, 9]]
     assert batch.positions.tolist() == [[0, 1, 0, 1, 2]]
     assert int((batch.labels != IGNORED).sum()) == sum(sample.answer_tokens for sample in plain)
+
+
+def test_packing_and_grouping_exclude_each_other():
+    with pytest.raises(ConfigError, match="group_by_length: True cannot be used"):
+        TrainConfig(base="b", data=("d",), pack=True, group_by_length=True)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adaptkit.cli.batch_view import batch_lines, has_colour
+from adaptkit.cli.data_rows import cut_rows, data_rows
 from adaptkit.cli.options import ArtifactPath, given, output_options, settings_options
 from adaptkit.cli.output import Row, show, size
 from adaptkit.cli.progress import training_progress
@@ -15,6 +17,7 @@ from adaptkit.training.settings import read_config_file
 
 if TYPE_CHECKING:
     from adaptkit.training.dry_run import RunPlan
+    from adaptkit.training.preview import Preview
     from adaptkit.training.report import TrainReport
 
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML or JSON file of these options.")
 @click.option("--resume", is_flag=True, help="Go on, and fail rather than begin if there is no checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be done, but write nothing.")
+@click.option("--show-batch", is_flag=True, help="Print the first batch with what is learned marked, and do no more.")
 @settings_options(TrainConfig, base=ArtifactPath())
 def command(
     output: Path,
@@ -32,6 +36,7 @@ def command(
     config_file: Path | None,
     resume: bool,
     dry_run: bool,
+    show_batch: bool,
     **options: Any,
 ) -> None:
     """Train an adapter on a quantized checkpoint (QLoRA) or a 16-bit one (LoRA), or every weight of a 16-bit one.
@@ -44,6 +49,11 @@ def command(
     config = TrainConfig.from_values(values, str(config_file) if config_file else "options")
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
         as_json, quiet = False, True
+    if show_batch:
+        from adaptkit.training.preview import preview
+
+        _show_batch(preview(config), as_json)
+        return
     if dry_run:
         from adaptkit.training.dry_run import plan_run
 
@@ -57,6 +67,14 @@ def command(
     show(report, _rows(report), as_json=as_json, quiet=quiet)
 
 
+def _show_batch(batch: "Preview", as_json: bool) -> None:
+    if as_json:
+        show(batch, (), as_json=True, quiet=False)
+        return
+    for line in batch_lines(batch, has_colour()):
+        print(line)
+
+
 def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
     yield "would write", plan.output
     if plan.resumed_from:
@@ -67,7 +85,8 @@ def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
     yield "trainable", f"{plan.trainable_parameters:,} parameters"
     yield "activations", plan.checkpointing
     yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
-    yield from _cut(plan)
+    yield from data_rows(plan.data)
+    yield from cut_rows(plan.data, plan.truncated, plan.dropped)
 
 
 def _rows(report: "TrainReport") -> Iterator[Row]:
@@ -85,10 +104,6 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
     yield "activations", report.checkpointing
     paging = "{slots} of {pages} pages resident, {faults} faults, {write_backs} write-backs"
     yield "optimizer state", paging.format(**report.paging)
-    yield from _cut(report)
+    yield from data_rows(report.data)
+    yield from cut_rows(report.data, report.truncated, report.dropped)
     yield "manifest sha256", report.manifest_sha256
-
-
-def _cut(report: "TrainReport | RunPlan") -> Iterator[Row]:
-    if report.truncated or report.dropped:
-        yield "cut", f"{report.truncated} samples to max_length; {report.dropped} lost their answer and were left out"

@@ -1,0 +1,41 @@
+"""What a table says of a run's data."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from adaptkit.cli.output import Row, percent
+
+if TYPE_CHECKING:
+    from adaptkit.training.data import SourceReport
+    from adaptkit.training.data_report import DataReport
+
+
+def data_rows(data: "DataReport") -> Iterator[Row]:
+    """One row for each source, and one for whatever was not as one might think."""
+    whole = sum(data.epoch_tokens) or 1
+    for source, tokens in zip(data.sources, data.epoch_tokens, strict=True):
+        share = f"; {percent(tokens / whole)} of an epoch's tokens" if len(data.sources) > 1 else ""
+        yield "data", _source(source) + share
+    for source in data.held_out_sources:
+        yield "held out", _source(source)
+    if data.repeated:
+        yield "repeated", f"{data.repeated} held-out samples are also trained on, so their loss says little"
+    if data.split:
+        yield "split", f"{data.split} conversations, an answer a sample: the chat template rewrites earlier turns"
+    if data.ended:
+        yield "ended", f"{data.ended} samples with the end token; the chat template puts none after an answer"
+
+
+def cut_rows(data: "DataReport", truncated: int, dropped: int) -> Iterator[Row]:
+    """What was cut or left out, if something was."""
+    if truncated or dropped:
+        yield "cut", f"{truncated} samples to max_length; the longest has {data.longest} tokens ({data.longest_at})"
+    if dropped:
+        named = f" ({'; '.join(data.masked)})" if data.masked else ""
+        yield "left out", f"{dropped} samples, too long or without an answer after the cut{named}"
+
+
+def _source(source: "SourceReport") -> str:
+    layouts = ", ".join(f"{count} {name}" for name, count in source.layouts.items())
+    text = f"{source.name}: {layouts}; {source.tokens:,} tokens, {source.answer_tokens:,} learned"
+    return text + (f"; not used: {', '.join(source.unused)}" if source.unused else "")

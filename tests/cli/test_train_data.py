@@ -1,0 +1,115 @@
+"""``adaptkit train`` on data of every kind: what it shows of it, and what it refuses."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from adaptkit.cli.batch_view import batch_lines
+from adaptkit.training.preview import Preview, ShownSample, Stretch
+
+CHAT = {"conversations": [{"from": "human", "value": "Name a river"}, {"from": "gpt", "value": "the Rhine"}], "id": 7}
+TEXT = {"text": "Call me Ishmael."}
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps(CHAT) + "\n")
+    (tmp_path / "text.json").write_text(json.dumps([TEXT, TEXT]))
+    (tmp_path / "short.csv").write_text("instruction,output\nx,y\n")
+    return tmp_path
+
+
+def arguments(base, files, *names, **options):
+    found = ["train", "--base", base, "-o", files / "adapter", "--held-out", 0, "--device", "cpu"]
+    for name in names:
+        found += ["--data", files / name]
+    for name, value in options.items():
+        found += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    return found
+
+
+def test_the_first_batch_is_shown_with_what_is_learned_in_brackets(run_cli, llama, files):
+    done = run_cli(*arguments(llama, files, "chat.jsonl", "text.json", pack=True, max_length=200, show_batch=True))
+    assert (done.code, done.stderr) == (0, "")
+    assert f"{files}/chat.jsonl, line 1: " in done.stdout
+    assert "Name a river<|im_end|>↵\n<|im_start|>assistant↵\n⟦the Rhine<|im_end|>⟧↵" in done.stdout
+    assert done.stdout.count("⟦all me Ishmael.<|im_end|>⟧") == 2  # nothing foretells the first token
+    assert done.stdout.count("  packed  ") == 2
+    assert "1 rows in 1 micro-batch(es), 0 positions of padding\n" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert sorted(path.name for path in files.iterdir()) == ["chat.jsonl", "short.csv", "text.json"]
+
+
+def test_a_terminal_gets_colour(llama, files):
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "adaptkit.cli.main", *arguments(llama, files, "chat.jsonl", show_batch=True)]
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    with subprocess.Popen(map(str, command), stdout=follower, stdin=subprocess.DEVNULL, env=environment) as process:
+        os.close(follower)
+        shown = b""
+        while piece := _read(leader):
+            shown += piece
+    assert process.returncode == 0
+    assert "\x1b[32m\x1b[1mthe Rhine<|im_end|>\x1b[0m" in shown.decode()
+    assert "⟦" not in shown.decode()
+
+
+def _read(descriptor):
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # Linux says so when the other side is closed
+        return b""
+
+
+def test_control_characters_of_data_do_nothing():
+    part = Stretch(False, (1,), "\x1b[2J\rgone\x07")
+    shown = Preview(1, 1, 0, (ShownSample("rows.jsonl, line 1", 1, 1, 0, (part,)),))
+    assert "␛[2J␍gone␇" in "\n".join(batch_lines(shown, False))
+
+
+def test_programs_get_every_token(run_cli, llama, files):
+    done = run_cli(*arguments(llama, files, "chat.jsonl", show_batch=True), "--json")
+    (sample,) = json.loads(done.stdout)["samples"]
+    assert [part["learned"] for part in sample["stretches"]] == [False, True, False]
+    assert sample["tokens"] == sum(len(part["ids"]) for part in sample["stretches"])
+    assert sample["learned"] == len(sample["stretches"][1]["ids"])
+
+
+def test_what_became_of_the_data_is_told(run_cli, llama, files):
+    given = arguments(
+        llama, files, "chat.jsonl", "text.json", "short.csv", mixture="short.csv=2", pack=True,
+        max_length=200, held_out_data=files / "short.csv", steps=1,
+    )  # fmt: skip
+    done = run_cli(*given, "--dry-run")
+    assert done.code == 0, done.stderr
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    shown = [value for label, value in lines if label == "data"]
+    assert [line.split(";")[0] for line in shown] == [
+        f"{files}/chat.jsonl: 1 conversations", f"{files}/text.json: 2 text", f"{files}/short.csv: 1 instruction",
+    ]  # fmt: skip
+    assert "not used: id" in shown[0]
+    document = json.loads(run_cli(*given, "--dry-run", "--json").stdout)
+    assert document["data"]["repeated"] == 1
+    assert "repeated" in done.stdout
+    assert len(document["data"]["epoch_tokens"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "code", "message"),
+    [
+        ('{"instruction": "x"}', {}, 5, "rows.jsonl, line 2: has no output or response or completion or answer"),
+        ('{"prompt": "x", "completion": "y"}', {"mixture": "row.jsonl=2"}, 2, "'row.jsonl' is none of the data"),
+    ],
+)  # fmt: skip
+def test_bad_data_ends_in_one_line_and_a_hint(rows, options, code, message, run_cli, llama, files):
+    (files / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n' + rows + "\n")
+    done = run_cli(*arguments(llama, files, "rows.jsonl", **options))
+    assert (done.code, done.stdout) == (code, "")
+    error, hint = done.stderr.splitlines()
+    assert message in error
+    assert hint.startswith("hint: ")
+    assert not (files / "adapter").exists()
