@@ -1,5 +1,7 @@
 """Answers by greedy decoding, many at a time, with the key-value cache: the same text as one at a time.
 
+That is so up to rounding: in bfloat16 two tokens that are nearly as likely may change places with the size of a batch.
+
 Prompts of one batch are padded at the left, where the mask hides the padding and positions do not count it. An answer
 ends at the first token that ends a turn: the tokenizer's end token, those of ``generation_config.json``, or what the
 chat template puts right after an answer, which is another token in some models.
