@@ -3,8 +3,8 @@
 The task is to define words: WordNet's glosses, as ``get_real_data.py`` makes them; no word or gloss of the test is in
 the training rows. Every method sees the same rows in the same order (same seed, steps and batch), and takes the better
 of two learning rates by the loss on rows that are set aside from the training file. Then ``adaptkit evaluate`` measures
-all models on the test: held-out loss, BLEU to CIDEr of generated answers against all of a word's glosses,
-and perplexity of the Brown corpus, before and after. Asked of QLoRA: a held-out loss within 2 % of LoRA's and within
+all models on the test: held-out loss, BLEU to CIDEr of generated answers against all of a word's glosses, and
+perplexity of the Brown corpus, before and after. Asked of QLoRA: a held-out loss within 2 % of LoRA's and within
 5 % of full fine-tuning's, at under 2 % of the parameters.
 
     .venv/bin/python scripts/bench_task.py [--steps N] [--questions N] [--rows N] [--methods METHOD...]
@@ -73,9 +73,6 @@ class Bench:
         self.held_out = SET_ASIDE / count
         self.bases = {"lora": self.model, "full": self.model, "qlora": self.folder.parent / "smollm2-nf4"}
         self.bases["calibrated"] = self.folder / "smollm2-nf4-calibrated"
-        for method, more in (("qlora", ()), ("calibrated", ("--calibrate", self.train_file))):
-            if not self.bases[method].exists():
-                self.call("quantize", self.model, "-o", self.bases[method], *more)
 
     def cut(self, source: str, name: str, rows: int) -> Path:
         """The first rows of a file."""
@@ -83,6 +80,14 @@ class Bench:
         path = self.folder / name
         path.write_text("".join(lines[:rows]), encoding="utf-8")
         return path
+
+    def base(self, method: str) -> Path:
+        """The checkpoint that a method trains on, quantized at the first call."""
+        folder = self.bases[method]
+        if not folder.exists():
+            calibrate = ("--calibrate", self.train_file) if method == "calibrated" else ()
+            self.call("quantize", self.model, "-o", folder, *calibrate)
+        return folder
 
     def call(self, *arguments: object) -> dict[str, Any]:
         """Run a command and return its report."""
@@ -100,7 +105,7 @@ class Bench:
         kept = self.folder / f"{output.name}.json"
         started = time.monotonic()
         if not kept.exists():
-            base, kind = self.bases[method], "qlora" if method == "calibrated" else method
+            base, kind = self.base(method), "qlora" if method == "calibrated" else method
             adapter = [] if method == "full" else ["--rank", RANK]
             report = self.call(
                 "train", "--base", base, "--data", self.train_file, "-o", output, "--force", "--method", kind,
@@ -115,27 +120,32 @@ class Bench:
         print(f"{method:<10} rate {rate:<7g} set aside {losses}   {time.monotonic() - started:5.0f} s", flush=True)
         return run
 
-    def evaluate(self, best: dict[str, Run]) -> dict[str, Any]:
-        """All models in one run, and the base with examples in its prompt in another."""
-        names = "-".join(f"{run.rate:g}" for run in best.values())
-        adapters = (f"--adapter={run.folder}" for method, run in best.items() if method != "full")
-        trained = ("--base", best["full"].folder, *adapters)
-        found = self.measured(
-            f"evaluated-{names}", "--base", self.bases["qlora"], "--base", self.bases["calibrated"], *trained,
-            "--text", self.data / "brown.txt", "--max-tokens", 4096, "--html", self.folder / "task.html",
-            "--samples-file", self.folder / "answers.jsonl",
-        )  # fmt: skip
-        shots = self.measured("evaluated-shots", "--shots", 2, "--shots-from", self.train_file)
-        return found | {"models": found["models"] + shots["models"][1:]}
+    def evaluate(self, best: dict[str, Run]) -> list[dict[str, Any]]:
+        """Bases and adapters in one run; the fully tuned checkpoint, and examples in prompts, in another."""
+        text = ("--text", self.data / "brown.txt", "--max-tokens", 4096)
+        reports = []
+        adapted = {method: run for method, run in best.items() if method != "full"}
+        if len(adapted) == len(METHODS) - 1:
+            names = "-".join(f"{run.rate:g}" for run in adapted.values())
+            reports.append(
+                self.measured(
+                    f"adapters-{names}", "--base", self.bases["qlora"], "--base", self.bases["calibrated"],
+                    *(f"--adapter={run.folder}" for run in adapted.values()), *text,
+                )
+            )  # fmt: skip
+        if "full" in best:
+            full, examples = best["full"], ("--shots", 2, "--shots-from", self.train_file)
+            reports.append(self.measured(f"full-{full.rate:g}", "--base", full.folder, *examples, *text))
+        return reports
 
     def measured(self, name: str, *more: object) -> dict[str, Any]:
         """A comparison with the 16-bit base, or what a former call kept."""
         rows = sum(1 for _ in self.test_file.open())
-        kept = self.folder / f"{name}-{self.questions}-{rows}.json"
+        kept = self.folder / f"evaluated-{name}-{self.questions}-{rows}.json"
         if not kept.exists():
             report = self.call(
                 "evaluate", "--base", self.model, *more, "--data", self.test_file, "--generate", "--samples",
-                self.questions, "--max-new-tokens", 24, "--batch-size", 16,
+                self.questions, "--max-new-tokens", 24, "--batch-size", 16, "--html", kept.with_suffix(".html"),
             )  # fmt: skip
             kept.write_text(json.dumps(report))
         found: dict[str, Any] = json.loads(kept.read_text())
@@ -151,12 +161,13 @@ def label(report: dict[str, Any], best: dict[str, Run]) -> str:
     return f"{name}, {report['shots']} shots" if report["shots"] else name
 
 
-def show(report: dict[str, Any], best: dict[str, Run]) -> None:
+def show(reports: list[dict[str, Any]], best: dict[str, Run]) -> None:
     """The table, the ratios that are asked for, and what was forgotten."""
     print(f"\n{'':<26}{'trained':>12}{'share':>8}{'loss':>9}{'text ppl':>10}", end="")
     print(f"{'BLEU':>7}{'NIST':>7}{'METEOR':>8}{'ROUGE-L':>9}{'CIDEr':>8}")
     loss, share = {}, {}
-    for model in report["models"]:
+    models = [*reports[0]["models"], *reports[1]["models"][1:]]
+    for model in models:
         name, trained = label(model, best), model["trained_parameters"]
         scores, text = model["generated"]["scores"], model["text"]
         loss[name] = model["loss"]
@@ -165,7 +176,7 @@ def show(report: dict[str, Any], best: dict[str, Run]) -> None:
         print(f"{text['perplexity']:>10.2f}" if text else f"{'':>10}", end="")
         print(f"{scores['bleu']:>7.2f}{scores['nist'] or 0:>7.3f}{scores['meteor']:>8.4f}", end="")
         print(f"{scores['rouge_l']:>9.4f}{scores['cider']:>8.4f}")
-    first = report["models"][0]
+    first = models[0]
     print(f"\n{first['samples']} test rows, {first['answer_tokens']} answer tokens; ", end="")
     print(f"{first['generated']['questions']} questions with {first['generated']['references']} reference answers")
     print(f"METEOR: {first['generated']['scores']['meteor_variant']}")
@@ -177,10 +188,10 @@ def show(report: dict[str, Any], best: dict[str, Run]) -> None:
     print(f"trained share of QLoRA: {100 * share[NAMES['qlora']]:.2f} % (under {100 * MOST_TRAINED:g} %)  ", end="")
     print(verdict(0 < share[NAMES["qlora"]] < MOST_TRAINED))
     names: dict[str, str] = {}
-    for model in report["models"]:
+    for model in models:
         path = f"{model['base']} + {model['adapter']}" if model["adapter"] else model["base"]
         names.setdefault(path, label(model, best))
-    for line in report["forgetting"]:
+    for line in (line for report in reports for line in report["forgetting"]):
         change = 100 * (line["perplexity_after"] / line["perplexity_before"] - 1)
         print(f"forgetting, perplexity of Brown: {names[line['before']]} {line['perplexity_before']:.2f} -> ", end="")
         print(f"{names[line['model']]} {line['perplexity_after']:.2f} ({change:+.1f} %)")
@@ -197,16 +208,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help=f"of {BATCH} rows")
     parser.add_argument("--rows", type=int, default=160, help="of the test, for the held-out loss")
     parser.add_argument("--questions", type=int, default=40, help="of the test, to answer")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, help="train only these, and stop before the evaluation"
-    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the table needs all")
     options = parser.parse_args()
     bench = Bench(options.steps, options.rows, options.questions)
     best = {}
-    for method in options.methods or METHODS:
+    for method in options.methods:
         best[method] = min((bench.train(method, rate) for rate in METHODS[method]), key=lambda run: run.after)
-    if options.methods is None:
-        show(bench.evaluate(best), best)
+    reports = bench.evaluate(best)
+    if len(best) == len(METHODS):
+        show(reports, best)
 
 
 if __name__ == "__main__":
