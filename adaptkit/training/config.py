@@ -136,6 +136,7 @@ class TrainConfig:
     page_kib: int = setting("Size of a page of optimizer state.", 2048, at_least=1, at_most=1 << 20)
     compute_dtype: str = setting("Of activations and dequantized weights.", "bfloat16", choices=COMPUTE_DTYPES)
     device: str = setting("cpu, cuda, or auto.", "auto")
+    shard_base: bool = setting("Divide the frozen weights among the processes that torchrun starts (FSDP2).", False)
     deterministic: bool = setting("On a GPU only operations that give the same bits every time: a run that goes "
                                   "on ends in the same bytes; a CPU's always do.", False)  # fmt: skip
 
@@ -155,6 +156,10 @@ class TrainConfig:
             refuse(self, "group_by_length", "rows that are packed are of like length already")
         if self.patience and not (self.has_held_out and self.eval_every):
             refuse(self, "patience", "needs held_out and eval_every")
+        if self.shard_base and self.checkpointing not in ("none", "layer"):
+            refuse(self, "shard_base", "goes with checkpointing: layer or none")
+        if self.shard_base and self.method == "full":
+            refuse(self, "shard_base", "method full has no frozen weights")
         if self.sample_every and not self.sample_prompts:
             refuse(self, "sample_every", "needs sample_prompts")
 

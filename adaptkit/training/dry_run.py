@@ -1,12 +1,13 @@
 """What a run would do: everything is read and checked, the model is built, and nothing is written."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.journal import partial_folder
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
+from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.model import choose_device
 from adaptkit.training.parameters import Trainable
@@ -64,7 +65,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     inputs = read_inputs(config, output, force)
     work = partial_folder(output)
     check_unfinished(work, inputs.identity(), force, resume)
-    model, checkpointing = build(inputs, choose_device(config.device))
+    whole = replace(inputs, config=replace(inputs.config, shard_base=False))  # by this one process
+    model, checkpointing = build(whole, World(choose_device(config.device)))
     parameters = Trainable.of(model).values.numel()
     batches = batches_of(inputs)
     steps = total_steps(config, batches)

@@ -62,9 +62,8 @@ class Gradients:
             self._noise.expect(batch)
         loss = summed_loss(self._model, batch) / answers
         value = float(loss.detach())
-        if math.isfinite(value):
-            torch.autograd.backward(loss)
-        else:
+        torch.autograd.backward(loss)  # even if it is no number: processes that share the base need each other here
+        if not math.isfinite(value):
             self._spoiled += batch.sources
         return value
 

@@ -43,10 +43,11 @@ class PackedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in its shape, in ``dtype``."""
-        constants: DoubleQuantized | Tensor = self.absmax
+        codes, absmax = _own(self.codes), _own(self.absmax)
+        constants: DoubleQuantized | Tensor = absmax
         if self._offset is not None:
-            constants = DoubleQuantized(self.absmax, self.nested_absmax, self._offset)
-        weight = QuantizedWeight(self._encoding, self.codes, constants, self.shape, self._dtype, self.levels)
+            constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
+        weight = QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
         return weight.dequantize(dtype)
 
 
@@ -63,6 +64,11 @@ class PlainWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, (out, in), in ``dtype``."""
         return self.weight.to(dtype)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A part that a CPU's kernels may see through numpy; what FSDP gathers it could not free after that."""
+    return part.clone() if isinstance(part, nn.Parameter) and part.device.type == "cpu" else part
 
 
 FrozenWeight = PackedWeight | PlainWeight

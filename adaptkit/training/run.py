@@ -35,6 +35,7 @@ from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
 from adaptkit.training.schedule import learning_rate
 from adaptkit.training.selection import best_step, is_over
+from adaptkit.training.sharding import shard_frozen
 from adaptkit.training.start import begin
 from adaptkit.training.trackers import Tracker
 
@@ -86,7 +87,7 @@ class Run:
         self._padding = pad_id(inputs.tokenizer)
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
-        self.model, self.checkpointing = build(inputs, world.device)
+        self.model, self.checkpointing = build(inputs, world)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)
@@ -236,9 +237,10 @@ class Run:
 
     def _held_out_loss(self) -> float:
         everything = self._inputs.held_out
-        mine = everything[self._world.rank :: self._world.size]
+        divided = self._world.size > 1 and not self._config.shard_base  # else all need each other for every batch
+        mine = everything[self._world.rank :: self._world.size] if divided else everything
         loss = mean_loss(self.model, mine, self._config.batch_size, self._padding) if mine else 0.0
-        if self._world.size == 1:
+        if not divided:
             return loss
         summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))
         return summed / sum(sample.answer_tokens for sample in everything)
@@ -295,12 +297,16 @@ def total_steps(config: TrainConfig, batches: Batches) -> int:
     return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
 
 
-def build(inputs: Inputs, device: torch.device) -> tuple[Model, Checkpointing]:
+def build(inputs: Inputs, world: World) -> tuple[Model, Checkpointing]:
     """The model with the adapter that it begins with, and which of its layers are checkpointed."""
-    model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), device)
+    device, is_shared = world.device, inputs.config.shard_base
+    held = torch.device("cpu") if is_shared else device  # the base need not fit the device before it is divided
+    model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
     begin(model, inputs.config, inputs.start, inputs.tokenizer)
     if inputs.config.pack:
         check_packing(model.network)
     if device.type == "cpu":
         fuse_layers(model.network)
+    if is_shared:
+        shard_frozen(model.network, world)
     return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

@@ -21,7 +21,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 HELPER = """
-import os, signal, socket, sys, time, warnings
+import json, os, signal, socket, sys, time, warnings
 from pathlib import Path
 
 import matplotlib.backends.backend_svg
@@ -42,6 +42,22 @@ def run(name, *more):
         return end.code
 
 
+def shares(name):  # how many numbers of every divided weight lie here, and in all
+    from torch.distributed.tensor import DTensor
+
+    from adaptkit.training.config import TrainConfig
+    from adaptkit.training.distributed import join
+    from adaptkit.training.inputs import read_inputs
+    from adaptkit.training.run import build
+
+    config = TrainConfig(base=str(base), data=(str(data),), shard_base=True, compute_dtype="float32", device="cpu")
+    with join("cpu") as world:
+        model, _ = build(read_inputs(config, root / name, False), world)
+        divided = {n: p for n, p in model.network.named_parameters() if isinstance(p, DTensor)}
+        print(json.dumps({n: [p.to_local().numel(), p.numel()] for n, p in divided.items()}))
+    return 0
+
+
 def start(name, size, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +71,7 @@ def start(name, size, *more):
             if size > 1:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
                                "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            code = run(name, *more)
+            code = shares(name) if name == "shares" else run(name, *more)
             sys.stdout.flush()
             os._exit(code)
         children.append(child)
@@ -69,6 +85,8 @@ def ended(children):
 assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
 assert ended(start("one", 1)) == [0]
 assert ended(start("two", 2)) == [0, 0]
+assert ended(start("sharded", 2, "--shard-base")) == [0, 0]
+assert ended(start("shares", 2)) == [0, 0]
 assert ended(start("noisy", 2, *noisy)) == [0, 0]
 
 children, metrics = start("killed", 2, *noisy), root / "killed.partial" / "metrics.jsonl"
@@ -121,6 +139,32 @@ def test_two_processes_train_the_adapter_of_one(runs):
         change, other = (t.lora_b @ t.lora_a for t in (term, two[module]))
         assert (change - other).norm() < 1e-3 * change.norm(), module
         assert torch.isfinite(change).all()
+
+
+def test_a_divided_base_trains_the_same_bits(runs):
+    name = "adapter_model.safetensors"
+    assert (runs / "sharded" / name).read_bytes() == (runs / "two" / name).read_bytes()
+    for mine, theirs in zip(metrics(runs / "sharded"), metrics(runs / "two"), strict=True):
+        assert mine == theirs or mine["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-6)
+    assert (runs / "sharded-0.log").read_text().startswith("wrote")  # and no warning before it
+
+
+def test_every_process_holds_its_share_of_the_frozen_weights(runs):
+    first, second = (json.loads((runs / f"shares-{rank}.log").read_text()) for rank in range(2))
+    assert len(first) == 2 * 2 * 7  # codes and constants of the linear layers of two layers
+    for name, (here, whole) in first.items():
+        assert here + second[name][0] == whole, name
+        assert abs(here - second[name][0]) <= 0.1 * whole, name
+
+
+def test_a_base_cannot_be_divided_by_one_process(run_cli, llama_nf4, instructions, tmp_path):
+    shown = ["train", "--base", llama_nf4, "--data", instructions, "-o", tmp_path / "a", "--shard-base"]
+    done = run_cli(*shown)
+    assert done.code == 2
+    assert done.stderr.startswith("error: shard_base: divides the base among processes, and there is only one\nhint: ")
+    done = run_cli(*shown, "--checkpointing", "sqrt")
+    assert done.code == 2
+    assert "goes with checkpointing: layer or none" in done.stderr
 
 
 def test_only_the_first_process_writes_and_speaks(runs):

@@ -50,7 +50,7 @@ def metrics(folder, key):
 @pytest.fixture(scope="module")
 def gradient_of(config, tmp_path_factory):
     inputs = read_inputs(replace(config, dropout=0.0), tmp_path_factory.mktemp("none") / "adapter", False)
-    model, _ = build(inputs, torch.device("cpu"))
+    model, _ = build(inputs, World(torch.device("cpu")))
     for layer in model.adapted().values():
         torch.nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
     trainable = Trainable.of(model)
