@@ -30,6 +30,7 @@ def write_adapter(
     saved: Mapping[str, Tensor] | None = None,
     *,
     magnitudes: Mapping[str, Tensor] | None = None,
+    lora_biases: Mapping[str, Tensor] | None = None,
     tokens: Mapping[str, TokenRows] | None = None,
     experts: Mapping[str, tuple[LowRank, ...]] | None = None,
     **config: Any,
@@ -44,6 +45,7 @@ def write_adapter(
         saved: by name of the base's tensor, what takes its place; stored as it is. A bias of a module that is changed
             too is peft's ``base_layer.bias``; say ``bias="all"`` where there are biases.
         magnitudes: by module, DoRA's lengths of rows; of every module, or of none.
+        lora_biases: by module, the biases of B, not scaled; of every module, or of none.
         tokens: by module, the rows of its weight that are replaced.
         experts: by path of a stacked parameter, the change of each expert's matrix.
         config: more keys of ``adapter_config.json``, or other values; ``target_modules`` is every module's whole path
@@ -67,6 +69,8 @@ def write_adapter(
         "lora_dropout": 0.0,
         "modules_to_save": None,
     } | config
+    if lora_biases:
+        document["lora_bias"] = True
     if experts:
         document["target_parameters"] = sorted(experts)
     if tokens:
@@ -85,6 +89,8 @@ def write_adapter(
         tensors[f"{_PREFIX}{module}.base_layer.bias" if wrapped else f"{_PREFIX}{name}"] = tensor.detach().cpu()
     for module, magnitude in (magnitudes or {}).items():
         tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = magnitude.detach().float().cpu()
+    for module, bias in (lora_biases or {}).items():
+        tensors[f"{_PREFIX}{module}.lora_B.bias"] = bias.detach().float().cpu()
     for module, chosen in tokens.items():
         tensors[f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"] = chosen.rows.detach().float().cpu()
     tensors |= _stacked(experts)

@@ -15,7 +15,7 @@ BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "normal")
 _BEGUN = ("exclude", "target_parameters", "rslora", "rank_pattern", "alpha_pattern")
 _ADAPTER = (
-    *("init", "rank", "alpha", "targets", "dropout", "dora", "lora_plus_ratio", "bias", "modules_to_save"),
+    *("init", "rank", "alpha", "targets", "dropout", "dora", "lora_plus_ratio", "lora_bias", "bias", "modules_to_save"),
     *("trainable_tokens", *_BEGUN),
 )
 """What only an adapter has, and of that what another adapter decides that it begins with."""
@@ -66,6 +66,7 @@ class TrainConfig:
                                                         at_most=_LARGEST)  # fmt: skip
     lora_plus_ratio: float = setting("How much faster B learns than A; LoRA+ suggests 16.", 1.0, above=0,
                                      at_most=_LARGEST)  # fmt: skip
+    lora_bias: bool = setting("Give B a bias too; only for layers that have one, or it cannot be merged.", False)
     bias: str = setting("Which biases are trained: none, all, or those of the layers with an adapter.", "none",
                         choices=BIASES)  # fmt: skip
     modules_to_save: tuple[str, ...] = setting("End of the path of a module that is trained whole, such as lm_head or "
@@ -175,7 +176,9 @@ class TrainConfig:
         begun = next((name for name in given if name in _BEGUN), None)
         if self.init not in INITS and begun:
             refuse(self, begun, "the adapter to begin with has its own")
-        for name in ("dora", "dropout"):
+        if self.dora and self.lora_bias:
+            refuse(self, "lora_bias", "nobody has defined it together with dora")
+        for name in ("dora", "dropout", "lora_bias"):
             if self.target_parameters and getattr(self, name):
                 refuse(self, name, "does not go with target_parameters, nor does it in PEFT")
         for name in ("rank_pattern", "alpha_pattern"):

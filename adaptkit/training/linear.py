@@ -137,6 +137,7 @@ class LoraLinear(nn.Module):
         lora_a: (rank, in) float32, or None.
         lora_b: (out, rank) float32, or None.
         magnitude: DoRA's lengths of the rows, (out,) float32, or None.
+        lora_bias: a bias of B, (out,) float32, which is scaled as B A is, or None.
         scaling: α / rank, or α / √rank with rsLoRA.
         dropout: of the adapter's input, while training.
     """
@@ -152,6 +153,7 @@ class LoraLinear(nn.Module):
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
         self.magnitude: nn.Parameter | None = None
+        self.lora_bias: nn.Parameter | None = None
         self.scaling, self.dropout = 1.0, 0.0
 
     @property
@@ -170,6 +172,12 @@ class LoraLinear(nn.Module):
         self.lora_a = nn.Parameter(change.lora_a.float().to(self.device))
         self.lora_b = nn.Parameter(change.lora_b.float().to(self.device))
         self.scaling, self.dropout = change.scaling, dropout
+
+    def attach_bias(self, lora_bias: Tensor | None = None) -> None:
+        """Give B a bias: (out,), before it is scaled; None for zeros."""
+        if lora_bias is None:
+            lora_bias = torch.zeros(self.base.shape[0])
+        self.lora_bias = nn.Parameter(lora_bias.float().to(self.device))
 
     def attach_magnitude(self, magnitude: Tensor | None = None) -> None:
         """Make the adapter a DoRA.
@@ -200,4 +208,6 @@ class LoraLinear(nn.Module):
             y = _Linear.apply(*adapter, self.base, self.scaling)  # type: ignore[no-untyped-call]
         else:
             y = DoraProduct.apply(*adapter, self.magnitude, self.base, self.squares, self.scaling)  # type: ignore[no-untyped-call]
+        if self.lora_bias is not None:
+            y = y + (self.scaling * self.lora_bias).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -25,6 +25,8 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
     attach_adapter(model, adapter.modules, str(adapter.root), dropout)
     for name, magnitude in adapter.magnitudes.items():
         model.linears[name].attach_magnitude(magnitude)
+    for name, bias in adapter.biases.items():
+        model.linears[name].attach_bias(bias / model.linears[name].scaling)
     values = {name: adapter.files.read(key) for name, key in adapter.replaced.items()}
     head = model.network.get_output_embeddings()
     try:
@@ -54,7 +56,6 @@ def _check_supported(model: Model, adapter: Adapter) -> None:
     others = {
         "a low-rank change of an embedding": next(iter(sorted(adapter.embeddings)), None),
         "a low-rank change of the output layer": head,
-        "a bias of lora_B": next(iter(adapter.biases), None),
         "a change of what is not the base's weight": next(
             (name for name, key in adapter.begins.items() if not _is_the_bases(model, name, adapter.files.read(key))),
             None,

@@ -82,6 +82,7 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
         Path(config.base).resolve().name,
         saved=saved,
         magnitudes={name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None},
+        lora_biases={name: layer.lora_bias for name, layer in layers.items() if layer.lora_bias is not None},
         tokens={path: TokenRows(tuple(trained.indices.tolist()), trained.rows) for path, trained in model.rows.items()},
         experts=experts,
         use_rslora=config.rslora,

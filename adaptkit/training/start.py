@@ -96,6 +96,10 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
                     layer.attach_magnitude()
     else:
         _begin_fresh(model, config, saved)
+    if config.lora_bias:
+        for layer in model.adapted().values():
+            if layer.lora_bias is None:
+                layer.attach_bias()
     if config.bias != "none":
         saved |= bias_names(model, config.bias)
     train_whole(model, saved)

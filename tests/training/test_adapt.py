@@ -50,6 +50,7 @@ CASES = {
                                "alpha_pattern": {"v_proj": 5}}),
     "dora": Case(settings={"dora": True, "rslora": True, "rank_pattern": {"up_proj": 2}}, trained="magnitude"),
     "dora of Conv1D": Case("gpt2", {"dora": True}, "magnitude"),
+    "biases of B": Case("gpt2", {"lora_bias": True, "rslora": True, "targets": ("*.attn.c_proj", "c_fc")}, "lora_bias"),
     "all biases": Case("gpt2", {"bias": "all"}, "ln_1.bias"),
     "biases of adapted layers": Case("gpt2", {"bias": "lora_only", "targets": ("c_attn",)}, "c_attn.bias"),
     "a tied head": Case(settings={"modules_to_save": ("lm_head",)}, trained="embed_tokens"),
@@ -165,6 +166,8 @@ def formula(model, plain):
         if layer.magnitude is not None:
             weight = (leaf(layer.magnitude) / weight.norm(dim=1).detach())[:, None] * weight
         values[f"{name}.weight"] = weight.T if model.stores_transposed else weight
+        if layer.lora_bias is not None:
+            values[f"{name}.bias"] = layer.bias + layer.scaling * leaf(layer.lora_bias)
     for name, module in model.stacks().items():
         change = module.change_of(name.rpartition(".")[2]) if hasattr(module, "changes") else None
         if change is not None:

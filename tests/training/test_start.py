@@ -42,7 +42,7 @@ def logits(network):
 
 
 BEGUN = [
-    "linear_patterns", "dora_rslora", "dora_conv1d", "biases_all_conv1d", "biases_lora_only", "saved_mlp",
+    "linear_patterns", "dora_rslora", "dora_conv1d", "biases_all_conv1d", "biases_lora_only", "saved_mlp", "lora_bias",
     "saved_norms",
     "saved_head_tied", "saved_both_tied", "saved_tied_ensured", "tokens_tied", "tokens_both_tied", "tokens_head_tied",
     "experts_qwen3", "experts_down_only", "experts_transposed", "everything",
@@ -76,7 +76,6 @@ def test_a_run_begins_as_what_peft_makes_of_its_adapter_and_writes_the_same_agai
     [
         ("embedding_tied", AdapterError, "low-rank change of an embedding"),
         ("head", AdapterError, "low-rank change of the output layer"),
-        ("lora_bias", AdapterError, "a bias of lora_B"),
         ("resized_tied", BaseMismatchError, r"is \[310, 64\], the base's is \[301, 64\]"),
         ("experts_one_by_one_qwen3", BaseMismatchError, r"experts\.0\.down_proj"),
     ],
@@ -138,6 +137,7 @@ def test_what_is_quantized_is_not_trained_whole(llama_nf4, name):
         ({"alpha_pattern": {"(q_proj": 2}}, "regular expressions"),
         ({"target_parameters": ("experts",), "dora": True}, "target_parameters"),
         ({"target_parameters": ("experts",), "dropout": 0.1}, "target_parameters"),
+        ({"lora_bias": True, "dora": True}, "together with dora"),
         ({"bias": "some"}, "lora_only"),
         ({"method": "dora"}, "qlora"),
     ],
