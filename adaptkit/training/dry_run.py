@@ -11,8 +11,8 @@ from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.model import choose_device
 from adaptkit.training.parameters import Trainable
+from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_unfinished, checkpoints
-from adaptkit.training.run import batches_of, build, checkpoint_bytes, total_steps
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from adaptkit.training.distributed import World, deterministic, join
 from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
+from adaptkit.training.preparation import batches_of
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import write_result
 from adaptkit.training.resume import check_unfinished, remember, require_room
-from adaptkit.training.run import Chosen, Run, batches_of
+from adaptkit.training.run import Chosen, Run
 from adaptkit.training.trackers import trackers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from adaptkit.training.batches import Batch
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.inputs import read_inputs
-from adaptkit.training.run import batches_of
+from adaptkit.training.preparation import batches_of
 from adaptkit.training.samples import IGNORED
 
 

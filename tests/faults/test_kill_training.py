@@ -20,10 +20,11 @@ from adaptkit.training.loop import train
 from adaptkit.training.resume import checkpoints, newest_checkpoint
 
 OPTIONS = [
-    "--rank", "4", "--steps", "10", "--batch-size", "4", "--micro-batch-size", "3", "--learning-rate", "1",
+    "--rank", "4", "--steps", "10", "--batch-size", "2", "--micro-batch-size", "1", "--learning-rate", "16",
     "--compute-dtype", "float32", "--dropout", "0.1", "--neftune-alpha", "5", "--eval-every", "2", "--patience", "3",
     "--sample-prompts", "hello", "--sample-every", "5", "--sample-tokens", "3", "--page-kib", "4",
-    "--optimizer-pages-mib", "0.01", "--on-non-finite", "skip", "--device", "cpu", "--group-by-length",
+    "--optimizer-pages-mib", "0.01", "--on-non-finite", "skip", "--device", "cpu", "--pack", "--max-length", "256",
+    "--optimizer", "adamw8bit",
 ]  # fmt: skip
 
 HELPER = """
@@ -148,7 +149,7 @@ def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):
     root, report = killed
     expected = tree(root / "undisturbed")
     assert "last/adapter_model.safetensors" in expected, "the best adapter is not the last one"
-    assert report["moments"] >= 2
+    assert report["moments"] >= 1
     assert report["halves"] >= 1
     for name in ("moment", "half", "signal"):
         found = tree(root / name)

@@ -48,7 +48,7 @@ def shares(name):  # how many numbers of every divided weight lie here, and in a
     from adaptkit.training.config import TrainConfig
     from adaptkit.training.distributed import join
     from adaptkit.training.inputs import read_inputs
-    from adaptkit.training.run import build
+    from adaptkit.training.preparation import build
 
     config = TrainConfig(base=str(base), data=(str(data),), shard_base=True, compute_dtype="float32", device="cpu")
     with join("cpu") as world:

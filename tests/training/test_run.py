@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
@@ -28,7 +30,8 @@ from adaptkit.training.gradients import Gradients
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.loop import train
 from adaptkit.training.parameters import Trainable
-from adaptkit.training.run import build
+from adaptkit.training.preparation import build
+from adaptkit.training.resume import require_room
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +313,17 @@ def test_the_size_of_a_checkpoint_is_foretold(config, tmp_path):
     cut_after(config, tmp_path / "adapter", 3)
     state = tmp_path / "adapter.partial" / "checkpoint-3" / "state.safetensors"
     assert plan.checkpoint_bytes <= state.stat().st_size <= plan.checkpoint_bytes + 1000
+
+
+def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    require_room(tmp_path, free // 4, 2)
+    with pytest.raises(DiskError, match="its checkpoints need") as caught:
+        require_room(tmp_path, free // 2, 2)
+    assert "--keep-checkpoints 1" in caught.value.hint
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    require_room(tmp_path, free // 2, 2)  # two are there already: only the next one needs room
 
 
 def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):

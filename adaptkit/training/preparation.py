@@ -1,0 +1,61 @@
+"""What a run is made of before its first step: batches, model, and how many steps and bytes it takes."""
+
+import math
+
+import torch
+
+from adaptkit.checkpoint.activations import Checkpointing
+from adaptkit.training.batches import Batches
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.distributed import World
+from adaptkit.training.evaluate import pad_id
+from adaptkit.training.fused import fuse_layers
+from adaptkit.training.inputs import Inputs
+from adaptkit.training.memory import save_activations
+from adaptkit.training.model import Model, load_model
+from adaptkit.training.moments import moment_bytes
+from adaptkit.training.optimizer import STATE_BITS
+from adaptkit.training.packing import check_packing
+from adaptkit.training.sharding import shard_frozen
+from adaptkit.training.start import begin
+
+
+def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
+    """Size of a checkpoint: parameters, two moments and, if there may be one, the best adapter's parameters."""
+    vectors = 2 if config.has_held_out and config.eval_every else 1
+    return 4 * parameters * vectors + moment_bytes(parameters, STATE_BITS[config.optimizer])
+
+
+def batches_of(inputs: Inputs) -> Batches:
+    """The steps' samples."""
+    config = inputs.config
+    return Batches(
+        inputs.samples,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        padding=pad_id(inputs.tokenizer),
+        group_by_length=config.group_by_length,
+        pack_length=config.max_length if config.pack else None,
+        mixture=inputs.mixture,
+    )
+
+
+def total_steps(config: TrainConfig, batches: Batches) -> int:
+    """How many steps a run takes, unless it stops early."""
+    return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+
+
+def build(inputs: Inputs, world: World) -> tuple[Model, Checkpointing]:
+    """The model with the adapter that it begins with, and which of its layers are checkpointed."""
+    device, is_shared = world.device, inputs.config.shard_base
+    held = torch.device("cpu") if is_shared else device  # the base need not fit the device before it is divided
+    model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
+    begin(model, inputs.config, inputs.start, inputs.tokenizer)
+    if inputs.config.pack:
+        check_packing(model.network)
+    if device.type == "cpu":
+        fuse_layers(model.network)
+    if is_shared:
+        shard_frozen(model.network, world)
+    return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

@@ -1,0 +1,59 @@
+"""A signal waits for the end of the block, and arrives then."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from adaptkit.training.uninterrupted import uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_arrives_after_the_block(number):
+    done = []
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(number, frame):
+        raise Stopped
+
+    def work():
+        with uninterrupted():
+            os.kill(os.getpid(), number)
+            done.append(True)
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stopped):
+            work()
+        assert done
+        assert signal.getsignal(number) is stop
+        with uninterrupted():
+            pass  # nothing arrived
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_threads_may_use_it_too():
+    done = []
+
+    def work():
+        with uninterrupted():
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done
