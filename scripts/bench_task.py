@@ -11,7 +11,7 @@ perplexity of the Brown corpus, before and after. Asked of QLoRA: a held-out los
 
 What is finished is kept in adaptkit/bench-task in the user's cache folder, so a run that was stopped goes on. The
 base's weights have been through 4 bits once (see ``get_smollm2.py``), and plain NF4 raises this model's loss on text by
-a third of a nat: a harder case than a 16-bit release of a large model.
+a quarter of a nat: a harder case than a 16-bit release of a large model.
 """
 
 import argparse
