@@ -251,6 +251,16 @@ def test_plain_text_is_learned_whole_between_one_first_and_one_last_token(name, 
     assert list(sample.labels[1:]) == list(sample.ids[1:])
 
 
+def test_a_template_without_the_tokenizers_first_token_is_given_none(families, llama):
+    """As transformers does it: the template decides."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
+    assert tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template = ALPACA
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
+    assert list(encode(CHAT, tokenizer).ids[:-1]) == whole[: len(encode(CHAT, tokenizer).ids) - 1]
+
+
 def test_without_a_template_messages_follow_each_other_after_the_first_token(families, llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
