@@ -74,6 +74,11 @@ class AdamW:
         update(*(tensor.numpy() for tensor in (parameters, gradients, first, second)), *map(np.float32, numbers))
 
 
+def moment_bytes(count: int, bits: int) -> int:
+    """Size of both moments of so many parameters, in 32 or 8 bits."""
+    return 8 * count if bits == 32 else 2 * count + 8 * -(-count // BLOCK)
+
+
 def encode(moment: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> None:
     """Write a moment in 8 bits.
 

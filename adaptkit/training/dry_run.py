@@ -66,7 +66,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     work = partial_folder(output)
     check_unfinished(work, inputs.identity(), force, resume)
     whole = replace(inputs, config=replace(inputs.config, shard_base=False))  # by this one process
-    model, checkpointing = build(whole, World(choose_device(config.device)))
+    model, activations = build(whole, World(choose_device(config.device)))
     parameters = Trainable.of(model).values.numel()
     batches = batches_of(inputs)
     steps = total_steps(config, batches)
@@ -85,8 +85,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         tokens=sum(len(sample.ids) for sample in inputs.samples),
         answer_tokens=sum(sample.answer_tokens for sample in inputs.samples),
         trainable_parameters=parameters,
-        segments=checkpointing.segments,
-        checkpointing=str(checkpointing),
+        segments=activations.checkpointing.segments,
+        checkpointing=str(activations.checkpointing),
         checkpoint_bytes=one,
         disk_bytes=one * (config.keep_checkpoints + 1),
     )

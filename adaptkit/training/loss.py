@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adaptkit.checkpoint.memory import rows_at_a_time
 from adaptkit.training.batches import Batch
 from adaptkit.training.linear import LoraLinear
 from adaptkit.training.samples import IGNORED
-
-_CHUNK_BYTES = 32 * 2**20
-"""Of logits in the compute dtype."""
 
 _BLOCK_BYTES = 2 * 2**20
 """Of logits in float32, on a CPU: what its cache holds."""
@@ -118,7 +116,7 @@ class _Loss(torch.autograd.Function):
 def _rows(hidden: Tensor, head: Any) -> int:
     """How many positions go through the output layer at a time."""
     vocabulary = (head.base if isinstance(head, LoraLinear) else head.weight).shape[0]
-    return int(max(32, _CHUNK_BYTES // (vocabulary * hidden.element_size())))
+    return rows_at_a_time(int(vocabulary), hidden.element_size())
 
 
 def _trained(model: Any, head: nn.Module, rows: Tensor) -> list[Tensor]:

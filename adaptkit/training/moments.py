@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.adamw import BLOCK, decode, encode
+from adaptkit.numerics.adamw import BLOCK, decode, encode, moment_bytes
 from adaptkit.training.paging import Pages
 
 _NAMES = ("first_moment", "second_moment")
@@ -26,11 +26,6 @@ def page_elements(page_bytes: int, bits: int) -> int:
     """How many parameters' moments fit into a page: whole blocks, at least one."""
     blocks = page_bytes // (8 * BLOCK if bits == 32 else 2 * BLOCK + 8)
     return max(1, blocks) * BLOCK
-
-
-def moment_bytes(count: int, bits: int) -> int:
-    """Size of both moments of that many parameters, without what is left over of the last page."""
-    return 8 * count if bits == 32 else 2 * count + 8 * -(-count // BLOCK)
 
 
 class PagedState:

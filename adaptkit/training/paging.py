@@ -39,11 +39,13 @@ class PagingCounters:
         faults: pages copied from host to a streaming slot, for a sweep.
         write_backs: pages copied from a streaming slot to host, after their visit.
         evictions: pages that lost their residence.
+        retries: batches that ran out of memory, and were tried again after evictions.
     """
 
     faults: int = 0
     write_backs: int = 0
     evictions: int = 0
+    retries: int = 0
 
 
 class Pages:
@@ -55,6 +57,10 @@ class Pages:
         budget_bytes: how much may be on the device; one page always is. None: everything.
         device: where pages are used.
         file: backs the host side on a CPU; made anew. None: ordinary memory.
+
+    Attributes:
+        budget_bytes: as it was given last.
+        counters: of what moved.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Pages:
         self._host: _Host | None = None
         self._resident: list[Tensor] = []
         self._stream = _Stream(device, page_bytes)
+        self.budget_bytes = budget_bytes
         self._fit(budget_bytes, new=True)
 
     @property
@@ -77,8 +84,14 @@ class Pages:
         """Number of pages that the device has room for."""
         return self.resident + len(self._stream.slots)
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a smaller budget would free anything."""
+        return self.slots > 1
+
     def set_budget(self, budget_bytes: int | None) -> None:
         """Change how much may be on the device: pages move at once, and keep their bytes."""
+        self.budget_bytes = budget_bytes
         self._fit(budget_bytes, new=False)
 
     def sweep(self) -> Iterator[Tensor]:

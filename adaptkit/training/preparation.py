@@ -4,16 +4,15 @@ import math
 
 import torch
 
-from adaptkit.checkpoint.activations import Checkpointing
+from adaptkit.numerics.adamw import moment_bytes
 from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluate import pad_id
 from adaptkit.training.fused import fuse_layers
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.memory import save_activations
+from adaptkit.training.memory import Activations, save_activations
 from adaptkit.training.model import Model, load_model
-from adaptkit.training.moments import moment_bytes
 from adaptkit.training.optimizer import STATE_BITS
 from adaptkit.training.packing import check_packing
 from adaptkit.training.sharding import shard_frozen
@@ -46,8 +45,8 @@ def total_steps(config: TrainConfig, batches: Batches) -> int:
     return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
 
 
-def build(inputs: Inputs, world: World) -> tuple[Model, Checkpointing]:
-    """The model with the adapter that it begins with, and which of its layers are checkpointed."""
+def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
+    """The model with the adapter that it begins with, and what it keeps of a batch."""
     device, is_shared = world.device, inputs.config.shard_base
     held = torch.device("cpu") if is_shared else device  # the base need not fit the device before it is divided
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)

@@ -20,9 +20,11 @@ from adaptkit.training.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
+from adaptkit.training.memory import PeakMemory, memory_report
 from adaptkit.training.optimizer import make_optimizer
 from adaptkit.training.parameters import Trainable
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
+from adaptkit.training.pressure import Pressure
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
 from adaptkit.training.schedule import learning_rate
@@ -63,7 +65,7 @@ class Run:
     Attributes:
         steps: in all, unless the run stops early.
         model: being trained.
-        checkpointing: which layers are checkpointed.
+        activations: what the model keeps of a batch.
         trainable: all that is trained.
         optimizer: of it.
         history: what was measured.
@@ -78,10 +80,12 @@ class Run:
         self._padding = pad_id(inputs.tokenizer)
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
-        self.model, self.checkpointing = build(inputs, world)
+        self._peak = PeakMemory(world.device)
+        self.model, self.activations = build(inputs, world)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)
+        self._pressure = Pressure(self.optimizer.state, note)
         self.tokens_per_second = 0.0
         snapshot = world.share(newest_checkpoint(folder, note) if world.is_first else None)
         self.resumed_from = self.done = snapshot.step if snapshot else 0
@@ -124,6 +128,11 @@ class Run:
         """Size of a checkpoint."""
         return checkpoint_bytes(self._config, self.trainable.values.numel())
 
+    def memory(self) -> dict[str, int | None]:
+        """Bytes that were predicted, by part and in all, and by how much the process's memory grew at its highest."""
+        state, count = self.optimizer.state, self.trainable.values.numel()
+        return memory_report(self.model.network, count, state.metrics(), self.activations, self._peak)
+
     def chosen(self) -> list[Chosen]:
         """The adapter to publish, and then the one to keep beside it, if that is another."""
         best = best_step(self.history)
@@ -155,9 +164,9 @@ class Run:
         answers = self._batches.answer_tokens(step)
         line: dict[str, Any] = {"tokens": self._batches.tokens(step), "answer_tokens": answers}
         rate = learning_rate(config, step, self.steps)
-        loss = self._gradients.collect(
-            self._batches.micro_batches(step, self._world.rank, self._world.size), answers, step
-        )
+        batches = self._batches.micro_batches(step, self._world.rank, self._world.size)
+        largest = max(batch.ids.numel() for batch in batches)
+        loss = self._pressure.relieve(largest, lambda: self._gradients.collect(batches, answers, step))
         norm = self.optimizer.clip(config.max_grad_norm)
         refused = self._refused(loss, norm, step + 1)
         with self._changing():

@@ -22,6 +22,7 @@ def test_a_cyclic_sweep_reuses_the_resident_subset():
     sweeps(pages, 5)
     assert pages.metrics() == {
         "pages": 10, "resident": 3, "slots": 4, "page_bytes": 80, "faults": 35, "write_backs": 35, "evictions": 0,
+        "retries": 0,
     }  # fmt: skip
     everything = Pages(10, 80, None, CPU)
     sweeps(everything, 5)

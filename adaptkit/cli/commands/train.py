@@ -102,6 +102,9 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
         yield "skipped", f"{report.skipped} steps whose loss or gradient was no number"
     yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
     yield "activations", report.checkpointing
+    measured = report.memory["measured"]
+    seen = "not measured here" if measured is None else f"{size(measured)} measured"
+    yield "memory", f"{size(report.memory['predicted'] or 0)} predicted, {seen}"
     paging = "{slots} of {pages} pages resident, {faults} faults, {write_backs} write-backs"
     yield "optimizer state", paging.format(**report.paging)
     yield from data_rows(report.data)
