@@ -7,13 +7,15 @@ import contextlib
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 
@@ -45,6 +47,44 @@ def quiet_transformers() -> Iterator[Any]:
         transformers.logging.set_verbosity(before)
 
 
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint of which only the configuration is known.
+
+    Attributes:
+        root: the folder.
+        config: ``config.json``.
+        tensors: none.
+    """
+
+    root: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, root: Path) -> Self:
+        """Read a folder's configuration.
+
+        Raises:
+            UsageError: there is no such folder, or no configuration in it.
+            CheckpointError: it cannot be read.
+        """
+        if not (root / CONFIG_NAME).is_file():
+            raise UsageError(f"{root}: has no {CONFIG_NAME}", hint="give a checkpoint's folder, or org/name on the Hub")
+        return cls(root, read_json(root / CONFIG_NAME))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the checkpoint says its weights have; bfloat16 if it does not say."""
+        text = self.config.get("text_config")
+        for values in (self.config, text if isinstance(text, dict) else {}):
+            for key in ("dtype", "torch_dtype"):
+                found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
+                if isinstance(found, torch.dtype):
+                    return found
+        return torch.bfloat16
+
+
 def why_unknown(checkpoint: Checkpoint) -> str:
     """Why transformers cannot be asked about a checkpoint's architecture, in a few words; empty if it can."""
     try:
@@ -66,7 +106,7 @@ def transformers_version() -> str:
         return str(transformers.__version__)
 
 
-def empty_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Any:
+def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Build a checkpoint's causal language model on the meta device.
 
     Raises:
@@ -120,7 +160,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _check_counts(checkpoint: Checkpoint, value: Any, key: str = "") -> None:
+def _check_counts(checkpoint: Checkpoint | Description, value: Any, key: str = "") -> None:
     """Refuse numbers of modules that would take minutes, or all memory, to build.
 
     Raises:

@@ -27,6 +27,21 @@ class ArtifactPath(click.ParamType[Path]):
         return resolve_source(str(value))
 
 
+class ConfigPath(click.ParamType[Path]):
+    """A local folder, or ``org/name[@revision]``, of which only the configuration is downloaded."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """See ``click.ParamType``."""
+        path = Path(value)
+        if os.path.exists(path) or str(value).count("/") != 1 or str(value).startswith((".", "/", "~")):
+            return path
+        from adaptkit.hub.download import resolve_config
+
+        return resolve_config(str(value))
+
+
 class Size(click.ParamType[int]):
     """A number of bytes: 5GB, 500MB, 20000."""
 

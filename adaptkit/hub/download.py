@@ -131,6 +131,20 @@ def resolve_source(text: str) -> Path:
         )
 
 
+def resolve_config(text: str) -> Path:
+    """As ``resolve_source``, but of a repository only ``config.json`` is downloaded.
+
+    Raises:
+        UsageError: neither a local folder nor a repository.
+        AuthenticationError, NetworkError: the Hub refused or did not answer.
+    """
+    named = _SOURCE.fullmatch(text)
+    if os.path.exists(text) or named is None:
+        return resolve_source(text)
+    with hub_errors(f"{text}: no such folder here, and on the Hub"):
+        return Path(hf_hub_download(named[1], "config.json", revision=named[2], library_name="adaptkit")).parent
+
+
 def _fetch_manifest(api: HfApi, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Manifest:
     """Download the manifest, and compare it with the Hub's own hash of it: nothing else vouches for it."""
     if MANIFEST_NAME not in tree:

@@ -1,0 +1,52 @@
+"""``adaptkit plan``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptkit.cli.options import ConfigPath, report_options
+from adaptkit.cli.output import Row, percent, show, size
+
+
+@click.command()
+@click.argument("model", type=ConfigPath())
+@click.option("--method", type=click.Choice(("full", "lora", "qlora")), default="qlora", show_default=True)
+@click.option("--rank", type=int, default=16, show_default=True, help="Of the adapter.")
+@click.option("--seq-len", type=int, default=1024, show_default=True, help="Tokens of a row.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Rows that go through the model at a time.")
+@click.option(
+    "--checkpointing", default="layer", show_default=True,
+    help="Of activations: none, layer, sqrt, segments:K or budget:MIB.",
+)  # fmt: skip
+@click.option("--offload-checkpoints", is_flag=True, help="The inputs of segments wait in host memory.")
+@click.option("--optimizer", type=click.Choice(("adamw", "adamw8bit")), default="adamw", show_default=True)
+@click.option("--targets", multiple=True, help="Shell pattern of module paths that get an adapter. Repeatable. [*]")
+@click.option(
+    "--compute-dtype", type=click.Choice(("bfloat16", "float32")), default="bfloat16", show_default=True,
+    help="Of activations, and of weights that stay as they are.",
+)  # fmt: skip
+@report_options
+def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """Predict what fine-tuning MODEL needs, from its configuration: memory by part, and parameters by rank.
+
+    Nothing but the configuration of a model on the Hub is downloaded.
+    """
+    from adaptkit.operations.plan import PlanOptions, plan
+
+    report = plan(model, PlanOptions(targets=targets or ("*",), **options))
+    rows: list[Row] = [
+        ("model", f"{report.architecture}, {report.parameters:,} parameters"),
+        ("method", report.method),
+        ("trainable", f"{report.trainable_parameters:,} ({percent(report.trainable_parameters / report.parameters)})"),
+        ("layers", report.checkpointing),
+        *((name, size(count)) for name, count in report.memory.items()),
+        ("in all", size(report.total_bytes)),
+        ("", ""),
+        ("rank", f"{'trainable':>15}  {'of the model':>12}  {'2 r √N':>13}"),
+    ]
+    rows += [
+        (str(row.rank), f"{row.parameters:>15,}  {percent(row.fraction):>12}  {row.one_square:>13,}")
+        for row in report.ranks
+    ]
+    show(report, rows, as_json=as_json, quiet=quiet)

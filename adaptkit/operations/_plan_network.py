@@ -1,0 +1,138 @@
+"""A network that needs no memory, with stand-ins for the linear layers that a training run would have.
+
+Its tensors are fake: they have shapes and types, and operations on them tell the shapes and types of what would come
+out. The stand-ins make and keep what the trainer's linear layers make and keep.
+"""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from adaptkit.checkpoint.activations import LayerSize, measure_layers
+from adaptkit.checkpoint.architecture import is_linear
+from adaptkit.checkpoint.assembly import find_stack
+from adaptkit.errors import UsageError
+
+Shape = tuple[int, int]
+
+_NAME = "adaptkit-plan"
+"""In transformers' registry of attention functions."""
+
+
+def linear_shapes(network: Any) -> dict[str, Shape]:
+    """(out, in) of every linear layer but the output layer, by dotted path."""
+    head = network.get_output_embeddings()
+    found = {}
+    for name, module in network.named_modules():
+        if is_linear(module) and module is not head:
+            rows, columns = module.weight.shape
+            found[name] = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+    return found
+
+
+def choose_targets(shapes: dict[str, Shape], patterns: tuple[str, ...]) -> list[str]:
+    """The layers that match a pattern, as the trainer matches them.
+
+    Raises:
+        UsageError: a pattern matches none.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {n for n in shapes if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name in shapes})
+            raise UsageError(f"the target {pattern!r} matches no linear layer", hint=f"there are: {', '.join(known)}")
+        chosen |= found
+    return sorted(chosen)
+
+
+def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tuple[int, int]) -> list[LayerSize]:
+    """What the layers of such a run would keep and need; the network is of no other use afterwards.
+
+    Args:
+        network: on the meta device.
+        ranks: of the adapter, by linear layer; others are frozen.
+        full: whether everything is trained instead: weights in float32, which a layer casts for its own use.
+        shape: of a batch: rows and length.
+
+    Raises:
+        UsageError: there is no stack of layers, or its forward pass cannot be followed without memory.
+    """
+    layers = list(find_stack(network)[1])
+    _stand_in_attention(network)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        network.to_empty(device="cpu").requires_grad_(False)
+        for name, (rows, columns) in linear_shapes(network).items():
+            parent, _, child = name.rpartition(".")
+            linear = network.get_submodule(name)
+            stand_in = _StandIn((rows, columns), ranks.get(name, 0), full, linear.bias)
+            setattr(network.get_submodule(parent), child, stand_in)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        try:
+            return measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise UsageError(f"{type(network).__name__}: cannot be followed without its weights ({reason})") from error
+
+
+def _stand_in_attention(network: Any) -> None:
+    """Let attention keep what a kernel for it keeps, on a GPU or in ``training.attention``; an eager one stays."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if network.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_NAME, _attend)
+        AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+        network.set_attn_implementation(_NAME)
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _Attention.apply(query, key, value), None  # type: ignore[no-untyped-call]
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps its inputs, its output and a number a row, as FlashAttention does; (batch, heads, rows, dim)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, rows, _ = query.shape
+        result = query.new_empty(batch, rows, heads, value.shape[-1])
+        ctx.save_for_backward(query, key, value, result, query.new_empty((batch, heads, rows), dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class _StandIn(nn.Module):
+    def __init__(self, shape: Shape, rank: int, full: bool, bias: Tensor | None) -> None:
+        super().__init__()
+        self.shape, self.rank, self.full, self.bias = shape, rank, full, bias
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32)) if full else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out), of no value."""
+        if self.weight is not None:
+            y = nn.functional.linear(x, self.weight.to(x.dtype))
+        else:
+            y = _Frozen.apply(x, self.shape, self.rank)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
+
+
+class _Frozen(torch.autograd.Function):
+    """Makes a weight in both passes and keeps neither; with an adapter it keeps x and x Aᵀ."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: Shape, rank: int) -> Tensor:
+        weight = x.new_empty(shape)
+        if rank:
+            ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], rank))
+        ctx.shape = shape
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ grads[0].new_empty(ctx.shape), None, None

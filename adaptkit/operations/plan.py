@@ -1,0 +1,188 @@
+"""Predict what fine-tuning a model needs, from its configuration alone: memory by part, parameters by rank.
+
+    weights      full: none that are frozen; lora: as in the checkpoint; qlora: 4 bits, an 8-bit constant for 64 of
+                 them, and a float32 constant for 256 of those
+    trainable    4 bytes a parameter: full training and adapters are held in float32
+    gradients    4 bytes a parameter
+    optimizer    8 bytes a parameter, or 2.03 in 8 bits
+    activations  measured on a network without memory, by the arithmetic of ``checkpoint.activations``
+    logits       one chunk
+
+Full fine-tuning thus needs 16 bytes a parameter beside activations and logits: 160 GB for 10 billion.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptkit.checkpoint.activations import Checkpointing, fit_budget, parse_policy
+from adaptkit.checkpoint.architecture import Description, empty_network
+from adaptkit.checkpoint.memory import Memory, logits_bytes
+from adaptkit.errors import UsageError
+from adaptkit.numerics.adamw import moment_bytes
+from adaptkit.operations._plan_network import Shape, choose_targets, linear_shapes, measured_layers
+
+METHODS = ("full", "lora", "qlora")
+RANKS = (4, 8, 16, 32, 64, 128, 256)
+_BLOCK, _GROUP, _LEVELS_BYTES = 64, 256, 4 * 256
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is planned.
+
+    Attributes:
+        method: ``full``, ``lora`` or ``qlora``.
+        rank: of the adapter.
+        targets: shell patterns of module paths, as the trainer takes them.
+        seq_len: tokens of a row.
+        batch: rows that go through the model at a time.
+        checkpointing: a policy of ``checkpoint.activations``.
+        optimizer: ``adamw`` or ``adamw8bit``.
+        compute_dtype: ``bfloat16`` or ``float32``.
+        offload_checkpoints: whether the inputs of segments wait in host memory.
+    """
+
+    method: str = "qlora"
+    rank: int = 16
+    targets: tuple[str, ...] = ("*",)
+    seq_len: int = 1024
+    batch: int = 1
+    checkpointing: str = "layer"
+    optimizer: str = "adamw"
+    compute_dtype: str = "bfloat16"
+    offload_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"method": METHODS, "optimizer": ("adamw", "adamw8bit"), "compute_dtype": ("bfloat16", "float32")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is from 1 to {most:,}")
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """What an adapter of one rank trains.
+
+    Attributes:
+        rank: of the adapter.
+        parameters: that it trains on the chosen targets.
+        fraction: of the model's.
+        one_square: 2 · rank · √N: were the model one square matrix of its N parameters.
+    """
+
+    rank: int
+    parameters: int
+    fraction: float
+    one_square: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What was predicted.
+
+    Attributes:
+        model: folder.
+        architecture: transformers' class.
+        parameters: of the model.
+        method: of training.
+        trainable_parameters: of that method.
+        checkpointing: which layers are checkpointed, in words.
+        memory: bytes by part; see ``checkpoint.memory.Memory``.
+        total_bytes: of all parts.
+        ranks: what adapters of other ranks would train.
+    """
+
+    model: str
+    architecture: str
+    parameters: int
+    method: str
+    trainable_parameters: int
+    checkpointing: str
+    memory: dict[str, int]
+    total_bytes: int
+    ranks: tuple[RankRow, ...]
+
+
+def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
+    """Predict memory and trainable parameters of a fine-tuning run.
+
+    Args:
+        model: folder with a ``config.json``; weights need not be there.
+        options: what to plan.
+
+    Raises:
+        UsageError: transformers does not know the architecture, a target matches nothing, or a budget is too small.
+        CheckpointError: the configuration cannot be read or is beyond reason.
+    """
+    options = options or PlanOptions()
+    description = Description.read(model)
+    dtype = getattr(torch, options.compute_dtype)
+    network = empty_network(description, dtype)
+    shapes = linear_shapes(network)
+    targets = choose_targets(shapes, options.targets)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    full = options.method == "full"
+    trainable = parameters if full else _low_rank(shapes, targets, options.rank)
+    weights = 0 if full else _frozen_bytes(network, shapes, options.method == "qlora", dtype, description.dtype)
+    vocabulary = network.config.get_text_config().vocab_size
+    buffers = sum(buffer.nbytes for buffer in network.buffers())
+    checkpointing, activations = _activations(network, options, {} if full else dict.fromkeys(targets, options.rank))
+    memory = Memory(
+        weights=weights + buffers,
+        trainable=4 * trainable,
+        gradients=4 * trainable,
+        optimizer=moment_bytes(trainable, 8 if options.optimizer == "adamw8bit" else 32),
+        activations=activations,
+        logits=logits_bytes(options.batch * (options.seq_len - 1), vocabulary, dtype.itemsize),
+    )
+    return PlanReport(
+        model=str(model),
+        architecture=type(network).__name__,
+        parameters=parameters,
+        method=options.method,
+        trainable_parameters=trainable,
+        checkpointing=str(checkpointing),
+        memory=memory.parts(),
+        total_bytes=memory.total,
+        ranks=tuple(
+            RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
+            for rank in RANKS
+            for count in [_low_rank(shapes, targets, rank)]
+        ),
+    )
+
+
+def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:
+    return rank * sum(sum(shapes[name]) for name in targets)
+
+
+def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> tuple[Checkpointing, int]:
+    shape = options.batch, options.seq_len
+    sizes = measured_layers(network, ranks, options.method == "full", shape)
+    found = parse_policy(options.checkpointing, len(sizes))
+    chosen = found if isinstance(found, Checkpointing) else fit_budget(found, sizes, options.offload_checkpoints)
+    return chosen, chosen.bytes_needed(sizes, options.offload_checkpoints)
+
+
+def _frozen_bytes(
+    network: Any, shapes: dict[str, Shape], quantized: bool, dtype: torch.dtype, stored: torch.dtype
+) -> int:
+    """Bytes of the frozen weights: linear layers as they are stored or quantized, everything else in ``dtype``."""
+    linear = {f"{name}.weight" for name in shapes} | {f"{name}.bias" for name in shapes}
+    total = 0
+    for name, parameter in network.named_parameters():
+        if name not in linear:
+            total += parameter.numel() * dtype.itemsize
+        elif quantized and name.endswith("weight"):
+            blocks = math.ceil(parameter.numel() / _BLOCK)
+            total += math.ceil(parameter.numel() / 2) + blocks + 4 * math.ceil(blocks / _GROUP) + _LEVELS_BYTES
+        else:
+            total += parameter.numel() * stored.itemsize
+    return total

@@ -1,0 +1,177 @@
+"""What plan predicts from a configuration is what the trainer's tensors then take."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from adaptkit.checkpoint.architecture import Description, empty_network
+from adaptkit.errors import UsageError
+from adaptkit.operations._plan_network import choose_targets, linear_shapes, measured_layers
+from adaptkit.operations.plan import PlanOptions, plan
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.memory import Activations, layer_sizes, predicted_memory
+from adaptkit.training.model import load_model, new_adapter
+from adaptkit.training.moments import PagedState
+from adaptkit.training.parameters import Trainable
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(made, llama, gpt2):
+    """Folders of plain models, and of the same ones quantized."""
+    found = {"llama": llama, "gpt2": gpt2, "qwen2": tiny.write_family(made / "plan-qwen2", "qwen2")}
+    for name, folder in found.items():
+        quantize(folder, made / f"plan-{name}-nf4")
+    return {name: (folder, made / f"plan-{name}-nf4") for name, folder in found.items()}
+
+
+def load_with_adapter(folder, targets=("*",)):
+    model = load_model(folder, torch.bfloat16, CPU)
+    new_adapter(model, targets, 4, 8.0, "kaiming", 0.0, seed=0)
+    return model
+
+
+def loaded(folder, targets=("*",)):
+    model = load_with_adapter(folder, targets)
+    return model, Trainable.of(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_weights_gradients_and_optimizer_are_predicted_to_the_byte(models, name, method):
+    plain, packed = models[name]
+    model, trainable = loaded(packed if method == "qlora" else plain)
+    found = plan(plain, PlanOptions(method=method, rank=4, seq_len=32))
+    count = trainable.values.numel()
+    expected = predicted_memory(model.network, count, 0, Activations(None, 0, 0))
+    assert found.trainable_parameters == count
+    assert {part: found.memory[part] for part in ("weights", "trainable", "gradients")} == {
+        "weights": expected.weights, "trainable": trainable.values.nbytes, "gradients": trainable.gradients.nbytes,
+    }  # fmt: skip
+    for optimizer, bits in (("adamw", 32), ("adamw8bit", 8)):
+        state = PagedState(count, 1 << 20, None, CPU, bits=bits)
+        wanted = plan(plain, PlanOptions(method=method, rank=4, seq_len=32, optimizer=optimizer)).memory["optimizer"]
+        assert wanted == sum(tensor.nbytes for tensor in state.tensors().values())
+
+
+@pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj")])
+def test_activations_are_within_a_quarter_of_what_autograd_saves(models, targets):
+    plain, packed = models["llama"]
+    model, _ = loaded(packed, targets)
+    own = {t.untyped_storage().data_ptr() for t in (*model.network.parameters(), *model.network.buffers())}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros((4, 128), dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.network.train().base_model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    network = empty_network(Description.read(plain))
+    ranks = dict.fromkeys(choose_targets(linear_shapes(network), targets), 4)
+    sizes = measured_layers(network, ranks, False, (4, 128))
+    assert sum(size.input_bytes + size.kept_bytes for size in sizes) == pytest.approx(sum(saved.values()), rel=0.25)
+    measured = layer_sizes(load_with_adapter(packed, targets).network, (4, 128), CPU)
+    for found, expected in zip(sizes, measured, strict=True):
+        assert found.input_bytes == expected.input_bytes
+        assert found.kept_bytes == pytest.approx(expected.kept_bytes, rel=0.25)
+        assert found.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.25)
+
+
+@pytest.fixture
+def ten_billion(tmp_path):
+    """A configuration of 10 billion parameters, without weights."""
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 41, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_ten_billion_parameters_take_what_the_lecture_says(ten_billion):
+    """Full: 16 bytes a parameter, about 160 GB. LoRA: about 40 GB at 4 bytes a frozen one; half of it in 16 bits."""
+    full = plan(ten_billion, PlanOptions(method="full", seq_len=512))
+    assert full.parameters == pytest.approx(10e9, rel=0.02)
+    steady = sum(full.memory[part] for part in ("weights", "trainable", "gradients", "optimizer"))
+    assert steady == pytest.approx(16 * full.parameters, rel=1e-6)
+    values = json.loads((ten_billion / "config.json").read_text())
+    lora = plan(ten_billion, PlanOptions(method="lora", rank=8, seq_len=512))
+    (ten_billion / "config.json").write_text(json.dumps(values | {"torch_dtype": "float32"}))
+    lora32 = plan(ten_billion, PlanOptions(method="lora", rank=8, seq_len=512, compute_dtype="float32"))
+    assert 19e9 < lora.total_bytes < 23e9
+    assert 39e9 < lora32.total_bytes < 44e9
+    qlora = plan(ten_billion, PlanOptions(rank=8, seq_len=512))
+    assert 6e9 < qlora.total_bytes < 9e9
+    assert qlora.memory["weights"] < 0.36 * lora.memory["weights"]
+
+
+def test_parameters_grow_with_the_rank_on_the_chosen_layers(models):
+    report = plan(models["llama"][0], PlanOptions(targets=("q_proj",), rank=8, seq_len=16))
+    assert [row.rank for row in report.ranks] == [4, 8, 16, 32, 64, 128, 256]
+    assert all(row.parameters == row.rank * 2 * (64 + 64) for row in report.ranks)
+    assert report.trainable_parameters == report.ranks[1].parameters
+    assert report.ranks[0].one_square == round(8 * math.sqrt(report.parameters))
+    assert report.ranks[0].fraction == report.ranks[0].parameters / report.parameters
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phi3", "gemma"])
+def test_other_architectures_are_followed_too(made, family):
+    folder = tiny.write_family(made / f"plan-{family}", family)
+    peaks = [
+        plan(folder, PlanOptions(seq_len=64, checkpointing=policy)).memory["activations"]
+        for policy in ("none", "layer")
+    ]
+    assert peaks[0] > peaks[1] > 0
+
+
+def test_a_budget_is_kept_or_refused(models):
+    folder = models["llama"][0]
+    options = {"seq_len": 512, "batch": 64}
+    none = plan(folder, PlanOptions(checkpointing="none", **options)).memory["activations"]
+    within = plan(folder, PlanOptions(checkpointing=f"budget:{none // 2**20 - 1}", **options))
+    assert within.memory["activations"] < none
+    with pytest.raises(UsageError, match="at least"):
+        plan(folder, PlanOptions(checkpointing="budget:1", **options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--rank", 0], 2, "rank: 0"),
+        (["--targets", "nothing_*"], 2, "matches no linear layer"),
+        (["--checkpointing", "layers"], 2, "budget:MIB"),
+        (["--method", "dora"], 2, "--method"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(run_cli, llama, arguments, code, said):
+    done = run_cli("plan", llama, *arguments)
+    assert (done.code, said in done.stderr, "Traceback" in done.stderr) == (code, True, False)
+
+
+def test_folders_that_hold_no_model_are_refused(run_cli, tmp_path):
+    assert "has no config.json" in run_cli("plan", tmp_path).stderr
+    for content, code in (
+        ("{", 5),
+        ('{"model_type": "nothing"}', 2),
+        ('{"model_type": "llama", "num_hidden_layers": 1e6}', 2),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        done = run_cli("plan", tmp_path)
+        assert (done.code, "Traceback" in done.stderr) == (code, False), done.stderr
+
+
+def test_the_command_prints_a_table_and_a_document(run_cli, llama):
+    table = run_cli("plan", llama, "--seq-len", 64)
+    assert all(word in table.stdout for word in ("activations", "in all", "2 r √N"))
+    document = json.loads(run_cli("plan", llama, "--seq-len", 64, "--json").stdout)
+    assert document["total_bytes"] == sum(document["memory"].values())
