@@ -49,7 +49,7 @@ class Checkpointing:
     """Which layers are checkpointed, and how.
 
     Attributes:
-        layers: of the network.
+        layers: of the network; 0 if it has no stack of them, and nothing is checkpointed.
         length: layers of a segment; 1 is a checkpoint a layer.
         whole: how many of the last layers keep everything; all of them if nothing is checkpointed.
     """
@@ -87,6 +87,8 @@ class Checkpointing:
         return held + max(kept + workspace, inputs + max(size.peak_bytes for size in checked))
 
     def __str__(self) -> str:
+        if self.layers == 0:
+            return "no layers to checkpoint"
         if self.whole == self.layers:
             return f"all {self.layers} layers keep everything"
         kind = "a checkpoint a layer" if self.length == 1 else f"segments of {self.length} layers"

@@ -69,7 +69,7 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
         return sizes
 
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded)
-    needed = found.bytes_needed(measured(), offloaded) if found.layers > 1 else 0
+    needed = found.bytes_needed(measured(), offloaded) if found.layers and not config.shard_base else 0
     checkpoint_layers(network, found, Shelf(device) if offloaded else None)
     return Activations(found, needed, logits)
 

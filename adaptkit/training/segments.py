@@ -48,11 +48,11 @@ def choose_checkpointing(
         ConfigError: no such policy.
         UsageError: the network has no stack of layers, or the budget is too small.
     """
-    if policy == "none":
-        return Checkpointing(1, 1, 1)
     try:
         _, layers = find_stack(network)
     except UsageError as error:
+        if policy == "none":
+            return Checkpointing(0, 1)
         raise UsageError(error.message, hint="checkpointing: none") from error
     found = parse_policy(policy, len(layers))
     return found if isinstance(found, Checkpointing) else fit_budget(found, measure(), offloaded)

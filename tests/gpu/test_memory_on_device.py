@@ -1,0 +1,116 @@
+"""On a GPU pages, shelves and retries change no bit, and memory is what was planned."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.moments import PagedState
+from adaptkit.training.offload import Shelf
+from adaptkit.training.optimizer import PagedAdamW
+from adaptkit.training.parameters import Group
+from adaptkit.training.pressure import Pressure
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+GPU = torch.device("cuda")
+RATES = [1e-3, 2e-3, 5e-4, 1e-3, 3e-3]
+
+
+def updates(count, budgets, bits):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(GPU)
+    gradients, state = torch.zeros(count, device=GPU), PagedState(count, 1 << 16, budgets[0], GPU, bits=bits)
+    optimizer = PagedAdamW(values, gradients, [Group(slice(0, count))], state, 0.01)
+    for step, (rate, budget) in enumerate(zip(RATES, budgets, strict=True)):
+        state.set_budget(budget)
+        gradients.copy_(torch.randn(count, generator=torch.Generator().manual_seed(step + 2)))
+        optimizer.step(rate)
+    return {"parameters": values.cpu()} | state.tensors(), state
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 12])
+def test_updates_are_the_same_bits_with_any_budget(bits, slots):
+    """Repeated, since a missing wait between streams does not show every time."""
+    count = 20 * (1 << 16) - 1000
+    expected, whole = updates(count, [None] * len(RATES), bits)
+    page = whole.pages.page_bytes
+    for budgets in ([slots * page] * len(RATES), [None, slots * page, page, None, 5 * page]):
+        for _ in range(5):
+            found, _ = updates(count, budgets, bits)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_updates_are_those_of_torch():
+    count = 3 * (1 << 16)
+    found, _ = updates(count, [None] * len(RATES), 32)
+    parameter = torch.nn.Parameter(torch.randn(count, generator=torch.Generator().manual_seed(1)).to(GPU))
+    optimizer = torch.optim.AdamW([parameter], weight_decay=0.01, fused=True)
+    for step, rate in enumerate(RATES):
+        optimizer.param_groups[0]["lr"] = rate
+        parameter.grad = torch.randn(count, generator=torch.Generator().manual_seed(step + 2)).to(GPU)
+        optimizer.step()
+    assert torch.equal(found["parameters"], parameter.detach().cpu())
+
+
+def test_a_shelf_gives_back_what_was_put_on_it_and_frees_the_gpu():
+    shelf, size = Shelf(GPU), 1 << 24
+    for _ in range(3):
+        before = torch.cuda.memory_allocated()
+        takes = [shelf.put(torch.full((size,), float(number), device=GPU)) for number in range(6)]
+        torch.cuda.synchronize()
+        torch.empty(1, device=GPU)  # lets the allocator look at what its streams are done with
+        assert torch.cuda.memory_allocated() - before < 3 * 4 * size
+        for number, take in reversed(list(enumerate(takes))):
+            tensor = take()
+            assert bool((tensor == number).all())
+            del tensor
+    assert sum(map(len, shelf._pool.values())) == 6
+
+
+@pytest.fixture
+def config(made, llama, instructions):
+    if not (made / "gpu-nf4").exists():
+        quantize(llama, made / "gpu-nf4")
+    return TrainConfig(
+        base=str(made / "gpu-nf4"), data=(str(instructions),), rank=4, steps=6, batch_size=4, micro_batch_size=2,
+        dropout=0.1, save_every=0, page_kib=4, device="cuda",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer_pages_mib": 0.02},
+        {"checkpointing": "sqrt", "offload_checkpoints": True},
+        {"checkpointing": "none"},
+        {"checkpointing": "budget:8"},
+    ],
+    ids=["paged", "offloaded", "none", "budget"],
+)
+def test_memory_options_change_no_byte_of_an_adapter(config, change, tmp_path):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    plain = train(config, tmp_path / "plain")
+    assert train(replace(config, **change), tmp_path / "changed").tensors_root == plain.tensors_root
+
+
+def test_a_batch_that_runs_out_of_memory_finishes_after_evictions(config, tmp_path):
+    """The device is filled up to what the resident pages leave; torch's own allocator runs out."""
+    count = 64 << 20
+    state = PagedState(count, 1 << 18, None, GPU)  # 512 MiB
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(free - (256 << 20), dtype=torch.uint8, device=GPU)
+    notes = []
+    pressure = Pressure(state, notes.append)
+    result = pressure.relieve(1, lambda: torch.ones(400 << 20, dtype=torch.uint8, device=GPU))
+    assert (int(result[-1]), len(notes), state.pages.counters.retries) == (1, 1, 1)
+    del ballast
+
+
+def test_peak_memory_is_what_was_predicted(config, tmp_path):
+    report = train(config, tmp_path / "adapter")
+    assert report.memory["measured"] == pytest.approx(report.memory["predicted"], rel=0.5)
