@@ -65,7 +65,11 @@ class _TensorBoard:
 def _tensorboard(folder: str, begun: int) -> Iterator[Tracker]:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(folder, purge_step=begun + 1 if begun else None) as writer:
+    try:
+        opened = SummaryWriter(folder, purge_step=begun + 1 if begun else None)
+    except OSError as error:
+        raise UsageError(f"tensorboard: {folder}: {error.strerror}", hint="name another folder") from error
+    with opened as writer:
         yield _TensorBoard(writer)
 
 
@@ -85,7 +89,12 @@ def _wandb(config: TrainConfig, identity: Mapping[str, Any]) -> Iterator[Tracker
 
     same = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     quiet = wandb.Settings(silent=True, console="off")
-    with wandb.init(project=config.wandb, id=same, resume="allow", config=config.recorded(), settings=quiet) as run:
+    try:
+        opened = wandb.init(project=config.wandb, id=same, resume="allow", config=config.recorded(), settings=quiet)
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"wandb: {reason}", hint="wandb login, or WANDB_MODE=offline") from error
+    with opened as run:
         yield _Wandb(run)
 
 

@@ -269,6 +269,17 @@ def test_a_tracker_that_is_not_installed_is_asked_for(config, name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tracker_that_cannot_begin_ends_in_one_line(config, run_cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_cli(*command(config, tmp_path / "a", "--tensorboard", tmp_path / "file"))
+    assert (done.code, len(done.stderr.splitlines())) == (2, 2)
+    assert done.stderr.startswith(f"error: tensorboard: {tmp_path / 'file'}: ")
+    shown = command(config, tmp_path / "b", "--wandb", "p")
+    done = run_cli(*shown, cwd=tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
+    assert (done.code, done.stderr.splitlines()[-1]) == (2, "hint: wandb login, or WANDB_MODE=offline")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_picture_has_the_curves_and_is_left_out_aloud_without_matplotlib(config, tmp_path):
     train(replace(config, eval_every=4), tmp_path / "adapter")
     texts = "".join(ElementTree.parse(tmp_path / "adapter" / "loss.svg").getroot().itertext())
