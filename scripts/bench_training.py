@@ -56,14 +56,14 @@ def adaptkit_step(base: Path, length: int, share: float, checkpointing: bool) ->
     """One step as ``adaptkit train`` takes it."""
     import torch
 
-    from adaptkit.training.batches import Batch
     from adaptkit.training.config import TrainConfig
-    from adaptkit.training.fused import fuse_layers
+    from adaptkit.training.data.batches import Batch
     from adaptkit.training.gradients import Gradients
-    from adaptkit.training.memory import save_activations
-    from adaptkit.training.model import load_model, new_adapter
-    from adaptkit.training.optimizer import make_optimizer
-    from adaptkit.training.parameters import Trainable
+    from adaptkit.training.memory.activations import save_activations
+    from adaptkit.training.memory.optimizer import make_optimizer
+    from adaptkit.training.memory.parameters import Trainable
+    from adaptkit.training.network.fused import fuse_layers
+    from adaptkit.training.network.model import load_model, new_adapter
 
     policy = "layer" if checkpointing else "none"
     config = TrainConfig(base=str(base), data=("data.jsonl",), device="cpu", checkpointing=policy)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from adaptkit.cli.output import Row, percent
 
 if TYPE_CHECKING:
-    from adaptkit.training.data import SourceReport
-    from adaptkit.training.data_report import DataReport
+    from adaptkit.training.data.dataset import SourceReport
+    from adaptkit.training.data.report import DataReport
 
 
 def data_rows(data: "DataReport") -> Iterator[Row]:

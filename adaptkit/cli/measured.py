@@ -8,8 +8,8 @@ from adaptkit.cli.html import Number
 from adaptkit.cli.output import percent
 
 if TYPE_CHECKING:
-    from adaptkit.training.comparison import Comparison, Forgetting
-    from adaptkit.training.evaluation import EvaluateReport
+    from adaptkit.training.evaluation.comparison import Comparison, Forgetting
+    from adaptkit.training.evaluation.report import EvaluateReport
 
 Column = tuple[str, Sequence[str | Number]]
 _Value = Callable[["EvaluateReport"], float | None]

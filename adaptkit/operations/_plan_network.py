@@ -79,7 +79,7 @@ def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tupl
 
 
 def _stand_in_attention(network: Any) -> None:
-    """Let attention keep what a kernel for it keeps, on a GPU or in ``training.attention``; an eager one stays."""
+    """Let attention keep what a kernel for it keeps, on a GPU or in ``network.attention``; an eager one stays."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if network.config._attn_implementation == "sdpa":

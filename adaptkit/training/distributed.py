@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from adaptkit.errors import NetworkError
-from adaptkit.training.model import choose_device
+from adaptkit.training.network.model import choose_device
 
 Shared = TypeVar("Shared")
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptkit.training.batches import Batch
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
-from adaptkit.training.loss import summed_loss
-from adaptkit.training.model import Model
-from adaptkit.training.neftune import EmbeddingNoise
+from adaptkit.training.network.loss import summed_loss
+from adaptkit.training.network.model import Model
+from adaptkit.training.network.neftune import EmbeddingNoise
 
 
 class Gradients:

@@ -16,10 +16,10 @@ from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import longest_sequence
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data import Dataset, SourceReport, load_data, split
-from adaptkit.training.mixture import Mixture, weights_of
-from adaptkit.training.samples import Sample
-from adaptkit.training.start import read_start, resolve_method
+from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
+from adaptkit.training.data.mixture import Mixture, weights_of
+from adaptkit.training.data.samples import Sample
+from adaptkit.training.network.start import read_start, resolve_method
 from adaptkit.training.trackers import require_trackers
 
 

@@ -5,18 +5,18 @@ import math
 import torch
 
 from adaptkit.numerics.adamw import moment_bytes
-from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.data.batches import Batches
+from adaptkit.training.data.packing import check_packing
 from adaptkit.training.distributed import World
-from adaptkit.training.evaluate import pad_id
-from adaptkit.training.fused import fuse_layers
+from adaptkit.training.evaluation.evaluate import pad_id
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.memory import Activations, save_activations
-from adaptkit.training.model import Model, load_model
-from adaptkit.training.optimizer import STATE_BITS
-from adaptkit.training.packing import check_packing
-from adaptkit.training.sharding import shard_frozen
-from adaptkit.training.start import begin
+from adaptkit.training.memory.activations import Activations, save_activations
+from adaptkit.training.memory.optimizer import STATE_BITS
+from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.model import Model, load_model
+from adaptkit.training.network.sharding import shard_frozen
+from adaptkit.training.network.start import begin
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:

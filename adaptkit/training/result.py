@@ -17,9 +17,9 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite
-from adaptkit.training.adapt import stack_changes
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.model import Model
+from adaptkit.training.network.adapt import stack_changes
+from adaptkit.training.network.model import Model
 
 
 def write_result(

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
+from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.distributed import World
-from adaptkit.training.encoding import prompt_ids
-from adaptkit.training.evaluate import mean_loss, pad_id
-from adaptkit.training.generation import generate
+from adaptkit.training.evaluation.evaluate import mean_loss, pad_id
+from adaptkit.training.evaluation.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.memory import PeakMemory, memory_report
-from adaptkit.training.optimizer import make_optimizer
-from adaptkit.training.parameters import Trainable
+from adaptkit.training.memory.activations import PeakMemory, memory_report
+from adaptkit.training.memory.optimizer import make_optimizer
+from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
-from adaptkit.training.pressure import Pressure
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
 from adaptkit.training.schedule import learning_rate

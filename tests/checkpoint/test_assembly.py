@@ -59,7 +59,7 @@ def test_parameters_and_buffers_are_those_that_transformers_loads(name, family):
 
 def test_the_trainers_model_of_a_family_that_scales_its_embeddings_gives_the_logits_of_transformers(family):
     """The scale is a buffer beside the embedding, whose computation would draw the embedding anew."""
-    from adaptkit.training.model import load_model
+    from adaptkit.training.network.model import load_model
 
     ids = torch.arange(1, 30)[None]
     with torch.no_grad():
@@ -131,7 +131,7 @@ ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_trainer_reads_the_buffers_that_files_hold(deepseek, packed, tmp_path):
     from adaptkit.operations.quantize import quantize
-    from adaptkit.training.model import load_model
+    from adaptkit.training.network.model import load_model
 
     ids, folder = torch.arange(1, 60)[None], deepseek
     if packed:

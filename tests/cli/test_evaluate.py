@@ -11,10 +11,10 @@ import tiny
 
 from adaptkit.cli.main import main
 from adaptkit.cli.pages.evaluate import evaluate_page
-from adaptkit.training.comparison import Comparison, Forgetting
-from adaptkit.training.evaluation import Answer, EvaluateReport, GenerationReport
-from adaptkit.training.perplexity import TextReport
-from adaptkit.training.scores import Scores
+from adaptkit.training.evaluation.comparison import Comparison, Forgetting
+from adaptkit.training.evaluation.perplexity import TextReport
+from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
+from adaptkit.training.evaluation.scores import Scores
 
 HOSTILE = ("<script>alert(1)</script>", "\"onmouseover='alert(1)'", "</title></style>", "--><b>")
 

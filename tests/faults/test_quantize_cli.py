@@ -25,8 +25,8 @@ from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.evaluate import evaluate
-from adaptkit.training.start import read_start
+from adaptkit.training.evaluation.evaluate import evaluate
+from adaptkit.training.network.start import read_start
 
 SMALL = "40KB"
 

@@ -8,11 +8,11 @@ import torch
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
-from adaptkit.training.moments import PagedState
-from adaptkit.training.offload import Shelf
-from adaptkit.training.optimizer import PagedAdamW
-from adaptkit.training.parameters import Group
-from adaptkit.training.pressure import Pressure
+from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.optimizer import PagedAdamW
+from adaptkit.training.memory.parameters import Group
+from adaptkit.training.memory.pressure import Pressure
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

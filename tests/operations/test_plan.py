@@ -12,10 +12,10 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._plan_network import choose_targets, linear_shapes, measured_layers
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import quantize
-from adaptkit.training.memory import Activations, layer_sizes, predicted_memory
-from adaptkit.training.model import load_model, new_adapter
-from adaptkit.training.moments import PagedState
-from adaptkit.training.parameters import Trainable
+from adaptkit.training.memory.activations import Activations, layer_sizes, predicted_memory
+from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.model import load_model, new_adapter
 
 CPU = torch.device("cpu")
 

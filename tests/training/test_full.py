@@ -13,12 +13,12 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import ConfigError, NonFiniteError, UsageError
 from adaptkit.operations.verify import verify
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.evaluate import EvaluateOptions, evaluate
+from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
-from adaptkit.training.model import load_model
-from adaptkit.training.parameters import Trainable
+from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.model import load_model
+from adaptkit.training.network.start import begin, resolve_method
 from adaptkit.training.result import write_result
-from adaptkit.training.start import begin, resolve_method
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 83).view(2, 40)

@@ -21,11 +21,11 @@ from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.training import gradients
-from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.evaluate import EvaluateOptions, evaluate
+from adaptkit.training.data.batches import Batches
+from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
-from adaptkit.training.loss import summed_loss
+from adaptkit.training.network.loss import summed_loss
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instr
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from adaptkit.training import data
+    from adaptkit.training.data.dataset import dataset as data
 
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, trained[0]).eval()
@@ -86,7 +86,7 @@ def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_
     from transformers import AutoModelForCausalLM
 
     from adaptkit.operations.dequantize import dequantize
-    from adaptkit.training import data
+    from adaptkit.training.data.dataset import dataset as data
 
     train(replace(config, steps=1, dropout=0.0), tmp_path / "adapter")
     first = json.loads((tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()[1])

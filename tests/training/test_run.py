@@ -21,15 +21,15 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
-from adaptkit.training.batches import Batches
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World
 from adaptkit.training.dry_run import plan_run
-from adaptkit.training.evaluate import EvaluateOptions, evaluate, pad_id
+from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.loop import train
-from adaptkit.training.parameters import Trainable
+from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.preparation import build
 from adaptkit.training.resume import require_room
 

@@ -14,9 +14,9 @@ from adaptkit.cli.output import Row, percent, show, show_table
 from adaptkit.cli.progress import count_progress
 
 if TYPE_CHECKING:
-    from adaptkit.training.comparison import Comparison
-    from adaptkit.training.evaluation import Answer, EvaluateReport, GenerationReport
-    from adaptkit.training.perplexity import TextReport
+    from adaptkit.training.evaluation.comparison import Comparison
+    from adaptkit.training.evaluation.perplexity import TextReport
+    from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
 
 _FILE = click.Path(path_type=Path)
 _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
@@ -69,9 +69,9 @@ def command(
     """
     from adaptkit.cli.pages import prepare, write
     from adaptkit.cli.pages.evaluate import evaluate_page
-    from adaptkit.training.comparison import Comparison, compare
-    from adaptkit.training.evaluate import evaluate
-    from adaptkit.training.evaluation import EvaluateOptions
+    from adaptkit.training.evaluation.comparison import Comparison, compare
+    from adaptkit.training.evaluation.evaluate import evaluate
+    from adaptkit.training.evaluation.report import EvaluateOptions
 
     chosen = EvaluateOptions(**options)
     if samples_file is not None:

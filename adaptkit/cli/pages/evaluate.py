@@ -7,8 +7,8 @@ from adaptkit.cli.html import Html, Number, facts, page, paragraph, section, tab
 from adaptkit.cli.measured import columns, forgetting, remarks, short_label
 
 if TYPE_CHECKING:
-    from adaptkit.training.comparison import Comparison
-    from adaptkit.training.evaluation import Answer, EvaluateReport
+    from adaptkit.training.evaluation.comparison import Comparison
+    from adaptkit.training.evaluation.report import Answer, EvaluateReport
 
 _SHOWN_QUESTIONS = 20
 

@@ -1,0 +1,1 @@
+"""Training data: what files hold, as samples, and which of them a step trains on."""

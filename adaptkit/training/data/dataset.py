@@ -1,0 +1,242 @@
+"""Training data: rows become samples; what was cut, left out or not used is counted and named."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptkit.checkpoint.conversation import Example, read_example
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.rows import is_on_hub, read_rows
+from adaptkit.errors import DataError
+from adaptkit.training.data.encoding import Encoder
+from adaptkit.training.data.samples import Sample
+
+_TOGETHER = 1000
+"""Rows that are tokenized at a time."""
+_NAMED = 5
+"""Rows that a report names."""
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What came from one source.
+
+    Attributes:
+        name: file, or name on the Hub.
+        sha256: of the file, or of the rows.
+        rows: in it.
+        samples: of them that can be trained on.
+        tokens: of these samples.
+        answer_tokens: of them that carry loss.
+        layouts: of the rows, with their numbers.
+        unused: columns that no layout has.
+    """
+
+    name: str
+    sha256: str
+    rows: int
+    samples: int
+    tokens: int
+    answer_tokens: int
+    layouts: Mapping[str, int]
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples, and what happened on the way.
+
+    Attributes:
+        samples: in the order of their rows.
+        truncated: how many were cut to the longest length.
+        dropped: how many were left out: too long, or cut before anything that carries loss.
+        sources: in the order given.
+        longest: tokens of the longest sample, before any was cut.
+        longest_at: where it came from.
+        masked: where some of those that the cut left nothing to learn came from.
+        split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
+        ended: samples that were given an end token, since the chat template puts none after an answer.
+    """
+
+    samples: tuple[Sample, ...]
+    truncated: int
+    dropped: int
+    sources: tuple[SourceReport, ...] = ()
+    longest: int = 0
+    longest_at: str = ""
+    masked: tuple[str, ...] = ()
+    split: int = 0
+    ended: int = 0
+
+
+def load_data(
+    sources: Sequence[Path | str],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    too_long: str = "cut",
+    loss_on: str = "answers",
+    layout: str | None = None,
+    context: int | None = None,
+) -> Dataset:
+    """Read sources and tokenize their rows.
+
+    Args:
+        sources: see ``checkpoint.rows``; one after the other.
+        tokenizer: of the model.
+        max_length: most tokens of a sample.
+        too_long: what becomes of longer ones: ``cut`` at the end, ``drop`` or ``error``.
+        loss_on: see ``Encoder``.
+        layout: of all rows; None to find out for each.
+        context: most tokens that the model reads at once; None if it does not say.
+
+    Raises:
+        DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
+            line), or nothing to learn.
+    """
+    tally = _Tally(max_length, too_long, context)
+    encoder = Encoder(tokenizer, loss_on)
+    reports = [_read(source, number, layout, encoder, tally) for number, source in enumerate(sources)]
+    if not tally.samples:
+        reason = f"all {tally.dropped} samples are too long, or lose their answer, at max_length {max_length}"
+        raise DataError(
+            f"{', '.join(map(str, sources))}: {reason if tally.dropped else 'there are no rows'}",
+            hint="raise max_length" if tally.dropped else "give rows to learn from",
+        )
+    return Dataset(
+        samples=tuple(tally.samples),
+        truncated=tally.truncated,
+        dropped=tally.dropped,
+        sources=tuple(reports),
+        longest=tally.longest,
+        longest_at=tally.longest_at,
+        masked=tuple(tally.masked),
+        split=tally.split,
+        ended=tally.ended,
+    )
+
+
+def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Set a fraction of the samples aside, chosen by the seed; at least one on each side unless it is zero.
+
+    Returns:
+        Samples to train on, and held-out ones.
+
+    Raises:
+        DataError: there are too few to split.
+    """
+    if held_out == 0:
+        return list(samples), []
+    if len(samples) < 2:
+        raise DataError("one sample cannot be split", hint="give more data, or held_out: 0")
+    count = min(len(samples) - 1, max(1, round(len(samples) * held_out)))
+    chosen = set(order(len(samples), seed)[:count])
+    return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
+
+
+@lru_cache(maxsize=4)
+def order(count: int, seed: int) -> tuple[int, ...]:
+    """A permutation of range(count) that depends on the seed alone."""
+    return tuple(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@dataclass
+class _Tally:
+    """Samples that were taken, and counts of what happened to the others."""
+
+    max_length: int
+    too_long: str
+    context: int | None
+    samples: list[Sample] = field(default_factory=list)
+    longest: int = 0
+    longest_at: str = ""
+    truncated: int = 0
+    dropped: int = 0
+    masked: list[str] = field(default_factory=list)
+    split: int = 0
+    ended: int = 0
+
+    def add(self, sample: Sample) -> Sample | None:
+        """Take a sample, as long as it may be, or leave it out."""
+        length = len(sample.ids)
+        if sample.answer_tokens == 0:
+            raise DataError(f"{sample.source}: there is nothing to learn", hint="every row needs an answer, or text")
+        if length > self.longest:
+            self.longest, self.longest_at = length, sample.source
+        if length > self.max_length:
+            if self.too_long == "error":
+                raise DataError(
+                    f"{sample.source}: {length} tokens, more than max_length {self.max_length}",
+                    hint="raise it, or give too_long: cut or drop",
+                )
+            if self.too_long == "drop":
+                self.dropped += 1
+                return None
+            self.truncated += 1
+            ids, labels = sample.ids[: self.max_length], sample.labels[: self.max_length]
+            sample = Sample(ids, labels, sample.source, sample.origin)
+            if sample.answer_tokens == 0:
+                self.dropped += 1
+                self.masked += [sample.source] * (len(self.masked) < _NAMED)
+                return None
+        if self.context is not None and len(sample.ids) > self.context:
+            raise DataError(
+                f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {self.context}",
+                hint=f"max_length: {self.context}",
+            )
+        self.samples.append(sample)
+        return sample
+
+
+def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, tally: _Tally) -> SourceReport:
+    """Read one source."""
+    layouts: Counter[str] = Counter()
+    used: set[str] = set()
+    columns: dict[str, None] = {}
+    digest = hashlib.sha256() if is_on_hub(source) else None
+    samples = tokens = answer_tokens = 0
+
+    def examples() -> Iterator[tuple[str, Example]]:
+        for where, row in read_rows(source):
+            if digest is not None:
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            example = read_example(row, where, layout)
+            layouts[example.layout] += 1
+            used.update(example.columns)
+            columns.update((name, None) for name, value in row.items() if value is not None)
+            yield where, example
+
+    for some in _batched(examples(), _TOGETHER):
+        for encoded in encoder.encode(some):
+            tally.split += len(encoded.samples) > 1
+            tally.ended += encoded.ended
+            for sample in encoded.samples:
+                taken = tally.add(Sample(sample.ids, sample.labels, sample.source, number))
+                if taken is not None:
+                    samples += 1
+                    tokens += len(taken.ids)
+                    answer_tokens += taken.answer_tokens
+    return SourceReport(
+        name=str(source),
+        sha256=digest.hexdigest() if digest is not None else file_sha256(Path(source)),
+        rows=layouts.total(),
+        samples=samples,
+        tokens=tokens,
+        answer_tokens=answer_tokens,
+        layouts=dict(layouts),
+        unused=tuple(name for name in columns if name not in used),
+    )
+
+
+def _batched(items: Iterable[tuple[str, Example]], size: int) -> Iterator[list[tuple[str, Example]]]:
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some

@@ -1,0 +1,240 @@
+"""Examples to samples: the model's chat template, its tokenizer, and where loss is.
+
+What the template adds between a conversation up to the answer's opening and the conversation with the answer is the
+answer, its end-of-turn included. The text is tokenized in pieces that begin where answers begin, because at inference
+the prompt is tokenized by itself: in one piece, a line end that ends the prompt and one that begins the answer may
+become one token, which no prompt ends with.
+"""
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any
+
+from adaptkit.checkpoint.conversation import Example, Message, is_text, render
+from adaptkit.errors import DataError, UsageError
+from adaptkit.training.data.samples import IGNORED, Sample
+
+_Tokens = tuple[list[int], list[tuple[int, int]]]
+"""Ids, and where each begins and ends in the text."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Where a turn of the assistant is in a text.
+
+    Attributes:
+        start: where its opening ends.
+        said: where its content ends; None if the template wrote it in another way.
+        end: where the turn ends.
+    """
+
+    start: int
+    said: int | None
+    end: int
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What the tokenizer gets of a sample.
+
+    Attributes:
+        text: all of it.
+        answers: in it, ascending.
+        learned: whether all of it is, as plain text is, and not the answers alone.
+        begins: whether the tokenizer's own first token belongs before it; templates write theirs.
+        ends: whether the model shall learn to stop at its end.
+    """
+
+    text: str
+    answers: tuple[_Answer, ...]
+    learned: bool
+    begins: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The samples of an example.
+
+    Attributes:
+        samples: one; or one for each answer, where the template changes earlier turns as a conversation goes on.
+        ended: how many of them got an end token, since the template puts none after an answer.
+    """
+
+    samples: tuple[Sample, ...]
+    ended: int
+
+
+class Encoder:
+    """Tokenizes examples for one model."""
+
+    def __init__(self, tokenizer: Any, loss_on: str = "answers") -> None:
+        """See the class.
+
+        Args:
+            tokenizer: a fast one of transformers; without a chat template, the messages of a conversation follow each
+                other on lines of their own, an end token after each answer.
+            loss_on: ``answers``, ``last_answer`` of each conversation, or ``all`` tokens. Plain text is learned whole.
+
+        Raises:
+            UsageError: the tokenizer is a slow one, which does not say where a token is in the text.
+        """
+        if not tokenizer.is_fast:
+            raise UsageError(f"{type(tokenizer).__name__} is no fast tokenizer", hint="add its tokenizer.json")
+        self._tokenizer, self._loss_on = tokenizer, loss_on
+        self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+        self._begin = array("i", _first_tokens(tokenizer))
+        self._cuts = _joins(tokenizer)
+
+    def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[Encoded]:
+        """Tokenize examples, all at a time, which is what fast tokenizers are fast at.
+
+        Args:
+            examples: each with the place it came from.
+
+        Raises:
+            DataError: the template refuses a conversation, or rewrites it so that no answer has a fixed place; or
+                there is no token to end with. Names the place.
+        """
+        texts: list[list[_Text]] = []
+        for where, example in examples:
+            try:
+                texts.append(self._texts(example))
+            except DataError as error:
+                raise DataError(f"{where}: {error.message}", error.hint) from error
+        tokens = self._tokenize([piece for group in texts for text in group for piece in self._pieces(text)])
+        for (where, _), group in zip(examples, texts, strict=True):
+            made = [self._sample(text, [next(tokens) for _ in self._pieces(text)], where) for text in group]
+            yield Encoded(tuple(sample for sample, _ in made), sum(ended for _, ended in made))
+
+    def _texts(self, example: Example) -> list[_Text]:
+        if example.text is not None:
+            return [_Text(example.text, (), True, True, True)]
+        messages, learned = example.messages, example.learned
+        if self._loss_on == "last_answer":
+            learned = learned[-1:]
+        whole = render(messages, self._tokenizer)
+        found = [_find(messages, turn, whole, self._tokenizer) for turn in learned]
+        answers = tuple(answer for answer in found if answer is not None)
+        is_complete, plain = len(answers) == len(found), self._tokenizer.chat_template is None
+        if is_complete:
+            ends = learned[-1] == len(messages) - 1
+            return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
+        if self._loss_on == "all":
+            return [_Text(whole, (), True, plain, False)]
+        return [self._last_answer(messages[: turn + 1], plain) for turn in learned]
+
+    def _last_answer(self, messages: Sequence[Message], plain: bool) -> _Text:
+        """A conversation up to an answer, as the template writes it if that is the last."""
+        whole = render(messages, self._tokenizer)
+        answer = _find(messages, len(messages) - 1, whole, self._tokenizer)
+        if answer is None:
+            raise DataError(
+                f"the chat template rewrites the conversation around message {len(messages)}, so that its tokens "
+                "cannot be told from the others",
+                hint="give the model another chat template",
+            )
+        return _Text(whole, (answer,), False, plain, True)
+
+    def _pieces(self, text: _Text) -> list[str]:
+        edges = [0, *(answer.start for answer in text.answers if self._cuts), len(text.text)]
+        return [text.text[start:end] for start, end in pairwise(edges)]
+
+    def _tokenize(self, pieces: list[str]) -> Iterator[_Tokens]:
+        if not pieces:
+            return iter(())
+        encoded = self._tokenizer(
+            pieces,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    def _sample(self, text: _Text, pieces: list[_Tokens], where: str) -> tuple[Sample, bool]:
+        """A sample, and whether it was given an end token."""
+        ids, spans, closed = array("i"), [], False
+        for number, (tokens, places) in enumerate(pieces):
+            base = text.answers[number - 1].start if number else 0
+            for answer in text.answers if not self._cuts else text.answers[number - 1 : number] if number else ():
+                start = bisect_left(places, answer.start - base, key=itemgetter(0))
+                end, closed = self._end(tokens, places, answer, base)
+                spans.append(slice(len(ids) + start, len(ids) + end))
+            ids.extend(tokens)
+        labels = ids[:] if text.learned else array("i", [IGNORED]) * len(ids)
+        for span in spans:
+            labels[span] = ids[span]
+        added = text.ends and not closed
+        if added:
+            eos = self._tokenizer.eos_token_id
+            if eos is None:
+                raise DataError(f"{where}: there is no token to end with", hint="the tokenizer needs an eos_token")
+            last = spans[-1].stop if spans else len(ids) - (ids[-1:] == array("i", [eos]))
+            ids[last:] = labels[last:] = array("i", [eos])
+        if text.begins and ids[: len(self._begin)] != self._begin:
+            ids, labels = self._begin + ids, array("i", [IGNORED]) * len(self._begin) + labels
+        return Sample(ids, labels, where), added and bool(spans)
+
+    def _end(self, tokens: list[int], places: list[tuple[int, int]], answer: _Answer, base: int) -> tuple[int, bool]:
+        """Up to which token an answer goes, and whether that one ends the turn.
+
+        What the template puts after the end of the turn is not the model's to say.
+        """
+        last = bisect_right(places, answer.end - base, key=itemgetter(1))
+        said = answer.start if answer.said is None else answer.said
+        for index in range(last - 1, -1, -1):
+            if places[index][0] + base < said:
+                break
+            if tokens[index] in self._ends:
+                return index + 1, True
+        return last if answer.said is None else bisect_left(places, said - base, key=itemgetter(0)), False
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of a user's message, up to where the model answers.
+
+    Raises:
+        UsageError: the message is not UTF-8.
+    """
+    if not is_text(prompt):
+        raise UsageError(f"the prompt {prompt!r} is not UTF-8")
+    return conversation_ids([{"role": "user", "content": prompt}], tokenizer)
+
+
+def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """The tokens of a conversation, up to where the model answers."""
+    text = render(messages, tokenizer, opening=True)
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
+
+
+def _find(messages: Sequence[Message], turn: int, whole: str, tokenizer: Any) -> _Answer | None:
+    """Where an answer is in the text of a conversation; None if the template writes it otherwise as that goes on."""
+    if turn == 0:
+        raise DataError("the assistant speaks first", hint="begin with a user's message")
+    before = render(messages[:turn], tokenizer, opening=True)
+    through = whole if turn == len(messages) - 1 else render(messages[: turn + 1], tokenizer)
+    if not (whole.startswith(through) and through.startswith(before)):
+        return None
+    content = messages[turn]["content"].strip()
+    at = through.find(content, len(before))
+    return _Answer(len(before), None if at < 0 else at + len(content), len(through))
+
+
+def _first_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text: one token, or none."""
+    text = "a"
+    marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [int(token) for token in marked[: marked.index(plain[0])]]
+
+
+def _joins(tokenizer: Any) -> bool:
+    """Whether text that is tokenized in pieces stays the same text; some tokenizers put a space before each piece."""
+    pieces = tokenizer(["a", "b"], add_special_tokens=False)["input_ids"]
+    return bool(tokenizer.decode([*pieces[0], *pieces[1]]) == "ab")

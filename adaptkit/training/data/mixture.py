@@ -1,0 +1,81 @@
+"""Mixtures: how much of each source an epoch draws.
+
+An epoch has as many samples as there are. Each source gives its share of them, from a stream that goes through all of
+its samples, in a new order each time; the next epoch goes on where this one stopped. So a source's samples are drawn
+equally often, to within one, whatever its share.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from adaptkit.errors import ConfigError
+from adaptkit.training.data.dataset import order
+from adaptkit.training.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What an epoch draws.
+
+    Attributes:
+        members: for each source, the numbers of its samples.
+        counts: for each source, how many samples an epoch draws.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], weights: Sequence[float], sources: Sequence[str]) -> Self:
+        """Share an epoch among sources.
+
+        Args:
+            samples: to draw from.
+            weights: of the sources, relative to each other.
+            sources: their names.
+
+        Raises:
+            ConfigError: a share is not one sample, or there is nothing to draw from.
+        """
+        members = [tuple(i for i, s in enumerate(samples) if s.origin == origin) for origin in range(len(sources))]
+        exact = [len(samples) * weight / sum(weights) for weight in weights]
+        counts = [int(number) for number in exact]
+        missing = len(samples) - sum(counts)
+        for source in sorted(range(len(exact)), key=lambda number: counts[number] - exact[number])[:missing]:
+            counts[source] += 1
+        for name, count, member in zip(sources, counts, members, strict=True):
+            if count == 0 or not member:
+                reason = (
+                    "its share of an epoch is less than one" if member else "none of its samples is left to train on"
+                )
+                raise ConfigError(f"mixture: {name}: no sample would be drawn", hint=reason)
+        return cls(tuple(members), tuple(counts))
+
+    def draw(self, epoch: int, seed: int) -> list[int]:
+        """The numbers of an epoch's samples, source by source."""
+        drawn = []
+        for members, count in zip(self.members, self.counts, strict=True):
+            start, end, size = epoch * count, (epoch + 1) * count, len(members)
+            for time in range(start // size, (end - 1) // size + 1):
+                chosen = order(size, seed * 1_000_003 + time)[max(0, start - time * size) : end - time * size]
+                drawn += [members[i] for i in chosen]
+        return drawn
+
+
+def weights_of(mixture: Mapping[str, float], sources: Sequence[str]) -> list[float]:
+    """The weight of each source: that of its name, or of its file's name; 1 if it is not mentioned.
+
+    Raises:
+        ConfigError: a name is no source's, or that of several.
+    """
+    weights = [1.0] * len(sources)
+    for name, weight in mixture.items():
+        found = [number for number, source in enumerate(sources) if source == name]
+        found = found or [number for number, source in enumerate(sources) if Path(source).name == name]
+        if len(found) != 1:
+            problem = "is none of the data" if not found else "is the name of several"
+            raise ConfigError(f"mixture: {name!r} {problem}", hint=f"data: {', '.join(sources)}")
+        weights[found[0]] = weight
+    return weights

@@ -1,0 +1,106 @@
+"""The first batch of a run as the model gets it: every token, what carries loss, and where samples begin."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.data.batches import Batch
+from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.inputs import read_inputs
+from adaptkit.training.preparation import batches_of
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens next to each other that all carry loss, or none of them.
+
+    Attributes:
+        learned: whether they do.
+        ids: of the tokens.
+        text: that they are.
+    """
+
+    learned: bool
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample in a batch.
+
+    Attributes:
+        source: file and line.
+        row: of the batch, from 1; packed samples share one.
+        tokens: of it.
+        learned: tokens of it that carry loss.
+        stretches: all of it.
+    """
+
+    source: str
+    row: int
+    tokens: int
+    learned: int
+    stretches: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The first step of a run.
+
+    Attributes:
+        micro_batches: that it takes.
+        rows: in all of them.
+        padding: positions that hold no token.
+        samples: in their order.
+    """
+
+    micro_batches: int
+    rows: int
+    padding: int
+    samples: tuple[ShownSample, ...]
+
+
+def preview(config: TrainConfig) -> Preview:
+    """Read a run's data, and show its first batch; nothing is written, and no model loaded.
+
+    Raises:
+        CheckpointError, UsageError, DataError: base or data cannot be used.
+    """
+    inputs = read_inputs(config, None, False)
+    batches = batches_of(inputs).micro_batches(0)
+    samples: list[ShownSample] = []
+    row = 0
+    for batch in batches:
+        samples += _samples(batch, inputs.tokenizer, row)
+        row += len(batch.ids)
+    padding = sum(int((batch.mask == 0).sum()) for batch in batches)
+    return Preview(len(batches), row, padding, tuple(samples))
+
+
+def _samples(batch: Batch, tokenizer: Any, before: int) -> Iterator[ShownSample]:
+    """The samples of a batch, from the tensors that the model gets."""
+    sources = iter(batch.sources)
+    for row in range(len(batch.ids)):
+        length = int(batch.mask[row].sum())
+        ids, labels = batch.ids[row, :length].tolist(), batch.labels[row, :length].tolist()
+        starts = [0] if batch.positions is None else (batch.positions[row, :length] == 0).nonzero().reshape(-1).tolist()
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
+            marked = [(label != IGNORED, token) for token, label in zip(ids[start:end], labels[start:end], strict=True)]
+            yield ShownSample(
+                source=next(sources),
+                row=before + row + 1,
+                tokens=end - start,
+                learned=sum(learned for learned, _ in marked),
+                stretches=tuple(
+                    _stretch(learned, [token for _, token in group], tokenizer)
+                    for learned, group in groupby(marked, key=lambda item: item[0])
+                ),
+            )
+
+
+def _stretch(learned: bool, ids: list[int], tokenizer: Any) -> Stretch:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Stretch(learned, tuple(ids), str(text))

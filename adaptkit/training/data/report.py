@@ -1,0 +1,65 @@
+"""What a run's data are, for its report: where samples came from, what became of them, how full the batches are."""
+
+from array import array
+from dataclasses import dataclass
+
+from adaptkit.training.data.batches import Batches
+from adaptkit.training.data.dataset import SourceReport
+from adaptkit.training.data.samples import Sample
+from adaptkit.training.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a run's data are.
+
+    Attributes:
+        sources: of all samples, held-out ones among them.
+        held_out_sources: of samples that are only measured.
+        longest: tokens of the longest sample, before any was cut.
+        longest_at: where it came from.
+        masked: where some of the samples came from that the cut left nothing to learn.
+        split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
+        ended: samples that were given an end token, since the chat template puts none after an answer.
+        repeated: held-out samples that are also trained on.
+        rows: of an epoch; fewer than samples where they are packed.
+        epoch_tokens: of an epoch, by source; all of its tokens, or what a mixture draws.
+    """
+
+    sources: tuple[SourceReport, ...]
+    held_out_sources: tuple[SourceReport, ...]
+    longest: int
+    longest_at: str
+    masked: tuple[str, ...]
+    split: int
+    ended: int
+    repeated: int
+    rows: int
+    epoch_tokens: tuple[int, ...]
+
+
+def report_data(inputs: Inputs, batches: Batches) -> DataReport:
+    """Sum up a run's data."""
+    data, known = inputs.data, {_key(sample) for sample in inputs.samples} if inputs.held_out else set()
+    rows, tokens = 0, [0] * len(data.sources)
+    for step in range(batches.steps_per_epoch):
+        for row in batches.rows(step):
+            rows += 1
+            for sample in row:
+                tokens[sample.origin] += len(sample.ids)
+    return DataReport(
+        sources=data.sources,
+        held_out_sources=inputs.held_out_sources,
+        longest=data.longest,
+        longest_at=data.longest_at,
+        masked=data.masked,
+        split=data.split,
+        ended=data.ended,
+        repeated=sum(_key(sample) in known for sample in inputs.held_out),
+        rows=rows,
+        epoch_tokens=tuple(tokens),
+    )
+
+
+def _key(sample: Sample) -> bytes:
+    return array("i", [*sample.ids, *sample.labels]).tobytes()

@@ -1,0 +1,1 @@
+"""Measuring models: loss, text, generated answers, and one model beside another."""

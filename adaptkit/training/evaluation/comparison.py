@@ -1,0 +1,142 @@
+"""Several models on the same data and text: bases, examples in the prompt, adapters, fully trained checkpoints."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.manifest import read_manifest
+from adaptkit.errors import UsageError
+from adaptkit.training.evaluation.evaluate import check_request, load, measure
+from adaptkit.training.evaluation.material import read_material
+from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
+from adaptkit.training.network.lineage import base_of, parent_among
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What training did to a model's general text.
+
+    Attributes:
+        model: label of the trained one.
+        before: label of what it was made from.
+        loss_before: mean cross-entropy of ``before`` on the text, in nats.
+        loss_after: of the trained one.
+        perplexity_before: the exponential; None where that is no number.
+        perplexity_after: of the trained one.
+    """
+
+    model: str
+    before: str
+    loss_before: float
+    loss_after: float
+    perplexity_before: float | None
+    perplexity_after: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured.
+
+    Attributes:
+        models: every base, then every base with examples, then every adapter on its base, each in the order given.
+        forgetting: for each model but the first that was made from another of them; empty without text.
+    """
+
+    models: tuple[EvaluateReport, ...]
+    forgetting: tuple[Forgetting, ...]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model to measure, and the number of the one that it is compared with."""
+
+    base: Path
+    adapter: Adapter | None
+    shots: bool
+    before: int | None
+
+
+def compare(
+    bases: Sequence[Path],
+    adapters: Sequence[Path] = (),
+    data: Sequence[Path] = (),
+    options: EvaluateOptions | None = None,
+    *,
+    text: Sequence[Path] = (),
+    reference: Path | None = None,
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Measure models one after the other on the same data, text and questions.
+
+    Every base is measured; with examples too, if the options have some; and with every adapter that belongs to it.
+    A base that names another of them as what it was made from is compared with that one on the text, and with the
+    first otherwise.
+
+    Args:
+        bases: folders of NF4 or plain checkpoints; fully trained ones among them.
+        adapters: folders of LoRA adapters.
+        data: rows with answers.
+        options: how.
+        text: files.
+        reference: folder of a checkpoint that all models are compared with on the text.
+        on_answer: told of every answer to the data's questions.
+        progress: told how many models are measured, of how many.
+
+    Raises:
+        UsageError: nothing to measure, or an adapter does not say which of several bases it belongs to.
+        BaseMismatchError: an adapter belongs to none of the bases; or another vocabulary than the reference's.
+        DataError: data or text cannot be used.
+    """
+    options = options or EvaluateOptions()
+    check_request(data, text, options, reference)
+    if not bases:
+        raise UsageError("there is no model to measure", hint="give --base FOLDER")
+    subjects = _subjects(bases, [read_adapter(adapter) for adapter in adapters], bool(options.shots))
+    plain = replace(options, shots=0, shots_from=())
+    materials = dict(zip(bases, read_material(bases, data, text, plain, reference), strict=True))
+    examples = dict(zip(bases, read_material(bases, data, (), options), strict=True)) if options.shots else {}
+    other = load(reference, options) if reference is not None else None
+    reports = []
+    for done, subject in enumerate(subjects):
+        progress(done, len(subjects))
+        material = (examples if subject.shots else materials)[subject.base]
+        reports.append(measure(subject.base, subject.adapter, material, options, other, on_answer))
+    progress(len(subjects), len(subjects))
+    return Comparison(tuple(reports), _forgetting(subjects, reports))
+
+
+def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -> list[_Subject]:
+    """The models in the order of the table."""
+    if len(set(bases)) < len(bases):
+        raise UsageError("a base is given twice", hint="give each --base once")
+    subjects = []
+    for number, base in enumerate(bases):
+        others = [other for other in bases if other != base]
+        parent = parent_among(read_manifest(base), others)
+        before = bases.index(parent) if parent is not None else 0
+        subjects.append(_Subject(base, None, False, before if before != number else None))
+    subjects += [_Subject(base, None, True, None) for base in bases if shots]
+    for adapter in adapters:
+        base = base_of(adapter, bases)
+        subjects.append(_Subject(base, adapter, False, bases.index(base)))
+    return subjects
+
+
+def _forgetting(subjects: Sequence[_Subject], reports: Sequence[EvaluateReport]) -> tuple[Forgetting, ...]:
+    found = []
+    for subject, report in zip(subjects, reports, strict=True):
+        before = None if subject.before is None else reports[subject.before]
+        if before is not None and before.text is not None and report.text is not None:
+            found.append(
+                Forgetting(
+                    report.label,
+                    before.label,
+                    before.text.loss,
+                    report.text.loss,
+                    before.text.perplexity,
+                    report.text.perplexity,
+                )
+            )
+    return tuple(found)

@@ -1,0 +1,173 @@
+"""One model measured: loss on held-out answers, text, answers of its own, and how near they are to references."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.errors import UsageError
+from adaptkit.training.data.batches import collate
+from adaptkit.training.data.samples import Sample
+from adaptkit.training.evaluation.generation import Generated, generate
+from adaptkit.training.evaluation.material import Material, read_material
+from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
+from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport, GenerationReport
+from adaptkit.training.evaluation.scores import require_metrics, score
+from adaptkit.training.network.lineage import check_base, trained_parameters
+from adaptkit.training.network.loading import load_adapter
+from adaptkit.training.network.loss import summed_loss
+from adaptkit.training.network.model import Model, choose_device, load_model
+
+
+def evaluate(
+    base: Path,
+    adapter: Path | None = None,
+    data: Sequence[Path] = (),
+    options: EvaluateOptions | None = None,
+    *,
+    text: Sequence[Path] = (),
+    reference: Path | None = None,
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> EvaluateReport:
+    """Measure a model, with or without an adapter.
+
+    Args:
+        base: folder of an NF4 or plain checkpoint.
+        adapter: folder of a LoRA adapter.
+        data: rows with answers; see ``training.data.dataset``.
+        options: how.
+        text: files; see ``checkpoint.text``.
+        reference: folder of a checkpoint that the model shall resemble on the text: the one that it was made from.
+        on_answer: told of every answer to the data's questions.
+
+    Raises:
+        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing.
+        BaseMismatchError: the adapter does not belong to the base, or the reference has another vocabulary.
+        DataError: data or text cannot be used.
+    """
+    options = options or EvaluateOptions()
+    check_request(data, text, options, reference)
+    read = None if adapter is None else read_adapter(adapter)
+    if read is not None:
+        check_base(read, base)
+    (material,) = read_material([base], data, text, options, reference)
+    other = load(reference, options) if reference is not None else None
+    return measure(base, read, material, options, other, on_answer)
+
+
+def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions, reference: Path | None) -> None:
+    """Refuse what cannot be carried out, before anything is read.
+
+    Raises:
+        UsageError: says what is missing.
+    """
+    if not data and not text and not options.prompts:
+        raise UsageError("nothing to evaluate", hint="give --data FILE, --text FILE or --prompt TEXT")
+    if reference is not None and not text:
+        raise UsageError("a reference is compared on text", hint="give --text FILE")
+    if options.generate and not data:
+        raise UsageError("the questions to answer, and their answers, come from data", hint="give --data FILE")
+    if options.shots and not data and not options.prompts:
+        raise UsageError("examples come before questions, and there are none", hint="give --data FILE or --prompt TEXT")
+    if options.generate:
+        require_metrics()
+
+
+def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
+    """Load a checkpoint, and an adapter on it."""
+    model = load_model(base, getattr(torch, options.compute_dtype), choose_device(options.device))
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
+
+
+def measure(
+    base: Path,
+    adapter: Adapter | None,
+    material: Material,
+    options: EvaluateOptions,
+    reference: Model | None,
+    on_answer: Callable[[Answer], None],
+) -> EvaluateReport:
+    """Measure one model on what was read for it; see ``evaluate``."""
+    model = load(base, options, adapter)
+    samples = material.dataset.samples if material.dataset else ()
+    loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer)) if samples else None
+    total = sum(parameter.numel() for parameter in empty_network(model.checkpoint).parameters())
+    report = EvaluateReport(
+        base=str(base),
+        adapter=str(adapter.root) if adapter else None,
+        shots=len(material.shots),
+        fewer_shots=material.fewer_shots,
+        parameters=total,
+        trained_parameters=trained_parameters(base, adapter, total),
+        samples=len(samples),
+        truncated=material.dataset.truncated if material.dataset else 0,
+        dropped=material.dataset.dropped if material.dataset else 0,
+        answer_tokens=sum(sample.answer_tokens for sample in samples),
+        loss=loss,
+        perplexity=None if loss is None else perplexity_of(loss),
+        text=None if material.windows is None else measure_text(model, material.windows, reference),
+        generated=None,
+        answers={},
+    )
+    return _with_answers(report, model, material, options, on_answer)
+
+
+def _with_answers(
+    report: EvaluateReport,
+    model: Model,
+    material: Material,
+    options: EvaluateOptions,
+    on_answer: Callable[[Answer], None],
+) -> EvaluateReport:
+    """Answer the prompts and the data's questions, and score the latter."""
+
+    def say(prompts: Sequence[Sequence[int]]) -> list[Generated]:
+        return generate(
+            model,
+            material.tokenizer,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            padding=pad_id(material.tokenizer),
+        )
+
+    said = say(material.prompts)
+    report = replace(report, answers={p: found.text for p, found in zip(options.prompts, said, strict=True)})
+    if not options.generate:
+        return report
+    found = say(material.question_prompts)
+    for question, answer in zip(material.questions, found, strict=True):
+        on_answer(Answer(report.label, question.messages, answer.text, question.references))
+    references = [question.references for question in material.questions]
+    generated = GenerationReport(
+        questions=len(found),
+        references=sum(map(len, references)),
+        too_long=material.too_long,
+        unfinished=sum(not answer.ended for answer in found),
+        scores=score([answer.text for answer in found], references),
+    )
+    return replace(report, generated=generated)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token to pad with; masks tell what is padding, so the end token does where there is none of its own."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
+
+
+@torch.no_grad()
+def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding: int) -> float:
+    """Mean cross-entropy per answer token, in nats. Samples of like length go together, to pad little."""
+    model.network.eval()
+    by_length = sorted(samples, key=lambda sample: len(sample.ids))
+    total = 0.0
+    for start in range(0, len(by_length), batch_size):
+        rows = [(sample,) for sample in by_length[start : start + batch_size]]
+        total += float(summed_loss(model, collate(rows, padding)))
+    return total / sum(sample.answer_tokens for sample in samples)

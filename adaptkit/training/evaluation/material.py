@@ -1,0 +1,150 @@
+"""What models are measured on, read in the tokens of each before any of them is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.conversation import Message, is_text
+from adaptkit.checkpoint.text import check_window, longest_sequence, read_tokens
+from adaptkit.errors import DataError, UsageError
+from adaptkit.training.data.dataset import Dataset, load_data
+from adaptkit.training.evaluation.questions import (
+    Conversation,
+    Question,
+    choose,
+    load_data_with_shots,
+    prompt_with_shots,
+    read_questions,
+    read_shots,
+)
+from adaptkit.training.evaluation.report import EvaluateOptions
+
+
+@dataclass(frozen=True)
+class Material:
+    """What one model is measured on.
+
+    Attributes:
+        tokenizer: of the model.
+        dataset: samples with answers; None without data.
+        windows: (windows, window) int64 of text; None without text.
+        shots: examples before every question and sample.
+        fewer_shots: samples, questions and prompts that had room for fewer.
+        prompts: tokens of each of the options' prompts.
+        questions: of the data, that are to be answered.
+        question_prompts: tokens of each.
+        too_long: questions that were left out, since they and an answer are longer than some model's context.
+    """
+
+    tokenizer: Any
+    dataset: Dataset | None
+    windows: Tensor | None
+    shots: tuple[Conversation, ...]
+    fewer_shots: int
+    prompts: tuple[tuple[int, ...], ...]
+    questions: tuple[Question, ...]
+    question_prompts: tuple[tuple[int, ...], ...]
+    too_long: int
+
+
+def read_material(
+    bases: Sequence[Path],
+    data: Sequence[Path],
+    text: Sequence[Path],
+    options: EvaluateOptions,
+    reference: Path | None = None,
+) -> list[Material]:
+    """Read everything that models are measured on.
+
+    Args:
+        bases: folders of the models' checkpoints; all get the same questions.
+        data: rows with answers.
+        text: files.
+        options: how.
+        reference: folder of the checkpoint that the models are compared with on the text.
+
+    Returns:
+        One for each base.
+
+    Raises:
+        DataError: a file that cannot be used, or no question fits a model's context.
+        UsageError: a window of text, or a prompt, is longer than a context, or there is no tokenizer.
+    """
+    if reference is not None:
+        check_window(reference, options.window)
+    wanted: Sequence[Question] = ()
+    if options.generate or (data and options.shots):
+        wanted = read_questions(data)
+    shots = read_shots(options.shots_from, options.shots, options.seed, wanted) if options.shots else ()
+    asked = choose(wanted, options.samples, options.seed) if options.generate else ()
+    readers = [_Reader(base, data, text, options) for base in bases]
+    questions = tuple(question for question in asked if all(reader.has_room(question.messages) for reader in readers))
+    if asked and not questions:
+        raise DataError(
+            f"all {len(asked)} questions, with {options.max_new_tokens} new tokens, are longer than a model's context",
+            hint="lower --max-new-tokens, or give other data",
+        )
+    return [reader.read(questions, shots, len(asked) - len(questions)) for reader in readers]
+
+
+class _Reader:
+    """Reads for one base."""
+
+    def __init__(self, base: Path, data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions) -> None:
+        self._base, self._data, self._text, self._options = base, data, text, options
+        self._tokenizer = load_tokenizer(base)
+        self._context = longest_sequence(base)
+        self._max_length = min(options.max_length, self._context or options.max_length)
+
+    def has_room(self, messages: Sequence[Message]) -> bool:
+        """Whether a question and an answer to it fit the context."""
+        room = self._room
+        return room is None or len(self._prompt(messages, ())[0]) <= room
+
+    def read(self, questions: tuple[Question, ...], shots: tuple[Conversation, ...], too_long: int) -> Material:
+        """Tokenize everything."""
+        options = self._options
+        dataset, fewer = None, 0
+        if self._data and shots:
+            dataset, fewer = load_data_with_shots(self._data, self._tokenizer, shots, self._max_length, self._context)
+        elif self._data:
+            dataset = load_data(self._data, self._tokenizer, self._max_length)
+        windows = None
+        if self._text:
+            windows = read_tokens(self._text, self._base, window=options.window, max_tokens=options.max_tokens)
+        prompts = [self._prompt(_message(prompt), shots) for prompt in options.prompts]
+        for prompt, (ids, _) in zip(options.prompts, prompts, strict=True):
+            if self._room is not None and len(ids) > self._room:
+                raise UsageError(
+                    f"the prompt {prompt[:40]!r} and {options.max_new_tokens} new tokens are too long for {self._base}",
+                    hint=f"it reads {self._context} tokens: shorten the prompt, or lower --max-new-tokens",
+                )
+        asked = [self._prompt(question.messages, shots) for question in questions]
+        return Material(
+            tokenizer=self._tokenizer,
+            dataset=dataset,
+            windows=windows,
+            shots=shots,
+            fewer_shots=fewer + sum(used < len(shots) for _, used in [*prompts, *asked]),
+            prompts=tuple(tuple(ids) for ids, _ in prompts),
+            questions=questions,
+            question_prompts=tuple(tuple(ids) for ids, _ in asked),
+            too_long=too_long,
+        )
+
+    @property
+    def _room(self) -> int | None:
+        return None if self._context is None else self._context - self._options.max_new_tokens
+
+    def _prompt(self, messages: Sequence[Message], shots: Sequence[Conversation]) -> tuple[list[int], int]:
+        return prompt_with_shots(messages, shots, self._tokenizer, self._room)
+
+
+def _message(prompt: str) -> list[Message]:
+    if not is_text(prompt):
+        raise UsageError(f"the prompt {prompt!r} is not UTF-8")
+    return [{"role": "user", "content": prompt}]

@@ -1,0 +1,122 @@
+"""Perplexity on windows of text, and how far a model's next-token distributions are from a reference's."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.training.network.model import Model
+
+POSITIONS = 64
+"""Tokens whose log-probabilities over the vocabulary are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """What was measured on text, over every token of every window but its first.
+
+    Attributes:
+        windows: number of them.
+        tokens: that were predicted.
+        loss: mean cross-entropy, in nats.
+        perplexity: its exponential; None where that is no number.
+        reference: folder of the reference, or None; what follows is None without one.
+        reference_loss: the reference's own.
+        reference_perplexity: the reference's own.
+        kl_divergence: mean over the tokens of KL(reference ‖ model) over the whole vocabulary, in nats.
+        same_top_token: fraction of the tokens for which both think the same token likeliest.
+    """
+
+    windows: int
+    tokens: int
+    loss: float
+    perplexity: float | None
+    reference: str | None = None
+    reference_loss: float | None = None
+    reference_perplexity: float | None = None
+    kl_divergence: float | None = None
+    same_top_token: float | None = None
+
+
+@torch.no_grad()
+def measure_text(model: Model, windows: Tensor, reference: Model | None = None) -> TextReport:
+    """Measure perplexity on windows of text, and how far the model is from a reference, one window at a time.
+
+    Log-probabilities are float32, from logits of the compute dtype; their sums are float64.
+
+    Args:
+        model: to measure.
+        windows: (windows, window) int64.
+        reference: of the same vocabulary.
+
+    Raises:
+        BaseMismatchError: it has another vocabulary.
+        UsageError: a token is not in the model's vocabulary.
+    """
+    _check_vocabulary(model, windows, reference)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for window in windows:
+        logits = _next_token_logits(model, window)
+        others = None if reference is None else _next_token_logits(reference, window)
+        for start in range(0, len(logits), POSITIONS):
+            rows = slice(start, start + POSITIONS)
+            wanted = window[1:][rows].to(logits.device)
+            sums += _text_sums(logits[rows], wanted, None if others is None else others[rows])
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    loss, reference_loss, divergence, same = (sums / tokens).tolist()
+    report = TextReport(len(windows), tokens, loss, perplexity_of(loss))
+    if reference is None:
+        return report
+    return replace(
+        report,
+        reference=str(reference.checkpoint.root),
+        reference_loss=reference_loss,
+        reference_perplexity=perplexity_of(reference_loss),
+        kl_divergence=divergence,
+        same_top_token=same,
+    )
+
+
+def _check_vocabulary(model: Model, windows: Tensor, reference: Model | None) -> None:
+    known = model.network.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= known:
+        raise UsageError(
+            f"{model.checkpoint.root}: its tokenizer makes the token {int(windows.max())}, its model knows {known}"
+        )
+    others = known if reference is None else reference.network.get_input_embeddings().weight.shape[0]
+    if reference is not None and others != known:
+        raise BaseMismatchError(
+            f"{reference.checkpoint.root}: knows {others} tokens, {model.checkpoint.root} knows {known}",
+            hint="the reference is the checkpoint that the model was made from",
+        )
+
+
+def _next_token_logits(model: Model, window: Tensor) -> Tensor:
+    """(window - 1, vocabulary), in the compute dtype."""
+    model.network.eval()
+    device = next(model.network.parameters()).device
+    logits: Tensor = model.network(input_ids=window[None].to(device), use_cache=False).logits
+    return logits[0, :-1]
+
+
+def _text_sums(logits: Tensor, wanted: Tensor, others: Tensor | None) -> Tensor:
+    """(4,) float64: sums over positions of loss, the reference's loss, divergence, and equal likeliest tokens."""
+    found = logits.float().log_softmax(-1)
+    sums = torch.zeros(4, dtype=torch.float64)
+    sums[0] = -found.gather(-1, wanted[:, None]).double().sum()
+    if others is not None:
+        expected = others.float().log_softmax(-1)
+        sums[1] = -expected.gather(-1, wanted[:, None]).double().sum()
+        sums[2] = (
+            functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1, dtype=torch.float64).sum()
+        )
+        sums[3] = (found.argmax(-1) == expected.argmax(-1)).sum()
+    return sums
+
+
+def perplexity_of(loss: float) -> float | None:
+    """The exponential of a mean cross-entropy in nats; None where that is no number."""
+    return math.exp(loss) if loss < 700 else None

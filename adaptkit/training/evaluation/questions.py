@@ -1,0 +1,184 @@
+"""What a model is asked: the questions of data files, each with all of its reference answers, and examples before them.
+
+A question is a row's conversation up to its last answer; rows that ask the same are one question with several
+references. Examples (few-shot prompting) are whole conversations that come before it as turns of the same chat.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.conversation import Example, Message, read_example
+from adaptkit.checkpoint.rows import read_rows
+from adaptkit.errors import DataError
+from adaptkit.training.data.dataset import Dataset, order
+from adaptkit.training.data.encoding import Encoder, conversation_ids
+from adaptkit.training.data.samples import Sample
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to where the model answers.
+
+    Attributes:
+        messages: the last is not the assistant's.
+        references: answers that would be right, without repetitions, in file order; at least one.
+    """
+
+    messages: Conversation
+    references: tuple[str, ...]
+
+
+def read_questions(files: Sequence[Path]) -> tuple[Question, ...]:
+    """Group the rows of data files by what they ask, in the order of first appearance.
+
+    Raises:
+        DataError: an unreadable file, a row without question or answer (with file and line), or no rows.
+    """
+    asked: dict[str, Conversation] = {}
+    references: dict[str, dict[str, None]] = {}
+    for where, row in _rows(files):
+        *before, answer = conversation(row, where)
+        if not before:
+            raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
+        if not answer["content"].strip():
+            raise DataError(f"{where}: the answer is empty", hint="every row needs a reference answer")
+        key = json.dumps(before, sort_keys=True)
+        asked.setdefault(key, tuple(before))
+        references.setdefault(key, {})[answer["content"]] = None
+    if not asked:
+        raise DataError(f"{', '.join(map(str, files))}: there are no rows", hint="give other data")
+    return tuple(Question(messages, tuple(references[key])) for key, messages in asked.items())
+
+
+def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple[Question, ...]:
+    """The first ``count`` of a permutation that depends on the seed, in file order; None is all of them."""
+    if count is None or count >= len(questions):
+        return tuple(questions)
+    return tuple(questions[number] for number in sorted(order(len(questions), seed)[:count]))
+
+
+def read_shots(
+    files: Sequence[Path], count: int, seed: int, questions: Sequence[Question] = ()
+) -> tuple[Conversation, ...]:
+    """Choose examples by the seed, none of which is one of the questions.
+
+    Raises:
+        DataError: an unreadable file or row, or fewer examples than asked for.
+    """
+    taken = {json.dumps(question.messages, sort_keys=True) for question in questions}
+    found: dict[str, Conversation] = {}
+    for where, row in _rows(files):
+        turns = [message for message in conversation(row, where) if message["role"] != "system"]
+        key = json.dumps(turns[:-1], sort_keys=True)
+        if key not in taken:
+            found.setdefault(key, tuple(turns))
+    if len(found) < count:
+        raise DataError(
+            f"{', '.join(map(str, files))}: {len(found)} examples that are no questions themselves, {count} are wanted",
+            hint="lower --shots, or give more --shots-from files",
+        )
+    conversations = list(found.values())
+    return tuple(conversations[number] for number in order(len(conversations), seed)[:count])
+
+
+def with_shots(messages: Sequence[Message], shots: Sequence[Conversation]) -> list[Message]:
+    """Put examples before a conversation, after its system message if it begins with one."""
+    begins = 1 if messages and messages[0]["role"] == "system" else 0
+    return [*messages[:begins], *(turn for shot in shots for turn in shot), *messages[begins:]]
+
+
+def prompt_with_shots(
+    messages: Sequence[Message], shots: Sequence[Conversation], tokenizer: Any, longest: int | None
+) -> tuple[list[int], int]:
+    """The tokens of a question after as many examples as there is room for; the first ones go first.
+
+    Args:
+        messages: of the question.
+        shots: examples.
+        tokenizer: of the model.
+        longest: tokens that there is room for; None is no limit.
+
+    Returns:
+        The tokens, which are too many if the question alone is too long, and the number of examples in them.
+    """
+    for left_out in range(len(shots) + 1):
+        ids = conversation_ids(with_shots(messages, shots[left_out:]), tokenizer)
+        if longest is None or len(ids) <= longest:
+            break
+    return ids, len(shots) - left_out
+
+
+def load_data_with_shots(
+    files: Sequence[Path], tokenizer: Any, shots: Sequence[Conversation], max_length: int, longest: int | None
+) -> tuple[Dataset, int]:
+    """Tokenize rows after examples; only the row's own answers carry loss.
+
+    Args:
+        files: of rows.
+        tokenizer: of the model.
+        shots: examples before each row.
+        max_length: tokens of a row without its examples; longer ones are cut at the end.
+        longest: tokens of all of it; the first examples are left out where it would be more. None is no limit.
+
+    Returns:
+        The samples, and how many of them have fewer examples than all.
+    """
+    encoder = Encoder(tokenizer)
+    samples, truncated, dropped, fewer = [], 0, 0, 0
+    for where, row in _rows(files):
+        example = _conversation(row, where)
+        alone = _encode(encoder, example, (), where)
+        left_out, whole = 0, alone
+        for left_out in range(len(shots) + 1):
+            whole = _encode(encoder, example, shots[left_out:], where)
+            if longest is None or all(len(sample.ids) <= longest for sample in whole):
+                break
+        fewer += left_out > 0
+        for shorter, sample in zip(alone, whole, strict=True):
+            excess = max(0, len(shorter.ids) - max_length)
+            length = len(sample.ids) - excess
+            cut = Sample(sample.ids[:length], sample.labels[:length], where)
+            truncated += excess > 0
+            if cut.answer_tokens:
+                samples.append(cut)
+            else:
+                dropped += 1
+    if not samples:
+        raise DataError(f"{', '.join(map(str, files))}: no row keeps an answer", hint="raise max_length")
+    return Dataset(tuple(samples), truncated, dropped), fewer
+
+
+def _encode(encoder: Encoder, example: Example, shots: Sequence[Conversation], where: str) -> tuple[Sample, ...]:
+    """The samples of a conversation after examples, which carry no loss."""
+    before = sum(len(shot) for shot in shots)
+    messages = tuple(with_shots(example.messages, shots))
+    learned = tuple(turn + before for turn in example.learned)
+    (encoded,) = encoder.encode([(where, replace(example, messages=messages, learned=learned))])
+    return encoded.samples
+
+
+def conversation(row: Mapping[str, Any], where: str) -> list[Message]:
+    """A row's messages up to its last answer; what follows it answers nothing.
+
+    Raises:
+        DataError: the row has none of the layouts.
+    """
+    return list(_conversation(row, where).messages)
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> Example:
+    example = read_example(row, where)
+    if example.text is not None:
+        raise DataError(f"{where}: plain text asks nothing", hint="give conversations, or --text")
+    last = max(number for number, message in enumerate(example.messages) if message["role"] == "assistant")
+    return replace(example, messages=example.messages[: last + 1])
+
+
+def _rows(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for file in files:
+        yield from read_rows(file)

@@ -1,0 +1,146 @@
+"""How to evaluate a model, and what was found."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptkit.errors import UsageError
+from adaptkit.training.config import COMPUTE_DTYPES
+from adaptkit.training.evaluation.perplexity import TextReport
+from adaptkit.training.evaluation.scores import Scores
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How to evaluate.
+
+    Attributes:
+        prompts: user messages to answer, greedily.
+        generate: answer the questions of the data too, and score the answers against the data's.
+        samples: how many of the questions, chosen by the seed; None is all.
+        seed: of that choice, and of the choice of examples.
+        shots: examples put before every question, as turns of the chat.
+        shots_from: files that the examples are chosen from.
+        max_new_tokens: of an answer.
+        max_length: tokens of a sample; no more than the model's context.
+        batch_size: samples at a time.
+        window: tokens of a window of text.
+        max_tokens: of text; None is all of it.
+        compute_dtype: bfloat16 or float32.
+        device: cpu, cuda, or auto.
+    """
+
+    prompts: tuple[str, ...] = ()
+    generate: bool = False
+    samples: int | None = None
+    seed: int = 0
+    shots: int = 0
+    shots_from: tuple[Path, ...] = ()
+    max_new_tokens: int = 64
+    max_length: int = 1024
+    batch_size: int = 8
+    window: int = 512
+    max_tokens: int | None = None
+    compute_dtype: str = "bfloat16"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("samples", 1),
+            ("shots", 0),
+            ("max_new_tokens", 1),
+            ("max_length", 2),
+            ("batch_size", 1),
+            ("window", 2),
+            ("max_tokens", 2),
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is at least {least}")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise UsageError(f"compute_dtype: {self.compute_dtype!r} is none of {', '.join(COMPUTE_DTYPES)}")
+        if bool(self.shots) != bool(self.shots_from):
+            raise UsageError(
+                "examples need a number and files to come from", hint="give --shots K and --shots-from FILE"
+            )
+        if self.samples is not None and not self.generate:
+            raise UsageError("samples: nothing is generated", hint="give --generate too")
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What was generated on the data's questions.
+
+    Attributes:
+        questions: answered.
+        references: of them all.
+        too_long: questions left out since they and an answer are longer than a model's context.
+        unfinished: answers that the limit of new tokens ended.
+        scores: of the answers.
+    """
+
+    questions: int
+    references: int
+    too_long: int
+    unfinished: int
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a question of the data.
+
+    Attributes:
+        model: its label; see ``EvaluateReport.label``.
+        messages: the question, without examples.
+        answer: generated.
+        references: that it is scored against.
+    """
+
+    model: str
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What was measured.
+
+    Attributes:
+        base: folder.
+        adapter: folder, or None.
+        shots: examples before every question.
+        fewer_shots: samples and questions that had room for fewer.
+        parameters: of the base.
+        trained_parameters: of the adapter, or of the base if adaptkit trained all of it; None if nothing says.
+        samples: number of them that were measured.
+        truncated: samples cut to the longest length.
+        dropped: samples left out since the cut took their whole answer.
+        answer_tokens: that carry loss.
+        loss: mean over the answer tokens, in nats; None without data.
+        perplexity: its exponential; None without data.
+        text: what was measured on text; None without it.
+        generated: what was generated on the data's questions; None if nothing was.
+        answers: prompt -> answer.
+    """
+
+    base: str
+    adapter: str | None
+    shots: int
+    fewer_shots: int
+    parameters: int
+    trained_parameters: int | None
+    samples: int
+    truncated: int
+    dropped: int
+    answer_tokens: int
+    loss: float | None
+    perplexity: float | None
+    text: TextReport | None
+    generated: GenerationReport | None
+    answers: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        """The model in a few words."""
+        shots = f", {self.shots} shot{'s' if self.shots > 1 else ''}" if self.shots else ""
+        return (f"{self.base} + {self.adapter}" if self.adapter else self.base) + shots

@@ -1,0 +1,154 @@
+"""Which activations a run keeps, what it needs of memory, and what it was seen to need."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from adaptkit.checkpoint.activations import Checkpointing, LayerSize, measure_layers
+from adaptkit.checkpoint.assembly import find_stack
+from adaptkit.checkpoint.memory import Memory, logits_bytes
+from adaptkit.errors import UsageError
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a network keeps of a batch.
+
+    Attributes:
+        checkpointing: which of its layers are checkpointed.
+        bytes: what the layers keep and need at the largest batch; 0 if nobody can tell:
+            the network has no stack of layers, or is divided among processes.
+        logits_bytes: of a chunk of logits.
+    """
+
+    checkpointing: Checkpointing
+    bytes: int
+    logits_bytes: int
+
+
+def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int], device: torch.device) -> Activations:
+    """Make a network keep the activations that the run's policy says.
+
+    Args:
+        network: with its adapter.
+        config: of the run.
+        largest: rows and length of the run's largest batch; a batch of this shape goes through a layer of every kind.
+        device: of the network.
+
+    Raises:
+        ConfigError: no such policy.
+        UsageError: the budget is too small, or this network or device cannot do it.
+    """
+    offloaded = config.offload_checkpoints
+    if offloaded and device.type != "cuda":
+        raise UsageError(
+            "offload_checkpoints: moves checkpoints to host memory, which is where a CPU has them already",
+            hint="leave it out; checkpointing: sqrt keeps fewer of them",
+        )
+    head = network.get_output_embeddings()
+    rows, length = largest
+    dtype = network.get_input_embeddings().weight.dtype
+    logits = (
+        logits_bytes(rows * (length - 1), network.config.get_text_config().vocab_size, dtype.itemsize) if head else 0
+    )
+    sizes: list[LayerSize] = []
+
+    def measured() -> list[LayerSize]:
+        if config.shard_base:  # measuring stops in the middle of a pass, which the other processes would wait for
+            raise UsageError("checkpointing: a budget cannot be kept to with shard_base", hint="use layer or sqrt")
+        sizes[:] = sizes or layer_sizes(network, largest, device)
+        return sizes
+
+    found = choose_checkpointing(network, config.checkpointing, measured, offloaded)
+    needed = found.bytes_needed(measured(), offloaded) if found.layers and not config.shard_base else 0
+    checkpoint_layers(network, found, Shelf(device) if offloaded else None)
+    return Activations(found, needed, logits)
+
+
+def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> list[LayerSize]:
+    """Measure a network's layers with a batch of a shape; must come before ``checkpoint_layers``.
+
+    Args:
+        network: ready to train.
+        shape: rows and length.
+        device: of the network.
+    """
+    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    layers: list[nn.Module] = list(find_stack(network)[1])
+    was_training = network.training
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        sizes = measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
+    network.train(was_training)
+    return sizes
+
+
+def predicted_memory(network: Any, trainable: int, optimizer: int, activations: Activations) -> Memory:
+    """What a run will need.
+
+    Args:
+        network: ready to train.
+        trainable: number of parameters.
+        optimizer: bytes of its state that are resident.
+        activations: what it keeps.
+    """
+    frozen: dict[int, int] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if not tensor.requires_grad:
+            held = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's share
+            frozen[held.data_ptr()] = held.nbytes
+    return Memory(
+        weights=sum(frozen.values()),
+        trainable=4 * trainable,
+        gradients=4 * trainable,
+        optimizer=optimizer,
+        activations=activations.bytes,
+        logits=activations.logits_bytes,
+    )
+
+
+class PeakMemory:
+    """Measures by how much a process's memory grows from here on: on a GPU what torch allocates there, else RSS.
+
+    Args:
+        device: that computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        try:
+            _RESET.write_text("5")  # the mark of the highest memory begins anew
+            self._before = _kib("VmRSS:")
+        except OSError:
+            self._before = -1
+
+    def growth(self) -> int | None:
+        """Bytes; None where the operating system does not tell."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return None if self._before < 0 else 1024 * (_kib("VmHWM:") - self._before)
+
+
+def _kib(name: str) -> int:
+    return int(next(line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith(name)))
+
+
+def memory_report(
+    network: Any, trainable: int, pages: dict[str, int], activations: Activations, peak: PeakMemory
+) -> dict[str, int | None]:
+    """What was predicted, by part and in all, and what was measured: see ``TrainReport.memory``."""
+    resident = pages["slots"] * pages["page_bytes"]
+    expected = predicted_memory(network, trainable, resident, activations)
+    return expected.parts() | {"predicted": expected.total, "measured": peak.growth()}

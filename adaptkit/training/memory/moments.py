@@ -1,0 +1,123 @@
+"""AdamW's two moments of every parameter, in pages.
+
+    32 bits    first (E,) float32 | second (E,) float32
+    8 bits     first codes (E,) uint8 | second codes | first absmax (E / 256,) float32 | second absmax
+
+E parameters share a page, whatever matrices they belong to, and one visit brings both moments. In 8 bits a page is
+decoded when it is visited and encoded afterwards; blocks never straddle pages, so that neither their size nor their
+number decides about a bit.
+"""
+
+from collections.abc import Iterator, Mapping
+from mmap import PAGESIZE
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.adamw import BLOCK, decode, encode, moment_bytes
+from adaptkit.training.memory.paging import Pages
+
+_NAMES = ("first_moment", "second_moment")
+_SIGNED = (True, False)
+
+
+def page_elements(page_bytes: int, bits: int) -> int:
+    """How many parameters' moments fit into a page: whole blocks, at least one."""
+    blocks = page_bytes // (8 * BLOCK if bits == 32 else 2 * BLOCK + 8)
+    return max(1, blocks) * BLOCK
+
+
+class PagedState:
+    """Two moments for each of ``count`` parameters, zero at first.
+
+    Args:
+        count: number of parameters.
+        elements: parameters that a page holds the moments of; in 8 bits whole blocks.
+        budget_bytes: see ``Pages``.
+        device: see ``Pages``.
+        file: see ``Pages``.
+        bits: of a moment: 32 or 8.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        elements: int,
+        budget_bytes: int | None,
+        device: torch.device,
+        file: Path | None = None,
+        bits: int = 32,
+    ) -> None:
+        self.count, self._elements, self._bits = count, elements, bits
+        page_bytes = moment_bytes(elements, bits)
+        if bits == 8:  # whole pages of the operating system's, so that it can take them back one by one
+            page_bytes = -(-page_bytes // PAGESIZE) * PAGESIZE
+        self.pages = Pages(-(-count // elements), page_bytes, budget_bytes, device, file)
+        scratch = (2, elements) if bits == 8 else (0,)
+        self._scratch = torch.empty(scratch, device=device)
+
+    def set_budget(self, budget_bytes: int | None) -> None:
+        """See ``Pages.set_budget``."""
+        self.pages.set_budget(budget_bytes)
+
+    def sweep(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Visit every page in order; what is written to the moments is kept, in 8 bits after rounding.
+
+        Yields:
+            Which parameters, and their first and second moments: float32 on the training device.
+        """
+        for page, content in enumerate(self.pages.sweep()):
+            span = self._span(page)
+            size = span.stop - span.start
+            parts = self._parts(content, size)
+            if self._bits == 32:
+                yield span, parts["first_moment"], parts["second_moment"]
+                continue
+            moments = self._scratch[0, :size], self._scratch[1, :size]
+            for name, moment, signed in zip(_NAMES, moments, _SIGNED, strict=True):
+                decode(parts[f"{name}_codes"], parts[f"{name}_absmax"], moment, signed=signed)
+            yield span, *moments
+            for name, moment, signed in zip(_NAMES, moments, _SIGNED, strict=True):
+                encode(moment, parts[f"{name}_codes"], parts[f"{name}_absmax"], signed=signed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, by name, on the host: what a checkpoint keeps; does not depend on pages or budget."""
+        found: dict[str, list[Tensor]] = {}
+        for page in range(self.pages.count):
+            span = self._span(page)
+            for name, part in self._parts(self.pages.read(page), span.stop - span.start).items():
+                found.setdefault(name, []).append(part.cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the whole state to what ``tensors`` gave, in whatever pages."""
+        for page in range(self.pages.count):
+            span = self._span(page)
+            content = torch.zeros(self.pages.page_bytes, dtype=torch.uint8)
+            for name, part in self._parts(content, span.stop - span.start).items():
+                scale = BLOCK if name.endswith("absmax") else 1
+                part.copy_(tensors[name][span.start // scale : span.start // scale + part.numel()])
+            self.pages.write(page, content)
+
+    def metrics(self) -> dict[str, int]:
+        """See ``Pages.metrics``."""
+        return self.pages.metrics()
+
+    def _span(self, page: int) -> slice:
+        return slice(page * self._elements, min((page + 1) * self._elements, self.count))
+
+    def _parts(self, content: Tensor, size: int) -> dict[str, Tensor]:
+        """A page's parts, by name: views, as long as ``size`` parameters need."""
+        elements, blocks = self._elements, -(-size // BLOCK)
+        if self._bits == 32:
+            numbers = content.view(torch.float32)
+            return {"first_moment": numbers[:size], "second_moment": numbers[elements : elements + size]}
+        constants = content[2 * elements : moment_bytes(elements, 8)].view(torch.float32)
+        per_moment = elements // BLOCK
+        return {
+            "first_moment_codes": content[:size],
+            "second_moment_codes": content[elements : elements + size],
+            "first_moment_absmax": constants[:blocks],
+            "second_moment_absmax": constants[per_moment : per_moment + blocks],
+        }

@@ -1,0 +1,96 @@
+"""AdamW over one flat vector of parameters, its state in pages."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.numerics.adamw import AdamW
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.memory.moments import PagedState, page_elements
+from adaptkit.training.memory.parameters import Group, Trainable
+
+STATE_BITS = {"adamw": 32, "adamw8bit": 8}
+"""Bits of a moment, by the optimizer's name."""
+
+
+class PagedAdamW:
+    """AdamW; see ``numerics.adamw`` for its arithmetic.
+
+    Args:
+        parameters: (N,) float32; updated in place.
+        gradients: (N,) float32; read.
+        groups: cover them, in order; say what the learning rate is multiplied by, and whether weights decay.
+        state: the moments of N parameters.
+        weight_decay: decoupled from the gradient.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    def __init__(
+        self,
+        parameters: Tensor,
+        gradients: Tensor,
+        groups: Sequence[Group],
+        state: PagedState,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self._parameters, self._gradients, self._groups = parameters, gradients, groups
+        self.state, self._weight_decay, self._betas, self._eps = state, weight_decay, betas, eps
+        self.steps = 0
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients down to a norm, and return the norm that they had; 0 leaves them as they are."""
+        norm = torch.linalg.vector_norm(self._gradients)
+        found = float(norm)
+        if 0 < max_norm < found + 1e-6:  # otherwise the factor is 1
+            self._gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return found
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> dict[str, Any]:
+        """Update all parameters, page by page.
+
+        Returns:
+            The page table, and what moved in this step, under ``paging``; nothing if everything is resident.
+        """
+        self.steps += 1
+        before = self.state.metrics()
+        rules = [
+            AdamW(
+                learning_rate * group.rate,
+                self.steps,
+                self._weight_decay if group.decay else 0.0,
+                self._betas,
+                self._eps,
+            )
+            for group in self._groups
+        ]
+        for span, first, second in self.state.sweep():
+            for group, rule in zip(self._groups, rules, strict=True):
+                part = slice(max(span.start, group.span.start), min(span.stop, group.span.stop))
+                if part.start < part.stop:
+                    inside = slice(part.start - span.start, part.stop - span.start)
+                    rule.update(self._parameters[part], self._gradients[part], first[inside], second[inside])
+        after = self.state.metrics()
+        moved = {name: after[name] - before[name] for name in ("faults", "write_backs")}
+        return {"paging": after | moved} if after["resident"] < after["pages"] else {}
+
+
+def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path) -> PagedAdamW:
+    """The optimizer of a run.
+
+    Args:
+        trainable: what it changes, on its device.
+        config: says how large pages are and how many may be resident.
+        file: backs the pages that are not resident, on a CPU.
+    """
+    bits = STATE_BITS[config.optimizer]
+    budget = None if config.optimizer_pages_mib is None else int(config.optimizer_pages_mib * 2**20)
+    values, elements = trainable.values, page_elements(config.page_kib * 1024, bits)
+    state = PagedState(values.numel(), elements, budget, values.device, file, bits)
+    return PagedAdamW(values, trainable.gradients, trainable.groups, state, config.weight_decay)

@@ -1,0 +1,79 @@
+"""Everything that is trained, as one vector: the modules hold views of it.
+
+The optimizer then works on long contiguous pages, whatever the sizes of the matrices, and a checkpoint of a run is
+this vector beside the optimizer's state.
+
+    values     [ group 0 | group 1 | ... ]     a group holds whole parameters, in the model's order
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.training.network.model import Model
+
+
+@dataclass(frozen=True)
+class Group:
+    """A run of parameters that learn alike.
+
+    Attributes:
+        span: where it is in the vector.
+        rate: what the learning rate is multiplied by.
+        decay: whether weight decay applies.
+    """
+
+    span: slice
+    rate: float = 1.0
+    decay: bool = True
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What is trained.
+
+    Attributes:
+        values: (N,) float32.
+        gradients: (N,) float32; the backward pass adds to them.
+        groups: cover the vector, in order.
+    """
+
+    values: Tensor
+    gradients: Tensor
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, model: Model, lora_plus_ratio: float = 1.0) -> Self:
+        """Move a model's trainable parameters, and their gradients, into one vector each.
+
+        Args:
+            model: its parameters become views.
+            lora_plus_ratio: how much faster B learns than A (LoRA+, arXiv:2402.12354). As in PEFT's optimizer, what is
+                no matrix (a bias, a magnitude) goes with B. Only matrices decay.
+        """
+        kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.network.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = parameter.dim() > 1
+                fast = name.endswith("lora_b") or not is_matrix
+                kinds.setdefault((lora_plus_ratio if fast else 1.0, is_matrix), []).append(parameter)
+        everything = [parameter for kind in kinds.values() for parameter in kind]
+        count = sum(parameter.numel() for parameter in everything)
+        values, start = torch.empty(count, device=everything[0].device), 0
+        spans = []
+        for parameter in everything:
+            spans.append(slice(start, start + parameter.numel()))
+            values[spans[-1]] = parameter.detach().reshape(-1)
+            parameter.data = values[spans[-1]].view(parameter.shape)  # what it held before is free from here on
+            start = spans[-1].stop
+        gradients = torch.zeros_like(values)  # after that, so that never three copies of a whole model exist
+        for parameter, span in zip(everything, spans, strict=True):
+            parameter.grad = gradients[span].view(parameter.shape)
+        groups, start = [], 0
+        for (rate, decay), kind in kinds.items():
+            end = start + sum(parameter.numel() for parameter in kind)
+            groups.append(Group(slice(start, end), rate, decay))
+            start = end
+        return cls(values, gradients, tuple(groups))

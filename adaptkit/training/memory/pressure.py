@@ -1,0 +1,85 @@
+"""Room for long batches: pages of optimizer state leave the device when a batch runs out of memory.
+
+    a batch runs out of memory    all pages go to host memory, and the batch is computed once more, from its beginning
+    later batches as large        begin with the pages gone
+    smaller ones                  the pages come back, up to the budget
+
+Computing a batch is a function of seed and step, so that trying again changes no bit. It begins again from the first
+micro-batch of the step, since the one that failed may have added half of its gradients.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from adaptkit.errors import UsageError
+from adaptkit.training.memory.moments import PagedState
+
+Result = TypeVar("Result")
+
+
+class Pressure:
+    """Watches for batches that run out of memory.
+
+    Args:
+        state: gives way.
+        note: told, in a line for people, when it does.
+    """
+
+    def __init__(self, state: PagedState, note: Callable[[str], None]) -> None:
+        self._pages, self._note = state.pages, note
+        self._budget_bytes = self._pages.budget_bytes
+        self._limit: int | None = None
+
+    def relieve(self, tokens: int, compute: Callable[[], Result]) -> Result:
+        """Compute a batch; if it runs out of memory, make room and compute it once more.
+
+        Args:
+            tokens: of the largest micro-batch, padding included.
+            compute: can be called again.
+
+        Raises:
+            UsageError: there is nothing to give way, or it did not help.
+        """
+        if self._limit is not None:
+            self._hold(0 if tokens >= self._limit else self._budget_bytes)
+        try:
+            return compute()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Only here, where nothing refers to the failed computation any more, is its memory free.
+        gc.collect()
+        if not self._pages.can_shrink:
+            raise self._hopeless(tokens, reason)
+        self._limit = min(tokens, self._limit or tokens)
+        self._hold(0)
+        self._pages.counters.retries += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._note(f"warning: out of memory at {tokens} tokens; moved optimizer state away, and tried again")
+        try:
+            return compute()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        raise self._hopeless(tokens, reason)
+
+    def _hold(self, budget_bytes: int | None) -> None:
+        if self._pages.budget_bytes != budget_bytes:
+            self._pages.set_budget(budget_bytes)
+
+    def _hopeless(self, tokens: int, reason: str) -> UsageError:
+        return UsageError(
+            f"out of memory in a micro-batch of {tokens} tokens ({reason})",
+            hint="a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit",
+        )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; on a CPU torch says so only in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

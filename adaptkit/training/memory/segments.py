@@ -1,0 +1,194 @@
+"""Gradient checkpointing in segments.
+
+A segment is a run of consecutive layers. The forward pass keeps one tensor a segment, the input of its first layer.
+The backward pass recomputes the inputs of the segment's layers from it, once, and then each layer's inside, one layer
+at a time:
+
+    memory   layers / length segment inputs + length layer inputs + the inside of one layer
+    work     one more forward pass, and nearly another one for segments longer than one layer
+
+With segments of √n layers both sums of inputs grow as √n (Chen et al., arXiv:1604.06174), and the inside of only one
+layer is alive at a time, which flat segments do not give. ``checkpoint.activations`` has the arithmetic.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.checkpoint.activations import (
+    Checkpointing,
+    LayerSize,
+    fit_budget,
+    main_output,
+    parse_policy,
+    split_hidden,
+)
+from adaptkit.checkpoint.assembly import find_stack
+from adaptkit.errors import UsageError
+from adaptkit.training.memory.offload import Shelf
+
+Run = Callable[[Tensor], Tensor]
+
+
+def choose_checkpointing(
+    network: nn.Module, policy: str, measure: Callable[[], list[LayerSize]], offloaded: bool = False
+) -> Checkpointing:
+    """What a policy means for a network.
+
+    Args:
+        network: of any kind if nothing is checkpointed, else with a stack of layers.
+        policy: see ``checkpoint.activations.parse_policy``.
+        measure: gives the sizes of the layers; asked only where there is a budget to keep to.
+        offloaded: whether the inputs of segments will wait in host memory.
+
+    Raises:
+        ConfigError: no such policy.
+        UsageError: the network has no stack of layers, or the budget is too small.
+    """
+    try:
+        _, layers = find_stack(network)
+    except UsageError as error:
+        if policy == "none":
+            return Checkpointing(0, 1)
+        raise UsageError(error.message, hint="checkpointing: none") from error
+    found = parse_policy(policy, len(layers))
+    return found if isinstance(found, Checkpointing) else fit_budget(found, measure(), offloaded)
+
+
+def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: Shelf | None = None) -> None:
+    """Make a network's layers keep only what is said. Takes effect wherever gradients are recorded.
+
+    Args:
+        network: to change.
+        checkpointing: what ``choose_checkpointing`` gave.
+        shelf: where the inputs of segments wait; None: where they are.
+    """
+    checked = checkpointing.layers - checkpointing.whole
+    if checked == 0:
+        return
+    current: list[_Segment] = []
+    for index, layer in enumerate(find_stack(network)[1][:checked]):
+        is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
+        place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf)
+        layer.forward = _checkpointed(layer.forward, place)
+
+
+@dataclass
+class _Segment:
+    """What one forward pass through one segment keeps.
+
+    Attributes:
+        number: of the segment.
+        start: gives the first layer's input.
+        runs: the layers so far, each with its other arguments.
+        random: the random state before each layer.
+        inputs: of the layers, while the backward pass is in this segment.
+    """
+
+    number: int
+    start: Callable[[], Tensor]
+    runs: list[Run] = field(default_factory=list)
+    random: list[Any] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+
+    def input_of(self, index: int) -> Tensor:
+        """The input of a layer, recomputed if need be."""
+        if not self.inputs:
+            self.inputs = [self.start()]
+            with torch.no_grad():
+                for position in range(index):
+                    _set_random(self.random[position], self.inputs[0].device)
+                    self.inputs.append(self.runs[position](self.inputs[-1]))
+        return self.inputs.pop()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer is: in which segment, and whether it begins or ends it; the segment being run, and the shelf."""
+
+    segment: int
+    is_first: bool
+    is_last: bool
+    current: list[_Segment]
+    shelf: Shelf | None
+
+    def enter(self, hidden: Tensor) -> _Segment:
+        """The segment of a layer that is about to run."""
+        if self.is_first or not self.current or self.current[0].number != self.segment:
+            kept = hidden.detach()
+            self.current[:] = [_Segment(self.segment, self.shelf.put(kept) if self.shelf else lambda: kept)]
+        segment = self.current[0]
+        if self.is_last:
+            self.current.clear()  # from here on only the graph keeps it
+        return segment
+
+
+class _Layer(torch.autograd.Function):
+    """One layer of a segment: forward without a graph, backward by running it again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int) -> Tensor:
+        ctx.segment, ctx.index = segment, index
+        with torch.no_grad():
+            return segment.runs[index](hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        device = grads[0].device
+        before = _random(device)
+        hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_()
+        _set_random(ctx.segment.random[ctx.index], device)
+        with torch.enable_grad():
+            output = ctx.segment.runs[ctx.index](hidden)
+        torch.autograd.backward(output, grads[0])
+        _set_random(before, device)
+        return hidden.grad, None, None, None
+
+
+def _checkpointed(forward: Callable[..., Any], place: _Place) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        hidden, call, others = split_hidden(forward, args, kwargs)
+        if any(isinstance(other, Tensor) and other.requires_grad for other in others):  # its gradient would be lost
+            raise UsageError(
+                "this architecture's layers get more than one tensor with a gradient", hint="checkpointing: none"
+            )
+        segment = place.enter(hidden)
+        index = len(segment.runs)
+        wrapped: list[Callable[[Tensor], Any]] = []
+        autocast = _autocast(hidden.device)
+
+        def layer(x: Tensor) -> Tensor:
+            with autocast():
+                output, wrap = main_output(call(x))
+            wrapped[:] = [wrap]
+            return output
+
+        segment.runs.append(layer)
+        segment.random.append(_random(hidden.device))
+        # The embeddings are frozen, so the first input needs no gradient; without one the layers would get none.
+        trigger = torch.empty(0, device=hidden.device, requires_grad=True)
+        result = _Layer.apply(hidden, trigger, segment, index)  # type: ignore[no-untyped-call]
+        return wrapped[0](result)
+
+    return run
+
+
+def _autocast(device: torch.device) -> Callable[[], Any]:
+    """Makes the context of mixed precision that is in force now, which a backward pass does not know."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def _random(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,265 @@
+"""Everything that an adapter can be besides low-rank changes of linear layers, put into a model.
+
+experts      low-rank changes of stacked matrices (PEFT's ``target_parameters``)
+whole        parameters that take the place of the base's (``modules_to_save``, biases, full fine-tuning)
+rows         rows of the vocabulary (``trainable_token_indices``)
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.training.network.experts import PackedModule, StackLora, adapt_stack
+from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.model import AdapterShape, Model, matching
+from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, hold, replace_rows
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the model keeps a parameter of the base.
+
+    Attributes:
+        module: that holds it.
+        child: its name there.
+        is_packed: whether it is quantized.
+    """
+
+    module: nn.Module
+    child: str
+    is_packed: bool = False
+
+
+def parameter_places(model: Model) -> dict[str, Place]:
+    """Where the base's parameters are, by the names that transformers gives them; tied ones under all their names."""
+    return {f"{path}.{place.child}".removeprefix("."): place for path, place in _places(model.network)}
+
+
+def _places(network: nn.Module) -> Iterator[tuple[str, Place]]:
+    for path, module in network.named_modules(remove_duplicate=False):
+        if isinstance(module, LoraLinear):
+            yield path, Place(module, "weight", isinstance(module.base, PackedWeight))
+            if module.bias is not None:
+                yield path, Place(module, "bias")
+        elif not isinstance(module, TrainedWeight | TrainedRows | StackLora):
+            if isinstance(module, PackedModule):
+                yield from ((path, Place(module, name, True)) for name in module.packed)
+            for name in module._parameters:
+                if module._parameters[name] is not None:
+                    yield path, Place(module, name)
+
+
+def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
+    """The parameters inside the modules whose paths end as PEFT's ``modules_to_save`` says.
+
+    Raises:
+        UsageError: no module's path ends so.
+    """
+    found: set[str] = set()
+    places = parameter_places(model)
+    for ending in endings:
+        inside = {name for name in places if any(path.endswith(ending) for path in _around(name))}
+        if not inside:
+            known = sorted({name.split(".")[-2] for name in places if name.count(".")} - {""})
+            raise UsageError(f"modules_to_save: no module is called {ending!r}", hint=f"there are: {', '.join(known)}")
+        found |= inside
+    return found
+
+
+def _around(name: str) -> list[str]:
+    """The paths of the modules that hold a parameter."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def bias_names(model: Model, which: str) -> set[str]:
+    """The biases that ``bias`` speaks of: of all modules, or ``lora_only`` of those with an adapter.
+
+    Raises:
+        UsageError: there are none.
+    """
+    adapted = model.adapted()
+    found = {name for name in parameter_places(model) if name.rpartition(".")[2] == "bias"}
+    if which == "lora_only":
+        found = {name for name in found if name.removesuffix(".bias") in adapted}
+    if not found:
+        raise UsageError(f"bias: {which}, but there are no biases to train", hint="bias: none")
+    return found
+
+
+def train_whole(
+    model: Model, names: Collection[str], values: Mapping[str, Tensor] | None = None, together: bool = True
+) -> None:
+    """Train parameters themselves, in float32. What is tied to one of them stays tied.
+
+    Args:
+        model: to change.
+        names: of parameters.
+        values: what they begin as; the base's own where nothing is said.
+        together: False if a parameter that is tied to one of ``names``, and is none of them, keeps the base's value.
+
+    Raises:
+        UsageError: one is quantized, or has an adapter.
+        BaseMismatchError: the model lacks one, or has it in another shape.
+    """
+    values, places = values or {}, parameter_places(model)
+    for name in sorted(names):
+        if name in model.whole:
+            continue
+        if name not in places:
+            raise BaseMismatchError(f"{name}: {model.checkpoint.root} does not have it")
+        place = places[name]
+        if place.is_packed or model.assembly.is_quantized(name):
+            raise UsageError(
+                f"{name} is quantized, and only 16- and 32-bit tensors can be trained whole",
+                hint=f"quantize the base again with --skip '{name.removesuffix('.weight')}'",
+            )
+        value = values[name] if name in values else model.assembly.read(name)
+        if isinstance(place.module, LoraLinear):
+            model.whole[name] = _train_linear(model, name, place, value)
+            continue
+        old = place.module._parameters[place.child]
+        _check_shape(name, value, tuple(old.shape))  # type: ignore[union-attr]
+        parameter = nn.Parameter(value.to(model.device, torch.float32))
+        for other, at in places.items():
+            is_tied = at.module._parameters.get(at.child) is old
+            given = values.get(other)
+            apart = given is not None and not torch.equal(given, value)
+            if other == name or (is_tied and not apart and (together or other in names)):
+                hold(at.module, at.child, parameter, model.dtype)
+                model.whole[other] = Whole(parameter)
+
+
+def _train_linear(model: Model, name: str, place: Place, value: Tensor) -> Whole:
+    layer = place.module
+    if not isinstance(layer, LoraLinear):
+        raise TypeError(type(layer))
+    value = value.to(model.device, torch.float32)
+    if place.child == "bias":
+        _check_shape(name, value, (layer.base.shape[0],))
+        del layer._buffers["bias"]
+        layer.bias = nn.Parameter(value)
+        return Whole(layer.bias)
+    if layer.lora_a is not None:
+        raise UsageError(f"{name}: is trained whole and has an adapter too", hint="exclude it, or save another module")
+    transposed = model.stores_transposed and not _is_output(model, layer)
+    layer.base = TrainedWeight(value.T.contiguous() if transposed else value)
+    return Whole(layer.base.weight, transposed)
+
+
+def _is_output(model: Model, layer: nn.Module) -> bool:
+    return layer is model.network.get_output_embeddings()
+
+
+def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape) != expected:
+        raise BaseMismatchError(f"{name} is {list(value.shape)}, the base's is {list(expected)}")
+
+
+def train_rows(
+    model: Model, path: str, indices: Sequence[int], rows: Tensor | None = None, together: bool = True
+) -> None:
+    """Train rows of an embedding or output layer.
+
+    Args:
+        model: to change.
+        path: of the module.
+        indices: which rows.
+        rows: (n, dim), what they begin as; None for the base's own.
+        together: whether what is tied to the module uses them too.
+
+    Raises:
+        UsageError: there is no such row, or the table is quantized or trained whole.
+        BaseMismatchError: the model has no such module, or its rows are of another length.
+    """
+    name, places = f"{path}.weight", parameter_places(model)
+    if name not in places:
+        raise BaseMismatchError(f"{path}: {model.checkpoint.root} does not have it")
+    if name in model.whole or places[name].is_packed or model.assembly.is_quantized(name):
+        state = "trained whole already" if name in model.whole else "quantized"
+        raise UsageError(f"{name} is {state}, so that no rows of it can be trained", hint="leave out trainable_tokens")
+    table = places[name].module._parameters["weight"]
+    entries, dim = table.shape  # type: ignore[union-attr]
+    outside = [index for index in indices if not 0 <= index < entries]
+    if outside:
+        raise UsageError(f"{path} has {entries} rows, and no row {outside[0]}", hint="give tokens of the vocabulary")
+    if rows is None:
+        rows = model.assembly.read(name)[torch.tensor(indices)]
+    _check_shape(f"the trained rows of {path}", rows, (len(indices), dim))
+    trained = TrainedRows(torch.tensor(indices), rows.float(), entries).to(model.device)
+    for place in places.values():
+        is_tied = place.module._parameters.get(place.child) is table
+        if is_tied and (together or place is places[name]):
+            replace_rows(place.module, trained)
+    model.rows[path] = trained
+
+
+def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShape, seed: int) -> None:
+    """Give stacked matrices of experts fresh adapters: for every expert an A, random, and a B, zero.
+
+    Args:
+        model: to change.
+        patterns: shell patterns of the parameters' paths, or of their last parts.
+        shape: rank and scaling.
+        seed: of A.
+
+    Raises:
+        UsageError: a pattern matches none, or the rank is above a matrix's size.
+    """
+    stacks = model.stacks()
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(matching("target parameter", patterns, stacks, "stack of experts' matrices")):
+        count, out_features, in_features = stack_shape(stacks[name], name)
+        rank, factor = shape.of(name, (out_features, in_features))
+        lora_a = (torch.rand(count, rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+        put_stack(model, stacks[name], name, lora_a, torch.zeros(count, out_features, rank), factor)
+
+
+def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """(experts, out, in) of a stacked parameter.
+
+    Args:
+        module: that holds it.
+        name: its dotted path.
+    """
+    leaf = name.rpartition(".")[2]
+    packed = dict(module.packed.items()) if isinstance(module, PackedModule) else {}
+    stack: Any = packed.get(leaf, module._parameters.get(leaf))
+    count, rows, columns = stack.shape
+    return (count, columns, rows) if _is_transposed(module) else (count, rows, columns)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_transposed", False))
+
+
+def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
+    """Give a stacked parameter a low-rank change.
+
+    Args:
+        model: to change.
+        module: that holds the parameter.
+        name: its dotted path.
+        lora_a: (experts, rank, in).
+        lora_b: (experts, out, rank).
+        factor: scaling.
+    """
+    change = StackLora(lora_a, lora_b, factor, _is_transposed(module)).to(model.device)
+    adapt_stack(module, name.rpartition(".")[2], change, model.dtype)
+
+
+def stack_changes(model: Model) -> dict[str, tuple[LowRank, ...]]:
+    """The changes of stacked parameters, by path, expert by expert."""
+    found = {}
+    for name, module in model.stacks().items():
+        change = module.change_of(name.rpartition(".")[2]) if isinstance(module, PackedModule) else None
+        if change is not None:
+            halves = zip(change.lora_a.detach(), change.lora_b.detach(), strict=True)
+            found[name] = tuple(LowRank(a, b, change.scaling) for a, b in halves)
+    return found

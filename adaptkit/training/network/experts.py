@@ -1,0 +1,244 @@
+"""Experts whose weights stay packed: a stack of matrices is unpacked while its layer runs, and dropped.
+
+transformers keeps the experts of a layer as 3-D parameters of one module. Such a module gets the packed stacks as
+modules beside it, and a class of its own in which the parameters' names are properties. What autograd would keep of
+an unpacked stack for the backward pass is kept as the packed one, and unpacked again there; once a layer, and only
+until the layer's backward pass is over.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.checkpoint.assembly import Assembly
+from adaptkit.checkpoint.quantized import read_quantized
+from adaptkit.errors import CheckpointError
+from adaptkit.training.network.linear import FrozenWeight, PackedWeight, PlainWeight
+
+
+class ExpertList(nn.Module):
+    """A stack that a file holds as one or more matrices an expert: (experts, rows, columns).
+
+    Args:
+        experts: for every expert its matrices, whose rows follow each other in the stack (gate and up, say).
+    """
+
+    def __init__(self, experts: Sequence[Sequence[FrozenWeight]]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleList(matrices) for matrices in experts)
+        first = experts[0]
+        self.shape = (len(experts), sum(matrix.shape[0] for matrix in first), first[0].shape[1])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The stack in ``dtype``."""
+        device = next(self.buffers()).device
+        stack = torch.empty(self.shape, dtype=dtype, device=device)
+        for target, matrices in zip(stack, self.experts, strict=True):
+            start = 0
+            for matrix in matrices:  # type: ignore[attr-defined]
+                target[start : start + matrix.shape[0]] = matrix.dequantize(dtype)
+                start += matrix.shape[0]
+        return stack
+
+
+Stack = FrozenWeight | ExpertList
+
+
+def read_weight(assembly: Assembly, name: str) -> Stack:
+    """Read a weight as the files have it: packed if it is quantized there, a stack of matrices in pieces if they are.
+
+    Args:
+        assembly: of the network that it belongs to.
+        name: of the parameter.
+
+    Raises:
+        CheckpointError: the files lack it or some of it, or hold quantized what transformers rebuilds while loading.
+    """
+    if not assembly.is_quantized(name):
+        return PlainWeight(assembly.read(name))
+    place = assembly.place(name)
+    if not place.operations:
+        return _read_piece(assembly, assembly.sources[name][0])
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in place.operations]
+    if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+        raise CheckpointError(
+            f"{assembly.sources[name][0]}: transformers rebuilds {name} of it while loading, which packed weights "
+            "cannot take",
+            hint="load the model with transformers, save it with save_original_format=False, and quantize that",
+        )
+    experts = zip(*assembly.pieces(name).values(), strict=True)
+    return ExpertList([[_read_piece(assembly, piece) for piece in pieces] for pieces in experts])
+
+
+def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
+    if file_name in assembly.quantized:
+        return PackedWeight(read_quantized(assembly.checkpoint, file_name))
+    return PlainWeight(assembly.checkpoint.read(file_name))
+
+
+class StackLora(nn.Module):
+    """A low-rank change of every matrix of a stack: W_e + s · B_e A_e.
+
+    Attributes:
+        lora_a: (experts, rank, in) float32.
+        lora_b: (experts, out, rank) float32.
+        scaling: s.
+        transposed: whether the stack holds its matrices as (in, out).
+    """
+
+    def __init__(self, lora_a: Tensor, lora_b: Tensor, scaling: float, transposed: bool) -> None:
+        super().__init__()
+        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+        self.scaling, self.transposed = scaling, transposed
+
+    def add_to(self, stack: Tensor, in_place: bool) -> Tensor:
+        """The changed stack, in the stack's type."""
+        a, b = self.lora_a.detach().to(stack.dtype), self.lora_b.detach().to(stack.dtype)
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        if in_place:
+            return stack.baddbmm_(left, right, alpha=self.scaling)
+        return torch.baddbmm(stack, left, right, alpha=self.scaling)
+
+
+class _Changed(torch.autograd.Function):
+    """A changed stack, whose gradient becomes that of its A and B; keeps only these."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, lora_a: Tensor, lora_b: Tensor, stack: Stack, change: StackLora, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(lora_a, lora_b)
+        ctx.change = change
+        return _unpack(stack, change, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        lora_a, lora_b = ctx.saved_tensors
+        grad = grads[0].mT if ctx.change.transposed else grads[0]  # (experts, out, in)
+        grad_a = torch.bmm(lora_b.to(grad.dtype).mT, grad).to(lora_a.dtype) * ctx.change.scaling
+        grad_b = torch.bmm(grad, lora_a.to(grad.dtype).mT).to(lora_b.dtype) * ctx.change.scaling
+        return grad_a, grad_b, None, None, None
+
+
+def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype) -> Tensor:
+    """A stack in ``dtype``, with its low-rank change if it has one."""
+    value = stack.dequantize(dtype)
+    return value if change is None else change.add_to(value, in_place=not isinstance(stack, PlainWeight))
+
+
+def adapt_stack(module: nn.Module, name: str, change: StackLora, dtype: torch.dtype) -> None:
+    """Give a stack of a module's a low-rank change.
+
+    Args:
+        module: of experts.
+        name: of the stacked parameter, packed or plain.
+        change: of it.
+        dtype: that the module computes in.
+    """
+    plain = module._parameters.get(name)
+    if plain is not None:
+        pack(module, {name: PlainWeight(plain.detach())}, dtype)
+    if not isinstance(module, PackedModule):
+        raise TypeError(f"{name} is no stack of {type(module).__name__}")
+    module.changes[name] = change
+
+
+def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
+    """Replace 3-D parameters of a module by packed stacks.
+
+    Args:
+        module: to change.
+        stacks: by the parameter's name.
+        dtype: that its forward pass computes in.
+    """
+    for name in stacks:
+        del module._parameters[name]
+    properties = {name: property(_reader(name, dtype)) for name in stacks}
+    if isinstance(module, PackedModule):
+        module.packed.update(stacks)
+        module.__class__ = type(type(module).__name__, (type(module),), properties)
+        return
+    module.add_module("packed", nn.ModuleDict(stacks))
+    module.add_module("changes", nn.ModuleDict())
+    module.__class__ = type(type(module).__name__, (PackedModule, type(module)), properties)
+    module.__dict__["_unpacked"] = {}
+    module.__dict__["_compute_dtype"] = dtype
+
+
+class PackedModule(nn.Module):
+    """What a module with packed stacks does otherwise; comes before the module's own class."""
+
+    packed: nn.ModuleDict
+    changes: nn.ModuleDict
+    _unpacked: dict[str, Tensor]
+    _compute_dtype: torch.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, with its stacks unpacked meanwhile."""
+        with self._stacks():
+            return super().forward(*args, **kwargs)
+
+    def change_of(self, name: str) -> StackLora | None:
+        """The low-rank change of a stack, if it has one."""
+        change: Any = dict(self.changes.items()).get(name)
+        return change  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _stacks(self) -> Iterator[None]:
+        kept = {}
+        for name, stack in self.packed.items():
+            change = self.change_of(name)
+            if change is not None and torch.is_grad_enabled():
+                value = _Changed.apply(change.lora_a, change.lora_b, stack, change, self._compute_dtype)  # type: ignore[no-untyped-call]
+            else:
+                value = _unpack(stack, change, self._compute_dtype)  # type: ignore[arg-type]
+            self._unpacked[name] = value
+            kept[value.untyped_storage().data_ptr()] = _Again(stack, change, self._compute_dtype)
+
+        def keep(saved: Tensor) -> Any:
+            again = kept.get(saved.untyped_storage().data_ptr())
+            if again is None:
+                return saved.detach()
+            return again, saved.size(), saved.stride(), saved.storage_offset()
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, _restore):
+                yield
+        finally:
+            self._unpacked.clear()
+
+
+class _Again:
+    """A stack that the backward pass unpacks when it first needs it; the graph's last reference drops it."""
+
+    def __init__(self, stack: Any, change: StackLora | None, dtype: torch.dtype) -> None:
+        self.stack, self.change, self.dtype = stack, change, dtype
+        self.value: Tensor | None = None
+
+    def unpacked(self) -> Tensor:
+        if self.value is None:
+            with torch.no_grad():
+                self.value = _unpack(self.stack, self.change, self.dtype)
+        return self.value
+
+
+def _restore(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    again, size, stride, offset = kept
+    stack: Tensor = again.unpacked()
+    return stack.as_strided(size, stride, offset)
+
+
+def _reader(name: str, dtype: torch.dtype) -> Callable[[Any], Tensor]:
+    def read(module: Any) -> Tensor:
+        stack: Tensor | None = module._unpacked.get(name)
+        if stack is None:  # asked for outside the forward pass
+            change = module.change_of(name)
+            stack = _unpack(module.packed[name], change, dtype)
+        return stack
+
+    return read

@@ -1,0 +1,213 @@
+"""Linear layers whose frozen weight stays packed, with a LoRA adapter fused into the same autograd function.
+
+    Y = X Wᵀ + s · (X' Aᵀ) Bᵀ          X' is X after dropout
+
+W is dequantized in the forward pass, dropped, and dequantized again in the backward pass, so that no 16-bit copy of it
+is kept. W gets no gradient; A and B do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.errors import BaseMismatchError
+from adaptkit.numerics.formats._double_quant import DoubleQuantized
+from adaptkit.numerics.lora import LowRank
+from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
+from adaptkit.training.network.whole import TrainedWeight
+
+
+class PackedWeight(nn.Module):
+    """A frozen quantized weight of any format, packed as in the file: (out, in), or a stack (experts, out, in)."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    levels: Tensor
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
+        self._offset: float | None = None
+        constants, nested_absmax = weight.constants, torch.empty(0)
+        if isinstance(constants, DoubleQuantized):
+            absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
+        else:
+            absmax = constants
+        for name, part in (("codes", weight.codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
+            self.register_buffer(name, part)
+        self.register_buffer("levels", weight.levels)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight in its shape, in ``dtype``."""
+        codes, absmax = _own(self.codes), _own(self.absmax)
+        constants: DoubleQuantized | Tensor = absmax
+        if self._offset is not None:
+            constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
+        weight = QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
+        return weight.dequantize(dtype)
+
+
+class PlainWeight(nn.Module):
+    """A frozen 16- or 32-bit weight, (out, in)."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(weight.shape)
+        self.register_buffer("weight", weight)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (out, in), in ``dtype``."""
+        return self.weight.to(dtype)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A part that a CPU's kernels may see through numpy; what FSDP gathers it could not free after that."""
+    return part.clone() if isinstance(part, nn.Parameter) and part.device.type == "cpu" else part
+
+
+FrozenWeight = PackedWeight | PlainWeight
+
+
+class _Linear(torch.autograd.Function):
+    """The formula of the module's docstring; saves inputs and adapter, never W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        weight: FrozenWeight,
+        scale: float,
+    ) -> Tensor:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        inner = flat_dropped @ a.T
+        y = flat @ weight.dequantize(x.dtype).T
+        y.addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(flat_dropped, inner, lora_a, lora_b)
+        ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
+        dropped, inner, lora_a, lora_b = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        grad_inner = (grad @ b) * ctx.scale
+        grad_a = (grad_inner.T @ dropped).to(lora_a.dtype)
+        grad_b = ((grad.T @ inner) * ctx.scale).to(lora_b.dtype)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ctx.weight.dequantize(grad.dtype)
+            if ctx.shared:
+                grad_x.addmm_(grad_inner, a)
+            grad_x = grad_x.view(ctx.shape)
+        if ctx.needs_input_grad[1] and not ctx.shared:
+            grad_dropped = (grad_inner @ a).view(ctx.shape)
+        return grad_x, grad_dropped, grad_a, grad_b, None, None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """X Wᵀ with a frozen W that is dequantized in both passes and kept by neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
+        ctx.weight = weight
+        return functional.linear(x, weight.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.weight.dequantize(grads[0].dtype), None
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with a frozen weight and, if it is a target, a LoRA adapter; or with a weight that is trained.
+
+    Attributes:
+        base: the weight, (out, in).
+        bias: (out,), or None; a parameter if it is trained.
+        lora_a: (rank, in) float32, or None.
+        lora_b: (out, rank) float32, or None.
+        magnitude: DoRA's lengths of the rows, (out,) float32, or None.
+        lora_bias: a bias of B, (out,) float32, which is scaled as B A is, or None.
+        scaling: α / rank, or α / √rank with rsLoRA.
+        dropout: of the adapter's input, while training.
+    """
+
+    bias: Tensor | None
+    squares: Tensor | None
+
+    def __init__(self, weight: FrozenWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.base: FrozenWeight | TrainedWeight = weight
+        self.register_buffer("bias", bias)
+        self.register_buffer("squares", None, persistent=False)
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+        self.magnitude: nn.Parameter | None = None
+        self.lora_bias: nn.Parameter | None = None
+        self.scaling, self.dropout = 1.0, 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return next(iter((*self.base.buffers(), *self.base.parameters()))).device
+
+    def attach(self, change: LowRank, dropout: float = 0.0) -> None:
+        """Give the layer an adapter.
+
+        Raises:
+            BaseMismatchError: the adapter is for a weight of another shape.
+        """
+        if change.shape != tuple(self.base.shape):
+            raise BaseMismatchError(f"the adapter is for {list(change.shape)}, the weight is {list(self.base.shape)}")
+        self.lora_a = nn.Parameter(change.lora_a.float().to(self.device))
+        self.lora_b = nn.Parameter(change.lora_b.float().to(self.device))
+        self.scaling, self.dropout = change.scaling, dropout
+
+    def attach_bias(self, lora_bias: Tensor | None = None) -> None:
+        """Give B a bias: (out,), before it is scaled; None for zeros."""
+        if lora_bias is None:
+            lora_bias = torch.zeros(self.base.shape[0])
+        self.lora_bias = nn.Parameter(lora_bias.float().to(self.device))
+
+    def attach_magnitude(self, magnitude: Tensor | None = None) -> None:
+        """Make the adapter a DoRA.
+
+        Args:
+            magnitude: (out,); None for the lengths that the rows have with the adapter, so that nothing changes.
+        """
+        if self.lora_a is None or self.lora_b is None:
+            raise ValueError("the low-rank change comes first")
+        self.squares = squared_rows(self.base)
+        if magnitude is None:
+            a, b = self.lora_a.detach(), self.lora_b.detach()
+            magnitude = row_norms(self.base.dequantize(torch.float32), a, b, self.scaling, self.squares)
+        self.magnitude = nn.Parameter(magnitude.float().to(self.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out)."""
+        y: Tensor
+        if self.lora_a is None or self.lora_b is None:
+            if isinstance(self.base, TrainedWeight):
+                y = functional.linear(x, self.base.dequantize(x.dtype))
+            else:
+                y = _FrozenLinear.apply(x, self.base)  # type: ignore[no-untyped-call]
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
+        adapter = (x, dropped, self.lora_a, self.lora_b)
+        if self.magnitude is None:
+            y = _Linear.apply(*adapter, self.base, self.scaling)  # type: ignore[no-untyped-call]
+        else:
+            y = DoraProduct.apply(*adapter, self.magnitude, self.base, self.squares, self.scaling)  # type: ignore[no-untyped-call]
+        if self.lora_bias is not None:
+            y = y + (self.scaling * self.lora_bias).to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)

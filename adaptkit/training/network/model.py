@@ -1,0 +1,297 @@
+"""A language model on packed weights.
+
+transformers builds the architecture on the meta device, without memory; its linear layers are replaced by
+``LoraLinear`` layers that hold the weights as the shards have them, and the other tensors are put in place.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.checkpoint.adapter import by_pattern
+from adaptkit.checkpoint.architecture import empty_network, is_linear
+from adaptkit.checkpoint.assembly import Assembly, check_shape
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
+from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.numerics.lora import LowRank, scaling
+from adaptkit.training.network.attention import use_own_attention
+from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
+from adaptkit.training.network.linear import LoraLinear, PlainWeight
+from adaptkit.training.network.loss import logits_are_the_heads
+from adaptkit.training.network.whole import TrainedRows, Whole
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        network: transformers' model, on its device.
+        linears: by dotted path, its replaced linear layers; the output layer is none of them.
+        assembly: what it was put together from.
+        dtype: that it computes in.
+        stores_transposed: whether the plain checkpoint keeps the linear weights as (in, out), as GPT-2's Conv1D does.
+        whole: by name, the parameters that are trained whole, or that an adapter replaces; see ``training.saved``.
+        rows: by module, the trained rows of vocabularies; a tied head's are its embedding's.
+        logits_are_the_heads: whether nothing happens to the logits after the output layer.
+    """
+
+    network: Any
+    linears: Mapping[str, LoraLinear]
+    assembly: Assembly
+    dtype: torch.dtype
+    stores_transposed: bool = False
+    whole: dict[str, Whole] = field(default_factory=dict)
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
+    logits_are_the_heads: bool = False
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the weights came from."""
+        return self.assembly.checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        tensor: Tensor = next(iter((*self.network.parameters(), *self.network.buffers())))
+        return tensor.device
+
+    def adapted(self) -> dict[str, LoraLinear]:
+        """The layers that carry an adapter, by dotted path, sorted."""
+        return {name: layer for name, layer in sorted(self.linears.items()) if layer.lora_a is not None}
+
+    def changes(self) -> dict[str, LowRank]:
+        """The adapter, by module."""
+        return {
+            name: LowRank(layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling)
+            for name, layer in self.adapted().items()
+            if layer.lora_a is not None and layer.lora_b is not None
+        }
+
+    def stacks(self) -> dict[str, nn.Module]:
+        """The modules that hold stacked matrices of experts, by the parameter's dotted path, sorted."""
+        found = {}
+        for path, module in self.network.named_modules():
+            held: dict[str, Any] = dict(module.named_parameters(recurse=False))
+            if isinstance(module, PackedModule):
+                held |= module.packed.items()
+            found.update({f"{path}.{name}": module for name, stack in held.items() if len(stack.shape) == 3})
+        return dict(sorted(found.items()))
+
+
+def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> Model:
+    """Build a checkpoint's model with packed weights; every linear layer inside it becomes a ``LoraLinear``.
+
+    Args:
+        root: folder of a quantized or plain checkpoint.
+        compute_dtype: of activations, norms and embeddings.
+        device: where it will run.
+
+    Raises:
+        CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there.
+        UsageError: transformers does not know the architecture, or is not installed.
+    """
+    checkpoint = MappedCheckpoint(root)
+    assembly = Assembly(empty_network(checkpoint, compute_dtype), checkpoint)
+    network = assembly.network
+    unknown = assembly.unknown()
+    if unknown:
+        raise CheckpointError(
+            f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}",
+            hint="its config.json belongs to another model, or something was added to its files",
+        )
+    assembly.load_buffers(device)
+    linears: dict[str, LoraLinear] = {}
+    transposed = False
+    head = network.get_output_embeddings()
+    for name, module in list(network.named_modules()):
+        if not is_linear(module) or (module is head and not assembly.is_quantized(f"{name}.weight")):
+            continue
+        layer = _replace(assembly, name, module)
+        if module is not head:
+            linears[name] = layer
+            transposed |= not isinstance(module, nn.Linear)
+    _load_others(assembly, compute_dtype, device)
+    network.requires_grad_(False)
+    network.to(device).eval()
+    if device.type == "cpu":
+        use_own_attention(network)
+    plain = logits_are_the_heads(network)
+    return Model(network, linears, assembly, compute_dtype, transposed, logits_are_the_heads=plain)
+
+
+def new_adapter(
+    model: Model, targets: Sequence[str], rank: int, alpha: float, init: str, dropout: float, seed: int,
+    *, exclude: Sequence[str] = (), rslora: bool = False, rank_pattern: Mapping[str, float] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, dora: bool = False,
+) -> None:  # fmt: skip
+    """Give every layer that matches a pattern a fresh adapter: A random, B zero.
+
+    Args:
+        model: to change.
+        targets: shell patterns of module paths, or of their last parts; ``*`` is all.
+        rank: of the matrices.
+        alpha: scaling is alpha / rank.
+        init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
+        dropout: of the adapters' input.
+        seed: of A.
+        exclude: shell patterns of what gets none all the same.
+        rslora: scaling is alpha / √rank (arXiv:2312.03732).
+        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.adapter.by_pattern``.
+        alpha_pattern: by PEFT's patterns, other alphas.
+        dora: train the lengths of the weights' rows too (arXiv:2402.09353).
+
+    Raises:
+        UsageError: a pattern matches no layer, or a rank is above a layer's size.
+    """
+    chosen = matching("target", targets, model.linears, "linear layer")
+    chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
+    if not chosen:
+        raise UsageError("every target is excluded", hint="give --exclude fewer patterns")
+    shape = AdapterShape(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(chosen):
+        layer = model.linears[name]
+        out_features, in_features = layer.base.shape
+        own_rank, factor = shape.of(name, (out_features, in_features))
+        if init == "normal":
+            lora_a = torch.randn(own_rank, in_features, generator=generator) / own_rank
+        else:
+            lora_a = (torch.rand(own_rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+        layer.attach(LowRank(lora_a, torch.zeros(out_features, own_rank), factor), dropout)
+        if dora:
+            layer.attach_magnitude()
+
+
+def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dropout: float = 0.0) -> None:
+    """Give a model existing low-rank changes of linear layers.
+
+    Raises:
+        BaseMismatchError: the adapter changes a module that the model lacks, or of another shape.
+    """
+    for name, change in changes.items():
+        if name not in model.linears:
+            raise BaseMismatchError(f"{where}: changes {name}, which {model.checkpoint.root} does not have")
+        try:
+            model.linears[name].attach(change, dropout)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(f"{where}: {name}: {error.message}") from error
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Rank and scaling of fresh adapters; see ``new_adapter``."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+
+    def of(self, name: str, matrix: tuple[int, int]) -> tuple[int, float]:
+        """Rank and scaling of one module or parameter.
+
+        Args:
+            name: dotted path.
+            matrix: its (out, in).
+
+        Raises:
+            UsageError: the rank is above the matrix's size.
+        """
+        rank = int(by_pattern(self.rank_pattern, name, self.rank))
+        if rank > min(matrix):
+            raise UsageError(
+                f"rank {rank} is above that of {name}, which is {matrix[0]} x {matrix[1]}",
+                hint=f"a smaller rank, or for this one alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
+            )
+        return rank, scaling(float(by_pattern(self.alpha_pattern, name, self.alpha)), rank, self.rslora)
+
+    def require_use(self, setting: str, names: Sequence[str]) -> None:
+        """Refuse a pattern that speaks of nothing.
+
+        Args:
+            setting: rank_pattern or alpha_pattern.
+            names: of everything that has an adapter.
+
+        Raises:
+            UsageError: a pattern matches none of them.
+        """
+        patterns: Mapping[str, float] = getattr(self, setting)
+        unused = [pattern for pattern in patterns if not any(by_pattern({pattern: 1}, n, 0) for n in names)]
+        if unused:
+            raise UsageError(
+                f"{setting}: {unused[0]!r} matches nothing that has an adapter",
+                hint="a key is the end of a module's path, such as q_proj or layers.0.mlp.up_proj",
+            )
+
+
+def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
+    """The dotted paths that a shell pattern matches, as a whole or in their last part.
+
+    Raises:
+        UsageError: a pattern matches none.
+    """
+    names, chosen = list(names), set()
+    for pattern in patterns:
+        matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
+        if not matched:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            there = f"there are: {', '.join(known)}" if known else f"the model has no {kind}s"
+            raise UsageError(f"the {what} {pattern!r} matches no {kind}", hint=there)
+        chosen |= matched
+    return chosen
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    gpu = re.fullmatch(r"cuda(?::([0-9]+))?", name) if torch.cuda.is_available() else None
+    if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
+        raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _replace(assembly: Assembly, name: str, module: Any) -> LoraLinear:
+    """Put a ``LoraLinear`` in a linear layer's place."""
+    weight_name, bias_name = f"{name}.weight", f"{name}.bias"
+    weight, expected = read_weight(assembly, weight_name), tuple(module.weight.shape)
+    if not isinstance(module, nn.Linear):  # a Conv1D, whose plain weight is (in, out), and whose packed one is not
+        expected = expected[::-1]
+        if isinstance(weight, PlainWeight):
+            weight = PlainWeight(weight.weight.T)
+    if isinstance(weight, ExpertList):
+        raise CheckpointError(f"{weight_name}: is quantized in pieces", hint="quantize it as one matrix")
+    check_shape(weight_name, weight.shape, expected)
+    bias = None
+    if module.bias is not None:
+        bias = assembly.read(bias_name)
+        check_shape(bias_name, bias.shape, module.bias.shape)
+    layer = LoraLinear(weight, bias)
+    parent, _, child = name.rpartition(".")
+    setattr(assembly.network.get_submodule(parent), child, layer)
+    return layer
+
+
+def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -> None:
+    """Put everything but linear layers in its place; what is packed stays packed."""
+    stacks: dict[str, dict[str, Stack]] = {}
+    for name, parameter in list(assembly.network.named_parameters()):
+        if not assembly.is_quantized(name):
+            assembly.load(parameter, dtype, device)
+            continue
+        stack = read_weight(assembly, name)
+        check_shape(name, stack.shape, parameter.shape)
+        parent, _, child = name.rpartition(".")
+        stacks.setdefault(parent, {})[child] = stack
+    for parent, found in stacks.items():
+        pack(assembly.network.get_submodule(parent), found, dtype)

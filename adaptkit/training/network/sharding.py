@@ -1,0 +1,59 @@
+"""Frozen weights divided among processes, for bases that do not fit one device.
+
+Every layer is a unit of FSDP2: its packed codes and constants lie in equal shares on all processes, and are put
+together before the layer runs, forward or backward, and dropped after it. Packed bytes travel, not 16-bit weights.
+What is trained is whole in every process, and so are embeddings, the output layer and norms outside of the layers.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from adaptkit.checkpoint.assembly import find_stack
+from adaptkit.errors import UsageError
+from adaptkit.training.distributed import World
+from adaptkit.training.network.linear import PackedWeight, PlainWeight
+
+
+def shard_frozen(network: Any, world: World) -> None:
+    """Divide the frozen weights of a network's layers among the processes.
+
+    Args:
+        network: with its adapter, in host memory; every layer is moved to the device as it is divided.
+        world: the processes.
+
+    Raises:
+        UsageError: there is but one process, or the network has nothing that can be divided.
+    """
+    if world.size == 1:
+        raise UsageError(
+            "shard_base: divides the base among processes, and there is only one",
+            hint="start several: torchrun --nproc-per-node 2 -m adaptkit train ...",
+        )
+    path, layers = find_stack(network)
+    weights = [module for module in layers.modules() if isinstance(module, PackedWeight | PlainWeight)]
+    if not weights:
+        raise UsageError(f"shard_base: the layers in {path} have no linear layers that could be divided")
+    for weight in weights:
+        for name in ("codes", "absmax", "weight"):  # the other constants are some bytes
+            if name in dict(weight.named_buffers()):
+                part = weight.get_buffer(name)
+                delattr(weight, name)
+                weight.register_parameter(name, nn.Parameter(part, requires_grad=False))
+    mine = {id(p) for weight in weights for p in weight.parameters(recurse=False)}
+    others = {parameter for parameter in network.parameters() if id(parameter) not in mine}
+    network.base_model.register_forward_hook(_give_no_view)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=others)
+    fully_shard(network.base_model, mesh=mesh, ignored_params=others)
+    network.to(world.device)
+
+
+def _give_no_view(module: nn.Module, args: Any, output: Any) -> Any:
+    """FSDP warns of outputs that are views, whose hooks an operation in place would lose."""
+    if output.last_hidden_state._base is not None:
+        output.last_hidden_state = output.last_hidden_state.clone()
+    return output

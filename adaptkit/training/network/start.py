@@ -1,0 +1,143 @@
+"""What a run trains, and what that begins as: fresh matrices, an adapter that is there already, or the base itself."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.quantized import quantized_names
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.training.config import INITS, TrainConfig
+from adaptkit.training.network.adapt import (
+    bias_names,
+    new_stack_adapters,
+    parameter_places,
+    saved_names,
+    train_rows,
+    train_whole,
+)
+from adaptkit.training.network.lineage import check_base
+from adaptkit.training.network.loading import load_adapter
+from adaptkit.training.network.model import AdapterShape, Model, new_adapter
+
+
+def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+    """Say which method a run uses: ``qlora`` on a quantized base, ``lora`` on another, unless it is told ``full``.
+
+    Raises:
+        UsageError: the base is quantized in a way that is not ours, or the method does not go with it.
+    """
+    ours, root = bool(quantized_names(checkpoint)), checkpoint.root
+    found = quantization_found(checkpoint)
+    if found and not ours:
+        raise UsageError(
+            f"{root}: is quantized with {found}, which cannot be trained here",
+            hint=f"take the 16-bit checkpoint, and run: adaptkit quantize ORIGINAL -o {root.name}-nf4",
+        )
+    if ours and config.method == "full":
+        raise UsageError(
+            f"{root}: is quantized, and full fine-tuning changes the weights themselves",
+            hint=f"give the 16-bit checkpoint, or run: adaptkit dequantize {root} -o {root.name}-plain",
+        )
+    if not ours and config.method == "qlora":
+        raise UsageError(f"{root}: not quantized", hint=f"run: adaptkit quantize {root} -o {root.name}-nf4")
+    return config if config.method == "full" else replace(config, method="qlora" if ours else "lora")
+
+
+def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
+    """Read the adapter that a run is to begin with, if it is to.
+
+    Args:
+        config: of the run.
+        base: the manifest of the base.
+
+    Raises:
+        BaseMismatchError: that adapter belongs to another base.
+        AdapterError: it cannot be read.
+    """
+    if config.init in INITS:
+        return None
+    adapter = read_adapter(Path(config.init))
+    check_base(adapter, Path(config.base))
+    if adapter.compensation and (base is None or adapter.manifest is None):
+        silent = config.base if base is None else adapter.root
+        raise BaseMismatchError(
+            f"{adapter.root}: makes up for the quantization of one base, and {silent} has no manifest to tell which",
+            hint="give the folder that quantize made together with this adapter",
+        )
+    return adapter
+
+
+def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: Any) -> None:
+    """Make everything in a model trainable that a run trains, as it begins.
+
+    Args:
+        model: as it was loaded.
+        config: of the run, its method resolved.
+        start: the adapter to begin with, if not fresh matrices.
+        tokenizer: of the base; knows ``trainable_tokens`` by their text.
+
+    Raises:
+        UsageError: a pattern matches nothing, a token is unknown, or what shall be trained whole is quantized.
+        BaseMismatchError: the adapter to begin with does not fit the model.
+    """
+    if config.method == "full":
+        train_whole(model, set(parameter_places(model)))
+        return
+    saved = saved_names(model, config.modules_to_save)
+    if start is not None:
+        load_adapter(model, start, config.dropout)
+        if config.dora:
+            for layer in model.adapted().values():
+                if layer.magnitude is None:
+                    layer.attach_magnitude()
+    else:
+        _begin_fresh(model, config, saved)
+    if config.lora_bias:
+        for layer in model.adapted().values():
+            if layer.lora_bias is None:
+                layer.attach_bias()
+    if config.bias != "none":
+        saved |= bias_names(model, config.bias)
+    train_whole(model, saved)
+    if config.trainable_tokens:
+        embedding = model.network.get_input_embeddings()
+        path = next(name for name, module in model.network.named_modules() if module is embedding)
+        train_rows(model, path, [_token(text, tokenizer) for text in dict.fromkeys(config.trainable_tokens)])
+
+
+def _begin_fresh(model: Model, config: TrainConfig, saved: set[str]) -> None:
+    shape = AdapterShape(
+        config.rank, config.alpha, config.rslora, config.rank_pattern or {}, config.alpha_pattern or {}
+    )
+    whole = sorted(path for path in model.linears if f"{path}.weight" in saved)
+    if config.targets:
+        new_adapter(
+            model, config.targets, config.rank, config.alpha, config.init, config.dropout, config.seed,
+            exclude=(*config.exclude, *whole), rslora=config.rslora, rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern, dora=config.dora,
+        )  # fmt: skip
+    if config.target_parameters:
+        new_stack_adapters(model, config.target_parameters, shape, config.seed)
+    adapted = [*model.adapted(), *(name for name in model.stacks() if config.target_parameters)]
+    for what in ("rank_pattern", "alpha_pattern"):
+        shape.require_use(what, adapted)
+
+
+def _token(text: str, tokenizer: Any) -> int:
+    """The id of a token that is given by its text, or as a number.
+
+    Raises:
+        UsageError: the vocabulary does not have it.
+    """
+    if text.isdecimal():
+        return int(text)
+    found = tokenizer.get_vocab().get(text)
+    if found is None:
+        raise UsageError(
+            f"trainable_tokens: {text!r} is no token of the vocabulary", hint="give a token's exact text, or its number"
+        )
+    return int(found)

@@ -1,0 +1,286 @@
+"""Loss is on what the model shall say, its end included, and on nothing else, whatever the chat template does."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.conversation import read_example
+from adaptkit.errors import DataError, UsageError
+from adaptkit.training.data.encoding import Encoder, prompt_ids
+from adaptkit.training.data.samples import IGNORED
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}<|eot_id|>{% endgeneration %}"
+    "{% else %}{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (  # no opening: the answer follows [/INST]
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+ALPACA = (  # puts no token after an answer, and text of its own
+    "{% for m in messages %}### {{ 'Response' if m.role == 'assistant' else 'Instruction' }}:\n{{ m.content }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+QWEN3 = (  # takes the thoughts out of all answers but the last
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES = {  # template; begin, end of a text; what ends a turn
+    "chatml": (None, "<|im_start|>", "<|im_end|>", "<|im_end|>"),
+    "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),
+    "gemma": (GEMMA, "<bos>", "<eos>", "<end_of_turn>"),
+    "mistral": (MISTRAL, "<s>", "</s>", "</s>"),
+    "alpaca": (ALPACA, None, "</s>", "</s>"),
+}
+MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama):
+    return load_tokenizer(llama)
+
+
+@pytest.fixture(scope="module")
+def families(llama):
+    """A tokenizer for each family; its first token comes by itself wherever the text does not have it already."""
+    from tokenizers import processors
+
+    made = {}
+    for name, (template, begin, end, _) in FAMILIES.items():
+        made[name] = tokenizer = load_tokenizer(llama)
+        if template is not None:
+            tokenizer.add_special_tokens(
+                {"eos_token": end, "pad_token": end, "additional_special_tokens": MARKS}
+                | ({"bos_token": begin} if begin else {})
+            )
+            tokenizer.chat_template = template
+            if begin:
+                special = [(begin, tokenizer.bos_token_id)]
+                tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                    single=f"{begin} $A", special_tokens=special
+                )
+    return made
+
+
+def conversation(*contents):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def encode_row(row, tokenizer, **options):
+    """The samples of a row, and how many were given an end token."""
+    (encoded,) = Encoder(tokenizer, **options).encode([("here", read_example(row, "here"))])
+    return encoded.samples, encoded.ended
+
+
+def encode(messages, tokenizer, **options):
+    """The one sample of a conversation."""
+    ((sample,), _) = encode_row({"messages": messages}, tokenizer, **options)
+    return sample
+
+
+def learned(sample, tokenizer):
+    return tokenizer.decode([label for label in sample.labels if label != IGNORED])
+
+
+CHAT = conversation("Name a river", "the Rhine", "And another", "the Po")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_and_their_ends_are_learned_under_every_template(name, families):
+    tokenizer, end = families[name], FAMILIES[name][3]
+    sample = encode(CHAT, tokenizer)
+    space = " " if name == "mistral" else ""  # the template's, between [/INST] and the answer
+    first = "the Rhine" if name == "alpaca" else f"{space}the Rhine{end}"
+    assert learned(sample, tokenizer) == f"{first}{space}the Po{end}"
+    assert sample.labels[-1] == IGNORED or list(sample.ids)[-1] == tokenizer.convert_tokens_to_ids(end)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_tokens_are_those_that_transformers_makes_of_the_conversation(name, families):
+    """So there is one first token, and the prompt is what the model gets when it is asked."""
+    tokenizer = families[name]
+    sample = encode(CHAT, tokenizer)
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
+    if name == "alpaca":  # the end token stands where the template has line ends
+        assert list(sample.ids[-1:]) == [tokenizer.eos_token_id]
+        whole, sample_ids = whole[: len(sample.ids) - 1], list(sample.ids[:-1])
+    else:
+        sample_ids = list(sample.ids)
+    assert sample_ids == whole
+    begin = FAMILIES[name][1]
+    if begin and name != "chatml":
+        assert sample_ids.count(tokenizer.bos_token_id) == 1
+    prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=True, add_generation_prompt=True, return_dict=True)
+    start = next(i for i, label in enumerate(sample.labels) if label != IGNORED)
+    assert sample_ids[:start] == prompt["input_ids"] == prompt_ids("Name a river", tokenizer)
+
+
+def test_labels_are_those_of_a_template_that_marks_what_is_generated(families):
+    """transformers' own mask, which needs the marks; SmolLM2's template has none."""
+    tokenizer = families["llama3"]
+    marked = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    sample = encode(CHAT, tokenizer)
+    assert [int(label != IGNORED) for label in sample.labels] == marked["assistant_masks"]
+    assert sum(marked["assistant_masks"]) > 0
+    assert "{% generation %}" not in families["chatml"].chat_template
+
+
+def test_the_last_answer_alone_or_everything_can_be_learned(tokenizer):
+    assert learned(encode(CHAT, tokenizer, loss_on="last_answer"), tokenizer) == "the Po<|im_end|>"
+    everything = encode(CHAT, tokenizer, loss_on="all")
+    assert list(everything.labels) == list(everything.ids)
+
+
+def test_an_answer_of_weight_zero_is_not_learned(tokenizer):
+    messages = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
+    assert learned(encode(messages, tokenizer), tokenizer) == "the Po<|im_end|>"
+
+
+def test_samples_that_were_given_an_end_are_counted(families):
+    row = {"prompt": "Name a river", "completion": "the Rhine"}
+    assert {name: encode_row(row, families[name])[1] for name in FAMILIES} == {
+        "chatml": 0, "llama3": 0, "gemma": 0, "mistral": 0, "alpaca": 1,
+    }  # fmt: skip
+
+
+def test_a_conversation_that_the_user_ends_is_given_no_end(families):
+    tokenizer = families["alpaca"]
+    ((sample,), ended) = encode_row({"messages": CHAT[:3]}, tokenizer)
+    assert (learned(sample, tokenizer), ended) == ("the Rhine", 0)
+    assert tokenizer.eos_token_id not in sample.ids
+
+
+@given(st.text(min_size=1).filter(lambda t: t.strip()), st.text(min_size=1).filter(lambda t: t.strip()))
+def test_labels_are_a_suffix_of_the_ids_for_any_text(tokenizer, question, answer):
+    sample = encode(conversation(question, answer), tokenizer)
+    marked = [i for i, label in enumerate(sample.labels) if label != IGNORED]
+    assert marked == list(range(marked[0], marked[-1] + 1))
+    assert all(sample.labels[i] == sample.ids[i] for i in marked)
+    assert sample.ids[marked[-1]] == tokenizer.eos_token_id
+    assert list(sample.ids[: marked[0]]) == prompt_ids(question, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def merging(tokenizer):
+    """Has a token for two line ends, as real tokenizers do."""
+    from tokenizers import Tokenizer
+
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values["model"]["vocab"]["ĊĊ"] = len(values["model"]["vocab"])
+    values["model"]["merges"].append(["Ċ", "Ċ"])
+    copied = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(values)), eos_token="<|im_end|>")
+    copied.chat_template = tokenizer.chat_template
+    return copied
+
+
+def test_a_token_never_holds_the_end_of_the_prompt_and_the_start_of_the_answer(merging):
+    messages = conversation("Write a poem", "\nOh", "More", "\n\nAh")
+    whole = merging.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    sample = encode(messages, merging)
+    assert merging.decode(list(sample.ids)) == merging.decode(whole)
+    assert list(sample.ids) != whole  # which has "assistant", then both line ends in one token
+    start = next(i for i, label in enumerate(sample.labels) if label != IGNORED)
+    assert list(sample.ids[:start]) == prompt_ids("Write a poem", merging)
+    assert learned(sample, merging) == "\nOh<|im_end|>\n\nAh<|im_end|>"
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_is_not_given_pieces(llama):
+    from tokenizers import pre_tokenizers
+
+    tokenizer = load_tokenizer(llama)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    sample = encode(conversation("one", "two"), tokenizer)
+    whole = tokenizer.apply_chat_template(conversation("one", "two"), tokenize=True, return_dict=True)["input_ids"]
+    assert list(sample.ids) == whole
+    assert learned(sample, tokenizer).endswith("two<|im_end|>")
+
+
+def test_where_the_template_changes_earlier_turns_every_answer_is_a_sample(tokenizer, llama):
+    """Each is what the model sees when it is asked for that answer."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = QWEN3
+    messages = conversation("one", "<think>long</think>first", "two", "second")
+    samples, _ = encode_row({"messages": messages}, tokenizer)
+    assert [learned(sample, tokenizer) for sample in samples] == [
+        "<think>long</think>first<|im_end|>", "second<|im_end|>",
+    ]  # fmt: skip
+    for sample, turn in zip(samples, (1, 3), strict=True):
+        prompt = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, return_dict=True)
+        start = next(i for i, label in enumerate(sample.labels) if label != IGNORED)
+        assert list(sample.ids[:start]) == prompt["input_ids"]
+    (last,), _ = encode_row({"messages": messages}, tokenizer, loss_on="last_answer")
+    assert list(last.ids) == list(samples[1].ids)
+
+
+def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    with pytest.raises(DataError, match="here: the chat template rewrites the conversation around message 2"):
+        encode(conversation("one", "two"), tokenizer)
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
+    with pytest.raises(DataError, match="here: the assistant speaks first"):
+        encode([{"role": "assistant", "content": "hello"}], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["chatml", "mistral"])
+@pytest.mark.parametrize("marks", [0, 1], ids=["plain", "with its marks"])
+def test_plain_text_is_learned_whole_between_one_first_and_one_last_token(name, marks, families):
+    tokenizer = families[name]
+    begin, end = (FAMILIES[name][1], FAMILIES[name][2]) if marks else ("", "")
+    ((sample,), _) = encode_row({"text": f"{begin}Call me Ishmael.{end}"}, tokenizer)
+    first = [] if name == "chatml" and not marks else [tokenizer.bos_token_id]  # ChatML's comes from the template
+    inside = tokenizer("Call me Ishmael.", add_special_tokens=False)["input_ids"]
+    assert list(sample.ids) == [*first, *inside, tokenizer.eos_token_id]
+    assert list(sample.labels[1:]) == list(sample.ids[1:])
+
+
+def test_a_template_without_the_tokenizers_first_token_is_given_none(families, llama):
+    """As transformers does it: the template decides."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
+    assert tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template = ALPACA
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
+    assert list(encode(CHAT, tokenizer).ids[:-1]) == whole[: len(encode(CHAT, tokenizer).ids) - 1]
+
+
+def test_without_a_template_messages_follow_each_other_after_the_first_token(families, llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.chat_template = None
+    sample = encode(CHAT, tokenizer)
+    assert tokenizer.decode(list(sample.ids)).endswith("Name a river\nthe Rhine</s>And another\nthe Po</s>")
+    assert learned(sample, tokenizer) == "the Rhine</s>the Po</s>"
+    assert list(
+        sample.ids[: sample.labels.index(sample.ids[len(prompt_ids("Name a river", tokenizer))])]
+    ) == prompt_ids("Name a river", tokenizer)
+
+
+def test_without_any_end_token_nothing_can_be_learned_to_end(llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template, tokenizer.eos_token = ALPACA, None
+    with pytest.raises(DataError, match="here: there is no token to end with"):
+        encode(CHAT, tokenizer)
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(tokenizer):
+    with pytest.raises(UsageError, match="not UTF-8"):
+        prompt_ids("\udcff", tokenizer)

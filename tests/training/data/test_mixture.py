@@ -1,0 +1,73 @@
+"""An epoch draws the shares that were asked for, and each source's samples equally often."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.errors import ConfigError
+from adaptkit.training.data.batches import Batches
+from adaptkit.training.data.mixture import Mixture, weights_of
+from adaptkit.training.data.samples import Sample
+
+sizes = st.lists(st.integers(1, 30), min_size=1, max_size=4)
+
+
+def samples(counts):
+    """Sample n of source s, in no order of sources."""
+    made = [Sample((s, n, 0), (s, n, 0), origin=s) for s, count in enumerate(counts) for n in range(count)]
+    return made[::2] + made[1::2]
+
+
+@given(sizes, st.lists(st.floats(0.2, 5), min_size=4, max_size=4), st.integers(0, 3))
+def test_shares_are_met_and_every_sample_comes_equally_often(counts, weights, seed):
+    some, weights = samples(counts), weights[: len(counts)]
+    try:
+        mixture = Mixture.of(some, weights, ["a", "b", "c", "d"][: len(counts)])
+    except ConfigError:  # a share of less than a sample
+        assert min(weights) / sum(weights) * len(some) < 1
+        return
+    assert sum(mixture.counts) == len(some)
+    for count, weight in zip(mixture.counts, weights, strict=True):
+        assert abs(count - len(some) * weight / sum(weights)) < 1
+    seen = Counter(number for epoch in range(5) for number in mixture.draw(epoch, seed))
+    for members, count in zip(mixture.members, mixture.counts, strict=True):
+        times = [seen[number] for number in members]
+        assert sum(times) == 5 * count
+        assert max(times) - min(times) <= 1
+    assert mixture.draw(3, seed) == mixture.draw(3, seed)
+
+
+@pytest.mark.parametrize("pack_length", [None, 7])
+def test_every_step_of_an_epoch_is_there_packed_or_not(pack_length):
+    some = samples([12, 30])
+    mixture = Mixture.of(some, [3, 1], ["a", "b"])
+    batches = Batches(some, batch_size=2, mixture=mixture, pack_length=pack_length)
+    steps = [batches.rows(step) for step in range(4 * batches.steps_per_epoch)]
+    drawn = [sample.ids[:2] for rows in steps for row in rows for sample in row]
+    expected = [some[number].ids[:2] for epoch in range(5) for number in mixture.draw(epoch, 0)]
+    assert not Counter(drawn) - Counter(expected)
+    assert drawn != sorted(drawn)
+    fresh = Batches(some, batch_size=2, mixture=mixture, pack_length=pack_length)
+    assert [fresh.rows(step) for step in reversed(range(len(steps)))] == steps[::-1]
+    first = [sample.origin for rows in steps[: batches.steps_per_epoch] for row in rows for sample in row]
+    assert Counter(first) == {0: mixture.counts[0], 1: mixture.counts[1]} == {0: 32, 1: 10}
+
+
+def test_weights_go_by_name_or_file_name_and_are_one_otherwise():
+    sources = ["data/task.jsonl", "data/general.jsonl", "org/name:train"]
+    assert weights_of({"general.jsonl": 0.5, "org/name:train": 2}, sources) == [1.0, 0.5, 2]
+    with pytest.raises(ConfigError, match=r"'gneral.jsonl' is none of the data") as raised:
+        weights_of({"gneral.jsonl": 1}, sources)
+    assert raised.value.hint == "data: data/task.jsonl, data/general.jsonl, org/name:train"
+    with pytest.raises(ConfigError, match=r"'a.jsonl' is the name of several"):
+        weights_of({"a.jsonl": 1}, ["x/a.jsonl", "y/a.jsonl"])
+
+
+def test_a_source_that_would_give_nothing_is_refused():
+    with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn"):
+        Mixture.of(samples([5, 5]), [1, 0.001], ["a", "b"])
+    with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn") as raised:
+        Mixture.of(samples([5]), [1, 1], ["a", "b"])
+    assert raised.value.hint == "none of its samples is left to train on"

@@ -1,0 +1,137 @@
+"""Evaluation measures what a formula says, refuses what means nothing, pads as told, and says what it left out."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.training.data.dataset import load_data
+from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("max_length", 1), ("max_new_tokens", 0), ("window", 1), ("max_tokens", 1),
+     ("compute_dtype", "float16")],
+)  # fmt: skip
+def test_options_that_cannot_be_used_are_refused_by_name(name, value):
+    with pytest.raises(UsageError, match=name):
+        EvaluateOptions(**{name: value})
+
+
+@pytest.mark.parametrize(("pad", "end", "expected"), [(0, 5, 0), (3, 5, 3), (None, 5, 5), (None, None, 0)])
+def test_padding_is_the_pad_token_even_if_it_is_zero(pad, end, expected):
+    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end)) == expected
+
+
+def test_samples_that_were_cut_or_left_out_are_counted(llama, instructions):
+    whole = load_data([instructions], load_tokenizer(llama), 1024)
+    length = sorted(len(sample.ids) for sample in whole.samples)[len(whole.samples) // 2]
+    options = EvaluateOptions(max_length=length, compute_dtype="float32", device="cpu")
+    report = evaluate(llama, None, [instructions], options)
+    assert report.truncated == sum(len(sample.ids) > length for sample in whole.samples) > 0
+    assert report.samples + report.dropped == len(whole.samples)
+
+
+PROSE = "the rivers in the north are quiet and the metals at night are not. There are nine whales on a hill. " * 12
+FLOAT32 = {"compute_dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture
+def prose(tmp_path):
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE)
+    return path
+
+
+def log_probabilities(folder, windows):
+    """Of every next token, (tokens, vocabulary) in float64, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        return model(windows).logits[:, :-1].reshape(-1, model.config.vocab_size).log_softmax(-1)
+
+
+def test_perplexity_and_divergence_are_those_of_a_formula_on_transformers_models(llama, made, prose):
+    other = tiny.write_llama(made / "other-seed", seed=3)
+    ids = load_tokenizer(llama)(PROSE)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    found, expected = log_probabilities(other, windows), log_probabilities(llama, windows)
+    wanted = windows[:, 1:].reshape(-1, 1)
+    report = evaluate(other, None, (), EvaluateOptions(window=32, **FLOAT32), text=[prose], reference=llama).text
+    assert (report.windows, report.tokens) == (len(windows), wanted.numel())
+    assert report.loss == pytest.approx(float(-found.gather(1, wanted).mean()), abs=1e-5)
+    assert report.perplexity == pytest.approx(float((-found.gather(1, wanted).mean()).exp()), rel=1e-5)
+    assert report.reference_loss == pytest.approx(float(-expected.gather(1, wanted).mean()), abs=1e-5)
+    divergence = (expected.exp() * (expected - found)).sum(1).mean()
+    assert report.kl_divergence == pytest.approx(float(divergence), rel=1e-4)
+    assert report.same_top_token == pytest.approx(float((found.argmax(1) == expected.argmax(1)).double().mean()))
+    assert divergence > 0.01
+    reverse = (found.exp() * (found - expected)).sum(1).mean()
+    assert abs(float(reverse - divergence)) > 1e-3 * float(divergence)  # which the measurement tells apart
+
+
+def test_a_model_does_not_diverge_from_itself(llama, prose):
+    options = EvaluateOptions(window=48, max_tokens=96, **FLOAT32)
+    report = evaluate(llama, None, (), options, text=[prose], reference=llama).text
+    assert (report.windows, report.kl_divergence, report.same_top_token) == (2, 0.0, 1.0)
+    assert report.loss == report.reference_loss
+    alone = evaluate(llama, None, (), options, text=[prose])
+    assert alone.text.loss == report.loss
+    assert alone.text.reference is alone.text.kl_divergence is alone.loss is None
+
+
+def test_an_adapter_moves_the_model_away_from_its_base(llama, adapter, prose):
+    options = EvaluateOptions(window=48, **FLOAT32)
+    assert evaluate(llama, adapter, (), options, text=[prose], reference=llama).text.kl_divergence > 1e-3
+
+
+def test_a_reference_of_another_vocabulary_or_without_text_is_refused(llama, copy_of, prose):
+    from safetensors.torch import load_file, save_file
+
+    smaller = copy_of(llama)
+    tensors = load_file(smaller / "model.safetensors")
+    rows = len(tensors["model.embed_tokens.weight"]) - 1
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+    save_file(tensors, smaller / "model.safetensors")
+    config = json.loads((smaller / "config.json").read_text())
+    (smaller / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    options = EvaluateOptions(**FLOAT32)
+    with pytest.raises(BaseMismatchError, match=f"knows {rows} tokens"):
+        evaluate(llama, None, (), options, text=[prose], reference=smaller)
+    with pytest.raises(UsageError, match="compared on text"):
+        evaluate(llama, None, (), EvaluateOptions(prompts=("x",)), reference=llama)
+    with pytest.raises(UsageError, match="nothing to evaluate"):
+        evaluate(llama)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(llama, copy_of, tmp_path):
+    folder = copy_of(llama)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "new.txt").write_text("something unheard of")
+    with pytest.raises(UsageError, match="its tokenizer makes the token"):
+        evaluate(folder, None, (), EvaluateOptions(**FLOAT32), text=[tmp_path / "new.txt"])
+
+
+def test_the_table_shows_text_and_what_was_left_out(llama, instructions, prose, run_cli):
+    lengths = sorted(len(s.ids) for s in load_data([instructions], load_tokenizer(llama), 1024).samples)
+    done = run_cli(
+        "evaluate", "--base", llama, "--reference", llama, "--text", prose, "--window", 64, "--data", instructions,
+        "--max-length", lengths[len(lengths) // 2], "--compute-dtype", "float32",
+    )  # fmt: skip
+    assert (done.code, done.stderr) == (0, "")
+    table = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert "cut to --max-length" in table["samples"]
+    assert "perplexity" in table["loss on text"]
+    assert "0.00000 nats" in table["KL divergence"]
+    assert table["same top token"].strip() == "100 %"
+    wrong = run_cli("evaluate", "--base", llama, "--text", prose, "--window", 513)
+    assert wrong.code == 2
+    assert "longer than" in wrong.stderr
+    assert "at most 512" in wrong.stderr

@@ -1,0 +1,86 @@
+"""Answers do not depend on the batch they are made in, and end where a turn ends."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.training.data.encoding import conversation_ids
+from adaptkit.training.evaluation.generation import generate, stop_tokens
+from adaptkit.training.network.model import load_model
+
+SENTENCES = (
+    "Tell me about whales.",
+    "x",
+    "How many kinds of bridges are there in the north, under water and by the sea, and in old books?",
+    "Salt?",
+    "There are nine kinds of clocks at night. Which of them are quiet?",
+)
+
+
+def prompts_of(tokenizer):
+    return [conversation_ids([{"role": "user", "content": text}], tokenizer) for text in SENTENCES]
+
+
+def by_hand(folder, ids, new_tokens, stops):
+    """Greedy, without a cache, one prompt, by transformers: the new tokens before the first that stops."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = list(ids)
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            token = int(network(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        if token in stops:
+            return tokens[len(ids) :], True
+        tokens.append(token)
+    return tokens[len(ids) :], False
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_answers_in_a_batch_are_those_of_a_loop_without_cache_or_padding(family, gpt2, made):
+    folder = gpt2 if family == "gpt2" else tiny.write_family(made / f"generating-{family}", family)
+    tokenizer = load_tokenizer(folder)
+    prompts = prompts_of(tokenizer)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    stops = stop_tokens(model, tokenizer)
+    found = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3, padding=0)
+    for prompt, answer in zip(prompts, found, strict=True):
+        tokens, ended = by_hand(folder, prompt, 12, stops)
+        assert (answer.text, answer.ended) == (tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended)
+    assert len({answer.text for answer in found}) > 1  # the question has some bearing on the answer
+
+
+def test_an_answer_ends_at_any_token_that_ends_a_turn(llama, copy_of):
+    """The model is made to say a chosen token always, by an output bias of its embedding's direction."""
+    folder = copy_of(llama)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+    prompts = prompts_of(tokenizer)[:2]
+    (free, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2, padding=0)
+    assert not free.ended
+    tokens, _ = by_hand(folder, prompts[0], 6, [])
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, tokens[3]]}))
+    stops = stop_tokens(model, tokenizer)
+    assert stops == sorted({tokenizer.eos_token_id, 2, tokens[3]})
+    (cut, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2, padding=0)
+    first = tokens.index(tokens[3])
+    assert (cut.text, cut.ended) == (tokenizer.decode(tokens[:first], skip_special_tokens=True).strip(), True)
+
+
+def test_the_token_that_the_template_ends_a_turn_with_stops_though_it_is_not_the_end_token(llama, copy_of):
+    """As in Llama 3, whose turns end with <|eot_id|> and whose end token is <|end_of_text|>."""
+    folder = copy_of(llama)
+    tokenizer = load_tokenizer(folder)
+    turn_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    changed = load_tokenizer(folder)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    assert stop_tokens(model, changed) == sorted({changed.eos_token_id, turn_end})
+    changed.chat_template = tiny.CHAT_TEMPLATE.replace("+ '<|im_end|>' +", "+ ' over' +")  # ordinary words end a turn
+    assert stop_tokens(model, changed) == [changed.eos_token_id]

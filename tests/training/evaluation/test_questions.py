@@ -1,0 +1,129 @@
+"""Questions are grouped, chosen by the seed, and preceded by examples that leave room for them."""
+
+import json
+
+import pytest
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.errors import DataError
+from adaptkit.training.data.dataset import load_data
+from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.evaluation.questions import (
+    Question,
+    choose,
+    load_data_with_shots,
+    prompt_with_shots,
+    read_questions,
+    read_shots,
+    with_shots,
+)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_rows_that_ask_the_same_are_one_question_with_all_their_answers(tmp_path):
+    first = write(tmp_path / "a.jsonl", [
+        {"instruction": "define", "context": "noun", "output": "x"},
+        {"instruction": "define", "output": "y"},
+        {"messages": [user("a"), said("b"), user("c"), said("d"), user("and no more")]},
+    ])  # fmt: skip
+    second = write(tmp_path / "b.jsonl", [
+        {"prompt": "define\n\nnoun", "completion": "z"},
+        {"prompt": "define\n\nnoun", "completion": "x"},
+        {"messages": [user("a"), said("other"), user("c"), said("e")]},
+    ])  # fmt: skip
+    assert read_questions([first, second]) == (
+        Question((user("define\n\nnoun"),), ("x", "z")),
+        Question((user("define"),), ("y",)),
+        Question((user("a"), said("b"), user("c")), ("d",)),
+        Question((user("a"), said("other"), user("c")), ("e",)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "define"}, "line 2: has no output"),
+        ({"instruction": "define", "output": "  "}, "line 2: the answer is empty"),
+        ({"messages": [said("hello")]}, "line 2: an answer without a question"),
+        ({"messages": [user("hello")]}, "line 2: no message is the assistant's"),
+    ],
+)
+def test_a_row_without_question_or_reference_is_named(row, message, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}, row])
+    with pytest.raises(DataError, match=message):
+        read_questions([path])
+
+
+def test_the_choice_depends_on_the_seed_alone_and_grows():
+    questions = [Question((user(str(number)),), ("x",)) for number in range(40)]
+    ten, twenty = choose(questions, 10, 7), choose(questions, 20, 7)
+    assert len({question.messages[0]["content"] for question in ten}) == 10
+    assert all(question in twenty for question in ten)
+    assert list(ten) == [question for question in questions if question in ten]
+    assert choose(questions, 10, 8) != ten
+    assert choose(questions, None, 7) == choose(questions, 40, 7) == tuple(questions)
+
+
+def test_examples_are_never_one_of_the_questions(tmp_path):
+    rows = [{"instruction": f"ask {number}", "output": "answer"} for number in range(12)]
+    path = write(tmp_path / "rows.jsonl", [*rows, *rows])
+    questions = [Question((user(f"ask {number}"),), ("answer",)) for number in range(0, 12, 2)]
+    found = read_shots([path], 6, 0, questions)
+    assert sorted(shot[0]["content"] for shot in found) == sorted(f"ask {number}" for number in range(1, 12, 2))
+    assert read_shots([path], 3, 0, questions) == found[:3]
+    with pytest.raises(DataError, match="6 examples that are no questions themselves, 7 are wanted"):
+        read_shots([path], 7, 0, questions)
+
+
+def test_examples_come_after_the_system_message_as_turns_of_the_chat():
+    system, shots = {"role": "system", "content": "be brief"}, [(user("1"), said("one")), (user("2"), said("two"))]
+    assert with_shots([system, user("3")], shots) == [system, *shots[0], *shots[1], user("3")]
+    assert with_shots([user("3")], shots[1:]) == [*shots[1], user("3")]
+
+
+def test_the_first_examples_go_where_there_is_no_room(llama):
+    tokenizer = load_tokenizer(llama)
+    shots = [(user("what is one"), said("a number")), (user("what is two"), said("another"))]
+    whole, count = prompt_with_shots([user("three")], shots, tokenizer, None)
+    assert (tokenizer.decode(whole).count("what is"), count) == (2, 2)
+    one, count = prompt_with_shots([user("three")], shots, tokenizer, len(whole) - 1)
+    assert ("what is one" in tokenizer.decode(one), "what is two" in tokenizer.decode(one), count) == (False, True, 1)
+    none, count = prompt_with_shots([user("three")], shots, tokenizer, len(one) - 1)
+    assert ("what is" in tokenizer.decode(none), count) == (False, 0)
+    assert prompt_with_shots([user("three")], shots, tokenizer, 3) == (none, 0)
+
+
+def test_loss_with_examples_is_on_the_same_tokens_as_without(llama, tmp_path):
+    tokenizer = load_tokenizer(llama)
+    path = write(tmp_path / "rows.jsonl", [
+        {"instruction": "one", "output": "first answer"},
+        {"messages": [user("two"), said("second"), user("three"), said("third one")]},
+    ])  # fmt: skip
+    shots = [(user("0"), said("first answer"))] * 2
+    alone = load_data([path], tokenizer, 1024)
+    found, fewer = load_data_with_shots([path], tokenizer, shots, 1024, None)
+    assert fewer == 0
+    for with_them, without in zip(found.samples, alone.samples, strict=True):
+        kept = [label for label in with_them.labels if label != IGNORED]
+        assert kept == [label for label in without.labels if label != IGNORED]
+        assert len(with_them.ids) > len(without.ids)
+        start = len(with_them.ids) - len(without.ids)
+        assert [place - start for place, label in enumerate(with_them.labels) if label != IGNORED] == [
+            place for place, label in enumerate(without.labels) if label != IGNORED
+        ] or "system" in tokenizer.decode(without.ids)  # the template's own system message stays in front
+    room = len(found.samples[0].ids) - 1
+    tight, fewer = load_data_with_shots([path], tokenizer, shots, 1024, room)
+    assert fewer >= 1
+    assert all(len(sample.ids) <= room for sample in tight.samples)

@@ -1,0 +1,166 @@
+"""Paged AdamW is torch's AdamW to the bit, whatever is resident; 8-bit moments depend on no budget either."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.numerics.adamw import BLOCK
+from adaptkit.numerics.formats._double_quant import dynamic_map
+from adaptkit.training.memory.moments import PagedState, page_elements
+from adaptkit.training.memory.optimizer import PagedAdamW
+from adaptkit.training.memory.parameters import Group
+
+CPU = torch.device("cpu")
+RATES = [1e-3, 2e-3, 5e-4, 1e-3, 3e-3]
+
+
+def gradient(count, step):
+    return torch.randn(count, generator=torch.Generator().manual_seed(step)) * 10.0 ** (step - 3)
+
+
+def torch_adamw(start, weight_decay):
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([parameter], weight_decay=weight_decay, fused=True)
+    for step, rate in enumerate(RATES):
+        optimizer.param_groups[0]["lr"] = rate
+        parameter.grad = gradient(start.numel(), step)
+        optimizer.step()
+    state = optimizer.state[parameter]
+    return parameter.detach(), state["exp_avg"], state["exp_avg_sq"]
+
+
+def run(count, state, budgets, weight_decay=0.01):
+    """Parameters and state after as many steps as there are budgets."""
+    values, gradients = torch.randn(count, generator=torch.Generator().manual_seed(99)), torch.zeros(count)
+    optimizer = PagedAdamW(values, gradients, [Group(slice(0, count))], state, weight_decay)
+    for step, (rate, budget) in enumerate(zip(RATES, budgets, strict=True)):
+        state.set_budget(budget)
+        gradients.copy_(gradient(count, step))
+        optimizer.step(rate)
+    return {"parameters": values} | state.tensors()
+
+
+budgets = st.lists(st.one_of(st.none(), st.integers(1, 6000)), min_size=len(RATES), max_size=len(RATES))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 130), budgets, st.sampled_from([0.0, 0.01]))
+def test_updates_are_those_of_torch_with_any_budget_changed_at_any_step(vectors, page, budgets, weight_decay):
+    """Of as many parameters as fill torch's vectors: elsewhere torch rounds what is left over in another way."""
+    count = 64 * vectors
+    found = run(count, PagedState(count, page, budgets[0], CPU), budgets, weight_decay)
+    start = torch.randn(count, generator=torch.Generator().manual_seed(99))
+    for name, expected in zip(found, torch_adamw(start, weight_decay), strict=True):
+        assert torch.equal(found[name], expected), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 1500), st.integers(1, 3), budgets)
+def test_8_bit_moments_depend_on_neither_pages_nor_budget(count, blocks, budgets):
+    expected = run(count, PagedState(count, 2048, None, CPU, bits=8), [None] * len(RATES))
+    found = run(count, PagedState(count, blocks * BLOCK, budgets[0], CPU, bits=8), budgets)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found["first_moment_codes"].dtype == torch.uint8
+
+
+def test_8_bit_adamw_is_its_formula_written_out():
+    """Decode, AdamW in torch, encode by the nearest of bitsandbytes' levels: block-wise AdamW of arXiv:2110.02861."""
+    count = 1024
+    found = run(count, PagedState(count, BLOCK, None, CPU, bits=8), [None] * len(RATES))
+    values = torch.randn(count, generator=torch.Generator().manual_seed(99))
+    moments = [torch.zeros(count), torch.zeros(count)]
+    for step, rate in enumerate(RATES):
+        parameter = torch.nn.Parameter(values)
+        optimizer = torch.optim.AdamW([parameter], lr=rate, weight_decay=0.01, fused=True)
+        parameter.grad = gradient(count, step)
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step)), "exp_avg": moments[0], "exp_avg_sq": moments[1],
+        }  # fmt: skip
+        optimizer.step()
+        values, codes = parameter.detach(), {}
+        for index, name in enumerate(("first_moment", "second_moment")):
+            blocks, levels = moments[index].view(-1, BLOCK), dynamic_map(signed=index == 0)
+            absmax = blocks.abs().amax(1, keepdim=True)
+            codes[name] = torch.bucketize(blocks / absmax, (levels[:-1] + levels[1:]) / 2)
+            moments[index] = (levels[codes[name]] * absmax).view(-1)
+    assert torch.equal(found["parameters"], values)
+    for name, expected in codes.items():
+        assert torch.equal(found[f"{name}_codes"].long(), expected.view(-1))
+
+
+def test_8_bit_adamw_learns_what_32_bit_adamw_learns():
+    target = torch.randn(4096, generator=torch.Generator().manual_seed(1))
+    losses = {}
+    for bits in (32, 8):
+        values, gradients = torch.zeros(4096), torch.zeros(4096)
+        state = PagedState(4096, 1024, None, CPU, bits=bits)
+        optimizer = PagedAdamW(values, gradients, [Group(slice(0, 4096))], state)
+        for _ in range(100):
+            gradients.copy_(values - target)
+            optimizer.step(0.02)
+        losses[bits] = float((values - target).square().mean())
+    assert losses[32] < 0.2
+    assert losses[8] == pytest.approx(losses[32], rel=0.15)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_state_that_is_loaded_into_other_pages_goes_on_to_the_same_bits(bits, tmp_path):
+    expected = run(900, PagedState(900, BLOCK, None, CPU, bits=bits), [None] * len(RATES))
+    halves = [
+        PagedState(900, size, budget, CPU, tmp_path / f"{size}", bits) for size, budget in ((512, 1), (256, 5000))
+    ]
+    values, gradients = torch.randn(900, generator=torch.Generator().manual_seed(99)), torch.zeros(900)
+    for step, rate in enumerate(RATES):
+        state = halves[step // 3]
+        optimizer = PagedAdamW(values, gradients, [Group(slice(0, 900))], state, 0.01)
+        optimizer.steps = step
+        if step == 3:
+            state.load(halves[0].tensors())
+        gradients.copy_(gradient(900, step))
+        optimizer.step(rate)
+    found = {"parameters": values} | halves[1].tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_page_holds_whole_blocks():
+    assert page_elements(2 << 20, 32) == 1 << 18
+    assert page_elements(2 << 20, 8) == (2 << 20) // 520 * 256
+    assert page_elements(1024, 32) == page_elements(1, 8) == BLOCK
+
+
+@pytest.mark.parametrize("page", [7, 64, 500])
+def test_groups_learn_at_their_own_rates_and_decay_as_they_say(page):
+    """Two of torch's groups, whose border no page keeps to."""
+    start = torch.randn(256, generator=torch.Generator().manual_seed(5))
+    torch_groups = [
+        {"params": [torch.nn.Parameter(start[:128].clone())], "weight_decay": 0.1},
+        {"params": [torch.nn.Parameter(start[128:].clone())], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(torch_groups, fused=True)
+    values, gradients = start.clone(), torch.zeros(256)
+    groups = [Group(slice(0, 128)), Group(slice(128, 256), rate=16.0, decay=False)]
+    ours = PagedAdamW(values, gradients, groups, PagedState(256, page, 3 * 8 * page, CPU), weight_decay=0.1)
+    for step, rate in enumerate(RATES):
+        gradients.copy_(gradient(256, step))
+        for group, span, factor in zip(theirs.param_groups, (slice(0, 128), slice(128, 256)), (1.0, 16.0), strict=True):
+            group["lr"] = rate * factor
+            group["params"][0].grad = gradients[span].clone()
+        theirs.step()
+        ours.step(rate)
+    assert torch.equal(values, torch.cat([group["params"][0].detach() for group in theirs.param_groups]))
+
+
+def test_gradients_are_clipped_to_the_norm_as_torch_does():
+    gradients = gradient(300, 5)
+    parameter = torch.nn.Parameter(torch.zeros(300))
+    parameter.grad = gradients.clone()
+    expected = torch.nn.utils.clip_grad_norm_([parameter], 0.5)
+    optimizer = PagedAdamW(torch.zeros(300), gradients, [Group(slice(0, 300))], PagedState(300, 64, None, CPU))
+    assert optimizer.clip(0.5) == pytest.approx(float(expected), rel=1e-6)
+    assert torch.allclose(gradients, parameter.grad, rtol=1e-6)
+    assert float(gradients.norm()) == pytest.approx(0.5, rel=1e-4)
+    before = gradients.clone()
+    optimizer.clip(0)
+    assert torch.equal(gradients, before)

@@ -1,0 +1,67 @@
+"""Pages keep their bytes wherever they are, and the counters say what moved."""
+
+import pytest
+import torch
+
+from adaptkit.checkpoint.writer import DiskError
+from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.memory.paging import Pages
+
+CPU = torch.device("cpu")
+
+
+def sweeps(pages, count):
+    for _ in range(count):
+        for page in pages.sweep():
+            page += 1
+
+
+def test_a_cyclic_sweep_reuses_the_resident_subset():
+    """With 4 slots for 10 pages, 3 pages stay; least-recently-used would fault on every page of every sweep."""
+    pages = Pages(10, 80, 4 * 80, CPU)
+    sweeps(pages, 5)
+    assert pages.metrics() == {
+        "pages": 10, "resident": 3, "slots": 4, "page_bytes": 80, "faults": 35, "write_backs": 35, "evictions": 0,
+        "retries": 0,
+    }  # fmt: skip
+    everything = Pages(10, 80, None, CPU)
+    sweeps(everything, 5)
+    assert (everything.resident, everything.counters.faults) == (10, 0)
+
+
+@pytest.mark.parametrize("budget", [1, 170, 800, None])
+@pytest.mark.parametrize("backed", [True, False])
+def test_what_is_written_in_a_sweep_is_there_in_the_next(budget, backed, tmp_path):
+    pages = Pages(10, 80, budget, CPU, tmp_path / "pages.bin" if backed else None)
+    for number, page in enumerate(pages.sweep()):
+        assert not page.any()
+        page[:] = number
+    assert [set(page.tolist()) for page in pages.sweep()] == [{number} for number in range(10)]
+    assert [set(pages.read(page).tolist()) for page in range(10)] == [{number} for number in range(10)]
+    assert (tmp_path / "pages.bin").exists() == (backed and pages.resident < 10)
+
+
+def test_pages_that_lose_or_gain_their_place_keep_their_bytes(tmp_path):
+    pages = Pages(9, 4096, None, CPU, tmp_path / "pages.bin")
+    for number, page in enumerate(pages.sweep()):
+        page[:] = number
+    seen = []
+    for budget in (1, 5 * 4096, None, 3 * 4096, 0, 9 * 4096):
+        pages.set_budget(budget)
+        seen.append((pages.resident, pages.slots))
+        assert [page.tolist() for page in pages.sweep()] == [[number] * 4096 for number in range(9)]
+    assert seen == [(0, 1), (4, 5), (9, 9), (2, 3), (0, 1), (9, 9)]
+    assert pages.counters.evictions == 9 + 7 + 2
+    pages.write(3, torch.full((4096,), 77, dtype=torch.uint8))
+    assert pages.read(3).tolist() == [77] * 4096
+
+
+def test_a_disk_without_room_is_an_error_before_the_first_step(tmp_path):
+    with pytest.raises(DiskError, match=r"pages\.bin"):
+        Pages(1 << 40, 1 << 20, 1, CPU, tmp_path / "pages.bin")
+
+
+def test_a_visit_of_the_moments_looks_at_every_page_once():
+    state = PagedState(60_000, 1, 8 * 30_000, CPU)
+    assert sum(1 for _ in state.sweep()) == 60_000
+    assert state.pages.counters.faults == 30_001

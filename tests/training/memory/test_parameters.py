@@ -1,0 +1,39 @@
+"""What is trained lies in one vector, whose groups say what learns how."""
+
+import torch
+
+from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.model import load_model, new_adapter
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 23).view(1, 20)
+
+
+def test_parameters_are_views_of_one_vector_and_the_backward_pass_fills_the_other(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=0)
+    before = {name: p.detach().clone() for name, p in model.network.named_parameters() if p.requires_grad}
+    trainable = Trainable.of(model)
+    assert trainable.values.numel() == sum(p.numel() for p in before.values())
+    for name, parameter in model.network.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, before[name])
+    model.network(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert float(trainable.gradients.norm()) > 0
+    trainable.values.fill_(0.25)
+    assert all(bool((p == 0.25).all()) for name, p in model.network.named_parameters() if name in before)
+
+
+def test_b_learns_faster_by_the_ratio_of_lora_plus(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=0)
+    (alone,) = Trainable.of(model).groups
+    assert (alone.rate, alone.decay) == (1.0, True)
+    trainable = Trainable.of(model, lora_plus_ratio=16.0)
+    rates = torch.zeros_like(trainable.values)
+    for group in trainable.groups:
+        rates[group.span] = group.rate
+    trainable.values.copy_(rates)
+    for name, parameter in model.network.named_parameters():
+        if parameter.requires_grad:
+            assert bool((parameter == (16.0 if name.endswith("lora_b") else 1.0)).all())

@@ -1,0 +1,86 @@
+"""A batch that runs out of memory is computed again with the optimizer's pages gone, to the same bits."""
+
+import pytest
+import torch
+
+from adaptkit.errors import UsageError
+from adaptkit.training import run as run_module
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.memory.pressure import Pressure
+
+CPU = torch.device("cpu")
+MORE_THAN_THERE_IS = 1 << 60
+
+
+def state(tmp_path, budget=None):
+    made = PagedState(1000, 100, budget, CPU, tmp_path / "pages.bin")
+    for span, first, second in made.sweep():
+        first.copy_(torch.arange(span.start, span.stop))
+        second.fill_(2)
+    return made
+
+
+def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_smaller_one(tmp_path):
+    notes, resident = [], []
+
+    def compute(size):
+        resident.append(pages.resident)
+        if size >= 50 and pages.resident:
+            torch.empty(MORE_THAN_THERE_IS)  # a real allocation, which really fails
+        return size
+
+    held = state(tmp_path)
+    pressure, pages = Pressure(held, notes.append), held.pages
+    for size in (10, 60, 55, 70, 10, 60):
+        assert pressure.relieve(size, lambda size=size: compute(size)) == size
+    assert resident == [10, 10, 0, 10, 0, 0, 10, 0]
+    assert pages.counters.retries == 2
+    assert len(notes) == 2
+    assert "60 tokens" in notes[0]
+    assert held.tensors()["first_moment"].tolist() == list(range(1000))
+
+
+def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tmp_path):
+    pressure = Pressure(state(tmp_path), lambda line: None)
+    with pytest.raises(UsageError, match="micro-batch of 60 tokens") as caught:
+        pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
+    assert "--micro-batch-size" in caught.value.hint
+    assert pressure._pages.counters.retries == 1
+    with pytest.raises(UsageError, match="out of memory"):  # nothing is left to move: no second attempt
+        pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
+    assert pressure._pages.counters.retries == 1
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
+    pressure = Pressure(state(tmp_path), lambda line: None)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        pressure.relieve(1, lambda: torch.ones(2) + torch.ones(3))
+    assert pressure._pages.counters.retries == 0
+
+
+def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
+    llama_nf4, instructions, tmp_path, monkeypatch
+):
+    config = TrainConfig(
+        base=str(llama_nf4), data=(str(instructions),), rank=4, steps=4, batch_size=4, micro_batch_size=2,
+        compute_dtype="float32", dropout=0.1, save_every=0, held_out=0.0, page_kib=4, device="cpu",
+    )  # fmt: skip
+    plain = train(config, tmp_path / "plain")
+    collect, calls = run_module.Gradients._add, []
+
+    def short(self, *arguments):
+        """Fails in the second micro-batch of the third step, after the first one's gradients were added."""
+        calls.append(arguments)
+        value = collect(self, *arguments)
+        if len(calls) == 6:
+            torch.empty(MORE_THAN_THERE_IS)
+        return value
+
+    monkeypatch.setattr(run_module.Gradients, "_add", short)
+    notes = []
+    report = train(config, tmp_path / "short", note=notes.append)
+    assert (len(calls), report.paging["retries"]) == (4 * 2 + 2, 1)
+    assert any("out of memory" in note for note in notes)
+    assert report.tensors_root == plain.tensors_root

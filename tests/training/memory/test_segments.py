@@ -1,0 +1,139 @@
+"""Every checkpointing policy gives the same bits, and keeps less."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from adaptkit.checkpoint.activations import Checkpointing
+from adaptkit.errors import UsageError
+from adaptkit.training.memory import segments
+from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.model import load_model, new_adapter
+
+
+def checkpoint(network, policy, shelf=None):
+    if isinstance(policy, str):
+        policy = choose_checkpointing(network, policy, measure=None)
+    checkpoint_layers(network, policy, shelf)
+    return policy.segments
+
+
+POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments:7"]
+IDS = torch.arange(40).reshape(2, 20) % 50 + 3
+
+
+def gradients(folder, policy, dropout, twice=False, shelf=None):
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", dropout, seed=0)
+    for number, layer in enumerate(model.adapted().values()):
+        generator = torch.Generator().manual_seed(number)
+        layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
+    count = checkpoint(model.network, policy, shelf)
+    model.network.train()
+    torch.manual_seed(11)
+    for _ in range(2 if twice else 1):
+        logits = model.network(input_ids=IDS, use_cache=False).logits
+        logits.float().logsumexp(-1).sum().backward()
+    found = {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
+    return found, count, float(torch.rand(()))
+
+
+@pytest.fixture(scope="module")
+def unsegmented(deep_nf4):
+    return cache(lambda dropout: gradients(deep_nf4, "none", dropout, twice=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout):
+    expected, _, random_after = unsegmented(dropout)
+    found, count, random_found = gradients(deep_nf4, policy, dropout, twice=True)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(float(grad.abs().sum()) > 0 for grad in expected.values())
+    assert random_found == random_after
+    assert count == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0))
+
+
+def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmented):
+    """Twice: the second step takes the shelf's buffers again."""
+    expected, _, random_after = unsegmented(0.1)
+    shelf = Shelf(torch.device("cpu"))
+    for checkpointing in ("segments:3", Checkpointing(7, 2, whole=2)):
+        found, count, random_found = gradients(deep_nf4, checkpointing, 0.1, twice=True, shelf=shelf)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert (random_found, count) == (random_after, 3)
+
+
+def saved_bytes(folder, policy):
+    """What autograd saves in the forward pass through the layers."""
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    checkpoint(model.network, policy)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        model.network.train().model(input_ids=IDS, use_cache=False)
+    return sum(saved)
+
+
+def test_checkpointing_saves_less_for_the_backward_pass(deep_nf4):
+    everything = saved_bytes(deep_nf4, "none")
+    for policy in ("layer", "sqrt"):
+        assert saved_bytes(deep_nf4, policy) < everything / 10
+
+
+def kept_inputs(folder, policy):
+    """How many layer inputs stay alive until the backward pass."""
+    import weakref
+
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    inputs = []
+    for layer in model.network.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    checkpoint(model.network, policy)
+    hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
+    alive = sum(reference() is not None for reference in inputs)
+    hidden.sum().backward()
+    return alive
+
+
+def test_only_the_inputs_of_segments_are_kept(deep_nf4):
+    assert kept_inputs(deep_nf4, "layer") == 7
+    assert kept_inputs(deep_nf4, "sqrt") == 3
+
+
+def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
+    assert checkpoint(nn.Linear(2, 2), "none") == 0
+    with pytest.raises(UsageError, match="no stack") as caught:
+        checkpoint(nn.Linear(2, 2), "layer")
+    assert "none" in caught.value.hint
+
+
+def test_nothing_but_the_graph_keeps_a_segment(deep_nf4):
+    import gc
+    import weakref
+
+    model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    checkpoint(model.network, "sqrt")
+    inputs = []
+    for layer in model.network.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
+    hidden.sum().backward()
+    del hidden
+    gc.collect()
+    assert [reference for reference in inputs if reference() is not None] == []
+
+
+def test_the_random_state_of_a_second_gpu_goes_back_to_it(monkeypatch):
+    states = {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": f"of {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({str(device): state}))
+    second = torch.device("cuda:1")
+    segments._set_random(segments._random(second), second)
+    assert states == {"cuda:1": "of cuda:1"}

@@ -1,0 +1,133 @@
+"""Attention agrees with its formula in float64, and models that use it with models that use torch's."""
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from adaptkit.training.network import attention
+from adaptkit.training.network.attention import attend, causal_spans, mask_spans, use_own_attention
+
+
+def seen_by(spans, keys):
+    """The mask that spans stand for: (batch, 1, queries, keys)."""
+    place = torch.arange(keys)
+    return ((place >= spans[0][..., None]) & (place < spans[1][..., None]))[:, None]
+
+
+def formula(query, key, value, scale, mask):
+    """Softmax of scaled products, written out; a query that sees nothing gets zeros."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (side.repeat_interleave(group, 1) for side in (key, value))
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~mask, -1e30)
+    exponentials = (scores - scores.amax(-1, keepdim=True)).exp() * mask
+    return (exponentials / exponentials.sum(-1, keepdim=True).clamp(min=1e-300) @ value).transpose(1, 2)
+
+
+def random_spans(batch, queries, keys, generator):
+    first = torch.randint(0, keys, (batch, queries), generator=generator, dtype=torch.int32)
+    last = first + torch.randint(0, keys, (batch, queries), generator=generator, dtype=torch.int32)
+    return torch.stack((first, last.clamp(max=keys)))
+
+
+CASES = {
+    "causal": lambda n, g: causal_spans(2, n),
+    "window": lambda n, g: torch.stack(((torch.arange(1, n + 1) - 7).clamp(min=0).expand(2, n), causal_spans(2, n)[1])),
+    "any runs, empty ones too": lambda n, g: random_spans(2, n, n, g),
+}
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "dim", "value_dim"), [(4, 4, 16, 16), (6, 2, 8, 8), (3, 1, 32, 24)])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_result_and_gradients_are_the_formulas(case, length, heads, key_heads, dim, value_dim, monkeypatch):
+    monkeypatch.setattr(attention, "_ROWS", 16)
+    monkeypatch.setattr(attention, "_SCORES", 700)
+    generator = torch.Generator().manual_seed(length)
+    spans = CASES[case](length, generator).to(torch.int32)
+    sizes = ((2, heads, length, dim), (2, key_heads, length, dim), (2, key_heads, length, value_dim))
+    inputs = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    weights = torch.randn((2, length, heads, value_dim), generator=generator)
+    found = attend(*inputs, 0.3, spans)
+    wanted = formula(*doubles, 0.3, seen_by(spans, length))
+    torch.testing.assert_close(found, wanted.float(), rtol=2e-6, atol=2e-6)
+    gradients = torch.autograd.grad(found, inputs, weights)
+    for one, other in zip(gradients, torch.autograd.grad(wanted, doubles, weights.double()), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_as_transformers_own_arithmetic():
+    """Relative errors against float64, beside those of the eager attention that rounds at the same places."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1, 6, 100, 32), (1, 2, 100, 32), (1, 2, 100, 32))
+    inputs = [torch.randn(size, generator=generator).bfloat16().requires_grad_() for size in sizes]
+    weights = torch.randn((1, 100, 6, 32), generator=generator).bfloat16()
+    spans = causal_spans(1, 100)
+    mask = seen_by(spans, 100)
+
+    def eager(query, key, value):
+        key, value = (side.repeat_interleave(3, 1) for side in (key, value))
+        scores = query @ key.transpose(2, 3) * 0.2 + torch.where(mask, 0.0, -1e30).to(query.dtype)
+        return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).transpose(1, 2)
+
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = torch.autograd.grad(formula(*doubles, 0.2, mask), doubles, weights.double())
+
+    def errors(result):
+        found = torch.autograd.grad(result, inputs, weights)
+        return [float((one - two).norm() / two.norm()) for one, two in zip(found, exact, strict=True)]
+
+    for own, theirs in zip(errors(attend(*inputs, 0.2, spans)), errors(eager(*inputs)), strict=True):
+        assert own < 1.3 * theirs < 0.02
+
+
+def test_masks_of_one_run_a_query_are_understood_and_others_refused():
+    generator = torch.Generator().manual_seed(2)
+    spans = random_spans(2, 12, 12, generator)
+    mask = seen_by(spans, 12)
+    assert torch.equal(seen_by(mask_spans(mask), 12), mask)
+    mask[0, 0, 5] = torch.tensor([True, False] * 6)
+    assert mask_spans(mask) is None
+
+
+FAMILIES = ("llama", "mistral", "qwen3", "gpt2", "gemma")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["padded", "packed", "alone"])
+def test_a_model_gives_the_logits_and_gradients_that_it_gives_with_torchs_attention(family, kind, made):
+    folder = made / f"attention-{family}"
+    if not folder.exists():
+        tiny.write_gpt2(folder) if family == "gpt2" else tiny.write_family(folder, family)
+    extra = {"sliding_window": 9} if family == "mistral" else {}
+    ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids}
+    if kind == "padded":
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][1, 15:] = 0
+    if kind == "packed":
+        inputs["position_ids"] = torch.tensor([[*range(10), *range(14)], [*range(3), *range(21)]])
+    found = {}
+    for own in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", **extra
+        ).eval()
+        if own:
+            use_own_attention(model)
+            assert model.config._attn_implementation == attention.NAME
+        logits = model(**inputs, use_cache=False).logits
+        if kind == "padded":
+            logits = logits[inputs["attention_mask"].bool()]
+        logits.square().mean().backward()
+        found[own] = [logits, *(p.grad for p in model.parameters())]
+    for one, two in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+
+
+def test_a_model_still_generates(llama):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="sdpa")
+    ids = torch.arange(2, 12)[None]
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    use_own_attention(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)

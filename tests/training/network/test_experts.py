@@ -1,0 +1,179 @@
+"""Packed experts compute what transformers computes with the dequantized ones, and nothing keeps them unpacked."""
+
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM
+
+from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.checkpoint.assembly import Assembly
+from adaptkit.checkpoint.quantized import quantized_names, read_quantized
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import CheckpointError
+from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.experts import ExpertList, read_weight
+from adaptkit.training.network.linear import PackedWeight, PlainWeight
+from adaptkit.training.network.model import load_model, new_adapter
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 43).view(2, 20)
+FAMILIES = ["mixtral", "mixtral-fused", "qwen2_moe", "qwen3_moe", "qwen3_moe-fused"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """By family, a checkpoint with packed experts, and its dequantized copy in float32."""
+    root = tmp_path_factory.mktemp("experts")
+    made = {}
+    for family in FAMILIES:
+        name, _, fused = family.partition("-")
+        source = tiny.write_family(root / family, name, fused_experts=bool(fused), dtype="float32")
+        packed, plain = root / f"{family}-nf4", root / f"{family}-plain"
+        quantize(source, packed, QuantizeOptions(moe="quantize"))
+        dequantize(packed, plain)
+        checkpoint, tensors = Checkpoint(packed), load_file(plain / "model.safetensors")
+        for tensor in quantized_names(checkpoint):
+            tensors[tensor] = read_quantized(checkpoint, tensor).dequantize(torch.float32)
+        save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+        made[family] = SimpleNamespace(source=source, packed=packed, plain=plain)
+    return made
+
+
+def packed_matrices(network):
+    return [part for name, part in network.named_modules() if isinstance(part, PackedWeight) and "experts" in name]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers_with_the_dequantized_experts(folders, family, implementation):
+    plain = AutoModelForCausalLM.from_pretrained(folders[family].plain, dtype=torch.float32)
+    model = load_model(folders[family].packed, torch.float32, CPU)
+    for network in (plain, model.network):
+        network.set_experts_implementation(implementation)
+    assert len(packed_matrices(model.network)) == (4 if family.endswith("-fused") else 24)
+    with torch.no_grad():
+        assert torch.allclose(model.network(IDS).logits, plain(IDS).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_that_stay_plain_are_loaded_too(folders, family):
+    plain = AutoModelForCausalLM.from_pretrained(folders[family].source, dtype=torch.float32)
+    model = load_model(folders[family].source, torch.float32, CPU)
+    with torch.no_grad():
+        assert torch.allclose(model.network(IDS).logits, plain(IDS).logits, rtol=0, atol=1e-6)
+
+
+def gradients(folder, policy, implementation):
+    model = load_model(folder, torch.float32, CPU)
+    model.network.set_experts_implementation(implementation)
+    new_adapter(model, ("*_proj",), 4, 8.0, "kaiming", 0.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in sorted(model.adapted().items()):
+        layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, policy, measure=None))
+    model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def expected_gradients(folders):
+    return cache(lambda family, implementation: gradients(folders[family].plain, "none", implementation))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("policy", ["none", "sqrt", "layer"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe-fused"])
+def test_gradients_are_those_through_the_dequantized_experts(
+    folders, expected_gradients, family, policy, implementation
+):
+    found = gradients(folders[family].packed, policy, implementation)
+    expected = expected_gradients(family, implementation)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-5
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatch):
+    model = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU)
+    model.network.set_experts_implementation(implementation)
+    new_adapter(model, ("q_proj",), 4, 8.0, "kaiming", 0.0, seed=0)
+    unpacked, dequantize_really = [], PackedWeight.dequantize
+
+    def watched(weight, dtype):
+        result = dequantize_really(weight, dtype)
+        if len(weight.shape) == 3:
+            unpacked.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+    monkeypatch.setattr(PackedWeight, "dequantize", watched)
+    loss = model.network.train()(IDS, labels=IDS, use_cache=False).loss
+    assert len(unpacked) == 4
+    assert all(storage.expired() for storage in unpacked)
+    loss.backward()
+    assert len(unpacked) == 8  # once more a stack, however many of its experts were used
+    assert all(storage.expired() for storage in unpacked)
+
+
+def test_a_list_of_experts_is_the_stack_of_its_matrices_in_their_order():
+    matrices = [[torch.randn(3, 4), torch.randn(2, 4)] for _ in range(11)]
+    experts = ExpertList([[PlainWeight(matrix) for matrix in row] for row in matrices])
+    expected = torch.stack([torch.cat(row) for row in matrices])
+    assert experts.shape == tuple(expected.shape)
+    assert torch.equal(experts.dequantize(torch.float32), expected)
+
+
+def test_packed_experts_are_ordered_by_number_and_not_by_letter(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.FAMILIES["mixtral"], "num_local_experts", 12)
+    source = tiny.write_family(tmp_path / "source", "mixtral")
+    quantize(source, tmp_path / "nf4", QuantizeOptions(moe="quantize"))
+    checkpoint = Checkpoint(tmp_path / "nf4")
+    stack = read_weight(Assembly(empty_network(checkpoint), checkpoint), "model.layers.1.mlp.experts.down_proj")
+    names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(12)]
+    expected = torch.stack([read_quantized(checkpoint, name).dequantize(torch.float32) for name in names])
+    assert torch.equal(stack.dequantize(torch.float32), expected)
+
+
+def test_experts_of_which_some_are_packed_make_one_stack(folders, tmp_path):
+    """As ``--skip`` leaves them."""
+    skipped = QuantizeOptions(moe="quantize", skip=("*.experts.1.*",))
+    quantize(folders["mixtral"].source, tmp_path / "nf4", skipped)
+    dequantize(tmp_path / "nf4", tmp_path / "plain", DequantizeOptions(dtype="float32"))
+    plain, model = (load_model(tmp_path / name, torch.float32, CPU) for name in ("plain", "nf4"))
+    assert len(packed_matrices(model.network)) == 18
+    with torch.no_grad():
+        assert torch.allclose(model.network(IDS).logits, plain.network(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_an_expert_that_is_missing_is_an_error(folders, copy_of):
+    folder = copy_of(folders["mixtral"].source)
+    tensors = load_file(folder / "model.safetensors")
+    removed = tensors.pop("model.layers.1.block_sparse_moe.experts.3.w3.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: the files hold 4 of .*w1.*3 of"):
+        load_model(folder, torch.float32, CPU)
+    tensors["model.layers.1.block_sparse_moe.experts.3.w3.weight"] = removed[:, :32].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_packed_experts_that_transformers_would_rebuild_are_refused_by_name(folders):
+    from transformers.core_model_loading import Transpose
+
+    checkpoint, name = Checkpoint(folders["mixtral"].packed), "model.layers.0.mlp.experts.down_proj"
+    assembly = Assembly(empty_network(checkpoint), checkpoint)
+    for file_name in assembly.sources[name]:
+        place = assembly._places[file_name]
+        assembly._places[file_name] = replace(place, operations=(*place.operations, Transpose(1, 2)))
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight: transformers rebuilds .*experts\.down_proj"):
+        read_weight(assembly, name)

@@ -1,0 +1,109 @@
+"""Fused norms and gates compute what the modules compute that they replace, and keep less."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional
+
+from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.model import load_model, new_adapter
+
+REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 0), "phi": (0, 0), "mixtral": (5, 0)}
+"""Norms and gates: qwen3 norms queries and keys too, gemma's gate is no SiLU, phi has neither, mixtral has stacks."""
+
+
+def loaded(made, family, dtype=torch.float32):
+    folder = made / f"fused-{family}"
+    if not folder.exists():
+        tiny.write_family(folder, family)
+    model = load_model(folder, dtype, torch.device("cpu"))
+    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.adapted().values():
+        layer.lora_b.data.normal_(std=0.1, generator=generator)
+    for name, parameter in model.network.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(mean=1.0, std=0.3, generator=generator)
+    return model
+
+
+def fused(network):
+    """How many modules have another forward pass than their class's, by kind."""
+    changed = [type(m).__name__ for m in network.modules() if "forward" in vars(m)]
+    return sum("Norm" in name for name in changed), sum("MLP" in name for name in changed)
+
+
+def run(model):
+    """Logits, and the gradients of the adapter."""
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+    logits = model.network(input_ids=ids, use_cache=False).logits.float()
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
+
+
+@pytest.mark.parametrize("family", REPLACED)
+def test_results_and_gradients_stay_what_they_were(family, made):
+    model = loaded(made, family)
+    before = run(model)
+    fuse_layers(model.network)
+    assert fused(model.network) == REPLACED[family]
+    for one, two in zip(run(model), before, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+
+
+def test_in_bfloat16_gradients_are_as_near_to_exact_ones_as_before(made):
+    exact = run(loaded(made, "llama"))
+    model = loaded(made, "llama", torch.bfloat16)
+
+    def error(found):
+        pairs = zip(found[1:], exact[1:], strict=True)
+        return sum(float((one.float() - two).norm() ** 2) for one, two in pairs) ** 0.5
+
+    before = error(run(model))
+    fuse_layers(model.network)
+    assert fused(model.network) == REPLACED["llama"]
+    assert error(run(model)) < 1.1 * before
+
+
+def test_a_norm_that_is_trained_is_left_alone(made):
+    model = loaded(made, "llama")
+    model.network.model.norm.weight.requires_grad_()
+    fuse_layers(model.network)
+    assert fused(model.network) == (4, 2)
+    assert run(model)[1:][-1].abs().max() > 0
+
+
+class Other(nn.Module):
+    """Looks like a norm, and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8), requires_grad=False), 1e-6
+
+    def forward(self, x):
+        return functional.normalize(x, dim=-1) * self.weight
+
+
+def test_what_only_looks_like_a_norm_is_left_alone():
+    network = nn.Sequential(Other())
+    fuse_layers(network)
+    assert "forward" not in vars(network[0])
+
+
+def test_less_is_kept_for_the_backward_pass(made):
+    def kept(network):
+        storages = {}
+
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            network(input_ids=torch.arange(64)[None], use_cache=False)
+        return sum(size for size, _ in storages.values())
+
+    model = loaded(made, "llama", torch.bfloat16)
+    before = kept(model.network)
+    fuse_layers(model.network)
+    assert kept(model.network) < 0.85 * before

@@ -1,0 +1,119 @@
+"""The fused layer agrees with the plain formula, and keeps no 16-bit weight."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.errors import BaseMismatchError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
+
+
+def nf4_layer(double_quant=True, out_features=96, in_features=128, rank=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator).to(torch.bfloat16)
+    spec = TensorSpec("x.weight", "BF16", tuple(weight.shape))
+    parts = quantized.encode(spec, weight, Encoding("nf4", 64, double_quant))
+    packed = quantized.decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
+    layer = LoraLinear(PackedWeight(packed), torch.randn(out_features, generator=generator))
+    a = torch.randn(rank, in_features, generator=generator)
+    b = torch.randn(out_features, rank, generator=generator)
+    layer.attach(LowRank(a, b, 0.5))
+    return layer, packed.dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_value_and_gradients_are_those_of_the_dequantized_weight(double_quant):
+    layer, weight = nf4_layer(double_quant)
+    x = torch.randn(2, 5, 128, requires_grad=True)
+    grad = torch.randn(2, 5, 96)
+    y = layer(x)
+    y.backward(grad)
+
+    reference = x.detach().double().requires_grad_()
+    a = layer.lora_a.detach().double().requires_grad_()
+    b = layer.lora_b.detach().double().requires_grad_()
+    expected = functional.linear(reference, weight.double(), layer.bias.double()) + 0.5 * (reference @ a.T) @ b.T
+    expected.backward(grad.double())
+    for found, wanted in (
+        (y, expected),
+        (x.grad, reference.grad),
+        (layer.lora_a.grad, a.grad),
+        (layer.lora_b.grad, b.grad),
+    ):
+        error = ((found.double() - wanted).norm() / wanted.norm()).detach()
+        assert float(error) < 2e-6
+
+
+def test_gradients_hold_by_finite_differences():
+    layer, weight = nf4_layer(out_features=8, in_features=64, rank=2)
+    plain = LoraLinear(PlainWeight(weight.double()), None)
+    plain.attach(LowRank(layer.lora_a.detach(), layer.lora_b.detach(), 0.5))
+    plain.double()
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a, b: _apply(plain, x, a, b), (x, plain.lora_a, plain.lora_b))
+
+
+def _apply(layer, x, a, b):
+    from adaptkit.training.network.linear import _Linear
+
+    return _Linear.apply(x, x, a, b, layer.base, layer.scaling)
+
+
+def test_the_graph_holds_no_copy_of_the_weight():
+    """What autograd saves for the backward pass is as large as inputs and adapter, far smaller than W."""
+    layer, _ = nf4_layer(out_features=512, in_features=512)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        layer(torch.randn(4, 512, requires_grad=True))
+    assert sum(saved) < 4 * 512 + 4 * 4 + 2 * 4 * 512 + 1
+    assert sum(saved) < 512 * 512 / 16
+
+
+def test_dropout_touches_only_the_adapter():
+    layer, _ = nf4_layer()
+    layer.dropout = 0.5
+    x = torch.randn(64, 128)
+    with torch.no_grad():
+        layer.lora_b.zero_()
+        assert torch.equal(layer.train()(x), layer.eval()(x))
+        layer.lora_b.normal_()
+        torch.manual_seed(0)
+        one = layer.train()(x)
+        torch.manual_seed(1)
+        assert not torch.equal(one, layer(x))
+        torch.manual_seed(0)
+        assert torch.equal(one, layer(x))
+
+
+def test_gradients_with_dropout_are_those_of_the_same_mask():
+    layer, weight = nf4_layer()
+    layer.dropout = 0.3
+    layer.train()
+    x = torch.randn(6, 128, requires_grad=True)
+    torch.manual_seed(4)
+    layer(x).sum().backward()
+    torch.manual_seed(4)
+    reference = x.detach().clone().requires_grad_()
+    dropped = functional.dropout(reference, 0.3)
+    y = reference @ weight.T + 0.5 * (dropped @ layer.lora_a.detach().T) @ layer.lora_b.detach().T
+    y.sum().backward()
+    assert torch.allclose(x.grad, reference.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_another_shape_is_refused():
+    layer, _ = nf4_layer()
+    with pytest.raises(BaseMismatchError, match="the weight is"):
+        layer.attach(LowRank(torch.zeros(4, 64), torch.zeros(96, 4), 1.0))
+
+
+def test_no_rows_give_no_rows():
+    """As a router may send them to an expert."""
+    layer, _ = nf4_layer()
+    x = torch.randn(0, 128, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape) == ((0, 96), (0, 128))

@@ -1,0 +1,225 @@
+"""The packed model is the model that transformers loads."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.quantized import quantized_names, read_quantized
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
+from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.numerics.lora import LowRank
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.training.network.linear import PackedWeight
+from adaptkit.training.network.model import attach_adapter, choose_device, load_model, new_adapter
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 9, 33, 71, 100, 7, 12, 64]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_are_those_of_the_dequantized_checkpoint_in_transformers(family, request, tmp_path):
+    source = request.getfixturevalue(family)
+    quantize(source, tmp_path / "nf4")
+    dequantize(tmp_path / "nf4", tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    checkpoint = Checkpoint(tmp_path / "nf4")
+    for name in quantized_names(checkpoint):  # in float32; the plain checkpoint holds them rounded to bfloat16
+        weight = read_quantized(checkpoint, name).dequantize(torch.float32)
+        parameter = plain.get_parameter(name)
+        parameter.data.copy_(weight.T if family == "gpt2" else weight)
+    expected = logits(plain)
+    model = load_model(tmp_path / "nf4", torch.float32, CPU)
+    packed = [layer for layer in model.linears.values() if isinstance(layer.base, PackedWeight)]
+    assert len(packed) == len(model.linears)
+    assert torch.allclose(logits(model.network), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_plain_checkpoint_gives_the_logits_of_transformers(family, request):
+    source = request.getfixturevalue(family)
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    assert torch.allclose(logits(load_model(source, torch.float32, CPU).network), expected, atol=1e-5)
+
+
+def test_an_adapter_gives_the_logits_of_peft(llama, adapter):
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(base, adapter).eval())
+    model = load_model(llama, torch.float32, CPU)
+    without = logits(model.network)
+    attach_adapter(model, read_adapter(adapter).modules, "adapter")
+    assert torch.allclose(logits(model.network), expected, atol=1e-5)
+    assert not torch.allclose(without, expected, atol=1e-3)
+
+
+def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    before = logits(model.network)
+    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=3)
+    assert torch.equal(logits(model.network), before)
+    again = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(again, ("*",), 4, 8.0, "kaiming", 0.0, seed=3)
+    for name, layer in model.adapted().items():
+        assert torch.equal(layer.lora_a, again.linears[name].lora_a)
+        bound = layer.base.shape[1] ** -0.5
+        assert float(layer.lora_a.detach().abs().max()) <= bound
+        assert float(layer.lora_a.detach().abs().max()) > 0.8 * bound
+    assert len(model.adapted()) == len(model.linears)
+
+
+def test_the_normal_start_has_the_deviation_one_over_rank(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(model, ("*",), 8, 8.0, "normal", 0.0, seed=0)
+    values = torch.cat([layer.lora_a.detach().reshape(-1) for layer in model.adapted().values()])
+    assert float(values.std()) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_targets_choose_layers_by_last_part_or_path(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    new_adapter(model, ("q_proj", "model.layers.1.mlp.*"), 2, 4.0, "kaiming", 0.0, seed=0)
+    expected = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    expected |= {f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")}
+    assert set(model.adapted()) == expected
+    assert {name for name, p in model.network.named_parameters() if p.requires_grad} == {
+        f"{name}.lora_{half}" for name in expected for half in "ab"
+    }
+
+
+def test_a_target_that_matches_nothing_is_refused(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    with pytest.raises(UsageError, match="'c_attn' matches no linear layer") as caught:
+        new_adapter(model, ("q_proj", "c_attn"), 2, 4.0, "kaiming", 0.0, seed=0)
+    assert "down_proj" in caught.value.hint
+
+
+def test_an_adapter_for_another_model_is_refused(llama_nf4):
+    model = load_model(llama_nf4, torch.float32, CPU)
+    change = LowRank(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
+    with pytest.raises(BaseMismatchError, match="does not have"):
+        attach_adapter(model, {"model.layers.9.self_attn.q_proj": change}, "adapter")
+    with pytest.raises(BaseMismatchError, match="gate_proj"):
+        attach_adapter(model, {"model.layers.0.mlp.gate_proj": change}, "adapter")
+
+
+def test_a_checkpoint_of_other_layers_than_its_configuration_is_refused(llama_nf4, copy_of):
+    import json
+
+    folder = copy_of(llama_nf4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"layers\.2\."):
+        load_model(folder, torch.float32, CPU)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"layers\.1\."):
+        load_model(folder, torch.float32, CPU)
+
+
+def rewritten(folder, change):
+    """Change the tensors of a folder with one weights file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_bias_that_is_missing_or_unknown_is_refused(llama, gpt2, copy_of):
+    name = "transformer.h.0.attn.c_attn.bias"
+    without = rewritten(copy_of(gpt2), lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=r"has no transformer\.h\.0\.attn\.c_attn\.bias"):
+        load_model(without, torch.float32, CPU)
+    name = "model.layers.0.mlp.up_proj.bias"
+    added = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(128)}))
+    with pytest.raises(CheckpointError, match=r"does not know the tensor model\.layers\.0\.mlp\.up_proj\.bias"):
+        load_model(added, torch.float32, CPU)
+
+
+def test_a_weight_of_another_shape_is_refused(llama, copy_of):
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(64, 64)}))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is \[64, 64\].*expects \[128, 64\]"):
+        load_model(changed, torch.float32, CPU)
+
+
+def test_a_buffer_that_the_architecture_does_not_compute_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", lambda self, module: None)
+    with pytest.raises(CheckpointError, match=r"does not say what model\.rotary_emb\.\w*inv_freq holds"):
+        load_model(llama, torch.float32, CPU)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    for name in ("cuda:2", "gpu"):
+        with pytest.raises(UsageError, match="not available"):
+            choose_device(name)
+
+
+def test_a_file_without_the_models_prefix_is_loaded_by_it(gpt2, copy_of):
+    """As the Hub's GPT-2, with the causal masks that older versions of transformers wrote."""
+    expected = logits(load_model(gpt2, torch.float32, CPU).network)
+
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 128, 128).tril()
+
+    model = load_model(rewritten(copy_of(gpt2), bare), torch.float32, CPU)
+    assert torch.equal(logits(model.network), expected)
+    assert "transformer.h.0.attn.c_attn" in model.linears
+
+
+def test_a_quantized_head_is_used_and_is_no_target(tmp_path):
+    source = tiny.write_llama(tmp_path / "source", tied=False)
+    quantize(source, tmp_path / "nf4", QuantizeOptions(include_head=True))
+    model = load_model(tmp_path / "nf4", torch.float32, CPU)
+    checkpoint = Checkpoint(tmp_path / "nf4")
+    assert "lm_head" not in model.linears
+    with torch.no_grad():
+        hidden = model.network.model(IDS).last_hidden_state
+        head = read_quantized(checkpoint, "lm_head.weight").dequantize(torch.float32)
+        assert torch.allclose(logits(model.network), hidden @ head.T, atol=1e-5)
+
+
+def mapped(address):
+    """The file that memory at an address is a view of; empty for ordinary memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5) if line.count("/") else (line.split()[0], "")
+        start, end = (int(edge, 16) for edge in span.split("-"))
+        if start <= address < end:
+            return name
+    raise ValueError(address)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says what memory is a view of what file")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llama_nf4"])
+def test_weights_are_views_of_the_files(family, request):
+    folder = request.getfixturevalue(family)
+    model = load_model(folder, torch.float32 if family == "gpt2" else torch.bfloat16, CPU)
+    tensors = [t for layer in model.linears.values() for t in layer.base.buffers() if t.numel() > 1000]
+    tensors += [parameter for parameter in model.network.parameters() if parameter.dim() > 1]
+    assert len(tensors) > len(model.linears)
+    assert {mapped(tensor.data_ptr()) for tensor in tensors} == {str(folder / "model.safetensors")}
+
+
+def test_what_is_written_to_a_mapped_tensor_stays_out_of_the_file(llama):
+    before = (llama / "model.safetensors").read_bytes()
+    checkpoint = MappedCheckpoint(llama)
+    for name in checkpoint.tensors:
+        tensor = checkpoint.read(name)
+        assert torch.equal(tensor, Checkpoint(llama).read(name))
+        tensor.zero_()
+    assert (llama / "model.safetensors").read_bytes() == before

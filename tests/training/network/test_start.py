@@ -1,0 +1,264 @@
+"""What a run begins as, and what it refuses to begin with, through the library and through the command."""
+
+from dataclasses import replace
+
+import peft_adapters
+import pytest
+import torch
+
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import AdapterError, BaseMismatchError, ConfigError, UsageError
+from adaptkit.operations.check import check
+from adaptkit.operations.inspect import inspect
+from adaptkit.operations.verify import verify
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.loading import load_adapter
+from adaptkit.training.network.model import load_model
+from adaptkit.training.network.start import begin, read_start, resolve_method
+from adaptkit.training.result import write_result
+
+CPU = torch.device("cpu")
+IDS = torch.arange(2, 298).view(8, 37)
+RUN = {"rank": 4, "compute_dtype": "float32", "device": "cpu"}
+
+
+def begun(base, **settings):
+    config = resolve_method(TrainConfig(base=str(base), data=("none",), **RUN | settings), Checkpoint(base))
+    model = load_model(base, torch.float32, CPU)
+    start = read_start(config, None)
+    begin(model, config, start, load_tokenizer(base))
+    return model, config, start
+
+
+def logits(network):
+    with torch.no_grad():
+        return network(IDS).logits
+
+
+BEGUN = [
+    "linear_patterns", "dora_rslora", "dora_conv1d", "biases_all_conv1d", "biases_lora_only", "saved_mlp", "lora_bias",
+    "saved_norms",
+    "saved_head_tied", "saved_both_tied", "saved_tied_ensured", "tokens_tied", "tokens_both_tied", "tokens_head_tied",
+    "experts_qwen3", "experts_down_only", "experts_transposed", "everything",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_a_run_begins_as_what_peft_makes_of_its_adapter_and_writes_the_same_again(name, made, tmp_path):
+    from peft import PeftModel
+
+    case = peft_adapters.make(made, name)
+    model, config, start = begun(case.base, init=str(case.adapter))
+    Trainable.of(model)
+    expected = logits(model.network)
+    with Output(tmp_path / "adapter", "plan") as out:
+        out.publish(write_result(out, model, config, None, start, []))
+    for adapter in (case.adapter, tmp_path / "adapter"):
+        with peft_adapters.quiet():
+            theirs = PeftModel.from_pretrained(peft_adapters.load_float32(case.base), adapter).eval()
+        assert float((logits(theirs) - expected).abs().max()) < 2e-5
+    again = load_model(case.base, torch.float32, CPU)
+    load_adapter(again, read_adapter(tmp_path / "adapter"))
+    trained = [{n: p for n, p in m.network.named_parameters() if p.requires_grad} for m in (model, again)]
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(p, trained[1][n]) for n, p in trained[0].items())
+    assert require_manifest(tmp_path / "adapter").parents[1].role == "init"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("embedding_tied", AdapterError, "low-rank change of an embedding"),
+        ("head", AdapterError, "low-rank change of the output layer"),
+        ("resized_tied", BaseMismatchError, r"is \[310, 64\], the base's is \[301, 64\]"),
+        ("experts_one_by_one_qwen3", BaseMismatchError, r"experts\.0\.down_proj"),
+    ],
+)
+def test_an_adapter_that_cannot_be_run_is_refused_by_name(name, error, message, made):
+    case = peft_adapters.make(made, name)
+    with pytest.raises(error, match=message):
+        begun(case.base, init=str(case.adapter))
+
+
+def test_a_companion_can_become_a_dora_with_more_beside_it(llama, adapter):
+    """The magnitudes begin as the norms that the rows have with the adapter, so that nothing changes."""
+    model, _, _ = begun(llama, init=str(adapter), dora=True, modules_to_save=("norm",), trainable_tokens=("7",))
+    plain, _, _ = begun(llama, init=str(adapter))
+    assert float((logits(model.network) - logits(plain.network)).abs().max()) < 1e-5
+    names = [name for name, p in model.network.named_parameters() if p.requires_grad]
+    for word in ("magnitude", "norm", "trained_rows", "lora_a"):
+        assert any(word in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"targets": ("q_proj", "c_attn")}, "target 'c_attn' matches no linear layer", "down_proj"),
+        ({"exclude": ("nothing",)}, "exclude pattern 'nothing' matches no linear layer", "down_proj"),
+        ({"targets": ("q_proj",), "exclude": ("*",)}, "every target is excluded", "exclude"),
+        ({"rank": 33}, r"rank 33 is above that of model\.layers\.0\.self_attn\.k_proj, which is 32 x 64", "k_proj=32"),
+        ({"rank_pattern": {"qproj": 2}}, "rank_pattern: 'qproj' matches nothing", "q_proj"),
+        ({"alpha_pattern": {"o_proj.weight": 2}}, "alpha_pattern: 'o_proj.weight' matches nothing", "q_proj"),
+        ({"modules_to_save": ("score",)}, "modules_to_save: no module is called 'score'", "lm_head"),
+        ({"modules_to_save": ("down_proj",), "targets": ("down_proj",)}, "every target is excluded", "exclude"),
+        ({"bias": "all"}, "bias: all, but there are no biases", "bias: none"),
+        ({"trainable_tokens": ("<|nothing|>",)}, r"'<\|nothing\|>' is no token of the vocabulary", "exact text"),
+        ({"trainable_tokens": ("301",)}, r"embed_tokens has 301 rows, and no row 301", "vocabulary"),
+        ({"trainable_tokens": ("7",), "modules_to_save": ("lm_head",)}, "trained whole already", "trainable_tokens"),
+        ({"target_parameters": ("*.experts.*",)}, "'[*].experts.[*]' matches no stack", "has no stack"),
+    ],
+)  # fmt: skip
+def test_what_means_nothing_in_the_model_is_refused_with_a_hint(llama, settings, message, hint):
+    with pytest.raises(UsageError, match=message) as caught:
+        begun(llama, **settings)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["q_proj", "down_proj"])
+def test_what_is_quantized_is_not_trained_whole(llama_nf4, name):
+    with pytest.raises(UsageError, match=rf"{name}\.weight is quantized") as caught:
+        begun(llama_nf4, modules_to_save=(name,))
+    assert "--skip 'model.layers.0" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({"rank": 0}, "at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "whole numbers"),
+        ({"alpha_pattern": {"q_proj": 0}}, "above 0"),
+        ({"alpha_pattern": {"(q_proj": 2}}, "regular expressions"),
+        ({"target_parameters": ("experts",), "dora": True}, "target_parameters"),
+        ({"target_parameters": ("experts",), "dropout": 0.1}, "target_parameters"),
+        ({"lora_bias": True, "dora": True}, "together with dora"),
+        ({"bias": "some"}, "lora_only"),
+        ({"method": "dora"}, "qlora"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings, hint):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(base="nowhere", data=("none",), **settings)
+    assert hint in caught.value.hint
+
+
+def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter):
+    with pytest.raises(ConfigError, match="rslora") as caught:
+        TrainConfig(base="nowhere", data=("none",), init=str(adapter), rslora=True)
+    assert "has its own" in caught.value.hint
+
+
+def test_a_base_that_others_quantized_is_refused_with_what_to_do(llama, copy_of):
+    import json
+
+    folder = copy_of(llama)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UsageError, match="quantized with gptq") as caught:
+        resolve_method(TrainConfig(base=str(folder), data=("none",)), Checkpoint(folder))
+    assert "adaptkit quantize" in caught.value.hint
+
+
+def test_a_run_of_many_kinds_learns_and_its_result_is_read_by_everything(llama_nf4, llama, instructions, tmp_path):
+    settings = {"dora": True, "rslora": True, "modules_to_save": ("norm",), "trainable_tokens": ("<|im_start|>",)}
+    config = TrainConfig(
+        base=str(llama_nf4), data=(str(instructions),), steps=8, batch_size=4, learning_rate=5e-3, dropout=0.1,
+        rank_pattern={"q_proj": 2}, lora_plus_ratio=4.0, **RUN | settings,
+    )  # fmt: skip
+    report = train(config, tmp_path / "adapter")
+    assert report.held_out_after < 0.95 * report.held_out_before
+    options = require_manifest(tmp_path / "adapter").operation["options"]
+    assert options["method"] == "qlora"
+    assert (options["dora"], options["rank_pattern"], options["trainable_tokens"]) == (
+        True, {"q_proj": 2}, ["<|im_start|>"],
+    )  # fmt: skip
+    assert verify(tmp_path / "adapter").kind == "adapter"
+    assert inspect(tmp_path / "adapter").kind == "adapter"
+    assert {verdict.taken for verdict in check(tmp_path / "adapter", ["peft"], llama).verdicts} == {True}
+
+
+def test_lora_on_a_plain_base_names_its_tensors(llama, instructions, tmp_path):
+    from adaptkit.checkpoint.hashing import fingerprint
+
+    config = TrainConfig(base=str(llama), data=(str(instructions),), steps=2, batch_size=2, **RUN)
+    train(config, tmp_path / "adapter")
+    manifest, checkpoint = require_manifest(tmp_path / "adapter"), Checkpoint(llama)
+    assert manifest.operation["options"]["method"] == "lora"
+    assert len(manifest.targets) == 14
+    for target in manifest.targets:
+        assert target.base_xxh3_128 == fingerprint(checkpoint.read(f"{target.module}.weight"))
+
+
+def test_the_command_says_in_one_line_what_is_wrong(run_cli, llama, llama_nf4, instructions, tmp_path):
+    def train_with(base, *options):
+        done = run_cli("train", "--base", base, "--data", instructions, "-o", tmp_path / "out", *options)
+        error, hint = done.stderr.strip().splitlines()[-2:]
+        assert "Traceback" not in done.stderr
+        assert hint.strip().startswith("hint:")
+        return done.code, error
+
+    code, error = train_with(llama_nf4, "--method", "full")
+    assert (code, "is quantized, and full" in error) == (2, True)
+    code, error = train_with(llama, "--rank-pattern", "q_proj=0")
+    assert (code, "rank_pattern" in error) == (2, True)
+    code, error = train_with(llama, "--modules-to-save", "score", "--steps", "1")
+    assert (code, "no module is called 'score'" in error) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "full", "learning_rate": 1e-3},
+        {"rank": 4, "dora": True, "dropout": 0.2, "modules_to_save": ("lm_head",), "lora_plus_ratio": 8.0},
+        {"rank": 4, "rslora": True, "trainable_tokens": ("7", "<|im_end|>")},
+    ],
+    ids=["full", "dora", "tokens"],
+)
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(llama, instructions, settings, tmp_path):
+    config = TrainConfig(
+        base=str(llama), data=(str(instructions),), steps=6, batch_size=4, compute_dtype="bfloat16", device="cpu",
+        **settings,
+    )  # fmt: skip
+    expected = train(config, tmp_path / "whole")
+
+    def stop(report):
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "stopped", on_step=stop)
+    report = train(config, tmp_path / "stopped")
+    assert report.resumed_from > 0
+    assert report.manifest_sha256 == expected.manifest_sha256
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
+
+
+def test_an_adapter_for_another_plain_base_is_refused_and_one_for_its_quantized_twin_is_not(
+    llama, llama_nf4, instructions, tmp_path
+):
+    import tiny
+
+    config = TrainConfig(base=str(llama_nf4), data=(str(instructions),), steps=1, batch_size=2, **RUN)
+    train(config, tmp_path / "adapter")
+    begun(llama, init=str(tmp_path / "adapter"))
+    other = tiny.write_llama(tmp_path / "other", seed=5)
+    with pytest.raises(BaseMismatchError, match="belongs to another base"):
+        begun(other, init=str(tmp_path / "adapter"))
+
+
+def test_an_adapter_of_a_checkpoint_with_a_manifest_goes_on(llama, instructions, tmp_path):
+    config = TrainConfig(base=str(llama), data=(str(instructions),), steps=1, batch_size=2, device="cpu")
+    train(replace(config, method="full"), tmp_path / "tuned")
+    on_tuned = replace(config, base=str(tmp_path / "tuned"), rank=4)
+    train(on_tuned, tmp_path / "first")
+    train(replace(on_tuned, init=str(tmp_path / "first")), tmp_path / "second")
+    roles = {parent.role: parent.kind for parent in require_manifest(tmp_path / "second").parents}
+    assert roles == {"base": "checkpoint", "init": "adapter"}
