@@ -58,6 +58,7 @@ def adaptkit_step(base: Path, length: int, share: float, checkpointing: bool) ->
 
     from adaptkit.training.config import TrainConfig
     from adaptkit.training.data.batches import Batch
+    from adaptkit.training.distributed import World
     from adaptkit.training.gradients import Gradients
     from adaptkit.training.memory.activations import save_activations
     from adaptkit.training.memory.optimizer import make_optimizer
@@ -72,7 +73,7 @@ def adaptkit_step(base: Path, length: int, share: float, checkpointing: bool) ->
     fuse_layers(model.network)
     save_activations(model.network, config, (1, length), torch.device("cpu"))
     trainable = Trainable.of(model)
-    gradients = Gradients(model, trainable.gradients, config)
+    gradients = Gradients(model, trainable.gradients, config, World(torch.device("cpu")))
     optimizer = make_optimizer(trainable, config, Path("unused: every page is resident"))
     ids, labels = tokens(length, share)
     batch = Batch(ids, labels, torch.ones_like(ids))

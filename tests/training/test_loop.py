@@ -63,13 +63,13 @@ def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instr
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from adaptkit.training.data.dataset import dataset as data
+    from adaptkit.training.data.dataset import load_data
 
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, trained[0]).eval()
     tokenizer = load_tokenizer(llama)
     total = tokens = 0
-    for sample in data.load_data([instructions], tokenizer, 1024).samples:
+    for sample in load_data([instructions], tokenizer, 1024).samples:
         ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * sample.answer_tokens
@@ -86,14 +86,14 @@ def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_
     from transformers import AutoModelForCausalLM
 
     from adaptkit.operations.dequantize import dequantize
-    from adaptkit.training.data.dataset import dataset as data
+    from adaptkit.training.data.dataset import load_data, split
 
     train(replace(config, steps=1, dropout=0.0), tmp_path / "adapter")
     first = json.loads((tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()[1])
     dequantize(llama_nf4, tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     tokenizer = load_tokenizer(llama_nf4)
-    samples, _ = data.split(data.load_data([instructions], tokenizer, 1024).samples, config.held_out, config.seed)
+    samples, _ = split(load_data([instructions], tokenizer, 1024).samples, config.held_out, config.seed)
     total = 0.0
     for (sample,) in Batches(samples, batch_size=config.batch_size, seed=config.seed).rows(0):
         ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
