@@ -8,6 +8,9 @@ store might change.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from functools import cache
+from typing import Any
+
 import numba
 import numpy as np
 import torch
@@ -165,6 +168,12 @@ def _decode_4bit_by_selection(codes, absmax, block_size, levels, out):
             x[2 * i + 1] = _pick(packed[i] & np.uint8(15), values)
 
 
+@cache
+def _levels(book: Codebook) -> Any:
+    """(16,) float32, made once: decoding a small weight takes little longer than making them."""
+    return np.array(book.levels, np.float32)
+
+
 def decode_4bit(
     codes: Tensor, absmax: Tensor, count: int, block_size: int, book: Codebook, dtype: torch.dtype
 ) -> Tensor:
@@ -175,7 +184,7 @@ def decode_4bit(
     weights = full * block_size
     arrays = codes[: weights // 2].numpy(), absmax[:full].numpy(), block_size
     if PERMUTATION and block_size % CHUNK == 0:
-        _decode_4bit_by_look_up(*arrays, np.array(book.levels, np.float32), float_bits(out[:weights]))
+        _decode_4bit_by_look_up(*arrays, _levels(book), float_bits(out[:weights]))
     else:
         _decode_4bit_by_selection(*arrays, tuple(map(np.float32, book.levels)), float_bits(out[:weights]))
     if weights < count:

@@ -89,21 +89,21 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
-        inner = flat_dropped @ a.T
+        inner = (flat_dropped @ a.T).mul_(scale)
         y = flat @ weight.dequantize(x.dtype).T
-        y.addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(flat_dropped, inner, lora_a, lora_b)
+        y.addmm_(inner, b.T)
+        ctx.save_for_backward(flat_dropped, inner, a, b)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
+        ctx.dtypes = lora_a.dtype, lora_b.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
-        dropped, inner, lora_a, lora_b = ctx.saved_tensors
+        dropped, inner, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
-        grad_inner = (grad @ b) * ctx.scale
-        grad_a = (grad_inner.T @ dropped).to(lora_a.dtype)
-        grad_b = ((grad.T @ inner) * ctx.scale).to(lora_b.dtype)
+        grad_inner = (grad @ b).mul_(ctx.scale)
+        grad_a = (grad_inner.T @ dropped).to(ctx.dtypes[0])
+        grad_b = (grad.T @ inner).to(ctx.dtypes[1])
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ ctx.weight.dequantize(grad.dtype)

@@ -115,7 +115,7 @@ class _Loss(torch.autograd.Function):
 
 def _rows(hidden: Tensor, head: Any) -> int:
     """How many positions go through the output layer at a time."""
-    vocabulary = (head.base if isinstance(head, LoraLinear) else head.weight).shape[0]
+    vocabulary = head.base.shape[0] if isinstance(head, LoraLinear) else head.out_features
     return rows_at_a_time(int(vocabulary), hidden.element_size())
 
 
