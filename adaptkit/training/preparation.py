@@ -1,10 +1,14 @@
 """What a run is made of before its first step: batches, model, and how many steps and bytes it takes."""
 
 import math
+from pathlib import Path
 
 import torch
 
+from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.numerics.adamw import moment_bytes
+from adaptkit.numerics.kernels import kernels_for
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.data.packing import check_packing
@@ -43,6 +47,12 @@ def batches_of(inputs: Inputs) -> Batches:
 def total_steps(config: TrainConfig, batches: Batches) -> int:
     """How many steps a run takes, unless it stops early."""
     return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+
+
+def import_libraries(base: Path, device: torch.device) -> None:
+    """Import what building a model imports, so that the memory of libraries is not taken for that of the run."""
+    empty_network(Checkpoint(base))
+    kernels_for(device)
 
 
 def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:

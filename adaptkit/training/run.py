@@ -24,7 +24,7 @@ from adaptkit.training.memory.activations import PeakMemory, memory_report
 from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
-from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
+from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, import_libraries, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
 from adaptkit.training.schedule import learning_rate
@@ -80,6 +80,7 @@ class Run:
         self._padding = pad_id(inputs.tokenizer)
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
+        import_libraries(inputs.base, world.device)
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
