@@ -63,7 +63,11 @@ def broken(tmp_path, llama, adapter):
         "one to stack": (["stack", adapter, "-o", "out"], 2, "at least two"),
         "no such method": (["stack", adapter, adapter, "-o", "out", "--method", "magic"], 2, "there is no 'magic'"),
         "unverifiable": (["verify", llama], 3, "there is no adaptkit-manifest.json"),
-        "plain base": (["train", "--base", llama, "--data", "x.jsonl", "-o", "out"], 2, "not quantized"),
+        "plain base": (
+            ["train", "--base", llama, "--data", "x.jsonl", "-o", "out", "--method", "qlora"],
+            2,
+            "not quantized",
+        ),
         "no base": (["train", "--data", "x.jsonl", "-o", "out"], 2, "base is missing"),
         "unknown key": (["train", "--config", tmp_path / "bad.yaml", "-o", "out"], 2, "unknown key 'lerning_rate'"),
         "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),

@@ -135,7 +135,8 @@ def inputs(tmp_path_factory):
 def killed(inputs, tmp_path_factory):
     root = tmp_path_factory.mktemp("killed")
     arguments = [sys.executable, "-c", HELPER, *inputs, root, *OPTIONS]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork has none of the threads that its parent's pool had
+    done = subprocess.run(arguments, capture_output=True, text=True, env=alone, timeout=600)
     logs = "".join(path.read_text() for path in sorted(root.glob("*.log")))
     assert done.returncode == 0, done.stderr + logs
     return root, json.loads(done.stdout)
