@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint
 from adaptkit.checkpoint.layout import resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import CheckpointError, IntegrityError
@@ -103,11 +103,11 @@ def check_tensors(root: Path, manifest: Manifest) -> None:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Everything below the folder that is no folder itself, but the manifest and the download tools' ``.cache``."""
-    waiting = [root]
+    """Every file below the folder, but the manifest, its signature, and the download tools' ``.cache``."""
+    waiting, own = [root], (root / MANIFEST_NAME, root / SIGNATURE_NAME)
     while waiting:
         for found in sorted(waiting.pop().iterdir()):
             if found.is_dir() and not found.is_symlink():
                 waiting += [found] if found != root / ".cache" else []
-            elif found != root / MANIFEST_NAME:
+            elif found not in own:
                 yield found

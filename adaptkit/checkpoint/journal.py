@@ -26,7 +26,7 @@ from typing import Any, Self
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.lines import append_line, read_lines
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, TensorRecord
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, sync_folder, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
@@ -89,8 +89,7 @@ class Output:
         self._inputs = json.loads(json.dumps(inputs))
         self.folder = partial_folder(final)
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-        self._force = force
-        self._keep_work = keep_work
+        self._force, self._keep_work = force, keep_work
         self._locks: list[int] = []
         self._finished: dict[str, tuple[FileRecord, list[TensorRecord], dict[str, Any]]] = {}
         self.files: list[FileRecord] = []
@@ -182,10 +181,11 @@ class Output:
         """Write a JSON file of the output."""
         self.write(name, write_json(value))
 
-    def publish(self, manifest: Manifest) -> None:
-        """Write the manifest, remove what is no part of the artifact, and rename the folder into view."""
-        write_file(self.folder, MANIFEST_NAME, manifest.to_bytes())
-        keep = {record.path for record in manifest.files} | {MANIFEST_NAME}
+    def publish(self, manifest: Manifest, signature: bytes | None = None) -> None:
+        """Write the manifest, with its signature if any, remove all that is no part of it, and rename the folder."""
+        own = {MANIFEST_NAME: manifest.to_bytes()} | ({SIGNATURE_NAME: signature} if signature is not None else {})
+        keep = {record.path for record in manifest.files}
+        keep |= {write_file(self.folder, name, content).path for name, content in own.items()}
         for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
             if path.is_symlink() or not path.is_dir():
                 if path.relative_to(self.folder).as_posix() not in keep:

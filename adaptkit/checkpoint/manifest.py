@@ -6,7 +6,7 @@ Canonical JSON: UTF-8, sorted keys, no spaces, no times, host names or absolute 
     kind        quantized | adapter | merged | checkpoint
     tool        {name, version}
     operation   {name, options}
-    files       [{path, size, sha256}]                      every file but the manifest itself
+    files       [{path, size, sha256}]                      every file but the manifest and its signature
     tensors     [{name, file, dtype, shape, xxh3_128}]
     tensors_root  sha256 over the sorted lines of name, dtype, shape and digest
     parents     [{role, kind, tensors_root, manifest_sha256?, weight?}]
@@ -28,6 +28,8 @@ from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.errors import CheckpointError, IntegrityError
 
 MANIFEST_NAME = "adaptkit-manifest.json"
+SIGNATURE_NAME = "adaptkit-manifest.sig"
+"""The only file beside the manifest that it does not list: its signature, see ``signing``."""
 SCHEMA = 1
 
 
@@ -211,8 +213,8 @@ def _typed(record: Any) -> Any:
 def _check_paths(files: tuple[FileRecord, ...]) -> None:
     paths = [record.path for record in files]
     folded = {path.casefold() for path in paths}
-    if len(folded) != len(paths) or MANIFEST_NAME in paths:
-        raise ValueError("a path appears twice, or the manifest lists itself")
+    if len(folded) != len(paths) or folded & {MANIFEST_NAME, SIGNATURE_NAME}:
+        raise ValueError("a path appears twice, or the manifest lists itself or its signature")
     for path in paths:
         resolve_inside(Path("artifact"), path)
 

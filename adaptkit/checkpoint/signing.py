@@ -1,0 +1,299 @@
+"""A signature over an artifact's manifest, in the OpenSSF Model Signing format, through the ``model-signing`` package.
+
+The manifest names the sha256 of every other file, so that one signature over it covers the artifact, whatever its size.
+It lies beside the manifest:
+
+    adaptkit-manifest.sig   a Sigstore bundle: DSSE envelope, in-toto statement, predicate model_signing/signature/v1.0
+                            with one resource, named ".", whose digest is the sha256 of adaptkit-manifest.json
+
+Signed is either with an elliptic-curve key, which works offline, or with an identity that a provider vouches for
+(keyless: Sigstore's public services issue a certificate and keep a log).
+"""
+
+import contextlib
+import json
+import os
+import sys
+from base64 import b64decode
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adaptkit.checkpoint.header import check_regular
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
+from adaptkit.checkpoint.writer import disk_errors, write_file
+from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError
+
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
+_MAKE_A_KEY = (
+    "openssl ecparam -name prime256v1 -genkey -noout -out key.pem; openssl ec -in key.pem -pubout -out key.pub"
+)
+_MAX_SIGNATURE_BYTES = 1 << 20
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+"""What ``model-signing`` raises of a bundle that is none, or not the expected one."""
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Who signs: the holder of a key, or, without a key, an identity.
+
+    Attributes:
+        private_key: PEM file of an elliptic-curve key (P-256, P-384 or P-521).
+        password: of that file.
+        identity_token: of an OpenID Connect provider. Without one the environment's identity is taken, as CI services
+            give it to their jobs, or else, at a terminal, a browser asks for it.
+    """
+
+    private_key: Path | None = None
+    password: bytes | None = field(default=None, repr=False)
+    identity_token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.private_key is not None and self.identity_token is not None:
+            raise UsageError("sign with a key or with an identity, not both", hint="leave one of them out")
+        if self.password is not None and self.private_key is None:
+            raise UsageError("a password without a private key", hint="name the key too")
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose signature counts: the holder of a key, or an identity.
+
+    Attributes:
+        public_key: PEM file of an elliptic-curve key.
+        identity: of the signer: an e-mail address, or the URI of a CI job.
+        identity_provider: URL of the provider that vouched for it.
+    """
+
+    public_key: Path | None = None
+    identity: str | None = None
+    identity_provider: str | None = None
+
+    def __post_init__(self) -> None:
+        keyless = (self.identity is not None, self.identity_provider is not None)
+        if (self.public_key is not None) == any(keyless) or any(keyless) != all(keyless):
+            raise UsageError(
+                "whose signature counts is a public key, or an identity with its provider",
+                hint="--public-key FILE, or --identity NAME --identity-provider URL",
+            )
+
+    def __str__(self) -> str:
+        if self.public_key is not None:
+            return f"the key in {self.public_key}"
+        return f"{self.identity}, of {self.identity_provider}"
+
+
+def sign(root: Path, signer: Signer) -> Path:
+    """Sign the artifact in a folder as its manifest describes it; whether that is right is for ``check_artifact``.
+
+    Returns:
+        The signature's file, ``adaptkit-manifest.sig`` in the folder; one that is there is replaced.
+
+    Raises:
+        IntegrityError: there is no manifest, or it is malformed.
+        UsageError, AuthenticationError, NetworkError: see ``sign_manifest``.
+    """
+    signature = sign_manifest(require_manifest(root).to_bytes(), signer)
+    path, unfinished = root / SIGNATURE_NAME, f"{SIGNATURE_NAME}.partial"
+    try:
+        write_file(root, unfinished, signature)
+        with disk_errors(path):
+            os.replace(root / unfinished, path)
+    finally:
+        (root / unfinished).unlink(missing_ok=True)
+    return path
+
+
+def sign_manifest(content: bytes, signer: Signer) -> bytes:
+    """Sign a manifest that may be in no file yet.
+
+    Args:
+        content: of ``adaptkit-manifest.json``.
+        signer: who.
+
+    Returns:
+        The content of ``adaptkit-manifest.sig``.
+
+    Raises:
+        UsageError: the extra is not installed, or the key cannot be used.
+        AuthenticationError: there is no identity, or its provider refused it.
+        NetworkError: Sigstore's services do not answer.
+    """
+    config = _package().signing.Config()
+    if signer.private_key is not None:
+        _check_private_key(signer.private_key, signer.password)
+        config.use_elliptic_key_signer(private_key=signer.private_key, password=signer.password)
+    with _manifest_file(content) as file, _to_stderr():
+        path = file.with_name(SIGNATURE_NAME)
+        if signer.private_key is None:
+            with _keyless_errors():
+                config.use_sigstore_signer(identity_token=_identity_token(signer)).sign(file, path)
+        else:
+            config.sign(file, path)
+        return path.read_bytes()
+
+
+def check_signature(content: bytes, signature: Path, trust: Trust) -> None:
+    """Check that somebody who counts signed exactly this manifest.
+
+    Args:
+        content: of ``adaptkit-manifest.json``.
+        signature: file.
+        trust: whose signature counts.
+
+    Raises:
+        IntegrityError: it is no signature, of somebody else, or of another manifest.
+        UsageError: the extra is not installed, or key or file cannot be read.
+        NetworkError: keyless, and Sigstore's services do not answer.
+    """
+    config = _package().verifying.Config()
+    bundle = _read_signature(signature)
+    if trust.public_key is not None:
+        _check_public_key(trust.public_key)
+        config.use_elliptic_key_verifier(public_key=trust.public_key)
+    from cryptography.exceptions import InvalidSignature
+
+    with _manifest_file(content) as file, _to_stderr(), _keyless_errors():
+        if trust.public_key is None:
+            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.identity_provider)
+        copy = file.with_name(SIGNATURE_NAME)
+        copy.write_bytes(bundle)
+        try:
+            config.verify(file, copy)
+            signed = _signed_digests(bundle)
+        except (*_MALFORMED, InvalidSignature) as error:
+            raise _refused(bundle, content, signature, trust) from error
+    if signed != [sha256(content).hexdigest()]:  # whatever the signed statement says should be left out of account
+        raise _refused(bundle, content, signature, trust)
+
+
+def _refused(bundle: bytes, content: bytes, signature: Path, trust: Trust) -> IntegrityError:
+    try:
+        digests = _signed_digests(bundle)
+    except _MALFORMED:
+        return IntegrityError(f"{signature}: is not a signature of a manifest", hint="get it again")
+    if digests != [sha256(content).hexdigest()]:
+        return IntegrityError(
+            f"{signature}: is for another artifact: the manifest's sha256 is {sha256(content).hexdigest()}, "
+            f"not {', '.join(digests) or 'in it'}",
+            hint="get artifact and signature from the same place, and trust neither until they agree",
+        )
+    return IntegrityError(f"{signature}: is not by {trust}", hint="do not trust it, unless you gave the wrong key")
+
+
+def _signed_digests(bundle: bytes) -> list[str]:
+    statement = json.loads(b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))
+    return [str(resource["digest"]) for resource in statement["predicate"]["resources"]]
+
+
+def _read_signature(path: Path) -> bytes:
+    if not os.path.lexists(path):
+        raise UsageError(f"{path}: there is no signature", hint="name its file with --signature")
+    check_regular(path)
+    if path.stat().st_size > _MAX_SIGNATURE_BYTES:
+        raise IntegrityError(f"{path}: is too large for a signature", hint="get it again")
+    return path.read_bytes()
+
+
+def _check_private_key(path: Path, password: bytes | None) -> None:
+    """Refuse what cannot sign, in words that say why and show nothing of it."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    content = _read_key(path)
+    try:
+        key = load_pem_private_key(content, password)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        wrong = "needs its password, and no other" if b"ENCRYPTED" in content or password else "holds no private key"
+        raise UsageError(f"{path}: {wrong}", hint=_MAKE_A_KEY) from error
+    _check_curve(path, key)
+
+
+def _check_public_key(path: Path) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(_read_key(path))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UsageError(f"{path}: holds no public key", hint=_MAKE_A_KEY) from error
+    _check_curve(path, key)
+
+
+def _check_curve(path: Path, key: Any) -> None:
+    curve = getattr(key, "curve", None)
+    if curve is None or curve.name not in _CURVES:
+        raise UsageError(f"{path}: is no key on one of the curves P-256, P-384 and P-521", hint=_MAKE_A_KEY)
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        check_regular(path)
+        return path.read_bytes()
+    except (CheckpointError, OSError) as error:
+        raise UsageError(f"{path}: there is no key that can be read", hint=_MAKE_A_KEY) from error
+
+
+def _package() -> Any:
+    try:
+        import model_signing
+    except ImportError as error:
+        raise UsageError(
+            f"signatures need the package model-signing ({error.name} is not installed)",
+            hint="pip install 'adaptkit[sign]'",
+        ) from error
+    return model_signing
+
+
+def _identity_token(signer: Signer) -> str:
+    """The token that was given, or the one that a CI service gives to its jobs; empty for a browser to be asked.
+
+    Raises:
+        AuthenticationError: there is none, and nobody who could be asked.
+    """
+    from sigstore.oidc import detect_credential
+
+    token = signer.identity_token or detect_credential()
+    if not token and not sys.stdin.isatty():
+        raise AuthenticationError(
+            "there is no identity to sign with here",
+            hint="sign with a private key; or in a CI job that may ask for an identity token (id-token: write)",
+        )
+    return token or ""
+
+
+@contextlib.contextmanager
+def _keyless_errors() -> Iterator[None]:
+    """Turn what Sigstore's client raises into our errors; a signature that is wrong is for the caller."""
+    import requests
+    from sigstore.errors import Error, TUFError
+    from sigstore.errors import NetworkError as NoAnswer
+    from sigstore.oidc import IdentityError, IssuerError
+
+    try:
+        yield
+    except (NoAnswer, TUFError, requests.RequestException) as error:
+        raise NetworkError("Sigstore's services do not answer", hint="try again, or use a key, which needs none") from (
+            error
+        )
+    except (IdentityError, IssuerError) as error:
+        raise AuthenticationError("the identity token is not accepted", hint="get a new one") from error
+    except Error as error:
+        raise IntegrityError(f"Sigstore: {' '.join(str(error).split())}", hint="do not trust it") from error
+
+
+@contextlib.contextmanager
+def _manifest_file(content: bytes) -> Iterator[Path]:
+    """The manifest in a file of its own: what is signed is what was read, whatever happens to the folder meanwhile."""
+    with TemporaryDirectory(prefix="adaptkit-signing-") as folder:
+        file = Path(folder) / MANIFEST_NAME
+        file.write_bytes(content)
+        yield file
+
+
+def _to_stderr() -> contextlib.AbstractContextManager[Any]:
+    """Keep stdout for reports: the package prints its warnings there."""
+    return contextlib.redirect_stdout(sys.stderr)
