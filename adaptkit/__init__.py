@@ -19,6 +19,7 @@ _PUBLIC = {
     "Part": "adaptkit.operations.quantize",
     "PlanOptions": "adaptkit.operations.plan",
     "PublishOptions": "adaptkit.hub.publish",
+    "PullOptions": "adaptkit.hub.download",
     "QuantizeOptions": "adaptkit.operations.quantize",
     "ResizeOptions": "adaptkit.operations.resize",
     "StackOptions": "adaptkit.operations.stack",

@@ -5,7 +5,8 @@ import json
 import os
 import signal
 import sys
-from types import FrameType
+import traceback
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from adaptkit import __version__
 from adaptkit.cli import commands
 from adaptkit.discovery import load, names
 from adaptkit.errors import AdaptkitError
+from adaptkit.hub.secrets import redact
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -79,6 +81,7 @@ def _say_stopped(number: int) -> int:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    sys.excepthook = _show_unknown_error
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, _stop)
@@ -107,7 +110,13 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
 
 
+def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, without the tokens that a library may have put into a message."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
+    message = redact(message)
     if "--json" in sys.argv[1:]:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
         print(json.dumps({"error": error}))

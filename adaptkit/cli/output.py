@@ -1,9 +1,14 @@
 """Reports for programs (one JSON document) and for people (a short table)."""
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+from adaptkit.errors import UsageError
 
 Row = tuple[str, str]
 
@@ -49,6 +54,28 @@ def show_table(
             print("  ".join([first, *others]).rstrip())
         print()
     show(report, rows, as_json=as_json, quiet=quiet)
+
+
+def notes(quiet: bool) -> Callable[[str], None]:
+    """What tells people on stderr, in a line each, what is waited for or left out."""
+    return (lambda text: None) if quiet else (lambda text: print(f"note: {text}", file=sys.stderr, flush=True))
+
+
+def check_report_file(path: Path) -> None:
+    """Refuse a place for a report where no file can be made, before there is anything to report.
+
+    Raises:
+        UsageError: its folder is absent or closed, or it is a folder itself.
+    """
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: no file can be written there", hint="choose another --output-file")
+
+
+def write_report(report: Any, path: Path) -> None:
+    """Write what ``--json`` prints into a file, which appears whole."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    os.replace(unfinished, path)
 
 
 def size(count: float) -> str:

@@ -11,11 +11,11 @@ The client wraps some of these: a failed upload in a RuntimeError, a failed down
 """
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from huggingface_hub import get_token
+import huggingface_hub.errors
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -29,7 +29,11 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import AdaptkitError, AuthenticationError, ConflictError, NetworkError, UsageError
+from adaptkit.hub.secrets import redact
 
+# Of the exchange of a CI job's identity for a token; huggingface_hub has it from 1.19 on.
+_OIDC_ERRORS: tuple[type[Exception], ...] = tuple(filter(None, [getattr(huggingface_hub.errors, "OIDCError", None)]))
+_TRANSLATED: tuple[type[Exception], ...] = (TransportError, OSError, ValueError, RuntimeError, KeyError, *_OIDC_ERRORS)
 _LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
 _AGAIN = "run the same command again; nothing is done twice"
 _PASSING = {408, 425, 429}
@@ -44,7 +48,7 @@ def hub_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (TransportError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except _TRANSLATED as error:
         if isinstance(error, NotImplementedError | RecursionError):
             raise
         raise _translated(error, what) from error
@@ -57,7 +61,9 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         return _translated(error.__cause__, what)
     if isinstance(error, OfflineModeIsEnabled):
         return NetworkError(f"{what}: huggingface_hub is offline", hint="unset HF_HUB_OFFLINE")
-    if isinstance(error, LocalTokenNotFoundError) or (isinstance(error, PermissionError) and error.errno is None):
+    if isinstance(error, (LocalTokenNotFoundError, *_OIDC_ERRORS)) or (
+        isinstance(error, PermissionError) and error.errno is None
+    ):
         return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)  # the second is hf_xet's
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         return DiskError(f"{what}: cannot write here: {error.strerror}", hint="free some space, and run it again")
@@ -68,7 +74,7 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
 
 def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
     status = error.response.status_code
-    said = f"{what}: the Hub answered {status}: {_redacted(error.server_message or _line(error))}"
+    said = f"{what}: the Hub answered {status}: {redact(' '.join((error.server_message or _line(error)).split()))}"
     if status in (401, 403):
         return AuthenticationError(said, hint=_LOGIN)
     if isinstance(error, RevisionNotFoundError):
@@ -82,14 +88,33 @@ def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
     return UsageError(said)
 
 
+def is_passing(error: AdaptkitError) -> bool:
+    """Whether another try may succeed: the Hub said so, or did not answer; being offline on purpose does not pass."""
+    return isinstance(error, NetworkError) and not isinstance(error.__cause__, OfflineModeIsEnabled)
+
+
+def status_of(error: AdaptkitError) -> int | None:
+    """The status that the Hub answered with, if an answer is what the error is about."""
+    response = _response(error)
+    return None if response is None else int(response.status_code)
+
+
+def retry_after_s(error: AdaptkitError) -> float:
+    """How many seconds the Hub asked to wait; 0 if it did not."""
+    response = _response(error)
+    asked = "" if response is None else response.headers.get("Retry-After", "")
+    return float(asked) if asked.isdecimal() else 0.0
+
+
+def _response(error: BaseException | None) -> Any:
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return error.response
+        error = error.__cause__
+    return None
+
+
 def _line(error: BaseException) -> str:
     """The first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _redacted(lines[0] if lines else type(error).__name__)
-
-
-def _redacted(text: str) -> str:
-    """Servers and proxies echo headers; no message of adaptkit shows a token."""
-    token = get_token()
-    text = text.replace(token, "(token)") if token else text
-    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "(token)", " ".join(text.split()))
+    return redact(lines[0] if lines else type(error).__name__)

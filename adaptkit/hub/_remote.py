@@ -14,11 +14,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-import adaptkit
 from adaptkit.checkpoint.hashing import file_chunks
 from adaptkit.checkpoint.manifest import FileRecord
-from adaptkit.errors import NetworkError, UsageError
-from adaptkit.hub._errors import hub_errors
+from adaptkit.errors import NetworkError, UnsafeInputError, UsageError
+from adaptkit.hub._client import Hub
+from adaptkit.hub.secrets import looks_like_a_token
 
 GITATTRIBUTES = ".gitattributes"
 """The Hub's own file, in every repository; no part of an artifact unless its manifest says so."""
@@ -45,58 +45,85 @@ class Content:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository's references when it was looked at: name -> commit."""
+    """A repository's references when it was looked at: name (or number of a pull request) -> commit."""
 
     branches: Mapping[str, str]
     tags: Mapping[str, str]
     private: bool
-
-
-def client() -> HfApi:
-    """The client; where it goes and with which token is the environment's affair."""
-    return HfApi(library_name=adaptkit.__name__, library_version=adaptkit.__version__)
+    pull_requests: Mapping[int, str]
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be a repository's name.
+    """Refuse what cannot be a repository's name, or holds a token, which must not become one.
 
     Raises:
         UsageError: it is none.
     """
+    if looks_like_a_token(repo_id):
+        raise UsageError("a token is no part of a repository's name", hint="give org/name; the token goes in HF_TOKEN")
     if not _REPO_ID.fullmatch(repo_id):
         raise UsageError(f"{repo_id}: not a repository", hint="name it as org/name")
 
 
-def look_up(api: HfApi, repo_id: str) -> Repository | None:
-    """Read a repository's references; None if there is no such repository."""
-    with hub_errors(repo_id):
+def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository | None:
+    """Read a repository's references, those of pull requests on demand; None if there is no such repository."""
+
+    def read(api: HfApi) -> Repository | None:
         try:
             info = api.model_info(repo_id)
-            refs = api.list_repo_refs(repo_id)
+            refs = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
         except RepositoryNotFoundError as error:
             if error.response.status_code != 404:  # 401 and 403 say that we may not know
                 raise
             return None
-    branches = {ref.name: ref.target_commit for ref in refs.branches}
-    return Repository(branches, {ref.name: ref.target_commit for ref in refs.tags}, bool(info.private))
+        return Repository(
+            branches={ref.name: ref.target_commit for ref in refs.branches},
+            tags={ref.name: ref.target_commit for ref in refs.tags},
+            private=bool(info.private),
+            pull_requests={int(ref.ref.rpartition("/")[2]): ref.target_commit for ref in refs.pull_requests or ()},
+        )
+
+    return hub.ask(repo_id, read)
 
 
-def list_tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RemoteFile]:
+def list_tree(hub: Hub, repo_id: str, commit: str) -> dict[str, RemoteFile]:
     """List the files of a commit by path.
 
     Raises:
         NetworkError: no answer, or one that is no tree.
+        UnsafeInputError: a path that no repository has.
     """
-    with hub_errors(repo_id):
+
+    def read(api: HfApi) -> dict[str, RemoteFile]:
         try:
             entries = list(api.list_repo_tree(repo_id, recursive=True, revision=commit))
+            return {
+                entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+                for entry in entries
+                if isinstance(entry, RepoFile)
+            }
         except (TypeError, AttributeError) as error:  # the client takes any JSON for a tree
             raise NetworkError(f"{repo_id}: the Hub's list of files is malformed", hint="try again later") from error
-    return {
-        entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
-        for entry in entries
-        if isinstance(entry, RepoFile)
-    }
+
+    tree = hub.ask(repo_id, read)
+    for path, file in tree.items():
+        if not _is_path(path):
+            raise UnsafeInputError(
+                f"{repo_id}: the Hub lists {path!r}, which no repository has", hint="do not trust it"
+            )
+        if type(file.size) is not int:
+            raise NetworkError(f"{repo_id}: the Hub gives {path} a size of {file.size!r}", hint="try again later")
+    return tree
+
+
+def _is_path(path: object) -> bool:
+    """Whether git could have a file of this name, and it stays in its folder on every system."""
+    return (
+        isinstance(path, str)
+        and path.isprintable()
+        and "\\" not in path
+        and not {"", ".", "..", ".git"} & set(path.split("/"))
+    )
 
 
 def matches(remote: RemoteFile, content: Content) -> bool:

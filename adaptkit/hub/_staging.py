@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from adaptkit.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.integrity import file_problem
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside
+from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
 from adaptkit.checkpoint.writer import DiskError
-from adaptkit.errors import IntegrityError
-from adaptkit.hub._remote import Content
-from adaptkit.hub.card import CARD_NAME, make_card
+from adaptkit.errors import IntegrityError, UnsafeInputError
+from adaptkit.hub._remote import GITATTRIBUTES, Content
+from adaptkit.hub.card import CARD_NAME
+from adaptkit.hub.secrets import holds_token
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Artifact:
     Attributes:
         root: the folder that it comes from.
         manifest: as published.
-        contents: the files of the manifest, and the manifest.
+        contents: the files of the manifest, the manifest, and its signature if there is one.
     """
 
     root: Path
@@ -31,18 +31,49 @@ class Artifact:
     contents: tuple[Content, ...]
 
 
-def with_card(root: Path, manifest: Manifest) -> Artifact:
-    """Add a model card to an artifact that has none; in memory, the folder stays as it is."""
+def has_card(manifest: Manifest) -> bool:
+    """Whether an artifact brings its own card."""
+    return CARD_NAME.casefold() in {record.path.casefold() for record in manifest.files}
+
+
+def gather(root: Path, manifest: Manifest, card: str | None = None) -> Artifact:
+    """List what a branch is to hold.
+
+    Args:
+        root: the artifact's folder, which stays as it is.
+        manifest: its manifest.
+        card: to add to it; None for an artifact that has one.
+    """
     contents = [Content(record, resolve_inside(root, record.path)) for record in manifest.files]
-    names = {record.path.casefold() for record in manifest.files}
-    if CARD_NAME.casefold() not in names:
-        config_name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
-        config = read_json(root / config_name) if config_name in names else {}
-        card = _in_memory(CARD_NAME, make_card(manifest, config).encode())
-        contents.append(card)
-        manifest = replace(manifest, files=(*manifest.files, card.record))
-    contents.append(_in_memory(MANIFEST_NAME, manifest.to_bytes()))
+    if card is not None:
+        contents.append(in_memory(CARD_NAME, card.encode()))
+        manifest = replace(manifest, files=tuple(content.record for content in contents))
+    contents.append(in_memory(MANIFEST_NAME, manifest.to_bytes()))
     return Artifact(root, manifest, tuple(contents))
+
+
+def refuse_secrets(artifact: Artifact) -> None:
+    """Refuse an artifact with a file that is hidden, as ``.env`` is, or that holds a token; weights are no text.
+
+    Raises:
+        UnsafeInputError: names the file, and shows nothing of it.
+    """
+    for content in artifact.contents:
+        path = content.record.path
+        if any(part.startswith(".") for part in path.split("/")) and path != GITATTRIBUTES:
+            raise UnsafeInputError(f"{artifact.root}: {path} is hidden, and no part of any artifact", hint=_NOT_PUBLIC)
+        if _is_secret(content):
+            raise UnsafeInputError(
+                f"{artifact.root}: {path} holds what looks like a token of the Hub", hint=_NOT_PUBLIC
+            )
+
+
+def _is_secret(content: Content) -> bool:
+    if isinstance(content.source, bytes) or not content.record.path.endswith(".safetensors"):
+        return holds_token(content.source)
+    with content.source.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    return holds_token(content.source, min(8 + header_bytes, content.record.size))
 
 
 def stage(folder: Path, artifact: Artifact, names: Collection[str]) -> tuple[Content, ...]:
@@ -82,7 +113,8 @@ def _copied(folder: Path, artifact: Artifact, content: Content) -> Content:
     return replace(content, source=copy)
 
 
-def _in_memory(name: str, content: bytes) -> Content:
+def in_memory(name: str, content: bytes) -> Content:
+    """A file that is in no folder."""
     return Content(FileRecord(name, len(content), sha256(content).hexdigest()), content)
 
 
@@ -93,3 +125,4 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 
 
 _SPACE = "let TMPDIR name a folder on a disk with more space"
+_NOT_PUBLIC = "remove it there, make the artifact again, and if it was a token that works, revoke it"

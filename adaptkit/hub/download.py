@@ -6,27 +6,46 @@ The client compares sizes only. ``pull`` therefore trusts nothing but the manife
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
-from adaptkit.checkpoint.integrity import check_tensors, file_problem
+from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output, check_output
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.errors import IntegrityError, UnsafeInputError, UsageError
-from adaptkit.hub._errors import hub_errors
-from adaptkit.hub._remote import Content, RemoteFile, check_repo_id, client, list_tree, matches
+from adaptkit.checkpoint.signing import Trust, check_signature
+from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UnsafeInputError, UsageError
+from adaptkit.hub._client import Hub, Note, connect, no_note
+from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
+from adaptkit.hub._remote import RemoteFile, check_repo_id, list_tree
+from adaptkit.hub._selection import part_of, select
+from adaptkit.hub._signature import fetch_signature
+from adaptkit.hub.secrets import looks_like_a_token
 
-_DOWNLOADS = ".download"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SOURCE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./+-]+))?", re.ASCII)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE", "NOTICE"]
 # Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
+
+
+@dataclass(frozen=True)
+class PullOptions:
+    """What of an artifact is wanted, and what it has to be.
+
+    Attributes:
+        revision: branch, tag or commit; main if None.
+        only: parts of the artifact, see ``_selection``; all of it if empty.
+        manifest_sha256: what the manifest's sha256 must be, in lower-case hexadecimal.
+        trust: whose signature it must have.
+    """
+
+    revision: str | None = None
+    only: Sequence[str] = ()
+    manifest_sha256: str | None = None
+    trust: Trust | None = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +58,12 @@ class PullReport:
         output: folder.
         files: besides the manifest.
         bytes: in them.
+        left_out: files of the artifact that were not asked for; the folder then has a manifest of its own.
         kind: of artifact.
-        manifest_sha256: names the artifact; compare it with one from a source that you trust.
-        tensors_root: binds its tensors.
+        signed: whether it has a signature.
+        signed_by: whose signature was found right, if that was asked for.
+        manifest_sha256: names the artifact as published; compare it with one from a source that you trust.
+        tensors_root: binds the tensors that arrived.
     """
 
     repo_id: str
@@ -49,7 +71,10 @@ class PullReport:
     output: str
     files: int
     bytes: int
+    left_out: tuple[str, ...]
     kind: str
+    signed: bool
+    signed_by: str | None
     manifest_sha256: str
     tensors_root: str
 
@@ -57,48 +82,58 @@ class PullReport:
 def pull(
     repo_id: str,
     output: Path,
+    options: PullOptions | None = None,
     *,
-    revision: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
+    note: Note = no_note,
 ) -> PullReport:
     """Download an artifact and verify it before it appears.
 
     Args:
         repo_id: org/name.
         output: folder to make; a killed run goes on where it stopped.
-        revision: branch, tag or commit; main if None.
+        options: what is wanted.
         force: replace an existing output that adaptkit made.
-        progress: told of bytes that arrived and are right.
+        progress: told of bytes that arrived.
+        note: told in a line for people what is waited for.
 
     Raises:
-        IntegrityError: there is no manifest, or something is not what it says.
+        IntegrityError: there is no manifest, it is another one, or something is not what it says.
         UnsafeInputError: the manifest names files that no artifact has.
         OutputExistsError: the output exists.
         AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
     """
+    options = options or PullOptions()
     check_repo_id(repo_id)
     check_output(output, force)
-    api = client()
-    with hub_errors(f"{repo_id}@{revision}" if revision else repo_id):
-        commit = str(api.model_info(repo_id, revision=revision).sha)
-    tree = list_tree(api, repo_id, commit)
-    manifest = _fetch_manifest(api, repo_id, commit, tree)
-    _check_records(manifest, repo_id)
-    _check_tree(manifest, tree, repo_id)
-    with Output(output, [repo_id, commit, manifest.sha256], force) as out:
-        _fetch_files(out, api, repo_id, commit, manifest, progress)
-        check_tensors(out.folder, manifest)
-        out.publish(manifest)
+    hub = connect(note)
+    commit = _commit_of(hub, repo_id, options.revision)
+    tree = list_tree(hub, repo_id, commit)
+    manifest = _fetch_manifest(hub, repo_id, commit, tree)
+    _check_manifest(manifest, repo_id, options.manifest_sha256)
+    signature = fetch_signature(hub, repo_id, commit, tree)
+    if options.trust is not None:
+        _check_signature(f"{repo_id}@{commit}", manifest, signature, options.trust)
+    records = select(manifest, options.only)
+    part = part_of(manifest, records, options.only)
+    _check_tree(part, tree, repo_id)
+    with Output(output, [repo_id, commit, part.sha256], force) as out:
+        fetch_files(hub, repo_id, commit, manifest, records, out, progress)
+        check_tensors(out.folder, part)
+        out.publish(part, signature if part == manifest else None)
     return PullReport(
         repo_id=repo_id,
         commit=commit,
         output=str(output),
-        files=len(manifest.files),
-        bytes=sum(record.size for record in manifest.files),
+        files=len(records),
+        bytes=sum(record.size for record in records),
+        left_out=tuple(record.path for record in manifest.files if record not in records),
         kind=manifest.kind,
+        signed=signature is not None,
+        signed_by=str(options.trust) if options.trust else None,
         manifest_sha256=manifest.sha256,
-        tensors_root=manifest.tensors_root,
+        tensors_root=part.tensors_root,
     )
 
 
@@ -114,21 +149,18 @@ def resolve_source(text: str) -> Path:
         AuthenticationError, NetworkError: the Hub refused or did not answer.
     """
     path = Path(text)
-    named = _SOURCE.fullmatch(text)
+    named = _named(text)
     if os.path.exists(path):  # Path.exists raises where a name is too long
         return path
     if named is None:
         raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
-    with hub_errors(f"{text}: no such folder here, and on the Hub"):
-        return Path(
-            snapshot_download(
-                named[1],
-                revision=named[2],
-                allow_patterns=_WANTED,
-                ignore_patterns=_UNWANTED,
-                library_name="adaptkit",
-            )
-        )
+    found = connect().ask(
+        f"{text}: no such folder here, and on the Hub",
+        lambda api: api.snapshot_download(
+            named[1], revision=named[2], allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        ),
+    )
+    return Path(found)
 
 
 def resolve_config(text: str) -> Path:
@@ -138,39 +170,72 @@ def resolve_config(text: str) -> Path:
         UsageError: neither a local folder nor a repository.
         AuthenticationError, NetworkError: the Hub refused or did not answer.
     """
-    named = _SOURCE.fullmatch(text)
+    named = _named(text)
     if os.path.exists(text) or named is None:
         return resolve_source(text)
-    with hub_errors(f"{text}: no such folder here, and on the Hub"):
-        return Path(hf_hub_download(named[1], "config.json", revision=named[2], library_name="adaptkit")).parent
+    config = connect().ask(
+        f"{text}: no such folder here, and on the Hub",
+        lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2]),
+    )
+    return Path(config).parent
 
 
-def _fetch_manifest(api: HfApi, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Manifest:
-    """Download the manifest, and compare it with the Hub's own hash of it: nothing else vouches for it."""
+def _named(text: str) -> re.Match[str] | None:
+    """Repository and revision, if a text has their form; a token in it must not become a name in a request."""
+    return None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
+
+
+def _commit_of(hub: Hub, repo_id: str, revision: str | None) -> str:
+    """Find the commit of a revision; a name that is a branch and a tag of different commits names neither."""
+    if revision and not _COMMIT.fullmatch(revision):
+        refs = hub.ask(repo_id, lambda api: api.list_repo_refs(repo_id))
+        found = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
+        if len(found) > 1:
+            raise ConflictError(
+                f"{repo_id}: {revision} is both a branch and a tag there, of different commits",
+                hint=f"name the commit: {' or '.join(sorted(found))}",
+            )
+    what = f"{repo_id}@{revision}" if revision else repo_id
+    commit = str(hub.ask(what, lambda api: api.model_info(repo_id, revision=revision)).sha)
+    if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(revision or "") and commit != revision):
+        raise NetworkError(f"{what}: the Hub answers with commit {commit!r}", hint="try again later")
+    return commit
+
+
+def _fetch_manifest(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Manifest:
     if MANIFEST_NAME not in tree:
         raise IntegrityError(
             f"{repo_id}@{commit}: there is no {MANIFEST_NAME}, so nothing says what it should hold",
             hint=f"give {repo_id} itself to the command that reads it, or download it with `hf download {repo_id}`",
         )
-    with TemporaryDirectory(prefix="adaptkit-pull-") as folder:
-        content = _download(api, repo_id, commit, MANIFEST_NAME, Path(folder)).read_bytes()
-    record = FileRecord(MANIFEST_NAME, len(content), sha256(content).hexdigest())
-    if not matches(tree[MANIFEST_NAME], Content(record, content)):
+    return Manifest.from_bytes(fetch_small(hub, repo_id, commit, MANIFEST_NAME, tree[MANIFEST_NAME]))
+
+
+def _check_manifest(manifest: Manifest, repo_id: str, expected_sha256: str | None) -> None:
+    """Refuse another artifact than the one expected, and what would get in the way of the download itself.
+
+    ``Manifest`` refuses paths out of the folder.
+    """
+    if expected_sha256 is not None and manifest.sha256 != expected_sha256:
         raise IntegrityError(
-            f"{repo_id}@{commit}: {MANIFEST_NAME} was damaged on the way", hint="run the same command again"
+            f"{repo_id}: the manifest's sha256 is {manifest.sha256}, not {expected_sha256}",
+            hint="this is another artifact than the one that you expect",
         )
-    return Manifest.from_bytes(content)
-
-
-def _check_records(manifest: Manifest, repo_id: str) -> None:
-    """Refuse what would get in the way of the download itself; ``Manifest`` refuses paths out of the folder."""
-    for record in manifest.files:
-        if "/" in record.path or record.path in (JOURNAL_NAME, _DOWNLOADS, ".cache"):
+    paths = {PurePosixPath(record.path) for record in manifest.files}
+    for path in sorted(paths):
+        if path.parts[0] in (JOURNAL_NAME, DOWNLOADS, ".cache") or paths & set(path.parents):
             raise UnsafeInputError(
-                f"{repo_id}: the manifest lists {record.path!r}, which no artifact has", hint="do not trust it"
+                f"{repo_id}: the manifest lists {str(path)!r}, which no artifact has", hint="do not trust it"
             )
-        if type(record.size) is not int or record.size < 0:
-            raise IntegrityError(f"{repo_id}: the manifest gives {record.path} a size of {record.size!r}")
+
+
+def _check_signature(what: str, manifest: Manifest, signature: bytes | None, trust: Trust) -> None:
+    if signature is None:
+        raise IntegrityError(f"{what}: is not signed", hint="do not trust it, or pull it without a key")
+    with TemporaryDirectory(prefix="adaptkit-pull-") as folder:
+        file = Path(folder) / SIGNATURE_NAME
+        file.write_bytes(signature)
+        check_signature(manifest.to_bytes(), file, trust)
 
 
 def _check_tree(manifest: Manifest, tree: Mapping[str, RemoteFile], repo_id: str) -> None:
@@ -181,41 +246,6 @@ def _check_tree(manifest: Manifest, tree: Mapping[str, RemoteFile], repo_id: str
             raise IntegrityError(f"{repo_id}: {record.path} is in the manifest but not in the repository", hint=_AGAIN)
         if remote.size != record.size or remote.sha256 not in (None, record.sha256):
             raise IntegrityError(f"{repo_id}: {record.path} is not the file that the manifest lists", hint=_AGAIN)
-
-
-def _fetch_files(out: Output, api: HfApi, repo_id: str, commit: str, manifest: Manifest, progress: Progress) -> None:
-    total, done = sum(record.size for record in manifest.files), 0
-    for record in manifest.files:
-        # An earlier run's file is read again: the journal says that it was right, not that it still is.
-        if not (out.finished(record.path) and not file_problem(out.folder, record)):
-            arrived = _download(api, repo_id, commit, record.path, out.folder / _DOWNLOADS)
-            problem = file_problem(arrived.parent, record)
-            if problem:
-                arrived.unlink()  # or the next run would find it and believe it
-                raise IntegrityError(
-                    f"{repo_id}@{commit}: {problem}; it was damaged on the way, or is not what was published",
-                    hint="run the same command again",
-                )
-            os.replace(arrived, out.folder / record.path)
-            out.add(record, [tensor for tensor in manifest.tensors if tensor.file == record.path])
-        done += record.size
-        progress(done, total)
-
-
-def _download(api: HfApi, repo_id: str, commit: str, name: str, folder: Path) -> Path:
-    """Download one file. The shared cache is left out: what is wrong in it would be taken for the Hub's."""
-    with hub_errors(f"{repo_id}@{commit}: {name}"):
-        return Path(
-            hf_hub_download(
-                repo_id,
-                name,
-                revision=commit,
-                local_dir=folder,
-                cache_dir=folder / ".cache" / "hub",
-                endpoint=api.endpoint,
-                library_name="adaptkit",
-            )
-        )
 
 
 _AGAIN = "ask whoever published it to publish it again"

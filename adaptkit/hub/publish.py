@@ -1,11 +1,11 @@
 """Publish an artifact: one commit that holds exactly what the manifest lists, compared afterwards, then tagged.
 
-1. The folder must be what its manifest says; a stray file, a ``.env`` say, is refused.
+1. The folder must be what its manifest says; a stray file, a ``.env`` say, is refused, and so is a token in a file.
 2. What the Hub lacks is copied to a private folder and the copy compared with the manifest, so that a file rewritten
    meanwhile cannot be sent under a hash that it no longer has.
-3. One commit, which the Hub refuses if the branch has moved since it was looked at. If the answer is lost, the branch
-   says whether the commit landed.
+3. One commit, which the Hub refuses if the branch has moved since it was looked at; see ``_commit`` for lost answers.
 4. The commit's tree is compared with the manifest; only then is it tagged.
+5. On demand, the commit is downloaded into a fresh folder and every byte compared.
 
 Each step finds what an earlier run did, so that the same command can be run until it succeeds.
 """
@@ -16,16 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageError
-from adaptkit.hub._errors import hub_errors
-from adaptkit.hub._remote import Content, Repository, check_repo_id, client, differences, list_tree, look_up
-from adaptkit.hub._staging import Artifact, stage, with_card
+from adaptkit.hub._client import Hub, Note, connect, no_note
+from adaptkit.hub._commit import Landed, Target, find, send
+from adaptkit.hub._prepare import with_card, with_signature
+from adaptkit.hub._remote import Repository, check_repo_id, differences, list_tree, look_up
+from adaptkit.hub._staging import Artifact, refuse_secrets, stage
+from adaptkit.hub.download import PullOptions, pull
+from adaptkit.hub.secrets import redact
 
 _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -39,11 +42,19 @@ class PublishOptions:
         branch: to commit to; made from main if absent.
         tag: for the commit.
         private: who may see a repository that is created; an existing public one is then refused.
+        pull_request: do not commit to the branch, but ask its owners to take the commit.
+        base_model: name of the base on the Hub, for the card; what the artifact's configuration names if None.
+        signer: who signs the manifest, if anybody does.
+        check: download the commit afterwards and compare every byte.
     """
 
     branch: str = "main"
     tag: str | None = None
     private: bool = False
+    pull_request: bool = False
+    base_model: str | None = None
+    signer: Signer | None = None
+    check: bool = False
 
     def __post_init__(self) -> None:
         for kind, name in (("branch", self.branch), ("tag", self.tag)):
@@ -51,6 +62,13 @@ class PublishOptions:
                 raise UsageError(f"{name!r} cannot be the name of a {kind}", hint="try one like v1.0")
         if self.tag == self.branch:
             raise UsageError(f"{self.tag!r} cannot be both branch and tag", hint="choose another --tag")
+        if self.pull_request and (self.tag or self.private or self.branch != "main"):
+            raise UsageError(
+                "a pull request goes to main, and has neither tag nor visibility of its own",
+                hint="tag the commit when the request is merged: publish once more with --tag",
+            )
+        if self.base_model is not None:
+            check_repo_id(self.base_model)
 
 
 @dataclass(frozen=True)
@@ -60,12 +78,15 @@ class PublishReport:
     Attributes:
         repo_id: the repository.
         commit: that holds the artifact, 40 hexadecimal digits; None for a dry run with something to send.
-        branch: of the commit.
+        branch: of the commit, or that the pull request is for.
         tag: of the commit, if asked for.
+        pull_request: number of the one that holds the commit, if it is in one.
         files_added: new or changed, sorted.
         files_deleted: that are no part of the artifact, sorted.
         bytes_sent: size of the files added; the Hub may know some of the bytes already.
-        already_there: the branch held exactly this artifact, and nothing was sent.
+        already_there: exactly this artifact was there, and nothing was sent.
+        signed: whether the commit holds a signature.
+        checked: whether it was downloaded afterwards, and found right.
         manifest_sha256: of the published manifest, which lists the generated card too.
         url: of the commit, or of the repository for a dry run.
     """
@@ -74,22 +95,15 @@ class PublishReport:
     commit: str | None
     branch: str
     tag: str | None
+    pull_request: int | None
     files_added: tuple[str, ...]
     files_deleted: tuple[str, ...]
     bytes_sent: int
     already_there: bool
+    signed: bool
+    checked: bool
     manifest_sha256: str
     url: str
-
-
-@dataclass(frozen=True)
-class _Target:
-    """Where a commit goes: on top of ``head``."""
-
-    api: HfApi
-    repo_id: str
-    branch: str
-    head: str
 
 
 def publish(
@@ -99,18 +113,21 @@ def publish(
     *,
     dry_run: bool = False,
     progress: Progress = no_progress,
+    note: Note = no_note,
 ) -> PublishReport:
     """Make a branch of a repository hold exactly one artifact.
 
     Args:
         path: the artifact's folder; nothing in it is changed.
         repo_id: org/name; created if absent.
-        options: branch, tag, visibility.
+        options: branch, tag, visibility, signature.
         dry_run: check everything and say what would be sent; write nothing here or there.
-        progress: told of bytes checked before anything is sent.
+        progress: told of bytes checked, before anything is sent and when it has arrived again.
+        note: told in a line for people what is waited for, or what the card lacks.
 
     Raises:
         IntegrityError: the folder, or what arrived on the Hub, is not what the manifest says.
+        UnsafeInputError: a file is hidden or holds a token, or the Hub lists impossible names.
         AuthenticationError: no token, or one that may not do this.
         ConflictError: the branch moved meanwhile, the tag is on another commit, or the repository is not private.
         NetworkError: no answer; run it again.
@@ -120,39 +137,47 @@ def publish(
     check_repo_id(repo_id)
     manifest = require_manifest(require_folder(path))
     check_artifact(path, manifest, os.cpu_count() or 1, progress)
-    artifact = with_card(path, manifest)
-    api = client()
-    repository = look_up(api, repo_id)
+    hub = connect(note)
+    artifact = with_card(hub, path, manifest, options.base_model, options.signer is not None)
+    refuse_secrets(artifact)
+    repository = look_up(hub, repo_id, options.pull_request)
     if repository is None and not dry_run:
-        repository = _create(api, repo_id, options.private)
+        repository = _create(hub, repo_id, options)
     head = _head(repository, options, repo_id)
-    added, deleted = differences(list_tree(api, repo_id, head) if head else {}, artifact.contents)
+    tree = list_tree(hub, repo_id, head) if head else {}
+    keyless = options.signer is not None and options.signer.private_key is None
+    signer = None if dry_run and keyless else options.signer  # each such signature goes into a public log
+    artifact = with_signature(hub, repo_id, head, tree, artifact, signer)
+    added, deleted = differences(tree, artifact.contents)
     report = PublishReport(
         repo_id=repo_id,
         commit=None if added or deleted else head,
         branch=options.branch,
         tag=options.tag,
+        pull_request=None,
         files_added=tuple(added),
         files_deleted=tuple(deleted),
         bytes_sent=sum(content.record.size for content in artifact.contents if content.record.path in added),
         already_there=not added and not deleted,
+        signed=any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
+        checked=False,
         manifest_sha256=artifact.manifest.sha256,
-        url=f"{api.endpoint}/{repo_id}",
+        url=redact(f"{hub.api.endpoint}/{repo_id}"),
     )
     if repository is not None:
         _check_tag(repository, report)
-    if dry_run or repository is None or head is None:
+    if repository is None or head is None:
         return report
-    commit = _commit(_Target(api, repo_id, options.branch, head), repository, artifact, report)
-    if options.tag is not None:
-        _tag(api, repo_id, options.tag, commit)
-    return replace(report, commit=commit, url=f"{api.endpoint}/{repo_id}/tree/{commit}")
+    target = Target(hub, repo_id, options.branch, head, options.pull_request)
+    report = _look_for_request(target, repository, artifact, report)
+    return report if dry_run else _carry_out(target, repository, artifact, report, options, progress)
 
 
-def _create(api: HfApi, repo_id: str, private: bool) -> Repository:
-    with hub_errors(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-    repository = look_up(api, repo_id)
+def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
+    if options.pull_request:
+        raise UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
+    hub.ask(repo_id, lambda api: api.create_repo(repo_id, private=options.private, exist_ok=True))
+    repository = look_up(hub, repo_id)
     if repository is None:
         raise NetworkError(f"{repo_id}: created, but the Hub does not find it yet", hint="run the same command again")
     return repository
@@ -187,71 +212,78 @@ def _check_tag(repository: Repository, report: PublishReport) -> None:
         )
 
 
-def _commit(target: _Target, repository: Repository, artifact: Artifact, report: PublishReport) -> str:
-    """Send what is missing, remove what is stale, and compare; returns the commit."""
-    if report.already_there:
+def _look_for_request(
+    target: Target, repository: Repository, artifact: Artifact, report: PublishReport
+) -> PublishReport:
+    """Find the open pull request that asks for this very artifact, if there is one."""
+    found = find(target, repository, artifact.contents) if target.pull_request and not report.already_there else None
+    return report if found is None else _found(target, report, found, nothing_sent=True)
+
+
+def _found(target: Target, report: PublishReport, landed: Landed, nothing_sent: bool = False) -> PublishReport:
+    request, root = landed.pull_request, redact(f"{target.hub.api.endpoint}/{target.repo_id}")
+    report = replace(
+        report,
+        commit=landed.commit,
+        pull_request=request,
+        url=f"{root}/tree/{landed.commit}" if request is None else f"{root}/discussions/{request}",
+    )
+    if nothing_sent:
+        report = replace(report, files_added=(), files_deleted=(), bytes_sent=0, already_there=True)
+    return report
+
+
+def _carry_out(
+    target: Target,
+    repository: Repository,
+    artifact: Artifact,
+    report: PublishReport,
+    options: PublishOptions,
+    progress: Progress,
+) -> PublishReport:
+    """Send what is missing, remove what is stale, compare, tag, and check."""
+    if report.commit is None:
+        report = _found(target, report, _commit(target, repository, artifact, report))
+    elif report.pull_request is None:
         _ensure_branch(target, repository)
-        return target.head
+        report = _found(target, report, Landed(report.commit))
+    commit = str(report.commit)
+    if options.tag is not None:
+        _tag(target.hub, target.repo_id, options.tag, commit)
+    if options.check:
+        _check(target, commit, artifact, progress)
+        report = replace(report, checked=True)
+    return report
+
+
+def _commit(target: Target, repository: Repository, artifact: Artifact, report: PublishReport) -> Landed:
     with TemporaryDirectory(prefix="adaptkit-publish-") as folder:
         contents = stage(Path(folder), artifact, report.files_added)
         _ensure_branch(target, repository)
-        commit = _send(target, contents, report)
-        missing, extra = differences(list_tree(target.api, target.repo_id, commit), contents)
+        message = f"Publish {report.manifest_sha256}"
+        landed = send(target, contents, report.files_added, report.files_deleted, message)
+        missing, extra = differences(list_tree(target.hub, target.repo_id, landed.commit), contents)
     if missing or extra:
         told = [f"{path} is not there as it was sent" for path in missing] + [f"{path} is extra" for path in extra]
-        raise IntegrityError(f"{target.repo_id}@{commit}: {'; '.join(told[:5])}", hint="publish it again")
-    return commit
+        raise IntegrityError(f"{target.repo_id}@{landed.commit}: {'; '.join(told[:5])}", hint="publish it again")
+    return landed
 
 
-def _ensure_branch(target: _Target, repository: Repository) -> None:
+def _ensure_branch(target: Target, repository: Repository) -> None:
+    """Make the branch if it is absent; the commit names its parent, so one that somebody else made does no harm."""
     if target.branch not in repository.branches:
-        with hub_errors(target.repo_id):
-            target.api.create_branch(target.repo_id, branch=target.branch, revision=target.head)
+        target.hub.ask(
+            target.repo_id,
+            lambda api: api.create_branch(target.repo_id, branch=target.branch, revision=target.head, exist_ok=True),
+        )
 
 
-def _send(target: _Target, contents: tuple[Content, ...], report: PublishReport) -> str:
-    """Make the commit. The client never repeats this request, so a lost answer is looked for on the branch."""
-    sources = {content.record.path: content.source for content in contents}
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    with hub_errors(target.repo_id):
-        operations += [CommitOperationAdd(path, sources[path]) for path in report.files_added]
-        operations += [CommitOperationDelete(path, is_folder=False) for path in report.files_deleted]
-    try:
-        with hub_errors(target.repo_id):
-            made = target.api.create_commit(
-                target.repo_id,
-                operations,
-                commit_message=f"Publish {report.manifest_sha256}",
-                revision=target.branch,
-                parent_commit=target.head,
-            )
-        return str(made.oid)
-    except NetworkError:
-        landed = _landed(target, contents)
-        if landed is None:
-            raise
-        return landed
-
-
-def _landed(target: _Target, contents: tuple[Content, ...]) -> str | None:
-    """The branch's head, if it holds exactly what was to be sent."""
-    try:
-        repository = look_up(target.api, target.repo_id)
-        head = repository.branches.get(target.branch) if repository else None
-        if head is None or head == target.head:
-            return None
-        return head if differences(list_tree(target.api, target.repo_id, head), contents) == ([], []) else None
-    except NetworkError:
-        return None
-
-
-def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+def _tag(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
     """Tag a commit. The client's own ``exist_ok`` would silently leave a tag on another commit."""
     try:
-        with hub_errors(repo_id):
-            api.create_tag(repo_id, tag=tag, revision=commit)
+        hub.ask(repo_id, lambda api: api.create_tag(repo_id, tag=tag, revision=commit))
     except (ConflictError, NetworkError):
-        repository = look_up(api, repo_id)
+        repository = look_up(hub, repo_id)
         found = repository.tags.get(tag) if repository else None
         if found is None:
             raise
@@ -259,3 +291,10 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
             raise ConflictError(
                 f"{repo_id}: {commit} is published, but the tag {tag} is on {found}", hint="choose another --tag"
             ) from None
+
+
+def _check(target: Target, commit: str, artifact: Artifact, progress: Progress) -> None:
+    """Download the commit as anybody would, and compare every byte."""
+    expected = PullOptions(revision=commit, manifest_sha256=artifact.manifest.sha256)
+    with TemporaryDirectory(prefix="adaptkit-check-") as folder:
+        pull(target.repo_id, Path(folder) / "fresh", expected, progress=progress, note=target.hub.note)

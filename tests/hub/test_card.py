@@ -10,7 +10,7 @@ import yaml
 
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
-from adaptkit.hub.card import base_model, make_card
+from adaptkit.hub.card import CardFacts, base_model, make_card
 
 
 @pytest.fixture
@@ -24,13 +24,18 @@ def front_matter(card: str) -> dict[str, Any]:
     return found
 
 
+def facts_of(artifact: Path) -> CardFacts:
+    config = read_json(artifact / "adapter_config.json")
+    return CardFacts(config, base_model(config))
+
+
 def test_the_same_artifact_gives_the_same_card(make_artifact: Callable[..., Path]) -> None:
-    cards = [make_card(require_manifest(f), read_json(f / "adapter_config.json")) for f in map(make_artifact, "ab")]
+    cards = [make_card(require_manifest(f), facts_of(f)) for f in map(make_artifact, "ab")]
     assert cards[0] == cards[1]
 
 
 def test_an_adapters_card_names_its_base_and_hashes(manifest: Manifest, artifact: Path) -> None:
-    card = make_card(manifest, read_json(artifact / "adapter_config.json"))
+    card = make_card(manifest, facts_of(artifact))
     assert front_matter(card) == {
         "base_model": "org/base",
         "base_model_relation": "adapter",
@@ -58,7 +63,7 @@ def test_an_adapters_card_names_its_base_and_hashes(manifest: Manifest, artifact
 def test_a_models_card_says_how_it_relates_to_its_base(
     manifest: Manifest, kind: str, config: dict[str, Any], expected: tuple[str, str | None, list[str]]
 ) -> None:
-    front = front_matter(make_card(replace(manifest, kind=kind), config))
+    front = front_matter(make_card(replace(manifest, kind=kind), CardFacts(config, base_model(config))))
     assert (front["library_name"], front.get("base_model_relation"), front["tags"]) == expected
     assert ("base_model" in front) == bool(config)
 
@@ -72,7 +77,7 @@ def test_a_path_on_a_disk_is_no_base_model(name: Any) -> None:
 
 def test_no_option_can_leave_its_block(manifest: Manifest) -> None:
     options = {"note": "``` | # heading\n---\n<script>", "key\n# heading": 1}
-    card = make_card(replace(manifest, operation={"name": "train", "options": options}), {})
+    card = make_card(replace(manifest, operation={"name": "train", "options": options}), CardFacts())
     lines = [line for line in card.splitlines() if "heading" in line or "script" in line]
     assert lines
     assert all(line.startswith("    ") for line in lines)

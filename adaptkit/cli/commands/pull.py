@@ -5,25 +5,51 @@ from pathlib import Path
 import click
 
 from adaptkit.cli.options import output_options
-from adaptkit.cli.output import show, size
+from adaptkit.cli.output import notes, show, size
 from adaptkit.cli.progress import byte_progress
+from adaptkit.hub.parts import PARTS
 
 
 @click.command()
 @click.argument("repo")
+@click.option("--only", multiple=True, type=click.Choice(list(PARTS)), help="Part of the artifact. Repeatable.")
+@click.option("--manifest-sha256", metavar="HASH", help="What the manifest itself must hash to.")
+@click.option("--public-key", type=click.Path(path_type=Path), metavar="FILE", help="Whose signature it must have.")
+@click.option("--identity", help="The same without a key: who signed, an e-mail address or a CI job's URI.")
+@click.option("--identity-provider", metavar="URL", help="Who vouches for that identity.")
 @output_options
-def command(repo: str, output: Path, force: bool, as_json: bool, quiet: bool) -> None:
-    """Download the artifact REPO (org/name[@revision]) and verify it before it appears."""
-    from adaptkit.hub.download import pull
+def command(
+    repo: str,
+    only: tuple[str, ...],
+    manifest_sha256: str | None,
+    public_key: Path | None,
+    identity: str | None,
+    identity_provider: str | None,
+    output: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Download the artifact REPO (org/name[@branch, tag or commit]) and verify it before it appears.
+
+    With --only, the folder has a manifest of its own, which lists what is there and names the whole by its hash.
+    """
+    from adaptkit.checkpoint.signing import Trust
+    from adaptkit.hub.download import PullOptions, pull
 
     repo_id, at, revision = repo.partition("@")
     if at and not revision:
         raise click.UsageError(f"{repo}: the revision after @ is empty")
+    signer = (public_key, identity, identity_provider)
+    trust = Trust(*signer) if any(signer) else None
+    wanted = PullOptions(revision or None, only, manifest_sha256, trust)
     with byte_progress("pull", as_json or quiet) as progress:
-        report = pull(repo_id, output, revision=revision or None, force=force, progress=progress)
-    rows = [
-        ("pulled", f"{report.output}: {report.kind}, {report.files} files, {size(report.bytes)}, all verified"),
-        ("commit", report.commit),
-        ("manifest sha256", report.manifest_sha256),
-    ]
+        report = pull(repo_id, output, wanted, force=force, progress=progress, note=notes(quiet))
+    what = f"{report.kind}, {report.files} files, {size(report.bytes)}, all verified"
+    rows = [("pulled", f"{report.output}: {what}")]
+    if report.left_out:
+        rows.append(("left out", f"{len(report.left_out)} files; the manifest there lists only what is there"))
+    rows += [("commit", report.commit), ("manifest sha256", report.manifest_sha256)]
+    if report.signed:
+        rows.append(("signature", f"by {report.signed_by}" if report.signed_by else "there, not checked: --public-key"))
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -1,0 +1,132 @@
+"""Make one commit, and know afterwards whether it was made.
+
+The client never repeats the request, and neither does this module without having looked:
+
+    412, or a head that moved            somebody else's commit, unless the head holds exactly what was sent
+    409, 429, 5xx, a lost answer         the branch is looked at: the commit landed; or its head has not moved, and then
+                                         another try can at worst be refused as stale, since each names its parent
+    the same for a pull request          which no parent guards: tried again only where the Hub said that it refused
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from adaptkit.errors import AdaptkitError, ConflictError, NetworkError
+from adaptkit.hub import _client
+from adaptkit.hub._client import Hub
+from adaptkit.hub._errors import status_of
+from adaptkit.hub._remote import Content, Repository, differences, list_tree, look_up
+
+_PULL_REQUESTS = 10
+"""How many of the latest are looked at for one that holds the artifact already."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a commit goes: on top of ``head``, or into a pull request for it."""
+
+    hub: Hub
+    repo_id: str
+    branch: str
+    head: str
+    pull_request: bool = False
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A commit on the Hub, and the number of the pull request that it is in, if it is in one."""
+
+    commit: str
+    pull_request: int | None = None
+
+
+def send(
+    target: Target, contents: Sequence[Content], added: Sequence[str], deleted: Sequence[str], message: str
+) -> Landed:
+    """Make the commit, once.
+
+    Args:
+        target: where.
+        contents: everything that the commit is to hold.
+        added: paths of what is to be sent.
+        deleted: paths of what is to go.
+        message: of the commit.
+
+    Raises:
+        ConflictError: somebody else was there meanwhile.
+        NetworkError: it was not made, or nobody can say; run it again.
+        AuthenticationError, UsageError: the Hub refused.
+    """
+    for wait_s in (*_client.WAITS_S, None):
+        try:
+            return _commit(target, contents, added, deleted, message)
+        except (NetworkError, ConflictError) as error:
+            repository = _look_again(target)
+            landed = repository and find(target, repository, contents)
+            if landed:
+                return landed
+            if wait_s is None or repository is None or not _may_repeat(target, repository, error):
+                raise
+            passing = error if isinstance(error, NetworkError) else NetworkError(error.message, error.hint)
+            target.hub.wait(passing, wait_s)
+    raise AssertionError  # the last round returns or raises
+
+
+def find(target: Target, repository: Repository, contents: Sequence[Content]) -> Landed | None:
+    """Look for exactly these contents at the branch's head, or in an open pull request if that is where they go."""
+    head = repository.branches.get(target.branch)
+    if head not in (None, target.head) and _holds(target, head, contents):
+        return Landed(str(head))
+    if not target.pull_request:
+        return None
+    for number, commit in sorted(repository.pull_requests.items(), reverse=True)[:_PULL_REQUESTS]:
+        if _holds(target, commit, contents) and _is_open(target, number):
+            return Landed(commit, number)
+    return None
+
+
+def _commit(
+    target: Target, contents: Sequence[Content], added: Sequence[str], deleted: Sequence[str], message: str
+) -> Landed:
+    sources: Mapping[str, Content] = {content.record.path: content for content in contents}
+
+    def commit(api: HfApi) -> Landed:
+        made = api.create_commit(
+            target.repo_id,
+            # The client changes the operations; every try has its own.
+            [CommitOperationAdd(path, sources[path].source) for path in added]
+            + [CommitOperationDelete(path, is_folder=False) for path in deleted],
+            commit_message=message,
+            revision=target.branch,
+            parent_commit=target.head,
+            create_pr=target.pull_request,
+        )
+        return Landed(str(made.oid), made.pr_num)
+
+    return target.hub.once(target.repo_id, commit)
+
+
+def _look_again(target: Target) -> Repository | None:
+    """The repository as it is now; None if the Hub does not say."""
+    try:
+        return look_up(target.hub, target.repo_id, target.pull_request)
+    except NetworkError:
+        return None
+
+
+def _may_repeat(target: Target, repository: Repository, error: AdaptkitError) -> bool:
+    """Whether another try cannot do anything twice."""
+    if repository.branches.get(target.branch) != target.head or status_of(error) == 412:
+        return False
+    return not target.pull_request or status_of(error) in (409, 429, 503)
+
+
+def _holds(target: Target, commit: str | None, contents: Sequence[Content]) -> bool:
+    return commit is not None and differences(list_tree(target.hub, target.repo_id, commit), contents) == ([], [])
+
+
+def _is_open(target: Target, number: int) -> bool:
+    details = target.hub.ask(target.repo_id, lambda api: api.get_discussion_details(target.repo_id, number))
+    return details.status in ("open", "draft")

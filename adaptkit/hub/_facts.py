@@ -1,0 +1,110 @@
+"""What a card says beside what the manifest does: from the artifact's files, and the licence from its base's card.
+
+What a training run measured is in ``metrics.jsonl``:
+
+    {"step": 3, "loss": …, "learning_rate": …, …}     a step
+    {"step": 3, "held_out_loss": …}                   a measurement, 0 before the first step
+"""
+
+import json
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adaptkit.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside
+from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
+from adaptkit.hub._client import Hub
+from adaptkit.hub._fetch import download
+from adaptkit.hub.card import CARD_NAME, CardFacts, base_model, read_licence
+
+_METRICS_NAME, _PICTURE_NAME = "metrics.jsonl", "loss.svg"
+
+
+def card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
+    """Gather what the card of an artifact says.
+
+    Args:
+        hub: where the base's card is, and who is told of what the card lacks.
+        root: the artifact's folder.
+        manifest: its manifest.
+        base: name of the base on the Hub; None for what the configuration names.
+
+    Raises:
+        CheckpointError: a file of the artifact is malformed.
+        NetworkError: the base's card is not to be had just now.
+    """
+    names = {record.path for record in manifest.files}
+    config_name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
+    config = read_json(resolve_inside(root, config_name)) if config_name in names else {}
+    base = base or base_model(config)
+    if base is None:
+        hub.note("the card names no base model: nothing in the artifact does; --base-model ORG/NAME does")
+    return CardFacts(
+        config=config,
+        base=base,
+        licence=_licence(hub, base) if base else {},
+        figures=read_figures(resolve_inside(root, _METRICS_NAME)) if _METRICS_NAME in names else (),
+        picture=_PICTURE_NAME if _PICTURE_NAME in names else None,
+    )
+
+
+def _licence(hub: Hub, base: str) -> dict[str, str | list[str]]:
+    with TemporaryDirectory(prefix="adaptkit-base-") as folder:
+        try:
+            card = download(hub, base, None, CARD_NAME, Path(folder)).read_text(errors="replace")
+        except (UsageError, AuthenticationError) as error:
+            hub.note(f"the card names no licence: {error.message}")
+            return {}
+    licence = read_licence(card)
+    if not licence:
+        hub.note(f"the card names no licence: that of {base} does not either")
+    return licence
+
+
+def read_figures(path: Path) -> list[tuple[str, str]]:
+    """Read what a run measured.
+
+    Args:
+        path: of ``metrics.jsonl``.
+
+    Returns:
+        Label and value of each figure.
+
+    Raises:
+        CheckpointError: a line is not what a run writes.
+    """
+    lines = [_line(path, number, text) for number, text in enumerate(path.read_bytes().splitlines(), 1)]
+    losses, held_out = _measured(lines, "loss"), _measured(lines, "held_out_loss")
+    figures = []
+    if losses:
+        first, last = min(losses), max(losses)
+        figures.append(("Steps", str(last)))
+        figures.append(("Training loss", f"{losses[first]:.4f} (step {first}) to {losses[last]:.4f} (step {last})"))
+    if held_out:
+        first, best = min(held_out), min(held_out, key=lambda step: held_out[step])
+        if first == 0:
+            figures.append(("Held-out loss before", f"{held_out[first]:.4f}"))
+        figures.append(("Lowest held-out loss", f"{held_out[best]:.4f} (step {best})"))
+        figures.append(("Last held-out loss", f"{held_out[max(held_out)]:.4f} (step {max(held_out)})"))
+    return figures
+
+
+def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: line {number} is not JSON", hint="publish the folder that train wrote"
+        ) from error
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise CheckpointError(f"{path}: line {number} names no step", hint="publish the folder that train wrote")
+    return line
+
+
+def _measured(lines: list[dict[str, Any]], name: str) -> dict[int, float]:
+    """Step -> what was measured; a step whose loss was no number has none."""
+    found = {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
+    return {step: float(value) for step, value in found.items() if math.isfinite(value)}

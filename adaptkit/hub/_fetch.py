@@ -1,0 +1,124 @@
+"""Fetch single files of a commit, and believe none of them before it was compared."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+from adaptkit.checkpoint.integrity import file_problem
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import FileRecord, Manifest
+from adaptkit.checkpoint.progress import Progress
+from adaptkit.errors import IntegrityError
+from adaptkit.hub._client import Hub
+from adaptkit.hub._remote import RemoteFile, matches
+from adaptkit.hub._staging import in_memory
+
+DOWNLOADS = ".download"
+"""Where files arrive, in the unfinished folder: the client finds there what an earlier run fetched of them."""
+
+
+def fetch_files(
+    hub: Hub, repo_id: str, commit: str, manifest: Manifest, records: Sequence[FileRecord], out: Output, told: Progress
+) -> None:
+    """Fetch files of an artifact; each moves into the output only when its sha256 is the manifest's.
+
+    Raises:
+        IntegrityError: one was damaged on the way, or is not what was published.
+    """
+    total, done = sum(record.size for record in records), 0
+    for record in records:
+        # An earlier run's file is read again: the journal says that it was right, not that it still is.
+        if not (out.finished(record.path) and not file_problem(out.folder, record)):
+            counted = _Counted(told, done, total)
+            download(hub, repo_id, commit, record.path, out.folder / DOWNLOADS, counted.add)
+            _move_if_right(f"{repo_id}@{commit}", record, out.folder)
+            out.add(record, [tensor for tensor in manifest.tensors if tensor.file == record.path])
+        done += record.size
+        told(done, total)
+
+
+def fetch_small(hub: Hub, repo_id: str, commit: str, name: str, remote: RemoteFile) -> bytes:
+    """Fetch a file that no manifest lists, and compare it with the Hub's own hash: nothing else vouches for it.
+
+    Raises:
+        IntegrityError: it was damaged on the way.
+    """
+    with TemporaryDirectory(prefix="adaptkit-pull-") as folder:
+        content = download(hub, repo_id, commit, name, Path(folder)).read_bytes()
+    if not matches(remote, in_memory(name, content)):
+        raise IntegrityError(f"{repo_id}@{commit}: {name} was damaged on the way", hint="run the same command again")
+    return content
+
+
+def download(
+    hub: Hub,
+    repo_id: str,
+    revision: str | None,
+    name: str,
+    folder: Path,
+    arrived: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """Download one file. The shared cache is left out: what is wrong in it would be taken for the Hub's.
+
+    Args:
+        hub: where from.
+        repo_id: org/name.
+        revision: commit, or None for main.
+        name: of the file.
+        folder: where to; what an earlier try left there is gone on from.
+        arrived: told of bytes, a negative number if they have to be fetched again.
+    """
+
+    class Counter(tqdm):
+        """The client's progress bar without a bar."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            arrived(int(n or 0))
+
+    def fetch(api: HfApi) -> Path:
+        return Path(
+            hf_hub_download(
+                repo_id,
+                name,
+                revision=revision,
+                local_dir=folder,
+                cache_dir=folder / ".cache" / "hub",
+                endpoint=api.endpoint,
+                library_name=api.library_name,
+                tqdm_class=Counter,
+            )
+        )
+
+    return hub.ask(f"{repo_id}@{revision}: {name}" if revision else f"{repo_id}: {name}", fetch)
+
+
+def _move_if_right(source: str, record: FileRecord, folder: Path) -> None:
+    arrived = folder / DOWNLOADS / record.path
+    problem = file_problem(folder / DOWNLOADS, record)
+    if problem:
+        arrived.unlink(missing_ok=True)  # or the next run would find it and believe it
+        raise IntegrityError(
+            f"{source}: {problem}; it was damaged on the way, or is not what was published",
+            hint="run the same command again",
+        )
+    (folder / record.path).parent.mkdir(parents=True, exist_ok=True)
+    os.replace(arrived, folder / record.path)
+
+
+class _Counted:
+    """Turns numbers of bytes that arrive into how many are there."""
+
+    def __init__(self, told: Progress, done: int, total: int) -> None:
+        self._told, self._done, self._total = told, done, total
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._told(min(self._done, self._total), self._total)

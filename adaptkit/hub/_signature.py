@@ -1,0 +1,65 @@
+"""The signature of what is published, and the one that is on the Hub already."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from adaptkit.checkpoint.manifest import SIGNATURE_NAME
+from adaptkit.checkpoint.signing import Signer, Trust, check_signature, sign_manifest
+from adaptkit.errors import IntegrityError
+from adaptkit.hub._client import Hub
+from adaptkit.hub._fetch import fetch_small
+from adaptkit.hub._remote import Content, RemoteFile
+from adaptkit.hub._staging import in_memory
+
+_MAX_BYTES = 1 << 20
+
+
+def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> bytes | None:
+    """Fetch the signature of a commit; None if it has none.
+
+    Raises:
+        IntegrityError: it is too large for one, or was damaged on the way.
+    """
+    remote = tree.get(SIGNATURE_NAME)
+    if remote is None:
+        return None
+    if remote.size > _MAX_BYTES:
+        raise IntegrityError(
+            f"{repo_id}@{commit}: {SIGNATURE_NAME} is too large for a signature", hint="do not trust it"
+        )
+    return fetch_small(hub, repo_id, commit, SIGNATURE_NAME, remote)
+
+
+def signature_of(manifest: bytes, signer: Signer, there: bytes | None) -> Content:
+    """Sign a manifest; but keep the signature on the Hub if it is the same signer's, since no two are alike.
+
+    Args:
+        manifest: its content.
+        signer: a key's holder; whose identity a provider vouches for, signs anew each time.
+        there: the signature on the Hub.
+
+    Raises:
+        UsageError, AuthenticationError, NetworkError: see ``sign_manifest``.
+    """
+    made = sign_manifest(manifest, signer)  # first: it says in good words what is wrong with a key
+    if there is not None and signer.private_key is not None and _is_by(there, manifest, signer):
+        made = there
+    return in_memory(SIGNATURE_NAME, made)
+
+
+def _is_by(signature: bytes, manifest: bytes, signer: Signer) -> bool:
+    from cryptography.hazmat.primitives import serialization
+
+    assert signer.private_key is not None
+    key = serialization.load_pem_private_key(signer.private_key.read_bytes(), signer.password)
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    with TemporaryDirectory(prefix="adaptkit-signature-") as folder:
+        public, file = Path(folder) / "key.pub", Path(folder) / SIGNATURE_NAME
+        public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, form))
+        file.write_bytes(signature)
+        try:
+            check_signature(manifest, file, Trust(public_key=public))
+        except IntegrityError:
+            return False
+    return True
