@@ -10,7 +10,8 @@ from torch import Tensor
 
 from adaptkit.checkpoint._adapter_config import stack_order
 from adaptkit.checkpoint._adapter_parts import TokenRows
-from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError

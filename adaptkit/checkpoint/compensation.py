@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import TensorFiles

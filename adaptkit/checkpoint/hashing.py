@@ -4,28 +4,35 @@ xxh3_128 is fast and not collision-resistant, so it never decides whether to tru
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from adaptkit.checkpoint.manifest import TensorRecord
     from adaptkit.checkpoint.reader import TensorFiles
 
 _CHUNK_BYTES = 4 << 20
+_PIECE_BYTES, _BUFFERS = 1 << 20, 4
+"""What is hashed twice at a time should stay in the processor's cache meanwhile."""
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: "Tensor") -> memoryview:
     """View a CPU tensor's elements as bytes, without copying when it is contiguous."""
+    import torch  # here, so that verifying, which hashes files, need not wait for it
+
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def fingerprint(tensor: Tensor) -> str:
+def fingerprint(tensor: "Tensor") -> str:
     """xxh3_128 of a tensor's bytes, in hexadecimal; dtype and shape are not part of it."""
     return xxhash.xxh3_128_hexdigest(bytes_of(tensor))
 
@@ -51,6 +58,73 @@ def file_sha256(path: Path) -> str:
     for chunk in file_chunks(path):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_digests(
+    path: Path, parts: Sequence[tuple[int, int]], told: Callable[[int], None]
+) -> tuple[int, str, list[str]]:
+    """Hash a file and ranges of it, reading each byte once.
+
+    The ranges are hashed in a thread of their own: sha256 of one file cannot be split, and need not wait for them.
+
+    Args:
+        path: file.
+        parts: (first byte, size in bytes) of each range, in order, none overlapping another.
+        told: is given the number of bytes of each piece that was read.
+
+    Returns:
+        size: of the file, in bytes.
+        sha256: of it.
+        digests: xxh3_128 of each range; of what there is of it, if the file ends before.
+    """
+    sha256, ranges, size = hashlib.sha256(), _Ranges(parts), 0
+    buffers = [(memoryview(bytearray(_PIECE_BYTES)), Future[None]()) for _ in range(_BUFFERS if parts else 1)]
+    for _, future in buffers:
+        future.set_result(None)
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        for number in itertools.cycle(range(len(buffers))):
+            buffer, fed = buffers[number]
+            fed.result()  # its last content was taken in
+            count = file.readinto(buffer)
+            if not count:
+                break
+            if parts:
+                buffers[number] = buffer, pool.submit(ranges.feed, size, buffer[:count])
+            sha256.update(buffer[:count])
+            size += count
+            told(count)
+        for _, fed in buffers:
+            fed.result()
+    return size, sha256.hexdigest(), ranges.digests()
+
+
+class _Ranges:
+    """xxh3_128 of ranges of something that comes piece by piece, in order."""
+
+    def __init__(self, parts: Sequence[tuple[int, int]]) -> None:
+        self._waiting = deque(parts)
+        self._digest, self._done = xxhash.xxh3_128(), list[str]()
+
+    def feed(self, position: int, piece: memoryview) -> None:
+        """Take in the piece that begins at a position."""
+        end = position + len(piece)
+        while self._waiting and self._waiting[0][0] < end:
+            start, size = self._waiting[0]
+            self._digest.update(piece[max(0, start - position) : start + size - position])
+            if start + size > end:
+                return
+            self._finish()
+
+    def digests(self) -> list[str]:
+        """One a range, when all pieces were given."""
+        while self._waiting:
+            self._finish()
+        return self._done
+
+    def _finish(self) -> None:
+        self._done.append(self._digest.hexdigest())
+        self._digest.reset()
+        self._waiting.popleft()
 
 
 def tensors_root(tensors: "Iterable[TensorRecord]") -> str:

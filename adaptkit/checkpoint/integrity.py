@@ -1,36 +1,66 @@
-"""Compare a folder with its manifest: the exact set of files, their bytes, and every tensor."""
+"""Compare a folder with its manifest: the exact set of files, their bytes, and every tensor; each byte is read once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
-from adaptkit.checkpoint.hashing import file_sha256, fingerprint
+from adaptkit.checkpoint.hashing import file_digests, file_sha256
+from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import CheckpointError, IntegrityError
+
+_AGAIN = "get the artifact again"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a file turned out to hold.
+
+    Attributes:
+        record: of its bytes.
+        tensors: in it, if it was to be read as safetensors and is.
+        malformed: why it could not be; empty if it could.
+    """
+
+    record: FileRecord
+    tensors: tuple[TensorRecord, ...] = ()
+    malformed: str = ""
 
 
 def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
-    """Compare everything: names, then files, then tensors.
+    """Compare everything: names, sizes, then bytes and tensors in one go.
 
     Args:
         root: folder.
         manifest: what it should hold.
-        threads: files hashed at a time.
+        threads: files read at a time.
         progress: told of bytes read.
 
     Raises:
         IntegrityError: a file or tensor is missing, extra, or changed; names it.
     """
     check_names(root, manifest)
-    check_files(root, manifest, threads, progress)
-    check_tensors(root, manifest)
+    problems = {record.path: _size_problem(root, record) for record in manifest.files}
+    whole = {record.path: record.size for record in manifest.files if not problems[record.path]}
+    found = measure(root, whole, _tensor_files(manifest), threads, progress)
+    for record in manifest.files:
+        if record.path in found and found[record.path].record != record:
+            problems[record.path] = f"{record.path} changed (its sha256 differs)"
+    told = sorted(problem for problem in problems.values() if problem)
+    if told:
+        raise IntegrityError(f"{root}: {'; '.join(told)}", hint=_AGAIN)
+    _compare_tensors(root, manifest, found.values())
 
 
 def check_names(root: Path, manifest: Manifest) -> None:
-    """Compare the set of files; a ``.cache`` folder, which download tools leave behind, does not count.
+    """Compare the set of files.
+
+    The manifest's signature, which it cannot name, and a ``.cache`` folder, which download tools leave behind, do not
+    count.
 
     Raises:
         IntegrityError: a file is missing, or not in the manifest.
@@ -40,26 +70,7 @@ def check_names(root: Path, manifest: Manifest) -> None:
     extra, missing = sorted(present - listed), sorted(listed - present)
     if extra or missing:
         told = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
-        raise IntegrityError(f"{root}: {'; '.join(told[:5])}", hint="get the artifact again")
-
-
-def check_files(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
-    """Compare size and sha256 of every file of the manifest.
-
-    Raises:
-        IntegrityError: names every file that differs.
-    """
-    total, done = sum(record.size for record in manifest.files), 0
-    largest_first = sorted(manifest.files, key=lambda record: -record.size)
-    problems = []
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda record: file_problem(root, record), largest_first)
-        for record, problem in zip(largest_first, found, strict=True):
-            problems += [problem] if problem else []
-            done += record.size
-            progress(done, total)
-    if problems:
-        raise IntegrityError(f"{root}: {'; '.join(sorted(problems))}", hint="get the artifact again")
+        raise IntegrityError(f"{root}: {'; '.join(told[:5])}", hint=_AGAIN)
 
 
 def file_problem(root: Path, record: FileRecord) -> str:
@@ -68,38 +79,102 @@ def file_problem(root: Path, record: FileRecord) -> str:
     Returns:
         What is wrong with it, in a few words; empty if nothing is.
     """
-    path = resolve_inside(root, record.path)
-    if not path.is_file():
-        return f"{record.path} is not a regular file"
-    size = path.stat().st_size
-    if size != record.size:
-        return f"{record.path} has {size} bytes instead of {record.size}"
-    return "" if file_sha256(path) == record.sha256 else f"{record.path} changed (its sha256 differs)"
+    problem = _size_problem(root, record)
+    if problem or file_sha256(resolve_inside(root, record.path)) == record.sha256:
+        return problem
+    return f"{record.path} changed (its sha256 differs)"
 
 
-def check_tensors(root: Path, manifest: Manifest) -> None:
+def check_tensors(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
     """Compare the tensors with their fingerprints; to be asked of files whose own bytes are right.
 
     Raises:
         IntegrityError: a tensor is missing, extra, in another file, or differs.
     """
+    names = _tensor_files(manifest)
+    sizes = {record.path: record.size for record in manifest.files if record.path in names}
+    _compare_tensors(root, manifest, measure(root, sizes, names, threads, progress).values())
+
+
+def measure(
+    root: Path,
+    sizes: Mapping[str, int],
+    with_tensors: Iterable[str],
+    threads: int = 1,
+    progress: Progress = no_progress,
+) -> dict[str, Measured]:
+    """Read files once, and say what is in them.
+
+    Args:
+        root: folder.
+        sizes: by path of each file, its size in bytes, as far as is known.
+        with_tensors: paths of those that should be safetensors.
+        threads: files read at a time, the largest first; one alone has a second thread for its tensors.
+        progress: told of bytes read.
+
+    Returns:
+        By path.
+    """
+    total, done, lock, names = sum(sizes.values()), 0, Lock(), set(with_tensors)
+
+    def told(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress(done, total)
+
+    def work(path: str) -> Measured:
+        header, malformed = _header(resolve_inside(root, path)) if path in names else (None, "")
+        tensors = header.tensors if header else ()
+        parts = [(position, spec.nbytes) for spec, position in tensors]
+        size, sha256, digests = file_digests(resolve_inside(root, path), parts, told)
+        records = (
+            TensorRecord(spec.name, path, spec.dtype, spec.shape, digest)
+            for (spec, _), digest in zip(tensors, digests, strict=True)
+        )
+        return Measured(FileRecord(path, size, sha256), tuple(records), malformed)
+
+    largest_first = sorted(sizes, key=lambda path: -sizes[path])
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(largest_first, pool.map(work, largest_first), strict=True))
+
+
+def _tensor_files(manifest: Manifest) -> set[str]:
+    return {tensor.file for tensor in manifest.tensors}
+
+
+def _header(path: Path) -> tuple[Header | None, str]:
     try:
-        files = TensorFiles(root, sorted({tensor.file for tensor in manifest.tensors}))
+        return read_header(path), ""
     except CheckpointError as error:
-        raise IntegrityError(f"{root}: {error.message}", error.hint) from error
+        return None, error.message
+
+
+def _size_problem(root: Path, record: FileRecord) -> str:
+    path = resolve_inside(root, record.path)
+    if not path.is_file():
+        return f"{record.path} is not a regular file"
+    size = path.stat().st_size
+    return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
+
+
+def _compare_tensors(root: Path, manifest: Manifest, measured: Iterable[Measured]) -> None:
+    found: dict[str, TensorRecord] = {}
+    for file in measured:
+        if file.malformed:
+            raise IntegrityError(f"{root}: {file.malformed}", hint=_AGAIN)
+        for tensor in file.tensors:
+            if tensor.name in found:
+                raise IntegrityError(f"{root}: tensor {tensor.name} is in {tensor.file} and {found[tensor.name].file}")
+            found[tensor.name] = tensor
     for tensor in manifest.tensors:
-        located = files.tensors.get(tensor.name)
-        if located is None or (located.file, located.spec.dtype, located.spec.shape) != (
-            tensor.file,
-            tensor.dtype,
-            tensor.shape,
-        ):
+        located = found.pop(tensor.name, None)
+        if located is None or (located.file, located.dtype, located.shape) != (tensor.file, tensor.dtype, tensor.shape):
             raise IntegrityError(f"{root}: tensor {tensor.name} is not in {tensor.file} as the manifest says")
-        if fingerprint(files.read(tensor.name)) != tensor.xxh3_128:
+        if located != tensor:
             raise IntegrityError(f"{root}: tensor {tensor.name} differs from its fingerprint")
-    unlisted = sorted(set(files.tensors) - {tensor.name for tensor in manifest.tensors})
-    if unlisted:
-        raise IntegrityError(f"{root}: tensor {unlisted[0]} is not in the manifest")
+    if found:
+        raise IntegrityError(f"{root}: tensor {min(found)} is not in the manifest")
 
 
 def _files(root: Path) -> Iterator[Path]:

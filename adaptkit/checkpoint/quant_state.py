@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import DTYPES, TensorSpec
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.numerics.formats._double_quant import GROUP
 

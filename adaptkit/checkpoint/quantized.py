@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.encoding import Encoding, state_suffix
-from adaptkit.checkpoint.header import DTYPES, TensorSpec
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.quant_state import GET_AGAIN, STATE_NAME, Outline, parse_state, state_bytes
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import CheckpointError

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.checkpoint.header import DTYPES, Header, TensorSpec, read_header
+from adaptkit.checkpoint.dtypes import DTYPES
+from adaptkit.checkpoint.header import Header, TensorSpec, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside, side_files, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
 

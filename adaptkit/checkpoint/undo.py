@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError

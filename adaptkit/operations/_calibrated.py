@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.header import DTYPE_NAMES, DTYPES, TensorSpec
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles

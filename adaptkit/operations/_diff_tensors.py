@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.numerics.comparison import Tally, effective_rank_with_tail
 from adaptkit.numerics.randomized import Sketching, sketch_for_rank

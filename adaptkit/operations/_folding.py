@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import TokenRows
-from adaptkit.checkpoint.header import DTYPES
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, NonFiniteError
 from adaptkit.numerics import exact, lora

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import DTYPES
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.operations._edits import Edit, Edits

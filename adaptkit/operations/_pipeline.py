@@ -6,8 +6,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 from adaptkit.errors import UsageError
 
 Item = TypeVar("Item")
@@ -54,6 +52,7 @@ def each(work: Callable[[Item], Result], items: Iterable[Item], threads: int) ->
     The matrix library is kept to one thread an item while the results are taken: with more, the order of its sums, and
     so the last bits, would depend on how many there are.
     """
+    import torch  # here, so that what computes nothing need not wait for it
 
     def alone(item: Item) -> Result:
         torch.set_num_threads(1)  # holds for the calling thread, whatever it holds for in others

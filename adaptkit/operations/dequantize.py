@@ -8,9 +8,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from adaptkit.checkpoint import header, quantized
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.dtypes import DTYPES as TORCH
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
-from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
@@ -158,7 +160,7 @@ def _is_transposed(checkpoint: Checkpoint, name: str) -> bool:
 
 def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _Decoded]]:
     """Jobs that decode a weight."""
-    dtype = header.DTYPES[spec.dtype]
+    dtype = TORCH[spec.dtype]
     if _is_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
         return [lambda: _decode_transposed(checkpoint, spec.name, dtype)]
     weight = quantized.read_constants(checkpoint, spec.name)

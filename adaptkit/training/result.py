@@ -8,8 +8,8 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
 from adaptkit.checkpoint.addressing import Slice, find_addresses
 from adaptkit.checkpoint.compensation import write_compensation
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.header import DTYPES
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of

@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.layout import read_json, write_json
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, sync_folder, write_file

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.header import (
-    DTYPES,
+    ITEM_BYTES,
     TensorSpec,
     check_regular,
     read_header,
@@ -28,6 +29,10 @@ def raw(header: str | bytes, data: bytes = b"", length: int | None = None) -> by
 
 def entry(start: int, end: int, dtype: str = "U8", shape: str | None = None) -> str:
     return f'{{"dtype":"{dtype}","shape":{shape or [end - start]},"data_offsets":[{start},{end}]}}'
+
+
+def test_sizes_of_elements_are_those_of_torch():
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
 
 
 @given(

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from adaptkit.checkpoint.encoding import Encoding, quantization_config, state_suffix
-from adaptkit.checkpoint.header import DTYPE_NAMES, DTYPES, TensorSpec
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.quantized import decode, encode, part_specs
 from adaptkit.errors import CheckpointError
 

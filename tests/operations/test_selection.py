@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from adaptkit.checkpoint.header import DTYPE_NAMES, TensorSpec, write_header
+from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError

@@ -1,0 +1,50 @@
+"""Digests are those of the whole, however it is read."""
+
+import hashlib
+import itertools
+
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.checkpoint import hashing
+from adaptkit.checkpoint.hashing import file_digests, file_sha256
+
+
+@given(
+    st.binary(max_size=200),
+    st.lists(st.integers(0, 200), max_size=8),
+    st.integers(1, 70),
+    st.integers(1, 4),
+)
+def test_a_file_and_its_ranges_are_hashed_in_one_pass(tmp_path_factory, content, cuts, piece_bytes, buffers):
+    path = tmp_path_factory.mktemp("hashing") / "file"
+    path.write_bytes(content)
+    edges = sorted(min(cut, len(content)) for cut in cuts)
+    parts = [(start, end - start) for start, end in itertools.pairwise(edges)][::2]
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing, "_PIECE_BYTES", piece_bytes)
+        patch.setattr(hashing, "_BUFFERS", buffers)
+        size, sha256, digests = file_digests(path, parts, told.append)
+    assert size == sum(told) == len(content)
+    assert sha256 == hashlib.sha256(content).hexdigest() == file_sha256(path)
+    assert digests == [xxhash.xxh3_128_hexdigest(content[start : start + size]) for start, size in parts]
+
+
+def test_a_file_that_ends_early_gives_the_digest_of_what_there_is(tmp_path):
+    (tmp_path / "file").write_bytes(b"abcdef")
+    _, _, digests = file_digests(tmp_path / "file", [(1, 2), (4, 10), (20, 3)], lambda count: None)
+    assert digests == [xxhash.xxh3_128_hexdigest(part) for part in (b"bc", b"ef", b"")]
+
+
+def test_a_large_file_is_read_in_pieces(tmp_path):
+    content = bytes(range(256)) * 20_000
+    (tmp_path / "file").write_bytes(content)
+    told = []
+    parts = [(8, 1 << 20), ((1 << 20) + 8, 3), ((1 << 20) + 11, len(content) - (1 << 20) - 11)]
+    size, sha256, digests = file_digests(tmp_path / "file", parts, told.append)
+    assert (size, sum(told), len(told)) == (len(content), len(content), 5)
+    assert sha256 == hashlib.sha256(content).hexdigest()
+    assert digests == [xxhash.xxh3_128_hexdigest(content[start : start + size]) for start, size in parts]
