@@ -7,6 +7,7 @@ trying again unchanged may succeed.
     ├── UsageError            2   the request itself cannot be carried out
     │   └── ConfigError           a configuration file or value is wrong
     ├── IntegrityError        3   bytes are not what their manifest says
+    │   └── DriftError            something is not what the lock of a recipe says
     ├── BaseMismatchError     4   an adapter or record belongs to another base
     ├── UnsafeInputError      5   malformed or hostile input
     │   ├── CheckpointError       not a checkpoint, or a broken one
@@ -15,8 +16,9 @@ trying again unchanged may succeed.
     │   └── NonFiniteError        NaN or infinity where numbers are needed
     ├── AuthenticationError   6   the Hub wants a (better) token
     ├── NetworkError          7   the Hub cannot be reached; retryable
-    └── ConflictError         8   the output exists, or the remote has moved
-        └── OutputExistsError
+    ├── ConflictError         8   the output exists, or the remote has moved
+    │   └── OutputExistsError
+    └── GateError             9   what was made is not good enough to go on with
 """
 
 import re
@@ -59,6 +61,10 @@ class IntegrityError(AdaptkitError):
     """Bytes differ from what their manifest or record promises."""
 
     exit_code = 3
+
+
+class DriftError(IntegrityError):
+    """A source, an option or a result differs from what the lock of a recipe says."""
 
 
 class BaseMismatchError(AdaptkitError):
@@ -110,3 +116,9 @@ class ConflictError(AdaptkitError):
 
 class OutputExistsError(ConflictError):
     """The output folder exists; nothing is replaced without being told to."""
+
+
+class GateError(AdaptkitError):
+    """A release stops here: a figure is out of its limits, or a program would not take what was made."""
+
+    exit_code = 9

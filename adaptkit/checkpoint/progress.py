@@ -1,4 +1,4 @@
-"""How whoever does something long tells whoever waits for it."""
+"""How whoever does something long tells whoever waits for it, and how much that is."""
 
 from collections.abc import Callable
 
@@ -8,3 +8,12 @@ Progress = Callable[[int, int], None]
 
 def no_progress(done: int, total: int) -> None:
     """Show nothing."""
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of ten: 269.0 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

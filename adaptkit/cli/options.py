@@ -5,9 +5,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from adaptkit.checkpoint.signing import Signer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -96,6 +99,14 @@ threads_option = click.option("--threads", type=click.IntRange(min=1), help="Def
 weight_option = click.option(
     "--weight", "weights", type=float, multiple=True, help="One per adapter, in their order. Default: 1 each."
 )
+
+
+def signer_with(key: Path) -> "Signer":
+    """Who holds a key; its password comes from the environment."""
+    from adaptkit.checkpoint.signing import Signer
+
+    password = os.environ.get("ADAPTKIT_KEY_PASSWORD")
+    return Signer(private_key=key, password=password.encode() if password else None)
 
 
 class Number(click.ParamType[tuple[str, float]]):

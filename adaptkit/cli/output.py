@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.progress import size as size
 from adaptkit.errors import UsageError
 
 Row = tuple[str, str]
@@ -76,15 +77,6 @@ def write_report(report: Any, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_text(json.dumps(asdict(report), indent=2) + "\n")
     os.replace(unfinished, path)
-
-
-def size(count: float) -> str:
-    """A number of bytes for people, in powers of ten: 269.0 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def percent(fraction: float) -> str:

@@ -8,6 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Rich
+
     from adaptkit.training.report import StepReport
 
 
@@ -125,3 +127,58 @@ def training_progress(hidden: bool = False, quiet: bool = False) -> Iterator[Tra
 def _note(quiet: bool, show: Callable[[str], None], text: str) -> None:
     if not quiet or text.startswith("warning"):
         show(text)
+
+
+class StepBar:
+    """A bar for one thing after another, on a terminal; elsewhere none.
+
+    Args:
+        hidden: show none.
+    """
+
+    def __init__(self, hidden: bool) -> None:
+        self._bar: Rich | None = None
+        if hidden or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def start(self, label: str) -> bool:
+        """Begin something; returns whether it is shown."""
+        if self._bar is None:
+            return False
+        self._bar.add_task(label, total=None)
+        self._bar.start()
+        return True
+
+    def update(self, done: int, total: int) -> None:
+        """Show how much of it is done."""
+        if self._bar is not None and self._bar.tasks:
+            self._bar.update(self._bar.task_ids[-1], completed=done, total=total)
+
+    def stop(self) -> None:
+        """Take it away."""
+        if self._bar is not None:
+            self._bar.stop()
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+
+    def print(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def step_bar(hidden: bool = False) -> Iterator[StepBar]:
+    """A ``StepBar`` that is taken away when the block ends, however it does."""
+    bar = StepBar(hidden)
+    try:
+        yield bar
+    finally:
+        bar.stop()

@@ -10,14 +10,12 @@ a mapping) on the command line.
 """
 
 import difflib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from adaptkit.checkpoint.document import read_document
 from adaptkit.errors import ConfigError
 
 
@@ -135,44 +133,12 @@ def check_values(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of options.
+    """Read a YAML or JSON file of options; see ``checkpoint.document``.
 
     Raises:
         ConfigError: absent, malformed, a key that appears twice, or no mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = _read_json(text) if path.suffix == ".json" else yaml.load(text, _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, such as 'rank: 16'")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which keeps the last of equal keys, made to refuse them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See ``yaml.SafeLoader``."""
-        _unique([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-        return super().construct_mapping(node, deep)
-
-
-def _read_json(text: str) -> Any:
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _unique([key for key, _ in pairs])
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=mapping)
-
-
-def _unique(keys: Sequence[str]) -> None:
-    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-    if twice is not None:
-        raise ValueError(f"the key {twice!r} appears twice")
+    return read_document(path).values
 
 
 def _name(annotation: Any) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import report_options
+from adaptkit.cli.options import report_options, signer_with
 from adaptkit.cli.output import Row, check_report_file, notes, show, size, write_report
 from adaptkit.cli.progress import byte_progress
 
@@ -66,8 +66,7 @@ def _signer(key: Path | None, keyless: bool) -> "Signer | None":
         return Signer() if keyless else None
     if keyless:
         raise click.UsageError("--sign and --sign-keyless exclude each other")
-    password = os.environ.get("ADAPTKIT_KEY_PASSWORD")
-    return Signer(private_key=key, password=password.encode() if password else None)
+    return signer_with(key)
 
 
 def _rows(report: "PublishReport", dry_run: bool) -> list[Row]:

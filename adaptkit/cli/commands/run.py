@@ -1,0 +1,152 @@
+"""``adaptkit run``."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.cli.options import report_options, signer_with
+from adaptkit.cli.output import show
+from adaptkit.cli.progress import StepBar, step_bar
+from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
+from adaptkit.errors import AdaptkitError, UsageError
+
+if TYPE_CHECKING:
+    from adaptkit.pipeline.recipe import Recipe, Step
+    from adaptkit.pipeline.run import Listener, RunReport, SourceReport, StepReport
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Where steps leave what they make. Default: .adaptkit beside the recipe.")  # fmt: skip
+@click.option("--locked", is_flag=True, help="Fail if anything is not as recipe.lock says.")
+@click.option("--offline", is_flag=True, help="Fail rather than ask the Hub; nothing is published.")
+@click.option("--verify", is_flag=True, help="Read every byte of sources and of what is kept again.")
+@click.option("--until", metavar="STEP", help="Do this step and what it waits for, and no more.")
+@click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY",
+              help="Where a step says sign: true, sign with this key, not as the CI job or as yourself.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Draw what would be done; write nothing.")
+@click.option("--summary", "summary_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Add a page in Markdown to it. Default: what $GITHUB_STEP_SUMMARY names, if anything.")  # fmt: skip
+@report_options
+def command(
+    recipe: Path,
+    dry_run: bool,
+    summary_file: Path | None,
+    key: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Make the release that the file RECIPE describes: sources, steps, gates, publishing.
+
+    Steps whose inputs and options did not change are kept; a run that was killed goes on when it is started again. What
+    everything was is written to the recipe's .lock. The Hub's token and a key's password come from the environment, as
+    for publish. Exits with 9 if a gate is not passed, and with 3 if --locked finds a difference.
+    """
+    if options["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # there is one already
+    from adaptkit.pipeline.run import RunOptions, run
+
+    signer = None if key is None else signer_with(key)
+    watch = _Watch(hidden=as_json or quiet, quiet=quiet)
+    page = None if dry_run else summary_file or _from_environment()
+    with watch.listening() as listener, _summarized(recipe, page, watch):
+        report = run(recipe, RunOptions(**options, signer=signer), dry_run=dry_run, listener=listener)
+    if not (as_json or quiet):
+        for line in tree(report) if dry_run else table(report.steps):
+            print(line)
+        print()
+    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+
+
+def _rows(report: "RunReport", dry_run: bool) -> Iterator[tuple[str, str]]:
+    if dry_run:
+        count = sum(step.state != "kept" for step in report.steps)
+        yield report.name, f"{count} of {len(report.steps)} steps would run"
+        return
+    done = sum(step.state == "done" for step in report.steps)
+    yield report.name, f"{done} steps done, {len(report.steps) - done} kept, {report.seconds:.1f} s"
+    words = {"kept": "as it was; nothing differs"}
+    yield "lock", f"{report.lock}: {words.get(report.lock_state, report.lock_state)}"
+    for output in (output for step in report.steps for output in step.outputs):
+        yield output.name, output.path
+
+
+def _from_environment() -> Path | None:
+    named = os.environ.get("GITHUB_STEP_SUMMARY")
+    return Path(named) if named else None
+
+
+@contextmanager
+def _summarized(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator[None]:
+    """Add a page to a file, however the block ends."""
+    try:
+        yield
+    except AdaptkitError as error:
+        if page is not None:
+            _add(page, summary(watch.name or recipe.name, watch.sources, watch.steps, f"Stopped: {error.message}"))
+        raise
+    if page is not None:
+        _add(page, summary(watch.name, watch.sources, watch.steps, "Everything is done."))
+
+
+def _add(page: Path, text: str) -> None:
+    try:
+        with page.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"{page}: the summary cannot be written: {error.strerror}") from error
+
+
+class _Watch:
+    """Tells on stderr what a run does, and remembers it for the summary."""
+
+    def __init__(self, hidden: bool, quiet: bool) -> None:
+        self._hidden, self._quiet = hidden, quiet
+        self._bar = StepBar(hidden=True)
+        self.name = ""
+        self.sources: list[SourceReport] = []
+        self.steps: list[StepReport] = []
+
+    @contextmanager
+    def listening(self) -> "Iterator[Listener]":
+        """Show a bar for the step at work, on a terminal, while the block runs."""
+        from adaptkit.pipeline.run import Listener
+
+        with step_bar(self._hidden) as bar:
+            self._bar = bar
+            yield Listener(self._begun, self._found, self._started, self._tell, self._note, self._ended)
+
+    def _begun(self, recipe: "Recipe") -> None:
+        self.name = recipe.name
+
+    def _found(self, source: "SourceReport") -> None:
+        self.sources.append(source)
+        self._say(f"{source.name}: {source_text(source)}")
+
+    def _started(self, step: "Step") -> None:
+        label = f"{step.name}: {step.kind}"
+        if not self._bar.start(label):
+            self._say(f"{label}: running")
+
+    def _tell(self, done: int, total: int) -> None:
+        self._bar.update(done, total)
+
+    def _ended(self, step: "StepReport") -> None:
+        self._bar.stop()
+        self.steps.append(step)
+        self._say(f"{step.name}: {step_text(step)}")
+
+    def _note(self, text: str) -> None:
+        if not self._quiet or text.startswith("warning"):
+            self._bar.print(text)
+
+    def _say(self, text: str) -> None:
+        if not self._hidden:
+            self._bar.print(text)

@@ -1,0 +1,61 @@
+"""Repositories that something is made from, found by the commit that a revision stands for."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from adaptkit.hub._client import connect
+from adaptkit.hub._remote import check_repo_id, list_tree
+from adaptkit.hub.download import _UNWANTED, _WANTED, resolve_source
+
+__all__ = ["check_repo_id", "download", "find_cached", "find_commit", "is_commit", "size_of"]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a whole commit, which never moves."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def find_commit(repo_id: str, revision: str) -> str:
+    """Ask the Hub which commit a branch or tag stands for.
+
+    Raises:
+        UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
+    """
+    return connect().ask(f"{repo_id}@{revision}", lambda api: str(api.model_info(repo_id, revision=revision).sha))
+
+
+def size_of(repo_id: str, commit: str) -> int:
+    """The bytes of a commit's files at its root."""
+    tree = list_tree(connect(), repo_id, commit)
+    return sum(file.size for path, file in tree.items() if "/" not in path)
+
+
+def download(repo_id: str, commit: str) -> Path:
+    """A commit's files, in huggingface_hub's cache; what is there already is not fetched again.
+
+    Raises:
+        UsageError, AuthenticationError, NetworkError: there is no such commit, or the Hub refused or did not answer.
+    """
+    return resolve_source(f"{repo_id}@{commit}")
+
+
+def find_cached(repo_id: str, revision: str) -> Path | None:
+    """What huggingface_hub's cache holds of a revision, without asking the Hub; its name is the commit."""
+    try:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                local_files_only=True,
+                library_name="adaptkit",
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None

@@ -1,0 +1,162 @@
+"""``recipe.lock``: what a recipe's sources and steps were, by hash, when it was run.
+
+    schema    1
+    tool      {name, version}
+    name      of the release
+    sources   name -> {path | repo, revision, commit} and {sha256 | manifest_sha256, tensors_root | files, tensors_root}
+    steps     name -> {recipe: as it is written, key, outputs: {name: manifest_sha256}}
+
+JSON with sorted keys, without times, paths of this machine and what only this run knows: the same inputs give the same
+bytes.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import adaptkit
+from adaptkit.checkpoint.layout import read_json, write_json
+from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.errors import CheckpointError, DriftError, UsageError
+from adaptkit.pipeline.recipe import Recipe
+
+SCHEMA = 1
+_SHOWN = 5
+_ABSENT: Any = object()
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where a recipe's lock lies."""
+    return recipe.with_suffix(".lock")
+
+
+def read_lock(recipe: Path) -> dict[str, Any] | None:
+    """Read a recipe's lock; None if there is none.
+
+    Raises:
+        UsageError: it is malformed, or a newer adaptkit wrote it.
+    """
+    path = lock_path(recipe)
+    if not path.exists():
+        return None
+    again = "run without --locked to write it again"
+    try:
+        lock = read_json(path)
+    except CheckpointError as error:
+        raise UsageError(f"{path}: malformed ({error.message})", hint=again) from error
+    shapes = (("name", str), ("tool", dict), ("sources", dict), ("steps", dict))
+    if lock.get("schema") != SCHEMA or not all(isinstance(lock.get(name), kind) for name, kind in shapes):
+        raise UsageError(f"{path}: is no lock of schema {SCHEMA}", hint=again)
+    return lock
+
+
+class Lock:
+    """The lock of this run, which grows with it; and, with ``--locked``, the one that it has to be.
+
+    Args:
+        recipe: being run.
+        expected: what it has to be; None if anything goes.
+    """
+
+    def __init__(self, recipe: Recipe, expected: Mapping[str, Any] | None) -> None:
+        self._path = lock_path(recipe.path)
+        self._expected = expected
+        self.content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": recipe.name,
+            "tool": {"name": "adaptkit", "version": adaptkit.__version__},
+            "sources": {},
+            "steps": {},
+        }
+        if expected is not None:
+            self._check_recipe(recipe, expected)
+
+    def commit(self, source: str) -> str | None:
+        """The commit that the expected lock names for a source."""
+        entry = (self._expected or {}).get("sources", {}).get(source)
+        commit = entry.get("commit") if isinstance(entry, dict) else None
+        return commit if isinstance(commit, str) else None
+
+    def add(self, found: Any, *keys: str) -> None:
+        """Note what was found.
+
+        Raises:
+            DriftError: the lock says otherwise.
+        """
+        place = self.content
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = found
+        expected: Any = self._expected
+        for key in keys:
+            expected = expected.get(key, _ABSENT) if isinstance(expected, Mapping) else _ABSENT
+        if self._expected is not None:
+            self._refuse(list(_differences(expected, found, keys)))
+
+    def write(self) -> bool:
+        """Write the lock; returns whether that changed it."""
+        content = write_json(self.content)
+        try:
+            if self._path.read_bytes() == content:
+                return False
+        except OSError:
+            pass
+        with disk_errors(self._path):
+            partial = self._path.with_name(f"{self._path.name}.partial")
+            partial.write_bytes(content)
+            partial.replace(self._path)
+        return True
+
+    def _check_recipe(self, recipe: Recipe, expected: Mapping[str, Any]) -> None:
+        """Compare what is known before anything is read."""
+        found = {
+            "name": recipe.name,
+            "tool": self.content["tool"],
+            "sources": {name: source.written() for name, source in recipe.sources.items()},
+            "steps": {name: {"recipe": _json(step.written)} for name, step in recipe.steps.items()},
+        }
+        known = {
+            "name": expected["name"],
+            "tool": expected["tool"],
+            "sources": {
+                name: {key: entry[key] for key in ("path", "repo", "revision") if key in entry}
+                for name, entry in expected["sources"].items()
+            },
+            "steps": {name: {"recipe": entry.get("recipe")} for name, entry in expected["steps"].items()},
+        }
+        self._refuse(list(_differences(known, found, ())))
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
+            more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+            raise DriftError(
+                f"{self._path}: {'; '.join(differences[:_SHOWN])}{more}",
+                hint="run without --locked to accept it, and look at what changed in the lock",
+            )
+
+
+def _json(value: Any) -> Any:
+    """As it is after it was written and read."""
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _differences(expected: Any, found: Any, keys: tuple[str, ...]) -> Iterator[str]:
+    """What differs, in words: the place, what is there, and what the lock has."""
+    where = ".".join(key for key in keys if key != "recipe")
+    if expected is _ABSENT:
+        yield f"{where} is not in it"
+    elif found is _ABSENT:
+        yield f"{where} is in it, but not here"
+    elif isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for key in sorted({*expected, *found}):
+            yield from _differences(expected.get(key, _ABSENT), found.get(key, _ABSENT), (*keys, key))
+    elif expected != found:
+        yield f"{where} is {_shown(found)}, it has {_shown(expected)}"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    is_hash = len(text) in (40, 64) and set(text) <= set("0123456789abcdef")
+    return f"{text[:12]}…" if is_hash else text if isinstance(value, str) else repr(value)

@@ -1,0 +1,265 @@
+"""Run a recipe: find its sources, do the steps that were not done yet, and lock what all of it was.
+
+A step's key is a hash of its kind, its options, adaptkit's version, and what its inputs are by content. A step whose
+key is known, and whose artifacts are still there, is kept; so what depends on a step that was done again is done again
+only if other bytes came out. Whether a gate is passed is judged each time. Publishing is asked for each time too: it
+sends what the Hub does not have.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import adaptkit
+from adaptkit.checkpoint.signing import Signer
+from adaptkit.errors import AdaptkitError, GateError, UsageError
+from adaptkit.pipeline.lock import Lock, lock_path, read_lock
+from adaptkit.pipeline.recipe import Recipe, Step, read_recipe
+from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
+from adaptkit.pipeline.sources import Hashes, Material, resolve
+from adaptkit.pipeline.steps._kind import Outcome, Work
+from adaptkit.pipeline.work import WORK_NAME, Record, WorkFolder
+
+__all__ = ["Listener", "OutputReport", "RunOptions", "RunReport", "SourceReport", "StepReport", "run"]
+
+_KEY_SCHEMA = 1
+
+
+def run(
+    recipe: Path, options: RunOptions | None = None, *, dry_run: bool = False, listener: Listener | None = None
+) -> RunReport:
+    """Make what a recipe describes, and write its lock.
+
+    Args:
+        recipe: YAML file; see ``pipeline.recipe``.
+        options: how.
+        dry_run: check everything that can be checked and say what would be done; write nothing, download no weights.
+        listener: told what happens meanwhile.
+
+    Raises:
+        ConfigError: the recipe is wrong; names file, line and place.
+        DriftError: with ``locked``, something is not as the lock says.
+        GateError: a figure is out of its limits, or a program would not take what was made; nothing is published.
+        ConflictError: another run is at work in the same folder.
+        AdaptkitError: whatever a step's operation raises, with the step's name before it.
+    """
+    options = options or RunOptions()
+    read = read_recipe(recipe)
+    steps = read.until(options.until) if options.until is not None else list(read.steps.values())
+    sending = next((step for step in steps if step.how.sends), None)
+    if options.offline and sending is not None:
+        raise UsageError(
+            f"{sending.place.document.where(*sending.place.keys)}: {sending.kind} needs the network",
+            hint="leave out --offline, or end before it: --until STEP",
+        )
+    if options.signer is not None and not any(getattr(step.options, "sign", False) for step in steps):
+        raise UsageError(f"{recipe}: no step signs anything", hint="write sign: true in the step that publishes")
+    running = _Run(read, steps, options, dry_run, listener or Listener())
+    if dry_run:
+        return running.all()
+    with running.work.locked():
+        return running.all()
+
+
+class _Run:
+    """One run of a recipe."""
+
+    def __init__(
+        self, recipe: Recipe, steps: list[Step], options: RunOptions, dry_run: bool, listener: Listener
+    ) -> None:
+        self._recipe, self._steps, self._options, self._dry_run = recipe, steps, options, dry_run
+        self._listener = listener
+        self._folder = recipe.path.parent
+        root = options.work if options.work is not None else self._folder / WORK_NAME
+        self.work = WorkFolder(root, options.verify)
+        self._materials: dict[str, Material] = {}
+        expected = read_lock(recipe.path) if options.locked else None
+        if options.locked and expected is None:
+            raise UsageError(f"{lock_path(recipe.path)}: does not exist", hint="run without --locked to write it")
+        self._lock = Lock(recipe, expected)
+
+    def all(self) -> RunReport:
+        """Find the sources and do the steps."""
+        began = time.monotonic()
+        self._listener.begun(self._recipe)
+        sources = tuple(self._find_sources())
+        reports = []
+        for step in self._steps:
+            reports.append(self._plan(step) if self._dry_run else self._do(step))
+        state = "kept"
+        if not self._options.locked and not self._dry_run:
+            self._note_others()
+            state = "written" if self._lock.write() else "unchanged"
+        return RunReport(
+            recipe=str(self._recipe.path),
+            name=self._recipe.name,
+            lock=str(lock_path(self._recipe.path)),
+            lock_state=state,
+            sources=sources,
+            steps=tuple(reports),
+            seconds=time.monotonic() - began,
+        )
+
+    def _note_others(self) -> None:
+        """Lock the steps that were not asked for as far as they are known, as one that publishes often is."""
+        for step in self._recipe.steps.values():
+            is_known = all(name in self._materials for _, name in step.takes())
+            key = self._key(step) if is_known and step not in self._steps else None
+            if key is not None:
+                self._note_plan(step, key)
+
+    def _find_sources(self) -> list[SourceReport]:
+        hashes = Hashes(self.work.root / "hashes.json", fresh=self._options.verify)
+        reports = []
+        for source in self._recipe.sources.values():
+            found = resolve(
+                source,
+                self._folder,
+                hashes,
+                offline=self._options.offline,
+                fetch=not self._dry_run,
+                commit=self._lock.commit(source.name),
+            )
+            self._materials[source.name] = found
+            if found.path is not None:
+                self._lock.add(found.locked, "sources", source.name)
+            reports.append(
+                SourceReport(
+                    name=source.name,
+                    what=str(source),
+                    commit=found.locked.get("commit"),
+                    digest=found.digest,
+                    bytes=found.nbytes,
+                    is_here=found.path is not None,
+                )
+            )
+            self._listener.found(reports[-1])
+        if not self._dry_run:
+            hashes.save()
+        for step in self._steps:
+            self._check_inputs(step)
+        return reports
+
+    def _check_inputs(self, step: Step) -> None:
+        for taken, name in step.takes():
+            path = self._materials[name].path if name in self._materials else None
+            if path is not None and path.is_dir() != (taken.takes == "folder"):
+                problem = f"{name!r} is a {'folder' if path.is_dir() else 'file'}; expected a {taken.takes}"
+                raise step.place.at(*taken.key.split(".")).error(problem)
+
+    def _key(self, step: Step) -> str | None:
+        """A hash of everything that decides about a step; None if an input is not known yet."""
+        inputs = []
+        for taken, name in step.takes():
+            material = self._materials[name]
+            if material.digest is None or material.path is None:
+                return None
+            inputs.append([taken.key, material.path.resolve().name, material.digest])
+        counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.uncounted}
+        document = {
+            "schema": _KEY_SCHEMA,
+            "adaptkit": adaptkit.__version__,
+            "kind": step.kind,
+            "options": counted,
+            "inputs": inputs,
+            "makes": step.makes,
+        }
+        return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _plan(self, step: Step) -> StepReport:
+        """What would be done."""
+        key = self._key(step)
+        record = self.work.find(step, key, self._listener.note) if key is not None else None
+        if record is None or key is None:
+            for name in step.makes:
+                self._materials[name] = Material(name, None, None, 0, {})
+            return self._report(step, "to do" if key is not None or not self._seen(step) else "may follow", key=key)
+        outputs = self._take(step, record)
+        judgement = step.how.judge(step.options, record.facts)
+        figure = f"{record.figure}; would stop here: {judgement}" if judgement else record.figure
+        if step.how.sends:
+            return self._report(step, "to do", key=key)
+        return self._report(step, "kept", figure=figure, key=key, outputs=outputs, facts=record.facts)
+
+    def _seen(self, step: Step) -> bool:
+        """Whether a step of this name was done before, with whatever inputs."""
+        return any(self.work.root.glob(f"*/{step.name}.json"))
+
+    def _do(self, step: Step) -> StepReport:
+        """Do a step, or keep what it left, and judge it."""
+        began, key = time.monotonic(), self._key(step)
+        if key is None:
+            raise ValueError(f"{step.name}: an input is not known")
+        self._note_plan(step, key)
+        record = None if step.how.sends else self.work.find(step, key, self._listener.note)
+        state = "done" if record is None else "kept"
+        if record is None:
+            self._listener.started(step)
+            force = self.work.begin(step, key)
+            outcome = self._run(step, key, force)
+            record = self.work.finish(step, key, outcome.figure, outcome.facts)
+        outputs, seconds = self._take(step, record), time.monotonic() - began
+        judgement = step.how.judge(step.options, record.facts)
+        report = self._report(
+            step,
+            "failed" if judgement else state,
+            seconds=seconds,
+            figure=f"{record.figure}: {judgement}" if judgement else record.figure,
+            key=key,
+            outputs=outputs,
+            facts=record.facts,
+        )
+        self._listener.ended(report)
+        if judgement:
+            raise GateError(
+                f"{self._recipe.path}: the gate {step.name} is not passed: {judgement}",
+                hint="what was made so far is kept; nothing after the gate was done",
+            )
+        return report
+
+    def _note_plan(self, step: Step, key: str) -> None:
+        self._lock.add(step.written, "steps", step.name, "recipe")
+        self._lock.add(key, "steps", step.name, "key")
+
+    def _run(self, step: Step, key: str, force: bool) -> Outcome:
+        paths: dict[str, tuple[Path, ...]] = {}
+        for taken, name in step.takes():
+            path = self._materials[name].path
+            if path is not None:
+                paths[taken.key] = (*paths.get(taken.key, ()), path)
+        work = Work(
+            paths=paths,
+            names=step.inputs,
+            options=step.options,
+            output=self.work.output(key, step.name),
+            force=force,
+            progress=self._listener.progress,
+            note=self._listener.note,
+            signer=self._options.signer or Signer(),
+        )
+        try:
+            return step.how.run(work)
+        except AdaptkitError as error:
+            error.message = f"{step.name}: {error.message}"
+            error.args = (error.message,)
+            raise
+
+    def _take(self, step: Step, record: Record) -> tuple[OutputReport, ...]:
+        """Let other steps have what a step made."""
+        outputs = record.outputs or {}
+        if not self._dry_run and outputs:
+            self._lock.add(outputs, "steps", step.name, "outputs")
+        reports = []
+        for name, digest in outputs.items():
+            path, nbytes = self.work.output(record.key, name), self.work.nbytes(record.key, name)
+            self._materials[name] = Material(name, path, digest, nbytes, {})
+            reports.append(OutputReport(name, str(path), nbytes, digest))
+        return tuple(reports)
+
+    def _report(self, step: Step, state: str, **more: Any) -> StepReport:
+        taken: Mapping[str, None] = dict.fromkeys(name for _, name in step.takes())
+        return StepReport(step.name, step.kind, tuple(taken), step.needs, step.makes, state, **more)

@@ -1,0 +1,167 @@
+"""What a release is made from, found and hashed.
+
+A file is known by its sha256. A folder that adaptkit made is known by its manifest, with which all its files are
+compared; another one by the sha256 of every file that operations read. Hashes of files whose size and time did not
+change are remembered in the work folder.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.adapter import is_adapter, read_adapter
+from adaptkit.checkpoint.hashing import file_sha256, fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.header import check_regular
+from adaptkit.checkpoint.integrity import check_names
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.hub.sources import download, find_cached, find_commit, is_commit, size_of
+from adaptkit.pipeline.recipe import Source
+
+_READ_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_READ_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}
+_FRESH_SECONDS = 2.0
+"""A file that is younger may change again within the resolution of its time."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """A source, or what a step made, as other steps read it.
+
+    Attributes:
+        name: in the recipe.
+        path: of the file or folder; None if it is not on this machine yet.
+        digest: tells it from every other; None if that is not known yet.
+        nbytes: in it.
+        locked: what the lock says of it.
+    """
+
+    name: str
+    path: Path | None
+    digest: str | None
+    nbytes: int
+    locked: Mapping[str, Any]
+
+
+class Hashes:
+    """sha256 of files, and roots of tensors, remembered between runs.
+
+    Args:
+        file: to remember them in.
+        fresh: read everything again.
+    """
+
+    def __init__(self, file: Path, fresh: bool = False) -> None:
+        self._file = file
+        self._known: dict[str, Any] = {"files": {}, "roots": {}}
+        try:
+            known = {} if fresh else json.loads(file.read_text())
+            if isinstance(known.get("files"), dict) and isinstance(known.get("roots"), dict):
+                self._known = known
+        except (OSError, ValueError, AttributeError):
+            pass  # it only saves time
+
+    def sha256(self, path: Path) -> str:
+        """Of a file."""
+        check_regular(path)
+        found = path.stat()
+        name, state = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ino]
+        known = self._known["files"].get(name)
+        if isinstance(known, list) and known[:-1] == state:
+            return str(known[-1])
+        digest = file_sha256(path)
+        if time.time() - found.st_mtime > _FRESH_SECONDS:
+            self._known["files"][name] = [*state, digest]
+        return digest
+
+    def root(self, digest: str, compute: Callable[[], str]) -> str:
+        """Of the tensors of a folder whose files have this digest."""
+        if digest not in self._known["roots"]:
+            self._known["roots"][digest] = compute()
+        return str(self._known["roots"][digest])
+
+    def save(self) -> None:
+        """Remember them."""
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._known))
+        partial.replace(self._file)
+
+
+def resolve(
+    source: Source, folder: Path, hashes: Hashes, *, offline: bool, fetch: bool, commit: str | None
+) -> Material:
+    """Find a source and hash it.
+
+    Args:
+        source: of a recipe.
+        folder: of the recipe.
+        hashes: that are known.
+        offline: take a repository from huggingface_hub's cache, or not at all.
+        fetch: download what is not there; else it stays unknown.
+        commit: that a lock names for the repository; without the network it stands for the revision.
+
+    Raises:
+        UsageError: it is not there.
+        IntegrityError: it is not what its manifest says.
+        CheckpointError, AdapterError: a folder that is neither a checkpoint nor an adapter.
+        AuthenticationError, NetworkError: the Hub refused or did not answer.
+    """
+    if source.path is not None:
+        path = folder / source.path
+        if not path.exists():
+            raise source.place.at("path").error("does not exist", hint=f"looked for {path}")
+        return _material(source, path, {}, hashes)
+    repo = str(source.repo)
+    if offline:
+        found = find_cached(repo, commit or source.revision)
+        if found is None:
+            raise UsageError(
+                f"{source.place.document.where(*source.place.keys)}: {source} is not in huggingface_hub's cache",
+                hint="run once without --offline",
+            )
+        return _material(source, found, {"commit": found.name}, hashes)
+    now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision)
+    if not fetch and find_cached(repo, now) is None:
+        return Material(source.name, None, None, size_of(repo, now), source.written() | {"commit": now})
+    return _material(source, download(repo, now), {"commit": now}, hashes)
+
+
+def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashes) -> Material:
+    if path.is_dir():
+        digest, nbytes, found = _folder(path, hashes)
+    else:
+        digest, nbytes = hashes.sha256(path), path.stat().st_size
+        found = {"sha256": digest}
+    return Material(source.name, path, digest, nbytes, {**source.written(), **more, **found})
+
+
+def _folder(path: Path, hashes: Hashes) -> tuple[str, int, dict[str, Any]]:
+    manifest = read_manifest(path)
+    if manifest is not None:
+        check_names(path, manifest)
+        changed = [r.path for r in manifest.files if hashes.sha256(path / r.path) != r.sha256]
+        if changed:
+            raise IntegrityError(f"{path}: {changed[0]} is not what {MANIFEST_NAME} says", hint="get it again")
+        found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
+        return manifest.sha256, sum(record.size for record in manifest.files), found
+    read = [p for p in sorted(path.iterdir()) if p.suffix in _READ_SUFFIXES or p.name in _READ_NAMES]
+    files = {file.name: hashes.sha256(file) for file in read if not file.name.startswith(".") and not file.is_dir()}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    root = hashes.root(digest, lambda: _tensors_root(path))
+    return digest, sum((path / name).stat().st_size for name in files), {"files": files, "tensors_root": root}
+
+
+def _tensors_root(path: Path) -> str:
+    """As a manifest names a parent that has none itself."""
+    if is_adapter(path):
+        return tensors_root(read_adapter(path).records)
+    checkpoint = Checkpoint(path)
+    return tensors_root(
+        TensorRecord(name, "", found.spec.dtype, found.spec.shape, fingerprint_in_pieces(checkpoint, name))
+        for name, found in checkpoint.tensors.items()
+    )

@@ -1,0 +1,127 @@
+"""What a kind of step is: what it takes, which options it has, and what it does."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from adaptkit.checkpoint.progress import Progress
+from adaptkit.checkpoint.signing import Signer
+
+Facts = dict[str, Any]
+"""What is remembered of a step besides its artifacts: what JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A key of a step whose value names sources or other steps.
+
+    Attributes:
+        key: in the recipe; ``calibration.files`` is inside another key.
+        many: a list of names.
+        required: it may not be left out.
+        takes: folders (checkpoints, adapters) or files.
+        words: values that are no names, but mean something to the operation.
+    """
+
+    key: str
+    many: bool = False
+    required: bool = False
+    takes: Literal["folder", "file"] = "folder"
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step to be done.
+
+    Attributes:
+        paths: what its inputs name, by key.
+        names: what the recipe calls them, by key.
+        options: of the kind's type.
+        output: folder to make; a kind that makes several artifacts adds to its name.
+        force: something lies there that is to be replaced.
+        progress: told how much is done, of how much.
+        note: told of what people should know, in a line.
+        signer: who signs, where that is asked for.
+    """
+
+    paths: Mapping[str, tuple[Path, ...]]
+    names: Mapping[str, tuple[str, ...]]
+    options: Any
+    output: Path
+    force: bool
+    progress: Progress
+    note: Callable[[str], None]
+    signer: Signer
+
+    def path(self, key: str) -> Path:
+        """The one path of an input that has to be there."""
+        return self.paths[key][0]
+
+    def optional(self, key: str) -> Path | None:
+        """The path of an input, if it was given."""
+        return next(iter(self.paths.get(key, ())), None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did.
+
+    Attributes:
+        figure: the one that matters, in a few words.
+        facts: more of them, for programs.
+    """
+
+    figure: str
+    facts: Facts
+
+
+def _as_they_are(values: dict[str, Any], inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    return values
+
+
+def _fits(options: Any, inputs: Mapping[str, tuple[str, ...]]) -> None:
+    return None
+
+
+def _one(options: Any) -> tuple[str, ...]:
+    return ("",)
+
+
+def _passes(options: Any, facts: Facts) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """A kind of step.
+
+    Attributes:
+        inputs: the first one's value stands beside the kind's own name.
+        options: dataclass that the other keys fill.
+        run: does it.
+        refused: options that a recipe cannot set, and why.
+        complete: puts stand-ins into the options for what inputs will fill.
+        check: refuses options and inputs that do not go together, by a UsageError.
+        makes: what is added to the step's name for each artifact that it makes.
+        judge: what stands against going on, given what was measured; empty if nothing does.
+        uncounted: options that change nothing that is made or measured.
+        sends: reaches out to the Hub.
+    """
+
+    inputs: tuple[Input, ...]
+    options: type[Any]
+    run: Callable[[Work], Outcome]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    complete: Callable[[dict[str, Any], Mapping[str, tuple[str, ...]]], dict[str, Any]] = _as_they_are
+    check: Callable[[Any, Mapping[str, tuple[str, ...]]], None] = _fits
+    makes: Callable[[Any], tuple[str, ...]] = _one
+    judge: Callable[[Any, Facts], str] = _passes
+    uncounted: frozenset[str] = frozenset({"threads"})
+    sends: bool = False
+
+
+def makes_nothing(options: Any) -> tuple[str, ...]:
+    """For kinds that look, or send, and make no artifact."""
+    return ()

@@ -1,0 +1,50 @@
+"""A gate: every program named would take what was made."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adaptkit.discovery import names
+from adaptkit.errors import UsageError
+from adaptkit.operations import targets as registry
+from adaptkit.operations.check import check
+from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work, makes_nothing
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What to check.
+
+    Attributes:
+        target: names of programs; all that are known if there are none.
+    """
+
+    target: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = next((name for name in self.target if name not in names(registry)), None)
+        if unknown is not None:
+            raise UsageError(f"target: there is no {unknown!r}", hint=f"known: {', '.join(names(registry))}")
+
+
+def _run(work: Work) -> Outcome:
+    report = check(work.path("check"), work.options.target, work.optional("base"))
+    taken = [verdict.target for verdict in report.verdicts if verdict.taken]
+    refusals = {
+        verdict.target: next(finding.found for finding in verdict.findings if finding.level == "error")
+        for verdict in report.verdicts
+        if not verdict.taken
+    }
+    return Outcome(f"{', '.join(taken) or 'nobody'} would take it", {"taken": taken, "refusals": refusals})
+
+
+def _judge(options: Any, facts: Facts) -> str:
+    return "; ".join(f"{target} would not take it: {why}" for target, why in sorted(facts["refusals"].items()))
+
+
+KIND = StepKind(
+    inputs=(Input("check", required=True), Input("base")),
+    options=CheckOptions,
+    run=_run,
+    makes=makes_nothing,
+    judge=_judge,
+)

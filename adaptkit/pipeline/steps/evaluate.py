@@ -1,0 +1,153 @@
+"""Measure a model; with ``require``, a gate."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from adaptkit.errors import UsageError
+from adaptkit.pipeline.options import nearest
+from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work, makes_nothing
+from adaptkit.training.evaluation.evaluate import check_request, evaluate
+from adaptkit.training.evaluation.report import EvaluateOptions, EvaluateReport
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a figure has to be, both ends included.
+
+    Attributes:
+        min: smallest.
+        max: largest.
+    """
+
+    min: float | None = None
+    max: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min is None and self.max is None:
+            raise UsageError("gives no limit", hint="give min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise UsageError(f"nothing is at least {self.min:g} and at most {self.max:g}")
+
+    def __str__(self) -> str:
+        ends = (("at least", self.min), ("at most", self.max))
+        return ", ".join(f"{word} {end:g}" for word, end in ends if end is not None)
+
+    def allow(self, value: float) -> bool:
+        """Whether a figure is within; NaN never is."""
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+
+@dataclass(frozen=True)
+class EvaluateStep(EvaluateOptions):
+    """How to evaluate, and what to require.
+
+    Attributes:
+        require: figures of the report by name, such as ``loss``, ``text.perplexity`` or ``generated.scores.bleu``.
+    """
+
+    require: Mapping[str, Limits] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = set(_figures(EvaluateReport))
+        for name in self.require:
+            if name not in known:
+                raise UsageError(f"require: there is no figure {name!r}", hint=nearest(name, known))
+
+
+def _figures(kind: type[Any], prefix: str = "") -> Iterator[str]:
+    """The names of all numbers in a report."""
+    hints = get_type_hints(kind)
+    for part in fields(kind):
+        choices = get_args(hints[part.name]) or (hints[part.name],)
+        inner = next((choice for choice in choices if is_dataclass(choice)), None)
+        if isinstance(inner, type):
+            yield from _figures(inner, f"{prefix}{part.name}.")
+        elif float in choices or int in choices:
+            yield prefix + part.name
+
+
+def _complete(values: dict[str, Any], inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    return values | ({"shots_from": list(inputs["shots_from"])} if "shots_from" in inputs else {})
+
+
+def _check(options: EvaluateStep, inputs: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse before anything runs what could not be measured in the end.
+
+    Raises:
+        UsageError: says what is missing.
+    """
+    data, text = ([Path(name) for name in inputs.get(key, ())] for key in ("data", "text"))
+    reference = next(map(Path, inputs.get("reference", ())), None)
+    check_request(data, text, replace(options, shots=0, shots_from=()), reference)
+    given = {*inputs, *(("generate",) if options.generate else ())}
+    for name in options.require:
+        missing = [key for key in _measured_with(name) if key not in given]
+        if missing:
+            raise UsageError(f"require: {name} is measured only with {' and '.join(missing)}")
+
+
+def _measured_with(figure: str) -> tuple[str, ...]:
+    """The keys of a step without which there is no such figure."""
+    if figure.startswith("generated."):
+        return ("data", "generate")
+    if figure.startswith(("text.reference", "text.kl", "text.same")):
+        return ("text", "reference")
+    return {"text": ("text",), "loss": ("data",), "perplexity": ("data",)}.get(figure.partition(".")[0], ())
+
+
+def _run(work: Work) -> Outcome:
+    options = replace(work.options, shots_from=work.paths.get("shots_from", ()))
+    report = evaluate(
+        work.path("evaluate"),
+        work.optional("adapter"),
+        work.paths.get("data", ()),
+        options,
+        text=work.paths.get("text", ()),
+        reference=work.optional("reference"),
+    )
+    facts = dict(_flat(asdict(report)))
+    for name in ("loss", "text.loss", "generated.scores.rouge_l"):
+        if facts.get(name) is not None:
+            return Outcome(f"{name} {facts[name]:.4f}", facts)
+    return Outcome(f"{len(report.answers)} answers", facts)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def _judge(options: EvaluateStep, facts: Facts) -> str:
+    missed = []
+    for name, limits in sorted(options.require.items()):
+        value = facts.get(name)
+        if value is None:
+            missed.append(f"{name} was not measured")
+        elif not limits.allow(value):
+            missed.append(f"{name} is {value:.4f}, required is {limits}")
+    return "; ".join(missed)
+
+
+KIND = StepKind(
+    inputs=(
+        Input("evaluate", required=True),
+        Input("adapter"),
+        Input("data", many=True, takes="file"),
+        Input("text", many=True, takes="file"),
+        Input("reference"),
+        Input("shots_from", many=True, takes="file"),
+    ),
+    options=EvaluateStep,
+    run=_run,
+    complete=_complete,
+    check=_check,
+    makes=makes_nothing,
+    judge=_judge,
+    uncounted=frozenset({"require"}),
+)

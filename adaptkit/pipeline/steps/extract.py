@@ -1,0 +1,21 @@
+"""Find the adapter in a tuned checkpoint and its base."""
+
+from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+
+
+def _run(work: Work) -> Outcome:
+    report = extract(
+        work.path("extract"),
+        work.path("base"),
+        work.output,
+        work.options,
+        force=work.force,
+        progress=work.progress,
+    )
+    return Outcome(f"{report.parameters:,} parameters", {"relative_error": report.relative_error})
+
+
+KIND = StepKind(
+    inputs=(Input("extract", required=True), Input("base", required=True)), options=ExtractOptions, run=_run
+)

@@ -1,0 +1,32 @@
+"""Fold adapters into a 16-bit checkpoint."""
+
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import CheckpointError
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+
+
+def _run(work: Work) -> Outcome:
+    """Merge, but not onto a quantized base: the one that the operation would look for beside it is no input of ours."""
+    base = work.path("merge")
+    if quantization_found(Checkpoint(base)) is not None:
+        name = work.names["merge"][0]
+        raise CheckpointError(f"{name} is quantized", hint="name the 16-bit checkpoint that it was made from")
+    report = merge(
+        base,
+        work.paths["adapters"],
+        work.output,
+        work.options,
+        force=work.force,
+        progress=work.progress,
+    )
+    facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}
+    return Outcome(f"{report.merged} of {report.tensors} tensors changed", facts)
+
+
+KIND = StepKind(
+    inputs=(Input("merge", required=True), Input("adapters", many=True, required=True)),
+    options=MergeOptions,
+    run=_run,
+)

@@ -1,0 +1,46 @@
+"""Publish an artifact on the Hub: after everything that is not made from it, and never when a gate was not passed."""
+
+from dataclasses import asdict, dataclass, replace
+
+from adaptkit.checkpoint.progress import size
+from adaptkit.hub.publish import PublishOptions, publish
+from adaptkit.hub.sources import check_repo_id
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work, makes_nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishStep(PublishOptions):
+    """Where to publish.
+
+    Attributes:
+        repo: org/name.
+        sign: the manifest; by whom is not for a recipe to say.
+    """
+
+    repo: str
+    sign: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_repo_id(self.repo)
+
+
+def _run(work: Work) -> Outcome:
+    options: PublishStep = work.options
+    wanted = replace(options, signer=work.signer) if options.sign else options
+    report = publish(work.path("publish"), options.repo, wanted, progress=work.progress, note=work.note)
+    sent = f"{len(report.files_added)} files, {size(report.bytes_sent)} sent"
+    what = "there already" if report.already_there else sent
+    at = f"@{report.tag}" if report.tag else ""
+    facts = {name: value for name, value in asdict(report).items() if not name.startswith("files_")}
+    return Outcome(f"{options.repo}{at}, commit {str(report.commit)[:12]}: {what}", facts)
+
+
+KIND = StepKind(
+    inputs=(Input("publish", required=True),),
+    options=PublishStep,
+    run=_run,
+    refused={"signer": "write sign: true, and give the key to the command: --sign KEY"},
+    makes=makes_nothing,
+    sends=True,
+)

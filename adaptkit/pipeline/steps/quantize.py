@@ -1,0 +1,41 @@
+"""Quantize a checkpoint; with calibration, choose its constants and codes by text, and make a companion adapter."""
+
+from dataclasses import replace
+from typing import Any
+
+from adaptkit.checkpoint.progress import size
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+
+_FILES = "calibration.files"
+
+
+def _run(work: Work) -> Outcome:
+    options: QuantizeOptions = work.options
+    if options.calibration is not None:
+        options = replace(options, calibration=replace(options.calibration, files=work.paths[_FILES]))
+    report = quantize(work.path("quantize"), work.output, options, force=work.force, progress=work.progress)
+    figure = f"{size(report.bytes_before)} -> {size(report.bytes_after)}"
+    facts = {"bits_per_parameter": report.bits_per_parameter, "relative_error": report.relative_error}
+    return Outcome(figure, facts)
+
+
+def _makes(options: QuantizeOptions) -> tuple[str, ...]:
+    companion = options.calibration is not None and options.calibration.init_rank is not None
+    return ("", "-init") if companion else ("",)
+
+
+def _complete(values: dict[str, Any], inputs: Any) -> dict[str, Any]:
+    if _FILES in inputs:
+        values["calibration"] = {**values["calibration"], "files": ["."]}
+    return values
+
+
+KIND = StepKind(
+    inputs=(Input("quantize", required=True), Input(_FILES, many=True, takes="file")),
+    options=QuantizeOptions,
+    run=_run,
+    refused={"part": "a step makes all of it"},
+    complete=_complete,
+    makes=_makes,
+)

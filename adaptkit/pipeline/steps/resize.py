@@ -1,0 +1,13 @@
+"""Give an adapter a smaller rank."""
+
+from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+
+
+def _run(work: Work) -> Outcome:
+    report = resize(work.path("resize"), work.output, work.options, force=work.force)
+    figure = f"{report.parameters_before:,} -> {report.parameters:,} parameters"
+    return Outcome(figure, {"ranks": list(report.ranks), "relative_error": report.relative_error})
+
+
+KIND = StepKind(inputs=(Input("resize", required=True),), options=ResizeOptions, run=_run)

@@ -1,0 +1,13 @@
+"""Combine adapters into one."""
+
+from adaptkit.operations.stack import StackOptions, stack
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+
+
+def _run(work: Work) -> Outcome:
+    report = stack(work.paths["stack"], work.output, work.options, force=work.force, progress=work.progress)
+    figure = f"{report.adapters} adapters by {report.method}, {100 * report.energy_kept:.3g} % of the square norm kept"
+    return Outcome(figure, {"modules": report.modules, "ranks": list(report.ranks), "energy_kept": report.energy_kept})
+
+
+KIND = StepKind(inputs=(Input("stack", many=True, required=True),), options=StackOptions, run=_run)

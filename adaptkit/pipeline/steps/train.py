@@ -1,0 +1,71 @@
+"""Train an adapter, or with ``method: full`` every weight."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from adaptkit.errors import UsageError
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.training.config import INITS, TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.report import StepReport
+
+_INPUTS = (
+    Input("train", required=True),
+    Input("data", many=True, required=True, takes="file"),
+    Input("held_out_data", many=True, takes="file"),
+    Input("init", words=INITS),
+)
+
+
+def _run(work: Work) -> Outcome:
+    options: TrainConfig = work.options
+    paths = {key: tuple(map(str, found)) for key, found in work.paths.items()}
+    files = dict(zip(work.names["data"], paths["data"], strict=True))
+    config = replace(
+        options,
+        base=paths["train"][0],
+        data=paths["data"],
+        held_out_data=paths.get("held_out_data", ()),
+        init=paths["init"][0] if "init" in paths else options.init,
+        mixture=options.mixture and {files[name]: weight for name, weight in options.mixture.items()},
+    )
+
+    def tell(step: StepReport) -> None:
+        work.progress(step.step, step.steps)
+
+    report = train(config, work.output, force=work.force, on_step=tell, note=work.note)
+    before, after = report.held_out_before, report.held_out_after
+    figure = f"{report.steps} steps" if after is None else f"held-out loss {before:.4f} -> {after:.4f}"
+    facts = {"steps": report.steps, "held_out_before": before, "held_out_after": after, "samples": report.samples}
+    return Outcome(figure, facts)
+
+
+def _complete(values: dict[str, Any], inputs: Any) -> dict[str, Any]:
+    """A folder that exists stands for each folder that will."""
+    stand_ins: dict[str, Any] = {"base": ".", "data": list(inputs["data"])}
+    if "held_out_data" in inputs:
+        stand_ins["held_out_data"] = list(inputs["held_out_data"])
+    if "init" in inputs:
+        stand_ins["init"] = "."
+    return values | stand_ins
+
+
+def _check(options: TrainConfig, inputs: Mapping[str, tuple[str, ...]]) -> None:
+    for name in options.mixture or ():
+        if name not in inputs["data"]:
+            raise UsageError(f"mixture: {name!r} is none of the data", hint=f"data: {', '.join(inputs['data'])}")
+
+
+KIND = StepKind(
+    inputs=_INPUTS,
+    options=TrainConfig,
+    run=_run,
+    refused={
+        "base": "it stands beside train",
+        "tensorboard": "it lies outside the work folder",
+        "wandb": "it reaches out to the network",
+    },
+    complete=_complete,
+    check=_check,
+)

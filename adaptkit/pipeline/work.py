@@ -1,0 +1,159 @@
+"""The work folder: what steps made, by what they made it from.
+
+    .adaptkit/hashes.json             sha256 of sources whose size and time did not change; only saves time
+    .adaptkit/3f9a1c0b77de/           begins a step's key: a hash of its kind, options, inputs and adaptkit's version
+        adapter.json                  the whole key, and what the step ``adapter`` made and measured
+        adapter/                      the artifact
+        adapter.partial/              while it is being made; the same step goes on there
+
+Everything in it can be made again, so it may be deleted at any time.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from adaptkit.checkpoint.integrity import check_artifact, check_names
+from adaptkit.checkpoint.layout import write_json
+from adaptkit.checkpoint.manifest import Manifest, require_manifest
+from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.errors import ConflictError, IntegrityError
+from adaptkit.pipeline.recipe import Step
+from adaptkit.pipeline.steps._kind import Facts
+
+WORK_NAME = ".adaptkit"
+_KEY_LETTERS = 12
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a step.
+
+    Attributes:
+        kind: of the step.
+        key: the whole of it.
+        outputs: name -> sha256 of the manifest; None while the step is at work.
+        figure: the one that matters.
+        facts: more of them.
+    """
+
+    kind: str
+    key: str
+    outputs: dict[str, str] | None
+    figure: str
+    facts: Facts
+
+
+class WorkFolder:
+    """Where steps work, and what they left.
+
+    Args:
+        root: the folder.
+        verify: read every byte of what is kept, not only names and sizes.
+    """
+
+    def __init__(self, root: Path, verify: bool = False) -> None:
+        self.root = root
+        self._verify = verify
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out while the block runs.
+
+        Raises:
+            ConflictError: one is at work.
+        """
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise ConflictError(f"{self.root}: another run is at work there", hint="wait for it") from error
+        finally:
+            os.close(handle)
+
+    def output(self, key: str, name: str) -> Path:
+        """The folder of an artifact."""
+        return self.root / key[:_KEY_LETTERS] / name
+
+    def find(self, step: Step, key: str, note: Callable[[str], None]) -> Record | None:
+        """What the step left when it was done before, if all of it is still as it was."""
+        record = self._read(step, key)
+        if record is None:
+            return None
+        try:
+            found = {name: self._check(self.output(key, name)).sha256 for name in step.makes}
+        except IntegrityError as error:
+            if record.outputs is not None:  # else it is not finished
+                note(f"{step.name}: {error.message}; it is made again")
+            return None
+        if record.outputs is None:
+            # Outputs appear when they are whole; this run was killed just before it could say so.
+            return Record(step.kind, key, found, "made before", {}) if step.makes else None
+        if record.outputs != found:
+            note(f"{step.name}: is not what it was when it was made; it is made again")
+            return None
+        return record
+
+    def begin(self, step: Step, key: str) -> bool:
+        """Say that a step is at work, and clear away what is damaged; returns whether something is to be replaced."""
+        kept = False
+        for name in step.makes:
+            folder = self.output(key, name)
+            if folder.is_symlink() or folder.exists():
+                try:
+                    self._check(folder)
+                    kept = True
+                except IntegrityError:
+                    folder.unlink() if folder.is_symlink() or folder.is_file() else shutil.rmtree(folder)
+        self._write(step, Record(step.kind, key, None, "", {}))
+        return kept
+
+    def finish(self, step: Step, key: str, figure: str, facts: Facts) -> Record:
+        """Say what a step made."""
+        found = {name: require_manifest(self.output(key, name)).sha256 for name in step.makes}
+        record = Record(step.kind, key, found, figure, facts)
+        self._write(step, record)
+        return record
+
+    def nbytes(self, key: str, name: str) -> int:
+        """Of an artifact's files."""
+        return sum(record.size for record in require_manifest(self.output(key, name)).files)
+
+    def _check(self, folder: Path) -> Manifest:
+        if not folder.is_dir():
+            raise IntegrityError(f"{folder} is gone")
+        manifest = require_manifest(folder)
+        if self._verify:
+            check_artifact(folder, manifest, os.cpu_count() or 1)
+            return manifest
+        check_names(folder, manifest)
+        for record in manifest.files:
+            if (folder / record.path).stat().st_size != record.size:
+                raise IntegrityError(f"{folder}: {record.path} has another size than its manifest says")
+        return manifest
+
+    def _read(self, step: Step, key: str) -> Record | None:
+        try:
+            record = Record(**json.loads(self._path(step, key).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return record if (record.kind, record.key) == (step.kind, key) else None
+
+    def _write(self, step: Step, record: Record) -> None:
+        path = self._path(step, record.key)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".json.partial")
+            partial.write_bytes(write_json(asdict(record)))
+            partial.replace(path)
+
+    def _path(self, step: Step, key: str) -> Path:
+        return self.root / key[:_KEY_LETTERS] / f"{step.name}.json"

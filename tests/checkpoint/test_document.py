@@ -1,0 +1,76 @@
+"""Files that people write are read strictly, and every value's line is known."""
+
+import pytest
+
+from adaptkit.checkpoint.document import read_document
+from adaptkit.errors import ConfigError
+
+
+def test_every_value_has_its_line(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: 1\n\nb:\n  c: {d: 2,\n      e: 3}\n  f:\n    - x\n    - y: 4\n")
+    document = read_document(path)
+    assert document.values == {"a": 1, "b": {"c": {"d": 2, "e": 3}, "f": ["x", {"y": 4}]}}
+    lines = {"a": 1, "b": 3, "b.c": 4, "b.c.d": 4, "b.c.e": 5, "b.f": 6, "b.f.0": 7, "b.f.1": 8, "b.f.1.y": 8}
+    assert {".".join(map(str, keys)): line for keys, line in document.lines.items()} == lines
+    assert document.where("b", "c", "e") == f"{path}, line 5: b.c.e"
+    assert document.where("b", "c", "absent") == f"{path}, line 4: b.c.absent"
+    assert document.where() == str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-4", 2e-4),
+        ("1E3", 1000.0),
+        ("-1.5e+2", -150.0),
+        ("2026-01-31", "2026-01-31"),
+        ("1.5", 1.5),
+        ("v1e5", "v1e5"),
+    ],
+)
+def test_numbers_and_dates_are_read_as_people_mean_them(tmp_path, text, value):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"a: {text}\n")
+    assert read_document(path).values == {"a": value}
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: malformed (the key 'a' appears twice)"),
+        ("a: {b: 1,\n b: 2}\n", "line 2: malformed (the key 'b' appears twice)"),
+        (BOMB, "line 2: malformed (aliases are not supported)"),
+        ("a: !!python/object/apply:os.system ['true']\n", "line 1: malformed (could not determine a constructor"),
+        ("a: !!python/name:os.system\n", "line 1: malformed (could not determine a constructor"),
+        ("a: 1\n<<: {b: 1}\n", "line 2: malformed (the key '<<' is no text"),
+        ("1: a\n", "line 1: malformed (the key '1' is no text"),
+        ("on: a\n", "line 1: malformed (the key 'on' is no text"),
+        ("? [a, b]\n: c\n", "malformed"),
+        ("a: 1\n---\nb: 2\n", "malformed"),
+        ("a: [1\n", "malformed"),
+        ("- a\n", "expected keys and values"),
+        ("", "expected keys and values"),
+        ("[" * 5000, "malformed"),
+        ("a: '" + "x" * (1 << 20) + "'\n", "larger than a megabyte"),
+    ],
+)
+def test_what_readers_differ_on_or_suffer_from_is_refused(tmp_path, text, expected):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_document(path)
+    assert expected in caught.value.message
+    assert caught.value.message.startswith(str(path))
+
+
+def test_json_is_read_by_its_suffix_and_as_strictly(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{\n\t"a": {"b": 1}\n}')
+    assert read_document(path).values == {"a": {"b": 1}}
+    path.write_text('{"a": {"b": 1, "b": 2}}')
+    with pytest.raises(ConfigError, match="the key 'b' appears twice"):
+        read_document(path)

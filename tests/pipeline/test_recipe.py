@@ -1,0 +1,164 @@
+"""A recipe that is wrong is refused before anything is read, by file, line, place and the nearest name."""
+
+import textwrap
+
+import pytest
+
+from adaptkit.errors import ConfigError, UsageError
+from adaptkit.pipeline.recipe import read_recipe
+
+GOOD = """\
+name: release
+sources:
+  base: {path: model}
+  rows: {path: data/rows.jsonl}
+steps:
+  small: {quantize: base}
+  adapter: {train: small, data: [rows], rank: 4}
+  judged:
+    evaluate: small
+    adapter: adapter
+    data: [rows]
+    require: {loss: {max: 3}}
+  merged: {merge: base, adapters: [adapter]}
+  loads: {check: merged, target: [vllm]}
+  release: {publish: merged, repo: org/name, tag: v1, needs: [judged, loads]}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, old="", new=""):
+        assert old in text
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text.replace(old, new, 1))
+        return path
+
+    return write
+
+
+def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
+    from adaptkit.operations.quantize import QuantizeOptions
+    from adaptkit.training.config import TrainConfig
+
+    recipe = read_recipe(write(GOOD))
+    assert (recipe.name, list(recipe.sources)) == ("release", ["base", "rows"])
+    assert list(recipe.steps) == ["small", "adapter", "judged", "merged", "loads", "release"]
+    assert recipe.steps["small"].options == QuantizeOptions()
+    options = recipe.steps["adapter"].options
+    assert isinstance(options, TrainConfig)
+    assert (options.rank, options.alpha) == (4, 32.0)
+    assert recipe.steps["adapter"].inputs == {"train": ("small",), "data": ("rows",)}
+    assert recipe.before(recipe.steps["release"]) == ["merged", "judged", "loads"]
+    assert [step.name for step in recipe.until("adapter")] == ["small", "adapter"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "hint"),
+    [
+        ("rank: 4", "rnak: 4", "line 7: steps.adapter.rnak: unknown key", "did you mean 'rank'?"),
+        ("rank: 4", "rank: '4'", "line 7: steps.adapter.rank: is '4'; expected a whole number", ""),
+        ("rank: 4", "rank: true", "line 7: steps.adapter.rank: is true; expected a whole number", ""),
+        ("rank: 4", "rank: 0", "line 7: steps.adapter.rank: 0 cannot be used", "rank: Of the adapter's matrices."),
+        ("rank: 4", "alpha: .nan", "line 7: steps.adapter.alpha: is nan; expected a number", ""),
+        ("rank: 4", "targets: q_proj", "steps.adapter.targets: is 'q_proj'; expected a list", "write [q_proj]"),
+        ("rank: 4", "wandb: x", "line 7: steps.adapter.wandb: cannot be set in a recipe", "it reaches out"),
+        ("rank: 4", "base: x", "line 7: steps.adapter.base: cannot be set in a recipe", "it stands beside train"),
+        ("rank: 4", "init: smal", "steps.adapter.init: there is no 'smal'", "did you mean 'small'?"),
+        ("rank: 4", "mixture: {row: 1}", "steps.adapter: mixture: 'row' is none of the data", "data: rows"),
+        ("{quantize: base}", "{quantise: base}", "line 6: steps.small.quantise: 'quantise' is no kind of step",
+         "did you mean 'quantize'?"),
+        ("{quantize: base}", "{block_size: 64, quantize: base}", "'block_size' is no kind of step", "its first key"),
+        ("{quantize: base}", "{quantize: bsae}", "line 6: steps.small.quantize: there is no 'bsae'", "'base'?"),
+        ("{quantize: base}", "{quantize: [base]}", "steps.small.quantize: expected the name of a source or step", ""),
+        ("{quantize: base}", "{quantize: base, block_size: 60}", "line 6: steps.small", ""),
+        ("{quantize: base}", "{quantize: base, calibration: {token: 3, files: [rows]}}",
+         "steps.small.calibration.token: unknown key", "did you mean 'tokens'?"),
+        ("{quantize: base}", "[]", "line 6: steps.small: expected what to do", "kinds: check, dequantize,"),
+        ("data: [rows], rank", "data: rows, rank", "steps.adapter.data: expected a list of names", "write [rows]"),
+        ("data: [rows], rank", "data: [], rank", "steps.adapter.data: expected a list of names", ""),
+        ("data: [rows], rank", "data: [rows, rows], rank", "steps.adapter.data: 'rows' is there twice", ""),
+        ("data: [rows], rank", "data: [small], rank", "steps.adapter.data: 'small' is a folder; expected a file", ""),
+        ("train: small, data: [rows],", "train: small,", "line 7: steps.adapter: data is missing", ""),
+        ("adapters: [adapter]", "adapters: [judged]", "line 13: steps.merged.adapters: 'judged' makes nothing",
+         "needs: [judged]"),
+        ("max: 3", "mx: 3", "line 12: steps.judged.require.loss.mx: unknown key", "did you mean 'max'?"),
+        ("{max: 3}", "{}", "steps.judged.require.loss: gives no limit", "give min, max or both"),
+        ("{max: 3}", "{max: 3, min: 4}", "nothing is at least 4 and at most 3", ""),
+        ("loss: {max", "los: {max", "steps.judged.require: there is no figure 'los'", "did you mean 'loss'?"),
+        ("loss: {max", "text.loss: {max", "require: text.loss is measured only with text", ""),
+        ("loss: {max", "generated.scores.bleu: {min: 1, max", "measured only with generate", ""),
+        ("target: [vllm]", "target: [vlm]", "line 14: steps.loads.target: there is no 'vlm'", "known: gguf"),
+        ("repo: org/name", "repo: org", "line 15: steps.release: org: not a repository", "org/name"),
+        ("tag: v1", "signer: {}", "steps.release.signer: cannot be set in a recipe", "sign: true"),
+        ("repo: org/name, ", "", "line 15: steps.release: repo is missing", ""),
+        ("tag: v1", "tag: 1.0", "steps.release.tag: is 1.0; expected text", "write it in quotes: '1.0'"),
+        ("needs: [judged,", "needs: [judge,", "steps.release.needs: there is no step 'judge'", "'judged'?"),
+        ("needs: [judged,", "needs: [base,", "steps.release.needs: there is no step 'base'", ""),
+        ("small: {q", "base: {q", "line 6: steps.base: 'base' would shadow the source 'base'", ""),
+        ("small: {q", "Base: {q", "line 6: steps.Base: 'Base' would shadow the source 'base'", ""),
+        ("small: {q", "../x: {q", "line 6: steps.../x: cannot be a name", "letters"),
+        ("small: {q", "x.partial: {q", "cannot be a name", ""),
+        ("rows: {path", "kaiming: {path", "line 4: sources.kaiming: the name means something else to train", ""),
+        ("path: model", "path: /models/a", "line 3: sources.base.path: is a place on this machine alone", "../"),
+        ("path: model", "path: ~/a", "is a place on this machine alone", ""),
+        ("path: model", "pth: model", "line 3: sources.base.pth: unknown key", "did you mean 'path'?"),
+        ("path: model", "path: 3", "line 3: sources.base.path: is 3; expected text", ""),
+        ("path: model", "repo: a", "line 3: sources.base.repo: a: not a repository", ""),
+        ("path: model", "repo: a/b, path: c", "line 3: sources.base: expected either a path or a repo", ""),
+        ("path: model", "path: model, revision: main", "sources.base.revision: only a repo has revisions", ""),
+        ("  rows:", "  more: {path: x}\n  rows:", "line 4: sources.more: no step uses it", ""),
+        ("name: release\n", "", "name is missing", ""),
+        ("name: release", "name: 3", "line 1: name: is no text", ""),
+        ("name: release", "nam: release", "line 1: nam: unknown key", "did you mean 'name'?"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_line(write, old, new, message, hint):
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(write(GOOD, old, new))
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_a_companion_adapter_is_named_after_its_base(write):
+    text = GOOD.replace("{quantize: base}", "{quantize: base, calibration: {files: [rows], init_rank: 4}}")
+    recipe = read_recipe(write(text, "[rows], rank: 4", "[rows], init: small-init"))
+    assert recipe.steps["small"].makes == ("small", "small-init")
+    assert recipe.steps["adapter"].inputs["init"] == ("small-init",)
+    with pytest.raises(ConfigError, match="'small-init' would shadow"):
+        read_recipe(write(text, "  merged:", "  small-init:"))
+
+
+def test_a_word_of_an_option_is_no_name(write):
+    recipe = read_recipe(write(GOOD, "rank: 4", "init: normal"))
+    assert recipe.steps["adapter"].options.init == "normal"
+    assert "init" not in recipe.steps["adapter"].inputs
+
+
+def test_steps_that_wait_for_themselves_are_named(write):
+    path = write(GOOD, "{merge: base, adapters: [adapter]}", "{merge: base, adapters: [adapter], needs: [loads]}")
+    with pytest.raises(ConfigError, match=r"line 13: steps.merged: waits for itself: merged -> loads -> merged"):
+        read_recipe(path)
+
+
+def test_steps_run_in_their_order_as_far_as_inputs_allow_and_publish_last(write):
+    text = textwrap.dedent("""\
+        name: x
+        sources: {base: {path: m}}
+        steps:
+          out: {publish: plain, repo: a/b}
+          plain: {dequantize: small}
+          checked: {check: small}
+          small: {quantize: base}
+          other: {check: base}
+        """)
+    recipe = read_recipe(write(text))
+    assert list(recipe.steps) == ["small", "plain", "checked", "other", "out"]
+
+
+def test_a_step_to_end_with_has_to_be_there(write):
+    recipe = read_recipe(write(GOOD))
+    with pytest.raises(UsageError, match="there is no step 'adaptor'") as caught:
+        recipe.until("adaptor")
+    assert caught.value.hint == "did you mean 'adapter'?"

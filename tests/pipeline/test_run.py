@@ -1,0 +1,368 @@
+"""What was made is kept as long as it is what it was made from; the lock says what all of it was."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.errors import (
+    CheckpointError,
+    ConfigError,
+    ConflictError,
+    DriftError,
+    GateError,
+    IntegrityError,
+    UsageError,
+)
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.operations.verify import verify
+from adaptkit.pipeline.run import Listener, RunOptions, run
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = ["small", "plain", "lighter", "merged", "loads"]
+
+
+def states(report):
+    return {step.name: step.state for step in report.steps}
+
+
+def done(report):
+    return [step.name for step in report.steps if step.state == "done"]
+
+
+def lock_of(folder):
+    return json.loads((folder / "recipe.lock").read_bytes())
+
+
+def outputs(report):
+    return {output.name: output for step in report.steps for output in step.outputs}
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def recipe(release):
+    return release / "recipe.yaml"
+
+
+def test_a_release_is_what_the_operations_make_one_by_one(release, recipe, tmp_path):
+    made = outputs(run(recipe))
+    resize(release / "lora", tmp_path / "lighter", ResizeOptions(rank=2))
+    merge(release / "model", [tmp_path / "lighter"], tmp_path / "merged", MergeOptions())
+    for name in ("lighter", "merged"):
+        assert tree(tmp_path / name) == tree(release / made[name].path)
+    for output in made.values():
+        assert verify(release / output.path).manifest_sha256 == output.manifest_sha256
+
+
+def test_what_is_done_is_kept_and_a_second_run_writes_nothing(release, recipe):
+    first = run(recipe)
+    assert (done(first), first.lock_state) == (ALL, "written")
+    os.utime(release / "recipe.lock", ns=(1, 1))
+    before = {p: p.stat().st_mtime_ns for p in release.rglob("*") if p.is_file() and p.name != "hashes.json"}
+    again = run(recipe)
+    assert (states(again), again.lock_state) == (dict.fromkeys(ALL, "kept"), "unchanged")
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert outputs(again) == outputs(first)
+
+
+def test_the_lock_names_sources_and_artifacts_by_hash(release, recipe):
+    made = outputs(run(recipe))
+    lock = lock_of(release)
+    base = lock["sources"]["base"]
+    assert base["files"]["model.safetensors"] == file_sha256(release / "model" / "model.safetensors")
+    assert set(base["files"]) == {p.name for p in (release / "model").iterdir()}
+    for name, role in (("small", "base"), ("merged", "base"), ("lighter", "adapter")):
+        (parent,) = [p for p in require_manifest(release / made[name].path).parents if p.role == role]
+        source = "lora" if role == "adapter" else "base"
+        assert parent.tensors_root == lock["sources"][source]["tensors_root"], name
+    assert lock["steps"]["merged"]["outputs"] == {"merged": file_sha256(release / made["merged"].path / MANIFEST_NAME)}
+    assert lock["steps"]["lighter"]["recipe"] == {"resize": "lora", "rank": 2}
+    assert lock["steps"]["loads"].keys() == {"recipe", "key"}
+
+
+def test_the_lock_is_the_same_wherever_it_is_written(release, recipe, tmp_path):
+    run(recipe)
+    elsewhere = tmp_path / "elsewhere" / "release"
+    shutil.copytree(release, elsewhere, ignore=shutil.ignore_patterns(".adaptkit", "recipe.lock"))
+    code = "from pathlib import Path; from adaptkit import run, RunOptions\n"
+    code += "run(Path('recipe.yaml'), RunOptions(work=Path('../work')))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=elsewhere, env=environment, check=True)
+    content = (release / "recipe.lock").read_bytes()
+    assert (elsewhere / "recipe.lock").read_bytes() == content
+    assert str(tmp_path).encode() not in content
+    assert content == json.dumps(json.loads(content), indent=2, sort_keys=True).encode() + b"\n"
+
+
+def test_only_what_depends_on_a_change_is_done_again(recipe, edit):
+    run(recipe)
+    edit("rank: 2", "rank: 3")
+    assert done(run(recipe)) == ["lighter", "merged", "loads"]
+    edit("rank: 3", "rank: 2")
+    assert done(run(recipe)) == [], "what was made before is still there"
+    edit("{dequantize: small}", "{dequantize: small, dtype: float32}")
+    assert done(run(recipe)) == ["plain"]
+
+
+def test_an_option_that_changes_nothing_does_nothing(recipe, edit):
+    run(recipe)
+    edit("{quantize: base}", "{quantize: base, threads: 1, block_size: 64}")
+    edit("target: [peft]", "target: [peft], needs: [plain]")
+    assert done(run(recipe)) == []
+
+
+def test_dependents_are_kept_if_the_same_bytes_come_out(release, recipe):
+    """A source that changed in a file that quantizing leaves out of its output: other key, same bytes."""
+    first = outputs(run(recipe))
+    index = release / "model" / "adaptkit-note.json"  # read with the folder, copied by nobody
+    index.write_text("{}")
+    report = run(recipe)
+    assert done(report) == ["small", "merged"]
+    assert {n: o.manifest_sha256 for n, o in outputs(report).items()} == {
+        name: output.manifest_sha256 for name, output in first.items()
+    }
+
+
+def test_a_source_that_changed_is_noticed_whatever_its_size_and_time(release, recipe):
+    run(recipe)
+    path = release / "lora" / "adapter_model.safetensors"
+    content, status = bytearray(path.read_bytes()), path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert done(run(recipe, RunOptions(verify=True))) == ["lighter", "merged", "loads"]
+
+
+# Damage to what was made
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "extra", "no manifest", "changed manifest", "a file", "a link"])
+def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
+    first = run(recipe)
+    folder = release / outputs(first)["lighter"].path
+    expected, weights, manifest = tree(folder), folder / "adapter_model.safetensors", folder / MANIFEST_NAME
+    if how in ("gone", "a file", "a link"):
+        shutil.move(folder, release / "aside")
+        if how == "a file":
+            folder.write_text("x")
+        if how == "a link":
+            folder.symlink_to("/nowhere")
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "extra":
+        (folder / "extra").write_text("x")
+    elif how == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_bytes(manifest.read_bytes()[:-2] + b" \n")
+    notes = []
+    report = run(recipe, listener=Listener(note=notes.append))
+    assert done(report) == ["lighter"]
+    assert len(notes) == 1
+    assert notes[0].startswith("lighter: ")
+    assert tree(folder) == expected
+
+
+def test_a_flipped_bit_is_seen_when_all_bytes_are_read(release, recipe):
+    first = run(recipe)
+    path = release / outputs(first)["lighter"].path / "adapter_model.safetensors"
+    expected = path.read_bytes()
+    path.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    assert done(run(recipe)) == [], "names and sizes are as they were"
+    assert done(run(recipe, RunOptions(verify=True))) == ["lighter"]
+    assert path.read_bytes() == expected
+
+
+def test_what_was_whole_when_the_run_was_killed_is_kept(release, recipe):
+    first = run(recipe)
+    record = (release / outputs(first)["lighter"].path).with_suffix(".json")
+    known = json.loads(record.read_bytes())
+    record.write_text(json.dumps(known | {"outputs": None, "figure": "", "facts": {}}))
+    report = run(recipe)
+    assert done(report) == []
+    assert outputs(report) == outputs(first)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}'])
+def test_a_record_that_says_nothing_costs_only_its_step(release, recipe, content):
+    first = run(recipe)
+    (release / outputs(first)["lighter"].path).with_suffix(".json").write_bytes(content)
+    (release / ".adaptkit" / "hashes.json").write_bytes(content)
+    assert done(run(recipe)) == ["lighter"]
+    assert done(run(recipe)) == []
+
+
+# The lock
+
+
+def test_locked_is_content_with_what_it_describes(recipe, release):
+    run(recipe)
+    before = (release / "recipe.lock").read_bytes()
+    shutil.rmtree(release / ".adaptkit")
+    report = run(recipe, RunOptions(locked=True))
+    assert (done(report), report.lock_state) == (ALL, "kept")
+    assert (release / "recipe.lock").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("rank: 2", "rank: 3", "steps.lighter.rank is 3, it has 2"),
+        ("{quantize: base}", "{quantize: base, block_size: 32}", "steps.small.block_size is not in it"),
+        ("  loads: {check: merged, target: [peft]}\n", "", "steps.loads is in it, but not here"),
+        ("{path: lora}", "{path: ./other}", "sources.lora.path is other, it has lora"),
+        ("name: tiny", "name: small", "name is small, it has tiny"),
+        ("peft]", "vllm]", "steps.loads.target is ['vllm'], it has ['peft']"),
+    ],
+)
+def test_a_recipe_that_is_not_the_locked_one_is_refused_before_anything_is_read(recipe, release, edit, old, new, named):
+    run(recipe)
+    edit(old, new)
+    shutil.rmtree(release / "model")
+    with pytest.raises(DriftError) as caught:
+        run(recipe, RunOptions(locked=True))
+    assert named in caught.value.message
+    assert caught.value.exit_code == 3
+
+
+def test_sources_that_are_not_the_locked_ones_are_named_by_file(recipe, release):
+    run(recipe)
+    config = release / "lora" / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(DriftError, match=r"sources\.lora\.files\.adapter_config\.json is \w{12}…, it has \w{12}…"):
+        run(recipe, RunOptions(locked=True))
+    (release / "lora" / "vocab.txt").write_text("x")
+    with pytest.raises(DriftError, match=r"sources\.lora\.files\.vocab\.txt is not in it"):
+        run(recipe, RunOptions(locked=True))
+
+
+def change_lock(release, *keys, value):
+    lock = lock_of(release)
+    place = lock
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (release / "recipe.lock").write_text(json.dumps(lock))
+
+
+def test_an_artifact_with_other_bytes_is_named(recipe, release):
+    run(recipe)
+    change_lock(release, "steps", "lighter", "outputs", "lighter", value="0" * 64)
+    with pytest.raises(DriftError, match=r"steps\.lighter\.outputs\.lighter is \w{12}…, it has 000000000000…"):
+        run(recipe, RunOptions(locked=True))
+
+
+def test_another_version_of_adaptkit_is_named(recipe, release):
+    run(recipe)
+    change_lock(release, "tool", "version", value="0.0.1")
+    with pytest.raises(DriftError, match=r"tool\.version is 0\.1\.0, it has 0\.0\.1"):
+        run(recipe, RunOptions(locked=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema":1}', b"<<<<<<< HEAD\n", b'{"schema":2}'])
+def test_a_lock_that_is_none_is_refused_and_can_be_written_again(recipe, release, content):
+    with pytest.raises(UsageError, match=r"recipe\.lock: does not exist"):
+        run(recipe, RunOptions(locked=True, until="small"))
+    (release / "recipe.lock").write_bytes(content)
+    with pytest.raises(UsageError, match=r"recipe\.lock: "):
+        run(recipe, RunOptions(locked=True, until="small"))
+    assert run(recipe, RunOptions(until="small")).lock_state == "written"
+
+
+def test_steps_that_were_not_asked_for_are_locked_as_far_as_they_are_known(recipe, release):
+    report = run(recipe, RunOptions(until="merged"))
+    assert list(states(report)) == ["lighter", "merged"]
+    lock = lock_of(release)["steps"]
+    assert set(lock) == {"lighter", "merged", "loads", "small"}, "plain is made from what is not there"
+    assert "outputs" not in lock["small"]
+    with pytest.raises(DriftError, match=r"steps\.plain is not in it"):
+        run(recipe, RunOptions(locked=True))
+
+
+# Gates, plans, and what goes wrong
+
+
+def test_a_gate_that_is_not_passed_stops_what_follows(recipe, release, edit):
+    edit("{check: merged, target: [peft]}", "{check: small, target: [gguf]}")
+    edit("  loads:", "  after: {check: lighter, needs: [loads]}\n  loads:")
+    seen = []
+    with pytest.raises(GateError) as caught:
+        run(recipe, listener=Listener(ended=lambda step: seen.append((step.name, step.state))))
+    assert caught.value.message.startswith(f"{recipe}: the gate loads is not passed: gguf would not take it: ")
+    assert caught.value.exit_code == 9
+    assert seen[-1] == ("loads", "failed")
+    assert "after" not in dict(seen)
+    assert not (release / "recipe.lock").exists()
+    with pytest.raises(GateError):
+        run(recipe)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(recipe, release, edit):
+    report = run(recipe, dry_run=True)
+    assert states(report) == dict.fromkeys(ALL, "to do")
+    assert {p.name for p in release.iterdir()} == {"recipe.yaml", "model", "lora"}
+    run(recipe)
+    edit("rank: 2", "rank: 3")
+    before = tree(release)
+    report = run(recipe, dry_run=True)
+    assert states(report) == {
+        "small": "kept", "plain": "kept", "lighter": "to do", "merged": "may follow", "loads": "may follow"
+    }  # fmt: skip
+    assert tree(release) == before
+
+
+def test_a_source_that_is_not_there_or_of_the_wrong_kind_is_named_with_its_line(recipe, release, edit):
+    shutil.rmtree(release / "lora")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml, line 4: sources\.lora\.path: does not exist"):
+        run(recipe)
+    (release / "lora").write_text("a file")
+    with pytest.raises(ConfigError, match=r"line 8: steps\.lighter\.resize: 'lora' is a file; expected a folder"):
+        run(recipe)
+
+
+def test_a_source_with_a_manifest_is_compared_with_it(recipe, release, tmp_path):
+    resize(release / "lora", tmp_path / "made", ResizeOptions(rank=3))
+    shutil.rmtree(release / "lora")
+    shutil.copytree(tmp_path / "made", release / "lora")
+    run(recipe)
+    locked = lock_of(release)["sources"]["lora"]
+    assert locked["manifest_sha256"] == require_manifest(release / "lora").sha256
+    assert "files" not in locked
+    path = release / "lora" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors is not what adaptkit-manifest\.json says"):
+        run(recipe)
+
+
+def test_an_error_of_an_operation_names_the_step(recipe, edit):
+    edit("{merge: base, adapters", "{merge: small, adapters")
+    with pytest.raises(CheckpointError, match=r"merged: .*quantized") as caught:
+        run(recipe)
+    assert "16-bit" in caught.value.hint
+
+
+def test_two_runs_do_not_share_a_work_folder(recipe, release):
+    def start_another(step):
+        if step.name == "plain":
+            with pytest.raises(ConflictError, match="another run is at work there"):
+                run(recipe)
+
+    run(recipe, listener=Listener(started=start_another))
+
+
+def test_offline_refuses_to_publish_before_anything_is_done(recipe, release, edit):
+    edit("  loads:", "  out: {publish: merged, repo: a/b}\n  loads:")
+    with pytest.raises(UsageError, match=r"line 10: steps\.out: publish needs the network"):
+        run(recipe, RunOptions(offline=True))
+    assert not (release / ".adaptkit").exists()
+    run(recipe, RunOptions(offline=True, until="loads"))
