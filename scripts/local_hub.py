@@ -25,8 +25,9 @@ Access. Without tokens the hub is open to everyone. With tokens, writes and read
 `Authorization: Bearer TOKEN`: 401 without a known token, 403 for a write with a read token.
 
 Faults. `METHOD:PATH_REGEX:KIND[:COUNT]` meets the next COUNT (default 1, -1 for ever) requests whose raw path and query
-the regex finds; METHOD may be `*`. KIND is an HTTP status, `drop` (hang up before acting), `lost` (act, then hang up),
-`truncate` (announce the whole body, send half) or `corrupt` (same size, its middle byte flipped).
+the regex finds; METHOD may be `*`. KIND is an HTTP status, one with the seconds of its Retry-After (`503+2`), `drop`
+(hang up before acting), `lost` (act, then hang up), `truncate` (announce the whole body, send half), `corrupt` (same
+size, its middle byte flipped) or `nonsense` (act, then answer with JSON that means nothing).
 
 Not here: datasets and spaces, merging or closing pull requests, diffs, deleting and moving repositories, duplicating
 LFS files between them, LFS download through the batch API, checking README metadata, .gitignore.
@@ -91,13 +92,14 @@ class Fault:
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind."""
-        if not re.fullmatch(r"[3-5]\d\d|drop|lost|truncate|corrupt", self.kind):
-            raise ValueError(f"unknown fault kind {self.kind!r}: an HTTP status, drop, lost, truncate or corrupt")
+        if not re.fullmatch(r"[3-5]\d\d(\+\d+)?|drop|lost|truncate|corrupt|nonsense", self.kind):
+            kinds = "an HTTP status, drop, lost, truncate, corrupt or nonsense"
+            raise ValueError(f"unknown fault kind {self.kind!r}: {kinds}")
 
     @classmethod
     def parse(cls, spec: str) -> "Fault":
         """Read `METHOD:PATH_REGEX:KIND[:COUNT]`; the regex may hold colons."""
-        match = re.fullmatch(r"([A-Z]+|\*):(.*?):(\d{3}|[a-z]+)(?::(-?\d+))?", spec)
+        match = re.fullmatch(r"([A-Z]+|\*):(.*?):(\d{3}(?:\+\d+)?|[a-z]+)(?::(-?\d+))?", spec)
         if match is None:
             raise ValueError(f"fault {spec!r} is not METHOD:PATH_REGEX:KIND[:COUNT]")
         return cls(match[1], match[2], match[3], int(match[4] or 1))
@@ -598,8 +600,9 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.record(self.command, self.path, 0)
             self.close_connection = True
             return
-        if self.fault and self.fault.isdigit():
-            raise RefusalError(int(self.fault), "injected fault")
+        if self.fault and self.fault[0].isdigit():
+            status, _, wait_s = self.fault.partition("+")
+            raise RefusalError(int(status), "injected fault", headers={"Retry-After": wait_s} if wait_s else None)
         method = "GET" if self.command == "HEAD" else self.command
         for wanted, pattern, endpoint in ROUTES:
             if wanted == method and (match := pattern.fullmatch(self.path_only)):
@@ -611,6 +614,7 @@ class Handler(BaseHTTPRequestHandler):
     def _read_body(self) -> Iterator[bytes]:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             while length := int(self.rfile.readline().split(b";")[0], 16):
+                self.hub.count(length)
                 yield self.rfile.read(length)
                 self.rfile.readline()
             while self.rfile.readline().strip():
@@ -622,6 +626,7 @@ class Handler(BaseHTTPRequestHandler):
             if not piece:
                 raise ConnectionResetError("the client hung up in the middle of a body")
             left -= len(piece)
+            self.hub.count(len(piece))
             yield piece
 
     def json_body(self) -> Json:
@@ -644,6 +649,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault == "lost":
             self.close_connection = True
             return
+        if self.fault == "nonsense":
+            body = b'[{"nonsense":true}]'
         self.send_response(status)
         for key, value in ({"Content-Type": "application/json; charset=utf-8"} | (headers or {})).items():
             self.send_header(key, value)
@@ -1152,6 +1159,7 @@ class LocalHub:
     Attributes:
         url: for HF_ENDPOINT.
         requests: (method, raw path and query, status) of each request so far; status 0 for a dropped one.
+        bytes_received: in the bodies of all requests so far.
     """
 
     def __init__(
@@ -1170,6 +1178,7 @@ class LocalHub:
         self.tokens, self.read_tokens, self.faults = frozenset(tokens), frozenset(read_tokens), list(faults)
         self.part_bytes, self.page_size, self.verbose = part_bytes, page_size, verbose
         self.requests: list[tuple[str, str, int]] = []
+        self.bytes_received = 0
         self._secret, self._lock = secrets.token_bytes(32), threading.Lock()
         self._server = _Server(self, port)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -1191,6 +1200,11 @@ class LocalHub:
         """Remember a request."""
         with self._lock:
             self.requests.append((method, path, status))
+
+    def count(self, received_bytes: int) -> None:
+        """Count bytes of a body."""
+        with self._lock:
+            self.bytes_received += received_bytes
 
     def take_fault(self, method: str, path: str) -> str | None:
         """Find the kind of the first fault that meets a request, and count it."""

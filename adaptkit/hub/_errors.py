@@ -4,13 +4,14 @@
     404, 410                          UsageError: no such repository, revision or file
     409, 412                          ConflictError: somebody else was there meanwhile
     408, 425, 429, 5xx                NetworkError
-    no answer, or one without what the client looks for in it (KeyError)    NetworkError
+    no answer, or one without what the client looks for in it    NetworkError
     another 4xx, a value the client refuses    UsageError
 
 The client wraps some of these: a failed upload in a RuntimeError, a failed download in a LocalEntryNotFoundError.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,13 @@ from adaptkit.hub.secrets import redact
 
 # Of the exchange of a CI job's identity for a token; huggingface_hub has it from 1.19 on.
 _OIDC_ERRORS: tuple[type[Exception], ...] = tuple(filter(None, [getattr(huggingface_hub.errors, "OIDCError", None)]))
-_TRANSLATED: tuple[type[Exception], ...] = (TransportError, OSError, ValueError, RuntimeError, KeyError, *_OIDC_ERRORS)
+_NONSENSE = (LookupError, TypeError, AttributeError)
+"""What the client raises when it looks into an answer for what is not there: it takes any JSON for a good one."""
+_TRANSLATED: tuple[type[Exception], ...] = (
+    *(TransportError, OSError, ValueError, RuntimeError, *_NONSENSE, *_OIDC_ERRORS),
+)
+_XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
+"""In a RuntimeError of hf_xet, which has no field for it."""
 _LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
 _AGAIN = "run the same command again; nothing is done twice"
 _PASSING = {408, 425, 429}
@@ -65,11 +72,14 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         isinstance(error, PermissionError) and error.errno is None
     ):
         return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)  # the second is hf_xet's
+    if _XET_REFUSAL.search(str(error)):
+        return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         return DiskError(f"{what}: cannot write here: {error.strerror}", hint="free some space, and run it again")
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return UsageError(f"{what}: {_line(error)}")
-    return NetworkError(f"{what}: no usable answer from the Hub: {_line(error)}", hint=_AGAIN)
+    said = "malformed" if isinstance(error, _NONSENSE) else _line(error)
+    return NetworkError(f"{what}: no usable answer from the Hub: {said}", hint=_AGAIN)
 
 
 def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:

@@ -95,15 +95,11 @@ def list_tree(hub: Hub, repo_id: str, commit: str) -> dict[str, RemoteFile]:
     """
 
     def read(api: HfApi) -> dict[str, RemoteFile]:
-        try:
-            entries = list(api.list_repo_tree(repo_id, recursive=True, revision=commit))
-            return {
-                entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
-                for entry in entries
-                if isinstance(entry, RepoFile)
-            }
-        except (TypeError, AttributeError) as error:  # the client takes any JSON for a tree
-            raise NetworkError(f"{repo_id}: the Hub's list of files is malformed", hint="try again later") from error
+        return {
+            entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
+            if isinstance(entry, RepoFile)
+        }
 
     tree = hub.ask(repo_id, read)
     for path, file in tree.items():

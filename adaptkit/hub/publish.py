@@ -26,7 +26,7 @@ from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._commit import Landed, Target, find, send
 from adaptkit.hub._prepare import with_card, with_signature
 from adaptkit.hub._remote import Repository, check_repo_id, differences, list_tree, look_up
-from adaptkit.hub._staging import Artifact, refuse_secrets, stage
+from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.secrets import redact
 
@@ -137,10 +137,10 @@ def publish(
     check_repo_id(repo_id)
     manifest = require_manifest(require_folder(path))
     check_artifact(path, manifest, os.cpu_count() or 1, progress)
+    refuse_secrets(gather(path, manifest))
     hub = connect(note)
-    artifact = with_card(hub, path, manifest, options.base_model, options.signer is not None)
-    refuse_secrets(artifact)
     repository = look_up(hub, repo_id, options.pull_request)
+    artifact = with_card(hub, path, manifest, options.base_model, options.signer is not None)
     if repository is None and not dry_run:
         repository = _create(hub, repo_id, options)
     head = _head(repository, options, repo_id)

@@ -1,6 +1,7 @@
 """``adaptkit publish``."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def command(
     """
     if output_file:
         check_report_file(output_file)
-    if as_json or quiet:  # of the client, which reads it when it is imported
+    if as_json or quiet or not sys.stderr.isatty():  # of the client, which reads it when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from adaptkit.hub.publish import PublishOptions, publish
 

@@ -1,0 +1,286 @@
+"""Whatever goes wrong, the command ends in its exit code, and the branch is as it was or holds the whole artifact.
+
+One row is one run of the command line, with the unmodified client, against a hub on which something goes wrong. The
+branch held another artifact before, so that "as it was" is something too.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import Fault, File, LocalHub, Repo
+
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
+
+WEIGHTS = "adapter_model.safetensors"
+OK, INTEGRITY, UNSAFE, USAGE, AUTHENTICATION, NETWORK, CONFLICT = 0, 3, 5, 2, 6, 7, 8
+PUBLISH = ("publish", "new", "me/model", "--tag", "v1")
+INFO, REFS, TREE = "/api/models/me/model(/revision/.*)?$", "/refs", "/tree/"
+COMMIT, TAG, PUT, PREUPLOAD, RESOLVE = "/commit/", "/tag/", "/lfs/", "/preupload/", f"/resolve/.*{WEIGHTS}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What goes wrong, and how the command ends.
+
+    Attributes:
+        fault: METHOD:PATH_REGEX:KIND[:COUNT].
+        code: exit code.
+        says: in the message, or on stderr if it succeeds.
+        remote: "complete" (the artifact and its tag), "untagged" (the artifact without it), or "as it was".
+        xet: upload through Xet.
+        options: more of them.
+    """
+
+    fault: str
+    code: int
+    says: str = ""
+    remote: str = "as it was"
+    xet: bool = False
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.fault}{' xet' * self.xet}{' '.join(('', *self.options))} -> {self.code}"
+
+
+AGAIN = "trying again in"
+ROWS = (
+    # Looking at the repository.
+    *(Row(f"GET:{INFO}:{status}", AUTHENTICATION, f"answered {status}") for status in (401, 403)),
+    Row(f"GET:{INFO}:404:-1", USAGE, "answered 404"),
+    Row(f"GET:{INFO}:409", CONFLICT, "answered 409"),
+    *(Row(f"GET:{INFO}:{kind}", OK, AGAIN, "complete") for kind in ("429", "500", "503", "drop", "lost", "truncate")),
+    *(Row(f"GET:{INFO}:{kind}:-1", NETWORK) for kind in ("429", "500", "503", "drop", "nonsense")),
+    Row(f"GET:{INFO}:503+1", OK, "trying again in 1 s", "complete"),
+    Row(f"GET:{INFO}:429+3600", NETWORK, "answered 429"),  # nobody waits that long
+    Row(f"GET:{REFS}:500", OK, AGAIN, "complete"),
+    Row(f"GET:{TREE}:nonsense:-1", NETWORK, "malformed"),
+    Row(f"GET:{TREE}:403", AUTHENTICATION, "answered 403"),
+    # Uploading.
+    Row(f"POST:{PREUPLOAD}:403:-1", AUTHENTICATION, "answered 403"),
+    Row(f"POST:{PREUPLOAD}:503", OK, remote="complete"),
+    *(Row(f"PUT:{PUT}:{kind}", OK, remote="complete") for kind in ("drop", "lost", "503", "501")),
+    Row(f"PUT:{PUT}:403:-1", AUTHENTICATION, "answered 403"),
+    Row(f"PUT:{PUT}:501:-1", NETWORK, "answered 501"),
+    *(Row(f"POST:/xorbs/:{kind}", OK, remote="complete", xet=True) for kind in ("drop", "lost")),
+    Row("POST:/xorbs/:400:-1", NETWORK, xet=True),
+    Row("GET:/xet-write-token/:403:-1", AUTHENTICATION, xet=True),
+    # The commit.
+    *(Row(f"POST:{COMMIT}:{status}", AUTHENTICATION, f"answered {status}") for status in (401, 403)),
+    Row(f"POST:{COMMIT}:404", USAGE, "answered 404"),
+    Row(f"POST:{COMMIT}:412", CONFLICT, "answered 412"),
+    *(Row(f"POST:{COMMIT}:{kind}", OK, AGAIN, "complete") for kind in ("409", "429", "500", "503", "drop")),
+    Row(f"POST:{COMMIT}:409:-1", CONFLICT, "answered 409"),
+    *(Row(f"POST:{COMMIT}:{kind}:-1", NETWORK) for kind in ("429", "500", "503", "drop")),
+    Row(f"POST:{COMMIT}:lost", OK, remote="complete"),
+    Row(f"POST:{COMMIT}:nonsense", OK, remote="complete"),
+    Row(f"POST:{COMMIT}:503", OK, AGAIN, "complete", xet=True),
+    Row(f"POST:{COMMIT}:lost", OK, remote="complete", xet=True),
+    # The tag.
+    Row(f"POST:{TAG}:403", AUTHENTICATION, "answered 403", "untagged"),
+    *(Row(f"POST:{TAG}:{kind}", OK, remote="complete") for kind in ("500", "503", "lost", "drop")),
+    Row(f"POST:{TAG}:500:-1", NETWORK, "answered 500", "untagged"),
+    Row(f"POST:{TAG}:409:-1", CONFLICT, "answered 409", "untagged"),
+    # The check.
+    Row(f"GET:{RESOLVE}:corrupt", INTEGRITY, "damaged on the way", "complete", options=("--check",)),
+    Row(f"GET:{RESOLVE}:truncate", OK, "", "complete", options=("--check",)),
+    Row("GET:/xet/data/:drop", OK, "", "complete", xet=True, options=("--check",)),
+)
+PULLS = (
+    *(Row(f"GET:{INFO}:{status}", AUTHENTICATION, f"answered {status}") for status in (401, 403)),
+    Row(f"GET:{INFO}:404", USAGE, "answered 404"),
+    *(Row(f"GET:{INFO}:{kind}", OK, AGAIN) for kind in ("429", "500", "503", "drop")),
+    Row(f"GET:{INFO}:503:-1", NETWORK, "answered 503"),
+    Row(f"GET:{TREE}:nonsense:-1", NETWORK, "malformed"),
+    *(Row(f"*:{RESOLVE}:{status}:-1", AUTHENTICATION, f"answered {status}") for status in (401, 403)),
+    Row(f"*:{RESOLVE}:404:-1", USAGE, "answered 404"),
+    *(Row(f"HEAD:{RESOLVE}:{kind}", OK) for kind in ("500", "503", "drop")),
+    *(Row(f"GET:{RESOLVE}:{kind}", OK) for kind in ("500", "503", "drop", "truncate")),
+    Row(f"GET:{RESOLVE}:500:-1", NETWORK, "answered 500"),
+    Row(f"GET:{RESOLVE}:corrupt", INTEGRITY, "damaged on the way"),
+    Row(f"GET:/resolve/.*{MANIFEST_NAME}:corrupt", INTEGRITY, "damaged on the way"),
+    Row("GET:/resolve/.*adapter_config.json:corrupt", INTEGRITY, "damaged on the way"),
+)
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Filled by the first row of each road: a hub's folder with an artifact in it."""
+    return {}
+
+
+@pytest.fixture
+def start(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, before: dict[bool, Path], tmp_path_factory: Any
+) -> Callable[..., None]:
+    """Publish the artifact "old", and make "new"."""
+
+    def begin(xet: bool = False) -> None:
+        if xet not in before:
+            assert cli("publish", make_artifact("old", old="x"), "me/model", xet=xet).code == 0
+            before[xet] = tmp_path_factory.mktemp("before") / "hub"
+            shutil.copytree(hub.store.folder, before[xet])
+        shutil.rmtree(hub.store.folder)
+        shutil.copytree(before[xet], hub.store.folder)
+        make_artifact("new", seed=1, new="y")
+        hub.requests.clear()
+
+    return begin
+
+
+def check_complete(repository: Any, tagged: bool) -> None:
+    """The branch holds one artifact, every file of its manifest and nothing else."""
+    files = repository.files()
+    manifest = Manifest.from_bytes((repository.hub.store.blob(files[MANIFEST_NAME])).read_bytes())
+    assert files == {record.path: record.sha256 for record in manifest.files} | {MANIFEST_NAME: manifest.sha256}
+    assert "new.txt" in files
+    assert repository.state["tags"] == ({"v1": repository.head} if tagged else {})
+    assert repository.commits == 3  # the hub's own, the old artifact's, and one more however often it was tried
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_publish_ends_in_its_exit_code_and_the_branch_is_never_half_new(
+    cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, row: Row
+) -> None:
+    start(row.xet)
+    state = repository.state
+    hub.faults.append(Fault.parse(row.fault))
+    done = cli(*PUBLISH, *row.options, xet=row.xet)
+    assert done.code == row.code, done.stdout + done.stderr
+    hit = [path for method, path, _ in hub.requests if re.search(row.fault.split(":")[1], path)]
+    assert hit, "the fault met no request"
+    assert row.says in (done.stderr if row.code == OK else done.report["message"])
+    if row.code != OK:
+        assert done.report["retryable"] == (row.code == NETWORK)
+    if row.remote == "as it was":
+        assert repository.state == state
+    else:
+        check_complete(repository, tagged=row.remote == "complete")
+    hub.faults.clear()
+    if row.code == NETWORK:  # the same command goes on where it stopped
+        assert cli(*PUBLISH, xet=row.xet).code == OK
+        check_complete(repository, tagged=True)
+
+
+@pytest.mark.parametrize("row", PULLS, ids=str)
+def test_pull_ends_in_its_exit_code_and_what_appears_is_right(
+    cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, tmp_path: Path, row: Row
+) -> None:
+    start()
+    state = repository.state
+    hub.faults.append(Fault.parse(row.fault))
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == row.code, done.stdout + done.stderr
+    assert row.says in (done.stderr if row.code == OK else done.report["message"])
+    assert (tmp_path / "pulled").exists() == (row.code == OK)
+    assert repository.state == state
+    hub.faults.clear()
+    if row.code != OK:
+        assert cli("pull", "me/model", "-o", "pulled").code == OK
+    assert cli("verify", "pulled").code == OK
+
+
+def test_a_tag_that_somebody_else_sets_meanwhile_stays_where_it_is(
+    cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    old, take_fault = repository.head, hub.take_fault
+
+    def tag_first(method: str, path: str) -> str | None:
+        if TAG in path:
+            repo = Repo(hub.store, "me/model")
+            repo.save(repo.state | {"tags": {"v1": old}})
+        return take_fault(method, path)
+
+    monkeypatch.setattr(hub, "take_fault", tag_first)
+    done = cli(*PUBLISH)
+    assert done.code == CONFLICT
+    assert old in done.report["message"]
+    assert repository.state["tags"] == {"v1": old}
+    assert "new.txt" in repository.files()
+
+
+def test_somebody_elses_commit_of_the_very_same_files_counts_as_ours(
+    cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two CI jobs that publish the same artifact at once both succeed, and there is one commit."""
+    start()
+    take_fault, begun = hub.take_fault, []
+
+    def other_job_first(method: str, path: str) -> str | None:
+        if COMMIT in path and not begun:
+            begun.append(path)
+            assert cli_of_another_job() == 0
+        return take_fault(method, path)
+
+    def cli_of_another_job() -> int:
+        import os
+        import subprocess
+        import sys
+
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_plantedTokenForTests0123",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(cli.folder / "other-home"),
+        }
+        command = [sys.executable, "-m", "adaptkit.cli.main", *PUBLISH[:3], "--quiet"]
+        return subprocess.run(command, cwd=cli.folder, env=environment, check=False).returncode
+
+    monkeypatch.setattr(hub, "take_fault", other_job_first)
+    done = cli(*PUBLISH)
+    assert done.code == OK, done.stdout
+    check_complete(repository, tagged=True)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a//b", "a\nb", "a\\..\\b", ".git/config", "a/../../b"])
+@pytest.mark.parametrize("command", [PUBLISH, ("pull", "me/model", "-o", "pulled")], ids=lambda c: c[0])
+def test_a_hostile_name_in_the_repository_is_refused(
+    cli: Any,
+    start: Callable[..., None],
+    hub: LocalHub,
+    repository: Any,
+    tmp_path: Path,
+    name: str,
+    command: tuple[str, ...],
+) -> None:
+    start()
+    repo = Repo(hub.store, "me/model")
+    tree = {path: File(**asdict(file)) for path, file in repo.commit(repository.head)["files"].items()}
+    repo.move("refs/heads/main", repo.write_commit(tree | {name: tree["adapter_config.json"]}, "evil", "", None))
+    state, listed = repository.state, sorted(tmp_path.iterdir())
+    done = cli(*command)
+    assert done.code == UNSAFE, done.stdout
+    assert (
+        json.dumps(name)[1:-1].encode().decode("unicode_escape")
+        in done.report["message"].encode().decode("unicode_escape")
+        or repr(name) in done.report["message"]
+    )
+    assert repository.state == state
+    assert [path for path in sorted(tmp_path.iterdir()) if path not in listed and path.suffix != ".txt"] == []
+
+
+def test_a_commit_is_asked_for_again_only_after_the_branch_was_seen_unmoved(
+    cli: Any, start: Callable[..., None], hub: LocalHub
+) -> None:
+    start()
+    hub.faults.append(Fault("POST", COMMIT, "503", 3))
+    assert cli(*PUBLISH).code == OK
+    steps = ["commit" if COMMIT in path else "look" for _, path, _ in hub.requests if COMMIT in path or REFS in path]
+    assert steps == ["look", *["commit", "look"] * 3, "commit"]
+
+
+def test_patience_grows_is_told_and_ends(cli: Any, start: Callable[..., None], hub: LocalHub) -> None:
+    """With the real waits."""
+    start()
+    hub.faults.append(Fault("GET", REFS, "503", -1))
+    done = cli(*PUBLISH, hurry=False)
+    assert done.code == NETWORK
+    assert re.findall(r"trying again in (\S+) s", done.stderr) == ["0.5", "1", "2", "4"]
+    assert sum(REFS in path for _, path, _ in hub.requests) == 5
