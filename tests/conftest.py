@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -19,37 +17,18 @@ sys.path.insert(0, str(ROOT / "fixtures"))
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+from command_line import CommandLine  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("adaptkit", deadline=None)  # a timing is a benchmark, never a test
 settings.load_profile("adaptkit")
 
 
-@dataclass(frozen=True)
-class Completed:
-    """How a run of the command line ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture(scope="session")
-def run_cli() -> Callable[..., Completed]:
+def run_cli() -> Iterator[CommandLine]:
     """Run ``adaptkit ARGS...`` in a process of its own."""
-
-    def run(*args: object, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> Completed:
-        done = subprocess.run(
-            [sys.executable, "-m", "adaptkit.cli.main", *map(str, args)],
-            cwd=cwd,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        return Completed(done.returncode, done.stdout, done.stderr)
-
-    return run
+    with CommandLine() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")
