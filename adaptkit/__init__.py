@@ -25,6 +25,7 @@ _PUBLIC = {
     "RunOptions": "adaptkit.pipeline.run",
     "StackOptions": "adaptkit.operations.stack",
     "TrainConfig": "adaptkit.training.config",
+    "VerifyOptions": "adaptkit.operations.verify",
     "check": "adaptkit.operations.check",
     "compare": "adaptkit.training.evaluation.comparison",
     "dequantize": "adaptkit.operations.dequantize",

@@ -13,13 +13,13 @@ from adaptkit.checkpoint._adapter_parts import TokenRows
 from adaptkit.checkpoint.dtypes import DTYPE_NAMES
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME as CONFIG_NAME
+from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME as WEIGHTS_NAME
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, scaling, transposed
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 

@@ -18,10 +18,12 @@ from torch import Tensor
 from adaptkit.checkpoint._adapter_config import by_pattern, check_config, is_saved
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
-from adaptkit.checkpoint._adapter_writing import CONFIG_NAME, WEIGHTS_NAME, write_adapter
+from adaptkit.checkpoint._adapter_writing import write_adapter
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.header import FLOATS
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME as CONFIG_NAME
+from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME as WEIGHTS_NAME
 from adaptkit.checkpoint.layout import read_json, require_folder
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles

@@ -19,6 +19,8 @@ from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _SIDE_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}

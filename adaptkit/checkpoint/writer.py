@@ -7,15 +7,17 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import xxhash
-from torch import Tensor
 
 from adaptkit.checkpoint.hashing import bytes_of, file_chunks
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.errors import AdaptkitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FLUSH_BYTES = 64 << 20
 """How much is written before the disk is sent to work on it, so that little is left to wait for at the end."""
@@ -94,7 +96,7 @@ class TensorWriter:
         self._put(memoryview(self._header))
         return self
 
-    def write(self, name: str, piece: Tensor) -> None:
+    def write(self, name: str, piece: "Tensor") -> None:
         """Append a piece of a tensor.
 
         Raises:

@@ -1,6 +1,7 @@
 """Say what a folder is: checkpoint, quantized base, adapter or merged model; sizes, types, where it comes from."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import torch
 from adaptkit.checkpoint.adapter import is_adapter, read_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import require_folder
-from adaptkit.checkpoint.manifest import read_manifest
+from adaptkit.checkpoint.manifest import read_manifest, require_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._inspect_adapter import counts, describe_adapter, trained_parameters
 from adaptkit.operations._inspect_merged import describe_merged
+from adaptkit.operations._lineage import Ancestor, Walk
+from adaptkit.operations._parents import gather
+from adaptkit.operations._pipeline import thread_count
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The names that configurations have for the number of experts in a layer."""
@@ -36,6 +41,7 @@ class InspectReport:
         manifest_sha256: None without a manifest.
         tensors_root: None without a manifest.
         parents: as the manifest names them.
+        lineage: what it was made from, and what that was made from, as far as that is at hand; empty if not asked.
     """
 
     path: str
@@ -48,6 +54,7 @@ class InspectReport:
     manifest_sha256: str | None
     tensors_root: str | None
     parents: tuple[dict[str, Any], ...]
+    lineage: tuple[Ancestor, ...] = ()
 
 
 def inspect(path: Path) -> InspectReport:
@@ -77,6 +84,22 @@ def inspect(path: Path) -> InspectReport:
             for parent in (manifest.parents if manifest else ())
         ),
     )
+
+
+def trace(path: Path, parents: Sequence[Path], progress: Progress = no_progress) -> tuple[Ancestor, ...]:
+    """Find out what an artifact was made from, by hashes; what has no manifest is read for that, nothing else is.
+
+    Args:
+        path: folder.
+        parents: folders in which to look, each an artifact or a folder of several.
+        progress: told of bytes read.
+
+    Raises:
+        UsageError: a folder holds no artifacts.
+        IntegrityError: the artifact has no manifest, or a malformed one.
+    """
+    manifest = require_manifest(require_folder(path))
+    return Walk(gather(parents, thread_count(None), progress), check=False).ancestors(path, manifest)
 
 
 @dataclass(frozen=True)

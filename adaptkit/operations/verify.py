@@ -1,14 +1,50 @@
-"""Check an artifact against its manifest: the exact files, their bytes, and every tensor."""
+"""Check an artifact against its manifest, who signed that, and everything that it was made from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.errors import IntegrityError
-from adaptkit.operations._pipeline import thread_count
+from adaptkit.checkpoint.signing import Trust, check_signature
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations._lineage import Ancestor, Walk, check_own_targets, require_whole
+from adaptkit.operations._parents import gather
+from adaptkit.operations._pipeline import check_threads, thread_count
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to check beside the bytes.
+
+    Attributes:
+        manifest_sha256: what the manifest's own sha256 must be, in lower-case hexadecimal.
+        trust: whose signature it must have; None leaves signatures alone.
+        signature: file; the one beside the manifest if None.
+        parents: folders that hold what the artifact was made from, each one artifact or several; None leaves parents
+            alone.
+        recompute: make the artifact again from its parents, and those from theirs, where that can be done.
+        threads: files read at a time; one per processor if None.
+    """
+
+    manifest_sha256: str | None = None
+    trust: Trust | None = None
+    signature: Path | None = None
+    parents: Sequence[Path] | None = None
+    recompute: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        if self.signature is not None and self.trust is None:
+            raise UsageError(
+                "a signature says nothing until you say whose counts",
+                hint="--public-key FILE, or --identity NAME --identity-provider URL",
+            )
+        if self.recompute and not self.parents:
+            raise UsageError("nothing can be made again without its parents", hint="name their folders: --parents")
 
 
 @dataclass(frozen=True)
@@ -23,6 +59,10 @@ class VerifyReport:
         bytes: read.
         tensors_root: binds the tensors.
         manifest_sha256: names the artifact; compare it with one from a source that you trust.
+        signed_by: whose signature the manifest has; None if that was not asked.
+        signature: whether there is one beside the manifest.
+        parents: what it was made from, all of it verified; empty if that was not asked.
+        recomputed: (folder, what came of making it again), the oldest first.
     """
 
     path: str
@@ -32,33 +72,47 @@ class VerifyReport:
     bytes: int
     tensors_root: str
     manifest_sha256: str
+    signed_by: str | None = None
+    signature: bool = False
+    parents: tuple[Ancestor, ...] = ()
+    recomputed: tuple[tuple[str, str], ...] = ()
 
 
-def verify(
-    path: Path,
-    *,
-    manifest_sha256: str | None = None,
-    threads: int | None = None,
-    progress: Progress = no_progress,
-) -> VerifyReport:
-    """Check every byte of an artifact.
+def verify(path: Path, options: VerifyOptions | None = None, *, progress: Progress = no_progress) -> VerifyReport:
+    """Check every byte of an artifact, and if asked of everything that it was made from.
 
     Args:
         path: folder.
-        manifest_sha256: what the manifest's own sha256 must be, in lower-case hexadecimal.
-        threads: files hashed at a time; one per processor if None.
-        progress: told of bytes read.
+        options: what else to check.
+        progress: told of bytes read, folder by folder.
 
     Raises:
-        IntegrityError: a file or tensor is missing, extra, or changed; names it.
+        IntegrityError: a file or tensor is missing, extra, or changed; the signature is not the expected one; a parent
+            is missing or another than it should be; names it.
+        UsageError: a folder or a key cannot be read.
     """
+    options = options or VerifyOptions()
     manifest = require_manifest(require_folder(path))
-    if manifest_sha256 is not None and manifest.sha256 != manifest_sha256:
+    if options.manifest_sha256 is not None and manifest.sha256 != options.manifest_sha256:
         raise IntegrityError(
-            f"{path}: the manifest's sha256 is {manifest.sha256}, not {manifest_sha256}",
+            f"{path}: the manifest's sha256 is {manifest.sha256}, not {options.manifest_sha256}",
             hint="this is another artifact than the one that you expect",
         )
-    check_artifact(path, manifest, thread_count(threads), progress)
+    if options.trust is not None:
+        check_signature(manifest.to_bytes(), options.signature or path / SIGNATURE_NAME, options.trust)
+    threads = thread_count(options.threads)
+    candidates = gather(options.parents or (), threads, progress)
+    check_artifact(path, manifest, threads, progress)
+    check_own_targets(path, manifest)
+    ancestors: tuple[Ancestor, ...] = ()
+    recomputed: tuple[tuple[str, str], ...] = ()
+    if options.parents is not None:
+        ancestors = Walk(candidates, check=True, threads=threads, progress=progress).ancestors(path, manifest)
+        require_whole(path, ancestors, candidates)
+    if options.recompute:
+        from adaptkit.operations._recompute import recompute_all  # torch loads here
+
+        recomputed = recompute_all(path, manifest, ancestors, options.threads)
     return VerifyReport(
         path=str(path),
         kind=manifest.kind,
@@ -67,4 +121,8 @@ def verify(
         bytes=sum(record.size for record in manifest.files),
         tensors_root=manifest.tensors_root,
         manifest_sha256=manifest.sha256,
+        signed_by=str(options.trust) if options.trust else None,
+        signature=(path / SIGNATURE_NAME).is_file(),
+        parents=ancestors,
+        recomputed=recomputed,
     )

@@ -13,7 +13,7 @@ from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.stack import stack
-from adaptkit.operations.verify import verify
+from adaptkit.operations.verify import VerifyOptions, verify
 
 MANIFEST = "adaptkit-manifest.json"
 
@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_found_in_every_file(artifact, copy_of, threads):
         folder = copy_of(artifact, f"copy-{number}")
         flip(folder / name, (folder / name).stat().st_size // 2)
         with pytest.raises(IntegrityError, match=rf"{name} changed"):
-            verify(folder, threads=threads)
+            verify(folder, VerifyOptions(threads=threads))
 
 
 def test_every_changed_file_is_named(folder):
@@ -192,13 +192,13 @@ def test_a_manifest_that_places_or_forgets_a_tensor_is_found(folder, change):
 
 def test_an_expected_digest_pins_the_artifact(artifact, tmp_path, llama):
     digest = require_manifest(artifact).sha256
-    assert verify(artifact, manifest_sha256=digest).manifest_sha256 == digest
+    assert verify(artifact, VerifyOptions(manifest_sha256=digest)).manifest_sha256 == digest
     quantize(llama, tmp_path / "other", QuantizeOptions(double_quant=False))
     with pytest.raises(IntegrityError, match=digest):
-        verify(tmp_path / "other", manifest_sha256=digest)
+        verify(tmp_path / "other", VerifyOptions(manifest_sha256=digest))
     for wrong in (digest.upper(), digest[:-1], ""):
         with pytest.raises(IntegrityError):
-            verify(artifact, manifest_sha256=wrong)
+            verify(artifact, VerifyOptions(manifest_sha256=wrong))
 
 
 def test_what_has_no_manifest_cannot_be_verified(llama, tmp_path):

@@ -1,22 +1,42 @@
 """``adaptkit inspect``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from adaptkit.cli.lineage import mermaid, tree
 from adaptkit.cli.options import ArtifactPath, report_options
 from adaptkit.cli.output import Row, show, size
+from adaptkit.cli.progress import byte_progress
 
 
 @click.command()
 @click.argument("path", type=ArtifactPath())
+@click.option("--lineage", is_flag=True, help="Draw what it was made from, and what that was made from.")
+@click.option(
+    "--parents",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="Where to look for these: an artifact, or a folder of several. Repeatable.",
+)
+@click.option("--mermaid", "as_mermaid", is_flag=True, help="Print the lineage as a Mermaid flow chart, nothing else.")
 @report_options
-def command(path: Path, as_json: bool, quiet: bool) -> None:
+def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bool, as_json: bool, quiet: bool) -> None:
     """Say what the folder PATH holds, and what it was made from."""
-    from adaptkit.operations.inspect import inspect
+    from adaptkit.operations.inspect import inspect, trace
 
+    if as_mermaid and as_json:
+        raise click.UsageError("--mermaid and --json: one of both")
     report = inspect(path)
+    if lineage or as_mermaid or parents:
+        with byte_progress("inspect", as_json or quiet) as progress:
+            report = replace(report, lineage=trace(path, parents, progress))
+    if as_mermaid:
+        print(mermaid(f"{report.kind}\nmanifest {str(report.manifest_sha256)[:16]}…\n{report.path}", report.lineage))
+        return
     rows = [
         ("kind", report.kind),
         ("parameters", "not told by this format" if report.parameters is None else f"{report.parameters:,}"),
@@ -24,7 +44,9 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
         ("size", size(report.bytes)),
         *(_row(key, value) for key, value in report.details.items() if value is not None),
     ]
-    for parent in report.parents:
+    if report.lineage:
+        rows.append(("made from", "\n".join(tree(report.lineage))))
+    for parent in report.parents if not report.lineage else ():
         weight = f", weight {parent['weight']}" if "weight" in parent else ""
         rows.append(("made from", f"{parent['role']} ({parent['kind']}{weight}) {parent['tensors_root']}"))
     rows += [("tensors root", report.tensors_root)] if report.tensors_root else []

@@ -1,28 +1,77 @@
 """``adaptkit verify``."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from adaptkit.cli.lineage import tree
 from adaptkit.cli.options import ArtifactPath, report_options, threads_option
-from adaptkit.cli.output import show, size
+from adaptkit.cli.output import Row, show, size
 from adaptkit.cli.progress import byte_progress
+
+if TYPE_CHECKING:
+    from adaptkit.operations.verify import VerifyReport
 
 
 @click.command()
 @click.argument("path", type=ArtifactPath())
 @click.option("--manifest-sha256", metavar="HASH", help="What the manifest itself must hash to.")
+@click.option(
+    "--parents",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="Check what it was made from, too: an artifact, or a folder of several. Repeatable.",
+)
+@click.option("--recompute", is_flag=True, help="Make it, and its parents, again from their parents, and compare.")
+@click.option("--signature", type=click.Path(path_type=Path), help="File. [adaptkit-manifest.sig in PATH]")
+@click.option("--public-key", type=click.Path(path_type=Path), help="Of whoever must have signed; PEM, P-256 and up.")
+@click.option("--identity", help="Keyless: who must have signed, such as an e-mail address.")
+@click.option("--identity-provider", metavar="URL", help="Keyless: who must have vouched for that identity.")
 @threads_option
 @report_options
-def command(path: Path, manifest_sha256: str | None, threads: int | None, as_json: bool, quiet: bool) -> None:
-    """Check every byte of the artifact PATH against its manifest."""
-    from adaptkit.operations.verify import verify
+def command(
+    path: Path,
+    manifest_sha256: str | None,
+    parents: tuple[Path, ...],
+    recompute: bool,
+    signature: Path | None,
+    public_key: Path | None,
+    identity: str | None,
+    identity_provider: str | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check every byte of the artifact PATH against its manifest; and who signed it, and what it was made from."""
+    from adaptkit.checkpoint.signing import Trust
+    from adaptkit.operations.verify import VerifyOptions, verify
 
+    keyed = (public_key, identity, identity_provider) != (None, None, None)
+    options = VerifyOptions(
+        manifest_sha256=manifest_sha256,
+        trust=Trust(public_key, identity, identity_provider) if keyed else None,
+        signature=signature,
+        parents=parents or None,
+        recompute=recompute,
+        threads=threads,
+    )
     with byte_progress("verify", as_json or quiet) as progress:
-        report = verify(path, manifest_sha256=manifest_sha256, threads=threads, progress=progress)
+        report = verify(path, options, progress=progress)
+    show(report, _rows(report), as_json=as_json, quiet=quiet)
+
+
+def _rows(report: "VerifyReport") -> list[Row]:
     rows = [
         ("verified", f"{report.path}: {report.kind}, exactly {report.files} files, {size(report.bytes)}"),
         ("tensors", f"{report.tensors} match their fingerprints"),
-        ("manifest sha256", report.manifest_sha256),
     ]
-    show(report, rows, as_json=as_json, quiet=quiet)
+    if report.signed_by is not None:
+        rows.append(("signed", f"by {report.signed_by}"))
+    elif report.signature:
+        rows.append(("signature", "not checked: say whose counts, with --public-key or --identity"))
+    if report.parents:
+        rows.append(("made from", "\n".join(tree(report.parents))))
+    rows += [("made again", f"{folder}: {found}") for folder, found in report.recomputed]
+    return [*rows, ("manifest sha256", report.manifest_sha256)]

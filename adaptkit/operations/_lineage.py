@@ -1,0 +1,201 @@
+"""What an artifact was made from, and what that was made from: walked by hashes, compared, and drawn."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.integrity import check_artifact
+from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord
+from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.errors import AdaptkitError, IntegrityError
+from adaptkit.operations._parents import Candidate, Candidates
+
+VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "at hand", "not at hand", "never written", "wrong"
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A parent, or a parent's parent.
+
+    Attributes:
+        role: of what it was to its child: base, adapter, merged, tuned or init.
+        kind: of artifact; ``checkpoint`` for one without a manifest.
+        tensors_root: binds its tensors.
+        manifest_sha256: of its manifest as the child names it; None if it had none.
+        weight: with which an adapter was merged or stacked.
+        state: ``verified``, ``wrong``, or ``not at hand``; ``at hand`` if nothing but its hash was to be compared;
+            ``never written`` for a merged model that was quantized in the same go.
+        problem: what is wrong; empty if nothing is.
+        path: its folder, if it is at hand.
+        found_by: ``manifest``, or ``tensors``: the folder's manifest is another, or it has none.
+        operation: that made it, if its manifest says so.
+        targets: how many of its tensors the child's fingerprints were compared with.
+        parents: its own.
+    """
+
+    role: str
+    kind: str
+    tensors_root: str
+    manifest_sha256: str | None = None
+    weight: float | None = None
+    state: str = MISSING
+    problem: str = ""
+    path: str | None = None
+    found_by: str | None = None
+    operation: str | None = None
+    targets: int = 0
+    parents: tuple["Ancestor", ...] = ()
+
+    def all(self) -> Iterator["Ancestor"]:
+        """Itself and everything before it."""
+        yield self
+        for parent in self.parents:
+            yield from parent.all()
+
+    @property
+    def short(self) -> str:
+        """Its name in a line for people: role and the beginning of a hash; the same for the same artifact."""
+        return f"{self.role} {(self.manifest_sha256 or self.tensors_root)[:16]}"
+
+
+class Walk:
+    """Goes from an artifact to its ancestors.
+
+    Args:
+        candidates: among which they are looked for.
+        check: read every byte of each that is found, and compare fingerprints.
+        threads: files read at a time.
+        progress: told of bytes read.
+    """
+
+    def __init__(self, candidates: Candidates, check: bool, threads: int = 1, progress: Progress = no_progress) -> None:
+        self._candidates, self._check, self._threads, self._progress = candidates, check, threads, progress
+        self._checked: dict[Path, str] = {}
+
+    def ancestors(self, path: Path, manifest: Manifest) -> tuple[Ancestor, ...]:
+        """The parents of an artifact, and theirs."""
+        return self._parents(manifest, frozenset({path.resolve()}))
+
+    def _parents(self, child: Manifest, line: frozenset[Path]) -> tuple[Ancestor, ...]:
+        return tuple(self._parent(child, parent, line) for parent in child.parents)
+
+    def _parent(self, child: Manifest, parent: Parent, line: frozenset[Path]) -> Ancestor:
+        told = Ancestor(parent.role, parent.kind, parent.tensors_root, parent.manifest_sha256, parent.weight)
+        found = self._candidates.find(parent, line)
+        if found is None:
+            return replace(told, state=NEVER_WRITTEN if _was_never_written(child, parent) else MISSING)
+        manifest = found.manifest
+        same = manifest is not None and manifest.sha256 == parent.manifest_sha256
+        problem, compared = self._problem(found) if self._check else "", 0
+        if self._check and not problem:
+            compared, differing = compare_targets(child, parent, found)
+            problem = f"{differing} is not the tensor that was used" if differing else ""
+        return replace(
+            told,
+            state=WRONG if problem else VERIFIED if self._check else AT_HAND,
+            problem=problem,
+            path=str(found.path),
+            found_by="manifest" if same else "tensors",
+            operation=str(manifest.operation.get("name")) if manifest else None,
+            targets=compared,
+            # One that was named by its tensors alone has no line, even if a folder with these tensors has one.
+            parents=self._parents(manifest, line | {found.path.resolve()})
+            if manifest and parent.manifest_sha256
+            else (),
+        )
+
+    def _problem(self, found: Candidate) -> str:
+        """What is wrong with a folder; one without a manifest has the right tensors, or it would not be found."""
+        if found.path not in self._checked:
+            try:
+                if found.manifest is not None:
+                    check_artifact(found.path, found.manifest, self._threads, self._progress)
+                    check_own_targets(found.path, found.manifest)
+                self._checked[found.path] = ""
+            except AdaptkitError as error:
+                self._checked[found.path] = error.message
+        return self._checked[found.path]
+
+
+def check_own_targets(path: Path, manifest: Manifest) -> None:
+    """Compare what a quantized artifact says of its own weights with its tensors.
+
+    Raises:
+        IntegrityError: names the weight.
+    """
+    if manifest.kind == "adapter":  # speaks of its base's
+        return
+    for target in manifest.targets:
+        name = _weight_name(target, {tensor.name: tensor for tensor in manifest.tensors})
+        if target.quantized_root is None or name is None:
+            continue
+        parts = [tensor for tensor in manifest.tensors if tensor.name == name or tensor.name.startswith(f"{name}.")]
+        if tensors_root(parts) != target.quantized_root:
+            raise IntegrityError(f"{path}: {name} is not as its quantized_root says", hint="get the artifact again")
+
+
+def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[int, str]:
+    """Compare what a child says of the tensors that it depends on with a parent.
+
+    A quantized parent and an adapter name the 16-bit weights that they were made for, as the child does; what any other
+    parent has are those weights.
+
+    Returns:
+        How many could be compared, and the first that differs; empty if none does.
+    """
+    between = any(other.role == "merged" for other in child.parents)  # quantized in the same go: of the merged weights
+    mismatch = bool(child.operation.get("options", {}).get("allow_base_mismatch")) and parent.role == "adapter"
+    if parent.role == "tuned" or (between and parent.role != "merged") or mismatch:
+        return 0, ""
+    relays = found.manifest is not None and found.manifest.kind in ("quantized", "adapter")
+    known = {target.module: target for target in found.manifest.targets} if found.manifest and relays else {}
+    tensors = {tensor.name: tensor for tensor in found.tensors} if not relays else {}
+    compared = 0
+    for target in child.targets:
+        pairs = _pairs(target, known.get(target.module), tensors)
+        compared += bool(pairs)
+        if any(one != other for one, other in pairs):
+            return compared, target.module
+    return compared, ""
+
+
+def _pairs(target: Target, known: Target | None, tensors: Mapping[str, TensorRecord]) -> list[tuple[str, str]]:
+    """What can be compared of a target."""
+    if known is not None:
+        both = ((target.base_xxh3_128, known.base_xxh3_128), (target.quantized_root, known.quantized_root))
+        return [(one, other) for one, other in both if one is not None and other is not None]
+    name = _weight_name(target, tensors)
+    if name is None or target.base_xxh3_128 is None:
+        return []
+    return [(f"{target.base_xxh3_128} {target.shape}", f"{tensors[name].xxh3_128} {tensors[name].shape}")]
+
+
+def _weight_name(target: Target, tensors: Mapping[str, TensorRecord]) -> str | None:
+    return next((name for name in (f"{target.module}.weight", target.module) if name in tensors), None)
+
+
+def _was_never_written(child: Manifest, parent: Parent) -> bool:
+    options = child.operation.get("options", {})
+    return parent.role == "merged" and child.operation.get("name") == "merge" and "quantize" in options
+
+
+def require_whole(path: Path, ancestors: Sequence[Ancestor], candidates: Candidates) -> None:
+    """Refuse a lineage in which something is missing or wrong.
+
+    Raises:
+        IntegrityError: names everything that is.
+    """
+    everyone = [ancestor for parent in ancestors for ancestor in parent.all()]
+    bad = list({ancestor.short: ancestor for ancestor in everyone if ancestor.state in (MISSING, WRONG)}.values())
+    line = {ancestor.short: ancestor for ancestor in everyone}  # most are the ancestors of several
+    if not bad:
+        return
+    told = [f"{a.short} is {a.state}" + (f" ({a.problem})" if a.problem else "") for a in bad]
+    named = {ancestor.short for ancestor in bad}
+    told += [f"{a.short} is {a.state} ({a.path})" for a in line.values() if a.short not in named]
+    told += candidates.broken
+    raise IntegrityError(
+        f"{path}: {len(bad)} of {len(line)} ancestors cannot be vouched for: {'; '.join(told)}",
+        hint=f"name the folders that hold them with --parents; `adaptkit inspect {path} --lineage` shows all hashes",
+    )

@@ -1,0 +1,138 @@
+"""Find the artifacts that a manifest names as parents, by their hashes, among folders that are at hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.integrity import measure
+from adaptkit.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    require_folder,
+    weight_files,
+)
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Parent, TensorRecord, read_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
+
+_UNFINISHED = (".partial", ".replaced")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A folder that may be a parent.
+
+    Attributes:
+        path: of it.
+        manifest: None if another tool made it.
+        threads, progress: for reading it.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    threads: int = field(default=1, compare=False)
+    progress: Progress = field(default=no_progress, compare=False)
+
+    @cached_property
+    def tensors(self) -> tuple[TensorRecord, ...]:
+        """Its tensors: as its manifest lists them, or else as its files hold them, every byte of which is read once."""
+        if self.manifest is not None:
+            return self.manifest.tensors
+        files = [ADAPTER_WEIGHTS_NAME] if self.is_adapter else weight_files(self.path)[0]
+        sizes = {file: (self.path / file).stat().st_size for file in files if (self.path / file).is_file()}
+        found = measure(self.path, sizes, sizes, self.threads, self.progress)
+        return tuple(tensor for file in found.values() for tensor in file.tensors)
+
+    @cached_property
+    def root(self) -> str:
+        """Binds its tensors."""
+        return tensors_root(self.tensors)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, and no model."""
+        return (self.path / ADAPTER_CONFIG_NAME).is_file()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Everything among which parents are looked for.
+
+    Attributes:
+        folders: in the order in which they were given.
+        broken: what is wrong with folders whose manifests cannot be read.
+    """
+
+    folders: tuple[Candidate, ...] = ()
+    broken: tuple[str, ...] = ()
+
+    def find(self, parent: Parent, line: frozenset[Path]) -> Candidate | None:
+        """The folder that holds a parent.
+
+        One with the very manifest is taken first; then one with the same tensors, since publishing adds a model card
+        and so changes the manifest. A folder without a manifest is read for that.
+
+        Args:
+            parent: as its child names it.
+            line: real paths of the child and of what was made from it, none of which can be its own parent.
+        """
+        left = [folder for folder in self.folders if folder.path.resolve() not in line]
+        if parent.manifest_sha256 is not None:
+            for folder in left:
+                if folder.manifest is not None and folder.manifest.sha256 == parent.manifest_sha256:
+                    return folder
+        described = [folder for folder in left if folder.manifest is not None]
+        plain = [folder for folder in left if folder.manifest is None]
+        for folder in [*described, *plain] if parent.manifest_sha256 is not None else [*plain, *described]:
+            wanted = folder.manifest is not None or folder.is_adapter == (parent.role in ("adapter", "init"))
+            if wanted and folder.root == parent.tensors_root:
+                return folder
+        return None
+
+
+def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_progress) -> Candidates:
+    """List artifacts, checkpoints and adapters.
+
+    Args:
+        folders: each is one, or holds some.
+        threads: for reading files.
+        progress: told of bytes read.
+
+    Raises:
+        UsageError: there is nothing such in one of them.
+    """
+    found: dict[Path, Candidate] = {}
+    broken = []
+    for folder in folders:
+        inside = [folder] if _holds_something(require_folder(folder)) else _children(folder)
+        if not inside:
+            raise UsageError(
+                f"{folder}: neither an artifact, nor a folder that holds some",
+                hint="give --parents folders with a manifest, a config.json or an adapter_config.json",
+            )
+        for path in inside:
+            try:
+                found.setdefault(path.resolve(), Candidate(path, read_manifest(path), threads, progress))
+            except IntegrityError as error:
+                broken.append(f"{path}: {error.message}")
+    return Candidates(tuple(found.values()), tuple(broken))
+
+
+def _children(folder: Path) -> list[Path]:
+    inside = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.endswith(_UNFINISHED))
+    return [path for path in inside if _holds_something(path)]
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether it has a manifest, or weights that are no pickles."""
+    if (folder / MANIFEST_NAME).is_file():
+        return True
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return (folder / ADAPTER_WEIGHTS_NAME).is_file()
+    try:
+        return (folder / CONFIG_NAME).is_file() and bool(weight_files(folder)[0])
+    except AdaptkitError:  # some other folder, not ours to judge
+        return False

@@ -1,0 +1,166 @@
+"""Run the operation that made an artifact again, from its parents and the options in its manifest, and compare.
+
+What cannot be run again: training, whose data are named by hash only, extract, and quantizing with calibration.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adaptkit.checkpoint.manifest import Manifest, read_manifest, require_manifest
+from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
+from adaptkit.operations._lineage import VERIFIED, Ancestor
+
+SAME = "same bytes again"
+
+
+def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threads: int | None) -> str:
+    """Run the operation of an artifact again in a temporary folder, and compare the manifests.
+
+    Args:
+        path: of the artifact, for messages.
+        manifest: of the artifact.
+        parents: verified.
+        threads: pieces at a time; one per processor if None.
+
+    Returns:
+        ``SAME``, or why it cannot be run again.
+
+    Raises:
+        IntegrityError: the result differs; names the first file that does.
+        DiskError: there is no space for the result; TMPDIR says where it goes.
+    """
+    name, options = str(manifest.operation.get("name")), manifest.operation.get("options", {})
+    run = _AGAIN.get(name)
+    if run is None:
+        return f"{name} cannot be run again"
+    if "calibration" in options:
+        return "calibrated on text that is not in the manifest"
+    for parent in parents:
+        if parent.state == VERIFIED and _manifest_of(parent) != parent.manifest_sha256:
+            return f"the manifest of {parent.path} is not the one that was used"
+    with TemporaryDirectory(prefix="adaptkit-again-") as folder:
+        out = Path(folder) / path.resolve().name
+        try:
+            run(out, options, parents, threads)
+        except (UsageError, TypeError, KeyError, ValueError) as error:
+            raise IntegrityError(
+                f"{path}: {name} cannot be run again with the options of its manifest ({error})",
+                hint="was it made by another version of adaptkit?",
+            ) from error
+        _compare(path, manifest, require_manifest(out))
+    return SAME
+
+
+def _compare(path: Path, manifest: Manifest, again: Manifest) -> None:
+    """Compare everything but the version of adaptkit."""
+    if replace(again, tool=manifest.tool).to_bytes() == manifest.to_bytes():
+        return
+    before, after = ({record.path: record for record in found.files} for found in (manifest, again))
+    differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    what = f"{differing[0]} differs" if differing else "the same files, but another manifest"
+    raise IntegrityError(
+        f"{path}: {manifest.operation.get('name')} of the same parents gives something else: {what}",
+        hint="it was not made from these alone in the way that its manifest says, or by another version of adaptkit",
+    )
+
+
+def _manifest_of(parent: Ancestor) -> str | None:
+    manifest = read_manifest(Path(str(parent.path)))
+    return manifest.sha256 if manifest else None
+
+
+def _paths(parents: Sequence[Ancestor], role: str) -> list[Path]:
+    return [Path(str(parent.path)) for parent in parents if parent.role == role]
+
+
+def _only(parents: Sequence[Ancestor], role: str) -> Path:
+    (path,) = _paths(parents, role)
+    return path
+
+
+def _quantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
+    from adaptkit.operations.quantize import QuantizeOptions, quantize
+
+    chosen = QuantizeOptions(**dict(options) | {"skip": tuple(options["skip"])}, threads=threads)
+    quantize(_only(parents, "base"), out, chosen)
+
+
+def _dequantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
+    from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+
+    dequantize(_only(parents, "base"), out, DequantizeOptions(**options, threads=threads))
+
+
+def _merge(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
+    from adaptkit.operations.merge import MergeOptions, merge
+
+    names = ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter")
+    chosen = MergeOptions(tuple(options["weights"]), threads=threads, **{name: options[name] for name in names})
+    merge(_only(parents, "base"), _paths(parents, "adapter"), out, chosen)
+
+
+def _unmerge(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
+    from adaptkit.operations.unmerge import unmerge
+
+    (merged,) = (parent for parent in parents if parent.role == "merged")
+    adapters = [parent for parent in merged.parents if parent.role == "adapter" and parent.path]
+    unmerge(_only(parents, "merged"), _paths(adapters, "adapter"), out, threads=threads, **options)
+
+
+def _stack(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
+    from adaptkit.operations.stack import StackOptions, stack
+
+    own = {"method", "source", "weights", "rank", "energy"}
+    chosen = StackOptions(
+        method=options["method"],
+        weights=tuple(options["weights"]),
+        rank=options.get("rank"),
+        energy=options.get("energy"),
+        settings={name: value for name, value in options.items() if name not in own},
+        threads=threads,
+    )
+    stack(_paths(parents, "adapter"), out, chosen)
+
+
+def _resize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
+    from adaptkit.operations.resize import ResizeOptions, resize
+
+    resize(_only(parents, "adapter"), out, ResizeOptions(**options, threads=threads))
+
+
+Run = Callable[[Path, Mapping[str, Any], Sequence[Ancestor], int | None], None]
+_AGAIN: Mapping[str, Run] = {
+    "dequantize": _dequantize,
+    "merge": _merge,
+    "quantize": _quantize,
+    "resize": _resize,
+    "stack": _stack,
+    "unmerge": _unmerge,
+}
+
+
+def recompute_all(
+    path: Path, manifest: Manifest, parents: Sequence[Ancestor], threads: int | None
+) -> tuple[tuple[str, str], ...]:
+    """Run again what can be of an artifact and all its ancestors, the oldest first.
+
+    Returns:
+        (folder, what came of it), one each.
+    """
+    done: dict[str, str] = {}
+
+    def again(path: Path, manifest: Manifest, parents: Sequence[Ancestor]) -> None:
+        for parent in parents:
+            own = read_manifest(Path(parent.path)) if parent.path else None
+            if parent.path and own is not None and parent.path not in done:
+                again(Path(parent.path), own, parent.parents)
+        try:
+            done[str(path)] = recompute(path, manifest, parents, threads)
+        except AdaptkitError as error:
+            raise type(error)(f"when making {path} again: {error.message}", error.hint) from error
+
+    again(path, manifest, parents)
+    return tuple(done.items())

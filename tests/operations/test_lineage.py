@@ -1,0 +1,297 @@
+"""The chain from an artifact to what it was made from is found by hashes alone, and nothing in it can be exchanged."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.operations.inspect import trace
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.operations.stack import StackOptions, stack
+from adaptkit.operations.unmerge import unmerge
+from adaptkit.operations.verify import VerifyOptions, verify
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory, llama, adapter, second_adapter):
+    """Every operation's artifact, made from the two plain ones ``base`` and ``tuner``, in one folder."""
+    root = tmp_path_factory.mktemp("family")
+    shutil.copytree(llama, root / "base")
+    shutil.copytree(adapter, root / "tuner")
+    shutil.copytree(second_adapter, root / "other-tuner")
+    base, options = root / "base", ExtractOptions(rank=4)
+    merge(base, [root / "tuner"], root / "tuned")
+    merge(base, [root / "other-tuner"], root / "other-tuned")
+    extract(root / "tuned", base, root / "one", options)
+    extract(root / "other-tuned", base, root / "two", options)
+    stack([root / "one", root / "two"], root / "both", StackOptions("dare", (0.5, 1.0), settings={"seed": 3}))
+    resize(root / "both", root / "small", ResizeOptions(energy=0.9))
+    merge(base, [root / "small", root / "one"], root / "merged", MergeOptions((1.0, -0.25), embed_adapter=True))
+    merge(base, [root / "two"], root / "merged-nf4", MergeOptions(format="nf4"))
+    unmerge(root / "merged", [root / "small", root / "one"], root / "back")
+    quantize(root / "merged", root / "nf4", QuantizeOptions(block_size=128, skip=("*.o_proj",), max_shard_bytes=60_000))
+    dequantize(root / "nf4", root / "plain")
+    return root
+
+
+@pytest.fixture
+def copied(family, tmp_path):
+    """The family where a test may change it."""
+    return shutil.copytree(family, tmp_path / "family")
+
+
+def verified(path, *folders, **options):
+    return verify(path, VerifyOptions(parents=folders, **options))
+
+
+def states(report):
+    """(depth, role, folder or state) of every ancestor."""
+
+    def walk(parents, depth):
+        for parent in parents:
+            yield depth, parent.role, parent.path.rpartition("/")[2] if parent.path else parent.state
+            yield from walk(parent.parents, depth + 1)
+
+    return list(walk(report.parents, 0))
+
+
+def flip(path, position=-1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+TUNED = [(0, "base", "base"), (0, "adapter", "tuner")]
+ONE = [(0, "base", "base"), (0, "tuned", "tuned"), *((depth + 1, role, name) for depth, role, name in TUNED)]
+TWO = [(0, "base", "base"), (0, "tuned", "other-tuned"), (1, "base", "base"), (1, "adapter", "other-tuner")]
+BOTH = [
+    (0, "adapter", "one"), *((depth + 1, role, name) for depth, role, name in ONE),
+    (0, "adapter", "two"), *((depth + 1, role, name) for depth, role, name in TWO),
+]  # fmt: skip
+SMALL = [(0, "adapter", "both"), *((depth + 1, role, name) for depth, role, name in BOTH)]
+
+
+def below(role, name, line):
+    return [(0, role, name), *((depth + 1, r, n) for depth, r, n in line)]
+
+
+MERGED = [(0, "base", "base"), *below("adapter", "small", SMALL), *below("adapter", "one", ONE)]
+EXPECTED = {
+    "tuned": TUNED,
+    "one": ONE,
+    "both": BOTH,
+    "small": SMALL,
+    "merged": MERGED,
+    "merged-nf4": [(0, "merged", "never written"), (0, "base", "base"), *below("adapter", "two", TWO)],
+    "back": below("merged", "merged", MERGED),
+    "nf4": below("base", "merged", MERGED),
+    "plain": below("base", "nf4", below("base", "merged", MERGED)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_whole_line_is_found_and_verified(family, name):
+    assert states(verified(family / name, family)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["tuned", "both", "small", "merged", "merged-nf4", "back", "nf4", "plain"])
+def test_what_made_an_artifact_makes_the_same_bytes_again(family, name):
+    done = dict(verified(family / name, family, recompute=True, threads=1).recomputed)
+    assert done[str(family / name)] == "same bytes again"
+    assert all("extract cannot" in told for path, told in done.items() if path.endswith(("one", "two")))
+    expected = {entry for _, _, entry in EXPECTED[name]} - {"base", "tuner", "other-tuner", "never written"}
+    assert {path.rpartition("/")[2] for path in done} == expected | {name}
+
+
+def test_fingerprints_are_compared_with_the_parents(family):
+    report = verified(family / "merged", family)
+    base, small, one = report.parents
+    targets = len(require_manifest(family / "merged").targets)
+    assert base.targets == targets > 0
+    assert small.targets == len(require_manifest(family / "small").targets) > 0
+    assert one.parents[0].targets == len(require_manifest(family / "one").targets) > 0
+
+
+def test_where_the_folders_are_and_in_which_order_does_not_matter(family, tmp_path):
+    shutil.copytree(family / "base", tmp_path / "x" / "y")
+    shutil.copytree(family / "tuner", tmp_path / "z")
+    for folders in ([tmp_path / "z", tmp_path / "x"], [tmp_path / "x" / "y", tmp_path / "z"]):
+        assert states(verified(family / "tuned", *folders)) == [(0, "base", "y"), (0, "adapter", "z")]
+
+
+def test_a_missing_parent_is_named_by_its_hash(family, copied):
+    shutil.rmtree(copied / "two")
+    digest = require_manifest(family / "two").sha256[:16]
+    with pytest.raises(IntegrityError, match=rf"1 of 5 ancestors .*adapter {digest} is not at hand") as caught:
+        verified(copied / "both", copied)
+    assert caught.value.exit_code == 3
+    assert "--parents" in caught.value.hint
+    assert "tuned" in caught.value.message  # what was found is told too
+
+
+def test_a_changed_byte_of_any_ancestor_is_found(family, copied):
+    shutil.rmtree(copied / "back")  # has the base's tensors
+    for number, path in enumerate(sorted(copied.glob("[bot]*/*.safetensors"))):
+        before = path.read_bytes()
+        flip(path, len(before) // 2 if number % 2 else -1)
+        with pytest.raises(IntegrityError, match="cannot be vouched for"):
+            verified(copied / "merged", copied)
+        path.write_bytes(before)
+    verified(copied / "merged", copied)
+
+
+def test_a_parent_of_the_same_shapes_is_not_taken_for_the_right_one(copied):
+    other = tiny.write_llama(copied / "other-base")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * 1.5
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(copied / "base")
+    shutil.rmtree(copied / "back")  # has the base's tensors
+    with pytest.raises(IntegrityError, match=r"base [0-9a-f]{16} is not at hand"):
+        verified(copied / "tuned", copied)
+
+
+def test_an_artifact_with_another_manifest_and_the_same_tensors_is_the_parent(copied):
+    """Publishing adds a model card, and so changes the manifest."""
+    manifest = require_manifest(copied / "one")
+    card = copied / "one" / "README.md"
+    card.write_text("card")
+    from adaptkit.checkpoint.hashing import file_sha256
+    from adaptkit.checkpoint.manifest import FileRecord
+
+    files = (*manifest.files, FileRecord("README.md", 4, file_sha256(card)))
+    (copied / "one" / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
+    report = verified(copied / "both", copied, recompute=True)
+    assert [parent.found_by for parent in report.parents] == ["tensors", "manifest"]
+    assert "not the one that was used" in dict(report.recomputed)[str(copied / "both")]
+
+
+@pytest.mark.parametrize("name", ["merged", "nf4", "one"])
+def test_a_child_that_claims_other_fingerprints_is_refused(copied, name):
+    manifest = require_manifest(copied / name)
+    first, *rest = manifest.targets
+    for wrong in (replace(first, base_xxh3_128="00" * 16), replace(first, shape=(*first.shape, 1))):
+        changed = replace(manifest, targets=(wrong, *rest))
+        (copied / name / MANIFEST_NAME).write_bytes(changed.to_bytes())
+        with pytest.raises(IntegrityError, match=f"{first.module} is not the tensor that was used"):
+            verified(copied / name, copied)
+
+
+def test_a_quantized_artifact_that_contradicts_itself_is_refused(copied):
+    manifest = require_manifest(copied / "nf4")
+    first, *rest = manifest.targets
+    changed = replace(manifest, targets=(replace(first, quantized_root="00" * 32), *rest))
+    (copied / "nf4" / MANIFEST_NAME).write_bytes(changed.to_bytes())
+    with pytest.raises(IntegrityError, match=f"{first.module}.weight is not as its quantized_root says"):
+        verify(copied / "nf4")
+
+
+def test_an_artifact_that_is_not_what_its_operation_makes_is_found(copied):
+    """Every hash in it is right, and its parents are; only doing it again shows that it is something else."""
+    merge(copied / "base", [copied / "tuner"], copied / "twice", MergeOptions(weights=(2.0,)))
+    manifest = require_manifest(copied / "twice")
+    options = manifest.operation["options"] | {"weights": [1.0]}
+    parents = tuple(replace(p, weight=1.0) if p.role == "adapter" else p for p in manifest.parents)
+    lie = replace(manifest, operation={"name": "merge", "options": options}, parents=parents)
+    (copied / "twice" / MANIFEST_NAME).write_bytes(lie.to_bytes())
+    verified(copied / "twice", copied)
+    with pytest.raises(IntegrityError, match=r"merge of the same parents gives something else: .* differs"):
+        verified(copied / "twice", copied, recompute=True)
+
+
+def test_options_that_make_no_sense_are_an_error_of_the_artifact(copied):
+    manifest = require_manifest(copied / "tuned")
+    for options in ({}, {"weights": [1.0]}, manifest.operation["options"] | {"format": "gguf"}):
+        changed = replace(manifest, operation={"name": "merge", "options": options})
+        (copied / "tuned" / MANIFEST_NAME).write_bytes(changed.to_bytes())
+        with pytest.raises(IntegrityError, match="cannot be run again with the options of its manifest"):
+            verified(copied / "tuned", copied, recompute=True)
+
+
+def test_an_artifact_is_not_its_own_ancestor(copied):
+    """``back`` has the tensors of ``base``: without that one it must not stand in for it in its own line."""
+    assert require_manifest(copied / "back").tensors_root == require_manifest(copied / "tuned").parents[0].tensors_root
+    shutil.rmtree(copied / "base")
+    with pytest.raises(IntegrityError, match=r"base [0-9a-f]{16} is not at hand"):
+        verified(copied / "back", copied)
+    assert states(verified(copied / "tuned", copied)) == [(0, "base", "back"), (0, "adapter", "tuner")]
+
+
+def test_tracing_reads_no_more_than_it_needs(family, copied):
+    flip(copied / "tuned" / "model.safetensors")
+    assert {found.state for found in trace(copied / "one", [copied])} == {"at hand"}
+    assert {found.state for found in trace(copied / "one", [])} == {"not at hand"}
+    with pytest.raises(IntegrityError, match=MANIFEST_NAME):
+        trace(copied / "base", [])
+
+
+def test_folders_without_artifacts_are_an_error(family, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(UsageError):
+            verified(family / "tuned", folder)
+    with pytest.raises(UsageError, match="its parents"):
+        VerifyOptions(recompute=True)
+
+
+def test_a_damaged_manifest_beside_the_parents_is_told(copied):
+    (copied / "two" / MANIFEST_NAME).write_text("{}")
+    verified(copied / "tuned", copied)
+    with pytest.raises(IntegrityError, match=r"two: adaptkit-manifest\.json: malformed|two: .*schema None"):
+        verified(copied / "both", copied)
+
+
+def test_the_command_line_draws_and_refuses(run_cli, family, copied):
+    done = run_cli("verify", family / "merged", "--parents", family, "--recompute")
+    assert done.code == 0, done.stderr
+    assert f"{family / 'small'}, verified, " in done.stdout
+    assert f"made again       {family / 'merged'}: same bytes again" in done.stdout
+    report = json.loads(run_cli("verify", family / "merged", "--parents", family, "--json").stdout)
+    assert [parent["role"] for parent in report["parents"]] == ["base", "adapter", "adapter"]
+    shutil.rmtree(copied / "base")
+    done = run_cli("verify", copied / "merged", "--parents", copied / "small", "--parents", copied / "one")
+    assert (done.code, done.stdout) == (3, "")
+    error, hint = done.stderr.splitlines()
+    assert "is not at hand" in error
+    assert hint.startswith("hint: name the folders")
+
+
+def test_inspect_draws_the_tree_three_ways(run_cli, family):
+    root = tensors_root(require_manifest(family / "tuned").tensors)
+    bare = run_cli("inspect", family / "both", "--lineage")
+    assert bare.code == 0, bare.stderr
+    assert bare.stdout.count("not at hand") == 2
+    full = run_cli("inspect", family / "both", "--lineage", "--parents", family).stdout
+    assert "│   └── tuned: merged manifest " in full
+    assert "not at hand" not in full
+    document = json.loads(run_cli("inspect", family / "both", "--lineage", "--parents", family, "--json").stdout)
+    assert document["lineage"][0]["parents"][1]["tensors_root"] == root
+    chart = run_cli("inspect", family / "both", "--mermaid", "--parents", family).stdout.splitlines()
+    assert chart[0] == "flowchart TD"
+    nodes = [line.strip() for line in chart[1:] if "-->" not in line]
+    edges = [line.split('"')[0].split()[0] + line.rsplit("--> ")[1] for line in chart if "-->" in line]
+    assert len(nodes) == 8  # both, one, two, tuned, other-tuned, base, tuner, other-tuner: each once
+    assert all(node.startswith(f'a{number}["') for number, node in enumerate(nodes) if number == 0)
+    assert len(edges) == len(set(edges)) == 10
+    assert run_cli("inspect", family / "both", "--mermaid", "--json").code == 2
+
+
+def test_merge_refuses_a_parent_of_the_same_shapes(run_cli, copied, tmp_path):
+    other = tiny.write_llama(tmp_path / "other-base", seed=9)
+    done = run_cli("merge", other, copied / "one", "-o", tmp_path / "out")
+    assert done.code == 4, done.stderr
+    error, hint = done.stderr.splitlines()
+    assert "was trained on" in error
+    assert "right base" in hint
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()

@@ -1,0 +1,138 @@
+"""Who vouches for an artifact: the signature beside its manifest, through the command line too."""
+
+import shutil
+
+import pytest
+from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
+from adaptkit.checkpoint.signing import Signer, Trust, sign
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.verify import VerifyOptions, verify
+
+
+def write_keys(folder, name):
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, llama):
+    """Two artifacts, one of them signed, and the keys of its signer and of a stranger."""
+    root = tmp_path_factory.mktemp("signed")
+    write_keys(root, "mine")
+    write_keys(root, "stranger")
+    quantize(llama, root / "artifact", QuantizeOptions(max_shard_bytes=60_000))
+    quantize(llama, root / "other", QuantizeOptions(block_size=128))
+    sign(root / "artifact", Signer(root / "mine.pem"))
+    return root
+
+
+@pytest.fixture
+def copied(pair, tmp_path):
+    return shutil.copytree(pair, tmp_path / "signed")
+
+
+def test_the_signed_artifact_is_right_and_one_line_says_by_whom(run_cli, pair):
+    done = run_cli("verify", pair / "artifact", "--public-key", pair / "mine.pub")
+    assert done.code == 0, done.stderr
+    assert f"signed           by the key in {pair / 'mine.pub'}" in done.stdout
+    assert "signature        not checked" in run_cli("verify", pair / "artifact").stdout
+    assert "signature" not in run_cli("verify", pair / "other").stdout
+
+
+def test_signing_changes_nothing_but_the_one_file(pair):
+    manifest = require_manifest(pair / "artifact")
+    assert {path.name for path in (pair / "artifact").iterdir()} == {
+        MANIFEST_NAME, SIGNATURE_NAME, *(record.path for record in manifest.files)
+    }  # fmt: skip
+
+
+CASES = [
+    "changed byte",
+    "swapped file",
+    "wrong key",
+    "signature of another",
+    "changed manifest",
+    "cut",
+    "none",
+    "no key",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_anything_else_ends_in_one_line(run_cli, copied, case):
+    folder, key, code = copied / "artifact", copied / "mine.pub", 3
+    shards = sorted(folder.glob("*.safetensors"))
+    arguments = ["verify", folder, "--public-key", key]
+    if case == "changed byte":
+        content = bytearray(shards[0].read_bytes())
+        content[-1] ^= 1
+        shards[0].write_bytes(content)
+    elif case == "swapped file":
+        first, second = (shard.read_bytes() for shard in shards[:2])
+        shards[0].write_bytes(second)
+        shards[1].write_bytes(first)
+    elif case == "wrong key":
+        arguments[-1] = copied / "stranger.pub"
+    elif case == "signature of another":
+        sign(copied / "other", Signer(copied / "mine.pem"))
+        arguments += ["--signature", copied / "other" / SIGNATURE_NAME]
+    elif case == "changed manifest":
+        shutil.copy(copied / "other" / MANIFEST_NAME, folder / MANIFEST_NAME)
+    elif case == "cut":
+        (folder / SIGNATURE_NAME).write_bytes((folder / SIGNATURE_NAME).read_bytes()[:200])
+    elif case == "none":
+        (folder / SIGNATURE_NAME).unlink()
+        code = 2
+    else:
+        arguments[-1] = copied / "absent.pub"
+        code = 2
+    done = run_cli(*arguments)
+    assert (done.code, done.stdout) == (code, ""), done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+
+
+def test_a_signature_may_lie_elsewhere(copied):
+    shutil.move(copied / "artifact" / SIGNATURE_NAME, copied / "detached.sig")
+    trust = Trust(copied / "mine.pub")
+    report = verify(copied / "artifact", VerifyOptions(trust=trust, signature=copied / "detached.sig"))
+    assert (report.signature, report.signed_by) == (False, str(trust))
+
+
+def test_the_signature_is_the_only_file_that_a_manifest_need_not_list(copied):
+    for name in ("adaptkit-manifest.sig.bak", "model.sig", "x/adaptkit-manifest.sig"):
+        path = copied / "artifact" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+        with pytest.raises(IntegrityError, match="is not in the manifest"):
+            verify(copied / "artifact")
+        path.unlink()
+
+
+def test_a_signature_without_a_signer_to_compare_with_is_no_use(copied, run_cli):
+    with pytest.raises(UsageError, match="whose counts"):
+        VerifyOptions(signature=copied / "artifact" / SIGNATURE_NAME)
+    done = run_cli("verify", copied / "artifact", "--identity", "me@example.org")
+    assert done.code == 2
+    assert "--identity-provider" in done.stderr
+
+
+def test_verifying_without_a_signature_waits_for_no_heavy_package(pair):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom adaptkit.operations.verify import verify\n"
+        "verify(Path(sys.argv[1]))\n"
+        "print(sorted({'torch', 'numba', 'transformers', 'model_signing', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, pair / "artifact"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
