@@ -29,12 +29,22 @@ import get_smollm2
 
 ADAPTKIT = [sys.executable, "-m", "adaptkit.cli.main"]
 BATCH, RANK, SEED, SET_ASIDE = 8, 8, 0, 64
-METHODS = {"lora": (5e-4, 2e-3), "qlora": (5e-4, 2e-3), "calibrated": (5e-4, 2e-3), "full": (3e-5, 1e-4)}
-"""Learning rates that each method may choose from; ``calibrated`` is QLoRA on a base that saw the training rows."""
+METHODS = {
+    "lora": (5e-4, 2e-3),
+    "qlora": (5e-4, 2e-3),
+    "calibrated": (5e-4, 2e-3),
+    "companion": (5e-4, 2e-3),
+    "full": (3e-5, 1e-4),
+}
+"""Learning rates that each method may choose from. ``calibrated`` is QLoRA on a base that saw the training rows,
+``companion`` the same begun from the adapter that was made with that base."""
+QUANTIZED = {"qlora": "plain", "calibrated": "calibrated", "companion": "calibrated"}
+"""The quantized base of each method that has one."""
 NAMES = {
     "lora": "LoRA, 16-bit base",
     "qlora": "QLoRA, plain NF4",
     "calibrated": "QLoRA, calibrated NF4",
+    "companion": "QLoRA, its companion",
     "full": "full fine-tuning",
 }
 BOUNDS = {"lora": 1.02, "full": 1.05}
@@ -71,7 +81,7 @@ class Bench:
         self.train_file = self.cut("wordnet-train.jsonl", "train.jsonl", count)
         self.test_file = self.cut("wordnet-test.jsonl", "test.jsonl", rows)
         self.held_out = SET_ASIDE / count
-        self.bases = {"lora": self.model, "full": self.model, "qlora": self.folder.parent / "smollm2-nf4"}
+        self.bases = {"plain": self.folder.parent / "smollm2-nf4"}
         self.bases["calibrated"] = self.folder / "smollm2-nf4-calibrated"
 
     def cut(self, source: str, name: str, rows: int) -> Path:
@@ -83,9 +93,12 @@ class Bench:
 
     def base(self, method: str) -> Path:
         """The checkpoint that a method trains on, quantized at the first call."""
-        folder = self.bases[method]
+        if method not in QUANTIZED:
+            return self.model
+        folder = self.bases[QUANTIZED[method]]
         if not folder.exists():
-            calibrate = ("--calibrate", self.train_file) if method == "calibrated" else ()
+            calibrated = QUANTIZED[method] == "calibrated"
+            calibrate = ("--calibrate", self.train_file, "--init-adapter", RANK) if calibrated else ()
             self.call("quantize", self.model, "-o", folder, *calibrate)
         return folder
 
@@ -105,8 +118,9 @@ class Bench:
         kept = self.folder / f"{output.name}.json"
         started = time.monotonic()
         if not kept.exists():
-            base, kind = self.base(method), "qlora" if method == "calibrated" else method
-            adapter = [] if method == "full" else ["--rank", RANK]
+            base, kind = self.base(method), "qlora" if method in QUANTIZED else method
+            adapter: list[object] = [] if method == "full" else ["--rank", RANK]
+            adapter += ["--init", base.with_name(f"{base.name}-init")] if method == "companion" else []
             report = self.call(
                 "train", "--base", base, "--data", self.train_file, "-o", output, "--force", "--method", kind,
                 *adapter, "--steps", self.steps, "--batch-size", BATCH, "--learning-rate", rate, "--schedule", "linear",
@@ -129,7 +143,7 @@ class Bench:
             names = "-".join(f"{run.rate:g}" for run in adapted.values())
             reports.append(
                 self.measured(
-                    f"adapters-{names}", "--base", self.bases["qlora"], "--base", self.bases["calibrated"],
+                    f"adapters-{names}", *(f"--base={base}" for base in self.bases.values()),
                     *(f"--adapter={run.folder}" for run in adapted.values()), *text,
                 )
             )  # fmt: skip
@@ -180,7 +194,7 @@ def show(reports: list[dict[str, Any]], best: dict[str, Run]) -> None:
     print(f"\n{first['samples']} test rows, {first['answer_tokens']} answer tokens; ", end="")
     print(f"{first['generated']['questions']} questions with {first['generated']['references']} reference answers")
     print(f"METEOR: {first['generated']['scores']['meteor_variant']}")
-    for method in ("qlora", "calibrated"):
+    for method in QUANTIZED:
         for other, bound in BOUNDS.items():
             ratio = loss[NAMES[method]] / loss[NAMES[other]]
             print(f"held-out loss, {NAMES[method]} / {NAMES[other]}: {ratio:.4f} (at most {bound})  ", end="")
