@@ -108,7 +108,8 @@ def runs(llama_nf4, instructions, tmp_path_factory):
         [sys.executable, "-c", HELPER, llama_nf4, instructions, root, *OPTIONS],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # a fork has none of the threads that its parent's pool had
     )
     logs = "".join(f"{path.name}: {path.read_text()}" for path in sorted(root.glob("*.log")))
     assert done.returncode == 0, done.stderr + logs
@@ -204,7 +205,7 @@ def test_torchrun_begins_again_when_a_process_is_killed(runs, llama_nf4, instruc
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()  # noqa: PT018
         time.sleep(0.001)
     os.kill(worker_of(process.pid, "1"), signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert "went on from" in stdout
     assert tree(output) == tree(runs / "noisy")
