@@ -24,6 +24,10 @@ _MANY = re.compile(r"experts$|^num_labels$")
 """Keys of ``config.json`` whose integers make that many modules, or entries of a list."""
 _MOST = {"layers": 1_024, "others": 65_536}
 """What is built in a second whatever the files hold."""
+_REFUSALS = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ImportError,
+)  # fmt: skip
+"""What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """What a configuration may not decide here; an implementation can be code on the Hub."""
 
@@ -113,7 +117,7 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = tor
         UsageError: transformers does not know the architecture, or is not installed.
         CheckpointError: the configuration speaks of more layers than the file has tensors.
     """
-    from huggingface_hub.errors import StrictDataclassError  # what a field of a wrong type raises; talks to nobody
+    from huggingface_hub.errors import StrictDataclassError
 
     with quiet_transformers() as transformers:
         values = _plain(checkpoint.config)
@@ -123,10 +127,7 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = tor
             config = transformers.AutoConfig.for_model(kind, **values)
             with torch.device("meta"):
                 return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (
-            *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
-            *(AssertionError, ImportError, StrictDataclassError),
-        ) as error:
+        except (*_REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
 
@@ -137,11 +138,17 @@ def load_tokenizer(root: Path) -> Any:
     Raises:
         UsageError: there is none.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     with quiet_transformers() as transformers:
         try:
             return transformers.AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{root}: has no tokenizer that transformers can load") from error
+        except (*_REFUSALS, OSError, StrictDataclassError) as error:
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise UsageError(
+                f"{root}: has no tokenizer that transformers can load ({reason})",
+                hint="add the model's tokenizer.json and tokenizer_config.json",
+            ) from error
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -106,7 +106,7 @@ def render(messages: Sequence[Message], tokenizer: Any, opening: bool = False) -
 
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
 
 

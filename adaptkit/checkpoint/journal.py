@@ -9,8 +9,7 @@
 A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and
 writes the rest. If inputs or options changed, the key differs and the folder is begun anew.
 
-Shares of one output can be made by several processes at once, each with a journal of its own; the run that is no
-share finds all their files finished, and publishes.
+Several processes can each make a share of the files, with a journal of its own; a run that is no share publishes.
 """
 
 import fcntl
@@ -98,11 +97,12 @@ class Output:
 
     def __enter__(self) -> Self:
         check_output(self.final, self._force)
+        if self.folder.is_symlink() or self.folder.is_file():
+            self._refuse_foreign()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
-        self._locks = []
         try:
             self._lock(self.folder, fcntl.LOCK_EX if self.part is None else fcntl.LOCK_SH)
             if self.part is not None:

@@ -89,7 +89,7 @@ def _lines(file: Path) -> Iterator[Located]:
                 where = f"{file}, line {number}"
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    row = json.loads(text) if text else None
+                    row = _parse(text) if text else None
                 except UnicodeDecodeError as error:
                     raise DataError(f"{where}: cannot be read ({error.reason})", hint="save it as UTF-8") from error
                 except (ValueError, RecursionError) as error:
@@ -103,7 +103,7 @@ def _lines(file: Path) -> Iterator[Located]:
 def _document(file: Path) -> Iterator[Located]:
     text = read_text(file)
     try:
-        document = json.loads(text)
+        document = _parse(text)
     except (ValueError, RecursionError) as error:
         if _is_object(text.lstrip().partition("\n")[0]):  # JSON lines under another name
             yield from _lines(file)
@@ -118,9 +118,21 @@ def _document(file: Path) -> Iterator[Located]:
         yield where, _object(row, where, "a list of objects")
 
 
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_mapping)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+    return found
+
+
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(_parse(line), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -164,16 +176,18 @@ def _parquet(file: Path) -> Iterator[Located]:
         from pyarrow import parquet
     except ImportError as error:
         raise UsageError(f"{file}: parquet needs pyarrow", hint="pip install 'adaptkit[train]'") from error
+    try:
+        opened = file.open("rb")
+    except OSError as error:
+        raise _unreadable(file, error) from error
     number = 0
     try:
-        with parquet.ParquetFile(file) as table:
+        with opened, parquet.ParquetFile(opened) as table:
             for batch in table.iter_batches(_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    except (pyarrow.ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{file}, after row {number}: not parquet ({error})", hint="write it again") from error
 
 

@@ -38,4 +38,5 @@ def cut_rows(data: "DataReport", truncated: int, dropped: int) -> Iterator[Row]:
 def _source(source: "SourceReport") -> str:
     layouts = ", ".join(f"{count} {name}" for name, count in source.layouts.items())
     text = f"{source.name}: {layouts}; {source.tokens:,} tokens, {source.answer_tokens:,} learned"
-    return text + (f"; not used: {', '.join(source.unused)}" if source.unused else "")
+    unused = ", ".join(name or "a column without a name" for name in source.unused)
+    return f"{text}; not used: {unused}" if unused else text

@@ -7,18 +7,20 @@ import signal
 import sys
 import traceback
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from adaptkit import __version__
 from adaptkit.cli import commands
+from adaptkit.cli.output import silence
 from adaptkit.discovery import load, names
 from adaptkit.errors import AdaptkitError
 from adaptkit.hub.secrets import redact
 
 INTERRUPTED = 130
 TERMINATED = 143
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
 
@@ -60,11 +62,16 @@ class _Stopped(BaseException):
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Unwind; but leave at once from the middle of an import, which some modules would go on with half done."""
+    for again in _SIGNALS:
+        signal.signal(again, _leave)
     if _is_importing(frame):
-        code = _say_stopped(number)
-        sys.stdout.flush()
-        os._exit(code)
+        _leave(number, frame)
     raise _Stopped(number)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Unwind no further, whatever it waits for."""
+    os._exit(_say_stopped(number))
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -82,7 +89,7 @@ def _say_stopped(number: int) -> int:
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, _stop)
     _keep_freed_memory()
@@ -119,13 +126,21 @@ def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -
     message = redact(message)
     if "--json" in sys.argv[1:]:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
-        print(json.dumps({"error": error}))
+        _say(json.dumps({"error": error}), sys.stdout)
     else:
         of = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""  # torchrun's
-        print(f"{of}error: {' '.join(message.split())}", file=sys.stderr)
-        if hint:
-            print(f"{of}hint: {hint}", file=sys.stderr)
+        _say(f"{of}error: {' '.join(message.split())}" + (f"\n{of}hint: {hint}" if hint else ""), sys.stderr)
     return exit_code
+
+
+def _say(text: str, stream: TextIO | None) -> None:
+    """Print at once; where nobody reads, the exit code is what is left to tell."""
+    if stream is None:
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        silence(stream)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from adaptkit.checkpoint.progress import size as size
 from adaptkit.errors import UsageError
@@ -24,13 +24,12 @@ def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> Non
         quiet: print nothing.
     """
     if as_json:
-        print(json.dumps(asdict(report), indent=2))
+        say(json.dumps(asdict(report), indent=2))
     elif not quiet:
         table = list(rows)
         width = max((len(label) for label, _ in table), default=0)
-        for label, value in table:
-            aligned = value.replace("\n", "\n" + " " * (width + 2))
-            print(f"{label:<{width}}  {aligned}".rstrip())
+        aligned = [(label, value.replace("\n", "\n" + " " * (width + 2))) for label, value in table]
+        say(*(f"{label:<{width}}  {value}".rstrip() for label, value in aligned))
 
 
 def show_table(
@@ -52,8 +51,8 @@ def show_table(
                 f"{cell:>{width}}" if number else f"{cell:<{width}}"
                 for number, (cell, width) in enumerate(zip(line, widths, strict=True))
             )
-            print("  ".join([first, *others]).rstrip())
-        print()
+            say("  ".join([first, *others]).rstrip())
+        say("")
     show(report, rows, as_json=as_json, quiet=quiet)
 
 
@@ -77,6 +76,28 @@ def write_report(report: Any, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_text(json.dumps(asdict(report), indent=2) + "\n")
     os.replace(unfinished, path)
+
+
+def say(*lines: str) -> None:
+    """Print lines on stdout at once; click ends a command whose reader has gone.
+
+    Raises:
+        DiskError: they cannot be written.
+    """
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from adaptkit.checkpoint.writer import DiskError
+
+        silence(sys.stdout)
+        raise DiskError(f"stdout: cannot be written: {error.strerror}") from error
+
+
+def silence(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere: Python would try once more at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def percent(fraction: float) -> str:

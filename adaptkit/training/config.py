@@ -13,10 +13,10 @@ COMPUTE_DTYPES = ("bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
 BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "normal")
-_BEGUN = ("exclude", "target_parameters", "rslora", "rank_pattern", "alpha_pattern")
+_BEGUN = ("rank", "alpha", "targets", "exclude", "target_parameters", "rslora", "rank_pattern", "alpha_pattern")
 _ADAPTER = (
-    *("init", "rank", "alpha", "targets", "dropout", "dora", "lora_plus_ratio", "lora_bias", "bias", "modules_to_save"),
-    *("trainable_tokens", *_BEGUN),
+    *("init", "dropout", "dora", "lora_plus_ratio", "lora_bias", "bias", "modules_to_save", "trainable_tokens"),
+    *_BEGUN,
 )
 """What only an adapter has, and of that what another adapter decides that it begins with."""
 LOSS_ON = ("answers", "last_answer", "all")
@@ -27,6 +27,8 @@ _LARGEST = 1e30
 """Of a factor: float32 holds 3.4e38, and products of factors need room."""
 _SEEDS = (1 << 40) - 1
 """Steps are added to a million times the seed, in 64 bits."""
+_MOST = 1 << 31
+"""Of steps, and of what is counted in them: far more than can be taken, and small enough to compute with."""
 
 _PLACES = frozenset({"base", "data", "held_out_data", "device", "tensorboard", "wandb"})
 _FREE = frozenset(
@@ -88,11 +90,12 @@ class TrainConfig:
     held_out_data: tuple[str, ...] = setting("File or data set that is measured instead.", ())
 
     # Steps
-    steps: int | None = setting("Optimizer steps; default: as many as the epochs take.", None, at_least=1)
-    epochs: float = setting("Passes over the data.", 1.0, above=0)
-    batch_size: int = setting("Samples in a step.", 8, at_least=1)
+    steps: int | None = setting("Optimizer steps; default: as many as the epochs take.", None, at_least=1,
+                               at_most=_MOST)  # fmt: skip
+    epochs: float = setting("Passes over the data.", 1.0, above=0, at_most=1e6)
+    batch_size: int = setting("Samples in a step.", 8, at_least=1, at_most=_MOST)
     micro_batch_size: int | None = setting("Samples that go through the model at a time; default: the whole batch.",
-                                           None, at_least=1)  # fmt: skip
+                                           None, at_least=1, at_most=_MOST)  # fmt: skip
     group_by_length: bool = setting("Put samples of like length into one step, which pads little.", False)
     eval_every: int = setting(
         "Steps between measurements of the held-out loss; 0: only before and after.", 0, at_least=0
@@ -206,7 +209,10 @@ class TrainConfig:
         values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
         if self.mixture is not None:
             values["mixture"] = {Path(name).name: weight for name, weight in self.mixture.items()}
-        return values if self.init in INITS else values | {"init": "adapter"}  # a parent in the manifest says which
+        if self.init in INITS:
+            return values
+        own = {name: value for name, value in values.items() if name not in _BEGUN}  # are the adapter's, not the run's
+        return own | {"init": "adapter"}  # a parent in the manifest says which
 
     def decisive(self) -> dict[str, Any]:
         """What decides about the result: a run that goes on must have the same."""

@@ -15,7 +15,7 @@ from adaptkit.checkpoint.journal import check_output
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import longest_sequence
-from adaptkit.training.config import TrainConfig
+from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
 from adaptkit.training.data.mixture import Mixture, weights_of
 from adaptkit.training.data.samples import Sample
@@ -81,7 +81,8 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     config = resolve_method(config, checkpoint)
     require_trackers(config)
     if output is not None:
-        check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data))])
+        others = () if config.init in INITS else (config.init,)
+        check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data, *others))])
     tokenizer = load_tokenizer(base)
     weights = weights_of(config.mixture, config.data) if config.mixture else None
     load = partial(

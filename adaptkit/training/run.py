@@ -118,8 +118,9 @@ class Run:
                 if self._world.is_first and self._is_due(self._config.save_every):
                     self._save()
         finally:
-            if self._can_save and self.done != self._saved:
-                self._save()
+            with uninterrupted():  # torchrun sends a second signal after the terminal's
+                if self._can_save and self.done != self._saved:
+                    self._save()
         if self.done < self.steps:
             patience = self._config.patience
             self._note(f"stopped early after step {self.done}: {patience} measurements brought nothing better")

@@ -10,6 +10,7 @@ a mapping) on the command line.
 """
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -124,8 +125,9 @@ def check_values(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
         if not _fits(value, str(known[key][0].type)):
-            expected = _name(known[key][0].type)
-            raise ConfigError(f"{where}: {key} is {value!r}; expected {expected}", hint=f"{key}: {known[key][1].help}")
+            expected = _name(str(known[key][0].type))
+            hint = f"{key}: {known[key][1].help}"
+            raise ConfigError(f"{where}: {key} is {_shown(value)}; expected {expected}", hint=hint)
     for key, (found, rule) in known.items():
         if found.default is MISSING and key not in values:
             raise ConfigError(f"{where}: {key} is missing", hint=f"{key}: {rule.help}")
@@ -141,8 +143,18 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return read_document(path).values
 
 
-def _name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+def _shown(value: Any) -> str:
+    """The beginning of a value."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    return short.repr(value)
+
+
+def _name(annotation: str) -> str:
+    """A field's type, for people."""
+    names = {"tuple": "a list of texts", "Mapping": "names with numbers", "bool": "true or false",
+             "int": "a whole number", "float": "a number", "str": "a text"}  # fmt: skip
+    return next(name for kind, name in names.items() if kind in annotation)
 
 
 def _fits(value: Any, annotation: str) -> bool:

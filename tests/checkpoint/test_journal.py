@@ -286,6 +286,19 @@ def test_a_kill_while_publishing_leaves_the_old_or_the_new_and_the_next_run_clea
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_folder_is_not_taken_for_unfinished_work(tmp_path, kind):
+    (tmp_path / "other").mkdir()
+    if kind == "file":
+        (tmp_path / "out.partial").write_text("mine")
+    else:
+        (tmp_path / "out.partial").symlink_to("other")
+    with pytest.raises(ConflictError, match="in the way"):
+        make(tmp_path / "out", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out.partial"]
+    assert list((tmp_path / "other").iterdir()) == []
+
+
 def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):

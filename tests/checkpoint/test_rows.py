@@ -86,6 +86,8 @@ def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_pat
         ("rows.jsonl", b'{"a": "' + b"\xff", ", line 1: cannot be read (invalid start byte)"),
         ("rows.jsonl", b'{"n": ' + b"9" * 5000 + b"}", ", line 1: not JSON"),
         ("rows.jsonl", b'{"n": ' + b"[" * 100_000, ", line 1: not JSON"),
+        ("rows.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}', ", line 2: not JSON (the key 'a' appears twice)"),
+        ("rows.json", b'[{"a": {"b": 1, "b": 2}}]', ": not JSON (the key 'b' appears twice)"),
         ("rows.json", b'[{"a": 1}, 5]', ", row 2: expected an object, found int"),
         ("rows.json", b'{"rows": []}', ": expected a list of rows, found the keys rows"),
         ("rows.json", b"5", ": expected a list of rows, found int"),
@@ -120,7 +122,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[100:2000] = bytes(1900)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(str(path))):
+    with pytest.raises(DataError, match=re.escape(str(path)) + r", after row \d+: not parquet"):
         list(read_rows(path))
 
 

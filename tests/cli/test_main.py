@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,18 @@ def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, l
     assert done.stderr == ""
     assert run_cli("quantize", llama, "-o", tmp_path / "two", "--quiet").stdout == ""
     assert (tmp_path / "two" / "config.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+@pytest.mark.parametrize(("folder", "options", "code"), [("absent", ["--json"], 2), ("", [], 1), ("", ["--json"], 1)])
+def test_where_nothing_can_be_printed_the_code_tells_how_it_ended(llama, folder, options, code):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "adaptkit.cli.main", "inspect", llama / folder, *options],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    lines = ["error: stdout: cannot be written: No space left on device"] if code == 1 and not options else []
+    assert (done.returncode, done.stderr.splitlines()) == (code, lines)
 
 
 def test_a_dry_run_writes_nothing(run_cli, llama, adapter, tmp_path):

@@ -234,6 +234,22 @@ def test_a_signal_ends_in_one_line_leaves_no_process_and_costs_nothing(llama, tm
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when what is loaded")
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_signal_ends_the_same_where_nobody_reads_any_more(llama, tmp_path, more):
+    process = begin(llama, tmp_path / "out", *more)
+    process.stdout.close()
+    if not more:
+        process.stderr.close()
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_until(lambda: "libtorch_cpu" in maps.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    if more:
+        assert process.stderr.read() == ""
+        process.stderr.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems ask transformers in the same process")
 def test_a_killed_run_takes_the_process_that_asks_transformers_with_it(llama, tmp_path):
     process = begin(llama, tmp_path / "out")

@@ -29,7 +29,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one():
         ("steps", 0), ("data", "d.jsonl"), ("data", []),
         ("init", "zeros"), ("schedule", "step"), ("compute_dtype", "float16"),
         ("rank", 10**9), ("alpha", 1e308), ("learning_rate", 1e300), ("optimizer_pages_mib", float("inf")),
-        ("page_kib", 10**12), ("seed", 2**63),
+        ("page_kib", 10**12), ("seed", 2**63), ("steps", 10**20), ("epochs", 10**400), ("epochs", 1e300),
+        ("targets", [["q"] * 9] * 9), ("mixture", {"d.jsonl": "two"}),
         ("held_out", -0.1), ("learning_rate", float("inf")), ("batch_size", 0), ("targets", []),
     ],
 )  # fmt: skip

@@ -321,6 +321,15 @@ def test_an_adapter_trained_on_conv1d_layers_merges_the_way_it_was_trained(confi
     assert merged == pytest.approx(adapted, abs=1e-4)
 
 
+def test_the_adapter_that_a_run_begins_with_is_not_its_output(config, trained, copy_of):
+    first = copy_of(trained[0])
+    on_it = replace(config, init=str(first), rank=16)
+    for output in (first, first / "second"):
+        with pytest.raises(UsageError, match="would change its own input"):
+            train(on_it, output, force=True)
+    verify(first)
+
+
 def test_the_base_is_never_replaced_by_its_adapter(config, llama_nf4, copy_of):
     base = copy_of(llama_nf4)
     before = sorted((path.name, path.read_bytes()) for path in base.iterdir())

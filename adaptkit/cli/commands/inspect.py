@@ -8,7 +8,7 @@ import click
 
 from adaptkit.cli.lineage import mermaid, tree
 from adaptkit.cli.options import ArtifactPath, report_options
-from adaptkit.cli.output import Row, show, size
+from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import byte_progress
 
 
@@ -35,7 +35,7 @@ def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bo
         with byte_progress("inspect", as_json or quiet) as progress:
             report = replace(report, lineage=trace(path, parents, progress))
     if as_mermaid:
-        print(mermaid(f"{report.kind}\nmanifest {str(report.manifest_sha256)[:16]}…\n{report.path}", report.lineage))
+        say(mermaid(f"{report.kind}\nmanifest {str(report.manifest_sha256)[:16]}…\n{report.path}", report.lineage))
         return
     rows = [
         ("kind", report.kind),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import report_options, signer_with
-from adaptkit.cli.output import show
+from adaptkit.cli.output import say, show
 from adaptkit.cli.progress import StepBar, step_bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
 from adaptkit.errors import AdaptkitError, UsageError
@@ -59,9 +59,7 @@ def command(
     with watch.listening() as listener, _summarized(recipe, page, watch):
         report = run(recipe, RunOptions(**options, signer=signer), dry_run=dry_run, listener=listener)
     if not (as_json or quiet):
-        for line in tree(report) if dry_run else table(report.steps):
-            print(line)
-        print()
+        say(*(tree(report) if dry_run else table(report.steps)), "")
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
 
 

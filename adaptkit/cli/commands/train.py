@@ -10,7 +10,7 @@ import click
 from adaptkit.cli.batch_view import batch_lines, has_colour
 from adaptkit.cli.data_rows import cut_rows, data_rows
 from adaptkit.cli.options import ArtifactPath, given, output_options, settings_options
-from adaptkit.cli.output import Row, show, size
+from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import training_progress
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import read_config_file
@@ -71,8 +71,7 @@ def _show_batch(batch: "Preview", as_json: bool) -> None:
     if as_json:
         show(batch, (), as_json=True, quiet=False)
         return
-    for line in batch_lines(batch, has_colour()):
-        print(line)
+    say(*batch_lines(batch, has_colour()))
 
 
 def _plan_rows(plan: "RunPlan") -> Iterator[Row]:

@@ -64,7 +64,7 @@ def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
     found: set[str] = set()
     places = parameter_places(model)
     for ending in endings:
-        inside = {name for name in places if any(path.endswith(ending) for path in _around(name))}
+        inside = {name for name in places if ending and any(path.endswith(ending) for path in _around(name))}
         if not inside:
             known = sorted({name.split(".")[-2] for name in places if name.count(".")} - {""})
             raise UsageError(f"modules_to_save: no module is called {ending!r}", hint=f"there are: {', '.join(known)}")

@@ -243,7 +243,7 @@ def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str
         matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
         if not matched:
             known = sorted({name.rpartition(".")[2] for name in names})
-            there = f"there are: {', '.join(known)}" if known else f"the model has no {kind}s"
+            there = f"there are: {', '.join(known)}" if known else "the model has none"
             raise UsageError(f"the {what} {pattern!r} matches no {kind}", hint=there)
         chosen |= matched
     return chosen

@@ -29,7 +29,8 @@ RUN = {"rank": 4, "compute_dtype": "float32", "device": "cpu"}
 
 
 def begun(base, **settings):
-    config = resolve_method(TrainConfig(base=str(base), data=("none",), **RUN | settings), Checkpoint(base))
+    own = {"rank": 16} if "init" in settings else {}  # the default: nothing was said
+    config = resolve_method(TrainConfig(base=str(base), data=("none",), **RUN | own | settings), Checkpoint(base))
     model = load_model(base, torch.float32, CPU)
     start = read_start(config, None)
     begin(model, config, start, load_tokenizer(base))
@@ -106,12 +107,13 @@ def test_a_companion_can_become_a_dora_with_more_beside_it(llama, adapter):
         ({"rank_pattern": {"qproj": 2}}, "rank_pattern: 'qproj' matches nothing", "q_proj"),
         ({"alpha_pattern": {"o_proj.weight": 2}}, "alpha_pattern: 'o_proj.weight' matches nothing", "q_proj"),
         ({"modules_to_save": ("score",)}, "modules_to_save: no module is called 'score'", "lm_head"),
+        ({"modules_to_save": ("",)}, "modules_to_save: no module is called ''", "lm_head"),
         ({"modules_to_save": ("down_proj",), "targets": ("down_proj",)}, "every target is excluded", "exclude"),
         ({"bias": "all"}, "bias: all, but there are no biases", "bias: none"),
         ({"trainable_tokens": ("<|nothing|>",)}, r"'<\|nothing\|>' is no token of the vocabulary", "exact text"),
         ({"trainable_tokens": ("301",)}, r"embed_tokens has 301 rows, and no row 301", "vocabulary"),
         ({"trainable_tokens": ("7",), "modules_to_save": ("lm_head",)}, "trained whole already", "trainable_tokens"),
-        ({"target_parameters": ("*.experts.*",)}, "'[*].experts.[*]' matches no stack", "has no stack"),
+        ({"target_parameters": ("*.experts.*",)}, "'[*].experts.[*]' matches no stack", "has none"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_in_the_model_is_refused_with_a_hint(llama, settings, message, hint):
@@ -148,10 +150,12 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings, h
     assert hint in caught.value.hint
 
 
-def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter):
-    with pytest.raises(ConfigError, match="rslora") as caught:
-        TrainConfig(base="nowhere", data=("none",), init=str(adapter), rslora=True)
+@pytest.mark.parametrize(("name", "value"), [("rslora", True), ("rank", 2), ("alpha", 3.0), ("targets", ("q_proj",))])
+def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter, name, value):
+    with pytest.raises(ConfigError, match=name) as caught:
+        TrainConfig(base="nowhere", data=("none",), init=str(adapter), **{name: value})
     assert "has its own" in caught.value.hint
+    assert name not in TrainConfig(base="nowhere", data=("none",), init=str(adapter)).recorded()
 
 
 def test_a_base_that_others_quantized_is_refused_with_what_to_do(llama, copy_of):
@@ -257,8 +261,8 @@ def test_an_adapter_for_another_plain_base_is_refused_and_one_for_its_quantized_
 def test_an_adapter_of_a_checkpoint_with_a_manifest_goes_on(llama, instructions, tmp_path):
     config = TrainConfig(base=str(llama), data=(str(instructions),), steps=1, batch_size=2, device="cpu")
     train(replace(config, method="full"), tmp_path / "tuned")
-    on_tuned = replace(config, base=str(tmp_path / "tuned"), rank=4)
-    train(on_tuned, tmp_path / "first")
+    on_tuned = replace(config, base=str(tmp_path / "tuned"))
+    train(replace(on_tuned, rank=4), tmp_path / "first")
     train(replace(on_tuned, init=str(tmp_path / "first")), tmp_path / "second")
     roles = {parent.role: parent.kind for parent in require_manifest(tmp_path / "second").parents}
     assert roles == {"base": "checkpoint", "init": "adapter"}
