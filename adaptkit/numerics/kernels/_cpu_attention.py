@@ -50,6 +50,15 @@ def _largest(row):
     return largest
 
 
+@inlined
+def _all_finite(row):
+    largest = np.uint32(0)  # of the magnitudes' bits, which order as magnitudes do, infinity and NaN last
+    for bits in row.view(np.uint32):
+        size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+        largest = size if size > largest else largest
+    return largest < np.uint32(0x7F800000)
+
+
 @numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
 def _exponentials(row, largest):
     """Put the exponentials of the differences from the largest in place, and return their sum."""
@@ -67,7 +76,8 @@ def softmax_block(scores, first, last, scale, log_sums):
     Args:
         scores: (heads, rows, columns) bits, products of queries and keys.
         first: (rows,) int32, the first column that a row attends to.
-        last: (rows,) int32, one past the last; a row without columns gets zeros.
+        last: (rows,) int32, one past the last; a row without columns gets zeros, one with a score that is not finite
+            gets NaN: the maximum and the exponential of this module would hide it.
         scale: float32, of the scores.
         log_sums: (heads, rows) float32, written.
     """
@@ -83,6 +93,10 @@ def softmax_block(scores, first, last, scale, log_sums):
                 seen, work = row[start:end], memory[: end - start]
                 for j in range(seen.size):
                     work[j] = value(scores, seen[j]) * scale
+                if not _all_finite(work):
+                    log_sums[head, i] = np.nan
+                    seen[:] = rounded(scores, np.float32(np.nan))
+                    continue
                 largest = _largest(work)
                 total = _exponentials(work, largest)
                 factor = np.float32(1.0) / total

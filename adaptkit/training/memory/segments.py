@@ -160,11 +160,9 @@ def _checkpointed(forward: Callable[..., Any], place: _Place) -> Callable[..., A
         segment = place.enter(hidden)
         index = len(segment.runs)
         wrapped: list[Callable[[Tensor], Any]] = []
-        autocast = _autocast(hidden.device)
 
         def layer(x: Tensor) -> Tensor:
-            with autocast():
-                output, wrap = main_output(call(x))
+            output, wrap = main_output(call(x))
             wrapped[:] = [wrap]
             return output
 
@@ -176,12 +174,6 @@ def _checkpointed(forward: Callable[..., Any], place: _Place) -> Callable[..., A
         return wrapped[0](result)
 
     return run
-
-
-def _autocast(device: torch.device) -> Callable[[], Any]:
-    """Makes the context of mixed precision that is in force now, which a backward pass does not know."""
-    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    return lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
 
 def _random(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -200,7 +200,8 @@ def _forward(
 def _spans(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor | None:
     """The keys that queries see, or None if this is not the attention that is computed here."""
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
-    if unknown or options.get("dropout") or query.dtype not in (torch.bfloat16, torch.float32):
+    is_here = query.device.type == "cpu"  # a model that was loaded here may have been moved
+    if unknown or options.get("dropout") or not is_here or query.dtype not in (torch.bfloat16, torch.float32):
         return None
     if mask is not None:
         return mask_spans(mask) if mask.dtype == torch.bool and mask.shape[1] == 1 else None

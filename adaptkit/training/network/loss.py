@@ -8,6 +8,8 @@ nothing left to do but to scale.
 Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), on rows that carry loss only.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ _BLOCK_BYTES = 2 * 2**20
 def summed_loss(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy summed over a batch's answer tokens.
 
-    Rows are padded at the end, where a causal model's other tokens do not see the padding; so no mask is passed.
+    Rows are padded at the end, where a causal model's other tokens do not see the padding; so no mask is passed. The
+    host does not wait for the device meanwhile: what that needs is sent before the forward pass.
 
     Args:
         model: the ``Model``.
@@ -35,71 +38,111 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     Returns:
         () float32, in nats; with a gradient if gradients are recorded.
     """
-    network = model.network
-    device, labels = model.device, batch.labels[:, 1:]
-    inputs = {
-        "input_ids": batch.ids.to(device),
-        "position_ids": None if batch.positions is None else batch.positions.to(device),
-        "use_cache": False,
-    }
-    if not model.logits_are_the_heads:
-        positions = (labels != IGNORED).any(dim=0).nonzero().reshape(-1)
-        logits = network(**inputs, logits_to_keep=positions.to(device)).logits
-        wanted = labels[:, positions].to(device).reshape(-1)
-        flat = logits.float().reshape(-1, logits.shape[-1])
-        return functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
-    hidden = network.base_model(**inputs).last_hidden_state
-    chosen = (labels != IGNORED).to(device)
-    head = network.get_output_embeddings()
-    rows, wanted = hidden[:, :-1][chosen], labels.to(device)[chosen]
-    total: Tensor = _Loss.apply(rows, wanted, head, *_trained(model, head, rows))  # type: ignore[no-untyped-call]
+    network, device, output = model.network, model.device, model.output_layer
+    places = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    sent = [None if side is None else side.to(device, non_blocking=True)
+            for side in (batch.ids, batch.positions, *places, batch.labels[:, 1:][places])]  # fmt: skip
+    ids, positions, row, column, wanted = sent
+    if output is None:
+        logits = network(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return functional.cross_entropy(logits[row, column].float(), wanted, reduction="sum")
+    hidden = network.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    chosen = hidden[row, column]
+    total: Tensor = _Loss.apply(chosen, wanted, output, *_trained(model, output, chosen))  # type: ignore[no-untyped-call]
     return total
 
 
-@torch.no_grad()
-def logits_are_the_heads(network: Any) -> bool:
-    """Whether a network's logits are what its output layer makes of the last hidden state, and nothing else.
+class OutputLayer:
+    """Makes logits of hidden states.
 
-    Some architectures scale or bound them afterwards. Asked of the network itself: it gets a hidden state in place of
-    its body's.
+    Args:
+        network: transformers' model.
+        is_head: whether its logits are what its head makes of the last hidden state, and nothing else. Some
+            architectures scale or bound them afterwards; then the network itself is run, without its body.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    class Output(BaseModelOutputWithPast):  # type: ignore[misc]
-        def __getattr__(self, name: str) -> None:  # what else some bodies give: attentions, routers' logits
-            if name.startswith("__"):
-                raise AttributeError(name)
+    def __init__(self, network: Any, is_head: bool) -> None:
+        self._network, self.is_head = network, is_head
 
-    body, head = network.base_model, network.get_output_embeddings()
-    if body is network or head is None:
-        return False
+    @property
+    def head(self) -> Any:
+        """The module whose rows are the vocabulary."""
+        return self._network.get_output_embeddings()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(rows, dim) to (rows, vocabulary)."""
+        if self.is_head:
+            return self.head(hidden)  # type: ignore[no-any-return]
+        with _given(self._network, hidden[None]):
+            ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+            logits: Tensor = self._network(input_ids=ids, use_cache=False).logits
+        return logits[0]
+
+
+@torch.no_grad()
+def find_output_layer(network: Any) -> OutputLayer | None:
+    """Ask a network what it makes of hidden states that it is given; None if it does not take them."""
+    if network.base_model_prefix not in network._modules or network.get_output_embeddings() is None:
+        return None
     embedding = network.get_input_embeddings().weight
-    hidden = torch.linspace(-60, 60, 2 * network.config.get_text_config().hidden_size, device=embedding.device)
-    hidden = hidden.view(1, 2, -1).to(embedding.dtype)
-    body.forward = lambda *args, **kwargs: Output(last_hidden_state=hidden)
+    size = network.config.get_text_config().hidden_size
+    hidden = torch.linspace(-60, 60, 2 * size, device=embedding.device).view(2, size).to(embedding.dtype)
+    run, head = OutputLayer(network, False), OutputLayer(network, True)
+    logits = run(hidden)
+    if torch.equal(logits, run(hidden.flip(1))):  # it runs a part of its body by itself, as OPT does
+        return None
+    return head if torch.equal(logits, head(hidden)) else run
+
+
+@contextmanager
+def _given(network: Any, hidden: Tensor) -> Iterator[None]:
+    """Let a network take these hidden states, (1, rows, dim), for what its body gives, which does not run."""
+    name = network.base_model_prefix
+    body = network._modules[name]
+    network._modules[name] = _Given(body, hidden)
     try:
-        logits = network(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=embedding.device)).logits
+        yield
     finally:
-        del body.forward
-    return torch.equal(logits, head(hidden))
+        network._modules[name] = body
+
+
+class _Given(nn.Module):
+    def __init__(self, body: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        self.__dict__.update(body=body, hidden=hidden)  # neither is a part of this
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["body"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states, whatever is asked."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        class Output(BaseModelOutputWithPast):  # type: ignore[misc]
+            def __getattr__(self, name: str) -> None:  # what else some bodies give: attentions, routers' logits
+                if name.startswith("__"):
+                    raise AttributeError(name)
+
+        return Output(last_hidden_state=self.hidden)
 
 
 class _Loss(torch.autograd.Function):
     """The sum, and while it is made its gradients, by hidden states and by what is trained in the output layer."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, wanted: Tensor, output: OutputLayer, *trained: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         wants = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(side) for side in (hidden, *trained)] if wants else []
-        rows = _rows(hidden, head)
+        rows = _rows(hidden, output.head)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_(wants)
             with torch.set_grad_enabled(wants):
-                logits = head(part)
-            total += _fold(logits.detach(), wanted[start : start + len(part)], wants)
+                logits = output(part)
+            chunk = logits.detach() if output.is_head else logits.detach().clone()  # which it may keep
+            total += _fold(chunk, wanted[start : start + len(part)], wants)
             if wants:
-                found = torch.autograd.grad(logits, (part, *trained), logits.detach())
+                found = torch.autograd.grad(logits, (part, *trained), chunk)
                 grads[0][start : start + len(part)] = found[0]
                 for grad, more in zip(grads[1:], found[1:], strict=True):
                     grad += more
@@ -119,12 +162,12 @@ def _rows(hidden: Tensor, head: Any) -> int:
     return rows_at_a_time(int(vocabulary), hidden.element_size())
 
 
-def _trained(model: Any, head: nn.Module, rows: Tensor) -> list[Tensor]:
+def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:
     """The parameters that the output layer's result depends on and that are trained; most runs train none."""
-    if not torch.is_grad_enabled() or not (model.rows or any(p.requires_grad for p in head.parameters())):
+    if not torch.is_grad_enabled() or not (model.rows or any(p.requires_grad for p in output.head.parameters())):
         return []
     found: list[Tensor] = []
-    nodes = [head(rows[:1].detach()).grad_fn]
+    nodes = [output(rows[:1].detach()).grad_fn]
     while nodes:
         node = nodes.pop()
         if node is not None:

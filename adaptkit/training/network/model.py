@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from adaptkit.numerics.lora import LowRank, scaling
 from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
 from adaptkit.training.network.linear import LoraLinear, PlainWeight
-from adaptkit.training.network.loss import logits_are_the_heads
+from adaptkit.training.network.loss import OutputLayer, find_output_layer
 from adaptkit.training.network.whole import TrainedRows, Whole
 
 
@@ -40,7 +41,7 @@ class Model:
         stores_transposed: whether the plain checkpoint keeps the linear weights as (in, out), as GPT-2's Conv1D does.
         whole: by name, the parameters that are trained whole, or that an adapter replaces; see ``training.saved``.
         rows: by module, the trained rows of vocabularies; a tied head's are its embedding's.
-        logits_are_the_heads: whether nothing happens to the logits after the output layer.
+        output_layer: makes logits of the last hidden state; None if only the whole network can.
     """
 
     network: Any
@@ -50,7 +51,7 @@ class Model:
     stores_transposed: bool = False
     whole: dict[str, Whole] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
-    logits_are_the_heads: bool = False
+    output_layer: OutputLayer | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -60,7 +61,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        tensor: Tensor = next(iter((*self.network.parameters(), *self.network.buffers())))
+        tensor: Tensor = next(chain(self.network.parameters(), self.network.buffers()))
         return tensor.device
 
     def adapted(self) -> dict[str, LoraLinear]:
@@ -123,8 +124,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     network.to(device).eval()
     if device.type == "cpu":
         use_own_attention(network)
-    plain = logits_are_the_heads(network)
-    return Model(network, linears, assembly, compute_dtype, transposed, logits_are_the_heads=plain)
+    return Model(network, linears, assembly, compute_dtype, transposed, output_layer=find_output_layer(network))
 
 
 def new_adapter(

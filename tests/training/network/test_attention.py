@@ -7,6 +7,7 @@ import transformers
 
 from adaptkit.training.network import attention
 from adaptkit.training.network.attention import attend, causal_spans, mask_spans, use_own_attention
+from adaptkit.training.network.model import load_model
 
 
 def seen_by(spans, keys):
@@ -55,6 +56,31 @@ def test_result_and_gradients_are_the_formulas(case, length, heads, key_heads, d
     gradients = torch.autograd.grad(found, inputs, weights)
     for one, other in zip(gradients, torch.autograd.grad(wanted, doubles, weights.double()), strict=True):
         torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_no_number_is_not_hidden(side, wrong, dtype):
+    """The maximum of a row and the clamped exponential would turn it into some number, and the loss would look well."""
+    inputs = [torch.ones(1, 2, 9, 16, dtype=dtype) for _ in range(3)]
+    inputs[side][0, 1, 5, 3] = wrong
+    inputs[1 - side][0, 1] *= 2
+    found = attend(*inputs, 2.0, causal_spans(1, 9))
+    bad = slice(5, 6) if side == 0 else slice(5, 9)
+    assert found[0, bad, 1].isnan().all()
+    assert found[0, :5].isfinite().all()
+    assert found[0, :, 0].isfinite().all()
+
+
+def test_tensors_of_another_device_go_to_torchs_own_attention(llama):
+    """A model that is loaded on the host, and divided among GPUs then, keeps the name of this attention."""
+    model = load_model(llama, torch.bfloat16, torch.device("cpu"))
+    assert model.network.config._attn_implementation == attention.NAME
+    layer = model.network.model.layers[0].self_attn
+    inputs = [torch.empty(1, heads, 9, 16, device="meta") for heads in (4, 2, 2)]
+    result, _ = attention._forward(layer, *inputs, None, scaling=0.25)
+    assert (result.shape, result.device.type) == ((1, 9, 4, 16), "meta")
 
 
 def test_bfloat16_is_as_near_as_transformers_own_arithmetic():

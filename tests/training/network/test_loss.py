@@ -6,7 +6,9 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptkit.checkpoint.activations import Checkpointing
 from adaptkit.training.data.batches import Batch
+from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import loss
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model, new_adapter
@@ -63,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(family, rows, families
     batch = batch_of((20, 13, 7), model.network.config.vocab_size)
     expected = plain_loss(model, batch)
     value = summed_loss(model, batch)
-    assert model.logits_are_the_heads
+    assert model.output_layer.is_head
     assert value.dtype == torch.float32
     assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     found, wanted = gradients(model, value / 7), gradients(model, expected / 7)
@@ -92,20 +94,60 @@ def test_without_gradients_it_is_the_same_number(llama):
     )
 
 
-def test_logits_that_are_bounded_after_the_output_layer_are_still_right(made):
+def family(made, name, **values):
+    """A model of another family, with random weights."""
     import transformers
 
-    config = transformers.Gemma2Config(
-        **tiny._DECODER, vocab_size=VOCABULARY, head_dim=16, final_logit_softcapping=2.0, pad_token_id=0
-    )
+    config = transformers.AutoConfig.for_model(name, **tiny._DECODER, vocab_size=VOCABULARY, pad_token_id=0, **values)
     torch.manual_seed(0)
-    transformers.Gemma2ForCausalLM(config).save_pretrained(made / "bounded")
-    model = loaded(made / "bounded")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made / f"loss-{name}")
+    return made / f"loss-{name}"
+
+
+BOUNDED = {"gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 8.0},
+           "cohere": {"logit_scale": 0.25}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_logits_that_are_scaled_or_bounded_after_the_output_layer_are_made_in_chunks_too(name, made, monkeypatch):
+    monkeypatch.setattr(loss, "_rows", lambda hidden, head: 4)
+    model = loaded(family(made, name, **BOUNDED[name]))
+    assert not model.output_layer.is_head
     batch = batch_of((20, 13), VOCABULARY)
-    assert not model.logits_are_the_heads
-    assert float(summed_loss(model, batch).detach()) == pytest.approx(
-        float(plain_loss(model, batch).detach()), rel=1e-5
-    )
+    with Largest() as seen:
+        seen.vocabulary = VOCABULARY
+        value = summed_loss(model, batch)
+        found = gradients(model, value)
+    assert seen.rows == 4
+    expected = plain_loss(model, batch)
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for key, gradient in gradients(model, expected).items():
+        torch.testing.assert_close(found[key], gradient.float(), rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_network_that_runs_its_body_by_parts_gets_its_loss_from_all_logits(made):
+    model = loaded(family(made, "opt", ffn_dim=64, word_embed_proj_dim=64))
+    assert model.output_layer is None
+    batch = batch_of((20, 13), VOCABULARY)
+    expected = plain_loss(model, batch)
+    assert float(summed_loss(model, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_nothing_is_asked_of_the_device_while_it_computes(name, llama, made, monkeypatch):
+    """Tensors without content have no answer to give; on a GPU each answer would be a wait.
+
+    But for transformers, which asks the positions whether rows are packed before it begins.
+    """
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    folder = llama if name == "llama" else family(made, name, **BOUNDED[name])
+    model = load_model(folder, torch.bfloat16, torch.device("cpu"))
+    new_adapter(model, ("*",), 4, 8.0, "normal", 0.1, 0)
+    network = model.network.to("meta").train()
+    checkpoint_layers(network, Checkpointing(2, 2))
+    batch = batch_of((20, 13), network.config.vocab_size)
+    summed_loss(model, batch).backward()
+    assert all(p.grad.is_meta for p in network.parameters() if p.requires_grad)
 
 
 class Largest(TorchDispatchMode):
