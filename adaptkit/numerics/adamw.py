@@ -13,11 +13,12 @@ takes the root from a library that may be off by one in the last bit.
 
 In 8 bits a moment is one of 256 levels times a constant that 256 neighbours share. The levels are the dynamic map of
 ``formats._double_quant``: with a sign for m, without one for v, which is never negative (arXiv:2110.02861, as
-bitsandbytes 0.50 lays them out). A value gets the nearest level, a tie the lower one.
+bitsandbytes 0.50 lays them out). A value gets the nearest level, a tie the lower one; but a second moment above zero
+never becomes zero, as it would with bitsandbytes: a first moment that is left would be divided by ε alone.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class AdamW:
         beta1, beta2 = self.betas
         if parameters.device.type != "cpu":
             vectors = [parameters], [gradients], [first], [second]
-            step = torch.full((), float(self.step), device=parameters.device)
+            step = _step_on(parameters.device, self.step)
             torch._fused_adamw_(
                 *vectors, [], [step], lr=self.learning_rate, beta1=beta1, beta2=beta2,
                 weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
@@ -100,7 +101,8 @@ def encode(moment: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> No
     absmax.copy_(largest)
     scaled = blocks / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
     middles = (levels[:-1] + levels[1:]) * 0.5
-    codes.copy_(torch.bucketize(scaled, middles).view(-1)[: moment.numel()])
+    found = torch.bucketize(scaled, middles).view(-1)[: moment.numel()]
+    codes.copy_(torch.where(moment > 0, found.clamp_(min=1), found))
 
 
 def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> None:
@@ -112,6 +114,11 @@ def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> No
         compiled(codes.numpy(), absmax.numpy(), BLOCK, levels.numpy(), moment.numpy())
         return
     torch.mul(levels[codes.int()], absmax.repeat_interleave(BLOCK)[: codes.numel()], out=moment)
+
+
+@lru_cache(maxsize=4)
+def _step_on(device: torch.device, step: int) -> Tensor:
+    return torch.full((), float(step), device=device)
 
 
 @cache

@@ -43,7 +43,7 @@ def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps
 
 @jit
 def encode(x, block_size, bounds, starts, most, codes, absmax):
-    """Number the bounds below each value, after its block was divided by its largest magnitude.
+    """Number the bounds below each value, after its block was divided by its largest magnitude; above zero at least 1.
 
     Args:
         x: (N,) float32.
@@ -67,7 +67,7 @@ def encode(x, block_size, bounds, starts, most, codes, absmax):
             code = np.int32(starts[np.float32(scaled).view(np.uint32) >> np.uint32(16)])
             for _ in range(most):
                 code += bounds[code] < scaled
-            out[i] = code
+            out[i] = code if code > 0 or values[i] <= 0 else 1
 
 
 @jit
