@@ -42,54 +42,82 @@ SIDES = ("adaptkit", "peft, bnb", "peft, bf16")
 RATE = 2e-4
 
 
-def tokens(length: int, share: float) -> tuple[Any, Any]:
+def tokens(length: int, share: float, vocabulary: int = 49152) -> tuple[Any, Any]:
     """(1, length) ids and labels; the last ``share`` of the positions carries loss."""
     import torch
 
-    ids = torch.randint(0, 49152, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : round(length * (1 - share))] = -100
     return ids, labels
 
 
-def adaptkit_step(base: Path, length: int, share: float, checkpointing: bool) -> Callable[[], float]:
-    """One step as ``adaptkit train`` takes it."""
-    import torch
+class AdaptkitStep:
+    """Steps as ``adaptkit train`` takes them.
 
-    from adaptkit.training.config import TrainConfig
-    from adaptkit.training.data.batches import Batch
-    from adaptkit.training.distributed import World
-    from adaptkit.training.gradients import Gradients
-    from adaptkit.training.memory.activations import save_activations
-    from adaptkit.training.memory.optimizer import make_optimizer
-    from adaptkit.training.memory.parameters import Trainable
-    from adaptkit.training.network.fused import fuse_layers
-    from adaptkit.training.network.model import load_model, new_adapter
+    Args:
+        base: quantized.
+        length: tokens of the one sequence.
+        share: of them that carries loss.
+        policy: which layers are checkpointed.
+        device: cpu or cuda.
+        rank: of the adapter.
+        vocabulary: of the tokens.
+        page_kib: of a page of optimizer state.
 
-    policy = "layer" if checkpointing else "none"
-    config = TrainConfig(base=str(base), data=("data.jsonl",), device="cpu", checkpointing=policy)
-    model = load_model(base, torch.bfloat16, torch.device("cpu"))
-    new_adapter(model, ("*",), 16, 32.0, "kaiming", 0.0, 0)
-    fuse_layers(model.network)
-    save_activations(model.network, config, (1, length), torch.device("cpu"))
-    trainable = Trainable.of(model)
-    gradients = Gradients(model, trainable.gradients, config, World(torch.device("cpu")))
-    optimizer = make_optimizer(trainable, config, Path("unused: every page is resident"))
-    ids, labels = tokens(length, share)
-    batch = Batch(ids, labels, torch.ones_like(ids))
-    answers = int((labels[:, 1:] != -100).sum())
+    Attributes:
+        optimizer: of the adapter.
+    """
 
-    def step() -> float:
-        loss = gradients.collect([batch], answers, 0)
-        optimizer.clip(1.0)
-        optimizer.step(RATE)
+    def __init__(
+        self, base: Path, length: int, share: float, policy: str,
+        device: str = "cpu", rank: int = 16, vocabulary: int = 49152, page_kib: int = 2048,
+    ) -> None:  # fmt: skip
+        import torch
+
+        from adaptkit.training.config import TrainConfig
+        from adaptkit.training.data.batches import Batch
+        from adaptkit.training.distributed import World
+        from adaptkit.training.gradients import Gradients
+        from adaptkit.training.memory.activations import save_activations
+        from adaptkit.training.memory.optimizer import make_optimizer
+        from adaptkit.training.memory.parameters import Trainable
+        from adaptkit.training.network.fused import fuse_layers
+        from adaptkit.training.network.model import load_model, new_adapter
+
+        config = TrainConfig(
+            base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
+        )
+        place = torch.device(device)
+        model = load_model(base, torch.bfloat16, place)
+        new_adapter(model, ("*",), rank, 2.0 * rank, "kaiming", 0.0, 0)
+        if device == "cpu":
+            fuse_layers(model.network)
+        save_activations(model.network, config, (1, length), place)
+        trainable = Trainable.of(model)
+        self._gradients = Gradients(model, trainable.gradients, config, World(place))
+        self.optimizer = make_optimizer(trainable, config, base.parent / "bench-pages.bin")
+        ids, labels = tokens(length, share, vocabulary)
+        self._batch = Batch(ids, labels, torch.ones_like(ids))
+        self._answers = int((labels[:, 1:] != -100).sum())
+
+    def collect(self) -> float:
+        """The loss; its gradients are kept."""
+        return self._gradients.collect([self._batch], self._answers, 0)
+
+    def __call__(self) -> float:
+        """Take a step, and give its loss."""
+        loss = self.collect()
+        self.optimizer.clip(1.0)
+        self.optimizer.step(RATE)
         return loss
 
-    return step
 
-
-def peft_step(source: Path, length: int, share: float, checkpointing: bool, packed: bool) -> Callable[[], float]:
-    """One step of a plain loop with peft."""
+def peft_step(
+    source: Path, length: int, share: float, checkpointing: bool, packed: bool,
+    device: str = "cpu", vocabulary: int = 49152,
+) -> Callable[[], float]:  # fmt: skip
+    """One step of a plain loop with peft; on a GPU with bitsandbytes' paged AdamW."""
     import contextlib
 
     import peft
@@ -105,7 +133,7 @@ def peft_step(source: Path, length: int, share: float, checkpointing: bool, pack
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             ),
-            "device_map": "cpu",
+            "device_map": device,
         }
     plain = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -113,12 +141,17 @@ def peft_step(source: Path, length: int, share: float, checkpointing: bool, pack
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    ids, labels = tokens(length, share)
+    if device == "cpu":
+        optimizer: Any = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    else:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=RATE, weight_decay=0.0)
+    ids, labels = (side.to(device) for side in tokens(length, share, vocabulary))
     model.train()
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16) if packed else contextlib.nullcontext():
+        with torch.autocast(device, torch.bfloat16) if packed else contextlib.nullcontext():
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -168,7 +201,7 @@ def work(side: str, case: str, threads: int) -> None:
     source = get_smollm2.default_folder() / get_smollm2.MODEL_NAME
     base = packed_base(source)
     if side == "adaptkit":
-        step = adaptkit_step(base, length, share, checkpointing)
+        step = AdaptkitStep(base, length, share, "layer" if checkpointing else "none")
     elif side == "floor":
         step = floor_step(source, length, share, checkpointing)
     else:

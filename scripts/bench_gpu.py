@@ -1,0 +1,364 @@
+"""On a GPU: a training step against transformers + peft + bitsandbytes, and what paged optimizer state costs and saves.
+
+    .venv/bin/python scripts/bench_gpu.py [--seconds 420] [--out table.md]
+    .venv/bin/python scripts/bench_gpu.py --tiny --device cpu          the same work at a size that a CPU can do
+
+Both sides train rank-16 adapters on every linear layer of a random Llama-shaped base in NF4 with double quantization,
+on one sequence of 2048 tokens that all carry loss: bfloat16 compute, a checkpoint a layer, clipping, AdamW with 32-bit
+state; bitsandbytes' in its managed memory. Each side is a process of its own. Steps are timed one by one, after some
+that compile and allocate; medians are compared. Peak memory is what torch allocated on the device from the loaded
+model on. bitsandbytes' optimizer state is not in it, since it is managed memory, and adaptkit's is.
+
+    speed     tokens a second, and peak memory
+    paging    the same steps in turn with all pages resident and with a quarter of them
+    long      a sequence whose step does not fit the memory that it is given, until the optimizer's pages give way
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_training
+
+
+@dataclass(frozen=True)
+class Size:
+    """A random base, and what is done with it.
+
+    Attributes:
+        name: for people.
+        hidden: width of a layer.
+        inner: of its gated layer.
+        layers: number of them.
+        heads: of queries.
+        key_heads: of keys and values.
+        vocabulary: number of tokens.
+        length: tokens of a sequence.
+        long_length: tokens of the one that does not fit; 0 to leave that out.
+        long_rank: of the adapter then: its state has to be worth moving.
+        page_kib: of a page of optimizer state.
+    """
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    length: int = 2048
+    long_length: int = 0
+    long_rank: int = 256
+    page_kib: int = 2048
+
+
+SIZES = (
+    Size("1.1 B", 2048, 5632, 22, 32, 4, 32000, long_length=16384),
+    Size("8 B", 4096, 14336, 32, 32, 8, 128256),
+)
+TINY = (Size("tiny", 64, 160, 2, 4, 2, 512, length=64, long_length=96, long_rank=16, page_kib=4),)
+SPEED, MEMORY, PAGING = 1.5, 0.8, 0.05
+"""What is wanted: times the peer's tokens a second, of its peak, and of a step for a quarter of the pages."""
+QUARTER = 0.25
+
+
+def make_base(folder: Path, size: Size, device: str) -> None:
+    """Write a random 16-bit checkpoint, a layer a shard."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=size.hidden, intermediate_size=size.inner, num_hidden_layers=size.layers,
+        vocab_size=size.vocabulary, num_attention_heads=size.heads, num_key_value_heads=size.key_heads,
+        tie_word_embeddings=False, max_position_embeddings=max(size.length, size.long_length), dtype="bfloat16",
+        bos_token_id=0, eos_token_id=1,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    shards: dict[str, list[str]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        shards.setdefault("-".join(parts[1:3]) if "layers" in parts else "rest", []).append(name)
+    index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
+    for shard, names in shards.items():
+        file = f"model-{shard}.safetensors"
+        tensors = {}
+        for name in names:
+            value = torch.empty(shapes[name], dtype=torch.bfloat16, device=device)
+            tensors[name] = (value.fill_(1.0) if len(value.shape) == 1 else value.normal_(std=0.02)).cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Device:
+    """What is asked of a device."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def forget_peak(self) -> None:
+        """Begin to watch the memory."""
+        import torch
+
+        if self.name == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self, reserved: bool = False) -> int:
+        """The most that was allocated since then, or that torch's allocator had taken; on a CPU the process's."""
+        import torch
+
+        if self.name == "cpu":
+            return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+        return torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated()
+
+    def limit(self, limit_bytes: int) -> None:
+        """Give torch no more than this; a CPU gives what there is."""
+        import torch
+
+        if self.name != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(limit_bytes / torch.cuda.mem_get_info()[1])
+
+    def seconds(self, step: Callable[[], Any]) -> float:
+        """How long a step takes, with everything that it left to be done."""
+        import torch
+
+        started = time.perf_counter()
+        step()
+        if self.name != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def measure_peer(folder: Path, size: Size, device: Device, rounds: int) -> dict[str, Any]:
+    """Seconds a step and peak bytes of transformers + peft + bitsandbytes."""
+    step = bench_training.peft_step(
+        folder / "plain", size.length, 1.0, True, True, device=device.name, vocabulary=size.vocabulary
+    )
+    return _steps(step, device, rounds)
+
+
+def measure_ours(folder: Path, size: Size, device: Device, rounds: int) -> dict[str, Any]:
+    """The same of adaptkit, and seconds a step with a quarter of the pages, in turn with steps that have them all."""
+    step = bench_training.AdaptkitStep(
+        folder / "nf4", size.length, 1.0, "layer",
+        device=device.name, vocabulary=size.vocabulary, page_kib=size.page_kib,
+    )  # fmt: skip
+    found = _steps(step, device, rounds)
+    state, seconds = step.optimizer.state, {"resident": [], "paged": []}
+    whole = state.pages.count * state.pages.page_bytes
+    for _ in range(3):
+        for kind, budget in (("resident", None), ("paged", int(QUARTER * whole))):
+            state.set_budget(budget)
+            step()
+            seconds[kind] += [device.seconds(step) for _ in range(max(2, rounds // 3))]
+    return found | {kind: statistics.median(times) for kind, times in seconds.items()} | {"pages": state.metrics()}
+
+
+def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> dict[str, Any]:
+    """Whether a step fails where the optimizer's state leaves too little memory, and is taken once that gives way."""
+    import torch
+
+    from adaptkit.training.memory.pressure import Pressure, is_out_of_memory
+
+    step = bench_training.AdaptkitStep(
+        folder / "nf4", size.long_length, 1.0, "layer",
+        device=device.name, rank=size.long_rank, vocabulary=size.vocabulary, page_kib=size.page_kib,
+    )  # fmt: skip
+    pages = step.optimizer.state.pages
+    pages.set_budget(0)
+    device.forget_peak()
+    expected = step.collect()
+    state_bytes = pages.count * pages.page_bytes
+    limit = device.peak_bytes(reserved=True) + state_bytes // 4
+    device.limit(limit)
+    pages.set_budget(None)
+    try:
+        step.collect()
+        failed = False
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    if device.name != "cpu":
+        torch.cuda.empty_cache()
+    notes: list[str] = []
+    loss = Pressure(step.optimizer.state, notes.append).relieve(size.long_length, step.collect)
+    step.optimizer.step(bench_training.RATE)
+    return {
+        "limit": limit, "state": state_bytes, "failed": failed, "finished": math.isfinite(loss),
+        "same": loss == expected, "retries": pages.counters.retries, "notes": notes,
+    }  # fmt: skip
+
+
+def _steps(step: Callable[[], float], device: Device, rounds: int) -> dict[str, Any]:
+    device.forget_peak()
+    for _ in range(3):
+        step()
+    seconds = [device.seconds(step) for _ in range(rounds)]
+    return {"seconds": statistics.median(seconds), "peak": device.peak_bytes()}
+
+
+MEASUREMENTS = {"ours": measure_ours, "peer": measure_peer, "long": measure_long}
+
+
+class Clock:
+    """How much of the time is left.
+
+    Args:
+        seconds: in all.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+
+def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Measure something in a process of its own; says what went wrong under ``error``."""
+    job = {"what": what, "folder": str(folder), "size": asdict(size), "device": device, "rounds": rounds}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    if clock.left() < 10:
+        return {"error": "the time was up"}
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--work", json.dumps(job)],
+            capture_output=True, text=True, timeout=clock.left(), env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": "the time was up"}
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """What such a process does."""
+    size = Size(**job["size"])
+    return MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"])
+
+
+def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> dict[str, dict[str, Any]]:
+    """Measure everything for one size; its bases are removed afterwards."""
+    folder = root / size.name.replace(" ", "-")
+    try:
+        started = time.monotonic()
+        make_base(folder / "plain", size, device)
+        quantize = [sys.executable, "-m", "adaptkit", "quantize", str(folder / "plain"), "-o", str(folder / "nf4")]
+        subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL)
+        print(f"{size.name}: bases made in {time.monotonic() - started:.0f} s", file=sys.stderr)
+        found = {}
+        for what in MEASUREMENTS:
+            if what != "long" or size.long_length:
+                started = time.monotonic()
+                found[what] = run(what, folder, size, device, rounds, clock)
+                print(f"{size.name}: {what} in {time.monotonic() - started:.0f} s", file=sys.stderr)
+        return found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def lines(size: Size, found: dict[str, dict[str, Any]]) -> list[str]:
+    """The table's rows for one size."""
+    ours, peer = found["ours"], found["peer"]
+    rows = []
+    for name, side in (("adaptkit", ours), ("transformers + peft + bitsandbytes", peer)):
+        if "error" in side:
+            rows.append(f"| {size.name} | {name} | not measured: {side['error']} | | |")
+        else:
+            rate = size.length / side["seconds"]
+            rows.append(f"| {size.name} | {name} | {rate:,.0f} tokens/s, {side['peak'] / 2**20:,.0f} MiB | | |")
+    if "error" not in ours and "error" not in peer:
+        speed, memory = peer["seconds"] / ours["seconds"], ours["peak"] / peer["peak"]
+        rows.append(_row(size, "tokens/s, ratio", f"{speed:.2f}", f"at least {SPEED}", speed >= SPEED))
+        rows.append(_row(size, "peak memory, ratio", f"{memory:.2f}", f"at most {MEMORY}", memory <= MEMORY))
+    if "error" not in ours:
+        share = ours["paged"] / ours["resident"] - 1
+        pages = f"{ours['pages']['resident']} of {ours['pages']['pages']} pages resident"
+        rows.append(_row(size, f"paging, {pages}", f"{share:+.1%} of a step", f"under {PAGING:.0%}", share < PAGING))
+    if "long" in found:
+        rows.append(_long_row(size, found["long"]))
+    return rows
+
+
+def _long_row(size: Size, found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"| {size.name} | a long sequence | not measured: {found['error']} | | |"
+    place = f"{size.long_length} tokens in {found['limit'] / 2**20:,.0f} MiB, rank {size.long_rank}"
+    before = "runs out of memory" if found["failed"] else "fits"
+    after = "finishes" if found["finished"] else "does not finish"
+    same = "the same loss" if found["same"] else "another loss"
+    told = f"{before} with its pages resident; {after} with paging, {same}"
+    return _row(size, place, told, "finishes", found["failed"] and found["finished"] and found["same"])
+
+
+def _row(size: Size, what: str, value: str, wanted: str, met: bool) -> str:
+    return f"| {size.name} | {what} | {value} | {wanted} | {'yes' if met else 'no'} |"
+
+
+def table(device: str, found: dict[str, list[str]]) -> str:
+    """Everything that was measured, in Markdown."""
+    import bitsandbytes
+    import peft
+    import torch
+    import transformers
+
+    place = "CPU" if device == "cpu" else torch.cuda.get_device_name()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    head = [f"{place}; {versions}, bitsandbytes {bitsandbytes.__version__}", "",
+            "| base | what | measured | wanted | met |", "|---|---|---|---|---|"]  # fmt: skip
+    return "\n".join([*head, *(row for rows in found.values() for row in rows)]) + "\n"
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a base that a CPU can train")
+    parser.add_argument("--seconds", type=float, default=480, help="after which nothing is begun, and all is ended")
+    parser.add_argument("--rounds", type=int, default=12, help="steps that are timed")
+    parser.add_argument("--out", type=Path, help="write the table there, too")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        print(json.dumps(work(json.loads(options.work))))
+        return
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench_gpu: torch sees no CUDA device here, so nothing was measured", file=sys.stderr)
+        sys.exit(2)
+    clock, found = Clock(options.seconds), {}
+    with tempfile.TemporaryDirectory(prefix="adaptkit-bench-") as root:
+        for size in TINY if options.tiny else SIZES:
+            found[size.name] = lines(size, compare(size, options.device, options.rounds, Path(root), clock))
+    text = table(options.device, found)
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
