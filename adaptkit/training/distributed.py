@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,9 @@ from adaptkit.errors import NetworkError
 from adaptkit.training.network.model import choose_device
 
 Shared = TypeVar("Shared")
+
+_PATIENCE = timedelta(hours=2)
+"""The others wait while the first process writes checkpoints and the result; of a process that died torchrun tells."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class World:
         if self.size > 1:
             with _partners():
                 distributed.all_reduce(tensor)
+
+    def copy_first(self, tensor: Tensor) -> None:
+        """Put the first process's values into a tensor of all."""
+        if self.size > 1:
+            with _partners():
+                distributed.broadcast(tensor, src=0)
 
     def total(self, value: float) -> float:
         """The sum of a number over all processes, in float64."""
@@ -90,10 +100,12 @@ def join(device: str) -> Iterator[World]:
         NetworkError: the other processes cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
-    if size == 1:
-        yield World(choose_device(device))
-        return
     mine = choose_device(device)
+    if mine.type == "cuda" and mine.index is not None:
+        torch.cuda.set_device(mine)  # pinned memory and kernels are the current device's
+    if size == 1:
+        yield World(mine)
+        return
     if mine.type == "cuda" and mine.index is None:
         mine = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(mine)
@@ -102,7 +114,7 @@ def join(device: str) -> Iterator[World]:
         # torchrun may keep the store when it begins again, with addresses of processes that are gone.
         attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
         backend = "nccl" if mine.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+        distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield World(mine, rank, size)
     finally:

@@ -47,25 +47,26 @@ class Gradients:
         self._vector.zero_()
         self._sources = [source for batch in batches for source in batch.sources]
         self._spoiled = []
-        loss = sum(self._add(batch, answers, step, index) for index, batch in enumerate(batches))
+        shares = [self._add(batch, answers, step, index) for index, batch in enumerate(batches)]
+        values = torch.stack(shares).tolist()  # only now does the host wait for the device
+        for batch, value in zip(batches, values, strict=True):
+            if not math.isfinite(value):
+                self._spoiled += batch.sources
         self._world.add_up(self._vector)
-        return self._world.total(loss)
+        return self._world.total(sum(values))
 
     def blamed(self) -> list[str]:
         """File and line of the samples whose loss was no number, in any process; of the whole step if it was none's."""
         return self._world.collect(self._spoiled) or self._world.collect(self._sources)
 
-    def _add(self, batch: Batch, answers: int, step: int, index: int) -> float:
+    def _add(self, batch: Batch, answers: int, step: int, index: int) -> Tensor:
         """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
         torch.manual_seed(random_seed(self._seed, step, self._world.rank, index))
         if self._noise is not None:
             self._noise.expect(batch)
         loss = summed_loss(self._model, batch) / answers
-        value = float(loss.detach())
         torch.autograd.backward(loss)  # even if it is no number: processes that share the base need each other here
-        if not math.isfinite(value):
-            self._spoiled += batch.sources
-        return value
+        return loss.detach()
 
 
 def random_seed(seed: int, step: int, rank: int, index: int) -> int:

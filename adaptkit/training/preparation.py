@@ -49,10 +49,19 @@ def total_steps(config: TrainConfig, batches: Batches) -> int:
     return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
 
 
-def import_libraries(base: Path, device: torch.device) -> None:
-    """Import what building a model imports, so that the memory of libraries is not taken for that of the run."""
+def begin_libraries(base: Path, device: torch.device) -> None:
+    """Import what building a model imports, so that the memory of libraries is not taken for that of the run.
+
+    A GPU's matrix library takes some of torch's memory for itself with the first product of every thread: of this one,
+    and of the one that runs backward passes.
+    """
     empty_network(Checkpoint(base))
     kernels_for(device)
+    if device.type == "cuda":
+        for dtype in (torch.float32, torch.bfloat16):
+            square = torch.zeros((64, 64), dtype=dtype, device=device, requires_grad=True)
+            torch.autograd.backward((square @ square).sum())
+        torch.cuda.synchronize(device)
 
 
 def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:

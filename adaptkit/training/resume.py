@@ -12,10 +12,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.dtypes import DTYPE_NAMES
@@ -25,6 +26,7 @@ from adaptkit.checkpoint.layout import read_json, write_json
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, sync_folder, write_file
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, UsageError
+from adaptkit.training.distributed import World
 from adaptkit.training.history import METRICS_NAME
 
 _RUN, _STATE, _RECORD = "run.json", "state.safetensors", "checkpoint.json"
@@ -145,6 +147,23 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Snapshot | N
         except (CheckpointError, IntegrityError, KeyError, TypeError, OSError) as error:
             note(f"warning: {path.name} is damaged ({error}); trying the one before it")
     return None
+
+
+def share_snapshot(world: World, snapshot: Snapshot | None) -> Snapshot | None:
+    """Give all processes what the first one read, a tensor at a time: on GPUs it goes through their memory."""
+    outline = world.share(
+        None if snapshot is None else replace(snapshot, tensors={n: t.to("meta") for n, t in snapshot.tensors.items()})
+    )
+    if outline is None or world.size == 1:
+        return snapshot
+    tensors = {}
+    for name, like in outline.tensors.items():
+        moved = torch.empty_like(like, device=world.device)
+        if snapshot is not None:
+            moved.copy_(snapshot.tensors[name])
+        world.copy_first(moved)
+        tensors[name] = moved.cpu()
+    return replace(outline, tensors=tensors)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

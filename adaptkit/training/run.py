@@ -24,9 +24,9 @@ from adaptkit.training.memory.activations import PeakMemory, memory_report
 from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
-from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, import_libraries, total_steps
+from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
-from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint
+from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
 from adaptkit.training.selection import best_step, is_over
 from adaptkit.training.trackers import Tracker
@@ -80,15 +80,15 @@ class Run:
         self._padding = pad_id(inputs.tokenizer)
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
-        import_libraries(inputs.base, world.device)
+        begin_libraries(inputs.base, world.device)
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)
-        self._pressure = Pressure(self.optimizer.state, note)
+        self._pressure = Pressure(self.optimizer.state, note, is_alone=not inputs.config.shard_base)
         self.tokens_per_second = 0.0
-        snapshot = world.share(newest_checkpoint(folder, note) if world.is_first else None)
+        snapshot = share_snapshot(world, newest_checkpoint(folder, note) if world.is_first else None)
         self.resumed_from = self.done = snapshot.step if snapshot else 0
         self.history = History(folder if world.is_first else None, snapshot.metrics if snapshot else b"")
         self._best: Tensor | None = None
@@ -225,7 +225,7 @@ class Run:
         with self._changing():
             self._record({"step": self.done, "held_out_loss": loss})
             if best_step(self.history) == self.done:
-                self._best = self.trainable.values.clone() if self.done < self.steps else None
+                self._best = self._copy() if self._world.is_first and self.done < self.steps else None
 
     def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
         found = generate(
@@ -244,9 +244,13 @@ class Run:
         mine = everything[self._world.rank :: self._world.size] if divided else everything
         loss = mean_loss(self.model, mine, self._config.batch_size, self._padding) if mine else 0.0
         if not divided:
-            return loss
+            return self._world.share(loss)  # of unlike devices each has its own last bit, but all must stop together
         summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))
         return summed / sum(sample.answer_tokens for sample in everything)
+
+    def _copy(self) -> Tensor:
+        """The parameters as they are, in host memory."""
+        return self.trainable.values.to("cpu", copy=True)
 
     def _record(self, line: dict[str, Any]) -> None:
         self.history.add(line)
@@ -270,5 +274,5 @@ class Run:
         self.trainable.values.copy_(tensors["parameters"])
         self.optimizer.steps = snapshot.values["updates"]
         self.optimizer.state.load(tensors)
-        if best_step(self.history) is not None:
-            self._best = tensors.get("best_parameters", tensors["parameters"]).to(self.trainable.values.device)
+        if self._world.is_first and best_step(self.history) is not None:
+            self._best = tensors.get("best_parameters", tensors["parameters"])

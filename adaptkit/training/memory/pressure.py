@@ -5,7 +5,8 @@
     smaller ones                  the pages come back, up to the budget
 
 Computing a batch is a function of seed and step, so that trying again changes no bit. It begins again from the first
-micro-batch of the step, since the one that failed may have added half of its gradients.
+micro-batch of the step, since the one that failed may have added half of its gradients. Processes that share a base
+exchange its layers while they compute, so that none of them can begin again alone; there a batch fails.
 """
 
 import gc
@@ -26,10 +27,11 @@ class Pressure:
     Args:
         state: gives way.
         note: told, in a line for people, when it does.
+        is_alone: whether a batch can be computed once more without other processes.
     """
 
-    def __init__(self, state: PagedState, note: Callable[[str], None]) -> None:
-        self._pages, self._note = state.pages, note
+    def __init__(self, state: PagedState, note: Callable[[str], None], is_alone: bool = True) -> None:
+        self._pages, self._note, self._is_alone = state.pages, note, is_alone
         self._budget_bytes = self._pages.budget_bytes
         self._limit: int | None = None
 
@@ -47,13 +49,13 @@ class Pressure:
             self._hold(0 if tokens >= self._limit else self._budget_bytes)
         try:
             return compute()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
         # Only here, where nothing refers to the failed computation any more, is its memory free.
         gc.collect()
-        if not self._pages.can_shrink:
+        if not self._pages.can_shrink or not self._is_alone:
             raise self._hopeless(tokens, reason)
         self._limit = min(tokens, self._limit or tokens)
         self._hold(0)
@@ -63,7 +65,7 @@ class Pressure:
         self._note(f"warning: out of memory at {tokens} tokens; moved optimizer state away, and tried again")
         try:
             return compute()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
@@ -80,6 +82,10 @@ class Pressure:
         )
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; on a CPU torch says so only in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+_WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+"""What torch on a CPU, cuBLAS, and the driver say, who have no type of error for it."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS)

@@ -40,9 +40,9 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     """
     network, device, output = model.network, model.device, model.output_layer
     places = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    sent = [None if side is None else side.to(device, non_blocking=True)
-            for side in (batch.ids, batch.positions, *places, batch.labels[:, 1:][places])]  # fmt: skip
-    ids, positions, row, column, wanted = sent
+    labels = batch.labels[:, 1:][places]
+    ids, row, column, wanted = (side.to(device, non_blocking=True) for side in (batch.ids, *places, labels))
+    positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
     if output is None:
         logits = network(input_ids=ids, position_ids=positions, use_cache=False).logits
         return functional.cross_entropy(logits[row, column].float(), wanted, reduction="sum")

@@ -53,6 +53,14 @@ def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tm
     assert pressure._pages.counters.retries == 1
 
 
+def test_a_process_that_shares_its_base_does_not_begin_again_alone(tmp_path):
+    """The others would be waiting for its part of another layer."""
+    pressure, calls = Pressure(state(tmp_path), lambda line: None, is_alone=False), []
+    with pytest.raises(UsageError, match="micro-batch of 60 tokens"):
+        pressure.relieve(60, lambda: [calls.append(1), torch.empty(MORE_THAN_THERE_IS)])
+    assert (len(calls), pressure._pages.counters.retries) == (1, 0)
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
     pressure = Pressure(state(tmp_path), lambda line: None)
     with pytest.raises(RuntimeError, match="size of tensor"):
