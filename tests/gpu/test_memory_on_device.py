@@ -1,10 +1,12 @@
 """On a GPU pages, shelves and retries change no bit, and memory is what was planned."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from adaptkit.numerics.adamw import BLOCK, decode, encode
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
@@ -78,7 +80,7 @@ def config(made, llama, instructions):
         quantize(llama, made / "gpu-nf4")
     return TrainConfig(
         base=str(made / "gpu-nf4"), data=(str(instructions),), rank=4, steps=6, batch_size=4, micro_batch_size=2,
-        dropout=0.1, save_every=0, page_kib=4, device="cuda",
+        dropout=0.1, save_every=0, page_kib=4, device="cuda", deterministic=True,
     )  # fmt: skip
 
 
@@ -93,15 +95,42 @@ def config(made, llama, instructions):
     ids=["paged", "offloaded", "none", "budget"],
 )
 def test_memory_options_change_no_byte_of_an_adapter(config, change, tmp_path):
-    torch.use_deterministic_algorithms(True, warn_only=True)
     plain = train(config, tmp_path / "plain")
     assert train(replace(config, **change), tmp_path / "changed").tensors_root == plain.tensors_root
 
 
-def test_a_batch_that_runs_out_of_memory_finishes_after_evictions(config, tmp_path):
+def test_losses_are_those_of_a_cpu(config, tmp_path):
+    config = replace(config, compute_dtype="float32", dropout=0.0)
+    losses = []
+    for device in ("cuda:0", "cpu"):
+        train(replace(config, device=device), tmp_path / device.partition(":")[0])
+        lines = (tmp_path / device.partition(":")[0] / "metrics.jsonl").read_text().splitlines()
+        losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+    assert len(losses[0]) == config.steps
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_moments_in_8_bits_are_those_of_a_cpu(signed):
+    count = 100 * BLOCK + 17
+    moment = torch.randn(count, generator=torch.Generator().manual_seed(0)) * torch.logspace(-12, 0, count)
+    moment = moment if signed else moment.square()
+    found = []
+    for device in ("cpu", "cuda"):
+        values = moment.to(device)
+        codes = torch.empty(count, dtype=torch.uint8, device=device)
+        absmax, back = torch.empty(-(-count // BLOCK), device=device), torch.empty(count, device=device)
+        encode(values, codes, absmax, signed=signed)
+        decode(codes, absmax, back, signed=signed)
+        found.append([codes.cpu(), absmax.cpu(), back.cpu()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_batch_that_runs_out_of_memory_finishes_after_evictions():
     """The device is filled up to what the resident pages leave; torch's own allocator runs out."""
     count = 64 << 20
     state = PagedState(count, 1 << 18, None, GPU)  # 512 MiB
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - (256 << 20), dtype=torch.uint8, device=GPU)
     notes = []

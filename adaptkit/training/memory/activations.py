@@ -60,6 +60,8 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     logits = (
         logits_bytes(rows * (length - 1), network.config.get_text_config().vocab_size, dtype.itemsize) if head else 0
     )
+    if device.type == "cuda":  # the whole chunk in float32 beside it; a CPU does that in small blocks
+        logits += logits * 4 // dtype.itemsize
     sizes: list[LayerSize] = []
 
     def measured() -> list[LayerSize]:

@@ -1,0 +1,82 @@
+"""What scripts/bench_gpu.py does on a GPU it does here at a size that a CPU can do; the table says what was met."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench_gpu  # noqa: E402
+
+from adaptkit.operations.quantize import quantize  # noqa: E402
+
+(TINY,) = bench_gpu.TINY
+CPU = bench_gpu.Device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    bench_gpu.make_base(folder / "plain", TINY, "cpu")
+    quantize(folder / "plain", folder / "nf4")
+    return folder
+
+
+def test_both_sides_train_the_same_model_on_the_same_tokens(bases):
+    """Before an adapter has learned anything, and up to the rounding of bfloat16."""
+    ours = bench_gpu.bench_training.AdaptkitStep(bases / "nf4", TINY.length, 1.0, "layer", vocabulary=TINY.vocabulary)
+    theirs = bench_gpu.bench_training.peft_step(
+        bases / "plain", TINY.length, 1.0, True, True, vocabulary=TINY.vocabulary
+    )
+    assert ours() == pytest.approx(theirs(), rel=2e-3)
+
+
+def test_pages_are_timed_with_a_quarter_of_them_resident(bases):
+    found = bench_gpu.measure_ours(bases, TINY, CPU, 3)
+    pages = found["pages"]
+    assert pages["slots"] == pages["pages"] // 4 > 0
+    assert pages["faults"] > 0
+    assert min(found["seconds"], found["resident"], found["paged"], found["peak"]) > 0
+
+
+def test_a_sequence_that_fits_is_said_to_fit(bases):
+    """A CPU gives what there is, so nothing runs out; what is left of the scenario is the same."""
+    found = bench_gpu.measure_long(bases, TINY, CPU, 3)
+    assert (found["failed"], found["finished"], found["same"], found["retries"]) == (False, True, True, 0)
+    assert bench_gpu.lines(TINY, {"ours": {"error": "x"}, "peer": {"error": "x"}, "long": found})[-1].endswith("| no |")
+
+
+def test_the_table_says_what_was_met():
+    ours = {"seconds": 0.1, "peak": 3 << 20, "resident": 0.1, "paged": 0.104, "pages": {"resident": 3, "pages": 19}}
+    peer = {"seconds": 0.16, "peak": 4 << 20}
+    long = {"limit": 1 << 30, "failed": True, "finished": True, "same": True}
+    met = bench_gpu.lines(TINY, {"ours": ours, "peer": peer, "long": long})
+    assert [row.split("|")[-2].strip() for row in met] == ["", "", "yes", "yes", "yes", "yes"]
+    assert "| 1.60 | at least 1.5 |" in met[2]
+    assert "| 0.75 | at most 0.8 |" in met[3]
+    assert "3 of 19 pages resident | +4.0% of a step" in met[4]
+    missed = bench_gpu.lines(TINY, {"ours": ours | {"paged": 0.12}, "peer": {"seconds": 0.12, "peak": 3 << 20}})
+    assert [row.split("|")[-2].strip() for row in missed] == ["", "", "no", "no", "no"]
+
+
+def test_what_failed_is_named_and_the_rest_is_still_there(tmp_path):
+    clock = bench_gpu.Clock(100)
+    found = bench_gpu.run("ours", tmp_path / "nothing", TINY, "cpu", 1, clock)
+    assert "nf4" in found["error"]
+    late = bench_gpu.run("peer", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(0))
+    assert late == {"error": "the time was up"}
+    rows = bench_gpu.lines(TINY, {"ours": found, "peer": late})
+    assert len(rows) == 2
+    assert rows[1] == "| tiny | transformers + peft + bitsandbytes | not measured: the time was up | | |"
+
+
+def test_without_a_gpu_it_says_so_and_does_nothing():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "bench_gpu.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "bench_gpu: torch sees no CUDA device here, so nothing was measured\n"
