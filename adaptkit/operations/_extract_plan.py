@@ -72,6 +72,7 @@ class ExtractOptions:
     def recorded(self) -> dict[str, Any]:
         """What the result depends on."""
         values = asdict(self) | {"max_rank": None if self.energy is None else self.largest_rank}
+        values["target"] = sorted(set(self.target))
         return {name: value for name, value in values.items() if name != "threads" and value is not None}
 
 

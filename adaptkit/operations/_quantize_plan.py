@@ -100,6 +100,7 @@ class QuantizeOptions:
     def recorded(self) -> dict[str, Any]:
         """What the result depends on."""
         values = {name: value for name, value in asdict(self).items() if name not in {"threads", "part", "calibration"}}
+        values["skip"] = sorted(set(self.skip))
         return values | ({"calibration": self.calibration.recorded()} if self.calibration else {})
 
 

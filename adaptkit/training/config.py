@@ -30,6 +30,7 @@ _SEEDS = (1 << 40) - 1
 _MOST = 1 << 31
 """Of steps, and of what is counted in them: far more than can be taken, and small enough to compute with."""
 
+_SETS = ("targets", "exclude", "target_parameters", "modules_to_save")  # order and repetition say nothing
 _PLACES = frozenset({"base", "data", "held_out_data", "device", "tensorboard", "wandb"})
 _FREE = frozenset(
     {"save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing", "offload_checkpoints"}
@@ -207,6 +208,7 @@ class TrainConfig:
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all of it but paths, devices and trackers, which say nothing about the result."""
         values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
+        values |= {name: sorted(set(values[name])) for name in _SETS}
         if self.mixture is not None:
             values["mixture"] = {Path(name).name: weight for name, weight in self.mixture.items()}
         if self.init in INITS:

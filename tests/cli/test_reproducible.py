@@ -1,0 +1,142 @@
+"""The same inputs give the same bytes: whatever the threads, the hash seed, the folders, and orders that say nothing.
+
+Every command that makes an artifact runs twice, in processes that differ in all of that; the manifests, which name the
+hash of every other byte, are compared.
+"""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+
+DRIVER = """
+import json, os, sys
+import torch
+from adaptkit.cli.main import cli
+for command in json.load(sys.stdin):
+    cli.main(command, standalone_mode=False)
+"""
+
+STEPS = {
+    "packed": ["quantize", "base", "--max-shard-size", "60000", "--skip", "*.o_proj", "--skip", "*.k_proj", "-o"],
+    "calibrated": ["quantize", "base", "--calibrate", "text.txt", "--calibration-tokens", "256", "--window", "32",
+                   "--init-adapter", "2", "-o"],
+    "plain": ["dequantize", "packed", "-o"],
+    "trained": ["train", "--base", "packed", "--data", "rows.jsonl", "--steps", "2", "--rank", "2", "--max-length",
+                "64", "--targets", "q_proj", "--targets", "v_proj", "-o"],
+    "stacked": ["stack", "trained", "trained", "--method", "dare", "--seed", "5", "--weight", "0.5", "--weight", "2",
+                "-o"],
+    "small": ["resize", "stacked", "--energy", "0.9", "-o"],
+    "merged": ["merge", "base", "small", "trained", "--embed-adapter", "-o"],
+    "merged-nf4": ["merge", "base", "small", "--format", "nf4", "-o"],
+    "back": ["unmerge", "merged", "--adapter", "small", "--adapter", "trained", "-o"],
+    "found": ["extract", "merged", "base", "--rank", "3", "--target", "*.q_proj", "--target", "*.v_proj", "-o"],
+}  # fmt: skip
+MADE = sorted([*STEPS, "calibrated-init"])
+
+
+def inputs(folder):
+    tiny.write_llama(folder / "base", shards=2)
+    tiny.write_instructions(folder / "rows.jsonl")
+    (folder / "text.txt").write_text("the whales under water and the bridges at night\n" * 60)
+
+
+def swapped(command):
+    """The same command with its repeated options in the other order, and each of them twice."""
+    out = [*command]
+    for flag in ("--skip", "--targets", "--target", "--adapter"):
+        places = [place + 1 for place, word in enumerate(command) if word == flag]
+        for place, other in zip(places, reversed(places), strict=True):
+            out[place] = command[other]
+        if places and flag != "--adapter":
+            out = [*out[:-1], flag, command[places[0]], out[-1]]
+    return out
+
+
+def run(commands, cwd, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(commands),
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """Two folders with everything that the commands make."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two") / "deep" / "er"
+    inputs(one)
+    shutil.copytree(one, two)
+    plain, other = [], []
+    for name, command in STEPS.items():
+        threads = [] if command[0] in ("train",) else ["--threads", "1"]
+        plain.append([*command[:-1], *threads, "-o", name, "--quiet"])
+        absolute = [str(two / word) if (two / word).exists() or word in STEPS else word for word in swapped(command)]
+        threads = threads and ["--threads", "3"]
+        other.append([*absolute[:-1], *threads, "-o", str(two / name), "--quiet"])
+    (two / "elsewhere").mkdir()
+    run(plain, one, PYTHONHASHSEED="0", TZ="UTC", OMP_NUM_THREADS="1")
+    run(other, two / "elsewhere", PYTHONHASHSEED="4711", TZ="Asia/Tokyo", HOSTNAME="x", OMP_NUM_THREADS="2")
+    return one, two
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_command_gives_the_same_bytes(sides, name):
+    one, two = (folder / name for folder in sides)
+    if (one / MANIFEST_NAME).read_bytes() != (two / MANIFEST_NAME).read_bytes():  # say what differs
+        assert json.loads((one / MANIFEST_NAME).read_bytes()) == json.loads((two / MANIFEST_NAME).read_bytes())
+    assert (one / MANIFEST_NAME).read_bytes() == (two / MANIFEST_NAME).read_bytes()
+    listed = {record.path: (record.size, record.sha256) for record in require_manifest(two).files}
+    found = [path for path in two.rglob("*") if (path.is_file() and path.name != MANIFEST_NAME) or path.parent != two]
+    assert listed == {
+        path.relative_to(two).as_posix(): (path.stat().st_size, file_sha256(path)) for path in found if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_no_manifest_tells_where_when_or_by_whom(sides, name):
+    text = (sides[0] / name / MANIFEST_NAME).read_text()
+    for folder in sides:
+        assert str(folder) not in text
+    assert os.uname().nodename not in text
+    document = json.loads(text)
+    assert set(document["tool"]) == {"name", "version"}
+
+
+def test_headers_are_written_in_one_way(sides):
+    """Keys in the order of the bytes, no spaces but the padding, and one key of metadata, whose order cannot vary."""
+    for path in sorted(sides[0].rglob("*.safetensors")):
+        if path.is_relative_to(sides[0] / "base"):
+            continue
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            text = file.read(length)
+        header = json.loads(text)
+        assert len(header.pop("__metadata__", {})) <= 1, path
+        assert length % 8 == 0
+        starts = [entry["data_offsets"][0] for entry in header.values()]
+        if path.parent.name in ("merged", "back", "plain") and path.name.startswith("model"):
+            continue  # keeps the header that its base has
+        assert starts == sorted(starts), path
+
+
+def test_what_was_made_in_one_place_is_the_lineage_of_what_was_made_in_another(sides, run_cli):
+    one, two = sides
+    done = run_cli("verify", two / "found", "--parents", one, "--json")
+    assert done.code == 0, done.stderr
+    roles = [parent["role"] for parent in json.loads(done.stdout)["parents"]]
+    assert roles == ["base", "tuned"]
