@@ -12,9 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import tiny
 
+from adaptkit.checkpoint import manifest
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 
@@ -105,6 +107,13 @@ def test_every_command_gives_the_same_bytes(sides, name):
     assert listed == {
         path.relative_to(two).as_posix(): (path.stat().st_size, file_sha256(path)) for path in found if path.is_file()
     }
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_manifest_fits_the_schema(sides, name):
+    schema = Path(manifest.__file__).with_name("manifest.schema.json")
+    validator = jsonschema.Draft202012Validator(json.loads(schema.read_bytes()))
+    validator.validate(json.loads((sides[0] / name / MANIFEST_NAME).read_bytes()))
 
 
 @pytest.mark.parametrize("name", MADE)
