@@ -18,7 +18,8 @@ import adaptkit
 from adaptkit.checkpoint.layout import read_json, write_json
 from adaptkit.checkpoint.writer import disk_errors
 from adaptkit.errors import CheckpointError, DriftError, UsageError
-from adaptkit.pipeline.recipe import Recipe
+from adaptkit.hub.sources import is_commit
+from adaptkit.pipeline.recipe import Recipe, Source
 
 SCHEMA = 1
 _SHOWN = 5
@@ -30,37 +31,22 @@ def lock_path(recipe: Path) -> Path:
     return recipe.with_suffix(".lock")
 
 
-def read_lock(recipe: Path) -> dict[str, Any] | None:
-    """Read a recipe's lock; None if there is none.
-
-    Raises:
-        UsageError: it is malformed, or a newer adaptkit wrote it.
-    """
-    path = lock_path(recipe)
-    if not path.exists():
-        return None
-    again = "run without --locked to write it again"
-    try:
-        lock = read_json(path)
-    except CheckpointError as error:
-        raise UsageError(f"{path}: malformed ({error.message})", hint=again) from error
-    shapes = (("name", str), ("tool", dict), ("sources", dict), ("steps", dict))
-    if lock.get("schema") != SCHEMA or not all(isinstance(lock.get(name), kind) for name, kind in shapes):
-        raise UsageError(f"{path}: is no lock of schema {SCHEMA}", hint=again)
-    return lock
-
-
 class Lock:
     """The lock of this run, which grows with it; and, with ``--locked``, the one that it has to be.
 
     Args:
         recipe: being run.
-        expected: what it has to be; None if anything goes.
+        enforced: the lock that is there is what this one has to be.
+
+    Raises:
+        UsageError: it is enforced, and absent or malformed.
+        DriftError: it is enforced, and of another recipe.
     """
 
-    def __init__(self, recipe: Recipe, expected: Mapping[str, Any] | None) -> None:
+    def __init__(self, recipe: Recipe, enforced: bool) -> None:
         self._path = lock_path(recipe.path)
-        self._expected = expected
+        self._before = _read(self._path, enforced)
+        self._expected = self._before if enforced else None
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "name": recipe.name,
@@ -68,14 +54,15 @@ class Lock:
             "sources": {},
             "steps": {},
         }
-        if expected is not None:
-            self._check_recipe(recipe, expected)
+        if self._expected is not None:
+            self._check_recipe(recipe, self._expected)
 
-    def commit(self, source: str) -> str | None:
-        """The commit that the expected lock names for a source."""
-        entry = (self._expected or {}).get("sources", {}).get(source)
-        commit = entry.get("commit") if isinstance(entry, dict) else None
-        return commit if isinstance(commit, str) else None
+    def commit(self, source: Source) -> str | None:
+        """The commit that the lock that is there names for a repository."""
+        entry = (self._before or {}).get("sources", {}).get(source.name, {})
+        is_same = all(entry.get(key) == value for key, value in source.written().items())
+        commit = entry.get("commit")
+        return commit if is_same and isinstance(commit, str) and is_commit(commit) else None
 
     def add(self, found: Any, *keys: str) -> None:
         """Note what was found.
@@ -133,6 +120,25 @@ class Lock:
                 f"{self._path}: {'; '.join(differences[:_SHOWN])}{more}",
                 hint="run without --locked to accept it, and look at what changed in the lock",
             )
+
+
+def _read(path: Path, required: bool) -> dict[str, Any] | None:
+    """Read a lock; one that is of no use is None, unless it is required."""
+    again = "run without --locked to write it"
+    try:
+        lock = read_json(path)
+        shapes = (("name", str), ("tool", dict), ("sources", dict), ("steps", dict))
+        if lock.get("schema") != SCHEMA or not all(isinstance(lock.get(name), kind) for name, kind in shapes):
+            raise CheckpointError(f"schema {lock.get('schema')!r} is unknown")
+        if not all(isinstance(entry, dict) for part in ("sources", "steps") for entry in lock[part].values()):
+            raise CheckpointError("a source or step is no object")
+    except (CheckpointError, OSError) as error:
+        if not required:
+            return None
+        if not path.exists():
+            raise UsageError(f"{path}: does not exist", hint=again) from error
+        raise UsageError(f"{path}: is no lock ({error})", hint=again) from error
+    return lock
 
 
 def _json(value: Any) -> Any:

@@ -9,13 +9,14 @@
       adapter: {train: base-nf4, data: [questions]}     inputs name sources, or what other steps make
 
 A step's first key says its kind; ``needs`` lists steps that have to be done before, though nothing of theirs goes into
-this one. Steps run in the order in which they stand, as far as their inputs allow; those that publish run last.
+this one. Steps run in the order in which they stand, as far as their inputs allow; those that publish run last, and
+wait for every gate.
 """
 
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -149,7 +150,8 @@ def read_recipe(path: Path) -> Recipe:
         _check_references(step, sources, steps)
     _check_used(sources, steps)
     recipe = Recipe(path, values["name"], sources, {step.name: step for step in steps})
-    return Recipe(path, recipe.name, sources, {step.name: step for step in _ordered(recipe)})
+    guarded = replace(recipe, steps={step.name: _guarded(recipe, step) for step in _ordered(recipe)})
+    return replace(guarded, steps={step.name: step for step in _ordered(guarded)})
 
 
 def _named(entries: Any, place: Place) -> Mapping[str, Any]:
@@ -281,6 +283,15 @@ def _check_used(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
     unused = next((source for name, source in sources.items() if name not in used), None)
     if unused is not None:
         raise unused.place.error("no step uses it", hint="remove it, or name it in a step")
+
+
+def _guarded(recipe: Recipe, step: Step) -> Step:
+    """A step that publishes needs every gate, but for those that wait for it."""
+    if not step.how.sends:
+        return step
+    gates = [other.name for other in recipe.steps.values() if other.how.gates(other.options)]
+    gates = [name for name in gates if step not in recipe.until(name)]
+    return replace(step, needs=tuple(dict.fromkeys([*step.needs, *gates])))
 
 
 def _ordered(recipe: Recipe) -> Iterable[Step]:

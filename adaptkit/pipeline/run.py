@@ -11,13 +11,14 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import adaptkit
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, UsageError
-from adaptkit.pipeline.lock import Lock, lock_path, read_lock
+from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.recipe import Recipe, Step, read_recipe
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
 from adaptkit.pipeline.sources import Hashes, Material, resolve
@@ -77,10 +78,7 @@ class _Run:
         root = options.work if options.work is not None else self._folder / WORK_NAME
         self.work = WorkFolder(root, options.verify)
         self._materials: dict[str, Material] = {}
-        expected = read_lock(recipe.path) if options.locked else None
-        if options.locked and expected is None:
-            raise UsageError(f"{lock_path(recipe.path)}: does not exist", hint="run without --locked to write it")
-        self._lock = Lock(recipe, expected)
+        self._lock = Lock(recipe, options.locked)
 
     def all(self) -> RunReport:
         """Find the sources and do the steps."""
@@ -122,7 +120,8 @@ class _Run:
                 hashes,
                 offline=self._options.offline,
                 fetch=not self._dry_run,
-                commit=self._lock.commit(source.name),
+                commit=self._lock.commit(source),
+                on_commit=partial(self._note_commit, source.name),
             )
             self._materials[source.name] = found
             if found.path is not None:
@@ -143,6 +142,9 @@ class _Run:
         for step in self._steps:
             self._check_inputs(step)
         return reports
+
+    def _note_commit(self, source: str, commit: str) -> None:
+        self._lock.add(commit, "sources", source, "commit")
 
     def _check_inputs(self, step: Step) -> None:
         for taken, name in step.takes():

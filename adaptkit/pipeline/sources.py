@@ -93,7 +93,14 @@ class Hashes:
 
 
 def resolve(
-    source: Source, folder: Path, hashes: Hashes, *, offline: bool, fetch: bool, commit: str | None
+    source: Source,
+    folder: Path,
+    hashes: Hashes,
+    *,
+    offline: bool,
+    fetch: bool,
+    commit: str | None,
+    on_commit: Callable[[str], None],
 ) -> Material:
     """Find a source and hash it.
 
@@ -104,6 +111,7 @@ def resolve(
         offline: take a repository from huggingface_hub's cache, or not at all.
         fetch: download what is not there; else it stays unknown.
         commit: that a lock names for the repository; without the network it stands for the revision.
+        on_commit: told which commit the repository's revision stands for, before it is downloaded.
 
     Raises:
         UsageError: it is not there.
@@ -124,8 +132,10 @@ def resolve(
                 f"{source.place.document.where(*source.place.keys)}: {source} is not in huggingface_hub's cache",
                 hint="run once without --offline",
             )
+        on_commit(found.name)
         return _material(source, found, {"commit": found.name}, hashes)
     now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision)
+    on_commit(now)
     if not fetch and find_cached(repo, now) is None:
         return Material(source.name, None, None, size_of(repo, now), source.written() | {"commit": now})
     return _material(source, download(repo, now), {"commit": now}, hashes)

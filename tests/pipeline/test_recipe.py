@@ -148,13 +148,16 @@ def test_steps_run_in_their_order_as_far_as_inputs_allow_and_publish_last(write)
         sources: {base: {path: m}}
         steps:
           out: {publish: plain, repo: a/b}
+          landed: {check: base, needs: [out]}
           plain: {dequantize: small}
           checked: {check: small}
           small: {quantize: base}
           other: {check: base}
         """)
     recipe = read_recipe(write(text))
-    assert list(recipe.steps) == ["small", "plain", "checked", "other", "out"]
+    assert list(recipe.steps) == ["small", "plain", "checked", "other", "out", "landed"]
+    assert recipe.steps["out"].needs == ("checked", "other"), "every gate, but the one that waits for it"
+    assert "checked" in [step.name for step in recipe.until("out")]
 
 
 def test_a_step_to_end_with_has_to_be_there(write):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import report_options, signer_with
-from adaptkit.cli.output import say, show
+from adaptkit.cli.output import check_report_file, say, show, write_report
 from adaptkit.cli.progress import StepBar, step_bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
 from adaptkit.errors import AdaptkitError, UsageError
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Draw what would be done; write nothing.")
 @click.option("--summary", "summary_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Add a page in Markdown to it. Default: what $GITHUB_STEP_SUMMARY names, if anything.")  # fmt: skip
+@click.option("--output-file", type=click.Path(path_type=Path), help="Write what --json prints into this file, too.")
 @report_options
 def command(
     recipe: Path,
     dry_run: bool,
     summary_file: Path | None,
     key: Path | None,
+    output_file: Path | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -48,6 +50,8 @@ def command(
     everything was is written to the recipe's .lock. The Hub's token and a key's password come from the environment, as
     for publish. Exits with 9 if a gate is not passed, and with 3 if --locked finds a difference.
     """
+    if output_file:
+        check_report_file(output_file)
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # there is one already
@@ -58,6 +62,8 @@ def command(
     page = None if dry_run else summary_file or _from_environment()
     with watch.listening() as listener, _summarized(recipe, page, watch):
         report = run(recipe, RunOptions(**options, signer=signer), dry_run=dry_run, listener=listener)
+    if output_file and not dry_run:
+        write_report(report, output_file)
     if not (as_json or quiet):
         say(*(tree(report) if dry_run else table(report.steps)), "")
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)

@@ -93,6 +93,10 @@ def _passes(options: Any, facts: Facts) -> str:
     return ""
 
 
+def _never(options: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class StepKind:
     """A kind of step.
@@ -105,7 +109,8 @@ class StepKind:
         complete: puts stand-ins into the options for what inputs will fill.
         check: refuses options and inputs that do not go together, by a UsageError.
         makes: what is added to the step's name for each artifact that it makes.
-        judge: what stands against going on, given what was measured; empty if nothing does.
+        gates: whether it is a gate, which has to be passed before anything is published.
+        judge: of a gate: what stands against going on, given what was measured; empty if nothing does.
         uncounted: options that change nothing that is made or measured.
         sends: reaches out to the Hub.
     """
@@ -117,6 +122,7 @@ class StepKind:
     complete: Callable[[dict[str, Any], Mapping[str, tuple[str, ...]]], dict[str, Any]] = _as_they_are
     check: Callable[[Any, Mapping[str, tuple[str, ...]]], None] = _fits
     makes: Callable[[Any], tuple[str, ...]] = _one
+    gates: Callable[[Any], bool] = _never
     judge: Callable[[Any, Facts], str] = _passes
     uncounted: frozenset[str] = frozenset({"threads"})
     sends: bool = False

@@ -46,5 +46,6 @@ KIND = StepKind(
     options=CheckOptions,
     run=_run,
     makes=makes_nothing,
+    gates=lambda options: True,
     judge=_judge,
 )

@@ -148,6 +148,7 @@ KIND = StepKind(
     complete=_complete,
     check=_check,
     makes=makes_nothing,
+    gates=lambda options: bool(options.require),
     judge=_judge,
     uncounted=frozenset({"require"}),
 )

@@ -1,0 +1,287 @@
+"""``adaptkit run`` as a process: the recipe of docs/, on a tiny model, from a loopback Hub and back to it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.manifest import MANIFEST_NAME
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from local_hub import LocalHub  # noqa: E402 - it is a script, found through the path above
+
+TOKEN = "hf_plantedTokenForTests0123"
+BASE, RELEASE = "HuggingFaceTB/SmolLM2-135M-Instruct", "demo/smollm2-trivia"
+SEED = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo(sys.argv[1], exist_ok=True)\n"
+SEED += "print(api.upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2]).oid)"
+STEPS = ["base-nf4", "adapter", "judged", "merged", "loads", "release"]
+
+
+def write_recipe(folder):
+    """The recipe of the docs, made tiny."""
+    text = (ROOT / "docs" / "recipe.yaml").read_text()
+    for old, new in (
+        ("steps: 60", "steps: 4\n    batch_size: 4\n    learning_rate: 5e-3\n    device: cpu"),
+        ("data: [unseen]\n", "data: [unseen]\n    device: cpu\n"),
+        ("max: 3.2", "max: 6.5"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / "recipe.yaml").write_text(text)
+    (folder / "data").mkdir()
+    tiny.write_instructions(folder / "data" / "train.jsonl")
+    tiny.write_instructions(folder / "data" / "test.jsonl", rows=8, seed=5)
+
+
+class World:
+    """A hub that has the base, a folder with the recipe, and the command line there."""
+
+    def __init__(self, root, hub, model, run_cli):
+        self.root, self.hub, self._run_cli = root, hub, run_cli
+        self.folder = root / "release"
+        self.folder.mkdir()
+        write_recipe(self.folder)
+        self.environment = {
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }  # fmt: skip
+        self.commit = self.seed(model)
+
+    def seed(self, model):
+        command = [sys.executable, "-c", SEED, BASE, str(model)]
+        done = subprocess.run(command, env=os.environ | self.environment, stdout=subprocess.PIPE, text=True, check=True)
+        return done.stdout.strip()
+
+    def run(self, *options, **environment):
+        return self._run_cli("run", "recipe.yaml", *options, cwd=self.folder, **self.environment | environment)
+
+    def state(self, repo=RELEASE):
+        path = self.hub.store.folder / "repos" / repo / "state.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def lock(self):
+        return json.loads((self.folder / "recipe.lock").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory, llama, run_cli):
+    """After a first run."""
+    root = tmp_path_factory.mktemp("run")
+    with LocalHub(root / "hub", tokens={TOKEN}) as hub:
+        world = World(root, hub, llama, run_cli)
+        world.first = world.run(GITHUB_STEP_SUMMARY=str(root / "summary.md"))
+        assert world.first.code == 0, world.first.stderr
+        yield world
+
+
+@pytest.fixture
+def copied(released, tmp_path):
+    """The same in a folder that a test may change, with the same hub."""
+    world = object.__new__(World)
+    world.__dict__.update(released.__dict__)
+    world.folder = shutil.copytree(released.folder, tmp_path / "release")
+    return world
+
+
+def table(text):
+    found = re.findall(r"^(\S+) +(quantize|train|evaluate|merge|check|publish) +(\w+) +(?:[\d.]+ +)?(.*)$", text, re.M)
+    return {name: (kind, state, result) for name, kind, state, result in found}
+
+
+def test_a_release_is_made_from_the_hub_and_published(released):
+    rows = table(released.first.stdout)
+    assert list(rows) == STEPS
+    assert {state for _, state, _ in rows.values()} == {"done"}
+    assert re.search(r"held-out loss \d\.\d{4} -> \d\.\d{4}", rows["adapter"][2])
+    commit = released.state()["heads"]["main"]
+    assert released.state()["tags"] == {"v1": commit}
+    assert f"{RELEASE}@v1, commit {commit[:12]}: " in rows["release"][2]
+    for name in STEPS[:-1]:
+        assert f"{name}: " in released.first.stderr
+    assert TOKEN not in released.first.stdout + released.first.stderr
+
+
+def test_what_was_published_is_what_was_merged(released, run_cli):
+    done = run_cli("pull", f"{RELEASE}@v1", "-o", released.root / "pulled", "--json", **released.environment)
+    assert done.code == 0, done.stderr
+    made = next(released.folder.glob(".adaptkit/*/merged"))
+    assert file_sha256(made / MANIFEST_NAME) == released.lock["steps"]["merged"]["outputs"]["merged"]
+    for path in made.rglob("*"):
+        if path.is_file() and path.name != MANIFEST_NAME:  # the published one lists the card, too
+            assert file_sha256(path) == file_sha256(released.root / "pulled" / path.relative_to(made))
+
+
+def test_the_lock_has_the_commit_and_no_place_of_this_machine(released):
+    source = released.lock["sources"]["base"]
+    assert (source["repo"], source["revision"], source["commit"]) == (BASE, "main", released.commit)
+    assert "model.safetensors" in source["files"]
+    text = (released.folder / "recipe.lock").read_text()
+    assert str(released.root) not in text
+    assert released.hub.url not in text
+
+
+def test_the_summary_has_a_table_and_the_hashes(released):
+    page = (released.root / "summary.md").read_text()
+    assert page.startswith("## smollm2-trivia\n\nEverything is done.\n\n| step | kind | state | seconds | result |\n")
+    for name in STEPS:
+        assert f"\n| {name} | " in page
+    assert f"| `{released.lock['steps']['merged']['outputs']['merged']}` |" in page
+    assert released.commit[:12] in page
+    assert TOKEN not in page
+
+
+def test_a_second_run_does_nothing_and_sends_nothing(copied):
+    before, requests = copied.state(), len(copied.hub.requests)
+    lock = (copied.folder / "recipe.lock").read_bytes()
+    done = copied.run("--locked", "--verify")
+    assert done.code == 0, done.stderr
+    rows = table(done.stdout)
+    assert [state for _, state, _ in rows.values()] == ["kept"] * 5 + ["done"]
+    assert rows["release"][2].endswith(": there already")
+    assert copied.state() == before
+    assert (copied.folder / "recipe.lock").read_bytes() == lock
+    changing = [path for method, path, _ in copied.hub.requests[requests:] if method not in ("GET", "HEAD")]
+    assert [path for path in changing if "/commit/" in path or "/lfs/" in path] == []
+
+
+def test_a_release_made_from_nothing_again_has_the_same_bytes(copied):
+    shutil.rmtree(copied.folder / ".adaptkit")
+    done = copied.run("--locked", "--json")
+    assert done.code == 0, done.stdout
+    report = json.loads(done.stdout)
+    assert [step["state"] for step in report["steps"]] == ["done"] * 6
+    assert report["lock_state"] == "kept"
+    assert {o["name"]: o["manifest_sha256"] for step in report["steps"] for o in step["outputs"]} == {
+        name: digest for step in copied.lock["steps"].values() for name, digest in step.get("outputs", {}).items()
+    }
+    assert report["steps"][-1]["facts"]["already_there"]
+
+
+def test_offline_nothing_is_asked_of_anybody(copied):
+    requests = len(copied.hub.requests)
+    for options in (("--until", "loads"), ("--until", "loads", "--locked"), ("--until", "loads", "--dry-run")):
+        done = copied.run("--offline", *options)
+        assert done.code == 0, done.stderr
+    refused = copied.run("--offline")
+    assert refused.code == 2
+    assert "recipe.yaml, line 28: steps.release: publish needs the network" in refused.stderr
+    absent = copied.run("--offline", "--until", "loads", HF_HOME=str(copied.folder / "other"))
+    assert absent.code == 2
+    assert absent.stderr.splitlines()[-2:] == [
+        f"error: recipe.yaml, line 5: sources.base: {BASE}@main is not in huggingface_hub's cache",
+        "hint: run once without --offline",
+    ]
+    assert len(copied.hub.requests) == requests
+
+
+def test_a_gate_keeps_what_is_not_good_enough_from_the_hub(copied):
+    path = copied.folder / "recipe.yaml"
+    path.write_text(path.read_text().replace("max: 6.5", "max: 0.5").replace("tag: v1", "tag: v2"))
+    before, page = copied.state(), copied.folder / "summary.md"
+    done = copied.run("--summary", "summary.md")
+    assert done.code == 9
+    error, hint = done.stderr.splitlines()[-2:]
+    assert re.fullmatch(
+        r"error: recipe\.yaml: the gate judged is not passed: loss is \d\.\d{4}, required is at most 0\.5", error
+    )
+    assert hint.startswith("hint: what was made so far is kept")
+    assert copied.state() == before
+    assert "\nStopped: recipe.yaml: the gate judged is not passed" in page.read_text()
+    assert "\n| judged | evaluate | failed | " in page.read_text()
+    document = json.loads(copied.run("--json").stdout)
+    assert document["error"]["code"] == "gate"
+
+
+def test_a_dry_run_is_a_tree(copied):
+    path = copied.folder / "recipe.yaml"
+    path.write_text(path.read_text().replace("steps: 4", "steps: 5"))
+    done = copied.run("--dry-run")
+    assert done.code == 0
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    shape = [re.split(r" {2,}(?=\w|\()", line) for line in lines[: lines.index("")]]
+    assert [(name, text.partition(",")[0]) for name, text in shape] == [
+        ("release", "publish: would run if what it is made from changes"),
+        ("├── merged", "merge: would run if what it is made from changes"),
+        ("│   ├── base", f"{BASE}@main"),
+        ("│   └── adapter", "train: would run"),
+        ("│       ├── base-nf4", "quantize: kept"),
+        ("│       │   └── base", f"{BASE}@main"),
+        ("│       └── questions", "data/train.jsonl"),
+        ("├── judged", "evaluate: would run if what it is made from changes"),
+        ("│   ├── base-nf4", "(above)"),
+        ("│   ├── adapter", "(above)"),
+        ("│   └── unseen", "data/test.jsonl"),
+        ("└── loads", "check: would run if what it is made from changes"),
+        ("    └── merged", "(above)"),
+    ]
+    assert lines[-1] == "smollm2-trivia  5 of 6 steps would run"
+
+
+def test_the_scripts_of_the_action_run_a_release(copied, tmp_path):
+    action = yaml.safe_load((ROOT / ".github" / "actions" / "adaptkit-run" / "action.yml").read_text())
+    default = {name: entry.get("default", "") for name, entry in action["inputs"].items()}
+    program = tmp_path / "bin" / "adaptkit"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m adaptkit "$@"\n')
+    program.chmod(0o755)
+    environment = os.environ | copied.environment | {
+        "PYTHONPATH": str(ROOT), "PATH": f"{program.parent}:{os.environ['PATH']}", "RUNNER_TEMP": str(tmp_path),
+        "GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "page.md"),
+        "RECIPE": default["recipe"], "OPTIONS": default["options"], "SYSTEM": "Linux-X64",
+    }  # fmt: skip
+    for step in action["runs"]["steps"]:
+        if "run" in step and "pip" not in step["run"]:
+            command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
+            subprocess.run(command, cwd=copied.folder, env=environment, check=True, capture_output=True)
+    outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
+    assert outputs["work"] == "./.adaptkit"
+    assert outputs["key"] == f"adaptkit-Linux-X64-{file_sha256(copied.folder / 'recipe.lock')[:16]}"
+    assert json.loads(Path(outputs["report"]).read_text())["name"] == "smollm2-trivia"
+    assert (tmp_path / "page.md").read_text().startswith("## smollm2-trivia\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        (None, "error: recipe.yaml: No such file or directory", None),
+        ("a: [", "error: recipe.yaml, line 1: malformed", None),
+        ("name: x\nsources: {a: {path: b}}\nsteps:\n  s: {quantise: a}\n",
+         "error: recipe.yaml, line 4: steps.s.quantise: 'quantise' is no kind of step", "did you mean 'quantize'?"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_end_in_one_line_a_hint_and_exit_code_2(run_cli, tmp_path, text, message, hint):
+    if text is not None:
+        (tmp_path / "recipe.yaml").write_text(text)
+    done = run_cli("run", "recipe.yaml", cwd=tmp_path)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+    assert hint is None or hint in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_at_last_a_branch_that_moved_is_drift_and_without_the_lock_is_taken(copied, llama, tmp_path):
+    other = shutil.copytree(llama, tmp_path / "other")
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5}))
+    moved = copied.seed(other)
+    done = copied.run("--locked")
+    assert done.code == 3
+    assert f"sources.base.commit is {moved[:12]}…, it has {copied.commit[:12]}…" in done.stderr
+    plan = copied.run("--dry-run")
+    assert plan.code == 0
+    assert "not downloaded yet" in plan.stdout
+    taken = copied.run("--until", "base-nf4", "--json")
+    assert json.loads(taken.stdout)["sources"][0]["commit"] == moved
+    assert copied.lock["sources"]["base"]["commit"] == moved

@@ -1,0 +1,121 @@
+"""A release that is killed at any moment goes on, and ends in the same bytes and the same lock.
+
+The command line runs in children of one helper process, which imports torch once, and is killed from outside, at
+moments spread over the time that an undisturbed run takes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+RECIPE = """\
+name: tiny
+sources:
+  base: {path: model}
+  rows: {path: rows.jsonl}
+steps:
+  small: {quantize: base}
+  adapter: {train: small, data: [rows], rank: 2, steps: 8, batch_size: 2, save_every: 1, device: cpu, seed: 3}
+  judged: {evaluate: small, adapter: adapter, data: [rows], device: cpu, require: {loss: {max: 9}}}
+  merged: {merge: base, adapters: [adapter]}
+  loads: {check: merged, target: [vllm]}
+"""
+
+HELPER = """
+import json, os, signal, sys, time, warnings
+from pathlib import Path
+
+import matplotlib.backends.backend_svg
+import adaptkit.pipeline.run
+from adaptkit.cli.main import main
+
+warnings.simplefilter("ignore")  # newer Pythons warn of forks
+root, moments = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+
+def run(name, *more):
+    sys.argv = ["adaptkit", "run", str(root / "recipe.yaml"), "--work", str(root / name), *more]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+
+
+def start(name):
+    child = os.fork()
+    if child == 0:
+        log = os.open(root / (name + ".log"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(log, 1), os.dup2(log, 2)
+        code = run(name)
+        sys.stdout.flush()
+        os._exit(code)
+    return child
+
+
+def ended(child):
+    status = os.waitpid(child, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
+began = time.monotonic()
+assert ended(start("undisturbed")) == 0
+duration = time.monotonic() - began
+lock = (root / "recipe.lock").read_bytes()
+(root / "recipe.lock").unlink()
+killed = 0
+for moment in moments:
+    child = start("killed")
+    time.sleep(duration * moment)
+    os.kill(child, signal.SIGKILL)
+    killed += ended(child) != 0
+unfinished = not (root / "recipe.lock").exists()
+assert ended(start("killed")) == 0
+same = (root / "recipe.lock").read_bytes() == lock
+print(json.dumps({"killed": killed, "unfinished": unfinished, "same_lock": same}))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kill-run")
+    tiny.write_llama(root / "model")
+    tiny.write_instructions(root / "rows.jsonl")
+    (root / "recipe.yaml").write_text(RECIPE)
+    arguments = [sys.executable, "-c", HELPER, str(root), json.dumps([0.05, 0.4, 0.4])]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    logs = "".join(path.read_text() for path in sorted(root.glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
+    return root, json.loads(done.stdout.splitlines()[-1])
+
+
+def artifacts(work):
+    """Every file of every artifact; the records beside them say when a step's figure was lost."""
+    return {
+        path.relative_to(work).as_posix(): path.read_bytes()
+        for path in work.rglob("*")
+        if path.is_file() and len(path.relative_to(work).parts) > 2
+    }
+
+
+def test_a_release_that_is_killed_again_and_again_ends_in_the_same_bytes(killed):
+    root, report = killed
+    assert report["killed"] >= 2
+    assert report["unfinished"]
+    assert report["same_lock"]
+    expected = artifacts(root / "undisturbed")
+    assert any(name.endswith("merged/model.safetensors") for name in expected)
+    assert artifacts(root / "killed") == expected
+    assert [path for path in (root / "killed").rglob("*.partial")] == []
+
+
+def test_steps_that_were_finished_are_not_done_again(killed):
+    root, _ = killed
+    log = (root / "killed.log").read_text()
+    assert log.count("small: quantize: done") <= 1
+    assert "small: quantize: kept" in log
+    assert os.access(root / "killed", os.W_OK)
