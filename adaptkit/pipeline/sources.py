@@ -1,7 +1,7 @@
 """What a release is made from, found and hashed.
 
 A file is known by its sha256. A folder that adaptkit made is known by its manifest, with which all its files are
-compared; another one by the sha256 of every file that operations read. Hashes of files whose size and time did not
+compared; another one by the sha256 of every file that operations read. Hashes of files whose size and times did not
 change are remembered in the work folder.
 """
 
@@ -70,12 +70,12 @@ class Hashes:
         """Of a file."""
         check_regular(path)
         found = path.stat()
-        name, state = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ino]
+        name, state = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         known = self._known["files"].get(name)
         if isinstance(known, list) and known[:-1] == state:
             return str(known[-1])
         digest = file_sha256(path)
-        if time.time() - found.st_mtime > _FRESH_SECONDS:
+        if time.time() - found.st_ctime > _FRESH_SECONDS:
             self._known["files"][name] = [*state, digest]
         return digest
 
