@@ -26,6 +26,14 @@ MAY_IMPORT = {
     "cli": GROUND | {"numerics", "checkpoint", "operations", "training", "hub", "pipeline"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
+INSIDE_TRAINING = {
+    "data": set(),
+    "network": {"data"},
+    "memory": {"data", "network"},
+    "evaluation": {"data", "network"},
+}
+"""Beside what all of its rooms may import: the settings, and which device and processes there are."""
+FOR_ALL = {"config", "settings", "device", "distributed"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -62,6 +70,13 @@ def test_imports_point_down_only(path):
     ours = {name for name in imported(ast.parse(path.read_text())) if name.split(".")[0] == "adaptkit"}
     rooms = {room_of(name) for name in ours} - {""}
     assert rooms <= allowed, f"{path.name} imports {sorted(rooms - allowed)}"
+
+
+@pytest.mark.parametrize("room", INSIDE_TRAINING)
+def test_the_rooms_of_the_trainer_import_downwards_too(room):
+    for path in sorted((PACKAGE / "training" / room).glob("*.py")):
+        ours = [name.split(".")[2] for name in imported(ast.parse(path.read_text())) if ".training." in name]
+        assert set(ours) <= INSIDE_TRAINING[room] | {room} | FOR_ALL, path.name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())

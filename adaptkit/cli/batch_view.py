@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from adaptkit.training.data.preview import Preview
+    from adaptkit.training.preview import Preview
 
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421", ord("\n"): "↵\n"}
 """Control characters of data would move the cursor, or worse."""

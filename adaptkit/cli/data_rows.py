@@ -7,7 +7,7 @@ from adaptkit.cli.output import Row, percent
 
 if TYPE_CHECKING:
     from adaptkit.training.data.dataset import SourceReport
-    from adaptkit.training.data.report import DataReport
+    from adaptkit.training.data_report import DataReport
 
 
 def data_rows(data: "DataReport") -> Iterator[Row]:

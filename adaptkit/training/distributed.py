@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from adaptkit.errors import NetworkError
-from adaptkit.training.network.model import choose_device
+from adaptkit.training.device import choose_device
 
 Shared = TypeVar("Shared")
 

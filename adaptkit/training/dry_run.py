@@ -6,11 +6,11 @@ from pathlib import Path
 
 from adaptkit.checkpoint.journal import partial_folder
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.report import DataReport, report_data
+from adaptkit.training.data_report import DataReport, report_data
+from adaptkit.training.device import choose_device
 from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.model import choose_device
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_unfinished, checkpoints
 

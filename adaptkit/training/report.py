@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adaptkit.training.data.report import DataReport
+from adaptkit.training.data_report import DataReport
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from adaptkit.cli.batch_view import batch_lines
-from adaptkit.training.data.preview import Preview, ShownSample, Stretch
+from adaptkit.training.preview import Preview, ShownSample, Stretch
 
 CHAT = {"conversations": [{"from": "human", "value": "Name a river"}, {"from": "gpt", "value": "the Rhine"}], "id": 7}
 TEXT = {"text": "Call me Ishmael."}

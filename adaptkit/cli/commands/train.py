@@ -16,8 +16,8 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import read_config_file
 
 if TYPE_CHECKING:
-    from adaptkit.training.data.preview import Preview
     from adaptkit.training.dry_run import RunPlan
+    from adaptkit.training.preview import Preview
     from adaptkit.training.report import TrainReport
 
 
@@ -50,7 +50,7 @@ def command(
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
         as_json, quiet = False, True
     if show_batch:
-        from adaptkit.training.data.preview import preview
+        from adaptkit.training.preview import preview
 
         _show_batch(preview(config), as_json)
         return

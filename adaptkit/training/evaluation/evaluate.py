@@ -12,6 +12,7 @@ from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.errors import UsageError
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
+from adaptkit.training.device import choose_device
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
@@ -20,7 +21,7 @@ from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.network.lineage import check_base, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
-from adaptkit.training.network.model import Model, choose_device, load_model
+from adaptkit.training.network.model import Model, load_model
 
 
 def evaluate(

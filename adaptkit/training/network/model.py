@@ -5,7 +5,6 @@ transformers builds the architecture on the meta device, without memory; its lin
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -247,18 +246,6 @@ def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str
             raise UsageError(f"the {what} {pattern!r} matches no {kind}", hint=there)
         chosen |= matched
     return chosen
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one.
-
-    Raises:
-        UsageError: the device is not there.
-    """
-    gpu = re.fullmatch(r"cuda(?::([0-9]+))?", name) if torch.cuda.is_available() else None
-    if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
-        raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _replace(assembly: Assembly, name: str, module: Any) -> LoraLinear:

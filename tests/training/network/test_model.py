@@ -14,8 +14,9 @@ from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.training.device import choose_device
 from adaptkit.training.network.linear import PackedWeight
-from adaptkit.training.network.model import attach_adapter, choose_device, load_model, new_adapter
+from adaptkit.training.network.model import attach_adapter, load_model, new_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 33, 71, 100, 7, 12, 64]])
