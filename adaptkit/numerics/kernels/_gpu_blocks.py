@@ -159,3 +159,13 @@ def decode_8bit(codes, absmax, out, count, size, chunk: tl.constexpr, kind: tl.c
     q = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)
     scale = tl.load(absmax + offsets // size, mask=mask, other=0.0)
     tl.store(out + offsets, _rounded(q * tl.div_rn(scale, tl.full((chunk,), 127.0, tl.float32)), kind), mask=mask)
+
+
+@triton.jit
+def decode_constants(codes, nested, levels, out, offset, count, chunk: tl.constexpr, group: tl.constexpr):
+    """``count`` constants, of which ``group`` share one of ``nested``; ``levels`` holds the level of each code."""
+    offsets = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
+    mask = offsets < count
+    code = tl.load(codes + offsets, mask=mask, other=0).to(tl.int32)
+    scale = tl.load(nested + offsets // group, mask=mask, other=0.0)
+    tl.store(out + offsets, tl.load(levels + code) * scale + offset, mask=mask)

@@ -12,12 +12,11 @@ import triton
 from torch import Tensor
 
 from adaptkit.numerics.kernels import _gpu_blocks, _whole_blocks, reference
-from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
+from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
 from adaptkit.numerics.kernels.reference import (
     add_rounded,
     addition_sums,
-    decode_constants,
     encode_constants,
     low_rank_delta,
     merge_rows,
@@ -45,6 +44,7 @@ __all__ = [
 ]
 
 _WEIGHTS_PER_PROGRAM = 2048
+_CONSTANTS_PER_PROGRAM = 1024
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -114,6 +114,17 @@ def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtyp
     if count:
         with _on(codes):
             _gpu_blocks.decode_8bit[(triton.cdiv(count, _WEIGHTS_PER_PROGRAM),)](*arguments, **_EXACT)
+    return out
+
+
+def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
+    """See ``reference.decode_constants``; in one launch, since a training step decodes every weight several times."""
+    count, out = codes.numel(), torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
+    if count:
+        arguments = (codes.contiguous(), nested_absmax.contiguous(), levels.contiguous(), out, offset, count)
+        with _on(codes):
+            grid = (triton.cdiv(count, _CONSTANTS_PER_PROGRAM),)
+            _gpu_blocks.decode_constants[grid](*arguments, _CONSTANTS_PER_PROGRAM, GROUP, **_EXACT)
     return out
 
 

@@ -131,7 +131,7 @@ def test_weights_come_back_as_from_bitsandbytes(name, rows, blocks, seed):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 1500), st.integers(0, 2**31), st.sampled_from(["uniform", "outliers", "equal", "zeros", "tiny"]))
-def test_constants_are_the_same_bits_in_both_kernels(count, seed, kind):
+def test_constants_are_the_same_bits_in_all_kernels(triton_kernel, count, seed, kind):
     absmax = torch.rand(count, generator=torch.Generator().manual_seed(seed))
     if kind == "outliers":
         absmax[::97] *= 1000
@@ -148,6 +148,7 @@ def test_constants_are_the_same_bits_in_both_kernels(count, seed, kind):
     assert found[2] == expected[2]
     back = reference.decode_constants(*expected, LEVELS)
     same_bits(cpu.decode_constants(*expected, LEVELS), back)
+    same_bits(triton_kernel("decode_constants", *expected, LEVELS), back)
     assert float(back.min()) >= 0
 
 
