@@ -206,3 +206,20 @@ class Repository:
 def repository(hub: LocalHub) -> Repository:
     """me/model on the hub, there or not."""
     return Repository(hub, "me/model")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """Make an elliptic-curve key: files of its private and its public half."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def make(name: str) -> tuple[Path, Path]:
+        key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+        private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
+        form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        private.write_bytes(key.private_bytes(pem, form, plain))
+        public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+        return private, public
+
+    return make

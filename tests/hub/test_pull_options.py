@@ -1,0 +1,138 @@
+"""Parts, pinned manifests, names that are two things, and folders inside an artifact."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import LocalHub, Repo
+
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, require_manifest
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        (["adapter"], {CONFIG, WEIGHTS}),
+        (["config"], {CONFIG}),
+        (["weights"], {WEIGHTS}),
+        (["card"], {"README.md"}),
+        (["card", "config"], {"README.md", CONFIG}),
+    ],
+)
+def test_a_part_holds_the_published_bytes_and_says_that_it_is_a_part(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path, only: list[str], names: set[str]
+) -> None:
+    artifact = make_artifact(notes="x")
+    sent = cli("publish", artifact, "me/model").report
+    hub.requests.clear()
+    done = cli("pull", "me/model", "-o", "part", *(word for part in only for word in ("--only", part)))
+    assert done.code == 0, done.stdout
+    folder = tmp_path / "part"
+    assert {path.name for path in folder.iterdir()} == names | {MANIFEST_NAME}
+    for name in names - {"README.md"}:
+        assert (folder / name).read_bytes() == (artifact / name).read_bytes()
+    assert set(done.report["left_out"]) == {"notes.txt", "README.md", CONFIG, WEIGHTS} - names
+    assert done.report["manifest_sha256"] == sent["manifest_sha256"]
+    part = require_manifest(folder)
+    assert part.sha256 != sent["manifest_sha256"]
+    assert [(parent.role, parent.manifest_sha256) for parent in part.parents] == [("whole", sent["manifest_sha256"])]
+    assert part.operation == {"name": "pull", "options": {"only": sorted(only)}}
+    assert part.targets == require_manifest(artifact).targets
+    assert cli("verify", "part").code == 0
+    assert cli("verify", "part", "--manifest-sha256", sent["manifest_sha256"]).code == 3
+    fetched = {path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == names | {MANIFEST_NAME}
+
+
+def test_all_parts_together_are_the_artifact_itself(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    sent = cli("publish", artifact, "me/model").report
+    assert cli("pull", "me/model", "-o", "all", "--only", "adapter", "--only", "card").code == 0
+    assert require_manifest(tmp_path / "all").sha256 == sent["manifest_sha256"]
+
+
+def test_a_part_that_is_not_there_is_a_usage_error(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    cli("publish", artifact, "me/model")
+    done = cli("pull", "me/model", "-o", "part", "--only", "tokenizer")
+    assert done.code == 2
+    assert "adapter, config, weights, card" in done.report["hint"]
+    assert not (tmp_path / "part").exists()
+    assert cli("pull", "me/model", "-o", "part", "--only", "nonsense").code == 2
+
+
+def test_a_signature_is_no_signature_of_a_part(cli: Any, artifact: Path, tmp_path: Path, keys: Any) -> None:
+    private, public = keys("mine")
+    cli("publish", artifact, "me/model", "--sign", private)
+    done = cli("pull", "me/model", "-o", "part", "--only", "adapter", "--public-key", public)
+    assert done.code == 0  # that of the whole was checked, and the part is what the whole says
+    assert not (tmp_path / "part" / SIGNATURE_NAME).exists()
+
+
+def test_another_manifest_than_the_expected_one_is_refused_before_the_rest_is_fetched(
+    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
+) -> None:
+    sent = cli("publish", artifact, "me/model").report
+    assert cli("pull", "me/model", "-o", "pulled", "--manifest-sha256", sent["manifest_sha256"]).code == 0
+    hub.requests.clear()
+    done = cli("pull", "me/model", "-o", "other", "--manifest-sha256", "0" * 64)
+    assert done.code == 3
+    assert sent["manifest_sha256"] in done.report["message"]
+    assert not any(WEIGHTS in path for _, path, _ in hub.requests)
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_a_name_that_is_a_branch_and_a_tag_of_different_commits_is_neither(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub
+) -> None:
+    old = cli("publish", make_artifact("old"), "me/model").report["commit"]
+    new = cli("publish", make_artifact("new", seed=1), "me/model").report["commit"]
+    repo = Repo(hub.store, "me/model")
+    state = repo.state
+    repo.save(state | {"tags": {"next": old}, "heads": state["heads"] | {"next": new}})
+    done = cli("pull", "me/model@next", "-o", "pulled")
+    assert done.code == 8
+    assert old in done.report["hint"]
+    assert new in done.report["hint"]
+    repo.save(state | {"tags": {"next": new}, "heads": state["heads"] | {"next": new}})
+    assert cli("pull", "me/model@next", "-o", "pulled").report["commit"] == new
+
+
+def _add(artifact: Path, *paths: str) -> None:
+    """Make files in folders of an artifact, and list them."""
+    manifest = Manifest.from_bytes((artifact / MANIFEST_NAME).read_bytes())
+    records = list(manifest.files)
+    for path in paths:
+        (artifact / path).parent.mkdir(parents=True, exist_ok=True)
+        (artifact / path).write_text(path)
+        records.append(FileRecord(path, len(path), file_sha256(artifact / path)))
+    (artifact / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, files=tuple(records)).to_bytes())
+
+
+def test_files_in_folders_travel_too(cli: Any, artifact: Path, repository: Any, tmp_path: Path) -> None:
+    """As the undo record of a merged model, and the last adapter of a run beside its best one."""
+    _add(artifact, "last/adapter_config.json", "undo/deep/er.bin")
+    assert cli("publish", artifact, "me/model", "--check").code == 0
+    assert "undo/deep/er.bin" in repository.files()
+    done = cli("pull", "me/model", "-o", "pulled")
+    assert done.code == 0, done.stdout
+    assert (tmp_path / "pulled" / "last" / "adapter_config.json").read_text() == "last/adapter_config.json"
+    assert cli("verify", "pulled").code == 0
+    assert not list((tmp_path / "pulled").rglob(".*"))
+
+
+def test_a_file_that_is_also_a_folder_is_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    from tests.hub.test_download import RAW_COMMIT
+
+    _add(artifact, "a/b")
+    manifest = Manifest.from_bytes((artifact / MANIFEST_NAME).read_bytes())
+    twice = (*manifest.files, FileRecord("a", 1, "0" * 64))
+    (artifact / "a" / "b").unlink()
+    (artifact / "a").rmdir()
+    (artifact / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, files=twice).to_bytes())
+    cli(code=RAW_COMMIT % str(artifact))
+    assert cli("pull", "me/model", "-o", "pulled").code == 5
+    assert not list(tmp_path.glob("pulled*"))
