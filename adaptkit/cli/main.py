@@ -123,7 +123,7 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
-    message = redact(message)
+    message, hint = redact(message), redact(hint)
     if "--json" in sys.argv[1:]:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
         _say(json.dumps({"error": error}), sys.stdout)

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from adaptkit.checkpoint.progress import size as size
 from adaptkit.errors import UsageError
+from adaptkit.hub.secrets import redact
 
 Row = tuple[str, str]
 
@@ -58,7 +59,7 @@ def show_table(
 
 def notes(quiet: bool) -> Callable[[str], None]:
     """What tells people on stderr, in a line each, what is waited for or left out."""
-    return (lambda text: None) if quiet else (lambda text: print(f"note: {text}", file=sys.stderr, flush=True))
+    return (lambda text: None) if quiet else (lambda text: print(f"note: {redact(text)}", file=sys.stderr, flush=True))
 
 
 def check_report_file(path: Path) -> None:

@@ -88,21 +88,26 @@ class Cli:
         hurry: bool = True,
     ) -> Done:
         """Run a command with --json, or ``code``, which prints a JSON document itself; waits are short in a hurry."""
-        files = {name: str(self.folder / f"{name}.txt") for name in ("stdout", "stderr")}
         environment = {"HF_ENDPOINT": url or self.hub.url, "HF_HOME": str(self.folder / "home"), "HF_TOKEN": token}
         environment |= {"HF_HUB_DISABLE_XET": str(int(not xet)), "HF_HUB_DISABLE_TELEMETRY": "1"}
         listed = [] if code else [*map(str, arguments), "--json"]
-        job = files | {"environment": environment, "arguments": listed, "code": code, "folder": str(self.folder)}
-        job["hurry"] = hurry
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        exit_code = int(self.server.stdout.readline())
-        stdout, stderr = (Path(files[name]).read_text() for name in ("stdout", "stderr"))
+        exit_code, stdout, stderr = self.run(listed, environment, code, hurry)
         assert "Traceback" not in stderr, stderr
         document = json.loads(stdout)
         return Done(exit_code, stdout, stderr, document.get("error", document))
+
+    def run(
+        self, arguments: list[str], environment: dict[str, str], code: str = "", hurry: bool = True
+    ) -> tuple[int, str, str]:
+        """Run a command in this environment and no other settings of the Hub: exit code, stdout, stderr."""
+        files = {name: str(self.folder / f"{name}.txt") for name in ("stdout", "stderr")}
+        job = files | {"environment": environment, "arguments": arguments, "code": code, "hurry": hurry}
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(job | {"folder": str(self.folder)}) + "\n")
+        self.server.stdin.flush()
+        exit_code = int(self.server.stdout.readline())
+        return exit_code, Path(files["stdout"]).read_text(), Path(files["stderr"]).read_text()
 
 
 @pytest.fixture(scope="session")
