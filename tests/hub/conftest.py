@@ -8,9 +8,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -140,7 +141,14 @@ def cli(server: "subprocess.Popen[str]", hub: LocalHub, tmp_path: Path) -> Cli:
 def make_artifact(tmp_path: Path) -> Callable[..., Path]:
     """Make a tiny adapter with its manifest."""
 
-    def make(name: str = "artifact", seed: int = 0, base: str = "org/base", **files: str) -> Path:
+    def make(
+        name: str = "artifact",
+        seed: int = 0,
+        base: str = "org/base",
+        files: Mapping[str, str] = MappingProxyType({}),
+        **texts: str,
+    ) -> Path:
+        files = {f"{stem}.txt": text for stem, text in texts.items()} | dict(files)
         random = torch.Generator().manual_seed(seed)
         modules = {
             f"model.layers.{i}.q_proj": LowRank(
@@ -150,8 +158,8 @@ def make_artifact(tmp_path: Path) -> Callable[..., Path]:
         }
         with Output(tmp_path / name, [name, seed, base, files]) as out:
             write_adapter(out, modules, base)
-            for stem, text in files.items():
-                out.write(f"{stem}.txt", text.encode())
+            for path, text in files.items():
+                out.write(path, text.encode())
             manifest = Manifest(
                 kind="adapter",
                 operation={"name": "train", "options": {"seed": seed, "note": "```| |`"}},

@@ -1,5 +1,6 @@
 """The card states facts of the manifest, and the same ones always."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from local_hub import Fault, LocalHub
 
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
-from adaptkit.hub.card import CardFacts, base_model, make_card
+from adaptkit.errors import CheckpointError
+from adaptkit.hub._facts import read_figures
+from adaptkit.hub.card import CardFacts, base_model, make_card, read_licence
 
 
 @pytest.fixture
@@ -81,3 +85,155 @@ def test_no_option_can_leave_its_block(manifest: Manifest) -> None:
     lines = [line for line in card.splitlines() if "heading" in line or "script" in line]
     assert lines
     assert all(line.startswith("    ") for line in lines)
+
+
+BASE_CARD = """---
+license: other
+license_name: free-for-ducks
+license_link: https://example.org/ducks
+language: [en]
+tags: [x]
+---
+# The base
+"""
+
+
+def test_the_licence_of_the_base_is_passed_on_and_nothing_else_of_its_card() -> None:
+    expected = {
+        "license": "other",
+        "license_name": "free-for-ducks",
+        "license_link": "https://example.org/ducks",
+    }
+    assert read_licence(BASE_CARD) == expected
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["", "# no front matter", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n", "---\nlicense: 'a\\nb'\n---\n",
+     '---\nlicense: "a\\nb"\nlicense_name: 5\n---\n', "---\n" + "[" * 5000 + "\n---\n", "---\n\x00: x\n---\n",
+     "---\nlicense: !!python/object/apply:os.system [true]\n---\n", "x" * 100_000],
+)  # fmt: skip
+def test_a_base_whose_card_says_nothing_usable_has_no_licence(card: str) -> None:
+    found = read_licence(card)
+    assert set(found) <= {"license"}
+    assert all("\n" not in value for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation", "expected"),
+    [
+        ("adapter", "train", "adapter"),
+        ("quantized", "quantize", "quantized"),
+        ("merged", "merge", "merge"),
+        ("checkpoint", "train", "finetune"),
+        ("checkpoint", "dequantize", None),
+    ],
+)
+def test_the_relation_to_the_base_is_in_the_hubs_words(
+    manifest: Manifest, kind: str, operation: str, expected: str | None
+) -> None:
+    made = replace(manifest, kind=kind, operation={"name": operation})
+    assert front_matter(make_card(made, CardFacts(base="org/base"))).get("base_model_relation") == expected
+
+
+def test_figures_are_those_of_the_file_and_a_line_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 0, "held_out_loss": 3.5},
+        {"step": 1, "loss": 3.25, "learning_rate": 1},
+        {"step": 2, "loss": float("nan"), "skipped": 1},
+        {"step": 2, "held_out_loss": 2.125},
+        {"step": 3, "loss": 2.5},
+        {"step": 3, "held_out_loss": 2.25},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_figures(path) == [
+        ("Steps", "3"),
+        ("Training loss", "3.2500 (step 1) to 2.5000 (step 3)"),
+        ("Held-out loss before", "3.5000"),
+        ("Lowest held-out loss", "2.1250 (step 2)"),
+        ("Last held-out loss", "2.2500 (step 3)"),
+    ]
+    for wrong in ("nonsense\n", "[1]\n", '{"loss": 1}\n', '{"step": true, "loss": 1}\n', "[" * 100_000 + "\n"):
+        path.write_text(json.dumps(lines[0]) + "\n" + wrong)
+        with pytest.raises(CheckpointError, match="line 2"):
+            read_figures(path)
+
+
+def publish_base(cli: Any, folder: Path) -> None:
+    """Put a base with a card on the hub, as its makers would."""
+    (folder / "base").mkdir()
+    (folder / "base" / "README.md").write_text(BASE_CARD)
+    code = "from huggingface_hub import HfApi; import json; api = HfApi(); api.create_repo('org/base');"
+    cli(code=f"{code} print(json.dumps(api.upload_folder(repo_id='org/base', folder_path='base').oid and {{}}))")
+
+
+def card_on(hub: LocalHub, repository: Any) -> str:
+    return hub.store.blob(repository.files()["README.md"]).read_text()
+
+
+def test_a_published_adapter_has_the_licence_of_its_base_and_its_own_figures(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, tmp_path: Path
+) -> None:
+    publish_base(cli, tmp_path)
+    artifact = make_artifact(files={"metrics.jsonl": '{"step": 1, "loss": 2.5}\n', "loss.svg": "<svg/>"})
+    done = cli("publish", artifact, "me/model")
+    assert done.code == 0, done.stdout
+    assert "note:" not in done.stderr
+    card = card_on(hub, repository)
+    assert front_matter(card)["license_name"] == "free-for-ducks"
+    assert front_matter(card)["base_model"] == "org/base"
+    assert "| Training loss | 2.5000 (step 1) to 2.5000 (step 1) |" in card
+    assert "](loss.svg)" in card
+    assert "adaptkit verify FOLDER" in card
+
+
+def test_a_base_that_nothing_names_is_named_by_an_option_and_missed_aloud(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, tmp_path: Path
+) -> None:
+    publish_base(cli, tmp_path)
+    artifact = make_artifact(base="a-folder")
+    silent = cli("publish", artifact, "me/model", "--dry-run")
+    assert "--base-model" in silent.stderr
+    assert cli("publish", artifact, "me/model", "--base-model", "org/base").code == 0
+    front = front_matter(card_on(hub, repository))
+    assert (front["base_model"], front["license"]) == ("org/base", "other")
+    assert cli("publish", artifact, "me/model", "--base-model", "not a name").code == 2
+
+
+def test_a_card_that_the_artifact_brings_takes_no_base(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    cli("publish", artifact, "me/model")
+    cli("pull", "me/model", "-o", "pulled")
+    done = cli("publish", "pulled", "me/other", "--base-model", "org/base")
+    assert done.code == 2
+    assert "card of its own" in done.report["message"]
+
+
+def test_a_base_that_does_not_answer_is_no_reason_for_a_card_without_its_licence(
+    cli: Any, artifact: Path, hub: LocalHub, repository: Any, tmp_path: Path
+) -> None:
+    publish_base(cli, tmp_path)
+    hub.faults.append(Fault("*", "/org/base/", "500", -1))
+    assert cli("publish", artifact, "me/model").code == 7
+    assert not repository.state or repository.files() == {}
+
+
+def test_quantized_and_merged_models_travel_with_their_cards(
+    cli: Any, hub: LocalHub, llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for arguments, kind in (
+        (("quantize", llama, "-o", "quantized"), "quantized"),
+        (("merge", llama, adapter, "-o", "merged"), "merged"),
+    ):
+        assert cli(*arguments).code == 0
+        done = cli("publish", kind, f"me/{kind}", "--check", "--base-model", "org/base")
+        assert done.code == 0, done.stdout
+        assert done.report["checked"]
+        assert cli("pull", f"me/{kind}", "-o", f"{kind}-again").report["kind"] == kind
+        front = front_matter((tmp_path / f"{kind}-again" / "README.md").read_text())
+        assert front["base_model_relation"] == {"quantized": "quantized", "merged": "merge"}[kind]
+    assert cli("unmerge", "merged-again", "-o", "restored", "--adapter", adapter).code == 0
+    assert (tmp_path / "restored" / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+    only = cli("pull", "me/quantized", "-o", "config", "--only", "config", "--only", "tokenizer")
+    assert only.code == 0, only.stdout
+    assert cli("plan", "config").code == 0
