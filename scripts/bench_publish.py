@@ -29,7 +29,7 @@ SHARDS, MATRICES, SHAPE = 5, 20, (5632, 1953)
 
 
 def make_artifact(folder: Path) -> Path:
-    """A checkpoint of 100 random matrices in five shards, with a manifest."""
+    """A checkpoint of 100 matrices of random bits in five shards, with a manifest."""
     generator = torch.Generator().manual_seed(0)
     with Output(folder, []) as out:
         for number in range(1, SHARDS + 1):
@@ -38,7 +38,8 @@ def make_artifact(folder: Path) -> Path:
                 out.folder, shard_name(number, SHARDS), [TensorSpec(name, "BF16", SHAPE) for name in sorted(names)]
             ) as writer:
                 for name in sorted(names):
-                    writer.write(name, torch.rand(SHAPE, generator=generator).bfloat16())
+                    bits = torch.randint(-(1 << 15), 1 << 15, SHAPE, dtype=torch.int16, generator=generator)
+                    writer.write(name, bits.view(torch.bfloat16))
             out.add(writer.record, writer.tensors)
         size = sum(record.size for record in out.files)
         out.write("model.safetensors.index.json", index_bytes([(t.name, t.file) for t in out.tensors], size))
