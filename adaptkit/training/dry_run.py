@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import partial_folder
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
@@ -65,6 +66,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     inputs = read_inputs(config, output, force)
     work = partial_folder(output)
     check_unfinished(work, inputs.identity(), force, resume)
+    if inputs.manifest is not None:
+        check_tensors(inputs.base, inputs.manifest)
     whole = replace(inputs, config=replace(inputs.config, shard_base=False))  # by this one process
     model, activations = build(whole, World(choose_device(config.device)))
     parameters = Trainable.of(model).values.numel()

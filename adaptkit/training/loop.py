@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output, partial_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.training.config import TrainConfig
@@ -56,6 +57,7 @@ def train(
 
     Raises:
         CheckpointError, UsageError, DataError: base, targets or data cannot be used; nothing to resume.
+        IntegrityError: the base is not what its manifest says.
         NonFiniteError: the loss is no number; names the step and the samples.
         ConflictError: the output exists, or unfinished work of another run lies there; names what differs.
         DiskError: there is no room for a checkpoint; the one before it stays.
@@ -90,6 +92,8 @@ def _lead(
     """What the first process does, and what the only one does: see ``train``."""
     config, identity = inputs.config, inputs.identity()
     check_unfinished(partial_folder(output), identity, force, resume)
+    if inputs.manifest is not None:  # what the result will say of its base has to be true
+        check_tensors(inputs.base, inputs.manifest)
     with Output(output, identity, force, keep_work=True) as out:
         remember(out.folder, identity)
         run = Run(inputs, out.folder, note, world)

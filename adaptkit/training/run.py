@@ -221,7 +221,8 @@ class Run:
     def _measure(self) -> None:
         loss = self._held_out_loss()
         if not math.isfinite(loss):
-            raise NonFiniteError(f"the held-out loss is {loss} at step {self.done}", hint="lower the learning rate")
+            hint = "lower the learning rate" if self.done else "look at the base: adaptkit evaluate measures it alone"
+            raise NonFiniteError(f"the held-out loss is {loss} at step {self.done}", hint=hint)
         with self._changing():
             self._record({"step": self.done, "held_out_loss": loss})
             if best_step(self.history) == self.done:

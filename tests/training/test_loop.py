@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
-from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
@@ -319,6 +320,17 @@ def test_an_adapter_trained_on_conv1d_layers_merges_the_way_it_was_trained(confi
     merged = evaluate(tmp_path / "merged", None, [instructions], options).loss
     assert adapted < base - 0.01
     assert merged == pytest.approx(adapted, abs=1e-4)
+
+
+def test_a_base_that_is_not_what_its_manifest_says_is_refused_before_anything_is_written(config, copy_of, tmp_path):
+    base = copy_of(Path(config.base))
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(IntegrityError, match="differs from its fingerprint"):
+        train(replace(config, base=str(base)), tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == [base.name]
 
 
 def test_the_adapter_that_a_run_begins_with_is_not_its_output(config, trained, copy_of):

@@ -1,6 +1,7 @@
 """One model measured: loss on held-out answers, text, answers of its own, and how near they are to references."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.architecture import empty_network
-from adaptkit.errors import UsageError
+from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device
@@ -98,6 +99,8 @@ def measure(
     model = load(base, options, adapter)
     samples = material.dataset.samples if material.dataset else ()
     loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer)) if samples else None
+    text = None if material.windows is None else measure_text(model, material.windows, reference)
+    _require_numbers(base, {"the answers": loss, "the text": text.loss if text else None})
     total = sum(parameter.numel() for parameter in empty_network(model.checkpoint).parameters())
     report = EvaluateReport(
         base=str(base),
@@ -112,11 +115,25 @@ def measure(
         answer_tokens=sum(sample.answer_tokens for sample in samples),
         loss=loss,
         perplexity=None if loss is None else perplexity_of(loss),
-        text=None if material.windows is None else measure_text(model, material.windows, reference),
+        text=text,
         generated=None,
         answers={},
     )
     return _with_answers(report, model, material, options, on_answer)
+
+
+def _require_numbers(base: Path, losses: Mapping[str, float | None]) -> None:
+    """Refuse to report a loss that is no number.
+
+    Raises:
+        NonFiniteError: names what it was measured on.
+    """
+    for what, loss in losses.items():
+        if loss is not None and not math.isfinite(loss):
+            raise NonFiniteError(
+                f"{base}: its loss on {what} is {loss}",
+                hint=f"run: adaptkit verify {base}; or compute in more digits: --compute-dtype float32",
+            )
 
 
 def _with_answers(

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.errors import BaseMismatchError, NonFiniteError, UsageError
 from adaptkit.training.data.dataset import load_data
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
 
@@ -117,6 +117,23 @@ def test_a_token_that_the_model_does_not_know_is_refused(llama, copy_of, tmp_pat
     (tmp_path / "new.txt").write_text("something unheard of")
     with pytest.raises(UsageError, match="its tokenizer makes the token"):
         evaluate(folder, None, (), EvaluateOptions(**FLOAT32), text=[tmp_path / "new.txt"])
+
+
+@pytest.mark.parametrize("measured", ["data", "text"])
+@pytest.mark.parametrize("matrix", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"])
+def test_a_model_that_gives_no_numbers_is_not_reported_as_one_that_does(
+    llama, copy_of, instructions, prose, measured, matrix
+):
+    from safetensors.torch import load_file, save_file
+
+    base = copy_of(llama)
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"model.{matrix}.weight"][0, 0] = torch.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    options = EvaluateOptions(window=64, max_tokens=128, device="cpu")
+    given = {"data": [instructions]} if measured == "data" else {"text": [prose]}
+    with pytest.raises(NonFiniteError, match="is nan"):
+        evaluate(base, options=options, **given)
 
 
 def test_the_table_shows_text_and_what_was_left_out(llama, instructions, prose, run_cli):
