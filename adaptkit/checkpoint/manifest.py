@@ -61,7 +61,7 @@ class Parent:
     """An artifact that this one was made from.
 
     Attributes:
-        role: base, adapter, merged, tuned, or init for what training began with.
+        role: base, adapter, merged, tuned, init for what training began with, or whole for what a part was pulled from.
         kind: of the parent; ``checkpoint`` for one without a manifest.
         tensors_root: binds the parent's tensors.
         manifest_sha256: of the parent's manifest, if it has one.

@@ -1,10 +1,13 @@
 """Parts, pinned manifests, names that are two things, and folders inside an artifact."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from local_hub import LocalHub, Repo
 
@@ -43,6 +46,8 @@ def test_a_part_holds_the_published_bytes_and_says_that_it_is_a_part(
     assert [(parent.role, parent.manifest_sha256) for parent in part.parents] == [("whole", sent["manifest_sha256"])]
     assert part.operation == {"name": "pull", "options": {"only": sorted(only)}}
     assert part.targets == require_manifest(artifact).targets
+    schema = resources.files("adaptkit.checkpoint").joinpath("manifest.schema.json").read_text()
+    jsonschema.validate(json.loads(part.to_bytes()), json.loads(schema))
     assert cli("verify", "part").code == 0
     assert cli("verify", "part", "--manifest-sha256", sent["manifest_sha256"]).code == 3
     fetched = {path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}

@@ -504,10 +504,20 @@ def test_faults_reach_the_xet_road_too(hub: LocalHub, client: Any, repo: str) ->
     assert hub.faults == []
 
 
+def test_a_status_may_say_how_long_to_wait_and_received_bytes_are_counted(hub: LocalHub) -> None:
+    hub.faults += [Fault("GET", "/x", "503+2"), Fault("POST", "/y", "503")]
+    status, headers, _ = send(hub, "GET", "/x")
+    assert (status, headers["Retry-After"]) == (503, "2")
+    status, headers, _ = send(hub, "POST", "/y", b"12345")
+    assert (status, "Retry-After" in headers, hub.bytes_received) == (503, False, 5)
+
+
 def test_a_fault_is_read_from_a_line_and_an_unknown_one_is_refused() -> None:
     assert Fault.parse("GET:^/a:b(?:c):503:4") == Fault("GET", "^/a:b(?:c)", "503", 4)
     assert Fault.parse("*:.*:truncate") == Fault("*", ".*", "truncate", 1)
     assert Fault.parse("PUT:/x:lost:-1") == Fault("PUT", "/x", "lost", -1)
+    assert Fault.parse("GET:/x:503+2:3") == Fault("GET", "/x", "503+2", 3)
+    assert Fault.parse("GET:/x:nonsense") == Fault("GET", "/x", "nonsense", 1)
     for wrong in ("GET:/x", "GET:/x:explode", "GET:/x:999", "/x:drop"):
         with pytest.raises(ValueError, match="fault"):
             Fault.parse(wrong)
