@@ -4,6 +4,7 @@ Its tensors are fake: they have shapes and types, and operations on them tell th
 out. The stand-ins make and keep what the trainer's linear layers make and keep.
 """
 
+import logging
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -71,11 +72,19 @@ def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tupl
             stand_in = _StandIn((rows, columns), ranks.get(name, 0), full, linear.bias)
             setattr(network.get_submodule(parent), child, stand_in)
         ids = torch.zeros(shape, dtype=torch.int64)
+        told = logging.getLogger("torch._subclasses.fake_tensor")
+        before = told.level
+        told.setLevel(logging.CRITICAL)  # it prints the traceback of what is raised anyway
         try:
             return measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise UsageError(f"{type(network).__name__}: cannot be followed without its weights ({reason})") from error
+            raise UsageError(
+                f"{type(network).__name__}: cannot be followed without its weights ({reason})",
+                hint="a --seq-len that the model reads at once may do",
+            ) from error
+        finally:
+            told.setLevel(before)
 
 
 def _stand_in_attention(network: Any) -> None:

@@ -72,6 +72,8 @@ def broken(tmp_path, llama, adapter):
         "no base": (["train", "--data", "x.jsonl", "-o", "out"], 2, "base is missing"),
         "unknown key": (["train", "--config", tmp_path / "bad.yaml", "-o", "out"], 2, "unknown key 'lerning_rate'"),
         "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),
+        "huge seed": (["evaluate", "--base", llama, "--prompt", "x", "--seed", "9" * 20], 2, "not in the range"),
+        "long row": (["plan", tmp_path / "bert", "--seq-len", "1024"], 2, "cannot be followed without its weights"),
         "no batch": (["evaluate", "--base", llama, "--prompt", "x", "--batch-size", "0"], 2, "batch-size"),
         "no command": ([], 2, "Missing command"),
         "nothing to measure": (["evaluate", "--base", llama], 2, "nothing to evaluate"),
@@ -103,6 +105,9 @@ def trouble(tmp_path_factory, llama, adapter):
     weights = folder / "stray" / "model.safetensors"
     tensors = load_file(weights) | {"model.layers.1.mlp.up_proj.weight.absmax": torch.zeros(3)}
     save_file(tensors, weights, metadata={"format": "pt"})
+    (folder / "bert").mkdir()
+    bert = {"model_type": "bert", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (folder / "bert" / "config.json").write_text(json.dumps(bert | {"vocab_size": 99}))
     (folder / "twice.yaml").write_text("base: x\ndata: [y]\nrank: 4\nrank: 8\n")
     (folder / "bad.yaml").write_text("base: x\ndata: [y]\nlerning_rate: 1.0e-4\n")
     return broken(folder, llama, adapter)
@@ -110,7 +115,7 @@ def trouble(tmp_path_factory, llama, adapter):
 
 CASES = [
     "no name", "no name to be", "inside its input", "name too long", "name of a part", "huge weight", "equal keys",
-    "no batch", "no command",
+    "no batch", "no command", "huge seed", "long row",
     "missing folder", "a file", "not a checkpoint", "truncated", "pickles", "not finite", "exists", "bad block size",
     "bad shard size", "unknown option", "no adapter", "weights", "infinite weight", "another model", "no record",
     "one to stack", "no such method", "unverifiable", "plain base", "no base", "unknown key", "nothing to measure",
