@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import huggingface_hub.errors
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    OIDCError,
     RevisionNotFoundError,
 )
 
@@ -32,12 +32,10 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import AdaptkitError, AuthenticationError, ConflictError, NetworkError, UsageError
 from adaptkit.hub.secrets import redact
 
-# Of the exchange of a CI job's identity for a token; huggingface_hub has it from 1.19 on.
-_OIDC_ERRORS: tuple[type[Exception], ...] = tuple(filter(None, [getattr(huggingface_hub.errors, "OIDCError", None)]))
 _NONSENSE = (LookupError, TypeError, AttributeError)
 """What the client raises when it looks into an answer for what is not there: it takes any JSON for a good one."""
 _TRANSLATED: tuple[type[Exception], ...] = (
-    *(TransportError, OSError, ValueError, RuntimeError, *_NONSENSE, *_OIDC_ERRORS),
+    *(TransportError, OSError, ValueError, RuntimeError, *_NONSENSE, OIDCError),
 )
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
 """In a RuntimeError of hf_xet, which has no field for it."""
@@ -68,7 +66,7 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         return _translated(error.__cause__, what)
     if isinstance(error, OfflineModeIsEnabled):
         return NetworkError(f"{what}: huggingface_hub is offline", hint="unset HF_HUB_OFFLINE")
-    if isinstance(error, (LocalTokenNotFoundError, *_OIDC_ERRORS)) or (
+    if isinstance(error, LocalTokenNotFoundError | OIDCError) or (
         isinstance(error, PermissionError) and error.errno is None
     ):
         return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)  # the second is hf_xet's

@@ -240,3 +240,17 @@ def test_what_git_takes_for_no_name_or_for_a_commit_is_refused(name: str) -> Non
 @pytest.mark.parametrize("name", ["v1", "v1.0", "release/2024-01", "a+b", "x@y"])
 def test_usual_names_of_tags_are_taken(name: str) -> None:
     assert PublishOptions(tag=name).tag == name
+
+
+def test_an_identity_that_is_not_to_be_had_is_an_authentication_error(
+    cli: Any, artifact: Path, hub: LocalHub, repository: Any
+) -> None:
+    code = f"""
+import os, sys
+os.environ["HF_OIDC_RESOURCE"] = "me/model"
+sys.argv = ["adaptkit", "publish", {str(artifact)!r}, "me/model", "--json"]
+main()
+"""
+    done = cli(code=code)
+    assert done.code == 6, done.stdout
+    assert not repository.state
