@@ -19,7 +19,8 @@ import adaptkit
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, UsageError
 from adaptkit.pipeline.lock import Lock, lock_path
-from adaptkit.pipeline.recipe import Recipe, Step, read_recipe
+from adaptkit.pipeline.reading import read_recipe
+from adaptkit.pipeline.recipe import Recipe, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
 from adaptkit.pipeline.sources import Hashes, Material, resolve
 from adaptkit.pipeline.steps._kind import Outcome, Work

@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from adaptkit.errors import ConfigError, UsageError
-from adaptkit.pipeline.recipe import read_recipe
+from adaptkit.pipeline.reading import read_recipe
 
 GOOD = """\
 name: release

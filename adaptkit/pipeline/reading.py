@@ -1,0 +1,205 @@
+"""Read a recipe, and refuse what cannot be meant, by file, line and place."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from adaptkit.checkpoint.document import read_document
+from adaptkit.discovery import load, names
+from adaptkit.errors import ConfigError, UsageError
+from adaptkit.hub.sources import check_repo_id
+from adaptkit.pipeline import steps as registry
+from adaptkit.pipeline.options import Place, build, check_keys, nearest
+from adaptkit.pipeline.recipe import Recipe, Source, Step
+from adaptkit.pipeline.steps._kind import Input, StepKind
+
+_NAME = re.compile(r"(?!.*\.(partial|replaced|json)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        ConfigError: names file, line and place of what is wrong.
+    """
+    document = read_document(path)
+    top = Place(document)
+    values = check_keys(document.values, ("name", "sources", "steps"), top)
+    for key in ("name", "sources", "steps"):
+        if not values.get(key):
+            raise top.error(f"{key} is missing", hint="a recipe has a name, sources and steps")
+    if not isinstance(values["name"], str):
+        raise top.at("name").error("is no text", hint="write it in quotes")
+    listed = {key: _named(values[key], top.at(key)) for key in ("sources", "steps")}
+    sources = {name: _source(name, entry, top.at("sources", name)) for name, entry in listed["sources"].items()}
+    steps = [_step(name, entry, top.at("steps", name)) for name, entry in listed["steps"].items()]
+    _check_names(sources, steps)
+    for step in steps:
+        _check_references(step, sources, steps)
+    _check_used(sources, steps)
+    recipe = Recipe(path, values["name"], sources, {step.name: step for step in steps})
+    guarded = replace(recipe, steps={step.name: _guarded(recipe, step) for step in _ordered(recipe)})
+    return replace(guarded, steps={step.name: step for step in _ordered(guarded)})
+
+
+def _named(entries: Any, place: Place) -> Mapping[str, Any]:
+    if not isinstance(entries, Mapping):
+        raise place.error("expected names, each with what it is", hint="base: {path: model}")
+    for name in entries:
+        if not _NAME.fullmatch(name):
+            raise place.at(name).error("cannot be a name", hint="letters, digits, '-', '_' and '.', at most 64")
+    return entries
+
+
+def _source(name: str, entry: Any, place: Place) -> Source:
+    values = check_keys(entry, ("path", "repo", "revision"), place)
+    for key, value in values.items():
+        if not isinstance(value, str) or not value:
+            raise place.at(key).error(f"is {value!r}; expected text", hint=f"write it in quotes: '{value}'")
+    if ("path" in values) == ("repo" in values):
+        raise place.error("expected either a path or a repo", hint="base: {repo: org/name, revision: main}")
+    if "path" in values:
+        if "revision" in values:
+            raise place.at("revision").error("only a repo has revisions")
+        path = PurePosixPath(values["path"])
+        if path.is_absolute() or str(path).startswith("~") or os.path.isabs(values["path"]):
+            raise place.at("path").error(
+                "is a place on this machine alone", hint="write it as seen from the recipe's folder: ../models/base"
+            )
+        return Source(name, place, path=str(path))
+    try:
+        check_repo_id(values["repo"])
+    except UsageError as error:
+        raise place.at("repo").error(error.message, error.hint) from error
+    return Source(name, place, **values)
+
+
+def _step(name: str, entry: Any, place: Place) -> Step:
+    known = names(registry)
+    if not isinstance(entry, Mapping) or not entry:
+        raise place.error("expected what to do, such as {quantize: base}", hint=f"kinds: {', '.join(known)}")
+    kind = next(iter(entry))
+    if kind not in known:
+        hint = f"its first key says what it does; {nearest(kind, known, 'kinds')}"
+        raise place.at(kind).error(f"{kind!r} is no kind of step", hint=hint)
+    how: StepKind = load(registry, kind, "KIND")
+    values = _copied(entry)
+    needs = _references(Input("needs", many=True), values, place)
+    inputs = {taken.key: _references(taken, values, place) for taken in how.inputs}
+    inputs = {key: found for key, found in inputs.items() if found}
+    for taken in how.inputs:
+        if taken.required and taken.key not in inputs:
+            raise place.error(f"{taken.key} is missing", hint=f"{taken.key}: the name of a source or step")
+    refused = next((key for key in values if key in how.refused), None)
+    if refused is not None:
+        raise place.at(refused).error("cannot be set in a recipe", hint=how.refused[refused])
+    try:
+        options = build(how.options, how.complete(values, inputs), place)
+        how.check(options, inputs)
+    except ConfigError:
+        raise
+    except UsageError as error:
+        raise place.error(error.message, error.hint) from error
+    makes = tuple(name + suffix for suffix in how.makes(options))
+    return Step(name, kind, how, options, inputs, needs, makes, entry, place)
+
+
+def _references(taken: Input, values: dict[str, Any], place: Place) -> tuple[str, ...]:
+    """Take the names that an input was given out of a step's values."""
+    *outer, last = taken.key.split(".")
+    for key in outer:
+        values = values.get(key, {})
+        if not isinstance(values, dict):
+            return ()
+    place = place.at(*outer, last)
+    value = values.get(last)
+    if last not in values or (isinstance(value, str) and value in taken.words):
+        return ()
+    found = value if taken.many else [value]
+    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+        expected = "a list of names of sources or steps" if taken.many else "the name of a source or step"
+        advice = f"write [{value}]" if taken.many and isinstance(value, str) else ""
+        raise place.error(f"expected {expected}", hint=advice)
+    del values[last]
+    twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
+    if twice is not None:
+        raise place.error(f"{twice!r} is there twice")
+    return tuple(found)
+
+
+def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in entry.items()}
+
+
+def _check_names(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
+    """Refuse names that stand for two things, on whatever disk."""
+    seen: dict[str, str] = {name.casefold(): f"the source {name!r}" for name in sources}
+    words = {word: step for step in steps for taken in step.how.inputs for word in taken.words}
+    for source in sources.values():
+        if source.name in words:
+            raise source.place.error(f"the name means something else to {words[source.name].kind}", hint="rename it")
+    if len(seen) < len(sources):
+        raise next(iter(sources.values())).place.error("two sources have names that differ in case only")
+    for step in steps:
+        for made in {step.name, *step.makes}:
+            if made.casefold() in seen:
+                other = seen[made.casefold()]
+                raise step.place.error(f"{made!r} would shadow {other}", hint="give one of them another name")
+            if made in words:
+                raise step.place.error(f"{made!r} means something else to {words[made].kind}", hint="rename it")
+        seen |= {made.casefold(): f"what the step {step.name!r} makes" for made in {step.name, *step.makes}}
+
+
+def _check_references(step: Step, sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
+    made = {name for other in steps for name in other.makes}
+    every = {other.name for other in steps}
+    for taken, name in step.takes():
+        place = step.place.at(*taken.key.split("."))
+        if name in every and name not in made:
+            raise place.error(f"{name!r} makes nothing", hint=f"to wait for it, write needs: [{name}]")
+        if name not in made and name not in sources:
+            raise place.error(f"there is no {name!r}", hint=nearest(name, {*sources, *made}, "there are"))
+        if taken.takes == "file" and name in made:
+            raise place.error(f"{name!r} is a folder; expected a file")
+    for name in step.needs:
+        if name not in every:
+            raise step.place.at("needs").error(f"there is no step {name!r}", hint=nearest(name, every, "steps"))
+
+
+def _check_used(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
+    used = {name for step in steps for _, name in step.takes()}
+    unused = next((source for name, source in sources.items() if name not in used), None)
+    if unused is not None:
+        raise unused.place.error("no step uses it", hint="remove it, or name it in a step")
+
+
+def _guarded(recipe: Recipe, step: Step) -> Step:
+    """A step that publishes needs every gate, but for those that wait for it."""
+    if not step.how.sends:
+        return step
+    gates = [other.name for other in recipe.steps.values() if other.how.gates(other.options)]
+    gates = [name for name in gates if step not in recipe.until(name)]
+    return replace(step, needs=tuple(dict.fromkeys([*step.needs, *gates])))
+
+
+def _ordered(recipe: Recipe) -> Iterable[Step]:
+    """The steps, each after those that it waits for; those that send last."""
+    waiting = sorted(recipe.steps.values(), key=lambda step: step.how.sends)
+    ordered: dict[str, Step] = {}
+    while waiting:
+        ready = next((step for step in waiting if set(recipe.before(step)) <= set(ordered)), None)
+        if ready is None:
+            raise waiting[0].place.error(f"waits for itself: {' -> '.join(_cycle(recipe, waiting, ordered))}")
+        ordered[ready.name] = ready
+        waiting.remove(ready)
+    return ordered.values()
+
+
+def _cycle(recipe: Recipe, waiting: Sequence[Step], done: Mapping[str, Step]) -> list[str]:
+    path = [waiting[0].name]
+    while path[-1] not in path[:-1]:
+        path.append(next(name for name in recipe.before(recipe.steps[path[-1]]) if name not in done))
+    return path[path.index(path[-1]) :]

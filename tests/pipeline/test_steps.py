@@ -1,0 +1,88 @@
+"""Every kind of step does what its operation does, and has the figures that a gate can ask for."""
+
+import shutil
+
+import pytest
+
+from adaptkit.discovery import names
+from adaptkit.errors import GateError
+from adaptkit.operations.verify import verify
+from adaptkit.pipeline import steps as registry
+from adaptkit.pipeline.run import run
+
+RECIPE = """\
+name: every kind
+sources:
+  base: {path: model}
+  lora: {path: lora}
+  text: {path: text.txt}
+  rows: {path: rows.jsonl}
+steps:
+  small:
+    quantize: base
+    calibration: {files: [text], tokens: 256, window: 64, init_rank: 2}
+  plain: {dequantize: small}
+  lighter: {resize: lora, rank: 2}
+  both: {stack: [lora, lighter], method: ties, weights: [1, 0.5], settings: {density: 0.5}}
+  merged: {merge: base, adapters: [both], undo: false}
+  found: {extract: merged, base: base, rank: 8}
+  begun: {train: small, init: small-init, data: [rows, more], mixture: {more: 2}, steps: 1, batch_size: 4, device: cpu}
+  measured:
+    evaluate: small
+    adapter: small-init
+    data: [rows]
+    text: [text]
+    reference: base
+    window: 64
+    max_tokens: 256
+    device: cpu
+    require: {loss: {min: 0, max: 9}, text.kl_divergence: {max: 1}, text.reference_loss: {min: 1}}
+  loads: {check: found, base: base, target: [peft, vllm]}
+""".replace("  rows: {path: rows.jsonl}\n", "  rows: {path: rows.jsonl}\n  more: {path: more.jsonl}\n")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, llama, adapter, instructions):
+    folder = tmp_path_factory.mktemp("steps")
+    shutil.copytree(llama, folder / "model")
+    shutil.copytree(adapter, folder / "lora")
+    shutil.copy(instructions, folder / "rows.jsonl")
+    shutil.copy(instructions, folder / "more.jsonl")
+    (folder / "text.txt").write_text("Most rivers in the north are quiet. There are seven kinds of salt. " * 40)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder, run(folder / "recipe.yaml")
+
+
+def test_every_kind_that_makes_something_was_run(made):
+    folder, report = made
+    assert {step.kind for step in report.steps} == set(names(registry)) - {"publish"}
+    outputs = {output.name: output for step in report.steps for output in step.outputs}
+    assert set(outputs) == {"small", "small-init", "plain", "lighter", "both", "merged", "found", "begun"}
+    kinds = {name: verify(folder / output.path).kind for name, output in outputs.items()}
+    assert kinds["small"] == "quantized"
+    assert {kinds[name] for name in ("small-init", "lighter", "both", "found", "begun")} == {"adapter"}
+
+
+def test_a_gate_sees_every_figure(made):
+    _, report = made
+    facts = next(step.facts for step in report.steps if step.name == "measured")
+    assert 0 < facts["text.kl_divergence"] < 1
+    assert facts["loss"] > 0
+    assert facts["text.tokens"] > 0
+
+
+def test_a_limit_that_is_changed_is_judged_by_what_was_measured(made):
+    folder, _ = made
+    path = folder / "strict.yaml"
+    path.write_text(RECIPE.replace("text.kl_divergence: {max: 1}", "text.kl_divergence: {max: 0}"))
+    with pytest.raises(GateError, match=r"text\.kl_divergence is 0\.\d{4}, required is at most 0"):
+        run(path)
+
+
+def test_two_artifacts_of_which_one_is_there_are_made_again(made):
+    folder, report = made
+    base, companion = next(step.outputs for step in report.steps if step.name == "small")
+    shutil.rmtree(folder / base.path)
+    again = run(folder / "recipe.yaml")
+    assert [step.name for step in again.steps if step.state == "done"] == ["small"]
+    assert next(step.outputs for step in again.steps if step.name == "small") == (base, companion)
