@@ -91,7 +91,7 @@ def _convert(value: Any, hint: Any, place: Place) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {key: _convert(item, inner[1], place.at(key)) for key, item in value.items()}
     if origin is None and hint is not None and _fits(value, hint):
-        return Path(value) if hint is Path else value
+        return hint(value) if hint in (Path, float) else value  # 1 is a number too, and manifests tell 1 from 1.0
     advice = f"write it in quotes: '{value}'" if hint is str and isinstance(value, int | float) else ""
     advice = advice or (f"write [{value}]" if origin is tuple and isinstance(value, str | int | float) else "")
     raise place.error(f"is {_shown(value)}; expected {_expected(hint)}", hint=advice)

@@ -130,6 +130,12 @@ def test_a_companion_adapter_is_named_after_its_base(write):
         read_recipe(write(text, "  merged:", "  small-init:"))
 
 
+def test_whole_numbers_are_numbers_too(write):
+    """A manifest tells 1 from 1.0, as reports on the command line do not."""
+    options = read_recipe(write(GOOD, "rank: 4", "alpha: 8, mixture: {rows: 1}")).steps["adapter"].options
+    assert (repr(options.alpha), repr(options.mixture)) == ("8.0", "{'rows': 1.0}")
+
+
 def test_a_word_of_an_option_is_no_name(write):
     recipe = read_recipe(write(GOOD, "rank: 4", "init: normal"))
     assert recipe.steps["adapter"].options.init == "normal"

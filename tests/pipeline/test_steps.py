@@ -42,7 +42,7 @@ steps:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, llama, adapter, instructions):
+def ran(tmp_path_factory, llama, adapter, instructions):
     folder = tmp_path_factory.mktemp("steps")
     shutil.copytree(llama, folder / "model")
     shutil.copytree(adapter, folder / "lora")
@@ -53,8 +53,8 @@ def made(tmp_path_factory, llama, adapter, instructions):
     return folder, run(folder / "recipe.yaml")
 
 
-def test_every_kind_that_makes_something_was_run(made):
-    folder, report = made
+def test_every_kind_that_makes_something_was_run(ran):
+    folder, report = ran
     assert {step.kind for step in report.steps} == set(names(registry)) - {"publish"}
     outputs = {output.name: output for step in report.steps for output in step.outputs}
     assert set(outputs) == {"small", "small-init", "plain", "lighter", "both", "merged", "found", "begun"}
@@ -63,24 +63,24 @@ def test_every_kind_that_makes_something_was_run(made):
     assert {kinds[name] for name in ("small-init", "lighter", "both", "found", "begun")} == {"adapter"}
 
 
-def test_a_gate_sees_every_figure(made):
-    _, report = made
+def test_a_gate_sees_every_figure(ran):
+    _, report = ran
     facts = next(step.facts for step in report.steps if step.name == "measured")
     assert 0 < facts["text.kl_divergence"] < 1
     assert facts["loss"] > 0
     assert facts["text.tokens"] > 0
 
 
-def test_a_limit_that_is_changed_is_judged_by_what_was_measured(made):
-    folder, _ = made
+def test_a_limit_that_is_changed_is_judged_by_what_was_measured(ran):
+    folder, _ = ran
     path = folder / "strict.yaml"
     path.write_text(RECIPE.replace("text.kl_divergence: {max: 1}", "text.kl_divergence: {max: 0}"))
     with pytest.raises(GateError, match=r"text\.kl_divergence is 0\.\d{4}, required is at most 0"):
         run(path)
 
 
-def test_two_artifacts_of_which_one_is_there_are_made_again(made):
-    folder, report = made
+def test_two_artifacts_of_which_one_is_there_are_made_again(ran):
+    folder, report = ran
     base, companion = next(step.outputs for step in report.steps if step.name == "small")
     shutil.rmtree(folder / base.path)
     again = run(folder / "recipe.yaml")
