@@ -4,10 +4,8 @@ xxh3_128 is fast and not collision-resistant, so it never decides whether to tru
 """
 
 import hashlib
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +18,8 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint.reader import TensorFiles
 
 _CHUNK_BYTES = 4 << 20
-_PIECE_BYTES, _BUFFERS = 1 << 20, 4
-"""What is hashed twice at a time should stay in the processor's cache meanwhile."""
+_PIECE_BYTES = 1 << 20
+"""What is hashed twice should stay in the processor's cache meanwhile."""
 
 
 def bytes_of(tensor: "Tensor") -> memoryview:
@@ -65,8 +63,6 @@ def file_digests(
 ) -> tuple[int, str, list[str]]:
     """Hash a file and ranges of it, reading each byte once.
 
-    The ranges are hashed in a thread of their own: sha256 of one file cannot be split, and need not wait for them.
-
     Args:
         path: file.
         parts: (first byte, size in bytes) of each range, in order, none overlapping another.
@@ -78,23 +74,14 @@ def file_digests(
         digests: xxh3_128 of each range; of what there is of it, if the file ends before.
     """
     sha256, ranges, size = hashlib.sha256(), _Ranges(parts), 0
-    buffers = [(memoryview(bytearray(_PIECE_BYTES)), Future[None]()) for _ in range(_BUFFERS if parts else 1)]
-    for _, future in buffers:
-        future.set_result(None)
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        for number in itertools.cycle(range(len(buffers))):
-            buffer, fed = buffers[number]
-            fed.result()  # its last content was taken in
-            count = file.readinto(buffer)
-            if not count:
-                break
-            if parts:
-                buffers[number] = buffer, pool.submit(ranges.feed, size, buffer[:count])
-            sha256.update(buffer[:count])
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            piece = buffer[:count]
+            ranges.feed(size, piece)  # takes a thirtieth of the time, as long as the piece is in the cache
+            sha256.update(piece)
             size += count
             told(count)
-        for _, fed in buffers:
-            fed.result()
     return size, sha256.hexdigest(), ranges.digests()
 
 

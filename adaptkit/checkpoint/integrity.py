@@ -109,7 +109,7 @@ def measure(
         root: folder.
         sizes: by path of each file, its size in bytes, as far as is known.
         with_tensors: paths of those that should be safetensors.
-        threads: files read at a time, the largest first; one alone has a second thread for its tensors.
+        threads: files read at a time, the largest first.
         progress: told of bytes read.
 
     Returns:
