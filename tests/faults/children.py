@@ -1,0 +1,150 @@
+"""The command line in forked children of a process that has imported everything once."""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from disk import WRITES, Call, Hook, Layer
+from jobs import TEMPORARY
+
+NOT_BEGUN = 99
+"""Exit code of a child that a signal met before adaptkit could handle it."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment of a run: before, in the middle of (a write) or after its n-th call that changes the disk."""
+
+    number: int
+    when: str
+    counter: str = "write"
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.counter} {self.number}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: exit code, or minus the signal that killed it, and what it said on stderr."""
+
+    code: int
+    said: str
+
+
+def counter_of(kind: str) -> str:
+    """Under which of a layer's counts a call runs."""
+    return "write" if kind in WRITES else kind
+
+
+def dies_at(point: Point, number: int) -> Hook:
+    """A hook that sends its own process a signal at a point."""
+
+    def hook(call: Call) -> int | None:
+        if call.number != point.number or counter_of(call.kind) != point.counter:
+            return None
+        if call.before and point.when == "in" and call.kind == "write":
+            return 7  # bytes: the middle of a line, a header, a tensor
+        if call.before == (point.when == "before"):
+            os.kill(os.getpid(), number)
+        return None
+
+    return hook
+
+
+def records(path: Path) -> Hook:
+    """A hook that writes a line for each call that was made."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    write = os.write  # not the layer's
+
+    def hook(call: Call) -> None:
+        if not call.before:
+            write(log, (json.dumps([call.number, call.kind, call.path, call.target]) + "\n").encode())
+
+    return hook
+
+
+def recorded(path: Path) -> list[Call]:
+    """What ``records`` wrote."""
+    return [Call(*json.loads(line), before=False) for line in path.read_text().splitlines()]
+
+
+class Children:
+    """Forks children.
+
+    Args:
+        root: what the layer watches.
+        log: file to which a child's output goes.
+    """
+
+    def __init__(self, root: Path, log: Path) -> None:
+        self._root, self._log = root, log
+
+    def start(self, arguments: list[str], trial: Path, hook: Hook | None = None) -> int:
+        """Start ``adaptkit`` in the folder of a trial; returns the child's id."""
+        child = os.fork()
+        if child == 0:
+            self._adaptkit(arguments, trial, hook)
+        return child
+
+    def call(self, act: Callable[[], Any], trial: Path) -> Ended:
+        """Call a function in a child."""
+        child = os.fork()
+        if child == 0:
+            self._leave(lambda: act() and None, trial)
+        return self.wait(child)
+
+    def run(self, arguments: list[str], trial: Path, hook: Hook | None = None) -> Ended:
+        """Run ``adaptkit`` to its end."""
+        return self.wait(self.start(arguments, trial, hook))
+
+    def wait(self, child: int) -> Ended:
+        """Wait for a child's end."""
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return Ended(code, self._log.read_text(errors="replace"))
+
+    def strike(self, child: int, delay_s: float, number: int) -> Ended:
+        """Send a child a signal after a while."""
+        time.sleep(delay_s)
+        os.kill(child, number)
+        return self.wait(child)
+
+    def _adaptkit(self, arguments: list[str], trial: Path, hook: Hook | None) -> NoReturn:
+        def act() -> None:
+            from adaptkit.cli.main import main
+
+            if hook is not None:
+                Layer(self._root, hook).install()
+            sys.argv = ["adaptkit", *arguments]
+            main()
+
+        for number in (signal.SIGINT, signal.SIGTERM):  # until main() has its own
+            signal.signal(number, lambda *_: os._exit(NOT_BEGUN))
+        self._leave(act, trial)
+
+    def _leave(self, act: Callable[[], None], trial: Path) -> NoReturn:
+        """Act and end, as a process of its own would."""
+        code: Any = 70
+        try:
+            for stream, path in ((0, os.devnull), (1, self._log), (2, self._log)):
+                flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if stream == 1 else os.O_APPEND)
+                os.dup2(os.open(path, flags | os.O_APPEND), stream)
+            os.chdir(trial)
+            tempfile.tempdir = str(trial / TEMPORARY)
+            act()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)

@@ -1,0 +1,155 @@
+"""The commands that are disturbed, their tiny inputs, and how what they leave is judged.
+
+A trial is a folder of its own in which one command works:
+
+    trial-17/out          what it makes; of ``run``, recipe.yaml, recipe.lock and .adaptkit/ instead
+    trial-17/temporary/   for its temporary files
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny
+
+MANIFEST, TEMPORARY = "adaptkit-manifest.json", "temporary"
+RECIPE = """\
+name: tiny
+sources:
+  base: {path: ../inputs/base}
+  lora: {path: ../inputs/adapter}
+steps:
+  small: {quantize: base}
+  lighter: {resize: lora, rank: 2}
+  merged: {merge: base, adapters: [lighter]}
+"""
+TRAIN = (
+    "--rank 4 --steps 3 --batch-size 2 --micro-batch-size 1 --learning-rate 0.01 --compute-dtype float32 --device cpu"
+    " --save-every 1 --eval-every 2 --page-kib 4 --optimizer-pages-mib 0.01 --pack --max-length 128"
+).split()
+Tree = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command.
+
+    Attributes:
+        name: of the command, or of a use of it.
+        arguments: of ``adaptkit``; {in} is the folder of the inputs and {repo} a repository of the trial's own.
+        replaces: an older output stands under the final name when it begins.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    replaces: bool = False
+
+    def argv(self, inputs: Path, trial: Path) -> list[str]:
+        """What to run in the folder of a trial."""
+        return [text.replace("{in}", str(inputs)).replace("{repo}", f"me/{trial.name}") for text in self.arguments]
+
+    def prepare(self, inputs: Path, trial: Path) -> None:
+        """Make the folder of a trial."""
+        (trial / TEMPORARY).mkdir(parents=True)
+        if self.name == "run":
+            (trial / "recipe.yaml").write_text(RECIPE)
+        if self.replaces:
+            shutil.copytree(inputs / "merged", trial / "out")
+
+
+def _job(text: str, name: str = "", replaces: bool = False) -> Job:
+    arguments = tuple(text.split())
+    return Job(name or arguments[0], (*arguments, "--quiet"), replaces)
+
+
+JOBS = (
+    _job("quantize {in}/base -o out --max-shard-size 40KB"),
+    _job("dequantize {in}/nf4 -o out"),
+    _job("merge {in}/base {in}/adapter -o out"),
+    _job("merge {in}/base {in}/second -o out --force", "merge --force", replaces=True),
+    _job("unmerge {in}/merged -o out --adapter {in}/adapter"),
+    _job("stack {in}/adapter {in}/second -o out --method cat"),
+    _job("extract {in}/merged {in}/base -o out --rank 4"),
+    _job("resize {in}/adapter -o out --rank 2"),
+    Job("train", ("train", "--base", "{in}/nf4", "--data", "{in}/rows.jsonl", "-o", "out", *TRAIN, "--quiet")),
+    _job("publish {in}/stacked {repo} --tag v1"),
+    _job("pull me/source -o out"),
+    _job("run recipe.yaml"),
+)
+INPUTS = (
+    "quantize {in}/base -o {in}/nf4",
+    "merge {in}/base {in}/adapter -o {in}/merged",
+    "stack {in}/adapter {in}/second -o {in}/stacked --method cat",
+    "publish {in}/stacked me/source",
+)
+"""Made by commands, from what ``write_sources`` writes."""
+
+
+def write_sources(inputs: Path) -> None:
+    """Write a base, two adapters and training rows."""
+    base = tiny.write_llama(inputs / "base", shards=3)
+    tiny.write_peft_adapter(inputs / "adapter", base)
+    tiny.write_peft_adapter(inputs / "second", base, rank=2, seed=2, target_modules=["q_proj", "down_proj"])
+    tiny.write_instructions(inputs / "rows.jsonl", rows=16)
+
+
+def tree(folder: Path) -> Tree:
+    """What a trial left: the content of all files but temporary ones, and of what only saves time."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name.split("/")[0] != TEMPORARY and path.name != "hashes.json":
+            found[name] = path.read_bytes()
+    return found
+
+
+def below(whole: Tree, name: str) -> Tree:
+    """The part of a tree in one of its folders."""
+    return {path: content for path, content in whole.items() if path.startswith(f"{name}/")}
+
+
+def published(hub: Path, repository: str) -> Tree:
+    """What a hub's folder shows of a repository: files of main as hashes, and of the tag; empty if it holds none."""
+    folder = hub / "repos" / repository
+    if not (folder / "state.json").exists():
+        return {}
+    state, found = json.loads((folder / "state.json").read_bytes()), {}
+    for kind, name in (("heads", "main"), ("tags", "v1")):
+        if name in state[kind]:
+            files = json.loads((folder / "commits" / f"{state[kind][name]}.json").read_bytes())["files"]
+            found |= {f"{name}/{path}": file["sha256"].encode() for path, file in files.items()}
+    del found["main/.gitattributes"]
+    found.pop("v1/.gitattributes", None)
+    return found
+
+
+def result(job: Job, trial: Path, hub: Path) -> Tree:
+    """Everything that a finished command made."""
+    return published(hub, f"me/{trial.name}") if job.name == "publish" else tree(trial)
+
+
+def too_early(job: Job, trial: Path, hub: Path, expected: Tree, old: Tree) -> list[str]:
+    """What stands under a final name and is not what a finished run leaves there.
+
+    Args:
+        job: that was disturbed.
+        trial: where.
+        hub: folder of the hub.
+        expected: what an undisturbed run left.
+        old: what stood there before.
+    """
+    found = result(job, trial, hub)
+    if job.name == "publish":
+        names = {name.split("/")[0] for name in found}
+        return sorted(name for name in names if below(found, name) != below(expected, name))
+    finals = [os.path.dirname(name) for name in expected if os.path.basename(name) == MANIFEST]
+    finals = [final for final in finals if not any(final.startswith(f"{other}/") for other in finals)]
+    wrong = [final for final in finals if below(found, final) not in ({}, below(expected, final), below(old, final))]
+    if job.replaces and not below(found, "out"):
+        aside = {path.replace("out.replaced/", "out/", 1): c for path, c in below(found, "out.replaced").items()}
+        wrong += [] if aside == below(old, "out") else ["out.replaced"]
+    if job.name == "run" and found.get("recipe.lock") not in (None, expected["recipe.lock"]):
+        wrong.append("recipe.lock")
+    return wrong
