@@ -94,7 +94,7 @@ def main() -> None:
             signal.signal(number, _stop)
     _keep_freed_memory()
     try:
-        code = cli.main(standalone_mode=False)
+        code = _run()
     except AdaptkitError as error:
         code = _fail(error.exit_code, error.code, error.message, error.hint, error.retryable)
     except click.UsageError as error:
@@ -107,6 +107,16 @@ def main() -> None:
     except _Stopped as stopped:
         code = _say_stopped(stopped.number)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run() -> Any:
+    """Run the command; what it made is whole when this returns, and a signal may then end the process at once."""
+    try:
+        return cli.main(standalone_mode=False)
+    finally:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _stop:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _keep_freed_memory() -> None:

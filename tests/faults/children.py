@@ -17,6 +17,7 @@ from jobs import TEMPORARY
 
 NOT_BEGUN = 99
 """Exit code of a child that a signal met before adaptkit could handle it."""
+_HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ def dies_at(point: Point, number: int) -> Hook:
     """A hook that sends its own process a signal at a point."""
 
     def hook(call: Call) -> int | None:
-        if call.number != point.number or counter_of(call.kind) != point.counter:
+        if counter_of(call.kind) != point.counter:
             return None
-        if call.before and point.when == "in" and call.kind == "write":
-            return 7  # bytes: the middle of a line, a header, a tensor
-        if call.before == (point.when == "before"):
+        if point.when == "in":  # a short write; what is left of it comes as the next call
+            if call.number == point.number + 1 and call.before:
+                os.kill(os.getpid(), number)
+            return 7 if call.number == point.number else None  # bytes: into a line, a header, a tensor
+        if call.number == point.number and call.before == (point.when == "before"):
             os.kill(os.getpid(), number)
         return None
 
@@ -89,9 +92,11 @@ class Children:
 
     def start(self, arguments: list[str], trial: Path, hook: Hook | None = None) -> int:
         """Start ``adaptkit`` in the folder of a trial; returns the child's id."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)  # until the child has handlers
         child = os.fork()
         if child == 0:
             self._adaptkit(arguments, trial, hook)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         return child
 
     def call(self, act: Callable[[], Any], trial: Path) -> Ended:
@@ -118,15 +123,19 @@ class Children:
 
     def _adaptkit(self, arguments: list[str], trial: Path, hook: Hook | None) -> NoReturn:
         def act() -> None:
+            import torch
+
             from adaptkit.cli.main import main
 
+            torch.set_num_threads(1)  # of the parent's pool only the name is left; two threads must not find that out
             if hook is not None:
                 Layer(self._root, hook).install()
             sys.argv = ["adaptkit", *arguments]
             main()
 
-        for number in (signal.SIGINT, signal.SIGTERM):  # until main() has its own
+        for number in _HANDLED:  # until main() has its own
             signal.signal(number, lambda *_: os._exit(NOT_BEGUN))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         self._leave(act, trial)
 
     def _leave(self, act: Callable[[], None], trial: Path) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A layer between this process and the files below one folder, which sees and can disturb every call that reaches the disk.
+"""A layer between this process and the files below a folder, which can disturb every call that reaches the disk.
 
 Meant for a forked child: it takes the place of functions of ``os`` and of ``open`` and is never taken out again. A hook
 is called before and after each call, and may end the process or raise what the disk would.

@@ -8,6 +8,7 @@ A trial is a folder of its own in which one command works:
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,10 @@ steps:
   lighter: {resize: lora, rank: 2}
   merged: {merge: base, adapters: [lighter]}
 """
-TRAIN = (
-    "--rank 4 --steps 3 --batch-size 2 --micro-batch-size 1 --learning-rate 0.01 --compute-dtype float32 --device cpu"
-    " --save-every 1 --eval-every 2 --page-kib 4 --optimizer-pages-mib 0.01 --pack --max-length 128"
-).split()
+TRAIN = """
+    --rank 4 --steps 3 --batch-size 2 --micro-batch-size 1 --learning-rate 0.01 --compute-dtype float32 --device cpu
+    --save-every 1 --eval-every 2 --page-kib 4 --optimizer-pages-mib 0.01 --pack --max-length 128
+"""
 Tree = dict[str, bytes]
 
 
@@ -73,7 +74,7 @@ JOBS = (
     _job("stack {in}/adapter {in}/second -o out --method cat"),
     _job("extract {in}/merged {in}/base -o out --rank 4"),
     _job("resize {in}/adapter -o out --rank 2"),
-    Job("train", ("train", "--base", "{in}/nf4", "--data", "{in}/rows.jsonl", "-o", "out", *TRAIN, "--quiet")),
+    _job(f"train --base {{in}}/nf4 --data {{in}}/rows.jsonl -o out {TRAIN}"),
     _job("publish {in}/stacked {repo} --tag v1"),
     _job("pull me/source -o out"),
     _job("run recipe.yaml"),
@@ -82,7 +83,6 @@ INPUTS = (
     "quantize {in}/base -o {in}/nf4",
     "merge {in}/base {in}/adapter -o {in}/merged",
     "stack {in}/adapter {in}/second -o {in}/stacked --method cat",
-    "publish {in}/stacked me/source",
 )
 """Made by commands, from what ``write_sources`` writes."""
 
@@ -96,13 +96,17 @@ def write_sources(inputs: Path) -> None:
 
 
 def tree(folder: Path) -> Tree:
-    """What a trial left: the content of all files but temporary ones, and of what only saves time."""
+    """What a trial left: the content of all files but temporary ones and notes."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name.split("/")[0] != TEMPORARY and path.name != "hashes.json":
+        if path.is_file() and name.split("/")[0] != TEMPORARY and not _IS_NOTE.fullmatch(name):
             found[name] = path.read_bytes()
     return found
+
+
+_IS_NOTE = re.compile(r"\.adaptkit/(hashes|[0-9a-f]+/[^/]*)\.json(\.partial)?")
+"""What ``run`` notes for itself: times of files, and of a step that was killed just after its end no figures."""
 
 
 def below(whole: Tree, name: str) -> Tree:

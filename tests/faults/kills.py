@@ -18,6 +18,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,7 +41,7 @@ class Tally:
     kills: int = 0
     signals: Counter[str] = field(default_factory=Counter)
     chosen: int = 0
-    resumed: int = 0
+    trials: int = 0
     identical: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -56,14 +57,18 @@ class Range:
         self._trials = 0
 
     def prepare(self) -> None:
-        """Make the inputs, in children, so that this process keeps to one thread."""
+        """Make the inputs; what children then find compiled they need not load again."""
         import jobs
+
+        from adaptkit.cli.main import cli
 
         (self.inputs / jobs.TEMPORARY).mkdir(parents=True)
         self._require(self.children.call(lambda: jobs.write_sources(self.inputs), self.inputs))
         for line in jobs.INPUTS:
-            arguments = line.replace("{in}", str(self.inputs)).split()
-            self._require(self.children.run([*arguments, "--quiet"], self.inputs))
+            cli.main([*line.replace("{in}", str(self.inputs)).split(), "--quiet"], standalone_mode=False)
+        self._require(self.children.run(["publish", f"{self.inputs}/stacked", "me/source", "--quiet"], self.inputs))
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise SystemExit("kills: a process that forks must have one thread")
 
     def trial(self, job: Any) -> Path:
         """Make the folder of a new trial."""
@@ -79,11 +84,11 @@ class Range:
 
         log = self.scratch.parent / f"calls-{job.name}.jsonl"
         trial = self.trial(job)
-        began = time.monotonic()
         self._require(self.children.run(job.argv(self.inputs, trial), trial))
-        seconds = time.monotonic() - began
         watched = self.trial(job)
+        began = time.monotonic()
         self._require(self.children.run(job.argv(self.inputs, watched), watched, records(log)))
+        seconds = time.monotonic() - began
         made = result(job, trial, self.hub)
         if not made or made != result(job, watched, self.hub):
             raise SystemExit(f"{job.name}: two undisturbed runs differ")
@@ -106,8 +111,8 @@ def attack(ground: Range, job: Any, count: int, chance: random.Random) -> Tally:
         trial = ground.trial(job)
         for _ in range(1 + chance.randrange(2)):  # what a killed run left may be killed again
             number = chance.choice(list(SIGNALS))
-            ended = _strike(ground, job, trial, points, seconds, number, chance, tally)
-            if ended.code == 0 or tally.problems:
+            ended = _strike(ground, job, trial, points, seconds, number, chance, tally, expected)
+            if ended.code not in SIGNALS.values() or tally.problems:
                 break
             wrong = too_early(job, trial, ground.hub, expected, old if job.replaces else {})
             if wrong:
@@ -126,7 +131,7 @@ def _points(calls: list[Any], chance: random.Random) -> list[Any]:
     for call in calls:
         if call.kind == "read":
             continue
-        for when in ("before", "in", "after") if call.kind == "write" else ("before", "after"):
+        for when in ("before", "in" if call.kind == "write" else "after"):
             found.setdefault((call.kind, when), []).append(Point(call.number, when, counter_of(call.kind)))
     for kind in found.values():
         chance.shuffle(kind)
@@ -140,9 +145,10 @@ def _points(calls: list[Any], chance: random.Random) -> list[Any]:
 
 
 def _strike(ground: Range, job: Any, trial: Path, points: list[Any], seconds: float, number: int, chance: random.Random,
-            tally: Tally) -> Any:  # fmt: skip
+            tally: Tally, expected: Any) -> Any:  # fmt: skip
     """Kill a job once, in two of three cases at a chosen point, and judge how it ended."""
     from children import NOT_BEGUN, dies_at
+    from jobs import result
 
     arguments = job.argv(ground.inputs, trial)
     at_point = chance.random() < 2 / 3
@@ -154,16 +160,24 @@ def _strike(ground: Range, job: Any, trial: Path, points: list[Any], seconds: fl
         delay = seconds * chance.random()
         ended = ground.children.strike(ground.children.start(arguments, trial), delay, number)
         where = f"after {delay:.3f} s"
-    if ended.code in (0, NOT_BEGUN):
+    late = number != signal.SIGKILL and ended.code == -number and result(job, trial, ground.hub) == expected
+    if late or ended.code in (0, NOT_BEGUN) or is_done(ended):
         return ended
     tally.kills += 1
     tally.chosen += at_point
     tally.signals[signal.Signals(number).name] += 1
     if ended.code != SIGNALS[signal.Signals(number)]:
-        tally.problems.append(f"{trial.name}: {signal.Signals(number).name} {where}: exit code {ended.code}: {ended.said}")
+        tally.problems.append(
+            f"{trial.name}: {signal.Signals(number).name} {where}: exit code {ended.code}: {ended.said}"
+        )
     elif number != signal.SIGKILL and (HINT not in ended.said or "Traceback" in ended.said):
         tally.problems.append(f"{trial.name}: {signal.Signals(number).name} {where}: it says {ended.said!r}")
     return ended
+
+
+def is_done(ended: Any) -> bool:
+    """Whether a command says that its output is there, because the one before was killed after the last rename."""
+    return ended.code == 8 and "exists already" in ended.said
 
 
 def _resume(ground: Range, job: Any, trial: Path, expected: Any, tally: Tally) -> None:
@@ -171,10 +185,11 @@ def _resume(ground: Range, job: Any, trial: Path, expected: Any, tally: Tally) -
     from jobs import result
 
     again = ground.children.run(job.argv(ground.inputs, trial), trial)
-    tally.resumed += again.code == 0 or (again.code == 8 and "exists already" in again.said)
+    tally.trials += 1
     found = result(job, trial, ground.hub)
-    tally.identical += found == expected
-    if found != expected:
+    goes_on = again.code == 0 or is_done(again)
+    tally.identical += goes_on and found == expected
+    if not goes_on or found != expected:
         names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
         tally.problems.append(f"{trial.name}: resumed with {again.code}: {names[:5]} differ: {again.said}")
 
@@ -218,14 +233,11 @@ def _import(url: str, root: Path) -> None:
     os.environ |= {"HF_ENDPOINT": url, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_any"}
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import matplotlib.backends.backend_svg
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
-
-    import adaptkit.pipeline.run
-    import adaptkit.training.loop
-    from adaptkit.discovery import load, names
+    for name in ("matplotlib.backends.backend_svg", "peft", "transformers", "adaptkit.pipeline.run",
+                 "adaptkit.training.loop"):  # fmt: skip
+        import_module(name)
     from adaptkit.cli import commands
+    from adaptkit.discovery import load, names
 
     for name in names(commands):
         load(commands, name, "command")
@@ -244,10 +256,12 @@ def _show(tallies: dict[str, Tally], as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: vars(tally) for name, tally in tallies.items()}))
         return
-    print(f"{'command':<14} {'kills':>5} {'KILL':>5} {'INT':>5} {'TERM':>5} {'chosen':>6} {'trials':>6} {'identical':>9}")
+    print(
+        f"{'command':<14} {'kills':>5} {'KILL':>5} {'INT':>5} {'TERM':>5} {'chosen':>6} {'trials':>6} {'identical':>9}"
+    )
     for name, tally in tallies.items():
         numbers = [tally.signals[f"SIG{signal}"] for signal in ("KILL", "INT", "TERM")]
-        row = [tally.kills, *numbers, tally.chosen, tally.resumed, tally.identical]
+        row = [tally.kills, *numbers, tally.chosen, tally.trials, tally.identical]
         print(f"{name:<14} " + " ".join(f"{n:>{w}}" for n, w in zip(row, (5, 5, 5, 5, 6, 6, 9), strict=True)))
         for problem in tally.problems:
             print(f"  PROBLEM {problem}")
