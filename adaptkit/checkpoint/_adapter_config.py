@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.patterns import matches_whole
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import scaling
 
@@ -89,7 +90,7 @@ def rank_and_scaling(root: Path, config: Mapping[str, Any], module: str) -> tupl
         raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE) from error
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
         raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number", hint=_ONE_SAVE)
-    usable = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
     return (rank, scaling(float(alpha), rank, bool(config.get("use_rslora")))) if usable else (0, 0.0)
 
 
@@ -182,9 +183,9 @@ def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         default: where none matches.
 
     Raises:
-        re.error: a pattern is malformed.
+        re.error: a pattern is malformed, or none that ``patterns`` can match.
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches_whole(pattern, module, after="."):
             return value
     return default

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from adaptkit.checkpoint._journal_file import Finished, Journal, read_journal
 from adaptkit.checkpoint.header import check_regular
-from adaptkit.checkpoint.layout import write_json
-from adaptkit.checkpoint.lines import append_line, read_lines
+from adaptkit.checkpoint.layout import resolve_inside, write_json
+from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, sync_folder, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
@@ -90,7 +91,7 @@ class Output:
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force, self._keep_work = force, keep_work
         self._locks: list[int] = []
-        self._finished: dict[str, tuple[FileRecord, list[TensorRecord], dict[str, Any]]] = {}
+        self._finished: dict[str, Finished] = {}
         self.files: list[FileRecord] = []
         self.tensors: list[TensorRecord] = []
         self.notes: dict[str, Any] = {}
@@ -125,7 +126,8 @@ class Output:
         if not all(name in self._finished for name in names):
             return False
         for name in names:
-            self._count(*self._finished[name])
+            done = self._finished[name]
+            self._count(done.record, done.tensors, done.notes)
         return True
 
     def add(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any] | None = None) -> None:
@@ -155,7 +157,7 @@ class Output:
         Raises:
             DiskError: says how much is missing.
         """
-        needed = nbytes - sum(record.size for record, _, _ in self._finished.values())
+        needed = nbytes - sum(done.record.size for done in self._finished.values())
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise DiskError(
@@ -217,28 +219,29 @@ class Output:
             raise ConflictError(f"{self.final}: another process has just finished it")
 
     def _resume(self) -> None:
+        if any(path.is_symlink() for path in (self.folder, *self.folder.rglob("*"))):
+            self._refuse_foreign()  # and would be written through
         mine = (self._journal,) if self.part else ()  # another share may be writing its own just now
         journals = {
-            path.name: read_lines(path, repair=not mine or path.name in mine)
+            path.name: read_journal(path, repair=not mine or path.name in mine)
             for path in sorted(self.folder.glob(_JOURNAL_PATTERN))
         }
-        begun = {name: lines for name, lines in journals.items() if lines}
-        changed = any(self._differs(lines[0]) for lines in begun.values())
+        begun = {name: journal for name, journal in journals.items() if journal is not None}
+        changed = any(self._differs(journal) for journal in begun.values())
         if self.part is not None:
             self._check_share(changed, begun)
         elif changed or not begun:
             self._begin(changed)
             begun = {}
-        for lines in [begun.get(self._journal, [])] if self.part else begun.values():
-            for line in lines[1:]:
-                self._recall(line)
+        for name, journal in begun.items():
+            if self.part is None or name == self._journal:
+                self._finished |= {done.record.path: done for done in journal.finished if self._is_there(done.record)}
         if self._journal not in begun:
             append_line(self.folder / self._journal, {"key": self._key, "inputs": self._inputs})
 
-    def _differs(self, first: dict[str, Any]) -> bool:
+    def _differs(self, journal: Journal) -> bool:
         """Whether a journal is of a run with another plan, or with other bytes at the same path."""
-        states = dict(first.get("inputs", ()))
-        return first.get("key") != self._key or any(states.get(path, state) != state for path, state in self._inputs)
+        return journal.key != self._key or any(journal.inputs.get(path, now) != now for path, now in self._inputs)
 
     def _check_share(self, changed: bool, begun: Mapping[str, Any]) -> None:
         shares = [name for name in begun if not name.endswith(f"-of-{self.part.total}.jsonl" if self.part else "")]
@@ -250,12 +253,9 @@ class Output:
         if not begun and {path.name for path in self.folder.iterdir()} - {self._journal}:
             self._refuse_foreign()
 
-    def _recall(self, line: dict[str, Any]) -> None:
-        record = FileRecord(**line["file"])
-        written = self.folder / record.path
-        if written.is_file() and written.stat().st_size == record.size:
-            tensors = [TensorRecord(**tensor) for tensor in line["tensors"]]
-            self._finished[record.path] = (record, tensors, line["notes"])
+    def _is_there(self, record: FileRecord) -> bool:
+        written = resolve_inside(self.folder, record.path)
+        return written.is_file() and written.stat().st_size == record.size
 
     def _refuse_foreign(self) -> None:
         raise ConflictError(f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o")

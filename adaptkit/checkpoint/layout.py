@@ -9,6 +9,7 @@ tokenizer.json, chat_template.jinja ...  side files, copied as they are
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +23,8 @@ SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
+_LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
+_MOST_SMALL_BYTES = 256 << 20
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _SIDE_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}
 _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
@@ -31,12 +34,14 @@ def resolve_inside(root: Path, name: str) -> Path:
     """Turn a path found in a file into a real one; the only way such a path becomes one.
 
     Raises:
-        UnsafeInputError: it is absolute, leaves the folder, or holds characters that no artifact needs.
+        UnsafeInputError: it is absolute, leaves the folder, is too long, or holds characters that no artifact needs.
     """
     parts = PurePosixPath(name).parts
     plain = name.isprintable() and "\\" not in name and ":" not in name and name == "/".join(parts)
     if not plain or not parts or ".." in parts or name.startswith(("/", "~")):
         raise UnsafeInputError(f"the path {name!r} does not stay in its folder", hint="do not trust this artifact")
+    if len(name) > _LONGEST_PATH or max(len(part.encode()) for part in parts) > _LONGEST_NAME_BYTES:
+        raise UnsafeInputError(f"the path {name[:40]!r}… of {len(name)} characters is longer than file systems allow")
     path = root / name
     for part in [path, *path.parents][: len(parts)]:
         if part.is_symlink() and not part.is_file():
@@ -56,14 +61,28 @@ def require_folder(path: Path) -> Path:
     return path
 
 
+def read_small(path: Path) -> bytes:
+    """Read a whole file that is small if it is what its name says.
+
+    Raises:
+        CheckpointError: absent, not a regular file, or so large that it would take all memory.
+    """
+    check_regular(path)
+    size = path.stat().st_size
+    if size > _MOST_SMALL_BYTES:
+        raise CheckpointError(
+            f"{path.name}: {size:,} bytes, more than such a file can have", hint="get it again, or remove it"
+        )
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a regular file.
 
     Raises:
-        CheckpointError: absent, not regular, or not a JSON object.
+        CheckpointError: absent, not regular, too large, or not a JSON object.
     """
-    check_regular(path)
-    return strict_json(path.read_bytes(), path.name)
+    return strict_json(read_small(path), path.name)
 
 
 def write_json(value: Mapping[str, Any]) -> bytes:
@@ -84,8 +103,12 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
         weight_map = read_json(root / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{INDEX_NAME}: weight_map must map tensor names to files")
-        for file in sorted(set(weight_map.values())):
+        files = sorted(set(weight_map.values()))
+        folded = Counter(file.casefold() for file in files)
+        for file in files:
             resolve_inside(root, file)
+            if folded[file.casefold()] > 1:
+                raise CheckpointError(f"{INDEX_NAME}: names of shards differ only in case, as {file!r} from another")
             if "/" in file or not file.endswith(".safetensors") or file.startswith("adaptkit-"):
                 raise CheckpointError(f"{INDEX_NAME}: {file!r} is no name of a shard beside it")
         if (root / SINGLE_NAME).exists() and SINGLE_NAME not in weight_map.values():
@@ -93,7 +116,7 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
                 f"{root}: holds {SINGLE_NAME} as well as {INDEX_NAME} and other shards; readers differ on these",
                 hint="remove the one that is not meant",
             )
-        return sorted(set(weight_map.values())), weight_map
+        return files, weight_map
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME], None
     pickles = sorted(p.name for p in root.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.layout import read_small
 from adaptkit.checkpoint.writer import disk_errors
 from adaptkit.errors import ConflictError
 
@@ -29,13 +30,16 @@ def read_lines(path: Path, repair: bool) -> list[dict[str, Any]]:
         repair: remove from it what a kill or a full disk cut off.
 
     Raises:
-        ConflictError: a line is no JSON.
+        ConflictError: a line is no JSON object.
     """
-    text = path.read_bytes()
+    text = read_small(path)
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text and repair:
         os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line holds no object")
+        return lines
+    except (ValueError, RecursionError) as error:
         raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to begin anew") from error

@@ -16,6 +16,7 @@ Canonical JSON: UTF-8, sorted keys, no spaces, no times, host names or absolute 
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, Self
 import adaptkit
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import resolve_inside
+from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.errors import CheckpointError, IntegrityError
 
 MANIFEST_NAME = "adaptkit-manifest.json"
@@ -147,7 +148,7 @@ class Manifest:
                 "files": FileRecord, "tensors": TensorRecord, "parents": Parent, "targets": Target
             }  # fmt: skip
             for name, record in parts.items():
-                document[name] = tuple(_typed(record(**entry)) for entry in document[name])
+                document[name] = tuple(typed(record(**entry)) for entry in document[name])
             manifest = cls(**document)
             _check_paths(manifest.files)
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
@@ -165,9 +166,10 @@ def read_manifest(root: Path) -> Manifest | None:
 
     Raises:
         IntegrityError: there is one and it is malformed.
+        CheckpointError: there is something of its name that is no file.
     """
     path = root / MANIFEST_NAME
-    return Manifest.from_bytes(path.read_bytes()) if path.is_file() else None
+    return Manifest.from_bytes(read_small(path)) if os.path.lexists(path) else None
 
 
 def require_manifest(root: Path) -> Manifest:
@@ -187,13 +189,19 @@ def require_manifest(root: Path) -> Manifest:
 def parent_of(
     role: str, manifest: Manifest | None, tensors: Sequence[TensorRecord], weight: float | None = None
 ) -> Parent:
-    """Describe an input as a parent, by its manifest if it has one, else by its tensors."""
+    """Describe an input as a parent, by its manifest if it has one, else by its tensors.
+
+    Raises:
+        IntegrityError: tensors that were read are not those of the manifest.
+    """
     if manifest is None:
         return Parent(role, "checkpoint", tensors_root(tensors), weight=weight)
+    if tensors and tensors_root(tensors) != manifest.tensors_root:
+        raise IntegrityError(f"the tensors of the {role} are not those of its manifest", hint="run verify on it")
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
 
 
-def _typed(record: Any) -> Any:
+def typed(record: Any) -> Any:
     """Return the record if its fields have the types that they claim; JSON can hold anything.
 
     Raises:

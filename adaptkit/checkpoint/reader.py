@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.header import Header, TensorSpec, read_header
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside, side_files, weight_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, read_small, resolve_inside, side_files, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be of one save"
@@ -127,11 +127,11 @@ class Checkpoint(TensorFiles):
 
     def side_contents(self) -> dict[str, bytes]:
         """The small files that travel with the weights, by name; see ``layout.side_files``."""
-        return {path.name: path.read_bytes() for path in side_files(self.root)}
+        return {path.name: read_small(path) for path in side_files(self.root)}
 
     def outline(self) -> str:
         """sha256 over the configuration and all headers: what the checkpoint is like, but for the weights' values."""
-        digest = hashlib.sha256((self.root / CONFIG_NAME).read_bytes())
+        digest = hashlib.sha256(read_small(self.root / CONFIG_NAME))
         for file, header in sorted(self.headers.items()):
             digest.update(file.encode() + header.raw)
         return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import side_files
+from adaptkit.checkpoint.layout import read_small, side_files
 from adaptkit.errors import CheckpointError, IntegrityError
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -160,7 +160,7 @@ def _document(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or (path.name != TOKENIZER_NAME and path.stat().st_size > _MOST_KEYED_BYTES):
         return None
     try:
-        return strict_json(path.read_bytes(), path.name)
+        return strict_json(read_small(path), path.name)
     except CheckpointError:  # another tool's file, perhaps a list; that it differs is told all the same
         return None
 
@@ -239,7 +239,7 @@ def _templates(root: Path) -> dict[str, tuple[str, str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8", "backslashreplace")
+        return read_small(path).decode("utf-8", "backslashreplace")
     except OSError as error:
         raise IntegrityError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
 

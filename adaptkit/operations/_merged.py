@@ -13,7 +13,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
-from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_small, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
@@ -110,7 +110,7 @@ class MergedModel:
         path = resolve_inside(self.root, name)
         if not path.is_file():
             raise IntegrityError(f"{self.root}: {name} is missing", hint=_AGAIN)
-        content = path.read_bytes()
+        content = read_small(path)
         if hashlib.sha256(content).hexdigest() != self.digests.get(name):
             raise IntegrityError(f"{name} changed since the merge", hint=_AGAIN)
         return content

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from adaptkit.checkpoint.compensation import COMPENSATION_NAME
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import INDEX_NAME, resolve_inside
+from adaptkit.checkpoint.layout import INDEX_NAME, read_small, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
@@ -173,7 +173,7 @@ class Merging:
         lost, added = dict(self.side.lost), list(self.side.added)
         if index is not None:
             contents[INDEX_NAME] = index
-            before = (self.checkpoint.root / INDEX_NAME).read_bytes()
+            before = read_small(self.checkpoint.root / INDEX_NAME)
             lost |= {INDEX_NAME: before} if before != index else {}
         for name, content in sorted(contents.items()):
             out.write(name, content)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, read_json, side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, read_json, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
@@ -62,15 +62,15 @@ def plan_side_files(
         IntegrityError: a file of the base is not the one of its manifest.
     """
     root = checkpoint.root
-    before = {path.name: path.read_bytes() for path in side_files(root)}
-    before[CONFIG_NAME] = (root / CONFIG_NAME).read_bytes()
+    before = {path.name: read_small(path) for path in side_files(root)}
+    before[CONFIG_NAME] = read_small(root / CONFIG_NAME)
     _check_unchanged(root, manifest, before)
     files = SideFiles(dict(before))
     if edits.config:
         files.contents[CONFIG_NAME] = _changed_config(checkpoint.config, edits.config)
     brought: dict[str, tuple[bytes, Adapter]] = {}
     for adapter in adapters:
-        own = {path.name: path.read_bytes() for path in side_files(adapter.root) if path.name in _TOKENIZER}
+        own = {path.name: read_small(path) for path in side_files(adapter.root) if path.name in _TOKENIZER}
         for name, content in own.items():
             other = brought.setdefault(name, (content, adapter))
             if other[0] != content:
@@ -112,7 +112,7 @@ def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: in
     document = read_json(path)
     held = sum(located.spec.nbytes for located in checkpoint.tensors.values())
     if set(files) == set(checkpoint.tensors) and total_bytes == held:
-        return path.read_bytes()
+        return read_small(path)
     metadata = document.get("metadata")
     document["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_bytes}
     document["weight_map"] = dict(sorted(files.items()))

@@ -14,7 +14,7 @@ from adaptkit.checkpoint.dtypes import DTYPES as TORCH
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output, check_output
-from adaptkit.checkpoint.layout import CONFIG_NAME, side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.quantized import QuantizedWeight
@@ -137,7 +137,7 @@ def dequantize(
         write_index(out, shards)
         out.write_json(CONFIG_NAME, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
         for path in side_files(source):
-            out.write(path.name, path.read_bytes())
+            out.write(path.name, read_small(path))
         manifest = _manifest(out, checkpoint, recorded)
         out.publish(manifest)
     bytes_after = sum(group.nbytes for group in groups)

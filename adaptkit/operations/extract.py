@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.journal import Output, check_output
-from adaptkit.checkpoint.layout import side_files
+from adaptkit.checkpoint.layout import read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -145,7 +145,7 @@ def _write(out: Output, plan: Plan, findings: Sequence[Finding], placeholder: Pa
     if all(_same_bytes(path, plan.base.root / path.name) for path in files):
         return ()
     for path in files:
-        out.write(path.name, path.read_bytes())
+        out.write(path.name, read_small(path))
     return tuple(path.name for path in files)
 
 
@@ -209,4 +209,4 @@ def _base_name(root: Path) -> str:
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
+    return other.is_file() and read_small(one) == read_small(other)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from adaptkit.checkpoint.conversation import LAYOUTS
+from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.training.settings import check, check_values, refuse, setting, settings
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -223,7 +224,7 @@ class TrainConfig:
 
 def _is_expression(text: str) -> bool:
     try:
-        re.compile(text)
+        check_pattern(text)
     except re.error:
         return False
     return True

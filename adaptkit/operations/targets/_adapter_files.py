@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME
+from adaptkit.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, by_pattern
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.numerics.lora import scaling
@@ -140,8 +140,8 @@ class AdapterFiles:
         """Rank and scaling by peft's rules: the first pattern that matches the end of the path, else the default."""
         rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
         try:
-            rank = _matching(self.config.get("rank_pattern"), module, rank)
-            alpha = _matching(self.config.get("alpha_pattern"), module, alpha)
+            rank = by_pattern(self.config.get("rank_pattern") or {}, module, rank)
+            alpha = by_pattern(self.config.get("alpha_pattern") or {}, module, alpha)
         except (re.error, TypeError, AttributeError):
             return rank, None
         if not _is_number(rank) or not _is_number(alpha):
@@ -187,10 +187,3 @@ def _parameter(module: str) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _matching(patterns: Any, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

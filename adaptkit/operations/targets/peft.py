@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from adaptkit.checkpoint.patterns import matches_whole
 from adaptkit.operations.targets import _checkpoint_rules, _rules
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles, Key
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -110,7 +111,7 @@ def _matches(names: Any, module: str) -> bool:
     """The rule of peft: a string is a pattern for the whole path, a list has ends of paths."""
     if isinstance(names, str):
         try:
-            return re.fullmatch(names, module) is not None
+            return matches_whole(names, module)
         except re.error:
             return False
     return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)

@@ -1,0 +1,151 @@
+"""Regular expressions that come from files, matched in a time that the file cannot choose.
+
+Python's matcher tries one way after the other, and a pattern of ten characters can have more ways than anybody can wait
+for. Here all ways are followed at once, as a set of positions in the text: from where a part of the pattern may begin,
+to where it may end. What that cannot tell, such as references to groups and looking behind, is refused.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from re import _constants, _parser  # type: ignore[attr-defined]  # the grammar is Python's own
+from typing import Any
+
+_MOST_REPEATS_INSIDE, _MOST_LONG = 3, 2000
+_CATEGORIES = {
+    _constants.CATEGORY_DIGIT: r"\d", _constants.CATEGORY_NOT_DIGIT: r"\D",
+    _constants.CATEGORY_SPACE: r"\s", _constants.CATEGORY_NOT_SPACE: r"\S",
+    _constants.CATEGORY_WORD: r"\w", _constants.CATEGORY_NOT_WORD: r"\W",
+}  # fmt: skip
+_EDGES = {
+    _constants.AT_BEGINNING, _constants.AT_BEGINNING_STRING, _constants.AT_END, _constants.AT_END_STRING,
+    _constants.AT_BOUNDARY, _constants.AT_NON_BOUNDARY,
+}  # fmt: skip
+_ONE = {_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN}
+_ASSERTS = {_constants.ASSERT, _constants.ASSERT_NOT}
+_REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT}
+
+
+def matches_whole(pattern: str, text: str, after: str = "") -> bool:
+    """Whether a pattern matches a whole text.
+
+    Args:
+        pattern: a regular expression in Python's syntax.
+        text: of printable characters.
+        after: if not empty, what follows an occurrence of this in the text counts as a whole text, too.
+
+    Raises:
+        re.error: the pattern is malformed, or needs what is not supported here; or the text is no name.
+    """
+    if len(text) > _MOST_LONG:
+        raise re.error(f"a name of {len(text)} characters")
+    begins = {0} | {i + len(after) for i in range(len(text)) if after and text.startswith(after, i)}
+    return len(text) in _ends(_parsed(pattern), text, begins)
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse a pattern that cannot be matched here.
+
+    Raises:
+        re.error: says why.
+    """
+    _parsed(pattern)
+
+
+@lru_cache(maxsize=256)
+def _parsed(pattern: str) -> Sequence[Any]:
+    if len(pattern) > _MOST_LONG:
+        raise re.error(f"a pattern of {len(pattern)} characters")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what may mean something else in Pythons to come
+            tree = _parser.parse(pattern)
+        _check(tree, 0)
+    except (OverflowError, RecursionError) as error:
+        raise re.error(str(error)) from error
+    if tree.state.flags & ~re.UNICODE:
+        raise re.error("flags are not supported")
+    return tuple(tree)
+
+
+def _check(nodes: Iterable[Any], repeats: int) -> None:
+    """Refuse what ``_ends`` does not know.
+
+    Raises:
+        re.error: names it.
+    """
+    for kind, detail in nodes:
+        if kind is _constants.BRANCH:
+            for branch in detail[1]:
+                _check(branch, repeats)
+        elif kind is _constants.SUBPATTERN and not detail[1] and not detail[2]:
+            _check(detail[3], repeats)
+        elif kind in _ASSERTS and detail[0] > 0:  # ahead
+            _check(detail[1], repeats + 1)
+        elif kind in _REPEATS and repeats < _MOST_REPEATS_INSIDE:
+            _check(detail[2], repeats + 1)
+        elif kind not in _ONE and not (kind is _constants.AT and detail in _EDGES):
+            raise re.error(f"{str(kind).lower()} is not supported, or not here")
+
+
+def _ends(nodes: Iterable[Any], text: str, begins: set[int]) -> set[int]:
+    """Where a part of the pattern may end if it begins at one of some places."""
+    now = begins
+    for kind, detail in nodes:
+        if not now:
+            break
+        if kind in _ONE:
+            now = {i + 1 for i in now if i < len(text) and _fits(kind, detail, text[i])}
+        elif kind is _constants.BRANCH:
+            now = set().union(*(_ends(branch, text, now) for branch in detail[1]))
+        elif kind is _constants.SUBPATTERN:
+            now = _ends(detail[3], text, now)
+        elif kind in _REPEATS:
+            now = _repeated(detail, text, now)
+        elif kind in _ASSERTS:
+            now = {i for i in now if bool(_ends(detail[1], text, {i})) == (kind is _constants.ASSERT)}
+        else:
+            now = {i for i in now if _is_edge(detail, text, i)}
+    return now
+
+
+def _is_edge(kind: Any, text: str, place: int) -> bool:
+    if kind in (_constants.AT_BEGINNING, _constants.AT_BEGINNING_STRING):
+        return place == 0
+    if kind in (_constants.AT_END, _constants.AT_END_STRING):
+        return place == len(text)
+    before, behind = (re.match(r"\w", letter) is not None for letter in (text[place - 1 : place], text[place:]))
+    return (before != behind) == (kind is _constants.AT_BOUNDARY)
+
+
+def _repeated(detail: Any, text: str, begins: set[int]) -> set[int]:
+    least, most, body = detail
+    now = begins
+    for _ in range(least):
+        before, now = now, _ends(body, text, now)
+        if now == before:  # as it stays
+            break
+    found, fresh, count = now, now, least
+    while fresh and count < most:
+        fresh = _ends(body, text, fresh) - found
+        found, count = found | fresh, count + 1
+    return found
+
+
+def _fits(kind: Any, detail: Any, letter: str) -> bool:
+    if kind is _constants.ANY:
+        return letter != "\n"
+    if kind is _constants.LITERAL:
+        return ord(letter) == int(detail)
+    if kind is _constants.NOT_LITERAL:
+        return ord(letter) != int(detail)
+    negated = detail[0][0] is _constants.NEGATE
+    for item, value in detail[negated:]:
+        fits = (
+            (item is _constants.LITERAL and ord(letter) == value)
+            or (item is _constants.RANGE and value[0] <= ord(letter) <= value[1])
+            or (item is _constants.CATEGORY and re.match(_CATEGORIES[value], letter) is not None)
+        )
+        if fits:
+            return not negated
+    return negated

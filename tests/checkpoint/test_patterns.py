@@ -1,0 +1,89 @@
+"""Patterns mean what they mean to Python, and cannot take for ever."""
+
+import re
+import time
+import warnings
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from adaptkit.checkpoint.patterns import check_pattern, matches_whole
+
+USUAL = [
+    r".*layers\.\d+\..*_proj",
+    r"^model\.layers\.[0-7]\.",
+    r"(q|k|v)_proj",
+    r"layers\.(0|1|1[0-9]|2[0-3])\.(self_attn|mlp)\.\w+",
+    r"^(?!.*visual).*(?:q_proj|up_proj)$",
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.up_proj)",
+    "q_proj",
+    "",
+    r"[^.]+",
+    r"[^\d]*",
+    r"x{2,3}?",
+    r"a{0}",
+    r"\.",
+    r"$",
+]
+NAMES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.17.mlp.up_proj",
+    "visual.blocks.3.q_proj",
+    "language_model.text.self_attn.q_proj",
+    "q_proj",
+    "xx",
+    "",
+]
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+@pytest.mark.parametrize("name", NAMES)
+def test_usual_patterns_match_what_they_match_in_python(pattern, name):
+    assert matches_whole(pattern, name) == (re.fullmatch(pattern, name) is not None)
+    theirs = re.match(rf"(.*\.)?({pattern})$", name) is not None
+    assert matches_whole(pattern, name, after=".") == theirs
+
+
+PIECES = st.sampled_from(
+    ["a", "b", ".", r"\.", "[ab]", "[^a]", r"\w", r"\d", "^", "$", r"\b", r"\B", "(a|ab)", "(?:b|)", "(?=a)", "(?!b)"]
+)
+PATTERNS = st.recursive(
+    PIECES,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map("".join),
+        st.tuples(inner, inner).map(lambda two: f"(?:{two[0]}|{two[1]})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "*?", "+?"])).map(
+            lambda p: f"(?:{p[0]}){p[1]}"
+        ),
+    ),
+    max_leaves=5,
+)
+
+
+@given(PATTERNS, st.text("ab.", min_size=1, max_size=7))  # \B at no text differs between Pythons
+def test_any_pattern_matches_what_it_matches_in_python(pattern, text):
+    with warnings.catch_warnings(action="ignore"):
+        theirs = re.fullmatch(pattern, text) is not None
+    try:
+        found = matches_whole(pattern, text)
+    except re.error:
+        assume(False)
+    assert found == theirs
+
+
+@pytest.mark.parametrize("pattern", [r"([a-z]|.)*!", r"(a|a)*b", r"((a+)+)+b", r"(.*.*.*.*.*)*!", r"(a?){60}a{60}!"])
+def test_what_would_take_python_for_ever_is_over_at_once(pattern):
+    began = time.monotonic()
+    assert not matches_whole(pattern, "a" * 60)
+    assert time.monotonic() - began < 5, "not the age of the universe"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "*", "[", r"(a)\1", "(?<=a)b", "(?i)a", "a" * 3000, "(" * 900, "((((a*)*)*)*)*"]
+)
+def test_what_is_not_supported_is_refused(pattern):
+    with pytest.raises(re.error):
+        check_pattern(pattern)
+    with pytest.raises(re.error):
+        matches_whole(pattern, "a")
