@@ -90,11 +90,20 @@ def summary(name: str, sources: Sequence["SourceReport"], steps: Sequence["StepR
     lines = [f"## {_cell(name)}", "", _cell(ending), "", *(_row(row) for row in rows)]
     lines += ["", _row(("made from", "", "commit", "sha256")), _row(("---", "---", "---", "---"))]
     lines += [_row((s.name, s.what, (s.commit or "")[:12], f"`{s.digest}`" if s.digest else "")) for s in sources]
+    lines += _published(steps)
     made = [output for step in steps for output in step.outputs]
     if made:
         lines += ["", _row(("artifact", "size", "manifest sha256")), _row(("---", "---:", "---"))]
         lines += [_row((output.name, size(output.bytes), f"`{output.manifest_sha256}`")) for output in made]
     return "\n".join(lines) + "\n\n"
+
+
+def _published(steps: Sequence["StepReport"]) -> Iterator[str]:
+    sent = [step.facts for step in steps if "repo_id" in step.facts]
+    if sent:
+        yield from ("", _row(("published", "commit", "manifest sha256")), _row(("---", "---", "---")))
+        for facts in sent:
+            yield _row((facts["repo_id"], f"`{facts['commit']}`", f"`{facts['manifest_sha256']}`"))
 
 
 def _row(cells: Sequence[str]) -> str:

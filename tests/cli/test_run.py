@@ -138,6 +138,7 @@ def test_the_summary_has_a_table_and_the_hashes(released):
         assert f"\n| {name} | " in page
     assert f"| `{released.lock['steps']['merged']['outputs']['merged']}` |" in page
     assert released.commit[:12] in page
+    assert f"\n| {RELEASE} | `{released.state()['heads']['main']}` | `" in page
     assert TOKEN not in page
 
 
@@ -249,6 +250,12 @@ def test_the_scripts_of_the_action_run_a_release(copied, tmp_path):
     assert outputs["key"] == f"adaptkit-Linux-X64-{file_sha256(copied.folder / 'recipe.lock')[:16]}"
     assert json.loads(Path(outputs["report"]).read_text())["name"] == "smollm2-trivia"
     assert (tmp_path / "page.md").read_text().startswith("## smollm2-trivia\n")
+
+
+def test_the_docs_show_the_recipe_that_is_tested():
+    shown = re.search(r"```yaml\n(.*?)\n```", (ROOT / "docs" / "release.md").read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] + "\n" == (ROOT / "docs" / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize(
