@@ -43,7 +43,9 @@ class Inquiry:
         if _is_worth_a_process():
             context = multiprocessing.get_context("fork")
             self._connection, theirs = context.Pipe(duplex=False)
-            self._process = context.Process(target=_answer, args=(checkpoint.root.resolve(), theirs), daemon=True)
+            self._process = context.Process(
+                target=_answer, args=(checkpoint.root.resolve(), theirs, os.getpid()), daemon=True
+            )
             self._process.start()
             theirs.close()
 
@@ -96,11 +98,13 @@ def find_roles(checkpoint: Checkpoint) -> Roles:
         return inquiry.answer()
 
 
-def _answer(root: Path, connection: Connection) -> None:
+def _answer(root: Path, connection: Connection, asker: int) -> None:
     """In the process: send one JSON document. What transformers prints goes nowhere."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is meant for the one who asked, who then ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asked may be killed, too
+    if os.getppid() != asker:  # and was, before that; a fork that stays would keep its locks
+        os._exit(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
