@@ -143,7 +143,7 @@ class Checkpoint(TensorFiles):
             IntegrityError: a file is no longer there.
         """
         try:
-            found = [(file, (self.root / file).stat()) for file in sorted([*self.headers, CONFIG_NAME])]
+            found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, CONFIG_NAME])]
         except OSError as error:
             raise IntegrityError(f"{error.filename}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
         return [[file, status.st_size, status.st_mtime_ns] for file, status in found]

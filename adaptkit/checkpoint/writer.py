@@ -13,6 +13,7 @@ import xxhash
 
 from adaptkit.checkpoint.hashing import bytes_of, file_chunks
 from adaptkit.checkpoint.header import TensorSpec, write_header
+from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.errors import AdaptkitError
 
@@ -25,9 +26,10 @@ _FLUSH_BYTES = 64 << 20
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     """Write a small file and make sure that it is on the disk."""
-    with disk_errors(folder / name):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder / name), (folder / name).open("wb") as file:
+    path = resolve_inside(folder, name)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path), path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -46,9 +48,10 @@ def sync_folder(folder: Path) -> None:
 def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
     """Copy a file piece by piece, and make sure that it is on the disk."""
     digest, size = hashlib.sha256(), 0
-    with disk_errors(folder / name):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder / name), (folder / name).open("wb") as file:
+    path = resolve_inside(folder, name)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path), path.open("wb") as file:
         for chunk in file_chunks(source):
             file.write(chunk)
             digest.update(chunk)
@@ -75,7 +78,7 @@ class TensorWriter:
     """
 
     def __init__(self, folder: Path, name: str, specs: Sequence[TensorSpec], header: bytes | None = None) -> None:
-        self._folder, self._name = folder, name
+        self._path, self._name = resolve_inside(folder, name), name
         self._waiting = list(reversed(specs))
         self._header = header if header is not None else write_header(specs)
         self._sha256 = hashlib.sha256()
@@ -90,9 +93,9 @@ class TensorWriter:
         self.tensors: list[TensorRecord] = []
 
     def __enter__(self) -> Self:
-        with disk_errors(self._folder / self._name):
-            (self._folder / self._name).parent.mkdir(parents=True, exist_ok=True)
-            self._file = (self._folder / self._name).open("wb")
+        with disk_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb")
         self._put(memoryview(self._header))
         return self
 
@@ -118,7 +121,7 @@ class TensorWriter:
             self._xxh3.reset()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with disk_errors(self._folder / self._name), self._file:  # closing writes what is buffered
+        with disk_errors(self._path), self._file:  # closing writes what is buffered
             self._hasher.shutdown()
             self._flusher.shutdown()
             if kind is None:
@@ -135,7 +138,7 @@ class TensorWriter:
         return FileRecord(self._name, self._size, self._sha256.hexdigest())
 
     def _put(self, view: memoryview) -> None:
-        with disk_errors(self._folder / self._name):
+        with disk_errors(self._path):
             self._file.write(view)
             self._unflushed += len(view)
             if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):

@@ -11,6 +11,7 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.errors import IntegrityError
@@ -101,7 +102,7 @@ def download(
 
 
 def _move_if_right(source: str, record: FileRecord, folder: Path) -> None:
-    arrived = folder / DOWNLOADS / record.path
+    arrived = resolve_inside(folder / DOWNLOADS, record.path)
     problem = file_problem(folder / DOWNLOADS, record)
     if problem:
         arrived.unlink(missing_ok=True)  # or the next run would find it and believe it
@@ -109,8 +110,9 @@ def _move_if_right(source: str, record: FileRecord, folder: Path) -> None:
             f"{source}: {problem}; it was damaged on the way, or is not what was published",
             hint="run the same command again",
         )
-    (folder / record.path).parent.mkdir(parents=True, exist_ok=True)
-    os.replace(arrived, folder / record.path)
+    final = resolve_inside(folder, record.path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(arrived, final)
 
 
 class _Counted:

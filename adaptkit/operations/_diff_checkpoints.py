@@ -10,7 +10,7 @@ import xxhash
 
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
-from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -145,7 +145,7 @@ def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
     """In what files and headers are not those of the manifest, as far as can be seen without reading tensors."""
     sizes = {record.path: record.size for record in manifest.files}
     for file in checkpoint.headers:
-        if sizes.get(file) != (checkpoint.root / file).stat().st_size:
+        if sizes.get(file) != resolve_inside(checkpoint.root, file).stat().st_size:
             return f"{file} is of another size"
     listed = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
     found = {(n, t.file, t.spec.dtype, t.spec.shape) for n, t in checkpoint.tensors.items()}

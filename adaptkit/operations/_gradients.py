@@ -12,7 +12,6 @@ The forward pass leaves every layer's output on disk; the backward pass takes th
 """
 
 import contextlib
-import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -112,17 +112,25 @@ class _Outputs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._others: dict[tuple[int, int], Any] = {}
 
     def put(self, index: int, batch: int, output: Any) -> None:
-        buffer = io.BytesIO()
-        torch.save(output, buffer)
+        parts = output if isinstance(output, tuple) else (output,)
+        held = {str(n): part.detach().contiguous() for n, part in enumerate(parts) if isinstance(part, Tensor)}
         path = self._folder / f"{index}-{batch}"
         with disk_errors(path):
-            path.write_bytes(buffer.getbuffer())
+            path.write_bytes(save(held))
+        others = [part.device if isinstance(part, Tensor) else part for part in parts]
+        self._others[index, batch] = tuple(others) if isinstance(output, tuple) else others[0]
 
     def get(self, index: int, batch: int) -> Any:
         """None before the first layer."""
-        return torch.load(self._folder / f"{index}-{batch}") if index >= 0 else None
+        if index < 0:
+            return None
+        held, others = load_file(self._folder / f"{index}-{batch}"), self._others[index, batch]
+        if not isinstance(others, tuple):
+            return held["0"].to(others)
+        return tuple(held[str(n)].to(part) if str(n) in held else part for n, part in enumerate(others))
 
 
 def _hidden(output: Any) -> Tensor:

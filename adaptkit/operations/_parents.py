@@ -12,6 +12,7 @@ from adaptkit.checkpoint.layout import (
     ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
     require_folder,
+    resolve_inside,
     weight_files,
 )
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Parent, TensorRecord, read_manifest
@@ -42,7 +43,8 @@ class Candidate:
         if self.manifest is not None:
             return self.manifest.tensors
         files = [ADAPTER_WEIGHTS_NAME] if self.is_adapter else weight_files(self.path)[0]
-        sizes = {file: (self.path / file).stat().st_size for file in files if (self.path / file).is_file()}
+        paths = {file: resolve_inside(self.path, file) for file in files}
+        sizes = {file: path.stat().st_size for file, path in paths.items() if path.is_file()}
         found = measure(self.path, sizes, sizes, self.threads, self.progress)
         return tuple(tensor for file in found.values() for tensor in file.tensors)
 

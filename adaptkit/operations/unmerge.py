@@ -13,6 +13,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.header import Header
 from adaptkit.checkpoint.journal import Output, check_output
+from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles
@@ -215,7 +216,7 @@ class _Restoring:
             if record.path not in written:
                 kept = f"{undo.BASE_PREFIX}{record.path}"
                 model.require_unchanged(kept)
-                out.copy(model.root / kept, record.path)
+                out.copy(resolve_inside(model.root, kept), record.path)
         if set(before.files) != set(out.files):
             differing = min(record.path for record in set(before.files) ^ set(out.files))
             raise IntegrityError(f"{model.root}: {differing} is not as it was in the base", hint="run verify on it")

@@ -17,6 +17,7 @@ from adaptkit.checkpoint.adapter import is_adapter, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
+from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
@@ -154,7 +155,7 @@ def _folder(path: Path, hashes: Hashes) -> tuple[str, int, dict[str, Any]]:
     manifest = read_manifest(path)
     if manifest is not None:
         check_names(path, manifest)
-        changed = [r.path for r in manifest.files if hashes.sha256(path / r.path) != r.sha256]
+        changed = [r.path for r in manifest.files if hashes.sha256(resolve_inside(path, r.path)) != r.sha256]
         if changed:
             raise IntegrityError(f"{path}: {changed[0]} is not what {MANIFEST_NAME} says", hint="get it again")
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}

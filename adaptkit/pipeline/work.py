@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adaptkit.checkpoint.integrity import check_artifact, check_names
-from adaptkit.checkpoint.layout import write_json
+from adaptkit.checkpoint.layout import resolve_inside, write_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
 from adaptkit.checkpoint.writer import disk_errors
 from adaptkit.errors import ConflictError, IntegrityError
@@ -136,7 +136,7 @@ class WorkFolder:
             return manifest
         check_names(folder, manifest)
         for record in manifest.files:
-            if (folder / record.path).stat().st_size != record.size:
+            if resolve_inside(folder, record.path).stat().st_size != record.size:
                 raise IntegrityError(f"{folder}: {record.path} has another size than its manifest says")
         return manifest
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint import writer
 from adaptkit.checkpoint.header import TensorSpec, read_header
 from adaptkit.checkpoint.manifest import FileRecord
-from adaptkit.checkpoint.writer import DiskError, TensorWriter, write_file
+from adaptkit.checkpoint.writer import DiskError, TensorWriter, copy_file, write_file
+from adaptkit.errors import UnsafeInputError
 
 SPECS = [TensorSpec("b", "F32", (6, 3)), TensorSpec("a", "BF16", (5,)), TensorSpec("none", "F16", (0, 2))]
 TENSORS = {
@@ -97,15 +100,28 @@ def test_a_small_file_is_recorded_as_it_is(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
-def test_a_full_disk_is_one_line_with_a_way_out(tmp_path):
-    (tmp_path / "x.json").symlink_to("/dev/full")
-    with pytest.raises(DiskError, match=r"x\.json: cannot write") as caught:
+def test_a_full_disk_is_one_line_with_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "resolve_inside", lambda folder, name: Path("/dev/full"))
+    with pytest.raises(DiskError, match=r"full: cannot write") as caught:
         write_file(tmp_path, "x.json", b"x" * 100)
     assert "free some space" in caught.value.hint
-    (tmp_path / "x.safetensors").symlink_to("/dev/full")
     specs = [TensorSpec("t", "F32", (1 << 16,))]
     with (
-        pytest.raises(DiskError, match=r"x\.safetensors: cannot write"),
+        pytest.raises(DiskError, match=r"full: cannot write"),
         TensorWriter(tmp_path, "x.safetensors", specs) as w,
     ):
         w.write("t", torch.zeros(1 << 16))
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "folder/x", ""])
+def test_nothing_is_written_outside_of_the_folder(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "folder").symlink_to(tmp_path)
+    for write in (
+        lambda: write_file(tmp_path / "in", name, b"x"),
+        lambda: copy_file(Path(__file__), tmp_path / "in", name),
+        lambda: TensorWriter(tmp_path / "in", name, []),
+    ):
+        with pytest.raises(UnsafeInputError):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -1,0 +1,161 @@
+"""What cannot happen because no code does it, and what is checked by doing it."""
+
+import ast
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+
+import adaptkit
+
+PACKAGE = Path(adaptkit.__file__).parent
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+FOLDERS = re.compile(r"(root|folder|path|final)$")
+"""What variables that hold folders are called, at their end."""
+JOINS = {
+    "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
+    # names of our own
+    "checkpoint/journal.py": {"self.folder / self._journal"},
+    "checkpoint/signing.py": {"root / unfinished"},
+    "operations/_diff_files.py": {"root / name", "root / file", "root / _TEMPLATE_FILES[1]"},
+    "operations/_gradients.py": {"self._folder / f'{index}-{batch}'"},
+    "operations/_merged.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
+    "operations/_merging.py": {"adapter.root / name"},
+    "operations/targets/_adapter_files.py": {"root / name"},
+    "operations/targets/_checkpoint_files.py": {"root / name"},
+    "training/loop.py": {"out.folder / adapter.name"},
+    "training/resume.py": {
+        "folder / f'checkpoint-{snapshot.step}'",
+        "folder / f'checkpoint-{snapshot.step}.partial'",
+        "folder / f'{_RUN}.partial'",
+        "path / name",
+    },
+    # names of entries of a folder that was listed
+    "operations/extract.py": {"plan.base.root / path.name"},
+    "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is what the user's recipe says
+    # names of steps, which are letters and digits, and digests
+    "pipeline/work.py": {
+        "self.root / key[:_KEY_LETTERS]",
+        "self.root / key[:_KEY_LETTERS] / name",
+        "self.root / key[:_KEY_LETTERS] / f'{step.name}.json'",
+    },
+}
+"""Where a folder is joined with something else than a constant, other than by ``resolve_inside``; each was seen."""
+
+
+def calls(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def is_constant(node):
+    """A text, or a name in capitals."""
+    last = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return isinstance(node, ast.Constant) or (last.isupper() and last != "")
+
+
+def joins(tree):
+    """Folders joined with what is no constant."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and not is_constant(node.right):
+            leftmost = node.left
+            while isinstance(leftmost, ast.BinOp):
+                leftmost = leftmost.left
+            if FOLDERS.search(ast.unparse(leftmost)):
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".joinpath", "path.join")):
+            found.add(ast.unparse(node))
+    return found
+
+
+def test_paths_from_files_are_joined_in_one_place():
+    """As far as names tell: a new join of a folder with a variable has to be looked at, and listed above."""
+    assert {module: found for module, tree in TREES.items() if (found := joins(tree))} == JOINS
+
+
+def test_nothing_is_unpickled_or_executed():
+    loaders = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    runners = {"torch.load", "torch.hub.load", "eval", "exec", "os.system"}
+    runners |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}  # our own loader is derived from the safe one
+    for module, tree in TREES.items():
+        imported = {str(node.module).split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        plain = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+        imported |= {alias.name.split(".")[0] for node in plain for alias in node.names}
+        assert not imported & loaders, module
+        for call in calls(tree):
+            told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert ast.unparse(call.func) not in runners, module
+            assert told.get("allow_pickle", "False") == told.get("shell", "False") == "False", module
+
+
+def test_code_of_a_model_is_never_run():
+    """Whatever loads by a name in a file is told so, and told to stay offline."""
+    for module, tree in TREES.items():
+        for call in calls(tree):
+            told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert told.get("trust_remote_code", "False") == "False", module
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+                assert told.get("trust_remote_code") == "False", module
+                assert told.get("local_files_only") == "True", module
+
+
+def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
+    """``quantize --calibrate`` with conversations is the only tool beside the trainer that asks for it."""
+
+    def users(wanted):
+        texts = {module: ast.unparse(tree) for module, tree in TREES.items() if not module.startswith("cli/")}
+        return {module for module, text in texts.items() if wanted in text}
+
+    assert users("apply_chat_template") == {"checkpoint/conversation.py"}
+    assert users("import jinja2") | users("from jinja2") == {"checkpoint/conversation.py"}
+    renderers = users("checkpoint.conversation import")
+    assert {module for module in renderers if not module.startswith("training/")} == {"checkpoint/text.py"}
+    readers = {module for module in users("checkpoint.text import") if not module.startswith("training/")}
+    assert readers <= {"operations/_calibrated.py", "operations/quantize.py"}
+
+
+def test_few_modules_remove_anything():
+    """And those are tested by what lies in their way; see ``bad_inputs.outputs`` and the tests of the journal."""
+    removers = {"unlink", "rmdir", "rmtree", "removedirs"}
+    found = set()
+    for module, tree in TREES.items():
+        names = {ast.unparse(call.func) for call in calls(tree)}
+        if "os.remove" in names or {name.rpartition(".")[2] for name in names} & removers:
+            found.add(module)
+    assert found == {
+        "checkpoint/journal.py", "checkpoint/signing.py", "training/loop.py", "training/run.py", "training/resume.py",
+        "training/memory/paging.py", "hub/_fetch.py", "pipeline/work.py",
+    }  # fmt: skip
+
+
+def test_temporary_folders_are_private_and_gone_afterwards(run_cli, llama, instructions, tmp_path, monkeypatch):
+    """Those that hold what a user works on, on a machine that others use."""
+    for module, tree in TREES.items():
+        for call in calls(tree):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            assert name not in {"mktemp", "mkstemp", "NamedTemporaryFile"}, module
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with tempfile.TemporaryDirectory(prefix="adaptkit-") as folder:
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    monkeypatch.undo()
+    options = ["--steps", 2, "--batch-size", 1, "--device", "cpu", "--optimizer-pages-mib", "0.01"]
+    command = ["train", "--base", llama, "--method", "lora", "--data", instructions, "-o", tmp_path / "out", *options]
+    done = run_cli(*command, TMPDIR=str(tmp_path / "temporary"))
+    assert done.code == 0, done.stderr
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_outputs_hold_files_and_folders_only(run_cli, llama, copy_of, tmp_path):
+    """What was a link in an input, as in the Hub's cache, is a file in the output."""
+    base = copy_of(llama, "snapshot")
+    (tmp_path / "blobs").mkdir()
+    for path in list(base.iterdir()):
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(Path("..") / "blobs" / path.name)
+    assert run_cli("quantize", base, "-o", tmp_path / "out").code == 0
+    found = list((tmp_path / "out").rglob("*"))
+    assert len(found) > 4
+    assert not any(path.is_symlink() for path in found)
+    assert all(stat.S_ISREG(os.lstat(path).st_mode) for path in found)
