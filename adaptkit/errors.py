@@ -21,6 +21,7 @@ trying again unchanged may succeed.
     └── GateError             9   what was made is not good enough to go on with
 """
 
+import errno
 import re
 from typing import ClassVar
 
@@ -122,3 +123,18 @@ class GateError(AdaptkitError):
     """A release stops here: a figure is out of its limits, or a program would not take what was made."""
 
     exit_code = 9
+
+
+DISK_HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "see to the disk, or copy what can be read of it to another",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a place that may be read and written",
+    errno.EPERM: "choose a place that may be read and written",
+    errno.ENOENT: "see that nothing takes files away meanwhile, and that the temporary folder (TMPDIR) is there",
+    errno.ESTALE: "see to the network's disk",
+}
+"""What to do about an error of the disk, which may befall any file; others are mistakes of adaptkit's."""

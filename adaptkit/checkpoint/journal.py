@@ -27,7 +27,7 @@ from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import resolve_inside, write_json
 from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, sync_folder, write_file
+from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, make_folder, sync_folder, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
@@ -101,7 +101,7 @@ class Output:
         if self.folder.is_symlink() or self.folder.is_file():
             self._refuse_foreign()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         except OSError as error:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
         try:
@@ -206,6 +206,7 @@ class Output:
         sync_folder(self.final.parent)
         if replaced.exists() and self._force:  # else nobody said that anything may go
             shutil.rmtree(replaced)
+            sync_folder(self.final.parent)
 
     def _lock(self, path: Path, how: int, flags: int = os.O_RDONLY) -> None:
         with disk_errors(path):
@@ -269,11 +270,16 @@ class Output:
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",
                 hint="run it with the same options to go on, or begin anew with --force",
             )
-        for old in found:
+        for old in sorted(found, key=self._marks):  # what says whose it is goes last, for a kill may come between
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
     def _is_ours(self) -> bool:
-        return (self.folder / MANIFEST_NAME).is_file() or any(self.folder.glob(_JOURNAL_PATTERN))
+        return any(map(self._marks, self.folder.iterdir()))
+
+    @staticmethod
+    def _marks(path: Path) -> bool:
+        """Whether a file says that its folder is unfinished work of adaptkit's."""
+        return path.name == MANIFEST_NAME or path.match(_JOURNAL_PATTERN)
 
 
 def partial_folder(final: Path) -> Path:

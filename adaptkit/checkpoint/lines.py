@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import read_small
-from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.checkpoint.writer import disk_errors, sync_folder
 from adaptkit.errors import ConflictError
 
 
@@ -17,9 +17,12 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         DiskError: there is no room for it.
     """
     with disk_errors(path), path.open("a") as file:
+        is_new = not file.tell()
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
+        if is_new:
+            sync_folder(path.parent)
 
 
 def read_lines(path: Path, repair: bool) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
-from adaptkit.checkpoint.writer import disk_errors, write_file
+from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -97,13 +97,8 @@ def sign(root: Path, signer: Signer) -> Path:
         UsageError, AuthenticationError, NetworkError: see ``sign_manifest``.
     """
     signature = sign_manifest(require_manifest(root).to_bytes(), signer)
-    path, unfinished = root / SIGNATURE_NAME, f"{SIGNATURE_NAME}.partial"
-    try:
-        write_file(root, unfinished, signature)
-        with disk_errors(path):
-            os.replace(root / unfinished, path)
-    finally:
-        (root / unfinished).unlink(missing_ok=True)
+    path = root / SIGNATURE_NAME
+    replace_file(path, signature)
     return path
 
 

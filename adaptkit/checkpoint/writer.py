@@ -1,6 +1,5 @@
 """Write a safetensors file front to back, hashing while writing."""
 
-import errno
 import hashlib
 import os
 from collections import deque
@@ -15,7 +14,7 @@ from adaptkit.checkpoint.hashing import bytes_of, file_chunks
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import DISK_HINTS, AdaptkitError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +33,32 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a small file in the place of what is there; whatever happens, one of both is there and whole."""
+    unfinished = f"{path.name}.partial"
+    try:
+        write_file(path.parent, unfinished, content)
+        with disk_errors(path):
+            os.replace(path.parent / unfinished, path)
+            sync_folder(path.parent)
+    finally:
+        (path.parent / unfinished).unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it lies in, and make sure that they are on the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make sure that what somebody else wrote into a file is on the disk."""
+    with disk_errors(path), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -163,13 +188,6 @@ class DiskError(AdaptkitError):
     """The disk refused a write."""
 
 
-_DISK_HINTS = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-}
-
-
 class disk_errors:  # noqa: N801 - reads as a statement
     """Turn the disk's own errors into one line that says what to do."""
 
@@ -181,6 +199,6 @@ class disk_errors:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
-            hint = _DISK_HINTS.get(error.errno or 0, "")
+            hint = DISK_HINTS.get(error.errno or 0, "")
             hint = hint and f"{hint} and run the same command again: it goes on where it stopped"
             raise DiskError(f"{self._path.name}: cannot write: {error.strerror}", hint) from error

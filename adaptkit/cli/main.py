@@ -15,7 +15,7 @@ from adaptkit import __version__
 from adaptkit.cli import commands
 from adaptkit.cli.output import silence
 from adaptkit.discovery import load, names
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import DISK_HINTS, AdaptkitError
 from adaptkit.hub.secrets import redact
 
 INTERRUPTED = 130
@@ -97,6 +97,11 @@ def main() -> None:
         code = _run()
     except AdaptkitError as error:
         code = _fail(error.exit_code, error.code, error.message, error.hint, error.retryable)
+    except OSError as error:
+        if error.errno not in DISK_HINTS:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        code = _fail(AdaptkitError.exit_code, "disk", f"{where}{error.strerror}", DISK_HINTS[error.errno], False)
     except click.UsageError as error:
         asked = f"{error.ctx.command_path} --help" if error.ctx else "adaptkit --help"
         code = _fail(error.exit_code, "usage", error.format_message(), f"see {asked}", False)

@@ -14,6 +14,7 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.checkpoint.progress import Progress
+from adaptkit.checkpoint.writer import sync_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
 from adaptkit.hub._remote import RemoteFile, matches
@@ -112,6 +113,7 @@ def _move_if_right(source: str, record: FileRecord, folder: Path) -> None:
         )
     final = resolve_inside(folder, record.path)
     final.parent.mkdir(parents=True, exist_ok=True)
+    sync_file(arrived)
     os.replace(arrived, final)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import adaptkit
 from adaptkit.checkpoint.layout import read_json, write_json
-from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import CheckpointError, DriftError, UsageError
 from adaptkit.hub.sources import is_commit
 from adaptkit.pipeline.recipe import Recipe, Source
@@ -88,10 +88,7 @@ class Lock:
                 return False
         except OSError:
             pass
-        with disk_errors(self._path):
-            partial = self._path.with_name(f"{self._path.name}.partial")
-            partial.write_bytes(content)
-            partial.replace(self._path)
+        replace_file(self._path, content)
         return True
 
     def _check_recipe(self, recipe: Recipe, expected: Mapping[str, Any]) -> None:

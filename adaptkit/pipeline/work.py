@@ -21,7 +21,7 @@ from pathlib import Path
 from adaptkit.checkpoint.integrity import check_artifact, check_names
 from adaptkit.checkpoint.layout import resolve_inside, write_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
-from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file
 from adaptkit.errors import ConflictError, IntegrityError
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.steps._kind import Facts
@@ -150,10 +150,8 @@ class WorkFolder:
     def _write(self, step: Step, record: Record) -> None:
         path = self._path(step, record.key)
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".json.partial")
-            partial.write_bytes(write_json(asdict(record)))
-            partial.replace(path)
+            make_folder(path.parent)
+        replace_file(path, write_json(asdict(record)))
 
     def _path(self, step: Step, key: str) -> Path:
         return self.root / key[:_KEY_LETTERS] / f"{step.name}.json"

@@ -24,7 +24,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.layout import read_json, write_json
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, sync_folder, write_file
+from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, replace_file, sync_folder, write_file
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, UsageError
 from adaptkit.training.distributed import World
 from adaptkit.training.history import METRICS_NAME
@@ -52,8 +52,7 @@ class Snapshot:
 def remember(folder: Path, identity: Mapping[str, Any]) -> None:
     """Write down what decides about the result, so that a run that cannot go on can be told why."""
     if _read_identity(folder) is None:
-        write_file(folder, f"{_RUN}.partial", write_json(identity))
-        (folder / f"{_RUN}.partial").rename(folder / _RUN)
+        replace_file(folder / _RUN, write_json(identity))
 
 
 def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, resume: bool) -> None:

@@ -17,6 +17,8 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -94,6 +96,13 @@ class Range:
             raise SystemExit(f"{job.name}: two undisturbed runs differ")
         return made, recorded(log), seconds
 
+    def old(self, job: Any) -> Any:
+        """What stands under the final name before a job begins."""
+        from jobs import below, tree
+
+        merged = below(tree(self.inputs), "merged") if job.replaces else {}
+        return {name.replace("merged/", "out/", 1): content for name, content in merged.items()}
+
     def _require(self, ended: Any) -> None:
         if ended.code:
             raise SystemExit(f"kills: preparing failed with {ended.code}: {ended.said}")
@@ -101,12 +110,10 @@ class Range:
 
 def attack(ground: Range, job: Any, count: int, chance: random.Random) -> Tally:
     """Kill a job ``count`` times."""
-    from jobs import too_early, tree
+    from jobs import too_early
 
     expected, calls, seconds = ground.undisturbed(job)
     tally, points = Tally(), _points(calls, chance)
-    old = tree(ground.inputs)
-    old = {name.replace("merged/", "out/", 1): c for name, c in old.items() if name.startswith("merged/")}
     while tally.kills < count:
         trial = ground.trial(job)
         for _ in range(1 + chance.randrange(2)):  # what a killed run left may be killed again
@@ -114,7 +121,7 @@ def attack(ground: Range, job: Any, count: int, chance: random.Random) -> Tally:
             ended = _strike(ground, job, trial, points, seconds, number, chance, tally, expected)
             if ended.code not in SIGNALS.values() or tally.problems:
                 break
-            wrong = too_early(job, trial, ground.hub, expected, old if job.replaces else {})
+            wrong = too_early(job, trial, ground.hub, expected, ground.old(job))
             if wrong:
                 tally.problems.append(f"{trial.name}: {wrong[0]} stands there and is not whole")
         _resume(ground, job, trial, expected, tally)
@@ -194,9 +201,9 @@ def _resume(ground: Range, job: Any, trial: Path, expected: Any, tally: Tally) -
         tally.problems.append(f"{trial.name}: resumed with {again.code}: {names[:5]} differ: {again.said}")
 
 
-def main() -> int:
-    """Run what the command line asks for."""
-    options = _options()
+@contextmanager
+def proving_ground() -> Iterator[Range]:
+    """Import everything, start a hub and make the inputs."""
     warnings.simplefilter("ignore")  # newer Pythons warn of forks
     with TemporaryDirectory(prefix="kills-", dir=MEMORY if os.path.isdir(MEMORY) else None) as folder:
         root = Path(folder)
@@ -206,9 +213,16 @@ def main() -> int:
                 _import(hub.stdout.readline().strip() if hub.stdout else "", root)
                 ground = Range(root / "scratch", root / "hub")
                 ground.prepare()
-                tallies = _attack_all(ground, options)
+                yield ground
             finally:
                 hub.terminate()
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    options = _options()
+    with proving_ground() as ground:
+        tallies = _attack_all(ground, options)
     _show(tallies, options.json)
     return int(any(tally.problems for tally in tallies.values()))
 

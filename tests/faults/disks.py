@@ -1,0 +1,204 @@
+"""Disturb the disk under every command, and cut its power; then give the command again and compare every byte.
+
+    disks.py [--cuts 4] [--faults 2] [--seed 1] [--only merge] [--json]
+
+A power cut keeps what was synced, and by chance more; see ``powercut.py``. Faults are raised where the disk would
+raise them. Prints a table, and exits with 1 if anything was lost, half made, different or not said in one line.
+"""
+
+import argparse
+import errno
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kills import Range, is_done, proving_ground
+
+FAULTS = {
+    "no space": (("write", "create", "mkdir", "fsync"), errno.ENOSPC),
+    "write error": (("write", "fsync"), errno.EIO),
+    "read error": (("read",), errno.EIO),
+    "read-only": (("create", "mkdir", "rename", "unlink", "truncate"), errno.EROFS),
+    "no temporary space": (("create", "mkdir"), errno.ENOSPC),
+}
+"""The calls that fail from some moment on, and how; the last only in the folder of temporary files."""
+TEMPORARY_ONLY = "no temporary space"
+CODES = (1, 2, 3, 5, 7)
+"""The disk, a place that cannot be written, input that cannot be read or is not whole, a Hub without an answer."""
+
+
+@dataclass
+class Tally:
+    """What became of one command."""
+
+    cuts: int = 0
+    faults: int = 0
+    harmless: int = 0
+    identical: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def fails_from(number: int, kinds: tuple[str, ...], code: int, only: str) -> Any:
+    """A hook that lets calls of some kinds fail, from the ``number``-th of them on, below a folder."""
+    seen = -1
+
+    def hook(call: Any) -> None:
+        nonlocal seen
+        if call.before and call.kind in kinds and (call.path + os.sep).startswith(only):
+            seen += 1
+            if seen >= number:
+                raise OSError(code, os.strerror(code), call.path)
+
+    return hook
+
+
+class Judge:
+    """Disturbs one job and judges the end."""
+
+    def __init__(self, ground: Range, job: Any, chance: random.Random) -> None:
+        self.ground, self.job, self.chance, self.tally = ground, job, chance, Tally()
+        self.expected, self.calls, _ = ground.undisturbed(job)
+        self.old = ground.old(job)
+
+    def cut(self, count: int) -> None:
+        """Cut the power at some moments, and when all was done, with each outcome."""
+        from disk import WRITES
+        from powercut import OUTCOMES, Disk, cuts_power
+
+        last = 1 + max(call.number for call in self.calls if call.kind in WRITES)
+        for at in [*self.chance.sample(range(last), min(count, last)), last]:
+            for outcome in OUTCOMES:
+                trial = self.ground.trial(self.job)
+                disk, log = Disk(trial), self.ground.scratch.parent / f"cut-{trial.name}.jsonl"
+                self.ground.children.run(self._argv(trial), trial, cuts_power(log, at))
+                disk.after(log, outcome, self.chance)
+                self.tally.cuts += 1
+                where = f"{trial.name}: power cut before call {at} of {last}, {outcome}"
+                self._require_whole(trial, where)
+                if at == last and outcome != "torn" and self._result(trial) != self.expected:
+                    self.tally.problems.append(f"{where}: it had ended, and is gone")
+                self._require_same_again(trial, where)
+
+    def fail(self, count: int) -> None:
+        """Let the disk fail in each way, from some calls on."""
+        from jobs import TEMPORARY
+
+        for name, (kinds, code) in FAULTS.items():
+            total = sum(call.kind in kinds for call in self.calls) if "read" not in kinds else 12
+            for at in {0, *self.chance.sample(range(total), min(count - 1, total))}:
+                trial = self.ground.trial(self.job)
+                only = str(trial / TEMPORARY) if name == TEMPORARY_ONLY else str(self.ground.scratch)
+                hook = fails_from(at, kinds, code, only + os.sep)
+                ended = self.ground.children.run(self._argv(trial), trial, hook)
+                where = f"{trial.name}: {name} from call {at} on"
+                if ended.code == 0:
+                    self.tally.harmless += 1
+                else:
+                    self.tally.faults += 1
+                    self._require_said(ended, CODES, where)
+                self._require_whole(trial, where)
+                self._require_same_again(trial, where)
+
+    def meet(self) -> None:
+        """Let two processes write the same output."""
+        trial = self.ground.trial(self.job)
+        first = self.ground.children.start(self._argv(trial), trial, _stops_once())
+        os.waitid(os.P_PID, first, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        second = self.ground.children.run(self._argv(trial), trial)
+        os.kill(first, signal.SIGCONT)
+        ended = self.ground.children.wait(first)
+        self._require_said(second, (8,), f"{trial.name}: a second process")
+        if ended.code or self._result(trial) != self.expected:
+            self.tally.problems.append(f"{trial.name}: two processes: the first ended with {ended.code}")
+
+    def _argv(self, trial: Path) -> list[str]:
+        return list(self.job.argv(self.ground.inputs, trial))
+
+    def _result(self, trial: Path) -> Any:
+        from jobs import result
+
+        return result(self.job, trial, self.ground.hub)
+
+    def _require_said(self, ended: Any, codes: tuple[int, ...], where: str) -> None:
+        lines = [line for line in ended.said.splitlines() if not line.startswith(("note: ", "warning: "))]
+        one = len(lines) in (1, 2) and lines[0].startswith("error: ") and lines[-1].startswith(("error: ", "hint: "))
+        if ended.code not in codes or not one:
+            self.tally.problems.append(f"{where}: exit code {ended.code}: {ended.said[-1500:]}")
+
+    def _require_whole(self, trial: Path, where: str) -> None:
+        from jobs import too_early
+
+        wrong = too_early(self.job, trial, self.ground.hub, self.expected, self.old)
+        if wrong:
+            self.tally.problems.append(f"{where}: {wrong[0]} stands there and is not whole")
+
+    def _require_same_again(self, trial: Path, where: str) -> None:
+        again = self.ground.children.run(self._argv(trial), trial)
+        found = self._result(trial)
+        same = (again.code == 0 or is_done(again)) and found == self.expected
+        self.tally.identical += same
+        if not same:
+            names = [n for n in sorted({*found, *self.expected}) if found.get(n) != self.expected.get(n)]
+            self.tally.problems.append(f"{where}: resumed with {again.code}: {names[:5]} differ: {again.said[-1500:]}")
+
+
+def _stops_once() -> Any:
+    stopped = False
+
+    def hook(call: Any) -> None:
+        nonlocal stopped
+        if call.kind == "write" and call.before and "journal" in call.path and not stopped:
+            stopped = True
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return hook
+
+
+def disturb(ground: Range, options: argparse.Namespace) -> dict[str, Tally]:
+    """Disturb every command."""
+    from jobs import JOBS
+
+    tallies = {}
+    for job in [job for job in JOBS if options.only in (None, job.name)]:
+        began = time.monotonic()
+        judge = Judge(ground, job, random.Random(f"{options.seed} {job.name}"))
+        if job.name != "publish":  # which writes nothing here that has to last
+            judge.cut(options.cuts)
+        judge.fail(options.faults)
+        if job.name not in ("publish", "run"):
+            judge.meet()
+        tallies[job.name] = judge.tally
+        print(f"{job.name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return tallies
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--cuts", type=int, default=20, help="moments at which each command's power is cut")
+    parser.add_argument("--faults", type=int, default=10, help="moments at which each fault begins")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="one command")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with proving_ground() as ground:
+        tallies = disturb(ground, options)
+    if options.json:
+        print(json.dumps({name: vars(tally) for name, tally in tallies.items()}))
+    else:
+        print(f"{'command':<14} {'power cuts':>10} {'faults':>7} {'harmless':>8} {'identical':>9}")
+        for name, tally in tallies.items():
+            print(f"{name:<14} {tally.cuts:>10} {tally.faults:>7} {tally.harmless:>8} {tally.identical:>9}")
+            for problem in tally.problems:
+                print(f"  PROBLEM {problem}")
+    return int(any(tally.problems for tally in tallies.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
