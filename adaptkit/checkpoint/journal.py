@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, is_aside, marks, remove
 from adaptkit.checkpoint._journal_file import Finished, Journal, read_journal
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import resolve_inside, write_json
@@ -33,7 +34,6 @@ from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 JOURNAL_NAME = "adaptkit-journal.jsonl"
 SCRATCH_PREFIX = "adaptkit-scratch-"
 """Begins the names of files that a run works with, and that are no part of what it makes."""
-_JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
@@ -200,12 +200,12 @@ class Output:
         replaced = _replaced(self.final)
         if self.final.exists():
             if replaced.exists():  # left by a run that was killed here
-                shutil.rmtree(replaced)
+                remove(replaced)
             self.final.rename(replaced)
         self.folder.rename(self.final)
         sync_folder(self.final.parent)
         if replaced.exists() and self._force:  # else nobody said that anything may go
-            shutil.rmtree(replaced)
+            remove(replaced)
             sync_folder(self.final.parent)
 
     def _lock(self, path: Path, how: int, flags: int = os.O_RDONLY) -> None:
@@ -225,7 +225,7 @@ class Output:
         mine = (self._journal,) if self.part else ()  # another share may be writing its own just now
         journals = {
             path.name: read_journal(path, repair=not mine or path.name in mine)
-            for path in sorted(self.folder.glob(_JOURNAL_PATTERN))
+            for path in sorted(self.folder.glob(JOURNAL_PATTERN))
         }
         begun = {name: journal for name, journal in journals.items() if journal is not None}
         changed = any(self._differs(journal) for journal in begun.values())
@@ -270,16 +270,10 @@ class Output:
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",
                 hint="run it with the same options to go on, or begin anew with --force",
             )
-        for old in sorted(found, key=self._marks):  # what says whose it is goes last, for a kill may come between
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        clear(self.folder)
 
     def _is_ours(self) -> bool:
-        return any(map(self._marks, self.folder.iterdir()))
-
-    @staticmethod
-    def _marks(path: Path) -> bool:
-        """Whether a file says that its folder is unfinished work of adaptkit's."""
-        return path.name == MANIFEST_NAME or path.match(_JOURNAL_PATTERN)
+        return any(map(marks, self.folder.iterdir()))
 
 
 def partial_folder(final: Path) -> Path:
@@ -315,7 +309,7 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
             f"{final}: names in {_PARTIAL} and {_REPLACED} are for unfinished work", hint="choose another -o"
         )
     aside = _replaced(final)
-    if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST_NAME).is_file()):
+    if os.path.lexists(aside) and not is_aside(aside):
         raise ConflictError(f"{aside}: is in the way and not adaptkit's", hint="move it, or choose another -o")
     if os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST_NAME).is_file()):
         raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it")
