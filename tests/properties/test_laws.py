@@ -1,0 +1,161 @@
+"""What holds for every model and every adapter, in bytes where bytes are promised."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+import transformers  # noqa: F401 - quantize asks it about a model in a process of its own where it is not loaded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_models import ARCHITECTURES, LORAS, WEIGHTS, scratch
+from safetensors.torch import load_file
+
+from adaptkit.checkpoint.journal import Part
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+from adaptkit.operations.diff import diff
+from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.operations.stack import StackOptions, stack
+from adaptkit.operations.unmerge import unmerge
+
+few = settings(max_examples=8, derandomize=True, deadline=None)
+SMALL_SHARDS = 6_000
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def weights_of(folder):
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+@few
+@given(ARCHITECTURES, st.lists(st.tuples(LORAS, WEIGHTS), min_size=1, max_size=3))
+def test_unmerge_undoes_merge_to_the_last_byte(architecture, changes):
+    with scratch() as root:
+        base = architecture.write(root / "base")
+        adapters = [lora.write(root / f"lora-{n}", architecture) for n, (lora, _) in enumerate(changes)]
+        merge(base, adapters, root / "merged", MergeOptions(weights=tuple(weight for _, weight in changes)))
+        unmerge(root / "merged", adapters, root / "out")
+        found = tree(root / "out")
+        assert {path: found[path] for path in tree(base)} == tree(base)
+
+
+@few
+@given(ARCHITECTURES, LORAS, LORAS, WEIGHTS, WEIGHTS)
+def test_a_stack_is_the_weighted_sum_and_merges_like_its_members(architecture, one, two, first, second):
+    with scratch() as root:
+        base = architecture.write(root / "base")
+        adapters = [one.write(root / "one", architecture), two.write(root / "two", architecture)]
+        stack(adapters, root / "stacked", StackOptions(method="cat", weights=(first, second)))
+        tensors = load_file(root / "stacked" / "adapter_model.safetensors")
+        expected = {m: first * delta for m, delta in one.deltas(architecture).items()}
+        for module, delta in two.deltas(architecture).items():
+            expected[module] = expected.get(module, 0) + second * delta
+        size = {
+            module: sum(
+                abs(weight * lora.scaling) * (f[1].double().abs() @ f[0].double().abs())
+                for lora, weight in ((one, first), (two, second))
+                if (f := lora.factors(architecture).get(module))
+            )
+            for module in expected
+        }
+        half = 2.0**-24  # of float32, in which B is stored with weight and scaling in it
+        for module, delta in expected.items():
+            a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
+            assert ((b @ a - delta).abs() <= 1.01 * half * size[module]).all(), module
+        merge(base, adapters, root / "apart", MergeOptions(weights=(first, second)))
+        merge(base, [root / "stacked"], root / "together")
+        apart, together = weights_of(root / "apart"), weights_of(root / "together")
+        for tensor, found in apart.items():
+            module = tensor.removesuffix(".weight")
+            if module not in expected:
+                assert torch.equal(found, together[tensor])
+                continue
+            unit = torch.finfo(found.dtype).eps * torch.maximum(found.abs(), together[tensor].abs()).double()
+            bound = unit + 2 * half * size[module] + torch.finfo(found.dtype).tiny
+            assert ((found.double() - together[tensor].double()).abs() <= bound).all(), tensor
+
+
+@few
+@given(ARCHITECTURES, st.sampled_from(["nf4", "fp4", "int8"]), st.sampled_from([32, 64]))
+def test_what_was_quantized_once_is_quantized_again_without_loss(architecture, kind, block_size):
+    """With constants and weights in float32; what is rounded to 16 bits in between moves the constants."""
+    options = QuantizeOptions(format=kind, block_size=block_size, double_quant=False)
+    with scratch() as root:
+        quantize(architecture.write(root / "base"), root / "first", options)
+        dequantize(root / "first", root / "plain", DequantizeOptions(dtype="float32"))
+        quantize(root / "plain", root / "second", options)
+        dequantize(root / "second", root / "again", DequantizeOptions(dtype="float32"))
+        plain, again = weights_of(root / "plain"), weights_of(root / "again")
+        assert plain.keys() == again.keys()
+        for tensor in plain:
+            assert torch.equal(plain[tensor], again[tensor]), tensor
+
+
+@few
+@given(ARCHITECTURES, st.integers(1, 4))
+def test_shares_join_to_the_whole_and_threads_change_nothing(architecture, shares):
+    with scratch() as root:
+        base = architecture.write(root / "base")
+        quantize(base, root / "whole", QuantizeOptions(max_shard_bytes=SMALL_SHARDS, threads=1))
+        for number in reversed(range(1, shares + 1)):
+            part = Part(number, shares)
+            quantize(base, root / "shared", QuantizeOptions(max_shard_bytes=SMALL_SHARDS, part=part))
+        quantize(base, root / "shared", QuantizeOptions(max_shard_bytes=SMALL_SHARDS, threads=3))
+        assert tree(root / "shared") == tree(root / "whole")
+
+
+@few
+@given(ARCHITECTURES, LORAS, LORAS, st.integers(2, 5))
+def test_any_number_of_threads_gives_the_same_bytes(architecture, one, two, threads):
+    with scratch() as root:
+        base = architecture.write(root / "base")
+        adapters = [one.write(root / "one", architecture), two.write(root / "two", architecture)]
+        for count in (1, threads):
+            at = root / str(count)
+            merge(base, adapters, at / "merged", MergeOptions(threads=count))
+            stack(adapters, at / "ties", StackOptions(method="ties", rank=2, threads=count))
+            resize(adapters[0], at / "small", ResizeOptions(rank=1, threads=count))
+            extract(at / "merged", base, at / "extracted", ExtractOptions(rank=2, threads=count))
+            quantize(base, at / "quantized", QuantizeOptions(threads=count))
+            dequantize(at / "quantized", at / "plain", DequantizeOptions(threads=count))
+        assert tree(root / "1") == tree(root / str(threads))
+
+
+@few
+@given(ARCHITECTURES, LORAS, LORAS)
+def test_an_adapter_does_not_differ_from_itself_and_differs_from_another_both_ways(architecture, one, two):
+    with scratch() as root:
+        folders = [one.write(root / "one", architecture), two.write(root / "two", architecture)]
+        same = diff(folders[0], folders[0])
+        assert same.same
+        assert all(module.difference == 0 and module.relative == 0 for module in same.modules)
+        there, back = (
+            {module.module: asdict(module) for module in diff(*pair).modules} for pair in (folders, folders[::-1])
+        )
+        assert there.keys() == back.keys()
+        for module, found in there.items():
+            for figure in ("norms", "ranks", "shapes", "spectra"):
+                assert found[figure] == back[module][figure][::-1], figure
+            largest = max(found["norms"])  # sums in another order end in other last places
+            for figure in ("difference", "cosine", "relative", "difference_spectrum"):
+                assert found[figure] == pytest.approx(back[module][figure], rel=1e-9, abs=1e-12 * largest), figure
+            assert found["inner"] == pytest.approx(back[module]["inner"], rel=1e-9, abs=1e-12 * largest**2)
+
+
+@few
+@given(ARCHITECTURES, LORAS, st.integers(0, 3))
+def test_a_resize_to_the_full_rank_changes_nothing(architecture, lora, more):
+    with scratch() as root:
+        folder = lora.write(root / "lora", architecture)
+        resize(folder, root / "out", ResizeOptions(rank=lora.rank + more))
+        before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, root / "out"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert diff(folder, root / "out").total.difference == 0
