@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.hashing import file_sha256, fingerprint
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, UsageError
 from adaptkit.operations.quantize import quantize
@@ -81,6 +82,21 @@ def test_any_micro_batch_size_gives_the_same_loss_and_gradient(gradient_of, size
 # What is no number
 
 
+def confirm(base, digest):
+    """Make the manifest say that the base was so from the beginning; a changed one is refused."""
+    manifest = require_manifest(base)
+    files = [
+        replace(record, size=(base / record.path).stat().st_size, sha256=file_sha256(base / record.path))
+        for record in manifest.files
+    ]
+    tensors = [
+        replace(record, xxh3_128=digest) if record.name == "model.embed_tokens.weight" else record
+        for record in manifest.tensors
+    ]
+    changed = replace(manifest, files=tuple(files), tensors=tuple(tensors))
+    (base / MANIFEST_NAME).write_bytes(changed.to_bytes())
+
+
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
     """A model for which one letter is infinite, and data of which one line has it."""
@@ -90,6 +106,7 @@ def poisoned(tmp_path_factory):
     tensors = load_file(folder / "nf4" / "model.safetensors")
     tensors["model.embed_tokens.weight"][letter] = math.inf
     save_file(tensors, folder / "nf4" / "model.safetensors", metadata={"format": "pt"})
+    confirm(folder / "nf4", fingerprint(tensors["model.embed_tokens.weight"]))
     lines = tiny.write_instructions(folder / "rows.jsonl", rows=12).read_text().splitlines()
     lines[7] = json.dumps({"instruction": "Z", "context": "", "output": "quiet"})
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
