@@ -67,6 +67,7 @@ class Adapter:
         compensation: by module, what it began with to make up for what quantizing its base lost; mostly empty.
         manifest: None if another tool made the adapter.
         records: its tensors with fingerprints.
+        state: of its file when it was read; see ``TensorFiles.require_state``.
     """
 
     root: Path
@@ -84,6 +85,7 @@ class Adapter:
     compensation: Mapping[str, LowRank]
     manifest: Manifest | None
     records: tuple[TensorRecord, ...]
+    state: list[list[Any]]
 
     @property
     def only_compensates(self) -> bool:
@@ -114,6 +116,7 @@ def read_adapter(root: Path) -> Adapter:
         UsageError: not a folder.
         AdapterError: not a LoRA adapter, something unsupported, or tensors that do not fit together.
         CheckpointError: a malformed file.
+        IntegrityError: it changed while it was read.
     """
     require_folder(root)
     if not is_adapter(root):
@@ -126,10 +129,12 @@ def read_adapter(root: Path) -> Adapter:
     files = TensorFiles(root, [WEIGHTS_NAME])
     if not files.tensors:
         raise AdapterError(f"{root}: the adapter holds no tensors", hint="get the adapter again, or train it again")
+    state = files.state()
     parts = name_parts(root, files.tensors)
     records = tuple(_record(files, key) for key in files.tensors)
     found = Parts(root, config, files, parts, records)
     found.take_all()
+    files.require_state(state)  # or the fingerprints would be of other tensors than the changes
     manifest = read_manifest(root)
     return Adapter(
         root=root,
@@ -147,6 +152,7 @@ def read_adapter(root: Path) -> Adapter:
         compensation=read_compensation(root, found.modules, manifest),
         manifest=manifest,
         records=records,
+        state=state,
     )
 
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ class TensorFiles:
         tensors: by tensor name, in file order.
     """
 
+    _beside: ClassVar[tuple[str, ...]] = ()
+    """Further files whose changes count."""
+
     def __init__(self, root: Path, files: list[str]) -> None:
         self.root = root
         self.headers: dict[str, Header] = {file: read_header(resolve_inside(root, file)) for file in files}
@@ -67,6 +70,29 @@ class TensorFiles:
         """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8."""
         return self._read(self.tensors[name], start, count)
 
+    def state(self) -> list[list[Any]]:
+        """Sizes and modification times of the files, to notice that an input changed between two runs.
+
+        Raises:
+            IntegrityError: a file is no longer there.
+        """
+        try:
+            found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, *self._beside])]
+        except OSError as error:
+            raise IntegrityError(f"{error.filename}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
+        return [[file, status.st_size, status.st_mtime_ns] for file, status in found]
+
+    def require_state(self, state: list[list[Any]]) -> None:
+        """Refuse to go on with files that are no longer those that were read before.
+
+        Raises:
+            IntegrityError: a file changed since ``state``, or is no longer there.
+        """
+        now = self.state()
+        if now != state:
+            changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
+            raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)
+
     def _read(self, located: Located, offset: int, size: int) -> Tensor:
         buffer = np.empty(size, np.uint8)
         done = 0
@@ -94,6 +120,8 @@ class Checkpoint(TensorFiles):
         CheckpointError: not a checkpoint, or index and shards disagree.
         UnsafeInputError: the index points outside the folder.
     """
+
+    _beside = (CONFIG_NAME,)
 
     def __init__(self, root: Path) -> None:
         files, weight_map = weight_files(root)
@@ -135,29 +163,6 @@ class Checkpoint(TensorFiles):
         for file, header in sorted(self.headers.items()):
             digest.update(file.encode() + header.raw)
         return digest.hexdigest()
-
-    def state(self) -> list[list[Any]]:
-        """Sizes and modification times of the files, to notice that an input changed between two runs.
-
-        Raises:
-            IntegrityError: a file is no longer there.
-        """
-        try:
-            found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, CONFIG_NAME])]
-        except OSError as error:
-            raise IntegrityError(f"{error.filename}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
-        return [[file, status.st_size, status.st_mtime_ns] for file, status in found]
-
-    def require_state(self, state: list[list[Any]]) -> None:
-        """Refuse to go on with a checkpoint whose files are no longer those that were read before.
-
-        Raises:
-            IntegrityError: a file changed since ``state``, or is no longer there.
-        """
-        now = self.state()
-        if now != state:
-            changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
-            raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)
 
 
 class MappedCheckpoint(Checkpoint):

@@ -29,7 +29,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
 from adaptkit.checkpoint.writer import DiskError
-from adaptkit.errors import AdaptkitError, AuthenticationError, ConflictError, NetworkError, UsageError
+from adaptkit.errors import (
+    DISK_HINTS,
+    AdaptkitError,
+    AuthenticationError,
+    ConflictError,
+    NetworkError,
+    UsageError,
+)
 from adaptkit.hub.secrets import redact
 
 _NONSENSE = (LookupError, TypeError, AttributeError)
@@ -73,7 +80,8 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
     if _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-        return DiskError(f"{what}: cannot write here: {error.strerror}", hint="free some space, and run it again")
+        hint = f"{DISK_HINTS.get(error.errno, 'see to the disk')}, and run it again"
+        return DiskError(f"{what}: cannot write here: {error.strerror}", hint=hint)
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return UsageError(f"{what}: {_line(error)}")
     said = "malformed" if isinstance(error, _NONSENSE) else _line(error)

@@ -82,6 +82,8 @@ class Merging:
                 beside=self if self.options.undo else None,
             )
             checkpoint.require_state(state)
+            for adapter in self.adapters:  # what takes the place of the base's tensors is read as it is written
+                adapter.files.require_state(adapter.state)
             self._write_others(out)
             manifest = self._manifest(out)
             out.publish(manifest)

@@ -64,6 +64,14 @@ class Inputs:
             "init": tensors_root(self.start.records) if self.start else None,
         }
 
+    def require_base(self) -> None:
+        """Refuse to go on with a base that changed since it was checked: its weights are read all the time.
+
+        Raises:
+            IntegrityError: its files are not those that were there.
+        """
+        Checkpoint(self.base).require_state(self.state)
+
 
 def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs:
     """Read and check everything but the base's weights.

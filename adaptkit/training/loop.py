@@ -101,6 +101,7 @@ def _lead(
         with trackers(config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
         run.close()
+        inputs.require_base()
         kept, *others = run.chosen()
         for adapter in others:
             note(f"{adapter.name}/ holds the adapter after step {adapter.step}")

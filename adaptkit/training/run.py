@@ -83,6 +83,7 @@ class Run:
         begin_libraries(inputs.base, world.device)
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
+        inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)

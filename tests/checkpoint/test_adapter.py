@@ -2,17 +2,19 @@
 
 import json
 import math
+import os
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint import adapter as adapter_module
 from adaptkit.checkpoint.adapter import is_adapter, read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.errors import AdapterError, CheckpointError, UnsafeInputError, UsageError
+from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UnsafeInputError, UsageError
 from adaptkit.numerics.lora import LowRank
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -320,3 +322,16 @@ def test_writing_is_deterministic_whatever_the_order_of_the_modules(tmp_path):
     weights = "adapter_model.safetensors"
     assert (one / weights).read_bytes() == (two / weights).read_bytes()
     assert (one / "adapter_config.json").read_bytes() == (two / "adapter_config.json").read_bytes()
+
+
+def test_an_adapter_that_changes_between_its_fingerprints_and_its_changes_is_refused(adapter, copy_of, monkeypatch):
+    folder = copy_of(adapter)
+    take_all = adapter_module.Parts.take_all
+
+    def late(parts):
+        os.utime(folder / "adapter_model.safetensors", ns=(1, 1))
+        take_all(parts)
+
+    monkeypatch.setattr(adapter_module.Parts, "take_all", late)
+    with pytest.raises(IntegrityError, match="changed while it was read"):
+        read_adapter(folder)

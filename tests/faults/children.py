@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -53,13 +54,25 @@ def dies_at(point: Point, number: int) -> Hook:
             return None
         if point.when == "in":  # a short write; what is left of it comes as the next call
             if call.number == point.number + 1 and call.before:
-                os.kill(os.getpid(), number)
+                _send(number)
             return 7 if call.number == point.number else None  # bytes: into a line, a header, a tensor
         if call.number == point.number and call.before == (point.when == "before"):
-            os.kill(os.getpid(), number)
+            _send(number)
         return None
 
     return hook
+
+
+def _send(number: int) -> None:
+    """Send this process a signal, to the thread that asks for it if that is the one that handles it.
+
+    Sent to the process, it may reach the main thread a moment later: inside of the layer, whose write then looks to the
+    caller as if it had not been made, which no real one does.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.pthread_kill(threading.get_ident(), number)
+    else:
+        os.kill(os.getpid(), number)
 
 
 def records(path: Path) -> Hook:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -39,6 +40,7 @@ class Tally:
 
     cuts: int = 0
     faults: int = 0
+    changes: int = 0
     harmless: int = 0
     identical: int = 0
     problems: list[str] = field(default_factory=list)
@@ -54,6 +56,23 @@ def fails_from(number: int, kinds: tuple[str, ...], code: int, only: str) -> Any
             seen += 1
             if seen >= number:
                 raise OSError(code, os.strerror(code), call.path)
+
+    return hook
+
+
+def changes_at(number: int) -> Any:
+    """A hook that changes the last byte of a weights' file before the ``number``-th time that any is read."""
+    count, low, read, write = -1, os.open, os.pread, os.pwrite  # not the layer's
+
+    def hook(call: Any) -> None:
+        nonlocal count
+        if call.before and call.kind == "read" and "-inputs/" in call.path and call.path.endswith(".safetensors"):
+            count += 1
+            if count == number:
+                handle = low(call.path, os.O_RDWR)
+                end = os.path.getsize(call.path) - 1
+                write(handle, bytes([read(handle, 1, end)[0] ^ 1]), end)
+                os.close(handle)
 
     return hook
 
@@ -105,6 +124,24 @@ class Judge:
                 self._require_whole(trial, where)
                 self._require_same_again(trial, where)
 
+    def change(self, count: int) -> None:
+        """Change an input while it is read: that is refused, or else the result is of the old bytes or of the new."""
+        for _ in range(count):
+            trial = self.ground.trial(self.job)
+            inputs = Path(shutil.copytree(self.ground.inputs, self.ground.scratch / f"{trial.name}-inputs"))
+            arguments, at = self.job.argv(inputs, trial), self.chance.randrange(12)
+            ended = self.ground.children.run(arguments, trial, changes_at(at))
+            where = f"{trial.name}: an input changed at read {at}"
+            self.tally.changes += 1
+            if ended.code:
+                self._require_said(ended, (*CODES, 4), where)  # what was read may now belong to something else
+                self._require_whole(trial, where)
+                continue
+            again = self.ground.trial(self.job)
+            self.ground.children.run(self.job.argv(inputs, again), again)
+            if self._result(trial) not in (self.expected, self._result(again)):
+                self.tally.problems.append(f"{where}: what was made is of neither")
+
     def meet(self) -> None:
         """Let two processes write the same output."""
         trial = self.ground.trial(self.job)
@@ -126,9 +163,10 @@ class Judge:
         return result(self.job, trial, self.ground.hub)
 
     def _require_said(self, ended: Any, codes: tuple[int, ...], where: str) -> None:
-        lines = [line for line in ended.said.splitlines() if not line.startswith(("note: ", "warning: "))]
+        said = ended.said.splitlines()  # the Hub's client warns in lines of its own
+        lines = said[next((n for n, line in enumerate(said) if line.startswith("error: ")), 0) :]
         one = len(lines) in (1, 2) and lines[0].startswith("error: ") and lines[-1].startswith(("error: ", "hint: "))
-        if ended.code not in codes or not one:
+        if ended.code not in codes or not one or "Traceback" in ended.said:
             self.tally.problems.append(f"{where}: exit code {ended.code}: {ended.said[-1500:]}")
 
     def _require_whole(self, trial: Path, where: str) -> None:
@@ -171,10 +209,12 @@ def disturb(ground: Range, options: argparse.Namespace) -> dict[str, Tally]:
         if job.name != "publish":  # which writes nothing here that has to last
             judge.cut(options.cuts)
         judge.fail(options.faults)
+        if job.name not in ("pull", "run"):  # which read no weights here, or copies of their own
+            judge.change(options.faults)
         if job.name not in ("publish", "run"):
             judge.meet()
         tallies[job.name] = judge.tally
-        print(f"{job.name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+        print(f"{job.name}: {time.monotonic() - began:.1f} s", *judge.tally.problems, sep="\n  ", file=sys.stderr)
     return tallies
 
 
@@ -192,9 +232,10 @@ def main() -> int:
     if options.json:
         print(json.dumps({name: vars(tally) for name, tally in tallies.items()}))
     else:
-        print(f"{'command':<14} {'power cuts':>10} {'faults':>7} {'harmless':>8} {'identical':>9}")
+        columns = ("cuts", "faults", "harmless", "changes", "identical")
+        print(f"{'command':<14} " + " ".join(f"{name:>9}" for name in columns))
         for name, tally in tallies.items():
-            print(f"{name:<14} {tally.cuts:>10} {tally.faults:>7} {tally.harmless:>8} {tally.identical:>9}")
+            print(f"{name:<14} " + " ".join(f"{getattr(tally, column):>9}" for column in columns))
             for problem in tally.problems:
                 print(f"  PROBLEM {problem}")
     return int(any(tally.problems for tally in tallies.values()))
