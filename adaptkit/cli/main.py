@@ -89,11 +89,11 @@ def _say_stopped(number: int) -> int:
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
-            signal.signal(number, _stop)
     _keep_freed_memory()
     try:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+                signal.signal(number, _stop)
         code = _run()
     except AdaptkitError as error:
         code = _fail(error.exit_code, error.code, error.message, error.hint, error.retryable)

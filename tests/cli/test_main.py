@@ -181,3 +181,25 @@ def test_diff_tells_same_from_different_by_its_exit_code(run_cli, adapter, secon
     assert run_cli("diff", adapter, adapter).code == 0
     assert run_cli("diff", adapter, second_adapter).code == 1
     assert run_cli("diff", adapter, adapter.parent / "absent").code == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_in_the_moment_in_which_its_handler_is_there_ends_in_one_line(number, code, tmp_path):
+    program = f"""
+import os, signal, sys
+from adaptkit.cli.main import main
+
+real = signal.signal
+def at_once(which, handler):
+    before = real(which, handler)
+    if which == signal.{number} and getattr(handler, "__name__", "") == "_stop":
+        os.kill(os.getpid(), which)
+    return before
+
+signal.signal, sys.argv = at_once, ["adaptkit", "verify", "absent"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"error: {word}\nhint: the same command goes on where it stopped\n"
