@@ -149,7 +149,9 @@ def test_a_source_that_changed_is_noticed_whatever_its_size_and_time(release, re
 # Damage to what was made
 
 
-@pytest.mark.parametrize("how", ["gone", "cut", "extra", "no manifest", "changed manifest", "a file", "a link"])
+@pytest.mark.parametrize(
+    "how", ["gone", "cut", "extra", "no manifest", "changed manifest", "a file", "a link", "another"]
+)
 def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
     first = run(recipe)
     folder = release / outputs(first)["lighter"].path
@@ -160,6 +162,9 @@ def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
             folder.write_text("x")
         if how == "a link":
             folder.symlink_to("/nowhere")
+    elif how == "another":  # whole, but not what this step made
+        shutil.rmtree(folder)
+        shutil.copytree(release / outputs(first)["merged"].path, folder)
     elif how == "cut":
         weights.write_bytes(weights.read_bytes()[:-1])
     elif how == "extra":
