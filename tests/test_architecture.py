@@ -110,6 +110,17 @@ def test_torch_is_not_imported_before_it_is_needed(module):
     assert found.stdout.strip() == "[]"
 
 
+def test_verify_needs_neither_torch_nor_numpy():
+    """They take longer to load than a gigabyte to hash."""
+    golden = Path(__file__).parents[1] / "fixtures" / "golden" / "schema-1" / "merged"
+    code = (
+        f"import sys; sys.argv[1:] = ['verify', {str(golden)!r}]; from adaptkit.cli.main import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, set(sys.modules) & {'torch', 'numpy'})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "0 set()"
+
+
 def test_help_of_every_command_works_without_torch():
     code = (
         "import sys; from click.testing import CliRunner; from adaptkit.cli.main import cli, commands, names\n"
