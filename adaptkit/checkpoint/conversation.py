@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.errors import DataError
 
 Message = dict[str, str]
@@ -93,7 +94,8 @@ def render(messages: Sequence[Message], tokenizer: Any, opening: bool = False) -
         opening: add the opening of the assistant's next turn.
 
     Raises:
-        DataError: the template refuses the conversation, or there is neither template nor end token.
+        DataError: the template refuses the conversation or takes too much time or memory, or there is neither
+            template nor end token.
     """
     if not messages:
         return ""
@@ -102,12 +104,7 @@ def render(messages: Sequence[Message], tokenizer: Any, opening: bool = False) -
             raise DataError("the tokenizer has neither a chat template nor an end token")
         ends = {"assistant": tokenizer.eos_token}
         return "".join(message["content"] + ends.get(message["role"], "\n") for message in messages)
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"the chat template refuses the conversation ({error})") from error
+    return apply_template(tokenizer, messages, opening)
 
 
 def is_text(value: Any) -> bool:

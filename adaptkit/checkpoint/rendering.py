@@ -1,0 +1,167 @@
+"""What a model's chat template makes of a conversation, in a process of its own.
+
+A template is a program that came with a model. The sandbox that transformers runs it in keeps it from files, but not
+from looping for hours or from multiplying a string until no memory is left. Apart, it can be stopped.
+"""
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from adaptkit.errors import DataError
+
+_PATIENCE_SECONDS = 10
+_IDLE_SECONDS = 10
+_MEMORY = 1 << 30
+_LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
+"""Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
+_PR_SET_PDEATHSIG = 1
+
+
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool) -> str:
+    """Render a conversation.
+
+    The process is a fork that stays for the next conversations, and ends when none came for a while. There is none
+    where a fork is not safe (other threads, other systems than Linux) or not allowed (a daemonic process): then the
+    template is not bounded in time, nor in memory.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: ``role`` and ``content`` of each.
+        opening: add the opening of the assistant's next turn.
+
+    Raises:
+        DataError: the template refuses the conversation, takes longer than 10 seconds or more than 1 GiB, or writes
+            far more than the conversation.
+    """
+    if not _can_fork():
+        return _checked(_render(tokenizer, messages, opening), messages)
+    request = json.dumps([list(messages), opening]).encode()
+    try:
+        answer = _process_of(tokenizer).ask(request)
+        while answer is None:  # it left in the very moment
+            answer = _process_of(tokenizer).ask(request)
+    except BaseException:  # an answer that nobody took would be the next conversation's
+        _end_process()
+        raise
+    if "error" in answer:
+        raise DataError(answer["error"], answer["hint"])
+    return answer["text"]
+
+
+class _Process:
+    """Renders with one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self._tokenizer, self._template = tokenizer, tokenizer.chat_template
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(tokenizer, theirs, self._connection, os.getpid()), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def is_of(self, tokenizer: Any) -> bool:
+        """Whether it renders with this tokenizer, and is there."""
+        same = self._tokenizer is tokenizer and self._template == tokenizer.chat_template
+        return same and self._process.is_alive()
+
+    def ask(self, request: bytes) -> dict[str, str] | None:
+        """The answer, a text or an error; None if the process has left for want of questions."""
+        try:
+            self._connection.send_bytes(request)
+            if not self._connection.poll(_PATIENCE_SECONDS):
+                raise DataError(f"the chat template takes longer than {_PATIENCE_SECONDS} seconds", hint=_HINT)
+            return dict(json.loads(self._connection.recv_bytes()))
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            if self._process.exitcode == 0:
+                return None
+            raise DataError(
+                f"the chat template ended its process with code {self._process.exitcode}", hint=_HINT
+            ) from error
+
+    def end(self) -> None:
+        """Whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+_HINT = "give the model another chat template"
+_process: _Process | None = None
+
+
+def _process_of(tokenizer: Any) -> _Process:
+    global _process
+    if _process is None or not _process.is_of(tokenizer):
+        _end_process()
+        _process = _Process(tokenizer)
+    return _process
+
+
+def _end_process() -> None:
+    global _process
+    if _process is not None:
+        _process.end()
+    _process = None
+
+
+def _serve(tokenizer: Any, connection: Connection, theirs: Connection, asker: int) -> None:
+    """In the process: one JSON document for each that is read."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is meant for the one who asks, who then ends this
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asks may be killed, too
+    if os.getppid() != asker:  # and was, before that
+        os._exit(1)
+    theirs.close()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = pages * resource.getpagesize() + _MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (allowed if most < 0 else min(allowed, most), most))
+    with contextlib.suppress(EOFError):  # whoever asks is gone
+        while connection.poll(_IDLE_SECONDS):
+            messages, opening = json.loads(connection.recv_bytes())
+            try:
+                answer = {"text": _checked(_render(tokenizer, messages, opening), messages)}
+            except DataError as error:
+                answer = {"error": error.message, "hint": error.hint}
+            connection.send_bytes(json.dumps(answer).encode())
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"the chat template refuses the conversation ({error})") from error
+    except MemoryError as error:
+        raise DataError("the chat template takes too much memory", hint=_HINT) from error
+
+
+def _checked(text: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """A text that is not far longer than the conversation in it: somebody has to tokenize it."""
+    said = sum(len(message["content"]) for message in messages)
+    if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
+        raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=_HINT)
+    return text
+
+
+def _can_fork() -> bool:
+    alone = threading.active_count() == 1 and not multiprocessing.current_process().daemon
+    return sys.platform == "linux" and alone

@@ -1,0 +1,126 @@
+"""The process that renders chat templates: the same text as transformers', and it is there again whatever happened."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import tiny
+
+from adaptkit.checkpoint import rendering
+from adaptkit.checkpoint.rendering import apply_template
+from adaptkit.errors import DataError
+
+ASKED = [{"role": "user", "content": "Name a river"}]
+CHAT = [*ASKED, {"role": "assistant", "content": "the Rhine, ⟦half⟧\nand 'more'"}]
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # the test's own threads do nothing that a fork minds
+    yield tiny.write_tokenizer(tmp_path)
+    rendering._end_process()
+
+
+def pid():
+    return rendering._process._process.pid
+
+
+@pytest.mark.parametrize("opening", [False, True])
+def test_the_text_is_that_of_transformers(tokenizer, opening):
+    expected = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=opening)
+    assert apply_template(tokenizer, CHAT, opening) == expected
+    assert pid() != os.getpid()
+
+
+def test_one_process_renders_many_conversations(tokenizer):
+    seen = set()
+    for number in range(20):
+        messages = [{"role": "user", "content": str(number)}]
+        assert f">user\n{number}<" in apply_template(tokenizer, messages, False)
+        seen.add(pid())
+    assert len(seen) == 1
+
+
+def test_an_answer_that_came_too_late_is_nobody_elses(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "_PATIENCE_SECONDS", 0.5)
+    sound, tokenizer.chat_template = tokenizer.chat_template, LOOP
+    with pytest.raises(DataError, match="takes longer"):
+        apply_template(tokenizer, CHAT, False)
+    monkeypatch.undo()
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    tokenizer.chat_template = sound
+    assert "Rhine" in apply_template(tokenizer, CHAT, False)
+
+
+def test_a_refusal_ends_nothing(tokenizer):
+    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}fine"
+    with pytest.raises(DataError, match=r"refuses the conversation \(too many\)"):
+        apply_template(tokenizer, CHAT, False)
+    assert apply_template(tokenizer, ASKED, False) == "fine"
+
+
+def test_a_process_that_left_for_want_of_questions_is_replaced(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "_IDLE_SECONDS", 0)  # each leaves as soon as it has nothing to do
+    first = apply_template(tokenizer, CHAT, False)
+    for _ in range(10):
+        assert apply_template(tokenizer, CHAT, False) == first
+    before = pid()
+    rendering._process._process.join()
+    assert apply_template(tokenizer, CHAT, False) == first
+    assert pid() != before
+
+
+def test_a_process_that_is_killed_is_an_error_and_then_replaced(tokenizer):
+    tokenizer.chat_template = LOOP
+    killer = threading.Timer(0.5, lambda: os.kill(pid(), signal.SIGKILL))
+    killer.start()
+    with pytest.raises(DataError, match="ended its process with code -9"):
+        apply_template(tokenizer, CHAT, False)
+    killer.join()
+    tokenizer.chat_template = "fine"
+    assert apply_template(tokenizer, CHAT, False) == "fine"
+
+
+def test_an_interrupted_question_ends_the_process(tokenizer):
+    tokenizer.chat_template = LOOP
+    held = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            apply_template(tokenizer, CHAT, False)
+    finally:
+        signal.signal(signal.SIGALRM, held)
+    assert rendering._process is None
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_text_far_longer_than_the_conversation_is_refused(tokenizer, monkeypatch, alone):
+    monkeypatch.setattr(rendering, "_can_fork", lambda: alone)
+    tokenizer.chat_template = "{{ messages[0]['content'] * 200000 }}"
+    with pytest.raises(DataError, match=r"writes 2,400,000 characters for a conversation of 12"):
+        apply_template(tokenizer, ASKED, False)
+    tokenizer.chat_template = "{{ messages[0]['content'] * 8 }}"
+    long = [{"role": "user", "content": "x" * 3_000_000}]
+    assert len(apply_template(tokenizer, long, False)) == 24_000_000
+
+
+def test_the_process_does_not_outlive_a_killed_asker(tokenizer):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            rendering._process = None
+            apply_template(tokenizer, ASKED, False)
+            os.write(write, f"{pid()}".encode())
+            os.close(read)
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert int(os.read(read, 20)) != child
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert os.read(read, 1) == b"", "both ends of the pipe are closed once both are gone"
