@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,20 @@ def test_every_command_is_met_by_every_fault_and_loses_nothing(tallies):
         assert tally["changes"] == (0 if name in ("pull", "run") else 1), name
         assert tally["cuts"] == (0 if name == "publish" else 6), name
         assert tally["identical"] == tally["cuts"] + tally["faults"] + tally["harmless"], name
+
+
+def test_disks_that_are_really_too_small_or_read_only_lose_nothing(tmp_path):
+    own = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", tmp_path]).returncode:
+        pytest.skip("mounting a disk of one's own is not allowed here")
+    here = Path(__file__).parent
+    variables = os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here.parents[1] / 'fixtures'}:{here}"}
+    command = [*own, sys.executable, here / "small_disks.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout)
+    assert found == {name: [3, []] for name in found}
+    assert len(found) == 9
 
 
 def test_every_fault_of_a_disk_has_a_hint():

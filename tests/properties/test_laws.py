@@ -29,6 +29,12 @@ def tree(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def _codes(packed, kind):
+    """One a weight; fp4 has two for zero, and what was quantized again has the first."""
+    codes = torch.stack([packed >> 4, packed & 15])
+    return codes.where(codes != 8, 0) if kind == "fp4" else codes
+
+
 def weights_of(folder):
     checkpoint = Checkpoint(folder)
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
@@ -85,7 +91,7 @@ def test_a_stack_is_the_weighted_sum_and_merges_like_its_members(architecture, o
 @few
 @given(ARCHITECTURES, st.sampled_from(["nf4", "fp4", "int8"]), st.sampled_from([32, 64]))
 def test_what_was_quantized_once_is_quantized_again_without_loss(architecture, kind, block_size):
-    """With constants and weights in float32; what is rounded to 16 bits in between moves the constants."""
+    """With constants and weights in float32: to the bit."""
     options = QuantizeOptions(format=kind, block_size=block_size, double_quant=False)
     with scratch() as root:
         quantize(architecture.write(root / "base"), root / "first", options)
@@ -96,6 +102,30 @@ def test_what_was_quantized_once_is_quantized_again_without_loss(architecture, k
         assert plain.keys() == again.keys()
         for tensor in plain:
             assert torch.equal(plain[tensor], again[tensor]), tensor
+
+
+@few
+@given(
+    ARCHITECTURES, st.sampled_from(["nf4", "fp4"]), st.sampled_from([32, 64]), st.sampled_from(["float32", "bfloat16"])
+)
+def test_with_nested_constants_and_in_16_bits_the_codes_stay(architecture, kind, block_size, dtype):
+    """The constants are rounded anew, by no more than their 8 bits resolve and the 16 bits between them."""
+    options = QuantizeOptions(format=kind, block_size=block_size)
+    with scratch() as root:
+        quantize(architecture.write(root / "base"), root / "first", options)
+        dequantize(root / "first", root / "plain", DequantizeOptions(dtype=dtype))
+        quantize(root / "plain", root / "second", options)
+        codes, codes_again = weights_of(root / "first"), weights_of(root / "second")
+        packed = [name for name in codes if codes[name].dtype == torch.uint8 and name.endswith(".weight")]
+        assert packed
+        for name in packed:
+            assert torch.equal(_codes(codes[name], kind), _codes(codes_again[name], kind)), name
+        dequantize(root / "first", root / "once", DequantizeOptions(dtype="float32"))
+        dequantize(root / "second", root / "again", DequantizeOptions(dtype="float32"))
+        once, again = weights_of(root / "once"), weights_of(root / "again")
+        for name in packed:
+            most = once[name].abs().max()
+            assert (once[name] - again[name]).abs().max() <= most * (0.01 + torch.finfo(getattr(torch, dtype)).eps)
 
 
 @few
