@@ -65,6 +65,7 @@ class _Process:
     def __init__(self, tokenizer: Any) -> None:
         context = multiprocessing.get_context("fork")
         self._tokenizer, self._template = tokenizer, tokenizer.chat_template
+        self._asker = os.getpid()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(tokenizer, theirs, self._connection, os.getpid()), daemon=True
@@ -75,7 +76,7 @@ class _Process:
     def is_of(self, tokenizer: Any) -> bool:
         """Whether it renders with this tokenizer, and is there."""
         same = self._tokenizer is tokenizer and self._template == tokenizer.chat_template
-        return same and self._process.is_alive()
+        return same and self._asker == os.getpid() and self._process.is_alive()
 
     def ask(self, request: bytes) -> dict[str, str] | None:
         """The answer, a text or an error; None if the process has left for want of questions."""
@@ -93,9 +94,10 @@ class _Process:
             ) from error
 
     def end(self) -> None:
-        """Whatever it is doing."""
-        self._process.kill()
-        self._process.join()
+        """Whatever it is doing; but one that a fork inherited is its parent's."""
+        if self._asker == os.getpid():
+            self._process.kill()
+            self._process.join()
         self._connection.close()
 
 

@@ -66,6 +66,7 @@ def forgetting(found: "Forgetting", comparison: "Comparison") -> str:
 def remarks(comparison: "Comparison") -> list[str]:
     """What has to be said beside the numbers."""
     models, said = comparison.models, []
+    said.append(f"computed in {' and '.join(sorted({report.compute_dtype for report in models}))}")
     if len({report.answer_tokens for report in models}) > 1:
         said.append("losses are means over different numbers of answer tokens: tokenizers or cuts differ")
     for remark, names in _left_out(comparison).items():

@@ -10,7 +10,7 @@ from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.training.settings import check, check_values, refuse, setting, settings
 
-COMPUTE_DTYPES = ("bfloat16", "float32")
+COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
 BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "normal")
@@ -140,7 +140,9 @@ class TrainConfig:
     optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory. "
                                                 "Default: all of it.", None, above=0, at_most=_LARGEST)  # fmt: skip
     page_kib: int = setting("Size of a page of optimizer state.", 2048, at_least=1, at_most=1 << 20)
-    compute_dtype: str = setting("Of activations and dequantized weights.", "bfloat16", choices=COMPUTE_DTYPES)
+    compute_dtype: str = setting("Of activations and dequantized weights: bfloat16, float32, or auto, which is "
+                                 "bfloat16 where the device multiplies matrices of it.", "auto",
+                                 choices=COMPUTE_DTYPES)  # fmt: skip
     device: str = setting("cpu, cuda, or auto.", "auto")
     shard_base: bool = setting("Divide the frozen weights among the processes that torchrun starts (FSDP2).", False)
     deterministic: bool = setting("On a GPU only operations that give the same bits every time: a run that goes "

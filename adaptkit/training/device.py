@@ -1,10 +1,12 @@
-"""Which device a run computes on."""
+"""Which device a run computes on, and in which type."""
 
 import re
 
 import torch
 
 from adaptkit.errors import UsageError
+
+_ASKS = "_is_mkldnn_bf16_supported"
 
 
 def choose_device(name: str) -> torch.device:
@@ -17,3 +19,23 @@ def choose_device(name: str) -> torch.device:
     if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
         raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies matrices of it, and float32 elsewhere.
+
+    Processors without AVX-512, which most laptops have, do so element by element: a training step takes ten times as
+    long, or more. GPUs before Ampere convert.
+    """
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        has_products = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_products = hasattr(torch.ops.mkldnn, _ASKS) and getattr(torch.ops.mkldnn, _ASKS)()
+    return torch.bfloat16 if has_products else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As it is written in options: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

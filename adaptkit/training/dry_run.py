@@ -35,6 +35,7 @@ class RunPlan:
         trainable_parameters: in the adapter.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
+        compute_dtype: of activations and dequantized weights.
         checkpoint_bytes: size of one.
         disk_bytes: of all that are there at a time.
     """
@@ -53,6 +54,7 @@ class RunPlan:
     trainable_parameters: int
     segments: int
     checkpointing: str
+    compute_dtype: str
     checkpoint_bytes: int
     disk_bytes: int
 
@@ -90,6 +92,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         trainable_parameters=parameters,
         segments=activations.checkpointing.segments,
         checkpointing=str(activations.checkpointing),
+        compute_dtype=inputs.config.compute_dtype,
         checkpoint_bytes=one,
         disk_bytes=one * (config.keep_checkpoints + 1),
     )

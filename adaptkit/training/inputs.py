@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
 from adaptkit.training.data.mixture import Mixture, weights_of
 from adaptkit.training.data.samples import Sample
+from adaptkit.training.device import choose_device, choose_dtype, name_of
 from adaptkit.training.network.start import read_start, resolve_method
 from adaptkit.training.trackers import require_trackers
 
@@ -28,7 +29,7 @@ class Inputs:
     """What a run reads.
 
     Attributes:
-        config: of the run, with its method resolved.
+        config: of the run, with its method and compute_dtype resolved.
         base: folder of the base.
         manifest: of the base, if it has one.
         state: of the base's files, which tells bases without a manifest apart.
@@ -87,6 +88,8 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     base = Path(config.base)
     checkpoint = Checkpoint(base)
     config = resolve_method(config, checkpoint)
+    dtype = choose_dtype(config.compute_dtype, choose_device(config.device))
+    config = replace(config, compute_dtype=name_of(dtype))
     require_trackers(config)
     if output is not None:
         others = () if config.init in INITS else (config.init,)

@@ -155,6 +155,7 @@ def _report(output: Path, inputs: Inputs, run: Run, kept: int, manifest: Manifes
         held_out_after=held_out.get(kept),
         segments=run.activations.checkpointing.segments,
         checkpointing=str(run.activations.checkpointing),
+        compute_dtype=inputs.config.compute_dtype,
         memory=run.memory(),
         paging=run.optimizer.state.metrics(),
         tokens_per_second=run.tokens_per_second,

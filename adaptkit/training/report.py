@@ -41,6 +41,7 @@ class TrainReport:
         held_out_after: the same of the published adapter; None if it was not measured.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
+        compute_dtype: of activations and dequantized weights.
         memory: bytes that were predicted, by part (see ``checkpoint.memory.Memory``) and in all, and ``measured``: by
             how much the process's memory grew, on a GPU what was allocated there; None where nobody tells.
         paging: the optimizer state's page table and what moved; see ``paging.Pages.metrics``.
@@ -63,6 +64,7 @@ class TrainReport:
     held_out_after: float | None
     segments: int
     checkpointing: str
+    compute_dtype: str
     memory: dict[str, int | None]
     paging: dict[str, int]
     tokens_per_second: float

@@ -1,5 +1,6 @@
 """The process that renders chat templates: the same text as transformers', and it is there again whatever happened."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -105,6 +106,21 @@ def test_a_text_far_longer_than_the_conversation_is_refused(tokenizer, monkeypat
     tokenizer.chat_template = "{{ messages[0]['content'] * 8 }}"
     long = [{"role": "user", "content": "x" * 3_000_000}]
     assert len(apply_template(tokenizer, long, False)) == 24_000_000
+
+
+def test_a_fork_has_a_process_of_its_own(tokenizer):
+    expected = apply_template(tokenizer, CHAT, False)
+    before = pid()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            if apply_template(tokenizer, CHAT, False) == expected and pid() != before:
+                rendering._end_process()
+                os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert apply_template(tokenizer, CHAT, False) == expected
+    assert pid() == before
 
 
 def test_the_process_does_not_outlive_a_killed_asker(tokenizer):

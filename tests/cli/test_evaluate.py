@@ -71,7 +71,7 @@ def compared(llama, adapter, second_adapter, instructions, made, run_cli):
 def report_of(base, adapter=None, loss=2.5, text=3.0, shots=0):
     scores = Scores(12.5, 2.25, 0.3125, 0.4375, 1.125, "exact and stem", "BLEU x")
     return EvaluateReport(
-        base, adapter, shots, 0, 1000, 10 if adapter else None, 8, 0, 0, 64, loss, 12.18,
+        base, adapter, shots, 0, "float32", 1000, 10 if adapter else None, 8, 0, 0, 64, loss, 12.18,
         TextReport(2, 126, text, 20.09), GenerationReport(3, 4, 0, 1, scores), {"hello": f"{base} says"},
     )  # fmt: skip
 

@@ -91,7 +91,7 @@ assert ended(start("noisy", 2, *noisy)) == [0, 0]
 
 children, metrics = start("killed", 2, *noisy), root / "killed.partial" / "metrics.jsonl"
 while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 5:
-    assert os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    assert all(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for child in children)
     time.sleep(0.001)
 os.kill(children[1], signal.SIGKILL)
 assert ended(children) == [7, -9]

@@ -48,7 +48,8 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--compute-dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
+              show_default=True, help="auto: bfloat16 where the device multiplies matrices of it.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True)
 @click.option("--html", type=_NEW_FILE, help="Write the report as a page, too.")
 @report_options
@@ -112,6 +113,7 @@ def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[
 
 def _rows(report: "EvaluateReport") -> list[Row]:
     rows = [("model", f"{report.base}" + (f" with {report.adapter}" if report.adapter else ""))]
+    rows.append(("computed in", report.compute_dtype))
     if report.trained_parameters is not None:
         share = percent(report.trained_parameters / report.parameters)
         rows.append(("trained", f"{report.trained_parameters:,} parameters, {share} of the base's"))

@@ -82,7 +82,7 @@ def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
     yield "samples", f"{plan.samples} to train on, {plan.held_out} held out"
     yield "tokens of a pass", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"
     yield "trainable", f"{plan.trainable_parameters:,} parameters"
-    yield "activations", plan.checkpointing
+    yield "activations", f"{plan.compute_dtype}; {plan.checkpointing}"
     yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
     yield from data_rows(plan.data)
     yield from cut_rows(plan.data, plan.truncated, plan.dropped)
@@ -100,7 +100,7 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
     if report.skipped:
         yield "skipped", f"{report.skipped} steps whose loss or gradient was no number"
     yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
-    yield "activations", report.checkpointing
+    yield "activations", f"{report.compute_dtype}; {report.checkpointing}"
     measured = report.memory["measured"]
     seen = "not measured here" if measured is None else f"{size(measured)} measured"
     yield "memory", f"{size(report.memory['predicted'] or 0)} predicted, {seen}"

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
-from adaptkit.training.device import choose_device
+from adaptkit.training.device import choose_device, choose_dtype, name_of
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
@@ -81,7 +81,8 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
 
 def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
     """Load a checkpoint, and an adapter on it."""
-    model = load_model(base, getattr(torch, options.compute_dtype), choose_device(options.device))
+    device = choose_device(options.device)
+    model = load_model(base, choose_dtype(options.compute_dtype, device), device)
     if adapter is not None:
         load_adapter(model, adapter)
     return model
@@ -107,6 +108,7 @@ def measure(
         adapter=str(adapter.root) if adapter else None,
         shots=len(material.shots),
         fewer_shots=material.fewer_shots,
+        compute_dtype=name_of(model.dtype),
         parameters=total,
         trained_parameters=trained_parameters(base, adapter, total),
         samples=len(samples),

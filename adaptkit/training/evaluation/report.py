@@ -25,7 +25,7 @@ class EvaluateOptions:
         batch_size: samples at a time.
         window: tokens of a window of text.
         max_tokens: of text; None is all of it.
-        compute_dtype: bfloat16 or float32.
+        compute_dtype: bfloat16, float32, or auto; see ``training.device``.
         device: cpu, cuda, or auto.
     """
 
@@ -40,7 +40,7 @@ class EvaluateOptions:
     batch_size: int = 8
     window: int = 512
     max_tokens: int | None = None
-    compute_dtype: str = "bfloat16"
+    compute_dtype: str = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -110,6 +110,7 @@ class EvaluateReport:
         adapter: folder, or None.
         shots: examples before every question.
         fewer_shots: samples and questions that had room for fewer.
+        compute_dtype: of weights and activations.
         parameters: of the base.
         trained_parameters: of the adapter, or of the base if adaptkit trained all of it; None if nothing says.
         samples: number of them that were measured.
@@ -127,6 +128,7 @@ class EvaluateReport:
     adapter: str | None
     shots: int
     fewer_shots: int
+    compute_dtype: str
     parameters: int
     trained_parameters: int | None
     samples: int
