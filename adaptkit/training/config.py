@@ -94,7 +94,8 @@ class TrainConfig:
     # Steps
     steps: int | None = setting("Optimizer steps; default: as many as the epochs take.", None, at_least=1,
                                at_most=_MOST)  # fmt: skip
-    epochs: float = setting("Passes over the data.", 1.0, above=0, at_most=1e6)
+    epochs: float | None = setting("Passes over the data, instead of steps; default: 1.", None, above=0,
+                                   at_most=1e6)  # fmt: skip
     batch_size: int = setting("Samples in a step.", 8, at_least=1, at_most=_MOST)
     micro_batch_size: int | None = setting("Samples that go through the model at a time; default: the whole batch.",
                                            None, at_least=1, at_most=_MOST)  # fmt: skip
@@ -160,6 +161,8 @@ class TrainConfig:
         if self.init not in INITS and not Path(self.init).is_dir():
             refuse(self, "init")
         self._check_adapter()
+        if self.steps is not None and self.epochs is not None:
+            refuse(self, "epochs", "steps says how long already")
         if self.pack and self.group_by_length:
             refuse(self, "group_by_length", "rows that are packed are of like length already")
         if self.patience and not (self.has_held_out and self.eval_every):

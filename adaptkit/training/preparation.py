@@ -46,7 +46,7 @@ def batches_of(inputs: Inputs) -> Batches:
 
 def total_steps(config: TrainConfig, batches: Batches) -> int:
     """How many steps a run takes, unless it stops early."""
-    return config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
+    return config.steps or math.ceil((config.epochs or 1) * batches.steps_per_epoch)
 
 
 def begin_libraries(base: Path, device: torch.device) -> None:

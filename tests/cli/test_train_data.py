@@ -113,3 +113,14 @@ def test_bad_data_ends_in_one_line_and_a_hint(rows, options, code, message, run_
     assert message in error
     assert hint.startswith("hint: ")
     assert not (files / "adapter").exists()
+
+
+@pytest.mark.parametrize(("option", "value", "steps"), [("steps", 3, 3), ("epochs", 2, 4)])
+def test_how_long_on_the_command_line_takes_the_place_of_how_long_in_the_file(
+    run_cli, llama, files, option, value, steps
+):
+    (files / "train.yaml").write_text("epochs: 7\n" if option == "steps" else "steps: 7\n")
+    more = {option: value, "config": files / "train.yaml", "dry_run": True, "json": True, "batch_size": 1}
+    done = run_cli(*arguments(llama, files, "text.json", **more))
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == steps

@@ -39,6 +39,12 @@ def test_an_unusable_value_is_refused_by_name(key, value):
         TrainConfig.from_values(GOOD | {key: value}, "t.yaml")
 
 
+def test_steps_and_epochs_are_two_answers_to_one_question():
+    with pytest.raises(ConfigError, match=r"epochs: 2\.0 cannot be used") as caught:
+        TrainConfig.from_values({k: v for k, v in GOOD.items() if k != "steps"} | {"steps": 5, "epochs": 2.0}, "t.yaml")
+    assert "steps" in caught.value.hint
+
+
 @pytest.mark.parametrize("missing", ["base", "data"])
 def test_what_is_required_is_asked_for(missing):
     with pytest.raises(ConfigError, match=f"{missing} is missing"):

@@ -45,7 +45,10 @@ def command(
     killed or interrupted goes on when the same command is given again.
     """
     values = read_config_file(config_file) if config_file else {}
-    values |= given(TrainConfig, options)
+    chosen = given(TrainConfig, options)
+    if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
+        values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
+    values |= chosen
     config = TrainConfig.from_values(values, str(config_file) if config_file else "options")
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
         as_json, quiet = False, True
