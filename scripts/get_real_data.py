@@ -13,13 +13,13 @@ No word and no gloss is in both wordnet-train and wordnet-test: synonyms share a
 Needs apt-get and dpkg, pip, and npm. Makes what is not there yet, and prints FOLDER.
 """
 
+import argparse
 import gzip
 import json
 import random
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -199,4 +199,6 @@ def make(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1]) if len(sys.argv) > 1 else default_folder()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=default_folder())
+    print(make(parser.parse_args().folder))

@@ -11,6 +11,7 @@ instruction, context (the topic), output.
 Makes FOLDER/SmolLM2-135M-Instruct and FOLDER/data once, and prints FOLDER; a second call only prints.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -97,4 +98,6 @@ def make(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1]) if len(sys.argv) > 1 else default_folder()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=default_folder())
+    print(make(parser.parse_args().folder))
