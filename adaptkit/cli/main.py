@@ -23,6 +23,7 @@ TERMINATED = 143
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
+_UNWINDING_SECONDS = 30.0
 
 
 class _Commands(click.Group):
@@ -61,9 +62,15 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Unwind; but leave at once from the middle of an import, which some modules would go on with half done."""
+    """Unwind; but leave at once from the middle of an import, which some modules would go on with half done.
+
+    A signal in the wrong moment leaves a lock of Python's own threading held, and what unwinds may wait for that.
+    """
     for again in _SIGNALS:
         signal.signal(again, _leave)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda *_: _leave(number, None))
+        signal.setitimer(signal.ITIMER_REAL, _UNWINDING_SECONDS)
     if _is_importing(frame):
         _leave(number, frame)
     raise _Stopped(number)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back while the block runs; what handles them is called after it.
+    """Hold SIGINT and SIGTERM back while the block runs; what handles them is called after it, and timers stand still.
 
     Does nothing outside of the main thread, where Python handles no signals.
     """
@@ -20,11 +20,14 @@ def uninterrupted() -> Iterator[None]:
     for number, handler in handlers.items():
         if callable(handler):  # neither ignored nor the system's own
             signal.signal(number, lambda number, frame: arrived.append(number))
+    left = signal.setitimer(signal.ITIMER_REAL, 0)[0] if hasattr(signal, "setitimer") else 0
     try:
         yield
     finally:
         for number, handler in handlers.items():
             if callable(handler):
                 signal.signal(number, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left)
         for arrival in arrived[:1]:
             signal.raise_signal(arrival)

@@ -203,3 +203,28 @@ main()
     word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == f"error: {word}\nhint: the same command goes on where it stopped\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_lock_that_a_signal_left_held_keeps_nobody_waiting(number, code, tmp_path):
+    """As when a signal comes just after a result has been locked: its thread waits for that, and who joins it, too."""
+    program = f"""
+import os, signal, sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from adaptkit.cli import main as program
+
+def command(**_):
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(time.sleep, 0.2)
+        held._condition.acquire()
+        os.kill(os.getpid(), signal.{number})
+
+import time
+program._UNWINDING_SECONDS = 1
+program.cli.main = command
+program.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"error: {word}\nhint: the same command goes on where it stopped\n"

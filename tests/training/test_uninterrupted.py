@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -34,6 +35,21 @@ def test_a_signal_arrives_after_the_block(number):
             pass  # nothing arrived
     finally:
         signal.signal(number, before)
+
+
+def test_a_timer_goes_on_after_the_block():
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with uninterrupted():
+            time.sleep(0.5)
+            assert not rang
+        time.sleep(0.5)
+        assert rang
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_what_is_ignored_stays_ignored():
