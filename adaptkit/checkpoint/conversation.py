@@ -12,7 +12,7 @@ A row has to be of exactly one layout, unless one is asked for by name.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,26 +85,30 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     )
 
 
-def render(messages: Sequence[Message], tokenizer: Any, opening: bool = False) -> str:
-    """What the model reads of a conversation; without a template its messages follow each other on lines of their own.
+def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: Any) -> Iterator[str]:
+    """What the model reads of conversations; without a template, messages follow each other on lines of their own.
 
     Args:
-        messages: of the conversation.
+        conversations: the messages of each, and whether the opening of the assistant's next turn follows them.
         tokenizer: with a chat template or an end token.
-        opening: add the opening of the assistant's next turn.
+
+    Returns:
+        The text of each, in order.
 
     Raises:
-        DataError: the template refuses the conversation or takes too much time or memory, or there is neither
+        DataError: the template refuses a conversation or takes too much time or memory for it, or there is neither
             template nor end token.
     """
-    if not messages:
-        return ""
-    if tokenizer.chat_template is None:
-        if tokenizer.eos_token is None:
+    if tokenizer.chat_template is not None:
+        texts = apply_template(tokenizer, [conversation for conversation in conversations if conversation[0]])
+        for messages, _ in conversations:
+            yield next(texts) if messages else ""
+        return
+    for messages, _ in conversations:
+        if messages and tokenizer.eos_token is None:
             raise DataError("the tokenizer has neither a chat template nor an end token")
         ends = {"assistant": tokenizer.eos_token}
-        return "".join(message["content"] + ends.get(message["role"], "\n") for message in messages)
-    return apply_template(tokenizer, messages, opening)
+        yield "".join(message["content"] + ends.get(message["role"], "\n") for message in messages)
 
 
 def is_text(value: Any) -> bool:

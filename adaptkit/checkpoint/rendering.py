@@ -13,23 +13,28 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from adaptkit.errors import DataError
 
+Conversation = tuple[Sequence[Mapping[str, str]], bool]
+"""Messages, and whether the opening of the assistant's next turn follows them."""
+
 _PATIENCE_SECONDS = 10
 _IDLE_SECONDS = 10
 _MEMORY = 1 << 30
 _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
 """Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
+_PORTION = 1 << 20
+"""Characters of conversations in one question."""
 _PR_SET_PDEATHSIG = 1
 
 
-def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool) -> str:
-    """Render a conversation.
+def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[str]:
+    """Render conversations.
 
     The process is a fork that stays for the next conversations, and ends when none came for a while. There is none
     where a fork is not safe (other threads, other systems than Linux) or not allowed (a daemonic process): then the
@@ -37,26 +42,46 @@ def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], openin
 
     Args:
         tokenizer: with a chat template.
-        messages: ``role`` and ``content`` of each.
-        opening: add the opening of the assistant's next turn.
+        conversations: ``role`` and ``content`` of the messages of each, and whether the opening of the assistant's
+            next turn follows them.
+
+    Returns:
+        The text of each, as it is needed.
 
     Raises:
-        DataError: the template refuses the conversation, takes longer than 10 seconds or more than 1 GiB, or writes
-            far more than the conversation.
+        DataError: the template refuses a conversation, takes longer than 10 seconds or more than 1 GiB for it, or
+            writes far more than is in it.
     """
     if not _can_fork():
-        return _checked(_render(tokenizer, messages, opening), messages)
-    request = json.dumps([list(messages), opening]).encode()
+        for messages, opening in conversations:
+            yield _render(tokenizer, messages, opening)
+        return
     try:
-        answer = _process_of(tokenizer).ask(request)
-        while answer is None:  # it left in the very moment
-            answer = _process_of(tokenizer).ask(request)
+        for some in _portions(conversations):
+            process = _process_of(tokenizer)
+            process.ask(some)
+            while (first := process.answer()) is None:  # it left in the very moment
+                process = _process_of(tokenizer)
+                process.ask(some)
+            yield first
+            for _ in some[1:]:
+                yield process.answer() or ""
     except BaseException:  # an answer that nobody took would be the next conversation's
         _end_process()
         raise
-    if "error" in answer:
-        raise DataError(answer["error"], answer["hint"])
-    return answer["text"]
+
+
+def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
+    """Divide conversations, so that a question is of a few megabytes, or of one conversation."""
+    begin, size = 0, 0
+    for number, (messages, _) in enumerate(conversations):
+        said = sum(len(message["content"]) for message in messages)
+        if number > begin and size + said > _PORTION:
+            yield conversations[begin:number]
+            begin, size = number, 0
+        size += said
+    if begin < len(conversations):
+        yield conversations[begin:]
 
 
 class _Process:
@@ -78,13 +103,22 @@ class _Process:
         same = self._tokenizer is tokenizer and self._template == tokenizer.chat_template
         return same and self._asker == os.getpid() and self._process.is_alive()
 
-    def ask(self, request: bytes) -> dict[str, str] | None:
-        """The answer, a text or an error; None if the process has left for want of questions."""
-        try:
+    def ask(self, conversations: Sequence[Conversation]) -> None:
+        """Send a question; there is an answer for each conversation, up to the first that cannot be rendered."""
+        request = json.dumps([[list(messages), opening] for messages, opening in conversations]).encode()
+        with contextlib.suppress(ConnectionError):  # the answer says so
             self._connection.send_bytes(request)
+
+    def answer(self) -> str | None:
+        """The next answer; None if the process has left for want of questions.
+
+        Raises:
+            DataError: see ``apply_template``.
+        """
+        try:
             if not self._connection.poll(_PATIENCE_SECONDS):
                 raise DataError(f"the chat template takes longer than {_PATIENCE_SECONDS} seconds", hint=_HINT)
-            return dict(json.loads(self._connection.recv_bytes()))
+            answer = json.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
             self._process.join()
             if self._process.exitcode == 0:
@@ -92,6 +126,9 @@ class _Process:
             raise DataError(
                 f"the chat template ended its process with code {self._process.exitcode}", hint=_HINT
             ) from error
+        if "error" in answer:
+            raise DataError(answer["error"], answer["hint"])
+        return str(answer["text"])
 
     def end(self) -> None:
         """Whatever it is doing; but one that a fork inherited is its parent's."""
@@ -137,27 +174,28 @@ def _serve(tokenizer: Any, connection: Connection, theirs: Connection, asker: in
     resource.setrlimit(resource.RLIMIT_AS, (allowed if most < 0 else min(allowed, most), most))
     with contextlib.suppress(EOFError):  # whoever asks is gone
         while connection.poll(_IDLE_SECONDS):
-            messages, opening = json.loads(connection.recv_bytes())
-            try:
-                answer = {"text": _checked(_render(tokenizer, messages, opening), messages)}
-            except DataError as error:
-                answer = {"error": error.message, "hint": error.hint}
-            connection.send_bytes(json.dumps(answer).encode())
+            for answer in _answers(tokenizer, json.loads(connection.recv_bytes())):
+                connection.send_bytes(json.dumps(answer).encode())
+
+
+def _answers(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[dict[str, str]]:
+    try:
+        for messages, opening in conversations:
+            yield {"text": _render(tokenizer, messages, opening)}
+    except DataError as error:
+        yield {"error": error.message, "hint": error.hint}
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool) -> str:
+    """A text that is not far longer than the conversation in it: somebody has to tokenize it."""
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
     except MemoryError as error:
         raise DataError("the chat template takes too much memory", hint=_HINT) from error
-
-
-def _checked(text: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """A text that is not far longer than the conversation in it: somebody has to tokenize it."""
     said = sum(len(message["content"]) for message in messages)
     if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
         raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=_HINT)

@@ -102,7 +102,7 @@ def _row_tokens(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[lis
     if example.text is not None:
         return _tokens(tokenizer, example.text, True), False
     try:
-        rendered = render(example.messages, tokenizer)
+        (rendered,) = render([(example.messages, False)], tokenizer)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", error.hint) from error
     return _tokens(tokenizer, rendered, tokenizer.chat_template is None), True

@@ -10,7 +10,6 @@ import pytest
 import tiny
 
 from adaptkit.checkpoint import rendering
-from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.errors import DataError
 
 ASKED = [{"role": "user", "content": "Name a river"}]
@@ -23,6 +22,11 @@ def tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 1)  # the test's own threads do nothing that a fork minds
     yield tiny.write_tokenizer(tmp_path)
     rendering._end_process()
+
+
+def apply_template(tokenizer, messages, opening):
+    (text,) = rendering.apply_template(tokenizer, [(messages, opening)])
+    return text
 
 
 def pid():
@@ -43,6 +47,26 @@ def test_one_process_renders_many_conversations(tokenizer):
         assert f">user\n{number}<" in apply_template(tokenizer, messages, False)
         seen.add(pid())
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("portion", [1, 40, 1 << 20])
+def test_conversations_are_rendered_in_order_up_to_the_first_that_is_refused(tokenizer, monkeypatch, portion):
+    monkeypatch.setattr(rendering, "_PORTION", portion)
+    asked = [([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)]
+    expected = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=o) for m, o in asked]
+    assert list(rendering.apply_template(tokenizer, asked)) == expected
+    tokenizer.chat_template = "{% if messages[0]['content'] == '7' %}{{ raise_exception('no') }}{% endif %}fine"
+    texts = rendering.apply_template(tokenizer, asked)
+    assert [next(texts) for _ in range(7)] == ["fine"] * 7
+    with pytest.raises(DataError, match="refuses"):
+        next(texts)
+
+
+def test_texts_that_nobody_took_are_nobody_elses(tokenizer):
+    texts = rendering.apply_template(tokenizer, [(ASKED, False)] * 5)
+    next(texts)
+    texts.close()
+    assert "Rhine" in apply_template(tokenizer, CHAT, False)
 
 
 def test_an_answer_that_came_too_late_is_nobody_elses(tokenizer, monkeypatch):

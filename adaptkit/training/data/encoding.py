@@ -57,6 +57,23 @@ class _Text:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """The beginning of a conversation.
+
+    Attributes:
+        turns: how many messages.
+        opens: whether the opening of the assistant's next turn follows them.
+    """
+
+    turns: int
+    opens: bool = False
+
+
+_Rendered = dict[_Part, str]
+"""The text of parts of a conversation."""
+
+
+@dataclass(frozen=True)
 class Encoded:
     """The samples of an example.
 
@@ -101,9 +118,12 @@ class Encoder:
                 there is no token to end with. Names the place.
         """
         texts: list[list[_Text]] = []
-        for where, example in examples:
+        needed = [self._needed(example) for _, example in examples]
+        parts = [(e.messages[: p.turns], p.opens) for (_, e), some in zip(examples, needed, strict=True) for p in some]
+        rendered = render(parts, self._tokenizer)
+        for (where, example), some in zip(examples, needed, strict=True):
             try:
-                texts.append(self._texts(example))
+                texts.append(self._texts(example, {part: next(rendered) for part in some}))
             except DataError as error:
                 raise DataError(f"{where}: {error.message}", error.hint) from error
         tokens = self._tokenize([piece for group in texts for text in group for piece in self._pieces(text)])
@@ -111,14 +131,24 @@ class Encoder:
             made = [self._sample(text, [next(tokens) for _ in self._pieces(text)], where) for text in group]
             yield Encoded(tuple(sample for sample, _ in made), sum(ended for _, ended in made))
 
-    def _texts(self, example: Example) -> list[_Text]:
+    def _needed(self, example: Example) -> list[_Part]:
+        """The parts of a conversation whose text tells where its answers are."""
+        if example.text is not None:
+            return []
+        parts = {_Part(len(example.messages)): None}
+        for turn in self._learned(example):
+            parts |= {_Part(turn, opens=True): None, _Part(turn + 1): None}
+        return list(parts)
+
+    def _learned(self, example: Example) -> tuple[int, ...]:
+        return example.learned[-1:] if self._loss_on == "last_answer" else example.learned
+
+    def _texts(self, example: Example, rendered: _Rendered) -> list[_Text]:
         if example.text is not None:
             return [_Text(example.text, (), True, True, True)]
-        messages, learned = example.messages, example.learned
-        if self._loss_on == "last_answer":
-            learned = learned[-1:]
-        whole = render(messages, self._tokenizer)
-        found = [_find(messages, turn, whole, self._tokenizer) for turn in learned]
+        messages, learned = example.messages, self._learned(example)
+        whole = rendered[_Part(len(messages))]
+        found = [_find(messages, turn, whole, rendered) for turn in learned]
         answers = tuple(answer for answer in found if answer is not None)
         is_complete, plain = len(answers) == len(found), self._tokenizer.chat_template is None
         if is_complete:
@@ -126,12 +156,12 @@ class Encoder:
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
-        return [self._last_answer(messages[: turn + 1], plain) for turn in learned]
+        return [self._last_answer(messages[: turn + 1], plain, rendered) for turn in learned]
 
-    def _last_answer(self, messages: Sequence[Message], plain: bool) -> _Text:
+    def _last_answer(self, messages: Sequence[Message], plain: bool, rendered: _Rendered) -> _Text:
         """A conversation up to an answer, as the template writes it if that is the last."""
-        whole = render(messages, self._tokenizer)
-        answer = _find(messages, len(messages) - 1, whole, self._tokenizer)
+        whole = rendered[_Part(len(messages))]
+        answer = _find(messages, len(messages) - 1, whole, rendered)
         if answer is None:
             raise DataError(
                 f"the chat template rewrites the conversation around message {len(messages)}, so that its tokens "
@@ -209,17 +239,16 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 
 def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """The tokens of a conversation, up to where the model answers."""
-    text = render(messages, tokenizer, opening=True)
+    (text,) = render([(messages, True)], tokenizer)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
 
 
-def _find(messages: Sequence[Message], turn: int, whole: str, tokenizer: Any) -> _Answer | None:
+def _find(messages: Sequence[Message], turn: int, whole: str, rendered: _Rendered) -> _Answer | None:
     """Where an answer is in the text of a conversation; None if the template writes it otherwise as that goes on."""
     if turn == 0:
         raise DataError("the assistant speaks first", hint="begin with a user's message")
-    before = render(messages[:turn], tokenizer, opening=True)
-    through = whole if turn == len(messages) - 1 else render(messages[: turn + 1], tokenizer)
+    before, through = rendered[_Part(turn, opens=True)], rendered[_Part(turn + 1)]
     if not (whole.startswith(through) and through.startswith(before)):
         return None
     content = messages[turn]["content"].strip()

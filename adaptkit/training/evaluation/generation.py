@@ -110,7 +110,8 @@ def _turn_end(tokenizer: Any) -> int | None:
     if tokenizer.chat_template is None:
         return None
     word = "answer"
-    text = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": word}], tokenizer)
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
+    (text,) = render([(messages, False)], tokenizer)
     after = tokenizer(text[text.rfind(word) + len(word) :], add_special_tokens=False, verbose=False)["input_ids"]
     first = int(after[0]) if after else None
     return first if first in tokenizer.all_special_ids or first in tokenizer.added_tokens_decoder else None
