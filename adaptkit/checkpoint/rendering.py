@@ -25,7 +25,7 @@ Conversation = tuple[Sequence[Mapping[str, str]], bool]
 
 _PATIENCE_SECONDS = 10
 _IDLE_SECONDS = 10
-_MEMORY = 1 << 30
+_MEMORY = 1 << 28
 _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
 """Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
 _PORTION = 1 << 20
@@ -49,7 +49,7 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
         The text of each, as it is needed.
 
     Raises:
-        DataError: the template refuses a conversation, takes longer than 10 seconds or more than 1 GiB for it, or
+        DataError: the template refuses a conversation, takes longer than 10 seconds or more than 256 MiB for it, or
             writes far more than is in it.
     """
     if not _can_fork():
