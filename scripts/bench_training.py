@@ -7,9 +7,10 @@ tokens. Each side is a process of its own that is told when to take a step, and 
 that a busy machine is busy for all of them; medians are printed, with ratios to the faster peer. Peak memory is the
 process's own (the kernel's high-water mark, reset once the model is loaded), interpreter and libraries included.
 
-    adaptkit     NF4 shards, bfloat16 compute
+    adaptkit     NF4 shards; bfloat16 compute, or float32 on a processor that has no bfloat16 products
     peft, bnb    transformers + peft + bitsandbytes: NF4 with double quantization, bfloat16 autocast
-    peft, bf16   transformers + peft on the 16-bit model, the fastest peer
+    peft, bf16   transformers + peft on the 16-bit model, the fastest peer where there are bfloat16 products
+    peft, f32    the same on the model in float32, the fastest peer elsewhere
 
 The floor is the time of nothing but the matrix products with frozen weights that a step cannot do without, forward and
 backward, in the same shapes, one after the other.
@@ -38,7 +39,7 @@ CASES = {
 }
 """Tokens of the one sequence, the share of them that carries loss, and whether layers are checkpointed."""
 
-SIDES = ("adaptkit", "peft, bnb", "peft, bf16")
+SIDES = ("adaptkit", "peft, bnb", "peft, bf16", "peft, f32")
 RATE = 2e-4
 
 
@@ -77,6 +78,7 @@ class AdaptkitStep:
 
         from adaptkit.training.config import TrainConfig
         from adaptkit.training.data.batches import Batch
+        from adaptkit.training.device import choose_dtype
         from adaptkit.training.distributed import World
         from adaptkit.training.gradients import Gradients
         from adaptkit.training.memory.activations import save_activations
@@ -89,7 +91,7 @@ class AdaptkitStep:
             base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
         )
         place = torch.device(device)
-        model = load_model(base, torch.bfloat16, place)
+        model = load_model(base, choose_dtype("auto", place), place)
         new_adapter(model, ("*",), rank, 2.0 * rank, "kaiming", 0.0, 0)
         if device == "cpu":
             fuse_layers(model.network)
@@ -115,7 +117,7 @@ class AdaptkitStep:
 
 def peft_step(
     source: Path, length: int, share: float, checkpointing: bool, packed: bool,
-    device: str = "cpu", vocabulary: int = 49152,
+    device: str = "cpu", vocabulary: int = 49152, dtype: str = "bfloat16",
 ) -> Callable[[], float]:  # fmt: skip
     """One step of a plain loop with peft; on a GPU with bitsandbytes' paged AdamW."""
     import contextlib
@@ -124,7 +126,7 @@ def peft_step(
     import torch
     import transformers
 
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if packed:
         options |= {
             "quantization_config": transformers.BitsAndBytesConfig(
@@ -166,6 +168,9 @@ def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Ca
     """The products with the frozen weights: forward, for the inputs' gradients, and again if it is recomputed."""
     import torch
 
+    from adaptkit.training.device import choose_dtype
+
+    dtype = choose_dtype("auto", torch.device("cpu"))
     config = json.loads((base / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
@@ -175,7 +180,7 @@ def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Ca
     products = []
     for out, into, count in shapes:
         rows = round(length * share) if out == config["vocab_size"] else length
-        products.append((torch.randn(rows, into).bfloat16(), torch.randn(out, into).bfloat16(), count))
+        products.append((torch.randn(rows, into).to(dtype), torch.randn(out, into).to(dtype), count))
     forwards = 2 if checkpointing else 1
 
     def step() -> float:
@@ -205,7 +210,8 @@ def work(side: str, case: str, threads: int) -> None:
     elif side == "floor":
         step = floor_step(source, length, share, checkpointing)
     else:
-        step = peft_step(source, length, share, checkpointing, side == "peft, bnb")
+        dtype = "float32" if side == "peft, f32" else "bfloat16"
+        step = peft_step(source, length, share, checkpointing, side == "peft, bnb", dtype=dtype)
     Path("/proc/self/clear_refs").write_text("5")
     print("ready", flush=True)
     for _ in sys.stdin:
