@@ -23,13 +23,15 @@ from adaptkit.errors import DataError
 Conversation = tuple[Sequence[Mapping[str, str]], bool]
 """Messages, and whether the opening of the assistant's next turn follows them."""
 
-_PATIENCE_SECONDS = 10
+_SECONDS = 10
 _IDLE_SECONDS = 10
 _MEMORY = 1 << 28
+_LONGEST_MESSAGE = 1000
 _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
 """Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
 _PORTION = 1 << 20
 """Characters of conversations in one question."""
+_MOST_HANDLES = 1 << 16
 _PR_SET_PDEATHSIG = 1
 
 
@@ -49,26 +51,30 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
         The text of each, as it is needed.
 
     Raises:
-        DataError: the template refuses a conversation, takes longer than 10 seconds or more than 256 MiB for it, or
+        DataError: the template refuses a conversation, takes more than 10 seconds of a processor or 256 MiB for it, or
             writes far more than is in it.
     """
     if not _can_fork():
         for messages, opening in conversations:
             yield _render(tokenizer, messages, opening)
         return
+    for some in _portions(conversations):
+        for answer in _ask(tokenizer, some):
+            if "error" in answer:
+                raise DataError(answer["error"], answer["hint"])
+            yield answer["text"]
+
+
+def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
+    """The answers to a question, all of them: one that nobody took would be another question's."""
     try:
-        for some in _portions(conversations):
-            process = _process_of(tokenizer)
-            process.ask(some)
-            while (first := process.answer()) is None:  # it left in the very moment
-                process = _process_of(tokenizer)
-                process.ask(some)
-            yield first
-            for _ in some[1:]:
-                yield process.answer() or ""
-    except BaseException:  # an answer that nobody took would be the next conversation's
+        answers = None
+        while answers is None:
+            answers = _process_of(tokenizer).ask(conversations)
+    except BaseException:
         _end_process()
         raise
+    return answers
 
 
 def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
@@ -92,9 +98,7 @@ class _Process:
         self._tokenizer, self._template = tokenizer, tokenizer.chat_template
         self._asker = os.getpid()
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(tokenizer, theirs, self._connection, os.getpid()), daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(tokenizer, theirs, os.getpid()), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -103,32 +107,22 @@ class _Process:
         same = self._tokenizer is tokenizer and self._template == tokenizer.chat_template
         return same and self._asker == os.getpid() and self._process.is_alive()
 
-    def ask(self, conversations: Sequence[Conversation]) -> None:
-        """Send a question; there is an answer for each conversation, up to the first that cannot be rendered."""
-        request = json.dumps([[list(messages), opening] for messages, opening in conversations]).encode()
-        with contextlib.suppress(ConnectionError):  # the answer says so
-            self._connection.send_bytes(request)
-
-    def answer(self) -> str | None:
-        """The next answer; None if the process has left for want of questions.
-
-        Raises:
-            DataError: see ``apply_template``.
-        """
+    def ask(self, conversations: Sequence[Conversation]) -> list[dict[str, str]] | None:
+        """A text for each conversation, or an error for the first that has none; None if the process had left."""
+        answers: list[dict[str, str]] = []
         try:
-            if not self._connection.poll(_PATIENCE_SECONDS):
-                raise DataError(f"the chat template takes longer than {_PATIENCE_SECONDS} seconds", hint=_HINT)
-            answer = json.loads(self._connection.recv_bytes())
-        except (EOFError, ConnectionError) as error:
+            self._connection.send_bytes(_packed([[list(messages), opening] for messages, opening in conversations]))
+            while len(answers) < len(conversations) and "error" not in (answers or [{}])[-1]:
+                answers.append(_unpacked(self._connection.recv_bytes()))
+        except (EOFError, OSError):
             self._process.join()
-            if self._process.exitcode == 0:
+            code = self._process.exitcode
+            if code == 0 and not answers:
                 return None
-            raise DataError(
-                f"the chat template ended its process with code {self._process.exitcode}", hint=_HINT
-            ) from error
-        if "error" in answer:
-            raise DataError(answer["error"], answer["hint"])
-        return str(answer["text"])
+            known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: _TOO_MUCH}
+            reason = known.get(code or 0, f"ended with code {code}")
+            answers.append({"error": f"the chat template {reason}", "hint": _HINT})
+        return answers
 
     def end(self) -> None:
         """Whatever it is doing; but one that a fork inherited is its parent's."""
@@ -139,6 +133,7 @@ class _Process:
 
 
 _HINT = "give the model another chat template"
+_TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 _process: _Process | None = None
 
 
@@ -157,33 +152,47 @@ def _end_process() -> None:
     _process = None
 
 
-def _serve(tokenizer: Any, connection: Connection, theirs: Connection, asker: int) -> None:
+def _serve(tokenizer: Any, connection: Connection, asker: int) -> None:
     """In the process: one JSON document for each that is read."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is meant for the one who asks, who then ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asks may be killed, too
     if os.getppid() != asker:  # and was, before that
         os._exit(1)
-    theirs.close()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    nowhere, mine = os.open(os.devnull, os.O_WRONLY), connection.fileno()
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+    os.closerange(3, mine)  # locks and sockets of the one who asks, who closes them in vain while they are open here
+    os.closerange(mine + 1, min(os.sysconf("SC_OPEN_MAX"), _MOST_HANDLES))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     allowed = pages * resource.getpagesize() + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (allowed if most < 0 else min(allowed, most), most))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with contextlib.suppress(EOFError):  # whoever asks is gone
         while connection.poll(_IDLE_SECONDS):
-            for answer in _answers(tokenizer, json.loads(connection.recv_bytes())):
-                connection.send_bytes(json.dumps(answer).encode())
+            for answer in _answers(tokenizer, connection):
+                connection.send_bytes(_packed(answer))
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _answers(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[dict[str, str]]:
+def _answers(tokenizer: Any, connection: Connection) -> Iterator[dict[str, str]]:
     try:
-        for messages, opening in conversations:
+        for messages, opening in _unpacked(connection.recv_bytes()):
+            signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # of its own time: a machine may be busy, or stopped
             yield {"text": _render(tokenizer, messages, opening)}
     except DataError as error:
-        yield {"error": error.message, "hint": error.hint}
+        yield {"error": error.message[:_LONGEST_MESSAGE], "hint": error.hint}
+    except MemoryError:
+        os._exit(_NO_MEMORY)  # part of the question may lie unread
+
+
+def _packed(document: Any) -> bytes:
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _unpacked(content: bytes) -> Any:
+    return json.loads(content.decode("utf-8", "surrogatepass"))
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool) -> str:
@@ -195,7 +204,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
     except MemoryError as error:
-        raise DataError("the chat template takes too much memory", hint=_HINT) from error
+        raise DataError(f"the chat template {_TOO_MUCH}", hint=_HINT) from error
     said = sum(len(message["content"]) for message in messages)
     if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
         raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=_HINT)

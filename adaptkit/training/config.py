@@ -214,6 +214,7 @@ class TrainConfig:
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all of it but paths, devices and trackers, which say nothing about the result."""
         values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
+        values["epochs"] = self.epochs or 1.0
         values |= {name: sorted(set(values[name])) for name in _SETS}
         if self.mixture is not None:
             values["mixture"] = {Path(name).name: weight for name, weight in self.mixture.items()}

@@ -1,6 +1,7 @@
 """The process that renders chat templates: the same text as transformers', and it is there again whatever happened."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import threading
@@ -10,7 +11,9 @@ import pytest
 import tiny
 
 from adaptkit.checkpoint import rendering
+from adaptkit.checkpoint.conversation import read_example, render
 from adaptkit.errors import DataError
+from adaptkit.training.data.encoding import Encoder, conversation_ids
 
 ASKED = [{"role": "user", "content": "Name a river"}]
 CHAT = [*ASKED, {"role": "assistant", "content": "the Rhine, ⟦half⟧\nand 'more'"}]
@@ -62,6 +65,74 @@ def test_conversations_are_rendered_in_order_up_to_the_first_that_is_refused(tok
         next(texts)
 
 
+def test_the_process_stays_for_whoever_renders(tokenizer):
+    encoder, seen = Encoder(tokenizer), set()
+    for number in range(5):
+        row = {"instruction": f"Name river {number}", "output": "the Rhine"}
+        list(encoder.encode([("here", read_example(row, "here"))]))
+        seen.add(pid())
+        assert len(list(render([(CHAT, True)], tokenizer))) == 1
+        seen.add(pid())
+        assert conversation_ids(CHAT, tokenizer)
+        seen.add(pid())
+    assert len(seen) == 1
+
+
+def test_a_row_that_is_refused_leaves_nothing_for_the_next(tokenizer):
+    encoder = Encoder(tokenizer)
+    first = read_example({"messages": [CHAT[1]]}, "bad")
+    row, other = ({"instruction": f"Name {what}", "output": "the Rhine"} for what in ("STALE", "a river"))
+    with pytest.raises(DataError, match="bad: the assistant speaks first") as kept:
+        list(encoder.encode([("bad", first), ("stale", read_example(row, "stale"))]))
+    ((sample,),) = [encoded.samples for encoded in encoder.encode([("good", read_example(other, "good"))])]
+    assert "Name a river" in tokenizer.decode(sample.ids)
+    assert kept.value.hint
+
+
+def test_time_is_that_of_the_template_and_not_of_the_clock(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "_SECONDS", 1)
+    tokenizer.chat_template = "{% for i in range(99999) %}{% endfor %}fine"
+    assert apply_template(tokenizer, CHAT, False) == "fine"
+    tokenizer.chat_template = "{% for j in range(40) %}{% for i in range(9999) %}{% endfor %}{% endfor %}slow"
+    stopper = threading.Timer(
+        0.02, lambda: (os.kill(pid(), signal.SIGSTOP), time.sleep(2), os.kill(pid(), signal.SIGCONT))
+    )
+    stopper.start()
+    assert apply_template(tokenizer, CHAT, False) == "slow"
+    stopper.join()
+
+
+def test_the_conversation_that_takes_too_long_is_the_one_that_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "_SECONDS", 0.5)
+    tokenizer.chat_template = "{% if messages[0]['content'] == 'x' %}" + LOOP + "{% endif %}fine"
+    rows = [{"instruction": what, "output": "y"} for what in "abxc"]
+    examples = [(f"line {n}", read_example(row, "")) for n, row in enumerate(rows, 1)]
+    with pytest.raises(DataError, match=r"line 3: the chat template takes longer than 0\.5 seconds"):
+        list(Encoder(tokenizer).encode(examples))
+
+
+def test_the_process_holds_no_lock_of_the_one_who_asks(tokenizer, tmp_path):
+    handle = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert apply_template(tokenizer, CHAT, False)
+    os.close(handle)
+    again = os.open(tmp_path / "lock", os.O_RDWR)
+    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(again)
+
+
+@pytest.mark.parametrize("text", ["\ud800 half", "漢字" * 1_000_000, "\u2028\0\x7f"])
+def test_every_character_comes_back(tokenizer, text):
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert apply_template(tokenizer, [{"role": "user", "content": text}], False) == text
+
+
+def test_a_conversation_that_is_too_large_is_said_to_be(tokenizer):
+    large = [{"role": "user", "content": "漢" * 150_000_000}]
+    with pytest.raises(DataError, match="too much memory"):
+        apply_template(tokenizer, large, False)
+
+
 def test_texts_that_nobody_took_are_nobody_elses(tokenizer):
     texts = rendering.apply_template(tokenizer, [(ASKED, False)] * 5)
     next(texts)
@@ -70,7 +141,7 @@ def test_texts_that_nobody_took_are_nobody_elses(tokenizer):
 
 
 def test_an_answer_that_came_too_late_is_nobody_elses(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(rendering, "_SECONDS", 0.5)
     sound, tokenizer.chat_template = tokenizer.chat_template, LOOP
     with pytest.raises(DataError, match="takes longer"):
         apply_template(tokenizer, CHAT, False)
@@ -102,7 +173,7 @@ def test_a_process_that_is_killed_is_an_error_and_then_replaced(tokenizer):
     tokenizer.chat_template = LOOP
     killer = threading.Timer(0.5, lambda: os.kill(pid(), signal.SIGKILL))
     killer.start()
-    with pytest.raises(DataError, match="ended its process with code -9"):
+    with pytest.raises(DataError, match="ended with code -9"):
         apply_template(tokenizer, CHAT, False)
     killer.join()
     tokenizer.chat_template = "fine"

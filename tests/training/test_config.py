@@ -45,6 +45,11 @@ def test_steps_and_epochs_are_two_answers_to_one_question():
     assert "steps" in caught.value.hint
 
 
+def test_the_record_is_that_of_earlier_versions_which_had_an_epoch_by_default():
+    config = TrainConfig.from_values({k: v for k, v in GOOD.items() if k != "steps"} | {"steps": 5}, "t.yaml")
+    assert config.decisive()["epochs"] == config.recorded()["epochs"] == 1.0
+
+
 @pytest.mark.parametrize("missing", ["base", "data"])
 def test_what_is_required_is_asked_for(missing):
     with pytest.raises(ConfigError, match=f"{missing} is missing"):

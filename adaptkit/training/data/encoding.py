@@ -57,23 +57,6 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The beginning of a conversation.
-
-    Attributes:
-        turns: how many messages.
-        opens: whether the opening of the assistant's next turn follows them.
-    """
-
-    turns: int
-    opens: bool = False
-
-
-_Rendered = dict[_Part, str]
-"""The text of parts of a conversation."""
-
-
-@dataclass(frozen=True)
 class Encoded:
     """The samples of an example.
 
@@ -118,12 +101,10 @@ class Encoder:
                 there is no token to end with. Names the place.
         """
         texts: list[list[_Text]] = []
-        needed = [self._needed(example) for _, example in examples]
-        parts = [(e.messages[: p.turns], p.opens) for (_, e), some in zip(examples, needed, strict=True) for p in some]
-        rendered = render(parts, self._tokenizer)
-        for (where, example), some in zip(examples, needed, strict=True):
+        rendered = render([part for _, example in examples for part in self._parts(example)], self._tokenizer)
+        for where, example in examples:
             try:
-                texts.append(self._texts(example, {part: next(rendered) for part in some}))
+                texts.append(self._texts(example, rendered))
             except DataError as error:
                 raise DataError(f"{where}: {error.message}", error.hint) from error
         tokens = self._tokenize([piece for group in texts for text in group for piece in self._pieces(text)])
@@ -131,44 +112,41 @@ class Encoder:
             made = [self._sample(text, [next(tokens) for _ in self._pieces(text)], where) for text in group]
             yield Encoded(tuple(sample for sample, _ in made), sum(ended for _, ended in made))
 
-    def _needed(self, example: Example) -> list[_Part]:
-        """The parts of a conversation whose text tells where its answers are."""
+    def _parts(self, example: Example) -> Iterator[tuple[Sequence[Message], bool]]:
+        """What has to be rendered to find the answers of a conversation: all of it, and every answer's ends."""
         if example.text is not None:
-            return []
-        parts = {_Part(len(example.messages)): None}
+            return
+        messages = example.messages
+        yield messages, False
         for turn in self._learned(example):
-            parts |= {_Part(turn, opens=True): None, _Part(turn + 1): None}
-        return list(parts)
+            yield messages[:turn], True
+            if turn + 1 < len(messages):
+                yield messages[: turn + 1], False
 
     def _learned(self, example: Example) -> tuple[int, ...]:
         return example.learned[-1:] if self._loss_on == "last_answer" else example.learned
 
-    def _texts(self, example: Example, rendered: _Rendered) -> list[_Text]:
+    def _texts(self, example: Example, rendered: Iterator[str]) -> list[_Text]:
+        """What the tokenizer gets of an example, whose parts come next among what was rendered."""
         if example.text is not None:
             return [_Text(example.text, (), True, True, True)]
-        messages, learned = example.messages, self._learned(example)
-        whole = rendered[_Part(len(messages))]
-        found = [_find(messages, turn, whole, rendered) for turn in learned]
-        answers = tuple(answer for answer in found if answer is not None)
-        is_complete, plain = len(answers) == len(found), self._tokenizer.chat_template is None
-        if is_complete:
+        messages, learned, plain = example.messages, self._learned(example), self._tokenizer.chat_template is None
+        whole = next(rendered)
+        found: list[tuple[_Answer | None, str | None]] = []
+        for turn in learned:
+            before = next(rendered)
+            through = next(rendered) if turn + 1 < len(messages) else whole
+            found.append((_find(messages, turn, before, through), None if whole.startswith(through) else through))
+        answers = tuple(answer for answer, other in found if answer is not None and other is None)
+        if len(answers) == len(found):
             ends = learned[-1] == len(messages) - 1
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
-        return [self._last_answer(messages[: turn + 1], plain, rendered) for turn in learned]
-
-    def _last_answer(self, messages: Sequence[Message], plain: bool, rendered: _Rendered) -> _Text:
-        """A conversation up to an answer, as the template writes it if that is the last."""
-        whole = rendered[_Part(len(messages))]
-        answer = _find(messages, len(messages) - 1, whole, rendered)
-        if answer is None:
-            raise DataError(
-                f"the chat template rewrites the conversation around message {len(messages)}, so that its tokens "
-                "cannot be told from the others",
-                hint="give the model another chat template",
-            )
-        return _Text(whole, (answer,), False, plain, True)
+        return [
+            _last_answer(turn, answer, whole if other is None else other, plain)
+            for turn, (answer, other) in zip(learned, found, strict=True)
+        ]
 
     def _pieces(self, text: _Text) -> list[str]:
         edges = [0, *(answer.start for answer in text.answers if self._cuts), len(text.text)]
@@ -244,16 +222,33 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
 
 
-def _find(messages: Sequence[Message], turn: int, whole: str, rendered: _Rendered) -> _Answer | None:
-    """Where an answer is in the text of a conversation; None if the template writes it otherwise as that goes on."""
+def _find(messages: Sequence[Message], turn: int, before: str, through: str) -> _Answer | None:
+    """Where an answer is in the text of a conversation up to its end; None if the template rewrites what is before it.
+
+    Args:
+        messages: of the conversation.
+        turn: of the answer.
+        before: the text up to where the model is to answer.
+        through: the text up to the answer's end.
+    """
     if turn == 0:
         raise DataError("the assistant speaks first", hint="begin with a user's message")
-    before, through = rendered[_Part(turn, opens=True)], rendered[_Part(turn + 1)]
-    if not (whole.startswith(through) and through.startswith(before)):
+    if not through.startswith(before):
         return None
     content = messages[turn]["content"].strip()
     at = through.find(content, len(before))
     return _Answer(len(before), None if at < 0 else at + len(content), len(through))
+
+
+def _last_answer(turn: int, answer: _Answer | None, text: str, plain: bool) -> _Text:
+    """A conversation up to an answer, as the template writes it if that is the last."""
+    if answer is None:
+        raise DataError(
+            f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
+            "cannot be told from the others",
+            hint="give the model another chat template",
+        )
+    return _Text(text[: answer.end], (answer,), False, plain, True)
 
 
 def _first_tokens(tokenizer: Any) -> list[int]:
