@@ -120,7 +120,8 @@ class Bench:
         if not kept.exists():
             base, kind = self.base(method), "qlora" if method in QUANTIZED else method
             adapter: list[object] = [] if method == "full" else ["--rank", RANK]
-            adapter += ["--init", base.with_name(f"{base.name}-init")] if method == "companion" else []
+            if method == "companion":  # whose rank is that of the adapter that it begins with
+                adapter = ["--init", base.with_name(f"{base.name}-init")]
             report = self.call(
                 "train", "--base", base, "--data", self.train_file, "-o", output, "--force", "--method", kind,
                 *adapter, "--steps", self.steps, "--batch-size", BATCH, "--learning-rate", rate, "--schedule", "linear",
@@ -139,12 +140,13 @@ class Bench:
         text = ("--text", self.data / "brown.txt", "--max-tokens", 4096)
         reports = []
         adapted = {method: run for method, run in best.items() if method != "full"}
-        if len(adapted) == len(METHODS) - 1:
-            names = "-".join(f"{run.rate:g}" for run in adapted.values())
+        if adapted:
+            bases = {self.bases[QUANTIZED[method]]: None for method in adapted if method in QUANTIZED}
             reports.append(
                 self.measured(
-                    f"adapters-{names}", *(f"--base={base}" for base in self.bases.values()),
-                    *(f"--adapter={run.folder}" for run in adapted.values()), *text,
+                    "-".join(f"{method}-{run.rate:g}" for method, run in adapted.items()),
+                    *(f"--base={base}" for base in bases), *(f"--adapter={run.folder}" for run in adapted.values()),
+                    *text,
                 )
             )  # fmt: skip
         if "full" in best:
@@ -180,7 +182,7 @@ def show(reports: list[dict[str, Any]], best: dict[str, Run]) -> None:
     print(f"\n{'':<26}{'trained':>12}{'share':>8}{'loss':>9}{'text ppl':>10}", end="")
     print(f"{'BLEU':>7}{'NIST':>7}{'METEOR':>8}{'ROUGE-L':>9}{'CIDEr':>8}")
     loss, share = {}, {}
-    models = [*reports[0]["models"], *reports[1]["models"][1:]]
+    models = [*reports[0]["models"], *(model for report in reports[1:] for model in report["models"][1:])]
     for model in models:
         name, trained = label(model, best), model["trained_parameters"]
         scores, text = model["generated"]["scores"], model["text"]
@@ -194,13 +196,14 @@ def show(reports: list[dict[str, Any]], best: dict[str, Run]) -> None:
     print(f"\n{first['samples']} test rows, {first['answer_tokens']} answer tokens; ", end="")
     print(f"{first['generated']['questions']} questions with {first['generated']['references']} reference answers")
     print(f"METEOR: {first['generated']['scores']['meteor_variant']}")
-    for method in QUANTIZED:
-        for other, bound in BOUNDS.items():
+    for method in (method for method in QUANTIZED if method in best):
+        for other, bound in ((other, bound) for other, bound in BOUNDS.items() if other in best):
             ratio = loss[NAMES[method]] / loss[NAMES[other]]
             print(f"held-out loss, {NAMES[method]} / {NAMES[other]}: {ratio:.4f} (at most {bound})  ", end="")
             print(verdict(ratio <= bound))
-    print(f"trained share of QLoRA: {100 * share[NAMES['qlora']]:.2f} % (under {100 * MOST_TRAINED:g} %)  ", end="")
-    print(verdict(0 < share[NAMES["qlora"]] < MOST_TRAINED))
+        trained = share[NAMES[method]]
+        print(f"trained share of {NAMES[method]}: {100 * trained:.2f} % (under {100 * MOST_TRAINED:g} %)  ", end="")
+        print(verdict(0 < trained < MOST_TRAINED))
     names: dict[str, str] = {}
     for model in models:
         path = f"{model['base']} + {model['adapter']}" if model["adapter"] else model["base"]
@@ -222,15 +225,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help=f"of {BATCH} rows")
     parser.add_argument("--rows", type=int, default=160, help="of the test, for the held-out loss")
     parser.add_argument("--questions", type=int, default=40, help="of the test, to answer")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the table needs all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     options = parser.parse_args()
     bench = Bench(options.steps, options.rows, options.questions)
     best = {}
     for method in options.methods:
         best[method] = min((bench.train(method, rate) for rate in METHODS[method]), key=lambda run: run.after)
-    reports = bench.evaluate(best)
-    if len(best) == len(METHODS):
-        show(reports, best)
+    show(bench.evaluate(best), best)
 
 
 if __name__ == "__main__":

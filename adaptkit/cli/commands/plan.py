@@ -37,7 +37,7 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
     report = plan(model, PlanOptions(targets=targets or ("*",), **options))
     rows: list[Row] = [
         ("model", f"{report.architecture}, {report.parameters:,} parameters"),
-        ("method", report.method),
+        ("method", f"{report.method}, {options['compute_dtype']}"),
         ("trainable", f"{report.trainable_parameters:,} ({percent(report.trainable_parameters / report.parameters)})"),
         ("layers", report.checkpointing),
         *((name, size(count)) for name, count in report.memory.items()),
