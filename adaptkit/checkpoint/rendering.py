@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -99,7 +100,9 @@ class _Process:
         self._asker = os.getpid()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(tokenizer, theirs, os.getpid()), daemon=True)
-        self._process.start()
+        with warnings.catch_warnings():  # Python warns of threads that torch's libraries may have; the fork runs none
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
         theirs.close()
 
     def is_of(self, tokenizer: Any) -> bool:
