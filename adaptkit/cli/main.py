@@ -24,6 +24,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
 _UNWINDING_SECONDS = 30.0
+_SWITCH_SECONDS = 0.0005
+"""How long a thread waits for one that holds the interpreter: those that read, write and hash do so between kernels."""
 
 
 class _Commands(click.Group):
@@ -97,6 +99,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
     _keep_freed_memory()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
