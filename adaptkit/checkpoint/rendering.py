@@ -5,20 +5,16 @@ from looping for hours or from multiplying a string until no memory is left. Apa
 """
 
 import contextlib
-import ctypes
 import json
-import multiprocessing
 import os
 import resource
 import signal
-import sys
-import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.child import can_fork, start_child
 from adaptkit.errors import DataError
 
 Conversation = tuple[Sequence[Mapping[str, str]], bool]
@@ -32,8 +28,9 @@ _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
 """Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
 _PORTION = 1 << 20
 """Characters of conversations in one question."""
-_MOST_HANDLES = 1 << 16
-_PR_SET_PDEATHSIG = 1
+_HINT = "give the model another chat template"
+_TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
+"""What is said of a template, and the code that the process ends with where it can't say so itself."""
 
 
 def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[str]:
@@ -55,7 +52,7 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
         DataError: the template refuses a conversation, takes more than 10 seconds of a processor or 256 MiB for it, or
             writes far more than is in it.
     """
-    if not _can_fork():
+    if not can_fork():
         for messages, opening in conversations:
             yield _render(tokenizer, messages, opening)
         return
@@ -95,15 +92,9 @@ class _Process:
     """Renders with one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        context = multiprocessing.get_context("fork")
         self._tokenizer, self._template = tokenizer, tokenizer.chat_template
         self._asker = os.getpid()
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(tokenizer, theirs, os.getpid()), daemon=True)
-        with warnings.catch_warnings():  # Python warns of threads that torch's libraries may have; the fork runs none
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
-        theirs.close()
+        self._process, self._connection = start_child(_serve, tokenizer)
 
     def is_of(self, tokenizer: Any) -> bool:
         """Whether it renders with this tokenizer, and is there."""
@@ -115,8 +106,10 @@ class _Process:
         answers: list[dict[str, str]] = []
         try:
             self._connection.send_bytes(_packed([[list(messages), opening] for messages, opening in conversations]))
-            while len(answers) < len(conversations) and "error" not in (answers or [{}])[-1]:
+            for _ in conversations:
                 answers.append(_unpacked(self._connection.recv_bytes()))
+                if "error" in answers[-1]:
+                    break
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
@@ -135,8 +128,6 @@ class _Process:
         self._connection.close()
 
 
-_HINT = "give the model another chat template"
-_TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 _process: _Process | None = None
 
 
@@ -155,18 +146,8 @@ def _end_process() -> None:
     _process = None
 
 
-def _serve(tokenizer: Any, connection: Connection, asker: int) -> None:
+def _serve(connection: Connection, tokenizer: Any) -> None:
     """In the process: one JSON document for each that is read."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is meant for the one who asks, who then ends this
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asks may be killed, too
-    if os.getppid() != asker:  # and was, before that
-        os._exit(1)
-    nowhere, mine = os.open(os.devnull, os.O_WRONLY), connection.fileno()
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    os.closerange(3, mine)  # locks and sockets of the one who asks, who closes them in vain while they are open here
-    os.closerange(mine + 1, min(os.sysconf("SC_OPEN_MAX"), _MOST_HANDLES))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     allowed = pages * resource.getpagesize() + _MEMORY
@@ -212,8 +193,3 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool
     if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
         raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=_HINT)
     return text
-
-
-def _can_fork() -> bool:
-    alone = threading.active_count() == 1 and not multiprocessing.current_process().daemon
-    return sys.platform == "linux" and alone

@@ -4,34 +4,28 @@ Loaded here it would stay in memory for good, with nearly as much as everything 
 it from working for hours on a hostile configuration. Apart, it answers in one line of JSON while others go on.
 """
 
-import ctypes
 import importlib.util
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from adaptkit.checkpoint.child import can_fork, start_child
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
 
 _PATIENCE_SECONDS = 300
-_PR_SET_PDEATHSIG = 1
 
 
 class Inquiry:
     """A question that is answered when somebody waits for it; ends its process when it is left.
 
-    The process is a fork, which has torch loaded already. There is none where that is not safe (other threads, other
-    systems than Linux) or not allowed (a daemonic process), where transformers is loaded already, which makes asking it
-    cheap, or where it is not installed.
+    The process is a fork, which has torch loaded already. There is none where that is not safe or not allowed, where
+    transformers is loaded already, which makes asking it cheap, or where it is not installed.
 
     Args:
         checkpoint: unquantized.
@@ -41,13 +35,7 @@ class Inquiry:
         self._checkpoint = checkpoint
         self._process, self._connection = None, None
         if _is_worth_a_process():
-            context = multiprocessing.get_context("fork")
-            self._connection, theirs = context.Pipe(duplex=False)
-            self._process = context.Process(
-                target=_answer, args=(checkpoint.root.resolve(), theirs, os.getpid()), daemon=True
-            )
-            self._process.start()
-            theirs.close()
+            self._process, self._connection = start_child(_answer, checkpoint.root.resolve())
 
     def __enter__(self) -> Self:
         return self
@@ -98,16 +86,8 @@ def find_roles(checkpoint: Checkpoint) -> Roles:
         return inquiry.answer()
 
 
-def _answer(root: Path, connection: Connection, asker: int) -> None:
-    """In the process: send one JSON document. What transformers prints goes nowhere."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is meant for the one who asked, who then ends this
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asked may be killed, too
-    if os.getppid() != asker:  # and was, before that; a fork that stays would keep its locks
-        os._exit(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def _answer(connection: Connection, root: Path) -> None:
+    """In the process: send one JSON document."""
     answer: dict[str, Any]
     try:
         roles = roles_here(Checkpoint(root))
@@ -121,9 +101,7 @@ def _answer(root: Path, connection: Connection, asker: int) -> None:
 
 def _is_worth_a_process() -> bool:
     is_loaded = "transformers" in sys.modules  # as None, where it must not be
-    alone = threading.active_count() == 1 and not multiprocessing.current_process().daemon
-    can_fork = sys.platform == "linux" and alone
-    return not is_loaded and can_fork and importlib.util.find_spec("transformers") is not None
+    return not is_loaded and can_fork() and importlib.util.find_spec("transformers") is not None
 
 
 def _read(answer: dict[str, Any], root: Path) -> Roles:

@@ -194,7 +194,7 @@ def test_an_interrupted_question_ends_the_process(tokenizer):
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_text_far_longer_than_the_conversation_is_refused(tokenizer, monkeypatch, alone):
-    monkeypatch.setattr(rendering, "_can_fork", lambda: alone)
+    monkeypatch.setattr(rendering, "can_fork", lambda: alone)
     tokenizer.chat_template = "{{ messages[0]['content'] * 200000 }}"
     with pytest.raises(DataError, match=r"writes 2,400,000 characters for a conversation of 12"):
         apply_template(tokenizer, ASKED, False)
