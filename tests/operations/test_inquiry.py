@@ -75,16 +75,3 @@ def test_transformers_is_asked_here_where_it_is_loaded(llama):
     with Inquiry(Checkpoint(llama)) as inquiry:
         assert inquiry._process is None
         assert transformers.__version__ in inquiry.answer().read_from
-
-
-def test_a_process_whose_asker_is_gone_already_does_not_stay(llama):
-    """A fork keeps the locks of whoever was killed; death's own signal comes only to those who asked for it in time."""
-    code = (
-        "import os, sys; from multiprocessing import Pipe; from pathlib import Path\n"
-        "from adaptkit.operations._inquiry import _answer\n"
-        "here, there = Pipe(duplex=False)\n"
-        "_answer(Path(sys.argv[1]), there, os.getppid() + int(sys.argv[2]))\n"
-        "os._exit(2)"
-    )
-    codes = [subprocess.run([sys.executable, "-c", code, llama, off]).returncode for off in ("0", "1")]
-    assert codes == [2, 1]

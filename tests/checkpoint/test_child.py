@@ -1,0 +1,92 @@
+"""What a fork for dangerous work has of its parent: no handle, no voice, no signal, and no longer life."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from adaptkit.checkpoint import child
+from adaptkit.checkpoint.child import can_fork, start_child
+
+
+@pytest.fixture
+def children():
+    """Ends what a test has started."""
+    started = []
+    yield started
+    for process, connection in started:
+        process.kill()
+        process.join()
+        connection.close()
+
+
+def start(children, work, *arguments):
+    children.append(start_child(work, *arguments))
+    return children[-1]
+
+
+def test_it_works_on_what_it_is_given_and_answers(children):
+    _, connection = start(children, lambda connection, *given: connection.send([os.getppid(), *given]), "a", 2)
+    assert connection.recv() == [os.getpid(), "a", 2]
+
+
+def test_it_has_none_of_the_open_files_of_its_parent(children, tmp_path):
+    def work(connection):
+        connection.send(sorted(int(name) for name in os.listdir("/proc/self/fd")))
+
+    with (tmp_path / "file").open("w") as file:
+        _, connection = start(children, work)
+        found = connection.recv()
+        assert file.fileno() > 2
+    assert len([number for number in found if number > 2]) == 2, "its connection, and the listing's own"
+
+
+def test_it_says_nothing(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from adaptkit.checkpoint.child import start_child\n"
+        "def work(connection):\n"
+        "    print('heard'); os.write(1, b'heard'); os.write(2, b'heard'); sys.stdout.flush()\n"
+        "process, _ = start_child(work)\n"
+        "process.join()\n"
+        "sys.exit(process.exitcode)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_signals_for_the_parent_are_not_for_it_but_its_own_end_it(children):
+    process, connection = start(children, lambda connection: connection.send(connection.recv()))
+    os.kill(process.pid, signal.SIGINT)
+    connection.send("there")
+    assert connection.recv() == "there"
+    process, connection = start(children, lambda connection: (connection.send("begun"), signal.pause()))
+    assert connection.recv() == "begun"
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_one_whose_parent_is_gone_already_does_not_stay():
+    """Death's own signal comes only to those who asked for it in time."""
+    code = (
+        "import os, sys; from multiprocessing import Pipe\n"
+        "from adaptkit.checkpoint.child import _begin\n"
+        "here, there = Pipe()\n"
+        "_begin(there, os.getppid() + int(sys.argv[1]), lambda connection: os._exit(2), ())"
+    )
+    codes = [subprocess.run([sys.executable, "-c", code, off]).returncode for off in ("0", "1")]
+    assert codes == [2, 1]
+
+
+def test_there_is_no_fork_beside_other_threads(monkeypatch):
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    assert can_fork() == (sys.platform == "linux")
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    assert not can_fork()
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.setattr(child.sys, "platform", "darwin")
+    assert not can_fork()
