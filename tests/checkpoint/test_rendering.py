@@ -91,15 +91,12 @@ def test_a_row_that_is_refused_leaves_nothing_for_the_next(tokenizer):
 
 def test_time_is_that_of_the_template_and_not_of_the_clock(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_SECONDS", 1)
-    tokenizer.chat_template = "{% for i in range(99999) %}{% endfor %}fine"
-    assert apply_template(tokenizer, CHAT, False) == "fine"
-    tokenizer.chat_template = "{% for j in range(40) %}{% for i in range(9999) %}{% endfor %}{% endfor %}slow"
-    stopper = threading.Timer(
-        0.02, lambda: (os.kill(pid(), signal.SIGSTOP), time.sleep(2), os.kill(pid(), signal.SIGCONT))
-    )
-    stopper.start()
-    assert apply_template(tokenizer, CHAT, False) == "slow"
-    stopper.join()
+    expected = apply_template(tokenizer, CHAT, False)
+    os.kill(pid(), signal.SIGSTOP)
+    going_on = threading.Timer(2, os.kill, (pid(), signal.SIGCONT))
+    going_on.start()
+    assert apply_template(tokenizer, CHAT, False) == expected
+    going_on.join()
 
 
 def test_the_conversation_that_takes_too_long_is_the_one_that_is_named(tokenizer, monkeypatch):

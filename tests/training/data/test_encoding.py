@@ -225,6 +225,16 @@ def test_where_the_template_changes_earlier_turns_every_answer_is_a_sample(token
     assert list(last.ids) == list(samples[1].ids)
 
 
+def test_an_answer_that_stays_as_it_was_beside_one_that_does_not_is_not_followed_by_what_came_later(llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = QWEN3
+    messages = conversation("one", "plain", "two", "<think>long</think>second", "three", "third")
+    samples, _ = encode_row({"messages": messages}, tokenizer)
+    for sample, turn in zip(samples, (1, 3, 5), strict=True):
+        whole = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        assert tokenizer.decode(sample.ids) == whole
+
+
 def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = (
