@@ -1,6 +1,6 @@
 """``python -m adaptkit``, which is also how torchrun starts it."""
 
-from adaptkit.cli.main import main
+from adaptkit.cli.main import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -33,6 +33,8 @@ FLOATS = ("F32", "F16", "BF16")
 
 _REPAIR = "correct the file, or get it again"
 _MAX_HEADER_BYTES = 100_000_000
+_MOST_ELEMENTS = 1 << 63
+"""Strides are counted in 64 bits, those of a tensor without elements, too."""
 
 
 @dataclass(frozen=True)
@@ -184,4 +186,7 @@ def _spec(name: str, entry: Any, where: str) -> TensorSpec:
         raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets")
     if entry["dtype"] not in ITEM_BYTES:
         raise CheckpointError(f"{where}: tensor {name!r} has type {entry['dtype']!r}, which is not supported")
-    return TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+    shape = tuple(entry["shape"])
+    if math.prod(max(1, size) for size in shape) >= _MOST_ELEMENTS:
+        raise CheckpointError(f"{where}: tensor {name!r}: the shape {list(shape)} is too large")
+    return TensorSpec(name, entry["dtype"], shape)

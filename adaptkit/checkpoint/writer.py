@@ -1,15 +1,15 @@
 """Write a safetensors file front to back, hashing while writing."""
 
+import contextlib
 import hashlib
 import os
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import xxhash
 
+from adaptkit.checkpoint.direct import DirectFile
 from adaptkit.checkpoint.hashing import bytes_of, file_chunks
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import resolve_inside
@@ -18,9 +18,6 @@ from adaptkit.errors import DISK_HINTS, AdaptkitError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FLUSH_BYTES = 64 << 20
-"""How much is written before the disk is sent to work on it, so that little is left to wait for at the end."""
 
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
@@ -86,10 +83,6 @@ def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
     return FileRecord(name, size, digest.hexdigest())
 
 
-_HASHED_AT_ONCE, _HASHED_LATER = 1 << 16, 4
-"""Bytes that are not worth a thread, and how many pieces may wait for one; they stay in memory meanwhile."""
-
-
 class TensorWriter:
     """Writes one safetensors file; a context manager.
 
@@ -106,21 +99,15 @@ class TensorWriter:
         self._path, self._name = resolve_inside(folder, name), name
         self._waiting = list(reversed(specs))
         self._header = header if header is not None else write_header(specs)
-        self._sha256 = hashlib.sha256()
-        self._size = 0
+        self._nbytes = len(self._header) + sum(spec.nbytes for spec in specs)
         self._piece_bytes = 0
-        self._unflushed = 0
-        self._hashing: deque[Future[None]] = deque()
-        self._hasher = ThreadPoolExecutor(1)
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushing: Future[None] | None = None
         self._xxh3 = xxhash.xxh3_128()
         self.tensors: list[TensorRecord] = []
 
     def __enter__(self) -> Self:
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("wb")
+            self._file = DirectFile(self._path.open("wb", buffering=0), self._nbytes)
         self._put(memoryview(self._header))
         return self
 
@@ -146,42 +133,20 @@ class TensorWriter:
             self._xxh3.reset()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with disk_errors(self._path), self._file:  # closing writes what is buffered
-            self._hasher.shutdown()
-            self._flusher.shutdown()
+        with disk_errors(self._path), contextlib.closing(self._file):
             if kind is None:
-                if self._flushing is not None:
-                    self._flushing.result()
                 if self._waiting:
                     raise ValueError(f"{self._waiting[-1].name!r} was not written")
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self._file.finish()
 
     @property
     def record(self) -> FileRecord:
         """Size and sha256 of the finished file."""
-        return FileRecord(self._name, self._size, self._sha256.hexdigest())
+        return FileRecord(self._name, self._file.size, self._file.sha256())
 
     def _put(self, view: memoryview) -> None:
         with disk_errors(self._path):
-            self._file.write(view)
-            self._unflushed += len(view)
-            if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
-                if self._flushing is not None:
-                    self._flushing.result()  # the disk's errors are raised once
-                self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
-                self._unflushed = 0
-        self._size += len(view)
-        self._hash(view)
-
-    def _hash(self, view: memoryview) -> None:
-        """Hash in a thread of its own: what is written next need not wait for sha256, which is slower than the disk."""
-        if len(view) < _HASHED_AT_ONCE and not self._hashing:
-            self._sha256.update(view)
-            return
-        self._hashing.append(self._hasher.submit(self._sha256.update, view))
-        while self._hashing and (len(self._hashing) > _HASHED_LATER or self._hashing[0].done()):
-            self._hashing.popleft().result()
+            self._file.append(view)
 
 
 class DiskError(AdaptkitError):

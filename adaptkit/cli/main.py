@@ -1,5 +1,6 @@
 """The ``adaptkit`` program: finds commands, and is the one place where errors become messages and exit codes."""
 
+import atexit
 import ctypes
 import json
 import os
@@ -95,6 +96,32 @@ def _say_stopped(number: int) -> int:
     return _fail(code, word, word, "the same command goes on where it stopped", True)
 
 
+def program() -> None:
+    """Be a process that ends with the command line's code.
+
+    Python would take everything apart first, which takes a third of a second where torch is loaded, and more after work
+    in threads. What is asked for at exit is done all the same: the first to ask is served last.
+    """
+    ended: list[int] = []
+    atexit.register(_leave_whole, ended)
+    try:
+        main()
+    except SystemExit as leaving:
+        ended.append(leaving.code if isinstance(leaving.code, int) else 0)
+        raise
+
+
+def _leave_whole(ended: list[int]) -> None:
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        return  # Python says so, in its own way
+    if ended:
+        os._exit(ended[0])
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
@@ -169,4 +196,4 @@ def _say(text: str, stream: TextIO | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program()

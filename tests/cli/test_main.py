@@ -228,3 +228,42 @@ program.main()
     word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == f"error: {word}\nhint: the same command goes on where it stopped\n"
+
+
+ENDING = """
+import atexit, sys, threading, time
+from adaptkit.cli import main as module
+class Last:
+    def __del__(self): print("taken apart")
+last = Last()
+whole, sys.argv = module.main, ["adaptkit", *sys.argv[1:]]
+def work():
+    time.sleep(0.2)
+    print("thread")
+def begun():
+    atexit.register(print, "exit")
+    threading.Thread(target=work).start()
+    if sys.argv[1:] == ["fail"]:
+        raise RuntimeError("a bug")
+    whole()
+module.main = begun
+module.program()
+"""
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("nothing", 2), ("fail", 1)])
+def test_a_program_ends_with_its_code_once_threads_and_what_is_asked_at_exit_are_done(argument, code):
+    done = subprocess.run([sys.executable, "-c", ENDING, argument], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.split("\n")[-3 if code != 1 else -4 :][:2] == ["thread", "exit"]
+    assert ("taken apart" in done.stdout) == (code == 1)
+    assert ("RuntimeError: a bug" in done.stderr) == (code == 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to write to")
+def test_output_that_cannot_be_written_is_no_success():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "adaptkit.cli.main", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode != 0
+    assert "No space left" in done.stderr
