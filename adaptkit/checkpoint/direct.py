@@ -15,7 +15,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 
-_PIECE_BYTES = 2 << 20
+_PIECE_BYTES = 1 << 20
 """A multiple of what the blocks of any disk hold; a file that is shorter goes through the page cache."""
 _PIECES = 4
 """One that is being filled, one on its way to the disk, and one for when the other two do not keep step."""
@@ -81,6 +81,8 @@ class DirectFile:
         with self._file:
             self._writer.shutdown(cancel_futures=True)
             self._hasher.shutdown(cancel_futures=True)
+            self._free.clear()
+            self._busy.clear()
 
     def _wait(self) -> "_Piece":
         """Wait for the piece that was given away first."""
