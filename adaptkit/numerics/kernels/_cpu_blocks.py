@@ -92,7 +92,7 @@ def _sum_moments(x, levels, moments):
 
 
 @jit
-def _encode_4bit(flat, block_size, bounds, order, ascending, codes, absmax, moments):
+def _encode_4bit(flat, block_size, bounds, order, ascending, table, codes, absmax, moments):
     half = block_size // 2
     weights, levels = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     for block in range(absmax.size):
@@ -106,10 +106,12 @@ def _encode_4bit(flat, block_size, bounds, order, ascending, codes, absmax, mome
             high = _find(first * reciprocal, bounds, order)
             low = _find(second * reciprocal, bounds, order)
             out[i] = (high << 4) | low
-            if moments is not None:  # settled when this is compiled
+            if moments is not None and table is None:  # settled when this is compiled
                 levels[2 * i] = _find(first * reciprocal, bounds, ascending)
                 levels[2 * i + 1] = _find(second * reciprocal, bounds, ascending)
         if moments is not None:
+            if table is not None:
+                decode_block(out, np.float32(1), table, levels)
             for i in range(block_size):
                 weights[i] = value(x, x[i])
             _sum_moments(weights, levels, moments[block])
@@ -119,10 +121,12 @@ def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool =
     """See ``reference.encode_4bit``."""
     tables = tuple(tuple(map(np.float32, v)) for v in (book.bounds, book.ascending))
     order = tuple(map(np.uint8, book.order))
+    looked_up = _levels(book) if PERMUTATION and block_size % CHUNK == 0 else None
+    steps = block_size, tables[0], order, tables[1], looked_up
 
     def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
         sums = None if moments is None else moments.numpy()
-        _encode_4bit(float_bits(flat), block_size, tables[0], order, tables[1], codes.numpy(), absmax.numpy(), sums)
+        _encode_4bit(float_bits(flat), *steps, codes.numpy(), absmax.numpy(), sums)
 
     def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
         _whole_blocks.fill(reference.encode_4bit(flat, block_size, book, measure), codes, absmax, moments)
