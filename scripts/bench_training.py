@@ -206,6 +206,9 @@ def work(side: str, case: str, threads: int) -> None:
     source = get_smollm2.default_folder() / get_smollm2.MODEL_NAME
     base = packed_base(source)
     if side == "adaptkit":
+        from adaptkit.cli.main import keep_freed_memory
+
+        keep_freed_memory()  # as the command does
         step = AdaptkitStep(base, length, share, "layer" if checkpointing else "none")
     elif side == "floor":
         step = floor_step(source, length, share, checkpointing)

@@ -125,7 +125,7 @@ def _leave_whole(ended: list[int]) -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
-    _keep_freed_memory()
+    keep_freed_memory()
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         for number in _SIGNALS:
@@ -161,7 +161,7 @@ def _run() -> Any:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the next buffer have the last one's memory: glibc would return megabytes, and fetch and clear them again."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mallopt = ctypes.CDLL(None).mallopt

@@ -12,7 +12,7 @@ from adaptkit.numerics.kernels._cpu_float import rounded, value
 from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
 
 _REORDERED = {"reassoc", "nnan", "nsz"}
-"""Sums and maxima of a row may be taken in any order, so that the compiler makes vectors of them."""
+"""The sum of a row may be taken in any order, so that the compiler makes vectors of it."""
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -42,21 +42,24 @@ def exponential(x):
     return y * np.uint32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
-def _largest(row):
-    largest = row[0]
-    for i in range(row.size):
-        largest = row[i] if row[i] > largest else largest
-    return largest
-
-
 @inlined
-def _all_finite(row):
-    largest = np.uint32(0)  # of the magnitudes' bits, which order as magnitudes do, infinity and NaN last
-    for bits in row.view(np.uint32):
-        size = np.uint32(bits & np.uint32(0x7FFFFFFF))
-        largest = size if size > largest else largest
-    return largest < np.uint32(0x7F800000)
+def _scale(scores, seen, scale, work):
+    """Put the scaled scores into ``work``, and return the largest; NaN if one of them is not finite.
+
+    Integers are compared, in the order of the floats: of those the compiler makes no vectors.
+    """
+    largest, magnitude = np.int32(-0x80000000), np.int32(0)
+    for j in range(seen.size):
+        number = value(scores, seen[j]) * scale
+        work[j] = number
+        bits = np.float32(number).view(np.int32)
+        size = np.int32(bits & np.int32(0x7FFFFFFF))
+        magnitude = size if size > magnitude else magnitude
+        ordered = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        largest = ordered if ordered > largest else largest
+    if magnitude >= np.int32(0x7F800000):
+        return np.float32(np.nan)
+    return np.int32(largest ^ np.int32(np.int32(largest >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
@@ -91,13 +94,11 @@ def softmax_block(scores, first, last, scale, log_sums):
             log_sums[head, i] = 0.0
             if start < end:
                 seen, work = row[start:end], memory[: end - start]
-                for j in range(seen.size):
-                    work[j] = value(scores, seen[j]) * scale
-                if not _all_finite(work):
+                largest = _scale(scores, seen, scale, work)
+                if np.isnan(largest):
                     log_sums[head, i] = np.nan
                     seen[:] = rounded(scores, np.float32(np.nan))
                     continue
-                largest = _largest(work)
                 total = _exponentials(work, largest)
                 factor = np.float32(1.0) / total
                 for j in range(seen.size):
