@@ -138,8 +138,10 @@ class Children:
         def act() -> None:
             import torch
 
+            from adaptkit.checkpoint import direct
             from adaptkit.cli.main import main
 
+            direct._PIECE_BYTES = 4096  # small files are written as large ones are
             torch.set_num_threads(1)  # of the parent's pool only the name is left; two threads must not find that out
             if hook is not None:
                 Layer(self._root, hook).install()

@@ -1,8 +1,8 @@
 """The block-wise part of ``reference`` as Triton kernels: one program does a few whole blocks.
 
 Products are not contracted with additions (``enable_fp_fusion`` is off where these are launched) and divisions are
-rounded as IEEE 754 asks (``div_rn``), since bits matter here. Rounding to sixteen bits is done on the bits for the same
-reason. Offsets are 64-bit: a fused expert tensor may hold more than 2^31 weights.
+rounded as IEEE 754 asks (``_quotient``), since bits matter here. Rounding to sixteen bits is done on the bits for the
+same reason. Offsets are 64-bit: a fused expert tensor may hold more than 2^31 weights.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -14,6 +14,15 @@ import triton.language as tl
 def _magnitude_bits(x):
     """As integers magnitudes have an order in which infinity and NaN come last."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _quotient(a, b):
+    """A float32 divided by another. Some of Triton's releases flush denormals in ``div_rn``, none in float64.
+
+    Twice the digits and two more are enough for both roundings to give what one would.
+    """
+    return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -80,7 +89,7 @@ def encode_4bit(
     scale = largest.to(tl.float32, bitcast=True)
     tl.store(absmax + rows, scale, mask=inside)
     one = tl.full((group,), 1.0, tl.float32)
-    reciprocal = tl.div_rn(one, tl.maximum(scale, tiny))[:, None]
+    reciprocal = _quotient(one, tl.maximum(scale, tl.full((group,), tiny, tl.float32)))[:, None]
     a, b = first * reciprocal, second * reciprocal
     high, low = tl.load(tables + 15) + tl.zeros_like(a), tl.load(tables + 15) + tl.zeros_like(b)
     for j in tl.static_range(15):
@@ -136,10 +145,10 @@ def encode_8bit(
     tl.store(absmax + rows, scale, mask=inside)
     top = tl.full((group,), 127.0, tl.float32)
     divisor = tl.where(scale > 0, scale, 1.0)
-    factor = tl.where(scale > 0, tl.div_rn(top, divisor), 0.0)
+    factor = tl.where(scale > 0, _quotient(top, divisor), 0.0)
     scaled = x * factor[:, None]
     if tl.max(factor, axis=0) > 3.4028234663852886e38:  # rare: absmax below 4e-37
-        divided = tl.div_rn(x, tl.zeros_like(x) + divisor[:, None]) * 127.0
+        divided = _quotient(x, tl.zeros_like(x) + divisor[:, None]) * 127.0
         scaled = tl.where(factor[:, None] > 3.4028234663852886e38, divided, scaled)
     # Adding 1.5 · 2^23 leaves the nearest integer, ties to even, in the low bits.
     q = ((scaled + 12582912.0).to(tl.int32, bitcast=True) << 24) >> 24
@@ -158,7 +167,7 @@ def decode_8bit(codes, absmax, out, count, size, chunk: tl.constexpr, kind: tl.c
     mask = offsets < count
     q = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)
     scale = tl.load(absmax + offsets // size, mask=mask, other=0.0)
-    tl.store(out + offsets, _rounded(q * tl.div_rn(scale, tl.full((chunk,), 127.0, tl.float32)), kind), mask=mask)
+    tl.store(out + offsets, _rounded(q * _quotient(scale, tl.full((chunk,), 127.0, tl.float32)), kind), mask=mask)
 
 
 @triton.jit

@@ -41,4 +41,5 @@ def test_products_and_sums_are_not_contracted_and_divisions_are_exact(name, kind
     ptx = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False}).asm["ptx"]
     assert "st.global" in ptx
     assert not re.search(r"\bfma|\.ftz|\.approx|\.full|\brcp", ptx)
-    assert ("div.rn.f32" in ptx) == ("code_8bit" in name or name == "encode_4bit")
+    assert "div.rn.f32" not in ptx
+    assert ("div.rn.f64" in ptx) == ("code_8bit" in name or name == "encode_4bit")
