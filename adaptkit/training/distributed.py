@@ -114,11 +114,30 @@ def join(device: str) -> Iterator[World]:
         # torchrun may keep the store when it begins again, with addresses of processes that are gone.
         attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
         backend = "nccl" if mine.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
+        with _without_stdout():  # where some releases of gloo say that they are connected
+            distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield World(mine, rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Drop what C++ code prints on stdout, which is for data, while the block runs."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

@@ -37,13 +37,14 @@ class PackedWeight(nn.Module):
             absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
         else:
             absmax = constants
+        self._types = weight.codes.dtype, absmax.dtype
         for name, part in (("codes", weight.codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
             self.register_buffer(name, part)
         self.register_buffer("levels", weight.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in its shape, in ``dtype``."""
-        codes, absmax = _own(self.codes), _own(self.absmax)
+        codes, absmax = (_own(*part) for part in zip((self.codes, self.absmax), self._types, strict=True))
         constants: DoubleQuantized | Tensor = absmax
         if self._offset is not None:
             constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
@@ -66,9 +67,14 @@ class PlainWeight(nn.Module):
         return self.weight.to(dtype)
 
 
-def _own(part: Tensor) -> Tensor:
-    """A part that a CPU's kernels may see through numpy; what FSDP gathers it could not free after that."""
-    return part.clone() if isinstance(part, nn.Parameter) and part.device.type == "cpu" else part
+def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part in its own type, which a CPU's kernels may see through numpy.
+
+    FSDP gathers parts as floats, and what it gathers it could not free after that.
+    """
+    if not isinstance(part, nn.Parameter):
+        return part
+    return (part.clone() if part.device.type == "cpu" else part).view(dtype)
 
 
 FrozenWeight = PackedWeight | PlainWeight

@@ -7,7 +7,8 @@ What is trained is whole in every process, and so are embeddings, the output lay
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -38,8 +39,9 @@ def shard_frozen(network: Any, world: World) -> None:
         raise UsageError(f"shard_base: the layers in {path} have no linear layers that could be divided")
     for weight in weights:
         for name in ("codes", "absmax", "weight"):  # the other constants are some bytes
-            if name in dict(weight.named_buffers()):
-                part = weight.get_buffer(name)
+            part = dict(weight.named_buffers()).get(name)
+            part = None if part is None else _as_floats(part)
+            if part is not None:
                 delattr(weight, name)
                 weight.register_parameter(name, nn.Parameter(part, requires_grad=False))
     mine = {id(p) for weight in weights for p in weight.parameters(recurse=False)}
@@ -50,6 +52,20 @@ def shard_frozen(network: Any, world: World) -> None:
         fully_shard(layer, mesh=mesh, ignored_params=others)
     fully_shard(network.base_model, mesh=mesh, ignored_params=others)
     network.to(world.device)
+
+
+def _as_floats(part: Tensor) -> Tensor | None:
+    """The same bytes as floats, with which nobody computes: before 2.12, torch divides nothing else.
+
+    None of an odd number of bytes, which stay whole.
+    """
+    if part.is_floating_point():
+        return part
+    flat = part.reshape(-1)
+    for dtype in (torch.float32, torch.bfloat16):
+        if flat.nbytes % dtype.itemsize == 0:
+            return (flat.clone() if flat.data_ptr() % dtype.itemsize else flat).view(dtype)
+    return None
 
 
 def _give_no_view(module: nn.Module, args: Any, output: Any) -> Any:
