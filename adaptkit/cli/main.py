@@ -107,7 +107,8 @@ def program() -> None:
     try:
         main()
     except SystemExit as leaving:
-        ended.append(leaving.code if isinstance(leaving.code, int) else 0)
+        if isinstance(leaving.code, int):
+            ended.append(leaving.code)
         raise
 
 

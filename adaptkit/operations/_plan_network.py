@@ -5,6 +5,7 @@ out. The stand-ins make and keep what the trainer's linear layers make and keep.
 """
 
 import logging
+import warnings
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -76,7 +77,9 @@ def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tupl
         before = told.level
         told.setLevel(logging.CRITICAL)  # it prints the traceback of what is raised anyway
         try:
-            return measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
+            with warnings.catch_warnings():  # of experts, on some releases of torch; of no consequence here
+                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
+                return measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UsageError(
