@@ -13,6 +13,7 @@ import mmap
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from io import FileIO
 
 _PIECE_BYTES = 1 << 20
@@ -113,7 +114,11 @@ class _Piece:
     """A buffer that begins at the beginning of a page."""
 
     def __init__(self, size: int) -> None:
+        import numpy as np  # here, so that what writes nothing need not wait for it
+
         self._memory = memoryview(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._as_array = partial(np.frombuffer, dtype=np.uint8)
+        self._array = self._as_array(self._memory)
         self._filled = 0
         self.tasks: list[Future[None]] = []
 
@@ -126,9 +131,9 @@ class _Piece:
         return self._filled == len(self._memory)
 
     def fill(self, view: memoryview) -> memoryview:
-        """Take what there is room for, and return the rest."""
+        """Take what there is room for, and return the rest; numpy lets other threads go on meanwhile."""
         taken = min(len(view), len(self._memory) - self._filled)
-        self._memory[self._filled : self._filled + taken] = view[:taken]
+        self._array[self._filled : self._filled + taken] = self._as_array(view[:taken])
         self._filled += taken
         return view[taken:]
 
