@@ -19,7 +19,7 @@ from io import FileIO
 _PIECE_BYTES = 1 << 20
 """A multiple of what the blocks of any disk hold; a file that is shorter goes through the page cache."""
 _PIECES = 4
-"""One that is being filled, one on its way to the disk, and one for when the other two do not keep step."""
+"""One that is being filled, one on its way to the disk, and two for when they do not keep step."""
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -86,10 +86,11 @@ class DirectFile:
             self._busy.clear()
 
     def _wait(self) -> "_Piece":
-        """Wait for the piece that was given away first."""
-        piece = self._busy.popleft()
+        """Wait for the piece that was given away first; for one that failed it stays the first, and fails again."""
+        piece = self._busy[0]
         for task in piece.tasks:
             task.result()
+        self._busy.popleft()
         piece.empty()
         self._free.append(piece)
         return piece

@@ -33,7 +33,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 _REPAIR = "correct the file, or get it again"
 _MAX_HEADER_BYTES = 100_000_000
-_MOST_ELEMENTS = 1 << 63
+_MOST_BYTES = 1 << 63
 """Strides are counted in 64 bits, those of a tensor without elements, too."""
 
 
@@ -186,7 +186,9 @@ def _spec(name: str, entry: Any, where: str) -> TensorSpec:
         raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets")
     if entry["dtype"] not in ITEM_BYTES:
         raise CheckpointError(f"{where}: tensor {name!r} has type {entry['dtype']!r}, which is not supported")
-    shape = tuple(entry["shape"])
-    if math.prod(max(1, size) for size in shape) >= _MOST_ELEMENTS:
-        raise CheckpointError(f"{where}: tensor {name!r}: the shape {list(shape)} is too large")
+    shape, nbytes = tuple(entry["shape"]), ITEM_BYTES[entry["dtype"]]
+    for size in shape:  # one by one: the product of very many takes hours
+        nbytes *= max(1, size)
+        if nbytes >= _MOST_BYTES:
+            raise CheckpointError(f"{where}: tensor {name!r}: a shape of {len(shape)} sizes that is too large")
     return TensorSpec(name, entry["dtype"], shape)

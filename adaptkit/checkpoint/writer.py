@@ -108,7 +108,11 @@ class TensorWriter:
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = DirectFile(self._path.open("wb", buffering=0), self._nbytes)
-        self._put(memoryview(self._header))
+        try:
+            self._put(memoryview(self._header))
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def write(self, name: str, piece: "Tensor") -> None:

@@ -97,13 +97,14 @@ def _say_stopped(number: int) -> int:
 
 
 def program() -> None:
-    """Be a process that ends with the command line's code.
+    """Be a process, from its entry point to its end, with the command line's code.
 
     Python would take everything apart first, which takes a third of a second where torch is loaded, and more after work
-    in threads. What is asked for at exit is done all the same: the first to ask is served last.
+    in threads. What is asked for at exit is done all the same: who asks first is served last, and that is this.
     """
     ended: list[int] = []
-    atexit.register(_leave_whole, ended)
+    if not atexit._ncallbacks():  # else somebody watches this process who would not be served
+        atexit.register(_leave_whole, ended)
     try:
         main()
     except SystemExit as leaving:
@@ -119,7 +120,7 @@ def _leave_whole(ended: list[int]) -> None:
                 stream.flush()
     except (OSError, ValueError):
         return  # Python says so, in its own way
-    if ended:
+    if ended and not hasattr(sys, "last_value"):  # of an error that nobody caught
         os._exit(ended[0])
 
 

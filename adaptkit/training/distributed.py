@@ -10,6 +10,7 @@ that of one process up to rounding, and without these two; with the same number 
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,19 +126,17 @@ def join(device: str) -> Iterator[World]:
 @contextmanager
 def _without_stdout() -> Iterator[None]:
     """Drop what C++ code prints on stdout, which is for data, while the block runs."""
-    try:
-        kept = os.dup(1)
-    except OSError:  # it is closed
+    if sys.stdout is None:  # it was closed, and its number may be that of another file
         yield
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(1)
     try:
-        os.dup2(nowhere, 1)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-        os.close(nowhere)
 
 
 @contextmanager

@@ -92,6 +92,20 @@ def test_an_error_of_the_disk_reaches_the_caller_and_leaves_no_thread(tmp_path):
     assert threading.active_count() == before
 
 
+def test_an_error_is_not_forgotten(tmp_path):
+    out = DirectFile(Refusing(tmp_path / "x", "w"), 64 * PIECE)
+    refusals = 0
+    for _ in range(64):
+        try:
+            out.append(memoryview(bytes(PIECE)))
+        except OSError:
+            refusals += 1
+    assert refusals > 50  # all but what was taken over before the third was written
+    with pytest.raises(OSError, match="Input/output error"):
+        out.finish()
+    out.close()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
 def test_a_full_disk_is_told_of(tmp_path):
     with pytest.raises(OSError, match="No space left") as caught:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_full_disk_is_one_line_with_a_way_out(tmp_path, monkeypatch):
         TensorWriter(tmp_path, "x.safetensors", specs) as w,
     ):
         w.write("t", torch.zeros(1 << 16))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
+def test_a_disk_that_is_full_before_the_first_tensor_leaves_no_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "resolve_inside", lambda folder, name: Path("/dev/full"))
+    before = threading.active_count()
+    with pytest.raises(DiskError), TensorWriter(tmp_path, "x.safetensors", SPECS, bytes(16 << 20)):
+        pytest.fail("it has been opened")
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "folder/x", ""])

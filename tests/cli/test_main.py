@@ -261,9 +261,25 @@ def test_a_program_ends_with_its_code_once_threads_and_what_is_asked_at_exit_are
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to write to")
-def test_output_that_cannot_be_written_is_no_success():
+def test_output_that_is_left_and_cannot_be_written_is_no_success():
+    code = ENDING.replace('atexit.register(print, "exit")', 'atexit.register(sys.stdout.write, "left")')
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "adaptkit.cli.main", "--help"]
+        command = [sys.executable, "-c", code, "--help"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode != 0
     assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "said"),
+    [
+        ("import atexit; atexit.register(print, 'watched')", "", 0, "watched\n"),
+        ("", "raise RuntimeError('later')", 1, ""),
+    ],
+)
+def test_whoever_watches_or_wraps_a_program_is_not_cut_off(before, after, code, said):
+    lines = [before, "from adaptkit.cli.main import program", "try: program()", "except SystemExit: pass", after]
+    command = [sys.executable, "-c", "\n".join(lines), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "later" in done.stderr) == (code, bool(code))
+    assert done.stdout.endswith(said)

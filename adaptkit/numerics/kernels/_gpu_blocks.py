@@ -161,13 +161,12 @@ def encode_8bit(
 
 
 @triton.jit
-def decode_8bit(codes, absmax, out, count, size, chunk: tl.constexpr, kind: tl.constexpr):
-    """``count`` weights, of which ``size`` share a scale, also in a short last block."""
+def decode_8bit(codes, steps, out, count, size, chunk: tl.constexpr, kind: tl.constexpr):
+    """``count`` weights, of which ``size`` share a step, also in a short last block."""
     offsets = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
     mask = offsets < count
     q = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)
-    scale = tl.load(absmax + offsets // size, mask=mask, other=0.0)
-    tl.store(out + offsets, _rounded(q * _quotient(scale, tl.full((chunk,), 127.0, tl.float32)), kind), mask=mask)
+    tl.store(out + offsets, _rounded(q * tl.load(steps + offsets // size, mask=mask, other=0.0), kind), mask=mask)
 
 
 @triton.jit

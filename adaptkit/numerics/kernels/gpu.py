@@ -110,7 +110,8 @@ def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtyp
     """See ``reference.decode_8bit``."""
     out = torch.empty(count, dtype=dtype, device=codes.device)
     codes = codes.reshape(-1).contiguous()
-    arguments = (codes, absmax.contiguous(), _bits(out), count, block_size, _WEIGHTS_PER_PROGRAM, _KINDS[dtype])
+    steps = absmax.contiguous() / 127  # here, since a division a weight would take the kernel several times as long
+    arguments = (codes, steps, _bits(out), count, block_size, _WEIGHTS_PER_PROGRAM, _KINDS[dtype])
     if count:
         with _on(codes):
             _gpu_blocks.decode_8bit[(triton.cdiv(count, _WEIGHTS_PER_PROGRAM),)](*arguments, **_EXACT)

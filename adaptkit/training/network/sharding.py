@@ -55,9 +55,9 @@ def shard_frozen(network: Any, world: World) -> None:
 
 
 def _as_floats(part: Tensor) -> Tensor | None:
-    """The same bytes as floats, with which nobody computes: before 2.12, torch divides nothing else.
+    """The same bytes as floats, since before 2.12 torch divides nothing else; None of an odd number, which stays whole.
 
-    None of an odd number of bytes, which stay whole.
+    Nobody computes with them; but ``TORCH_NCCL_NAN_CHECK``, which is for finding bugs, would find NaN among them.
     """
     if part.is_floating_point():
         return part
