@@ -114,7 +114,7 @@ assert ended(start("half", 1)) == 0
 work = root / "signal.partial"
 for number in (signal.SIGINT, signal.SIGTERM):
     child, seen = start("signal", 0), lines(work)
-    wait_for(lambda: lines(work) >= seen + 4)
+    wait_for(lambda: over(child) or lines(work) >= seen + 4)
     os.kill(child, number)
     code = ended(child)
     saved = sorted(int(p.name.removeprefix("checkpoint-")) for p in work.glob("checkpoint-*"))
