@@ -104,9 +104,14 @@ def int8_factors(absmax: Tensor) -> Tensor:
     return torch.where(absmax > 0, torch.full_like(absmax, 127) / absmax, torch.zeros_like(absmax))
 
 
+def steps_8bit(absmax: Tensor) -> Tensor:
+    """What a code of each block is multiplied by: absmax / 127, in float32."""
+    return absmax / torch.full_like(absmax, 127)  # by a tensor: torch may multiply by the reciprocal of a number
+
+
 def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
     """Code times absmax / 127 in float32, rounded once to ``dtype``: (count,); arguments as in ``decode_4bit``."""
-    step = absmax / torch.full_like(absmax, 127)  # by a tensor: torch may multiply by the reciprocal of a number
+    step = steps_8bit(absmax)
     return _scale(codes.reshape(-1)[:count].float(), step, block_size).to(dtype)
 
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from adaptkit.numerics.kernels import _gpu_blocks, _whole_blocks, reference
-from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY, Encoded
+from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY, Encoded, steps_8bit
 from adaptkit.numerics.kernels.codebook import Codebook
 from adaptkit.numerics.kernels.reference import (
     add_rounded,
@@ -110,7 +110,7 @@ def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtyp
     """See ``reference.decode_8bit``."""
     out = torch.empty(count, dtype=dtype, device=codes.device)
     codes = codes.reshape(-1).contiguous()
-    steps = absmax.contiguous() / 127  # here, since a division a weight would take the kernel several times as long
+    steps = steps_8bit(absmax.contiguous())  # here: a division a weight would take the kernel several times as long
     arguments = (codes, steps, _bits(out), count, block_size, _WEIGHTS_PER_PROGRAM, _KINDS[dtype])
     if count:
         with _on(codes):
