@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.training.network.remade import source_of
+
 
 def squared_rows(weight: Any) -> Tensor:
     """‖W_i‖² of a frozen weight: (out,) float32."""
@@ -45,7 +47,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, squa
 
 
 class DoraProduct(torch.autograd.Function):
-    """The formula of the module's docstring; saves inputs, adapter and X'Vᵀ, never W."""
+    """The formula of the module's docstring; saves what inputs were made of, adapter and X'Vᵀ, never W."""
 
     @staticmethod
     def forward(
@@ -72,15 +74,17 @@ class DoraProduct(torch.autograd.Function):
         shared = dropped is x
         if not shared:
             y.addmm_(flat - flat_dropped, w.T)
-        ctx.save_for_backward(flat_dropped, inner, turned, lora_a, lora_b, magnitude, norm)
+        ctx.make, kept = source_of(dropped)
+        ctx.save_for_backward(inner, turned, lora_a, lora_b, magnitude, norm, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, shared
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
         """Of x, dropped x, A, B and the magnitude."""
-        dropped, inner, turned, lora_a, lora_b, magnitude, norm = ctx.saved_tensors
+        inner, turned, lora_a, lora_b, magnitude, norm, *kept = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
+        dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
         a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
         grad_magnitude = (grad * turned).sum(dim=0, dtype=torch.float32) / norm
         grad_turned = torch.empty_like(grad)

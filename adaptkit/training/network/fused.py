@@ -2,7 +2,7 @@
 
 A module is recognized by what it computes, not by its name: it is asked for its output on a probe, and only one that
 gives to the bit what the formula gives is replaced. Its forward pass then keeps its input; torch's own keeps three or
-four tensors of that size.
+four tensors of that size. What it gives is kept by nobody: see ``remade``.
 
     norm       y = x / √(mean x² + eps) · w, or · (1 + w)          needs a frozen w
     gate       y = silu(gate) · up          in a module that computes down(silu(gate(x)) · up(x))
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
+from adaptkit.training.network.remade import Recipe
 
 
 def fuse_layers(network: nn.Module) -> None:
@@ -76,57 +77,83 @@ def _is_gated(module: Any) -> bool:
 
 
 def _norm(weight: Tensor, eps: float, plus_one: bool) -> Callable[[Tensor], Tensor]:
+    def make(x: Tensor) -> Tensor:
+        return _normed(x, weight, eps, plus_one)[0]
+
     def forward(x: Tensor) -> Tensor:
-        result: Tensor = _Norm.apply(x, weight, eps, plus_one)  # type: ignore[no-untyped-call]
-        return result
+        if not torch.is_grad_enabled():
+            return make(x)
+        recipe = Recipe(make)
+        result: Tensor = _Norm.apply(x, weight, eps, plus_one, recipe)  # type: ignore[no-untyped-call]
+        return recipe.attach(result, x)
 
     return forward
 
 
 def _gated(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        inner: Tensor = _Gate.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
+        gate, up = (side(x).contiguous() for side in (module.gate_proj, module.up_proj))
+        inner = _product(gate, up) if not torch.is_grad_enabled() else _kept_product(gate, up)
         result: Tensor = module.down_proj(inner)
         return result
 
     return forward
 
 
+def _kept_product(gate: Tensor, up: Tensor) -> Tensor:
+    recipe = Recipe(_product)
+    result: Tensor = _Gate.apply(gate, up, recipe)  # type: ignore[no-untyped-call]
+    return recipe.attach(result, gate, up)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    """A norm's output, and what each row was multiplied by: (rows,) float32."""
+    flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    y, scales = torch.empty_like(flat), torch.empty(len(flat))
+    norm_forward(
+        float_bits(flat), float_bits(weight.detach()), np.float32(eps), plus_one, scales.numpy(), float_bits(y)
+    )
+    return y.view(x.shape), scales
+
+
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    y = torch.empty_like(gate)
+    gate_forward(*(float_bits(side.detach().view(-1)) for side in (gate, up, y)))
+    return y
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        y, scales = torch.empty_like(flat), torch.empty(len(flat))
-        norm_forward(
-            float_bits(flat), float_bits(weight.detach()), np.float32(eps), plus_one, scales.numpy(), float_bits(y)
-        )
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, recipe: Recipe) -> Tensor:
+        y, scales = _normed(x, weight, eps, plus_one)
         ctx.save_for_backward(x, scales)
-        ctx.weight, ctx.plus_one = weight, plus_one
-        return y.view(x.shape)
+        ctx.weight, ctx.plus_one, ctx.recipe = weight, plus_one, recipe
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.recipe.forget()
         x, scales = ctx.saved_tensors
         flat, grad = (side.reshape(-1, x.shape[-1]).contiguous() for side in (x, grads[0]))
         grad_x = torch.empty_like(flat)
         bits = float_bits(flat), float_bits(ctx.weight.detach())
         norm_backward(*bits, ctx.plus_one, scales.numpy(), float_bits(grad), float_bits(grad_x))
-        return grad_x.view(x.shape), None, None, None
+        return grad_x.view(x.shape), None, None, None, None
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        gate_forward(*(float_bits(side.view(-1)) for side in (gate, up, y)))
+    def forward(ctx: Any, gate: Tensor, up: Tensor, recipe: Recipe) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return y
+        ctx.recipe = recipe
+        return _product(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.recipe.forget()
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         sides = (gate, up, grads[0].contiguous(), grad_gate, grad_up)
         gate_backward(*(float_bits(side.view(-1)) for side in sides))
-        return grad_gate, grad_up
+        return grad_gate, grad_up, None

@@ -3,7 +3,7 @@
     Y = X Wᵀ + s · (X' Aᵀ) Bᵀ          X' is X after dropout
 
 W is dequantized in the forward pass, dropped, and dequantized again in the backward pass, so that no 16-bit copy of it
-is kept. W gets no gradient; A and B do.
+is kept; nor is one of A or B. W gets no gradient; A and B do.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from adaptkit.errors import BaseMismatchError
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
+from adaptkit.training.network.remade import source_of
 from adaptkit.training.network.whole import TrainedWeight
 
 
@@ -81,7 +82,7 @@ FrozenWeight = PackedWeight | PlainWeight
 
 
 class _Linear(torch.autograd.Function):
-    """The formula of the module's docstring; saves inputs and adapter, never W."""
+    """The formula of the module's docstring; saves what inputs were made of, and the adapter, never W."""
 
     @staticmethod
     def forward(
@@ -98,18 +99,20 @@ class _Linear(torch.autograd.Function):
         inner = (flat_dropped @ a.T).mul_(scale)
         y = flat @ weight.dequantize(x.dtype).T
         y.addmm_(inner, b.T)
-        ctx.save_for_backward(flat_dropped, inner, a, b)
+        ctx.make, kept = source_of(dropped)
+        ctx.save_for_backward(inner, lora_a, lora_b, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
-        ctx.dtypes = lora_a.dtype, lora_b.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
-        dropped, inner, a, b = ctx.saved_tensors
+        inner, lora_a, lora_b, *kept = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
         grad_inner = (grad @ b).mul_(ctx.scale)
-        grad_a = (grad_inner.T @ dropped).to(ctx.dtypes[0])
-        grad_b = (grad.T @ inner).to(ctx.dtypes[1])
+        grad_a = (grad_inner.T @ dropped).to(lora_a.dtype)
+        grad_b = (grad.T @ inner).to(lora_b.dtype)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ ctx.weight.dequantize(grad.dtype)

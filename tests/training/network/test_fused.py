@@ -93,6 +93,7 @@ def test_what_only_looks_like_a_norm_is_left_alone():
 
 def test_less_is_kept_for_the_backward_pass(made):
     def kept(network):
+        known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
         storages = {}
 
         def note(tensor):
@@ -101,9 +102,9 @@ def test_less_is_kept_for_the_backward_pass(made):
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             network(input_ids=torch.arange(64)[None], use_cache=False)
-        return sum(size for size, _ in storages.values())
+        return sum(size for place, (size, _) in storages.items() if place not in known)
 
     model = loaded(made, "llama", torch.bfloat16)
     before = kept(model.network)
     fuse_layers(model.network)
-    assert kept(model.network) < 0.85 * before
+    assert kept(model.network) < 0.65 * before

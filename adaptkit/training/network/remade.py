@@ -1,0 +1,54 @@
+"""Activations that are dropped after the forward pass, and made again in the backward pass.
+
+A norm keeps its input for its own backward pass, and a gate its two. The linear layers that read what these give would
+keep that too, in all their sizes. Instead they keep what it was made of, which is there anyway, and have it made again,
+to the same bits, once for all of them. What is worth that travels with its recipe:
+
+    norm, gate     y = made(recipe, ..., x)      y carries the recipe, and x
+    linear         keeps x instead of y, and asks the recipe for y in its backward pass
+    norm, gate     forgets y in its own backward pass, which comes after those of all that read y
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+_ATTRIBUTE = "_adaptkit_source"
+
+
+class Recipe:
+    """Makes a tensor again.
+
+    Args:
+        make: of what it was made of.
+    """
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        self._make = make
+        self._made: Tensor | None = None
+
+    def attach(self, result: Tensor, *inputs: Tensor) -> Tensor:
+        """Let a tensor that was made of ``inputs`` say so to whom it is given, as long as nobody changes it."""
+        setattr(result, _ATTRIBUTE, (self, inputs, result._version))
+        return result
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The tensor; it is held until it is forgotten."""
+        if self._made is None:
+            self._made = self._make(*inputs)
+        return self._made
+
+    def forget(self) -> None:
+        """Nobody needs it any more."""
+        self._made = None
+
+
+def source_of(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """What to keep of a tensor for the backward pass: a function that gives it, and what that is to be called with."""
+    recipe, inputs, version = getattr(x, _ATTRIBUTE, (None, (), 0))
+    return (recipe, inputs) if recipe is not None and x._version == version else (_itself, (x,))
+
+
+def _itself(x: Tensor) -> Any:
+    return x

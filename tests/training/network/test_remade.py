@@ -1,0 +1,98 @@
+"""What is made again in the backward pass has the bits that it had, is made once, and is held no longer than needed."""
+
+import weakref
+
+import pytest
+import tiny
+import torch
+
+from adaptkit.training.network import dora, linear, remade
+from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.remade import Recipe, source_of
+
+
+def model_of(made, dtype, uses_dora=False):
+    folder = made / "remade-llama"
+    if not folder.exists():
+        tiny.write_family(folder, "llama")
+    model = load_model(folder, dtype, torch.device("cpu"))
+    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0, dora=uses_dora)
+    for index, layer in enumerate(model.adapted().values()):
+        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+    fuse_layers(model.network)
+    return model
+
+
+def gradients(model):
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+    loss = model.network(input_ids=ids, use_cache=False).logits.float().square().mean()
+    return torch.autograd.grad(loss, [p for p in model.network.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("uses_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_to_the_bit_those_of_a_model_that_keeps_everything(dtype, uses_dora, made, monkeypatch):
+    model = model_of(made, dtype, uses_dora)
+    found = gradients(model)
+    for module in (linear, dora):
+        monkeypatch.setattr(module, "source_of", lambda x: (lambda kept: kept, (x,)))
+    for one, two in zip(found, gradients(model), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("uses_dora", [False, True])
+def test_no_output_of_a_norm_or_a_gate_is_kept(uses_dora, made, monkeypatch):
+    model = model_of(made, torch.float32, uses_dora)
+    outputs, attach = [], Recipe.attach
+
+    def note(recipe, result, *inputs):
+        outputs.append(weakref.ref(result.untyped_storage()))
+        return attach(recipe, result, *inputs)
+
+    monkeypatch.setattr(Recipe, "attach", note)
+    hidden = model.network.model(input_ids=torch.arange(8)[None], use_cache=False).last_hidden_state
+    assert len(outputs) == 7  # of two layers: two norms and a gate each, and the last norm, whose output is the result
+    assert [ref() is None for ref in outputs] == [True] * 6 + [False]
+    assert hidden.requires_grad
+
+
+def test_a_tensor_is_made_once_for_all_that_read_it_and_forgotten_after_that(made, monkeypatch):
+    model = model_of(made, torch.float32)
+    calls, held = [], []
+    call, forget = Recipe.__call__, Recipe.forget
+
+    def note(recipe, *inputs):
+        calls.append((id(recipe), recipe._made is None))
+        held.append(recipe)
+        return call(recipe, *inputs)
+
+    monkeypatch.setattr(Recipe, "__call__", note)
+    forgotten = []
+    monkeypatch.setattr(Recipe, "forget", lambda recipe: (forgotten.append(id(recipe)), forget(recipe)))
+    gradients(model)
+    assert len(calls) == 2 * (3 + 2 + 1)  # q, k and v; gate and up; down
+    assert sum(is_first for _, is_first in calls) == 2 * 3
+    remains = [recipe for recipe in held if recipe._made is not None]
+    assert {id(recipe) for recipe in held} - set(forgotten) == {id(recipe) for recipe in remains}
+    assert len({id(recipe) for recipe in remains}) <= 1  # the first norm, whose input has no gradient
+
+
+def test_a_tensor_that_was_changed_since_is_kept_itself():
+    x = torch.ones(3)
+    y = Recipe(torch.neg).attach(-x, x)
+    make, kept = source_of(y)
+    assert kept[0] is x
+    assert torch.equal(make(*kept), y)
+    y.add_(1)
+    make, kept = source_of(y)
+    assert make(*kept) is y
+
+
+def test_nothing_travels_where_no_gradients_are_recorded(made):
+    model = model_of(made, torch.float32)
+    seen = []
+    model.linears["model.layers.0.mlp.down_proj"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.network(input_ids=torch.arange(8)[None], use_cache=False)
+    assert not hasattr(seen[0], remade._ATTRIBUTE)
