@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from adaptkit.checkpoint.layer_call import LayerCall
 from adaptkit.errors import ConfigError, UsageError
 
 POLICIES = "none, layer, sqrt, segments:K or budget:MIB"
@@ -147,30 +148,6 @@ def fit_budget(budget_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = 
     )
 
 
-def main_output(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """A layer's output: the tensor that goes to the next layer, and what puts another one in its place.
-
-    Raises:
-        UsageError: the layer returns other tensors too.
-    """
-    if isinstance(output, Tensor):
-        return output, lambda tensor: tensor
-    if isinstance(output, tuple) and isinstance(output[0], Tensor) and all(item is None for item in output[1:]):
-        return output[0], lambda tensor: (tensor, *output[1:])
-    raise UsageError("this architecture's layers return more than one tensor", hint="checkpointing: none")
-
-
-def split_hidden(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Callable[[Tensor], Any], list[Any]]:
-    """A layer's hidden states, its call with others in their place, and the leaves of its other arguments."""
-    if args:
-        rest = args[1:]  # the call must not keep the hidden states themselves
-        return args[0], lambda x: forward(x, *rest, **kwargs), tree_leaves((rest, kwargs))
-    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    return kwargs["hidden_states"], lambda x: forward(hidden_states=x, **others), tree_leaves(others)
-
-
 def measure_layers(layers: Sequence[nn.Module], call: Callable[[], Any]) -> list[LayerSize]:
     """Measure layers while a network runs: the first of every kind, and no further than that.
 
@@ -227,16 +204,19 @@ def _measuring(
     layer: nn.Module, forward: Any, sizes: dict[int, LayerSize], index: int, wanted: set[int]
 ) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        given, call, others = split_hidden(forward, args, kwargs)
+        given, _ = LayerCall.given(args, kwargs)
+        call = LayerCall(forward, args, kwargs)
         hidden = given.detach().requires_grad_()
-        with torch.enable_grad(), Alive([hidden, *layer.parameters(), *layer.buffers(), *others]) as alive:
-            output, wrap = main_output(call(hidden))
+        known = [hidden, *layer.parameters(), *layer.buffers(), *tree_leaves((args, kwargs)), *call.constants]
+        with torch.enable_grad(), Alive(known) as alive:
+            outputs = call(hidden)
+            output = outputs[0]
             kept = alive.total() - output.untyped_storage().nbytes()
             torch.autograd.grad(output, hidden, torch.empty_like(output))
         sizes[index] = LayerSize(hidden.untyped_storage().nbytes(), kept, alive.peak)
         if len(sizes) == len(wanted):
             raise _Enough
-        return wrap(output.detach())
+        return call.finish([tensor.detach() for tensor in outputs])
 
     return run
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 
@@ -28,6 +28,7 @@ _REFUSALS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
 """What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """What a configuration may not decide here; an implementation can be code on the Hub."""
 
@@ -75,7 +76,7 @@ class Description:
         """
         if not (root / CONFIG_NAME).is_file():
             raise UsageError(f"{root}: has no {CONFIG_NAME}", hint="give a checkpoint's folder, or org/name on the Hub")
-        return cls(root, read_json(root / CONFIG_NAME))
+        return cls(root, read_config(root / CONFIG_NAME))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,9 +157,16 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
+def is_router(path: str) -> bool:
+    """Whether a module is, by its dotted path, one that chooses among experts or weighs them."""
+    return bool(_ROUTER.search(path))
+
+
 def _plain(value: Any) -> Any:
-    """A configuration without what it may not decide, at any depth."""
+    """A configuration without what it may not decide, at any depth; infinities are as transformers 5 writes them."""
     if isinstance(value, dict):
+        if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity"):
+            return float(value["__float__"])
         return {
             key: _plain(item)
             for key, item in value.items()

@@ -209,7 +209,9 @@ def _compute_buffers(network: Any, held: Container[str]) -> None:
     Raises:
         CheckpointError: the architecture leaves one as it finds it, so that its value is not known.
     """
+    initializers: dict[str, Any] = {}  # of a module, the innermost model that it is in: that knows its configuration
     for path, module in network.named_modules():
+        initializers[path] = getattr(module, "_init_weights", initializers.get(path.rpartition(".")[0]))
         empty = {
             name: buffer
             for name, buffer in module.named_buffers(path, recurse=False)
@@ -219,7 +221,7 @@ def _compute_buffers(network: Any, held: Container[str]) -> None:
         for fill in (0, 1) if empty else ():
             for name, buffer in empty.items():
                 module._buffers[name.rpartition(".")[2]] = torch.full_like(buffer, fill, device="cpu")
-            network._init_weights(module)
+            initializers[path](module)
             seen.append({name: module._buffers[name.rpartition(".")[2]] for name in empty})
         for name in empty:
             if not torch.equal(seen[0][name], seen[1][name]):

@@ -147,8 +147,13 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{path.name}: not a regular file")
 
 
-def strict_json(text: bytes, where: str) -> dict[str, Any]:
+def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, Any]:
     """Parse a JSON object; duplicate keys, NaN, infinities (1e999 too) and other top-level values are refused.
+
+    Args:
+        text: UTF-8.
+        where: the file, for messages.
+        infinities: take the words Infinity and -Infinity, which Python writes and reads though JSON has none.
 
     Raises:
         CheckpointError: names the file.
@@ -161,8 +166,10 @@ def strict_json(text: bytes, where: str) -> dict[str, Any]:
             raise CheckpointError(f"{where}: the key {twice!r} appears twice", hint=_REPAIR)
         return found
 
-    def refuse(constant: str) -> None:
-        raise CheckpointError(f"{where}: {constant} is not JSON", hint=_REPAIR)
+    def constant(word: str) -> float:
+        if infinities and word != "NaN":
+            return float(word)
+        raise CheckpointError(f"{where}: {word} is not JSON", hint=_REPAIR)
 
     def finite(number: str) -> float:
         if not math.isfinite(float(number)):
@@ -170,7 +177,7 @@ def strict_json(text: bytes, where: str) -> dict[str, Any]:
         return float(number)
 
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON ({error})", hint=_REPAIR) from error
     if not isinstance(value, dict):

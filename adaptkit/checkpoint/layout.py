@@ -85,6 +85,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return strict_json(read_small(path), path.name)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model's configuration, which may hold infinities: some architectures have them for a default.
+
+    Raises:
+        CheckpointError: see ``read_json``.
+    """
+    return strict_json(read_small(path), path.name, infinities=True)
+
+
 def write_json(value: Mapping[str, Any]) -> bytes:
     """The bytes of a JSON file that people may read: sorted, indented by two."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.header import Header, TensorSpec, read_header
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, read_small, resolve_inside, side_files, weight_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, side_files, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be of one save"
@@ -143,7 +143,7 @@ class Checkpoint(TensorFiles):
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``."""
-        return read_json(self.root / CONFIG_NAME)
+        return read_config(self.root / CONFIG_NAME)
 
     @property
     def quantization_method(self) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.conversation import read_example, render
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, require_folder
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder
 from adaptkit.checkpoint.rows import read_rows, read_text
 from adaptkit.errors import DataError, UsageError
 
@@ -77,7 +77,7 @@ def check_window(root: Path, window: int) -> None:
 
 def longest_sequence(root: Path) -> int | None:
     """The most tokens that a checkpoint's model reads at once, or None if its configuration does not say."""
-    config = read_json(root / CONFIG_NAME)
+    config = read_config(root / CONFIG_NAME)
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, dict) else {}):
         for name in _LENGTHS:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adaptkit.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_json, resolve_inside
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
 from adaptkit.hub._client import Hub
@@ -38,7 +38,7 @@ def card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> Ca
     """
     names = {record.path for record in manifest.files}
     config_name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
-    config = read_json(resolve_inside(root, config_name)) if config_name in names else {}
+    config = read_config(resolve_inside(root, config_name)) if config_name in names else {}
     base = base or base_model(config)
     if base is None:
         hub.note("the card names no base model: nothing in the artifact does; --base-model ORG/NAME does")

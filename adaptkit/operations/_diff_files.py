@@ -160,7 +160,7 @@ def _document(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or (path.name != TOKENIZER_NAME and path.stat().st_size > _MOST_KEYED_BYTES):
         return None
     try:
-        return strict_json(read_small(path), path.name)
+        return strict_json(read_small(path), path.name, infinities=True)
     except CheckpointError:  # another tool's file, perhaps a list; that it differs is told all the same
         return None
 

@@ -142,7 +142,7 @@ class MergedModel:
     def outline(self, headers: Mapping[str, Header]) -> BaseOutline:
         """The base as its headers and configuration were."""
         text = self.lost_files.get(CONFIG_NAME) or self.small_file(CONFIG_NAME)
-        return BaseOutline(self.root, headers, strict_json(text, CONFIG_NAME))
+        return BaseOutline(self.root, headers, strict_json(text, CONFIG_NAME, infinities=True))
 
     def header(self, file: str, record: TensorFiles) -> Header:
         """The header of the base's shard.

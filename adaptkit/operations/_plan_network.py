@@ -6,7 +6,6 @@ out. The stand-ins make and keep what the trainer's linear layers make and keep.
 
 import logging
 import warnings
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -33,22 +32,6 @@ def linear_shapes(network: Any) -> dict[str, Shape]:
             rows, columns = module.weight.shape
             found[name] = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
     return found
-
-
-def choose_targets(shapes: dict[str, Shape], patterns: tuple[str, ...]) -> list[str]:
-    """The layers that match a pattern, as the trainer matches them.
-
-    Raises:
-        UsageError: a pattern matches none.
-    """
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {n for n in shapes if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
-        if not found:
-            known = sorted({name.rpartition(".")[2] for name in shapes})
-            raise UsageError(f"the target {pattern!r} matches no linear layer", hint=f"there are: {', '.join(known)}")
-        chosen |= found
-    return sorted(chosen)
 
 
 def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tuple[int, int]) -> list[LayerSize]:

@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from adaptkit.checkpoint.architecture import empty_network, is_linear, transformers_version, why_unknown
+from adaptkit.checkpoint.architecture import empty_network, is_linear, is_router, transformers_version, why_unknown
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.naming import Place, places
 from adaptkit.checkpoint.reader import Checkpoint
 
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _EXPERTS = re.compile(r"^(?:.*?\.)?experts(?=\.)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 _TABLE = re.compile(r"embed|relative_attention_bias|(^|\.)(wte|wpe)(\.|$)")
@@ -122,7 +121,7 @@ def _kind_by_name(spec: TensorSpec, module: str, model_type: str) -> str:
         (len(spec.shape) != 2, "not a matrix"),
         (bool(_HEAD.search(module)), "head"),
         (bool(_TABLE.search(module)), "embedding"),
-        (bool(_ROUTER.search(module)), "router"),
+        (is_router(module), "router"),
         (not _NUMBERED.search(module), "outside the layers"),
         (model_type in _OWN_LINEAR_MODELS, "not a linear layer"),
         (bool(_FLOAT32.search(module)), "float32 by its architecture"),

@@ -20,10 +20,11 @@ import torch
 
 from adaptkit.checkpoint.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.checkpoint.architecture import Description, empty_network
+from adaptkit.checkpoint.matching import matching_targets
 from adaptkit.checkpoint.memory import Memory, logits_bytes
 from adaptkit.errors import UsageError
 from adaptkit.numerics.adamw import moment_bytes
-from adaptkit.operations._plan_network import Shape, choose_targets, linear_shapes, measured_layers
+from adaptkit.operations._plan_network import Shape, linear_shapes, measured_layers
 
 METHODS = ("full", "lora", "qlora")
 RANKS = (4, 8, 16, 32, 64, 128, 256)
@@ -126,7 +127,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
     dtype = getattr(torch, options.compute_dtype)
     network = empty_network(description, dtype)
     shapes = linear_shapes(network)
-    targets = choose_targets(shapes, options.targets)
+    targets = sorted(matching_targets(options.targets, shapes))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     full = options.method == "full"
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)

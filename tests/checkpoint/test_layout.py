@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from adaptkit.checkpoint.layout import (
     INDEX_NAME,
     index_bytes,
+    read_config,
     read_json,
     resolve_inside,
     shard_name,
@@ -163,3 +164,16 @@ def test_an_index_is_the_one_that_transformers_writes(llama_sharded):
 def test_every_refusal_is_an_error_of_ours():
     assert issubclass(UnsafeInputError, AdaptkitError)
     assert UnsafeInputError("x").exit_code == 5
+
+
+def test_infinities_are_taken_in_a_configuration_and_nowhere_else(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"time_step_limit": [0.0, Infinity], "low": -Infinity}')
+    assert read_config(path) == {"time_step_limit": [0.0, float("inf")], "low": float("-inf")}
+    assert write_json(read_config(path)) == write_json({"low": float("-inf"), "time_step_limit": [0.0, float("inf")]})
+    with pytest.raises(CheckpointError, match="Infinity is not JSON"):
+        read_json(path)
+    for text in ('{"x": NaN}', '{"x": 1e999}'):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"NaN is not JSON|too large"):
+            read_config(path)

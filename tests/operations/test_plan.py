@@ -8,8 +8,9 @@ import tiny
 import torch
 
 from adaptkit.checkpoint.architecture import Description, empty_network
+from adaptkit.checkpoint.matching import matching_targets
 from adaptkit.errors import UsageError
-from adaptkit.operations._plan_network import choose_targets, linear_shapes, measured_layers
+from adaptkit.operations._plan_network import linear_shapes, measured_layers
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.activations import Activations, layer_sizes, predicted_memory
@@ -76,7 +77,7 @@ def test_activations_are_within_a_quarter_of_what_autograd_saves(models, targets
         hidden = model.network.train().base_model(input_ids=ids, use_cache=False).last_hidden_state
     assert hidden.requires_grad
     network = empty_network(Description.read(plain))
-    ranks = dict.fromkeys(choose_targets(linear_shapes(network), targets), 4)
+    ranks = dict.fromkeys(matching_targets(targets, linear_shapes(network)), 4)
     sizes = measured_layers(network, ranks, False, (4, 128))
     assert sum(size.input_bytes + size.kept_bytes for size in sizes) == pytest.approx(sum(saved.values()), rel=0.25)
     measured = layer_sizes(load_with_adapter(packed, targets).network, (4, 128), CPU)

@@ -22,15 +22,12 @@ from adaptkit.checkpoint.activations import (
     Checkpointing,
     LayerSize,
     fit_budget,
-    main_output,
     parse_policy,
-    split_hidden,
 )
 from adaptkit.checkpoint.assembly import find_stack
+from adaptkit.checkpoint.layer_call import LayerCall
 from adaptkit.errors import UsageError
 from adaptkit.training.memory.offload import Shelf
-
-Run = Callable[[Tensor], Tensor]
 
 
 def choose_checkpointing(
@@ -83,14 +80,14 @@ class _Segment:
     Attributes:
         number: of the segment.
         start: gives the first layer's input.
-        runs: the layers so far, each with its other arguments.
+        calls: of the layers so far.
         random: the random state before each layer.
         inputs: of the layers, while the backward pass is in this segment.
     """
 
     number: int
     start: Callable[[], Tensor]
-    runs: list[Run] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
     random: list[Any] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
 
@@ -101,7 +98,7 @@ class _Segment:
             with torch.no_grad():
                 for position in range(index):
                     _set_random(self.random[position], self.inputs[0].device)
-                    self.inputs.append(self.runs[position](self.inputs[-1]))
+                    self.inputs.append(self.calls[position](self.inputs[-1])[0])
         return self.inputs.pop()
 
 
@@ -130,48 +127,46 @@ class _Layer(torch.autograd.Function):
     """One layer of a segment: forward without a graph, backward by running it again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int, *others: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.segment, ctx.index = segment, index
+        ctx.set_materialize_grads(False)  # mostly nobody asks for other outputs than the first
         with torch.no_grad():
-            return segment.runs[index](hidden)
+            first, *rest = segment.calls[index](hidden)
+        return first, *(output.detach() for output in rest)  # one may be what the layer was given
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        device = grads[0].device
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        device = next(grad.device for grad in grads if grad is not None)
         before = _random(device)
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_()
         _set_random(ctx.segment.random[ctx.index], device)
         with torch.enable_grad():
-            output = ctx.segment.runs[ctx.index](hidden)
-        torch.autograd.backward(output, grads[0])
+            call = ctx.segment.calls[ctx.index]
+            others = [other.detach().requires_grad_() for other in call.others]
+            outputs = call(hidden, others)
+        pairs = zip(outputs, grads, strict=True)
+        asked = [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
+        torch.autograd.backward([output for output, _ in asked], [grad for _, grad in asked])
         _set_random(before, device)
-        return hidden.grad, None, None, None
+        return hidden.grad, None, None, None, *(other.grad for other in others)
 
 
 def _checkpointed(forward: Callable[..., Any], place: _Place) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        hidden, call, others = split_hidden(forward, args, kwargs)
-        if any(isinstance(other, Tensor) and other.requires_grad for other in others):  # its gradient would be lost
-            raise UsageError(
-                "this architecture's layers get more than one tensor with a gradient", hint="checkpointing: none"
-            )
+        hidden, others = LayerCall.given(args, kwargs)
         segment = place.enter(hidden)
-        index = len(segment.runs)
-        wrapped: list[Callable[[Tensor], Any]] = []
-
-        def layer(x: Tensor) -> Tensor:
-            output, wrap = main_output(call(x))
-            wrapped[:] = [wrap]
-            return output
-
-        segment.runs.append(layer)
+        index = len(segment.calls)
+        call = LayerCall(forward, args, kwargs)
+        segment.calls.append(call)
         segment.random.append(_random(hidden.device))
         # The embeddings are frozen, so the first input needs no gradient; without one the layers would get none.
         trigger = torch.empty(0, device=hidden.device, requires_grad=True)
-        result = _Layer.apply(hidden, trigger, segment, index)  # type: ignore[no-untyped-call]
-        return wrapped[0](result)
+        outputs = _Layer.apply(hidden, trigger, segment, index, *others)  # type: ignore[no-untyped-call]
+        return call.finish(outputs)
 
     return run
 

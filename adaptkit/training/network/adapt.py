@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.checkpoint.matching import matching
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, StackLora, adapt_stack
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
-from adaptkit.training.network.model import AdapterShape, Model, matching
+from adaptkit.training.network.model import AdapterShape, Model
 from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, hold, replace_rows
 
 

@@ -69,15 +69,15 @@ class DoraProduct(torch.autograd.Function):
         inner = flat_dropped @ a.T
         turned = flat_dropped @ w.T
         turned.addmm_(inner, b.T, alpha=scale)
-        y = torch.empty_like(turned)
-        torch.mul(turned, magnitude / norm, out=y)  # in float32, and rounded once
+        y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
+        torch.mul(turned, magnitude / norm, out=y.view(turned.shape))  # in float32, and rounded once
         shared = dropped is x
         if not shared:
-            y.addmm_(flat - flat_dropped, w.T)
+            y.view(turned.shape).addmm_(flat - flat_dropped, w.T)
         ctx.make, kept = source_of(dropped)
         ctx.save_for_backward(inner, turned, lora_a, lora_b, magnitude, norm, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, shared
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:

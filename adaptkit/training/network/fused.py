@@ -8,6 +8,7 @@ four tensors of that size. What it gives is kept by nobody: see ``remade``.
     gate       y = silu(gate) · up          in a module that computes down(silu(gate(x)) · up(x))
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,23 @@ def _norm_parts(module: nn.Module) -> tuple[Tensor | None, float]:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or not isinstance(eps, float):
         return None, 0.0
+    if not _takes_one(module):  # a gated norm
+        return None, 0.0
     return parameters["weight"], eps
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether a module is a function of one tensor, so that it can be asked."""
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _asked(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What a module gives for (rows, size); None if it wants another shape, as xLSTM's norms of several heads."""
+    try:
+        result: Tensor = module(x)
+    except (ValueError, IndexError, RuntimeError):
+        return None
+    return result
 
 
 def _probe(size: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +74,9 @@ def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
     if weight.dtype not in (torch.bfloat16, torch.float32):
         return None
     x = _probe(len(weight), weight.dtype)
-    found, wide = module(x), x.float()
+    found, wide = _asked(module, x), x.float()
+    if found is None:
+        return None
     quotient = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if torch.equal(found, weight * quotient.to(x.dtype)):
         return False
@@ -69,9 +88,9 @@ def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
 @torch.no_grad()
 def _is_gated(module: Any) -> bool:
     """Whether a module is down(silu(gate(x)) · up(x))."""
-    x = _probe(module.gate_proj.base.shape[1], torch.float32) if hasattr(module.gate_proj, "base") else None
-    if x is None:
+    if not hasattr(module.gate_proj, "base") or not _takes_one(module):
         return False
+    x = _probe(module.gate_proj.base.shape[1], torch.float32)
     expected = module.down_proj(functional.silu(module.gate_proj(x)) * module.up_proj(x))
     return torch.equal(module(x), expected)
 
@@ -109,11 +128,10 @@ def _kept_product(gate: Tensor, up: Tensor) -> Tensor:
 def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
     """A norm's output, and what each row was multiplied by: (rows,) float32."""
     flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    y, scales = torch.empty_like(flat), torch.empty(len(flat))
-    norm_forward(
-        float_bits(flat), float_bits(weight.detach()), np.float32(eps), plus_one, scales.numpy(), float_bits(y)
-    )
-    return y.view(x.shape), scales
+    y, scales = x.new_empty(x.shape), torch.empty(len(flat))  # no view, which the network could not change in place
+    bits = float_bits(flat), float_bits(weight.detach())
+    norm_forward(*bits, np.float32(eps), plus_one, scales.numpy(), float_bits(y.view(flat.shape)))
+    return y, scales
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
-from adaptkit.errors import BaseMismatchError
+from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
@@ -97,12 +97,12 @@ class _Linear(torch.autograd.Function):
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         inner = (flat_dropped @ a.T).mul_(scale)
-        y = flat @ weight.dequantize(x.dtype).T
-        y.addmm_(inner, b.T)
+        y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
+        torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, len(b))).addmm_(inner, b.T)
         ctx.make, kept = source_of(dropped)
         ctx.save_for_backward(inner, lora_a, lora_b, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
@@ -140,6 +140,11 @@ class _FrozenLinear(torch.autograd.Function):
 class LoraLinear(nn.Module):
     """A linear layer with a frozen weight and, if it is a target, a LoRA adapter; or with a weight that is trained.
 
+    Args:
+        weight: frozen.
+        bias: (out,), or None.
+        dtype: that the network computes in here, for an architecture that reads the weight itself.
+
     Attributes:
         base: the weight, (out, in).
         bias: (out,), or None; a parameter if it is trained.
@@ -154,8 +159,9 @@ class LoraLinear(nn.Module):
     bias: Tensor | None
     squares: Tensor | None
 
-    def __init__(self, weight: FrozenWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: FrozenWeight, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self._dtype = dtype
         self.base: FrozenWeight | TrainedWeight = weight
         self.register_buffer("bias", bias)
         self.register_buffer("squares", None, persistent=False)
@@ -169,6 +175,22 @@ class LoraLinear(nn.Module):
     def device(self) -> torch.device:
         """Where the weight is."""
         return next(iter((*self.base.buffers(), *self.base.parameters()))).device
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with what its adapter adds, (out, in): Mamba's layers and some routers read it themselves.
+
+        Dropout, which is of an adapter's input, does not apply.
+        """
+        weight = self.base.dequantize(self._dtype)
+        if self.lora_a is None or self.lora_b is None:
+            return weight
+        if self.magnitude is not None or self.lora_bias is not None:
+            raise UsageError(
+                "this architecture reads the weight of a linear layer itself, which knows no DoRA and no bias of B",
+                hint="--exclude such layers: dt_proj, x_proj, out_proj, classifier",
+            )
+        return weight + (self.scaling * (self.lora_b @ self.lora_a)).to(weight.dtype)
 
     def attach(self, change: LowRank, dropout: float = 0.0) -> None:
         """Give the layer an adapter.

@@ -72,7 +72,10 @@ class OutputLayer:
     def __call__(self, hidden: Tensor) -> Tensor:
         """(rows, dim) to (rows, vocabulary)."""
         if self.is_head:
-            return self.head(hidden)  # type: ignore[no-any-return]
+            head = self.head
+            if isinstance(head, nn.Linear):
+                hidden = hidden.to(head.weight.dtype)  # Mamba's are float32 in any case
+            return head(hidden)  # type: ignore[no-any-return]
         with _given(self._network, hidden[None]):
             ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._network(input_ids=ids, use_cache=False).logits
@@ -91,6 +94,8 @@ def find_output_layer(network: Any) -> OutputLayer | None:
     logits = run(hidden)
     if torch.equal(logits, run(hidden.flip(1))):  # it runs a part of its body by itself, as OPT does
         return None
+    if _shape(head.head)[1] != size:  # something else comes before it, as in Electra
+        return run
     return head if torch.equal(logits, head(hidden)) else run
 
 
@@ -158,8 +163,13 @@ class _Loss(torch.autograd.Function):
 
 def _rows(hidden: Tensor, head: Any) -> int:
     """How many positions go through the output layer at a time."""
-    vocabulary = head.base.shape[0] if isinstance(head, LoraLinear) else head.out_features
-    return rows_at_a_time(int(vocabulary), hidden.element_size())
+    return rows_at_a_time(_shape(head)[0], hidden.element_size())
+
+
+def _shape(head: Any) -> tuple[int, int]:
+    """Of an output layer's weight."""
+    rows, columns = (head.base if isinstance(head, LoraLinear) else head.weight).shape
+    return int(rows), int(columns)
 
 
 def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:

@@ -5,9 +5,8 @@ transformers builds the architecture on the meta device, without memory; its lin
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from adaptkit.checkpoint.adapter import by_pattern
 from adaptkit.checkpoint.architecture import empty_network, is_linear
 from adaptkit.checkpoint.assembly import Assembly, check_shape
+from adaptkit.checkpoint.matching import matching, matching_targets
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.lora import LowRank, scaling
@@ -111,10 +111,14 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     linears: dict[str, LoraLinear] = {}
     transposed = False
     head = network.get_output_embeddings()
-    for name, module in list(network.named_modules()):
-        if not is_linear(module) or (module is head and not assembly.is_quantized(f"{name}.weight")):
-            continue
-        layer = _replace(assembly, name, module)
+    layers = {
+        name: (_layer(assembly, name, module), module)
+        for name, module in network.named_modules()
+        if is_linear(module) and (module is not head or assembly.is_quantized(f"{name}.weight"))
+    }
+    for name, (layer, module) in layers.items():  # only now: what is cut in parts asks the network for their shapes
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer)
         if module is not head:
             linears[name] = layer
             transposed |= not isinstance(module, nn.Linear)
@@ -135,7 +139,7 @@ def new_adapter(
 
     Args:
         model: to change.
-        targets: shell patterns of module paths, or of their last parts; ``*`` is all.
+        targets: shell patterns of module paths, or of their last parts; ``*`` is all but routers.
         rank: of the matrices.
         alpha: scaling is alpha / rank.
         init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
@@ -150,7 +154,7 @@ def new_adapter(
     Raises:
         UsageError: a pattern matches no layer, or a rank is above a layer's size.
     """
-    chosen = matching("target", targets, model.linears, "linear layer")
+    chosen = matching_targets(targets, model.linears)
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
     if not chosen:
         raise UsageError("every target is excluded", hint="give --exclude fewer patterns")
@@ -231,25 +235,8 @@ class AdapterShape:
             )
 
 
-def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
-    """The dotted paths that a shell pattern matches, as a whole or in their last part.
-
-    Raises:
-        UsageError: a pattern matches none.
-    """
-    names, chosen = list(names), set()
-    for pattern in patterns:
-        matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
-        if not matched:
-            known = sorted({name.rpartition(".")[2] for name in names})
-            there = f"there are: {', '.join(known)}" if known else "the model has none"
-            raise UsageError(f"the {what} {pattern!r} matches no {kind}", hint=there)
-        chosen |= matched
-    return chosen
-
-
-def _replace(assembly: Assembly, name: str, module: Any) -> LoraLinear:
-    """Put a ``LoraLinear`` in a linear layer's place."""
+def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
+    """What takes a linear layer's place."""
     weight_name, bias_name = f"{name}.weight", f"{name}.bias"
     weight, expected = read_weight(assembly, weight_name), tuple(module.weight.shape)
     if not isinstance(module, nn.Linear):  # a Conv1D, whose plain weight is (in, out), and whose packed one is not
@@ -263,10 +250,7 @@ def _replace(assembly: Assembly, name: str, module: Any) -> LoraLinear:
     if module.bias is not None:
         bias = assembly.read(bias_name)
         check_shape(bias_name, bias.shape, module.bias.shape)
-    layer = LoraLinear(weight, bias)
-    parent, _, child = name.rpartition(".")
-    setattr(assembly.network.get_submodule(parent), child, layer)
-    return layer
+    return LoraLinear(weight, bias, module.weight.dtype)
 
 
 def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.architecture import is_router
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.matching import EVERYTHING
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
@@ -107,6 +109,13 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
         embedding = model.network.get_input_embeddings()
         path = next(name for name, module in model.network.named_modules() if module is embedding)
         train_rows(model, path, [_token(text, tokenizer) for text in dict.fromkeys(config.trainable_tokens)])
+
+
+def routers_left(model: Model, config: TrainConfig) -> list[str]:
+    """The routers that fresh adapters for every linear layer leave out; see ``matching_targets``."""
+    if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets:
+        return []
+    return [name for name, layer in model.linears.items() if is_router(name) and layer.lora_a is None]
 
 
 def _begin_fresh(model: Model, config: TrainConfig, saved: set[str]) -> None:

@@ -137,3 +137,58 @@ def test_the_random_state_of_a_second_gpu_goes_back_to_it(monkeypatch):
     second = torch.device("cuda:1")
     segments._set_random(segments._random(second), second)
     assert states == {"cuda:1": "of cuda:1"}
+
+
+class Weighing(nn.Module):
+    """A layer that returns, beside the hidden states, a number for each of them and what it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, hidden, told):
+        inner = torch.tanh(self.inner(hidden))
+        return hidden + inner, inner.sum(-1), None, told
+
+
+class Stack(nn.Module):
+    def __init__(self, uses_others):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(Weighing() for _ in range(5))
+        self.uses_others = uses_others
+
+    def forward(self, hidden):
+        total, told = 0.0, torch.ones(2)
+        for layer in self.layers:
+            hidden, weights, nothing, same = layer(hidden, told)
+            assert nothing is None
+            assert torch.equal(same, told)
+            total = total + weights.square().sum() * self.uses_others
+        return hidden.sum() + total
+
+
+@pytest.mark.parametrize("uses_others", [0.0, 1.0])
+@pytest.mark.parametrize("policy", ["layer", "sqrt"])
+def test_what_layers_return_beside_hidden_states_keeps_its_gradient(policy, uses_others):
+    """Bloom's and MPT's layers return attention weights, whether anybody asks or not."""
+    found = []
+    for chosen in ("none", policy):
+        network = Stack(uses_others)
+        checkpoint(network, chosen)
+        x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+        network(x).backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_layers_that_do_not_return_hidden_states_first_are_refused():
+    class Odd(Weighing):
+        def forward(self, hidden, told):
+            return {"hidden": hidden}
+
+    network = Stack(0.0)
+    network.layers = nn.ModuleList([Odd()])
+    checkpoint(network, "layer")
+    with pytest.raises(UsageError, match="hidden states first"):
+        network(torch.ones(2, 6))

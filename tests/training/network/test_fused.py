@@ -108,3 +108,29 @@ def test_less_is_kept_for_the_backward_pass(made):
     before = kept(model.network)
     fuse_layers(model.network)
     assert kept(model.network) < 0.65 * before
+
+
+class Gated(nn.Module):
+    """A norm of one tensor times a gate, which may be left out, as Qwen3.5's linear attention has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8), requires_grad=False), 1e-6
+
+    def forward(self, x, gate=None):
+        return functional.rms_norm(x, (8,), self.weight, self.variance_epsilon) * functional.silu(gate)
+
+
+def test_a_norm_with_a_gate_is_left_alone():
+    network = nn.Sequential(Gated())
+    fuse_layers(network)
+    assert "forward" not in vars(network[0])
+
+
+def test_a_network_may_change_what_a_norm_gave_in_place(made):
+    model = loaded(made, "llama")
+    fuse_layers(model.network)
+    norm = model.network.model.norm
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    found = [torch.autograd.grad(y.square().sum(), x)[0] for y in (norm(x).mul_(2.0), norm(x) * 2.0)]
+    assert torch.equal(*found)

@@ -7,7 +7,7 @@ from torch.nn import functional
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.errors import BaseMismatchError
+from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 
@@ -117,3 +117,37 @@ def test_no_rows_give_no_rows():
     y = layer(x)
     y.sum().backward()
     assert (y.shape, x.grad.shape) == ((0, 96), (0, 128))
+
+
+def test_a_weight_that_an_architecture_reads_itself_is_what_the_layer_computes_with():
+    layer, weight = nf4_layer()
+    torch.testing.assert_close(layer.weight, weight + 0.5 * layer.lora_b @ layer.lora_a)
+    x, grad = torch.randn(5, 128), torch.randn(5, 96)
+    found = []
+    for y in (layer(x), functional.linear(x, layer.weight, layer.bias)):
+        found.append(torch.autograd.grad(y, (layer.lora_a, layer.lora_b), grad))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_is_read_where_it_would_not_be_all_is_refused():
+    layer, _ = nf4_layer()
+    layer.attach_magnitude()
+    with pytest.raises(UsageError, match="DoRA") as caught:
+        _ = layer.weight
+    assert "--exclude" in caught.value.hint
+
+
+@pytest.mark.parametrize("uses_dora", [False, True])
+@pytest.mark.parametrize("shape", [(7, 128), (2, 5, 128)])
+def test_a_network_may_change_the_result_in_place(shape, uses_dora):
+    """As Llama 4 does with its experts' inputs."""
+    layer, _ = nf4_layer()
+    if uses_dora:
+        layer.attach_magnitude()
+    layer.bias = None
+    x = torch.randn(shape)
+    found = []
+    for change in (lambda y: y.mul_(3.0), lambda y: y * 3.0):
+        found.append(torch.autograd.grad(change(layer(x)).square().sum(), (layer.lora_a, layer.lora_b)))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

@@ -171,3 +171,13 @@ def test_no_more_logits_exist_than_a_chunk_has(llama, monkeypatch):
         seen.vocabulary = model.network.config.vocab_size
         summed_loss(model, batch).backward()
     assert seen.rows == 8
+
+
+def test_a_head_that_reads_something_narrower_than_the_hidden_states_is_run_with_what_makes_it(made):
+    """Electra's head follows another layer, and a norm."""
+    values = {"embedding_size": 32, "is_decoder": True}
+    model = loaded(family(made, "electra", **values))
+    assert not model.output_layer.is_head
+    batch = batch_of((20, 13), VOCABULARY)
+    expected = plain_loss(model, batch)
+    assert float(summed_loss(model, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

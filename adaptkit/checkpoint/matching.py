@@ -1,0 +1,47 @@
+"""Which of a model's parts a user's shell patterns mean."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from adaptkit.checkpoint.architecture import is_router
+from adaptkit.errors import UsageError
+
+EVERYTHING = "*"
+
+
+def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
+    """The dotted paths that a shell pattern matches, as a whole or in their last part.
+
+    Raises:
+        UsageError: a pattern matches none.
+    """
+    names, chosen = list(names), set()
+    for pattern in patterns:
+        matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
+        if not matched:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            there = f"there are: {', '.join(known)}" if known else "the model has none"
+            raise UsageError(f"the {what} {pattern!r} matches no {kind}", hint=there)
+        chosen |= matched
+    return chosen
+
+
+def matching_targets(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+    """The linear layers that get an adapter.
+
+    ``*`` is all but routers, whose few rows are often fewer than a rank, and which say where tokens go: they get one
+    only if another pattern means them.
+
+    Args:
+        patterns: of the targets.
+        names: dotted paths of all linear layers inside the model.
+
+    Raises:
+        UsageError: a pattern matches none.
+    """
+    names = list(names)
+    chosen = matching("target", patterns, names, "linear layer")
+    if EVERYTHING in patterns:
+        named = matching("target", [pattern for pattern in patterns if pattern != EVERYTHING], names, "linear layer")
+        chosen -= {name for name in names if is_router(name)} - named
+    return chosen
