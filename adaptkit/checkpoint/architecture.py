@@ -93,16 +93,20 @@ class Description:
 def why_unknown(checkpoint: Checkpoint) -> str:
     """Why transformers cannot be asked about a checkpoint's architecture, in a few words; empty if it can."""
     try:
-        from transformers import AutoModelForCausalLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         return "transformers is not installed"
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return f"transformers does not know model_type {textwrap.shorten(repr(kind), 60)}"
-    if CONFIG_MAPPING[kind] not in AutoModelForCausalLM._model_mapping:
-        return f"transformers has no causal language model of model_type {kind!r}"
-    return ""
+    return "" if _auto_class(CONFIG_MAPPING[kind]) else f"transformers has no language model of model_type {kind!r}"
+
+
+def _auto_class(config: type) -> Any:
+    """What builds a configuration's language model: one for text, or one that sees images too; None without either."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return next((c for c in (AutoModelForCausalLM, AutoModelForImageTextToText) if config in c._model_mapping), None)
 
 
 def transformers_version() -> str:
@@ -112,7 +116,7 @@ def transformers_version() -> str:
 
 
 def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Build a checkpoint's causal language model on the meta device.
+    """Build a checkpoint's causal language model on the meta device, with all that it has beside for images.
 
     Raises:
         UsageError: transformers does not know the architecture, or is not installed.
@@ -126,8 +130,9 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = tor
         kind = values.pop("model_type", None)
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
+            auto = _auto_class(type(config)) or transformers.AutoModelForCausalLM
             with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+                return auto.from_config(config, dtype=dtype)
         except (*_REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
@@ -155,6 +160,14 @@ def load_tokenizer(root: Path) -> Any:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, in either of transformers' two kinds; subclasses do more, and are not."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def language_part(network: Any) -> str:
+    """The dotted path of what reads text in a network that sees images too; empty if that is the whole network."""
+    inner = network.get_decoder() if hasattr(network, "get_decoder") else network
+    if inner is network or inner is network.base_model:
+        return ""
+    return next((path for path, module in network.named_modules() if module is inner), "")
 
 
 def is_router(path: str) -> bool:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.architecture import language_part
 from adaptkit.checkpoint.naming import Place, places
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
@@ -17,7 +19,8 @@ from adaptkit.errors import CheckpointError, UsageError
 def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
     """Find the network's stack of layers: of its outermost lists of modules, the one with the most weights.
 
-    Weights are parameters, or buffers where they stay packed.
+    Weights are parameters, or buffers where they stay packed. Of a network that sees images too, only what reads text
+    is looked at.
 
     Returns:
         Its dotted path, and the list.
@@ -26,9 +29,12 @@ def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
         UsageError: there is none.
     """
     stacks: list[tuple[str, nn.ModuleList]] = []
+    part = language_part(network)
     for name, module in network.named_modules():  # a parent comes before its children
-        inside = any(name.startswith(f"{outer}.") for outer, _ in stacks)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+        if not isinstance(module, nn.ModuleList) or isinstance(module, ParametrizationList) or not len(module):
+            continue  # parametrizations are of a parameter that is trained whole
+        outside = part and not name.startswith(f"{part}.")
+        if not outside and not any(name.startswith(f"{outer}.") for outer, _ in stacks):
             stacks.append((name, module))
     if not stacks:
         raise UsageError(f"{type(network).__name__} has no stack of layers")

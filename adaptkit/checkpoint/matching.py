@@ -26,15 +26,16 @@ def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str
     return chosen
 
 
-def matching_targets(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+def matching_targets(patterns: Sequence[str], names: Iterable[str], inside: str = "") -> set[str]:
     """The linear layers that get an adapter.
 
-    ``*`` is all but routers, whose few rows are often fewer than a rank, and which say where tokens go: they get one
-    only if another pattern means them.
+    ``*`` is all that read text but routers, whose few rows are often fewer than a rank, and which say where tokens go.
+    Routers, and layers that see images, get one only if another pattern means them.
 
     Args:
         patterns: of the targets.
         names: dotted paths of all linear layers inside the model.
+        inside: see ``architecture.language_part``.
 
     Raises:
         UsageError: a pattern matches none.
@@ -43,5 +44,6 @@ def matching_targets(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     chosen = matching("target", patterns, names, "linear layer")
     if EVERYTHING in patterns:
         named = matching("target", [pattern for pattern in patterns if pattern != EVERYTHING], names, "linear layer")
-        chosen -= {name for name in names if is_router(name)} - named
+        begin = f"{inside}." if inside else ""
+        chosen -= {name for name in names if is_router(name) or not name.startswith(begin)} - named
     return chosen

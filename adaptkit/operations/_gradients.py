@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import disk_errors
 from adaptkit.errors import NonFiniteError
 from adaptkit.operations._layerwise import Collector, InputMoments, Sums
-from adaptkit.operations._replay import Replay
+from adaptkit.operations._replay import Place, Replay
 
 LOGIT_POSITIONS = 64
 """Tokens of each window whose logits are in memory at a time."""
@@ -96,12 +97,14 @@ def layer_gradients(
         for name, square in collector.mean_squares().items():
             entered = {name: inputs.moments()[name]}
             yield LayerGradients(name, replay.as_in_files({name: square}), replay.as_in_files(entered))
+        taken_over: list[dict[Place, list[Tensor]]] = [{} for _ in range(batches)]
         for index in reversed(range(count)):
             collector, inputs = _Collector(), Collector(products=False)
             linears = replay.linears(index)
             with replay.layer(index), collector.watching(linears), inputs.watching(linears):
                 for batch in range(batches):
-                    grads[batch] = _back(replay, index, batch, outputs.get(index - 1, batch), grads[batch])
+                    before, owed = outputs.get(index - 1, batch), taken_over[batch]
+                    grads[batch] = _back(replay, index, batch, before, grads[batch], owed)
                     progress((2 * count - 1 - index) * batches + batch + 1, 2 * count * batches)
             squares, entered = collector.mean_squares(), inputs.moments()
             yield LayerGradients(replay.prefixes[index], replay.as_in_files(squares), replay.as_in_files(entered))
@@ -163,11 +166,33 @@ def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator | N
     return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
 
 
-def _back(replay: Replay, index: int, batch: int, output: Any, grad: Tensor) -> Tensor:
-    """The gradient in a layer's input, from the one in its output; of no use before the first layer."""
+def _back(
+    replay: Replay, index: int, batch: int, output: Any, grad: Tensor, taken_over: dict[Place, list[Tensor]]
+) -> Tensor:
+    """The gradient in a layer's input, from the one in its output; of no use before the first layer.
+
+    Args:
+        replay: the model.
+        index: of the layer.
+        batch: which one.
+        output: what the layer before it gave; None before the first.
+        grad: by this layer's hidden states.
+        taken_over: by place, gradients by what later layers took over from earlier ones; this layer's are added.
+    """
     before, hidden = (None, None) if output is None else _leaf(output)
-    torch.autograd.backward(_hidden(replay.run(index, batch, before)), grad)
+    given = _hidden(replay.run(index, batch, before))
+    owed = [pair for place, value in replay.wrote.items() for pair in _pairs(value, taken_over.pop(place, []))]
+    torch.autograd.backward([given, *(tensor for tensor, _ in owed)], [grad, *(more for _, more in owed)])
+    for place, value in replay.read.items():
+        found = [tensor.grad for tensor in tree_leaves(value)]
+        if all(more is not None for more in found):  # else this layer did not look at it
+            earlier = taken_over.get(place)
+            taken_over[place] = found if earlier is None else [a + b for a, b in zip(earlier, found, strict=True)]
     return grad if hidden is None or hidden.grad is None else hidden.grad
+
+
+def _pairs(value: Any, grads: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tree_leaves(value), grads, strict=True)) if grads else []
 
 
 class _Collector:

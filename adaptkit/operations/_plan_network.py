@@ -53,7 +53,7 @@ def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tupl
         for name, (rows, columns) in linear_shapes(network).items():
             parent, _, child = name.rpartition(".")
             linear = network.get_submodule(name)
-            stand_in = _StandIn((rows, columns), ranks.get(name, 0), full, linear.bias)
+            stand_in = _StandIn((rows, columns), ranks.get(name, 0), full, linear.bias, linear.weight.dtype)
             setattr(network.get_submodule(parent), child, stand_in)
         ids = torch.zeros(shape, dtype=torch.int64)
         told = logging.getLogger("torch._subclasses.fake_tensor")
@@ -103,15 +103,20 @@ class _Attention(torch.autograd.Function):
 
 
 class _StandIn(nn.Module):
-    def __init__(self, shape: Shape, rank: int, full: bool, bias: Tensor | None) -> None:
+    def __init__(self, shape: Shape, rank: int, full: bool, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.rank, self.full, self.bias = shape, rank, full, bias
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32)) if full else None
+        self.shape, self.rank, self.bias, self.dtype = shape, rank, bias, dtype
+        self.trained = nn.Parameter(torch.empty(shape, dtype=torch.float32)) if full else None
+
+    @property
+    def weight(self) -> Tensor:
+        """For architectures that read it themselves."""
+        return torch.empty(self.shape, dtype=self.dtype) if self.trained is None else self.trained.to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out), of no value."""
-        if self.weight is not None:
-            y = nn.functional.linear(x, self.weight.to(x.dtype))
+        if self.trained is not None:
+            y = nn.functional.linear(x, self.trained.to(x.dtype))
         else:
             y = _Frozen.apply(x, self.shape, self.rank)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias

@@ -7,14 +7,18 @@ reaches each layer as the model itself passes it, and nothing here knows one fam
 the layers is small; the layers' own is done once.
 
     resident   embeddings and what else lies outside the layers, one layer, and one hidden state a token
+
+Layers that take over keys and values from earlier ones find them where those put them, in a mapping that is passed to
+all: what a layer puts there is kept, and given to the layers after it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from adaptkit.checkpoint.architecture import empty_network, is_linear
 from adaptkit.checkpoint.assembly import Assembly, find_stack
@@ -23,6 +27,8 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 
 Found = TypeVar("Found")
+Place = tuple[int, int, Any]
+"""Of an entry: the layer that put it there, into which of the mappings that it was given, and the key."""
 
 BATCH_TOKENS = 1024
 """Tokens that go through a layer at a time; fixed, so that sums over them have one order."""
@@ -41,6 +47,8 @@ class Replay:
         network: transformers' model, on the meta device but for its buffers and what is resident.
         prefixes: the layers' dotted paths, in order.
         batches: of the tokens, each (windows, window).
+        read: by place, the entries of mappings that the last layer was given; tensors that gradients end in.
+        wrote: by place, those that it made.
 
     Raises:
         UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
@@ -64,6 +72,9 @@ class Replay:
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self._head = self._own_head()
         self._current, self._calls, self._before = 0, 0, None
+        self._entries: list[dict[Place, Any]] = [{} for _ in self.batches]
+        self.read: dict[Place, Any] = {}
+        self.wrote: dict[Place, Any] = {}
         for index, layer in enumerate(layers):
             layer.forward = self._door(index, layer.forward)
 
@@ -105,9 +116,12 @@ class Replay:
             UsageError: the model does not run its layers once each, in their order.
         """
         self._current, self._calls, self._before = index, 0, before
+        known = {place: value for place, value in self._entries[batch].items() if place[0] < index}
+        self.read = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(torch.is_grad_enabled()), known)
         try:
             self.network(input_ids=self.batches[batch], use_cache=False)
         except _ReachedError as reached:
+            self._entries[batch] |= tree_map_only(Tensor, Tensor.detach, self.wrote)
             return reached.output
         finally:
             self._before = None
@@ -158,7 +172,18 @@ class Replay:
             self._calls += 1
             if index < self._current:
                 return self._before
-            raise _ReachedError(forward(*args, **kwargs))
+            mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+            for (_, number, key), value in self.read.items():
+                mappings[number][key] = value
+            given = [dict(mapping) for mapping in mappings]
+            output = forward(*args, **kwargs)
+            self.wrote = {
+                (index, number, key): value
+                for number, (now, before) in enumerate(zip(mappings, given, strict=True))
+                for key, value in now.items()
+                if value is not before.get(key)
+            }
+            raise _ReachedError(output)
 
         return run
 

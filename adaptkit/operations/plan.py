@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.activations import Checkpointing, fit_budget, parse_policy
-from adaptkit.checkpoint.architecture import Description, empty_network
+from adaptkit.checkpoint.architecture import Description, empty_network, language_part
 from adaptkit.checkpoint.matching import matching_targets
 from adaptkit.checkpoint.memory import Memory, logits_bytes
 from adaptkit.errors import UsageError
@@ -127,7 +127,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
     dtype = getattr(torch, options.compute_dtype)
     network = empty_network(description, dtype)
     shapes = linear_shapes(network)
-    targets = sorted(matching_targets(options.targets, shapes))
+    targets = sorted(matching_targets(options.targets, shapes, language_part(network)))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     full = options.method == "full"
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)

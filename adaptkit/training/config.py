@@ -56,7 +56,7 @@ class TrainConfig:
     rank: int = setting("Of the adapter's matrices.", 16, at_least=1, at_most=1 << 16)
     alpha: float = setting("The adapter's change is scaled by alpha / rank.", 32.0, above=0, at_most=_LARGEST)
     targets: tuple[str, ...] = setting("Shell pattern of module paths that get an adapter; * is every linear layer "
-                                       "inside the model but routers.", ("*",))  # fmt: skip
+                                       "that reads text but routers.", ("*",))  # fmt: skip
     exclude: tuple[str, ...] = setting("Shell pattern of module paths that get none all the same.", ())
     target_parameters: tuple[str, ...] = setting("Shell pattern of stacked experts' matrices that get an adapter, such "
                                                  "as *.experts.*.", ())  # fmt: skip

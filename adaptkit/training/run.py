@@ -24,7 +24,7 @@ from adaptkit.training.memory.activations import PeakMemory, memory_report
 from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
-from adaptkit.training.network.start import routers_left
+from adaptkit.training.network.start import left_out
 from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
@@ -85,9 +85,9 @@ class Run:
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
         inputs.require_base()
-        routers = routers_left(self.model, inputs.config)
-        if routers and world.is_first:
-            note(f"{len(routers)} routers get no adapter, since no target names them: {routers[0]}, ...")
+        left = left_out(self.model, inputs.config)
+        if left and world.is_first:
+            note(left)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)

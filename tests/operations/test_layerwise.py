@@ -41,6 +41,8 @@ FAMILIES = {
     "phi3": {"tie_word_embeddings": False},
     "mixtral": {"num_local_experts": 12, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma4_text": tiny.ARCHITECTURES["gemma4_text"] | {"vocab_size_per_layer_input": 90},
+    "gemma3n_text": tiny.ARCHITECTURES["gemma3n_text"] | {"vocab_size_per_layer_input": 90},
 }
 
 

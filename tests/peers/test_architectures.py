@@ -1,12 +1,11 @@
 """Architectures that do something of their own: what is quantized, trained and merged is what transformers computes."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
@@ -20,44 +19,12 @@ from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model, new_adapter
 
-SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 16, "hidden_size_per_layer_input": 16,
-          "vocab_size_per_layer_input": 301, "sliding_window": 32,
-          "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    # layers return attention weights, unasked
-    "bloom": {},
-    # weights that are read and not called, and hidden states that stay in float32
-    "mamba": {"state_size": 8},
-    # infinite defaults in the configuration
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
-              "attn_layer_indices": [1]},
-    # a norm with a gate
-    "qwen3_5_text": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-                     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 4},
-    # a router of one row
-    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-                  "shared_expert_intermediate_size": 64},
-    # results of linear layers that are changed in place
-    "llama4_text": {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 128, "moe_layers": [1]},
-    # keys and values that layers take over from others, and a further input of every layer
-    "gemma4_text": SHARED,
-    "gemma3n_text": SHARED | {"laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4,
-                              "intermediate_size": [128] * 4},
-}  # fmt: skip
 IDS = torch.arange(3, 27)[None]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
 def base(request, tmp_path_factory) -> Path:
-    from transformers import AutoConfig
-
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = tiny.write_tokenizer(folder)
-    values = tiny._DECODER | ARCHITECTURES[request.param] | tiny._token_ids(tokenizer)
-    config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), **values)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return tiny.write_architecture(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +40,8 @@ def logits(network):
 
 
 def in_transformers(folder):
-    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    auto = tiny.auto_class(AutoConfig.from_pretrained(folder))
+    return logits(auto.from_pretrained(folder, dtype=torch.float32).eval())
 
 
 def difference(found, expected):
@@ -124,3 +92,12 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
         for name, grad in everything.items():
             assert (grad is None) == (other[name] is None)
             assert grad is None or torch.equal(grad, other[name])
+
+
+def test_everything_means_what_reads_text_but_routers(packed):
+    model = load_model(packed, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, 0)
+    left = set(model.linears) - set(model.adapted())
+    others = {name for name in model.linears if "vision" in name or "projector" in name}
+    assert left == others | {name for name in model.linears if name.endswith((".router", ".shared_expert_gate"))}
+    assert model.adapted()

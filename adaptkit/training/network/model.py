@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.checkpoint.adapter import by_pattern
-from adaptkit.checkpoint.architecture import empty_network, is_linear
+from adaptkit.checkpoint.architecture import empty_network, is_linear, language_part
 from adaptkit.checkpoint.assembly import Assembly, check_shape
 from adaptkit.checkpoint.matching import matching, matching_targets
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
@@ -139,7 +139,7 @@ def new_adapter(
 
     Args:
         model: to change.
-        targets: shell patterns of module paths, or of their last parts; ``*`` is all but routers.
+        targets: shell patterns of module paths, or of their last parts; see ``matching_targets``.
         rank: of the matrices.
         alpha: scaling is alpha / rank.
         init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
@@ -154,7 +154,7 @@ def new_adapter(
     Raises:
         UsageError: a pattern matches no layer, or a rank is above a layer's size.
     """
-    chosen = matching_targets(targets, model.linears)
+    chosen = matching_targets(targets, model.linears, language_part(model.network))
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
     if not chosen:
         raise UsageError("every target is excluded", hint="give --exclude fewer patterns")

@@ -111,11 +111,15 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
         train_rows(model, path, [_token(text, tokenizer) for text in dict.fromkeys(config.trainable_tokens)])
 
 
-def routers_left(model: Model, config: TrainConfig) -> list[str]:
-    """The routers that fresh adapters for every linear layer leave out; see ``matching_targets``."""
-    if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets:
-        return []
-    return [name for name, layer in model.linears.items() if is_router(name) and layer.lora_a is None]
+def left_out(model: Model, config: TrainConfig) -> str:
+    """What fresh adapters for every linear layer leave out, in a line; see ``matching_targets``. Empty if nothing."""
+    if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets or config.exclude:
+        return ""
+    left = [name for name, layer in model.linears.items() if layer.lora_a is None]
+    routers = sum(is_router(name) for name in left)
+    found = {f"{routers} routers": routers, f"{len(left) - routers} layers that see no text": len(left) - routers}
+    kinds = " and ".join(text for text, count in found.items() if count)
+    return f"{kinds} get no adapter, since no target names them: {', '.join(left[:2])}, ..." if left else ""
 
 
 def _begin_fresh(model: Model, config: TrainConfig, saved: set[str]) -> None:
