@@ -165,7 +165,8 @@ def is_linear(module: nn.Module) -> bool:
 def language_part(network: Any) -> str:
     """The dotted path of what reads text in a network that sees images too; empty if that is the whole network."""
     inner = network.get_decoder() if hasattr(network, "get_decoder") else network
-    if inner is network or inner is network.base_model:
+    is_stack = any(isinstance(module, nn.ModuleList) for module in inner.modules())  # ModernBERT calls its head so
+    if inner is network or inner is network.base_model or not is_stack:
         return ""
     return next((path for path, module in network.named_modules() if module is inner), "")
 

@@ -6,10 +6,11 @@ It returns hidden states, and maybe more: attention weights, which Bloom's layer
 such a mapping.
 
     call = LayerCall(forward, args, kwargs)
+    hidden, others = call.take()            what it is given
     outputs = call(hidden, others)          the next hidden states first; as often as one likes
     call.finish(outputs)                    what the layer would have returned, and shared mappings get their entries
 
-Nothing that has a history is kept, so that only the graph keeps a layer's tensors alive.
+After that nothing is kept that has a history, so that only the graph keeps a layer's tensors alive.
 """
 
 import copy
@@ -17,7 +18,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from adaptkit.errors import UsageError
 
@@ -35,7 +36,7 @@ class LayerCall:
         names, positional = list(kwargs), len(args)
         place = 0 if args else names.index("hidden_states")
         given = [*args, *kwargs.values()]
-        given[place] = None
+        hidden, given[place] = given[place], None
         leaves, structure = tree_flatten(given, is_leaf=_is_shared)
         self._shared = [leaf for leaf in leaves if _is_shared(leaf)]
         self._entries = _Frame([dict(mapping) for mapping in self._shared])
@@ -44,6 +45,7 @@ class LayerCall:
         tensors = [*self._arguments.take(), *self._entries.take()]
         self._asked = [n for n, tensor in enumerate(tensors) if tensor.requires_grad]
         self._tensors = [tensor.detach() for tensor in tensors]
+        self._given: list[Tensor] = [hidden, *(tensors[n] for n in self._asked)]
         self._results: list[_Frame] = []
 
         def run(hidden: Tensor, arguments: list[Any]) -> Any:
@@ -53,15 +55,11 @@ class LayerCall:
 
         self._run = run
 
-    @staticmethod
-    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states of a call, and the other tensors with a gradient, in the order of ``others``."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = [*args[1:], *(value for name, value in kwargs.items() if args or name != "hidden_states")]
-        leaves = tree_flatten(rest, is_leaf=_is_shared)[0]
-        inside = [dict(leaf) for leaf in leaves if _is_shared(leaf)]
-        tensors = [*_Frame([leaf for leaf in leaves if not _is_shared(leaf)]).take(), *_Frame(inside).take()]
-        return hidden, [tensor for tensor in tensors if tensor.requires_grad]
+    def take(self) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states of the call, and the other tensors with a gradient, with their history; once."""
+        hidden, *others = self._given
+        self._given = []
+        return hidden, others
 
     @property
     def others(self) -> list[Tensor]:
@@ -96,10 +94,15 @@ class LayerCall:
             arguments[n] = copy.copy(blank)
             arguments[n].update(entries)
             mappings.append(arguments[n])
+        held = [{key: tree_leaves(value) for key, value in entries.items()} for entries in before]
         returned = _Frame(self._run(hidden, arguments))
         if not returned.is_sequence:
             raise UsageError("this architecture's layers do not return hidden states first", hint="checkpointing: none")
-        pairs = zip(mappings, before, strict=True)
+        pairs = list(zip(mappings, before, strict=True))
+        if any(_changed(now, was, leaves) for (now, was), leaves in zip(pairs, held, strict=True)):
+            raise UsageError(
+                "this architecture's layers change what others put into a mapping", hint="checkpointing: none"
+            )
         added = _Frame([{k: v for k, v in now.items() if v is not was.get(k)} for now, was in pairs])
         self._results = [returned, added]
         return [*returned.take(), *added.take()]
@@ -147,6 +150,18 @@ class _Frame:
 
 def _is_shared(value: Any) -> bool:
     return isinstance(value, MutableMapping)
+
+
+def _changed(now: Any, before: dict[Any, Any], leaves: dict[Any, list[Any]]) -> bool:
+    """Whether an entry was taken away, or something inside of one was replaced; new entries may take its place."""
+    for key, value in before.items():
+        if key not in now:
+            return True
+        found = tree_leaves(now[key])
+        same = len(found) == len(leaves[key]) and all(a is b for a, b in zip(found, leaves[key], strict=True))
+        if now[key] is value and not same:
+            return True
+    return False
 
 
 def _emptied(mapping: Any) -> Any:

@@ -99,7 +99,10 @@ def spend(
 
 
 def _fixed(linears: Mapping[str, TensorPlan], ways: Mapping[str, list[Way]]) -> int:
-    """Bytes of linears that no token reached, which stay as planned."""
+    """Bytes of linears that were not measured, since no token reached them or they lie before the layers.
+
+    They stay as planned.
+    """
     return sum(tensor.group().nbytes for name, tensor in linears.items() if name not in ways)
 
 

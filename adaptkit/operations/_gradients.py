@@ -73,7 +73,8 @@ def layer_gradients(
         progress: told how many batches of layers are done, there and back, of how many.
 
     Yields:
-        Every linear outside the layers (an untied head) under its own path, then the layers from the last to the first.
+        Every linear after the layers (an untied head) under its own path, then the layers from the last to the first.
+        What makes the layers' input, or a further one, is not measured.
 
     Raises:
         UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
@@ -184,10 +185,9 @@ def _back(
     owed = [pair for place, value in replay.wrote.items() for pair in _pairs(value, taken_over.pop(place, []))]
     torch.autograd.backward([given, *(tensor for tensor, _ in owed)], [grad, *(more for _, more in owed)])
     for place, value in replay.read.items():
-        found = [tensor.grad for tensor in tree_leaves(value)]
-        if all(more is not None for more in found):  # else this layer did not look at it
-            earlier = taken_over.get(place)
-            taken_over[place] = found if earlier is None else [a + b for a, b in zip(earlier, found, strict=True)]
+        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in tree_leaves(value)]
+        earlier = taken_over.get(place)
+        taken_over[place] = found if earlier is None else [a + b for a, b in zip(earlier, found, strict=True)]
     return grad if hidden is None or hidden.grad is None else hidden.grad
 
 

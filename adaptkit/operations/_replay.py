@@ -6,7 +6,8 @@ the pass ends there. So whatever the model computes before its layers (embedding
 reaches each layer as the model itself passes it, and nothing here knows one family from another. That work outside
 the layers is small; the layers' own is done once.
 
-    resident   embeddings and what else lies outside the layers, one layer, and one hidden state a token
+    resident   embeddings and what else lies outside the layers, one layer, and one hidden state a token; and what
+               layers take over from each other
 
 Layers that take over keys and values from earlier ones find them where those put them, in a mapping that is passed to
 all: what a layer puts there is kept, and given to the layers after it.

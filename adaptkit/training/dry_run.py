@@ -12,6 +12,7 @@ from adaptkit.training.device import choose_device
 from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.start import left_out
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_unfinished, checkpoints
 
@@ -33,6 +34,7 @@ class RunPlan:
         tokens: of the samples to train on, once.
         answer_tokens: of them, those that carry loss.
         trainable_parameters: in the adapter.
+        left_out: what targets for every linear layer leave out, in a line; empty if nothing.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: of activations and dequantized weights.
@@ -52,6 +54,7 @@ class RunPlan:
     tokens: int
     answer_tokens: int
     trainable_parameters: int
+    left_out: str
     segments: int
     checkpointing: str
     compute_dtype: str
@@ -90,6 +93,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         tokens=sum(len(sample.ids) for sample in inputs.samples),
         answer_tokens=sum(sample.answer_tokens for sample in inputs.samples),
         trainable_parameters=parameters,
+        left_out=left_out(model, config),
         segments=activations.checkpointing.segments,
         checkpointing=str(activations.checkpointing),
         compute_dtype=inputs.config.compute_dtype,

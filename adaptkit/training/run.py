@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.checkpoint.writer import DiskError
-from adaptkit.errors import NonFiniteError
+from adaptkit.errors import ConflictError, NonFiniteError
 from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import mean_loss, pad_id
@@ -24,7 +24,7 @@ from adaptkit.training.memory.activations import PeakMemory, memory_report
 from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
-from adaptkit.training.network.start import left_out
+from adaptkit.training.network.start import left_out, shortened
 from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
@@ -126,6 +126,9 @@ class Run:
             with uninterrupted():  # torchrun sends a second signal after the terminal's
                 if self._can_save and self.done != self._saved:
                     self._save()
+        idle = [name for name, change in self.model.changes().items() if not bool(change.lora_b.any())]
+        if idle and self._world.is_first:
+            self._note(f"{len(idle)} adapters never got a gradient, and change nothing: {shortened(idle)}")
         if self.done < self.steps:
             patience = self._config.patience
             self._note(f"stopped early after step {self.done}: {patience} measurements brought nothing better")
@@ -277,6 +280,12 @@ class Run:
 
     def _restore(self, snapshot: Snapshot) -> None:
         tensors = snapshot.tensors
+        if tensors["parameters"].shape != self.trainable.values.shape:
+            raise ConflictError(
+                f"{self._folder}: holds a run that trains {tensors['parameters'].numel()} parameters, and this one "
+                f"trains {self.trainable.values.numel()}: another version may choose other layers",
+                hint="--force begins again; naming layers with --targets and --exclude goes on",
+            )
         self.trainable.values.copy_(tensors["parameters"])
         self.optimizer.steps = snapshot.values["updates"]
         self.optimizer.state.load(tensors)

@@ -118,3 +118,9 @@ def test_memory_that_is_given_back_is_not_alive():
     assert 24_000 <= alive.peak < 48_000
     del kept, view
     assert alive.total() == 0
+
+
+def test_layers_that_do_not_run_are_told():
+    network = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    with pytest.raises(UsageError, match="does not run all of its layers"):
+        measure_layers(list(network), lambda: None)

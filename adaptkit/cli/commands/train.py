@@ -85,6 +85,8 @@ def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
     yield "samples", f"{plan.samples} to train on, {plan.held_out} held out"
     yield "tokens of a pass", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"
     yield "trainable", f"{plan.trainable_parameters:,} parameters"
+    if plan.left_out:
+        yield "left out", plan.left_out
     yield "activations", f"{plan.compute_dtype}; {plan.checkpointing}"
     yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
     yield from data_rows(plan.data)

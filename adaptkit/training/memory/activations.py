@@ -1,5 +1,6 @@
 """Which activations a run keeps, what it needs of memory, and what it was seen to need."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Activations:
     Attributes:
         checkpointing: which of its layers are checkpointed.
         bytes: what the layers keep and need at the largest batch; 0 if nobody can tell:
-            the network has no stack of layers, or is divided among processes.
+            the network has no stack of layers, or one that cannot be followed, or is divided among processes.
         logits_bytes: of a chunk of logits.
     """
 
@@ -71,7 +72,10 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
         return sizes
 
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded)
-    needed = found.bytes_needed(measured(), offloaded) if found.layers and not config.shard_base else 0
+    needed = 0
+    if found.layers and not config.shard_base:
+        with contextlib.suppress(UsageError):  # of layers that cannot be followed, which is no reason not to train
+            needed = found.bytes_needed(measured(), offloaded)
     checkpoint_layers(network, found, Shelf(device) if offloaded else None)
     return Activations(found, needed, logits)
 

@@ -130,7 +130,7 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int, *others: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.segment, ctx.index = segment, index
+        ctx.segment, ctx.index, ctx.device, ctx.others = segment, index, hidden.device, len(others)
         ctx.set_materialize_grads(False)  # mostly nobody asks for other outputs than the first
         with torch.no_grad():
             first, *rest = segment.calls[index](hidden)
@@ -138,7 +138,9 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        device = next(grad.device for grad in grads if grad is not None)
+        device = ctx.device
+        if all(grad is None for grad in grads):
+            return tuple(None for _ in range(4 + ctx.others))
         before = _random(device)
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_()
         _set_random(ctx.segment.random[ctx.index], device)
@@ -157,10 +159,10 @@ def _checkpointed(forward: Callable[..., Any], place: _Place) -> Callable[..., A
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        hidden, others = LayerCall.given(args, kwargs)
+        call = LayerCall(forward, args, kwargs)
+        hidden, others = call.take()
         segment = place.enter(hidden)
         index = len(segment.calls)
-        call = LayerCall(forward, args, kwargs)
         segment.calls.append(call)
         segment.random.append(_random(hidden.device))
         # The embeddings are frozen, so the first input needs no gradient; without one the layers would get none.

@@ -144,6 +144,7 @@ class LoraLinear(nn.Module):
         weight: frozen.
         bias: (out,), or None.
         dtype: that the network computes in here, for an architecture that reads the weight itself.
+        path: dotted, for messages.
 
     Attributes:
         base: the weight, (out, in).
@@ -159,9 +160,11 @@ class LoraLinear(nn.Module):
     bias: Tensor | None
     squares: Tensor | None
 
-    def __init__(self, weight: FrozenWeight, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, weight: FrozenWeight, bias: Tensor | None, dtype: torch.dtype = torch.float32, path: str = ""
+    ) -> None:
         super().__init__()
-        self._dtype = dtype
+        self._dtype, self._path = dtype, path
         self.base: FrozenWeight | TrainedWeight = weight
         self.register_buffer("bias", bias)
         self.register_buffer("squares", None, persistent=False)
@@ -187,8 +190,8 @@ class LoraLinear(nn.Module):
             return weight
         if self.magnitude is not None or self.lora_bias is not None:
             raise UsageError(
-                "this architecture reads the weight of a linear layer itself, which knows no DoRA and no bias of B",
-                hint="--exclude such layers: dt_proj, x_proj, out_proj, classifier",
+                f"{self._path}: this architecture reads its weight, which knows no DoRA and no bias of B",
+                hint=f"--exclude {self._path.rpartition('.')[2]}",
             )
         return weight + (self.scaling * (self.lora_b @ self.lora_a)).to(weight.dtype)
 

@@ -152,12 +152,12 @@ def new_adapter(
         dora: train the lengths of the weights' rows too (arXiv:2402.09353).
 
     Raises:
-        UsageError: a pattern matches no layer, or a rank is above a layer's size.
+        UsageError: a pattern matches no layer, none is left, or a rank is above a layer's size.
     """
     chosen = matching_targets(targets, model.linears, language_part(model.network))
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
     if not chosen:
-        raise UsageError("every target is excluded", hint="give --exclude fewer patterns")
+        raise UsageError("no linear layer is left that gets an adapter", hint="name some with --targets")
     shape = AdapterShape(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(chosen):
@@ -250,7 +250,7 @@ def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
     if module.bias is not None:
         bias = assembly.read(bias_name)
         check_shape(bias_name, bias.shape, module.bias.shape)
-    return LoraLinear(weight, bias, module.weight.dtype)
+    return LoraLinear(weight, bias, module.weight.dtype, name)
 
 
 def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,7 +6,8 @@ to the same bits, once for all of them. What is worth that travels with its reci
 
     norm, gate     y = made(recipe, ..., x)      y carries the recipe, and x
     linear         keeps x instead of y, and asks the recipe for y in its backward pass
-    norm, gate     forgets y in its own backward pass, which comes after those of all that read y
+    norm, gate     forgets y in its own backward pass, which comes after those of all that read y; where it has none,
+                   as before the first layer, y goes with the graph
 """
 
 from collections.abc import Callable
@@ -29,8 +30,8 @@ class Recipe:
         self._made: Tensor | None = None
 
     def attach(self, result: Tensor, *inputs: Tensor) -> Tensor:
-        """Let a tensor that was made of ``inputs`` say so to whom it is given, as long as nobody changes it."""
-        setattr(result, _ATTRIBUTE, (self, inputs, result._version))
+        """Let a tensor that was made of ``inputs`` say so to whom it is given, while nobody changes any of them."""
+        setattr(result, _ATTRIBUTE, (self, inputs, _versions(result, *inputs)))
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -46,8 +47,12 @@ class Recipe:
 
 def source_of(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """What to keep of a tensor for the backward pass: a function that gives it, and what that is to be called with."""
-    recipe, inputs, version = getattr(x, _ATTRIBUTE, (None, (), 0))
-    return (recipe, inputs) if recipe is not None and x._version == version else (_itself, (x,))
+    recipe, inputs, versions = getattr(x, _ATTRIBUTE, (None, (), []))
+    return (recipe, inputs) if recipe is not None and _versions(x, *inputs) == versions else (_itself, (x,))
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    return [tensor._version for tensor in tensors]
 
 
 def _itself(x: Tensor) -> Any:

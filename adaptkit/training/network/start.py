@@ -1,5 +1,6 @@
 """What a run trains, and what that begins as: fresh matrices, an adapter that is there already, or the base itself."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.architecture import is_router
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.checkpoint.matching import EVERYTHING
+from adaptkit.checkpoint.matching import EVERYTHING, matching
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
@@ -24,6 +25,7 @@ from adaptkit.training.network.adapt import (
 from adaptkit.training.network.lineage import check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import AdapterShape, Model, new_adapter
+from adaptkit.training.network.whole import TrainedWeight
 
 
 def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
@@ -113,13 +115,25 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
 
 def left_out(model: Model, config: TrainConfig) -> str:
     """What fresh adapters for every linear layer leave out, in a line; see ``matching_targets``. Empty if nothing."""
-    if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets or config.exclude:
+    if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets:
         return ""
-    left = [name for name, layer in model.linears.items() if layer.lora_a is None]
+    excluded = matching("exclude pattern", config.exclude, model.linears, "linear layer")
+    left = [
+        name
+        for name, layer in model.linears.items()
+        if layer.lora_a is None and name not in excluded and not isinstance(layer.base, TrainedWeight)
+    ]
+    if not left:
+        return ""
     routers = sum(is_router(name) for name in left)
-    found = {f"{routers} routers": routers, f"{len(left) - routers} layers that see no text": len(left) - routers}
-    kinds = " and ".join(text for text, count in found.items() if count)
-    return f"{kinds} get no adapter, since no target names them: {', '.join(left[:2])}, ..." if left else ""
+    found = {"routers": routers, "layers outside the language model": len(left) - routers}
+    kinds = " and ".join(f"{count} {what}" for what, count in found.items() if count)
+    return f"{kinds} get no adapter, since no target names them: {shortened(left)}"
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first of some names, and that there are more."""
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def _begin_fresh(model: Model, config: TrainConfig, saved: set[str]) -> None:

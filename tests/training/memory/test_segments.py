@@ -1,5 +1,6 @@
 """Every checkpointing policy gives the same bits, and keeps less."""
 
+from collections import UserDict
 from functools import cache
 
 import pytest
@@ -180,6 +181,72 @@ def test_what_layers_return_beside_hidden_states_keeps_its_gradient(policy, uses
         network(x).backward()
         found.append([parameter.grad for parameter in network.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+class Sharing(Weighing):
+    """A layer that finds what others left in a mapping, and does something to that."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, hidden, shared):
+        return self.act(torch.tanh(self.inner(hidden)), shared)
+
+
+class Sharers(nn.Module):
+    def __init__(self, *acts):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(Sharing(act) for act in acts)
+
+    def forward(self, hidden):
+        shared = UserDict()
+        for layer in self.layers:
+            hidden = layer(hidden, shared)
+        return hidden.square().sum()
+
+
+def left(x, shared):
+    shared["a"] = [x.sin(), x.cos()]
+    return x
+
+
+def replaced(x, shared):
+    first, second = shared["a"]
+    shared["a"] = [second * x, first]
+    return x + second
+
+
+def taken(x, shared):
+    return x * shared["a"][0] + shared["a"][1]
+
+
+def ignored(x, shared):
+    return torch.ones_like(x)
+
+
+@pytest.mark.parametrize("policy", ["layer", "sqrt", "segments:1"])
+@pytest.mark.parametrize("acts", [(left, taken, replaced, taken, taken), (left, ignored, taken)])
+def test_what_layers_leave_for_others_in_a_mapping_keeps_its_gradient(policy, acts):
+    found = []
+    for chosen in ("none", policy):
+        network = Sharers(*acts)
+        checkpoint(network, chosen)
+        x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+        network(x).backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    for one, two in zip(*found, strict=True):
+        assert (one is None or not one.any()) == (two is None or not two.any())
+        assert one is None or two is None or torch.equal(one, two)
+
+
+@pytest.mark.parametrize("act", [lambda x, m: m["a"].append(x) or x, lambda x, m: m.pop("a")[0]])
+def test_a_layer_that_changes_what_others_left_is_refused(act):
+    network = Sharers(left, act, ignored)
+    checkpoint(network, "layer")
+    with pytest.raises(UsageError, match="change what others put into a mapping"):
+        network(torch.ones(2, 6))
 
 
 def test_layers_that_do_not_return_hidden_states_first_are_refused():

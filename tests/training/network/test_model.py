@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaPreTrainedModel
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
@@ -155,7 +155,7 @@ def test_a_weight_of_another_shape_is_refused(llama, copy_of):
 
 
 def test_a_buffer_that_the_architecture_does_not_compute_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", lambda self, module: None)
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda self, module: None)
     with pytest.raises(CheckpointError, match=r"does not say what model\.rotary_emb\.\w*inv_freq holds"):
         load_model(llama, torch.float32, CPU)
 

@@ -1,0 +1,85 @@
+"""What ``*`` leaves out is said, and what was chosen once is what a run goes on with."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from adaptkit.errors import ConflictError
+from adaptkit.training import run
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.dry_run import plan_run
+from adaptkit.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def bases(made):
+    def write(name):
+        folder = made / f"targets-{name}"
+        return folder if folder.exists() else tiny.write_architecture(folder, name)
+
+    return write
+
+
+def config(base, instructions, **values):
+    usual = {"steps": 2, "rank": 1, "max_length": 64, "device": "cpu", "batch_size": 2}
+    return TrainConfig(base=str(base), data=(str(instructions),), **usual | values)
+
+
+ROUTERS = "2 routers get no adapter, since no target names them: model.layers.0.mlp.shared_expert_gate, "
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("qwen2_moe", {}, ROUTERS),
+        ("qwen2_moe", {"exclude": ("q_proj",)}, ROUTERS),
+        ("qwen2_moe", {"targets": ("*", "shared_expert_gate")}, ""),
+        ("qwen2_moe", {"exclude": ("shared_expert_gate",)}, ""),
+        ("gemma3", {}, "14 layers outside the language model get no adapter, since no target names them: model."),
+        ("bloom", {"modules_to_save": ("dense",)}, ""),
+        ("bloom", {"targets": ("dense",)}, ""),
+    ],
+)
+def test_what_is_left_out_is_said(name, values, said, bases, instructions, tmp_path):
+    notes = []
+    settings = config(bases(name), instructions, **values)
+    assert plan_run(settings, tmp_path / "adapter").left_out.startswith(said)
+    assert bool(plan_run(settings, tmp_path / "adapter").left_out) == bool(said)
+    train(settings, tmp_path / "adapter", note=notes.append)
+    about = [note for note in notes if "no adapter" in note]
+    assert len(about) == bool(said)
+    assert all(note.startswith(said) for note in about)
+
+
+def test_adapters_that_text_never_reaches_are_named(bases, instructions, tmp_path):
+    notes = []
+    train(config(bases("gemma3"), instructions, targets=("q_proj",)), tmp_path / "adapter", note=notes.append)
+    idle = [note for note in notes if "never got a gradient" in note]
+    assert len(idle) == 1
+    assert idle[0].startswith("2 adapters")
+    assert "vision" in idle[0]
+
+
+def test_a_run_that_chose_other_layers_is_not_gone_on_with(bases, instructions, tmp_path, monkeypatch):
+    """As one that another version began, whose ``*`` meant more."""
+    settings = config(bases("qwen2_moe"), instructions, steps=3, save_every=1)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(report):
+        raise Stop
+
+    build = run.build
+
+    def older(inputs, world):
+        return build(replace(inputs, config=replace(inputs.config, targets=("*", "shared_expert_gate"))), world)
+
+    monkeypatch.setattr(run, "build", older)
+    with pytest.raises(Stop):
+        train(settings, tmp_path / "adapter", on_step=stop)
+    monkeypatch.undo()
+    with pytest.raises(ConflictError, match=r"trains \d+ parameters, and this one trains \d+") as caught:
+        train(settings, tmp_path / "adapter")
+    assert "--force" in caught.value.hint
