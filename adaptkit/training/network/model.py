@@ -157,7 +157,9 @@ def new_adapter(
     chosen = matching_targets(targets, model.linears, language_part(model.network))
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
     if not chosen:
-        raise UsageError("no linear layer is left that gets an adapter", hint="name some with --targets")
+        if exclude:
+            raise UsageError("every target is excluded", hint="give --exclude fewer patterns")
+        raise UsageError("no linear layer reads text and is no router", hint="name some with --targets")
     shape = AdapterShape(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(chosen):
