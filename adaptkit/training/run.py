@@ -284,7 +284,7 @@ class Run:
             raise ConflictError(
                 f"{self._folder}: holds a run that trains {tensors['parameters'].numel()} parameters, and this one "
                 f"trains {self.trainable.values.numel()}: another version may choose other layers",
-                hint="--force begins again; naming layers with --targets and --exclude goes on",
+                hint="the version that began it goes on; --force begins again",
             )
         self.trainable.values.copy_(tensors["parameters"])
         self.optimizer.steps = snapshot.values["updates"]

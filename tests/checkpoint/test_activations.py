@@ -120,6 +120,27 @@ def test_memory_that_is_given_back_is_not_alive():
     assert alive.total() == 0
 
 
+def test_the_peak_counts_what_came_since_the_last_count():
+    with Alive() as alive:
+        first = torch.empty(1000, dtype=torch.uint8)
+        del first
+        second = torch.empty(900, dtype=torch.uint8)
+        assert (alive.total(), alive.peak) == (900, 1000)
+        third = torch.empty(150, dtype=torch.uint8)
+    assert alive.peak == second.nbytes + third.nbytes
+
+
+def test_the_peak_of_very_many_tensors_is_near():
+    with Alive() as alive:
+        held = [torch.empty(16) for _ in range(2000)]
+        del held[:1000]
+        for _ in range(3000):
+            torch.empty(16)
+        held += [torch.empty(16) for _ in range(1500)]
+        assert alive.total() == 2500 * 64
+    assert 2500 * 64 * (1 - 2**-6) <= alive.peak <= 2501 * 64
+
+
 def test_layers_that_do_not_run_are_told():
     network = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     with pytest.raises(UsageError, match="does not run all of its layers"):

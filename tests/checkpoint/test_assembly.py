@@ -11,6 +11,7 @@ from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.checkpoint.assembly import Assembly, find_stack
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.training.network.model import load_model
 
 CPU = torch.device("cpu")
 
@@ -150,3 +151,46 @@ def test_two_tensors_for_one_parameter_are_refused(gpt2, copy_of):
     folder = rewritten(copy_of(gpt2), lambda t: t.update({name.removeprefix("transformer."): t[name] + 1}))
     with pytest.raises(CheckpointError, match=rf"h\.0\.ln_1\.bias and {name} are both {name}"):
         assembled(folder)
+
+
+def test_of_a_network_that_sees_images_the_stack_is_the_one_that_reads_text():
+    class Sees(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = self
+            self.eyes = nn.ModuleList([nn.Linear(50, 50)])
+            self.language_model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])})
+
+        def get_decoder(self):
+            return self.language_model
+
+        def __setattr__(self, name, value):  # a model that is its own body has no further module for it
+            object.__setattr__(self, name, value) if name == "base_model" else super().__setattr__(name, value)
+
+    network = Sees()
+    assert find_stack(network) == ("language_model.layers", network.language_model["layers"])
+
+
+def test_what_trains_a_parameter_whole_is_no_stack_of_layers():
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    network = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)]), "embedding": nn.Embedding(90, 9)})
+    nn.utils.parametrize.register_parametrization(network["embedding"], "weight", Twice())
+    assert find_stack(network) == ("layers", network["layers"])
+
+
+def test_what_is_cut_from_one_tensor_is_read_whatever_was_replaced_before(tmp_path):
+    """LARA-mini's files hold two linear layers in one matrix; transformers asks the network for their shapes."""
+    tokenizer = tiny.write_tokenizer(tmp_path)
+    values = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = AutoConfig.for_model("lara_mini", vocab_size=len(tokenizer), **tiny._DECODER | values)
+    torch.manual_seed(0)
+    expected = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    expected.save_pretrained(tmp_path)
+    found = load_model(tmp_path, torch.float32, CPU)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        pair = [model(input_ids=ids, use_cache=False).logits for model in (found.network, expected)]
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)

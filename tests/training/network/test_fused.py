@@ -127,6 +127,24 @@ def test_a_norm_with_a_gate_is_left_alone():
     assert "forward" not in vars(network[0])
 
 
+class ManyHeads(nn.Module):
+    """A norm that wants its heads apart, as xLSTM's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8), requires_grad=False), 1e-6
+
+    def forward(self, x):
+        batch, length, heads, size = x.shape
+        return functional.rms_norm(x, (size,)).reshape(batch, length, heads * size) * self.weight
+
+
+def test_a_norm_of_another_shape_is_left_alone():
+    network = nn.Sequential(ManyHeads())
+    fuse_layers(network)
+    assert "forward" not in vars(network[0])
+
+
 def test_a_network_may_change_what_a_norm_gave_in_place(made):
     model = loaded(made, "llama")
     fuse_layers(model.network)

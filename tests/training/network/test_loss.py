@@ -173,6 +173,17 @@ def test_no_more_logits_exist_than_a_chunk_has(llama, monkeypatch):
     assert seen.rows == 8
 
 
+def test_hidden_states_that_stay_in_float32_reach_a_head_in_bfloat16(made):
+    """As Mamba's do."""
+    folder = tiny.write_architecture(made / "loss-mamba", "mamba")
+    model = load_model(folder, torch.bfloat16, torch.device("cpu"))
+    assert model.output_layer.is_head
+    batch = batch_of((20, 13), 300)
+    found = float(summed_loss(model, batch).detach())
+    exact = float(summed_loss(load_model(folder, torch.float32, torch.device("cpu")), batch).detach())
+    assert found == pytest.approx(exact, rel=0.01)
+
+
 def test_a_head_that_reads_something_narrower_than_the_hidden_states_is_run_with_what_makes_it(made):
     """Electra's head follows another layer, and a norm."""
     values = {"embedding_size": 32, "is_decoder": True}
