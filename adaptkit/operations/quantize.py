@@ -156,7 +156,8 @@ class _Run:
             if (part := options.part) is not None:
                 return replace(report(), part=(part.number, part.total))
             _write_others(out, plan, options)
-            manifest = _manifest(out, plan, recorded)
+            source = None if self.describe else read_manifest(self.checkpoint.root)  # what is no folder has none
+            manifest = _manifest(out, plan, recorded, source)
             manifest = self.describe(manifest) if self.describe else manifest
             if self.init is None:
                 out.publish(manifest)
@@ -274,7 +275,7 @@ def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
         out.write(name, content)
 
 
-def _manifest(out: Output, plan: Plan, recorded: dict[str, Any]) -> Manifest:
+def _manifest(out: Output, plan: Plan, recorded: dict[str, Any], source: Manifest | None) -> Manifest:
     specs = {choice.spec.name: choice.spec for choice in plan.selection.choices}
     digests = {name: out.notes[name]["fingerprint"] for name in specs}
     base = [TensorRecord(name, "", spec.dtype, spec.shape, digests[name]) for name, spec in specs.items()]
@@ -289,6 +290,6 @@ def _manifest(out: Output, plan: Plan, recorded: dict[str, Any]) -> Manifest:
         operation={"name": "quantize", "options": recorded},
         files=tuple(out.files),
         tensors=tuple(out.tensors),
-        parents=(parent_of("base", read_manifest(plan.checkpoint.root), base),),
+        parents=(parent_of("base", source, base),),
         targets=tuple(targets),
     )

@@ -160,3 +160,21 @@ def test_the_command_line_says_what_is_left(tmp_path, llama, adapter, run_cli):
     assert done.code == 0, done.stderr
     assert "after quantizing; least in model.layers." in done.stdout
     assert run_cli("inspect", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("is_restored", [True, False])
+def test_a_base_with_a_manifest_of_its_own_is_merged_and_quantized_as_any(is_restored, llama, adapter, tmp_path):
+    """One that unmerge restored, with the bytes of the base; or a merged one, as of another adapter."""
+    merge(llama, [adapter], tmp_path / "merged")
+    unmerge(tmp_path / "merged", [adapter], tmp_path / "restored")
+    base = tmp_path / ("restored" if is_restored else "merged")
+    merge(base, [adapter], tmp_path / "out", NF4)
+    manifest = require_manifest(tmp_path / "out")
+    assert manifest.parents[1].manifest_sha256 == require_manifest(base).sha256
+    if is_restored:
+        merge(llama, [adapter], tmp_path / "plain", NF4)
+        assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    else:
+        merge(base, [adapter], tmp_path / "twice")
+        quantize(tmp_path / "twice", tmp_path / "plain")
+        assert manifest.tensors_root == require_manifest(tmp_path / "plain").tensors_root
