@@ -15,6 +15,7 @@ import click
 from adaptkit import __version__
 from adaptkit.cli import commands
 from adaptkit.cli.output import silence
+from adaptkit.cli.postponed import postpone_compiler
 from adaptkit.discovery import load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError
 from adaptkit.hub.secrets import redact
@@ -102,6 +103,7 @@ def program() -> None:
     Python would take everything apart first, which takes a third of a second where torch is loaded, and more after work
     in threads. What is asked for at exit is done all the same: who asks first is served last, and that is this.
     """
+    postpone_compiler()
     ended: list[int] = []
     if not atexit._ncallbacks():  # else somebody watches this process who would not be served
         atexit.register(_leave_whole, ended)

@@ -145,14 +145,14 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     An operation for which it has none is a RuntimeError that names it.
     """
-    before, space = torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG"
+    before, space = torch.get_deterministic_debug_mode(), "CUBLAS_WORKSPACE_CONFIG"
     if wanted:
         os.environ.setdefault(space, ":4096:8")  # cuBLAS reads it once, when it begins
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # its sister would tell torch's compiler, too, and so load it
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 @contextmanager
