@@ -199,6 +199,12 @@ def work(side: str, case: str, threads: int) -> None:
     """Be one side: load, say so, and take a step for every line of the input; the answer is its seconds and loss."""
     import time
 
+    if side == "adaptkit":  # what the command does before torch is imported
+        from adaptkit.cli.main import keep_freed_memory
+        from adaptkit.cli.postponed import postpone_compiler
+
+        keep_freed_memory()
+        postpone_compiler()
     import torch
 
     torch.set_num_threads(threads)
@@ -206,9 +212,6 @@ def work(side: str, case: str, threads: int) -> None:
     source = get_smollm2.default_folder() / get_smollm2.MODEL_NAME
     base = packed_base(source)
     if side == "adaptkit":
-        from adaptkit.cli.main import keep_freed_memory
-
-        keep_freed_memory()  # as the command does
         step = AdaptkitStep(base, length, share, "layer" if checkpointing else "none")
     elif side == "floor":
         step = floor_step(source, length, share, checkpointing)

@@ -4,7 +4,6 @@ transformers is optional: it comes with the extra ``train``.
 """
 
 import contextlib
-import gc
 import math
 import re
 import textwrap
@@ -51,18 +50,6 @@ def quiet_transformers() -> Iterator[Any]:
         yield transformers
     finally:
         transformers.logging.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Do not search what is imported, and stays, for garbage over and over, which takes a fifth of the time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -137,7 +124,7 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = tor
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    with _without_collector(), quiet_transformers() as transformers:
+    with quiet_transformers() as transformers:
         values = _plain(checkpoint.config)
         _check_counts(checkpoint, values)
         kind = values.pop("model_type", None)
@@ -159,7 +146,7 @@ def load_tokenizer(root: Path) -> Any:
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    with _without_collector(), quiet_transformers() as transformers:
+    with quiet_transformers() as transformers:
         try:
             return transformers.AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
         except (*_REFUSALS, OSError, StrictDataclassError) as error:

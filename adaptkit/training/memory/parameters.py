@@ -6,6 +6,8 @@ this vector beside the optimizer's state.
     values     [ group 0 | group 1 | ... ]     a group holds whole parameters, in the model's order
 """
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from typing import Self
 
@@ -68,6 +70,7 @@ class Trainable:
             values[spans[-1]] = parameter.detach().reshape(-1)
             parameter.data = values[spans[-1]].view(parameter.shape)  # what it held before is free from here on
             start = spans[-1].stop
+        _return_freed_memory()
         gradients = torch.zeros_like(values)  # after that, so that never three copies of a whole model exist
         for parameter, span in zip(everything, spans, strict=True):
             parameter.grad = gradients[span].view(parameter.shape)
@@ -77,3 +80,9 @@ class Trainable:
             groups.append(Group(slice(start, end), rate, decay))
             start = end
         return cls(values, gradients, tuple(groups))
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what many small blocks left, in which nothing as large as a vector of all finds room."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
