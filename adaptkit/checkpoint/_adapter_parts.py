@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from adaptkit.checkpoint._adapter_config import (
+from adaptkit.checkpoint._adapter_keys import Part
+from adaptkit.checkpoint.adapter_config import (
     expert_parameters,
     is_saved,
     rank_and_scaling,
@@ -16,7 +17,6 @@ from adaptkit.checkpoint._adapter_config import (
     untrained_tokens,
     unused_saved,
 )
-from adaptkit.checkpoint._adapter_keys import Part
 from adaptkit.checkpoint.manifest import TensorRecord
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import AdapterError

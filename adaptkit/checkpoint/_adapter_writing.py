@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.checkpoint._adapter_config import stack_order
 from adaptkit.checkpoint._adapter_parts import TokenRows
+from adaptkit.checkpoint.adapter_config import stack_order
 from adaptkit.checkpoint.dtypes import DTYPE_NAMES
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
@@ -18,7 +18,8 @@ from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME as WEIGHTS_NAME
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.lora import LowRank, scaling, transposed
+from adaptkit.numerics.lora import LowRank, transposed
+from adaptkit.numerics.scaling import scaling
 
 _PREFIX = "base_model.model."
 

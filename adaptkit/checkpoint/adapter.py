@@ -15,16 +15,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-from adaptkit.checkpoint._adapter_config import by_pattern, check_config, is_saved
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
+from adaptkit.checkpoint.adapter_config import check_config, is_adapter
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.header import FLOATS
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME as CONFIG_NAME
-from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME as WEIGHTS_NAME
-from adaptkit.checkpoint.layout import read_json, require_folder
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json, require_folder
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import AdapterError
@@ -32,13 +30,8 @@ from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank
 
 __all__ = [
-    "CONFIG_NAME",
-    "WEIGHTS_NAME",
     "Adapter",
     "TokenRows",
-    "by_pattern",
-    "is_adapter",
-    "is_saved",
     "read_adapter",
     "require_plain",
     "write_adapter",
@@ -104,11 +97,6 @@ class Adapter:
         )
 
 
-def is_adapter(root: Path) -> bool:
-    """Whether a folder looks like an adapter."""
-    return (root / CONFIG_NAME).is_file()
-
-
 def read_adapter(root: Path) -> Adapter:
     """Read an adapter.
 
@@ -120,13 +108,17 @@ def read_adapter(root: Path) -> Adapter:
     """
     require_folder(root)
     if not is_adapter(root):
-        raise AdapterError(f"{root}: not an adapter: there is no {CONFIG_NAME}", hint="give the adapter's folder")
-    config = read_json(root / CONFIG_NAME)
+        raise AdapterError(
+            f"{root}: not an adapter: there is no {ADAPTER_CONFIG_NAME}", hint="give the adapter's folder"
+        )
+    config = read_json(root / ADAPTER_CONFIG_NAME)
     check_config(root, config)
-    if not (root / WEIGHTS_NAME).exists():
+    if not (root / ADAPTER_WEIGHTS_NAME).exists():
         pickled = " (a pickled .bin is not loaded: save it again with peft)" if list(root.glob("*.bin")) else ""
-        raise AdapterError(f"{root}: there is no {WEIGHTS_NAME}{pickled}", hint="get the adapter again, all of it")
-    files = TensorFiles(root, [WEIGHTS_NAME])
+        raise AdapterError(
+            f"{root}: there is no {ADAPTER_WEIGHTS_NAME}{pickled}", hint="get the adapter again, all of it"
+        )
+    files = TensorFiles(root, [ADAPTER_WEIGHTS_NAME])
     if not files.tensors:
         raise AdapterError(f"{root}: the adapter holds no tensors", hint="get the adapter again, or train it again")
     state = files.state()
@@ -199,4 +191,4 @@ def _record(files: TensorFiles, key: str) -> TensorRecord:
         if not all_finite(piece):
             raise AdapterError(f"{files.root}: {key} holds NaN or infinity", hint="train it again, or get it again")
         digest.update(bytes_of(piece))
-    return TensorRecord(key, WEIGHTS_NAME, spec.dtype, spec.shape, digest.hexdigest())
+    return TensorRecord(key, ADAPTER_WEIGHTS_NAME, spec.dtype, spec.shape, digest.hexdigest())

@@ -5,16 +5,15 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.header import Header, TensorSpec, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, side_files, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be of one save"
 _KEEP_STILL = "run it again when the disk is well and nothing writes to that folder"
@@ -56,17 +55,17 @@ class TensorFiles:
         """Name, type and shape of a tensor."""
         return self.tensors[name].spec
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """Read a whole tensor."""
         spec = self.spec(name)
-        return self._read(self.tensors[name], 0, spec.nbytes).view(DTYPES[spec.dtype]).reshape(spec.shape)
+        return self._read(self.tensors[name], 0, spec.nbytes).view(_dtype(spec)).reshape(spec.shape)
 
-    def read_flat(self, name: str, start: int, count: int) -> Tensor:
+    def read_flat(self, name: str, start: int, count: int) -> "Tensor":
         """Read ``count`` elements from the ``start``-th on, in row-major order: (count,)."""
-        dtype = DTYPES[self.spec(name).dtype]
+        dtype = _dtype(self.spec(name))
         return self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
-    def read_bytes(self, name: str, start: int, count: int) -> Tensor:
+    def read_bytes(self, name: str, start: int, count: int) -> "Tensor":
         """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8."""
         return self._read(self.tensors[name], start, count)
 
@@ -93,7 +92,10 @@ class TensorFiles:
             changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
             raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)
 
-    def _read(self, located: Located, offset: int, size: int) -> Tensor:
+    def _read(self, located: Located, offset: int, size: int) -> "Tensor":
+        import numpy as np  # here, so that who reads no tensor need not wait for it, nor for torch
+        import torch
+
         buffer = np.empty(size, np.uint8)
         done = 0
         path = resolve_inside(self.root, located.file)
@@ -172,9 +174,12 @@ class MappedCheckpoint(Checkpoint):
     while tensors of them are alive.
     """
 
-    def _read(self, located: Located, offset: int, size: int) -> Tensor:
+    def _read(self, located: Located, offset: int, size: int) -> "Tensor":
+        import numpy as np
+        import torch
+
         start = located.position + offset
-        if not size or start % DTYPES[located.spec.dtype].itemsize:  # as no writer that is known aligns them
+        if not size or start % _dtype(located.spec).itemsize:  # as no writer that is known aligns them
             return super()._read(located, offset, size)
         try:
             whole = self._maps.get(located.file)
@@ -191,3 +196,9 @@ class MappedCheckpoint(Checkpoint):
     def _maps(self) -> dict[str, Any]:
         """By file name."""
         return {}
+
+
+def _dtype(spec: TensorSpec) -> "torch.dtype":
+    from adaptkit.checkpoint.dtypes import DTYPES
+
+    return DTYPES[spec.dtype]

@@ -12,8 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptkit.checkpoint.adapter import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, resolve_inside
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_config, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
 from adaptkit.hub._client import Hub

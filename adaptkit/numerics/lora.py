@@ -1,4 +1,4 @@
-"""The arithmetic of low-rank adapters: scaling, the canonical delta, and what two of them have in common.
+"""The arithmetic of low-rank adapters: the canonical delta, and what two of them have in common.
 
 A LoRA (arXiv:2106.09685) changes a weight W (out, in) by Δ = scaling · B A, with ``lora_a`` (rank, in) and
 ``lora_b`` (out, rank).
@@ -41,11 +41,6 @@ class LowRank:
     def weighted(self, weight: float) -> "LowRank":
         """The same change times a number."""
         return LowRank(self.lora_a, self.lora_b, self.scaling * weight)
-
-
-def scaling(alpha: float, rank: int, rslora: bool = False) -> float:
-    """What B A is multiplied by: α / r, or α / √r with rsLoRA (arXiv:2312.03732)."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.checkpoint.adapter import CONFIG_NAME, Adapter, read_adapter
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.numerics.comparison import Overlap, compare, is_equal
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
@@ -115,7 +116,7 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
         tensors=tuple(sorted(tensors, key=lambda t: (-(t.relative or 0.0), t.name))),
         tensors_only_in_first=lonely[0],
         tensors_only_in_second=lonely[1],
-        config=tuple(differ_in_values(CONFIG_NAME, _config(one), _config(two))),
+        config=tuple(differ_in_values(ADAPTER_CONFIG_NAME, _config(one), _config(two))),
         beside=beside,
         remarks=tuple(_remarks(one, two)),
     )

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.adapter import Adapter, TokenRows, is_saved
+from adaptkit.checkpoint.adapter import Adapter, TokenRows
+from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles

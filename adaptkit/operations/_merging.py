@@ -9,11 +9,17 @@ import xxhash
 from torch import Tensor
 
 from adaptkit.checkpoint import undo
-from adaptkit.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.compensation import COMPENSATION_NAME
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import INDEX_NAME, read_small, resolve_inside
+from adaptkit.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    INDEX_NAME,
+    read_small,
+    resolve_inside,
+)
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
@@ -195,7 +201,7 @@ class Merging:
                     )
         if self.options.embed_adapter:
             for number, adapter in enumerate(self.adapters, 1):
-                for name in (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME, COMPENSATION_NAME):
+                for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, MANIFEST_NAME, COMPENSATION_NAME):
                     if (adapter.root / name).exists():
                         out.copy(adapter.root / name, f"{undo.ADAPTERS_PREFIX}{number}/{name}")
 

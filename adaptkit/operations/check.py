@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.checkpoint.adapter import WEIGHTS_NAME, is_adapter
-from adaptkit.checkpoint.layout import require_folder
+from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, require_folder
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
@@ -68,7 +68,7 @@ def check(path: Path, targets: Sequence[str] = (), base: Path | None = None) -> 
     require_folder(path)
     chosen = list(dict.fromkeys(targets)) or names(registry)
     loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]
-    if is_adapter(path) or (path / WEIGHTS_NAME).exists():
+    if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)
         shapes = read_base_shapes(base) if base else None
         verdicts = [_verdict(name, target, target.adapter(files, shapes)) for name, target in loaded]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adaptkit.checkpoint.adapter import is_adapter
+from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError

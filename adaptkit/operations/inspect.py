@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.adapter import is_adapter, read_adapter
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import read_manifest, require_manifest

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.adapter import is_adapter, read_adapter
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names

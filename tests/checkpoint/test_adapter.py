@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import adapter as adapter_module
-from adaptkit.checkpoint.adapter import is_adapter, read_adapter, write_adapter
+from adaptkit.checkpoint.adapter import read_adapter, write_adapter
+from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.scaling import scaling
 
 
 def term(out, rank, into, scaling=1.0, seed=0, dtype=torch.float32):
@@ -35,8 +36,8 @@ TERMS = st.builds(
 
 @pytest.mark.parametrize(("alpha", "rank", "expected"), [(16, 8, 2.0), (5, 3, 5 / 3), (1, 64, 0.015625)])
 def test_scaling_is_alpha_over_rank(alpha, rank, expected):
-    assert lora.scaling(alpha, rank) == expected
-    assert lora.scaling(alpha, rank, rslora=True) == alpha / math.sqrt(rank)
+    assert scaling(alpha, rank) == expected
+    assert scaling(alpha, rank, rslora=True) == alpha / math.sqrt(rank)
 
 
 @settings(deadline=None, max_examples=60)

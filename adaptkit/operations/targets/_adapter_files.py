@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, by_pattern
+from adaptkit.checkpoint.adapter_config import by_pattern
 from adaptkit.checkpoint.header import read_header
-from adaptkit.checkpoint.layout import read_json
-from adaptkit.numerics.lora import scaling
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
+from adaptkit.numerics.scaling import scaling
 
 PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -155,18 +155,18 @@ def read_adapter_files(root: Path) -> AdapterFiles:
     Raises:
         CheckpointError: no configuration, or a file that is no JSON or no safetensors file.
     """
-    config = read_json(root / CONFIG_NAME)
+    config = read_json(root / ADAPTER_CONFIG_NAME)
     files = sorted(path.name for path in root.glob("*.safetensors"))
     keys: list[Key] = []
-    if WEIGHTS_NAME in files:
-        keys = [_key(spec.name, spec.shape) for spec, _ in read_header(root / WEIGHTS_NAME).tensors]
-    pickles = [] if WEIGHTS_NAME in files else [name for name in _PICKLES if (root / name).is_file()]
+    if ADAPTER_WEIGHTS_NAME in files:
+        keys = [_key(spec.name, spec.shape) for spec, _ in read_header(root / ADAPTER_WEIGHTS_NAME).tensors]
+    pickles = [] if ADAPTER_WEIGHTS_NAME in files else [name for name in _PICKLES if (root / name).is_file()]
     return AdapterFiles(
         root=root,
         config=config,
         keys=tuple(sorted(keys, key=lambda key: key.name)),
         pickle=pickles[0] if pickles else None,
-        beside=tuple(name for name in files if name != WEIGHTS_NAME),
+        beside=tuple(name for name in files if name != ADAPTER_WEIGHTS_NAME),
     )
 
 

@@ -9,9 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.architecture import empty_network, why_unknown
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.quantized import quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 
@@ -90,6 +88,8 @@ class BaseShapes:
     @cached_property
     def _model(self) -> dict[str, tuple[int, ...]]:
         """The shapes of weights by the model's names of modules; empty if transformers does not know the model."""
+        from adaptkit.checkpoint.architecture import empty_network, why_unknown  # here, since they wait for torch
+
         if why_unknown(self.checkpoint):
             return {}
         try:
@@ -112,5 +112,11 @@ def read_base_shapes(root: Path) -> BaseShapes:
         for name, located in checkpoint.tensors.items()
         if name.endswith(_SUFFIX)
     }
-    shapes |= {name.removesuffix(_SUFFIX): read_outline(checkpoint, name).shape for name in quantized_names(checkpoint)}
-    return BaseShapes(checkpoint, quantization_found(checkpoint), shapes)
+    quantization = quantization_found(checkpoint)
+    return BaseShapes(checkpoint, quantization, {**shapes, **(_decoded(checkpoint) if quantization else {})})
+
+
+def _decoded(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    from adaptkit.checkpoint.quantized import quantized_names, read_outline
+
+    return {name.removesuffix(_SUFFIX): read_outline(checkpoint, name).shape for name in quantized_names(checkpoint)}

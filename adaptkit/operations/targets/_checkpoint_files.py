@@ -1,13 +1,12 @@
 """A checkpoint's folder as other programs see it: which files they would open, and how weights are quantized."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME
-from adaptkit.checkpoint.quantized import quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -68,18 +67,23 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         UsageError, CheckpointError: not a checkpoint, or a broken one.
     """
     checkpoint = Checkpoint(root)
-    packed = []
-    for name in quantized_names(checkpoint):
-        outline = read_outline(checkpoint, name)
-        stack = len(outline.shape) == 3
-        packed.append(Packed(name, outline.encoding.format, stack or ".experts." in name, stack))
+    quantization = quantization_found(checkpoint)
     return CheckpointFiles(
         root=root,
         config=checkpoint.config,
-        quantization=quantization_found(checkpoint),
+        quantization=quantization,
         says_so=checkpoint.quantization_method is not None,
-        packed=tuple(packed),
+        packed=tuple(_packed(checkpoint)) if quantization else (),
         has_index=(root / INDEX_NAME).is_file(),
         beside=tuple(sorted(path.name for path in root.glob("*.safetensors") if path.name not in checkpoint.headers)),
         has_tokenizer=any((root / name).is_file() for name in _TOKENIZERS),
     )
+
+
+def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
+    from adaptkit.checkpoint.quantized import quantized_names, read_outline  # here, since they wait for torch
+
+    for name in quantized_names(checkpoint):
+        outline = read_outline(checkpoint, name)
+        stack = len(outline.shape) == 3
+        yield Packed(name, outline.encoding.format, stack or ".experts." in name, stack)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.patterns import matches_whole
 from adaptkit.errors import AdapterError
-from adaptkit.numerics.lora import scaling
+from adaptkit.numerics.scaling import scaling
 
 _UNSUPPORTED = (
     "use_qalora",
@@ -41,6 +42,11 @@ _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 _BIASES = ("none", "all", "lora_only")
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """The order in which modules of experts define their parameters, and so in which peft wraps them."""
+
+
+def is_adapter(root: Path) -> bool:
+    """Whether a folder looks like an adapter."""
+    return (root / ADAPTER_CONFIG_NAME).is_file()
 
 
 def check_config(root: Path, config: Mapping[str, Any]) -> None:
