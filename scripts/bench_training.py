@@ -199,12 +199,12 @@ def work(side: str, case: str, threads: int) -> None:
     """Be one side: load, say so, and take a step for every line of the input; the answer is its seconds and loss."""
     import time
 
-    if side == "adaptkit":  # what the command does before torch is imported
+    if side == "adaptkit":  # as the command does
+        from adaptkit.checkpoint.compiler import leave_compiler_out
         from adaptkit.cli.main import keep_freed_memory
-        from adaptkit.cli.postponed import postpone_compiler
 
         keep_freed_memory()
-        postpone_compiler()
+        leave_compiler_out()
     import torch
 
     torch.set_num_threads(threads)

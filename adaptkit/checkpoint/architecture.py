@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from adaptkit.checkpoint.compiler import without_compiler
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
@@ -131,7 +132,7 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = tor
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
             auto = _auto_class(type(config)) or transformers.AutoModelForCausalLM
-            with torch.device("meta"):
+            with torch.device("meta"), without_compiler():
                 return auto.from_config(config, dtype=dtype)
         except (*_REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is

@@ -16,7 +16,6 @@ import click
 from adaptkit import __version__
 from adaptkit.cli import commands
 from adaptkit.cli.output import silence
-from adaptkit.cli.postponed import postpone_compiler
 from adaptkit.discovery import load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError
 from adaptkit.hub.secrets import redact
@@ -30,9 +29,9 @@ _UNWINDING_SECONDS = 30.0
 _SWITCH_SECONDS = 0.0005
 """How long a thread waits for one that holds the interpreter: those that read, write and hash do so between kernels."""
 
-_COLLECTIONS = (700, 10, 100)
-"""How rarely the collector looks for garbage: among all that there is, which is what libraries hold for good, ten times
-more rarely than it would. Importing them takes a fifth less time so."""
+_RARER = 10
+"""How much more rarely the collector looks for garbage among all that there is, which is what libraries hold for good.
+Importing them takes a fifth less time so."""
 
 
 class _Commands(click.Group):
@@ -108,7 +107,6 @@ def program() -> None:
     Python would take everything apart first, which takes a third of a second where torch is loaded, and more after work
     in threads. What is asked for at exit is done all the same: who asks first is served last, and that is this.
     """
-    postpone_compiler()
     ended: list[int] = []
     if not atexit._ncallbacks():  # else somebody watches this process who would not be served
         atexit.register(_leave_whole, ended)
@@ -136,7 +134,8 @@ def main() -> None:
     sys.excepthook = _show_unknown_error
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_SECONDS)
-    gc.set_threshold(*_COLLECTIONS)
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _RARER * old)
     try:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from adaptkit.checkpoint.child import can_fork, start_child
+from adaptkit.checkpoint.compiler import leave_compiler_out
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
@@ -90,6 +91,7 @@ def find_roles(checkpoint: Checkpoint) -> Roles:
 def _answer(connection: Connection, root: Path) -> None:
     """In the process: send one JSON document."""
     gc.disable()  # a quarter of the time that importing transformers takes; this process does not get old
+    leave_compiler_out()
     answer: dict[str, Any]
     try:
         roles = roles_here(Checkpoint(root))

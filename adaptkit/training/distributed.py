@@ -148,7 +148,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     before, space = torch.get_deterministic_debug_mode(), "CUBLAS_WORKSPACE_CONFIG"
     if wanted:
         os.environ.setdefault(space, ":4096:8")  # cuBLAS reads it once, when it begins
-        torch.set_deterministic_debug_mode("error")  # its sister would tell torch's compiler, too, and so load it
+        # Its sister would tell the compiler, too, and so load it; nothing is compiled here.
+        torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:

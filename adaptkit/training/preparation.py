@@ -1,6 +1,7 @@
 """What a run is made of before its first step: batches, model, and how many steps and bytes it takes."""
 
 import math
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def total_steps(config: TrainConfig, batches: Batches) -> int:
     return config.steps or math.ceil((config.epochs or 1) * batches.steps_per_epoch)
 
 
-def begin_libraries(base: Path, device: torch.device) -> None:
+def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
     """Import what building a model imports, so that the memory of libraries is not taken for that of the run.
 
     A GPU's matrix library takes some of torch's memory for itself with the first product of every thread: of this one,
@@ -57,6 +58,8 @@ def begin_libraries(base: Path, device: torch.device) -> None:
     """
     empty_network(Checkpoint(base))
     kernels_for(device)
+    if shard_base:
+        import_module("torch._dynamo")  # which FSDP would do in the first step
     if device.type == "cuda":
         for dtype in (torch.float32, torch.bfloat16):
             square = torch.zeros((64, 64), dtype=dtype, device=device, requires_grad=True)

@@ -81,7 +81,7 @@ class Run:
         self._padding = pad_id(inputs.tokenizer)
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
-        begin_libraries(inputs.base, world.device)
+        begin_libraries(inputs.base, world.device, inputs.config.shard_base)
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
         inputs.require_base()

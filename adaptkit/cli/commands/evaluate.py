@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adaptkit.checkpoint.compiler import leave_compiler_out
 from adaptkit.cli.measured import columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, report_options
 from adaptkit.cli.output import Row, percent, show, show_table
@@ -79,6 +80,7 @@ def command(
     chosen = EvaluateOptions(**options)
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate)
+    leave_compiler_out()
     prepare(html, pictures=False)
     answers: list[Answer] = []
     more: dict[str, Any] = {"text": text, "reference": reference, "on_answer": answers.append}

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from adaptkit.checkpoint.activations import Checkpointing, LayerSize, measure_layers
 from adaptkit.checkpoint.assembly import find_stack
+from adaptkit.checkpoint.compiler import without_compiler
 from adaptkit.checkpoint.memory import Memory, logits_bytes
 from adaptkit.errors import UsageError
 from adaptkit.training.config import TrainConfig
@@ -91,7 +92,7 @@ def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> l
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
     layers: list[nn.Module] = list(find_stack(network)[1])
     was_training = network.training
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with without_compiler(), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         sizes = measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
     network.train(was_training)
     return sizes
