@@ -29,6 +29,19 @@ def test_help_imports_neither_torch_nor_the_hub(arguments):
     assert "Usage: adaptkit" in done.stdout
 
 
+def test_only_what_is_there_for_good_is_searched_for_garbage_more_rarely():
+    code = (
+        "import gc, sys\n"
+        "young, middle, old = gc.get_threshold()\n"
+        "from adaptkit.cli.main import main\n"
+        "sys.argv = ['adaptkit', '--version']\n"
+        "try: main()\n"
+        "finally: assert gc.isenabled() and gc.get_threshold() == (young, middle, 10 * old), gc.get_threshold()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_group_lists_every_command(run_cli):
     done = run_cli("--help")
     assert all(f"\n  {command} " in done.stdout for command in COMMANDS)

@@ -24,7 +24,7 @@ from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
-from adaptkit.training.distributed import World
+from adaptkit.training.distributed import World, deterministic
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
 from adaptkit.training.gradients import Gradients
@@ -379,6 +379,23 @@ def test_what_changes_no_byte_may_change_on_the_way(config, tmp_path):
     )
     report = train(other, tmp_path / "adapter")
     assert (report.resumed_from, report.tensors_root) == (3, whole.tensors_root)
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_within_it_an_operation_without_an_order_is_refused_and_then_the_callers_mode_is_back(mode):
+    pooled, places = torch.nn.functional.max_pool2d(torch.rand(1, 1, 4, 4), 2, return_indices=True)
+    before = torch.get_deterministic_debug_mode()
+    try:
+        torch.set_deterministic_debug_mode(mode)
+        asked = torch.get_deterministic_debug_mode()
+        with pytest.raises(RuntimeError, match="max_unpooling2d"), deterministic(True):
+            torch.nn.functional.max_unpool2d(pooled, places, 2)
+        assert torch.get_deterministic_debug_mode() == asked
+        with deterministic(False):
+            assert torch.get_deterministic_debug_mode() == asked
+        assert torch.get_deterministic_debug_mode() == asked
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def test_deterministic_operations_are_asked_for_during_the_run_only(config, tmp_path):
