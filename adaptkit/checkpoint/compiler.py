@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,15 +34,14 @@ def leave_compiler_out() -> None:
 
     if "_dynamo" in vars(torch):  # it is there, or this was asked for before
         return
-    folder = Path(torch.__file__).parent / "_dynamo"
     absent = _Absent(_COMPILER)
-    absent.__path__ = [str(folder)]
+    absent.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
     for name in _MARKS:
         mark = _mark_late(getattr(torch.compiler, name))
         setattr(torch.compiler, name, mark)
         setattr(absent, name, mark)
     torch._dynamo = absent  # until somebody imports the module, which then stands here
-    _load_alone(folder / f"{_TAKEN}.py")
+    _load_alone(PathFinder.find_spec(f"{_COMPILER}.{_TAKEN}", absent.__path__))
 
 
 @contextmanager
@@ -119,14 +118,12 @@ def _mark_late(mark: Callable[..., Any]) -> Callable[..., Any]:
     return late
 
 
-def _load_alone(path: Path) -> None:
+def _load_alone(spec: ModuleSpec | None) -> None:
     """Load a module of the compiler's without the compiler, if this version has it and that can be done."""
-    name = f"{_COMPILER}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
     if spec is None or spec.loader is None:
         return
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except ImportError:
-        del sys.modules[name]
+        del sys.modules[spec.name]

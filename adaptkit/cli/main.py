@@ -29,9 +29,9 @@ _UNWINDING_SECONDS = 30.0
 _SWITCH_SECONDS = 0.0005
 """How long a thread waits for one that holds the interpreter: those that read, write and hash do so between kernels."""
 
-_RARER = 10
-"""How much more rarely the collector looks for garbage among all that there is, which is what libraries hold for good.
-Importing them takes a fifth less time so."""
+_OLD_COLLECTIONS = 100
+"""Ten times what Python begins with: how rarely the collector looks for garbage among all that there is, which is what
+libraries hold for good. Importing them takes a fifth less time so."""
 
 
 class _Commands(click.Group):
@@ -135,7 +135,7 @@ def main() -> None:
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_SECONDS)
     young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, _RARER * old)
+    gc.set_threshold(young, middle, max(old, _OLD_COLLECTIONS))
     try:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
