@@ -41,7 +41,7 @@ def quantized(model, work, run_cli):
 def adapter(quantized, sources, work, run_cli):
     done = run_cli(
         "train", "--base", quantized, "--data", sources / "data" / "train.jsonl", "-o", work / "adapter", "--steps", 12,
-        "--batch-size", 4, "--checkpointing", "sqrt", "--optimizer-pages-mib", 4, "--json",
+        "--batch-size", 4, "--checkpointing", "sqrt", "--optimizer-pages-mib", 4, "--json", timeout=1800,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     report = json.loads(done.stdout)
