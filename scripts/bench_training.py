@@ -201,7 +201,7 @@ def work(side: str, case: str, threads: int) -> None:
 
     if side == "adaptkit":  # as the command does
         from adaptkit.checkpoint.compiler import leave_compiler_out
-        from adaptkit.cli.main import keep_freed_memory
+        from adaptkit.checkpoint.heap import keep_freed_memory
 
         keep_freed_memory()
         leave_compiler_out()

@@ -1,7 +1,6 @@
 """The ``adaptkit`` program: finds commands, and is the one place where errors become messages and exit codes."""
 
 import atexit
-import ctypes
 import gc
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any, TextIO
 import click
 
 from adaptkit import __version__
+from adaptkit.checkpoint.heap import keep_freed_memory
 from adaptkit.cli import commands
 from adaptkit.cli.output import silence
 from adaptkit.discovery import load, names
@@ -23,8 +23,6 @@ from adaptkit.hub.secrets import redact
 INTERRUPTED = 130
 TERMINATED = 143
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 64 << 20
 _UNWINDING_SECONDS = 30.0
 _SWITCH_SECONDS = 0.0005
 """How long a thread waits for one that holds the interpreter: those that read, write and hash do so between kernels."""
@@ -168,14 +166,6 @@ def _run() -> Any:
         for number in _SIGNALS:
             if signal.getsignal(number) is _stop:
                 signal.signal(number, signal.SIG_DFL)
-
-
-def keep_freed_memory() -> None:
-    """Let the next buffer have the last one's memory: glibc would return megabytes, and fetch and clear them again."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
 
 
 def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -172,6 +172,7 @@ def test_meanwhile_it_can_be_used_too(use):
         "assert torch._dynamo is sys.modules['torch._dynamo'] and torch._dynamo.utils.counters['frames']['ok'] > 0\n"
         "from torch._dynamo import convert_frame, utils\n"
         "assert convert_frame.counters is utils.counters is sys.modules['torch._dynamo.utils'].counters\n"
+        "assert utils.__spec__.loader is utils.__loader__ and utils.__spec__.origin == utils.__file__\n"
     )
 
 
@@ -181,3 +182,13 @@ def test_where_it_is_not_left_out_nothing_changes():
         f"    torch.arange(3.0, device='meta') + 1\nassert '{INSIDE}' in sys.modules\n",
         begin="",
     )
+
+
+def test_a_divided_base_has_it_loaded_before_memory_is_measured(llama):
+    code = (
+        "import torch\nfrom pathlib import Path\nfrom adaptkit.training.preparation import begin_libraries\n"
+        f"begin_libraries(Path({str(llama)!r}), torch.device('cpu'), shard_base={{}})\n"
+        f"assert ('{INSIDE}' in sys.modules) == {{}}"
+    )
+    run(code.format(True, True))
+    run(code.format(False, False))

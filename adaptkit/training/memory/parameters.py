@@ -6,14 +6,13 @@ this vector beside the optimizer's state.
     values     [ group 0 | group 1 | ... ]     a group holds whole parameters, in the model's order
 """
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from adaptkit.checkpoint.heap import return_freed_memory
 from adaptkit.training.network.model import Model
 
 
@@ -70,7 +69,7 @@ class Trainable:
             values[spans[-1]] = parameter.detach().reshape(-1)
             parameter.data = values[spans[-1]].view(parameter.shape)  # what it held before is free from here on
             start = spans[-1].stop
-        _return_freed_memory()
+        return_freed_memory()  # of which the small blocks left much
         gradients = torch.zeros_like(values)  # after that, so that never three copies of a whole model exist
         for parameter, span in zip(everything, spans, strict=True):
             parameter.grad = gradients[span].view(parameter.shape)
@@ -80,9 +79,3 @@ class Trainable:
             groups.append(Group(slice(start, end), rate, decay))
             start = end
         return cls(values, gradients, tuple(groups))
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what many small blocks left, in which nothing as large as a vector of all finds room."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)

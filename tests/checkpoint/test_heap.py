@@ -1,0 +1,39 @@
+"""Freed memory: kept for the next buffer, and given back when that is asked for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import ctypes, sys
+from adaptkit.checkpoint.heap import keep_freed_memory, return_freed_memory
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1000
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+keep_freed_memory()
+sizes = [*[36_000] * 1500, 30_000_000]
+blocks = [libc.malloc(size) for size in sizes]
+for block, size in zip(blocks, sizes):
+    ctypes.memset(block, 1, size)
+held = resident()
+for block in blocks:
+    libc.free(ctypes.c_void_p(block))
+kept = resident()
+return_freed_memory()
+print(held, kept, resident())
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc, which is not here"
+)
+def test_freed_memory_is_kept_until_it_is_returned():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    held, kept, left = map(float, done.stdout.split())
+    assert held - kept < 10
+    assert held - left > 70
