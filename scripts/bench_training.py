@@ -85,6 +85,7 @@ class AdaptkitStep:
         from adaptkit.training.memory.optimizer import make_optimizer
         from adaptkit.training.memory.parameters import Trainable
         from adaptkit.training.network.fused import fuse_layers
+        from adaptkit.training.network.joined import join_layers
         from adaptkit.training.network.model import load_model, new_adapter
 
         config = TrainConfig(
@@ -95,6 +96,7 @@ class AdaptkitStep:
         new_adapter(model, ("*",), rank, 2.0 * rank, "kaiming", 0.0, 0)
         if device == "cpu":
             fuse_layers(model.network)
+            join_layers(model.network)
         save_activations(model.network, config, (1, length), place)
         trainable = Trainable.of(model)
         self._gradients = Gradients(model, trainable.gradients, config, World(place))

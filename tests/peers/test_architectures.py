@@ -16,6 +16,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model, new_adapter
 
@@ -81,6 +82,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
         for number, layer in enumerate(model.adapted().values()):
             layer.lora_b.data.normal_(std=0.02, generator=torch.Generator().manual_seed(number))
         fuse_layers(model.network)
+        join_layers(model.network)
         checkpoint_layers(model.network, choose_checkpointing(model.network, policy, None))
         model.network.train()
         torch.manual_seed(0)

@@ -45,7 +45,7 @@ def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Te
 
 
 @jit
-def _decode(codes, nested, offset, levels, absmax):
+def decode_groups(codes, nested, offset, levels, absmax):
     for group in range(nested.size):
         scale = nested[group]
         for i in range(group * GROUP, min((group + 1) * GROUP, codes.size)):
@@ -56,5 +56,5 @@ def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels
     """See ``reference.decode_constants``."""
     absmax = torch.empty(codes.numel(), dtype=torch.float32)
     arrays = codes.reshape(-1).contiguous().numpy(), nested_absmax.contiguous().numpy()
-    _decode(*arrays, np.float32(offset), levels.contiguous().numpy(), absmax.numpy())
+    decode_groups(*arrays, np.float32(offset), levels.contiguous().numpy(), absmax.numpy())
     return absmax

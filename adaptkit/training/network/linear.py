@@ -43,14 +43,22 @@ class PackedWeight(nn.Module):
             self.register_buffer(name, part)
         self.register_buffer("levels", weight.levels)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight in its shape, in ``dtype``."""
+    @property
+    def is_divided(self) -> bool:
+        """Whether FSDP gathers the parts anew in every pass."""
+        return isinstance(self.codes, nn.Parameter)
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight as the file holds it; its parts are this module's own."""
         codes, absmax = (_own(*part) for part in zip((self.codes, self.absmax), self._types, strict=True))
         constants: DoubleQuantized | Tensor = absmax
         if self._offset is not None:
             constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
-        weight = QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
-        return weight.dequantize(dtype)
+        return QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight in its shape, in ``dtype``."""
+        return self.quantized().dequantize(dtype)
 
 
 class PlainWeight(nn.Module):
@@ -227,6 +235,12 @@ class LoraLinear(nn.Module):
             magnitude = row_norms(self.base.dequantize(torch.float32), a, b, self.scaling, self.squares)
         self.magnitude = nn.Parameter(magnitude.float().to(self.device))
 
+    def multiply(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """X Wᵀ + s · (X' Aᵀ) Bᵀ, with an adapter and without biases: two of (…, in) to (…, out)."""
+        factors = self.lora_a, self.lora_b
+        y: Tensor = _Linear.apply(x, dropped, *factors, self.base, self.scaling)  # type: ignore[no-untyped-call]
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out)."""
         y: Tensor
@@ -237,10 +251,10 @@ class LoraLinear(nn.Module):
                 y = _FrozenLinear.apply(x, self.base)  # type: ignore[no-untyped-call]
             return y if self.bias is None else y + self.bias.to(y.dtype)
         dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
-        adapter = (x, dropped, self.lora_a, self.lora_b)
         if self.magnitude is None:
-            y = _Linear.apply(*adapter, self.base, self.scaling)  # type: ignore[no-untyped-call]
+            y = self.multiply(x, dropped)
         else:
+            adapter = (x, dropped, self.lora_a, self.lora_b)
             y = DoraProduct.apply(*adapter, self.magnitude, self.base, self.squares, self.scaling)  # type: ignore[no-untyped-call]
         if self.lora_bias is not None:
             y = y + (self.scaling * self.lora_bias).to(y.dtype)

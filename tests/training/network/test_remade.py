@@ -6,13 +6,14 @@ import pytest
 import tiny
 import torch
 
-from adaptkit.training.network import dora, linear, remade
+from adaptkit.training.network import dora, joined, linear, remade
 from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.model import load_model, new_adapter
 from adaptkit.training.network.remade import Recipe, source_of
 
 
-def model_of(made, dtype, uses_dora=False):
+def model_of(made, dtype, uses_dora=False, joins=False):
     folder = made / "remade-llama"
     if not folder.exists():
         tiny.write_family(folder, "llama")
@@ -21,6 +22,8 @@ def model_of(made, dtype, uses_dora=False):
     for index, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
     fuse_layers(model.network)
+    if joins:
+        join_layers(model.network)
     return model
 
 
@@ -30,20 +33,24 @@ def gradients(model):
     return torch.autograd.grad(loss, [p for p in model.network.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("uses_dora", [False, True])
+KINDS = [(False, False), (True, False), (False, True)]
+"""DoRA, and whether layers are joined."""
+
+
+@pytest.mark.parametrize(("uses_dora", "joins"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_to_the_bit_those_of_a_model_that_keeps_everything(dtype, uses_dora, made, monkeypatch):
-    model = model_of(made, dtype, uses_dora)
+def test_gradients_are_to_the_bit_those_of_a_model_that_keeps_everything(dtype, uses_dora, joins, made, monkeypatch):
+    model = model_of(made, dtype, uses_dora, joins)
     found = gradients(model)
-    for module in (linear, dora):
+    for module in (linear, dora, joined):
         monkeypatch.setattr(module, "source_of", lambda x: (lambda kept: kept, (x,)))
     for one, two in zip(found, gradients(model), strict=True):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("uses_dora", [False, True])
-def test_no_output_of_a_norm_or_a_gate_is_kept(uses_dora, made, monkeypatch):
-    model = model_of(made, torch.float32, uses_dora)
+@pytest.mark.parametrize(("uses_dora", "joins"), KINDS)
+def test_no_output_of_a_norm_or_a_gate_is_kept(uses_dora, joins, made, monkeypatch):
+    model = model_of(made, torch.float32, uses_dora, joins)
     outputs, attach = [], Recipe.attach
 
     def note(recipe, result, *inputs):

@@ -1,0 +1,225 @@
+"""Layers that are multiplied together give what each gives by itself, and round a sum once."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.numerics.lora import LowRank
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.network.joined import _Member, join_layers
+from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
+from adaptkit.training.network.model import load_model, new_adapter
+
+LLAMA = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+GROUPS = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "phi": [{"q_proj", "k_proj", "v_proj"}, {"dense"}, {"fc1"}, {"fc2"}],
+    "gpt2": [{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}],
+}
+"""Layers of a block that read the same input; qwen2's and phi's have biases, gpt2's are Conv1D."""
+
+RANKS = {"llama": {"q_proj": 3, "up_proj": 6}, "qwen2": {"k_proj": 30}, "phi": {"v_proj": 1}, "gpt2": {"c_fc": 3}}
+
+
+def loaded(made, family, dtype=torch.float32, packed=True, dropout=0.0):
+    folder = made / f"joined-{family}"
+    if not folder.exists():
+        tiny.write_gpt2(folder) if family == "gpt2" else tiny.write_family(folder, family)
+        quantize(folder, folder.with_name(f"{folder.name}-nf4"))
+    model = load_model(folder.with_name(f"{folder.name}-nf4") if packed else folder, dtype, torch.device("cpu"))
+    new_adapter(model, ("*",), 4, 8.0, "normal", dropout, 0, rank_pattern=RANKS[family])
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.adapted().values():
+        layer.lora_b.data.normal_(std=0.1, generator=generator)
+        if layer.bias is not None:
+            layer.bias.normal_(generator=generator)
+    return model
+
+
+def run(model):
+    """Logits, and the gradients of the adapter."""
+    torch.manual_seed(3)
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+    logits = model.network.train()(input_ids=ids, use_cache=False).logits.float()
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", GROUPS)
+def test_results_and_gradients_stay_what_they_were(family, packed, dropout, made):
+    model = loaded(made, family, packed=packed, dropout=dropout)
+    before = run(model)
+    join_layers(model.network)
+    for one, two in zip(run(model), before, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+
+
+@pytest.mark.parametrize("family", GROUPS)
+def test_what_reads_the_same_input_is_one_product(family, made, monkeypatch):
+    from adaptkit.training.network import joined
+
+    model = loaded(made, family)
+    join_layers(model.network)
+    names = {layer: name.rpartition(".")[2] for name, layer in model.adapted().items()}
+    seen, multiplied = [], joined._multiplied
+    monkeypatch.setattr(joined, "_multiplied", lambda group, *xs: (seen.append(group), multiplied(group, *xs))[1])
+    run(model)
+    assert [{names[member.layer] for member in group} for group in seen] == GROUPS[family] * 2
+
+
+def effect(layer, x):
+    """How much of what the adapter adds to a layer's output arrives there: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩."""
+    with torch.no_grad():
+        after = layer(x).double()
+        b, layer.lora_b.data = layer.lora_b.data, torch.zeros_like(layer.lora_b)
+        before = layer(x).double()
+        layer.lora_b.data = b
+    a, b = layer.lora_a.detach().to(x.dtype).double(), b.to(x.dtype).double()
+    delta = layer.scaling * (x.double() @ a.T) @ b.T
+    return float(((after - before) * delta).sum() / delta.square().sum())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_small_change_is_not_lost_to_rounding(packed, made):
+    """By itself a layer adds it to what is rounded already, as PEFT does, and most of it vanishes."""
+    model = loaded(made, "llama", torch.bfloat16, packed)
+    layers = list(model.adapted().values())
+    for layer in layers:
+        layer.lora_b.data.mul_(0.0003)
+    inputs = {64: torch.randn(2000, 64).bfloat16(), 128: torch.randn(2000, 128).bfloat16()}
+    xs = [inputs[layer.base.shape[1]] for layer in layers]
+    before = [effect(layer, x) for layer, x in zip(layers, xs, strict=True)]
+    join_layers(model.network)
+    after = [effect(layer, x.clone()) for layer, x in zip(layers, xs, strict=True)]
+    assert sum(before) / len(before) < 0.7
+    assert 0.9 < sum(after) / len(after) < 1.1
+
+
+def layer_of(format_name, shape=(24, 128), block_size=32, double_quant=True, rank=5):
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(shape, generator=generator)
+    base = PlainWeight(weight.T.contiguous().T)
+    if format_name != "plain":
+        spec = TensorSpec("x.weight", "F32", shape)
+        parts = quantized.encode(spec, weight, Encoding(format_name, block_size, double_quant))
+        base = PackedWeight(quantized.decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
+    layer = LoraLinear(base, None)
+    a, b = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
+    layer.attach(LowRank(a, b, 0.7))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("format_name", "shape", "block_size", "double_quant", "is_direct"),
+    [
+        ("nf4", (24, 128), 32, True, True),
+        ("nf4", (24, 128), 128, False, True),
+        ("fp4", (400, 64), 64, True, True),
+        ("nf4", (24, 96), 64, True, False),  # a block lies in two rows
+        ("int8", (24, 128), 64, True, False),
+        ("plain", (24, 128), 64, True, False),
+    ],
+)
+def test_a_weight_with_a_factor_beside_it(format_name, shape, block_size, double_quant, is_direct, dtype):
+    layer = layer_of(format_name, shape, block_size, double_quant)
+    member = _Member(layer)
+    assert member.is_direct == is_direct
+    width = shape[1]
+    found = member.beside(layer.lora_b, width + 3, width + 32, dtype)
+    expected = torch.zeros(shape[0], width + 32, dtype=dtype)
+    expected[:, :width] = layer.base.dequantize(dtype)
+    expected[:, width + 3 : width + 8] = (layer.lora_b.detach() * torch.tensor(0.7)).to(dtype)
+    assert torch.equal(found, expected)
+
+
+class Twins(nn.Module):
+    """Two layers that may or may not be given the same."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.one, self.two = (layer_of("nf4", (24, 64), 64) for _ in range(2))
+        self.table, self.use = nn.Embedding(9, 64), use
+        self.two.lora_b.data.mul_(3)
+
+    def forward(self, input_ids, use_cache=False):
+        return self.use(self, self.table(input_ids))
+
+
+USES = {
+    "both": (lambda twins, x: (twins.one(x), twins.two(x)), 2),
+    "again": (lambda twins, x: (twins.one(x), twins.two(x), twins.one(x), twins.two(x)), 2),
+    "twice": (lambda twins, x: (twins.one(x), twins.one(x), twins.two(x)), 2),
+    "other": (lambda twins, x: (twins.one(x), twins.two(x + 1)), 1),
+    "never": (lambda twins, x: (twins.one(x),), 1),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_layers_give_what_they_would_alone_however_they_are_called(name):
+    use, size = USES[name]
+    twins = Twins(use)
+    ids = torch.arange(7)[None]
+
+    def found():
+        results = twins(ids)
+        trained = [*twins.one.parameters(), *twins.two.parameters()]
+        total = sum(result.square().sum() for result in results)
+        return [*results, *torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)]
+
+    before = found()
+    join_layers(twins)
+    assert len(twins.one.multiply.__closure__[0].cell_contents) == size
+    for one, two in zip(found(), before, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+
+
+def test_who_asks_for_some_of_what_was_computed_gets_gradients_of_that():
+    """The way of a token may pass by a layer that was seen when the layers were joined."""
+    twins = Twins(USES["both"][0])
+    join_layers(twins)
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.no_grad():
+        twins.one(x)  # and what is left of a pass without gradients is not taken in one with them
+    y = twins.two(x)
+    grads = torch.autograd.grad(y.square().sum(), (x, twins.one.lora_b, twins.two.lora_b))
+    assert not grads[1].any()
+    weight = twins.two.base.dequantize(torch.float32) + 0.7 * twins.two.lora_b.detach() @ twins.two.lora_a.detach()
+    reference = x.detach().requires_grad_()
+    expected = torch.autograd.grad(functional.linear(reference, weight).square().sum(), reference)
+    torch.testing.assert_close(grads[0], expected[0], rtol=1e-4, atol=1e-5 * float(expected[0].abs().max()))
+
+
+def test_an_input_that_was_changed_since_is_another_input():
+    twins = Twins(USES["both"][0])
+    join_layers(twins)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = twins.two(2 * x)
+        twins.one(x)
+        torch.testing.assert_close(twins.two(x.mul_(2)), expected)
+
+
+def test_nothing_is_left_with_an_input_whose_layers_were_all_called():
+    twins = Twins(USES["both"][0])
+    join_layers(twins)
+    x = torch.randn(3, 64)
+    twins.one(x), twins.two(x)
+    assert x._adaptkit_joined[1] == {}
+
+
+def test_no_rows_give_no_rows():
+    twins = Twins(USES["both"][0])
+    join_layers(twins)
+    x = torch.randn(0, 64, requires_grad=True)
+    (twins.one(x).sum() + twins.two(x).sum()).backward()
+    assert x.grad.shape == (0, 64)
+    assert not twins.one.lora_a.grad.any()
