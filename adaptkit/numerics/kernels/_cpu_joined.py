@@ -75,11 +75,12 @@ def decode_rows(weight: PackedRows, out: Tensor) -> None:
 @jit
 def _place(b, scale, left, first, out):
     for r in range(out.shape[0]):
-        row = out[r]
-        for j in range(left, row.size):
-            row[j] = 0
-        for k in range(b.shape[1]):
-            row[first + k] = rounded(out, plain(b[r, k] * scale))
+        row, factor = out[r], b[r]
+        written, inside = row[left:], row[first : first + factor.size]
+        for j in range(written.size):
+            written[j] = 0
+        for k in range(inside.size):
+            inside[k] = rounded(out, plain(factor[k] * scale))
 
 
 def place(lora_b: Tensor, scale: float, left: int, first: int, out: Tensor) -> None:
