@@ -121,6 +121,10 @@ class Output:
         for handle in self._locks:
             os.close(handle)
 
+    def discard(self) -> None:
+        """Remove what was written: nothing of it is worth going on from."""
+        remove(self.folder)
+
     def finished(self, *names: str) -> bool:
         """Whether an earlier run wrote all these files; they then count as part of the output."""
         if not all(name in self._finished for name in names):

@@ -17,6 +17,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output, partial_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
+from adaptkit.errors import AdaptkitError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
 from adaptkit.training.distributed import World, deterministic, join
@@ -26,7 +27,7 @@ from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
 from adaptkit.training.preparation import batches_of
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import write_result
-from adaptkit.training.resume import check_unfinished, remember, require_room
+from adaptkit.training.resume import check_unfinished, holds_work, remember, require_room
 from adaptkit.training.run import Chosen, Run
 from adaptkit.training.trackers import trackers
 
@@ -91,13 +92,13 @@ def _lead(
 ) -> TrainReport:
     """What the first process does, and what the only one does: see ``train``."""
     config, identity = inputs.config, inputs.identity()
-    check_unfinished(partial_folder(output), identity, force, resume)
+    unfinished = partial_folder(output)
+    check_unfinished(unfinished, identity, force, resume)
     if inputs.manifest is not None:  # what the result will say of its base has to be true
         check_tensors(inputs.base, inputs.manifest)
-    with Output(output, identity, force, keep_work=True) as out:
+    with Output(output, identity, force, keep_work=holds_work(unfinished)) as out:
         remember(out.folder, identity)
-        run = Run(inputs, out.folder, note, world)
-        require_room(out.folder, run.checkpoint_bytes, config.keep_checkpoints)
+        run = _begun(inputs, out, note, world)
         with trackers(config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
         run.close()
@@ -108,6 +109,18 @@ def _lead(
             _write_beside(out, inputs, run, adapter)
         manifest = _write(out, inputs, run, kept, note)
     return _report(output, inputs, run, kept.step, manifest)
+
+
+def _begun(inputs: Inputs, out: Output, note: Callable[[str], None], world: World) -> Run:
+    """The run; one that is refused here leaves nothing behind."""
+    try:
+        run = Run(inputs, out.folder, note, world)
+        require_room(out.folder, run.checkpoint_bytes, inputs.config.keep_checkpoints)
+    except AdaptkitError:
+        if not holds_work(out.folder):
+            out.discard()
+        raise
+    return run
 
 
 def _write(out: Output, inputs: Inputs, run: Run, kept: Chosen, note: Callable[[str], None]) -> Manifest:

@@ -58,6 +58,8 @@ def remember(folder: Path, identity: Mapping[str, Any]) -> None:
 def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, resume: bool) -> None:
     """Refuse to mix two runs, and to begin where there was to be something to go on from.
 
+    A run that made no checkpoint, such as one that was refused, left nothing that could be mixed.
+
     Args:
         folder: where unfinished work would lie.
         identity: of the run that is to be.
@@ -69,7 +71,7 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
         UsageError: there is nothing to resume.
     """
     known = _read_identity(folder)
-    if known is not None and (resume or not force):
+    if known is not None and holds_work(folder) and (resume or not force):
         differences = _differences(known, json.loads(write_json(identity)))
         if differences:
             raise ConflictError(
@@ -78,6 +80,11 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
             )
     if resume and not (known and checkpoints(folder)):
         raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to begin")
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run came as far as a checkpoint there."""
+    return bool(checkpoints(folder))
 
 
 def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,34 @@ def test_unfinished_work_of_another_run_is_not_thrown_away(config, tmp_path):
         train(config, tmp_path / "adapter", on_step=stop)
     with pytest.raises(ConflictError, match="unfinished work"):
         train(replace(config, rank=8), tmp_path / "adapter")
+
+
+def test_a_run_that_was_refused_is_in_nobodys_way(config, tmp_path):
+    for wrong in ({"targets": ("nope",)}, {"rank": 999}):
+        with pytest.raises(UsageError):
+            train(replace(config, **wrong), tmp_path / "adapter")
+        assert list(tmp_path.iterdir()) == []
+    train(replace(config, steps=1), tmp_path / "adapter")
+
+
+def test_a_run_that_made_no_checkpoint_holds_up_no_other(config, tmp_path):
+    """As one that was killed before its first; what it measured is not taken for the other's."""
+    work = tmp_path / "adapter.partial"
+
+    def kill(report):
+        shutil.copytree(work, tmp_path / "killed")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, save_every=0), tmp_path / "adapter", on_step=kill)
+    shutil.rmtree(work)
+    (tmp_path / "killed").rename(work)
+    assert (work / "run.json").exists()
+    assert (work / "metrics.jsonl").read_bytes()
+    other = replace(config, rank=2, steps=2)
+    report = train(other, tmp_path / "adapter")
+    assert report.resumed_from == 0
+    assert report.manifest_sha256 == train(other, tmp_path / "again").manifest_sha256
 
 
 def test_a_plain_base_and_an_existing_output_are_refused(config, llama, trained, tmp_path):
