@@ -192,3 +192,42 @@ def test_a_head_that_reads_something_narrower_than_the_hidden_states_is_run_with
     batch = batch_of((20, 13), VOCABULARY)
     expected = plain_loss(model, batch)
     assert float(summed_loss(model, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 5000)])
+def test_logits_become_the_gradient_of_their_loss(shape, dtype, threads, monkeypatch):
+    """By the kernel, or in blocks by torch."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 3 * VOCABULARY)
+    generator = torch.Generator().manual_seed(2)
+    logits = (6 * torch.randn(shape, generator=generator)).to(dtype)
+    wanted = torch.randint(0, shape[1], shape[:1], generator=generator)
+    exact = logits.double().requires_grad_()
+    expected = functional.cross_entropy(exact, wanted, reduction="sum")
+    expected.backward()
+    before, strided = logits.clone(), logits.T.contiguous().T
+    assert float(loss._fold(logits, wanted, False)) == pytest.approx(float(expected.detach()), rel=1e-6, abs=1e-6)
+    assert torch.equal(logits, before)
+    for given in (logits, strided):
+        assert float(loss._fold(given, wanted, True)) == pytest.approx(float(expected.detach()), rel=1e-6, abs=1e-6)
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(given.double(), exact.grad, rtol=unit, atol=2 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_logit_that_is_no_number_is_seen_in_the_loss(dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for bad, is_seen in ((float("nan"), True), (-float("nan"), True), (float("inf"), True), (-float("inf"), False)):
+        logits = torch.randn(3, 40).to(dtype)
+        logits[1, 7] = bad
+        wanted = torch.tensor([1, 2, 3])
+        expected = functional.cross_entropy(logits.double(), wanted, reduction="sum")
+        found = loss._fold(logits, wanted, True)
+        assert bool(found.isnan()) == bool(expected.isnan()) == is_seen
+        assert bool(logits[1].isnan().all()) == is_seen
+        assert logits[0].isfinite().all()
+        if not is_seen:
+            assert float(found) == pytest.approx(float(expected), rel=1e-6)

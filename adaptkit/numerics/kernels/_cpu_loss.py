@@ -1,0 +1,73 @@
+"""Cross-entropy of rows of logits, which become its gradient by them in place.
+
+Logits are bits of bfloat16 or float32 (see ``_cpu_float``); everything between is float32, and a row's sum float64.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+import numba
+import numpy as np
+
+from adaptkit.numerics.kernels._cpu_attention import exponential
+from adaptkit.numerics.kernels._cpu_float import rounded, value
+from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
+
+_PIECE = 1024
+"""Exponentials whose sum is taken in float32, in any order."""
+
+_INFINITY = np.int32(0x7F800000)
+
+
+@inlined
+def _largest(logits, row):
+    """The largest of a row; NaN if that is infinite, or anything is NaN.
+
+    Integers are compared, in the order of the floats: of those the compiler makes no vectors.
+    """
+    largest, magnitude = np.int32(-0x80000000), np.int32(0)
+    for i in range(row.size):
+        bits = np.float32(value(logits, row[i])).view(np.int32)
+        size = np.int32(bits & np.int32(0x7FFFFFFF))
+        magnitude = size if size > magnitude else magnitude
+        ordered = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        largest = ordered if ordered > largest else largest
+    if magnitude > _INFINITY or largest >= _INFINITY:
+        return np.float32(np.nan)
+    return np.int32(largest ^ np.int32(np.int32(largest >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"}, **INLINED)
+def _piece_sum(logits, piece, largest):
+    total = np.float32(0.0)
+    for i in range(piece.size):
+        total += exponential(value(logits, piece[i]) - largest)
+    return total
+
+
+@jit
+def cross_entropy(logits, wanted, keep):
+    """The sum of the rows' losses, in nats; NaN if a row has a NaN, or no largest number.
+
+    Args:
+        logits: (rows, vocabulary) bits; if ``keep``, overwritten with the gradient of the sum.
+        wanted: (rows,) int64, the right column of each.
+        keep: whether the gradient is wanted.
+    """
+    loss = 0.0
+    for r in range(wanted.size):
+        row = logits[r]
+        largest, right = _largest(logits, row), value(logits, row[wanted[r]])
+        if largest != largest:
+            loss = np.nan
+            if keep:
+                row[:] = rounded(logits, np.float32(np.nan))
+            continue
+        total = 0.0
+        for start in range(0, row.size, _PIECE):
+            total += _piece_sum(logits, row[start : start + _PIECE], largest)
+        loss += np.log(total) + (np.float64(largest) - np.float64(right))
+        if keep:
+            factor = np.float32(1.0 / total)
+            for i in range(row.size):
+                row[i] = rounded(logits, exponential(value(logits, row[i]) - largest) * factor)
+            row[wanted[r]] = rounded(logits, exponential(right - largest) * factor - np.float32(1.0))
+    return loss
