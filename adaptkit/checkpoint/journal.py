@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -60,7 +60,8 @@ class Output:
         final: where the folder will appear.
         plan: everything that determines the bytes of the output; a changed plan begins anew.
         force: replace an existing output that adaptkit made.
-        keep_work: refuse, instead of beginning anew, when the plan changed: what lies there took long to make.
+        keeps: whether to refuse, instead of beginning anew, when the plan changed: told the folder, once it is locked,
+            it says whether what lies there took long to make.
         inputs: [path, state] pairs of what is read; a file at the same path that changed begins anew too. Shares may
             be made on several machines, where paths and times differ.
         part: make a share of the files, and leave publishing to the run that is no share.
@@ -79,7 +80,7 @@ class Output:
         final: Path,
         plan: Any,
         force: bool = False,
-        keep_work: bool = False,
+        keeps: Callable[[Path], bool] = lambda folder: False,
         inputs: Sequence[Any] = (),
         part: Part | None = None,
     ) -> None:
@@ -89,7 +90,7 @@ class Output:
         self._inputs = json.loads(json.dumps(inputs))
         self.folder = partial_folder(final)
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-        self._force, self._keep_work = force, keep_work
+        self._force, self._keeps = force, keeps
         self._locks: list[int] = []
         self._finished: dict[str, Finished] = {}
         self.files: list[FileRecord] = []
@@ -269,7 +270,7 @@ class Output:
         found = sorted(self.folder.iterdir())
         if found and not changed and not self._is_ours():
             self._refuse_foreign()
-        if changed and self._keep_work and not self._force:
+        if changed and not self._force and self._keeps(self.folder):
             raise ConflictError(
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",
                 hint="run it with the same options to go on, or begin anew with --force",

@@ -7,6 +7,7 @@
 Nothing is written before everything that can be checked is.
 """
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -92,11 +93,10 @@ def _lead(
 ) -> TrainReport:
     """What the first process does, and what the only one does: see ``train``."""
     config, identity = inputs.config, inputs.identity()
-    unfinished = partial_folder(output)
-    check_unfinished(unfinished, identity, force, resume)
+    check_unfinished(partial_folder(output), identity, force, resume)
     if inputs.manifest is not None:  # what the result will say of its base has to be true
         check_tensors(inputs.base, inputs.manifest)
-    with Output(output, identity, force, keep_work=holds_work(unfinished)) as out:
+    with Output(output, identity, force, keeps=holds_work) as out:
         remember(out.folder, identity)
         run = _begun(inputs, out, note, world)
         with trackers(config, identity, run.resumed_from) as opened:
@@ -117,8 +117,9 @@ def _begun(inputs: Inputs, out: Output, note: Callable[[str], None], world: Worl
         run = Run(inputs, out.folder, note, world)
         require_room(out.folder, run.checkpoint_bytes, inputs.config.keep_checkpoints)
     except AdaptkitError:
-        if not holds_work(out.folder):
-            out.discard()
+        with contextlib.suppress(OSError):  # the reason is worth more than a clean disk
+            if not holds_work(out.folder):
+                out.discard()
         raise
     return run
 

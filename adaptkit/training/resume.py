@@ -4,6 +4,7 @@
     checkpoint-<step>/state.safetensors   float32 vectors: parameters, moments, the best parameters if they are others
     checkpoint-<step>/metrics.jsonl       everything that was measured so far
     checkpoint-<step>/checkpoint.json     step, further values, the sha256 of both files, and its own; written last
+    optimizer-pages.bin                   the optimizer's state, where it does not all lie in memory; not gone on from
 
 The order of the data and all randomness are functions of seed and step, so this is all that a run consists of.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from adaptkit.checkpoint.dtypes import DTYPE_NAMES
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.layout import read_json, write_json
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, replace_file, sync_folder, write_file
@@ -29,6 +31,7 @@ from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, Usag
 from adaptkit.training.distributed import World
 from adaptkit.training.history import METRICS_NAME
 
+PAGES_NAME = "optimizer-pages.bin"
 _RUN, _STATE, _RECORD = "run.json", "state.safetensors", "checkpoint.json"
 
 
@@ -58,7 +61,7 @@ def remember(folder: Path, identity: Mapping[str, Any]) -> None:
 def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, resume: bool) -> None:
     """Refuse to mix two runs, and to begin where there was to be something to go on from.
 
-    A run that made no checkpoint, such as one that was refused, left nothing that could be mixed.
+    A run that came to no checkpoint, such as one that was refused, left nothing that could be mixed.
 
     Args:
         folder: where unfinished work would lie.
@@ -83,8 +86,9 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
 
 
 def holds_work(folder: Path) -> bool:
-    """Whether a run came as far as a checkpoint there."""
-    return bool(checkpoints(folder))
+    """Whether there is more than a run writes before its first checkpoint: that, or what is no training run's."""
+    beginnings = {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
+    return any(path.name not in beginnings and not _is_half(path) for path in folder.iterdir())
 
 
 def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
@@ -176,6 +180,11 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints of a folder, whole or damaged: step and path, the newest last."""
     found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
     return sorted((int(step), path) for step, path in found if step.isdecimal())
+
+
+def _is_half(path: Path) -> bool:
+    """Whether this is a checkpoint, or a file, that was being written."""
+    return path.name.endswith(".partial") and (path.name.startswith("checkpoint-") or path.is_file())
 
 
 def _read(path: Path, step: int) -> Snapshot:

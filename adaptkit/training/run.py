@@ -27,13 +27,12 @@ from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.network.start import left_out, shortened
 from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
-from adaptkit.training.resume import Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
+from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
 from adaptkit.training.selection import best_step, is_over
 from adaptkit.training.trackers import Tracker
 from adaptkit.training.uninterrupted import uninterrupted
 
-_PAGES_NAME = "optimizer-pages.bin"
 _SKIPPED_IN_A_ROW = 5
 """More than data can explain: then the parameters themselves are no numbers any more, or soon will be."""
 
@@ -90,7 +89,7 @@ class Run:
             note(left)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
-        self.optimizer = make_optimizer(self.trainable, inputs.config, folder / _PAGES_NAME)
+        self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME)
         self._pressure = Pressure(self.optimizer.state, note, is_alone=not inputs.config.shard_base)
         self.tokens_per_second = 0.0
         snapshot = share_snapshot(world, newest_checkpoint(folder, note) if world.is_first else None)
@@ -153,7 +152,7 @@ class Run:
 
     def close(self) -> None:
         """Remove what only a run that goes on needs."""
-        (self._folder / _PAGES_NAME).unlink(missing_ok=True)
+        (self._folder / PAGES_NAME).unlink(missing_ok=True)
 
     def _is_finished(self) -> bool:
         return self.done >= self.steps or is_over(self.history, self._config.patience)

@@ -150,14 +150,25 @@ def test_other_inputs_begin_anew(tmp_path):
 
 
 def test_work_that_took_long_is_not_thrown_away_for_other_options(tmp_path):
-    with Output(tmp_path / "out", PLAN, keep_work=True) as output:
+    seen = []
+
+    def keeps(folder):
+        with pytest.raises(ConflictError, match="another process"), Output(tmp_path / "out", PLAN):
+            pass  # nobody can add to it while it is looked at
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        return "a" in seen[-1]
+
+    with Output(tmp_path / "out", PLAN, keeps=keeps) as output:
         add(output, "a", b"first")
-    with pytest.raises(ConflictError, match="unfinished work"), Output(tmp_path / "out", ["other"], keep_work=True):
+    with pytest.raises(ConflictError, match="unfinished work"), Output(tmp_path / "out", ["other"], keeps=keeps):
         pass
-    with Output(tmp_path / "out", PLAN, keep_work=True) as output:
+    with Output(tmp_path / "out", PLAN, keeps=keeps) as output:
         assert output.finished("a")
-    with Output(tmp_path / "out", ["other"], force=True, keep_work=True) as output:
+    with Output(tmp_path / "out", ["other"], force=True, keeps=keeps) as output:
         assert not output.finished("a")
+    with Output(tmp_path / "out", PLAN, keeps=keeps) as output:
+        assert set(tree(output.folder)) == {JOURNAL_NAME}
+    assert seen == [["a", JOURNAL_NAME], [JOURNAL_NAME]]
 
 
 def test_an_existing_output_is_replaced_only_with_force(tmp_path):

@@ -17,6 +17,7 @@ import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.merge import merge
@@ -233,6 +234,29 @@ def test_a_run_that_made_no_checkpoint_holds_up_no_other(config, tmp_path):
     report = train(other, tmp_path / "adapter")
     assert report.resumed_from == 0
     assert report.manifest_sha256 == train(other, tmp_path / "again").manifest_sha256
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "keep-3", "model-00001-of-00009.safetensors", "notes/a.txt"])
+def test_what_no_run_begins_with_is_not_thrown_away(name, config, tmp_path):
+    """Neither by a run with other options nor by one that is refused: a checkpoint, another command's work, a note."""
+    work = tmp_path / "adapter.partial"
+    with Output(tmp_path / "adapter", ["another plan"]):
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).mkdir() if name.endswith("-3") else (work / name).write_text("of use")
+    before = sorted(work.rglob("*"))
+    for wrong in ({}, {"targets": ("nope",)}):
+        with pytest.raises(ConflictError, match="unfinished work"):
+            train(replace(config, **wrong), tmp_path / "adapter")
+        assert sorted(work.rglob("*")) == before
+
+
+def test_the_reason_of_a_refusal_outlives_a_folder_that_cannot_be_removed(config, tmp_path, monkeypatch):
+    def busy(output):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Output, "discard", busy)
+    with pytest.raises(UsageError, match="matches no linear layer"):
+        train(replace(config, targets=("nope",)), tmp_path / "adapter")
 
 
 def test_a_plain_base_and_an_existing_output_are_refused(config, llama, trained, tmp_path):

@@ -46,6 +46,7 @@ def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Te
 
 @jit
 def decode_groups(codes, nested, offset, levels, absmax):
+    """``decode_constants`` of arrays, into ``absmax``: (M,) float32."""
     for group in range(nested.size):
         scale = nested[group]
         for i in range(group * GROUP, min((group + 1) * GROUP, codes.size)):

@@ -20,7 +20,7 @@ class PackedRows(NamedTuple):
         constants: (rows · width / block_size,) float32, or uint8 if they are quantized themselves.
         nested: (groups,) float32, constants of the constants; none if these are float32.
         offset: float32, added to each.
-        map: (256,) float32, what the constants' codes stand for.
+        nested_levels: (256,) float32, what the constants' codes stand for.
         width: columns of the weight.
         block_size: weights that share a constant.
         levels: (16,) float32, what codes stand for.
@@ -30,7 +30,7 @@ class PackedRows(NamedTuple):
     constants: Any
     nested: Any
     offset: Any
-    map: Any
+    nested_levels: Any
     width: int
     block_size: int
     levels: Any
@@ -55,7 +55,7 @@ def _decode(weight, absmax, out):
 @jit
 def _decode_nested(weight, out):
     absmax = np.empty(weight.constants.size, np.float32)
-    decode_groups(weight.constants, weight.nested, weight.offset, weight.map, absmax)
+    decode_groups(weight.constants, weight.nested, weight.offset, weight.nested_levels, absmax)
     _decode(weight, absmax, out)
 
 
@@ -64,7 +64,7 @@ def decode_rows(weight: PackedRows, out: Tensor) -> None:
 
     Args:
         weight: of as many rows.
-        out: (rows, width or more), contiguous, written.
+        out: (rows, width or more) bfloat16, float16 or float32, contiguous, written.
     """
     if weight.nested.size:
         _decode_nested(weight, float_bits(out))
@@ -84,13 +84,13 @@ def _place(b, scale, left, first, out):
 
 
 def place(lora_b: Tensor, scale: float, left: int, first: int, out: Tensor) -> None:
-    """Write a factor of an adapter into the last columns of a matrix, and zeros around it.
+    """Write a factor of an adapter, scaled in float32 and rounded once, into the last columns, and zeros around it.
 
     Args:
         lora_b: (rows, rank) float32.
         scale: of it.
         left: column from which on the matrix is written.
         first: column in which the factor begins.
-        out: (rows, columns), contiguous, written.
+        out: (rows, columns) bfloat16, float16 or float32, contiguous, written.
     """
     _place(lora_b.detach().contiguous().numpy(), np.float32(scale), left, first, float_bits(out))

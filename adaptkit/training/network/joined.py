@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, on a CPU: their adapters are multiplied along with their weights.
+"""Packed linear layers that read the same input, on a CPU: their adapters are multiplied along with their weights.
 
     Yᵢ = [X | X' Aᵀ] [Wᵢ | 0 | sᵢ Bᵢ | 0]ᵀ        A: the Aᵢ one below the other; sᵢ Bᵢ stands in the columns of its Aᵢ
     [D | I] = Σ Gᵢ [Wᵢ | 0 | sᵢ Bᵢ | 0]           Gᵢ: the gradient by Yᵢ
@@ -7,13 +7,14 @@
 Calling a product with a factor of an adapter takes longer than computing it, and adding its result to another reads and
 writes all of that once more. Here most of them are part of a product that is made anyway, and the rest is one for all.
 And a sum is rounded once: added to what is rounded already, a change that is smaller than the weight's own rounding is
-lost in bfloat16, as all of them are in the first steps, when B has just left zero.
+lost in bfloat16, as most of them are in the first steps, when B has just left zero.
 
-Which layers read the same input is seen once, when two tokens go through the network. The first of them then computes
-what all of them give, and the input carries it to the others. With dropout, inputs X' differ, and each is by itself.
+The first layer that is called computes what all of them give, and the others take it. With dropout, their inputs X'
+differ, and each is by itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,62 +26,87 @@ from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, decode_rows, place
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.remade import source_of
-from adaptkit.training.network.whole import TrainedWeight
 
-_ATTRIBUTE = "_adaptkit_joined"
 _ALIGNED = 32
 """With another number of columns, products take up to a fifth longer."""
 
 
 def join_layers(network: Any) -> None:
-    """Let the linear layers of a network on a CPU that have an adapter multiply as above; DoRA's stay as they are."""
-    layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _is_plain(layer)]
-    members: dict[nn.Module, _Member] = {layer: _Member(layer) for layer in layers}
-    for group in _groups(network, members) if members else ():
-        for index, member in enumerate(group):
-            layer: Any = member.layer
-            layer.multiply = _multiplication(group, index)
+    """Replace ``LoraLinear.multiply`` of a network's layers on a CPU that have a 4-bit weight and an adapter.
+
+    Layers with DoRA stay as they are, and those that have to be decoded as a whole: rows that are no whole blocks. The
+    network runs once, on two tokens, to see which layers are given the same input.
+
+    Args:
+        network: of transformers, with its adapter, before its layers are checkpointed or divided.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
+    for group in _groups(network, layers) if layers else ():
+        joined = _Joined([_Member(layer) for layer in group])
+        for index, layer in enumerate(group):
+            replaced: Any = layer
+            replaced.multiply = _Multiplication(joined, index)
 
 
-def _is_plain(layer: LoraLinear) -> bool:
-    return layer.lora_a is not None and layer.magnitude is None and not isinstance(layer.base, TrainedWeight)
+def _can_join(layer: LoraLinear) -> bool:
+    if layer.lora_a is None or layer.magnitude is not None or not isinstance(layer.base, PackedWeight):
+        return False
+    weight = layer.base.quantized()
+    return weight.encoding.numerics.levels is not None and can_decode_rows(weight.shape[-1], weight.block_size)
+
+
+def _groups(network: Any, layers: Sequence[LoraLinear]) -> Iterator[list[LoraLinear]]:
+    """Layers of one module that are given the very same input; the others alone."""
+    parents = {child: module for module in network.modules() for child in module.children()}
+    seen: dict[tuple[int, int, nn.Module], list[LoraLinear]] = {}
+    held = []  # so that no two inputs have the same address
+
+    def note(layer: Any, given: tuple[Any, ...]) -> None:
+        if given:
+            held.append(given[0])
+            seen.setdefault((id(given[0]), given[0]._version, parents[layer]), []).append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with torch.no_grad():
+            network(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    left = dict.fromkeys(layers)
+    for together in (*seen.values(), *([layer] for layer in layers)):
+        group = [layer for layer in dict.fromkeys(together) if layer in left]
+        for layer in group:
+            del left[layer]
+        if group:
+            yield group
 
 
 class _Member:
-    """A layer that has an adapter.
+    """A layer of a group. It does not keep the layer, which keeps the group.
 
     Args:
         layer: the layer.
-
-    Attributes:
-        layer: the layer.
-        is_direct: whether the kernel decodes its weight; otherwise torch does, and the result is copied.
     """
 
     def __init__(self, layer: LoraLinear) -> None:
-        self.layer = layer
+        self._layer = weakref.ref(layer)
         self._rows: PackedRows | None = None
-        weight = layer.base.quantized() if isinstance(layer.base, PackedWeight) else None
-        has_levels = weight is not None and weight.encoding.numerics.levels is not None
-        self.is_direct = weight is not None and has_levels and can_decode_rows(weight.shape[-1], weight.block_size)
 
-    def beside(self, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """[W | 0 | s B | 0], (out, columns), with B from the ``first``-th column on."""
-        base = self.layer.base
-        height, width = base.shape
-        matrix = torch.empty((height, columns), dtype=dtype)
-        if self.is_direct:
-            assert isinstance(base, PackedWeight)
-            rows = self._rows or _packed_rows(base.quantized())
-            self._rows = None if base.is_divided else rows
-            decode_rows(rows, matrix)
-        else:
-            matrix[:, :width] = base.dequantize(dtype)
-        place(lora_b, self.layer.scaling, width, first, matrix)
+    @property
+    def layer(self) -> Any:
+        """The layer."""
+        return self._layer()
+
+    def widen(self, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Make [W | 0 | s B | 0], (out, columns), with B from the ``first``-th column on."""
+        layer = self.layer
+        rows = self._rows or _packed_rows(layer.base.quantized())
+        self._rows = None if layer.base.is_divided else rows
+        matrix = torch.empty((len(lora_b), columns), dtype=dtype)
+        decode_rows(rows, matrix)
+        place(lora_b, layer.scaling, rows.width, first, matrix)
         return matrix
-
-
-_Group = tuple[_Member, ...]
 
 
 def _packed_rows(weight: QuantizedWeight) -> PackedRows:
@@ -92,7 +118,7 @@ def _packed_rows(weight: QuantizedWeight) -> PackedRows:
         constants=_as_numpy(constants.codes if isinstance(constants, DoubleQuantized) else constants),
         nested=_as_numpy(nested),
         offset=np.float32(offset),
-        map=_as_numpy(weight.levels),
+        nested_levels=_as_numpy(weight.levels),
         width=weight.shape[-1],
         block_size=weight.block_size,
         levels=np.array(weight.encoding.numerics.levels, np.float32),
@@ -103,103 +129,128 @@ def _as_numpy(part: Tensor) -> Any:
     return part.reshape(-1).contiguous().numpy()
 
 
-def _groups(network: Any, members: Mapping[nn.Module, _Member]) -> Iterator[_Group]:
-    """Layers of one module that are given the very same input; the others alone."""
-    parents = {child: module for module in network.modules() for child in module.children()}
-    seen: dict[tuple[int, int, nn.Module], list[nn.Module]] = {}
-    held = []  # so that no two inputs have the same address
+class _Joined:
+    """A group of layers, and what they give for the input that one of them was called with last.
 
-    def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        if given:
-            held.append(given[0])
-            seen.setdefault((id(given[0]), given[0]._version, parents[layer]), []).append(layer)
+    Args:
+        members: of the group.
+    """
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in members]
-    try:
-        with torch.no_grad():
-            network(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    left = dict(members)
-    for together in (*seen.values(), *([layer] for layer in members)):
-        group = tuple(left.pop(layer) for layer in together if layer in left)
-        if group:
-            yield group
+    def __init__(self, members: Sequence[_Member]) -> None:
+        self._members = tuple(members)
+        self._input: Callable[[], Tensor | None] = lambda: None
+        self._state: tuple[int | None, bool] = (None, False)
+        self._waiting: dict[int, Tensor] = {}
 
-
-def _multiplication(group: _Group, index: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a layer multiplies by from now on; see ``LoraLinear.multiply``."""
-
-    def multiply(x: Tensor, dropped: Tensor) -> Tensor:
-        if dropped is not x or len(group) == 1:
-            return _multiplied((group[index],), x, dropped)[0]
-        state = id(group), x._version, torch.is_grad_enabled()
-        before, left = getattr(x, _ATTRIBUTE, (None, {}))
-        if before != state or index not in left:
-            left = dict(enumerate(_multiplied(group, x, x)))
-            setattr(x, _ATTRIBUTE, (state, left))
-        result: Tensor = left.pop(index)
+    def take(self, index: int, x: Tensor) -> Tensor:
+        """What a layer gives for an input, to be taken once."""
+        state = None if x.is_inference() else x._version, torch.is_grad_enabled()
+        is_known = self._input() is x and self._state == state
+        result = self._waiting.pop(index, None) if is_known else None
+        if result is None:
+            waiting = dict(enumerate(multiplied(self._members, x, x)))
+            result = waiting.pop(index)
+            if waiting:
+                self._input, self._state, self._waiting = weakref.ref(x), state, waiting
         return result
 
-    return multiply
+    def alone(self, index: int, x: Tensor, dropped: Tensor) -> Tensor:
+        """What a layer gives whose adapter has an input of its own."""
+        return multiplied((self._members[index],), x, dropped)[0]
 
 
-def _multiplied(group: _Group, x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
-    factors = (factor for member in group for factor in (member.layer.lora_a, member.layer.lora_b))
-    results: tuple[Tensor, ...] = _Joined.apply(x, dropped, group, *factors)  # type: ignore[no-untyped-call]
+class _Multiplication:
+    """What takes the place of a layer's ``multiply``."""
+
+    def __init__(self, joined: _Joined, index: int) -> None:
+        self._joined, self._index = joined, index
+
+    def __call__(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """See ``LoraLinear.multiply``."""
+        if dropped is x:
+            return self._joined.take(self._index, x)
+        return self._joined.alone(self._index, x, dropped)
+
+
+def multiplied(members: tuple[_Member, ...], x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
+    """What some layers give for one input.
+
+    Args:
+        members: the layers.
+        x: (…, in).
+        dropped: the same after dropout.
+
+    Returns:
+        (…, out) of each.
+    """
+    factors = (factor for member in members for factor in (member.layer.lora_a, member.layer.lora_b))
+    results: tuple[Tensor, ...] = _Product.apply(x, dropped, members, *factors)  # type: ignore[no-untyped-call]
     return results
 
 
-class _Joined(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """The formulas of the module's docstring; saves what the input was made of, X' Aᵀ and the adapters, never W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Tensor, group: _Group, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor, members: tuple[_Member, ...], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         flat, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
         inner = dropped.reshape(-1, width) @ _stacked(factors, x.dtype).T
         columns = _columns(width, inner.shape[1])
         wide = torch.cat((flat, inner, flat.new_zeros(len(flat), columns - width - inner.shape[1])), dim=1)
         results, first = [], width
-        for member, b in zip(group, factors[1::2], strict=True):
+        for member, b in zip(members, factors[1::2], strict=True):
             y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
-            torch.mm(wide, member.beside(b, first, columns, x.dtype).T, out=y.view(-1, len(b)))
+            torch.mm(wide, member.widen(b, first, columns, x.dtype).T, out=y.view(-1, len(b)))
             results.append(y)
             first += b.shape[1]
         ctx.make, kept = source_of(dropped)
         ctx.save_for_backward(inner, *factors, *kept)
-        ctx.group, ctx.shape, ctx.shared = group, x.shape, dropped is x
+        ctx.members, ctx.shape, ctx.shared = members, x.shape, dropped is x
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inner, *saved = ctx.saved_tensors
-        factors, kept = tuple(saved[: 2 * len(ctx.group)]), saved[2 * len(ctx.group) :]
-        width, ranks = ctx.shape[-1], inner.shape[1]
-        columns = _columns(width, ranks)
-        both: Tensor | None = None
-        spans, grads_b, first = [], [], 0
-        for member, b, grad in zip(ctx.group, factors[1::2], grads, strict=True):
-            flat, span = grad.reshape(-1, len(b)), slice(first, first + b.shape[1])
-            weight = member.beside(b, width + first, columns, flat.dtype)
-            both = flat @ weight if both is None else both.addmm_(flat, weight)
-            grads_b.append((flat.T @ inner[:, span]).to(b.dtype).mul_(member.layer.scaling))
-            spans.append(span)
-            first = span.stop
-        assert both is not None
-        grad_inner = both[:, width : width + ranks].contiguous()
+        members, count, width = ctx.members, 2 * len(ctx.members), ctx.shape[-1]
+        factors, kept = tuple(saved[:count]), saved[count:]
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_inner, direct = _input_gradients(members, factors, flat, width if ctx.needs_input_grad[0] else None)
         grad_a = (grad_inner.T @ ctx.make(*kept).reshape(-1, width)).to(factors[0].dtype)
-        pairs = zip((grad_a[span] for span in spans), grads_b, strict=True)
-        by_factors = (grad for pair in pairs for grad in pair)
-        needs_x, needs_dropped, *_ = ctx.needs_input_grad
-        grad_x = grad_dropped = None
-        if needs_x and ctx.shared:
-            grad_x = torch.addmm(both[:, :width], grad_inner, _stacked(factors, both.dtype)).view(ctx.shape)
-        elif needs_x:
-            grad_x = both[:, :width].reshape(ctx.shape)
-        if needs_dropped and not ctx.shared:
-            grad_dropped = (grad_inner @ _stacked(factors, both.dtype)).view(ctx.shape)
-        return grad_x, grad_dropped, None, *by_factors
+        by_factors, first = [], 0
+        for member, b, grad in zip(members, factors[1::2], flat, strict=True):
+            span = slice(first, first + b.shape[1])
+            grad_b = (grad.T @ inner[:, span]).to(b.dtype).mul_(member.layer.scaling)
+            by_factors += [grad_a[span], grad_b]
+            first = span.stop
+        if direct is None:
+            return None, None, None, *by_factors
+        a = _stacked(factors, direct.dtype)
+        if ctx.shared:
+            return torch.addmm(direct, grad_inner, a).view(ctx.shape), None, None, *by_factors
+        return direct.reshape(ctx.shape), (grad_inner @ a).view(ctx.shape), None, *by_factors
+
+
+def _input_gradients(
+    members: tuple[_Member, ...], factors: tuple[Tensor, ...], grads: Sequence[Tensor], width: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """I, and D if the input, which is so wide, needs a gradient."""
+    lora_bs = factors[1::2]
+    if width is None:
+        scaled = [
+            grad @ (b * member.layer.scaling).to(grad.dtype)
+            for member, b, grad in zip(members, lora_bs, grads, strict=True)
+        ]
+        return torch.cat(scaled, dim=1), None
+    ranks = sum(b.shape[1] for b in lora_bs)
+    columns, first = _columns(width, ranks), width
+    both = grads[0].new_empty(len(grads[0]), columns)
+    for number, (member, b, grad) in enumerate(zip(members, lora_bs, grads, strict=True)):
+        matrix = member.widen(b, first, columns, grad.dtype)
+        both = both.addmm_(grad, matrix) if number else torch.mm(grad, matrix, out=both)
+        first += b.shape[1]
+    return both[:, width : width + ranks].contiguous(), both[:, :width]
 
 
 def _stacked(factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
