@@ -60,8 +60,7 @@ class Output:
         final: where the folder will appear.
         plan: everything that determines the bytes of the output; a changed plan begins anew.
         force: replace an existing output that adaptkit made.
-        keeps: whether to refuse, instead of beginning anew, when the plan changed: told the folder, once it is locked,
-            it says whether what lies there took long to make.
+        keeps: told the locked folder, says whether its work took too long to begin anew when the plan changed.
         inputs: [path, state] pairs of what is read; a file at the same path that changed begins anew too. Shares may
             be made on several machines, where paths and times differ.
         part: make a share of the files, and leave publishing to the run that is no share.
@@ -130,8 +129,7 @@ class Output:
         """Whether an earlier run wrote all these files; they then count as part of the output."""
         if not all(name in self._finished for name in names):
             return False
-        for name in names:
-            done = self._finished[name]
+        for done in (self._finished[name] for name in names):
             self._count(done.record, done.tensors, done.notes)
         return True
 
@@ -233,7 +231,7 @@ class Output:
             for path in sorted(self.folder.glob(JOURNAL_PATTERN))
         }
         begun = {name: journal for name, journal in journals.items() if journal is not None}
-        changed = any(self._differs(journal) for journal in begun.values())
+        changed = any(map(self._differs, begun.values()))
         if self.part is not None:
             self._check_share(changed, begun)
         elif changed or not begun:
@@ -267,8 +265,8 @@ class Output:
         raise ConflictError(f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o")
 
     def _begin(self, changed: bool) -> None:
-        found = sorted(self.folder.iterdir())
-        if found and not changed and not self._is_ours():
+        found = list(self.folder.iterdir())
+        if found and not changed and not any(map(marks, found)):
             self._refuse_foreign()
         if changed and not self._force and self._keeps(self.folder):
             raise ConflictError(
@@ -276,9 +274,6 @@ class Output:
                 hint="run it with the same options to go on, or begin anew with --force",
             )
         clear(self.folder)
-
-    def _is_ours(self) -> bool:
-        return any(map(marks, self.folder.iterdir()))
 
 
 def partial_folder(final: Path) -> Path:

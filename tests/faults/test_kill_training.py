@@ -20,7 +20,7 @@ from adaptkit.training.loop import train
 from adaptkit.training.resume import checkpoints, newest_checkpoint
 
 OPTIONS = [
-    "--rank", "4", "--steps", "10", "--batch-size", "2", "--micro-batch-size", "1", "--learning-rate", "16",
+    "--rank", "4", "--steps", "10", "--batch-size", "2", "--micro-batch-size", "1", "--learning-rate", "40",
     "--compute-dtype", "float32", "--dropout", "0.1", "--neftune-alpha", "5", "--eval-every", "2", "--patience", "3",
     "--sample-prompts", "hello", "--sample-every", "5", "--sample-tokens", "3", "--page-kib", "4",
     "--optimizer-pages-mib", "0.01", "--on-non-finite", "skip", "--device", "cpu", "--pack", "--max-length", "256",
