@@ -87,8 +87,7 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
 
 def holds_work(folder: Path) -> bool:
     """Whether there is more than a run writes before its first checkpoint: that, or what is no training run's."""
-    beginnings = {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
-    return any(path.name not in beginnings and not _is_half(path) for path in folder.iterdir())
+    return not all(_is_beginning(path.name) for path in folder.iterdir())
 
 
 def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
@@ -182,9 +181,10 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(step), path) for step, path in found if step.isdecimal())
 
 
-def _is_half(path: Path) -> bool:
-    """Whether this is a checkpoint, or a file, that was being written."""
-    return path.name.endswith(".partial") and (path.name.startswith("checkpoint-") or path.is_file())
+def _is_beginning(name: str) -> bool:
+    """Whether a run has a file of this name, whole or half, before it has a checkpoint; half a checkpoint is none."""
+    known = name.removesuffix(".partial") in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
+    return known or (name.startswith("checkpoint-") and name.endswith(".partial"))
 
 
 def _read(path: Path, step: int) -> Snapshot:

@@ -236,7 +236,9 @@ def test_a_run_that_made_no_checkpoint_holds_up_no_other(config, tmp_path):
     assert report.manifest_sha256 == train(other, tmp_path / "again").manifest_sha256
 
 
-@pytest.mark.parametrize("name", ["checkpoint-3", "keep-3", "model-00001-of-00009.safetensors", "notes/a.txt"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint-3", "keep-3", "model-00001-of-00009.safetensors", "notes/a.txt", "model.partial"]
+)
 def test_what_no_run_begins_with_is_not_thrown_away(name, config, tmp_path):
     """Neither by a run with other options nor by one that is refused: a checkpoint, another command's work, a note."""
     work = tmp_path / "adapter.partial"

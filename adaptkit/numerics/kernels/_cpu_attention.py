@@ -8,7 +8,7 @@ attends to columns ``first <= column < last``; the other columns of the block be
 import numba
 import numpy as np
 
-from adaptkit.numerics.kernels._cpu_float import rounded, value
+from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
 from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
 
 _REORDERED = {"reassoc", "nnan", "nsz"}
@@ -44,10 +44,7 @@ def exponential(x):
 
 @inlined
 def _scale(scores, seen, scale, work):
-    """Put the scaled scores into ``work``, and return the largest; NaN if one of them is not finite.
-
-    Integers are compared, in the order of the floats: of those the compiler makes no vectors.
-    """
+    """Put the scaled scores into ``work``, and return the largest; NaN if one of them is not finite."""
     largest, magnitude = np.int32(-0x80000000), np.int32(0)
     for j in range(seen.size):
         number = value(scores, seen[j]) * scale
@@ -55,11 +52,11 @@ def _scale(scores, seen, scale, work):
         bits = np.float32(number).view(np.int32)
         size = np.int32(bits & np.int32(0x7FFFFFFF))
         magnitude = size if size > magnitude else magnitude
-        ordered = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        ordered = in_order(bits)
         largest = ordered if ordered > largest else largest
     if magnitude >= np.int32(0x7F800000):
         return np.float32(np.nan)
-    return np.int32(largest ^ np.int32(np.int32(largest >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+    return np.int32(in_order(largest)).view(np.float32)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)

@@ -121,7 +121,7 @@ def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool =
     """See ``reference.encode_4bit``."""
     tables = tuple(tuple(map(np.float32, v)) for v in (book.bounds, book.ascending))
     order = tuple(map(np.uint8, book.order))
-    looked_up = levels_of(book) if PERMUTATION and block_size % CHUNK == 0 else None
+    looked_up = _levels(book) if PERMUTATION and block_size % CHUNK == 0 else None
     steps = block_size, tables[0], order, tables[1], looked_up
 
     def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
@@ -173,7 +173,7 @@ def _decode_4bit_by_selection(codes, absmax, block_size, levels, out):
 
 
 @cache
-def levels_of(book: Codebook) -> Any:
+def _levels(book: Codebook) -> Any:
     """(16,) float32, made once: decoding a small weight takes little longer than making them."""
     return np.array(book.levels, np.float32)
 
@@ -188,7 +188,7 @@ def decode_4bit(
     weights = full * block_size
     arrays = codes[: weights // 2].numpy(), absmax[:full].numpy(), block_size
     if PERMUTATION and block_size % CHUNK == 0:
-        _decode_4bit_by_look_up(*arrays, levels_of(book), float_bits(out[:weights]))
+        _decode_4bit_by_look_up(*arrays, _levels(book), float_bits(out[:weights]))
     else:
         _decode_4bit_by_selection(*arrays, tuple(map(np.float32, book.levels)), float_bits(out[:weights]))
     if weights < count:

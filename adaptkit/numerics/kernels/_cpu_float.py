@@ -94,6 +94,15 @@ def plain(number):
 
 
 @inlined
+def in_order(bits):
+    """The int32 bits of a float32 as an integer that orders as the floats do; and such an integer as bits again.
+
+    The compiler makes vectors of comparisons of integers, and of those of floats none.
+    """
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@inlined
 def _to_bfloat16(number):
     bits = np.float32(number).view(np.uint32)
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 
 from adaptkit.numerics.kernels._cpu_attention import exponential
-from adaptkit.numerics.kernels._cpu_float import rounded, value
+from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
 from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
 
 _PIECE = 1024
@@ -19,20 +19,17 @@ _INFINITY = np.int32(0x7F800000)
 
 @inlined
 def _largest(logits, row):
-    """The largest of a row; NaN if that is infinite, or anything is NaN.
-
-    Integers are compared, in the order of the floats: of those the compiler makes no vectors.
-    """
+    """The largest of a row; NaN if that is infinite, or anything is NaN."""
     largest, magnitude = np.int32(-0x80000000), np.int32(0)
     for i in range(row.size):
         bits = np.float32(value(logits, row[i])).view(np.int32)
         size = np.int32(bits & np.int32(0x7FFFFFFF))
         magnitude = size if size > magnitude else magnitude
-        ordered = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        ordered = in_order(bits)
         largest = ordered if ordered > largest else largest
     if magnitude > _INFINITY or largest >= _INFINITY:
         return np.float32(np.nan)
-    return np.int32(largest ^ np.int32(np.int32(largest >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+    return np.int32(in_order(largest)).view(np.float32)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"}, **INLINED)
