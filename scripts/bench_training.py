@@ -204,9 +204,11 @@ def work(side: str, case: str, threads: int) -> None:
     if side == "adaptkit":  # as the command does
         from adaptkit.checkpoint.compiler import leave_compiler_out
         from adaptkit.checkpoint.heap import keep_freed_memory
+        from adaptkit.checkpoint.pages import give_back_kernel_compiler
 
         keep_freed_memory()
         leave_compiler_out()
+        give_back_kernel_compiler()
     import torch
 
     torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.header import Header, TensorSpec, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, side_files, weight_files
 from adaptkit.errors import CheckpointError, IntegrityError
@@ -159,6 +160,9 @@ class Checkpoint(TensorFiles):
         """The small files that travel with the weights, by name; see ``layout.side_files``."""
         return {path.name: read_small(path) for path in side_files(self.root)}
 
+    def give_back(self, tensor: "Tensor") -> None:
+        """Let go of the memory of a tensor that can be read again without asking; of these, none can."""
+
     def outline(self) -> str:
         """sha256 over the configuration and all headers: what the checkpoint is like, but for the weights' values."""
         digest = hashlib.sha256(read_small(self.root / CONFIG_NAME))
@@ -191,6 +195,17 @@ class MappedCheckpoint(Checkpoint):
         if start + size > len(whole):
             raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_KEEP_STILL)
         return torch.from_numpy(whole[start : start + size])
+
+    def give_back(self, tensor: "Tensor") -> None:
+        """Let go of the pages of a tensor that is a view of a mapped file: they come back when they are touched.
+
+        Args:
+            tensor: contiguous, never written: what was written is lost.
+        """
+        start = tensor.data_ptr()
+        for whole in self._maps.values():
+            if tensor.device.type == "cpu" and 0 <= start - whole.ctypes.data <= len(whole) - tensor.nbytes:
+                pages.give_back(start, tensor.nbytes)
 
     @cached_property
     def _maps(self) -> dict[str, Any]:

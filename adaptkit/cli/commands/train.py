@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.checkpoint.compiler import leave_compiler_out
+from adaptkit.checkpoint.pages import give_back_kernel_compiler
 from adaptkit.cli.batch_view import batch_lines, has_colour
 from adaptkit.cli.data_rows import cut_rows, data_rows
 from adaptkit.cli.options import ArtifactPath, given, output_options, settings_options
@@ -54,6 +55,7 @@ def command(
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
         as_json, quiet = False, True
     leave_compiler_out()
+    give_back_kernel_compiler()
     if show_batch:
         from adaptkit.training.preview import preview
 

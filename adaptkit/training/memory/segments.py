@@ -28,6 +28,7 @@ from adaptkit.checkpoint.assembly import find_stack
 from adaptkit.checkpoint.layer_call import LayerCall
 from adaptkit.errors import UsageError
 from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.network.linear import PackedWeight
 
 
 def choose_checkpointing(
@@ -58,6 +59,8 @@ def choose_checkpointing(
 def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: Shelf | None = None) -> None:
     """Make a network's layers keep only what is said. Takes effect wherever gradients are recorded.
 
+    Nor do the packed weights of those layers stay resident between the passes.
+
     Args:
         network: to change.
         checkpointing: what ``choose_checkpointing`` gave.
@@ -71,6 +74,8 @@ def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: S
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
         place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf)
         layer.forward = _checkpointed(layer.forward, place)
+        for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
+            weight.is_transient = True
 
 
 @dataclass

@@ -75,7 +75,7 @@ def read_weight(assembly: Assembly, name: str) -> Stack:
 
 def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     if file_name in assembly.quantized:
-        return PackedWeight(read_quantized(assembly.checkpoint, file_name))
+        return PackedWeight(read_quantized(assembly.checkpoint, file_name), assembly.checkpoint.give_back)
     return PlainWeight(assembly.checkpoint.read(file_name))
 
 

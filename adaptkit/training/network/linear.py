@@ -6,6 +6,7 @@ W is dequantized in the forward pass, dropped, and dequantized again in the back
 is kept; nor is one of A or B. W gets no gradient; A and B do.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,16 +23,25 @@ from adaptkit.training.network.whole import TrainedWeight
 
 
 class PackedWeight(nn.Module):
-    """A frozen quantized weight of any format, packed as in the file: (out, in), or a stack (experts, out, in)."""
+    """A frozen quantized weight of any format, packed as in the file: (out, in), or a stack (experts, out, in).
+
+    Args:
+        weight: as it was read.
+        give_back: lets go of the pages of a tensor that is mapped, and of no other.
+
+    Attributes:
+        is_transient: whether its pages go when it has been decoded, so that those of few weights are resident.
+    """
 
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor
     levels: Tensor
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight, give_back: Callable[[Tensor], None] = lambda _: None) -> None:
         super().__init__()
         self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
+        self._give_back, self.is_transient = give_back, False
         self._offset: float | None = None
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
@@ -58,7 +68,14 @@ class PackedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in its shape, in ``dtype``."""
-        return self.quantized().dequantize(dtype)
+        weight = self.quantized().dequantize(dtype)
+        self.was_decoded()
+        return weight
+
+    def was_decoded(self) -> None:
+        """Whoever has decoded what ``quantized`` gives says so."""
+        if self.is_transient:
+            self._give_back(self.codes)
 
 
 class PlainWeight(nn.Module):

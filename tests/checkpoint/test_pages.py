@@ -1,0 +1,110 @@
+"""Pages that were given back are read again, and only those of files are given back."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.checkpoint import pages
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages stay")
+
+LOADED = """
+from adaptkit.checkpoint.pages import _unchanged, give_back_kernel_compiler
+
+def resident():
+    found, inside = 0, False
+    for line in open("/proc/self/smaps"):
+        inside = "llvmlite" in line if "-" in line.split()[0] else inside
+        found += int(line.split()[1]) if inside and line.startswith("Rss:") else 0
+    return found / 1000
+
+import numba
+before = resident()
+if {given}:
+    give_back_kernel_compiler()
+
+@numba.njit
+def double(x):
+    return 2 * x
+
+assert double(2) == 4 and double(1.5) == 3.0
+print(before, resident())
+assert double(2j) == 4j
+"""
+
+
+def resident(address):
+    """KiB of the mapping that an address is in."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key = line.split()[0]
+        if not key.endswith(":"):
+            start, end = (int(part, 16) for part in key.split("-"))
+            inside = start <= address < end
+        elif inside and key == "Rss:":
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from safetensors.torch import save_file
+
+    values = torch.arange(2**20, dtype=torch.int32)
+    save_file({"first": values, "second": -values}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_mapped_tensor_is_read_again(checkpoint):
+    mapped = MappedCheckpoint(checkpoint)
+    tensor = mapped.read("first")
+    total = int(tensor.sum())
+    held = resident(tensor.data_ptr())
+    mapped.give_back(tensor)
+    assert resident(tensor.data_ptr()) < held - 4000
+    assert int(tensor.sum()) == total == 2**19 * (2**20 - 1)
+    assert torch.equal(tensor, torch.arange(2**20, dtype=torch.int32))
+
+
+def test_what_is_beside_a_tensor_stays(checkpoint):
+    mapped = MappedCheckpoint(checkpoint)
+    first, second = mapped.read("first"), mapped.read("second")
+    second[0], second[-1] = 7, 8
+    mapped.give_back(first)
+    assert (int(second[0]), int(second[-1])) == (7, 8)
+
+
+@pytest.mark.parametrize("opened", [Checkpoint, MappedCheckpoint])
+def test_a_tensor_of_a_process_s_own_memory_stays(opened, checkpoint):
+    files = opened(checkpoint)
+    files.read("first")
+    own = torch.ones(2**20, dtype=torch.int32)
+    files.give_back(own)
+    assert int(own.sum()) == 2**20
+    copy = files.read("first").clone()
+    files.give_back(copy)
+    assert torch.equal(copy, torch.arange(2**20, dtype=torch.int32))
+
+
+def test_less_than_a_page_is_left_alone():
+    values = np.ones(100, np.uint8)
+    pages.give_back(values.ctypes.data, 100)
+    assert values.sum() == 100
+
+
+def test_the_compiler_of_kernels_goes_and_works_again():
+    def measured(given):
+        code = LOADED.format(given=given)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return [float(part) for part in done.stdout.split()]
+
+    before, after = measured(given=False)
+    assert after > before
+    assert measured(given=True)[1] < after - 30
