@@ -20,10 +20,15 @@ from torch.nn import functional
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.remade import Recipe
+from adaptkit.training.network.rotary import fuse_rotary
 
 
 def fuse_layers(network: nn.Module) -> None:
-    """Replace the forward passes of the norms and gates of a model on a CPU whose parts are frozen."""
+    """Replace the forward passes of the norms and gates of a model on a CPU whose parts are frozen.
+
+    And what its attention does to queries and keys: see ``rotary``.
+    """
+    fuse_rotary(network)
     for module in network.modules():
         weight, eps = _norm_parts(module)
         if weight is not None and not weight.requires_grad:

@@ -1,0 +1,126 @@
+"""Fused rotary positions give the bits of transformers' function, both ways, to networks that asked for them."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.llama import modeling_llama
+
+from adaptkit.training.network import rotary
+from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.rotary import fuse_rotary
+
+TYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the kernel."""
+    seen, rotate = [], rotary.rotate
+    monkeypatch.setattr(rotary, "rotate", lambda *args: (seen.append(args), rotate(*args)))
+    return seen
+
+
+def inputs(dtype, batch=2, tokens=7, heads=4, key_heads=2, dim=16, angles=1):
+    generator = torch.Generator().manual_seed(2)
+    query, key = (
+        torch.randn(batch, tokens, count, dim, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+        for count in (heads, key_heads)
+    )
+    cos, sin = (torch.randn(angles, tokens, dim, generator=generator).to(dtype) for _ in range(2))
+    return query, key, cos, sin
+
+
+def both_ways(function, query, key, cos, sin):
+    rotated = function(query, key, cos, sin)
+    changes = [torch.randn(side.shape, generator=torch.Generator().manual_seed(4)).to(side.dtype) for side in rotated]
+    return [*rotated, *torch.autograd.grad(rotated, (query, key), changes)]
+
+
+@pytest.mark.parametrize("angles", [1, 2])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_bits_are_those_of_transformers(dtype, angles):
+    given = inputs(dtype, angles=angles)
+    own = getattr(modeling_llama.apply_rotary_pos_emb, "__wrapped__", modeling_llama.apply_rotary_pos_emb)
+    expected, found = both_ways(own, *given), both_ways(rotary._Rotary.apply, *given)
+    assert all(map(torch.equal, found, expected))
+    assert all(side.abs().sum() > 0 for side in expected)
+
+
+def adapted(made, family, dtype):
+    folder = made / f"rotary-{family}"
+    if not folder.exists():
+        tiny.write_family(folder, family)
+    model = load_model(folder, dtype, torch.device("cpu"))
+    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+    for number, layer in enumerate(model.adapted().values()):
+        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    return model
+
+
+def run(network):
+    """Logits and gradients."""
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+    logits = network(input_ids=ids, use_cache=False).logits.float()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mixtral"])
+def test_a_network_computes_the_same_bits(family, dtype, made, calls):
+    model = adapted(made, family, dtype)
+    before = run(model.network)
+    assert not calls
+    fuse_rotary(model.network)
+    layers = model.network.config.num_hidden_layers
+    assert all(map(torch.equal, run(model.network), before))
+    assert len(calls) == 4 * layers, "queries and keys, forward and back"
+
+
+def test_a_network_that_rotates_otherwise_is_left_alone(made, calls):
+    model = adapted(made, "phi", torch.float32)  # only a part of each head is rotated: not the shape that is known
+    before = run(model.network)
+    fuse_rotary(model.network)
+    assert all(map(torch.equal, run(model.network), before))
+    assert not calls
+
+
+def test_other_networks_of_the_process_are_left_alone(made, calls):
+    fuse_rotary(adapted(made, "llama", torch.float32).network)
+    other = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=300
+        )
+    )
+    run(other)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda q, k, cos, sin: (q[:, :2], k, cos, sin),
+        lambda q, k, cos, sin: (q.contiguous(), k, cos, sin),
+        lambda q, k, cos, sin: (q.double(), k.double(), cos, sin),
+        lambda q, k, cos, sin: (q, k, cos.bfloat16(), sin),
+        lambda q, k, cos, sin: (q, k, cos.clone().requires_grad_(), sin),
+    ],
+)
+def test_what_is_not_known_goes_to_transformers(changed, made, calls):
+    fuse_rotary(adapted(made, "llama", torch.float32).network)
+    function = modeling_llama.apply_rotary_pos_emb
+    given = changed(*inputs(torch.float32))
+    expected = function.__wrapped__(*given)
+    found = rotary._calling(function)(*given)
+    assert all(map(torch.equal, found, expected))
+    assert not calls
+
+
+def test_a_function_of_another_formula_is_left_alone():
+    own = modeling_gemma2.apply_rotary_pos_emb
+    assert rotary._is_formula(own)
+    assert not rotary._is_formula(lambda q, k, cos, sin: own(q, k, sin, cos))
+    assert not rotary._is_formula(lambda q, k, cos, sin: [x.float().bfloat16() for x in own(q, k, cos, -sin)])
+    assert not rotary._is_formula(lambda q, k, position: (q, k))
