@@ -132,3 +132,24 @@ def gradient_block(scores, gradients, first, last, scale, log_sums, means):
                 difference = value(gradients, seen_change[j]) - mean
                 seen[j] = rounded(scores, probability)
                 seen_change[j] = rounded(gradients, probability * difference * scale)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
+def _product(x, row, y, other):
+    total = np.float32(0.0)
+    for i in range(row.size):
+        total += value(x, row[i]) * value(y, other[i])
+    return total
+
+
+@jit
+def row_products(x, y, products):
+    """The products of the rows of two matrices.
+
+    Args:
+        x: (rows, size) bits.
+        y: (rows, size) bits of the same type.
+        products: (rows,) float32, written.
+    """
+    for r in range(x.shape[0]):
+        products[r] = _product(x, x[r], y, y[r])

@@ -5,15 +5,16 @@ import tiny
 import torch
 import transformers
 
-from adaptkit.training.network import attention
-from adaptkit.training.network.attention import attend, causal_spans, mask_spans, use_own_attention
+from adaptkit.training.network import attention, spans
+from adaptkit.training.network.attention import attend, use_own_attention
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
 
-def seen_by(spans, keys):
+def seen_by(runs, keys):
     """The mask that spans stand for: (batch, 1, queries, keys)."""
     place = torch.arange(keys)
-    return ((place >= spans[0][..., None]) & (place < spans[1][..., None]))[:, None]
+    return ((place >= runs.first[..., None]) & (place < runs.last[..., None]))[:, None]
 
 
 def formula(query, key, value, scale, mask):
@@ -28,12 +29,17 @@ def formula(query, key, value, scale, mask):
 def random_spans(batch, queries, keys, generator):
     first = torch.randint(0, keys, (batch, queries), generator=generator, dtype=torch.int32)
     last = first + torch.randint(0, keys, (batch, queries), generator=generator, dtype=torch.int32)
-    return torch.stack((first, last.clamp(max=keys)))
+    return Spans(first, last.clamp(max=keys))
+
+
+def window(queries):
+    last = torch.arange(1, queries + 1, dtype=torch.int32).expand(2, -1)
+    return Spans((last - 7).clamp(min=0), last)
 
 
 CASES = {
     "causal": lambda n, g: causal_spans(2, n),
-    "window": lambda n, g: torch.stack(((torch.arange(1, n + 1) - 7).clamp(min=0).expand(2, n), causal_spans(2, n)[1])),
+    "window": lambda n, g: window(n),
     "any runs, empty ones too": lambda n, g: random_spans(2, n, n, g),
 }
 
@@ -42,16 +48,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_result_and_gradients_are_the_formulas(case, length, heads, key_heads, dim, value_dim, monkeypatch):
-    monkeypatch.setattr(attention, "_ROWS", 16)
-    monkeypatch.setattr(attention, "_SCORES", 700)
+    monkeypatch.setattr(spans, "_ROWS", 16)
+    monkeypatch.setattr(spans, "_SCORES", 700)
     generator = torch.Generator().manual_seed(length)
-    spans = CASES[case](length, generator).to(torch.int32)
+    runs = CASES[case](length, generator)
     sizes = ((2, heads, length, dim), (2, key_heads, length, dim), (2, key_heads, length, value_dim))
     inputs = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     weights = torch.randn((2, length, heads, value_dim), generator=generator)
-    found = attend(*inputs, 0.3, spans)
-    wanted = formula(*doubles, 0.3, seen_by(spans, length))
+    found = attend(*inputs, 0.3, runs)
+    wanted = formula(*doubles, 0.3, seen_by(runs, length))
     torch.testing.assert_close(found, wanted.float(), rtol=2e-6, atol=2e-6)
     gradients = torch.autograd.grad(found, inputs, weights)
     for one, other in zip(gradients, torch.autograd.grad(wanted, doubles, weights.double()), strict=True):
@@ -89,8 +95,8 @@ def test_bfloat16_is_as_near_as_transformers_own_arithmetic():
     sizes = ((1, 6, 100, 32), (1, 2, 100, 32), (1, 2, 100, 32))
     inputs = [torch.randn(size, generator=generator).bfloat16().requires_grad_() for size in sizes]
     weights = torch.randn((1, 100, 6, 32), generator=generator).bfloat16()
-    spans = causal_spans(1, 100)
-    mask = seen_by(spans, 100)
+    runs = causal_spans(1, 100)
+    mask = seen_by(runs, 100)
 
     def eager(query, key, value):
         key, value = (side.repeat_interleave(3, 1) for side in (key, value))
@@ -104,17 +110,25 @@ def test_bfloat16_is_as_near_as_transformers_own_arithmetic():
         found = torch.autograd.grad(result, inputs, weights)
         return [float((one - two).norm() / two.norm()) for one, two in zip(found, exact, strict=True)]
 
-    for own, theirs in zip(errors(attend(*inputs, 0.2, spans)), errors(eager(*inputs)), strict=True):
+    for own, theirs in zip(errors(attend(*inputs, 0.2, runs)), errors(eager(*inputs)), strict=True):
         assert own < 1.3 * theirs < 0.02
 
 
 def test_masks_of_one_run_a_query_are_understood_and_others_refused():
     generator = torch.Generator().manual_seed(2)
-    spans = random_spans(2, 12, 12, generator)
-    mask = seen_by(spans, 12)
+    runs = random_spans(2, 12, 12, generator)
+    mask = seen_by(runs, 12)
     assert torch.equal(seen_by(mask_spans(mask), 12), mask)
+    assert mask_spans(mask) is mask_spans(mask)
     mask[0, 0, 5] = torch.tensor([True, False] * 6)
     assert mask_spans(mask) is None
+    other = seen_by(causal_spans(1, 12), 12)
+    assert torch.equal(seen_by(mask_spans(other), 12), other)
+    with torch.inference_mode():
+        known = seen_by(runs, 12)
+        assert torch.equal(seen_by(mask_spans(known), 12), known)
+        known[0, 0, 5] = torch.tensor([True, False] * 6)
+        assert mask_spans(known) is None, "such a tensor has no version"
 
 
 FAMILIES = ("llama", "mistral", "qwen3", "gpt2", "gemma")

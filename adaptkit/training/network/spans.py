@@ -1,0 +1,126 @@
+"""Which keys the queries of an attention see, where each sees one run of them, and how that is cut into blocks.
+
+All layers of a network ask the same, so answers are kept.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROWS = 128
+"""Queries in a block."""
+
+_SCORES = 1 << 20
+"""Scores in a block: what a processor's cache holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """The run of keys that every query sees.
+
+    Attributes:
+        first: (batch, queries) int32, the first key that a query sees.
+        last: (batch, queries) int32, one past the last; at most the first for a query that sees nothing.
+    """
+
+    first: Tensor
+    last: Tensor
+    _cut: dict[tuple[int, ...], tuple["Block", ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def blocks(self, heads: int, key_heads: int) -> tuple["Block", ...]:
+        """The blocks that hold all that is seen.
+
+        Args:
+            heads: of the queries.
+            key_heads: each of which serves heads / key_heads of them, one after the other.
+        """
+        sizes = heads, key_heads, _ROWS, _SCORES
+        if sizes not in self._cut:
+            self._cut[sizes] = tuple(self._blocks(heads // key_heads, key_heads))
+        return self._cut[sizes]
+
+    def _blocks(self, group: int, key_heads: int) -> Iterator["Block"]:
+        for sample in range(self.first.shape[0]):
+            for start in range(0, self.first.shape[1], _ROWS):
+                first, last = (side[sample, start : start + _ROWS] for side in (self.first, self.last))
+                low = int(first.min())
+                high = max(low + 1, int(last.max()))
+                counted = [(side - low).repeat_interleave(group).numpy() for side in (first, last)]
+                step = max(1, _SCORES // (group * len(first) * (high - low)))
+                for head in range(0, key_heads, step):
+                    chosen = slice(head, min(head + step, key_heads)), slice(low, high)
+                    yield Block(sample, slice(start, start + len(first)), *chosen, *counted)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some queries of some heads, and the keys that any of them sees.
+
+    Attributes:
+        sample: of the batch.
+        rows: the queries.
+        heads: of the keys; the queries are those of the heads that they serve.
+        keys: what any of the queries sees.
+        first: (rows · group,) int32, the first key that a query sees, counted from the block's first; the heads that
+            one key head serves follow each other.
+        last: (rows · group,) int32, one past the last.
+    """
+
+    sample: int
+    rows: slice
+    heads: slice
+    keys: slice
+    first: Any
+    last: Any
+
+    def of_queries(self, tensor: Tensor) -> Tensor:
+        """(heads, rows · group, …) of (batch, key_heads, queries, group, …): a view if that is contiguous."""
+        return tensor[self.sample, self.heads, self.rows].flatten(1, 2)
+
+    def of_keys(self, tensor: Tensor) -> Tensor:
+        """(heads, keys, dim) of (batch, key_heads, keys, dim)."""
+        return tensor[self.sample, self.heads, self.keys]
+
+    def put(self, found: Tensor, result: Tensor) -> None:
+        """Write (heads, rows · group, dim) into (batch, queries, key_heads, group, dim)."""
+        target = result[self.sample, self.rows, self.heads]
+        target.copy_(found.view(found.shape[0], -1, *result.shape[3:]).transpose(0, 1))
+
+
+@lru_cache(maxsize=8)
+def causal_spans(batch: int, queries: int) -> Spans:
+    """Every query sees itself and what is before it."""
+    last = torch.arange(1, queries + 1, dtype=torch.int32).expand(batch, -1)
+    return Spans(torch.zeros_like(last), last)
+
+
+def mask_spans(mask: Tensor) -> Spans | None:
+    """The runs of keys of a mask; None if some query sees more than one run.
+
+    Args:
+        mask: (batch, 1, queries, keys) bool, True for what is seen.
+    """
+    version = None if mask.is_inference() else mask._version
+    known = _answers.get("last")
+    if known is None or known[0]() is not mask or known[1] != version or version is None:
+        known = _answers["last"] = weakref.ref(mask), version, _runs(mask)
+    return known[2]
+
+
+_answers: dict[str, tuple[weakref.ref[Tensor], int | None, Spans | None]] = {}
+"""The mask that was asked about last, its version, and the answer."""
+
+
+def _runs(mask: Tensor) -> Spans | None:
+    seen = mask[:, 0]
+    count = seen.sum(-1, dtype=torch.int32)
+    first = torch.where(count > 0, seen.to(torch.uint8).argmax(-1).to(torch.int32), 0)
+    last = first + count
+    place = torch.arange(seen.shape[-1])
+    runs = (place >= first[..., None]) & (place < last[..., None])
+    return Spans(first, last) if torch.equal(runs, seen) else None
