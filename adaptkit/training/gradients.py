@@ -10,6 +10,7 @@ from torch import Tensor
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
+from adaptkit.training.network.accumulation import adding_up
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.neftune import EmbeddingNoise
@@ -65,7 +66,8 @@ class Gradients:
         if self._noise is not None:
             self._noise.expect(batch)
         loss = summed_loss(self._model, batch) / answers
-        torch.autograd.backward(loss)  # even if it is no number: processes that share the base need each other here
+        with adding_up():
+            torch.autograd.backward(loss)  # even if it is no number: processes that share the base need each other here
         return loss.detach()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
 from adaptkit.numerics.kernels._cpu_float import float_bits, plain, rounded
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
-from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._cpu_memory import inlined, jit
 
 
 class PackedRows(NamedTuple):
@@ -41,8 +41,17 @@ def can_decode_rows(width: int, block_size: int) -> bool:
     return PERMUTATION is not None and block_size % CHUNK == 0 and width % block_size == 0
 
 
+@inlined
+def _place(b, scale, left, first, out, row):
+    written, inside = row[left:], row[first : first + b.size]
+    for j in range(written.size):
+        written[j] = 0
+    for k in range(inside.size):
+        inside[k] = rounded(out, plain(b[k] * scale))
+
+
 @jit
-def _decode(weight, absmax, out):
+def _widen(weight, absmax, b, scale, first, out):
     half, block = weight.block_size // 2, 0
     for r in range(out.shape[0]):
         row = out[r]
@@ -50,47 +59,28 @@ def _decode(weight, absmax, out):
             codes = weight.codes[block * half : (block + 1) * half]
             decode_block(codes, plain(absmax[block]), weight.levels, row[start : start + weight.block_size])
             block += 1
+        _place(b[r], scale, weight.width, first, out, row)
 
 
 @jit
-def _decode_nested(weight, out):
+def _widen_nested(weight, b, scale, first, out):
     absmax = np.empty(weight.constants.size, np.float32)
     decode_groups(weight.constants, weight.nested, weight.offset, weight.nested_levels, absmax)
-    _decode(weight, absmax, out)
+    _widen(weight, absmax, b, scale, first, out)
 
 
-def decode_rows(weight: PackedRows, out: Tensor) -> None:
-    """Decode a weight into the first columns of a matrix; see ``reference.decode_4bit``.
-
-    Args:
-        weight: of as many rows.
-        out: (rows, width or more) bfloat16, float16 or float32, contiguous, written.
-    """
-    if weight.nested.size:
-        _decode_nested(weight, float_bits(out))
-    else:
-        _decode(weight, weight.constants, float_bits(out))
-
-
-@jit
-def _place(b, scale, left, first, out):
-    for r in range(out.shape[0]):
-        row, factor = out[r], b[r]
-        written, inside = row[left:], row[first : first + factor.size]
-        for j in range(written.size):
-            written[j] = 0
-        for k in range(inside.size):
-            inside[k] = rounded(out, plain(factor[k] * scale))
-
-
-def place(lora_b: Tensor, scale: float, left: int, first: int, out: Tensor) -> None:
-    """Write a factor of an adapter, scaled in float32 and rounded once, into the last columns, and zeros around it.
+def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Tensor) -> None:
+    """Decode a weight into the first columns of a matrix, and write a factor of its adapter into later ones.
 
     Args:
-        lora_b: (rows, rank) float32.
+        weight: of as many rows; see ``reference.decode_4bit``.
+        lora_b: (rows, rank) float32; scaled in float32 and rounded once.
         scale: of it.
-        left: column from which on the matrix is written.
-        first: column in which the factor begins.
+        first: column in which it begins; the other columns become zero.
         out: (rows, columns) bfloat16, float16 or float32, contiguous, written.
     """
-    _place(lora_b.detach().contiguous().numpy(), np.float32(scale), left, first, float_bits(out))
+    factor = lora_b.detach().contiguous().numpy(), np.float32(scale), first, float_bits(out)
+    if weight.nested.size:
+        _widen_nested(weight, *factor)
+    else:
+        _widen(weight, weight.constants, *factor)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
-from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, decode_rows, place
+from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, widen
+from adaptkit.training.network.accumulation import give
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.remade import source_of
 
@@ -104,8 +105,8 @@ class _Member:
         rows = self._rows or _packed_rows(layer.base.quantized())
         self._rows = None if layer.base.is_divided else rows
         matrix = torch.empty((len(lora_b), columns), dtype=dtype)
-        decode_rows(rows, matrix)
-        place(lora_b, layer.scaling, rows.width, first, matrix)
+        widen(rows, lora_b, layer.scaling, first, matrix)
+        layer.base.was_decoded()
         return matrix
 
 
@@ -189,14 +190,15 @@ def multiplied(members: tuple[_Member, ...], x: Tensor, dropped: Tensor) -> tupl
 
 
 class _Product(torch.autograd.Function):
-    """The formulas of the module's docstring; saves what the input was made of, X' Aᵀ and the adapters, never W."""
+    """The formulas of the module's docstring; saves what the input was made of, X' Aᵀ and the adapter, never W."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor, members: tuple[_Member, ...], *factors: Tensor
     ) -> tuple[Tensor, ...]:
         flat, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        inner = dropped.reshape(-1, width) @ _stacked(factors, x.dtype).T
+        a = _stacked(factors, x.dtype)
+        inner = dropped.reshape(-1, width) @ a.T
         columns = _columns(width, inner.shape[1])
         wide = torch.cat((flat, inner, flat.new_zeros(len(flat), columns - width - inner.shape[1])), dim=1)
         results, first = [], width
@@ -206,27 +208,27 @@ class _Product(torch.autograd.Function):
             results.append(y)
             first += b.shape[1]
         ctx.make, kept = source_of(dropped)
-        ctx.save_for_backward(inner, *factors, *kept)
+        ctx.save_for_backward(inner, a, *factors, *kept)
         ctx.members, ctx.shape, ctx.shared = members, x.shape, dropped is x
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inner, *saved = ctx.saved_tensors
+        inner, a, *saved = ctx.saved_tensors
         members, count, width = ctx.members, 2 * len(ctx.members), ctx.shape[-1]
         factors, kept = tuple(saved[:count]), saved[count:]
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_inner, direct = _input_gradients(members, factors, flat, width if ctx.needs_input_grad[0] else None)
-        grad_a = (grad_inner.T @ ctx.make(*kept).reshape(-1, width)).to(factors[0].dtype)
+        grad_a = grad_inner.T @ ctx.make(*kept).reshape(-1, width)
         by_factors, first = [], 0
-        for member, b, grad in zip(members, factors[1::2], flat, strict=True):
-            span = slice(first, first + b.shape[1])
-            grad_b = (grad.T @ inner[:, span]).to(b.dtype).mul_(member.layer.scaling)
-            by_factors += [grad_a[span], grad_b]
+        for member, grad in zip(members, flat, strict=True):
+            lora_a, lora_b = member.layer.lora_a, member.layer.lora_b
+            span = slice(first, first + len(lora_a))
+            by_factors.append(give(lora_a, grad_a[span]))
+            by_factors.append(give(lora_b, (inner[:, span].T @ grad).T, member.layer.scaling))
             first = span.stop
         if direct is None:
             return None, None, None, *by_factors
-        a = _stacked(factors, direct.dtype)
         if ctx.shared:
             return torch.addmm(direct, grad_inner, a).view(ctx.shape), None, None, *by_factors
         return direct.reshape(ctx.shape), (grad_inner @ a).view(ctx.shape), None, *by_factors

@@ -235,8 +235,8 @@ def test_an_input_without_a_gradient_costs_no_product_with_the_weight(monkeypatc
 
     before = found(x)
     join_layers(twins)
-    decoded, decode = [], joined.decode_rows
-    monkeypatch.setattr(joined, "decode_rows", lambda *given: (decoded.append(1), decode(*given)))
+    decoded, decode = [], joined.widen
+    monkeypatch.setattr(joined, "widen", lambda *given: (decoded.append(1), decode(*given)))
     after = found(x)
     assert len(decoded) == 2
     for one, two in zip(after, before, strict=True):

@@ -1,0 +1,41 @@
+"""Gradients that a layer adds by itself to where they are kept.
+
+For every parameter autograd makes a tensor of the parameter's type, and adds it in a node of its own; for the small
+factors of an adapter that takes longer than computing it. While a pass adds up here, a layer that knows its parameters
+does both in one pass over what it has, and gives autograd nothing.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+_pass = threading.local()
+
+
+@contextmanager
+def adding_up() -> Iterator[None]:
+    """Let layers add to the ``grad`` of their parameters, while this thread runs a backward pass to all of them."""
+    _pass.adds = True
+    try:
+        yield
+    finally:
+        _pass.adds = False
+
+
+def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
+    """Hand in a gradient.
+
+    Args:
+        parameter: whose it is.
+        grad: in its shape, of any floating-point type.
+        scale: that it is still to be multiplied by, in the parameter's type.
+
+    Returns:
+        What autograd is to be given: nothing if the gradient was added.
+    """
+    if parameter.grad is not None and getattr(_pass, "adds", False):
+        parameter.grad.add_(grad, alpha=scale)
+        return None
+    return grad.to(parameter.dtype).mul(scale)

@@ -1,0 +1,88 @@
+"""What layers add by themselves is what autograd would have added."""
+
+import tiny
+import torch
+
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.network import joined
+from adaptkit.training.network.accumulation import adding_up, give
+from adaptkit.training.network.joined import join_layers
+from adaptkit.training.network.model import load_model, new_adapter
+
+
+def loaded(made):
+    folder = made / "accumulated"
+    if not folder.exists():
+        tiny.write_family(folder, "llama")
+        quantize(folder, folder.with_name("accumulated-nf4"))
+    model = load_model(folder.with_name("accumulated-nf4"), torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 4, 6.0, "normal", 0.0, 0)
+    for number, layer in enumerate(model.adapted().values()):
+        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    join_layers(model.network)
+    return model
+
+
+def losses(model):
+    for seed in (5, 6):
+        ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(seed))
+        yield model.network.train()(input_ids=ids, use_cache=False).logits.square().mean()
+
+
+def test_a_pass_that_adds_up_gives_what_autograd_gives(made, monkeypatch):
+    model = loaded(made)
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    expected = [torch.autograd.grad(loss, trained) for loss in losses(model)]
+    kept = [torch.zeros_like(p) for p in trained]
+    for parameter, grad in zip(trained, kept, strict=True):
+        parameter.grad = grad
+    given = []
+    monkeypatch.setattr(joined, "give", lambda *args: given.append(give(*args)))
+    for loss in losses(model):
+        with adding_up():
+            torch.autograd.backward(loss)
+    assert given == [None] * 2 * len(trained), "autograd has nothing to add"
+    for parameter, grad, first, second in zip(trained, kept, *expected, strict=True):
+        assert parameter.grad is grad
+        torch.testing.assert_close(grad, first + second, rtol=1e-6, atol=1e-6 * float(grad.abs().max()))
+        assert grad.abs().max() > 0
+
+
+def test_whoever_asks_for_gradients_has_them_and_nothing_is_added(made):
+    """While nothing adds up, and for parameters that have no gradient yet, autograd is given them as ever."""
+    model = loaded(made)
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    loss, again = losses(model)
+    with adding_up():
+        found = torch.autograd.grad(loss, trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    with adding_up():
+        pass
+    asked = torch.autograd.grad(again, trained)
+    assert all(grad.abs().max() > 0 for grad in (*found, *asked))
+    assert not any(parameter.grad.any() for parameter in trained)
+
+
+def test_an_error_ends_the_adding():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.zeros(3)
+    try:
+        with adding_up():
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    assert torch.equal(give(parameter, torch.ones(3), 2.0), torch.full((3,), 2.0))
+    assert not parameter.grad.any()
+
+
+def test_a_gradient_of_another_type_is_widened_before_it_is_scaled():
+    """1.01 has more digits than bfloat16: the product is rounded in float32 alone."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    grad = torch.tensor([1.0, 1.0078125, -3.0], dtype=torch.bfloat16)
+    expected = grad.float() * 1.01
+    torch.testing.assert_close(give(parameter, grad, 1.01), expected, rtol=1e-7, atol=0)
+    parameter.grad = torch.zeros(3)
+    with adding_up():
+        assert give(parameter, grad, 1.01) is None
+    torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=0)
