@@ -1,13 +1,19 @@
-"""A weight and, beside it in the same rows, a factor of its adapter: [W | 0 | s · B | 0], which one product takes."""
+"""A weight and, beside it in the same rows, a factor of its adapter: [W | 0 | s · B | 0], which one product takes.
+
+And what goes with that: what it is multiplied by, and the small matrices on their way from and to float32, which take
+torch several calls each.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
-from adaptkit.numerics.kernels._cpu_float import float_bits, plain, rounded
+from adaptkit.numerics.kernels._cpu_float import float_bits, plain, rounded, value
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
 from adaptkit.numerics.kernels._cpu_memory import inlined, jit
 
@@ -84,3 +90,69 @@ def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Ten
         _widen_nested(weight, *factor)
     else:
         _widen(weight, weight.constants, *factor)
+
+
+@jit
+def _beside(x, inner, out):
+    width, ranks = x.shape[1], inner.shape[1]
+    for r in range(out.shape[0]):
+        row = out[r]
+        row[:width] = x[r]
+        row[width : width + ranks] = inner[r]
+        row[width + ranks :] = 0
+
+
+def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
+    """[X | inner | 0], with so many columns: what a widened weight is multiplied by.
+
+    Args:
+        x: (rows, width) bfloat16, float16 or float32.
+        inner: (rows, ranks) of the same type.
+        columns: of the result.
+    """
+    out = x.new_empty(len(x), columns)
+    _beside(float_bits(x.detach().contiguous()), float_bits(inner), float_bits(out))
+    return out
+
+
+@jit
+def _round(x, out):
+    for r in range(x.shape[0]):
+        row, written = x[r], out[r]
+        for i in range(row.size):
+            written[i] = rounded(out, plain(row[i]))
+
+
+def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices one below the other, rounded.
+
+    Args:
+        factors: (rank, in) float32 each.
+        dtype: bfloat16, float16 or float32.
+
+    Returns:
+        (ranks, in).
+    """
+    out, first = torch.empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype), 0
+    for factor in factors:
+        _round(factor.detach().contiguous().numpy(), float_bits(out[first : first + len(factor)]))
+        first += len(factor)
+    return out
+
+
+@jit
+def _add(total, x, scale):
+    for r in range(total.shape[0]):
+        for i in range(total.shape[1]):
+            total[r, i] += value(x, x[r, i]) * scale
+
+
+def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
+    """Add a matrix to another, scaled in float32.
+
+    Args:
+        total: (rows, columns) float32, contiguous, changed.
+        x: the same in bfloat16, float16 or float32, perhaps a view.
+        scale: of it.
+    """
+    _add(total.detach().numpy(), float_bits(x), np.float32(scale))

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from adaptkit.numerics.kernels._cpu_joined import add_scaled
+
 _pass = threading.local()
 
 
@@ -28,14 +30,14 @@ def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | 
     """Hand in a gradient.
 
     Args:
-        parameter: whose it is.
-        grad: in its shape, of any floating-point type.
+        parameter: a matrix on a CPU, float32.
+        grad: in its shape, of any floating-point type; perhaps a view.
         scale: that it is still to be multiplied by, in the parameter's type.
 
     Returns:
         What autograd is to be given: nothing if the gradient was added.
     """
     if parameter.grad is not None and getattr(_pass, "adds", False):
-        parameter.grad.add_(grad, alpha=scale)
+        add_scaled(parameter.grad, grad, scale)
         return None
     return grad.to(parameter.dtype).mul(scale)

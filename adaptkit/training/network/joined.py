@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
-from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, widen
+from adaptkit.numerics.kernels._cpu_joined import PackedRows, beside, can_decode_rows, stacked, widen
 from adaptkit.training.network.accumulation import give
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.remade import source_of
@@ -197,10 +197,10 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, dropped: Tensor, members: tuple[_Member, ...], *factors: Tensor
     ) -> tuple[Tensor, ...]:
         flat, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        a = _stacked(factors, x.dtype)
+        a = stacked(factors[::2], x.dtype)
         inner = dropped.reshape(-1, width) @ a.T
         columns = _columns(width, inner.shape[1])
-        wide = torch.cat((flat, inner, flat.new_zeros(len(flat), columns - width - inner.shape[1])), dim=1)
+        wide = beside(flat, inner, columns)
         results, first = [], width
         for member, b in zip(members, factors[1::2], strict=True):
             y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
@@ -252,12 +252,7 @@ def _input_gradients(
         matrix = member.widen(b, first, columns, grad.dtype)
         both = both.addmm_(grad, matrix) if number else torch.mm(grad, matrix, out=both)
         first += b.shape[1]
-    return both[:, width : width + ranks].contiguous(), both[:, :width]
-
-
-def _stacked(factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """The A's, one below the other, (ranks, in), of A, B of each layer in turn."""
-    return (torch.cat(factors[::2]) if len(factors) > 2 else factors[0]).to(dtype)
+    return both[:, width : width + ranks], both[:, :width]
 
 
 def _columns(width: int, ranks: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = 128
+_ROWS = 256
 """Queries in a block."""
 
 _SCORES = 1 << 20

@@ -65,24 +65,24 @@ def test_whoever_asks_for_gradients_has_them_and_nothing_is_added(made):
 
 
 def test_an_error_ends_the_adding():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.zeros(3)
+    parameter = torch.nn.Parameter(torch.ones(3, 1))
+    parameter.grad = torch.zeros(3, 1)
     try:
         with adding_up():
             raise RuntimeError
     except RuntimeError:
         pass
-    assert torch.equal(give(parameter, torch.ones(3), 2.0), torch.full((3,), 2.0))
+    assert torch.equal(give(parameter, torch.ones(3, 1), 2.0), torch.full((3, 1), 2.0))
     assert not parameter.grad.any()
 
 
 def test_a_gradient_of_another_type_is_widened_before_it_is_scaled():
     """1.01 has more digits than bfloat16: the product is rounded in float32 alone."""
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    grad = torch.tensor([1.0, 1.0078125, -3.0], dtype=torch.bfloat16)
+    parameter = torch.nn.Parameter(torch.zeros(3, 1))
+    grad = torch.tensor([[1.0], [1.0078125], [-3.0]], dtype=torch.bfloat16)
     expected = grad.float() * 1.01
     torch.testing.assert_close(give(parameter, grad, 1.01), expected, rtol=1e-7, atol=0)
-    parameter.grad = torch.zeros(3)
+    parameter.grad = torch.zeros(3, 1)
     with adding_up():
         assert give(parameter, grad, 1.01) is None
     torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=0)

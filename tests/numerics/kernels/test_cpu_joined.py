@@ -1,0 +1,45 @@
+"""The small matrices of joined layers have the bits that torch's operations give."""
+
+import pytest
+import torch
+
+from adaptkit.numerics.kernels._cpu_joined import add_scaled, beside, stacked
+
+TYPES = [torch.bfloat16, torch.float16, torch.float32]
+SPECIAL = [0.0, -0.0, 1e-8, -6e-8, 1e-40, 65504.0, -3.0, 1 / 3]
+
+
+def matrix(rows, columns, seed, dtype=torch.float32):
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    count = min(len(SPECIAL), values.numel())
+    values.view(-1)[:count] = torch.tensor(SPECIAL[:count])
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("ranks", "columns"), [(3, 32), (1, 20), (12, 31), (16, 35)])
+def test_matrices_stand_beside_each_other(dtype, ranks, columns):
+    x, inner = matrix(5, 19, 0, dtype), matrix(5, ranks, 1, dtype)
+    found = beside(x, inner, columns)
+    assert torch.equal(found, torch.cat((x, inner, torch.zeros(5, columns - 19 - ranks, dtype=dtype)), 1))
+    assert torch.equal(beside(x.T.contiguous().T, inner, columns), found)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_matrices_stand_below_each_other(dtype):
+    factors = [matrix(3, 17, 0), torch.nn.Parameter(matrix(1, 17, 1)), matrix(8, 34, 2)[:, ::2]]
+    found = stacked(factors, dtype)
+    assert torch.equal(found.view(torch.uint8), torch.cat(factors).to(dtype).detach().view(torch.uint8))
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: x.repeat(1, 3)[:, 4:15]])
+@pytest.mark.parametrize("scale", [1.0, 2.0, -0.3])
+def test_a_scaled_matrix_is_added_in_float32(dtype, view, scale):
+    x = view(matrix(7, 11, 0, dtype))
+    total = matrix(x.shape[0], x.shape[1], 1)
+    expected = total.double() + x.double() * float(torch.tensor(scale))
+    bound = 2.0**-23 * (expected.abs() + (x.double() * scale).abs()) + 2.0**-148  # of the product and of the sum
+    add_scaled(total, x, scale)
+    assert ((total.double() - expected).abs() <= bound).all()
