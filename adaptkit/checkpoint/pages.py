@@ -6,10 +6,11 @@ A process's resident memory counts every page of a file that it ever touched.
 import ctypes
 import mmap
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-_COMPILER = "libllvmlite"
+_COMPILER = b"libllvmlite"
 
 
 def give_back(start: int, size: int) -> None:
@@ -21,46 +22,62 @@ def give_back(start: int, size: int) -> None:
     """
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first and _MADVISE is not None:
-        _MADVISE(first, last - first, mmap.MADV_DONTNEED)
+    advise = _madvise()
+    if last > first and advise is not None:
+        advise(first, last - first, mmap.MADV_DONTNEED)
 
 
+@cache
 def give_back_kernel_compiler() -> None:
     """Let go of LLVM's code, 70 MB, whenever it has loaded a kernel: it is needed for nothing else."""
-    if sys.platform != "linux":
+    try:
+        places = _unchanged(_COMPILER, Path("/proc/self/smaps").read_bytes())
+    except OSError:  # no Linux, or one that does not tell
         return
     from numba.core import event
 
     class Listener(event.Listener):  # type: ignore[misc]
+        depth = 0
+
         def on_start(self, event: Any) -> None:
-            """Nothing yet."""
+            """The compiler is asked for, perhaps by itself."""
+            self.depth += 1
 
         def on_end(self, event: Any) -> None:
             """Nothing more is loaded."""
-            for place in places:
-                give_back(*place)
+            self.depth -= 1
+            if not self.depth:
+                for place in places:
+                    give_back(*place)
 
-    places = _unchanged(_COMPILER)
     event.register("numba:compiler_lock", Listener())
 
 
-def _unchanged(library: str) -> list[tuple[int, int]]:
-    """Where a library's code and constants are mapped as the file has them: addresses and sizes.
+def _unchanged(library: bytes, report: bytes) -> list[tuple[int, int]]:
+    """Where a library's code and constants are mapped as the file has them.
 
     What the loader wrote to before it was protected, pages of the process's own, is not among them.
+
+    Args:
+        library: a part of its path.
+        report: ``/proc/self/smaps``.
+
+    Returns:
+        Addresses and sizes.
     """
-    own: dict[str, int] = {}
-    place = ""
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    own: dict[bytes, int] = {}
+    place = b""
+    for line in report.splitlines():
         key, *values = line.split()
-        if not key.endswith(":"):
-            place = key if values[0] in ("r-xp", "r--p") and library in line else ""
-        elif place and key in ("Anonymous:", "Swap:"):
+        if not key.endswith(b":"):
+            place = key if values[0] in (b"r-xp", b"r--p") and library in line else b""
+        elif place and key in (b"Anonymous:", b"Swap:"):
             own[place] = own.get(place, 0) + int(values[0])
-    spans = (tuple(int(end, 16) for end in place.split("-")) for place, kib in own.items() if not kib)
+    spans = (tuple(int(end, 16) for end in place.split(b"-")) for place, kib in own.items() if not kib)
     return [(start, end - start) for start, end in spans]
 
 
+@cache
 def _madvise() -> Any:
     """Of the C library; elsewhere than on Linux it may do something else."""
     if sys.platform != "linux":
@@ -68,6 +85,3 @@ def _madvise() -> Any:
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function
-
-
-_MADVISE = _madvise()

@@ -161,7 +161,7 @@ class Checkpoint(TensorFiles):
         return {path.name: read_small(path) for path in side_files(self.root)}
 
     def give_back(self, tensor: "Tensor") -> None:
-        """Let go of the memory of a tensor that can be read again without asking; of these, none can."""
+        """Let go of the pages of a tensor that is mapped; here none is."""
 
     def outline(self) -> str:
         """sha256 over the configuration and all headers: what the checkpoint is like, but for the weights' values."""

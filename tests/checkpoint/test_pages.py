@@ -72,12 +72,15 @@ def test_a_mapped_tensor_is_read_again(checkpoint):
     assert torch.equal(tensor, torch.arange(2**20, dtype=torch.int32))
 
 
-def test_what_is_beside_a_tensor_stays(checkpoint):
+@pytest.mark.parametrize(("given", "beside"), [("first", "second"), ("second", "first")])
+def test_what_is_beside_a_tensor_stays(given, beside, checkpoint):
+    """The two share a page, which was written to."""
     mapped = MappedCheckpoint(checkpoint)
-    first, second = mapped.read("first"), mapped.read("second")
-    second[0], second[-1] = 7, 8
-    mapped.give_back(first)
-    assert (int(second[0]), int(second[-1])) == (7, 8)
+    tensor, other = mapped.read(given), mapped.read(beside)
+    assert abs(tensor.data_ptr() - other.data_ptr()) == tensor.nbytes
+    other[0], other[-1] = 7, 8
+    mapped.give_back(tensor)
+    assert (int(other[0]), int(other[-1])) == (7, 8)
 
 
 @pytest.mark.parametrize("opened", [Checkpoint, MappedCheckpoint])
@@ -96,6 +99,59 @@ def test_less_than_a_page_is_left_alone():
     values = np.ones(100, np.uint8)
     pages.give_back(values.ctypes.data, 100)
     assert values.sum() == 100
+
+
+SMAPS = b"""
+7f00-7f10 r--p 00000000 fe:00 11 /opt/caf\xe9/libllvmlite.so
+Rss: 16 kB
+Anonymous: 0 kB
+Swap: 0 kB
+7f10-7f30 r-xp 00001000 fe:00 11 /opt/caf\xe9/libllvmlite.so
+Anonymous: 0 kB
+Swap: 0 kB
+7f30-7f40 r--p 00003000 fe:00 11 /opt/caf\xe9/libllvmlite.so
+Anonymous: 4 kB
+Swap: 0 kB
+7f40-7f50 r--p 00004000 fe:00 11 /opt/caf\xe9/libllvmlite.so
+Anonymous: 0 kB
+Swap: 4 kB
+7f50-7f60 rw-p 00005000 fe:00 11 /opt/caf\xe9/libllvmlite.so
+Anonymous: 0 kB
+Swap: 0 kB
+7f60-7f70 r-xp 00000000 fe:00 12 /opt/libother.so
+Anonymous: 0 kB
+Swap: 0 kB
+7f70-7f80 r--p 00000000 00:00 0
+Anonymous: 0 kB
+Swap: 0 kB
+""".strip()
+
+
+def test_only_what_is_as_the_library_s_file_has_it_is_given_back():
+    assert pages._unchanged(b"libllvmlite", SMAPS) == [(0x7F00, 0x10), (0x7F10, 0x20)]
+
+
+def test_where_the_system_does_not_tell_nothing_is_given_back():
+    code = (
+        "import pathlib\n"
+        "def refuse(path): raise PermissionError(13, 'no')\n"
+        "pathlib.Path.read_bytes = refuse\n"
+        "from adaptkit.checkpoint.pages import give_back_kernel_compiler\n"
+        "give_back_kernel_compiler()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_asking_twice_changes_nothing():
+    code = (
+        "from adaptkit.checkpoint.pages import give_back_kernel_compiler\n"
+        "from numba.core import event\n"
+        "for _ in range(3): give_back_kernel_compiler()\n"
+        "print(len(event._registered['numba:compiler_lock']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_the_compiler_of_kernels_goes_and_works_again():

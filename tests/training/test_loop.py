@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.cli.commands import train as train_command
+from adaptkit.cli.main import cli
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
@@ -28,6 +31,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
+from adaptkit.training.network import accumulation
 from adaptkit.training.network.loss import summed_loss
 
 
@@ -403,3 +407,19 @@ def test_the_base_is_never_replaced_by_its_adapter(config, llama_nf4, copy_of):
     with pytest.raises(UsageError, match="would change its own input"):
         train(replace(config, base=str(base)), base, force=True)
     assert sorted((path.name, path.read_bytes()) for path in base.iterdir()) == before
+
+
+def test_layers_add_up_their_gradients_while_a_step_is_taken(config, tmp_path, monkeypatch):
+    added, add = [], accumulation.add_scaled
+    monkeypatch.setattr(accumulation, "add_scaled", lambda *args: added.append(add(*args)))
+    report = train(replace(config, steps=1, micro_batch_size=2), tmp_path / "out")
+    assert len(added) == 2 * 2 * 14, "A and B of seven layers in each of two blocks, for two micro-batches"
+    assert report.trainable_parameters > 0
+
+
+def test_the_command_gives_the_compiler_of_kernels_back(config, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_command, "give_back_kernel_compiler", lambda: asked.append(True))
+    arguments = ["train", "--base", config.base, "--data", *config.data, "-o", str(tmp_path / "out"), "--dry-run"]
+    assert CliRunner().invoke(cli, [*arguments, "--steps", "1"]).exit_code == 0
+    assert asked == [True]

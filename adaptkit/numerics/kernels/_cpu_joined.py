@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
-from adaptkit.numerics.kernels._cpu_float import float_bits, plain, rounded, value
+from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, plain, rounded
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
 from adaptkit.numerics.kernels._cpu_memory import inlined, jit
 
@@ -109,6 +109,9 @@ def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
         x: (rows, width) bfloat16, float16 or float32.
         inner: (rows, ranks) of the same type.
         columns: of the result.
+
+    Returns:
+        (rows, columns).
     """
     out = x.new_empty(len(x), columns)
     _beside(float_bits(x.detach().contiguous()), float_bits(inner), float_bits(out))
@@ -144,7 +147,7 @@ def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _add(total, x, scale):
     for r in range(total.shape[0]):
         for i in range(total.shape[1]):
-            total[r, i] += value(x, x[r, i]) * scale
+            total[r, i] += any_value(x, x[r, i]) * scale
 
 
 def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
@@ -152,7 +155,7 @@ def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
 
     Args:
         total: (rows, columns) float32, contiguous, changed.
-        x: the same in bfloat16, float16 or float32, perhaps a view.
+        x: the same in bfloat16, float16 or float32, perhaps a view; float16's infinity adds NaN.
         scale: of it.
     """
     _add(total.detach().numpy(), float_bits(x), np.float32(scale))

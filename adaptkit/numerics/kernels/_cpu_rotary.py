@@ -17,14 +17,15 @@ def rotate(x, cos, sin, back, out):
 
     Args:
         x: (tokens, heads, dim) bits; an element's partner is half of dim away.
-        cos: (tokens, dim) bits.
-        sin: (tokens, dim) bits.
+        cos: (period, dim) bits: those of a token are in the row of its number modulo the period.
+        sin: (period, dim) bits.
         back: whether to take the transposed matrices.
         out: (tokens, heads, dim) bits, written.
     """
     half = x.shape[2] // 2
     for t in range(x.shape[0]):
-        c1, c2, s1, s2 = cos[t, :half], cos[t, half:], sin[t, :half], sin[t, half:]
+        row = t % cos.shape[0]
+        c1, c2, s1, s2 = cos[row, :half], cos[row, half:], sin[row, :half], sin[row, half:]
         for head in range(x.shape[1]):
             a, b, first, second = x[t, head, :half], x[t, head, half:], out[t, head, :half], out[t, head, half:]
             for i in range(half):

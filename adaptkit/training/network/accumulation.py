@@ -19,15 +19,16 @@ _pass = threading.local()
 @contextmanager
 def adding_up() -> Iterator[None]:
     """Let layers add to the ``grad`` of their parameters, while this thread runs a backward pass to all of them."""
+    before = getattr(_pass, "adds", False)
     _pass.adds = True
     try:
         yield
     finally:
-        _pass.adds = False
+        _pass.adds = before
 
 
 def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
-    """Hand in a gradient.
+    """Hand in a gradient. Hooks of the parameter do not see one that is added.
 
     Args:
         parameter: a matrix on a CPU, float32.

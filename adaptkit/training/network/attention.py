@@ -127,7 +127,8 @@ def _spans(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, options
     if unknown or options.get("dropout") or not is_here or query.dtype not in (torch.bfloat16, torch.float32):
         return None
     if mask is not None:
-        return mask_spans(mask) if mask.dtype == torch.bool and mask.shape[1] == 1 else None
+        whole = query.shape[0], 1, query.shape[2], key.shape[2]  # not one that is to be expanded or cut
+        return mask_spans(mask) if mask.dtype == torch.bool and mask.shape == whole else None
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     same = query.shape[2] == key.shape[2] > 1

@@ -75,7 +75,9 @@ def read_weight(assembly: Assembly, name: str) -> Stack:
 
 def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     if file_name in assembly.quantized:
-        return PackedWeight(read_quantized(assembly.checkpoint, file_name), assembly.checkpoint.give_back)
+        checkpoint = assembly.checkpoint
+        # No bound method: with one, a copy of the network would hold a copy of the files.
+        return PackedWeight(read_quantized(checkpoint, file_name), lambda tensor: checkpoint.give_back(tensor))
     return PlainWeight(assembly.checkpoint.read(file_name))
 
 

@@ -9,7 +9,8 @@ four tensors of that size. What it gives is kept by nobody: see ``remade``.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
+from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.remade import Recipe
 from adaptkit.training.network.rotary import fuse_rotary
 
@@ -97,7 +99,22 @@ def _is_gated(module: Any) -> bool:
         return False
     x = _probe(module.gate_proj.base.shape[1], torch.float32)
     expected = module.down_proj(functional.silu(module.gate_proj(x)) * module.up_proj(x))
-    return torch.equal(module(x), expected)
+    with _training(module), torch.random.fork_rng([]):  # some drop a part of what they give
+        return torch.equal(module(x), expected)
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    """Let a module be trained, but for its linear layers, whose adapters may have a dropout of their own."""
+    inside = [part for part in module.modules() if not isinstance(part, LoraLinear)]
+    before = [part.training for part in inside]
+    for part in inside:
+        part.training = True
+    try:
+        yield
+    finally:
+        for part, was in zip(inside, before, strict=True):
+            part.training = was
 
 
 def _norm(weight: Tensor, eps: float, plus_one: bool) -> Callable[[Tensor], Tensor]:

@@ -27,7 +27,7 @@ class PackedWeight(nn.Module):
 
     Args:
         weight: as it was read.
-        give_back: lets go of the pages of a tensor that is mapped, and of no other.
+        give_back: lets go of the pages of a tensor that is mapped, and of no other; None: nothing is mapped.
 
     Attributes:
         is_transient: whether its pages go when it has been decoded, so that those of few weights are resident.
@@ -38,7 +38,7 @@ class PackedWeight(nn.Module):
     nested_absmax: Tensor
     levels: Tensor
 
-    def __init__(self, weight: QuantizedWeight, give_back: Callable[[Tensor], None] = lambda _: None) -> None:
+    def __init__(self, weight: QuantizedWeight, give_back: Callable[[Tensor], None] | None = None) -> None:
         super().__init__()
         self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
         self._give_back, self.is_transient = give_back, False
@@ -74,7 +74,7 @@ class PackedWeight(nn.Module):
 
     def was_decoded(self) -> None:
         """Whoever has decoded what ``quantized`` gives says so."""
-        if self.is_transient:
+        if self.is_transient and self._give_back is not None:
             self._give_back(self.codes)
 
 

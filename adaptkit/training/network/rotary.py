@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_rotary import rotate
 
-_NAME = "apply_rotary_pos_emb"
+_NAME, _MARK = "apply_rotary_pos_emb", "_adaptkit_looks_who_calls"
 
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
@@ -34,7 +34,7 @@ def fuse_rotary(network: nn.Module) -> None:
         network: of transformers.
     """
     for module in network.modules():
-        home: Any = sys.modules[type(module).__module__]
+        home: Any = sys.modules.get(type(module).__module__)
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if code is not None and _NAME in code.co_names and _replace(home):
             module.forward = _calling(module.forward)
@@ -47,11 +47,12 @@ _caller = threading.local()
 def _calling(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def known(*args: Any, **kwargs: Any) -> Any:
+        before = getattr(_caller, "is_known", False)
         _caller.is_known = True
         try:
             return forward(*args, **kwargs)
         finally:
-            _caller.is_known = False
+            _caller.is_known = before
 
     return known
 
@@ -59,41 +60,41 @@ def _calling(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _replace(home: Any) -> bool:
     """Replace a module's function if it is the formula; whether it is."""
     function = getattr(home, _NAME, None)
-    if isinstance(function, _Known):
+    if hasattr(function, _MARK):
         return True
     if function is None or not _is_formula(function):
         return False
-    setattr(home, _NAME, _Known(function))
+    setattr(home, _NAME, _known(function))
     return True
 
 
-class _Known:
-    """In a function's place.
+def _known(function: Rotary) -> Rotary:
+    """What takes a function's place."""
 
-    Args:
-        function: transformers' own.
-    """
-
-    def __init__(self, function: Rotary) -> None:
-        self._function = function
-        functools.update_wrapper(self, function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Queries and keys, rotated."""
+    @functools.wraps(function)
+    def rotated(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if getattr(_caller, "is_known", False) and not kwargs and len(args) == 4 and _is_plain(*args):
-            rotated: tuple[Tensor, Tensor] = _Rotary.apply(*args)  # type: ignore[no-untyped-call]
-            return rotated
-        return self._function(*args, **kwargs)
+            result: tuple[Tensor, Tensor] = _Rotary.apply(*args)  # type: ignore[no-untyped-call]
+            return result
+        return function(*args, **kwargs)
+
+    setattr(rotated, _MARK, True)
+    return rotated
 
 
 def _is_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether this is what is computed here: heads side by side in the rows of (batch, tokens), one type, a CPU."""
-    wanted = torch.Size((query.shape[0], query.shape[2], query.shape[3]))
-    known = (torch.bfloat16, torch.float32)
+    if any(side.dim() != 4 for side in (query, key)) or query.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    batch, _, tokens, dim = query.shape
     return (
-        all(side.device.type == "cpu" and side.dtype == query.dtype in known for side in (query, key, cos, sin))
-        and all(angles.shape in (wanted, (1, *wanted[1:])) and not angles.requires_grad for angles in (cos, sin))
-        and all(side.dim() == 4 and side.transpose(1, 2).is_contiguous() for side in (query, key))
+        all(side.device.type == "cpu" and side.dtype == query.dtype for side in (query, key, cos, sin))
+        and dim % 2 == 0
+        and (key.shape[0], *key.shape[2:]) == (batch, tokens, dim)
+        and cos.shape == sin.shape
+        and cos.shape in ((batch, tokens, dim), (1, tokens, dim))
+        and not (cos.requires_grad or sin.requires_grad)
+        and all(side.transpose(1, 2).is_contiguous() for side in (query, key))
     )
 
 
@@ -105,24 +106,24 @@ def _is_formula(function: Rotary) -> bool:
         torch.randn(shape, generator=generator).to(torch.bfloat16)
         for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
     )
+    expected = [x * cos[:, None] + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin[:, None] for x in (query, key)]
     try:
         found = function(query, key, cos, sin)
-    except (TypeError, ValueError, IndexError, RuntimeError):
+        return len(found) == 2 and all(map(torch.equal, found, expected))
+    except Exception:  # of a function that wants something else, whatever it does with this
         return False
-    expected = [x * cos[:, None] + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin[:, None] for x in (query, key)]
-    return len(found) == 2 and all(map(torch.equal, found, expected))
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        rows = query.shape[0] * query.shape[2]
-        ctx.cos, ctx.sin = (angles.expand(len(query), -1, -1).reshape(rows, -1) for angles in (cos, sin))
-        return _rotated(query, ctx.cos, ctx.sin, False), _rotated(key, ctx.cos, ctx.sin, False)
+        ctx.save_for_backward(cos, sin)
+        return _rotated(query, cos, sin, False), _rotated(key, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *(_rotated(grad, ctx.cos, ctx.sin, True) for grad in grads), None, None
+        cos, sin = ctx.saved_tensors
+        return *(_rotated(grad, cos, sin, True) for grad in grads), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
@@ -131,5 +132,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     flat = x.detach().transpose(1, 2).contiguous()
     result = torch.empty_like(flat)
     shape = batch * tokens, heads, dim
-    rotate(*(float_bits(side) for side in (flat.view(shape), cos, sin)), back, float_bits(result.view(shape)))
+    angles = (float_bits(side.contiguous().view(-1, dim)) for side in (cos, sin))
+    rotate(float_bits(flat.view(shape)), *angles, back, float_bits(result.view(shape)))
     return result.transpose(1, 2)

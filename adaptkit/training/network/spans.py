@@ -1,9 +1,10 @@
 """Which keys the queries of an attention see, where each sees one run of them, and how that is cut into blocks.
 
-All layers of a network ask the same, so answers are kept.
+The layers of a network ask the same, or in turn one of two or three things, so answers are kept.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -105,15 +106,18 @@ def mask_spans(mask: Tensor) -> Spans | None:
     Args:
         mask: (batch, 1, queries, keys) bool, True for what is seen.
     """
-    version = None if mask.is_inference() else mask._version
-    known = _answers.get("last")
-    if known is None or known[0]() is not mask or known[1] != version or version is None:
-        known = _answers["last"] = weakref.ref(mask), version, _runs(mask)
-    return known[2]
+    if mask.is_inference():  # nobody would say that it was changed
+        return _runs(mask)
+    for asked, version, answer in tuple(_answers):
+        if asked() is mask and version == mask._version:
+            return answer
+    answer = _runs(mask)
+    _answers.append((weakref.ref(mask), mask._version, answer))
+    return answer
 
 
-_answers: dict[str, tuple[weakref.ref[Tensor], int | None, Spans | None]] = {}
-"""The mask that was asked about last, its version, and the answer."""
+_answers: deque[tuple[weakref.ref[Tensor], int, Spans | None]] = deque(maxlen=4)
+"""Masks that were asked about last, their versions, and the answers."""
 
 
 def _runs(mask: Tensor) -> Spans | None:

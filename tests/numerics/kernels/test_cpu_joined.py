@@ -43,3 +43,11 @@ def test_a_scaled_matrix_is_added_in_float32(dtype, view, scale):
     bound = 2.0**-23 * (expected.abs() + (x.double() * scale).abs()) + 2.0**-148  # of the product and of the sum
     add_scaled(total, x, scale)
     assert ((total.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_no_number_stays_none(dtype):
+    total = torch.zeros(1, 4)
+    add_scaled(total, torch.tensor([[float("inf"), float("-inf"), float("nan"), 1.0]]).to(dtype), 2.0)
+    assert not total[0, :3].isfinite().any()
+    assert total[0, 3] == 2.0

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.activations import Checkpointing
 from adaptkit.errors import UsageError
 from adaptkit.training.memory import segments
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.joined import join_layers
+from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import load_model, new_adapter
 
 
@@ -259,3 +262,21 @@ def test_layers_that_do_not_return_hidden_states_first_are_refused():
     checkpoint(network, "layer")
     with pytest.raises(UsageError, match="hidden states first"):
         network(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 7), ("sqrt", 7), (Checkpointing(7, 2, 3), 4)])
+def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, policy, checked, joined, monkeypatch):
+    given = []
+    monkeypatch.setattr(pages, "give_back", lambda start, size: given.append((start, size)))
+    model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    if joined:
+        join_layers(model.network)
+    checkpoint(model.network, policy)
+    assert not given
+    model.network.train()(input_ids=IDS, use_cache=False).logits.sum().backward()
+    layers = model.network.model.layers[:checked]
+    codes = [m.codes for layer in layers for m in layer.modules() if isinstance(m, PackedWeight)]
+    assert len(codes) == 7 * checked
+    assert set(given) == {(part.data_ptr(), part.nbytes) for part in codes}

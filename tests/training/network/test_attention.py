@@ -171,3 +171,29 @@ def test_a_model_still_generates(llama):
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
     use_own_attention(model)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+
+
+def test_masks_that_are_asked_about_in_turn_have_their_own_answers():
+    masks = [seen_by(window(12), 12), seen_by(causal_spans(2, 12), 12)]
+    for _ in range(2):
+        for mask in masks:
+            assert torch.equal(seen_by(mask_spans(mask), 12), mask)
+    assert mask_spans(masks[0]) is mask_spans(masks[0])
+
+
+def test_spans_are_cut_for_the_heads_that_ask():
+    generator = torch.Generator().manual_seed(3)
+    for heads, key_heads in ((4, 2), (6, 2), (6, 6), (4, 2)):  # the same spans all the time
+        sizes = ((1, heads, 9, 8), (1, key_heads, 9, 8), (1, key_heads, 9, 8))
+        inputs = [torch.randn(size, generator=generator) for size in sizes]
+        wanted = formula(*(side.double() for side in inputs), 0.3, seen_by(causal_spans(1, 9), 9))
+        torch.testing.assert_close(attend(*inputs, 0.3, causal_spans(1, 9)), wanted.float(), rtol=2e-6, atol=2e-6)
+
+
+def test_one_mask_for_all_rows_of_a_batch(llama):
+    model = load_model(llama, torch.float32, torch.device("cpu"))
+    ids = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    expected = model.network(input_ids=ids, use_cache=False).logits
+    found = model.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
+from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.checkpoint.assembly import Assembly
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
@@ -122,6 +123,18 @@ def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatc
     loss.backward()
     assert len(unpacked) == 8  # once more a stack, however many of its experts were used
     assert all(storage.expired() for storage in unpacked)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pages_of_packed_experts_go_where_layers_are_checkpointed(folders, family, monkeypatch):
+    given = set()
+    monkeypatch.setattr(pages, "give_back", lambda start, size: given.add((start, size)))
+    model = load_model(folders[family].packed, torch.float32, CPU)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", measure=None))
+    model.network.eval()(IDS, use_cache=False)
+    codes = [matrix.codes for matrix in packed_matrices(model.network)]
+    assert codes
+    assert {(part.data_ptr(), part.nbytes) for part in codes} <= given
 
 
 def test_a_list_of_experts_is_the_stack_of_its_matrices_in_their_order():

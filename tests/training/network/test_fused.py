@@ -152,3 +152,24 @@ def test_a_network_may_change_what_a_norm_gave_in_place(made):
     x = torch.randn(2, 3, 64, requires_grad=True)
     found = [torch.autograd.grad(y.square().sum(), x)[0] for y in (norm(x).mul_(2.0), norm(x) * 2.0)]
     assert torch.equal(*found)
+
+
+def test_an_inner_layer_that_drops_a_part_of_its_output_is_left_alone(made):
+    """As seed_oss's does while it is trained. An adapter's own dropout is none of the layer's."""
+    model = loaded(made, "llama")
+    first, second = (layer.mlp for layer in model.network.model.layers)
+    for layer in model.adapted().values():
+        layer.dropout = 0.5
+    kind = type(first)
+
+    class Dropping(kind):
+        def forward(self, x):
+            return functional.dropout(super().forward(x), 0.1, training=self.training)
+
+    first.__class__ = Dropping
+    before, modes = torch.get_rng_state(), [m.training for m in model.network.modules()]
+    fuse_layers(model.network)
+    assert "forward" not in vars(first)
+    assert "forward" in vars(second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [m.training for m in model.network.modules()] == modes

@@ -1,5 +1,7 @@
 """Fused rotary positions give the bits of transformers' function, both ways, to networks that asked for them."""
 
+import pickle
+
 import pytest
 import tiny
 import torch
@@ -102,6 +104,8 @@ def test_other_networks_of_the_process_are_left_alone(made, calls):
     "changed",
     [
         lambda q, k, cos, sin: (q[:, :2], k, cos, sin),
+        lambda q, k, cos, sin: (q, k[:1].repeat(1, 2, 1, 1)[:, ::2], cos, sin),
+        lambda q, k, cos, sin: (q, k, cos[:, :1], sin[:, :1]),
         lambda q, k, cos, sin: (q.contiguous(), k, cos, sin),
         lambda q, k, cos, sin: (q.double(), k.double(), cos, sin),
         lambda q, k, cos, sin: (q, k, cos.bfloat16(), sin),
@@ -116,6 +120,66 @@ def test_what_is_not_known_goes_to_transformers(changed, made, calls):
     found = rotary._calling(function)(*given)
     assert all(map(torch.equal, found, expected))
     assert not calls
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda q, k, cos, sin: (q, k.repeat(1, 1, 90, 1).transpose(1, 2).contiguous().transpose(1, 2), cos, sin),
+        lambda q, k, cos, sin: (q, k, cos[..., :8], sin[..., :8]),
+        lambda q, k, cos, sin: (q, k, cos, sin[..., :8]),
+    ],
+)
+def test_what_transformers_refuses_is_refused(changed, made, calls):
+    """And no kernel reads beside what it was given."""
+    fuse_rotary(adapted(made, "llama", torch.float32).network)
+    with pytest.raises(RuntimeError, match="size"):
+        rotary._calling(modeling_llama.apply_rotary_pos_emb)(*changed(*inputs(torch.float32)))
+    assert not calls
+
+
+def test_heads_of_an_odd_size_go_to_transformers(made, calls):
+    fuse_rotary(adapted(made, "llama", torch.float32).network)
+    function, given = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32, dim=7)
+    assert all(map(torch.equal, rotary._calling(function)(*given), function.__wrapped__(*given)))
+    assert not calls
+
+
+def test_another_place_of_the_heads_goes_to_transformers(made, calls):
+    fuse_rotary(adapted(made, "llama", torch.float32).network)
+    function, (query, key, cos, sin) = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32)
+    given = query.transpose(1, 2), key.transpose(1, 2), cos, sin
+    for more, named in (((2,), {}), ((), {"unsqueeze_dim": 2})):
+        found = rotary._calling(function)(*given, *more, **named)
+        assert all(map(torch.equal, found, function.__wrapped__(*given, 2)))
+    assert not calls
+
+
+def test_an_attention_within_another_does_not_end_it(made, calls):
+    fuse_rotary(adapted(made, "llama", torch.float32).network)
+    function, given = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32)
+    rotary._calling(lambda: (rotary._calling(lambda: None)(), function(*given)))()
+    assert len(calls) == 2
+
+
+def test_transformers_function_can_still_be_named(made):
+    fuse_rotary(adapted(made, "llama", torch.float32).network)
+    assert pickle.loads(pickle.dumps(modeling_llama.apply_rotary_pos_emb)) is modeling_llama.apply_rotary_pos_emb
+
+
+def test_angles_are_not_copied_for_every_layer(made, monkeypatch):
+    model, kept = adapted(made, "llama", torch.float32), set()
+    fuse_rotary(model.network)
+    forward = rotary._Rotary.forward
+
+    def watched(ctx, query, key, cos, sin):
+        found = forward(ctx, query, key, cos, sin)
+        kept.update(tensor.data_ptr() for tensor in ctx.to_save)
+        return found
+
+    monkeypatch.setattr(rotary._Rotary, "forward", staticmethod(watched))
+    model.network(input_ids=torch.arange(51).reshape(3, 17), use_cache=False)
+    assert len(kept) == 2, "cosine and sine"
 
 
 def test_a_function_of_another_formula_is_left_alone():
