@@ -30,11 +30,12 @@ def give_back(start: int, size: int) -> None:
 @cache
 def give_back_kernel_compiler() -> None:
     """Let go of LLVM's code, 70 MB, whenever it has loaded a kernel: it is needed for nothing else."""
+    from numba.core import event  # which maps the compiler
+
     try:
         places = _unchanged(_COMPILER, Path("/proc/self/smaps").read_bytes())
     except OSError:  # no Linux, or one that does not tell
         return
-    from numba.core import event
 
     class Listener(event.Listener):  # type: ignore[misc]
         depth = 0

@@ -23,10 +23,10 @@ def resident():
         found += int(line.split()[1]) if inside and line.startswith("Rss:") else 0
     return found / 1000
 
+if {given}:
+    give_back_kernel_compiler()  # before anything else has loaded it
 import numba
 before = resident()
-if {given}:
-    give_back_kernel_compiler()
 
 @numba.njit
 def double(x):
