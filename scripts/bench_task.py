@@ -222,7 +222,7 @@ def verdict(met: bool) -> str:
 def main() -> None:
     """Train what is missing, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help=f"of {BATCH} rows")
+    parser.add_argument("--steps", type=int, default=240, help=f"of {BATCH} rows")
     parser.add_argument("--rows", type=int, default=160, help="of the test, for the held-out loss")
     parser.add_argument("--questions", type=int, default=40, help="of the test, to answer")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
