@@ -67,7 +67,9 @@ class AdaptkitStep:
         page_kib: of a page of optimizer state.
 
     Attributes:
+        model: with the adapter.
         optimizer: of the adapter.
+        batch: what a step is taken on.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class AdaptkitStep:
             base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
         )
         place = torch.device(device)
-        model = load_model(base, choose_dtype("auto", place), place)
+        self.model = model = load_model(base, choose_dtype("auto", place), place)
         new_adapter(model, ("*",), rank, 2.0 * rank, "kaiming", 0.0, 0)
         if device == "cpu":
             fuse_layers(model.network)
@@ -102,12 +104,12 @@ class AdaptkitStep:
         self._gradients = Gradients(model, trainable.gradients, config, World(place))
         self.optimizer = make_optimizer(trainable, config, base.parent / "bench-pages.bin")
         ids, labels = tokens(length, share, vocabulary)
-        self._batch = Batch(ids, labels, torch.ones_like(ids))
+        self.batch = Batch(ids, labels, torch.ones_like(ids))
         self._answers = int((labels[:, 1:] != -100).sum())
 
     def collect(self) -> float:
         """The loss; its gradients are kept."""
-        return self._gradients.collect([self._batch], self._answers, 0)
+        return self._gradients.collect([self.batch], self._answers, 0)
 
     def __call__(self) -> float:
         """Take a step, and give its loss."""
