@@ -60,17 +60,8 @@ def peer(base: Path, factors: dict[str, Tensor]) -> Callable[[Tensor], float]:
         model.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.data.copy_(factor)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-
-    def take(ids: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return take
+    context = torch.autocast("cpu", torch.bfloat16)
+    return lambda ids: bench_training.plain_step(model, optimizer, ids, ids, context)
 
 
 def main() -> None:

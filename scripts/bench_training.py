@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +156,21 @@ def peft_step(
         optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=RATE, weight_decay=0.0)
     ids, labels = (side.to(device) for side in tokens(length, share, vocabulary))
     model.train()
+    context = torch.autocast(device, torch.bfloat16) if packed else contextlib.nullcontext()
+    return lambda: plain_step(model, optimizer, ids, labels, context)
 
-    def step() -> float:
-        with torch.autocast(device, torch.bfloat16) if packed else contextlib.nullcontext():
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
 
-    return step
+def plain_step(model: Any, optimizer: Any, ids: Any, labels: Any, context: AbstractContextManager[Any]) -> float:
+    """A step of a plain loop, its forward pass in a context, and the loss before it."""
+    import torch
+
+    with context:
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
 
 
 def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Callable[[], float]:

@@ -110,7 +110,7 @@ def _is_formula(function: Rotary) -> bool:
     try:
         found = function(query, key, cos, sin)
         return len(found) == 2 and all(map(torch.equal, found, expected))
-    except Exception:  # of a function that wants something else, whatever it does with this
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it wants other shapes
         return False
 
 
