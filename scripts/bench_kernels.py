@@ -156,7 +156,7 @@ def bench_merge(values: Tensor, rounds: int) -> None:
             print(f"coder {short:5} {name:12} {rate[name]:10,.0f}")
         kept = residual.encode(exact.merge_rows(weight, exact.prepare([term]), 0, True).residual)
         print(f"      {short:5} {rate['small'] / rate['torch']:.0f}x plain torch", end=", ")
-        print(f"{8 * kept.numel() / weight.numel():.4f} bits a weight are kept")
+        print(f"{8 * kept.size / weight.numel():.4f} bits a weight are kept")
 
 
 def keep_memory() -> None:

@@ -14,7 +14,7 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {"errors", "discovery"}
+GROUND = {"errors", "discovery", "lazy"}
 MAY_IMPORT = {
     "numerics": GROUND,
     "checkpoint": GROUND | {"numerics"},
@@ -60,7 +60,7 @@ def room_of(dotted: str) -> str:
 def test_imports_point_down_only(path):
     parts = path.relative_to(PACKAGE).parts
     room = parts[0].removesuffix(".py")
-    if room in {"__init__", "errors"}:
+    if room in {"__init__", "errors", "lazy"}:
         allowed = set()
     elif room == "discovery":
         allowed = {"errors"}
@@ -136,6 +136,28 @@ def test_what_computes_nothing_needs_neither_torch_nor_numpy(arguments):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] in ("0 set()", "1 set()")
+
+
+COMMANDS_WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from adaptkit import inspect, merge, quantize, unmerge, MergeOptions
+base, adapter, out = map(Path, sys.argv[1:])
+merge(base, [adapter], out / "merged")
+merge(base, [adapter], out / "plain", MergeOptions(undo=False))
+unmerge(out / "merged", [adapter], out / "back")
+quantize(base, out / "nf4")
+for folder in (base, adapter, *sorted(out.iterdir())):
+    inspect(folder)
+print(len(list(out.iterdir())), "torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+def test_what_only_adds_and_quantizes_needs_no_torch(llama, adapter, tmp_path):
+    """It takes longer to load than the work on an adapter; transformers, in a process of its own, loads it."""
+    command = [sys.executable, "-c", COMMANDS_WITHOUT_TORCH, str(llama), str(adapter), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == "4 False False\n"
 
 
 def test_help_of_every_command_works_without_torch():

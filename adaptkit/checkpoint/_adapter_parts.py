@@ -1,12 +1,14 @@
 """Put the tensors of an adapter together to what it does to each module, with every tensor used once."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import Tensor
+import numpy as np
 
 from adaptkit.checkpoint._adapter_keys import Part
 from adaptkit.checkpoint.adapter_config import (
@@ -20,7 +22,11 @@ from adaptkit.checkpoint.adapter_config import (
 from adaptkit.checkpoint.manifest import TensorRecord
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import AdapterError
+from adaptkit.numerics.arrays import Array, as_tensor
 from adaptkit.numerics.lora import LowRank, transposed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be whole and of one save"
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)$")
@@ -104,16 +110,16 @@ class Parts:
     def _refuse(self, why: str) -> NoReturn:
         raise AdapterError(f"{self._root}: {why}", hint=_ONE_SAVE)
 
-    def _take(self, module: str, role: str, dims: int) -> Tensor | None:
+    def _take(self, module: str, role: str, dims: int) -> Array | None:
         key = self._left.pop(Part(module, role), None)
         if key is None:
             return None
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
             self._refuse(f"{key} is {list(spec.shape)}; expected {dims} dimension{'s' if dims > 1 else ''}")
-        return self._files.read(key)
+        return self._files.read_array(key)
 
-    def _take_halves(self, module: str, kind: str) -> tuple[Tensor, Tensor]:
+    def _take_halves(self, module: str, kind: str) -> tuple[Array, Array]:
         keys = {half: self._left.get(Part(module, f"{kind}_{half}")) for half in ("A", "B")}
         for half, key in keys.items():
             if key is None:
@@ -141,7 +147,7 @@ class Parts:
         if bias is not None and (not self._config.get("lora_bias") or bias.shape[0] != lora_b.shape[0]):
             self._refuse(f"{module}: lora_B.bias is {list(bias.shape)}, which does not fit")
         if bias is not None:
-            self.biases[module] = bias.double() * factor
+            self.biases[module] = as_tensor(bias).double() * factor
 
     def _take_magnitude(self, module: str, count: int) -> None:
         magnitude = self._take(module, "magnitude", 1)
@@ -154,9 +160,9 @@ class Parts:
                 f"{'' if wanted else ', and use_dora is not set'}"
             )
         if magnitude is not None:
-            self.magnitudes[module] = magnitude
+            self.magnitudes[module] = as_tensor(magnitude)
 
-    def _check_rank(self, module: str, rank: int, rows: int, lora_a: Tensor, lora_b: Tensor) -> None:
+    def _check_rank(self, module: str, rank: int, rows: int, lora_a: Array, lora_b: Array) -> None:
         if rank < 1 or lora_a.shape[0] != rows or lora_b.shape[1] != rows:
             self._refuse(
                 f"{module}: the configuration says rank {rank or self._config.get('r')!r}, lora_A has "
@@ -182,7 +188,7 @@ class Parts:
             a = lora_a.reshape(count, rank, -1)
             b = lora_b.reshape(lora_b.shape[0], rank, count)  # the expert's number runs fastest
             self.experts[parameter] = tuple(
-                LowRank(a[expert], b[:, :, expert].contiguous(), factor) for expert in range(count)
+                LowRank(a[expert], np.ascontiguousarray(b[:, :, expert]), factor) for expert in range(count)
             )
 
     def _take_tokens(self) -> None:
@@ -192,7 +198,7 @@ class Parts:
             if rows is None or rows.shape[0] != len(indices):
                 found = 0 if rows is None else rows.shape[0]
                 self._refuse(f"{part.module} has {found} trained rows for {len(indices)} tokens")
-            self.tokens[part.module] = TokenRows(indices, rows)
+            self.tokens[part.module] = TokenRows(indices, as_tensor(rows))
         missing = untrained_tokens(self._config, list(self.tokens))
         if missing:
             self._refuse(f"trainable_token_indices speaks of {missing}, but there are no trained rows of it")

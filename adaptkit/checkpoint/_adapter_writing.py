@@ -1,25 +1,28 @@
 """Write an adapter folder as PEFT and vLLM read it; ``_adapter_keys`` says what the tensors' names mean."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint._adapter_parts import TokenRows
 from adaptkit.checkpoint.adapter_config import stack_order
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.dtypes import dtype_name
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME as WEIGHTS_NAME
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
+from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.scaling import scaling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = "base_model.model."
 
@@ -145,7 +148,7 @@ def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
         if not all_finite(tensor):
             raise NonFiniteError(f"{name}: NaN, or too large for float32", hint="use smaller weights")
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
-    specs = [TensorSpec(name, DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order]
+    specs = [TensorSpec(name, dtype_name(tensors[name].dtype), tuple(tensors[name].shape)) for name in order]
     with TensorWriter(output.folder, WEIGHTS_NAME, specs) as writer:
         for spec in specs:
             writer.write(spec.name, tensors[spec.name])

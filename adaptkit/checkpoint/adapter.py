@@ -6,14 +6,14 @@
 Every key of the file is used exactly once or named in an error. What this module does not know is refused by name.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
@@ -26,8 +26,12 @@ from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import AdapterError
+from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "Adapter",
@@ -187,7 +191,7 @@ def _record(files: TensorFiles, key: str) -> TensorRecord:
         )
     digest = xxhash.xxh3_128()
     for start in range(0, spec.count, _PIECE_ELEMENTS):
-        piece = files.read_flat(key, start, min(_PIECE_ELEMENTS, spec.count - start))
+        piece = files.read_flat_array(key, start, min(_PIECE_ELEMENTS, spec.count - start))
         if not all_finite(piece):
             raise AdapterError(f"{files.root}: {key} holds NaN or infinity", hint="train it again, or get it again")
         digest.update(bytes_of(piece))

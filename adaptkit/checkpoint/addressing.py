@@ -5,16 +5,21 @@ around them; or use names of their own, one matrix an expert where the model has
 from the names alone; for the last, transformers is asked.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.architecture import empty_network, why_unknown
-from adaptkit.checkpoint.assembly import Assembly
 from adaptkit.checkpoint.naming import places
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
+
+if TYPE_CHECKING:
+    from adaptkit.checkpoint.assembly import Assembly
 
 _PREFIXES = (
     ("", ""),
@@ -95,6 +100,8 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
         )
     if why_unknown(checkpoint):
         raise BaseMismatchError(lacks, hint="this adapter is for another model")
+    from adaptkit.checkpoint.assembly import Assembly  # here, since it waits for torch
+
     assembly = Assembly(empty_network(checkpoint), checkpoint)
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}

@@ -3,6 +3,8 @@
 transformers is optional: it comes with the extra ``train``.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import re
@@ -10,15 +12,16 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.checkpoint.compiler import without_compiler
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$")
 _MANY = re.compile(r"experts$|^num_labels$")
@@ -116,8 +119,12 @@ def transformers_version() -> str:
         return str(transformers.__version__)
 
 
-def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = torch.bfloat16) -> Any:
+def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype | None = None) -> Any:
     """Build a checkpoint's causal language model on the meta device, with all that it has beside for images.
+
+    Args:
+        checkpoint: which.
+        dtype: of its parameters, bfloat16 if None.
 
     Raises:
         UsageError: transformers does not know the architecture, or is not installed.
@@ -133,7 +140,7 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype = tor
             config = transformers.AutoConfig.for_model(kind, **values)
             auto = _auto_class(type(config)) or transformers.AutoModelForCausalLM
             with torch.device("meta"), without_compiler():
-                return auto.from_config(config, dtype=dtype)
+                return auto.from_config(config, dtype=dtype or torch.bfloat16)
         except (*_REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
@@ -160,13 +167,13 @@ def load_tokenizer(root: Path) -> Any:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, in either of transformers' two kinds; subclasses do more, and are not."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def language_part(network: Any) -> str:
     """The dotted path of what reads text in a network that sees images too; empty if that is the whole network."""
     inner = network.get_decoder() if hasattr(network, "get_decoder") else network
-    is_stack = any(isinstance(module, nn.ModuleList) for module in inner.modules())  # ModernBERT calls its head so
+    is_stack = any(isinstance(module, torch.nn.ModuleList) for module in inner.modules())  # ModernBERT: its head
     if inner is network or inner is network.base_model or not is_stack:
         return ""
     return next((path for path, module in network.named_modules() if module is inner), "")

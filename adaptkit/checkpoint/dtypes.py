@@ -1,21 +1,59 @@
-"""The safetensors names of torch's types; apart from ``header``, which does without torch."""
+"""The safetensors names of torch's and numpy's types; apart from ``header``, which does without either."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+import ml_dtypes
+import numpy as np
+
+from adaptkit.lazy import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+ARRAY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    name: np.dtype(dtype)
+    for name, dtype in (
+        ("F64", np.float64),
+        ("F32", np.float32),
+        ("F16", np.float16),
+        ("BF16", ml_dtypes.bfloat16),
+        ("F8_E4M3", ml_dtypes.float8_e4m3fn),
+        ("F8_E5M2", ml_dtypes.float8_e5m2),
+        ("I64", np.int64),
+        ("I32", np.int32),
+        ("I16", np.int16),
+        ("I8", np.int8),
+        ("U8", np.uint8),
+        ("BOOL", np.bool_),
+    )
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype.name: name for name, dtype in ARRAY_DTYPES.items()}
+
+
+class _Dtypes(Mapping[str, "torch.dtype"]):
+    """torch's types have the names of numpy's."""
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        found: torch.dtype = getattr(torch, ARRAY_DTYPES[name].name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ARRAY_DTYPES)
+
+    def __len__(self) -> int:
+        return len(ARRAY_DTYPES)
+
+
+DTYPES: Mapping[str, torch.dtype] = _Dtypes()
+
+
+def dtype_name(dtype: torch.dtype | DTypeLike) -> str:
+    """The safetensors name of a type.
+
+    Raises:
+        KeyError: it has none.
+    """
+    return _NAMES[str(dtype).removeprefix("torch.")]

@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING
 import xxhash
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from adaptkit.checkpoint.manifest import TensorRecord
     from adaptkit.checkpoint.reader import TensorFiles
+    from adaptkit.numerics.arrays import Values
 
 _CHUNK_BYTES = 4 << 20
 _PIECE_BYTES = 1 << 20
 """What is hashed twice should stay in the processor's cache meanwhile."""
 
 
-def bytes_of(tensor: "Tensor") -> memoryview:
-    """View a CPU tensor's elements as bytes, without copying when it is contiguous."""
-    import torch  # here, so that verifying, which hashes files, need not wait for it
+def bytes_of(values: "Values") -> memoryview:
+    """View elements in memory as bytes, without copying when they are contiguous and on the CPU."""
+    import numpy as np  # here, so that verifying, which hashes files, need not wait for it
 
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    from adaptkit.numerics.arrays import as_array
+
+    return np.ascontiguousarray(as_array(values)).reshape(-1).view(np.uint8).data
 
 
-def fingerprint(tensor: "Tensor") -> str:
-    """xxh3_128 of a tensor's bytes, in hexadecimal; dtype and shape are not part of it."""
-    return xxhash.xxh3_128_hexdigest(bytes_of(tensor))
+def fingerprint(values: "Values") -> str:
+    """xxh3_128 of the elements' bytes, in hexadecimal; dtype and shape are not part of it."""
+    return xxhash.xxh3_128_hexdigest(bytes_of(values))
 
 
 def fingerprint_in_pieces(files: "TensorFiles", name: str) -> str:

@@ -6,20 +6,24 @@
 Spaces at the end make it as long as it can become, since its size must be known before the offset is.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from adaptkit.checkpoint.dtypes import DTYPES
+from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, DTYPES
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.formats._double_quant import GROUP
+
+if TYPE_CHECKING:
+    pass
 
 STATE_NAME = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
 GET_AGAIN = "get the checkpoint again, or quantize the original anew"
@@ -34,17 +38,22 @@ class Outline:
     Attributes:
         encoding: how it is quantized.
         shape: of the weight, (out, in), or (experts, out, in).
-        dtype: that the weight had.
+        dtype_name: safetensors' name of the type that the weight had.
         offset: of doubly quantized constants, in the weight's units; 0 for others.
     """
 
     encoding: Encoding
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str
     offset: float
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the weight had."""
+        return DTYPES[self.dtype_name]
 
-def parse_state(name: str, parts: Mapping[str, Tensor]) -> Outline:
+
+def parse_state(name: str, parts: Mapping[str, Values]) -> Outline:
     """Say what a weight is like, from the state among its parts.
 
     Args:
@@ -56,7 +65,7 @@ def parse_state(name: str, parts: Mapping[str, Tensor]) -> Outline:
     """
     try:
         suffix, match = next((suffix, match) for suffix in parts if (match := STATE_NAME.search(suffix)))
-        state: dict[str, Any] = json.loads(bytes(parts[suffix].numpy()))
+        state: dict[str, Any] = json.loads(as_array(parts[suffix]).tobytes())
         shape, block_size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
         if len(shape) not in (2, 3) or min(shape) < 1 or block_size < 1:
             raise CheckpointError(f"{name}: {list(shape)} in blocks of {block_size} is no matrix", hint=GET_AGAIN)
@@ -64,7 +73,7 @@ def parse_state(name: str, parts: Mapping[str, Tensor]) -> Outline:
         if nested and int(state["nested_blocksize"]) != GROUP:
             raise CheckpointError(f"{name}: nested constants in groups of {state['nested_blocksize']}, not {GROUP}")
         encoding = Encoding(match[1], block_size, nested)
-        dtype = DTYPES[{"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[state["dtype"]]]
+        dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[state["dtype"]]
         return Outline(encoding, shape, dtype, float(state["nested_offset"]) if nested else 0.0)
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError, StopIteration, UsageError) as error:
         raise CheckpointError(f"{name}: its quantization state is malformed ({error!r})", hint=GET_AGAIN) from error
@@ -78,7 +87,7 @@ def state_bytes(weight: TensorSpec, encoding: Encoding, offset: float) -> bytes:
         encoding: how it is quantized.
         offset: of doubly quantized constants.
     """
-    dtype = str(DTYPES[weight.dtype]).removeprefix("torch.")
+    dtype = ARRAY_DTYPES[weight.dtype].name
     state: dict[str, Any] = {
         "quant_type": encoding.format,
         "blocksize": encoding.block_size,

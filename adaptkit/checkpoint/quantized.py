@@ -16,11 +16,14 @@ The codes come first, so that they can be written while the rest is not known ye
 that every tensor is aligned, and so that every size is known before any weight is read.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.encoding import Encoding, state_suffix
@@ -28,16 +31,22 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.quant_state import GET_AGAIN, STATE_NAME, Outline, parse_state, state_bytes
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import CheckpointError
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, as_tensor, like
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import (
     GROUP,
     DoubleQuantized,
     dequantize_absmax,
+    dynamic_levels,
     dynamic_map,
     quantize_absmax,
 )
 
-_STORAGE = (torch.bfloat16, torch.float16, torch.float32)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STORAGE = ("bfloat16", "float16", "float32")
 """Types that bitsandbytes can give to the bytes of 4-bit codes: its ``bnb_4bit_quant_storage``."""
 
 
@@ -69,12 +78,12 @@ class QuantizedWeight:
     @property
     def count(self) -> int:
         """Number of weights."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def absmax(self) -> Tensor:
         """The constants in float32, (M,)."""
-        return unnest(self.constants, self.levels)
+        return as_tensor(unnest(self.constants, self.levels))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as every reader of this layout sees it, in its shape."""
@@ -127,7 +136,7 @@ def part_specs(weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
     return [*small, TensorSpec(name + encoding.state_suffix, "U8", (state,)), *floats]
 
 
-def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuantized | Tensor) -> dict[str, Tensor]:
+def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuantized | Values) -> dict[str, Array]:
     """All tensors of ``part_specs`` but the codes, by name and in that order.
 
     Args:
@@ -139,41 +148,42 @@ def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuan
     if isinstance(constants, DoubleQuantized):
         offset = constants.offset
         parts = {
-            "absmax": constants.codes,
-            "nested_absmax": constants.nested_absmax,
-            "nested_quant_map": dynamic_map(),
+            "absmax": as_array(constants.codes),
+            "nested_absmax": as_array(constants.nested_absmax),
+            "nested_quant_map": dynamic_levels(),
         }
     else:
-        parts = {"absmax": constants}
+        parts = {"absmax": as_array(constants)}
     if encoding.numerics.levels is not None:
-        parts["quant_map"] = torch.tensor(encoding.numerics.levels, dtype=torch.float32)
+        parts["quant_map"] = np.array(encoding.numerics.levels, np.float32)
     named = {f"{weight.name}.{suffix}": part for suffix, part in parts.items()}
     specs = part_specs(weight, encoding)[1:]
     state = next(spec for spec in specs if spec.name.endswith(encoding.state_suffix))
     text = state_bytes(weight, encoding, offset).ljust(state.nbytes)
-    named[state.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    named[state.name] = np.frombuffer(bytearray(text), np.uint8)
     return {spec.name: named[spec.name] for spec in specs}
 
 
-def nest(absmax: Tensor, encoding: Encoding) -> DoubleQuantized | Tensor:
+def nest(absmax: Values, encoding: Encoding) -> DoubleQuantized | Values:
     """Quantize constants if the encoding wants that."""
     return quantize_absmax(absmax) if encoding.double_quant else absmax
 
 
-def unnest(constants: DoubleQuantized | Tensor, levels: Tensor | None = None) -> Tensor:
+def unnest(constants: DoubleQuantized | Values, levels: Values | None = None) -> Any:
     """The constants as readers see them, (M,) float32."""
-    return constants if isinstance(constants, Tensor) else dequantize_absmax(constants, levels)
+    return dequantize_absmax(constants, levels) if isinstance(constants, DoubleQuantized) else constants
 
 
-def encode(weight: TensorSpec, values: Tensor, encoding: Encoding) -> dict[str, Tensor]:
+def encode(weight: TensorSpec, values: AnyValues, encoding: Encoding) -> dict[str, AnyValues]:
     """Quantize a weight into the tensors of ``part_specs``, by name and in that order.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
     """
     packed = encoding.numerics.quantize(values, encoding.block_size)
-    codes = {weight.name: packed.codes.view(code_spec(weight, encoding).shape)}
-    return codes | constant_parts(weight, encoding, nest(packed.absmax, encoding))
+    codes = {weight.name: as_array(packed.codes).reshape(code_spec(weight, encoding).shape)}
+    parts = codes | constant_parts(weight, encoding, nest(packed.absmax, encoding))
+    return {name: like(values, part) for name, part in parts.items()}
 
 
 def quantized_names(files: TensorFiles) -> list[str]:
@@ -194,9 +204,11 @@ def read_outline(files: TensorFiles, name: str) -> Outline:
     Raises:
         CheckpointError: the state is missing or malformed.
     """
-    nothing = torch.empty(0)  # which parts there are matters, not what they hold
+    nothing = np.empty(0)  # which parts there are matters, not what they hold
     found = part_names(files, name)
-    return parse_state(name, {n.removeprefix(name): files.read(n) if STATE_NAME.search(n) else nothing for n in found})
+    return parse_state(
+        name, {n.removeprefix(name): files.read_array(n) if STATE_NAME.search(n) else nothing for n in found}
+    )
 
 
 def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
@@ -236,7 +248,7 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
 def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_bytes: int) -> QuantizedWeight:
     outline = parse_state(name, parts)
     encoding, shape = outline.encoding, outline.shape
-    if encoding.numerics.bits == 4 and codes.dtype in _STORAGE:
+    if encoding.numerics.bits == 4 and str(codes.dtype).removeprefix("torch.") in _STORAGE:
         codes = codes.view(torch.uint8)
     try:
         absmax, levels = parts[".absmax"].reshape(-1), parts.get(".nested_quant_map", dynamic_map())
@@ -246,7 +258,7 @@ def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_bytes: i
     code_dtype = torch.int8 if encoding.numerics.bits == 8 else torch.uint8
     if types != (code_dtype, torch.uint8 if encoding.double_quant else torch.float32, torch.float32, 256):
         raise CheckpointError(f"{name}: its parts have types that do not belong together {types}", hint=GET_AGAIN)
-    count = torch.Size(shape).numel()
+    count = math.prod(shape)
     blocks = -(-count // encoding.block_size)
     if code_bytes != (count if encoding.numerics.bits == 8 else (count + 1) // 2) or absmax.numel() != blocks:
         raise CheckpointError(f"{name}: {code_bytes} bytes of codes do not make {list(shape)} weights", hint=GET_AGAIN)

@@ -13,8 +13,10 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, res
 from adaptkit.errors import CheckpointError, IntegrityError
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
     from torch import Tensor
+
+    from adaptkit.numerics.arrays import Array
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be of one save"
 _KEEP_STILL = "run it again when the disk is well and nothing writes to that folder"
@@ -43,7 +45,8 @@ class TensorFiles:
 
     def __init__(self, root: Path, files: list[str]) -> None:
         self.root = root
-        self.headers: dict[str, Header] = {file: read_header(resolve_inside(root, file)) for file in files}
+        self._paths = {file: resolve_inside(root, file) for file in files}
+        self.headers: dict[str, Header] = {file: read_header(path) for file, path in self._paths.items()}
         self.tensors: dict[str, Located] = {}
         for file, header in self.headers.items():
             for spec, position in header.tensors:
@@ -57,16 +60,24 @@ class TensorFiles:
         return self.tensors[name].spec
 
     def read(self, name: str) -> "Tensor":
+        """Read a whole tensor, for torch."""
+        return _as_tensor(self.read_array(name))
+
+    def read_flat(self, name: str, start: int, count: int) -> "Tensor":
+        """Read ``count`` elements from the ``start``-th on, in row-major order, for torch: (count,)."""
+        return _as_tensor(self.read_flat_array(name, start, count))
+
+    def read_array(self, name: str) -> "Array":
         """Read a whole tensor."""
         spec = self.spec(name)
         return self._read(self.tensors[name], 0, spec.nbytes).view(_dtype(spec)).reshape(spec.shape)
 
-    def read_flat(self, name: str, start: int, count: int) -> "Tensor":
+    def read_flat_array(self, name: str, start: int, count: int) -> "Array":
         """Read ``count`` elements from the ``start``-th on, in row-major order: (count,)."""
         dtype = _dtype(self.spec(name))
         return self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
-    def read_bytes(self, name: str, start: int, count: int) -> "Tensor":
+    def read_bytes(self, name: str, start: int, count: int) -> "Array":
         """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8."""
         return self._read(self.tensors[name], start, count)
 
@@ -93,23 +104,24 @@ class TensorFiles:
             changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
             raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)
 
-    def _read(self, located: Located, offset: int, size: int) -> "Tensor":
-        import numpy as np  # here, so that who reads no tensor need not wait for it, nor for torch
-        import torch
+    def _read(self, located: Located, offset: int, size: int) -> "Array":
+        import numpy as np  # here, so that who reads no tensor need not wait for it
 
         buffer = np.empty(size, np.uint8)
         done = 0
-        path = resolve_inside(self.root, located.file)
         try:
-            with path.open("rb", buffering=0) as file:
+            handle = os.open(self._paths[located.file], os.O_RDONLY | os.O_CLOEXEC)
+            try:
                 while done < size:
-                    count = os.preadv(file.fileno(), [buffer.data[done:]], located.position + offset + done)
+                    count = os.preadv(handle, [buffer.data[done:]], located.position + offset + done)
                     if count == 0:
                         raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", _KEEP_STILL)
                     done += count
+            finally:
+                os.close(handle)
         except OSError as error:
             raise IntegrityError(f"{located.file}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
-        return torch.from_numpy(buffer) if size else torch.empty(0, dtype=torch.uint8)
+        return buffer
 
 
 class Checkpoint(TensorFiles):
@@ -178,9 +190,8 @@ class MappedCheckpoint(Checkpoint):
     while tensors of them are alive.
     """
 
-    def _read(self, located: Located, offset: int, size: int) -> "Tensor":
+    def _read(self, located: Located, offset: int, size: int) -> "Array":
         import numpy as np
-        import torch
 
         start = located.position + offset
         if not size or start % _dtype(located.spec).itemsize:  # as no writer that is known aligns them
@@ -188,13 +199,13 @@ class MappedCheckpoint(Checkpoint):
         try:
             whole = self._maps.get(located.file)
             if whole is None:
-                whole = np.memmap(resolve_inside(self.root, located.file), np.uint8, mode="c")
+                whole = np.memmap(self._paths[located.file], np.uint8, mode="c")
                 self._maps[located.file] = whole
         except OSError as error:
             raise IntegrityError(f"{located.file}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
         if start + size > len(whole):
             raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_KEEP_STILL)
-        return torch.from_numpy(whole[start : start + size])
+        return whole[start : start + size]
 
     def give_back(self, tensor: "Tensor") -> None:
         """Let go of the pages of a tensor that is a view of a mapped file: they come back when they are touched.
@@ -213,7 +224,13 @@ class MappedCheckpoint(Checkpoint):
         return {}
 
 
-def _dtype(spec: TensorSpec) -> "torch.dtype":
-    from adaptkit.checkpoint.dtypes import DTYPES
+def _dtype(spec: TensorSpec) -> "np.dtype[Any]":
+    from adaptkit.checkpoint.dtypes import ARRAY_DTYPES
 
-    return DTYPES[spec.dtype]
+    return ARRAY_DTYPES[spec.dtype]
+
+
+def _as_tensor(array: "Array") -> "Tensor":
+    from adaptkit.numerics.arrays import as_tensor
+
+    return as_tensor(array)

@@ -1,17 +1,20 @@
 """Text as windows of tokens, for what measures a model on text: calibration, perplexity, divergence."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.conversation import read_example, render
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder
 from adaptkit.checkpoint.rows import read_rows, read_text
 from adaptkit.errors import DataError, UsageError
+from adaptkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """The names that configurations have for the longest sequence."""

@@ -15,20 +15,25 @@
 Together with the merged weight and the adapter's change this restores the original; see ``reference.undo``.
 """
 
+from __future__ import annotations
+
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.dtypes import dtype_name
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
 from adaptkit.numerics import residual
+from adaptkit.numerics.arrays import Array, Values
+
+if TYPE_CHECKING:
+    pass
 
 FOLDER = "adaptkit-undo"
 FILES_NAME = f"{FOLDER}/files.safetensors"
@@ -54,38 +59,38 @@ def rest_name(name: str) -> str:
     return f"{name}:rest"
 
 
-def pack_frame(rows: int, values: Tensor) -> bytes:
+def pack_frame(rows: int, values: Values) -> bytes:
     """What was lost of a run of rows.
 
     Args:
         rows: in the run.
         values: (M,) int64 residuals.
     """
-    stream = residual.encode(values).numpy().tobytes()
+    stream = residual.encode(values).tobytes()
     return _FRAME.pack(rows, len(stream)) + stream
 
 
-def frames(record: Tensor) -> Iterator[tuple[int, Tensor]]:
+def frames(record: Array) -> Iterator[tuple[int, Array]]:
     """The runs of rows of a tensor's record, as (rows, stream).
 
     Raises:
         IntegrityError: this is no record.
     """
-    if record.dtype != torch.uint8 or record.dim() != 1:
+    if record.dtype != np.uint8 or record.ndim != 1:
         raise IntegrityError("not an undo record (of another type)")
     position = 0
-    while position < record.numel():
-        if position + _FRAME.size > record.numel():
+    while position < record.size:
+        if position + _FRAME.size > record.size:
             raise IntegrityError("not an undo record (cut short)")
-        rows, length = _FRAME.unpack(record[position : position + _FRAME.size].numpy().tobytes())
+        rows, length = _FRAME.unpack(record[position : position + _FRAME.size].tobytes())
         position += _FRAME.size
-        if position + length > record.numel() or rows == 0:
+        if position + length > record.size or rows == 0:
             raise IntegrityError("not an undo record (cut short)")
         yield rows, record[position : position + length]
         position += length
 
 
-def unpack(stream: Tensor, most: int) -> Tensor:
+def unpack(stream: Array, most: int) -> Array:
     """The residuals of a frame.
 
     Args:
@@ -101,34 +106,34 @@ def unpack(stream: Tensor, most: int) -> Tensor:
         raise IntegrityError(f"not a residual ({error})") from error
 
 
-def as_bytes(content: bytes) -> Tensor:
-    """Bytes as a tensor, (N,) uint8."""
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+def as_bytes(content: bytes) -> Array:
+    """Bytes as an array, (N,) uint8."""
+    return np.frombuffer(bytearray(content), np.uint8)
 
 
-def write_record(output: Output, name: str, tensors: Mapping[str, Tensor]) -> None:
+def write_record(output: Output, name: str, tensors: Mapping[str, Values]) -> None:
     """Write one file of the record and note it in the journal."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all are aligned
-    specs = [TensorSpec(key, DTYPE_NAMES[tensors[key].dtype], tuple(tensors[key].shape)) for key in order]
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # so that all are aligned
+    specs = [TensorSpec(key, dtype_name(tensors[key].dtype), tuple(tensors[key].shape)) for key in order]
     with TensorWriter(output.folder, name, specs) as writer:
         for spec in specs:
             writer.write(spec.name, tensors[spec.name])
     output.add(writer.record, [])
 
 
-def added_files(names: Iterable[str]) -> Tensor:
-    """The list of files that the base does not have, as a tensor."""
+def added_files(names: Iterable[str]) -> Array:
+    """The list of files that the base does not have, as an array."""
     return as_bytes(json.dumps(sorted(names)).encode())
 
 
-def read_added(tensor: Tensor) -> list[str]:
+def read_added(tensor: Array) -> list[str]:
     """Undo ``added_files``.
 
     Raises:
         IntegrityError: this is no such list.
     """
     try:
-        names = json.loads(tensor.numpy().tobytes())
+        names = json.loads(tensor.tobytes())
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"the undo record's list of files is damaged ({error})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -136,6 +141,6 @@ def read_added(tensor: Tensor) -> list[str]:
     return names
 
 
-def packed(parts: Iterable[bytes]) -> Tensor:
-    """Frames, one after the other, as a tensor."""
-    return torch.from_numpy(np.frombuffer(b"".join(parts), np.uint8).copy())
+def packed(parts: Iterable[bytes]) -> Array:
+    """Frames, one after the other, as an array."""
+    return np.frombuffer(bytearray().join(parts), np.uint8)

@@ -17,7 +17,7 @@ from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.errors import DISK_HINTS, AdaptkitError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from adaptkit.numerics.arrays import Values
 
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
@@ -115,7 +115,7 @@ class TensorWriter:
             raise
         return self
 
-    def write(self, name: str, piece: "Tensor") -> None:
+    def write(self, name: str, piece: "Values") -> None:
         """Append a piece of a tensor.
 
         Raises:

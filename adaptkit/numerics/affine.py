@@ -8,12 +8,18 @@ or what replaces it, every sum of such changes has the form
 with float64 numbers, rounded once. ``exact.merge_affine`` does that and ``exact.unmerge_affine`` undoes it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from adaptkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

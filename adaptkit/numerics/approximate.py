@@ -1,14 +1,18 @@
 """A rounded addition undone by subtracting, where nothing was kept that would make it exact."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from adaptkit.lazy import torch
 from adaptkit.numerics import lora
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.lora import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ make that loss small; so is its nested 8-bit code. The result decodes by the ord
 A scale may be negative. NF4 has eight levels above zero and seven below, and a negative scale turns a block around.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from adaptkit.errors import UsageError
+from adaptkit.lazy import torch
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import Blockwise, check_block_size
@@ -27,7 +28,10 @@ from adaptkit.numerics.formats._double_quant import (
 )
 from adaptkit.numerics.kernels import _cpu_calibration
 
-Constants = DoubleQuantized | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Constants: TypeAlias = "DoubleQuantized | Tensor"
 """A weight's scales as a file holds them: doubly quantized, or (M,) float32."""
 
 FLOOR = 1e-4
@@ -158,7 +162,7 @@ def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
 
 def decoded(constants: Constants) -> Tensor:
     """The scales that readers see, (M,) float32."""
-    return constants if isinstance(constants, Tensor) else dequantize_absmax(constants)
+    return dequantize_absmax(constants) if isinstance(constants, DoubleQuantized) else constants
 
 
 def weighted_error(

@@ -1,10 +1,15 @@
 """The companion adapter: the low-rank part of what quantization lost, weighted by what goes through it."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from adaptkit.errors import UsageError
+from adaptkit.lazy import torch
 from adaptkit.numerics.rounding import damped
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DAMPING = 0.01
 """Share of the mean second moment added to the diagonal."""

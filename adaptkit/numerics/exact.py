@@ -6,18 +6,22 @@ What rounding loses is the residual: how far the original is from a guess, for t
 not determine. See ``kernels.reference`` for the definition, and ``residual`` for how it is stored.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NonFiniteError
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import AnyValues, Values, as_tensor
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.kernels import Kernels, kernels_for
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.lora import LowRank, side_by_side
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 20
 """Elements of a whole weight that are handled at a time."""
@@ -40,7 +44,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class MergedRows:
-    """Some rows of a weight after an addition.
+    """Some rows of a weight after an addition, in arrays or in tensors, as they were given.
 
     Attributes:
         weight: (rows, in), rounded once.
@@ -51,8 +55,8 @@ class MergedRows:
         overlap: Σ effect · Δ, where effect is what the rounded addition really changed.
     """
 
-    weight: Tensor
-    residual: Tensor
+    weight: Any
+    residual: Any
     moved: int
     squared_delta: float
     squared_weight: float
@@ -86,14 +90,13 @@ def prepare(terms: Sequence[LowRank]) -> Prepared:
     Args:
         terms: at least one, each of shape (out, in), in the order in which they are added.
     """
-    lora_a = torch.cat([term.lora_a.float() for term in terms])
-    lora_b = torch.cat([term.lora_b.float() for term in terms], dim=1)
+    lora_a, lora_b = side_by_side(terms)
     ranks, scales = [term.rank for term in terms], [term.scaling for term in terms]
-    kernels = kernels_for(lora_a.device)
+    kernels = kernels_for(lora_a)
     return Prepared(terms[0].shape, kernels, kernels.prepare(lora_a, lora_b, ranks, scales))
 
 
-def merge_rows(weight: Tensor, prepared: Prepared, start_row: int, with_undo: bool) -> MergedRows:
+def merge_rows(weight: Values, prepared: Prepared, start_row: int, with_undo: bool) -> MergedRows:
     """Add low-rank changes to some rows of a weight: summed in float64, rounded once.
 
     Args:
@@ -110,7 +113,7 @@ def merge_rows(weight: Tensor, prepared: Prepared, start_row: int, with_undo: bo
     return _checked(weight, found)
 
 
-def unmerge_rows(merged: Tensor, prepared: Prepared, start_row: int, residual: Tensor) -> Tensor:
+def unmerge_rows(merged: AnyValues, prepared: Prepared, start_row: int, residual: Values) -> AnyValues:
     """Restore the rows that ``merge_rows`` was given, to the bit.
 
     Args:
@@ -128,7 +131,7 @@ def unmerge_rows(merged: Tensor, prepared: Prepared, start_row: int, residual: T
     return weight
 
 
-def merge_affine(weight: Tensor, change: Tensor, gain: Tensor | None, with_undo: bool) -> MergedRows:
+def merge_affine(weight: Values, change: Tensor, gain: Tensor | None, with_undo: bool) -> MergedRows:
     """Scale rows of a weight and add a change: gain · W rounded to float64, then the sum, and that once to the type.
 
     Args:
@@ -140,7 +143,8 @@ def merge_affine(weight: Tensor, change: Tensor, gain: Tensor | None, with_undo:
     Raises:
         NonFiniteError: the weight is not finite, or the sum overflows its type.
     """
-    kernels = kernels_for(weight.device)
+    weight = as_tensor(weight)
+    kernels = kernels_for(weight)
     merged = kernels.add_rounded(weight, change, gain)
     finite = all_finite(merged)
     whole = change if gain is None else change + (gain - 1) * weight.double()
@@ -150,7 +154,7 @@ def merge_affine(weight: Tensor, change: Tensor, gain: Tensor | None, with_undo:
     return _checked(weight, RowsMerged(merged, residual, finite, *kernels.addition_sums(weight, merged, whole)))
 
 
-def unmerge_affine(merged: Tensor, change: Tensor, gain: Tensor | None, residual: Tensor) -> Tensor:
+def unmerge_affine(merged: Values, change: Tensor, gain: Tensor | None, residual: Values) -> Tensor:
     """Restore the rows that ``merge_affine`` was given, to the bit.
 
     Args:
@@ -162,7 +166,8 @@ def unmerge_affine(merged: Tensor, change: Tensor, gain: Tensor | None, residual
     Raises:
         ValueError: the residual belongs to another merge.
     """
-    weight, used = kernels_for(merged.device).undo(merged, change, residual, gain)
+    merged, residual = as_tensor(merged), as_tensor(residual)
+    weight, used = kernels_for(merged).undo(merged, change, residual, gain)
     _check_used(used, residual)
     return weight
 
@@ -215,18 +220,19 @@ def _row_slices(shape: Sequence[int]) -> list[slice]:
     return [slice(start, min(start + step, shape[0])) for start in range(0, max(1, shape[0]), step)]
 
 
-def _check_rows(weight: Tensor, prepared: Prepared, start_row: int) -> None:
+def _check_rows(weight: Values, prepared: Prepared, start_row: int) -> None:
     rows, columns = prepared.shape
     if weight.shape[1] != columns or not 0 <= start_row <= start_row + weight.shape[0] <= rows:
         raise ValueError(f"rows {start_row} on of shape {tuple(weight.shape)} are none of {prepared.shape}")
 
 
-def _check_used(used: int, residual: Tensor) -> None:
-    if used != residual.numel():
-        raise ValueError(f"{used} weights are ambiguous, the record holds {residual.numel()}")
+def _check_used(used: int, residual: Values) -> None:
+    length = int(residual.shape[0])
+    if used != length:
+        raise ValueError(f"{used} weights are ambiguous, the record holds {length}")
 
 
-def _checked(weight: Tensor, found: RowsMerged) -> MergedRows:
+def _checked(weight: Values, found: RowsMerged) -> MergedRows:
     if not found.finite:
         what = "overflows" if all_finite(weight) else "holds NaN or infinity"
         raise NonFiniteError(f"the weight {what}", hint="is this the right base, and the adapter's scaling right?")

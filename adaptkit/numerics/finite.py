@@ -1,38 +1,58 @@
 """Are all of these numbers? Asked of every weight, so it reads the bits, which is many times faster."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adaptkit.errors import NonFiniteError
-from adaptkit.numerics.kernels.reference import FLOAT_INTS
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Array, Values, as_array, is_float
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SIGNED: dict[int, np.dtype[Any]] = {2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
+"""By size, the integers that a float's bits are."""
 
 
-def all_finite(values: Tensor) -> bool:
+def all_finite(values: Values) -> bool:
     """Whether no element is NaN or infinite.
 
     Args:
         values: any shape and type; what is no float is finite.
     """
-    if not values.is_floating_point() or values.numel() == 0:
+    if not isinstance(values, np.ndarray) and values.device.type != "cpu":
+        return not values.is_floating_point() or bool(_finite(values).all())
+    array = as_array(values)
+    if not is_float(array) or array.size == 0:
         return True
-    if values.dtype not in FLOAT_INTS:
-        return bool(_finite(values).all())
-    infinity = int(torch.tensor(torch.inf, dtype=values.dtype).view(FLOAT_INTS[values.dtype]))
-    magnitudes = values.contiguous().view(FLOAT_INTS[values.dtype]) & torch.iinfo(FLOAT_INTS[values.dtype]).max
-    return int(magnitudes.max()) < infinity
+    if array.dtype.itemsize not in _SIGNED:
+        return bool(np.isfinite(array.astype(np.float32)).all())
+    return _largest(array) < _largest(np.array(np.inf, array.dtype))
 
 
-def check_finite(values: Tensor) -> None:
+def check_finite(values: Values) -> None:
     """Refuse NaN and infinity.
 
     Raises:
         NonFiniteError: names the first one's index.
     """
-    if not all_finite(values):
-        first = int((~_finite(values)).reshape(-1).nonzero()[0, 0])
-        value = float(values.reshape(-1)[first])
-        where = [int(index) for index in torch.unravel_index(torch.tensor(first), values.shape)]
-        raise NonFiniteError(f"the weight at {where} is {value}", hint="repair or re-download this checkpoint")
+    if all_finite(values):
+        return
+    array = as_array(values)
+    first = int(np.argmin(np.isfinite(array.astype(np.float64))))
+    where = [int(index) for index in np.unravel_index(first, array.shape)]
+    raise NonFiniteError(
+        f"the weight at {where} is {float(array[tuple(where)])}", hint="repair or re-download this checkpoint"
+    )
+
+
+def _largest(array: Array) -> int:
+    """The bits of the largest magnitude; they order as the magnitudes do, infinity and NaN last."""
+    ints = _SIGNED[array.dtype.itemsize]
+    return int((np.ascontiguousarray(array).view(ints) & np.iinfo(ints).max).max())
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -4,14 +4,21 @@ A LoRA (arXiv:2106.09685) changes a weight W (out, in) by Δ = scaling · B A, w
 ``lora_b`` (out, rank).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Values, as_array, as_tensor
 from adaptkit.numerics.kernels import kernels_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,28 +26,43 @@ class LowRank:
     """One adapter's change of one weight.
 
     Attributes:
-        lora_a: (rank, in).
-        lora_b: (out, rank).
+        a: (rank, in).
+        b: (out, rank).
         scaling: α / rank, or α / √rank for rsLoRA, times the adapter's weight if it has one.
     """
 
-    lora_a: Tensor
-    lora_b: Tensor
+    a: Values
+    b: Values
     scaling: float
+
+    @property
+    def lora_a(self) -> Tensor:
+        """A for torch, (rank, in)."""
+        return as_tensor(self.a)
+
+    @property
+    def lora_b(self) -> Tensor:
+        """B for torch, (out, rank)."""
+        return as_tensor(self.b)
 
     @property
     def rank(self) -> int:
         """Number of columns of B and rows of A."""
-        return self.lora_a.shape[0]
+        return int(self.a.shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight that it changes."""
-        return self.lora_b.shape[0], self.lora_a.shape[1]
+        return int(self.b.shape[0]), int(self.a.shape[1])
 
-    def weighted(self, weight: float) -> "LowRank":
+    def weighted(self, weight: float) -> LowRank:
         """The same change times a number."""
-        return LowRank(self.lora_a, self.lora_b, self.scaling * weight)
+        return LowRank(self.a, self.b, self.scaling * weight)
+
+    @property
+    def is_of_arrays(self) -> bool:
+        """Whether it can be handled without torch."""
+        return isinstance(self.a, np.ndarray) and isinstance(self.b, np.ndarray)
 
 
 def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
@@ -53,15 +75,24 @@ def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
     Returns:
         (rows, in) float64.
     """
-    lora_a = torch.cat([term.lora_a.float() for term in terms])
-    lora_b = torch.cat([term.lora_b.float()[rows] for term in terms], dim=1)
+    lora_a, lora_b = side_by_side(terms, rows)
     ranks, scales = [term.rank for term in terms], [term.scaling for term in terms]
-    return kernels_for(lora_a.device).low_rank_delta(lora_a, lora_b, ranks, scales)
+    return as_tensor(kernels_for(lora_a).low_rank_delta(lora_a, lora_b, ranks, scales))
+
+
+def side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[Values, Values]:
+    """All A matrices one under the other, (Σ ranks, in), and rows of all B side by side, (rows, Σ ranks); float32."""
+    if all(term.is_of_arrays for term in terms):
+        arrays = [(as_array(term.a), as_array(term.b)[rows]) for term in terms]
+        lora_a = np.concatenate([a for a, _ in arrays], dtype=np.float32)
+        return lora_a, np.concatenate([b for _, b in arrays], axis=1, dtype=np.float32)
+    tensors = [(term.lora_a.float(), term.lora_b.float()[rows]) for term in terms]
+    return torch.cat([a for a, _ in tensors]), torch.cat([b for _, b in tensors], dim=1)
 
 
 def transposed(term: LowRank) -> LowRank:
     """The change of the transposed weight, as GPT-2's Conv1D stores it."""
-    return LowRank(term.lora_b.T, term.lora_a.T, term.scaling)
+    return LowRank(term.b.T, term.a.T, term.scaling)
 
 
 def concatenate(terms: Sequence[LowRank]) -> LowRank:

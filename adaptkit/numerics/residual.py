@@ -23,32 +23,36 @@ Source: Jarek Duda's asymmetric numeral systems (arXiv:1311.2540), the range var
 arXiv:1402.3392).
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from adaptkit.numerics.arrays import Array, Values, as_array
 from adaptkit.numerics.kernels._entropy import LEAST, PRECISION, STATES, SYMBOLS
+
+if TYPE_CHECKING:
+    pass
 
 _TOTAL = 1 << PRECISION
 _LARGEST_VARINT = 10
 """Bytes: enough for 64 bits."""
 
 
-def encode(residual: Tensor) -> Tensor:
+def encode(residual: Values) -> Array:
     """Compress residuals.
 
     Args:
         residual: (M,) int64.
 
     Returns:
-        (N,) uint8 on the CPU, at least one.
+        (N,) uint8, at least one.
     """
-    values = residual.cpu().contiguous().numpy()
+    values = np.ascontiguousarray(as_array(residual))
     if values.size == 0:
-        return torch.zeros(1, dtype=torch.uint8)
+        return np.zeros(1, np.uint8)
     loops = _loops()
     symbols, counts = np.empty(values.size, np.uint8), np.zeros((STATES, 256), np.int64)
     bits = int(loops.split(values, symbols, counts))
@@ -69,10 +73,10 @@ def encode(residual: Tensor) -> Tensor:
         used,
         raw.astype("<u8").tobytes()[: (bits + 7) // 8],
     ]
-    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+    return np.frombuffer(bytearray(b"".join(parts)), np.uint8)
 
 
-def decode(stream: Tensor, most: int) -> Tensor:
+def decode(stream: Values, most: int) -> Array:
     """Undo ``encode``.
 
     Args:
@@ -85,13 +89,13 @@ def decode(stream: Tensor, most: int) -> Tensor:
     Raises:
         ValueError: ``encode`` did not make this, or there are more values.
     """
-    source = _Source(stream.cpu().contiguous().numpy())
+    source = _Source(np.ascontiguousarray(as_array(stream)))
     count = source.varint()
     if count > most:
         raise ValueError(f"it holds {count} values, at most {most} are wanted")
     if count == 0:
         source.end()
-        return torch.empty(0, dtype=torch.int64)
+        return np.empty(0, np.int64)
     slots = _slots(source)
     states = source.take(4 * STATES).view("<u4").astype(np.uint64)
     words = source.take(2 * source.varint()).view("<u2").astype(np.uint16)
@@ -107,8 +111,8 @@ def decode(stream: Tensor, most: int) -> Tensor:
     if bits % 8 and tail[-1] >> (bits % 8):
         raise ValueError("it is not padded with zeros")
     source.end()
-    values = torch.empty(count, dtype=torch.int64)
-    loops.join(symbols, raw.view("<u8").astype(np.uint64), values.numpy())
+    values = np.empty(count, np.int64)
+    loops.join(symbols, raw.view("<u8").astype(np.uint64), values)
     return values
 
 

@@ -6,13 +6,15 @@ right; the error e of column j is taken out of the later columns along row j of 
     e_j = (w_j - q_j) / U_jj,    w_k -= e_j U_jk  for k > j
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from adaptkit.errors import UsageError
+from adaptkit.lazy import torch
 from adaptkit.numerics.calibration import (
     Constants,
     ScaleGrid,
@@ -23,6 +25,9 @@ from adaptkit.numerics.calibration import (
 )
 from adaptkit.numerics.formats._double_quant import DoubleQuantized, dynamic_map
 from adaptkit.numerics.kernels import _cpu_rounding
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DAMPING = 0.2
 """Share of the mean second moment added to the diagonal: too little, and rounding fits the noise of the calibration."""

@@ -1,12 +1,16 @@
 """What quantizing a linear costs, and where a few more bits are worth most."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adaptkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def divergence_cost(lost: Tensor, importance: Tensor, gradient_moment: Tensor) -> float:

@@ -5,11 +5,12 @@ that calibration text brings. The linears are then upgraded in the order of what
 reached.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.encoding import Encoding
@@ -22,9 +23,11 @@ from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
 from adaptkit.operations._encoding import TensorPlan
-from adaptkit.operations._gradients import layer_gradients
 from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._quantize_plan import Plan, with_encodings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAME = f"{SCRATCH_PREFIX}budget.json"
 SMALL_BLOCK = 32
@@ -123,6 +126,8 @@ def _ways(
 ) -> dict[str, list[Way]]:
     importance: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
+    from adaptkit.operations._gradients import layer_gradients  # here, since it waits for torch
+
     for layer in layer_gradients(checkpoint, tokens, progress=progress):
         importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}
         gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}

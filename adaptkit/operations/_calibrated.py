@@ -6,14 +6,14 @@
 The scratch files are as small as the output, and are removed when it is published.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
+from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
@@ -21,13 +21,18 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
+from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
 from adaptkit.operations._encoding import Encoded, TensorPlan
-from adaptkit.operations._layerwise import InputMoments, layer_moments
 from adaptkit.operations._pipeline import in_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptkit.operations._layerwise import InputMoments
 
 _END = f"{SCRATCH_PREFIX}calibrated"
 """Written when every layer is done; says how many there were."""
@@ -88,6 +93,8 @@ def calibrate(
     """
     found_before = is_calibrated(out)
     if not found_before:
+        from adaptkit.operations._layerwise import layer_moments  # here, since it waits for torch
+
         layers = 0
         for layer in layer_moments(checkpoint, tokens, second_moments=compensate, progress=progress):
             wanted = {
@@ -135,7 +142,7 @@ def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:
 
 @dataclass(frozen=True)
 class _Made:
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Values]
     note: Mapping[str, Any]
 
 
@@ -159,7 +166,7 @@ def _write_layer(
 
     made = dict(zip((plan.spec.name for plan in wanted), in_order(make, wanted.items(), threads), strict=True))
     tensors = {name: tensor for result in made.values() for name, tensor in result.tensors.items()}
-    specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in sorted(tensors.items())]
+    specs = [TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
     specs.sort(key=lambda spec: DTYPES[spec.dtype].itemsize, reverse=True)  # so that all are aligned
     with TensorWriter(out.folder, _layer_name(number), specs) as writer:
         for spec in specs:
@@ -175,7 +182,7 @@ def _make(
     if encoding is None:
         raise ValueError(f"{name} is not to be quantized")
     raw = checkpoint.read(name)
-    plan.check(raw.reshape(-1), 0)
+    plan.check(as_array(raw).reshape(-1), 0)
     weight = plan.as_linear(raw)
     arguments = (encoding.block_size, encoding.double_quant)
     if factor is None:
@@ -189,7 +196,7 @@ def _make(
         "error": [float(lost.double().square().sum()), float(wide.double().square().sum())],
         "weighted_error": [_weighted(lost, importance), _weighted(wide, importance)],
     }
-    tensors = {name: codes.view(quantized.code_spec(plan.linear, encoding).shape)}
+    tensors: dict[str, Values] = {name: codes.view(quantized.code_spec(plan.linear, encoding).shape)}
     tensors |= quantized.constant_parts(plan.linear, encoding, constants)
     if init_rank is not None:
         # All of E[x xᵀ] measures no better here than its diagonal, and takes a decomposition more.

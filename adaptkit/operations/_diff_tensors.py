@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.dtypes import dtype_name
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.numerics.comparison import Tally, effective_rank_with_tail
@@ -104,7 +104,7 @@ def differ_in_files(name: str, first: Source, second: Source, role: str = "", ra
 
 def differ_in_memory(name: str, role: str, first: Tensor, second: Tensor, remark: str = "") -> TensorDifference:
     """Compare two small tensors of one shape that are not the same; of others only types and shapes are told."""
-    specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in (first, second)]
+    specs = [TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for t in (first, second)]
     pairs = [(first, second)] if first.shape == second.shape else []
     return _measured(name, role, (specs[0], specs[1]), pairs, remark if pairs else "shapes differ")
 

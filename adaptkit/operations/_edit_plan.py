@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from adaptkit.checkpoint.adapter import Adapter, TokenRows
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.lazy import torch
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._edits import Edit, Edits, Step, Stored

@@ -1,17 +1,20 @@
 """What is done to the tensors of a checkpoint when adapters are merged into it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.adapter import TokenRows
 from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.numerics.lora import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

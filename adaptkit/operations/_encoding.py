@@ -1,12 +1,13 @@
 """Quantize one tensor of a checkpoint, piece by piece: the jobs, and how their results become its parts."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.encoding import Encoding
@@ -15,17 +16,21 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.arrays import Array, Values
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
 from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._shards import Group, Piece, cut, reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A piece of a weight: as the file holds it, and quantized. All of a weight that stays is ``raw``."""
 
-    raw: Tensor
+    raw: Values
     packed: Blockwise | None = None
 
 
@@ -90,7 +95,7 @@ class TensorPlan:
                 absmax.append(result.packed.absmax)
                 if result.packed.moments is not None:
                     moments.append(result.packed.moments)
-        constants = quantized.nest(torch.cat(absmax), self.encoding)
+        constants = quantized.nest(np.concatenate(absmax), self.encoding)
         for name, part in quantized.constant_parts(self.linear, self.encoding, constants).items():
             writer.write(name, part)
         return {"fingerprint": digest.hexdigest(), "error": _errors(moments, quantized.unnest(constants))}
@@ -102,10 +107,10 @@ class TensorPlan:
         if self.encoding is None:
             raise ValueError(f"{self.spec.name} is not to be quantized")
         if piece is None:
-            raw = checkpoint.read(self.spec.name)
-            values, start = self.as_linear(raw), 0
+            raw = checkpoint.read_array(self.spec.name)
+            values, start = np.ascontiguousarray(raw.T) if self.transposed else raw, 0
         else:
-            raw = values = checkpoint.read_flat(self.spec.name, piece.start, piece.count)
+            raw = values = checkpoint.read_flat_array(self.spec.name, piece.start, piece.count)
             start = piece.start
         try:
             return Encoded(raw, self.encoding.numerics.quantize(values, self.encoding.block_size, measure=True))
@@ -113,11 +118,11 @@ class TensorPlan:
             self.check(raw.reshape(-1), start)
             raise
 
-    def check(self, values: Tensor, start: int) -> None:
+    def check(self, values: Array, start: int) -> None:
         """Refuse NaN and infinity, with the index in the file."""
         if not all_finite(values):
-            position = int((~torch.isfinite(values.float())).nonzero()[0, 0])
-            where = [int(index) for index in torch.unravel_index(torch.tensor(start + position), self.spec.shape)]
+            position = int(np.argmin(np.isfinite(values.astype(np.float32))))
+            where = [int(index) for index in np.unravel_index(start + position, self.spec.shape)]
             raise NonFiniteError(
                 f"{self.spec.name}: the weight at {where} is {float(values[position])}",
                 hint="repair or re-download this checkpoint",
@@ -135,17 +140,14 @@ def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: i
         pass
 
 
-def _then_encoded(job: Callable[[], Tensor]) -> Callable[[], Encoded]:
+def _then_encoded(job: Callable[[], Array]) -> Callable[[], Encoded]:
     return lambda: Encoded(job())
 
 
-def _errors(moments: Sequence[Tensor], absmax: Tensor) -> list[float]:
+def _errors(moments: Sequence[Array], absmax: Array) -> list[float]:
     """Σ(w − q)² and Σw² from the blocks' moments, piece by piece, and the constants that the file holds in the end."""
     lost, whole, start = 0.0, 0.0, 0
     for piece in moments:
-        square, cross, level = piece.double().unbind(1)
-        a = absmax[start : start + len(piece)].double()
-        lost += float((square - 2 * a * cross + a * a * level).sum())
-        whole += float(square.sum())
-        start += len(piece)
+        found = squared_errors(piece, absmax[start : start + len(piece)])
+        lost, whole, start = lost + found[0], whole + found[1], start + len(piece)
     return [max(0.0, lost), whole]

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.architecture import empty_network, why_unknown
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
 from adaptkit.numerics import lora
+from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
 
 Panels = tuple[tuple[LowRank, ...], ...]
@@ -57,8 +60,8 @@ class Experts:
             whole = stack[piece.expert or 0]
             rows = whole.shape[0] // parts
             self._check(piece.name, (rows, whole.shape[1]))
-            lora_b = whole.lora_b[piece.part[0] * rows : (piece.part[0] + 1) * rows]
-            yield piece.name, ((replace(whole, lora_b=lora_b),),)
+            part = whole.b[piece.part[0] * rows : (piece.part[0] + 1) * rows]
+            yield piece.name, ((replace(whole, b=part),),)
 
     def of_one(self, module: str, term: LowRank, place: Slice) -> Panels:
         """The change of one expert's matrix, a run of rows of one in a stack, as changes of the stack.
@@ -74,9 +77,10 @@ class Experts:
                 hint=_OTHER,
             )
         rows = height // count
-        lora_b = term.lora_b.new_zeros(height, term.rank)
-        lora_b[number * rows : (number + 1) * rows] = term.lora_b
-        padded = replace(term, lora_b=lora_b)
+        part = as_array(term.b)
+        whole = np.zeros((height, term.rank), part.dtype)
+        whole[number * rows : (number + 1) * rows] = part
+        padded = replace(term, b=whole)
         return tuple((padded,) if expert == place.expert else () for expert in range(experts))
 
     def rows_of(self, parameter: str, shape: Sequence[int], slices: Sequence[Slice]) -> Iterator[tuple[str, int]]:

@@ -1,23 +1,30 @@
 """Apply edits to tensors piece by piece, and take them back: the same pieces, the same arithmetic."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import TokenRows
-from adaptkit.checkpoint.dtypes import DTYPES
+from adaptkit.checkpoint.header import ITEM_BYTES
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, NonFiniteError
+from adaptkit.lazy import torch
 from adaptkit.numerics import exact, lora
 from adaptkit.numerics.affine import Effect, combine, square_sums
+from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.numerics.exact import MergedRows, Prepared
 from adaptkit.operations._edits import Edit, Step, matrix_of
 
-RUN_BYTES = 1 << 20
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUN_BYTES = 2 << 20
 """Size of a run of rows: it and all that is made of it stay near the processor."""
 
 
@@ -35,13 +42,13 @@ class Folded:
 
     Attributes:
         raw: of the base, as its file holds it.
-        values: of the result.
+        values: of the result, an array or a tensor.
         merged: what the addition did.
         frame: what undoing it needs; empty if it was not asked for.
     """
 
-    raw: Tensor
-    values: Tensor
+    raw: Array
+    values: Values
     merged: MergedRows
     frame: bytes
 
@@ -60,7 +67,7 @@ class Fold:
 
     def pieces(self) -> list[Rows]:
         """Cut the result's rows into runs of about ``RUN_BYTES``."""
-        return _cut(self.edit.matrix, self.edit.panel_rows, DTYPES[self.edit.spec.dtype].itemsize)
+        return _cut(self.edit.matrix, self.edit.panel_rows, ITEM_BYTES[self.edit.spec.dtype])
 
     def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> Folded:
         """Make rows of the result.
@@ -78,7 +85,7 @@ class Fold:
                 gain, change = self._sum(rows)
                 merged = exact.merge_affine(raw, change[: held.count], _first(gain, held.count), with_undo)
                 if held.count < rows.count:  # more rows than the base has
-                    nothing = raw.new_zeros(rows.count - held.count, raw.shape[1])
+                    nothing = np.zeros((rows.count - held.count, raw.shape[1]), raw.dtype)
                     more = exact.merge_affine(nothing, change[held.count :], None, False)
                     merged = replace(merged, weight=torch.cat([merged.weight, more.weight]))
         except NonFiniteError as error:
@@ -86,13 +93,13 @@ class Fold:
         frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
         return Folded(raw, merged.weight, merged, frame)
 
-    def take_back(self, values: Tensor, rows: Rows, stream: Tensor) -> Tensor:
+    def take_back(self, values: Array, rows: Rows, stream: Array) -> Values:
         """Restore rows of the base; fewer than there are of the result, if the result has more.
 
         Raises:
             IntegrityError: the stream belongs to another merge.
         """
-        residual = undo.unpack(stream, values.numel())
+        residual = undo.unpack(stream, values.size)
         try:
             terms = self._terms(rows) if self.edit.is_plain else None
             if terms is not None:
@@ -103,10 +110,10 @@ class Fold:
         except ValueError as error:
             raise IntegrityError(f"the undo record does not fit ({error})") from error
 
-    def exact_change(self, weight: Tensor, rows: Rows) -> Tensor:
+    def exact_change(self, weight: Array, rows: Rows) -> Tensor:
         """What the edit adds to rows of the base, before rounding: float64."""
         gain, change = self._sum(rows)
-        return change if gain is None else change + (gain - 1.0) * weight.double()
+        return change if gain is None else change + (gain - 1.0) * as_tensor(weight).double()
 
     def _within(self, rows: Rows) -> int:
         return rows.start % self.edit.panel_rows
@@ -175,7 +182,7 @@ def find_lengths(checkpoint: Checkpoint, edit: Edit) -> dict[int, Tensor]:
             effect = step_effect(step, edit, rows, None)
             weight = effect.instead
             if weight is None or effect.where is not None:
-                raw = _read(checkpoint, edit.source, edit.base_shape, rows).double()
+                raw = as_tensor(_read(checkpoint, edit.source, edit.base_shape, rows)).double()
                 weight = raw if effect.where is None or weight is None else torch.where(effect.where, weight, raw)
             exact_sum = weight if effect.delta is None else weight + effect.delta
             if step.per_column:
@@ -186,12 +193,12 @@ def find_lengths(checkpoint: Checkpoint, edit: Edit) -> dict[int, Tensor]:
     return found
 
 
-def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Tensor:
+def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Array:
     """Read a run of rows of a tensor as a matrix."""
     return _read(checkpoint, name, checkpoint.spec(name).shape, rows)
 
 
-def cut_frames(record: Tensor, edit: Edit) -> Iterator[tuple[Rows, Tensor]]:
+def cut_frames(record: Array, edit: Edit) -> Iterator[tuple[Rows, Array]]:
     """The runs of rows that a record speaks of, each with its stream.
 
     Raises:
@@ -212,9 +219,9 @@ def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Cal
     return [partial(fold.apply, checkpoint, rows, with_undo) for rows in fold.pieces()]
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: Sequence[int], rows: Rows) -> Tensor:
+def _read(checkpoint: Checkpoint, name: str, shape: Sequence[int], rows: Rows) -> Array:
     columns = matrix_of(shape)[1]
-    return checkpoint.read_flat(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
+    return checkpoint.read_flat_array(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
 
 
 def _first(gain: Tensor | None, count: int) -> Tensor | None:

@@ -1,13 +1,13 @@
 """A merged checkpoint and its undo record, opened for taking the adapters out again."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
@@ -18,6 +18,9 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manife
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._terms import adapter_identity
+
+if TYPE_CHECKING:
+    from adaptkit.numerics.arrays import Array
 
 _AGAIN = "get the merged model again"
 
@@ -80,14 +83,14 @@ class MergedModel:
             self.require_unchanged(name)
         return TensorFiles(self.root, [name] if self.has_record else [])
 
-    def read_all(self, name: str) -> dict[str, Tensor]:
+    def read_all(self, name: str) -> dict[str, Array]:
         """Read a safetensors file of the record whose bytes are still those of the merge."""
         self.require_unchanged(name)
         files = TensorFiles(self.root, [name])
         for key, located in files.tensors.items():
             if located.spec.dtype != "U8" or len(located.spec.shape) != 1:
                 raise IntegrityError(f"{name}: {key!r} is no file", hint=_AGAIN)
-        return {key: files.read(key) for key in files.tensors}
+        return {key: files.read_array(key) for key in files.tensors}
 
     def require_unchanged(self, name: str) -> None:
         """Compare a file with the manifest.
@@ -120,7 +123,7 @@ class MergedModel:
         """Small files of the base that the result has not, or has changed; and the list of those that it added."""
         if undo.FILES_NAME not in self.digests:
             return {}
-        return {name: tensor.numpy().tobytes() for name, tensor in self.read_all(undo.FILES_NAME).items()}
+        return {name: tensor.tobytes() for name, tensor in self.read_all(undo.FILES_NAME).items()}
 
     def restored_files(self) -> dict[str, bytes]:
         """The base's small files, by name.
@@ -152,7 +155,7 @@ class MergedModel:
         """
         if undo.HEADER not in record.tensors:
             return self.checkpoint.headers[file]
-        raw = record.read(undo.HEADER).numpy().tobytes()
+        raw = record.read_array(undo.HEADER).tobytes()
         try:
             header = parse_header(raw, file)
             position = len(raw)

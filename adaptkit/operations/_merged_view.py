@@ -3,20 +3,27 @@
 So it can be quantized without being written in 16 bits, and what is left of the adapters in 4 bits can be measured.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import ITEM_BYTES
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.reader import Checkpoint, Located
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Array, as_array, as_tensor
 from adaptkit.operations._edits import Edit, Edits
 from adaptkit.operations._folding import Fold, Rows, find_lengths, read_rows
 from adaptkit.operations._merge_report import TensorChange
+
+if TYPE_CHECKING:
+    pass
 
 
 class MergedView(Checkpoint):
@@ -43,16 +50,16 @@ class MergedView(Checkpoint):
         """The small files of the result but for its configuration, which is the base's."""
         return {name: content for name, content in self._contents.items() if name != CONFIG_NAME}
 
-    def _read(self, located: Located, offset: int, size: int) -> Tensor:
+    def _read(self, located: Located, offset: int, size: int) -> Array:
         fold = self.folds.get(located.spec.name)
         if fold is None:
             return self.base._read(located, offset, size)
-        itemsize, columns = DTYPES[located.spec.dtype].itemsize, fold.edit.matrix[1]
+        itemsize, columns = ITEM_BYTES[located.spec.dtype], fold.edit.matrix[1]
         first, last = offset // itemsize, (offset + size) // itemsize
         start, stop = first // columns, -(-last // columns)
         runs = [fold.apply(self.base, rows, False).values for rows in _within_panels(fold.edit, start, stop)]
-        flat = torch.cat([run.reshape(-1) for run in runs]) if runs else torch.empty(0, dtype=torch.uint8)
-        return flat[first - start * columns : last - start * columns].contiguous().view(torch.uint8)
+        flat = np.concatenate([as_array(run).reshape(-1) for run in runs]) if runs else np.empty(0, np.uint8)
+        return flat[first - start * columns : last - start * columns].view(np.uint8)
 
 
 def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: Encoding, flip: bool) -> TensorChange:
@@ -77,13 +84,14 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
     runs = fold.pieces() if aligned else [Rows(0, height)]
     total = [0.0] * 5
     for rows in runs:
-        weight = read_rows(view.base, name, rows)
+        held = read_rows(view.base, name, rows)
+        weight = as_tensor(held)
         linear = weight.T.contiguous() if flip else weight
         codes = encoding.numerics.quantize(linear, encoding.block_size)
         again = encoding.numerics.dequantize(codes, torch.float32).reshape(linear.shape)
         before = again.T if flip else again
         difference = (after.reshape(height, columns)[rows.start : rows.start + rows.count] - before).double()
-        delta = fold.exact_change(weight, rows)
+        delta = fold.exact_change(held, rows)
         found = (
             float((difference != 0).sum()),
             float(difference.numel()),

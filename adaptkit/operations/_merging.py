@@ -1,12 +1,13 @@
 """One merge at work: pieces in threads, shards in order, and what is lost of each kept beside it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from torch import Tensor
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter
@@ -33,6 +34,11 @@ from adaptkit.operations._shards import Group, reading, write_shards
 from adaptkit.operations._side_files import SideFiles, plan_index
 from adaptkit.operations._terms import adapter_identity
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptkit.numerics.arrays import Values
+
 
 class Merging:
     """One merge: what it knows before it begins, and the records that it collects on its way."""
@@ -51,7 +57,7 @@ class Merging:
         self.edits, self.side = edits, side
         self.shards = self._plan_shards()
         self._out: Output
-        self._records: dict[str, Tensor] = {}
+        self._records: dict[str, Values] = {}
         self._lengths: dict[str, dict[int, Tensor]] = {}
         recorded: dict[str, Any] = {"weights": list(weights)}
         for key in ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter"):

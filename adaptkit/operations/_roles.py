@@ -5,17 +5,21 @@ the weights of linear layers. Elsewhere names and shapes do: a matrix of the num
 that no name gives away as something else. Names also say what the tensors are that are no linear layer's.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.architecture import empty_network, is_linear, is_router, transformers_version, why_unknown
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.naming import Place, places
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 _EXPERTS = re.compile(r"^(?:.*?\.)?experts(?=\.)")
@@ -185,7 +189,7 @@ def _in_network(
         return Role("shared by several layers", True, tuple(dict.fromkeys([*paths, *shared[modules[0]]])))
     if _stays_in_float32(network, modules[0]):
         return Role("float32 by its architecture", True, paths)
-    return Role("linear" if isinstance(owners[0], nn.Linear) else "conv1d", True, paths)
+    return Role("linear" if isinstance(owners[0], torch.nn.Linear) else "conv1d", True, paths)
 
 
 def _stays_in_float32(network: Any, module: str) -> bool:

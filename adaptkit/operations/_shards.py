@@ -4,12 +4,12 @@ What a shard holds is made in jobs, some threads at a time, and put together in 
 next tensor and the next shard, but only a few of their results exist at a time.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
@@ -18,6 +18,9 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.operations._pipeline import in_order
+
+if TYPE_CHECKING:
+    from adaptkit.numerics.arrays import Array
 
 PIECE_BYTES = 4 << 20
 """How much of a tensor of the source a job handles; with the number of threads, what memory depends on."""
@@ -84,7 +87,7 @@ def cut(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
     return [Piece(start, min(step, spec.count - start)) for start in range(0, spec.count, step)] or [Piece(0, 0)]
 
 
-def reading(files: TensorFiles, spec: TensorSpec, check: Callable[[Tensor, int], None]) -> list[Callable[[], Tensor]]:
+def reading(files: TensorFiles, spec: TensorSpec, check: Callable[[Array, int], None]) -> list[Callable[[], Array]]:
     """Jobs that read a tensor as it is, piece by piece.
 
     Args:
@@ -93,9 +96,9 @@ def reading(files: TensorFiles, spec: TensorSpec, check: Callable[[Tensor, int],
         check: what to ask of every piece; is told where it starts.
     """
 
-    def job(piece: Piece) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            values = files.read_flat(spec.name, piece.start, piece.count)
+    def job(piece: Piece) -> Callable[[], Array]:
+        def run() -> Array:
+            values = files.read_flat_array(spec.name, piece.start, piece.count)
             check(values, piece.start)
             return values
 
@@ -112,7 +115,7 @@ def write_shards(
     threads: int,
     progress: Progress,
     headers: Mapping[str, bytes] | None = None,
-    beside: "Beside | None" = None,
+    beside: Beside | None = None,
 ) -> None:
     """Write all shards that an earlier run did not finish; of a part, those that are its share.
 
@@ -149,7 +152,7 @@ def _write_each(
     begun: tuple[int, int],
     progress: Progress,
     headers: Mapping[str, bytes],
-    beside: "Beside | None",
+    beside: Beside | None,
 ) -> None:
     done, total = begun
     for file, groups in todo:

@@ -1,16 +1,18 @@
 """Turn a quantized checkpoint back into a plain one, piece by piece."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
 from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES
 from adaptkit.checkpoint.dtypes import DTYPES as TORCH
+from adaptkit.checkpoint.dtypes import dtype_name
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output, check_output
@@ -21,13 +23,18 @@ from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._selection import stores_transposed
 from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ class DequantizeReport:
 class _Decoded:
     """A piece of a tensor, and the bytes that the source has for it."""
 
-    values: Tensor
-    raw: Tensor
+    values: Values
+    raw: Values
 
 
 def dequantize(
@@ -150,8 +157,8 @@ def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: Dequa
         return Group(name, (checkpoint.spec(name),))
     weight = quantized.read_constants(checkpoint, name)  # all of it, so that what does not fit is found now
     shape = weight.shape[::-1] if _is_transposed(checkpoint, name) else weight.shape
-    dtype = DTYPES[options.dtype] if options.dtype else weight.dtype
-    return Group(name, (TensorSpec(name, DTYPE_NAMES[dtype], shape),))
+    dtype = getattr(torch, options.dtype) if options.dtype else weight.dtype
+    return Group(name, (TensorSpec(name, dtype_name(dtype), shape),))
 
 
 def _is_transposed(checkpoint: Checkpoint, name: str) -> bool:
@@ -182,7 +189,7 @@ def _decode_job(
     def run() -> _Decoded:
         a_byte = 8 // weight.encoding.numerics.bits
         raw = checkpoint.read_bytes(name, piece.start // a_byte, -(-piece.count // a_byte))
-        codes = raw if a_byte == 2 else raw.view(torch.int8)
+        codes = as_tensor(raw if a_byte == 2 else raw.view(np.int8))
         first = piece.start // weight.block_size
         constants = absmax[first : first + -(-piece.count // weight.block_size)]
         packed = Blockwise(codes, constants, (piece.count,), weight.block_size)
@@ -191,7 +198,7 @@ def _decode_job(
     return run
 
 
-def _as_it_is(job: Callable[[], Tensor]) -> Callable[[], _Decoded]:
+def _as_it_is(job: Callable[[], Array]) -> Callable[[], _Decoded]:
     def run() -> _Decoded:
         values = job()
         return _Decoded(values, values)

@@ -1,12 +1,11 @@
 """Say what a folder is: checkpoint, quantized base, adapter or merged model; sizes, types, where it comes from."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
@@ -141,7 +140,7 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
     if names:
         outlines = {name: read_outline(checkpoint, name) for name in names}
         parts = {part for name in names for part in part_names(checkpoint, name)}
-        inside = sum(torch.Size(outline.shape).numel() for outline in outlines.values())
+        inside = sum(math.prod(outline.shape) for outline in outlines.values())
         parameters = inside + sum(spec.count for name, spec in specs.items() if name not in parts)
         encodings = [outline.encoding for outline in outlines.values()]
         details |= {

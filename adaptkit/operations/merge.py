@@ -17,7 +17,6 @@ from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError
 from adaptkit.operations._edit_plan import is_same, plan_edits
 from adaptkit.operations._merge_base import open_base, with_addresses
-from adaptkit.operations._merge_quantized import check_quantizable, merge_quantized
 from adaptkit.operations._merge_report import MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merged_view import MergedView
 from adaptkit.operations._merging import Merging
@@ -67,12 +66,13 @@ def merge(
     merging = Merging(
         opened, read, weights, options, edits, plan_side_files(opened.checkpoint, opened.manifest, read, edits)
     )
-    if options.format != "keep":
-        check_quantizable(edits)
+    if options.format == "keep":
+        return merging.report(output) if dry_run else merging.run(output, force, progress)
+    from adaptkit.operations._merge_quantized import check_quantizable, merge_quantized  # with all of quantize
+
+    check_quantizable(edits)
     if dry_run:
         return merging.report(output)
-    if options.format == "keep":
-        return merging.run(output, force, progress)
     identity = json.dumps(merging.identity(), sort_keys=True)
     return merge_quantized(
         opened,

@@ -1,13 +1,13 @@
 """Quantize a checkpoint into 4-bit shards with doubly quantized constants, piece by piece."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
@@ -30,6 +30,9 @@ from adaptkit.operations._quantize_plan import Calibration, Plan, QuantizeOption
 from adaptkit.operations._quantize_report import QuantizeReport, TensorReport, make_report
 from adaptkit.operations._selection import skip_modules
 from adaptkit.operations._shards import write_index, write_shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
 
@@ -99,7 +102,7 @@ def quantize_checkpoint(
     )
 
 
-def _plan_and_run(run: "_Run", dry_run: bool) -> QuantizeReport:
+def _plan_and_run(run: _Run, dry_run: bool) -> QuantizeReport:
     checkpoint, output, options = run.checkpoint, run.output, run.options
     with Planning(checkpoint, options) as planning:
         if dry_run:

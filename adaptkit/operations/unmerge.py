@@ -1,13 +1,14 @@
 """Take adapters out of a merged checkpoint, back to the bytes of the base."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from torch import Tensor
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
@@ -20,12 +21,16 @@ from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics.approximate import ErrorBound, subtract
+from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.operations._edit_plan import plan_edits
 from adaptkit.operations._edits import Edit, Edits, matrix_of
 from adaptkit.operations._folding import Fold, Rows, cut_frames, read_rows
 from adaptkit.operations._merged import BaseOutline, MergedModel, open_merged, target_names
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,8 @@ def _check_subtractable(merged: Path, edits: Edits, small_files: Sequence[str]) 
 class _Run:
     """A run of rows: of the result, and of the base."""
 
-    merged: Tensor
-    values: Tensor
+    merged: Values
+    values: Values
     bound: float = 0.0
 
 
@@ -244,12 +249,12 @@ class _Restoring:
         if name not in record.tensors:
             raise IntegrityError(f"{name}: the undo record says nothing of it", hint="get the merged model again")
         try:
-            runs = list(cut_frames(record.read(name), edit))
+            runs = list(cut_frames(record.read_array(name), edit))
         except IntegrityError as error:
             raise IntegrityError(f"{name}: {error.message}", hint="get the merged model again") from error
         return [partial(self._take_back, fold, rows, stream) for rows, stream in runs]
 
-    def _take_back(self, fold: Fold, rows: Rows, stream: Tensor) -> _Run:
+    def _take_back(self, fold: Fold, rows: Rows, stream: Array) -> _Run:
         name = fold.edit.spec.name
         merged = read_rows(self.model.checkpoint, name, rows)
         try:
@@ -262,7 +267,7 @@ class _Restoring:
     def _subtract(self, edit: Edit, rows: Rows) -> _Run:
         merged = read_rows(self.model.checkpoint, edit.spec.name, rows)
         panel, first = divmod(rows.start, edit.panel_rows)
-        found: ErrorBound = subtract(merged, edit.terms(panel), slice(first, first + rows.count))
+        found: ErrorBound = subtract(as_tensor(merged), edit.terms(panel), slice(first, first + rows.count))
         return _Run(merged, found.values, found.bound)
 
     def _assemble(self, group: Group, results: Iterator[Any], writer: TensorWriter) -> Mapping[str, Any]:
@@ -281,7 +286,7 @@ class _Restoring:
         if edit is None or not group.specs:
             return {"same": True, "bound": 0.0}
         if matrix_of(edit.base_shape)[0] > edit.matrix[0]:
-            writer.write(name, self._record(name).read(undo.rest_name(name)))
+            writer.write(name, self._record(name).read_array(undo.rest_name(name)))
         same = writer.tensors[-1].xxh3_128 == self.originals[name]
         if self.model.has_record and not same:
             raise IntegrityError(

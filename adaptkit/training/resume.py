@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.dtypes import dtype_name
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import JOURNAL_NAME
@@ -136,7 +136,7 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     with disk_errors(folder):
         folder.mkdir()
     specs = [
-        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in snapshot.tensors.items()
+        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in snapshot.tensors.items()
     ]
     with TensorWriter(folder, _STATE, specs) as writer:
         for name, tensor in snapshot.tensors.items():

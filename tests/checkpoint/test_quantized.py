@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
+from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
 from adaptkit.checkpoint.encoding import Encoding, quantization_config, state_suffix
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.quantized import decode, encode, part_specs
@@ -19,7 +19,7 @@ STATE_SUFFIX = state_suffix("nf4")
 
 def weight_of(shape, dtype=torch.bfloat16, seed=0):
     values = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
-    return TensorSpec("x.weight", DTYPE_NAMES[dtype], tuple(shape)), values
+    return TensorSpec("x.weight", dtype_name(dtype), tuple(shape)), values
 
 
 def parts_of(shape=(96, 64), dtype=torch.bfloat16, block_size=64, double_quant=True):

@@ -218,9 +218,9 @@ def is_gone(group):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when what is loaded")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("when", ["_multiarray_umath", "libtorch_cpu", "out.partial"])
+@pytest.mark.parametrize("when", ["_multiarray_umath", "libllvmlite", "out.partial"])
 def test_a_signal_ends_in_one_line_leaves_no_process_and_costs_nothing(llama, tmp_path, number, code, when):
-    """The first two arrive while numpy and torch are being imported, the last while transformers is asked."""
+    """The first two arrive while numpy and numba are being imported, the last while transformers is asked."""
     process = begin(llama, tmp_path / "out", "--json")
     maps = Path(f"/proc/{process.pid}/maps")
     wait_until(lambda: (tmp_path / when).exists() or when in maps.read_text())
@@ -243,7 +243,7 @@ def test_a_signal_ends_the_same_where_nobody_reads_any_more(llama, tmp_path, mor
     if not more:
         process.stderr.close()
     maps = Path(f"/proc/{process.pid}/maps")
-    wait_until(lambda: "libtorch_cpu" in maps.read_text())
+    wait_until(lambda: "libllvmlite" in maps.read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     if more:

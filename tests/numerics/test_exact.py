@@ -263,4 +263,4 @@ def test_undoing_a_change_of_one_percent_costs_a_tenth_of_a_bit(dtype, most):
     term = term.weighted(0.01 * float(weight.double().norm()) / lora.norm(term))
     merged = exact.merge_rows(weight, exact.prepare([term]), 0, True)
     assert (merged.squared_delta / merged.squared_weight) ** 0.5 == pytest.approx(0.01, rel=1e-3)
-    assert 8 * residual.encode(merged.residual).numel() / weight.numel() <= most
+    assert 8 * residual.encode(merged.residual).size / weight.numel() <= most

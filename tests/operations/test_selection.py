@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from adaptkit.checkpoint.dtypes import DTYPE_NAMES
+from adaptkit.checkpoint.dtypes import dtype_name
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
@@ -225,7 +225,7 @@ def test_readers_convert_what_is_chosen_in_any_architecture(model_type, tmp_path
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     state = {n: t for n, t in network.state_dict().items() if n not in network.all_tied_weights_keys}
-    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in state.items()]
+    specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()]
     files = {spec.name: f"model-{number // 20}.safetensors" for number, spec in enumerate(specs)}
     for name in set(files.values()):
         inside = [spec for spec in specs if files[spec.name] == name]

@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 from peft_adapters import quiet
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import undo
@@ -212,11 +214,11 @@ def rehash(folder, name):
 def test_a_record_with_another_residual_is_refused_by_tensor_even_if_its_hash_is_right(merged, adapter, tmp_path):
     """Right length, right hash, wrong value: only the fingerprint of the original can tell."""
     name = "model.layers.0.mlp.gate_proj.weight"
-    records = load_file(merged / RECORD)
+    records = load_arrays(merged / RECORD)
     ((rows, stream),) = undo.frames(records[name])
     residual = undo.unpack(stream, 64 * 128)
     residual[len(residual) // 2] += 1
-    save_file(records | {name: undo.packed([undo.pack_frame(rows, residual)])}, merged / RECORD)
+    save_arrays(records | {name: undo.packed([undo.pack_frame(rows, residual)])}, merged / RECORD)
     rehash(merged, RECORD)
     with pytest.raises(IntegrityError, match=r"gate_proj\.weight: the undo record or the adapter is not the one"):
         unmerge(merged, [adapter], tmp_path / "out")
@@ -226,10 +228,10 @@ def test_a_record_with_another_residual_is_refused_by_tensor_even_if_its_hash_is
 @pytest.mark.parametrize("rows", [0, 1, 64, 127, 129, 2**32 - 1])
 def test_a_record_of_other_rows_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, rows):
     name = "model.layers.0.mlp.gate_proj.weight"
-    records = load_file(merged / RECORD)
+    records = load_arrays(merged / RECORD)
     ((_, stream),) = undo.frames(records[name])
-    frame = struct.pack("<II", rows, stream.numel()) + stream.numpy().tobytes()
-    save_file(records | {name: undo.packed([frame])}, merged / RECORD)
+    frame = struct.pack("<II", rows, stream.size) + stream.tobytes()
+    save_arrays(records | {name: undo.packed([frame])}, merged / RECORD)
     rehash(merged, RECORD)
     with pytest.raises(IntegrityError, match="undo record"):
         unmerge(merged, [adapter], tmp_path / "out")
@@ -332,8 +334,8 @@ def test_a_record_that_would_write_other_files_is_refused_even_if_its_hash_is_ri
         folder = tiny.write_peft_adapter(tmp_path / "a", llama, target_modules=["lm_head", "q_proj"])
     merge(llama, [folder], tmp_path / "merged", MergeOptions(untie=True))
     record = "adaptkit-undo/files.safetensors"
-    files = load_file(tmp_path / "merged" / record)
-    save_file(files | {name: undo.as_bytes(b"evil")}, tmp_path / "merged" / record)
+    files = load_arrays(tmp_path / "merged" / record)
+    save_arrays(files | {name: undo.as_bytes(b"evil")}, tmp_path / "merged" / record)
     rehash(tmp_path / "merged", record)
     with pytest.raises((IntegrityError, UnsafeInputError)):
         unmerge(tmp_path / "merged", [folder], tmp_path / "out")
@@ -367,8 +369,8 @@ def test_a_damaged_list_of_added_files_is_refused(tmp_path, llama, content):
         folder = tiny.write_peft_adapter(tmp_path / "a", llama, target_modules=["lm_head", "q_proj"])
     merge(llama, [folder], tmp_path / "merged", MergeOptions(untie=True))
     record = "adaptkit-undo/files.safetensors"
-    files = load_file(tmp_path / "merged" / record)
-    save_file(files | {undo.ADDED: undo.as_bytes(content)}, tmp_path / "merged" / record)
+    files = load_arrays(tmp_path / "merged" / record)
+    save_arrays(files | {undo.ADDED: undo.as_bytes(content)}, tmp_path / "merged" / record)
     rehash(tmp_path / "merged", record)
     with pytest.raises((IntegrityError, UnsafeInputError)):
         unmerge(tmp_path / "merged", [folder], tmp_path / "out")
@@ -391,7 +393,7 @@ def test_a_record_of_another_type_is_refused_even_if_its_hash_is_right(merged, a
 
 @pytest.mark.parametrize("how", ["one more", "one less", "another type", "another shape", "no header", "empty"])
 def test_a_recorded_header_of_other_tensors_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, how):
-    records = load_file(merged / RECORD)
+    records = load_arrays(merged / RECORD)
     specs = {name: at.spec for name, at in Checkpoint(merged).tensors.items()}
     norm = "model.norm.weight"
     if how == "one more":
@@ -403,7 +405,7 @@ def test_a_recorded_header_of_other_tensors_is_refused_even_if_its_hash_is_right
     elif how == "another shape":
         specs[norm] = replace(specs[norm], shape=(32, 2))
     raw = {"no header": b"{", "empty": b""}.get(how, write_header(specs.values()))
-    save_file(records | {undo.HEADER: undo.as_bytes(raw)}, merged / RECORD)
+    save_arrays(records | {undo.HEADER: undo.as_bytes(raw)}, merged / RECORD)
     rehash(merged, RECORD)
     with pytest.raises((IntegrityError, BaseMismatchError)):
         unmerge(merged, [adapter], tmp_path / "out")

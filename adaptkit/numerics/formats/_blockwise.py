@@ -3,14 +3,22 @@
 An outlier then spoils only its own block.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from adaptkit.errors import UsageError
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Array, Values, as_array
 from adaptkit.numerics.finite import all_finite, check_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,22 +35,22 @@ class Blockwise:
             Meaningless where the squares leave float32, that is for weights beyond 1e18 or all below 1e-18.
     """
 
-    codes: Tensor
-    absmax: Tensor
+    codes: Any
+    absmax: Any
     shape: tuple[int, ...]
     block_size: int
-    moments: Tensor | None = None
+    moments: Any = None
 
     @property
     def count(self) -> int:
         """Number of weights."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 class Quantize(Protocol):
     """Encodes a weight."""
 
-    def __call__(self, weight: Tensor, block_size: int = 64, measure: bool = False) -> Blockwise:
+    def __call__(self, weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
         """Raises ``NonFiniteError`` or ``UsageError``; ``measure`` fills in the moments."""
         ...
 
@@ -74,6 +82,18 @@ class Format:
     dequantize: Dequantize
 
 
+def squared_errors(moments: Array, absmax: Array) -> tuple[float, float]:
+    """Σ (w - q)² and Σ w² over the weights of some blocks.
+
+    Args:
+        moments: (M, 3) of the blocks, see ``Blockwise``.
+        absmax: (M,) float32, the constants that the blocks have in the end.
+    """
+    loops: Any = import_module("adaptkit.numerics.kernels._cpu_blocks")  # with its compiler
+    lost, whole = loops.sum_errors(moments, absmax)
+    return float(lost), float(whole)
+
+
 def check_block_size(block_size: int) -> None:
     """Refuse a block size that no reader of the format takes.
 
@@ -84,11 +104,12 @@ def check_block_size(block_size: int) -> None:
         raise UsageError(f"block size {block_size}: must be a power of two from 32 to 4096", hint="the usual one is 64")
 
 
-def check_blocks_finite(weight: Tensor, absmax: Tensor) -> None:
+def check_blocks_finite(weight: Values, absmax: Values) -> None:
     """Refuse a weight that was not finite, as its constants tell; only then are the weights looked at one by one.
 
     Raises:
         NonFiniteError: names the first bad weight's index.
     """
     if not all_finite(absmax):
-        check_finite(weight.float())
+        with np.errstate(over="ignore"):
+            check_finite(as_array(weight).astype(np.float32))

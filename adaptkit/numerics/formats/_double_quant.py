@@ -7,16 +7,22 @@ bitsandbytes 0.50 finds a level through a table of 65,536 entries, which is off 
 this module does the same, so that the bytes agree.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from adaptkit.numerics.arrays import Array, Values, as_array, as_tensor
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels._reference_blocks import GROUP
 
-__all__ = ["GROUP", "DoubleQuantized", "dequantize_absmax", "dynamic_map", "quantize_absmax"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GROUP", "DoubleQuantized", "dequantize_absmax", "dynamic_levels", "dynamic_map", "quantize_absmax"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,13 @@ class DoubleQuantized:
         offset: a float32 value, the mean of the constants.
     """
 
-    codes: Tensor
-    nested_absmax: Tensor
+    codes: Any
+    nested_absmax: Any
     offset: float
 
 
 @cache
-def dynamic_map(signed: bool = True) -> Tensor:
+def dynamic_levels(signed: bool = True) -> Array:
     """The 256 levels: (256,) float32, ascending; level 127 is 0 and level 255 is 1.
 
     Args:
@@ -43,33 +49,46 @@ def dynamic_map(signed: bool = True) -> Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
-        middles = (edges[:-1] + edges[1:]) / 2.0
+        edges = _edges(2 ** (exponent + (not signed)))
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
         for sign in (1, -1) if signed else (1,):
-            values += (sign * 10 ** (exponent - 6) * middles).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+            values += (np.float32(sign * 10 ** (exponent - 6)) * middles).tolist()
+    return np.array(sorted(values), np.float32)
 
 
 @cache
-def _lookup() -> Tensor:
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The same levels for torch."""
+    return as_tensor(dynamic_levels(signed))
+
+
+def _edges(count: int) -> Array:
+    """0.1 to 1 in equal steps, counted from the nearer end and rounded once, as ``torch.linspace`` does in float32."""
+    first, last = np.float32(0.1), np.float32(1)
+    step, places = np.float64((last - first) / np.float32(count)), np.arange(count + 1)
+    return np.where(places < (count + 1) // 2, first + step * places, last - step * (count - places)).astype(np.float32)
+
+
+@cache
+def _lookup() -> Array:
     """The level chosen for each of 65,536 evenly spaced values in [-1, 1]."""
-    levels = dynamic_map()
-    middles = (levels[:-1] + levels[1:]) * 0.5
-    values = torch.arange(65536, dtype=torch.float32) * (2.0 / 65535) - 1.0
-    return torch.bucketize(values, middles).to(torch.uint8)
+    levels = dynamic_levels()
+    middles = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    values = np.arange(65536, dtype=np.float32) * np.float32(2.0 / 65535) - np.float32(1)
+    return np.searchsorted(middles, values).astype(np.uint8)
 
 
-def quantize_absmax(absmax: Tensor) -> DoubleQuantized:
+def quantize_absmax(absmax: Values) -> DoubleQuantized:
     """Quantize absmax constants; see ``kernels.reference.encode_constants``.
 
     Args:
         absmax: (M,) float32, finite, M > 0.
     """
-    kernels, where = kernels_for(absmax.device), absmax.device
-    return DoubleQuantized(*kernels.encode_constants(absmax, _lookup().to(where), dynamic_map().to(where)))
+    tables = (_beside(absmax, table) for table in (_lookup(), dynamic_levels()))
+    return DoubleQuantized(*kernels_for(absmax).encode_constants(absmax, *tables))
 
 
-def dequantize_absmax(quantized: DoubleQuantized, levels: Tensor | None = None) -> Tensor:
+def dequantize_absmax(quantized: DoubleQuantized, levels: Values | None = None) -> Any:
     """Undo ``quantize_absmax`` up to rounding: (M,) float32.
 
     Args:
@@ -77,6 +96,10 @@ def dequantize_absmax(quantized: DoubleQuantized, levels: Tensor | None = None) 
         levels: (256,) float32 map to use instead of the usual one; files may bring their own.
     """
     codes = quantized.codes
-    levels = (dynamic_map() if levels is None else levels).to(codes.device)
-    kernels = kernels_for(codes.device)
-    return kernels.decode_constants(codes, quantized.nested_absmax, quantized.offset, levels)
+    levels = _beside(codes, dynamic_levels() if levels is None else levels)
+    return kernels_for(codes).decode_constants(codes, quantized.nested_absmax, quantized.offset, levels)
+
+
+def _beside(values: Values, table: Values) -> Any:
+    """A table of the kind of some values, and on their device."""
+    return as_array(table) if isinstance(values, np.ndarray) else as_tensor(table).to(values.device)

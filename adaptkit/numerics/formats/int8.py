@@ -1,17 +1,23 @@
 """Block-wise int8 absmax: each block is scaled so that its largest magnitude becomes 127."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from adaptkit.errors import UsageError
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Values, as_tensor
 from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_blocks_finite
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.reference import int8_factors as scales
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["FORMAT", "dequantize", "quantize", "scales"]
 
 
-def quantize(weight: Tensor, block_size: int = 64, measure: bool = False) -> Blockwise:
+def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
     """Round ``127 / absmax · weight`` to the nearest integer, ties to even, block by block.
 
     Args:
@@ -30,15 +36,15 @@ def quantize(weight: Tensor, block_size: int = 64, measure: bool = False) -> Blo
     """
     if block_size < 1:
         raise UsageError(f"block size {block_size}: must be at least 1")
-    codes, absmax, moments = kernels_for(weight.device).encode_8bit(weight, block_size, measure)
+    codes, absmax, moments = kernels_for(weight).encode_8bit(weight, block_size, measure)
     check_blocks_finite(weight, absmax)
     return Blockwise(codes, absmax, tuple(weight.shape), block_size, moments)
 
 
 def dequantize(quantized: Blockwise, dtype: torch.dtype) -> Tensor:
     """Code times absmax / 127 in float32, rounded once to ``dtype``, in the weight's shape."""
-    kernels = kernels_for(quantized.codes.device)
-    flat = kernels.decode_8bit(quantized.codes, quantized.absmax, quantized.count, quantized.block_size, dtype)
+    codes, absmax = as_tensor(quantized.codes), as_tensor(quantized.absmax)
+    flat = kernels_for(codes).decode_8bit(codes, absmax, quantized.count, quantized.block_size, dtype)
     return flat.view(quantized.shape)
 
 

@@ -1,14 +1,20 @@
 """4-bit NormalFloat: sixteen levels at the quantiles of a normal distribution, two codes a byte."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import Values
 from adaptkit.numerics.formats import _four_bit
 from adaptkit.numerics.formats._blockwise import Blockwise, Format
 from adaptkit.numerics.kernels.codebook import NF4
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def quantize(weight: Tensor, block_size: int = 64, measure: bool = False) -> Blockwise:
+
+def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
     """Map each weight to its nearest NF4 level after scaling its block to [-1, 1].
 
     Args:

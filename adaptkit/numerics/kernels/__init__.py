@@ -1,26 +1,33 @@
 """The inner loops, each written more than once with the same bits.
 
 ``reference`` (plain torch, any device) is the definition; ``cpu`` (numba) is what runs on a CPU, ``gpu`` (Triton) on a
-CUDA device. A property test holds them to the same bits.
+CUDA device. A property test holds them to the same bits. ``cpu`` also takes arrays, and then gives arrays back.
 """
+
+from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from torch import Tensor, device, dtype
+import numpy as np
 
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.kernels.codebook import Codebook
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, dtype
+
+    from adaptkit.numerics.arrays import AnyValues, Values
 
 
 class Kernels(Protocol):
     """What every kernel module provides; ``reference`` documents each function."""
 
     def encode_4bit(
-        self, weight: Tensor, block_size: int, book: Codebook, measure: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, weight: AnyValues, block_size: int, book: Codebook, measure: bool = False
+    ) -> tuple[AnyValues, AnyValues, AnyValues | None]:
         """See ``reference.encode_4bit``."""
         ...
 
@@ -31,8 +38,8 @@ class Kernels(Protocol):
         ...
 
     def encode_8bit(
-        self, weight: Tensor, block_size: int, measure: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, weight: AnyValues, block_size: int, measure: bool = False
+    ) -> tuple[AnyValues, AnyValues, AnyValues | None]:
         """See ``reference.encode_8bit``."""
         ...
 
@@ -40,50 +47,58 @@ class Kernels(Protocol):
         """See ``reference.decode_8bit``."""
         ...
 
-    def encode_constants(self, absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, float]:
+    def encode_constants(
+        self, absmax: AnyValues, lookup: AnyValues, levels: AnyValues
+    ) -> tuple[AnyValues, AnyValues, float]:
         """See ``reference.encode_constants``."""
         ...
 
-    def decode_constants(self, codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
+    def decode_constants(
+        self, codes: AnyValues, nested_absmax: AnyValues, offset: float, levels: AnyValues
+    ) -> AnyValues:
         """See ``reference.decode_constants``."""
         ...
 
-    def low_rank_delta(self, lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Tensor:
+    def low_rank_delta(self, lora_a: AnyValues, lora_b: AnyValues, ranks: list[int], scales: list[float]) -> AnyValues:
         """See ``reference.low_rank_delta``."""
         ...
 
-    def add_rounded(self, weight: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
+    def add_rounded(self, weight: AnyValues, delta: Values, gain: Values | None = None) -> AnyValues:
         """See ``reference.add_rounded``."""
         ...
 
-    def addition_sums(self, weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, float, float, float]:
+    def addition_sums(self, weight: Values, merged: Values, delta: Values) -> tuple[int, float, float, float]:
         """See ``reference.addition_sums``."""
         ...
 
-    def undo_residual(self, weight: Tensor, merged: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
+    def undo_residual(
+        self, weight: AnyValues, merged: AnyValues, delta: Values, gain: Values | None = None
+    ) -> AnyValues:
         """See ``reference.undo_residual``."""
         ...
 
-    def undo(self, merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = None) -> tuple[Tensor, int]:
+    def undo(
+        self, merged: AnyValues, delta: Values, residual: Values, gain: Values | None = None
+    ) -> tuple[AnyValues, int]:
         """See ``reference.undo``."""
         ...
 
-    def prepare(self, lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Any:
+    def prepare(self, lora_a: Values, lora_b: Values, ranks: list[int], scales: list[float]) -> Any:
         """See ``reference.prepare``; what it gives is for the same module's other functions only."""
         ...
 
-    def merge_rows(self, weight: Tensor, factors: Any, start: int, with_undo: bool) -> RowsMerged:
+    def merge_rows(self, weight: Values, factors: Any, start: int, with_undo: bool) -> RowsMerged:
         """See ``reference.merge_rows``."""
         ...
 
-    def unmerge_rows(self, merged: Tensor, factors: Any, start: int, residual: Tensor) -> tuple[Tensor, int]:
+    def unmerge_rows(self, merged: AnyValues, factors: Any, start: int, residual: Values) -> tuple[AnyValues, int]:
         """See ``reference.unmerge_rows``."""
         ...
 
 
-def kernels_for(where: device) -> Kernels:
-    """Choose the kernels for tensors on a device."""
-    return _kernels(where.type)
+def kernels_for(where: Values | device) -> Kernels:
+    """Choose the kernels for arrays, for tensors on the device of one, or for a device."""
+    return _kernels("cpu" if isinstance(where, np.ndarray) else getattr(where, "device", where).type)
 
 
 @cache

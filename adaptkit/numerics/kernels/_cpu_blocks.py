@@ -7,22 +7,27 @@ one is unrolled before the vectorizer sees it. Tables are tuples, so that their 
 store might change.
 """
 
+from __future__ import annotations
+
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
 
+from adaptkit.lazy import torch
+from adaptkit.numerics.arrays import BFLOAT16, Array, Values, as_array, as_tensor, like
 from adaptkit.numerics.kernels import _reference_blocks as reference
 from adaptkit.numerics.kernels import _whole_blocks
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, magnitude, plain, rounded, value
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
-from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._cpu_memory import empty, jit
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TINY = np.float32(TINY)
 _ROUND = np.float32(1.5 * 2**23)
@@ -117,21 +122,43 @@ def _encode_4bit(flat, block_size, bounds, order, ascending, table, codes, absma
             _sum_moments(weights, levels, moments[block])
 
 
-def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def sum_errors(moments, absmax):
+    """See ``formats._blockwise.squared_errors``."""
+    lost, whole = 0.0, 0.0
+    for block in range(absmax.size):
+        a, square = np.float64(absmax[block]), np.float64(moments[block, 0])
+        lost += square - 2 * a * np.float64(moments[block, 1]) + a * a * np.float64(moments[block, 2])
+        whole += square
+    return lost, whole
+
+
+def encode_4bit(weight: Values, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
     """See ``reference.encode_4bit``."""
     tables = tuple(tuple(map(np.float32, v)) for v in (book.bounds, book.ascending))
     order = tuple(map(np.uint8, book.order))
     looked_up = _levels(book) if PERMUTATION and block_size % CHUNK == 0 else None
     steps = block_size, tables[0], order, tables[1], looked_up
 
-    def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
-        sums = None if moments is None else moments.numpy()
-        _encode_4bit(float_bits(flat), *steps, codes.numpy(), absmax.numpy(), sums)
+    def whole(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
+        _encode_4bit(float_bits(flat), *steps, codes, absmax, moments)
 
-    def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
-        _whole_blocks.fill(reference.encode_4bit(flat, block_size, book, measure), codes, absmax, moments)
+    def definition(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
+        encoded = reference.encode_4bit(as_tensor(flat), block_size, book, measure)
+        _whole_blocks.fill(encoded, codes, absmax, moments)
 
-    return _whole_blocks.encode(weight, block_size, 4, measure, whole, definition)
+    return _encode(weight, block_size, 4, measure, whole, definition)
+
+
+def _encode(
+    weight: Values, block_size: int, bits: int, measure: bool, whole: _whole_blocks.Encode, last: _whole_blocks.Encode
+) -> Encoded:
+    flat = np.ascontiguousarray(as_array(weight)).reshape(-1)
+    if flat.dtype not in (BFLOAT16, np.float16, np.float32):
+        with np.errstate(over="ignore"):  # it is refused as infinite, with the index
+            flat = flat.astype(np.float32)
+    codes, absmax, moments = _whole_blocks.encode(flat, block_size, bits, measure, empty, whole, last)
+    return like(weight, codes), like(weight, absmax), None if moments is None else like(weight, moments)
 
 
 @jit
@@ -227,17 +254,16 @@ def _sum_moments_8bit(x, codes, moments):
     moments[0], moments[1], moments[2] = xx, xq / 127.0, qq / 16129.0
 
 
-def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encoded:
+def encode_8bit(weight: Values, block_size: int, measure: bool = False) -> Encoded:
     """See ``reference.encode_8bit``."""
 
-    def whole(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
-        sums = None if moments is None else moments.numpy()
-        _encode_8bit(float_bits(flat), block_size, codes.numpy(), absmax.numpy(), sums)
+    def whole(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
+        _encode_8bit(float_bits(flat), block_size, codes, absmax, moments)
 
-    def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
-        _whole_blocks.fill(reference.encode_8bit(flat, block_size, measure), codes, absmax, moments)
+    def definition(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
+        _whole_blocks.fill(reference.encode_8bit(as_tensor(flat), block_size, measure), codes, absmax, moments)
 
-    return _whole_blocks.encode(weight, block_size, 8, measure, whole, definition)
+    return _encode(weight, block_size, 8, measure, whole, definition)
 
 
 @jit

@@ -1,12 +1,18 @@
 """``encode_constants`` and ``decode_constants`` of ``reference``, compiled."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
-import torch
-from torch import Tensor
 
-from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.arrays import AnyValues, as_array, like
+from adaptkit.numerics.kernels._cpu_memory import empty, jit
 from adaptkit.numerics.kernels._reference_blocks import GROUP
+
+if TYPE_CHECKING:
+    pass
 
 
 @jit
@@ -36,12 +42,12 @@ def _encode(absmax, lookup, levels, codes, nested):
     return offset
 
 
-def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, float]:
+def encode_constants(absmax: AnyValues, lookup: AnyValues, levels: AnyValues) -> tuple[AnyValues, AnyValues, float]:
     """See ``reference.encode_constants``."""
-    codes = torch.empty(absmax.numel(), dtype=torch.uint8)
-    nested = torch.empty(-(-absmax.numel() // GROUP), dtype=torch.float32)
-    arrays = (tensor.contiguous().numpy() for tensor in (absmax, lookup, levels, codes, nested))
-    return codes, nested, float(_encode(*arrays))
+    constants, *tables = (np.ascontiguousarray(as_array(values)) for values in (absmax, lookup, levels))
+    codes, nested = empty(constants.size, np.uint8), empty(-(-constants.size // GROUP), np.float32)
+    offset = float(_encode(constants, *tables, codes, nested))
+    return like(absmax, codes), like(absmax, nested), offset
 
 
 @jit
@@ -53,9 +59,9 @@ def decode_groups(codes, nested, offset, levels, absmax):
             absmax[i] = levels[codes[i]] * scale + offset
 
 
-def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
+def decode_constants(codes: AnyValues, nested_absmax: AnyValues, offset: float, levels: AnyValues) -> AnyValues:
     """See ``reference.decode_constants``."""
-    absmax = torch.empty(codes.numel(), dtype=torch.float32)
-    arrays = codes.reshape(-1).contiguous().numpy(), nested_absmax.contiguous().numpy()
-    decode_groups(*arrays, np.float32(offset), levels.contiguous().numpy(), absmax.numpy())
-    return absmax
+    flat, nested, table = (np.ascontiguousarray(as_array(values)) for values in (codes, nested_absmax, levels))
+    absmax = empty(flat.size, np.float32)
+    decode_groups(flat.reshape(-1), nested, np.float32(offset), table, absmax)
+    return like(codes, absmax)

@@ -4,18 +4,22 @@ Weights enter and leave as bits, see ``_cpu_float``. A gain is always there, so 
 and by 1 change no bit.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal, rounded_once
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import empty, inlined, jit
 from adaptkit.numerics.kernels._reference_exact import check_length
+
+if TYPE_CHECKING:
+    pass
 
 _ONE = np.ones((1, 1))
 
@@ -101,46 +105,53 @@ def _addition_sums(weight, merged, delta):
     return moved, squared_delta, squared_weight, overlap
 
 
-def _matrix(tensor: Tensor) -> Any:
-    return float_bits(tensor.contiguous())
+def _contiguous(values: Values) -> Array:
+    return np.ascontiguousarray(as_array(values))
 
 
-def _gain(gain: Tensor | None) -> Any:
-    return _ONE if gain is None else gain.contiguous().numpy()
+def _matrix(values: Values) -> Any:
+    return float_bits(_contiguous(values))
 
 
-def add_rounded(weight: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
+def _gain(gain: Values | None) -> Any:
+    return _ONE if gain is None else _contiguous(gain)
+
+
+def add_rounded(weight: AnyValues, delta: Values, gain: Values | None = None) -> AnyValues:
     """See ``reference.add_rounded``."""
-    out = torch.empty(weight.shape, dtype=weight.dtype)
-    _add_rounded(_matrix(weight), delta.contiguous().numpy(), _gain(gain), float_bits(out))
-    return out
+    before = _contiguous(weight)
+    out = empty(before.shape, before.dtype)
+    _add_rounded(float_bits(before), _contiguous(delta), _gain(gain), float_bits(out))
+    return like(weight, out)
 
 
-def addition_sums(weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, float, float, float]:
+def addition_sums(weight: Values, merged: Values, delta: Values) -> tuple[int, float, float, float]:
     """See ``reference.addition_sums``."""
-    flat = _matrix(weight).reshape(-1), _matrix(merged).reshape(-1), delta.contiguous().numpy().reshape(-1)
+    flat = _matrix(weight).reshape(-1), _matrix(merged).reshape(-1), _contiguous(delta).reshape(-1)
     moved, squared_delta, squared_weight, overlap = _addition_sums(*flat)
     return int(moved), float(squared_delta), float(squared_weight), float(overlap)
 
 
-def _guess(merged: Tensor, delta: Tensor, gain: Tensor | None) -> tuple[Tensor, Any]:
+def _guess(merged: Values, delta: Values, gain: Values | None) -> tuple[Array, Any]:
     """The guess at every weight, and whether it is uncertain."""
-    guess, doubtful = torch.empty(merged.shape, dtype=merged.dtype), np.empty(merged.shape, np.uint8)
-    _candidates(_matrix(merged), delta.contiguous().numpy(), _gain(gain), float_bits(guess), doubtful)
+    after = _contiguous(merged)
+    guess, doubtful = empty(after.shape, after.dtype), np.empty(after.shape, np.uint8)
+    _candidates(float_bits(after), _contiguous(delta), _gain(gain), float_bits(guess), doubtful)
     return guess, doubtful.reshape(-1)
 
 
-def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
+def undo_residual(weight: AnyValues, merged: AnyValues, delta: Values, gain: Values | None = None) -> AnyValues:
     """See ``reference.undo_residual``."""
     guess, doubtful = _guess(merged, delta, gain)
-    out = torch.empty(int(np.count_nonzero(doubtful)), dtype=torch.int64)
-    _collect(_matrix(weight).reshape(-1), float_bits(guess).reshape(-1), doubtful, out.numpy())
-    return out
+    out = np.empty(int(np.count_nonzero(doubtful)), np.int64)
+    _collect(_matrix(weight).reshape(-1), float_bits(guess).reshape(-1), doubtful, out)
+    return like(weight, out)
 
 
-def undo(merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = None) -> tuple[Tensor, int]:
+def undo(merged: AnyValues, delta: Values, residual: Values, gain: Values | None = None) -> tuple[AnyValues, int]:
     """See ``reference.undo``."""
     guess, doubtful = _guess(merged, delta, gain)
-    used = _apply(float_bits(guess).reshape(-1), doubtful, residual.contiguous().numpy())
-    check_length(used, residual)
-    return guess, used
+    values = _contiguous(residual)
+    used = _apply(float_bits(guess).reshape(-1), doubtful, values)
+    check_length(used, values.size)
+    return like(merged, guess), used

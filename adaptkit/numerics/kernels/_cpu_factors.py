@@ -3,19 +3,22 @@
 The columns of A are cut into tiles that stay near the processor, each rank of a tile in one piece.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
-from adaptkit.numerics.kernels._cpu_memory import jit
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
+from adaptkit.numerics.kernels._cpu_memory import empty, jit, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
+
+if TYPE_CHECKING:
+    pass
 
 TILE = 768
 """Columns of a tile."""
@@ -51,9 +54,9 @@ class Factors:
     @cached_property
     def gram(self) -> Any:
         """(K, K) float64, the inner products of the rows of A times their scales."""
-        with np.errstate(over="ignore", invalid="ignore"):  # such a change overflows, which is found elsewhere
-            weighted = self.a.transpose(1, 0, 2).reshape(self._scale.size, -1) * self._scale[:, None]
-            return weighted @ weighted.T
+        gram = np.empty((self._scale.size, self._scale.size))
+        _inner_products(self.a, self._scale, gram)  # infinite where a change overflows, which is found elsewhere
+        return gram
 
     def scaled(self, start: int, count: int) -> tuple[Any, Any]:
         """Some rows of B times the scales in float32, whose product with A is nearly the change; and how nearly.
@@ -69,40 +72,73 @@ class Factors:
         """
         rounded = np.empty((count + ROWS, self._scale.size), np.float32)
         errors = np.empty(count, np.float32)
-        floor = 2.0**-126 * (self._largest + 2 * self._scale.size + 4)
-        _scale_rows(self.b, self._scale, self._norms, start, floor, rounded, errors)
+        norms, largest = self._bounds
+        floor = 2.0**-126 * (largest + 2 * self._scale.size + 4)
+        _scale_rows(self.b, self._scale, norms, start, floor, rounded, errors)
         return rounded, errors
 
     @cached_property
-    def _norms(self) -> Any:
-        """(K,), the greatest norm that a column of A has in its first ranks."""
-        return np.sqrt(np.square(self.a, dtype=np.float64).cumsum(axis=1).max(axis=(0, 2)))
-
-    @cached_property
-    def _largest(self) -> float:
-        """Σ over the ranks of the largest magnitude in that row of A."""
-        return float(np.abs(self.a).max(axis=(0, 2)).sum(dtype=np.float64))
+    def _bounds(self) -> tuple[Any, float]:
+        """(K,), the greatest norm that a column of A has in its first ranks; and Σ of the rows' largest magnitudes."""
+        norms = np.empty(self._scale.size)
+        return norms, float(_greatest(self.a, norms))
 
     @cached_property
     def _scale(self) -> Any:
         return np.repeat(self.scales, self.ranks)
 
 
-def prepare(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Factors:
+def prepare(lora_a: Values, lora_b: Values, ranks: list[int], scales: list[float]) -> Factors:
     """See ``reference.prepare``."""
+    a, b = as_array(lora_a), as_array(lora_b)
+    padded = zeros((b.shape[0] + ROWS, b.shape[1]), np.float32)
+    padded[: b.shape[0]] = b
     return Factors(
-        a=_tiles(lora_a.float()).numpy(),
-        b=pad(lora_b.float(), (0, 0, 0, ROWS)).numpy(),
+        a=_tiles(a),
+        b=padded,
         ranks=np.array(ranks, np.int64),
         scales=np.array(scales, np.float64),
-        columns=lora_a.shape[1],
+        columns=a.shape[1],
     )
 
 
-def _tiles(lora_a: Tensor) -> Tensor:
-    ranks, columns = lora_a.shape
+def _tiles(a: Array) -> Any:
+    ranks, columns = a.shape
     count = max(1, -(-columns // TILE))
-    return pad(lora_a, (0, count * TILE - columns)).view(ranks, count, TILE).transpose(0, 1).contiguous()
+    tiles = zeros((count, ranks, TILE), np.float32)
+    for tile in range(count):
+        piece = a[:, tile * TILE : (tile + 1) * TILE]
+        tiles[tile, :, : piece.shape[1]] = piece
+    return tiles
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def _inner_products(a, scale, gram):
+    for k in range(gram.shape[0]):
+        for m in range(k + 1):
+            total = 0.0
+            for tile in range(a.shape[0]):
+                for j in range(a.shape[2]):
+                    total += np.float64(a[tile, k, j]) * np.float64(a[tile, m, j])
+            gram[k, m] = gram[m, k] = total * scale[k] * scale[m]
+
+
+@jit
+def _greatest(a, norms):
+    """See ``Factors._bounds``."""
+    largest, squares = np.zeros(norms.size), np.empty(a.shape[2])
+    norms[:] = 0
+    for tile in range(a.shape[0]):
+        squares[:] = 0
+        for k in range(norms.size):
+            for j in range(squares.size):
+                value = np.float64(a[tile, k, j])
+                squares[j] += value * value
+                largest[k] = max(largest[k], abs(value))
+                norms[k] = max(norms[k], squares[j])
+    for k in range(norms.size):
+        norms[k] = np.sqrt(norms[k])
+    return largest.sum()
 
 
 @jit
@@ -169,13 +205,13 @@ def delta_at(factors, row, tile, column):
     return total
 
 
-def delta_rows(factors: Factors, start: int, count: int) -> Tensor:
+def delta_rows(factors: Factors, start: int, count: int) -> Array:
     """Rows of the canonical change, (count, in) float64."""
-    delta = torch.empty(count, factors.columns, dtype=torch.float64)
-    _low_rank_delta(factors.a, factors.b, factors.ranks, factors.scales, start, delta.numpy())
+    delta: Array = empty((count, factors.columns), np.float64)
+    _low_rank_delta(factors.a, factors.b, factors.ranks, factors.scales, start, delta)
     return delta
 
 
-def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Tensor:
+def low_rank_delta(lora_a: AnyValues, lora_b: AnyValues, ranks: list[int], scales: list[float]) -> AnyValues:
     """See ``reference.low_rank_delta``."""
-    return delta_rows(prepare(lora_a, lora_b, ranks, scales), 0, lora_b.shape[0])
+    return like(lora_a, delta_rows(prepare(lora_a, lora_b, ranks, scales), 0, lora_b.shape[0]))

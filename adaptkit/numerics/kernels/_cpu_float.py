@@ -4,23 +4,34 @@ numpy has no bfloat16 and numba no float16, so weights enter and leave as bits, 
 which float it holds: uint16 is bfloat16, int16 is float16, uint32 is float32.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
+from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from numba import types
 from numba.extending import overload
-from torch import Tensor
 
+from adaptkit.lazy import torch
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.numerics.arrays import Values
 from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined
 
-_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
+_VIEWS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
 
 
-def float_bits(tensor: Tensor) -> Any:
-    """View a contiguous tensor's memory as numpy bits of the type that stands for its own."""
-    return tensor.view(_VIEWS[tensor.dtype]).numpy()
+def float_bits(values: Values) -> Any:
+    """View contiguous memory as numpy bits of the type that stands for its own."""
+    if isinstance(values, np.ndarray):
+        return values.view(_VIEWS[values.dtype.name])
+    return values.view(_tensor_views()[values.dtype]).numpy()
+
+
+@cache
+def _tensor_views() -> dict[torch.dtype, torch.dtype]:
+    return {getattr(torch, one): getattr(torch, other) for one, other in _VIEWS.items()}
 
 
 def magnitude(array, i):

@@ -1,10 +1,14 @@
-"""How the compiled kernels are compiled, and how they see a tensor's memory."""
+"""How the compiled kernels are compiled, and where what they make lies in memory."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numba
-import torch
-from torch import Tensor
+import numpy as np
+
+_VECTOR_BYTES = 64
+"""Of the widest vectors that processors have, and of what they fetch at once."""
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
@@ -14,7 +18,17 @@ INLINED = {"error_model": "numpy", "forceinline": True}
 inlined = numba.njit(nogil=True, cache=True, **INLINED)
 
 
-def as_numpy(tensor: Tensor) -> Any:
-    """View a tensor's memory as numpy, bit patterns for the types that numpy lacks."""
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def empty(shape: int | Sequence[int], dtype: Any) -> Any:
+    """An array of anything that begins where a vector does; numpy's own begin at a multiple of 16 bytes."""
+    shape, dtype = (shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _VECTOR_BYTES, np.uint8)
+    start = -memory.ctypes.data % _VECTOR_BYTES
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def zeros(shape: int | Sequence[int], dtype: Any) -> Any:
+    """The same, of zeros."""
+    made = empty(shape, dtype)
+    made.fill(0)
+    return made

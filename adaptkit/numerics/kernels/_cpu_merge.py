@@ -5,15 +5,17 @@ that it doubts are computed as the definition says. float32 weights, of which fl
 go by way of the change of a few rows.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
 import math
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels import _cpu_exact
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
 from adaptkit.numerics.kernels._cpu_exact import candidate, result
@@ -27,9 +29,12 @@ from adaptkit.numerics.kernels._cpu_filter import (
     trusted_range,
 )
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.numerics.kernels._cpu_memory import empty, jit, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
+
+if TYPE_CHECKING:
+    pass
 
 _Figures = tuple[int, float, float, float]
 """What ``reference.addition_sums`` gives."""
@@ -161,30 +166,33 @@ def _room(columns: int) -> tuple[Any, ...]:
         The change of four rows of a tile; marks of a row of it, and the same memory as words; places of words, and of
         marks; of each of the four rows what it adds to the residual, or where it takes from that, and how many.
     """
-    marks = torch.zeros(TILE, dtype=torch.uint8).numpy()  # torch's memory begins where vectors should
+    marks = zeros(TILE, np.uint8)
     places = np.empty(TILE // 8, np.uint64), np.empty(TILE, np.int64)
     rest = np.empty((ROWS, columns), np.int64), np.zeros(ROWS, np.int64)
-    return torch.empty((ROWS, TILE)).numpy(), marks, marks.view(np.uint64), *places, *rest
+    return empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
 
 
-def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+def merge_rows(weight: Values, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
     """See ``reference.merge_rows``."""
-    if weight.dtype == torch.float32:
-        return _merge_by_panels(weight, factors, start, with_undo)
-    weight = weight.contiguous()
-    out = torch.empty_like(weight)
-    residual, sums = np.empty(weight.numel() if with_undo else 0, np.int64), np.zeros(5)
+    before = np.ascontiguousarray(as_array(weight))
+    merge = _merge_by_panels if before.dtype == np.float32 else _merge_by_tiles
+    found = merge(before, factors, start, with_undo)
+    return replace(found, weight=like(weight, found.weight), residual=like(weight, found.residual))
+
+
+def _merge_by_tiles(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+    out = empty(weight.shape, weight.dtype)
+    residual, sums = np.empty(weight.size if with_undo else 0, np.int64), np.zeros(5)
     scaled, errors = factors.scaled(start, len(weight))
     arrays = (factors.a, factors.b, factors.ranks, factors.scales), scaled, factors.gram, errors
-    scratch = _room(weight.shape[1]), float_bits(out), float_bits(torch.empty((1, TILE), dtype=weight.dtype))
+    scratch = _room(weight.shape[1]), float_bits(out), float_bits(empty((1, TILE), weight.dtype))
     length, finite = _merge_rows(float_bits(weight), *arrays, start, with_undo, *scratch, residual, sums)
     moved, squared_weight, overlap, squared_delta, apart = sums.tolist()
-    kept = torch.from_numpy(residual[:length].copy())
-    if not _figures_hold(squared_delta, apart, overlap, weight.numel()):
+    if not _figures_hold(squared_delta, apart, overlap, weight.size):
         figures = _figures(weight, out, factors, start)
     else:
         figures = int(moved), squared_delta, squared_weight, overlap
-    return RowsMerged(out, kept, bool(finite), *figures)
+    return RowsMerged(out, residual[:length].copy(), bool(finite), *figures)
 
 
 def _figures_hold(squared_delta: float, apart: float, overlap: float, count: int) -> bool:
@@ -198,7 +206,7 @@ def _panels(rows: int, columns: int) -> list[slice]:
     return [slice(top, min(top + step, rows)) for top in range(0, rows, step)]
 
 
-def _figures(weight: Tensor, merged: Tensor, factors: Factors, start: int) -> _Figures:
+def _figures(weight: Array, merged: Array, factors: Factors, start: int) -> _Figures:
     """The figures, from the canonical change itself."""
     total = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
@@ -211,34 +219,37 @@ def _added(first: _Figures, second: _Figures) -> _Figures:
     return first[0] + second[0], first[1] + second[1], first[2] + second[2], first[3] + second[3]
 
 
-def _merge_by_panels(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
-    merged, residuals = torch.empty_like(weight), [torch.empty(0, dtype=torch.int64)]
+def _merge_by_panels(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+    merged, residuals = empty(weight.shape, weight.dtype), [np.empty(0, np.int64)]
     figures = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
         before, delta = weight[rows], delta_rows(factors, start + rows.start, rows.stop - rows.start)
-        after = merged[rows] = _cpu_exact.add_rounded(before, delta)
+        after = merged[rows] = as_array(_cpu_exact.add_rounded(before, delta))
         figures = _added(figures, _cpu_exact.addition_sums(before, after, delta))
         if with_undo:
-            residuals.append(_cpu_exact.undo_residual(before, after, delta))
+            residuals.append(as_array(_cpu_exact.undo_residual(before, after, delta)))
     finite = math.isfinite(figures[3])  # an effect that is not finite makes its sum so, and no other does
-    return RowsMerged(merged, torch.cat(residuals), finite, *figures)
+    return RowsMerged(merged, np.concatenate(residuals), finite, *figures)
 
 
-def unmerge_rows(merged: Tensor, factors: Factors, start: int, residual: Tensor) -> tuple[Tensor, int]:
+def unmerge_rows(merged: AnyValues, factors: Factors, start: int, residual: Values) -> tuple[AnyValues, int]:
     """See ``reference.unmerge_rows``."""
-    if merged.dtype == torch.float32:
-        return _unmerge_by_panels(merged, factors, start, residual)
-    merged = merged.contiguous()
-    out = torch.empty_like(merged)
+    after, lost = np.ascontiguousarray(as_array(merged)), np.ascontiguousarray(as_array(residual))
+    unmerge = _unmerge_by_panels if after.dtype == np.float32 else _unmerge_by_tiles
+    out, used = unmerge(after, factors, start, lost)
+    return like(merged, out), used
+
+
+def _unmerge_by_tiles(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:
+    out = empty(merged.shape, merged.dtype)
     arrays = (factors.a, factors.b, factors.ranks, factors.scales), *factors.scaled(start, len(merged))
-    values = residual.contiguous().numpy()
-    used = _unmerge_rows(float_bits(merged), *arrays, start, values, _room(merged.shape[1]), float_bits(out))
-    check_length(used, residual)
+    used = _unmerge_rows(float_bits(merged), *arrays, start, residual, _room(merged.shape[1]), float_bits(out))
+    check_length(used, residual.size)
     return out, used
 
 
-def _unmerge_by_panels(merged: Tensor, factors: Factors, start: int, residual: Tensor) -> tuple[Tensor, int]:
-    out, used = torch.empty_like(merged), 0
+def _unmerge_by_panels(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:
+    out, used = empty(merged.shape, merged.dtype), 0
     for rows in _panels(*merged.shape):
         delta = delta_rows(factors, start + rows.start, rows.stop - rows.start)
         out[rows], more = _cpu_exact.undo(merged[rows], delta, residual[used:])

@@ -1,10 +1,16 @@
 """The block-wise part of ``reference``: weights to codes and back, constants to codes and back."""
 
-import numpy as np
-import torch
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from adaptkit.lazy import torch
 from adaptkit.numerics.kernels.codebook import Codebook
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TINY = 1e-38
 """Stands in for the absmax of a zero block, so that no scale is infinite."""
@@ -12,7 +18,7 @@ TINY = 1e-38
 GROUP = 256
 """Constants that share one constant of their own."""
 
-Encoded = tuple[Tensor, Tensor, Tensor | None]
+Encoded: TypeAlias = "tuple[Any, Any, Any]"
 """Codes, absmax, and moments if they were asked for."""
 
 

@@ -4,13 +4,20 @@ A merge is round(gain · W + Δ), where W and the result are of one short type a
 rounded to float64, then the sum, and that once to the short type. The gain is 1 unless an adapter says otherwise.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from adaptkit.lazy import torch
 
-FLOAT_INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-"""The integer type that holds the bits of each weight type."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def int_type(dtype: torch.dtype) -> torch.dtype:
+    """The integer type that holds the bits of a weight type."""
+    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class RowsMerged:
     """What ``merge_rows`` made of some rows.
 
     Attributes:
-        weight: (rows, in) of the weight's type.
+        weight: (rows, in) of the weight's type; an array or a tensor, as the weight was.
         residual: (M,) int64, what ``undo_residual`` gives; empty if it was not asked for.
         finite: whether all of ``weight`` is; if it is not, the figures below mean nothing.
         moved: how many values changed.
@@ -44,8 +51,8 @@ class RowsMerged:
         overlap: Σ (merged - W) · Δ, which may be off by 1e-6 · Σ Δ².
     """
 
-    weight: Tensor
-    residual: Tensor
+    weight: Any
+    residual: Any
     finite: bool
     moved: int
     squared_delta: float
@@ -133,7 +140,7 @@ def ordinal(values: Tensor) -> Tensor:
     Returns:
         int32 of the same shape for 16-bit types, int64 for float32.
     """
-    bits = values.view(FLOAT_INTS[values.dtype])
+    bits = values.view(int_type(values.dtype))
     wide = bits.to(torch.int32 if bits.dtype == torch.int16 else torch.int64)
     top = 1 << (8 * bits.element_size() - 1)
     return torch.where(wide >= 0, wide, -(wide + top) - 1)
@@ -141,7 +148,7 @@ def ordinal(values: Tensor) -> Tensor:
 
 def from_ordinal(ordinals: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo ``ordinal``."""
-    ints = FLOAT_INTS[dtype]
+    ints = int_type(dtype)
     top = 1 << (8 * ints.itemsize - 1)
     return torch.where(ordinals >= 0, ordinals, -(ordinals + 1) - top).to(ints).view(dtype)
 
@@ -198,15 +205,15 @@ def undo(merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = 
     """
     guess, certain = _candidate(merged, delta, gain)
     used = int((~certain).sum())
-    check_length(used, residual)
+    check_length(used, residual.numel())
     guess[~certain] += residual[:used].to(guess.dtype)
     return from_ordinal(guess, merged.dtype), used
 
 
-def check_length(used: int, residual: Tensor) -> None:
+def check_length(used: int, length: int) -> None:
     """Refuse a residual that is too short."""
-    if used > residual.numel():
-        raise ValueError(f"{used} weights are ambiguous, the record holds {residual.numel()}")
+    if used > length:
+        raise ValueError(f"{used} weights are ambiguous, the record holds {length}")
 
 
 def prepare(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Factors:

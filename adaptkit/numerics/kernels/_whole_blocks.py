@@ -4,26 +4,35 @@ A last block of fewer weights is scaled by another rule, once in a tensor at mos
 """
 
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from adaptkit.numerics.kernels._reference_blocks import Encoded
 
-Encode = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
-"""(weights, codes, absmax, moments): fills all but the first."""
+Encode = Callable[[Any, Any, Any, Any], None]
+"""(weights, codes, absmax, moments or None): fills all but the first."""
+Empty = Callable[[tuple[int, ...], str], Any]
+"""Makes an array or a tensor of a shape and of a type, given by its name."""
 
 
-def encode(weight: Tensor, block_size: int, bits: int, measure: bool, whole: Encode, definition: Encode) -> Encoded:
-    """Encode the whole blocks of a weight with ``whole`` and what is left with ``definition``."""
-    flat = weight.reshape(-1).contiguous()
-    if flat.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        flat = flat.float()
-    count, blocks = flat.numel(), -(-flat.numel() // block_size)
-    code_type = torch.uint8 if bits == 4 else torch.int8
-    codes = torch.empty((count * bits + 7) // 8, dtype=code_type, device=flat.device)
-    absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
-    moments = torch.empty(blocks, 3, dtype=torch.float32, device=flat.device) if measure else None
+def encode(
+    flat: Any, block_size: int, bits: int, measure: bool, empty: Empty, whole: Encode, definition: Encode
+) -> Encoded:
+    """Encode the whole blocks of a weight with ``whole`` and what is left with ``definition``.
+
+    Args:
+        flat: (N,) bfloat16, float16 or float32, contiguous.
+        block_size: weights sharing one constant.
+        bits: of a code.
+        measure: whether to return the moments too.
+        empty: makes what is to be filled.
+        whole: encodes whole blocks.
+        definition: encodes the last block.
+    """
+    count = int(flat.shape[0])
+    blocks = -(-count // block_size)
+    codes = empty(((count * bits + 7) // 8,), "uint8" if bits == 4 else "int8")
+    absmax = empty((blocks,), "float32")
+    moments = empty((blocks, 3), "float32") if measure else None
     full = count // block_size
     weights, split = full * block_size, full * block_size * bits // 8
     if full:
@@ -33,9 +42,8 @@ def encode(weight: Tensor, block_size: int, bits: int, measure: bool, whole: Enc
     return codes, absmax, moments
 
 
-def fill(encoded: Encoded, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
+def fill(encoded: Encoded, codes: Any, absmax: Any, moments: Any) -> None:
     """Copy what the definition returned to where it belongs."""
-    codes.copy_(encoded[0])
-    absmax.copy_(encoded[1])
+    codes[:], absmax[:] = encoded[0], encoded[1]
     if moments is not None and encoded[2] is not None:
-        moments.copy_(encoded[2])
+        moments[:] = encoded[2]

@@ -66,7 +66,7 @@ def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool =
     def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
         _whole_blocks.fill(reference.encode_4bit(flat, block_size, book, measure), codes, absmax, moments)
 
-    return _whole_blocks.encode(weight, block_size, 4, measure, whole, definition)
+    return _encode(weight, block_size, 4, measure, whole, definition)
 
 
 def decode_4bit(
@@ -103,7 +103,20 @@ def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encod
     def definition(flat: Tensor, codes: Tensor, absmax: Tensor, moments: Tensor | None) -> None:
         _whole_blocks.fill(reference.encode_8bit(flat, block_size, measure), codes, absmax, moments)
 
-    return _whole_blocks.encode(weight, block_size, 8, measure, whole, definition)
+    return _encode(weight, block_size, 8, measure, whole, definition)
+
+
+def _encode(
+    weight: Tensor, block_size: int, bits: int, measure: bool, whole: _whole_blocks.Encode, last: _whole_blocks.Encode
+) -> Encoded:
+    flat = weight.reshape(-1).contiguous()
+    if flat.dtype not in _KINDS:
+        flat = flat.float()
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=flat.device)
+
+    return _whole_blocks.encode(flat, block_size, bits, measure, empty, whole, last)
 
 
 def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:

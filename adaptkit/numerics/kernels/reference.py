@@ -13,7 +13,6 @@ from adaptkit.numerics.kernels._reference_blocks import (
     int8_factors,
 )
 from adaptkit.numerics.kernels._reference_exact import (
-    FLOAT_INTS,
     add_rounded,
     addition_sums,
     from_ordinal,
@@ -29,7 +28,6 @@ from adaptkit.numerics.kernels._reference_exact import (
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 
 __all__ = [
-    "FLOAT_INTS",
     "NF4_LEVELS",
     "add_rounded",
     "addition_sums",

@@ -48,7 +48,7 @@ def weights(draw, shape=None):
 
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
-LEVELS, LOOKUP = _double_quant.dynamic_map(), _double_quant._lookup()
+LEVELS, LOOKUP = _double_quant.dynamic_map(), torch.from_numpy(_double_quant._lookup())
 
 
 def encode(name, weight, block_size):

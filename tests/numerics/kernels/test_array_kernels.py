@@ -1,0 +1,108 @@
+"""What the CPU's kernels do to tensors they do to arrays, and arrays come out: torch is not needed."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.numerics import exact, lora
+from adaptkit.numerics.arrays import as_array, as_tensor
+from adaptkit.numerics.formats import _double_quant, fp4, int8, nf4
+from adaptkit.numerics.formats._blockwise import squared_errors
+from adaptkit.numerics.lora import LowRank
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def same(array, tensor):
+    assert isinstance(array, np.ndarray)
+    assert isinstance(tensor, torch.Tensor)
+    expected = as_array(tensor)
+    assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+    assert array.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 64), (3, 77), (1, 1)])
+@pytest.mark.parametrize("form", [nf4, fp4, int8], ids=lambda form: form.__name__.rpartition(".")[2])
+def test_a_weight_is_quantized_to_the_same_bytes(form, shape, dtype):
+    weight = torch.randn(shape, generator=seeded(1)).to(dtype)
+    packed, again = (form.quantize(w, 64, measure=True) for w in (as_array(weight), weight))
+    same(packed.codes, again.codes)
+    same(packed.absmax, again.absmax)
+    same(packed.moments, again.moments)
+    back = form.dequantize(packed, dtype)
+    assert torch.equal(back, form.dequantize(again, dtype))
+    lost, whole = squared_errors(packed.moments, packed.absmax)
+    exactly = (weight.double() - form.dequantize(again, torch.float32).double()).square().sum()
+    assert lost == pytest.approx(float(exactly), rel=1e-4, abs=1e-5 * whole)
+    assert whole == pytest.approx(float(weight.double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 1000])
+def test_constants_are_quantized_to_the_same_bytes(count):
+    absmax = torch.rand(count, generator=seeded(count))
+    nested, again = (_double_quant.quantize_absmax(values) for values in (as_array(absmax), absmax))
+    same(nested.codes, again.codes)
+    same(nested.nested_absmax, again.nested_absmax)
+    assert nested.offset == again.offset
+    same(_double_quant.dequantize_absmax(nested), _double_quant.dequantize_absmax(again))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_undo", [True, False])
+def test_changes_are_added_and_taken_back_to_the_same_bits(dtype, with_undo):
+    weight = (torch.randn(40, 900, generator=seeded(2)) * 0.05).to(dtype)
+    tensors = [
+        LowRank(
+            torch.randn(rank, 900, generator=seeded(rank)).to(stored),
+            torch.randn(40, rank, generator=seeded(rank + 1)).to(stored),
+            0.01,
+        )
+        for rank, stored in ((4, torch.bfloat16), (3, torch.float32))
+    ]
+    arrays = [LowRank(as_array(term.a), as_array(term.b), term.scaling) for term in tensors]
+    ours, theirs = exact.prepare(arrays), exact.prepare(tensors)
+    found = exact.merge_rows(as_array(weight), ours, 0, with_undo)
+    expected = exact.merge_rows(weight, theirs, 0, with_undo)
+    same(found.weight, expected.weight)
+    same(found.residual, expected.residual)
+    assert (found.moved, found.squared_delta, found.overlap) == (
+        expected.moved,
+        expected.squared_delta,
+        expected.overlap,
+    )
+    if with_undo:
+        same(exact.unmerge_rows(found.weight, ours, 0, found.residual), weight)
+    assert torch.equal(lora.delta(arrays, slice(3, 9)), lora.delta(tensors, slice(3, 9)))
+    mixed = [arrays[0], tensors[1]]
+    assert torch.equal(lora.delta(mixed), lora.delta(tensors))
+    assert torch.equal(as_tensor(arrays[0].a), arrays[0].lora_a)
+
+
+WITHOUT = """
+import sys
+import numpy as np, ml_dtypes
+from adaptkit.numerics import exact
+from adaptkit.numerics.formats import nf4
+from adaptkit.numerics.lora import LowRank, transposed
+
+weight = np.full((64, 64), 0.5, ml_dtypes.bfloat16)
+nf4.quantize(weight, 64, measure=True)
+term = transposed(LowRank(np.ones((2, 64), np.float32), np.ones((64, 2), np.float32), 0.1)).weighted(2.0)
+prepared = exact.prepare([term])
+merged = exact.merge_rows(weight, prepared, 0, True)
+assert (exact.unmerge_rows(merged.weight, prepared, 0, merged.residual) == weight).all()
+print("torch" in sys.modules)
+"""
+
+
+def test_none_of_this_loads_torch():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

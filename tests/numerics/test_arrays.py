@@ -1,0 +1,56 @@
+"""The same memory, as an array and as a tensor."""
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, DTYPES, dtype_name
+from adaptkit.numerics.arrays import as_array, as_tensor, is_float, like
+
+ALL = pytest.mark.parametrize("name", sorted(ARRAY_DTYPES))
+
+
+def random_tensor(name, shape=(3, 5)):
+    if name == "BOOL":
+        return torch.rand(shape) < 0.5
+    size = DTYPES[name].itemsize
+    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * size), dtype=torch.uint8)
+    return raw.view(DTYPES[name])
+
+
+@ALL
+def test_there_and_back_is_the_same_memory(name):
+    tensor = random_tensor(name)
+    array = as_array(tensor)
+    assert (array.dtype, array.shape) == (ARRAY_DTYPES[name], (3, 5))
+    assert array.ctypes.data == tensor.data_ptr()
+    again = as_tensor(array)
+    assert (again.dtype, again.shape, again.data_ptr()) == (tensor.dtype, tensor.shape, tensor.data_ptr())
+    assert dtype_name(array.dtype) == dtype_name(tensor.dtype) == name
+    assert is_float(array) == tensor.is_floating_point()
+
+
+@ALL
+def test_numbers_are_the_same_numbers(name):
+    tensor = random_tensor(name)
+    np.testing.assert_array_equal(as_array(tensor).astype(np.float64), tensor.double().numpy())
+
+
+@ALL
+def test_parts_transposed_and_empty_ones_too(name):
+    array = as_array(random_tensor(name, (4, 6)))
+    assert as_tensor(array.T).shape == (6, 4)
+    assert as_array(as_tensor(array.T)).tobytes() == np.ascontiguousarray(array.T).tobytes()
+    assert as_tensor(array[1:3]).data_ptr() == array[1:3].ctypes.data
+    assert as_tensor(array[:0]).shape == (0, 6)
+    assert as_array(torch.empty(0, 6, dtype=DTYPES[name])).shape == (0, 6)
+
+
+def test_what_comes_out_is_of_the_kind_of_what_went_in():
+    array = np.ones(3, np.float32)
+    assert like(np.empty(0), array) is array
+    assert isinstance(like(torch.empty(0), array), torch.Tensor)
+    assert as_array(array) is array
+    tensor = torch.ones(3, requires_grad=True)
+    assert as_tensor(tensor) is tensor
+    assert as_array(tensor).tolist() == [1, 1, 1]
