@@ -2,9 +2,12 @@
 
 Loaded here it would stay in memory for good, with nearly as much as everything else together, and nothing could stop
 it from working for hours on a hostile configuration. Apart, it answers in one line of JSON while others go on.
+
+The answer depends on the configuration, names and shapes, so it is kept for the next time.
 """
 
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -14,10 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from adaptkit import __version__
+from adaptkit.checkpoint import architecture, naming
 from adaptkit.checkpoint.child import can_fork, start_child
 from adaptkit.checkpoint.compiler import leave_compiler_out
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.remembered import Remembered
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
+from adaptkit.operations import _roles
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
 
 _PATIENCE_SECONDS = 300
@@ -26,7 +34,7 @@ _PATIENCE_SECONDS = 300
 class Inquiry:
     """A question that is answered when somebody waits for it; ends its process when it is left.
 
-    The process is a fork, which has torch loaded already. There is none where that is not safe or not allowed, where
+    The process is a fork. There is none where the answer is known, where that is not safe or not allowed, where
     transformers is loaded already, which makes asking it cheap, or where it is not installed.
 
     Args:
@@ -36,8 +44,12 @@ class Inquiry:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._process, self._connection = None, None
+        self._known: Roles | None = None
         if _is_worth_a_process():
-            self._process, self._connection = start_child(_answer, checkpoint.root.resolve())
+            self._remembered = Remembered(_question(checkpoint))
+            self._known = _as_known(self._remembered.read(), checkpoint)
+            if self._known is None:
+                self._process, self._connection = start_child(_answer, checkpoint.root.resolve())
 
     def __enter__(self) -> Self:
         return self
@@ -66,6 +78,8 @@ class Inquiry:
             CheckpointError: it describes none that could be this one, or none within minutes.
         """
         root = self._checkpoint.root
+        if self._known is not None:
+            return self._known
         if self._process is None or self._connection is None:
             if importlib.util.find_spec("transformers") is None:
                 return roles_by_name(self._checkpoint, "transformers is not installed")
@@ -79,7 +93,10 @@ class Inquiry:
             raise CheckpointError(
                 f"{root}: transformers ended with code {self._process.exitcode} over config.json"
             ) from error
-        return _read(json.loads(text), root)
+        answer = json.loads(text)
+        roles = _read(answer, root)
+        self._remembered.keep(answer)
+        return roles
 
 
 def find_roles(checkpoint: Checkpoint) -> Roles:
@@ -106,6 +123,26 @@ def _answer(connection: Connection, root: Path) -> None:
 def _is_worth_a_process() -> bool:
     is_loaded = "transformers" in sys.modules  # as None, where it must not be
     return not is_loaded and can_fork() and importlib.util.find_spec("transformers") is not None
+
+
+def _question(checkpoint: Checkpoint) -> list[Any] | None:
+    """All that decides the answer: the configuration, what the tensors are like, and whose rules are followed.
+
+    None if it may change any day, because transformers is no release.
+    """
+    shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
+    rules = [[module.__name__, file_sha256(Path(str(module.__file__)))] for module in (_roles, architecture, naming)]
+    version = importlib.metadata.version("transformers")
+    return [checkpoint.config, shapes, version, __version__, rules] if "dev" not in version else None
+
+
+def _as_known(answer: dict[str, Any] | None, checkpoint: Checkpoint) -> Roles | None:
+    """What was kept, unless something happened to it."""
+    try:
+        roles = _read(answer or {}, checkpoint.root)
+    except (LookupError, TypeError, ValueError, AttributeError, AdaptkitError):
+        return None
+    return roles if roles.of.keys() == checkpoint.tensors.keys() else None
 
 
 def _read(answer: dict[str, Any], root: Path) -> Roles:

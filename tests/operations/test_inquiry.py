@@ -75,3 +75,78 @@ def test_transformers_is_asked_here_where_it_is_loaded(llama):
     with Inquiry(Checkpoint(llama)) as inquiry:
         assert inquiry._process is None
         assert transformers.__version__ in inquiry.answer().read_from
+
+
+KNOW = """
+import json, sys
+from pathlib import Path
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.operations._inquiry import Inquiry
+
+with Inquiry(Checkpoint(Path(sys.argv[1]))) as inquiry:
+    takes_long, roles = inquiry.takes_long, inquiry.answer()
+    of = {name: [role.kind, role.is_linear, list(role.paths)] for name, role in roles.of.items()}
+    print(json.dumps([takes_long, [of, roles.read_from, roles.head, roles.tied]]))
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "answers"
+
+
+def test_an_answer_is_known_the_next_time_and_is_the_same(llama, copy_of, cache):
+    first, second, elsewhere = (json.loads(run(KNOW, folder)) for folder in (llama, llama, copy_of(llama)))
+    assert [first[0], second[0], elsewhere[0]] == [True, False, False]
+    assert first[1] == second[1] == elsewhere[1]
+
+
+def test_another_configuration_or_other_tensors_are_asked_for_anew(llama, llama_sharded, gpt2, copy_of, cache):
+    assert json.loads(run(KNOW, llama))[0]
+    assert not json.loads(run(KNOW, llama_sharded))[0]  # the same tensors in other files
+    assert json.loads(run(KNOW, gpt2))[0]
+    changed = copy_of(llama)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert json.loads(run(KNOW, changed))[0]
+    assert len(list(cache.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda answer: {},
+        lambda answer: answer | {"of": {}},
+        lambda answer: answer | {"of": {name: role[:2] for name, role in answer["of"].items()}},
+        lambda answer: answer | {"of": dict(list(answer["of"].items())[1:])},
+        lambda answer: {"error": "usage", "message": "no", "hint": ""},
+    ],
+)
+def test_a_kept_answer_that_something_happened_to_is_asked_for_again(llama, cache, damage):
+    found = json.loads(run(KNOW, llama))
+    (kept,) = cache.iterdir()
+    kept.write_text(json.dumps(damage(json.loads(kept.read_text()))))
+    assert json.loads(run(KNOW, llama)) == found
+    assert json.loads(run(KNOW, llama)) == [False, found[1]]
+
+
+def test_a_refusal_is_not_kept(llama, copy_of, cache):
+    broken = copy_of(llama)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "2"}))
+    json.loads(run(ASK, broken))
+    assert not cache.exists()
+
+
+def test_an_unreleased_transformers_is_always_asked(llama, cache, tmp_path):
+    run("import importlib.metadata as m; m.version = lambda name: '5.99.0.dev0'\n" + KNOW, llama)
+    assert not cache.exists()
+
+
+def test_quantizing_with_a_known_answer_gives_the_same_bytes(llama, cache, tmp_path, run_cli):
+    for name in ("asked", "known"):
+        run_cli("quantize", llama, "-o", tmp_path / name)
+    assert len(list(cache.iterdir())) == 1
+    for path in (tmp_path / "asked").iterdir():
+        assert path.read_bytes() == (tmp_path / "known" / path.name).read_bytes(), path.name

@@ -1,0 +1,59 @@
+"""Answers that take seconds to find and stay the same, kept in the user's cache folder, which may be emptied anytime.
+
+$ADAPTKIT_CACHE, or ~/.cache/adaptkit (under $XDG_CACHE_HOME if set); nothing is kept if ADAPTKIT_CACHE is empty
+answers/<sha256 of the question>.json
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.layout import read_small, resolve_inside
+from adaptkit.checkpoint.writer import replace_file
+from adaptkit.errors import AdaptkitError
+
+
+class Remembered:
+    """An answer by its question.
+
+    Args:
+        question: everything that the answer depends on, as JSON has it; None: it cannot be kept.
+    """
+
+    def __init__(self, question: Any) -> None:
+        folder = _folder() if question is not None else None
+        text = json.dumps(question, sort_keys=True)
+        name = f"answers/{hashlib.sha256(text.encode()).hexdigest()}.json"
+        self._path: Path | None = None
+        with contextlib.suppress(AdaptkitError):  # a link to somewhere else lies there
+            self._path = resolve_inside(folder, name) if folder else None
+
+    def read(self) -> dict[str, Any] | None:
+        """The answer, if it was kept and can be read."""
+        if self._path is None:
+            return None
+        try:
+            answer = json.loads(read_small(self._path))
+        except (OSError, ValueError, RecursionError, AdaptkitError):
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    def keep(self, answer: Mapping[str, Any]) -> None:
+        """Keep the answer, all of it or, where that cannot be written, nothing."""
+        if self._path is not None:
+            with contextlib.suppress(OSError, AdaptkitError):
+                replace_file(self._path, json.dumps(answer).encode())
+
+
+def _folder() -> Path | None:
+    chosen = os.environ.get("ADAPTKIT_CACHE")
+    if chosen is not None:
+        return Path(chosen) if chosen else None
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptkit"
+    except RuntimeError:  # nobody's home
+        return None
