@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import FileIO
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 2 << 20
 """A multiple of what the blocks of any disk hold; a file that is shorter goes through the page cache."""
-_PIECES = 8
-"""One that is being filled, one on its way to the disk, and the rest for when they do not keep step."""
+_PIECES = 4
+"""One that is being filled, one on its way to the disk, and two for when they do not keep step."""
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
