@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from adaptkit.lazy import torch
-
-if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
 
 ARRAY_DTYPES: Mapping[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -50,7 +47,7 @@ class _Dtypes(Mapping[str, "torch.dtype"]):
 DTYPES: Mapping[str, torch.dtype] = _Dtypes()
 
 
-def dtype_name(dtype: torch.dtype | DTypeLike) -> str:
+def dtype_name(dtype: torch.dtype | np.dtype[Any]) -> str:
     """The safetensors name of a type.
 
     Raises:

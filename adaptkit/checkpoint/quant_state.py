@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, DTYPES
 from adaptkit.checkpoint.encoding import Encoding
@@ -21,9 +21,6 @@ from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.formats._double_quant import GROUP
-
-if TYPE_CHECKING:
-    pass
 
 STATE_NAME = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
 GET_AGAIN = "get the checkpoint again, or quantize the original anew"

@@ -22,15 +22,18 @@ class Remembered:
 
     Args:
         question: everything that the answer depends on, as JSON has it; None: it cannot be kept.
+
+    Attributes:
+        name: the question's; the same for the same question.
     """
 
     def __init__(self, question: Any) -> None:
         folder = _folder() if question is not None else None
         text = json.dumps(question, sort_keys=True)
-        name = f"answers/{hashlib.sha256(text.encode()).hexdigest()}.json"
+        self.name = f"answers/{hashlib.sha256(text.encode()).hexdigest()}.json"
         self._path: Path | None = None
         with contextlib.suppress(AdaptkitError):  # a link to somewhere else lies there
-            self._path = resolve_inside(folder, name) if folder else None
+            self._path = resolve_inside(folder, self.name) if folder else None
 
     def read(self) -> dict[str, Any] | None:
         """The answer, if it was kept and can be read."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,9 +30,6 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
 from adaptkit.numerics import residual
 from adaptkit.numerics.arrays import Array, Values
-
-if TYPE_CHECKING:
-    pass
 
 FOLDER = "adaptkit-undo"
 FILES_NAME = f"{FOLDER}/files.safetensors"

@@ -55,6 +55,12 @@ def like(example: AnyValues, array: Array) -> AnyValues:
     return made  # type: ignore[no-any-return]
 
 
+def cast(array: Array, dtype: Any) -> Array:
+    """Numbers in another type, infinite where they are too large for it; numpy would warn of that, and of some NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype)
+
+
 def is_float(array: Array) -> bool:
     """Whether an array's numbers are of a float type, ml_dtypes' among them."""
     return array.dtype.kind == "f" or array.dtype.isbuiltin != 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptkit.errors import NonFiniteError
 from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Array, Values, as_array, is_float
+from adaptkit.numerics.arrays import Array, Values, as_array, cast, is_float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ def all_finite(values: Values) -> bool:
     if not is_float(array) or array.size == 0:
         return True
     if array.dtype.itemsize not in _SIGNED:
-        return bool(np.isfinite(array.astype(np.float32)).all())
+        return bool(np.isfinite(cast(array, np.float32)).all())
     return _largest(array) < _largest(np.array(np.inf, array.dtype))
 
 
@@ -42,7 +42,7 @@ def check_finite(values: Values) -> None:
     if all_finite(values):
         return
     array = as_array(values)
-    first = int(np.argmin(np.isfinite(array.astype(np.float64))))
+    first = int(np.argmin(np.isfinite(cast(array, np.float64))))
     where = [int(index) for index in np.unravel_index(first, array.shape)]
     raise NonFiniteError(
         f"the weight at {where} is {float(array[tuple(where)])}", hint="repair or re-download this checkpoint"

@@ -26,15 +26,12 @@ arXiv:1402.3392).
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adaptkit.numerics.arrays import Array, Values, as_array
 from adaptkit.numerics.kernels._entropy import LEAST, PRECISION, STATES, SYMBOLS
-
-if TYPE_CHECKING:
-    pass
 
 _TOTAL = 1 << PRECISION
 _LARGEST_VARINT = 10

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
-from adaptkit.numerics.arrays import Array, Values
+from adaptkit.numerics.arrays import Array, Values, cast
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
 from adaptkit.operations._pipeline import in_order
@@ -121,7 +121,7 @@ class TensorPlan:
     def check(self, values: Array, start: int) -> None:
         """Refuse NaN and infinity, with the index in the file."""
         if not all_finite(values):
-            position = int(np.argmin(np.isfinite(values.astype(np.float32))))
+            position = int(np.argmin(np.isfinite(cast(values, np.float32))))
             where = [int(index) for index in np.unravel_index(start + position, self.spec.shape)]
             raise NonFiniteError(
                 f"{self.spec.name}: the weight at {where} is {float(values[position])}",

@@ -24,8 +24,12 @@ from adaptkit.operations._edits import Edit, Step, matrix_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-RUN_BYTES = 2 << 20
-"""Size of a run of rows: it and all that is made of it stay near the processor."""
+RUN_BYTES = 1 << 20
+"""Size of a run of rows. The undo record has a frame for each, and DoRA's squares are summed run by run, so it must not
+change."""
+
+_WIDE_RUN_BYTES = 2 << 20
+"""The same where no byte depends on it: twice as much is handed over at a time, and still lies near the processor."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class Fold:
         self.edit, self._lengths = edit, lengths
         self._prepared: dict[int, Prepared | None] = {}
 
-    def pieces(self) -> list[Rows]:
-        """Cut the result's rows into runs of about ``RUN_BYTES``."""
-        return _cut(self.edit.matrix, self.edit.panel_rows, ITEM_BYTES[self.edit.spec.dtype])
+    def pieces(self, run_bytes: int = RUN_BYTES) -> list[Rows]:
+        """Cut the result's rows into runs of about so many bytes."""
+        return _cut(self.edit.matrix, self.edit.panel_rows, run_bytes // ITEM_BYTES[self.edit.spec.dtype])
 
     def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> Folded:
         """Make rows of the result.
@@ -216,7 +220,8 @@ def cut_frames(record: Array, edit: Edit) -> Iterator[tuple[Rows, Array]]:
 
 def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Callable[[], Folded]]:
     """What to do for an edit, in order."""
-    return [partial(fold.apply, checkpoint, rows, with_undo) for rows in fold.pieces()]
+    runs = fold.pieces(RUN_BYTES if with_undo else _WIDE_RUN_BYTES)
+    return [partial(fold.apply, checkpoint, rows, with_undo) for rows in runs]
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: Sequence[int], rows: Rows) -> Array:
@@ -239,9 +244,9 @@ def _token_rows(tokens: TokenRows, rows: Rows, columns: int) -> tuple[Tensor, Te
     return instead, where
 
 
-def _cut(matrix: tuple[int, int], panel_rows: int, itemsize: int) -> list[Rows]:
+def _cut(matrix: tuple[int, int], panel_rows: int, run_elements: int) -> list[Rows]:
     height, columns = matrix
-    step = max(1, RUN_BYTES // itemsize // max(1, columns))
+    step = max(1, run_elements // max(1, columns))
     return [
         Rows(start, min(step, panel + panel_rows - start))
         for panel in range(0, height, panel_rows)

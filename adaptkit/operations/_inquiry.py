@@ -3,13 +3,14 @@
 Loaded here it would stay in memory for good, with nearly as much as everything else together, and nothing could stop
 it from working for hours on a hostile configuration. Apart, it answers in one line of JSON while others go on.
 
-The answer depends on the configuration, names and shapes, so it is kept for the next time.
+The answer depends on the configuration, on names and shapes, and on the code of transformers and of this package; so it
+is kept for the next time.
 """
 
 import gc
-import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -29,6 +30,7 @@ from adaptkit.operations import _roles
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
 
 _PATIENCE_SECONDS = 300
+_VERSION = re.compile(r"""^__version__ = ["']([^"']+)["']""", re.MULTILINE)
 
 
 class Inquiry:
@@ -95,7 +97,8 @@ class Inquiry:
             ) from error
         answer = json.loads(text)
         roles = _read(answer, root)
-        self._remembered.keep(answer)
+        if answer.pop("to") == self._remembered.name:  # or the folder has changed meanwhile
+            self._remembered.keep(answer)
         return roles
 
 
@@ -111,12 +114,13 @@ def _answer(connection: Connection, root: Path) -> None:
     leave_compiler_out()
     answer: dict[str, Any]
     try:
-        roles = roles_here(Checkpoint(root))
+        checkpoint = Checkpoint(root)
+        roles = roles_here(checkpoint)
     except AdaptkitError as error:
         answer = {"error": error.code, "message": error.message, "hint": error.hint}
     else:
         of = {name: [role.kind, role.is_linear, role.paths] for name, role in roles.of.items()}
-        answer = asdict(roles) | {"of": of}
+        answer = asdict(roles) | {"of": of, "to": Remembered(_question(checkpoint)).name}
     connection.send_bytes(json.dumps(answer).encode())
 
 
@@ -128,12 +132,27 @@ def _is_worth_a_process() -> bool:
 def _question(checkpoint: Checkpoint) -> list[Any] | None:
     """All that decides the answer: the configuration, what the tensors are like, and whose rules are followed.
 
-    None if it may change any day, because transformers is no release.
+    None if there is more that decides it: transformers is no release, or cannot be looked at.
     """
-    shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
-    rules = [[module.__name__, file_sha256(Path(str(module.__file__)))] for module in (_roles, architecture, naming)]
-    version = importlib.metadata.version("transformers")
-    return [checkpoint.config, shapes, version, __version__, rules] if "dev" not in version else None
+    spec = importlib.util.find_spec("transformers")
+    package = Path(spec.origin).parent if spec and spec.origin else Path()
+    try:
+        version = _VERSION.search((package / "__init__.py").read_text())
+        if version is None or "dev" in version[1]:
+            return None
+        shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
+        ours = [Path(str(module.__file__)) for module in (_roles, architecture, naming)]
+        rules = [[str(path), file_sha256(path)] for path in (*ours, *_modelling_files(package, checkpoint))]
+        return [checkpoint.config, shapes, version[1], __version__, rules]
+    except (OSError, ValueError, AdaptkitError):
+        return None
+
+
+def _modelling_files(package: Path, checkpoint: Checkpoint) -> list[Path]:
+    """The code in transformers that says what a model of this kind is made of."""
+    kind = str(checkpoint.config.get("model_type")).replace("-", "_")
+    own = sorted((package / "models" / kind).glob("*.py")) if kind.isidentifier() else []
+    return [package / "modeling_utils.py", package / "models" / "auto" / "modeling_auto.py", *own]
 
 
 def _as_known(answer: dict[str, Any] | None, checkpoint: Checkpoint) -> Roles | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +20,6 @@ from adaptkit.numerics.arrays import Array, as_array, as_tensor
 from adaptkit.operations._edits import Edit, Edits
 from adaptkit.operations._folding import Fold, Rows, find_lengths, read_rows
 from adaptkit.operations._merge_report import TensorChange
-
-if TYPE_CHECKING:
-    pass
 
 
 class MergedView(Checkpoint):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
@@ -28,9 +28,6 @@ from adaptkit.operations._folding import Fold, Rows, cut_frames, read_rows
 from adaptkit.operations._merged import BaseOutline, MergedModel, open_merged, target_names
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -185,3 +185,9 @@ def test_the_configuration_is_the_one_that_transformers_would_write():
     ).to_dict()
     ours = quantization_config(["lm_head"], Encoding())
     assert {key: theirs.get(key) for key in ours} == ours
+
+
+@pytest.mark.parametrize(("dtype", "back"), [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "BF16")])
+def test_a_weight_is_decoded_in_the_type_that_its_state_names(dtype, back):
+    weight = decode("x.weight", parts_of(dtype=dtype))
+    assert weight.dtype == weight.dequantize().dtype == DTYPES[back]

@@ -1,5 +1,6 @@
 """Bits tell NaN and infinity from numbers, in every type and place."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite, check_finite
+from adaptkit.numerics.formats import int8, nf4
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -37,3 +39,14 @@ def test_integers_and_nothing_are_finite():
     assert all_finite(torch.full((3,), 2**30))
     assert all_finite(torch.empty(0))
     assert all_finite(torch.tensor(1.5))
+
+
+@pytest.mark.parametrize(("ints", "bits", "dtype"), [("uint32", 0x7F800001, "float32"), ("uint16", 0x7C01, "float16")])
+def test_a_nan_that_signals_is_one_like_any_other(ints, bits, dtype):
+    """numpy warns when it casts one, and a warning is an error here."""
+    values = np.array([0, bits, 0], ints).view(dtype)
+    with pytest.raises(NonFiniteError, match=r"\[1\] is nan"):
+        check_finite(values)
+    for form in (nf4, int8):
+        with pytest.raises(NonFiniteError, match=r"\[1\] is nan"):
+            form.quantize(values)

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.operations._inquiry import Inquiry
+from adaptkit.operations._inquiry import Inquiry, _question
 from adaptkit.operations._roles import roles_here
 
 ASK = """
@@ -114,6 +116,75 @@ def test_another_configuration_or_other_tensors_are_asked_for_anew(llama, llama_
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        "_inquiry.__version__ = '9.9'",
+        "_inquiry.file_sha256 = lambda path: str(path)",
+        "_inquiry._VERSION = __import__('re').compile('(Copyright)')",
+    ],
+    ids=["adaptkit", "the code that is asked", "transformers"],
+)
+def test_the_same_question_to_somebody_else_is_another_one(llama, cache, change):
+    assert json.loads(run(KNOW, llama))[0]
+    assert json.loads(run(f"from adaptkit.operations import _inquiry; {change}\n{KNOW}", llama))[0]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_code_of_the_architecture_is_part_of_the_question(llama):
+    import transformers
+
+    package = Path(transformers.__file__).parent
+    rules = [Path(path) for path, _ in _question(Checkpoint(llama))[-1]]
+    assert package / "models" / "llama" / "modeling_llama.py" in rules
+    assert all(path.is_file() for path in rules)
+
+
+def test_tensors_of_other_shapes_are_asked_for_anew(llama, copy_of, cache):
+    assert json.loads(run(KNOW, llama))[0]
+    changed = copy_of(llama)
+    (file,) = changed.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"][:32].clone()}, file)
+    assert json.loads(run(KNOW, changed))[0]
+
+
+CHANGE = """
+import json, sys
+from pathlib import Path
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.operations._inquiry import Inquiry
+
+checkpoint, path = Checkpoint(Path(sys.argv[1])), Path(sys.argv[1]) / "config.json"
+before = path.read_text()
+checkpoint.config
+path.write_text(json.dumps(json.loads(before) | {"model_type": "nonsense"}))
+with Inquiry(checkpoint) as inquiry:
+    print(inquiry.answer().read_from)
+path.write_text(before)
+"""
+
+
+def test_the_answer_for_a_configuration_that_changed_meanwhile_is_not_kept(llama, copy_of, cache):
+    folder = copy_of(llama)
+    assert "nonsense" in run(CHANGE, folder)
+    takes_long, answer = json.loads(run(KNOW, folder))
+    assert takes_long
+    assert "LlamaForCausalLM" in answer[1]
+
+
+@pytest.mark.parametrize("failure", ["OSError", "ValueError", "AdaptkitError"])
+def test_a_question_that_cannot_be_made_is_asked_without(llama, cache, failure):
+    broken = f"""
+from adaptkit.errors import AdaptkitError
+from adaptkit.operations import _inquiry
+def fail(path): raise {failure}("no")
+_inquiry.file_sha256 = fail
+"""
+    assert json.loads(run(broken + KNOW, llama))[0]
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
     "damage",
     [
         lambda answer: {},
@@ -139,8 +210,18 @@ def test_a_refusal_is_not_kept(llama, copy_of, cache):
     assert not cache.exists()
 
 
-def test_an_unreleased_transformers_is_always_asked(llama, cache, tmp_path):
-    run("import importlib.metadata as m; m.version = lambda name: '5.99.0.dev0'\n" + KNOW, llama)
+def test_an_unreleased_transformers_is_always_asked(llama, cache):
+    code = """
+from pathlib import Path
+from adaptkit.operations import _inquiry
+read = Path.read_text
+def unreleased(path, *how, **more):
+    text = read(path, *how, **more)
+    found = _inquiry._VERSION.search(text) if path.name == "__init__.py" else None
+    return text.replace(found[1], "9.0.dev0") if found else text
+Path.read_text = unreleased
+"""
+    assert json.loads(run(code + KNOW, llama))[0]
     assert not cache.exists()
 
 

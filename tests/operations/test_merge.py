@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
@@ -23,8 +26,11 @@ from adaptkit.errors import (
     OutputExistsError,
     UsageError,
 )
+from adaptkit.operations._edits import Edit
+from adaptkit.operations._folding import Fold, jobs_of
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
+from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 
 WEIGHTS = "model.safetensors"
@@ -429,3 +435,29 @@ def test_the_base_is_verified_only_if_every_adapter_says_what_it_was_trained_on(
     one, two = certified(adapter, llama), certified(second_adapter, llama)
     assert merge(llama, [one, two], tmp_path / "both").base_verified
     assert not merge(llama, [one, second_adapter], tmp_path / "one").base_verified
+
+
+def test_the_runs_of_an_undo_record_are_the_same_in_every_version():
+    """Others would be another record, and what verifies by merging again would refuse those of before."""
+    spec = TensorSpec("w", "BF16", (1024, 1536))
+    fold = Fold(Edit(spec, "w", spec.shape), {})
+    assert [(run.start, run.count) for run in fold.pieces()] == [(0, 341), (341, 341), (682, 341), (1023, 1)]
+    checkpoint = None  # no job is done here
+    assert len(jobs_of(fold, checkpoint, with_undo=True)) == 4
+    assert len(jobs_of(fold, checkpoint, with_undo=False)) == 2
+
+
+def test_a_tensor_of_several_runs_has_their_frames_and_comes_back(tmp_path):
+    """2.25 MiB in bfloat16, whatever the runs of a merge without a record are."""
+    base = tiny.write_llama(tmp_path / "base", hidden=768, layers=1)
+    adapter = tiny.write_peft_adapter(tmp_path / "adapter", base, target_modules=["down_proj"])
+    merge(base, [adapter], tmp_path / "with")
+    merge(base, [adapter], tmp_path / "without", MergeOptions(undo=False))
+    (weights,) = (tmp_path / "with").glob("model*.safetensors")
+    assert weights.read_bytes() == (tmp_path / "without" / weights.name).read_bytes()
+    (record,) = (tmp_path / "with" / "adaptkit-undo").glob("shard-*.safetensors")
+    frames = undo.frames(load_arrays(record)["model.layers.0.mlp.down_proj.weight"])
+    assert [rows for rows, _ in frames] == [341, 341, 86]
+    unmerge(tmp_path / "with", [adapter], tmp_path / "back")
+    (before,) = base.glob("model*.safetensors")
+    assert (tmp_path / "back" / before.name).read_bytes() == before.read_bytes()

@@ -6,17 +6,20 @@ import subprocess
 import sys
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.layout import side_files
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.operations._encoding import TensorPlan
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
@@ -368,3 +371,12 @@ def test_int8_is_near_is_named_as_ours_and_is_refused_by_readers_that_do_not_kno
     assert Checkpoint(tmp_path / "out").quantization_method == "adaptkit"
     with pytest.raises(RuntimeError):  # says that shapes differ
         load(tmp_path / "out")
+
+
+def test_a_bad_weight_in_a_later_piece_is_named_by_its_place_in_the_tensor():
+    plan = TensorPlan(TensorSpec("x", "F32", (4, 5)), None)
+    values = np.zeros(8, np.float32)
+    plan.check(values, 10)
+    values[2] = np.inf
+    with pytest.raises(NonFiniteError, match=r"x: the weight at \[2, 2\] is inf"):
+        plan.check(values, 10)

@@ -14,7 +14,7 @@ import numpy as np
 
 from adaptkit.errors import UsageError
 from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Array, Values, as_array
+from adaptkit.numerics.arrays import Array, Values, as_array, cast
 from adaptkit.numerics.finite import all_finite, check_finite
 
 if TYPE_CHECKING:
@@ -111,5 +111,4 @@ def check_blocks_finite(weight: Values, absmax: Values) -> None:
         NonFiniteError: names the first bad weight's index.
     """
     if not all_finite(absmax):
-        with np.errstate(over="ignore"):
-            check_finite(as_array(weight).astype(np.float32))
+        check_finite(cast(as_array(weight), np.float32))

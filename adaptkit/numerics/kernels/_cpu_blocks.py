@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import BFLOAT16, Array, Values, as_array, as_tensor, like
+from adaptkit.numerics.arrays import BFLOAT16, Array, Values, as_array, as_tensor, cast, like
 from adaptkit.numerics.kernels import _reference_blocks as reference
 from adaptkit.numerics.kernels import _whole_blocks
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, magnitude, plain, rounded, value
@@ -155,8 +155,7 @@ def _encode(
 ) -> Encoded:
     flat = np.ascontiguousarray(as_array(weight)).reshape(-1)
     if flat.dtype not in (BFLOAT16, np.float16, np.float32):
-        with np.errstate(over="ignore"):  # it is refused as infinite, with the index
-            flat = flat.astype(np.float32)
+        flat = cast(flat, np.float32)
     codes, absmax, moments = _whole_blocks.encode(flat, block_size, bits, measure, empty, whole, last)
     return like(weight, codes), like(weight, absmax), None if moments is None else like(weight, moments)
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
 from adaptkit.numerics.arrays import AnyValues, as_array, like
 from adaptkit.numerics.kernels._cpu_memory import empty, jit
 from adaptkit.numerics.kernels._reference_blocks import GROUP
-
-if TYPE_CHECKING:
-    pass
 
 
 @jit

@@ -6,7 +6,7 @@ and by 1 change no bit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,9 +17,6 @@ from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
 from adaptkit.numerics.kernels._cpu_memory import empty, inlined, jit
 from adaptkit.numerics.kernels._reference_exact import check_length
-
-if TYPE_CHECKING:
-    pass
 
 _ONE = np.ones((1, 1))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numpy as np
@@ -16,9 +16,6 @@ import numpy as np
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels._cpu_memory import empty, jit, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
-
-if TYPE_CHECKING:
-    pass
 
 TILE = 768
 """Columns of a tile."""

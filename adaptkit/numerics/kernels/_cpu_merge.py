@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numpy as np
@@ -32,9 +32,6 @@ from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
 from adaptkit.numerics.kernels._cpu_memory import empty, jit, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
-
-if TYPE_CHECKING:
-    pass
 
 _Figures = tuple[int, float, float, float]
 """What ``reference.addition_sums`` gives."""

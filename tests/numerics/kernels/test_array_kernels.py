@@ -11,6 +11,7 @@ from adaptkit.numerics import exact, lora
 from adaptkit.numerics.arrays import as_array, as_tensor
 from adaptkit.numerics.formats import _double_quant, fp4, int8, nf4
 from adaptkit.numerics.formats._blockwise import squared_errors
+from adaptkit.numerics.kernels import _cpu_factors
 from adaptkit.numerics.lora import LowRank
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -84,6 +85,21 @@ def test_changes_are_added_and_taken_back_to_the_same_bits(dtype, with_undo):
     mixed = [arrays[0], tensors[1]]
     assert torch.equal(lora.delta(mixed), lora.delta(tensors))
     assert torch.equal(as_tensor(arrays[0].a), arrays[0].lora_a)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (7, 768), (5, 2000)])
+def test_bounds_and_inner_products_of_the_factors_are_those_of_their_formulas(shape):
+    """What float32 arithmetic is trusted with rests on them."""
+    generator = np.random.default_rng(3)
+    a = (generator.standard_normal(shape) * generator.uniform(0, 2, shape[1])).astype(np.float32)
+    ranks, scales = ([shape[0]], [0.7]) if shape[0] == 1 else ([2, shape[0] - 2], [0.7, -3.0])
+    factors = _cpu_factors.prepare(a, np.ones((4, shape[0]), np.float32), ranks, scales)
+    norms, largest = factors._bounds
+    wide = a.astype(np.float64)
+    np.testing.assert_allclose(norms, np.sqrt(np.square(wide).cumsum(axis=0).max(axis=1)), rtol=1e-14)
+    assert largest == pytest.approx(np.abs(wide).max(axis=1).sum(), rel=1e-14)
+    scaled = wide * np.repeat(scales, ranks)[:, None]
+    np.testing.assert_allclose(factors.gram, scaled @ scaled.T, rtol=1e-12, atol=1e-12 * np.abs(scaled).max() ** 2)
 
 
 WITHOUT = """
