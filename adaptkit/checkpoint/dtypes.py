@@ -10,24 +10,15 @@ import numpy as np
 
 from adaptkit.lazy import torch
 
+_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""By what torch and numpy both call the types; numpy has the short floats from ml_dtypes."""
 ARRAY_DTYPES: Mapping[str, np.dtype[Any]] = {
-    name: np.dtype(dtype)
-    for name, dtype in (
-        ("F64", np.float64),
-        ("F32", np.float32),
-        ("F16", np.float16),
-        ("BF16", ml_dtypes.bfloat16),
-        ("F8_E4M3", ml_dtypes.float8_e4m3fn),
-        ("F8_E5M2", ml_dtypes.float8_e5m2),
-        ("I64", np.int64),
-        ("I32", np.int32),
-        ("I16", np.int16),
-        ("I8", np.int8),
-        ("U8", np.uint8),
-        ("BOOL", np.bool_),
-    )
+    name: np.dtype(getattr(ml_dtypes, common, common)) for common, name in _NAMES.items()
 }
-_NAMES = {dtype.name: name for name, dtype in ARRAY_DTYPES.items()}
 
 
 class _Dtypes(Mapping[str, "torch.dtype"]):

@@ -215,4 +215,4 @@ def _layer_name(number: int) -> str:
 
 
 def _reading(scratch: TensorFiles, name: str) -> Callable[[], Encoded]:
-    return lambda: Encoded(scratch.read(name))
+    return lambda: Encoded(scratch.read_array(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,21 +16,18 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
-from adaptkit.numerics.arrays import Array, Values, cast
+from adaptkit.numerics.arrays import AnyValues, Array, as_array, cast, like
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
 from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._shards import Group, Piece, cut, reading
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A piece of a weight: as the file holds it, and quantized. All of a weight that stays is ``raw``."""
 
-    raw: Values
+    raw: Array
     packed: Blockwise | None = None
 
 
@@ -60,9 +57,9 @@ class TensorPlan:
         specs = [self.spec] if self.encoding is None else quantized.part_specs(self.linear, self.encoding)
         return Group(self.spec.name, tuple(specs))
 
-    def as_linear(self, raw: Tensor) -> Tensor:
+    def as_linear(self, raw: AnyValues) -> AnyValues:
         """Turn what the source holds into the weight, (out, in)."""
-        return raw.T.contiguous() if self.transposed else raw
+        return like(raw, np.ascontiguousarray(as_array(raw).T)) if self.transposed else raw
 
     def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
         """What to do for it, in order.
@@ -108,7 +105,7 @@ class TensorPlan:
             raise ValueError(f"{self.spec.name} is not to be quantized")
         if piece is None:
             raw = checkpoint.read_array(self.spec.name)
-            values, start = np.ascontiguousarray(raw.T) if self.transposed else raw, 0
+            values, start = self.as_linear(raw), 0
         else:
             raw = values = checkpoint.read_flat_array(self.spec.name, piece.start, piece.count)
             start = piece.start

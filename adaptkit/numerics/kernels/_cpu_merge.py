@@ -221,10 +221,10 @@ def _merge_by_panels(weight: Array, factors: Factors, start: int, with_undo: boo
     figures = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
         before, delta = weight[rows], delta_rows(factors, start + rows.start, rows.stop - rows.start)
-        after = merged[rows] = as_array(_cpu_exact.add_rounded(before, delta))
+        after = merged[rows] = _cpu_exact.add_rounded(before, delta)
         figures = _added(figures, _cpu_exact.addition_sums(before, after, delta))
         if with_undo:
-            residuals.append(as_array(_cpu_exact.undo_residual(before, after, delta)))
+            residuals.append(_cpu_exact.undo_residual(before, after, delta))
     finite = math.isfinite(figures[3])  # an effect that is not finite makes its sum so, and no other does
     return RowsMerged(merged, np.concatenate(residuals), finite, *figures)
 
