@@ -5,11 +5,10 @@ attends to columns ``first <= column < last``; the other columns of the block be
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-import numba
 import numpy as np
 
 from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
 
 _REORDERED = {"reassoc", "nnan", "nsz"}
 """The sum of a row may be taken in any order, so that the compiler makes vectors of it."""
@@ -59,7 +58,7 @@ def _scale(scores, seen, scale, work):
     return np.int32(in_order(largest)).view(np.float32)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
+@compiled(fastmath=_REORDERED, **INLINED)
 def _exponentials(row, largest):
     """Put the exponentials of the differences from the largest in place, and return their sum."""
     total = np.float32(0.0)
@@ -134,7 +133,7 @@ def gradient_block(scores, gradients, first, last, scale, log_sums, means):
                 seen_change[j] = rounded(gradients, probability * difference * scale)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_REORDERED, **INLINED)
+@compiled(fastmath=_REORDERED, **INLINED)
 def _product(x, row, y, other):
     total = np.float32(0.0)
     for i in range(row.size):

@@ -13,16 +13,17 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 
 from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import BFLOAT16, Array, Values, as_array, as_tensor, cast, like
 from adaptkit.numerics.kernels import _reference_blocks as reference
 from adaptkit.numerics.kernels import _whole_blocks
+from adaptkit.numerics.kernels._cpu_cells import CHUNK as CELL_CHUNK
+from adaptkit.numerics.kernels._cpu_cells import cell_tables, encode_block
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, magnitude, plain, rounded, value
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
-from adaptkit.numerics.kernels._cpu_memory import empty, jit
+from adaptkit.numerics.kernels._cpu_memory import compiled, empty, jit
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
 
@@ -84,7 +85,7 @@ def _absmax(x):
     return any_value(x, largest)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _sum_moments(x, levels, moments):
     """Any order of these float64 sums gives the same float32, but for a rare last bit; nothing else is reordered."""
     xx, xl, ll = 0.0, 0.0, 0.0
@@ -122,7 +123,22 @@ def _encode_4bit(flat, block_size, bounds, order, ascending, table, codes, absma
             _sum_moments(weights, levels, moments[block])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@jit
+def _encode_4bit_by_cells(flat, block_size, table, codes, absmax, moments):
+    half = block_size // 2
+    for block in range(absmax.size):
+        x = flat[block * block_size : (block + 1) * block_size]
+        out = codes[block * half : (block + 1) * half]
+        largest = _absmax(x)
+        absmax[block] = largest
+        reciprocal = np.float32(1) / max(largest, _TINY)
+        if moments is not None:  # settled when this is compiled
+            encode_block(x, reciprocal, table, out, moments[block])
+        else:
+            encode_block(x, reciprocal, table, out, None)
+
+
+@compiled(fastmath={"reassoc", "contract"})
 def sum_errors(moments, absmax):
     """See ``formats._blockwise.squared_errors``."""
     lost, whole = 0.0, 0.0
@@ -135,13 +151,16 @@ def sum_errors(moments, absmax):
 
 def encode_4bit(weight: Values, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
     """See ``reference.encode_4bit``."""
-    tables = tuple(tuple(map(np.float32, v)) for v in (book.bounds, book.ascending))
-    order = tuple(map(np.uint8, book.order))
+    cells = cell_tables(book) if block_size % CELL_CHUNK == 0 else None
+    bounds, ascending = (tuple(map(np.float32, values)) for values in (book.bounds, book.ascending))
     looked_up = _levels(book) if PERMUTATION and block_size % CHUNK == 0 else None
-    steps = block_size, tables[0], order, tables[1], looked_up
+    steps = block_size, bounds, tuple(map(np.uint8, book.order)), ascending, looked_up
 
     def whole(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
-        _encode_4bit(float_bits(flat), *steps, codes, absmax, moments)
+        if cells is not None:
+            _encode_4bit_by_cells(float_bits(flat), block_size, cells, codes, absmax, moments)
+        else:
+            _encode_4bit(float_bits(flat), *steps, codes, absmax, moments)
 
     def definition(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
         encoded = reference.encode_4bit(as_tensor(flat), block_size, book, measure)
@@ -242,7 +261,7 @@ def _encode_8bit(flat, block_size, codes, absmax, moments):
             _sum_moments_8bit(x, out, moments[block])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _sum_moments_8bit(x, codes, moments):
     xx, xq, qq = 0.0, 0.0, 0.0
     for i in range(x.size):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal, rounded_once
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import empty, inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import compiled, empty, inlined, jit
 from adaptkit.numerics.kernels._reference_exact import check_length
 
 _ONE = np.ones((1, 1))
@@ -89,7 +88,7 @@ def _apply(guess, doubtful, residual):
     return count
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _addition_sums(weight, merged, delta):
     moved, squared_delta, squared_weight, overlap = 0, 0.0, 0.0, 0.0
     for i in range(weight.size):

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numba
 import numpy as np
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
-from adaptkit.numerics.kernels._cpu_memory import empty, jit, zeros
+from adaptkit.numerics.kernels._cpu_memory import compiled, empty, jit, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 
 TILE = 768
@@ -109,7 +108,7 @@ def _tiles(a: Array) -> Any:
     return tiles
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _inner_products(a, scale, gram):
     for k in range(gram.shape[0]):
         for m in range(k + 1):
@@ -182,7 +181,7 @@ def _low_rank_delta(a, b, ranks, scales, start, delta):
 
 # A product of two float32 is exact in float64, so fusing it with the addition changes no bit. It may not be fused with
 # the scale; flags are a function's own.
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _inner_at(a, b, row, tile, column, first, stop):
     total = 0.0
     for k in range(first, stop):

@@ -10,14 +10,13 @@ Everything is written so that NaN and infinity are doubtful: each test asks for 
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-import numba
 import numpy as np
 from numba import types
 from numba.extending import overload
 
 from adaptkit.numerics.kernels._cpu_bits import trailing_zeros
 from adaptkit.numerics.kernels._cpu_float import any_value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
 
 CERTAIN, AMBIGUOUS, UNKNOWN = 0, 1, 2
 """What ``find_candidates`` says: the guess is the original, or is not enough to tell, or float32 cannot decide."""
@@ -65,7 +64,7 @@ def _number(bits):
     return np.uint32(bits).view(np.float32)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, **INLINED)
+@compiled(fastmath={"contract", "reassoc"}, **INLINED)
 def _plus_product(total, x, y):
     return total + x * y
 
@@ -118,7 +117,7 @@ def _is_certain(array, number, error, least, span):
 # compiler knows, and then it makes no vectors.
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+@compiled(fastmath={"contract", "reassoc"})
 def square_row(weight, row, left, count):
     """Σ W² of a piece of a row."""
     values = weight[row, left : left + count]

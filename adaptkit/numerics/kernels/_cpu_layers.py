@@ -5,17 +5,16 @@ rounded where transformers rounds.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-import numba
 import numpy as np
 
 from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import rounded, value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
 
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc"}, **INLINED)
+@compiled(fastmath={"reassoc"}, **INLINED)
 def _squares(row):
     total = np.float32(0.0)
     for i in range(row.size):
@@ -50,7 +49,7 @@ def norm_forward(x, weight, eps, plus_one, scales, y):
                 out[i] = rounded(y, quotient * value(weight, weight[i]))
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc"}, **INLINED)
+@compiled(fastmath={"reassoc"}, **INLINED)
 def _projection(row, change, weight, one):
     total = np.float32(0.0)
     for i in range(row.size):

@@ -1,9 +1,10 @@
-"""Decoding by a byte permutation: sixteen look-ups in one instruction, where the processor has one.
+"""Decoding by a permutation: sixteen look-ups in one instruction, where the processor has one.
 
-x86 (SSSE3) and ARM (NEON) each look up sixteen bytes of a vector in a table of sixteen; the compiler does not find that
-in a loop, so this module writes LLVM's own instructions. A block's sixteen weights, rounded to the wanted type, are cut
-into planes: the first bytes of all, the second bytes, and so on. Each plane is looked up with the codes, and the bytes
-found are woven together again. Without such an instruction ``_cpu_blocks`` decodes with selections.
+The compiler does not find it in a loop, so this module writes LLVM's own instructions. The sixteen weights that a block
+may hold are rounded to the wanted type first. AVX-512 looks whole weights up in a table of them. Other x86 (SSSE3) and
+ARM (NEON) look up bytes, so their table is cut into planes: the first bytes of all weights, the second bytes, and so
+on. Each plane is looked up with the codes, and the bytes found are woven together again. Without such an instruction
+``_cpu_blocks`` decodes with selections.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -35,10 +36,19 @@ def _permutation() -> str | None:
     return None
 
 
+def _permutations_of_weights() -> dict[int, str]:
+    """The instruction that permutes whole weights of so many bits, where there is one."""
+    if PERMUTATION and llvmlite.binding.get_host_cpu_features().get("avx512bw"):
+        return {16: "llvm.x86.avx512.permvar.hi.512", 32: "llvm.x86.avx512.permvar.si.512"}
+    return {}
+
+
 PERMUTATION = _permutation()
+PERMUTATIONS_OF_WEIGHTS = _permutations_of_weights()
 
 
-def _splat(kind, value):
+def splat(kind, value):
+    """A constant vector of one value."""
     return ir.Constant(kind, [value] * kind.count)
 
 
@@ -51,37 +61,67 @@ def _weave(builder, first, second):
 
 def _to_bfloat16(builder, bits):
     """The bits of sixteen float32, rounded to bfloat16 as in ``_cpu_float``."""
-    odd = builder.and_(builder.lshr(bits, _splat(_WORDS, 16)), _splat(_WORDS, 1))
-    return builder.lshr(builder.add(builder.add(bits, _splat(_WORDS, 0x7FFF)), odd), _splat(_WORDS, 16))
+    odd = builder.and_(builder.lshr(bits, splat(_WORDS, 16)), splat(_WORDS, 1))
+    return builder.lshr(builder.add(builder.add(bits, splat(_WORDS, 0x7FFF)), odd), splat(_WORDS, 16))
 
 
 def _to_float16(builder, bits):
     """The same for float16."""
-    size = builder.and_(bits, _splat(_WORDS, 0x7FFFFFFF))
-    odd = builder.and_(builder.lshr(size, _splat(_WORDS, 13)), _splat(_WORDS, 1))
-    offset = _splat(_WORDS, 0xFFF - 0x38000000)
-    result = builder.lshr(builder.add(builder.add(size, offset), odd), _splat(_WORDS, 13))
+    size = builder.and_(bits, splat(_WORDS, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, splat(_WORDS, 13)), splat(_WORDS, 1))
+    offset = splat(_WORDS, 0xFFF - 0x38000000)
+    result = builder.lshr(builder.add(builder.add(size, offset), odd), splat(_WORDS, 13))
     floats = ir.VectorType(ir.FloatType(), 16)
-    shifted = builder.bitcast(builder.fadd(builder.bitcast(size, floats), _splat(floats, 0.5)), _WORDS)
-    denormal = builder.sub(shifted, _splat(_WORDS, 0x3F000000))
+    shifted = builder.bitcast(builder.fadd(builder.bitcast(size, floats), splat(floats, 0.5)), _WORDS)
+    denormal = builder.sub(shifted, splat(_WORDS, 0x3F000000))
     for bound, sign, value in ((0x38800000, "<", denormal), (0x477FF000, ">=", 0x7C00), (0x7F800000, ">", 0x7E00)):
-        chosen = value if isinstance(value, ir.Value) else _splat(_WORDS, value)
-        result = builder.select(builder.icmp_unsigned(sign, size, _splat(_WORDS, bound)), chosen, result)
-    return builder.or_(result, builder.and_(builder.lshr(bits, _splat(_WORDS, 16)), _splat(_WORDS, 0x8000)))
+        chosen = value if isinstance(value, ir.Value) else splat(_WORDS, value)
+        result = builder.select(builder.icmp_unsigned(sign, size, splat(_WORDS, bound)), chosen, result)
+    return builder.or_(result, builder.and_(builder.lshr(bits, splat(_WORDS, 16)), splat(_WORDS, 0x8000)))
 
 
-def _planes(builder, levels, absmax, out_type):
-    """The bytes of the sixteen weights of a block, one vector for each byte of the wanted type, lowest first."""
+def _weights(builder, levels, absmax, out_type):
+    """The bits of the sixteen weights that a block may hold, each in the lowest of 32."""
     scale = ir.Constant(levels.type, ir.Undefined)
     for index in range(16):
         scale = builder.insert_element(scale, absmax, ir.Constant(_WORD, index))
     bits = builder.bitcast(builder.fmul(levels, scale), _WORDS)
     if out_type == types.uint16:
-        bits = _to_bfloat16(builder, bits)
-    elif out_type == types.int16:
-        bits = _to_float16(builder, bits)
-    width = out_type.bitwidth // 8
-    return [builder.trunc(builder.lshr(bits, _splat(_WORDS, 8 * n)), _BYTES) for n in range(width)]
+        return _to_bfloat16(builder, bits)
+    return _to_float16(builder, bits) if out_type == types.int16 else bits
+
+
+def _function(builder, name, kind):
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, kind]), name)
+
+
+def _by_weights(builder, table, codes, width, name):
+    """Look 32 codes up: vectors of weights, which follow one another."""
+    size = 512 // width
+    kind = ir.VectorType(ir.IntType(width), size)
+    repeated = ir.Constant(ir.VectorType(_WORD, size), [index % 16 for index in range(size)])
+    table = builder.trunc(table, ir.VectorType(kind.element, 16)) if width < 32 else table
+    table = builder.shuffle_vector(table, table, repeated)
+    look = _function(builder, name, kind)
+    for start in range(0, CHUNK, size):
+        mask = ir.Constant(ir.VectorType(_WORD, size), list(range(start, start + size)))
+        part = builder.shuffle_vector(codes, codes, mask)
+        yield builder.call(look, [table, builder.zext(part, kind)])
+
+
+def _by_bytes(builder, table, codes, width, name):
+    """The same by planes of bytes."""
+    planes = [builder.trunc(builder.lshr(table, splat(_WORDS, 8 * n)), _BYTES) for n in range(width // 8)]
+    look = _function(builder, name, _BYTES)
+    for start in range(0, CHUNK, 16):
+        mask = ir.Constant(_WORDS, list(range(start, start + 16)))
+        part = builder.shuffle_vector(codes, codes, mask)
+        found = [builder.call(look, [plane, part]) for plane in planes]
+        while len(found) > 1:  # bytes to words to double words
+            wide = ir.VectorType(ir.IntType(2 * found[0].type.element.width), 16)
+            pairs = zip(found[::2], found[1::2], strict=True)
+            found = [builder.bitcast(_weave(builder, low, high), wide) for low, high in pairs]
+        yield found[0]
 
 
 @intrinsic
@@ -94,26 +134,24 @@ def decode_block(typingctx, codes, absmax, levels, out):
     def codegen(context, builder, signature, arguments):
         arrays = {n: context.make_array(signature.args[n])(context, builder, arguments[n]) for n in (0, 2, 3)}
         floats = ir.VectorType(ir.FloatType(), 16)
-        table = builder.load(builder.bitcast(arrays[2].data, floats.as_pointer()), align=4)
-        planes = _planes(builder, table, arguments[1], signature.args[3].dtype)
-        look = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_BYTES, [_BYTES, _BYTES]), PERMUTATION)
+        levels = builder.load(builder.bitcast(arrays[2].data, floats.as_pointer()), align=4)
+        out_type = signature.args[3].dtype
+        table = _weights(builder, levels, arguments[1], out_type)
+        width = out_type.bitwidth
         size = builder.extract_value(arrays[0].shape, 0)
         step = ir.Constant(size.type, CHUNK // 2)
         with cgutils.for_range(builder, builder.udiv(size, step)) as loop:
             start = builder.mul(loop.index, step)
             source = builder.bitcast(builder.gep(arrays[0].data, [start]), _BYTES.as_pointer())
             packed = builder.load(source, align=1)
-            woven = []
-            for q in (builder.lshr(packed, _splat(_BYTES, 4)), builder.and_(packed, _splat(_BYTES, 15))):
-                found = [builder.call(look, [plane, q]) for plane in planes]
-                while len(found) > 1:  # bytes to words to double words
-                    wide = ir.VectorType(ir.IntType(2 * found[0].type.element.width), 16)
-                    pairs = zip(found[::2], found[1::2], strict=True)
-                    found = [builder.bitcast(_weave(builder, low, high), wide) for low, high in pairs]
-                woven.append(found[0])
-            weights = _weave(builder, *woven)
+            high, low = builder.lshr(packed, splat(_BYTES, 4)), builder.and_(packed, splat(_BYTES, 15))
+            q = _weave(builder, high, low)
+            whole = PERMUTATIONS_OF_WEIGHTS.get(width)
+            decode, name = (_by_weights, whole) if whole else (_by_bytes, PERMUTATION)
             target = builder.gep(arrays[3].data, [builder.mul(start, ir.Constant(size.type, 2))])
-            builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=1)
+            for weights in decode(builder, table, q, width, name):
+                builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=1)
+                target = builder.gep(target, [ir.Constant(size.type, weights.type.count)])
         return context.get_dummy_value()
 
     return types.void(codes, types.float32, levels, out), codegen

@@ -4,12 +4,11 @@ Logits are bits of bfloat16 or float32 (see ``_cpu_float``); everything between 
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-import numba
 import numpy as np
 
 from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
 
 _PIECE = 1024
 """Exponentials whose sum is taken in float32, in any order."""
@@ -32,7 +31,7 @@ def _largest(logits, row):
     return np.int32(in_order(largest)).view(np.float32)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"}, **INLINED)
+@compiled(fastmath={"reassoc", "nsz"}, **INLINED)
 def _piece_sum(logits, piece, largest):
     total = np.float32(0.0)
     for i in range(piece.size):

@@ -1,7 +1,11 @@
 """How the compiled kernels are compiled, and where what they make lies in memory."""
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -10,12 +14,43 @@ import numpy as np
 _VECTOR_BYTES = 64
 """Of the widest vectors that processors have, and of what they fetch at once."""
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy")
-
 INLINED = {"error_model": "numpy", "forceinline": True}
 """Options of what is small, and called where a call would keep the compiler from making vectors."""
 
-inlined = numba.njit(nogil=True, cache=True, **INLINED)
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a kernel: it is compiled when it is called first, and kept on the disk for the next process.
+
+    Args:
+        options: of ``numba.njit``, beside those that all kernels have.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        kernel = numba.njit(**{"nogil": True, "error_model": "numpy", **options})(function)
+        try:
+            kernel.enable_caching()
+        except RuntimeError:  # no folder that can be written: every process compiles for itself
+            return kernel
+        # numba compiles again what stands in a file that changed, but not what calls that from another file.
+        with contextlib.suppress(AttributeError):
+            index = kernel._cache._cache_file
+            index._source_stamp = index._source_stamp, _sources()
+        return kernel
+
+    return decorate
+
+
+@cache
+def _sources() -> bytes:
+    """A hash of this folder's modules, which is all that the kernels are made of."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()
+
+
+jit = compiled()
+inlined = compiled(**INLINED)
 
 
 def empty(shape: int | Sequence[int], dtype: Any) -> Any:

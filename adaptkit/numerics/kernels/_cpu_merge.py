@@ -11,7 +11,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numba
 import numpy as np
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -29,7 +28,7 @@ from adaptkit.numerics.kernels._cpu_filter import (
     trusted_range,
 )
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import empty, jit, zeros
+from adaptkit.numerics.kernels._cpu_memory import compiled, empty, jit, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
 
@@ -40,7 +39,7 @@ _PANEL_ELEMENTS = 1 << 18
 """Elements whose change is held in float64 at a time, where it is."""
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _squared_norm(b, row, gram):
     """Σ Δ² of one row, and what it would be if the rank-1 parts of the change were orthogonal."""
     squared, apart = 0.0, 0.0

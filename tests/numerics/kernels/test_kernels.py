@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import bitsandbytes.functional as bnb
+import numba
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.numerics.formats import _double_quant
-from adaptkit.numerics.kernels import _cpu_blocks, cpu, reference
+from adaptkit.numerics.kernels import _cpu_blocks, _cpu_lookup, cpu, reference
 from adaptkit.numerics.kernels.codebook import FP4, NF4
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -94,6 +95,60 @@ def test_a_processor_without_byte_permutation_decodes_to_the_same_bits(name, wei
         patch.setattr(_cpu_blocks, "PERMUTATION", None)
         found = cpu.decode_4bit(*arguments)
     same_bits(found, reference.decode_4bit(*arguments))
+
+
+@pytest.fixture(scope="module")
+def decode_by_bytes():
+    """The loop as it is compiled for a processor that permutes bytes and no whole weights."""
+    if not _cpu_lookup.PERMUTATION:
+        pytest.skip("this processor permutes nothing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu_lookup, "PERMUTATIONS_OF_WEIGHTS", {})
+        compiled = numba.njit(error_model="numpy")(_cpu_blocks._decode_4bit_by_look_up.py_func)
+        for bits in (np.uint16, np.int16, np.uint32):
+            empty = np.empty(0, np.uint8), np.empty(0, np.float32), 64, np.zeros(16, np.float32), np.empty(0, bits)
+            compiled(*empty)
+    return compiled
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES))
+def test_a_processor_that_permutes_bytes_decodes_to_the_same_bits(decode_by_bytes, name, weight, block_size, dtype):
+    codes, absmax, _ = cpu.encode_4bit(weight, block_size, BOOKS[name])
+    arguments = codes, absmax, weight.numel(), block_size, BOOKS[name], dtype
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu_blocks, "_decode_4bit_by_look_up", decode_by_bytes)
+        found = cpu.decode_4bit(*arguments)
+    same_bits(found, reference.decode_4bit(*arguments))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([16, 32, 64, 4096]))
+def test_a_processor_without_look_up_of_weights_encodes_to_the_same_bits(name, weight, block_size):
+    found = cpu.encode_4bit(weight, block_size, BOOKS[name], True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu_blocks, "cell_tables", lambda book: None)
+        codes, absmax, moments = cpu.encode_4bit(weight, block_size, BOOKS[name], True)
+    same_bits(found[0], codes)
+    same_bits(found[1], absmax)
+    torch.testing.assert_close(found[2], moments, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_a_weight_beside_a_bound_or_the_edge_of_a_cell_finds_its_code(name):
+    """Every float32 within 40 of each; a block's absmax is 1, so that weights are scaled weights."""
+    book = BOOKS[name]
+    marks = np.array([*book.bounds, *(np.arange(-16, 17) / 15), *(np.arange(-32, 33) / 32)], np.float32)
+    near = marks.view(np.int32)[:, None] + np.arange(-40, 41, dtype=np.int32)
+    values = near.reshape(-1).view(np.float32)
+    values = values[np.abs(values) <= 1]
+    values = np.concatenate([values, np.zeros(-len(values) % 63, np.float32)])
+    weight = np.concatenate([np.ones((len(values) // 63, 1), np.float32), values.reshape(-1, 63)], axis=1)
+    codes, absmax, _ = cpu.encode_4bit(torch.from_numpy(weight), 64, book)
+    assert (absmax == 1).all()
+    found = torch.stack([codes >> 4, codes & 15], dim=1).numpy().reshape(-1, 64)[:, 1:]
+    below = (np.array(book.bounds, np.float32)[:, None] < weight[:, 1:].reshape(1, -1)).sum(axis=0)
+    assert (found.reshape(-1) == np.array(book.order)[below]).all()
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])

@@ -1,0 +1,52 @@
+"""Where compiled kernels are kept, and when they are compiled again; each in processes of their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adaptkit
+
+DECODE = """
+import numpy as np
+from adaptkit.numerics.kernels import _cpu_blocks
+out = np.zeros(4, np.uint32)
+_cpu_blocks._decode_8bit(np.array([127, -127, 0, 127], np.int8), np.ones(1, np.float32), 4, out)
+print(out.view(np.float32).tolist(), *_cpu_blocks._decode_8bit.stats.cache_hits.values())
+"""
+
+
+def decode(root, **environment):
+    """What a process prints that decodes four weights with the package that lies in ``root``."""
+    environment = {**os.environ, "PYTHONPATH": str(root), **environment}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    command = [sys.executable, "-c", DECODE]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def package(tmp_path):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(adaptkit.__file__).parent, tmp_path / "adaptkit", ignore=ignored)
+    return tmp_path
+
+
+def test_a_kernel_is_kept_until_something_that_it_calls_changes(package):
+    """Which is what happens when a new version is installed over an old one."""
+    assert decode(package) == "[1.0, -1.0, 0.0, 1.0]"
+    assert decode(package) == "[1.0, -1.0, 0.0, 1.0] 1"
+    called = package / "adaptkit" / "numerics" / "kernels" / "_cpu_float.py"
+    text = called.read_text()
+    as_it_is = "lambda array, number: np.float32(number).view(np.uint32)"
+    assert as_it_is in text
+    called.write_text(text.replace(as_it_is, as_it_is.replace("(number)", "(number * 2)")))
+    assert decode(package) == "[2.0, -2.0, 0.0, 2.0]"
+
+
+def test_a_machine_with_nowhere_to_keep_kernels_compiles_them_every_time(package):
+    for _ in range(2):
+        assert decode(package, NUMBA_CACHE_LOCATOR_CLASSES="ZipCacheLocator") == "[1.0, -1.0, 0.0, 1.0]"
