@@ -107,7 +107,7 @@ def figures():  # all that the command says of each module: angles, interference
     return list(each(lambda name: differ_in_module(name, one[name], two[name]), one, 2))
 
 def norms():
-    return list(each(lambda m: (lora.norm(one[m]), lora.norm(two[m]), lora.inner_product(one[m], two[m])), one, 2))
+    return list(each(lambda module: lora.inner_products(one[module], two[module]), one, 2))
 
 def seconds(work):
     started = time.perf_counter()

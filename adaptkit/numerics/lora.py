@@ -105,16 +105,23 @@ def concatenate(terms: Sequence[LowRank]) -> LowRank:
     return LowRank(lora_a, lora_b, 1.0)
 
 
+def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float]:
+    """‖Δ₁‖², ⟨Δ₁, Δ₂⟩ and ‖Δ₂‖² in float64; ⟨Δ₁, Δ₂⟩ = s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ), and no (out, in) matrix is formed."""
+    from adaptkit.numerics.kernels import _cpu_inner  # with its compiler, which takes a while to load
+
+    one, between, two = _cpu_inner.inner_products(first.a, first.b, second.a, second.b)
+    return one * first.scaling**2, between * first.scaling * second.scaling, two * second.scaling**2
+
+
 def inner_product(first: LowRank, second: LowRank) -> float:
-    """⟨Δ₁, Δ₂⟩ = s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ) in float64; no (out, in) matrix is formed."""
-    left = first.lora_b.double().T @ second.lora_b.double()
-    right = first.lora_a.double() @ second.lora_a.double().T
-    return first.scaling * second.scaling * float((left * right).sum())
+    """⟨Δ₁, Δ₂⟩."""
+    return inner_products(first, second)[1]
 
 
 def norm(term: LowRank) -> float:
     """The Frobenius norm of Δ."""
-    return math.sqrt(max(0.0, inner_product(term, term)))
+    nothing = LowRank(term.a[:0], term.b[:, :0], 0.0)
+    return math.sqrt(max(0.0, inner_products(term, nothing)[0]))
 
 
 def difference_norm(first: LowRank, second: LowRank) -> float:

@@ -93,6 +93,23 @@ def test_inner_products_and_norms_are_those_of_the_dense_matrices(one, two):
     )
 
 
+@pytest.mark.parametrize(
+    ("out", "into", "ranks"), [(515, 300, (3, 16)), (129, 1, (1, 2)), (1, 128, (4, 4)), (40, 700, (7, 0))]
+)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float64")])
+def test_inner_products_of_matrices_of_any_size_and_type(out, into, ranks, dtypes):
+    one, two = (
+        term(out, rank, into, scale, seed, getattr(torch, dtype))
+        for rank, scale, seed, dtype in zip(ranks, (0.5, -3.0), (1, 2), dtypes, strict=True)
+    )
+    x, y = dense(one), dense(two)
+    expected = (x * x).sum(), (x * y).sum(), (y * y).sum()
+    size = float(x.norm()) * max(1.0, float(y.norm()))
+    assert lora.inner_products(one, two) == pytest.approx([float(v) for v in expected], rel=1e-12, abs=1e-13 * size)
+    turned = lora.inner_products(lora.transposed(two), lora.transposed(one))
+    assert turned == pytest.approx([float(v) for v in reversed(expected)], rel=1e-12, abs=1e-13 * size)
+
+
 @pytest.mark.parametrize("nudge", [1e-3, 1e-6])
 def test_a_small_difference_keeps_its_digits(nudge):
     """Expanding the square loses the digits: at 1e-6 nothing but noise of the size 1e-8 · ‖Δ‖ would be left of it."""
