@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import numba
@@ -44,8 +44,9 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def _sources() -> bytes:
     """A hash of this folder's modules, which is all that the kernels are made of."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    modules = [entry for entry in files(__package__).iterdir() if entry.name.endswith(".py")]
+    for module in sorted(modules, key=lambda module: module.name):
+        digest.update(module.name.encode() + module.read_bytes())
     return digest.digest()
 
 
