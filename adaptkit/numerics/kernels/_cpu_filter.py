@@ -16,7 +16,7 @@ from numba.extending import overload
 
 from adaptkit.numerics.kernels._cpu_bits import trailing_zeros
 from adaptkit.numerics.kernels._cpu_float import any_value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit, wide
 
 CERTAIN, AMBIGUOUS, UNKNOWN = 0, 1, 2
 """What ``find_candidates`` says: the guess is the original, or is not enough to tell, or float32 cannot decide."""
@@ -120,6 +120,7 @@ def _is_certain(array, number, error, least, span):
 @compiled(fastmath={"contract", "reassoc"})
 def square_row(weight, row, left, count):
     """Σ W² of a piece of a row."""
+    wide()
     values = weight[row, left : left + count]
     total = 0.0
     for j in range(count):
@@ -158,6 +159,7 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
     For a positive result m the originals lie between two middles minus Δ: within ``half`` of ``centre`` - Δ. The guess
     must be inside and its neighbours outside, each by more than the error. For a negative one all signs are turned.
     """
+    wide()
     results, changes = merged[row, left : left + count], delta[i, :count]
     guesses = guess[guess_row, guess_left : guess_left + count]
     step = cell(merged)

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite.binding
+import numba
+import numpy as np
 import pytest
 
 import adaptkit
+from adaptkit.numerics.kernels._cpu_memory import wide
 
 DECODE = """
 import numpy as np
@@ -50,3 +54,18 @@ def test_a_kernel_is_kept_until_something_that_it_calls_changes(package):
 def test_a_machine_with_nowhere_to_keep_kernels_compiles_them_every_time(package):
     for _ in range(2):
         assert decode(package, NUMBA_CACHE_LOCATOR_CLASSES="ZipCacheLocator") == "[1.0, -1.0, 0.0, 1.0]"
+
+
+@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
+def test_wide_vectors_are_used_where_they_are_asked_for():
+    """Registers of 64 bytes have names of their own."""
+
+    def add(x, y):
+        wide()
+        for i in range(x.size):
+            x[i] += y[i]
+
+    kernel = numba.njit(add)
+    kernel(np.zeros(64, np.float32), np.zeros(64, np.float32))
+    (text,) = kernel.inspect_asm().values()
+    assert "zmm" in text
