@@ -141,12 +141,13 @@ def test_what_computes_nothing_needs_neither_torch_nor_numpy(arguments):
 COMMANDS_WITHOUT_TORCH = """
 import sys
 from pathlib import Path
-from adaptkit import inspect, merge, quantize, unmerge, MergeOptions
+from adaptkit import dequantize, inspect, merge, quantize, unmerge, MergeOptions
 base, adapter, out = map(Path, sys.argv[1:])
 merge(base, [adapter], out / "merged")
 merge(base, [adapter], out / "plain", MergeOptions(undo=False))
 unmerge(out / "merged", [adapter], out / "back")
 quantize(base, out / "nf4")
+dequantize(out / "nf4", out / "again")
 for folder in (base, adapter, *sorted(out.iterdir())):
     inspect(folder)
 print(len(list(out.iterdir())), "torch" in sys.modules, "transformers" in sys.modules)
@@ -157,7 +158,7 @@ def test_what_only_adds_and_quantizes_needs_no_torch(llama, adapter, tmp_path):
     """It takes longer to load than the work on an adapter; transformers, in a process of its own, loads it."""
     command = [sys.executable, "-c", COMMANDS_WITHOUT_TORCH, str(llama), str(adapter), str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert found.stdout == "4 False False\n"
+    assert found.stdout == "5 False False\n"
 
 
 def test_help_of_every_command_works_without_torch():

@@ -38,8 +38,8 @@ class _Dtypes(Mapping[str, "torch.dtype"]):
 DTYPES: Mapping[str, torch.dtype] = _Dtypes()
 
 
-def dtype_name(dtype: torch.dtype | np.dtype[Any]) -> str:
-    """The safetensors name of a type.
+def dtype_name(dtype: torch.dtype | np.dtype[Any] | str) -> str:
+    """The safetensors name of a type, or of one that torch and numpy call so.
 
     Raises:
         KeyError: it has none.

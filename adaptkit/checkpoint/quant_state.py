@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, DTYPES
+from adaptkit.checkpoint.dtypes import ARRAY_DTYPES
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.formats._double_quant import GROUP
 
@@ -43,11 +42,6 @@ class Outline:
     shape: tuple[int, ...]
     dtype_name: str
     offset: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that the weight had."""
-        return DTYPES[self.dtype_name]
 
 
 def parse_state(name: str, parts: Mapping[str, Values]) -> Outline:

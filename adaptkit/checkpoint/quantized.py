@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptkit.checkpoint.dtypes import DTYPES
+from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, DTYPES
 from adaptkit.checkpoint.encoding import Encoding, state_suffix
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.quant_state import GET_AGAIN, STATE_NAME, Outline, parse_state, state_bytes
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import CheckpointError
 from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, as_tensor, like
+from adaptkit.numerics.arrays import AnyValues, Array, DType, Values, as_array, like
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import (
     GROUP,
@@ -52,23 +52,23 @@ _STORAGE = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One weight as a file holds it, in memory.
+    """One weight as a file holds it, in memory: in arrays, or in tensors.
 
     Attributes:
         encoding: how it is quantized.
         codes: (ceil(n / 2),) uint8, or (n,) int8; empty if only the rest was read.
         constants: its absmax constants, doubly quantized or as (M,) float32.
         shape: of the weight, (out, in), or (experts, out, in).
-        dtype: that the weight had.
+        dtype: that the weight had; numpy's for arrays, torch's for tensors.
         levels: (256,) float32, the map of the nested codes.
     """
 
     encoding: Encoding
-    codes: Tensor
-    constants: DoubleQuantized | Tensor
+    codes: Any
+    constants: Any
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    levels: Tensor
+    dtype: Any
+    levels: Any
 
     @property
     def block_size(self) -> int:
@@ -81,11 +81,11 @@ class QuantizedWeight:
         return math.prod(self.shape)
 
     @property
-    def absmax(self) -> Tensor:
+    def absmax(self) -> Any:
         """The constants in float32, (M,)."""
-        return as_tensor(unnest(self.constants, self.levels))
+        return unnest(self.constants, self.levels)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(self, dtype: DType | None = None) -> Any:
         """The weight as every reader of this layout sees it, in its shape."""
         packed = Blockwise(self.codes, self.absmax, self.shape, self.block_size)
         return self.encoding.numerics.dequantize(packed, dtype or self.dtype)
@@ -101,7 +101,8 @@ def lost(weight: Tensor, encoding: Encoding, codes: Tensor, constants: DoubleQua
         constants: of its blocks, doubly quantized or as (M,) float32.
     """
     packed = QuantizedWeight(encoding, codes, constants, tuple(weight.shape), torch.float32, dynamic_map())
-    return weight.float() - packed.dequantize()
+    found: Tensor = weight.float() - packed.dequantize()
+    return found
 
 
 def code_spec(weight: TensorSpec, encoding: Encoding) -> TensorSpec:
@@ -212,7 +213,7 @@ def read_outline(files: TensorFiles, name: str) -> Outline:
 
 
 def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
-    """Read one quantized weight.
+    """Read one quantized weight, in tensors.
 
     Raises:
         CheckpointError: parts are missing or disagree.
@@ -221,20 +222,20 @@ def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
 
 
 def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
-    """Read all of a quantized weight but its codes, which may be large.
+    """Read all of a quantized weight but its codes, which may be large, in arrays.
 
     Raises:
         CheckpointError: parts are missing or disagree.
     """
-    parts = {part.removeprefix(name): files.read(part) for part in part_names(files, name) if part != name}
+    parts = {part.removeprefix(name): files.read_array(part) for part in part_names(files, name) if part != name}
     if name not in files.tensors:
         raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
     spec = files.spec(name)
-    return _decode(name, parts, torch.empty(0, dtype=DTYPES[spec.dtype]), spec.nbytes)
+    return _decode(name, parts, np.empty(0, ARRAY_DTYPES[spec.dtype]), spec.nbytes)
 
 
 def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Put together the parts of a weight, given by suffix (the codes' is empty).
+    """Put together the parts of a weight, tensors given by suffix (the codes' is empty).
 
     Raises:
         CheckpointError: parts are missing or disagree.
@@ -245,28 +246,35 @@ def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
     return _decode(name, parts, codes, codes.nbytes)
 
 
-def _decode(name: str, parts: Mapping[str, Tensor], codes: Tensor, code_bytes: int) -> QuantizedWeight:
+def _decode(name: str, parts: Mapping[str, AnyValues], codes: AnyValues, code_bytes: int) -> QuantizedWeight:
     outline = parse_state(name, parts)
     encoding, shape = outline.encoding, outline.shape
-    if encoding.numerics.bits == 4 and str(codes.dtype).removeprefix("torch.") in _STORAGE:
-        codes = codes.view(torch.uint8)
+    if encoding.numerics.bits == 4 and _type_of(codes) in _STORAGE:
+        codes = like(codes, as_array(codes).view(np.uint8))
     try:
-        absmax, levels = parts[".absmax"].reshape(-1), parts.get(".nested_quant_map", dynamic_map())
+        absmax = parts[".absmax"].reshape(-1)
     except KeyError as error:
         raise CheckpointError(f"{name}: its constants are missing", hint=GET_AGAIN) from error
-    types = (codes.dtype, absmax.dtype, levels.dtype, levels.numel())
-    code_dtype = torch.int8 if encoding.numerics.bits == 8 else torch.uint8
-    if types != (code_dtype, torch.uint8 if encoding.double_quant else torch.float32, torch.float32, 256):
+    levels = parts[".nested_quant_map"] if ".nested_quant_map" in parts else like(absmax, dynamic_levels())
+    types = (_type_of(codes), _type_of(absmax), _type_of(levels), math.prod(levels.shape))
+    code_type = "int8" if encoding.numerics.bits == 8 else "uint8"
+    if types != (code_type, "uint8" if encoding.double_quant else "float32", "float32", 256):
         raise CheckpointError(f"{name}: its parts have types that do not belong together {types}", hint=GET_AGAIN)
     count = math.prod(shape)
     blocks = -(-count // encoding.block_size)
-    if code_bytes != (count if encoding.numerics.bits == 8 else (count + 1) // 2) or absmax.numel() != blocks:
+    if code_bytes != (count if encoding.numerics.bits == 8 else (count + 1) // 2) or absmax.shape != (blocks,):
         raise CheckpointError(f"{name}: {code_bytes} bytes of codes do not make {list(shape)} weights", hint=GET_AGAIN)
-    constants: DoubleQuantized | Tensor = absmax
+    constants: Any = absmax
     if encoding.double_quant:
         constants = DoubleQuantized(absmax, parts[".nested_absmax"], outline.offset)
-        if constants.nested_absmax.numel() != -(-blocks // GROUP):
+        if math.prod(constants.nested_absmax.shape) != -(-blocks // GROUP):
             raise CheckpointError(
                 f"{name}: {blocks} constants do not make its nested groups of {GROUP}", hint=GET_AGAIN
             )
-    return QuantizedWeight(encoding, codes, constants, shape, outline.dtype, levels)
+    dtype = ARRAY_DTYPES[outline.dtype_name] if isinstance(codes, np.ndarray) else DTYPES[outline.dtype_name]
+    return QuantizedWeight(encoding, codes, constants, shape, dtype, levels)
+
+
+def _type_of(values: Values) -> str:
+    """What both torch and numpy call a type."""
+    return str(values.dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 Values: TypeAlias = "Array | Tensor"
+DType: TypeAlias = "np.dtype[Any] | torch.dtype"
 AnyValues = TypeVar("AnyValues", bound="Array | Tensor")
 """Where what comes out is of the kind of what went in."""
 

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.dtypes import DTYPES as TORCH
-from adaptkit.checkpoint.dtypes import dtype_name
+from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output, check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Array, Values, as_tensor
+from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._selection import stores_transposed
 from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -82,8 +76,8 @@ class DequantizeReport:
 class _Decoded:
     """A piece of a tensor, and the bytes that the source has for it."""
 
-    values: Values
-    raw: Values
+    values: Array
+    raw: Array
 
 
 def dequantize(
@@ -133,7 +127,7 @@ def dequantize(
             digest.update(bytes_of(result.raw))
             writer.write(group.source, result.values)
         small = [part for part in parts.get(group.source, ()) if part != group.source]
-        return {part: fingerprint(checkpoint.read(part)) for part in small} | {group.source: digest.hexdigest()}
+        return {part: fingerprint(checkpoint.read_array(part)) for part in small} | {group.source: digest.hexdigest()}
 
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
     state = checkpoint.state()
@@ -157,8 +151,7 @@ def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: Dequa
         return Group(name, (checkpoint.spec(name),))
     weight = quantized.read_constants(checkpoint, name)  # all of it, so that what does not fit is found now
     shape = weight.shape[::-1] if _is_transposed(checkpoint, name) else weight.shape
-    dtype = getattr(torch, options.dtype) if options.dtype else weight.dtype
-    return Group(name, (TensorSpec(name, dtype_name(dtype), shape),))
+    return Group(name, (TensorSpec(name, dtype_name(options.dtype or weight.dtype), shape),))
 
 
 def _is_transposed(checkpoint: Checkpoint, name: str) -> bool:
@@ -167,35 +160,25 @@ def _is_transposed(checkpoint: Checkpoint, name: str) -> bool:
 
 def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _Decoded]]:
     """Jobs that decode a weight."""
-    dtype = TORCH[spec.dtype]
-    if _is_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
-        return [lambda: _decode_transposed(checkpoint, spec.name, dtype)]
     weight = quantized.read_constants(checkpoint, spec.name)
     absmax = weight.absmax
-    return [
-        _decode_job(checkpoint, spec.name, weight, absmax, piece, dtype)
-        for piece in cut(spec, weight.block_size * GROUP)
-    ]
 
-
-def _decode_transposed(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> _Decoded:
-    weight = quantized.read_quantized(checkpoint, name)
-    return _Decoded(weight.dequantize(dtype).T.contiguous(), weight.codes)
-
-
-def _decode_job(
-    checkpoint: Checkpoint, name: str, weight: QuantizedWeight, absmax: Tensor, piece: Piece, dtype: torch.dtype
-) -> Callable[[], _Decoded]:
-    def run() -> _Decoded:
+    def decoded(piece: Piece) -> _Decoded:
         a_byte = 8 // weight.encoding.numerics.bits
-        raw = checkpoint.read_bytes(name, piece.start // a_byte, -(-piece.count // a_byte))
-        codes = as_tensor(raw if a_byte == 2 else raw.view(np.int8))
+        raw = checkpoint.read_bytes(spec.name, piece.start // a_byte, -(-piece.count // a_byte))
+        codes = raw if a_byte == 2 else raw.view(np.int8)
         first = piece.start // weight.block_size
         constants = absmax[first : first + -(-piece.count // weight.block_size)]
         packed = Blockwise(codes, constants, (piece.count,), weight.block_size)
-        return _Decoded(weight.encoding.numerics.dequantize(packed, dtype), codes)
+        return _Decoded(weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype]), codes)
 
-    return run
+    def decoded_whole() -> _Decoded:
+        found = decoded(Piece(0, spec.count))
+        return _Decoded(np.ascontiguousarray(found.values.reshape(weight.shape).T), found.raw)
+
+    if _is_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
+        return [decoded_whole]
+    return [partial(decoded, piece) for piece in cut(spec, weight.block_size * GROUP)]
 
 
 def _as_it_is(job: Callable[[], Array]) -> Callable[[], _Decoded]:

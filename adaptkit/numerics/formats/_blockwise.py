@@ -8,17 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Array, Values, as_array, cast
+from adaptkit.numerics.arrays import Array, DType, Values, as_array, cast
 from adaptkit.numerics.finite import all_finite, check_finite
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,8 @@ class Quantize(Protocol):
 class Dequantize(Protocol):
     """Decodes a weight."""
 
-    def __call__(self, quantized: Blockwise, dtype: torch.dtype) -> Tensor:
-        """The weight in its shape, rounded once to bfloat16, float16 or float32."""
+    def __call__(self, quantized: Blockwise, dtype: DType) -> Any:
+        """The weight in its shape, rounded once to bfloat16, float16 or float32; array or tensor, as its codes are."""
         ...
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Values, as_tensor
+from adaptkit.numerics.arrays import DType, Values
 from adaptkit.numerics.formats._blockwise import Blockwise, check_block_size, check_blocks_finite
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import Codebook
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def quantize(book: Codebook, weight: Values, block_size: int, measure: bool) -> Blockwise:
@@ -22,8 +18,7 @@ def quantize(book: Codebook, weight: Values, block_size: int, measure: bool) -> 
     return Blockwise(codes, absmax, tuple(weight.shape), block_size, moments)
 
 
-def dequantize(book: Codebook, quantized: Blockwise, dtype: torch.dtype) -> Tensor:
+def dequantize(book: Codebook, quantized: Blockwise, dtype: DType) -> Any:
     """Level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
-    codes, absmax = as_tensor(quantized.codes), as_tensor(quantized.absmax)
-    flat = kernels_for(codes).decode_4bit(codes, absmax, quantized.count, quantized.block_size, book, dtype)
-    return flat.view(quantized.shape)
+    parts = quantized.codes, quantized.absmax, quantized.count, quantized.block_size
+    return kernels_for(quantized.codes).decode_4bit(*parts, book, dtype).reshape(quantized.shape)

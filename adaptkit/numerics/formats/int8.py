@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Values, as_tensor
+from adaptkit.numerics.arrays import DType, Values
 from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_blocks_finite
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.reference import int8_factors as scales
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["FORMAT", "dequantize", "quantize", "scales"]
 
@@ -41,11 +37,10 @@ def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blo
     return Blockwise(codes, absmax, tuple(weight.shape), block_size, moments)
 
 
-def dequantize(quantized: Blockwise, dtype: torch.dtype) -> Tensor:
+def dequantize(quantized: Blockwise, dtype: DType) -> Any:
     """Code times absmax / 127 in float32, rounded once to ``dtype``, in the weight's shape."""
-    codes, absmax = as_tensor(quantized.codes), as_tensor(quantized.absmax)
-    flat = kernels_for(codes).decode_8bit(codes, absmax, quantized.count, quantized.block_size, dtype)
-    return flat.view(quantized.shape)
+    parts = quantized.codes, quantized.absmax, quantized.count, quantized.block_size
+    return kernels_for(quantized.codes).decode_8bit(*parts, dtype).reshape(quantized.shape)
 
 
 FORMAT = Format(name="int8", bits=8, levels=None, quantize=quantize, dequantize=dequantize)

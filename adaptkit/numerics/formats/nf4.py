@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Values
+from adaptkit.numerics.arrays import DType, Values
 from adaptkit.numerics.formats import _four_bit
 from adaptkit.numerics.formats._blockwise import Blockwise, Format
 from adaptkit.numerics.kernels.codebook import NF4
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
@@ -34,7 +30,7 @@ def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blo
     return _four_bit.quantize(NF4, weight, block_size, measure)
 
 
-def dequantize(quantized: Blockwise, dtype: torch.dtype) -> Tensor:
+def dequantize(quantized: Blockwise, dtype: DType) -> Any:
     """Level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
     return _four_bit.dequantize(NF4, quantized, dtype)
 

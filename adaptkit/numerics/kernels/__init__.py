@@ -17,9 +17,9 @@ from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.kernels.codebook import Codebook
 
 if TYPE_CHECKING:
-    from torch import Tensor, device, dtype
+    from torch import device
 
-    from adaptkit.numerics.arrays import AnyValues, Values
+    from adaptkit.numerics.arrays import AnyValues, DType, Values
 
 
 class Kernels(Protocol):
@@ -32,8 +32,8 @@ class Kernels(Protocol):
         ...
 
     def decode_4bit(
-        self, codes: Tensor, absmax: Tensor, count: int, block_size: int, book: Codebook, dtype: dtype
-    ) -> Tensor:
+        self, codes: AnyValues, absmax: AnyValues, count: int, block_size: int, book: Codebook, dtype: DType
+    ) -> AnyValues:
         """See ``reference.decode_4bit``."""
         ...
 
@@ -43,7 +43,7 @@ class Kernels(Protocol):
         """See ``reference.encode_8bit``."""
         ...
 
-    def decode_8bit(self, codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: dtype) -> Tensor:
+    def decode_8bit(self, codes: AnyValues, absmax: AnyValues, count: int, block_size: int, dtype: DType) -> AnyValues:
         """See ``reference.decode_8bit``."""
         ...
 

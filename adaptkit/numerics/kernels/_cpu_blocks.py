@@ -11,12 +11,12 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import BFLOAT16, Array, Values, as_array, as_tensor, cast, like
+from adaptkit.numerics.arrays import BFLOAT16, AnyValues, Array, DType, Values, as_array, as_tensor, cast, like
 from adaptkit.numerics.kernels import _reference_blocks as reference
 from adaptkit.numerics.kernels import _whole_blocks
 from adaptkit.numerics.kernels._cpu_cells import CHUNK as CELL_CHUNK
@@ -26,9 +26,6 @@ from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_blo
 from adaptkit.numerics.kernels._cpu_memory import compiled, empty, jit
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _TINY = np.float32(TINY)
 _ROUND = np.float32(1.5 * 2**23)
@@ -224,22 +221,30 @@ def _levels(book: Codebook) -> Any:
 
 
 def decode_4bit(
-    codes: Tensor, absmax: Tensor, count: int, block_size: int, book: Codebook, dtype: torch.dtype
-) -> Tensor:
+    codes: AnyValues, absmax: AnyValues, count: int, block_size: int, book: Codebook, dtype: DType
+) -> AnyValues:
     """See ``reference.decode_4bit``."""
-    codes, absmax = codes.reshape(-1).contiguous(), absmax.contiguous()
-    out = torch.empty(count, dtype=dtype)
+    out = _empty(codes, count, dtype)
+    packed, constants = np.ascontiguousarray(as_array(codes)).reshape(-1), np.ascontiguousarray(as_array(absmax))
     full = count // block_size
     weights = full * block_size
-    arrays = codes[: weights // 2].numpy(), absmax[:full].numpy(), block_size
+    arrays = packed[: weights // 2], constants[:full], block_size
     if PERMUTATION and block_size % CHUNK == 0:
         _decode_4bit_by_look_up(*arrays, _levels(book), float_bits(out[:weights]))
     else:
         _decode_4bit_by_selection(*arrays, tuple(map(np.float32, book.levels)), float_bits(out[:weights]))
     if weights < count:
-        rest = codes[weights // 2 :], absmax[full:], count - weights
-        out[weights:] = reference.decode_4bit(*rest, block_size, book, dtype)
+        tail = as_tensor(out[weights:])
+        rest = as_tensor(packed[weights // 2 :]), as_tensor(constants[full:]), count - weights
+        tail[:] = reference.decode_4bit(*rest, block_size, book, tail.dtype)
     return out
+
+
+def _empty(codes: AnyValues, count: int, dtype: DType) -> AnyValues:
+    """(count,) to decode into, of the kind of the codes."""
+    kind: Any = dtype
+    made: Any = empty(count, kind) if isinstance(codes, np.ndarray) else torch.empty(count, dtype=kind)
+    return made  # type: ignore[no-any-return]
 
 
 @jit
@@ -294,9 +299,9 @@ def _decode_8bit(codes, absmax, block_size, out):
             x[i] = rounded(out, np.float32(q[i]) * step)
 
 
-def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
+def decode_8bit(codes: AnyValues, absmax: AnyValues, count: int, block_size: int, dtype: DType) -> AnyValues:
     """See ``reference.decode_8bit``."""
-    out = torch.empty(count, dtype=dtype)
-    codes = codes.reshape(-1)[:count].contiguous()
-    _decode_8bit(codes.numpy(), absmax.contiguous().numpy(), block_size, float_bits(out))
+    out = _empty(codes, count, dtype)
+    flat = np.ascontiguousarray(as_array(codes).reshape(-1)[:count])
+    _decode_8bit(flat, np.ascontiguousarray(as_array(absmax)), block_size, float_bits(out))
     return out

@@ -68,7 +68,7 @@ class PackedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in its shape, in ``dtype``."""
-        weight = self.quantized().dequantize(dtype)
+        weight: Tensor = self.quantized().dequantize(dtype)
         self.was_decoded()
         return weight
 
