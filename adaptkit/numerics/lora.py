@@ -110,7 +110,8 @@ def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float
     from adaptkit.numerics.kernels import _cpu_inner  # with its compiler, which takes a while to load
 
     one, between, two = _cpu_inner.inner_products(first.a, first.b, second.a, second.b)
-    return one * first.scaling**2, between * first.scaling * second.scaling, two * second.scaling**2
+    s, t = first.scaling, second.scaling
+    return one * s * s, between * s * t, two * t * t
 
 
 def inner_product(first: LowRank, second: LowRank) -> float:
