@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptkit.errors import NonFiniteError
 from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Array, Values, as_array, cast, is_float
+from adaptkit.numerics.arrays import Values, as_array, cast, is_float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,11 @@ def all_finite(values: Values) -> bool:
         return True
     if array.dtype.itemsize not in _SIGNED:
         return bool(np.isfinite(cast(array, np.float32)).all())
-    return _largest(array) < _largest(np.array(np.inf, array.dtype))
+    bits = np.ascontiguousarray(array).view(_SIGNED[array.dtype.itemsize])
+    above, below = np.array([np.inf, -np.inf], array.dtype).view(bits.dtype)
+    # As signed integers positive floats are the largest, as unsigned ones negative floats are; and NaN beyond infinity.
+    unsigned = np.dtype(f"u{bits.itemsize}")
+    return bool(bits.max() < above and bits.view(unsigned).max() < below.view(unsigned))
 
 
 def check_finite(values: Values) -> None:
@@ -47,12 +51,6 @@ def check_finite(values: Values) -> None:
     raise NonFiniteError(
         f"the weight at {where} is {float(array[tuple(where)])}", hint="repair or re-download this checkpoint"
     )
-
-
-def _largest(array: Array) -> int:
-    """The bits of the largest magnitude; they order as the magnitudes do, infinity and NaN last."""
-    ints = _SIGNED[array.dtype.itemsize]
-    return int((np.ascontiguousarray(array).view(ints) & np.iinfo(ints).max).max())
 
 
 def _finite(values: Tensor) -> Tensor:
