@@ -85,6 +85,16 @@ class Adapter:
     state: list[list[Any]]
 
     @property
+    def ties_weights(self) -> bool:
+        """Whether ``ensure_weight_tying`` made peft change embedding and head together.
+
+        It does so for modules of two names; for others it warns, and ties nothing.
+        """
+        changed = {*self.modules, *self.tokens, *(name.rpartition(".")[0] for name in self.replaced)}
+        known = {"embed_tokens", "lm_head"} & {module.rpartition(".")[2] for module in changed}
+        return bool(known) and bool(self.config.get("ensure_weight_tying"))
+
+    @property
     def only_compensates(self) -> bool:
         """Whether it is still what it began with, so that it says nothing about the 16-bit base."""
         others = self.magnitudes or self.biases or self.replaced or self.tokens or self.experts

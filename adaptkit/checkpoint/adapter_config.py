@@ -95,7 +95,9 @@ def rank_and_scaling(root: Path, config: Mapping[str, Any], module: str) -> tupl
     except (re.error, AttributeError) as error:
         raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE) from error
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
-        raise AdapterError(f"{root}: {module}: lora_alpha is {alpha}; expected a positive number", hint=_ONE_SAVE)
+        raise AdapterError(
+            f"{root}: {module}: lora_alpha is {str(alpha)[:40]}; expected a positive number", hint=_ONE_SAVE
+        )
     usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
     return (rank, scaling(float(alpha), rank, bool(config.get("use_rslora")))) if usable else (0, 0.0)
 

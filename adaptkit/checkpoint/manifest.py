@@ -181,7 +181,7 @@ def require_manifest(root: Path) -> Manifest:
     manifest = read_manifest(root)
     if manifest is None:
         raise IntegrityError(
-            f"{root.name}: there is no {MANIFEST_NAME}", hint="only artifacts that adaptkit made can be verified"
+            f"{root.name}: there is no {MANIFEST_NAME}", hint="only artifacts that adaptkit made have one"
         )
     return manifest
 

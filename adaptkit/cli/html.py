@@ -16,6 +16,9 @@ from adaptkit import __version__
 
 Html = NewType("Html", str)
 
+DOCTYPE = "<!doctype html>"
+"""What a page begins with."""
+
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6670; --line: #d5dae0; --band: #f4f6f8; }
 @media (prefers-color-scheme: dark) {
@@ -119,7 +122,7 @@ def page(title: str, *parts: Html) -> str:
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'; base-uri 'none'"
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'{DOCTYPE}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{text(title)}</h1>\n"

@@ -22,6 +22,8 @@ class ArtifactPath(click.ParamType[Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See ``click.ParamType``."""
+        if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
+            self.fail("an empty path names nothing", param, ctx)
         path = Path(value)
         if os.path.exists(path) or str(value).count("/") != 1 or str(value).startswith((".", "/", "~")):
             return path  # whoever opens it says what is wrong with it

@@ -234,8 +234,9 @@ def _check_used(used: int, residual: Values) -> None:
 
 def _checked(weight: Values, found: RowsMerged) -> MergedRows:
     if not found.finite:
-        what = "overflows" if all_finite(weight) else "holds NaN or infinity"
-        raise NonFiniteError(f"the weight {what}", hint="is this the right base, and the adapter's scaling right?")
+        if not all_finite(weight):
+            raise NonFiniteError("the weight holds NaN or infinity", hint="repair or re-download the base")
+        raise NonFiniteError("the weight overflows", hint="is this the right base, and the adapter's scaling right?")
     return MergedRows(
         weight=found.weight,
         residual=found.residual,

@@ -43,7 +43,7 @@ class CheckpointDiffReport:
         only_in_second: tensors of the second alone.
         norms: of all tensors in ``tensors`` that have norms, as one vector, of both.
         difference: norm of the difference of these vectors.
-        relative: ``difference`` over the larger norm; 0 where both are zero.
+        relative: ``difference`` over the larger norm; 0 where both are zero, None where some tensor has no norm.
         energy: share of the squares of the changes of all matrices in the 8, 16, 32 and 64 largest singular values of
             each: what adapters of that rank could hold, at least; empty if no matrix changed.
         config: keys of ``config.json`` with two values.
@@ -66,7 +66,7 @@ class CheckpointDiffReport:
     only_in_second: tuple[str, ...]
     norms: tuple[float, float]
     difference: float
-    relative: float
+    relative: float | None
     energy: dict[str, float]
     config: tuple[ValueDifference, ...]
     beside: FilesDifference
@@ -121,12 +121,16 @@ def diff_checkpoints(
         only_in_second=lonely[1],
         norms=norms,
         difference=difference,
-        relative=difference / max(norms) if max(norms) else 0.0,
+        relative=_relative(difference, norms) if len(measured) == len(tensors) else None,
         energy=_energy(tensors),
         config=config,
         beside=beside,
         remarks=tuple(side.remark for side in sides if side.remark),
     )
+
+
+def _relative(difference: float, norms: tuple[float, float]) -> float:
+    return difference / max(norms) if max(norms) else 0.0
 
 
 def _open(root: Path, recompute: bool) -> _Side:

@@ -151,9 +151,18 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
     read_from = f"architecture {type(network).__name__} (transformers {transformers_version()})"
     if strangers:
         read_from += f"; names and shapes for {strangers} tensors that it does not have, or has in another shape"
+    absent = _absent(network, found)
+    if absent:
+        read_from += f"; the files lack {len(absent)} of its tensors, {absent[0]} first, and readers make up numbers"
     head_path = next((path for path, module in network.named_modules() if head is not None and module is head), "")
     tied = head is not None and head.weight is network.get_input_embeddings().weight
     return Roles(roles, read_from, head_path or "lm_head", tied)
+
+
+def _absent(network: Any, found: Mapping[str, Place]) -> list[str]:
+    """The parameters of a model that no tensor of the files is, under any of their names."""
+    fed = {id(network.get_parameter_or_buffer(name)) for place in found.values() for name in place.parameters}
+    return [name for name, parameter in network.named_parameters() if id(parameter) not in fed]
 
 
 def _fits(network: Any, place: Place, spec: TensorSpec) -> bool:

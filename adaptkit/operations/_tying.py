@@ -133,7 +133,7 @@ def _change_alike(
 ) -> bool:
     """Whether embedding and head stay the same tensor in the running model."""
     digests = {record.name: (record.xxh3_128, record.dtype, record.shape) for record in adapter.records}
-    if adapter.config.get("ensure_weight_tying"):
+    if adapter.ties_weights:
         return _repeats(adapter, tables, heads, digests)
     kinds = [_kinds(adapter, name) for name in (*tables, *heads)]
     if all(kind == {"replaced"} for kind in kinds) and tables:

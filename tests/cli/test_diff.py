@@ -188,3 +188,33 @@ def test_two_kinds_are_refused_in_a_line_and_a_hint(options, run_cli, adapter, l
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(run_cli, adapter, tmp_path):
     done = run_cli("diff", adapter, tmp_path / "absent", "--html", tmp_path / "nowhere" / "page.html")
     assert (done.code, "no page can be written there" in done.stderr) == (2, True)
+
+
+def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run_cli, adapter, second_adapter, copy_of, tmp_path):
+    mine = copy_of(adapter)
+    config = mine / "adapter_config.json"
+    before = config.read_bytes()
+    done = run_cli("diff", mine, second_adapter, "--html", config)
+    assert (done.code, config.read_bytes()) == (2, before)
+    assert "is no page" in done.stderr
+    for _ in range(2):
+        assert run_cli("diff", mine, second_adapter, "--html", tmp_path / "page.html").code == 1
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_difference_that_cannot_be_measured_is_not_said_to_be_none(run_cli, llama, copy_of):
+    folder = copy_of(llama)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = run_cli("diff", folder, llama)
+    assert done.code == 1
+    assert "not known" in done.stdout
+    assert json.loads(run_cli("diff", folder, llama, "--json").stdout)["relative"] is None
+
+
+def test_an_empty_path_is_not_the_current_folder(run_cli, adapter):
+    """As a variable of the shell that is not set would make it."""
+    done = run_cli("diff", adapter, "")
+    assert done.code == 2
+    assert "empty path" in done.stderr

@@ -272,6 +272,14 @@ def test_tensors_that_the_architecture_lacks_are_read_by_names_and_counted(famil
     assert "model.layers.2.mtp.proj" in {choice.module for choice in selection.choices if not choice.kept_because}
 
 
+def test_tensors_that_the_files_lack_are_counted(families, copy_of):
+    lost = "model.layers.1.mlp.down_proj.weight"
+    selection = select(changed(families / "llama", copy_of, lambda tensors: tensors.pop(lost) is None or tensors))
+    assert f"; the files lack 1 of its tensors, {lost} first" in selection.read_from
+    whole = {folder.name: select(Checkpoint(folder)).read_from for folder in families.iterdir()}
+    assert not [name for name, read_from in whole.items() if "lack" in read_from]
+
+
 def test_a_float_of_another_type_stays_and_says_so(families, copy_of):
     name = "model.layers.0.mlp.up_proj.weight"
     doubled = changed(families / "llama", copy_of, lambda tensors: tensors | {name: tensors[name].double()})

@@ -85,7 +85,10 @@ def _checkpoints(report: "CheckpointDiffReport") -> list[Row]:
         names = [name or "not quantized" for name in report.quantizations]
         rows.append(("quantized", f"{names[0]} and {names[1]}; compared as stored, not decoded"))
     if report.tensors:
-        rows.append(("difference", f"{percent(report.relative)} of the norm of what differs"))
+        share = "not known, as some have no norm"
+        if report.relative is not None:
+            share = f"{percent(report.relative)} of the norm of what differs"
+        rows.append(("difference", share))
     if report.energy:
         shares = ", ".join(f"{percent(share)} in {rank}" for rank, share in report.energy.items())
         rows.append(("low rank", f"{shares} directions a matrix, of the change's square"))

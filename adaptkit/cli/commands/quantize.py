@@ -140,7 +140,7 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
         ),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
         ("linear layers", f"read from {report.read_from}"),
-        ("kept in 16 bits", kept or "nothing"),
+        ("kept as is", kept or "nothing"),
     ]
     measured = sorted(
         ((tensor.relative_error, tensor.name) for tensor in report.tensors if tensor.relative_error is not None),

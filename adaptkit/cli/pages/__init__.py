@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from adaptkit.cli.figures import require_matplotlib
+from adaptkit.cli.html import DOCTYPE
 from adaptkit.errors import UsageError
 
 
@@ -14,7 +15,7 @@ def prepare(path: Path | None, pictures: bool = True) -> None:
         pictures: whether it has some.
 
     Raises:
-        UsageError: matplotlib is missing, or there is no folder to write to.
+        UsageError: matplotlib is missing, there is no folder to write to, or there is a file that is no page.
     """
     if path is None:
         return
@@ -24,6 +25,15 @@ def prepare(path: Path | None, pictures: bool = True) -> None:
         raise UsageError(
             f"{path}: no page can be written there", hint="give the name of a file in a folder that exists"
         )
+    if path.is_file() and not _is_page(path):
+        raise UsageError(f"{path}: is there already, and is no page", hint="choose another --html")
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file may be replaced by a page: it is one, or empty."""
+    with path.open("rb") as file:
+        start = file.read(len(DOCTYPE)).decode(errors="replace")
+    return start in ("", DOCTYPE)
 
 
 def write(path: Path, document: str) -> None:

@@ -44,7 +44,7 @@ def _summary(report: "CheckpointDiffReport") -> list[tuple[str, str]]:
     if any(report.quantizations):
         found = " and ".join(name or "not quantized" for name in report.quantizations)
         rows.append(("quantized", f"{found}; compared as stored, not decoded"))
-    if report.tensors:
+    if report.tensors and report.relative is not None:
         rows.append(("difference", f"‖W₁ − W₂‖ is {percent(report.relative)} of the norm of what differs"))
     if report.energy:
         shares = ", ".join(f"{percent(value)} in {rank}" for rank, value in report.energy.items())

@@ -8,7 +8,6 @@ does not find it in a loop, so this module writes LLVM's own instructions. ``_cp
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 from functools import cache
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -16,13 +15,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from adaptkit.numerics.arrays import Array
-from adaptkit.numerics.kernels._cpu_lookup import PERMUTATION, splat
+from adaptkit.numerics.kernels._cpu_lookup import has_avx512, splat
 from adaptkit.numerics.kernels.codebook import Codebook
 
 CHUNK = 16
 """Weights that are encoded at a time; a block is a multiple of it."""
 
-CELLS = bool(PERMUTATION) and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+CELLS = has_avx512("f")
 """Whether the processor for which numba compiles is known to look up in two vectors at once."""
 
 _SCALE, _OFFSET = 15.0, 16.0

@@ -36,14 +36,22 @@ def _permutation() -> str | None:
     return None
 
 
+PERMUTATION = _permutation()
+
+
+def has_avx512(part: str) -> bool:
+    """Whether the processor for which numba compiles is known to have a part of AVX-512; numba can be told not to."""
+    known = PERMUTATION is not None and bool(numba.config.ENABLE_AVX)
+    return known and bool(llvmlite.binding.get_host_cpu_features().get(f"avx512{part}"))
+
+
 def _permutations_of_weights() -> dict[int, str]:
     """The instruction that permutes whole weights of so many bits, where there is one."""
-    if PERMUTATION and llvmlite.binding.get_host_cpu_features().get("avx512bw"):
+    if has_avx512("bw"):
         return {16: "llvm.x86.avx512.permvar.hi.512", 32: "llvm.x86.avx512.permvar.si.512"}
     return {}
 
 
-PERMUTATION = _permutation()
 PERMUTATIONS_OF_WEIGHTS = _permutations_of_weights()
 
 

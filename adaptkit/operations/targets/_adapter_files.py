@@ -146,7 +146,10 @@ class AdapterFiles:
             return rank, None
         if not _is_number(rank) or not _is_number(alpha):
             return rank, None
-        return rank, scaling(float(alpha), rank, bool(self.config.get("use_rslora")))
+        try:
+            return rank, scaling(float(alpha), rank, bool(self.config.get("use_rslora")))
+        except OverflowError:  # a whole number that no float holds
+            return rank, None
 
 
 def read_adapter_files(root: Path) -> AdapterFiles:

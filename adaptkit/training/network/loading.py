@@ -30,7 +30,7 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
     values = {name: adapter.files.read(key) for name, key in adapter.replaced.items()}
     head = model.network.get_output_embeddings()
     try:
-        train_whole(model, values, values, together=bool(adapter.config.get("ensure_weight_tying")))
+        train_whole(model, values, values, together=adapter.ties_weights)
         for path, chosen in adapter.tokens.items():
             # As in peft: a tied head has the embedding's rows unless it has its own, and never the other way round.
             is_head = model.network.get_submodule(path) is head
