@@ -158,12 +158,15 @@ class _Planner:
     def _is_transposed(self, module: str, term: LowRank, spec: TensorSpec) -> bool:
         """Whether the base keeps this weight as (in, out).
 
-        The shapes say it, unless the matrix is square; the adapter's ``fan_in_fan_out`` does not, since peft sets it by
-        whichever layer came last.
+        Among models that may, the shapes say it, unless the matrix is square; the adapter's ``fan_in_fan_out`` alone
+        does not, since peft sets it by whichever layer came last. In others a turned matrix is another model's.
         """
-        if term.shape[0] != term.shape[1]:
-            return spec.shape == term.shape[::-1]
-        return is_conv1d(str(self._checkpoint.config.get("model_type")), module)
+        kind = self._checkpoint.config.get("model_type")
+        turned = is_conv1d(str(kind), module)
+        if term.shape[0] == term.shape[1]:
+            return turned
+        may_be = turned or self._adapter.fan_in_fan_out or not isinstance(kind, str)
+        return may_be and spec.shape == term.shape[::-1]
 
     def _plan_begin(self, module: str, name: str) -> None:
         """What a change is added to comes with the adapter: usually the base's own tensor, and then no news.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -317,6 +318,17 @@ def test_another_shape_is_refused_with_both_shapes(tmp_path, llama, adapter, cop
     edit_adapter(folder, lambda t: t.update({KEY.format(0, half): t[KEY.format(0, half)][cut].clone()}))
     with pytest.raises(BaseMismatchError, match=r"32.*\[64, 64\]"):
         merge(llama, [folder], tmp_path / "out")
+
+
+def test_a_change_is_not_turned_round_to_fit_another_models_matrix(tmp_path, llama, adapter, copy_of):
+    base = copy_of(llama)
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseMismatchError, match=re.escape(name)):
+        merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantized_base_is_refused(tmp_path, llama, adapter):
