@@ -34,9 +34,12 @@ _MOST = 1 << 31
 _SETS = ("targets", "exclude", "target_parameters", "modules_to_save")  # order and repetition say nothing
 _PLACES = frozenset({"base", "data", "held_out_data", "device", "tensorboard", "wandb"})
 _FREE = frozenset(
-    {"save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing", "offload_checkpoints"}
-)
-"""Change no byte of the adapter, so a run can go on with others."""
+    {
+        "save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing", "offload_checkpoints",
+        "on_non_finite",
+    }
+)  # fmt: skip
+"""Change no byte of the adapter so far, so a run can go on with others."""
 
 
 @dataclass(frozen=True)
