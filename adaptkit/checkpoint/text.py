@@ -78,6 +78,26 @@ def check_window(root: Path, window: int) -> None:
         )
 
 
+def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
+    """Refuse a prompt after which a checkpoint's model has no room for an answer.
+
+    Args:
+        root: the checkpoint.
+        prompt: as it was given.
+        length: of it, in tokens.
+        new_tokens: of the answer.
+
+    Raises:
+        UsageError: both together are longer than the model allows.
+    """
+    longest = longest_sequence(root)
+    if longest is not None and length + new_tokens > longest:
+        raise UsageError(
+            f"the prompt {prompt[:40]!r} and {new_tokens} new tokens are too long for {root}",
+            hint=f"it reads {longest} tokens: shorten the prompt, or ask for fewer new tokens",
+        )
+
+
 def longest_sequence(root: Path) -> int | None:
     """The most tokens that a checkpoint's model reads at once, or None if its configuration does not say."""
     config = read_config(root / CONFIG_NAME)

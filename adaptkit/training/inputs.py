@@ -14,9 +14,10 @@ from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import check_output
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.text import longest_sequence
+from adaptkit.checkpoint.text import check_prompt, longest_sequence
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
+from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.data.mixture import Mixture, weights_of
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, name_of
@@ -95,6 +96,8 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         others = () if config.init in INITS else (config.init,)
         check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data, *others))])
     tokenizer = load_tokenizer(base)
+    for prompt in config.sample_prompts:
+        check_prompt(base, prompt, len(prompt_ids(prompt, tokenizer)), config.sample_tokens)
     weights = weights_of(config.mixture, config.data) if config.mixture else None
     load = partial(
         load_data,

@@ -33,6 +33,8 @@ from adaptkit.training.history import METRICS_NAME
 
 PAGES_NAME = "optimizer-pages.bin"
 _RUN, _STATE, _RECORD = "run.json", "state.safetensors", "checkpoint.json"
+_DAMAGE = (CheckpointError, IntegrityError, KeyError, TypeError, OSError)
+"""What reading a damaged checkpoint ends in."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
                 f"{folder}: holds unfinished work of another run: {'; '.join(differences)}",
                 hint="give the same options and inputs to go on, or begin anew with --force",
             )
-    if resume and not (known and checkpoints(folder)):
+    if resume and not (known and any(_is_whole(path, step) for step, path in reversed(checkpoints(folder)))):
         raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to begin")
 
 
@@ -150,11 +152,14 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Snapshot | None:
     """Read the newest undamaged checkpoint; a damaged one is named in a note, and the one before it is taken."""
-    for step, path in reversed(checkpoints(folder)):
+    left = checkpoints(folder)
+    while left:
+        step, path = left.pop()
         try:
             return _read(path, step)
-        except (CheckpointError, IntegrityError, KeyError, TypeError, OSError) as error:
-            note(f"warning: {path.name} is damaged ({error}); trying the one before it")
+        except _DAMAGE as error:
+            what = "trying the one before it" if left else "there is none before it, so the run begins anew"
+            note(f"warning: {path.name} is damaged ({error}); {what}")
     return None
 
 
@@ -187,7 +192,16 @@ def _is_beginning(name: str) -> bool:
     return known or (name.startswith("checkpoint-") and name.endswith(".partial"))
 
 
-def _read(path: Path, step: int) -> Snapshot:
+def _is_whole(path: Path, step: int) -> bool:
+    try:
+        _checked(path, step)
+    except _DAMAGE:
+        return False
+    return True
+
+
+def _checked(path: Path, step: int) -> dict[str, Any]:
+    """The record of a checkpoint whose files are those that were written."""
     record = read_json(path / _RECORD)
     is_whole = (path / _RECORD).read_bytes() == write_json(record)
     if not is_whole or record.pop("sha256") != _digest(record) or record["step"] != step:
@@ -195,6 +209,11 @@ def _read(path: Path, step: int) -> Snapshot:
     for name in (_STATE, METRICS_NAME):
         if file_sha256(path / name) != record["files"][name]:
             raise IntegrityError(f"{name} changed after it was written")
+    return record
+
+
+def _read(path: Path, step: int) -> Snapshot:
+    record = _checked(path, step)
     files = TensorFiles(path, [_STATE])
     tensors = {name: files.read(name) for name in files.tensors}
     return Snapshot(step, tensors, record["values"], (path / METRICS_NAME).read_bytes())

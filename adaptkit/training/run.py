@@ -241,7 +241,7 @@ class Run:
             self._inputs.tokenizer,
             [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts],
             max_new_tokens=self._config.sample_tokens,
-            batch_size=self._config.micro_batch_size or self._config.batch_size,
+            batch_size=self._at_once,
             padding=self._padding,
         )
         return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
@@ -250,12 +250,16 @@ class Run:
         everything = self._inputs.held_out
         divided = self._world.size > 1 and not self._config.shard_base  # else all need each other for every batch
         mine = everything[self._world.rank :: self._world.size] if divided else everything
-        at_once = self._config.micro_batch_size or self._config.batch_size
-        loss = mean_loss(self.model, mine, at_once, self._padding) if mine else 0.0
+        loss = mean_loss(self.model, mine, self._at_once, self._padding) if mine else 0.0
         if not divided:
             return self._world.share(loss)  # of unlike devices each has its own last bit, but all must stop together
         summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))
         return summed / sum(sample.answer_tokens for sample in everything)
+
+    @property
+    def _at_once(self) -> int:
+        """Samples that go through the model at a time."""
+        return self._config.micro_batch_size or self._config.batch_size
 
     def _copy(self) -> Tensor:
         """The parameters as they are, in host memory."""

@@ -151,6 +151,41 @@ def test_skipping_gives_up_when_every_step_is_no_number(on_poisoned, tmp_path):
         train(broken, tmp_path / "adapter", note=lambda text: None)
 
 
+def test_a_run_that_stopped_there_goes_on_without_that_step_when_told_so(on_poisoned, tmp_path):
+    with pytest.raises(NonFiniteError):
+        train(replace(on_poisoned, save_every=1), tmp_path / "stopped")
+    skipping = replace(on_poisoned, save_every=1, on_non_finite="skip")
+    report = train(skipping, tmp_path / "stopped", note=lambda text: None)
+    assert report.resumed_from > 0
+    whole = train(skipping, tmp_path / "whole", note=lambda text: None)
+    assert report.tensors_root == whole.tensors_root
+
+
+# What is measured beside the steps
+
+
+def test_no_more_samples_are_measured_at_a_time_than_are_trained_on(config, tmp_path):
+    seen = []
+
+    def look(module, inputs):
+        if isinstance(module, torch.nn.Embedding):
+            seen.append(inputs[0].shape[0])
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        train(replace(config, steps=1, batch_size=8, micro_batch_size=2, held_out=0.4), tmp_path / "adapter")
+    finally:
+        hook.remove()
+    assert max(seen) == 2
+
+
+@pytest.mark.parametrize("asked", [{"sample_tokens": 10_000}, {"sample_prompts": ("word " * 3000,)}])
+def test_a_sample_that_the_model_cannot_read_is_refused_before_the_first_step(config, tmp_path, asked):
+    with pytest.raises(UsageError, match="are too long for"):
+        train(replace(config, **{"sample_prompts": ("hi",), **asked}), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
 # The best, the last, and an early end
 
 
@@ -416,6 +451,24 @@ def test_resuming_nothing_is_an_error(config, tmp_path):
     assert not list(tmp_path.iterdir())
     cut_after(config, tmp_path / "adapter", 1)
     assert train(config, tmp_path / "adapter", resume=True).resumed_from == 1
+
+
+def test_checkpoints_that_are_all_damaged_are_nothing_to_resume(config, tmp_path):
+    cut_after(config, tmp_path / "adapter", 2)
+    (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
+    state.write_bytes(state.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(UsageError, match="no checkpoint to resume from"):
+        train(config, tmp_path / "adapter", resume=True)
+    notes = []
+    assert train(config, tmp_path / "adapter", note=notes.append).resumed_from == 0
+    assert [note for note in notes if "checkpoint-2 is damaged" in note and note.endswith("begins anew")]
+
+
+def test_samples_are_packed_beyond_the_positions_that_a_model_learned(config, gpt2, tmp_path):
+    quantize(gpt2, tmp_path / "nf4")
+    longest = json.loads((gpt2 / "config.json").read_text())["n_positions"]
+    packing = replace(config, base=str(tmp_path / "nf4"), steps=1, pack=True, max_length=2 * longest)
+    assert train(packing, tmp_path / "adapter").steps == 1
 
 
 def test_only_the_newest_checkpoints_stay(config, tmp_path):

@@ -82,6 +82,14 @@ def _absmax(x):
     return any_value(x, largest)
 
 
+@jit
+def _measure_scale(x, absmax, block):
+    """Note the largest magnitude of a block; what its weights are multiplied by."""
+    largest = _absmax(x)
+    absmax[block] = largest
+    return np.float32(1) / max(largest, _TINY)
+
+
 @compiled(fastmath={"reassoc"})
 def _sum_moments(x, levels, moments):
     """Any order of these float64 sums gives the same float32, but for a rare last bit; nothing else is reordered."""
@@ -101,9 +109,7 @@ def _encode_4bit(flat, block_size, bounds, order, ascending, table, codes, absma
     for block in range(absmax.size):
         x = flat[block * block_size : (block + 1) * block_size]
         out = codes[block * half : (block + 1) * half]
-        largest = _absmax(x)
-        absmax[block] = largest
-        reciprocal = np.float32(1) / max(largest, _TINY)
+        reciprocal = _measure_scale(x, absmax, block)
         for i in range(half):
             first, second = value(x, x[2 * i]), value(x, x[2 * i + 1])
             high = _find(first * reciprocal, bounds, order)
@@ -126,9 +132,7 @@ def _encode_4bit_by_cells(flat, block_size, table, codes, absmax, moments):
     for block in range(absmax.size):
         x = flat[block * block_size : (block + 1) * block_size]
         out = codes[block * half : (block + 1) * half]
-        largest = _absmax(x)
-        absmax[block] = largest
-        reciprocal = np.float32(1) / max(largest, _TINY)
+        reciprocal = _measure_scale(x, absmax, block)
         if moments is not None:  # settled when this is compiled
             encode_block(x, reciprocal, table, out, moments[block])
         else:

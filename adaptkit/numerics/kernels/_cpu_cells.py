@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels._cpu_lookup import has_avx512, splat
+from adaptkit.numerics.kernels._cpu_product import repeated
 from adaptkit.numerics.kernels.codebook import Codebook
 
 CHUNK = 16
@@ -128,16 +129,10 @@ def encode_block(typingctx, x, reciprocal, rows, codes, moments):
         def array(n):
             return context.make_array(signature.args[n])(context, builder, arguments[n])
 
-        source, out = array(0), array(3)
-        place = array(2).data
-        table = [_load(builder, place, ir.Constant(_WORD, 16 * row), _WORDS) for row in range(6)]
-        scale = ir.Constant(_FLOATS, ir.Undefined)
-        for index in range(CHUNK):
-            scale = builder.insert_element(scale, arguments[1], ir.Constant(_WORD, index))
-        zero = splat(_DOUBLES, 0.0)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(3)] if measured else []
-        for pointer in sums:
-            builder.store(zero, pointer)
+        source, rows, out = array(0), array(2), array(3)
+        table = [_load(builder, rows.data, ir.Constant(_WORD, 16 * row), _WORDS) for row in range(6)]
+        scale = repeated(builder, arguments[1], _FLOATS)
+        sums = [cgutils.alloca_once_value(builder, splat(_DOUBLES, 0.0)) for _ in range(3)] if measured else []
         size = builder.extract_value(source.shape, 0)
         with cgutils.for_range(builder, builder.udiv(size, ir.Constant(size.type, CHUNK))) as loop:
             weights = _floats(

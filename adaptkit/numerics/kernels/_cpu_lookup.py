@@ -17,6 +17,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from adaptkit.numerics.kernels._cpu_product import repeated
+
 CHUNK = 32
 """Weights that are decoded at a time; a block is a multiple of it."""
 
@@ -90,10 +92,7 @@ def _to_float16(builder, bits):
 
 def _weights(builder, levels, absmax, out_type):
     """The bits of the sixteen weights that a block may hold, each in the lowest of 32."""
-    scale = ir.Constant(levels.type, ir.Undefined)
-    for index in range(16):
-        scale = builder.insert_element(scale, absmax, ir.Constant(_WORD, index))
-    bits = builder.bitcast(builder.fmul(levels, scale), _WORDS)
+    bits = builder.bitcast(builder.fmul(levels, repeated(builder, absmax, levels.type)), _WORDS)
     if out_type == types.uint16:
         return _to_bfloat16(builder, bits)
     return _to_float16(builder, bits) if out_type == types.int16 else bits

@@ -21,7 +21,8 @@ STEP = _VECTORS * 16
 """Columns at a time, at most."""
 
 
-def _splat(builder, number, kind):
+def repeated(builder, number, kind):
+    """A vector of one number."""
     lone = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
     mask = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
     return builder.shuffle_vector(lone, lone, mask)
@@ -64,7 +65,7 @@ class _Emitter:
         for i in range(ROWS):
             line = builder.mul(builder.add(row, ir.Constant(row.type, i)), self.extent(self.b, 1))
             factor = builder.load(builder.gep(self.b.data, [builder.add(line, k)]))
-            factor = _splat(builder, builder.fpext(factor, self.sum.element) if self.wide else factor, self.sum)
+            factor = repeated(builder, builder.fpext(factor, self.sum.element) if self.wide else factor, self.sum)
             for n in range(_VECTORS):
                 total = sums[i * _VECTORS + n]
                 builder.store(builder.call(self.fmuladd, [factor, vectors[n], builder.load(total)]), total)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.conversation import Message, is_text
-from adaptkit.checkpoint.text import check_window, longest_sequence, read_tokens
+from adaptkit.checkpoint.text import check_prompt, check_window, longest_sequence, read_tokens
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.dataset import Dataset, load_data
 from adaptkit.training.evaluation.questions import (
@@ -118,11 +118,7 @@ class _Reader:
             windows = read_tokens(self._text, self._base, window=options.window, max_tokens=options.max_tokens)
         prompts = [self._prompt(_message(prompt), shots) for prompt in options.prompts]
         for prompt, (ids, _) in zip(options.prompts, prompts, strict=True):
-            if self._room is not None and len(ids) > self._room:
-                raise UsageError(
-                    f"the prompt {prompt[:40]!r} and {options.max_new_tokens} new tokens are too long for {self._base}",
-                    hint=f"it reads {self._context} tokens: shorten the prompt, or lower --max-new-tokens",
-                )
+            check_prompt(self._base, prompt, len(ids), options.max_new_tokens)
         asked = [self._prompt(question.messages, shots) for question in questions]
         return Material(
             tokenizer=self._tokenizer,

@@ -89,11 +89,14 @@ def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> l
         shape: rows and length.
         device: of the network.
     """
-    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
+    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if context and shape[1] > context:  # samples packed into a row: positions begin again in each
+        inputs["position_ids"] = (torch.arange(shape[1], device=device) % context).expand(shape)
     layers: list[nn.Module] = list(find_stack(network)[1])
     was_training = network.training
     with without_compiler(), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        sizes = measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
+        sizes = measure_layers(layers, lambda: network.train().base_model(**inputs, use_cache=False))
     network.train(was_training)
     return sizes
 

@@ -56,6 +56,13 @@ def test_a_machine_with_nowhere_to_keep_kernels_compiles_them_every_time(package
         assert decode(package, NUMBA_CACHE_LOCATOR_CLASSES="ZipCacheLocator") == "[1.0, -1.0, 0.0, 1.0]"
 
 
+def test_a_processor_whose_vectors_numba_is_told_not_to_use_has_none(package):
+    code = "import numpy as np; from adaptkit.numerics.formats import nf4; print(nf4.quantize(np.ones(64)).codes[0])"
+    environment = {**os.environ, "PYTHONPATH": str(package), "NUMBA_ENABLE_AVX": "0"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=package, env=environment, capture_output=True, text=True)
+    assert run.stdout == "255\n", run.stderr
+
+
 @pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
 def test_wide_vectors_are_used_where_they_are_asked_for():
     """Registers of 64 bytes have names of their own."""

@@ -86,17 +86,6 @@ def test_all_kernels_give_the_same_bits(triton_kernel, name, weight, block_size,
         same_bits(triton_kernel(function, *arguments), expected)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES))
-def test_a_processor_without_byte_permutation_decodes_to_the_same_bits(name, weight, block_size, dtype):
-    codes, absmax, _ = cpu.encode_4bit(weight, block_size, BOOKS[name])
-    arguments = codes, absmax, weight.numel(), block_size, BOOKS[name], dtype
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu_blocks, "PERMUTATION", None)
-        found = cpu.decode_4bit(*arguments)
-    same_bits(found, reference.decode_4bit(*arguments))
-
-
 @pytest.fixture(scope="module")
 def decode_by_bytes():
     """The loop as it is compiled for a processor that permutes bytes and no whole weights."""
@@ -111,13 +100,20 @@ def decode_by_bytes():
     return compiled
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES))
-def test_a_processor_that_permutes_bytes_decodes_to_the_same_bits(decode_by_bytes, name, weight, block_size, dtype):
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES), st.booleans()
+)
+def test_a_processor_that_permutes_bytes_or_nothing_decodes_to_the_same_bits(
+    decode_by_bytes, name, weight, block_size, dtype, bytewise
+):
     codes, absmax, _ = cpu.encode_4bit(weight, block_size, BOOKS[name])
     arguments = codes, absmax, weight.numel(), block_size, BOOKS[name], dtype
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu_blocks, "_decode_4bit_by_look_up", decode_by_bytes)
+        if bytewise:
+            patch.setattr(_cpu_blocks, "_decode_4bit_by_look_up", decode_by_bytes)
+        else:
+            patch.setattr(_cpu_blocks, "PERMUTATION", None)
         found = cpu.decode_4bit(*arguments)
     same_bits(found, reference.decode_4bit(*arguments))
 
