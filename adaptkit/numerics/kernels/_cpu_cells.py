@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from adaptkit.numerics.arrays import Array
-from adaptkit.numerics.kernels._cpu_lookup import has_avx512, splat
+from adaptkit.numerics.kernels._cpu_lookup import call, has_avx512, splat
 from adaptkit.numerics.kernels._cpu_product import repeated
 from adaptkit.numerics.kernels.codebook import Codebook
 
@@ -69,25 +69,20 @@ def _floats(builder, data, index, element):
     return builder.bitcast(builder.shl(bits, splat(_WORDS, 16)), _FLOATS)
 
 
-def _call(builder, name, kind, *arguments):
-    function = ir.FunctionType(kind, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
-
-
 def _rank(builder, scaled, table):
     """How many bounds lie below each of sixteen scaled weights."""
     place = builder.fadd(builder.fmul(scaled, splat(_FLOATS, _SCALE)), splat(_FLOATS, _OFFSET))
     all_of_them, current_rounding = ir.Constant(ir.IntType(16), 0xFFFF), ir.Constant(_WORD, 4)
     convert = "llvm.x86.avx512.mask.cvttps2dq.512"  # defined for NaN, too, unlike LLVM's own
-    cell = _call(builder, convert, _WORDS, place, splat(_WORDS, 0), all_of_them, current_rounding)
+    cell = call(builder, convert, _WORDS, place, splat(_WORDS, 0), all_of_them, current_rounding)
     low, high = (builder.bitcast(part, _FLOATS) for part in table[:2])
-    bound = _call(builder, "llvm.x86.avx512.vpermi2var.ps.512", _FLOATS, low, cell, high)
-    below = _call(builder, "llvm.x86.avx512.vpermi2var.d.512", _WORDS, table[2], cell, table[3])
+    bound = call(builder, "llvm.x86.avx512.vpermi2var.ps.512", _FLOATS, low, cell, high)
+    below = call(builder, "llvm.x86.avx512.vpermi2var.d.512", _WORDS, table[2], cell, table[3])
     return builder.add(below, builder.zext(builder.fcmp_ordered("<", bound, scaled), _WORDS))
 
 
 def _look_up(builder, row, index):
-    return _call(builder, "llvm.x86.avx512.permvar.si.512", _WORDS, row, index)
+    return call(builder, "llvm.x86.avx512.permvar.si.512", _WORDS, row, index)
 
 
 def _packed(builder, codes):

@@ -98,32 +98,32 @@ def _weights(builder, levels, absmax, out_type):
     return _to_float16(builder, bits) if out_type == types.int16 else bits
 
 
-def _function(builder, name, kind):
-    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, kind]), name)
+def call(builder, name, kind, *arguments):
+    """Use an instruction by LLVM's name for it; what comes out is of a kind."""
+    function = ir.FunctionType(kind, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
 def _by_weights(builder, table, codes, width, name):
     """Look 32 codes up: vectors of weights, which follow one another."""
     size = 512 // width
     kind = ir.VectorType(ir.IntType(width), size)
-    repeated = ir.Constant(ir.VectorType(_WORD, size), [index % 16 for index in range(size)])
+    places = ir.Constant(ir.VectorType(_WORD, size), [index % 16 for index in range(size)])
     table = builder.trunc(table, ir.VectorType(kind.element, 16)) if width < 32 else table
-    table = builder.shuffle_vector(table, table, repeated)
-    look = _function(builder, name, kind)
+    table = builder.shuffle_vector(table, table, places)
     for start in range(0, CHUNK, size):
         mask = ir.Constant(ir.VectorType(_WORD, size), list(range(start, start + size)))
         part = builder.shuffle_vector(codes, codes, mask)
-        yield builder.call(look, [table, builder.zext(part, kind)])
+        yield call(builder, name, kind, table, builder.zext(part, kind))
 
 
 def _by_bytes(builder, table, codes, width, name):
     """The same by planes of bytes."""
     planes = [builder.trunc(builder.lshr(table, splat(_WORDS, 8 * n)), _BYTES) for n in range(width // 8)]
-    look = _function(builder, name, _BYTES)
     for start in range(0, CHUNK, 16):
         mask = ir.Constant(_WORDS, list(range(start, start + 16)))
         part = builder.shuffle_vector(codes, codes, mask)
-        found = [builder.call(look, [plane, part]) for plane in planes]
+        found = [call(builder, name, _BYTES, plane, part) for plane in planes]
         while len(found) > 1:  # bytes to words to double words
             wide = ir.VectorType(ir.IntType(2 * found[0].type.element.width), 16)
             pairs = zip(found[::2], found[1::2], strict=True)
