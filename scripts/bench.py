@@ -138,10 +138,14 @@ def python(code: str, **names: Path) -> list[str]:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Run a command; seconds, and peak resident megabytes of the process."""
+    """Run a command; seconds, and peak resident megabytes of the process.
+
+    Both sides run from bytecode that was written before, as what pip installs does, whatever this shell says of it.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
