@@ -10,6 +10,7 @@ with transformers and peft:
     train         two steps, on the quantized base
     merge         an adapter of peft's for all linear layers, merged here and by peft
     unmerge       the base's files, byte for byte
+    check         names and shapes of the base and of its quantized files, beside what transformers builds
     trained       the trained adapter: the trainer's logits, and those of the merged model in transformers
 
 Prints a line for every architecture where a step does not give that, and how many give it. What cannot be built as a
@@ -48,6 +49,7 @@ from adaptkit.errors import AdaptkitError  # noqa: E402
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize  # noqa: E402
 from adaptkit.operations.merge import merge  # noqa: E402
 from adaptkit.operations.quantize import quantize  # noqa: E402
+from adaptkit.operations.targets._checkpoint_files import read_checkpoint_files  # noqa: E402
 from adaptkit.operations.unmerge import unmerge  # noqa: E402
 from adaptkit.training.config import TrainConfig  # noqa: E402
 from adaptkit.training.loop import train  # noqa: E402
@@ -55,7 +57,7 @@ from adaptkit.training.network.fused import fuse_layers  # noqa: E402
 from adaptkit.training.network.loading import load_adapter  # noqa: E402
 from adaptkit.training.network.model import load_model  # noqa: E402
 
-STEPS = ("quantize", "train", "merge", "unmerge", "trained")
+STEPS = ("quantize", "check", "train", "merge", "unmerge", "trained")
 IDS = torch.arange(3, 15)[None]
 CPU = torch.device("cpu")
 MOST_PARAMETERS, SECONDS = 30_000_000, 120
@@ -176,6 +178,14 @@ class Course:
         model = load_model(self._root / "nf4", torch.float32, CPU)
         fuse_layers(model.network)
         require_equal(logits(model.network), logits(loaded(self._root / "plain")))
+
+    def check(self) -> None:
+        """What transformers wrote, and we made of it, lacks nothing of the architecture."""
+        for folder in (self._base, self._root / "nf4"):
+            files = read_checkpoint_files(folder)
+            wrong = [*files.absent, *files.misshapen]
+            if wrong or not files.architecture:
+                raise ValueError(f"{folder.name}: {files.architecture or 'not compared'} {wrong}")
 
     def train(self) -> None:
         """It can be trained."""

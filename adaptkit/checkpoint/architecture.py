@@ -33,6 +33,7 @@ _REFUSALS = (
 )  # fmt: skip
 """What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+_KERNEL_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """What a configuration may not decide here; an implementation can be code on the Hub."""
 
@@ -182,6 +183,14 @@ def language_part(network: Any) -> str:
 def is_router(path: str) -> bool:
     """Whether a module is, by its dotted path, one that chooses among experts or weighs them."""
     return bool(_ROUTER.search(path))
+
+
+def is_read_by_kernels(model_type: str, path: str) -> bool:
+    """Whether kernels take a linear layer's weight past the layer, so that an adapter of it may be passed over.
+
+    That is Mamba's output projection; peft refuses an adapter there (``_check_lora_target_modules_mamba``).
+    """
+    return model_type in _KERNEL_MODELS and path.rpartition(".")[2] == "out_proj"
 
 
 def _plain(value: Any) -> Any:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from adaptkit.checkpoint.architecture import is_router
+from adaptkit.checkpoint.architecture import is_read_by_kernels, is_router
 from adaptkit.errors import UsageError
 
 EVERYTHING = "*"
+_KIND = "linear layer below the head"
 
 
 def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
@@ -26,24 +27,26 @@ def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str
     return chosen
 
 
-def matching_targets(patterns: Sequence[str], names: Iterable[str], inside: str = "") -> set[str]:
+def matching_targets(patterns: Sequence[str], names: Iterable[str], inside: str = "", model_type: str = "") -> set[str]:
     """The linear layers that get an adapter.
 
-    ``*`` is all that read text but routers, whose few rows are often fewer than a rank, and which say where tokens go.
-    Routers, and layers that see images, get one only if another pattern means them.
+    ``*`` is all that read text but routers, whose few rows are often fewer than a rank, and which say where tokens go,
+    and but what peft refuses. Those, and layers that see images, get one only if another pattern means them.
 
     Args:
         patterns: of the targets.
         names: dotted paths of all linear layers inside the model.
         inside: see ``architecture.language_part``.
+        model_type: of the configuration; see ``architecture.is_read_by_kernels``.
 
     Raises:
         UsageError: a pattern matches none.
     """
     names = list(names)
-    chosen = matching("target", patterns, names, "linear layer")
+    chosen = matching("target", patterns, names, _KIND)
     if EVERYTHING in patterns:
-        named = matching("target", [pattern for pattern in patterns if pattern != EVERYTHING], names, "linear layer")
+        named = matching("target", [pattern for pattern in patterns if pattern != EVERYTHING], names, _KIND)
         begin = f"{inside}." if inside else ""
-        chosen -= {name for name in names if is_router(name) or not name.startswith(begin)} - named
+        others = {name for name in names if is_router(name) or is_read_by_kernels(model_type, name)}
+        chosen -= (others | {name for name in names if not name.startswith(begin)}) - named
     return chosen

@@ -4,7 +4,7 @@ A file may lack the prefix of the model around it (``h.0.attn.c_attn.weight`` of
 older version, or hold one matrix an expert where the model has a stack of them. transformers knows, and is asked.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,3 +60,19 @@ def places(network: Any, names: Iterable[str]) -> dict[str, Place]:
             tuple(converter.operations),
         )
     return found
+
+
+def absent(network: Any, found: Mapping[str, Place]) -> list[str]:
+    """The parameters of a model that no tensor of the files is, under any of their names.
+
+    Args:
+        network: as in ``places``.
+        found: the places of the files' tensors.
+    """
+    fed = {id(network.get_parameter_or_buffer(name)) for place in found.values() for name in place.parameters}
+    return [name for name, parameter in network.named_parameters() if id(parameter) not in fed]
+
+
+def shape_in(network: Any, place: Place) -> tuple[int, ...] | None:
+    """The shape that a tensor must have for its place in a model; None if transformers reshapes it."""
+    return None if place.pattern else tuple(network.get_parameter_or_buffer(place.parameters[0]).shape)

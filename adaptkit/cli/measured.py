@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison, Forgetting
     from adaptkit.training.evaluation.report import EvaluateReport
 
+CUT = "cut to --max-length or the model's context"
 Column = tuple[str, Sequence[str | Number]]
 _Value = Callable[["EvaluateReport"], float | None]
 
@@ -84,7 +85,7 @@ def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for report in comparison.models:
         counts = (
-            (report.truncated, "samples cut to --max-length"),
+            (report.truncated, f"samples {CUT}"),
             (report.dropped, "samples dropped since the cut took their answer"),
             (report.fewer_shots, "samples, questions or prompts with room for fewer examples"),
             (report.generated.unfinished if report.generated else 0, "answers cut at --max-new-tokens"),

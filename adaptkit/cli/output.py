@@ -1,6 +1,7 @@
 """Reports for programs (one JSON document) and for people (a short table)."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,12 +26,25 @@ def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> Non
         quiet: print nothing.
     """
     if as_json:
-        say(json.dumps(asdict(report), indent=2))
+        say(_document(report))
     elif not quiet:
         table = list(rows)
         width = max((len(label) for label, _ in table), default=0)
         aligned = [(label, value.replace("\n", "\n" + " " * (width + 2))) for label, value in table]
         say(*(f"{label:<{width}}  {value}".rstrip() for label, value in aligned))
+
+
+def _document(report: Any) -> str:
+    return json.dumps(_jsonable(asdict(report)), indent=2, allow_nan=False)
+
+
+def _jsonable(value: Any) -> Any:
+    """A report's values; numbers that JSON does not have, of sums that overflow, are null."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_table(
@@ -75,7 +89,7 @@ def check_report_file(path: Path) -> None:
 def write_report(report: Any, path: Path) -> None:
     """Write what ``--json`` prints into a file, which appears whole."""
     unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    unfinished.write_text(_document(report) + "\n")
     os.replace(unfinished, path)
 
 

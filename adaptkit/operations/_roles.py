@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.architecture import empty_network, is_linear, is_router, transformers_version, why_unknown
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.naming import Place, places
+from adaptkit.checkpoint.naming import Place, absent, places, shape_in
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.lazy import torch
 
@@ -143,7 +143,7 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
     roles, strangers = {}, 0
     for name, located in checkpoint.tensors.items():
         role = _by_name(located.spec, model_type)
-        if name in found and _fits(network, found[name], located.spec):
+        if name in found and shape_in(network, found[name]) in (None, located.spec.shape):
             role = _in_network(network, head, found[name], role, shared)
         else:
             strangers += 1
@@ -151,23 +151,12 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
     read_from = f"architecture {type(network).__name__} (transformers {transformers_version()})"
     if strangers:
         read_from += f"; names and shapes for {strangers} tensors that it does not have, or has in another shape"
-    absent = _absent(network, found)
-    if absent:
-        read_from += f"; the files lack {len(absent)} of its tensors, {absent[0]} first, and readers make up numbers"
+    lacking = absent(network, found)
+    if lacking:
+        read_from += f"; the files lack {len(lacking)} of its tensors, {lacking[0]} first, and readers make up numbers"
     head_path = next((path for path, module in network.named_modules() if head is not None and module is head), "")
     tied = head is not None and head.weight is network.get_input_embeddings().weight
     return Roles(roles, read_from, head_path or "lm_head", tied)
-
-
-def _absent(network: Any, found: Mapping[str, Place]) -> list[str]:
-    """The parameters of a model that no tensor of the files is, under any of their names."""
-    fed = {id(network.get_parameter_or_buffer(name)) for place in found.values() for name in place.parameters}
-    return [name for name, parameter in network.named_parameters() if id(parameter) not in fed]
-
-
-def _fits(network: Any, place: Place, spec: TensorSpec) -> bool:
-    """Whether a tensor can be what the model has at its place."""
-    return bool(place.pattern) or tuple(network.get_parameter_or_buffer(place.parameters[0]).shape) == spec.shape
 
 
 def _shared_modules(network: Any) -> dict[str, list[str]]:

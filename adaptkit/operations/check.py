@@ -117,7 +117,8 @@ def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
 
 def _seen(files: CheckpointFiles) -> tuple[str, ...]:
     packed = (f"states of {len(files.packed)} quantized weights",) if files.packed else ()
-    return ("config.json", "names of files and tensors", *packed)
+    compared = (f"names and shapes of all that {files.architecture} has",) if files.architecture else ()
+    return ("config.json", "names of files and tensors", *packed, *compared)
 
 
 def _unseen(files: CheckpointFiles) -> tuple[str, ...]:

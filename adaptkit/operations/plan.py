@@ -127,9 +127,16 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
     dtype = getattr(torch, options.compute_dtype)
     network = empty_network(description, dtype)
     shapes = linear_shapes(network)
-    targets = sorted(matching_targets(options.targets, shapes, language_part(network)))
+    targets = sorted(matching_targets(options.targets, shapes, language_part(network), network.config.model_type))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     full = options.method == "full"
+    most = min((min(shapes[name]) for name in targets), default=0)
+    if not full and options.rank > most:
+        small = next(name for name in targets if min(shapes[name]) == most)
+        raise UsageError(
+            f"rank {options.rank} is above that of {small}, which is {shapes[small][0]} x {shapes[small][1]}",
+            hint=f"a rank of at most {most}, or fewer --targets",
+        )
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)
     weights = 0 if full else _frozen_bytes(network, shapes, options.method == "qlora", dtype, description.dtype)
     vocabulary = network.config.get_text_config().vocab_size
@@ -155,6 +162,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         ranks=tuple(
             RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
             for rank in RANKS
+            if rank <= most
             for count in [_low_rank(shapes, targets, rank)]
         ),
     )

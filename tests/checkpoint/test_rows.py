@@ -69,6 +69,11 @@ def test_json_may_hold_its_rows_under_data_or_on_lines(tmp_path):
     assert [row for _, row in read_rows(path)] == ROWS
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert [where for where, _ in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    path.write_text(json.dumps(ROWS[0]) + "\n")
+    assert list(read_rows(path)) == [(f"{path}, line 1", ROWS[0])]
+    path.write_text(json.dumps({"rows": ROWS}, indent=1))
+    with pytest.raises(DataError, match="expected a list of rows, found the keys rows"):
+        list(read_rows(path))
 
 
 def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_path):
@@ -89,7 +94,7 @@ def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_pat
         ("rows.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}', ", line 2: not JSON (the key 'a' appears twice)"),
         ("rows.json", b'[{"a": {"b": 1, "b": 2}}]', ": not JSON (the key 'b' appears twice)"),
         ("rows.json", b'[{"a": 1}, 5]', ", row 2: expected an object, found int"),
-        ("rows.json", b'{"rows": []}', ": expected a list of rows, found the keys rows"),
+        ("rows.json", b'{"rows":\n[]}', ": expected a list of rows, found the keys rows"),
         ("rows.json", b"5", ": expected a list of rows, found int"),
         ("rows.json", b'[{"a": 1},', ": not JSON"),
         ("rows.json", b'{"a": 1}\n{"a"', ", line 2: not JSON"),

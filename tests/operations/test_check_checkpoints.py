@@ -103,3 +103,52 @@ def test_a_configuration_that_hides_the_quantization_and_an_absent_tokenizer(lla
     found = verdicts(tmp_path / "bare")
     assert all("warning: there is no tokenizer" in words(verdict) for verdict in found.values())
     assert all(verdict.taken for verdict in found.values())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tensors_that_the_architecture_has_and_the_files_lack(packed, llama, copy_of, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    folder = copy_of(llama)
+    if packed:
+        quantize(llama, tmp_path / "nf4")
+        folder = tmp_path / "nf4"
+    tensors = load_file(folder / "model.safetensors")
+    lost = "model.layers.1.input_layernorm.weight"
+    save_file({name: value for name, value in tensors.items() if name != lost}, folder / "model.safetensors")
+    found = verdicts(folder)
+    assert not any(verdict.taken for verdict in found.values())
+    assert all(f"the files lack {lost}, which LlamaForCausalLM has" in words(verdict) for verdict in found.values())
+    if not packed:
+        _, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert set(told["missing_keys"]) == {lost}  # of which it makes a tensor of ones
+
+
+def test_tensors_in_another_shape_than_the_configuration_has(llama, copy_of):
+    from transformers import AutoModelForCausalLM
+
+    folder = copy_of(llama)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    for verdict in verdicts(folder).values():
+        assert not verdict.taken
+        assert "down_proj.weight is [64, 128] and should be [64, 96] and 5 more by config.json" in words(verdict)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
+def test_nothing_is_missed_in_what_transformers_wrote(name, tmp_path):
+    base = tiny.write_architecture(tmp_path / "base", name)
+    quantize(base, tmp_path / "nf4")
+    for folder in (base, tmp_path / "nf4"):
+        report = check(folder, ["peft"])
+        assert report.taken, words(report.verdicts[0])
+        assert report.examined[-1].startswith("names and shapes of all that ")
+
+
+def test_nothing_is_missed_in_transposed_matrices(gpt2, tmp_path):
+    quantize(gpt2, tmp_path / "nf4")
+    assert "gguf" in taken(gpt2)
+    assert "peft" in taken(tmp_path / "nf4")

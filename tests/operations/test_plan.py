@@ -118,11 +118,20 @@ def test_ten_billion_parameters_take_what_the_lecture_says(ten_billion):
 
 def test_parameters_grow_with_the_rank_on_the_chosen_layers(models):
     report = plan(models["llama"][0], PlanOptions(targets=("q_proj",), rank=8, seq_len=16))
-    assert [row.rank for row in report.ranks] == [4, 8, 16, 32, 64, 128, 256]
+    assert [row.rank for row in report.ranks] == [4, 8, 16, 32, 64]
     assert all(row.parameters == row.rank * 2 * (64 + 64) for row in report.ranks)
     assert report.trainable_parameters == report.ranks[1].parameters
     assert report.ranks[0].one_square == round(8 * math.sqrt(report.parameters))
     assert report.ranks[0].fraction == report.ranks[0].parameters / report.parameters
+
+
+def test_a_rank_above_that_of_a_target_is_refused_and_not_listed(models):
+    with pytest.raises(
+        UsageError, match=r"rank 33 is above that of model\.layers\.0\.self_attn\.k_proj, which is 32 x 64"
+    ):
+        plan(models["llama"][0], PlanOptions(rank=33, seq_len=16))
+    assert [row.rank for row in plan(models["llama"][0], PlanOptions(rank=32, seq_len=16)).ranks] == [4, 8, 16, 32]
+    assert plan(models["llama"][0], PlanOptions(method="full", rank=33, seq_len=16)).method == "full"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "phi3", "gemma"])

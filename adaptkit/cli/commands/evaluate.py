@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.checkpoint.compiler import leave_compiler_out
-from adaptkit.cli.measured import columns, forgetting, remarks, short_label
+from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, report_options
 from adaptkit.cli.output import Row, percent, show, show_table
 from adaptkit.cli.progress import count_progress
@@ -136,7 +136,7 @@ def _loss(loss: float, perplexity: float | None) -> str:
 
 
 def _samples(report: "EvaluateReport") -> str:
-    left_out = [(report.truncated, "cut to --max-length"), (report.dropped, "dropped since the cut took their answer")]
+    left_out = [(report.truncated, CUT), (report.dropped, "dropped since the cut took their answer")]
     return "; ".join([str(report.samples), *(f"{count} {what}" for count, what in left_out if count)])
 
 

@@ -131,12 +131,13 @@ def command(
 def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     kept = ", ".join(f"{count} {reason}" for reason, count in report.kept.items())
     what = f"{report.output} ({report.shards} shard(s))"
+    of_all = ", all shares together" if report.part else ""
     rows = [
         ("would write" if dry_run else "wrote", _share(report.part) + what),
-        ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"),
+        ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}{of_all}"),
         (
             "quantized",
-            f"{report.quantized} matrices, {report.quantized_parameters:,} of {report.parameters:,} parameters",
+            f"{report.quantized} matrices, {report.quantized_parameters:,} of {report.parameters:,} parameters{of_all}",
         ),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
         ("linear layers", f"read from {report.read_from}"),

@@ -1,13 +1,16 @@
 """A checkpoint's folder as other programs see it: which files they would open, and how weights are quantized."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME
+from adaptkit.checkpoint.naming import absent, places, shape_in
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import UsageError
+from adaptkit.operations._roles import is_conv1d
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -20,13 +23,18 @@ class Packed:
         name: in the file.
         format: nf4, fp4 or int8.
         is_expert: whether it is one of several experts' matrices, or a stack of them.
-        is_stack: whether it is a stack.
+        shape: of the weight that it decodes to.
     """
 
     name: str
     format: str
     is_expert: bool
-    is_stack: bool
+    shape: tuple[int, ...]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts' matrices."""
+        return len(self.shape) == 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class CheckpointFiles:
         has_index: whether an index says which files hold the weights.
         beside: names of safetensors files in the folder that do not.
         has_tokenizer: whether there is one.
+        architecture: transformers' class, whose model was compared with the files; empty if none was.
+        absent: parameters of that model that the files lack.
+        misshapen: tensors that it has in another shape, with both.
     """
 
     root: Path
@@ -52,6 +63,9 @@ class CheckpointFiles:
     has_index: bool
     beside: tuple[str, ...]
     has_tokenizer: bool
+    architecture: str
+    absent: tuple[str, ...]
+    misshapen: tuple[str, ...]
 
     @property
     def storage(self) -> str:
@@ -68,15 +82,20 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
     """
     checkpoint = Checkpoint(root)
     quantization = quantization_found(checkpoint)
+    packed = tuple(_packed(checkpoint)) if quantization else ()
+    architecture, lacking, misshapen = _beside_model(checkpoint, packed, quantization)
     return CheckpointFiles(
         root=root,
         config=checkpoint.config,
         quantization=quantization,
         says_so=checkpoint.quantization_method is not None,
-        packed=tuple(_packed(checkpoint)) if quantization else (),
+        packed=packed,
         has_index=(root / INDEX_NAME).is_file(),
         beside=tuple(sorted(path.name for path in root.glob("*.safetensors") if path.name not in checkpoint.headers)),
         has_tokenizer=any((root / name).is_file() for name in _TOKENIZERS),
+        architecture=architecture,
+        absent=lacking,
+        misshapen=misshapen,
     )
 
 
@@ -85,5 +104,32 @@ def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
 
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)
-        stack = len(outline.shape) == 3
-        yield Packed(name, outline.encoding.format, stack or ".experts." in name, stack)
+        is_expert = len(outline.shape) == 3 or ".experts." in name
+        yield Packed(name, outline.encoding.format, is_expert, tuple(outline.shape))
+
+
+def _beside_model(
+    checkpoint: Checkpoint, packed: Sequence[Packed], quantization: str | None
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The class of the model that transformers builds for a checkpoint, and where the files differ from it."""
+    from adaptkit.checkpoint.architecture import empty_network, why_unknown  # here, since they wait for torch
+
+    if why_unknown(checkpoint) or (quantization and not packed):  # tensors of methods that only others know
+        return "", (), ()
+    try:
+        network = empty_network(checkpoint)
+    except UsageError:  # a configuration that it cannot build: what other programs make of it is not known
+        return "", (), ()
+    shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
+    kind = str(checkpoint.config.get("model_type"))
+    for weight in packed:  # of a Conv1D, too, as (out, in)
+        is_turned = is_conv1d(kind, weight.name.removesuffix(".weight"))
+        shapes[weight.name] = weight.shape[::-1] if is_turned else weight.shape
+    found = places(network, shapes)
+    wanted = {name: shape_in(network, place) for name, place in found.items()}
+    misshapen = tuple(
+        f"{name} is {list(shapes[name])} and should be {list(shape)}"
+        for name, shape in wanted.items()
+        if shape is not None and shape != shapes[name]
+    )
+    return type(network).__name__, tuple(absent(network, found)), misshapen

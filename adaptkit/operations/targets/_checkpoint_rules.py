@@ -65,3 +65,21 @@ def tokenizer(files: CheckpointFiles, effect: str, change: str) -> Iterator[Find
     """No tokenizer in the folder."""
     if not files.has_tokenizer:
         yield Finding("warning", "there is no tokenizer in the folder", effect, change)
+
+
+def model(files: CheckpointFiles, effect_of_absence: str, effect_of_shape: str) -> Iterator[Finding]:
+    """Tensors that the architecture has and the files lack, or hold in another shape."""
+    if files.absent:
+        yield Finding(
+            "error",
+            f"the files lack {some(files.absent)}, which {files.architecture} has",
+            effect_of_absence,
+            "get the checkpoint again, or make config.json say what the files hold",
+        )
+    if files.misshapen:
+        yield Finding(
+            "error",
+            f"{some(files.misshapen)} by config.json",
+            effect_of_shape,
+            "make config.json say what the files hold, or get both from one place",
+        )

@@ -156,6 +156,9 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             if files.packed
             else "convert the 16-bit checkpoint that it was made from",
         )
+    yield from _checkpoint_rules.model(
+        files, "llama.cpp refuses the file that is made: missing tensor", "llama.cpp refuses the file: wrong shape"
+    )
     yield from _checkpoint_rules.tokenizer(files, "convert_hf_to_gguf.py fails without one", "copy the base's into it")
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from adaptkit.checkpoint.architecture import is_read_by_kernels
 from adaptkit.checkpoint.patterns import matches_whole
 from adaptkit.operations.targets import _checkpoint_rules, _rules
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles, Key
@@ -58,6 +59,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         "peft fails (size mismatch) unless the model's vocabulary is resized first",
         "call model.resize_token_embeddings({entries}) before the adapter is loaded",
     )
+    yield from _kernels(files, base)
     yield from _tied(files, base)
     yield from _experts(files, base)
 
@@ -173,6 +175,15 @@ def _count(files: AdapterFiles, key: Key) -> int | None:
     return len(given) if isinstance(given, list) else None
 
 
+def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    kind = str(base.config.get("model_type")) if base else ""
+    refused = [pair.module for pair in files.pairs if is_read_by_kernels(kind, pair.module)]
+    if refused:
+        yield Finding(
+            "error", some(refused), f"peft refuses an adapter of it, whose weight {kind}'s kernels read", files.merge()
+        )
+
+
 def _tied(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     head = _rules.tied_head(files, base)
     if head is not None and not files.config.get("ensure_weight_tying"):
@@ -218,6 +229,9 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             "transformers 5 keeps experts in 16-bit stacks and fails on packed ones",
             f"quantize the original with --moe keep, or adaptkit dequantize {files.root} -o OUT",
         )
+    yield from _checkpoint_rules.model(
+        files, "transformers makes up numbers, with a warning", "transformers fails: the shapes differ"
+    )
     yield from _checkpoint_rules.tokenizer(files, "AutoTokenizer finds none here", "take the base's")
 
 

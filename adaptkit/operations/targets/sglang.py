@@ -255,6 +255,9 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
         yield from _checkpoint_rules.storage(files, "SGLang")
     yield from _checkpoint_rules.stacks(files, "SGLang has no such stacks")
     yield from _checkpoint_rules.beside(files, "SGLang")
+    yield from _checkpoint_rules.model(
+        files, "SGLang computes with what happened to be in memory, without a word", "SGLang fails: the shapes differ"
+    )
     yield from _checkpoint_rules.tokenizer(files, "SGLang takes one of another folder", "--tokenizer-path FOLDER")
 
 

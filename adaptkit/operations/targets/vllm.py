@@ -205,6 +205,13 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
         yield from _checkpoint_rules.storage(files, "vLLM")
     yield from _checkpoint_rules.stacks(files, "vLLM's plugin has no such stacks")
     yield from _checkpoint_rules.beside(files, "vLLM")
+    yield from _checkpoint_rules.model(
+        files,
+        "vLLM refuses weights that nothing was loaded into"
+        if files.quantization is None
+        else "vLLM computes with what happened to be in memory",
+        "vLLM fails: the shapes differ",
+    )
     yield from _checkpoint_rules.tokenizer(files, "vLLM takes one of another folder", "--tokenizer FOLDER")
 
 

@@ -56,7 +56,7 @@ class Dataset:
 
     Attributes:
         samples: in the order of their rows.
-        truncated: how many were cut to the longest length.
+        truncated: how many were cut to the longest length, and taken.
         dropped: how many were left out: too long, or cut before anything that carries loss.
         sources: in the order given.
         longest: tokens of the longest sample, before any was cut.
@@ -180,13 +180,13 @@ class _Tally:
             if self.too_long == "drop":
                 self.dropped += 1
                 return None
-            self.truncated += 1
             ids, labels = sample.ids[: self.max_length], sample.labels[: self.max_length]
             sample = Sample(ids, labels, sample.source, sample.origin)
             if sample.answer_tokens == 0:
                 self.dropped += 1
                 self.masked += [sample.source] * (len(self.masked) < _NAMED)
                 return None
+            self.truncated += 1
         if self.context is not None and len(sample.ids) > self.context:
             raise DataError(
                 f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {self.context}",

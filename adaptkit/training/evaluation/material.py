@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.conversation import Message, is_text
+from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import check_prompt, check_window, longest_sequence, read_tokens
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.dataset import Dataset, load_data
@@ -96,6 +97,7 @@ class _Reader:
 
     def __init__(self, base: Path, data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions) -> None:
         self._base, self._data, self._text, self._options = base, data, text, options
+        Checkpoint(base)  # first, since what is no checkpoint has no tokenizer either
         self._tokenizer = load_tokenizer(base)
         self._context = longest_sequence(base)
         self._max_length = min(options.max_length, self._context or options.max_length)

@@ -143,9 +143,9 @@ def load_data_with_shots(
             excess = max(0, len(shorter.ids) - max_length)
             length = len(sample.ids) - excess
             cut = Sample(sample.ids[:length], sample.labels[:length], where)
-            truncated += excess > 0
             if cut.answer_tokens:
                 samples.append(cut)
+                truncated += excess > 0
             else:
                 dropped += 1
     if not samples:

@@ -114,7 +114,7 @@ class EvaluateReport:
         parameters: of the base.
         trained_parameters: of the adapter, or of the base if adaptkit trained all of it; None if nothing says.
         samples: number of them that were measured.
-        truncated: samples cut to the longest length.
+        truncated: samples cut to the longest length, and measured.
         dropped: samples left out since the cut took their whole answer.
         answer_tokens: that carry loss.
         loss: mean over the answer tokens, in nats; None without data.

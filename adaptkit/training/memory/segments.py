@@ -73,7 +73,7 @@ def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: S
     for index, layer in enumerate(find_stack(network)[1][:checked]):
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
         place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf)
-        layer.forward = _checkpointed(layer.forward, place)
+        layer.forward = _checkpointed(layer, layer.forward, place)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
 
@@ -147,7 +147,8 @@ class _Layer(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return tuple(None for _ in range(4 + ctx.others))
         before = _random(device)
-        hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_()
+        # As many gradients as without checkpointing: there are other products for fewer, which round otherwise.
+        hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_(ctx.needs_input_grad[0])
         _set_random(ctx.segment.random[ctx.index], device)
         with torch.enable_grad():
             call = ctx.segment.calls[ctx.index]
@@ -160,7 +161,7 @@ class _Layer(torch.autograd.Function):
         return hidden.grad, None, None, None, *(other.grad for other in others)
 
 
-def _checkpointed(forward: Callable[..., Any], place: _Place) -> Callable[..., Any]:
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any], place: _Place) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -170,8 +171,9 @@ def _checkpointed(forward: Callable[..., Any], place: _Place) -> Callable[..., A
         index = len(segment.calls)
         segment.calls.append(call)
         segment.random.append(_random(hidden.device))
-        # The embeddings are frozen, so the first input needs no gradient; without one the layers would get none.
-        trigger = torch.empty(0, device=hidden.device, requires_grad=True)
+        # The embeddings are frozen, so the first input needs no gradient; what is trained in the layer does.
+        is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+        trigger = torch.empty(0, device=hidden.device, requires_grad=is_trained)
         outputs = _Layer.apply(hidden, trigger, segment, index, *others)  # type: ignore[no-untyped-call]
         return call.finish(outputs)
 

@@ -155,7 +155,7 @@ def new_adapter(
     Raises:
         UsageError: a pattern matches no layer, none is left, or a rank is above a layer's size.
     """
-    chosen = matching_targets(targets, model.linears, language_part(model.network))
+    chosen = matching_targets(targets, model.linears, language_part(model.network), model.network.config.model_type)
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
     if not chosen:
         if exclude:

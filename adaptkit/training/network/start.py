@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.architecture import is_router
+from adaptkit.checkpoint.architecture import is_read_by_kernels, is_router
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.matching import EVERYTHING, matching
@@ -125,8 +125,11 @@ def left_out(model: Model, config: TrainConfig) -> str:
     ]
     if not left:
         return ""
+    kind = model.network.config.model_type
     routers = sum(is_router(name) for name in left)
-    found = {"routers": routers, "layers outside the language model": len(left) - routers}
+    refused = sum(is_read_by_kernels(kind, name) for name in left)
+    outside = len(left) - routers - refused
+    found = {"routers": routers, "layers that peft refuses": refused, "layers outside the language model": outside}
     kinds = " and ".join(f"{count} {what}" for what, count in found.items() if count)
     return f"{kinds} get no adapter, since no target names them: {shortened(left)}"
 
@@ -158,11 +161,16 @@ def _token(text: str, tokenizer: Any) -> int:
     """The id of a token that is given by its text, or as a number.
 
     Raises:
-        UsageError: the vocabulary does not have it.
+        UsageError: the vocabulary does not have it, or has one that is called like another's number.
     """
-    if text.isdecimal():
-        return int(text)
     found = tokenizer.get_vocab().get(text)
+    if text.isdecimal():
+        if found is None or found == int(text):
+            return int(text)
+        raise UsageError(
+            f"trainable_tokens: {text} is the text of token {found} and the number of another",
+            hint=f"{found} for the one, {tokenizer.convert_ids_to_tokens(int(text))!r} for the other",
+        )
     if found is None:
         raise UsageError(
             f"trainable_tokens: {text!r} is no token of the vocabulary", hint="give a token's exact text, or its number"

@@ -32,7 +32,7 @@ SHORT = {"instruction": "x", "output": "y"}
 def test_long_samples_are_cut_and_counted_and_the_lost_ones_named(tokenizer, tmp_path):
     path = write(tmp_path, LONG_QUESTION, LONG_ANSWER, SHORT)
     dataset = load_data([path], tokenizer, 100)
-    assert (len(dataset.samples), dataset.truncated, dataset.dropped) == (2, 2, 1)
+    assert (len(dataset.samples), dataset.truncated, dataset.dropped) == (2, 1, 1)
     assert max(len(sample.ids) for sample in dataset.samples) == 100
     assert dataset.masked == (f"{path}, line 1",)
     whole = load_data([path], tokenizer, 10_000)

@@ -62,6 +62,31 @@ def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout)
     assert count == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0))
 
 
+@pytest.mark.parametrize("policy", ["none", *POLICIES])
+@pytest.mark.parametrize(("targets", "first"), [(("*",), 0), (("model.layers.4.*", "model.layers.5.*"), 4)])
+def test_no_more_gradients_are_asked_for_than_without_checkpointing(deep_nf4, policy, targets, first):
+    """Layers multiply otherwise, and on some processors round otherwise, where their input needs a gradient, too."""
+    model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
+    new_adapter(model, targets, 2, 4.0, "kaiming", 0.0, seed=0)
+    checkpoint(model.network, policy)
+    asked = {}
+
+    def look(number, inputs, output):
+        if output.requires_grad:
+            asked[number] = inputs[0].requires_grad
+
+    for number, layer in enumerate(model.network.model.layers):
+        layer.mlp.register_forward_hook(lambda _, inputs, output, number=number: look(number, inputs, output))
+        layer.input_layernorm.register_forward_hook(
+            lambda _, inputs, output, number=number: look(("norm", number), inputs, output)
+        )
+    model.network.train()(input_ids=IDS, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+    layers = range(first, 7)
+    assert asked == {number: True for number in layers} | {
+        ("norm", number): True for number in layers if number > first
+    }
+
+
 def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmented):
     """Twice: the second step takes the shelf's buffers again."""
     expected, _, random_after = unsegmented(0.1)

@@ -57,13 +57,13 @@ CASES = {
     "a head": Case("untied", {"modules_to_save": ("lm_head",)}, "lm_head"),
     "norms": Case(settings={"modules_to_save": ("norm",), "targets": ("q_proj",)}, trained="norm"),
     "a norm with a bias": Case("gpt2", {"modules_to_save": ("ln_f",)}, "ln_f.bias"),
-    "tokens of a tied vocabulary": Case(settings={"trainable_tokens": ("<|im_end|>", "7", "40")}, trained="rows"),
-    "tokens": Case("untied", {"trainable_tokens": ("<|im_end|>", "7", "40")}, "rows"),
+    "tokens of a tied vocabulary": Case(settings={"trainable_tokens": ("<|im_end|>", "%", "40")}, trained="rows"),
+    "tokens": Case("untied", {"trainable_tokens": ("<|im_end|>", "%", "40")}, "rows"),
     "experts": Case("moe", {"target_parameters": ("*.experts.*",), "targets": ("q_proj",)}, "changes"),
     "some experts": Case("moe", {"target_parameters": ("down_proj",), "targets": ()}, "changes.down_proj"),
     "all of it": Case(
         "untied",
-        {"dora": True, "trainable_tokens": ("7",), "modules_to_save": ("norm", "lm_head"),
+        {"dora": True, "trainable_tokens": ("%",), "modules_to_save": ("norm", "lm_head"),
          "rank_pattern": {"q_proj": 1}},
         "magnitude",
     ),
@@ -228,7 +228,7 @@ def test_no_unpacked_weight_outlives_the_forward_pass(bases, name, monkeypatch):
 def test_in_bfloat16_a_fresh_adapter_changes_no_logit(bases):
     """A DoRA's magnitudes begin as the very norms that it divides by."""
     base = bases / "tied-nf4"
-    settings = {"dora": True, "modules_to_save": ("norm",), "trainable_tokens": ("7",), "compute_dtype": "bfloat16"}
+    settings = {"dora": True, "modules_to_save": ("norm",), "trainable_tokens": ("%",), "compute_dtype": "bfloat16"}
     config = TrainConfig(base=str(base), data=("none",), rank=4, **settings)
     model, plain = (load_model(base, torch.bfloat16, CPU) for _ in range(2))
     begin(model, config, None, load_tokenizer(base))

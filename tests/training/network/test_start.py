@@ -89,7 +89,7 @@ def test_an_adapter_that_cannot_be_run_is_refused_by_name(name, error, message, 
 
 def test_a_companion_can_become_a_dora_with_more_beside_it(llama, adapter):
     """The magnitudes begin as the norms that the rows have with the adapter, so that nothing changes."""
-    model, _, _ = begun(llama, init=str(adapter), dora=True, modules_to_save=("norm",), trainable_tokens=("7",))
+    model, _, _ = begun(llama, init=str(adapter), dora=True, modules_to_save=("norm",), trainable_tokens=("%",))
     plain, _, _ = begun(llama, init=str(adapter))
     assert float((logits(model.network) - logits(plain.network)).abs().max()) < 1e-5
     names = [name for name, p in model.network.named_parameters() if p.requires_grad]
@@ -111,8 +111,10 @@ def test_a_companion_can_become_a_dora_with_more_beside_it(llama, adapter):
         ({"modules_to_save": ("down_proj",), "targets": ("down_proj",)}, "every target is excluded", "exclude"),
         ({"bias": "all"}, "bias: all, but there are no biases", "bias: none"),
         ({"trainable_tokens": ("<|nothing|>",)}, r"'<\|nothing\|>' is no token of the vocabulary", "exact text"),
+        ({"trainable_tokens": ("7",)}, "7 is the text of token 25 and the number of another", "25 for"),
+        ({"targets": ("lm_head",)}, "'lm_head' matches no linear layer below the head", "down_proj"),
         ({"trainable_tokens": ("301",)}, r"embed_tokens has 301 rows, and no row 301", "vocabulary"),
-        ({"trainable_tokens": ("7",), "modules_to_save": ("lm_head",)}, "trained whole already", "trainable_tokens"),
+        ({"trainable_tokens": ("%",), "modules_to_save": ("lm_head",)}, "trained whole already", "trainable_tokens"),
         ({"target_parameters": ("*.experts.*",)}, "'[*].experts.[*]' matches no stack", "has none"),
     ],
 )  # fmt: skip
@@ -221,7 +223,7 @@ def test_the_command_says_in_one_line_what_is_wrong(run_cli, llama, llama_nf4, i
     [
         {"method": "full", "learning_rate": 1e-3},
         {"rank": 4, "dora": True, "dropout": 0.2, "modules_to_save": ("lm_head",), "lora_plus_ratio": 8.0},
-        {"rank": 4, "rslora": True, "trainable_tokens": ("7", "<|im_end|>")},
+        {"rank": 4, "rslora": True, "trainable_tokens": ("%", "<|im_end|>")},
     ],
     ids=["full", "dora", "tokens"],
 )

@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from adaptkit.errors import ConflictError
+from adaptkit.operations.check import check
 from adaptkit.training import run
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
@@ -37,6 +38,12 @@ ROUTERS = "2 routers get no adapter, since no target names them: model.layers.0.
         ("qwen2_moe", {"targets": ("*", "shared_expert_gate")}, ""),
         ("qwen2_moe", {"exclude": ("shared_expert_gate",)}, ""),
         ("gemma3", {}, "14 layers outside the language model get no adapter, since no target names them: model."),
+        (
+            "mamba",
+            {},
+            "2 layers that peft refuses get no adapter, since no target names them: backbone.layers.0.mixer.",
+        ),
+        ("mamba", {"targets": ("*", "out_proj")}, ""),
         ("bloom", {"modules_to_save": ("dense",)}, ""),
         ("bloom", {"targets": ("dense",)}, ""),
     ],
@@ -83,3 +90,21 @@ def test_a_run_that_chose_other_layers_is_not_gone_on_with(bases, instructions, 
     with pytest.raises(ConflictError, match=r"trains \d+ parameters, and this one trains \d+") as caught:
         train(settings, tmp_path / "adapter")
     assert caught.value.hint == "the version that began it goes on; --force begins again"
+
+
+@pytest.mark.parametrize("targets", [("*",), ("*", "out_proj")])
+def test_peft_loads_what_everything_means_in_mamba_and_refuses_the_rest(targets, bases, instructions, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, out = bases("mamba"), tmp_path / "adapter"
+    train(config(base, instructions, targets=targets), out, note=lambda line: None)
+    verdict = check(out, ["peft"], base=base).verdicts[0]
+    assert verdict.taken == (targets == ("*",))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if verdict.taken:
+        PeftModel.from_pretrained(model, out)
+    else:
+        assert "backbone.layers.0.mixer.out_proj and 1 more" in verdict.findings[0].found
+        with pytest.raises(ValueError, match="incompatible with Mamba"):
+            PeftModel.from_pretrained(model, out)
