@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import resolve_inside, write_json
 from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
+from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, make_folder, sync_folder, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
@@ -35,22 +36,6 @@ JOURNAL_NAME = "adaptkit-journal.jsonl"
 SCRATCH_PREFIX = "adaptkit-scratch-"
 """Begins the names of files that a run works with, and that are no part of what it makes."""
 _PARTIAL, _REPLACED = ".partial", ".replaced"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One share of an output's files: the ``number``-th (from 1) of ``total``."""
-
-    number: int
-    total: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.total:
-            raise UsageError(f"part {self.number}/{self.total}: there is no such share", hint="from 1/N to N/N")
-
-    def holds(self, position: int) -> bool:
-        """Whether the file at a position (from 0) of the plan is in this share."""
-        return position % self.total == self.number - 1
 
 
 class Output:
@@ -61,13 +46,14 @@ class Output:
         plan: everything that determines the bytes of the output; a changed plan begins anew.
         force: replace an existing output that adaptkit made.
         keeps: told the locked folder, says whether its work took too long to begin anew when the plan changed.
-        inputs: [path, state] pairs of what is read; a file at the same path that changed begins anew too. Shares may
-            be made on several machines, where paths and times differ.
+        inputs: [path, state] pairs of what is read; other ones begin anew too. Shares may be made on several machines,
+            where paths and times differ: what then was read elsewhere is for the caller to compare.
         part: make a share of the files, and leave publishing to the run that is no share.
 
     Attributes:
         folder: where to write meanwhile.
         files, tensors, notes: what is finished so far.
+        elsewhere: by name, the notes of files of shares that read their inputs at other paths.
 
     Raises:
         OutputExistsError: ``final`` exists, and ``force`` is not given or it is no artifact of adaptkit.
@@ -95,12 +81,13 @@ class Output:
         self.files: list[FileRecord] = []
         self.tensors: list[TensorRecord] = []
         self.notes: dict[str, Any] = {}
+        self.elsewhere: dict[str, Mapping[str, Any]] = {}
 
     def __enter__(self) -> Self:
         check_output(self.final, self._force)
-        if self.folder.is_symlink() or self.folder.is_file():
-            self._refuse_foreign()
         try:
+            if self.folder.is_symlink() or self.folder.is_file():
+                self._refuse_foreign()
             make_folder(self.folder)
         except OSError as error:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
@@ -231,7 +218,7 @@ class Output:
             for path in sorted(self.folder.glob(JOURNAL_PATTERN))
         }
         begun = {name: journal for name, journal in journals.items() if journal is not None}
-        changed = any(map(self._differs, begun.values()))
+        changed = any(self._differs(name, journal) for name, journal in begun.items())
         if self.part is not None:
             self._check_share(changed, begun)
         elif changed or not begun:
@@ -239,12 +226,17 @@ class Output:
             begun = {}
         for name, journal in begun.items():
             if self.part is None or name == self._journal:
-                self._finished |= {done.record.path: done for done in journal.finished if self._is_there(done.record)}
+                there = {done.record.path: done for done in journal.finished if self._is_there(done.record)}
+                self._finished |= there
+                if journal.inputs != dict(self._inputs):
+                    self.elsewhere |= {path: done.notes for path, done in there.items()}
         if self._journal not in begun:
             append_line(self.folder / self._journal, {"key": self._key, "inputs": self._inputs})
 
-    def _differs(self, journal: Journal) -> bool:
-        """Whether a journal is of a run with another plan, or with other bytes at the same path."""
+    def _differs(self, name: str, journal: Journal) -> bool:
+        """Whether a journal is of a run with another plan or other inputs; of a share, with others at the same path."""
+        if name == JOURNAL_NAME:
+            return journal.key != self._key or journal.inputs != dict(self._inputs)
         return journal.key != self._key or any(journal.inputs.get(path, now) != now for path, now in self._inputs)
 
     def _check_share(self, changed: bool, begun: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.journal import Part
+from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations._encoding import TensorPlan

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.encoding import quantization_config
-from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.journal import Output, Part, check_output, partial_folder
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.journal import Output, check_output, partial_folder
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import read_tokens
-from adaptkit.errors import DataError, UsageError
+from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._budget import Upgrade, spend
 from adaptkit.operations._calibrated import Ready, calibrate, companion_modules, is_calibrated, scratch_bytes
@@ -143,6 +144,7 @@ class _Run:
         with Output(self.output, key, self.force, inputs=inputs, part=options.part) as out:
             if self.tokens is not None and not is_calibrated(out):
                 check_finite(self.checkpoint, begun.tensors.values(), thread_count(options.threads))
+            self._check_shares(out)
             plan, upgrades = self._spend(out, begun)
             out.require_space(self._room(plan))
             ready = self._calibrate(out, plan)
@@ -180,6 +182,20 @@ class _Run:
             return 0
         scratch = scratch_bytes(plan.tensors.values(), calibration.init_rank) if calibration else 0
         return plan.nbytes() + scratch
+
+    def _check_shares(self, out: Output) -> None:
+        """Compare what shares read elsewhere with the checkpoint here, of which it has to be a copy.
+
+        Raises:
+            BaseMismatchError: it is none; names the tensor.
+        """
+        for file, notes in out.elsewhere.items():
+            for name, note in notes.items():
+                if note.get("fingerprint") != fingerprint_in_pieces(self.checkpoint, name):
+                    raise BaseMismatchError(
+                        f"{out.folder / file}: was made of another {name} than {self.checkpoint.root} has",
+                        hint="delete that folder, and make every share from copies of one checkpoint",
+                    )
 
     def _spend(self, out: Output, plan: Plan) -> tuple[Plan, list[Upgrade]]:
         calibration = self.options.calibration

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.checkpoint.journal import Part
 from adaptkit.checkpoint.manifest import require_manifest
-from adaptkit.errors import ConflictError, UsageError
+from adaptkit.checkpoint.part import Part
+from adaptkit.errors import BaseMismatchError, ConflictError, NonFiniteError, UsageError
 from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -129,6 +129,45 @@ def test_shares_from_a_copy_of_the_source_join_too(llama, sharded, copy_of, tmp_
     share(llama, tmp_path / "out", 2, 2)
     quantize(copy_of(llama, "third"), tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
     assert tree(tmp_path / "out") == tree(sharded)
+
+
+def damaged(source):
+    """Make the last of a checkpoint's tensors NaN, and all others what no model of this name has."""
+    tensors = load_file(source / "model.safetensors")
+    last = sorted(tensors)[-1]
+    tensors = {name: value * 3 for name, value in tensors.items()}
+    tensors[last].view(-1)[7] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def test_what_was_made_of_another_checkpoint_of_the_same_shapes_is_never_gone_on_from(
+    llama, sharded, copy_of, tmp_path
+):
+    """As when a damaged download is replaced by a good one somewhere else: the same command, another path."""
+    options = QuantizeOptions(max_shard_bytes=SMALL)
+    with pytest.raises(NonFiniteError):
+        quantize(damaged(copy_of(llama, "damaged")), tmp_path / "out", options)
+    assert list((tmp_path / "out.partial").glob("*.safetensors"))  # so there is something to go on from
+    quantize(llama, tmp_path / "out", options)
+    assert tree(tmp_path / "out") == tree(sharded)
+
+
+def test_shares_of_different_checkpoints_are_not_joined(llama, copy_of, tmp_path):
+    other = copy_of(llama, "other")
+    tensors = load_file(other / "model.safetensors")
+    for value in tensors.values():
+        value.view(-1)[5] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    for number, source in ((1, llama), (2, other)):
+        share(source, tmp_path / "out", number, 2)
+    before = tree(tmp_path / "out.partial")
+    for base in (llama, other, copy_of(llama, "third")):
+        with pytest.raises(BaseMismatchError, match=r"was made of another \S+ than") as caught:
+            quantize(base, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
+        assert caught.value.exit_code == 4
+    assert tree(tmp_path / "out.partial").keys() >= before.keys()
+    assert not (tmp_path / "out").exists()
 
 
 def test_shares_of_a_source_that_changed_meanwhile_are_not_joined(llama, copy_of, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from random_models import ARCHITECTURES, LORAS, WEIGHTS, scratch
 from safetensors.torch import load_file
 
-from adaptkit.checkpoint.journal import Part
+from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.diff import diff

@@ -1,0 +1,21 @@
+"""A share of an output, which one of several processes or machines makes."""
+
+from dataclasses import dataclass
+
+from adaptkit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One share of an output's files: the ``number``-th (from 1) of ``total``."""
+
+    number: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.total:
+            raise UsageError(f"part {self.number}/{self.total}: there is no such share", hint="from 1/N to N/N")
+
+    def holds(self, position: int) -> bool:
+        """Whether the file at a position (from 0) of the plan is in this share."""
+        return position % self.total == self.number - 1
