@@ -38,6 +38,7 @@ def write_adapter(
     lora_biases: Mapping[str, Tensor] | None = None,
     tokens: Mapping[str, TokenRows] | None = None,
     experts: Mapping[str, tuple[LowRank, ...]] | None = None,
+    copies: Mapping[str, Tensor] | None = None,
     **config: Any,
 ) -> None:
     """Write configuration and weights of a LoRA adapter, as PEFT and vLLM read them.
@@ -53,6 +54,7 @@ def write_adapter(
         lora_biases: by module, the biases of B, not scaled; of every module, or of none.
         tokens: by module, the rows of its weight that are replaced.
         experts: by path of a stacked parameter, the change of each expert's matrix.
+        copies: by name, tensors of the base that changes are added to, which peft takes instead of the base's.
         config: more keys of ``adapter_config.json``, or other values; ``target_modules`` is every module's whole path
             unless it is among them.
 
@@ -92,6 +94,9 @@ def write_adapter(
         module, _, kind = name.rpartition(".")
         wrapped = kind == "bias" and module in modules
         tensors[f"{_PREFIX}{module}.base_layer.bias" if wrapped else f"{_PREFIX}{name}"] = tensor.detach().cpu()
+    for name, tensor in (copies or {}).items():
+        module, _, kind = name.rpartition(".")
+        tensors[f"{_PREFIX}{module}.base_layer.{kind}"] = tensor.detach().cpu()
     for module, magnitude in (magnitudes or {}).items():
         tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = magnitude.detach().float().cpu()
     for module, bias in (lora_biases or {}).items():

@@ -218,6 +218,10 @@ class Output:
             for path in sorted(self.folder.glob(JOURNAL_PATTERN))
         }
         begun = {name: journal for name, journal in journals.items() if journal is not None}
+        own = begun.get(JOURNAL_NAME)
+        if self.part is None and own is not None and not own.finished and len(begun) > 1:
+            (self.folder / JOURNAL_NAME).unlink()  # of a run that was to join the shares, and wrote nothing
+            del begun[JOURNAL_NAME]
         changed = any(self._differs(name, journal) for name, journal in begun.items())
         if self.part is not None:
             self._check_share(changed, begun)

@@ -11,19 +11,9 @@ from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, read_json, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.errors import IntegrityError
+from adaptkit.operations._carried import TEMPLATES, TOKENIZER, VOCABULARIES, tokenizer_files
 from adaptkit.operations._edits import Edits
-
-_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
-_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
-_TOKENIZER = {
-    *_VOCABULARIES,
-    *_TEMPLATES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-}
 
 
 @dataclass
@@ -68,25 +58,16 @@ def plan_side_files(
     files = SideFiles(dict(before))
     if edits.config:
         files.contents[CONFIG_NAME] = _changed_config(checkpoint.config, edits.config)
-    brought: dict[str, tuple[bytes, Adapter]] = {}
-    for adapter in adapters:
-        own = {path.name: read_small(path) for path in side_files(adapter.root) if path.name in _TOKENIZER}
-        for name, content in own.items():
-            other = brought.setdefault(name, (content, adapter))
-            if other[0] != content:
-                raise UsageError(
-                    f"{other[1].root} and {adapter.root} bring different {name}",
-                    hint="remove the tokenizer files of one of them",
-                )
-    if _VOCABULARIES & set(brought):
-        for name in _TOKENIZER & set(files.contents) - set(brought):
+    brought = tokenizer_files(adapters)
+    if VOCABULARIES & set(brought):
+        for name in TOKENIZER & set(files.contents) - set(brought):
             del files.contents[name]
         files.told.append(f"tokenizer: the one of {min(str(adapter.root) for _, adapter in brought.values())}")
-    elif _TEMPLATES & set(brought):
+    elif TEMPLATES & set(brought):
         files.told.append("chat template: the adapter's")
-        for name in _TEMPLATES & set(files.contents):
+        for name in TEMPLATES & set(files.contents):
             del files.contents[name]
-        brought = {name: found for name, found in brought.items() if name in _TEMPLATES}
+        brought = {name: found for name, found in brought.items() if name in TEMPLATES}
     else:
         brought = {}
     files.contents |= {name: content for name, (content, _) in brought.items()}

@@ -13,7 +13,7 @@ from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_SHARED_KEYS = ("task_type", "revision", "ensure_weight_tying")
+_SHARED_KEYS = ("revision", "ensure_weight_tying")
 """What the result's configuration says as the adapters' do, if they agree."""
 
 
@@ -60,7 +60,8 @@ def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackabl
         modules=modules,
         embeddings=embeddings,
         partial=sum(any(name not in adapter.modules for adapter in adapters) for name in names),
-        config={"fan_in_fan_out": adapters[0].fan_in_fan_out} | {key: value for key, value in agreed.items() if value},
+        config={"fan_in_fan_out": adapters[0].fan_in_fan_out, "task_type": _agreed(adapters, "task_type")}
+        | {key: value for key, value in agreed.items() if value},
         base_name=str(_agreed(adapters, "base_model_name_or_path") or ""),
         targets=_targets(adapters),
     )

@@ -13,9 +13,10 @@ from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
+from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 
-_KEPT_KEYS = ("task_type", "revision", "ensure_weight_tying")
+_KEPT_KEYS = ("revision", "ensure_weight_tying")
 """What the result's configuration says as the adapter's does, beside what it must."""
 
 
@@ -77,7 +78,8 @@ class ResizeReport:
         parameters: the same of the result.
         energy_kept: share of Σ ‖Δ‖² that is left.
         relative_error: of all modules together.
-        base_copies: tensors of the base that the adapter carried along, as peft does for embeddings; not in the result.
+        base_copies: tensors of the base that the adapter carries along, as peft does for embeddings; the result, too.
+        tokenizer: files of the adapter's tokenizer and chat template, which the result has, too.
         modules: one each.
         tensors_root: binds the result's tensors; None for a dry run.
         manifest_sha256: None for a dry run.
@@ -93,6 +95,7 @@ class ResizeReport:
     energy_kept: float
     relative_error: float
     base_copies: tuple[str, ...]
+    tokenizer: tuple[str, ...]
     modules: tuple[ResizedModule, ...]
     tensors_root: str | None = None
     manifest_sha256: str | None = None
@@ -126,17 +129,22 @@ def resize(
             hint="merge it onto the 16-bit base, then extract",
         )
     check_output(output, force, [adapter])
+    along = carried([read])
     threads = thread_count(options.threads)
     found = dict(zip(read.modules, each(_resizer(options), read.modules.values(), threads), strict=True))
     modules = {module: term for module, (term, _) in found.items()}
-    report = _report(read, output, options, modules, {module: squares for module, (_, squares) in found.items()})
+    report = _report(read, along, output, options, modules, {module: squares for module, (_, squares) in found.items()})
     if dry_run:
         return report
     recorded = options.recorded()
-    with Output(output, [tensors_root(read.records), dict(read.config), recorded], force) as out:
+    plan = [tensors_root(read.records), dict(read.config), along.identity(), recorded]
+    with Output(output, plan, force) as out:
         kept = {key: read.config[key] for key in _KEPT_KEYS if read.config.get(key)}
+        kept |= {"fan_in_fan_out": read.fan_in_fan_out, "task_type": read.config.get("task_type")}
         name = str(read.config.get("base_model_name_or_path") or "")
-        write_adapter(out, modules, name, read.embeddings, fan_in_fan_out=read.fan_in_fan_out, **kept)
+        write_adapter(out, modules, name, read.embeddings, copies=along.tensors(), **kept)
+        for file, content in along.files.items():
+            out.write(file, content)
         manifest = Manifest(
             kind="adapter",
             operation={"name": "resize", "options": recorded},
@@ -166,6 +174,7 @@ def _resizer(options: ResizeOptions) -> Callable[[LowRank], tuple[LowRank, tuple
 
 def _report(
     read: Adapter,
+    along: Carried,
     output: Path,
     options: ResizeOptions,
     modules: dict[str, LowRank],
@@ -189,7 +198,8 @@ def _report(
         parameters=sum(_parameters(term) for term in modules.values()),
         energy_kept=1 - _share(lost, total),
         relative_error=_error(lost, total),
-        base_copies=tuple(sorted(read.begins)),
+        base_copies=tuple(sorted(along.copies)),
+        tokenizer=tuple(sorted(along.files)),
         modules=entries,
     )
 

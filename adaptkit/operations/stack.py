@@ -16,6 +16,7 @@ from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
+from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._stack_terms import Stackable, stackable
 from adaptkit.operations._terms import check_weights, expected_fingerprints
@@ -109,7 +110,8 @@ class StackReport:
         zero: number of modules of whose changes nothing is left.
         ranks: smallest and largest rank of a module.
         energy_kept: share of Σ ‖Δ‖² over all modules that is left.
-        base_copies: tensors of the base that adapters carried along, as peft does for embeddings; not in the result.
+        base_copies: tensors of the base that adapters carry along, as peft does for embeddings; the result, too.
+        tokenizer: files of their tokenizer and chat template, which the result has, too.
         per_module: one each, by name.
         tensors_root: binds the result's tensors; None for a dry run.
         manifest_sha256: of the result's manifest; None for a dry run.
@@ -124,7 +126,8 @@ class StackReport:
     zero: int
     ranks: tuple[int, int]
     energy_kept: float
-    base_copies: int
+    base_copies: tuple[str, ...]
+    tokenizer: tuple[str, ...]
     per_module: tuple[StackedModule, ...]
     tensors_root: str | None = None
     manifest_sha256: str | None = None
@@ -165,14 +168,17 @@ def stack(
     expected_fingerprints(read)
     plan = stackable(read, weights)
     check_output(output, force, adapters)
+    along = carried(read)
     combined = _combine(plan, options, progress)
-    report = _report(output, options, plan, combined, len(adapters), sum(len(adapter.begins) for adapter in read))
+    report = _report(output, options, plan, along, combined, len(adapters))
     if dry_run:
         return report
     recorded = options.recorded(weights)
-    with Output(output, [[tensors_root(a.records) for a in read], recorded], force) as out:
+    with Output(output, [[tensors_root(a.records) for a in read], along.identity(), recorded], force) as out:
         modules = {name: made.term for name, made in combined.items()}
-        write_adapter(out, modules, plan.base_name, plan.embeddings, **plan.config)
+        write_adapter(out, modules, plan.base_name, plan.embeddings, copies=along.tensors(), **plan.config)
+        for file, content in along.files.items():
+            out.write(file, content)
         manifest = Manifest(
             kind="adapter",
             operation={"name": "stack", "options": recorded},
@@ -223,9 +229,9 @@ def _report(
     output: Path,
     options: StackOptions,
     plan: Stackable,
+    along: Carried,
     combined: Mapping[str, Compressed],
     adapters: int,
-    base_copies: int,
 ) -> StackReport:
     entries = tuple(
         StackedModule(name, sum(term.rank > 0 for term in plan.modules[name]), made.term.rank, made.norm, made.energy)
@@ -244,6 +250,7 @@ def _report(
         zero=sum(made.is_zero for made in combined.values()),
         ranks=(min(ranks), max(ranks)),
         energy_kept=1 - lost / total if total else 1.0,
-        base_copies=base_copies,
+        base_copies=tuple(sorted(along.copies)),
+        tokenizer=tuple(sorted(along.files)),
         per_module=entries,
     )

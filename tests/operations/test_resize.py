@@ -2,6 +2,7 @@
 
 import json
 
+import peft_adapters
 import pytest
 import tiny
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.errors import AdapterError, BaseMismatchError, OutputExistsError, UsageError
-from adaptkit.operations.merge import merge
+from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.verify import verify
 
@@ -258,3 +259,36 @@ def test_an_existing_output_is_left_alone(tmp_path, wide):
 def test_sizes_that_make_no_sense_are_refused(options):
     with pytest.raises(UsageError):
         ResizeOptions(**options)
+
+
+def test_what_lies_beside_the_changes_goes_along(made, tmp_path, copy_of):
+    """New words' rows are in peft's copy of the embedding alone, and the tokenizer that knows them in the folder."""
+    case = peft_adapters.make(made, "resized_embedding")
+    base, whole = case.base, case.adapter
+    adapter = copy_of(whole)
+    (adapter / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes() + b" ")
+    same = resize(adapter, tmp_path / "same", ResizeOptions(rank=64))
+    assert set(same.base_copies) == set(read_adapter(adapter).begins) != set()
+    assert same.tokenizer == ("tokenizer.json",)
+    resize(adapter, tmp_path / "small", ResizeOptions(rank=1))
+    merged = {}
+    for name, folder in (("before", adapter), ("after", tmp_path / "same"), ("small", tmp_path / "small")):
+        merge(base, [folder], tmp_path / f"merged-{name}", MergeOptions(undo=False))
+        merged[name] = tree(tmp_path / f"merged-{name}")
+        assert merged[name]["tokenizer.json"] == (adapter / "tokenizer.json").read_bytes()
+    weights = [name for name in merged["before"] if name.endswith(".safetensors") and name.startswith("model")]
+    assert all(merged["after"][name] == merged["before"][name] for name in weights)
+    shapes = [
+        {k: v.shape for k, v in load_file(tmp_path / f"merged-{n}" / weights[0]).items()} for n in ("before", "small")
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["model.embed_tokens.weight"][0] == peft_adapters.GREATER_VOCABULARY
+
+
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
+def test_the_task_stays_what_it_is_even_none(task, wide, tmp_path, copy_of):
+    adapter = copy_of(wide)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"task_type": task}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    resize(adapter, tmp_path / "out", ResizeOptions(rank=2))
+    assert read_adapter(tmp_path / "out").config["task_type"] == task

@@ -279,7 +279,8 @@ def test_embeddings_stay_embeddings(tmp_path, method):
         for seed in (2, 3)
     ]
     report = stack(parts, tmp_path / "out", StackOptions(method, energy=None if method == "cat" else 1.0))
-    assert report.base_copies == sum(len(read_adapter(folder).begins) for folder in parts)
+    assert report.base_copies == ("model.embed_tokens.weight",)
+    assert read_adapter(tmp_path / "out").begins.keys() == read_adapter(parts[0]).begins.keys()
     assert read_adapter(tmp_path / "out").embeddings == frozenset({"model.embed_tokens"})
     keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert f"{PREFIX}model.embed_tokens.lora_embedding_A" in keys
@@ -428,4 +429,25 @@ def test_what_all_configurations_say_is_said_again(tmp_path, parts, copy_of):
     stack(classifiers, tmp_path / "same")
     stack([classifiers[0], parts[1]], tmp_path / "mixed")
     assert read_adapter(tmp_path / "same").config["task_type"] == "SEQ_CLS"
-    assert read_adapter(tmp_path / "mixed").config["task_type"] == "CAUSAL_LM"
+    assert read_adapter(tmp_path / "mixed").config["task_type"] is None
+
+
+@EMBEDDING_ADVICE
+def test_different_copies_of_the_base_and_different_tokenizers_are_refused(tmp_path, parts, copy_of):
+    ours, theirs = copy_of(parts[0]), copy_of(parts[1])
+    (ours / "chat_template.jinja").write_text("{{ messages }}")
+    report = stack([ours, theirs], tmp_path / "one")
+    assert report.tokenizer == ("chat_template.jinja",)
+    assert (tmp_path / "one" / "chat_template.jinja").read_text() == "{{ messages }}"
+    (theirs / "chat_template.jinja").write_text("{{ messages[0] }}")
+    with pytest.raises(UsageError, match=r"bring different chat_template\.jinja"):
+        stack([ours, theirs], tmp_path / "two")
+    base = tiny.write_llama(tmp_path / "base", tied=False)
+    embedded = [tiny.write_peft_adapter(tmp_path / name, base, target_modules=["embed_tokens"]) for name in ("x", "y")]
+    weights = embedded[1] / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[f"{PREFIX}model.embed_tokens.base_layer.weight"][3, 3] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"different copies of the base's model\.embed_tokens\.weight"):
+        stack(embedded, tmp_path / "three")
+    assert {path.name for path in tmp_path.glob("t*")} == set()

@@ -51,7 +51,9 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
     if report.below:
         rows.append(("not padded", f"{report.below} modules have a smaller rank than that already"))
     if report.base_copies:
-        rows.append(("left out", f"copies of the base's own {', '.join(report.base_copies)}"))
+        rows.append(("goes along", f"its copy of {', '.join(report.base_copies)}"))
+    if report.tokenizer:
+        rows.append(("tokenizer", f"the adapter's, {len(report.tokenizer)} files"))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows

@@ -92,7 +92,9 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
     if report.zero:
         rows.append(("zero", f"{report.zero} modules of whose changes nothing is left"))
     if report.base_copies:
-        rows.append(("left out", f"{report.base_copies} copies of the base's own tensors"))
+        rows.append(("goes along", f"their copy of {', '.join(report.base_copies)}"))
+    if report.tokenizer:
+        rows.append(("tokenizer", f"the adapters', {len(report.tokenizer)} files"))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows

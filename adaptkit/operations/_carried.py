@@ -1,0 +1,95 @@
+"""What lies beside the changes in adapters' folders, and has to stay with whatever is made of the adapters.
+
+That is a tokenizer or a chat template that they were trained with, and peft's copies of tensors of the base, which hold
+the rows of new words where the vocabulary grew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.layout import read_small, side_files
+from adaptkit.checkpoint.undo import as_bytes
+from adaptkit.errors import AdapterError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
+TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+TOKENIZER = {
+    *VOCABULARIES,
+    *TEMPLATES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What comes along.
+
+    Attributes:
+        files: of the tokenizer, by name.
+        copies: by name of the base's tensor, the adapter that has one, and its key there.
+    """
+
+    files: Mapping[str, bytes]
+    copies: Mapping[str, tuple[Adapter, str]]
+
+    def identity(self) -> list[list[str]]:
+        """What of it is not among the adapters' tensors."""
+        return [[name, fingerprint(as_bytes(content))] for name, content in sorted(self.files.items())]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The copies."""
+        return {name: adapter.files.read(key) for name, (adapter, key) in self.copies.items()}
+
+
+def carried(adapters: Sequence[Adapter]) -> Carried:
+    """Collect what comes along with adapters.
+
+    Raises:
+        UsageError: two bring different tokenizers.
+        AdapterError: two have different copies of one tensor.
+    """
+    files = {name: content for name, (content, _) in tokenizer_files(adapters).items()}
+    copies: dict[str, tuple[Adapter, str]] = {}
+    for adapter in adapters:
+        for name, key in sorted(adapter.begins.items()):
+            other, other_key = copies.setdefault(name, (adapter, key))
+            if _fingerprint(other, other_key) != _fingerprint(adapter, key):
+                raise AdapterError(
+                    f"{other.root} and {adapter.root} hold different copies of the base's {name}",
+                    hint="merge one after the other",
+                )
+    return Carried(files, copies)
+
+
+def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapter]]:
+    """The files of tokenizers and chat templates in adapters' folders, by name, and where each was found first.
+
+    Raises:
+        UsageError: two bring different ones.
+    """
+    brought: dict[str, tuple[bytes, Adapter]] = {}
+    for adapter in adapters:
+        own = {path.name: read_small(path) for path in side_files(adapter.root) if path.name in TOKENIZER}
+        for name, content in own.items():
+            other = brought.setdefault(name, (content, adapter))
+            if other[0] != content:
+                raise UsageError(
+                    f"{other[1].root} and {adapter.root} bring different {name}",
+                    hint="remove the tokenizer files of one of them",
+                )
+    return brought
+
+
+def _fingerprint(adapter: Adapter, key: str) -> str:
+    return next(record.xxh3_128 for record in adapter.records if record.name == key)
