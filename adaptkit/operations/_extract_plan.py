@@ -14,6 +14,7 @@ from adaptkit.numerics.spectrum import check_size
 from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._roles import Role, Roles
+from adaptkit.operations._tying import is_shared
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"
 """What becomes of a tensor if it differs: A and B, a whole tensor, nothing, an error."""
@@ -212,6 +213,8 @@ def _part(spec: TensorSpec, tuned: TensorSpec, role: Role, options: ExtractOptio
         fate, why = LOW_RANK, role.kind
     elif options.only_linear:
         fate, why = LEFT_OUT, role.kind
+    elif is_shared(spec.name):
+        fate, why = IMPOSSIBLE, "table of encoder and decoder"
     elif spec.name.endswith((".weight", ".bias")) and spec.dtype in FLOATS:
         fate, why = SAVED, role.kind
     else:

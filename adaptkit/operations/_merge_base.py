@@ -12,6 +12,7 @@ from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
 from adaptkit.operations._edits import Edits
+from adaptkit.operations._parents import Candidate
 from adaptkit.operations._terms import expected_fingerprints
 
 _EARLY = 3
@@ -177,18 +178,15 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
             smallest = min(there, key=lambda name: (candidate.spec(name).nbytes, name))
             if fingerprint_in_pieces(candidate, smallest) == named[smallest][0]:
                 fitting.append((candidate, named))
-    if len(fitting) > 1:  # such as a model and what was tuned from it: now all weights count
-        fitting = [(c, named) for c, named in fitting if _is_parent(c, named)]
+    if len(fitting) > 1:  # such as a model and what was tuned from it: now all tensors count
+        parent = _parent_root(manifest)
+        fitting = [(c, named) for c, named in fitting if Candidate(c.root, read_manifest(c.root)).root == parent]
     if fitting:
         return fitting[0]
     raise CheckpointError(
         f"{why}, and the 16-bit checkpoint that it was made from is not beside it",
         hint=f"merge onto that one: its tensors root is {_parent_root(manifest)}",
     )
-
-
-def _is_parent(checkpoint: Checkpoint, named: Mapping[str, tuple[str, str]]) -> bool:
-    return all(fingerprint_in_pieces(checkpoint, name) == digest for name, (digest, _) in named.items())
 
 
 def _parent_root(manifest: Manifest | None) -> str | None:

@@ -29,7 +29,7 @@ _LOOKED_UP = re.compile(
     r"(^|\.)(embed_tokens|[a-z_]*embeddings?|embed_positions|relative_attention_bias|wte|wpe|embed_in)$"
 )
 _NORM = re.compile(r"(^|\.)(ln_[^.]*|[^.]*norm[^.]*)$", re.IGNORECASE)
-_FLOAT32 = re.compile(r"\.indexer\.weights_proj$")
+_FLOAT32 = re.compile(r"\.(indexer\.weights_proj|DenseReluDense\.wo)$")
 _OWN_LINEAR_MODELS = {"falcon"}  # their layers are a subclass of nn.Linear, which bitsandbytes leaves alone
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
 _CONV1D_MODELS = {"gpt2", "openai-gpt"}

@@ -17,6 +17,8 @@ from adaptkit.lazy import torch
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_SHARED = re.compile(r"(^|\.)shared\.weight$")
+_USES = re.compile(r"(^|\.)(shared|embed_tokens|lm_head)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def vocabulary_changes(
             asked for.
     """
     names = _parameters(adapter)
+    _refuse_shared(checkpoint, adapter, names)
     absent = {n for n in names if vocabulary.is_head(n) and vocabulary.tied and n not in checkpoint.tensors}
     found = find_addresses(checkpoint, names - absent, str(adapter.root))
     addresses = dict(found.of) | {name: (Slice(vocabulary.head),) for name in absent}
@@ -121,6 +124,22 @@ def vocabulary_changes(
             hint="give the head a tensor of its own: --untie",
         )
     return VocabularyChange(addresses, found.told_by, False, True, frozenset())
+
+
+def is_shared(name: str) -> bool:
+    """Whether a tensor is a table that encoder, decoder and maybe head use, as T5's and BART's."""
+    return bool(_SHARED.search(name))
+
+
+def _refuse_shared(checkpoint: Checkpoint, adapter: Adapter, names: Collection[str]) -> None:
+    if any(map(is_shared, checkpoint.tensors)):
+        for name in sorted(names):
+            if _USES.search(name) and (name not in checkpoint.tensors or is_shared(name)):
+                raise AdapterError(
+                    f"{adapter.root}: changes {name}, in a model whose encoder, decoder or head share one table; peft "
+                    "changes one of these uses, which no checkpoint of the model can say",
+                    hint="train it without embeddings and head",
+                )
 
 
 def _parameters(adapter: Adapter) -> set[str]:

@@ -112,6 +112,22 @@ def test_of_a_quantized_base_the_one_that_it_was_made_from_is_found_beside_it(
     assert weights(tmp_path / "out") == weights(tmp_path / "directly")
 
 
+@pytest.mark.parametrize("changed", ["model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("name", ["alike", "zalike"])
+def test_of_several_beside_it_all_tensors_count(changed, name, tmp_path, llama, adapter, copy_of):
+    """One that differs in a tensor that was not quantized; before and after the right one by name."""
+    base, alike = copy_of(llama, "original"), copy_of(llama, name)
+    located = Checkpoint(alike).tensors[changed]
+    content = bytearray((alike / located.file).read_bytes())
+    content[located.position + 4] ^= 1
+    (alike / located.file).write_bytes(content)
+    quantize(base, tmp_path / "quantized")
+    report = merge(tmp_path / "quantized", [adapter], tmp_path / "out")
+    assert report.base == str(base)
+    merge(base, [adapter], tmp_path / "directly")
+    assert weights(tmp_path / "out") == weights(tmp_path / "directly")
+
+
 def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, adapter, copy_of):
     """Whatever is compared to find it, the merge compares everything."""
     base = copy_of(llama, "original")

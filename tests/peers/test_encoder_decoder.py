@@ -1,0 +1,86 @@
+"""T5: a table that encoder, decoder and head share, and layers that transformers leaves in float32."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
+
+from adaptkit.errors import AdapterError, UsageError
+from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import quantize
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    folder = tmp_path_factory.mktemp("t5") / "base"
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def adapted(base, folder, targets, saved=None):
+    """An adapter of peft's with nothing zero in it; the running model's logits."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=targets, modules_to_save=saved, task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(T5ForConditionalGeneration.from_pretrained(base), lora)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, decoder_input_ids=IDS).logits
+
+
+def test_transformers_loads_what_was_quantized(t5, tmp_path):
+    import bitsandbytes
+
+    report = quantize(t5, tmp_path / "nf4")
+    assert report.kept["float32 by its architecture"] == 4
+    feed_forward = T5ForConditionalGeneration.from_pretrained(tmp_path / "nf4").encoder.block[0].layer[1].DenseReluDense
+    assert isinstance(feed_forward.wi, bitsandbytes.nn.Linear4bit)
+    assert not isinstance(feed_forward.wo, bitsandbytes.nn.Linear4bit)
+    kept = load_file(t5 / "model.safetensors")["encoder.block.0.layer.1.DenseReluDense.wo.weight"]
+    assert torch.equal(feed_forward.wo.weight.float(), kept)
+
+
+def test_what_leaves_the_table_alone_is_merged_to_what_peft_runs(t5, tmp_path):
+    expected = adapted(t5, tmp_path / "lora", ["q", "v", "wi"])
+    merge(t5, [tmp_path / "lora"], tmp_path / "merged")
+    found = logits(T5ForConditionalGeneration.from_pretrained(tmp_path / "merged"))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    ("targets", "saved", "name"),
+    [(["q", "shared"], None, "shared"), (["q"], ["shared"], "shared"), (["q", "lm_head"], None, "lm_head")],
+)
+def test_what_peft_does_to_one_use_of_the_table_is_refused(t5, targets, saved, name, tmp_path):
+    adapted(t5, tmp_path / "lora", targets, saved)
+    for untie in (False, True):
+        with pytest.raises(AdapterError, match=rf"changes {name}\.weight, in a model whose encoder, decoder or head"):
+            merge(t5, [tmp_path / "lora"], tmp_path / "merged", MergeOptions(untie=untie))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_table_that_differs_is_in_no_extracted_adapter(t5, tmp_path):
+    T5ForConditionalGeneration.from_pretrained(t5).save_pretrained(tmp_path / "tuned")
+    weights = tmp_path / "tuned" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["shared.weight"][3] += 1
+    tensors["encoder.block.0.layer.0.SelfAttention.q.weight"] += 0.1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"shared\.weight"):
+        extract(tmp_path / "tuned", t5, tmp_path / "lora", ExtractOptions(rank=2))
+    report = extract(tmp_path / "tuned", t5, tmp_path / "lora", ExtractOptions(rank=2, only_linear=True))
+    assert [(tensor.name, tensor.why) for tensor in report.left_out] == [("shared.weight", "embedding")]
