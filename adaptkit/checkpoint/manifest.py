@@ -63,7 +63,7 @@ class Parent:
 
     Attributes:
         role: base, adapter, merged, tuned, init for what training began with, or whole for what a part was pulled from.
-        kind: of the parent; ``checkpoint`` for one without a manifest.
+        kind: of the parent; of one without a manifest, ``adapter`` or ``checkpoint``.
         tensors_root: binds the parent's tensors.
         manifest_sha256: of the parent's manifest, if it has one.
         weight: with which an adapter was merged or stacked.
@@ -195,7 +195,8 @@ def parent_of(
         IntegrityError: tensors that were read are not those of the manifest.
     """
     if manifest is None:
-        return Parent(role, "checkpoint", tensors_root(tensors), weight=weight)
+        kind = "adapter" if role in ("adapter", "init") else "checkpoint"
+        return Parent(role, kind, tensors_root(tensors), weight=weight)
     if tensors and tensors_root(tensors) != manifest.tensors_root:
         raise IntegrityError(f"the tensors of the {role} are not those of its manifest", hint="run verify on it")
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)

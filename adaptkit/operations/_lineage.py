@@ -20,7 +20,7 @@ class Ancestor:
 
     Attributes:
         role: of what it was to its child: base, adapter, merged, tuned or init.
-        kind: of artifact; ``checkpoint`` for one without a manifest.
+        kind: of artifact; of one without a manifest, ``adapter`` or ``checkpoint``.
         tensors_root: binds its tensors.
         manifest_sha256: of its manifest as the child names it; None if it had none.
         weight: with which an adapter was merged or stacked.

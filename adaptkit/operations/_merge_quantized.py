@@ -89,7 +89,7 @@ def merge_quantized(
     left = sorted(set(view.folds) - stored)
     told = (*plain.told, *([f"{len(left)} changed tensors stay in 16 bits: {left[0]}, …"] if left else []))
     return replace(
-        with_changes(replace(plain, told=told), changes),
+        with_changes(replace(plain, told=told, undo_bits=0.0), changes),
         tensors_root=report.tensors_root,
         manifest_sha256=report.manifest_sha256,
     )

@@ -79,7 +79,8 @@ class MergeReport:
         moved: share of the changed tensors' elements whose value moved.
         relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors.
         effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩ over all of them; what rounding left of the change.
-        undo_bits: size of the undo record, in bits per element of the changed tensors.
+        undo_bits: size of the undo record, in bits per element of the changed tensors; 0 without one. Like the three
+            before it None for a dry run.
         changes: tensor by tensor, those of which least was left first.
         tensors_root: binds the result's tensors; None for a dry run.
         manifest_sha256: None for a dry run.
@@ -92,10 +93,10 @@ class MergeReport:
     tensors: int
     base_verified: bool
     told: tuple[str, ...] = ()
-    moved: float = 0.0
-    relative_delta: float = 0.0
-    effect: float = 1.0
-    undo_bits: float = 0.0
+    moved: float | None = None
+    relative_delta: float | None = None
+    effect: float | None = None
+    undo_bits: float | None = None
     changes: tuple[TensorChange, ...] = ()
     tensors_root: str | None = None
     manifest_sha256: str | None = None

@@ -1,5 +1,6 @@
 """What quantizing did to a checkpoint and to each of its tensors."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ def _total(errors: Sequence[Sequence[float]]) -> float | None:
     return _relative([sum(column) for column in zip(*errors, strict=True)]) if errors else None
 
 
-def _relative(error: Sequence[float]) -> float:
-    """‖W − Q‖ / ‖W‖ from the two sums of squares."""
+def _relative(error: Sequence[float]) -> float | None:
+    """‖W − Q‖ / ‖W‖ from the two sums of squares; None if a square was too large for float32."""
+    if not all(map(math.isfinite, error)):
+        return None
     return float((error[0] / error[1]) ** 0.5) if error[1] else 0.0

@@ -26,7 +26,7 @@ class Stackable:
         embeddings: which of the modules are embeddings.
         partial: number of modules that not every adapter changes.
         config: keys of the result's configuration.
-        base_name: what all adapters call their base; empty if they do not agree.
+        base_names: what they call their bases, each name once.
         targets: what the result needs of a base; empty unless every adapter says what it was trained on.
     """
 
@@ -34,7 +34,7 @@ class Stackable:
     embeddings: frozenset[str]
     partial: int
     config: Mapping[str, Any]
-    base_name: str
+    base_names: tuple[str, ...]
     targets: tuple[Target, ...]
 
 
@@ -62,7 +62,7 @@ def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackabl
         partial=sum(any(name not in adapter.modules for adapter in adapters) for name in names),
         config={"fan_in_fan_out": adapters[0].fan_in_fan_out, "task_type": _agreed(adapters, "task_type")}
         | {key: value for key, value in agreed.items() if value},
-        base_name=str(_agreed(adapters, "base_model_name_or_path") or ""),
+        base_names=tuple(sorted({str(adapter.config.get("base_model_name_or_path") or "") for adapter in adapters})),
         targets=_targets(adapters),
     )
 

@@ -159,7 +159,8 @@ class _Run:
             plan = plan if upgrades else confirmed
             report = partial(make_report, self.output, plan, out.notes, upgrades)
             if (part := options.part) is not None:
-                return replace(report(), part=(part.number, part.total))
+                own = sum(part.holds(position) for position in range(len(plan.shards)))
+                return replace(report(), part=(part.number, part.total), shards=own)
             _write_others(out, plan, options)
             source = None if self.describe else read_manifest(self.checkpoint.root)  # what is no folder has none
             manifest = _manifest(out, plan, recorded, source)

@@ -112,6 +112,7 @@ class StackReport:
         energy_kept: share of Σ ‖Δ‖² over all modules that is left.
         base_copies: tensors of the base that adapters carry along, as peft does for embeddings; the result, too.
         tokenizer: files of their tokenizer and chat template, which the result has, too.
+        base_names: what the adapters call their bases.
         per_module: one each, by name.
         tensors_root: binds the result's tensors; None for a dry run.
         manifest_sha256: of the result's manifest; None for a dry run.
@@ -128,6 +129,7 @@ class StackReport:
     energy_kept: float
     base_copies: tuple[str, ...]
     tokenizer: tuple[str, ...]
+    base_names: tuple[str, ...]
     per_module: tuple[StackedModule, ...]
     tensors_root: str | None = None
     manifest_sha256: str | None = None
@@ -176,7 +178,8 @@ def stack(
     recorded = options.recorded(weights)
     with Output(output, [[tensors_root(a.records) for a in read], along.identity(), recorded], force) as out:
         modules = {name: made.term for name, made in combined.items()}
-        write_adapter(out, modules, plan.base_name, plan.embeddings, copies=along.tensors(), **plan.config)
+        base_name = plan.base_names[0] if len(plan.base_names) == 1 else ""
+        write_adapter(out, modules, base_name, plan.embeddings, copies=along.tensors(), **plan.config)
         for file, content in along.files.items():
             out.write(file, content)
         manifest = Manifest(
@@ -252,5 +255,6 @@ def _report(
         energy_kept=1 - lost / total if total else 1.0,
         base_copies=tuple(sorted(along.copies)),
         tokenizer=tuple(sorted(along.files)),
+        base_names=plan.base_names,
         per_module=entries,
     )

@@ -218,3 +218,12 @@ def test_an_empty_path_is_not_the_current_folder(run_cli, adapter):
     done = run_cli("diff", adapter, "")
     assert done.code == 2
     assert "empty path" in done.stderr
+
+
+def test_what_is_too_large_for_a_number_is_null_in_the_document(adapter, copy_of, run_cli):
+    huge = copy_of(adapter)
+    peft_adapters.change_config(huge, lora_alpha=1e308)
+    done = run_cli("diff", adapter, huge, "--json")
+    assert done.code == 1, done.stderr
+    report = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
+    assert report["total"]["norms"][1] is None

@@ -212,8 +212,8 @@ def test_the_manifest_binds_base_adapters_weights_and_result(tmp_path, llama, ad
     assert manifest.kind == "merged"
     assert [(p.role, p.kind, p.weight) for p in manifest.parents] == [
         ("base", "checkpoint", None),
-        ("adapter", "checkpoint", 1.0),
-        ("adapter", "checkpoint", 0.25),
+        ("adapter", "adapter", 1.0),
+        ("adapter", "adapter", 0.25),
     ]
     assert {f"{t.module}.weight": t.base_xxh3_128 for t in manifest.targets} == {
         name: fingerprint(base[name]) for name in expected_merge(llama, [adapter], [1.0])[1]
@@ -225,6 +225,7 @@ def test_the_manifest_binds_base_adapters_weights_and_result(tmp_path, llama, ad
 
 def test_a_dry_run_refuses_the_same_and_writes_nothing(tmp_path, llama, gpt2, adapter):
     report = merge(llama, [adapter], tmp_path / "out", dry_run=True)
+    assert {report.moved, report.relative_delta, report.effect, report.undo_bits} == {None}  # nothing was measured
     assert (report.merged, report.tensors_root) == (14, None)
     with pytest.raises(BaseMismatchError):
         merge(gpt2, [adapter], tmp_path / "out", dry_run=True)

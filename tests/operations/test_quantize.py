@@ -380,3 +380,29 @@ def test_a_bad_weight_in_a_later_piece_is_named_by_its_place_in_the_tensor():
     values[2] = np.inf
     with pytest.raises(NonFiniteError, match=r"x: the weight at \[2, 2\] is inf"):
         plan.check(values, 10)
+
+
+def test_an_error_that_cannot_be_measured_is_none_in_the_document(llama, copy_of, tmp_path, run_cli):
+    """Squares of weights near the end of float32 are no float32, nor is NaN a number that JSON has."""
+    source = copy_of(llama)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].sign() * 1e37
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    done = run_cli("quantize", source, "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))
+    errors = {tensor["name"]: tensor["relative_error"] for tensor in report["tensors"] if tensor["format"]}
+    assert report["relative_error"] is None
+    assert {other for other, error in errors.items() if error is None} == {name}
+    assert "nan" not in run_cli("quantize", source, "-o", tmp_path / "shown").stdout
+
+
+def test_a_share_says_how_much_it_wrote(llama, tmp_path, run_cli):
+    before = 0
+    for number in (1, 2):
+        done = run_cli("quantize", llama, "-o", tmp_path / "out", "--max-shard-size", "40KB", "--part", f"{number}/2")
+        written = len(list((tmp_path / "out.partial").glob("*.safetensors")))
+        assert f"share {number} of 2 of {tmp_path / 'out'} ({written - before} shard(s))" in done.stdout
+        assert ", all shares together" in done.stdout
+        before = written

@@ -451,3 +451,14 @@ def test_different_copies_of_the_base_and_different_tokenizers_are_refused(tmp_p
     with pytest.raises(AdapterError, match=r"different copies of the base's model\.embed_tokens\.weight"):
         stack(embedded, tmp_path / "three")
     assert {path.name for path in tmp_path.glob("t*")} == set()
+
+
+def test_adapters_that_name_different_bases_make_one_that_names_none_and_it_is_said(tmp_path, parts, copy_of, run_cli):
+    other = copy_of(parts[1])
+    config = json.loads((other / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/other"}
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    done = run_cli("stack", parts[0], other, "-o", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    assert "'org/other'; the result names none" in done.stdout
+    assert read_adapter(tmp_path / "out").config["base_model_name_or_path"] == ""
+    assert "names none" not in run_cli("stack", *parts, "-o", tmp_path / "agreed").stdout

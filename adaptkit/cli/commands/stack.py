@@ -91,6 +91,8 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
         rows.append(("kept least", "\n".join(f"{percent(m.energy_kept)} {m.module}" for m in losing[:WORST])))
     if report.zero:
         rows.append(("zero", f"{report.zero} modules of whose changes nothing is left"))
+    if len(report.base_names) > 1:
+        rows.append(("base", f"is called {' and '.join(map(repr, report.base_names))}; the result names none"))
     if report.base_copies:
         rows.append(("goes along", f"their copy of {', '.join(report.base_copies)}"))
     if report.tokenizer:
