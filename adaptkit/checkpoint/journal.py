@@ -36,6 +36,7 @@ JOURNAL_NAME = "adaptkit-journal.jsonl"
 SCRATCH_PREFIX = "adaptkit-scratch-"
 """Begins the names of files that a run works with, and that are no part of what it makes."""
 _PARTIAL, _REPLACED = ".partial", ".replaced"
+_LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 class Output:
@@ -85,9 +86,9 @@ class Output:
 
     def __enter__(self) -> Self:
         check_output(self.final, self._force)
+        if self.folder.is_symlink() or self.folder.is_file():
+            self._refuse_foreign()
         try:
-            if self.folder.is_symlink() or self.folder.is_file():
-                self._refuse_foreign()
             make_folder(self.folder)
         except OSError as error:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
@@ -283,10 +284,13 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     Raises:
         OutputExistsError: it exists and is not to be, or must not be, replaced.
         ConflictError: a foreign folder lies where the old output would be put aside.
-        UsageError: the name is one that unfinished work has, or none; or the output is, holds, or is in an input.
+        UsageError: the name is one that unfinished work has, too long, or none; or the output is, holds, or is in an
+            input.
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final}: has no name of its own", hint="name the folder to make: -o out")
+    if len(os.fsencode(_replaced(final).name)) > _LONGEST_NAME:
+        raise UsageError(f"{final}: the name is too long", hint="name a folder whose name is shorter")
     if os.path.lexists(final) and not force:
         raise OutputExistsError(f"{final}: exists already", hint="choose another -o, or replace it with --force")
     whole = Path(os.path.realpath(final))

@@ -337,3 +337,11 @@ def test_what_lies_where_a_replaced_output_would_is_kept_unless_forced(tmp_path)
     before = tree(aside)
     make(tmp_path / "out")
     assert tree(aside) == before
+
+
+def test_a_name_that_leaves_no_room_for_unfinished_work_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="the name is too long"), Output(tmp_path / ("x" * 247), PLAN):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    make(tmp_path / ("x" * 246))
+    make(tmp_path / ("x" * 246), force=True)
