@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +38,14 @@ def all_finite(values: Values) -> bool:
     return bool(bits.max() < above and bits.view(unsigned).max() < below.view(unsigned))
 
 
-def check_finite(values: Values) -> None:
+def check_finite(values: Values, start: int = 0, shape: Sequence[int] | None = None, name: str = "") -> None:
     """Refuse NaN and infinity.
+
+    Args:
+        values: of a weight, or a run of its elements in row-major order.
+        start: which of the weight's elements is the first of them.
+        shape: of the weight; that of ``values`` if None.
+        name: of the weight, for the message.
 
     Raises:
         NonFiniteError: names the first one's index.
@@ -47,9 +54,10 @@ def check_finite(values: Values) -> None:
         return
     array = as_array(values)
     first = int(np.argmin(np.isfinite(cast(array, np.float64))))
-    where = [int(index) for index in np.unravel_index(first, array.shape)]
+    where = [int(index) for index in np.unravel_index(start + first, array.shape if shape is None else tuple(shape))]
     raise NonFiniteError(
-        f"the weight at {where} is {float(array[tuple(where)])}", hint="repair or re-download this checkpoint"
+        f"{name}{': ' if name else ''}the weight at {where} is {float(array.reshape(-1)[first])}",
+        hint="repair or re-download this checkpoint",
     )
 
 

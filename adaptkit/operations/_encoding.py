@@ -16,8 +16,8 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
-from adaptkit.numerics.arrays import AnyValues, Array, as_array, cast, like
-from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics import finite
+from adaptkit.numerics.arrays import AnyValues, Array, as_array, like
 from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
 from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._shards import Group, Piece, cut, reading
@@ -117,13 +117,7 @@ class TensorPlan:
 
     def check(self, values: Array, start: int) -> None:
         """Refuse NaN and infinity, with the index in the file."""
-        if not all_finite(values):
-            position = int(np.argmin(np.isfinite(cast(values, np.float32))))
-            where = [int(index) for index in np.unravel_index(start + position, self.spec.shape)]
-            raise NonFiniteError(
-                f"{self.spec.name}: the weight at {where} is {float(values[position])}",
-                hint="repair or re-download this checkpoint",
-            )
+        finite.check_finite(values, start, self.spec.shape, self.spec.name)
 
 
 def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: int) -> None:

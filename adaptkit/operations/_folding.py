@@ -19,6 +19,7 @@ from adaptkit.numerics import exact, lora
 from adaptkit.numerics.affine import Effect, combine, square_sums
 from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.numerics.exact import MergedRows, Prepared
+from adaptkit.numerics.finite import check_finite
 from adaptkit.operations._edits import Edit, Step, matrix_of
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Fold:
         """Make rows of the result.
 
         Raises:
-            NonFiniteError: the base is not finite, or the sum overflows; names the tensor.
+            NonFiniteError: the base is not finite, or the sum overflows; names the tensor, and the index in the base.
         """
         held = self._base_rows(rows)
         raw = _read(checkpoint, self.edit.source, self.edit.base_shape, held)
@@ -93,6 +94,7 @@ class Fold:
                     more = exact.merge_affine(nothing, change[held.count :], None, False)
                     merged = replace(merged, weight=torch.cat([merged.weight, more.weight]))
         except NonFiniteError as error:
+            check_finite(raw.reshape(-1), held.start * raw.shape[1], self.edit.base_shape, self.edit.spec.name)
             raise NonFiniteError(f"{self.edit.spec.name}: {error.message}", error.hint) from error
         frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
         return Folded(raw, merged.weight, merged, frame)

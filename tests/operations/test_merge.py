@@ -344,7 +344,7 @@ def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path, llama, adapter, 
     tensors = load_file(base / WEIGHTS)
     tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
     save_file(tensors, base / WEIGHTS)
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: the weight at \[1, 1\] is nan"):
         merge(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
