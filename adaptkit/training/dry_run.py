@@ -1,6 +1,5 @@
 """What a run would do: everything is read and checked, the model is built, and nothing is written."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import left_out
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_unfinished, going_on_from
+from adaptkit.training.schedule import steps_in
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     return RunPlan(
         output=str(output),
         steps=steps,
-        warmup_steps=math.ceil(config.warmup * steps),
+        warmup_steps=steps_in(config.warmup, steps),
         resumed_from=going_on_from(work, identity),
         samples=len(inputs.samples),
         held_out=len(inputs.held_out),
