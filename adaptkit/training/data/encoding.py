@@ -138,7 +138,9 @@ class Encoder:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
             found.append((_find(messages, turn, before, through, self._turn_end(through)), through))
-        answers = tuple(answer for answer, through in found if answer is not None and whole.startswith(through))
+        answers = tuple(
+            answer for answer, through in found if answer is not None and whole.startswith(through[: answer.end])
+        )
         if len(answers) == len(found):
             ends = learned[-1] == len(messages) - 1
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]

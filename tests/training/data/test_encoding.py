@@ -54,10 +54,13 @@ FAMILIES = {  # template; begin, end of a text; what ends a turn
     "gemma": (GEMMA, "<bos>", "<eos>", "<end_of_turn>"),
     "mistral": (MISTRAL, "<s>", "</s>", "</s>"),
     "alpaca": (ALPACA, None, "</s>", "</s>"),
+    "phi3": (PHI3, None, "<|endoftext|>", "<|end|>"),
 }
 ONCE = {  # the same, and what the template puts after that
-    **{name: (*family, {"chatml": "\n", "gemma": "\n"}.get(name, "")) for name, family in FAMILIES.items()},
-    "phi3": (PHI3, None, "<|endoftext|>", "<|end|>", "\n<|endoftext|>"),
+    **{
+        name: (*family, {"chatml": "\n", "gemma": "\n", "phi3": "\n<|endoftext|>"}.get(name, ""))
+        for name, family in FAMILIES.items()
+    },
     "harmony": (HARMONY, None, "<|endoftext|>", "<|return|>", ""),
 }
 MARKS = [
@@ -171,7 +174,7 @@ def test_an_answer_of_weight_zero_is_not_learned(tokenizer):
 def test_samples_that_were_given_an_end_are_counted(families):
     row = {"prompt": "Name a river", "completion": "the Rhine"}
     assert {name: encode_row(row, families[name])[1] for name in FAMILIES} == {
-        "chatml": 0, "llama3": 0, "gemma": 0, "mistral": 0, "alpaca": 1,
+        "chatml": 0, "llama3": 0, "gemma": 0, "mistral": 0, "alpaca": 1, "phi3": 0,
     }  # fmt: skip
 
 
