@@ -89,6 +89,7 @@ def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
             (report.dropped, "samples dropped since the cut took their answer"),
             (report.fewer_shots, "samples, questions or prompts with room for fewer examples"),
             (report.generated.unfinished if report.generated else 0, "answers cut at --max-new-tokens"),
+            (report.generated.empty if report.generated else 0, "empty answers"),
         )
         for count, what in counts:
             if count:

@@ -90,7 +90,7 @@ class TrainConfig:
                                                   "1 where nothing is said.", None, above=0,
                                                   at_most=_LARGEST)  # fmt: skip
     pack: bool = setting("Put samples together in rows of max_length tokens; a step then has batch_size rows.", False)
-    held_out: float = setting("Fraction of the samples that is measured instead of trained on; 0 with held_out_data.",
+    held_out: float = setting("Fraction of the rows that is measured instead of trained on; 0 with held_out_data.",
                               0.1, at_least=0, below=1)  # fmt: skip
     held_out_data: tuple[str, ...] = setting("File or data set that is measured instead.", ())
 

@@ -1,6 +1,5 @@
 """What a run would do: everything is read and checked, the model is built, and nothing is written."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import left_out
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
-from adaptkit.training.resume import check_unfinished, checkpoints
+from adaptkit.training.resume import check_unfinished, going_on_from
+from adaptkit.training.schedule import steps_in
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RunPlan:
         output: folder that it would make.
         steps: of the run.
         warmup_steps: of them.
-        resumed_from: step of the newest checkpoint that lies there; 0 without one.
+        resumed_from: step of the newest undamaged checkpoint of this run that lies there; 0 without one.
         samples: to train on.
         held_out: samples to measure on.
         truncated: samples cut to the longest length.
@@ -69,8 +69,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         AdaptkitError: whatever ``train`` would raise before its first step.
     """
     inputs = read_inputs(config, output, force)
-    work = partial_folder(output)
-    check_unfinished(work, inputs.identity(), force, resume)
+    work, identity = partial_folder(output), inputs.identity()
+    check_unfinished(work, identity, force, resume)
     if inputs.manifest is not None:
         check_tensors(inputs.base, inputs.manifest)
     whole = replace(inputs, config=replace(inputs.config, shard_base=False))  # by this one process
@@ -79,12 +79,11 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     batches = batches_of(inputs)
     steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)
-    begun = checkpoints(work)
     return RunPlan(
         output=str(output),
         steps=steps,
-        warmup_steps=math.ceil(config.warmup * steps),
-        resumed_from=begun[-1][0] if begun else 0,
+        warmup_steps=steps_in(config.warmup, steps),
+        resumed_from=going_on_from(work, identity),
         samples=len(inputs.samples),
         held_out=len(inputs.held_out),
         truncated=inputs.data.truncated,

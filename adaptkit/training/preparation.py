@@ -1,6 +1,5 @@
 """What a run is made of before its first step: batches, model, and how many steps and bytes it takes."""
 
-import math
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import begin
+from adaptkit.training.schedule import steps_in
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
@@ -48,7 +48,7 @@ def batches_of(inputs: Inputs) -> Batches:
 
 def total_steps(config: TrainConfig, batches: Batches) -> int:
     """How many steps a run takes, unless it stops early."""
-    return config.steps or math.ceil((config.epochs or 1) * batches.steps_per_epoch)
+    return config.steps or steps_in(config.epochs or 1, batches.steps_per_epoch)
 
 
 def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:

@@ -83,8 +83,21 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
                 f"{folder}: holds unfinished work of another run: {'; '.join(differences)}",
                 hint="give the same options and inputs to go on, or begin anew with --force",
             )
-    if resume and not (known and any(_is_whole(path, step) for step, path in reversed(checkpoints(folder)))):
+    if resume and (known is None or _newest_whole(folder) is None):
         raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to begin")
+
+
+def going_on_from(folder: Path, identity: Mapping[str, Any]) -> int:
+    """The step that a run begins after: that of the newest undamaged checkpoint, or 0.
+
+    Args:
+        folder: where unfinished work would lie; that of another run is thrown away, if it is not refused.
+        identity: of the run that is to be.
+    """
+    known = _read_identity(folder)
+    if known is not None and _differences(known, json.loads(write_json(identity))):
+        return 0
+    return _newest_whole(folder) or 0
 
 
 def holds_work(folder: Path) -> bool:
@@ -190,6 +203,10 @@ def _is_beginning(name: str) -> bool:
     """Whether a run has a file of this name, whole or half, before it has a checkpoint; half a checkpoint is none."""
     known = name.removesuffix(".partial") in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
     return known or (name.startswith("checkpoint-") and name.endswith(".partial"))
+
+
+def _newest_whole(folder: Path) -> int | None:
+    return next((step for step, path in reversed(checkpoints(folder)) if _is_whole(path, step)), None)
 
 
 def _is_whole(path: Path, step: int) -> bool:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import tiny
 
+from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.cli.main import main
 from adaptkit.cli.pages.evaluate import evaluate_page
 from adaptkit.training.evaluation.comparison import Comparison, Forgetting
@@ -72,7 +73,7 @@ def report_of(base, adapter=None, loss=2.5, text=3.0, shots=0):
     scores = Scores(12.5, 2.25, 0.3125, 0.4375, 1.125, "exact and stem", "BLEU x")
     return EvaluateReport(
         base, adapter, shots, 0, "float32", 1000, 10 if adapter else None, 8, 0, 0, 64, loss, 12.18,
-        TextReport(2, 126, text, 20.09), GenerationReport(3, 4, 0, 1, scores), {"hello": f"{base} says"},
+        TextReport(2, 126, text, 20.09), GenerationReport(3, 4, 0, 1, 2, scores), {"hello": f"{base} says"},
     )  # fmt: skip
 
 
@@ -114,6 +115,19 @@ def test_the_page_says_what_the_document_says(compared):
         assert row[heading.index("ROUGE-L")] == f"{model['generated']['scores']['rouge_l']:.4f}"
         trained = model["trained_parameters"]
         assert row[heading.index("trained")] == ("–" if trained is None else f"{trained:,}")
+
+
+def test_empty_answers_are_counted(compared, llama, copy_of, instructions, run_cli):
+    folder, document = compared
+    said = [json.loads(line)["answer"] for line in (folder / "answers.jsonl").read_text().splitlines()]
+    counts = [sum(not answer for answer in said[start : start + 4]) for start in range(0, len(said), 4)]
+    assert [model["generated"]["empty"] for model in document["models"]] == counts
+    silent = copy_of(llama)  # ends every answer at once
+    stops = list(range(load_tokenizer(silent).vocab_size))
+    (silent / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    for bases in (["--base", silent], ["--base", llama, "--base", silent]):
+        done = run_cli("evaluate", *bases, "--data", instructions, "--generate", "--samples", 3)
+        assert (done.code, "3 empty answers" in done.stdout) == (0, True)
 
 
 def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(llama, adapter, instructions, run_cli):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -369,6 +370,30 @@ def cut_after(config, output, step):
 
     with pytest.raises(KeyboardInterrupt):
         train(config, output, on_step=cut)
+
+
+def test_a_plan_goes_on_from_where_the_run_then_does(config, run_cli, tmp_path):
+    """Whatever is damaged, and whosever the work is."""
+    saving, output = replace(config, save_every=1, keep_checkpoints=3), tmp_path / "adapter"
+    assert plan_run(saving, output).resumed_from == 0
+    cut_after(saving, output, 4)
+    assert plan_run(saving, output).resumed_from == 4
+    assert plan_run(replace(saving, rank=8), output, force=True).resumed_from == 0
+    for damaged, left in ((4, 3), (3, 2)):
+        state = tmp_path / "adapter.partial" / f"checkpoint-{damaged}" / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:-1] + b"\xff")
+        assert plan_run(saving, output, resume=True).resumed_from == left
+    shown = run_cli(*command(saving, output, "--dry-run"))
+    assert re.search(r"goes on from +step 2\n", shown.stdout)
+    assert train(saving, output, note=lambda text: None).resumed_from == 2
+
+
+def test_a_plan_begins_anew_where_every_checkpoint_is_damaged(config, run_cli, tmp_path):
+    cut_after(config, tmp_path / "adapter", 2)
+    (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
+    state.unlink()
+    assert plan_run(config, tmp_path / "adapter").resumed_from == 0
+    assert "goes on from" not in run_cli(*command(config, tmp_path / "adapter", "--dry-run")).stdout
 
 
 def test_the_size_of_a_checkpoint_is_foretold(config, tmp_path):

@@ -2,11 +2,15 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.schedule import learning_rate
+from adaptkit.training.preparation import total_steps
+from adaptkit.training.schedule import learning_rate, steps_in
 
 
 def rates(steps, **options):
@@ -39,9 +43,30 @@ def test_every_rate_of_a_short_run_is_positive_and_at_most_the_highest(schedule,
     for decay in (0.01, 1.0):
         found = rates(steps, schedule=schedule, warmup=warmup, decay=decay)
         assert all(0 < rate <= 2.0 for rate in found)
-        falling = found[math.ceil(warmup * steps) :]
+        falling = found[steps_in(warmup, steps) :]
         assert all(later <= earlier for earlier, later in pairwise(falling))
 
 
 def test_all_of_a_run_can_fall():
     assert rates(4, schedule="wsd", warmup=0.0, decay=1.0) == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(1, 10**6))
+@example(11, 1, 50)
+@example(7, 2, 100)
+def test_a_decimal_fraction_of_the_steps_is_rounded_up_as_it_is_written(digits, places, steps):
+    assert steps_in(float(f"{digits}e-{places}"), steps) == -(-digits * steps // 10**places)
+
+
+@given(st.integers(1, 99), st.integers(1, 40))
+def test_a_fraction_that_gives_whole_steps_gives_no_more(hundredths, count):
+    """So 1.1 epochs of 50 steps are 55, and of 100 steps 0.07 are 7."""
+    steps = 100 * count
+    options = {"base": "b", "data": ("d",), "learning_rate": 2.0}
+    epochs = TrainConfig(**options, epochs=float(f"1.{hundredths:02}"))
+    assert total_steps(epochs, SimpleNamespace(steps_per_epoch=steps)) == steps + hundredths * count
+    written, of_them = float(f"0.{hundredths:02}"), hundredths * count
+    rises = TrainConfig(**options, warmup=written)
+    assert next(step for step in range(steps) if learning_rate(rises, step, steps) == 2.0) == of_them - 1
+    falls = TrainConfig(**options, warmup=0.0, schedule="wsd", decay=written)
+    assert sum(learning_rate(falls, step, steps) < 2.0 for step in range(steps)) == of_them - 1

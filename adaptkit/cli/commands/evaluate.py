@@ -158,6 +158,7 @@ def _score_rows(generated: "GenerationReport") -> list[Row]:
     left_out = [
         (generated.too_long, "left out: longer than the context"),
         (generated.unfinished, "answers cut at --max-new-tokens"),
+        (generated.empty, "empty answers"),
     ]
     return [
         ("answered", "; ".join([count, *(f"{number} {what}" for number, what in left_out if number)])),

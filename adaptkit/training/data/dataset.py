@@ -125,7 +125,10 @@ def load_data(
 
 
 def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Set a fraction of the samples aside, chosen by the seed; at least one on each side unless it is zero.
+    """Set a fraction of the rows aside, chosen by the seed; at least one on each side unless it is zero.
+
+    All samples of a row go to the same side: they are turns of one conversation, and the later ones hold the answers
+    of the earlier ones.
 
     Returns:
         Samples to train on, and held-out ones.
@@ -135,11 +138,12 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
     """
     if held_out == 0:
         return list(samples), []
-    if len(samples) < 2:
-        raise DataError("one sample cannot be split", hint="give more data, or held_out: 0")
-    count = min(len(samples) - 1, max(1, round(len(samples) * held_out)))
-    chosen = set(order(len(samples), seed)[:count])
-    return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
+    rows = list(dict.fromkeys(sample.source for sample in samples))
+    if len(rows) < 2:
+        raise DataError("one row cannot be split", hint="give more data, or held_out: 0")
+    count = min(len(rows) - 1, max(1, round(len(rows) * held_out)))
+    chosen = {rows[i] for i in order(len(rows), seed)[:count]}
+    return [s for s in samples if s.source not in chosen], [s for s in samples if s.source in chosen]
 
 
 @lru_cache(maxsize=4)

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -29,7 +30,7 @@ class _Answer:
     Attributes:
         start: where its opening ends.
         said: where its content ends; None if the template wrote it in another way.
-        end: where the turn ends.
+        end: where the turn ends: after the token that ends it, as far as the template's is known.
     """
 
     start: int
@@ -132,21 +133,38 @@ class Encoder:
             return [_Text(example.text, (), True, True, True)]
         messages, learned, plain = example.messages, self._learned(example), self._tokenizer.chat_template is None
         whole = next(rendered)
-        found: list[tuple[_Answer | None, str | None]] = []
+        found: list[tuple[_Answer | None, str]] = []
         for turn in learned:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
-            found.append((_find(messages, turn, before, through), None if whole.startswith(through) else through))
-        answers = tuple(answer for answer, other in found if answer is not None and other is None)
+            found.append((_find(messages, turn, before, through, self._turn_end(through)), through))
+        answers = tuple(
+            answer for answer, through in found if answer is not None and whole.startswith(through[: answer.end])
+        )
         if len(answers) == len(found):
             ends = learned[-1] == len(messages) - 1
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
         return [
-            _last_answer(turn, answer, whole if other is None else other, plain)
-            for turn, (answer, other) in zip(learned, found, strict=True)
+            _last_answer(turn, answer, through, plain) for turn, (answer, through) in zip(learned, found, strict=True)
         ]
+
+    @cached_property
+    def _closing(self) -> tuple[str, int]:
+        """What the template puts after an answer, and its characters after the first token that ends the turn."""
+        try:
+            text = after_answer(self._tokenizer)
+        except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
+            return "", 0
+        ((tokens, places),) = self._tokenize([text])
+        ends = (end for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends)
+        return text, len(text) - next(ends, len(text))
+
+    def _turn_end(self, through: str) -> int:
+        """Where the turn ends that is the last of a text: some templates end the text too, with another token."""
+        text, rest = self._closing
+        return len(through) - (rest if through.endswith(text) else 0)
 
     def _pieces(self, text: _Text) -> list[str]:
         edges = [0, *(answer.start for answer in text.answers if self._cuts), len(text.text)]
@@ -222,22 +240,36 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
 
 
-def _find(messages: Sequence[Message], turn: int, before: str, through: str) -> _Answer | None:
+def after_answer(tokenizer: Any) -> str:
+    """What the chat template puts after a conversation's last answer.
+
+    Raises:
+        DataError: it refuses a question and its answer.
+    """
+    word = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
+    (text,) = render([(messages, False)], tokenizer)
+    _, found, after = text.rpartition(word)
+    return after if found else ""
+
+
+def _find(messages: Sequence[Message], turn: int, before: str, through: str, end: int) -> _Answer | None:
     """Where an answer is in the text of a conversation up to its end; None if the template rewrites what is before it.
 
     Args:
         messages: of the conversation.
         turn: of the answer.
         before: the text up to where the model is to answer.
-        through: the text up to the answer's end.
+        through: the text up to the answer's end, and what the template puts after it.
+        end: of the turn, in it.
     """
     if turn == 0:
         raise DataError("the assistant speaks first", hint="begin with a user's message")
     if not through.startswith(before):
         return None
     content = messages[turn]["content"].strip()
-    at = through.find(content, len(before))
-    return _Answer(len(before), None if at < 0 else at + len(content), len(through))
+    at = through.find(content, len(before), end)
+    return _Answer(len(before), None if at < 0 else at + len(content), end)
 
 
 def _last_answer(turn: int, answer: _Answer | None, text: str, plain: bool) -> _Text:
@@ -248,7 +280,7 @@ def _last_answer(turn: int, answer: _Answer | None, text: str, plain: bool) -> _
             "cannot be told from the others",
             hint="give the model another chat template",
         )
-    return _Text(text[: answer.end], (answer,), False, plain, True)
+    return _Text(text, (answer,), False, plain, True)
 
 
 def _first_tokens(tokenizer: Any) -> list[int]:

@@ -16,7 +16,7 @@ class Sample:
     Attributes:
         ids: token ids.
         labels: the same, or ``IGNORED`` where there is no loss.
-        source: file and line.
+        source: file and line, or name and row: of one row alone.
         origin: number of the source that it came from.
     """
 

@@ -173,6 +173,7 @@ def _with_answers(
         references=sum(map(len, references)),
         too_long=material.too_long,
         unfinished=sum(not answer.ended for answer in found),
+        empty=sum(not answer.text for answer in found),
         scores=score([answer.text for answer in found], references),
     )
     return replace(report, generated=generated)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.architecture import quiet_transformers
-from adaptkit.checkpoint.conversation import render
 from adaptkit.checkpoint.layout import read_json
+from adaptkit.training.data.encoding import after_answer
 from adaptkit.training.network.model import Model
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -109,9 +109,6 @@ def _turn_end(tokenizer: Any) -> int | None:
     """The special token that the chat template puts right after an answer, if it puts one there."""
     if tokenizer.chat_template is None:
         return None
-    word = "answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
-    (text,) = render([(messages, False)], tokenizer)
-    after = tokenizer(text[text.rfind(word) + len(word) :], add_special_tokens=False, verbose=False)["input_ids"]
+    after = tokenizer(after_answer(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
     first = int(after[0]) if after else None
     return first if first in tokenizer.all_special_ids or first in tokenizer.added_tokens_decoder else None

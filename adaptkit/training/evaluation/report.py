@@ -74,6 +74,7 @@ class GenerationReport:
         references: of them all.
         too_long: questions left out since they and an answer are longer than a model's context.
         unfinished: answers that the limit of new tokens ended.
+        empty: answers without text, which are scored as such.
         scores: of the answers.
     """
 
@@ -81,6 +82,7 @@ class GenerationReport:
     references: int
     too_long: int
     unfinished: int
+    empty: int
     scores: Scores
 
 

@@ -8,7 +8,7 @@ rows         rows of the vocabulary (``trainable_token_indices``)
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,8 @@ def train_whole(
             if other == name or (is_tied and not apart and (together or other in names)):
                 hold(at.module, at.child, parameter, model.dtype)
                 model.whole[other] = Whole(parameter)
+                if _is_of_tokens(at.module, model.network):  # its padding may be the end of an answer
+                    at.module.padding_idx = None  # which torch gives no gradient; padding itself gets none
 
 
 def _train_linear(model: Model, name: str, place: Place, value: Tensor) -> Whole:
@@ -152,6 +154,13 @@ def _train_linear(model: Model, name: str, place: Place, value: Tensor) -> Whole
     transposed = model.stores_transposed and not _is_output(model, layer)
     layer.base = TrainedWeight(value.T.contiguous() if transposed else value)
     return Whole(layer.base.weight, transposed)
+
+
+def _is_of_tokens(module: nn.Module, network: Any) -> TypeGuard[nn.Embedding]:
+    """Whether a table has a row for every token; one of positions may count from its padding's."""
+    tokens = network.get_input_embeddings()
+    are_embeddings = isinstance(module, nn.Embedding) and isinstance(tokens, nn.Embedding)
+    return are_embeddings and module.num_embeddings == tokens.num_embeddings
 
 
 def _is_output(model: Model, layer: nn.Module) -> bool:

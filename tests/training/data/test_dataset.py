@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.errors import DataError
-from adaptkit.training.data.dataset import load_data, split
+from adaptkit.training.data.dataset import load_data, order, split
 from adaptkit.training.data.samples import IGNORED, Sample
 
 
@@ -113,8 +113,67 @@ def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
 
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_a_split_loses_and_repeats_nothing(count, fraction, seed):
-    samples = [Sample((i,), (i,)) for i in range(count)]
+    samples = [Sample((i,), (i,), f"rows.jsonl, line {i}") for i in range(count)]
     train, held_out = split(samples, fraction, seed)
     assert sorted(s.ids[0] for s in train + held_out) == list(range(count))
     assert train
     assert held_out
+    chosen = set(order(count, seed)[: len(held_out)])  # a row that is one sample: drawn as samples are
+    assert [s.ids[0] for s in held_out] == sorted(chosen)
+    assert [s.ids[0] for s in train] == [i for i in range(count) if i not in chosen]
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_no_row_is_on_both_sides_of_a_split(answers, fraction, seed):
+    samples = [
+        Sample((row, turn), (), f"chat.jsonl, line {row}") for row, most in enumerate(answers) for turn in range(most)
+    ]
+    train, held_out = split(samples, fraction, seed)
+    assert not {s.source for s in train} & {s.source for s in held_out}
+    assert sorted(s.ids for s in train + held_out) == [s.ids for s in samples]
+    for side in (train, held_out):
+        assert side == sorted(side, key=lambda sample: sample.ids)
+    rows = {s.source for s in held_out}
+    assert len(rows) == min(len(answers) - 1, max(1, round(len(answers) * fraction)))
+
+
+def test_what_a_held_out_answer_was_is_in_no_sample_that_is_trained_on(llama, tmp_path):
+    """Under a template that takes thoughts out of all answers but the last, a conversation is a sample an answer."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [
+        {"messages": [
+            {"role": ("user", "assistant")[turn % 2], "content": f"<think>so</think>row {row} turn {turn}"}
+            for turn in range(6)
+        ]}
+        for row in range(8)
+    ]  # fmt: skip
+    dataset = load_data([write(tmp_path, *rows)], tokenizer, 999)
+    assert (len(dataset.samples), dataset.split) == (24, 8)
+    for seed in range(5):
+        train, held_out = split(dataset.samples, 0.25, seed)
+        assert (len(train), len(held_out)) == (18, 6)
+        assert not {s.source for s in train} & {s.source for s in held_out}
+
+
+def test_one_row_cannot_be_split_however_many_samples_it_is():
+    samples = [Sample((turn,), (turn,), "chat.jsonl, line 1") for turn in range(3)]
+    with pytest.raises(DataError, match="one row cannot be split"):
+        split(samples, 0.5, 0)
+    assert split(samples, 0, 0) == (samples, [])
+
+
+def test_every_row_has_a_source_of_its_own(tokenizer, tmp_path):
+    """Which is what a split goes by: in files of every kind, and in several of them."""
+    lines = write(tmp_path, *[SHORT] * 3)
+    other = write(tmp_path, *[SHORT] * 3, name="other.jsonl")
+    table = tmp_path / "rows.csv"
+    table.write_text('instruction,output\nx,"y\nz"\nx,y\n')
+    listed = tmp_path / "rows.json"
+    listed.write_text(json.dumps([SHORT] * 3))
+    samples = load_data([lines, other, table, listed], tokenizer, 99).samples
+    assert len(samples) == len({sample.source for sample in samples}) == 11

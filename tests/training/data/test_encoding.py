@@ -1,6 +1,8 @@
 """Loss is on what the model shall say, its end included, and on nothing else, whatever the chat template does."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from adaptkit.checkpoint.conversation import read_example
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.encoding import Encoder, prompt_ids
 from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.evaluation.generation import stop_tokens
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -36,14 +39,34 @@ QWEN3 = (  # takes the thoughts out of all answers but the last
     "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PHI3 = (  # ends the text too, where nothing is asked for
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+HARMONY = (  # opens an answer with tokens and words that its prompt does not have
+    "{% for m in messages %}<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>"
+    "{{ m.content }}{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 FAMILIES = {  # template; begin, end of a text; what ends a turn
     "chatml": (None, "<|im_start|>", "<|im_end|>", "<|im_end|>"),
     "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),
     "gemma": (GEMMA, "<bos>", "<eos>", "<end_of_turn>"),
     "mistral": (MISTRAL, "<s>", "</s>", "</s>"),
     "alpaca": (ALPACA, None, "</s>", "</s>"),
+    "phi3": (PHI3, None, "<|endoftext|>", "<|end|>"),
 }
-MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"]
+ONCE = {  # the same, and what the template puts after that
+    **{
+        name: (*family, {"chatml": "\n", "gemma": "\n", "phi3": "\n<|endoftext|>"}.get(name, ""))
+        for name, family in FAMILIES.items()
+    },
+    "harmony": (HARMONY, None, "<|endoftext|>", "<|return|>", ""),
+}
+MARKS = [
+    "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<|user|>",
+    "<|assistant|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "</think>",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +80,7 @@ def families(llama):
     from tokenizers import processors
 
     made = {}
-    for name, (template, begin, end, _) in FAMILIES.items():
+    for name, (template, begin, end, *_) in ONCE.items():
         made[name] = tokenizer = load_tokenizer(llama)
         if template is not None:
             tokenizer.add_special_tokens(
@@ -151,7 +174,7 @@ def test_an_answer_of_weight_zero_is_not_learned(tokenizer):
 def test_samples_that_were_given_an_end_are_counted(families):
     row = {"prompt": "Name a river", "completion": "the Rhine"}
     assert {name: encode_row(row, families[name])[1] for name in FAMILIES} == {
-        "chatml": 0, "llama3": 0, "gemma": 0, "mistral": 0, "alpaca": 1,
+        "chatml": 0, "llama3": 0, "gemma": 0, "mistral": 0, "alpaca": 1, "phi3": 0,
     }  # fmt: skip
 
 
@@ -170,6 +193,51 @@ def test_labels_are_a_suffix_of_the_ids_for_any_text(tokenizer, question, answer
     assert all(sample.labels[i] == sample.ids[i] for i in marked)
     assert sample.ids[marked[-1]] == tokenizer.eos_token_id
     assert list(sample.ids[: marked[0]]) == prompt_ids(question, tokenizer)
+
+
+SPOKEN = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [*MARKS, "<|im_end|>", "</s>", "<|eot_id|>", "<|endoftext|>", "end", "a", "return", "final", " "]
+        ),
+        st.text(max_size=5),
+    ),
+    max_size=4,
+).map("".join)
+
+
+@given(SPOKEN)
+@pytest.mark.parametrize("name", [name for name in ONCE if name != "alpaca"])
+def test_nothing_after_the_end_of_the_turn_is_learned_whatever_the_answer_says(families, name, answer):
+    """And the end is what an answer of the model is ended by."""
+    tokenizer, (*_, end, after) = families[name], ONCE[name]
+    ((sample,), ended) = encode_row({"prompt": "Name a river", "completion": answer}, tokenizer)
+    marked = [i for i, label in enumerate(sample.labels) if label != IGNORED]
+    assert marked == list(range(len(prompt_ids("Name a river", tokenizer)), marked[-1] + 1))
+    assert (sample.ids[marked[-1]], ended) == (tokenizer.convert_tokens_to_ids(end), 0)
+    assert tokenizer.decode(sample.ids[marked[-1] + 1 :]) == after
+    assert sample.ids[marked[-1]] in stop_tokens(
+        SimpleNamespace(checkpoint=SimpleNamespace(root=Path("none"))), tokenizer
+    )
+
+
+def test_a_template_that_refuses_a_plain_question_is_learned_from_all_the_same(llama):
+    """What it puts after an answer cannot be asked for then."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('who am I?') }}{% endif %}" + tokenizer.chat_template
+    )
+    messages = [{"role": "system", "content": "You are a river"}, *CHAT]
+    assert learned(encode(messages, tokenizer), tokenizer) == "the Rhine<|im_end|>the Po<|im_end|>"
+    with pytest.raises(DataError, match="here: the chat template refuses the conversation"):
+        encode(CHAT, tokenizer)
+
+
+@given(SPOKEN)
+def test_an_answer_under_a_template_without_ends_is_followed_by_one_and_nothing(families, answer):
+    tokenizer = families["alpaca"]
+    ((sample,), _) = encode_row({"prompt": "Name a river", "completion": answer}, tokenizer)
+    assert sample.ids[-1] == sample.labels[-1] == tokenizer.eos_token_id
 
 
 @pytest.fixture(scope="module")

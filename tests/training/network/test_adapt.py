@@ -1,11 +1,14 @@
 """Everything that an adapter can be: peft, the merge and a second run read it as the model that was trained."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import peft_adapters
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
@@ -18,8 +21,8 @@ from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batch
-from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.data.batches import Batch, collate
+from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.linear import PackedWeight
@@ -191,8 +194,7 @@ def test_gradients_are_those_of_the_formula_on_the_dequantized_model(bases, name
     case = CASES[name]
     model, _ = begun(bases / f"{case.family}-nf4", case.settings)
     plain = peft_adapters.load_float32(bases / f"{case.family}-again").train()
-    if model.rows:  # torch gives the padding's row no gradient, even where it is the end token of an answer
-        plain.get_input_embeddings().padding_idx = None
+    plain.get_input_embeddings().padding_idx = None  # torch gives that row no gradient, even where it ends an answer
     values, leaves = formula(model, plain)
     ids = IDS[:2]
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
@@ -204,6 +206,83 @@ def test_gradients_are_those_of_the_formula_on_the_dequantized_model(bases, name
     for expected, parameter in leaves:
         assert float(expected.grad.norm()) > 0
         assert float((parameter.grad - expected.grad).norm()) <= 1e-5 * float(expected.grad.norm())
+
+
+WAYS = {
+    "rows": {"trainable_tokens": ("<|im_end|>",)},
+    "the table": {"modules_to_save": ("embed_tokens",)},
+    "everything": {"method": "full", "rank": 16},
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(3, 290), min_size=3, max_size=9), min_size=2, max_size=4))
+@pytest.mark.parametrize("family", ["tied", "untied"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_paddings_row_learns_where_it_ends_an_answer_and_nothing_of_padding(ends_and_pads, family, way, texts):
+    """It gets the gradient that the samples give it one by one, and loss and logits are those of the base."""
+    model, plain = ends_and_pads(family, way)
+    end = model.network.config.pad_token_id
+    samples = [Sample((*text, end, *text[::-1], end), (*text, end, *text[::-1], end)) for text in texts]
+    batch = collate([[sample] for sample in samples], end)
+    model.network.zero_grad()
+    loss = summed_loss(model, batch)
+    loss.backward()
+    found = padding_gradient(model)
+    plain.zero_grad()
+    expected = 0.0
+    for sample in samples:
+        ids = torch.tensor([sample.ids])
+        part = cross_entropy(plain(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        part.backward()
+        expected += float(part.detach())
+    wanted = plain.get_input_embeddings().weight.grad[end]
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(wanted.norm()) > 0
+    assert float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
+
+
+@pytest.fixture(scope="module")
+def ends_and_pads(bases):
+    """By family and way: a model, and transformers' own whose padding is a token as others are."""
+
+    @cache
+    def make(family, way):
+        model, _ = begun(bases / family, WAYS[way], noise=0.0)
+        plain = peft_adapters.load_float32(bases / family)
+        assert plain.get_input_embeddings().padding_idx == plain.config.pad_token_id == plain.config.eos_token_id
+        plain.get_input_embeddings().padding_idx = None
+        return model, plain
+
+    return make
+
+
+def padding_gradient(model):
+    for rows in model.rows.values():
+        return rows.rows.grad[0]
+    return model.whole["model.embed_tokens.weight"].parameter.grad[model.network.config.pad_token_id]
+
+
+@pytest.mark.parametrize(("architecture", "options"), [("roberta", {"is_decoder": True}), ("opt", {"ffn_dim": 128})])
+def test_tables_of_positions_stay_as_they_are(architecture, options, tmp_path, monkeypatch):
+    """Some count from the padding's row on."""
+    monkeypatch.setitem(tiny.ARCHITECTURES, architecture, options)
+    base = tiny.write_architecture(tmp_path / "base", architecture)
+    plain = load_model(base, torch.float32, CPU)
+    model, _ = begun(base, {"method": "full", "rank": 16}, noise=0.0)
+    tables = [
+        (before, after)
+        for before, after in zip(plain.network.modules(), model.network.modules(), strict=True)
+        if isinstance(before, torch.nn.Embedding)
+    ]
+    for before, after in tables:
+        is_of_tokens = after is model.network.get_input_embeddings()
+        assert after.padding_idx == (None if is_of_tokens else before.padding_idx)
+    assert len(tables) > 1
+    ids = IDS[:2].clone()
+    mask = torch.ones_like(ids)
+    ids[0, 20:], mask[0, 20:] = model.network.config.pad_token_id, 0
+    assert torch.equal(*(each.network(ids, attention_mask=mask).logits for each in (plain, model)))
 
 
 @pytest.mark.parametrize("name", ["rslora", "dora", "tokens of a tied vocabulary", "experts"])
