@@ -124,7 +124,6 @@ GOLDEN = PACKAGE.parent / "fixtures" / "golden" / "schema-1"
     [
         ["verify", GOLDEN / "merged"],
         ["check", GOLDEN / "adapter"],
-        ["check", GOLDEN / "merged"],
     ],
     ids=lambda words: " ".join(map(str, (word.name if isinstance(word, Path) else word for word in words))),
 )
