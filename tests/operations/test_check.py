@@ -352,6 +352,65 @@ def test_files_that_lack_the_models_prefix_make_no_names_without_it_right(tmp_pa
     assert not verdicts(folder, bare)["peft"].taken
 
 
+def lost_in(model, folder):
+    """The tensors of an adapter that peft does not put into a model; None if it fails."""
+    from peft import PeftModel
+
+    try:
+        arrived = PeftModel.from_pretrained(model, folder).state_dict()
+    except (AttributeError, ValueError, KeyError):
+        return None
+    same = {tensor.shape: [t for t in arrived.values() if t.shape == tensor.shape] for tensor in arrived.values()}
+    file = load_file(folder / PLAIN_NAME)
+    return [
+        name for name, tensor in file.items() if not any(torch.equal(tensor, t) for t in same.get(tensor.shape, []))
+    ]
+
+
+@pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("inner", ["", "model.", "bert."])
+def test_a_base_counts_as_the_class_that_it_was_saved_as(name, task, inner, tmp_path):
+    """An adapter of ``AutoModel`` is one of a classifier too, but for the names."""
+    import transformers
+
+    base = tiny.write_class(tmp_path / "base", name)
+    layer = "layers.0.mlp.up_proj" if name.startswith("Llama") else "encoder.layer.0.intermediate.dense"
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "task_type": task, "r": 2, "lora_alpha": 2, "target_modules": [layer]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    halves = {"A": torch.ones(2, 64), "B": torch.ones(128, 2)}
+    save_file(
+        {f"base_model.model.{inner}{layer}.lora_{half}.weight": tensor for half, tensor in halves.items()},
+        folder / PLAIN_NAME,
+    )
+    loader = transformers.AutoModel if task == "FEATURE_EXTRACTION" else getattr(transformers, name)
+    with peft_adapters.quiet():
+        takes = lost_in(loader.from_pretrained(base), folder) == []
+    assert verdicts(folder, base)["peft"].taken == takes
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_classifier_comes_with_its_head(has_head, tmp_path, untied):
+    """peft adds it to modules_to_save by itself, and a language model as the base has none."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    def model():
+        return transformers.AutoModelForSequenceClassification.from_pretrained(untied, num_labels=2)
+
+    folder = tmp_path / "adapter"
+    with peft_adapters.quiet():
+        get_peft_model(model(), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(folder)
+    if not has_head:
+        rewrite(folder, lambda t: {name: tensor for name, tensor in t.items() if "score" not in name})
+    with peft_adapters.quiet():
+        takes = lost_in(model(), folder) == []
+    assert takes == has_head
+    assert verdicts(folder, untied)["peft"].taken == has_head
+
+
 @pytest.mark.parametrize("rows", [[1, 5, 7], {"embed_tokens": [1]}])
 def test_peft_wants_a_row_for_every_trained_token(rows, make, untied):
     folder = make(trainable_token_indices=[1, 5])
