@@ -220,6 +220,7 @@ MISCONFIGURED = {
     "a task of no kind": {"task_type": "NOPE"},
     "beginnings of no kind": {"init_lora_weights": "nonsense"},
     "beginnings that need statistics": {"init_lora_weights": "corda"},
+    "beginnings that need a configuration": {"init_lora_weights": "loftq"},
     "a dropout above one": {"lora_dropout": 2},
     "a dropout of words": {"lora_dropout": "0.1"},
     "dora and lora_bias": {"use_dora": True, "lora_bias": True},

@@ -30,6 +30,12 @@ def values(files: AdapterFiles) -> Iterator[Finding]:
         (task is not None and task not in _TASKS, "task_type", "ValueError", f"one of {', '.join(_TASKS)}"),
         (not _is_bias(bias), "bias", "NotImplementedError", "none, all or lora_only"),
         (not _is_initial(initial), "init_lora_weights", "ValueError", "true, which loading overwrites"),
+        (
+            initial == "loftq" and not config.get("loftq_config"),
+            "init_lora_weights",
+            "ValueError without loftq_config",
+            "true, which loading overwrites",
+        ),
         (not _is_share(dropout), "lora_dropout", "ValueError or TypeError", "a number from 0 to 1"),
         (is_pattern and has_layers, "layers_to_transform", "ValueError beside a pattern of modules", _BY_LIST),
         (
