@@ -9,7 +9,7 @@ import contextlib
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -131,6 +131,66 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype | Non
         UsageError: transformers does not know the architecture, or is not installed.
         CheckpointError: the configuration speaks of more layers than the file has tensors.
     """
+
+    def language_model(config: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return (_auto_class(type(config)) or AutoModelForCausalLM).from_config(config, dtype=dtype or torch.bfloat16)
+
+    return _build(checkpoint, language_model)
+
+
+def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = ()) -> Any:
+    """Build, as ``empty_network`` does, a model of the class that ``architectures`` in ``config.json`` names.
+
+    That may be a classifier, or a model without a head, whose tensors have other names than the language model's.
+
+    Args:
+        checkpoint: which.
+        first: names of classes that are preferred if transformers has them for this architecture.
+
+    Returns:
+        The model; None if no name is that of such a class, or transformers cannot build it.
+    """
+    given = checkpoint.config.get("architectures")
+    names = [*first, *(given if isinstance(given, list) else [])]
+
+    def named_model(config: Any) -> Any:
+        found = next((found for name in names if (found := _class_named(name, config)) is not None), None)
+        return None if found is None else found._from_config(config, dtype=torch.bfloat16)
+
+    try:
+        return _build(checkpoint, named_model)
+    except UsageError:
+        return None
+
+
+def has_no_head(network: Any) -> bool:
+    """Whether a model gives hidden states alone, as those of ``AutoModel`` do."""
+    return network.base_model is network
+
+
+def _class_named(name: Any, config: Any) -> Any:
+    """The class of models that has a name, or that an automatic class of this name takes for a configuration."""
+    import transformers
+
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type):
+        return None
+    mapping = getattr(found, "_model_mapping", None)
+    if mapping is not None:
+        found = mapping.get(type(config), None)
+        found = found[0] if isinstance(found, tuple) else found
+    fits = found is not None and issubclass(found, transformers.PreTrainedModel)
+    return found if fits and isinstance(config, found.config_class or ()) else None
+
+
+def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) -> Any:
+    """Make a model of a checkpoint's configuration on the meta device.
+
+    Raises:
+        UsageError, CheckpointError: see ``empty_network``.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     with quiet_transformers() as transformers:
@@ -139,9 +199,8 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype | Non
         kind = values.pop("model_type", None)
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
-            auto = _auto_class(type(config)) or transformers.AutoModelForCausalLM
             with torch.device("meta"), without_compiler():
-                return auto.from_config(config, dtype=dtype or torch.bfloat16)
+                return build(config)
         except (*_REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error

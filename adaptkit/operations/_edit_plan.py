@@ -248,7 +248,9 @@ class _Planner:
             raise BaseMismatchError(
                 f"{self._adapter.root}: changes {output}, whose numbers are {edit.spec.dtype} in "
                 f"{self._checkpoint.root}",
-                hint="merge onto the 16-bit checkpoint that it was made from",
+                hint="save the base in float32 or bfloat16 first, and merge onto that"
+                if edit.spec.dtype == "F64"
+                else "merge onto the 16-bit checkpoint that it was made from",
             )
         steps = list(edit.steps)
         if not steps or steps[-1].adapter != self._number:

@@ -8,13 +8,14 @@ from typing import Any
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations._encoding import TensorPlan
 from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._roles import Roles
-from adaptkit.operations._selection import Choice, Selection, matched_by, select
+from adaptkit.operations._selection import Choice, Selection, matched_by, of_type, select
 from adaptkit.operations._shards import Group, Shards, plan_shards
 
 
@@ -196,7 +197,16 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
         if not matched_by(selection, pattern):
             raise UsageError(f"--skip {pattern!r} matches no module", hint="patterns match whole paths: '*.down_proj'")
     if all(choice.kept_because for choice in selection.choices):
-        raise CheckpointError(f"{checkpoint.root}: nothing to quantize: no weights of linear layers that may be")
+        nothing = f"{checkpoint.root}: nothing to quantize"
+        other = next((c.spec for c in selection.choices if c.kept_because == of_type(c.spec)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{nothing}: {other.name} is {other.dtype}, and taken are {', '.join(FLOATS)}",
+                hint="save the model with model.to(torch.bfloat16) first"
+                if other.dtype == "F64"
+                else "quantize the original 16-bit checkpoint",
+            )
+        raise CheckpointError(f"{nothing}: no weights of linear layers that may be")
 
 
 def _check_names(checkpoint: Checkpoint, groups: dict[str, Group]) -> None:

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint.architecture import empty_network, is_linear, is_router, transformers_version, why_unknown
+from adaptkit.checkpoint.architecture import (
+    empty_network,
+    is_linear,
+    is_router,
+    named_network,
+    transformers_version,
+    why_unknown,
+)
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.naming import Place, absent, places, shape_in
 from adaptkit.checkpoint.reader import Checkpoint
@@ -151,12 +158,31 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
     read_from = f"architecture {type(network).__name__} (transformers {transformers_version()})"
     if strangers:
         read_from += f"; names and shapes for {strangers} tensors that it does not have, or has in another shape"
-    lacking = absent(network, found)
+    lacking, named = _lacking(checkpoint, network, found)
     if lacking:
-        read_from += f"; the files lack {len(lacking)} of its tensors, {lacking[0]} first, and readers make up numbers"
+        read_from += (
+            f"; the files lack {len(lacking)} tensors of {named}, {lacking[0]} first, and readers make up numbers"
+        )
     head_path = next((path for path, module in network.named_modules() if head is not None and module is head), "")
     tied = head is not None and head.weight is network.get_input_embeddings().weight
     return Roles(roles, read_from, head_path or "lm_head", tied)
+
+
+def _lacking(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -> tuple[list[str], str]:
+    """What the class that ``architectures`` names has and the files lack, and its name.
+
+    The language model's head is nothing that they lack if they say that they are another class.
+    """
+    name = type(network).__name__
+    said = checkpoint.config.get("architectures")
+    if not isinstance(said, list) or not said or name in said:
+        return absent(network, found), name
+    named = named_network(checkpoint)
+    if named is not None:
+        return absent(named, places(named, checkpoint.tensors)), type(named).__name__
+    head = network.get_output_embeddings()
+    parameters = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    return [n for n in absent(network, found) if id(network.get_parameter(n)) not in parameters], name
 
 
 def _shared_modules(network: Any) -> dict[str, list[str]]:

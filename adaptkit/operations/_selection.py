@@ -135,6 +135,11 @@ def _matches(module: str, paths: Sequence[str], pattern: str) -> bool:
     return any(fnmatchcase(path, pattern) for path in (module, *paths))
 
 
+def of_type(spec: TensorSpec) -> str:
+    """Why a tensor stays whose numbers are of a type that is not quantized."""
+    return f"of type {spec.dtype}"
+
+
 def _kept_because(
     spec: TensorSpec, role: Role, skip: Sequence[str], include_head: bool, moe: str, block_size: int
 ) -> str:
@@ -144,7 +149,7 @@ def _kept_because(
     elif role.kind == "expert" and moe == "quantize":
         reason = _expert_kept_because(spec, block_size)
     if not reason and spec.dtype not in FLOATS:
-        return f"of type {spec.dtype}"
+        return of_type(spec)
     asked = any(_matches(spec.name.removesuffix(".weight"), role.paths, pattern) for pattern in skip)
     return "asked to skip" if asked and not reason else reason
 

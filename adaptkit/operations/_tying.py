@@ -19,6 +19,10 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_e
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _SHARED = re.compile(r"(^|\.)shared\.weight$")
 _USES = re.compile(r"(^|\.)(shared|embed_tokens|lm_head)\.weight$")
+_TELLS_NO_WORDS = re.compile(
+    r"(?<!LMHead)(?<!EncoderDecoder)(?<!MarianMT)Model$|For(Sequence|Token)Classification$|ForQuestionAnswering$"
+)
+"""Names of transformers' classes that have no output layer for the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     tables = [name for name in shortest_first if _EMBEDDING.search(name)]
     heads = [name for name in shortest_first if _HEAD.search(name)]
     says = _says_tied(checkpoint.config)
-    tied = bool(tables) and (not heads or says is True)
+    tied = bool(tables) and (says is True if heads else not _tells_no_words(checkpoint.config))
     return Vocabulary(tables[0] if tables else "", heads[0] if heads else "lm_head.weight", tied, checkpoint.tensors)
 
 
@@ -193,6 +197,11 @@ def _kinds(adapter: Adapter, name: str) -> set[str]:
     module = name.removesuffix(".weight")
     found = {"low rank": module in adapter.modules, "tokens": module in adapter.tokens}
     return {kind for kind, there in (found | {"replaced": name in adapter.replaced}).items() if there}
+
+
+def _tells_no_words(config: Mapping[str, Any]) -> bool:
+    named = config.get("architectures")
+    return isinstance(named, list) and bool(named) and _TELLS_NO_WORDS.search(str(named[0])) is not None
 
 
 def _says_tied(config: Mapping[str, Any]) -> Any:

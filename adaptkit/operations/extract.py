@@ -33,7 +33,7 @@ from adaptkit.operations._extract_report import (
     plan_report,
     weighted,
 )
-from adaptkit.operations._extract_saved import module_in_model, nothing, placeholder_part, whole_tensors
+from adaptkit.operations._extract_saved import nothing, placeholder_part, running_model, whole_tensors
 from adaptkit.operations._extract_tensors import Finding, examine
 from adaptkit.operations._pipeline import each, thread_count
 
@@ -134,11 +134,12 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
 
 def _write(out: Output, plan: Plan, findings: Sequence[Finding], placeholder: Part | None) -> tuple[str, ...]:
     """Write the adapter, and the tokenizer if it is another; returns the names of its files."""
-    terms = {module_in_model(finding.part): finding.term for finding in findings if finding.term is not None}
+    running = running_model(plan.base)
+    terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
     if placeholder is not None:
-        terms[module_in_model(placeholder)] = nothing(placeholder)
-    saved = whole_tensors(plan, findings)
-    config = saved.config | {"fan_in_fan_out": plan.transposed}
+        terms[running.module(placeholder)] = nothing(placeholder)
+    saved = whole_tensors(plan, findings, running)
+    config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
     tensors = {name: plan.tuned.read(part.name) for name, part in saved.parts.items()}
     write_adapter(out, terms, _base_name(plan.base.root), saved=tensors, **config)
     files = [path for path in side_files(plan.tuned.root) if _TOKENIZER.fullmatch(path.name)]

@@ -74,13 +74,14 @@ def peft_takes(folder, base, vocabulary=None):
         model = with_peft(folder, base, vocabulary)
         with peft_adapters.quiet():
             adapter = get_peft_model_state_dict(model)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ImportError):
         return False
     arrived, file = model.state_dict() | adapter, load_file(folder / PLAIN_NAME)
     copies = (".original_module.", ".modules_to_save.")  # peft writes these twice
     names = [name for name in file if not any(copy in name for copy in copies)]
     trained = {name for name in adapter if "lora_" in name}
-    return all(name in arrived and torch.equal(arrived[name], file[name]) for name in names) and trained <= set(file)
+    plain = {name.replace(".default", "").replace("_vector.weight", "_vector") for name in file}
+    return all(name in arrived and torch.equal(arrived[name], file[name]) for name in names) and trained <= plain
 
 
 def scalings(folder, base):
@@ -166,10 +167,29 @@ def test_what_is_no_lora_gets_a_verdict(kind, llama, tmp_path):
     assert found["gguf"].taken == (kind == "aLoRA")
 
 
+def within(wrapper, tensors):
+    """Tensors called as those of a model inside a wrapper are."""
+    return {name.replace("base_model.model.", f"base_model.model.{wrapper}."): v for name, v in tensors.items()}
+
+
 BROKEN = {
     "no prefix": lambda t: {name.removeprefix("base_model.model."): tensor for name, tensor in t.items()},
     "another prefix": lambda t: {name.replace("base_model.model.", "base_model."): v for name, v in t.items()},
-    "the adapter's name": lambda t: {name.replace("lora_A.", "lora_A.default."): v for name, v in t.items()},
+    "another adapter's name": lambda t: {name.replace("lora_A.", "lora_A.other."): v for name, v in t.items()},
+    "a compiled model": lambda t: within("_orig_mod", t),
+    "data parallelism": lambda t: within("module", t),
+    "a doubled prefix": lambda t: within("base_model.model", t),
+    "a layer more": lambda t: t | {
+        f"base_model.model.model.layers.2.mlp.up_proj.lora_{half}.weight": torch.ones(shape)
+        for half, shape in (("A", (4, 64)), ("B", (128, 4)))
+    },
+    "a stray tensor": lambda t: t | {"base_model.model.foo.weight": torch.ones(3)},
+    "a stray bias": lambda t: t | {f"{UP}.base_layer.bias": torch.ones(128)},
+    "a whole tensor of a module with a LoRA": lambda t: t | {f"{UP}.weight": torch.ones(128, 64)},
+    "the base of a module without a LoRA": lambda t: t | {
+        "base_model.model.model.norm.base_layer.weight": torch.ones(64)
+    },
+    "a whole tensor of another shape": lambda t: t | {"base_model.model.model.norm.weight": torch.ones(7)},
     "one key more": lambda t: t | {f"{UP}.lora_C.weight": torch.ones(3)},
     "one module more": lambda t: t | {
         f"{UP}2.lora_A.weight": torch.ones(4, 64),
@@ -187,6 +207,24 @@ BROKEN = {
 MISCONFIGURED = {
     "another r": {"r": 8},
     "r of zero": {"r": 0},
+    "r that is no whole number": {"r": 4.0},
+    "a pattern with an alpha of words": {"alpha_pattern": {"up_proj": "3"}},
+    "a layer that is left out": {"layers_to_transform": [0]},
+    "one layer by its number": {"layers_to_transform": 1},
+    "layers of another name": {"layers_to_transform": [0, 1], "layers_pattern": "h"},
+    "layers beside a pattern of modules": {"target_modules": ".*_proj", "layers_to_transform": [0, 1]},
+    "a name of layers without numbers": {"layers_pattern": "layers"},
+    "a module within a saved one": {"modules_to_save": ["mlp"]},
+    "a bias of no kind": {"bias": "weird"},
+    "no bias": {"bias": None},
+    "a task of no kind": {"task_type": "NOPE"},
+    "beginnings of no kind": {"init_lora_weights": "nonsense"},
+    "beginnings that need statistics": {"init_lora_weights": "corda"},
+    "beginnings that need a configuration": {"init_lora_weights": "loftq"},
+    "a dropout above one": {"lora_dropout": 2},
+    "a dropout of words": {"lora_dropout": "0.1"},
+    "dora and lora_bias": {"use_dora": True, "lora_bias": True},
+    "one name for a list": {"target_parameters": "up_proj.weight"},
     "alpha of words": {"lora_alpha": "16"},
     "an untargeted module": {"target_modules": ["q_proj"]},
     "an excluded module": {"exclude_modules": ["up_proj"]},
@@ -209,6 +247,169 @@ def test_peft_drops_or_refuses_what_the_verdict_says_it_does(case, make, untied)
         configure(folder, **MISCONFIGURED[case])
     assert not peft_takes(folder, untied)
     assert not verdicts(folder, untied)["peft"].taken
+
+
+LOADED = {
+    "alpha of zero": {"lora_alpha": 0},
+    "alpha below zero": {"alpha_pattern": {"up_proj": -3}},
+    "all layers": {"layers_to_transform": [0, 1]},
+    "no layers": {"layers_to_transform": []},
+    "all layers by their name": {"layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]},
+    "a bias of its own kind": {"bias": "lora_only"},
+    "another task": {"task_type": "SEQ_2_SEQ_LM"},
+    "beginnings in capitals": {"init_lora_weights": "GAUSSIAN"},
+    "no beginnings": {"init_lora_weights": None},
+    "a dropout below zero": {"lora_dropout": -1},
+    "a saved module that no model has": {"modules_to_save": ["score"]},
+}
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_peft_takes_what_looks_strange_as_the_verdict_says(case, make, untied):
+    folder = make()
+    configure(folder, **LOADED[case])
+    assert peft_takes(folder, untied)
+    assert verdicts(folder, untied)["peft"].taken
+
+
+def test_an_alpha_of_zero_is_said_to_change_nothing(make, untied):
+    folder = make()
+    configure(folder, lora_alpha=0)
+    assert {scaling for scaling, _ in scalings(folder, untied).values()} == {0}
+    assert levels(verdicts(folder)["peft"], "changes nothing") == {"warning"}
+    assert "fails" not in words(verdicts(folder)["peft"])
+    configure(folder, lora_alpha=8, alpha_pattern={"up_proj": -2})
+    assert levels(verdicts(folder)["peft"], "subtracts") == {"warning"}
+
+
+NAMED = {
+    "A and B": ({}, {"lora_A.": "lora_A.default.", "lora_B.": "lora_B.default."}),
+    "A alone": ({}, {"lora_A.": "lora_A.default."}),
+    "magnitudes": ({"use_dora": True}, {"magnitude_vector": "magnitude_vector.default.weight"}),
+    "older magnitudes": ({"use_dora": True}, {"magnitude_vector": "magnitude_vector.default"}),
+    "biases": ({"lora_bias": True}, {"lora_B.bias": "lora_B.default.bias"}),
+    "an embedding": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {f"lora_embedding_{half}": f"lora_embedding_{half}.default" for half in "AB"},
+    ),
+    "rows": ({"trainable_token_indices": [1, 5]}, {"tokens_delta": "tokens_delta.default"}),
+    "a head": ({"modules_to_save": ["lm_head"]}, {"lm_head.": "lm_head.modules_to_save.default."}),
+    "a head without the name": ({"modules_to_save": ["lm_head"]}, {"lm_head.": "lm_head.modules_to_save."}),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_names_with_the_adapters_own_in_them_count_where_peft_reads_them(case, make, untied):
+    lora_config, names = NAMED[case]
+    folder = make(**lora_config)
+
+    def renamed(name):
+        for old, new in names.items():
+            name = name.replace(old, new)
+        return name
+
+    rewrite(folder, lambda t: {renamed(name): tensor for name, tensor in t.items()})
+    loads = peft_takes(folder, untied)
+    assert loads == (case in ("A and B", "A alone", "magnitudes", "biases", "an embedding"))
+    for base in (None, untied):
+        assert verdicts(folder, base)["peft"].taken == loads
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.norm", "model.layers.1.input_layernorm"])
+def test_peft_wants_every_module_that_a_name_stands_for(module, make, untied):
+    folder = make(modules_to_save=["lm_head", "norm"])
+    assert verdicts(folder, untied)["peft"].taken
+    rewrite(folder, lambda t: {name: v for name, v in t.items() if name != f"base_model.model.{module}.weight"})
+    assert not peft_takes(folder, untied)
+    assert levels(verdicts(folder, untied)["peft"], f"{module}.weight is not in the file") == {"error"}
+
+
+@pytest.mark.parametrize(("index", "loads"), [(300, True), (-301, True), (301, False), (500, False), (-302, False)])
+def test_trained_rows_are_of_entries_that_there_are(index, loads, make, untied):
+    folder = make(trainable_token_indices=[1, 5])
+    configure(folder, trainable_token_indices=[1, index])
+    assert peft_takes(folder, untied) == loads
+    assert verdicts(folder, untied)["peft"].taken == loads
+
+
+@pytest.mark.parametrize("case", ["a compiled model", "data parallelism", "a doubled prefix"])
+def test_what_wrappers_leave_in_names_is_said_with_or_without_the_base(case, make, untied):
+    folder = make()
+    rewrite(folder, BROKEN[case])
+    for base in (None, untied):
+        assert not {"peft", "vllm"} & taken(folder, base)
+
+
+def test_files_that_lack_the_models_prefix_make_no_names_without_it_right(tmp_path, gpt2):
+    """The Hub's GPT-2 holds ``h.0.…``, which transformers calls ``transformer.h.0.…``."""
+    folder, bare = tiny.write_peft_adapter(tmp_path / "of-gpt2", gpt2), shutil.copytree(gpt2, tmp_path / "bare")
+    tensors = load_file(gpt2 / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, bare / "model.safetensors", metadata={"format": "pt"})
+    assert peft_takes(folder, bare)
+    assert verdicts(folder, bare)["peft"].taken
+    rewrite(folder, lambda t: {name.replace("model.transformer.", "model."): v for name, v in t.items()})
+    assert not peft_takes(folder, bare)
+    assert not verdicts(folder, bare)["peft"].taken
+
+
+def lost_in(model, folder):
+    """The tensors of an adapter that peft does not put into a model; None if it fails."""
+    from peft import PeftModel
+
+    try:
+        arrived = PeftModel.from_pretrained(model, folder).state_dict()
+    except (AttributeError, ValueError, KeyError):
+        return None
+    same = {tensor.shape: [t for t in arrived.values() if t.shape == tensor.shape] for tensor in arrived.values()}
+    file = load_file(folder / PLAIN_NAME)
+    return [
+        name for name, tensor in file.items() if not any(torch.equal(tensor, t) for t in same.get(tensor.shape, []))
+    ]
+
+
+@pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("inner", ["", "model.", "bert."])
+def test_a_base_counts_as_the_class_that_it_was_saved_as(name, task, inner, tmp_path):
+    """An adapter of ``AutoModel`` is one of a classifier too, but for the names."""
+    import transformers
+
+    base = tiny.write_class(tmp_path / "base", name)
+    layer = "layers.0.mlp.up_proj" if name.startswith("Llama") else "encoder.layer.0.intermediate.dense"
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "task_type": task, "r": 2, "lora_alpha": 2, "target_modules": [layer]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    halves = {"A": torch.ones(2, 64), "B": torch.ones(128, 2)}
+    save_file(
+        {f"base_model.model.{inner}{layer}.lora_{half}.weight": tensor for half, tensor in halves.items()},
+        folder / PLAIN_NAME,
+    )
+    loader = transformers.AutoModel if task == "FEATURE_EXTRACTION" else getattr(transformers, name)
+    with peft_adapters.quiet():
+        takes = lost_in(loader.from_pretrained(base), folder) == []
+    assert verdicts(folder, base)["peft"].taken == takes
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_classifier_comes_with_its_head(has_head, tmp_path, untied):
+    """peft adds it to modules_to_save by itself, and a language model as the base has none."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    def model():
+        return transformers.AutoModelForSequenceClassification.from_pretrained(untied, num_labels=2)
+
+    folder = tmp_path / "adapter"
+    with peft_adapters.quiet():
+        get_peft_model(model(), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(folder)
+    if not has_head:
+        rewrite(folder, lambda t: {name: tensor for name, tensor in t.items() if "score" not in name})
+    with peft_adapters.quiet():
+        takes = lost_in(model(), folder) == []
+    assert takes == has_head
+    assert verdicts(folder, untied)["peft"].taken == has_head
 
 
 @pytest.mark.parametrize("rows", [[1, 5, 7], {"embed_tokens": [1]}])
@@ -310,7 +511,7 @@ def test_ranks_that_vllm_takes(rank, flag, make):
         ({"use_dora": True}, {"vllm", "sglang", "gguf", "peft"}),
         ({"modules_to_save": ["lm_head"]}, {"vllm", "gguf", "peft"}),
         ({"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, {"gguf"}),
-        ({"lora_alpha": 0}, {"vllm", "sglang", "gguf", "peft"}),
+        ({"lora_alpha": 0}, {"vllm", "sglang", "gguf"}),
         ({"target_modules": "remove"}, {"vllm", "sglang"}),
         ({"target_modules": "all-linear"}, set()),
         ({"peft_type": "IA3"}, {"vllm", "sglang", "gguf"}),
@@ -354,6 +555,12 @@ def test_stacks_of_experts(made):
     assert {name for name, verdict in found.items() if verdict.taken} == {"peft", "vllm"}
     assert "--enable-mixed-moe-lora-format" in words(found["vllm"])
     assert taken(one.adapter, one.base) == {"peft"}
+
+
+def test_stacks_of_experts_on_a_base_that_has_none(made, untied):
+    both = peft_adapters.make(made, "experts_patterns")
+    assert not peft_takes(both.adapter, untied)
+    assert levels(verdicts(both.adapter, untied)["peft"], "experts and 3 more: no tensor of") == {"error"}
 
 
 def levels(verdict, phrase):

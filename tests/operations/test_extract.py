@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import peft_adapters
 import pytest
 import tiny
 import torch
@@ -24,6 +25,7 @@ from adaptkit.errors import (
     UsageError,
 )
 from adaptkit.operations import _shards
+from adaptkit.operations.check import check
 from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
@@ -289,6 +291,44 @@ def test_files_that_lack_the_models_prefix_make_adapters_that_have_it(tmp_path, 
     ours, theirs = logits(base, tmp_path / "out"), logits(folder)
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
     assert merge(base, [tmp_path / "out"], tmp_path / "merged").base_verified
+
+
+@pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_what_is_no_language_model_gets_an_adapter_for_its_own_class(tmp_path, name):
+    """``AutoModel`` saves no head, and calls the layers otherwise than a language model does."""
+    import transformers
+    from peft import PeftModel
+
+    base = tiny.write_class(tmp_path / "base", name)
+    folder = tuned_from(base, tmp_path / "tuned", noise())
+    extract(folder, base, tmp_path / "out", WHOLE)
+
+    def outputs(source, adapter=None):
+        model = getattr(transformers, name).from_pretrained(source, dtype=torch.float32)
+        model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+        with torch.no_grad():
+            return model.eval()(torch.arange(3, 43).view(2, 20))[0]
+
+    with peft_adapters.quiet():
+        ours, theirs, before = outputs(base, tmp_path / "out"), outputs(folder), outputs(base)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert (before - theirs).abs().max() > 0.05 * theirs.abs().max()
+    assert check(tmp_path / "out", ["peft"], base).verdicts[0].findings == ()
+    merge(base, [tmp_path / "out"], tmp_path / "merged")
+    merged, wanted = tensors_of(tmp_path / "merged"), tensors_of(folder)
+    assert all((merged[key] - wanted[key]).abs().max() <= 1e-6 * wanted[key].abs().max() for key in wanted)
+
+
+def test_a_tied_base_without_a_head_gets_no_head(tmp_path, llama):
+    from transformers import AutoModel
+
+    base = tmp_path / "base"
+    AutoModel.from_pretrained(llama).save_pretrained(base)
+    folder = tuned_from(base, tmp_path / "tuned", noise(only="embed_tokens"))
+    extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
+    assert set(read_adapter(tmp_path / "out").replaced) == {"embed_tokens.weight"}
+    assert check(tmp_path / "out", ["peft"], base).verdicts[0].taken
 
 
 def more_words(tensor, count=5):

@@ -257,6 +257,16 @@ def test_a_base_of_the_same_shape_is_refused_by_tensor(tmp_path, llama, adapter,
     assert require_manifest(tmp_path / "out").operation["options"]["allow_base_mismatch"] is True
 
 
+@pytest.mark.parametrize(("dtype", "hint"), [("float64", "save the base in float32"), ("int32", "made from")])
+def test_a_base_of_another_type_is_refused_with_what_helps(tmp_path, llama, adapter, copy_of, dtype, hint):
+    other = copy_of(llama)
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(other / WEIGHTS).items()}
+    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BaseMismatchError, match=r"whose numbers are [FI]\d\d") as caught:
+        merge(other, [adapter], tmp_path / "out")
+    assert hint in caught.value.hint
+
+
 def test_one_changed_bit_of_the_base_is_noticed(tmp_path, llama, adapter, certified, copy_of):
     known, other = certified(adapter, llama), copy_of(llama)
     tensors = load_file(other / WEIGHTS)

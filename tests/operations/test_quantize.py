@@ -289,6 +289,19 @@ def test_a_checkpoint_without_layers_is_refused(tmp_path):
     assert "nothing to quantize" in refusal(CheckpointError, source, tmp_path / "out").message
 
 
+@pytest.mark.parametrize("dtype", ["float64", "int32"])
+def test_numbers_of_a_type_that_is_not_taken_are_named(llama, copy_of, tmp_path, dtype):
+    source = copy_of(llama)
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}, source / "model.safetensors"
+    )
+    error = refusal(CheckpointError, source, tmp_path / "out")
+    told = {"float64": "F64", "int32": "I32"}[dtype]
+    assert f"model.layers.0.mlp.down_proj.weight is {told}, and taken are F32, F16, BF16" in error.message
+    assert ("torch.bfloat16" in error.hint) == (dtype == "float64")
+
+
 def test_a_checkpoint_without_a_configuration_is_refused(llama, copy_of, tmp_path):
     source = copy_of(llama)
     (source / "config.json").unlink()

@@ -275,9 +275,25 @@ def test_tensors_that_the_architecture_lacks_are_read_by_names_and_counted(famil
 def test_tensors_that_the_files_lack_are_counted(families, copy_of):
     lost = "model.layers.1.mlp.down_proj.weight"
     selection = select(changed(families / "llama", copy_of, lambda tensors: tensors.pop(lost) is None or tensors))
-    assert f"; the files lack 1 of its tensors, {lost} first" in selection.read_from
+    assert f"; the files lack 1 tensors of LlamaForCausalLM, {lost} first" in selection.read_from
     whole = {folder.name: select(Checkpoint(folder)).read_from for folder in families.iterdir()}
     assert not [name for name, read_from in whole.items() if "lack" in read_from]
+
+
+@pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
+def test_what_is_no_language_model_lacks_no_head_of_one(name, tmp_path):
+    base = tiny.write_class(tmp_path / "base", name)
+    assert "lack" not in select(Checkpoint(base)).read_from
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["OfNobody"]}))
+    told = select(Checkpoint(base)).read_from
+    assert "lm_head" not in told
+    assert "cls.predictions.decoder" not in told
+    (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    lost = next(name for name in sorted(tensors) if "layers.1." in name or "layer.1." in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, base / "model.safetensors")
+    assert f"; the files lack 1 tensors of {name}, {lost} first" in select(Checkpoint(base)).read_from
 
 
 def test_a_float_of_another_type_stays_and_says_so(families, copy_of):

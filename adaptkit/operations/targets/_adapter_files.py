@@ -6,7 +6,7 @@ verdict, and a name is what is written in the file.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ _ROLES = (
     (re.compile(r"(.+)\.base_layer\.bias"), "bias"),
     (re.compile(r"(?!.*\.lora_)(.+)\.weight"), "weight"),
     (re.compile(r"(?!.*\.lora_)(.+)\.bias"), "bias"),
+)
+_NAMED = re.compile(
+    r"(\.lora_(?:[AB]|magnitude_vector))\.default(?=\.(?:weight|bias)$)|(\.lora_embedding_[AB])\.default$"
+)
+"""Where the name that peft gives an adapter by itself may be left in."""
+_COPY = re.compile(r"(.+)\.(?:modules_to_save(?:\.default)?|original_module)\.(.+)")
+_WRAPPED = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\.|^module\."
 )
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
 
@@ -62,6 +70,7 @@ class Pair:
         embedding: whether the module is looked up in.
         stacked: whether it is a stack of experts.
         asked: the rank that the configuration gives it, whatever that is.
+        alpha: the same of its alpha; None if the configuration is none to find it by.
         scaling: what B A is multiplied by according to peft's rules; None if the configuration makes no sense.
     """
 
@@ -71,6 +80,7 @@ class Pair:
     embedding: bool
     stacked: bool
     asked: Any
+    alpha: Any
     scaling: float | None
 
     @property
@@ -100,6 +110,21 @@ class AdapterFiles:
     def named(self, *roles: str) -> list[str]:
         """The names of the tensors that have one of these roles."""
         return [key.name for key in self.keys if key.role in roles]
+
+    def as_peft_reads(self) -> "AdapterFiles":
+        """The same for a reader that takes ``lora_A.default.weight``, and knows which copies are of no account.
+
+        Those are of modules that are saved whole: peft puts them where the tensors themselves go, if these are there.
+        """
+        names = {key.name for key in self.keys}
+        copies = {name for name in names if (match := _COPY.fullmatch(name)) and f"{match[1]}.{match[2]}" in names}
+        kept = (key for key in self.keys if key.name not in copies)
+        return replace(self, keys=tuple(_key(key.name, key.shape, _NAMED.sub(r"\1\2", key.name)) for key in kept))
+
+    @property
+    def wrapped(self) -> list[str]:
+        """The names of tensors in which wrappers of modules have left theirs."""
+        return [key.name for key in self.keys if _WRAPPED.search(key.name.removeprefix(PREFIX))]
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
@@ -133,23 +158,23 @@ class AdapterFiles:
         embedding = any(role.startswith("embedding") for role in halves)
         a, b = (halves.get(f"embedding {half}" if embedding else half) for half in "AB")
         stacked = bool(_EXPERTS.search(module)) and not embedding
-        asked, factor = self._numbers(_parameter(module) if stacked else module)
-        return Pair(module, a, b, embedding, stacked, asked, factor)
+        rank, alpha, factor = self._numbers(_parameter(module) if stacked else module)
+        return Pair(module, a, b, embedding, stacked, rank, alpha, factor)
 
-    def _numbers(self, module: str) -> tuple[Any, float | None]:
-        """Rank and scaling by peft's rules: the first pattern that matches the end of the path, else the default."""
+    def _numbers(self, module: str) -> tuple[Any, Any, float | None]:
+        """Rank, alpha and scaling by peft's rules: the first pattern that matches the path's end, else the default."""
         rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
         try:
             rank = by_pattern(self.config.get("rank_pattern") or {}, module, rank)
             alpha = by_pattern(self.config.get("alpha_pattern") or {}, module, alpha)
         except (re.error, TypeError, AttributeError):
-            return rank, None
+            return rank, None, None
         if not _is_number(rank) or not _is_number(alpha):
-            return rank, None
+            return rank, alpha, None
         try:
-            return rank, scaling(float(alpha), rank, bool(self.config.get("use_rslora")))
+            return rank, alpha, scaling(float(alpha), rank, bool(self.config.get("use_rslora")))
         except OverflowError:  # a whole number that no float holds
-            return rank, None
+            return rank, None, None
 
 
 def read_adapter_files(root: Path) -> AdapterFiles:
@@ -162,7 +187,7 @@ def read_adapter_files(root: Path) -> AdapterFiles:
     files = sorted(path.name for path in root.glob("*.safetensors"))
     keys: list[Key] = []
     if ADAPTER_WEIGHTS_NAME in files:
-        keys = [_key(spec.name, spec.shape) for spec, _ in read_header(root / ADAPTER_WEIGHTS_NAME).tensors]
+        keys = [_key(spec.name, spec.shape, spec.name) for spec, _ in read_header(root / ADAPTER_WEIGHTS_NAME).tensors]
     pickles = [] if ADAPTER_WEIGHTS_NAME in files else [name for name in _PICKLES if (root / name).is_file()]
     return AdapterFiles(
         root=root,
@@ -173,8 +198,9 @@ def read_adapter_files(root: Path) -> AdapterFiles:
     )
 
 
-def _key(name: str, shape: tuple[int, ...]) -> Key:
-    inner = name.removeprefix(PREFIX)
+def _key(name: str, shape: tuple[int, ...], meant: str) -> Key:
+    """A tensor called ``name``, which is what one called ``meant`` would be."""
+    inner = meant.removeprefix(PREFIX)
     for pattern, role in _ROLES:
         match = pattern.fullmatch(inner)
         if match:

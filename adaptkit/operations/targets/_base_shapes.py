@@ -1,11 +1,14 @@
 """What the base's headers say: which weights it has and of which shapes, decoded if they are quantized.
 
-Adapters call modules as the running model does. Where the files have other names transformers is asked for the model's.
+Adapters call modules as the running model does, whose names transformers knows. Of an architecture that it does not
+know the files' names count, which may lack what the model puts before all of them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,16 @@ _SUFFIX = ".weight"
 _HEADS = ("lm_head", "embed_out", "model.lm_head", "language_model.lm_head")
 _TRANSPOSED = {"gpt2", "openai-gpt"}
 """Models whose linear layers are Conv1D, which keep (in, out)."""
+_OF_MODELS = {"backbone", "model", "transformer"}
+"""What models put before all names, and files may leave off."""
+_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+_LOADED_BY = {
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+"""The class that loads a base by an adapter's task; of the others the base's own."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,13 @@ class BaseShapes:
         checkpoint: its headers.
         quantization: by which method it is quantized; None if it is not.
         shapes: of weights, by module as the files call it.
+        classes: of models, whose first that transformers has is what the adapter is for; the base's own if none is.
     """
 
     checkpoint: Checkpoint
     quantization: str | None
     shapes: Mapping[str, tuple[int, ...]]
+    classes: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -75,33 +90,67 @@ class BaseShapes:
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else {}
 
-    def shape(self, module: str) -> tuple[int, ...] | None:
-        """The shape of a module's weight; None if nothing is called like it.
+    @cached_property
+    def network(self) -> Any:
+        """The model that the adapter is for, without weights; None if transformers does not know it."""
+        from adaptkit.checkpoint.architecture import (  # here, since they wait for torch
+            empty_network,
+            named_network,
+            why_unknown,
+        )
 
-        Files may leave off what a model puts before all names: ``h.0.…`` of the Hub's GPT-2 is ``transformer.h.0.…``.
-        """
-        parts = module.split(".")
-        ends = (".".join(parts[first:]) for first in range(len(parts)))
-        found = next((self.shapes[end] for end in ends if end in self.shapes), None)
-        return found if found is not None else self._model.get(module)
+        if find_spec("transformers") is None:
+            return None
+        try:
+            named = named_network(self.checkpoint, self.classes)
+            if named is None and not why_unknown(self.checkpoint):
+                named = empty_network(self.checkpoint)
+        except UsageError:
+            return None
+        return named
+
+    @property
+    def title(self) -> str:
+        """What it is called: its folder, and the class of the model if that is known."""
+        return f"{self.root}" if self.network is None else f"{self.root} ({type(self.network).__name__})"
 
     @cached_property
-    def _model(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of weights by the model's names of modules; empty if transformers does not know the model."""
-        from adaptkit.checkpoint.architecture import empty_network, why_unknown  # here, since they wait for torch
-
-        if why_unknown(self.checkpoint):
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all that the model has, by its names; empty if transformers does not know it."""
+        if self.network is None:
             return {}
-        try:
-            network = empty_network(self.checkpoint)
-        except UsageError:
-            return {}
-        named = network.named_parameters(remove_duplicate=False)
-        return {name.removesuffix(_SUFFIX): tuple(p.shape) for name, p in named if name.endswith(_SUFFIX)}
+        return {name: tuple(tensor.shape) for name, tensor in self.network.state_dict().items()}
+
+    def may_have_stack(self, module: str) -> bool:
+        """Whether a stack of experts is there, or nobody knows; ``.base_layer`` in its path is peft's."""
+        path = module.replace(".base_layer", "")
+        return not self.tensors or any(name.startswith(f"{path}.") for name in self.tensors)
+
+    def shape(self, module: str) -> tuple[int, ...] | None:
+        """The shape of a module's weight, in the files if it is there; None if nothing is called like it.
+
+        Files may leave off what a model puts before all names: ``h.0.…`` of the Hub's GPT-2 is ``transformer.h.0.…``.
+        Files' own names count too where the model has one stack of experts and they have many matrices.
+        """
+        known = self.tensors.get(f"{module}{_SUFFIX}")
+        if self.tensors and known is None and not self.is_composed and not _ONE_EXPERT.search(module):
+            return None
+        first, _, rest = module.partition(".")
+        if (
+            module not in self.shapes
+            and first in _OF_MODELS
+            and not any(n.startswith(f"{first}.") for n in self.shapes)
+        ):
+            return self.shapes.get(rest, known)
+        return self.shapes.get(module, known)
 
 
-def read_base_shapes(root: Path) -> BaseShapes:
+def read_base_shapes(root: Path, adapter: Mapping[str, Any]) -> BaseShapes:
     """Read a checkpoint's headers.
+
+    Args:
+        root: the checkpoint's folder.
+        adapter: its configuration, which may say in which class of models the base is loaded.
 
     Raises:
         UsageError, CheckpointError: not a checkpoint, or a broken one.
@@ -113,7 +162,16 @@ def read_base_shapes(root: Path) -> BaseShapes:
         if name.endswith(_SUFFIX)
     }
     quantization = quantization_found(checkpoint)
-    return BaseShapes(checkpoint, quantization, {**shapes, **(_decoded(checkpoint) if quantization else {})})
+    return BaseShapes(
+        checkpoint, quantization, {**shapes, **(_decoded(checkpoint) if quantization else {})}, _classes(adapter)
+    )
+
+
+def _classes(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+    mapping, task = adapter.get("auto_mapping"), adapter.get("task_type")
+    trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    loaded = _LOADED_BY.get(task) if isinstance(task, str) else None
+    return tuple(name for name in (trained, loaded) if isinstance(name, str))
 
 
 def _decoded(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

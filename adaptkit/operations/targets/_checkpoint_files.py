@@ -112,12 +112,16 @@ def _beside_model(
     checkpoint: Checkpoint, packed: Sequence[Packed], quantization: str | None
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """The class of the model that transformers builds for a checkpoint, and where the files differ from it."""
-    from adaptkit.checkpoint.architecture import empty_network, why_unknown  # here, since they wait for torch
+    from adaptkit.checkpoint.architecture import (  # here, since they wait for torch
+        empty_network,
+        named_network,
+        why_unknown,
+    )
 
     if why_unknown(checkpoint) or (quantization and not packed):  # tensors of methods that only others know
         return "", (), ()
     try:
-        network = empty_network(checkpoint)
+        network = named_network(checkpoint) or empty_network(checkpoint)
     except UsageError:  # a configuration that it cannot build: what other programs make of it is not known
         return "", (), ()
     shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}

@@ -97,7 +97,7 @@ def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """Rank and alpha that are no positive numbers, or patterns that are no patterns."""
     wrong = [pair for pair in files.pairs if pair.scaling is None]
     config = files.config
-    plain = _is_rank(config.get("r")) and _is_positive(config.get("lora_alpha"))
+    plain = is_rank(config.get("r")) and _is_positive(config.get("lora_alpha"))
     if wrong or not plain:
         where = f" (for {some([pair.module for pair in wrong])})" if wrong and plain else ""
         yield Finding(
@@ -116,9 +116,20 @@ def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
         yield Finding("error", f"{some(alone)} without the other half of its pair", effect, _ONE_SAVE)
 
 
+def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:
+    """Names as ``torch.compile``, data parallelism, sharding, or a second wrapper of peft leave them."""
+    if files.wrapped:
+        yield Finding(
+            "error",
+            f"{some(files.wrapped)}: a name that a wrapper of the model has left its own in",
+            effect,
+            f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
+        )
+
+
 def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """Tensors that do not have the rank that the configuration says, or are no matrices."""
-    wrong = [pair for pair in files.pairs if pair.scaling is not None and pair.a and pair.b and not _fits(pair)]
+    wrong = [pair for pair in files.pairs if is_rank(pair.asked) and pair.a and pair.b and not _fits(pair)]
     if wrong:
         first = min(wrong, key=lambda pair: pair.module)
         a, b = first.a, first.b
@@ -144,10 +155,11 @@ def on_base(files: AdapterFiles, base: BaseShapes | None, missing: str, other: s
         return
     pairs = [pair for pair in files.pairs if _is_comparable(pair, base)]
     absent = [pair.module for pair in pairs if base.shape(pair.module) is None]
+    absent += [pair.module for pair in files.pairs if pair.stacked and not base.may_have_stack(pair.module)]
     if absent:
         yield Finding(
             "warning" if base.is_composed else "error",
-            f"{some(absent)}: no tensor of {base.root} is called like it",
+            f"{some(absent)}: no tensor of {base.title} is called like it",
             missing,
             f"give the base that it was trained on, or rename the tensors; {_trained_on(files)}",
         )
@@ -199,6 +211,11 @@ def experts(files: AdapterFiles) -> list[str]:
 def single_experts(files: AdapterFiles) -> list[str]:
     """Modules that are one of several experts."""
     return [pair.module for pair in files.pairs if re.search(r"(^|\.)experts\.\d+\.", pair.module)]
+
+
+def is_table(module: str) -> bool:
+    """Whether a module has, by its name, an entry for every word of a vocabulary."""
+    return bool(_TABLE.search(module))
 
 
 def flat_change(files: AdapterFiles) -> str:
@@ -269,7 +286,7 @@ def _tables(files: AdapterFiles, base: BaseShapes) -> list[tuple[str, int]]:
         elif _is_head(pair) and pair.b and len(pair.b.shape) == 2:
             found.append((pair.module, pair.b.shape[0]))
     for key in files.keys:
-        if key.role in ("weight", "wrapped weight") and len(key.shape) == 2 and _TABLE.search(key.module):
+        if key.role in ("weight", "wrapped weight") and len(key.shape) == 2 and is_table(key.module):
             found.append((key.module.removesuffix(".token_adapter"), key.shape[0]))
     return [(module, size) for module, size in found if base.vocabulary and _entries(base, module) != size]
 
@@ -287,7 +304,8 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
+    """Whether it is a whole number above zero."""
     return isinstance(value, int) and _is_positive(value)
 
 

@@ -6,14 +6,11 @@ keeps its initial value, after one warning. A checkpoint is read by transformers
 index names, and nothing beside them.
 """
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
 from adaptkit.checkpoint.architecture import is_read_by_kernels
-from adaptkit.checkpoint.patterns import matches_whole
-from adaptkit.operations.targets import _checkpoint_rules, _rules
-from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles, Key
+from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_tensors, _rules
+from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._target import Finding, Target, some
@@ -27,12 +24,12 @@ _TYPES = {
 }  # fmt: skip
 _MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
 """Variants whose tensors have names of their own."""
-_HEADS = ("score", "classifier")
 _SHORTHAND = "all-linear"
 _DROPS = "peft drops it without a word: what it was meant to change stays as it is"
 
 
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    files = files.as_peft_reads()
     yield from _rules.weights(files, "peft")
     kind = files.config.get("peft_type")
     if not isinstance(kind, str) or kind not in _TYPES:
@@ -44,14 +41,21 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         )
     if kind != "LORA":
         return
-    yield from _rules.numbers(files, "peft fails when it builds the modules")
+    yield from _peft_config.values(files)
+    yield from _peft_config.numbers(files)
     yield from _rules.unknown_keys(files, "peft ignores keys that it does not know, with a warning")
     yield from _names(files)
     yield from _rules.halves(files, "peft keeps the initial value of the other half, which is random or zero")
     yield from _rules.ranks(files, "peft fails: size mismatch")
     yield from _targeted(files)
     yield from _asked(files)
+    yield from _peft_tensors.saved_modules(files, base)
+    yield from _peft_tensors.trained_rows(files, base)
+    yield from _peft_tensors.generates(files, base)
     yield from _rules.on_base(files, base, _DROPS, "peft fails: size mismatch")
+    yield from _peft_tensors.strays(files, base, _DROPS)
+    if base is None:
+        yield from _rules.wrapped(files, f"{_DROPS}, unless the model has that wrapper too")
     yield from _rules.tables(
         files,
         base,
@@ -76,7 +80,8 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
     has_more = any(files.config.get(key) for key in _MORE_TENSORS)
     unread = [key for key in files.keys if key.role == "other" and key.name not in foreign]
     unread = [key for key in unread if not (has_more and ".lora_" in key.name)]
-    other = [key.name for key in unread if not any(_within(name, key.module) for name in files.saved)]
+    other = [key.name for key in unread if not any(_peft_tensors.within(name, key.module) for name in files.saved)]
+    other += [key.name for key in files.keys if key.role in ("weight", "bias") and _peft_tensors.LEFT.search(key.name)]
     if other:
         yield Finding("error", some(other), _DROPS, "remove it, or load it with what wrote it")
     for role, key, what in (
@@ -93,43 +98,19 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
     targets, parameters = config.get("target_modules"), config.get("target_parameters")
     if targets == _SHORTHAND or (targets is None and not parameters) or config.get("ensure_weight_tying"):
         return  # peft then asks the architecture, or adds what is tied
-    unmatched = [pair.module for pair in files.pairs if not pair.stacked and not _is_target(config, pair.module)]
-    if unmatched and not config.get("layers_to_transform"):
+    unmatched = [p.module for p in files.pairs if not p.stacked and not _peft_config.is_target(config, p.module)]
+    if unmatched:
         yield Finding(
             "error",
-            f"target_modules in adapter_config.json does not name {some(unmatched)}, or exclude_modules does",
+            f"target_modules in adapter_config.json does not name {some(unmatched)}, or exclude_modules, "
+            "modules_to_save or layers_to_transform leaves it out",
             f"peft makes no LoRA of it; {_DROPS}",
-            "add it to target_modules",
+            "add it to target_modules, and its layer to layers_to_transform if that is set",
         )
-
-
-def _is_target(config: Any, module: str) -> bool:
-    excluded = _matches(config.get("exclude_modules"), module)
-    by_weight = _matches(config.get("target_parameters"), f"{module}.weight")
-    return by_weight or (_matches(config.get("target_modules"), module) and not excluded)
-
-
-def _matches(names: Any, module: str) -> bool:
-    """The rule of peft: a string is a pattern for the whole path, a list has ends of paths."""
-    if isinstance(names, str):
-        try:
-            return matches_whole(names, module)
-        except re.error:
-            return False
-    return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def _asked(files: AdapterFiles) -> Iterator[Finding]:
     """What the configuration asks for and the file does not have."""
-    saved = [key.module for key in files.keys if key.role in ("weight", "bias", "other")]
-    absent = [name for name in files.saved if name not in _HEADS and not any(_within(name, path) for path in saved)]
-    if absent and files.keys:
-        yield Finding(
-            "error",
-            f"modules_to_save has {absent}, of which there is no tensor",
-            "peft fails with a KeyError, if the model has such a module",
-            "take it out of modules_to_save, or save the adapter again",
-        )
     plain = [pair.module for pair in files.pairs if not pair.embedding and not pair.stacked]
     for key, role, initial in (
         ("use_dora", "magnitude", "the norms of the base's rows"),
@@ -144,35 +125,6 @@ def _asked(files: AdapterFiles) -> Iterator[Finding]:
                 f"peft keeps the initial value, {initial}, after one warning",
                 "save the adapter again with peft",
             )
-    rows = [key for key in files.keys if key.role == "token rows"]
-    if files.config.get("trainable_token_indices") and files.keys and not rows:
-        yield Finding(
-            "error",
-            "trainable_token_indices is set in adapter_config.json, but there are no trained rows",
-            "peft fails with a KeyError",
-            "take it out, or save the adapter again",
-        )
-    wrong = [key.name for key in rows if (count := _count(files, key)) is not None and count != key.shape[0]]
-    if wrong:
-        yield Finding(
-            "error",
-            f"{some(wrong)}: another number of rows than trainable_token_indices in adapter_config.json has",
-            "peft fails: size mismatch",
-            "save the adapter again with peft",
-        )
-
-
-def _within(name: str, path: str) -> bool:
-    """Whether ``name`` is the end of a path, or of one around it."""
-    return f".{path}.".find(f".{name}.") >= 0
-
-
-def _count(files: AdapterFiles, key: Key) -> int | None:
-    given = files.config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        names = [name for name in given if f".{key.module}".endswith(f".{name}")]
-        given = given[max(names, key=len)] if names else None
-    return len(given) if isinstance(given, list) else None
 
 
 def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:

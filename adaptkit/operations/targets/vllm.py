@@ -35,12 +35,12 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _largest_rank(files)
     yield from _tables(files, base)
     yield from _experts(files)
-    yield from _rules.on_base(
-        files,
-        base,
-        "vLLM refuses the adapter, or, where another module ends in the same name, drops the tensors without a word",
-        "vLLM fails when it copies the tensors into its buffers",
+    missing = (
+        "vLLM refuses the adapter, or, where another module ends in the same name, drops the tensors without a word"
     )
+    yield from _rules.on_base(files, base, missing, "vLLM fails when it copies the tensors into its buffers")
+    if base is None:
+        yield from _rules.wrapped(files, missing)
     yield from _rules.tables(
         files, base, "error", "vLLM refuses an embedding of another size than the base's", files.merge()
     )

@@ -1,0 +1,176 @@
+"""What peft 0.21.2 reads in ``adapter_config.json``: values that it fails on, and which modules get a LoRA.
+
+Checked are ``LoraConfig.__post_init__``, ``LoraLayer.update_layer`` and ``check_target_module_exists``.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from adaptkit.checkpoint.patterns import matches_whole
+from adaptkit.operations.targets import _rules
+from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
+from adaptkit.operations.targets._target import Finding, some
+
+_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+_INITIAL = re.compile(r"eva|orthogonal|lora_ga|loftq|pissa|pissa_niter_\d+|(?i:gaussian|olora|mica)")
+_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
+_BY_LIST = "name the modules in a list, or leave it out"
+
+
+def values(files: AdapterFiles) -> Iterator[Finding]:
+    """Values that peft refuses, whatever the tensors are."""
+    config = files.config
+    task, bias, dropout = config.get("task_type"), config.get("bias", "none"), config.get("lora_dropout", 0.0)
+    initial, pattern = config.get("init_lora_weights", True), config.get("target_modules")
+    is_pattern, has_layers = isinstance(pattern, str), config.get("layers_to_transform") is not None
+    plain = initial is True or initial is False
+    refused = (
+        (task is not None and task not in _TASKS, "task_type", "ValueError", f"one of {', '.join(_TASKS)}"),
+        (not _is_bias(bias), "bias", "NotImplementedError", "none, all or lora_only"),
+        (not _is_initial(initial), "init_lora_weights", "ValueError", "true, which loading overwrites"),
+        (
+            initial == "loftq" and not config.get("loftq_config"),
+            "init_lora_weights",
+            "ValueError without loftq_config",
+            "true, which loading overwrites",
+        ),
+        (not _is_share(dropout), "lora_dropout", "ValueError or TypeError", "a number from 0 to 1"),
+        (is_pattern and has_layers, "layers_to_transform", "ValueError beside a pattern of modules", _BY_LIST),
+        (
+            is_pattern and config.get("layers_pattern") is not None,
+            "layers_pattern",
+            "ValueError beside a pattern of modules",
+            _BY_LIST,
+        ),
+        (
+            bool(config.get("layers_pattern")) and not has_layers,
+            "layers_pattern",
+            "ValueError without layers_to_transform",
+            "leave it out",
+        ),
+        (isinstance(config.get("layers_to_transform"), str), "layers_to_transform", "TypeError", "a list of numbers"),
+        (isinstance(config.get("target_parameters"), str), "target_parameters", "TypeError", "a list of names"),
+        (isinstance(config.get("modules_to_save"), str), "modules_to_save", "TypeError", "a list of names"),
+        (
+            bool(config.get("lora_bias")) and bool(config.get("use_dora")),
+            "lora_bias",
+            "ValueError beside use_dora",
+            "leave one of them out",
+        ),
+        (
+            bool(config.get("lora_bias")) and not plain and _is_initial(initial),
+            "init_lora_weights",
+            "ValueError beside lora_bias",
+            "true, which loading overwrites",
+        ),
+    )
+    for applies, key, failure, change in refused:
+        if applies:
+            found = f"{key} is {config.get(key)!r} in adapter_config.json"
+            yield Finding("error", found, f"peft fails with a {failure}", f"what it takes: {change}")
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, str) and (value in ("none", "all") or value.endswith("_only"))
+
+
+def _is_initial(value: Any) -> bool:
+    """CorDA's is none, which asks for statistics that are not saved."""
+    return value is True or not value or (isinstance(value, str) and _INITIAL.fullmatch(value) is not None)
+
+
+def _is_share(value: Any) -> bool:
+    """What is not above zero is no dropout, and taken."""
+    return isinstance(value, int | float) and not value > 1
+
+
+def numbers(files: AdapterFiles) -> Iterator[Finding]:
+    """Ranks that no matrix can have, and alphas that nothing can be multiplied by, or that change nothing."""
+    rank, alpha = files.config.get("r"), files.config.get("lora_alpha")
+    wrong = [pair.module for pair in files.pairs if not (_rules.is_rank(pair.asked) and _is_number(pair.alpha))]
+    plain = _rules.is_rank(rank) and _is_number(alpha)
+    if wrong or not plain:
+        where = f" (for {some(wrong)})" if wrong and plain else ""
+        yield Finding(
+            "error",
+            "rank or alpha by r, lora_alpha, rank_pattern and alpha_pattern in adapter_config.json is no number that "
+            f"peft can take{where}: r is {rank!r}, lora_alpha {alpha!r}",
+            "peft fails when it builds the modules",
+            _ONE_SAVE,
+        )
+    taken = [pair for pair in files.pairs if _is_number(pair.alpha) and not pair.alpha > 0]
+    yield from _small([pair for pair in taken if pair.alpha == 0], "0", "peft loads it, and it changes nothing there")
+    below = [pair for pair in taken if pair.alpha < 0]
+    yield from _small(below, "below zero", "peft loads it, and subtracts what was learned there")
+    endless = [pair.module for pair in files.pairs if _is_number(pair.alpha) and not math.isfinite(pair.alpha)]
+    if endless:
+        yield Finding("error", f"alpha of {some(endless)} is not finite", "peft computes NaN with it", _ONE_SAVE)
+
+
+def _small(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:
+    if pairs:
+        yield Finding(
+            "warning",
+            f"alpha of {some([pair.module for pair in pairs])} is {what}",
+            effect,
+            "set lora_alpha or alpha_pattern to what it was trained with, if this is not meant",
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether peft can divide it by a rank: a whole number must not be too large for that."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e300)
+
+
+def is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether peft makes a LoRA of a module that the model has."""
+    saved = config.get("modules_to_save")
+    around = saved if isinstance(saved, list) else []
+    if any(_is_whole(rf"(.*\.)?{name}(\..*)?", module) for name in around):
+        return False
+    if _matches(config.get("target_parameters"), f"{module}.weight"):
+        return True
+    targets: Any = config.get("target_modules")
+    if _matches(config.get("exclude_modules"), module) or not _matches(targets, module):
+        return False
+    return isinstance(targets, str) or module in targets or _is_in_layers(config, module)
+
+
+def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is in one of the layers to transform; a whole path in target_modules is past this."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    number = _layer(config.get("layers_pattern"), module.split("."))
+    return number is not None and number in (layers if isinstance(layers, list) else [layers])
+
+
+def _layer(patterns: Any, segments: list[str]) -> int | None:
+    """The number of the layer that a path leads into: the first behind one of the names that a list of layers has.
+
+    Without such names any will do, but not at the beginning of the path.
+    """
+    places = [place for place, segment in enumerate(segments[:-1]) if segment.isdecimal()]
+    if not patterns:
+        return next((int(segments[place]) for place in places if place >= 2), None)
+    for pattern in patterns if isinstance(patterns, list) else [patterns]:
+        for place in places:
+            if _is_whole(rf"(.*\.)?{pattern}", ".".join(segments[:place])):
+                return int(segments[place])
+    return None
+
+
+def _matches(names: Any, module: str) -> bool:
+    """The rule of peft: a string is a pattern for the whole path, a list has ends of paths."""
+    if isinstance(names, str):
+        return _is_whole(names, module)
+    return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _is_whole(pattern: str, path: str) -> bool:
+    try:
+        return matches_whole(pattern, path)
+    except re.error:
+        return False

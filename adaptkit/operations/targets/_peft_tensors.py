@@ -1,0 +1,201 @@
+"""Whole tensors in an adapter and trained rows, beside the tensors that the model has with peft 0.21.2.
+
+A module with a LoRA keeps what it had as ``base_layer``; one of ``modules_to_save`` is replaced with all that it has,
+and peft asks for every tensor of it. Anything else goes where its name leads, if that is anywhere.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from adaptkit.operations.targets import _rules
+from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles, Key
+from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._target import Finding, some
+
+_HEADS = ("score", "classifier")
+_BY_TASK = {"SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": ("qa_outputs",)}
+"""What peft adds to ``modules_to_save``."""
+LEFT = re.compile(r"\.(modules_to_save|original_module)\.")
+"""What peft has around modules that are saved whole, in names of which it reads none."""
+_GENERATE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_WHOLE = ("weight", "bias", "wrapped weight", "token rows", "other")
+
+
+def within(name: str, path: str) -> bool:
+    """Whether ``name`` is the end of a path, or of one around it."""
+    return f".{path}.".find(f".{name}.") >= 0
+
+
+def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
+    """Whole tensors for which the model has no place, or another shape.
+
+    Args:
+        files: of the adapter.
+        base: without it only what the file itself tells is found.
+        drops: what peft does with them.
+    """
+    whole = [key for key in files.keys if key.role in _WHOLE and key.name.startswith(PREFIX)]
+    whole = [key for key in whole if not LEFT.search(key.name)]
+    lora = {pair.module: pair.embedding for pair in files.pairs}
+    rows = {f"{key.module}.token_adapter" for key in files.keys if key.role == "token rows"}
+    beside = [key for key in whole if ".base_layer." in key.name and key.module not in {*lora, *rows}]
+    if beside:
+        yield Finding(
+            "error",
+            f"{some([key.name for key in beside])}: what a LoRA is added to, and there is no LoRA of it",
+            drops,
+            "remove it, or take .base_layer out of its name",
+        )
+    under = [key for key in whole if key.role in ("weight", "bias") and _is_under(files, key) and key.module in lora]
+    for is_table in (False, True):  # of an embedding it may be a copy of the base's, which older versions wrote
+        names = [key.name for key in under if lora[key.module] is is_table]
+        if names:
+            yield Finding(
+                "warning" if is_table else "error",
+                f"{some(names)}: a whole tensor of a module that has a LoRA",
+                drops,
+                "call it .base_layer.weight or .base_layer.bias, if it is not the base's",
+            )
+    if base is None:
+        return
+    nowhere = [key.name for key in whole if key.role != "other" and not _has(base, _in_base(key))]
+    if nowhere:
+        yield Finding(
+            "warning" if base.is_composed else "error",
+            f"{some(nowhere)}: no tensor of {base.title} is called like it",
+            drops,
+            "remove it, or give the base that it was trained on",
+        )
+    unlike = [key for key in whole if key.role in ("weight", "bias", "wrapped weight") and _is_unlike(base, key)]
+    if unlike:
+        first = min(unlike, key=lambda key: key.name)
+        yield Finding(
+            "error",
+            f"{some([key.name for key in unlike])} is {list(first.shape)}, and {list(base.tensors[_in_base(first)])} "
+            f"in {base.title}",
+            "peft fails: size mismatch",
+            "give the base that it was trained on",
+        )
+
+
+def _is_under(files: AdapterFiles, key: Key) -> bool:
+    return ".base_layer." not in key.name and not any(within(name, key.module) for name in files.saved)
+
+
+def _in_base(key: Key) -> str:
+    """What a tensor is called in the model without peft; for trained rows, what these are rows of."""
+    if key.role == "token rows":
+        return f"{key.module}.weight"
+    return key.name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".token_adapter.", ".")
+
+
+def _has(base: BaseShapes, name: str) -> bool:
+    """Whether the model has a tensor; of biases nothing is known where transformers does not know the model."""
+    if name in base.tensors or (not base.tensors and not name.endswith(".weight")):
+        return True
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and base.shape(module) is not None
+
+
+def _is_unlike(base: BaseShapes, key: Key) -> bool:
+    """Whether the model has another shape there; of a vocabulary with another number of entries ``tables`` speaks."""
+    shape = base.tensors.get(_in_base(key))
+    if shape is None or shape == key.shape:
+        return False
+    return not _rules.is_table(key.module) or (len(shape), shape[1:]) != (len(key.shape), key.shape[1:])
+
+
+def saved_modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    """Tensors of ``modules_to_save`` that the file does not have."""
+    if base is not None and base.network is not None:
+        yield from _lacking(files, base)
+        return
+    paths = [key.module for key in files.keys if key.role in ("weight", "bias", "other")]
+    paths = [path for path in paths if not LEFT.search(f"{path}.")]
+    absent = [name for name in files.saved if name not in _HEADS and not any(within(name, path) for path in paths)]
+    if absent and files.keys:
+        yield Finding(
+            "error",
+            f"modules_to_save has {absent}, of which there is no tensor",
+            "peft fails with a KeyError, if the model has such a module",
+            "take it out of modules_to_save, or save the adapter again",
+        )
+
+
+def _lacking(files: AdapterFiles, base: BaseShapes) -> Iterator[Finding]:
+    task = files.config.get("task_type")
+    ends = (*files.saved, *_BY_TASK.get(task if isinstance(task, str) else "", ()))
+    if not ends or not files.keys:
+        return
+    modules = [f"{name}." for name, _ in base.network.named_modules(remove_duplicate=False) if name.endswith(ends)]
+    names = {key.name for key in files.keys}
+    wanted = [f"{PREFIX}{name}" for name in base.tensors if name.startswith(tuple(modules))]
+    lacking = [name for name in wanted if name not in names] if modules else []
+    if lacking:
+        yield Finding(
+            "error",
+            f"{some(lacking)} is not in the file, and is of a module that modules_to_save or the task names",
+            "peft fails with a KeyError",
+            "take the module out of modules_to_save, or save the adapter again",
+        )
+
+
+def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    """Rows of a vocabulary: as many as the configuration names, and of entries that there are."""
+    rows = [key for key in files.keys if key.role == "token rows"]
+    if files.config.get("trainable_token_indices") and files.keys and not rows:
+        yield Finding(
+            "error",
+            "trainable_token_indices is set in adapter_config.json, but there are no trained rows",
+            "peft fails with a KeyError",
+            "take it out, or save the adapter again",
+        )
+    indices = {key: found for key in rows if (found := _indices(files, key)) is not None}
+    wrong = [key.name for key, found in indices.items() if key.shape[:1] != (len(found),)]
+    if wrong:
+        yield Finding(
+            "error",
+            f"{some(wrong)}: another number of rows than trainable_token_indices in adapter_config.json has",
+            "peft fails: size mismatch",
+            "save the adapter again with peft",
+        )
+    for key, found in indices.items():
+        entries = _entries(files, base, key)
+        beyond = [index for index in found if isinstance(index, int) and entries and not -entries <= index < entries]
+        if beyond and base is not None:
+            yield Finding(
+                "error",
+                f"trainable_token_indices has {max(beyond, key=abs)}, and {key.module} has {entries} entries in "
+                f"{base.root}",
+                "peft fails with an IndexError",
+                "call model.resize_token_embeddings before the adapter is loaded, or give the base that it was "
+                "trained on",
+            )
+
+
+def _entries(files: AdapterFiles, base: BaseShapes | None, key: Key) -> int | None:
+    """Of the table that rows are of: as the file has it, if it does, since the model must then be resized to that."""
+    own = [k.shape[0] for k in files.keys if k.role == "wrapped weight" and k.module.startswith(key.module) and k.shape]
+    shape = base.shape(key.module) if base else None
+    return own[0] if own else shape[0] if shape else base.vocabulary if base else None
+
+
+def _indices(files: AdapterFiles, key: Key) -> list[Any] | None:
+    given = files.config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        names = [name for name in given if f".{key.module}".endswith(f".{name}")]
+        given = given[max(names, key=len)] if names else None
+    return given if isinstance(given, list) else None
+
+
+def generates(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    """An adapter for a model that writes text, on a base that is none."""
+    task, network = files.config.get("task_type"), base.network if base else None
+    if task in _GENERATE and network is not None and not hasattr(network, "prepare_inputs_for_generation"):
+        yield Finding(
+            "error",
+            f"task_type is {task!r} in adapter_config.json, and {base.title if base else ''} does not generate",
+            "peft fails with an AttributeError",
+            "set task_type to FEATURE_EXTRACTION, or to what the base is for",
+        )
