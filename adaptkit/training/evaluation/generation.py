@@ -106,9 +106,9 @@ def _decode(
 
 
 def _turn_end(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right after an answer, if it puts one there."""
+    """The first special token that the chat template puts after an answer, if it puts one there: training ends there."""
     if tokenizer.chat_template is None:
         return None
     after = tokenizer(after_answer(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-    first = int(after[0]) if after else None
-    return first if first in tokenizer.all_special_ids or first in tokenizer.added_tokens_decoder else None
+    ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((int(token) for token in after if token in ends), None)

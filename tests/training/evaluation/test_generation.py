@@ -84,3 +84,5 @@ def test_the_token_that_the_template_ends_a_turn_with_stops_though_it_is_not_the
     assert stop_tokens(model, changed) == sorted({changed.eos_token_id, turn_end})
     changed.chat_template = tiny.CHAT_TEMPLATE.replace("+ '<|im_end|>' +", "+ ' over' +")  # ordinary words end a turn
     assert stop_tokens(model, changed) == [changed.eos_token_id]
+    changed.chat_template = tiny.CHAT_TEMPLATE.replace("+ '<|im_end|>' +", "+ ' over<|im_end|>' +")
+    assert stop_tokens(model, changed) == sorted({changed.eos_token_id, turn_end})
