@@ -194,7 +194,7 @@ class _Run:
             for name, note in notes.items():
                 if note.get("fingerprint") != fingerprint_in_pieces(self.checkpoint, name):
                     raise BaseMismatchError(
-                        f"{out.folder / file}: was made of another {name} than {self.checkpoint.root} has",
+                        f"{out.folder}: {file} was made of another {name} than {self.checkpoint.root} has",
                         hint="delete that folder, and make every share from copies of one checkpoint",
                     )
 
