@@ -106,7 +106,7 @@ def _decode(
 
 
 def _turn_end(tokenizer: Any) -> int | None:
-    """The first special token that the chat template puts after an answer, where training ends, too; None without one."""
+    """The first special token that the chat template puts after an answer, where training ends, too; or None."""
     if tokenizer.chat_template is None:
         return None
     after = tokenizer(after_answer(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
