@@ -153,11 +153,16 @@ def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = (
         The model; None if no name is that of such a class, or transformers cannot build it.
     """
     given = checkpoint.config.get("architectures")
-    names = [*first, *(given if isinstance(given, list) else [])]
+    own = given if isinstance(given, list) else []
+    names = [*first, *own]
 
     def named_model(config: Any) -> Any:
-        found = next((found for name in names if (found := _class_named(name, config)) is not None), None)
-        return None if found is None else found._from_config(config, dtype=torch.bfloat16)
+        for position, name in enumerate(names):
+            found = _class_named(name, config)
+            network = None if found is None else found._from_config(config, dtype=torch.bfloat16)
+            if network is not None and (position < len(names) - len(own) or _is_of(network, checkpoint)):
+                return network
+        return None
 
     try:
         return _build(checkpoint, named_model)
@@ -168,6 +173,12 @@ def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = (
 def has_no_head(network: Any) -> bool:
     """Whether a model gives hidden states alone, as those of ``AutoModel`` do."""
     return network.base_model is network
+
+
+def _is_of(network: Any, checkpoint: Checkpoint | Description) -> bool:
+    """Whether files are of a class that has no head: not if their names are those of the model around it."""
+    names = checkpoint.tensors
+    return not has_no_head(network) or not names or any(name in network.state_dict() for name in names)
 
 
 def _class_named(name: Any, config: Any) -> Any:

@@ -20,7 +20,7 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _SHARED = re.compile(r"(^|\.)shared\.weight$")
 _USES = re.compile(r"(^|\.)(shared|embed_tokens|lm_head)\.weight$")
 _TELLS_NO_WORDS = re.compile(
-    r"(?<!LMHead)(?<!EncoderDecoder)(?<!MarianMT)Model$|For(Sequence|Token)Classification$|ForQuestionAnswering$"
+    r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For(Sequence|Token)Classification$|ForQuestionAnswering$"
 )
 """Names of transformers' classes that have no output layer for the vocabulary."""
 
@@ -94,7 +94,7 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     tables = [name for name in shortest_first if _EMBEDDING.search(name)]
     heads = [name for name in shortest_first if _HEAD.search(name)]
     says = _says_tied(checkpoint.config)
-    tied = bool(tables) and (says is True if heads else not _tells_no_words(checkpoint.config))
+    tied = bool(tables) and (says is True if heads else not _tells_no_words(checkpoint))
     return Vocabulary(tables[0] if tables else "", heads[0] if heads else "lm_head.weight", tied, checkpoint.tensors)
 
 
@@ -199,9 +199,15 @@ def _kinds(adapter: Adapter, name: str) -> set[str]:
     return {kind for kind, there in (found | {"replaced": name in adapter.replaced}).items() if there}
 
 
-def _tells_no_words(config: Mapping[str, Any]) -> bool:
-    named = config.get("architectures")
-    return isinstance(named, list) and bool(named) and _TELLS_NO_WORDS.search(str(named[0])) is not None
+def _tells_no_words(checkpoint: Checkpoint) -> bool:
+    """Whether files are of a class without an output layer, which some say they are whose names are a language model's.
+
+    Those have one word before all names (``transformer.h.0.…``), which ``GPT2Model`` by itself does not have.
+    """
+    named = checkpoint.config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    outer = {tensor.partition(".")[0] for tensor in checkpoint.tensors}
+    return _TELLS_NO_WORDS.search(name) is not None and not (name.endswith("Model") and len(outer) == 1)
 
 
 def _says_tied(config: Mapping[str, Any]) -> Any:

@@ -70,7 +70,7 @@ def check(path: Path, targets: Sequence[str] = (), base: Path | None = None) -> 
     loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)
-        shapes = read_base_shapes(base, files.config) if base else None
+        shapes = read_base_shapes(base, files.config, tuple(pair.module for pair in files.pairs)) if base else None
         verdicts = [_verdict(name, target, target.adapter(files, shapes)) for name, target in loaded]
         return _report(path, "adapter", verdicts, _examined(files, shapes), _unknown(files, shapes))
     if base is not None:

@@ -71,6 +71,8 @@ def test_json_may_hold_its_rows_under_data_or_on_lines(tmp_path):
     assert [where for where, _ in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
     path.write_text(json.dumps(ROWS[0]) + "\n")
     assert list(read_rows(path)) == [(f"{path}, line 1", ROWS[0])]
+    path.write_text(json.dumps({"data": "x", "output": "y"}))
+    assert [row for _, row in read_rows(path)] == [{"data": "x", "output": "y"}]
     path.write_text(json.dumps({"rows": ROWS}, indent=1))
     with pytest.raises(DataError, match="expected a list of rows, found the keys rows"):
         list(read_rows(path))

@@ -721,3 +721,14 @@ def test_bad_requests(tmp_path, llama, make):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         check(folder)
+
+
+def test_an_adapter_that_names_another_task_is_judged_by_the_model_whose_modules_it_has(llama, adapter, copy_of):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = copy_of(adapter)
+    peft_adapters.change_config(folder, task_type="FEATURE_EXTRACTION")
+    assert check(folder, ["peft"], base=llama).taken
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), folder)
+    assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)

@@ -635,3 +635,27 @@ def test_memory_grows_with_the_sketch_and_not_with_the_matrix(tmp_path):
         peaks.append(int(done.stdout) * 1024)
     added = 6144 * columns * 2  # of one bfloat16 matrix; in float64 it would be four times this
     assert peaks[1] - peaks[0] < added
+
+
+@pytest.mark.parametrize("named", ["GPT2Model", "GPT2DoubleHeadsModel"])
+def test_files_of_a_language_model_that_call_themselves_a_part_of_it(named, gpt2, copy_of, tmp_path):
+    """Their names count: peft runs the language model on them, evaluate does, and a tied head is one."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = copy_of(gpt2, "base")
+    config = json.loads((base / "config.json").read_text()) | {"architectures": [named]}
+    (base / "config.json").write_text(json.dumps(config))
+    lora = tiny.write_peft_adapter(tmp_path / "lora", gpt2, target_modules=["c_attn"], fan_in_fan_out=True)
+    merge(base, [lora], tmp_path / "tuned")
+    extract(tmp_path / "tuned", base, tmp_path / "out", ExtractOptions(rank=4))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")(ids).logits
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+        found, plain = model(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    assert (found - tuned).abs().max() < 1e-3 * (plain - tuned).abs().max()
+    assert check(tmp_path / "out", ["peft"], base=base).taken
+    both = tiny.write_peft_adapter(tmp_path / "both", gpt2, target_modules=["wte", "c_attn"], fan_in_fan_out=True)
+    with pytest.raises(BaseMismatchError, match="ties its head to its embedding"):
+        merge(base, [both], tmp_path / "merged")

@@ -41,12 +41,14 @@ class BaseShapes:
         quantization: by which method it is quantized; None if it is not.
         shapes: of weights, by module as the files call it.
         classes: of models, whose first that transformers has is what the adapter is for; the base's own if none is.
+        modules: that the adapter adapts; if a base that is a language model has them by itself alone, it is for that.
     """
 
     checkpoint: Checkpoint
     quantization: str | None
     shapes: Mapping[str, tuple[int, ...]]
     classes: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -101,13 +103,19 @@ class BaseShapes:
 
         if find_spec("transformers") is None:
             return None
+        named = named_network(self.checkpoint, self.classes)
+        if (named is not None and self._has_modules(named)) or why_unknown(self.checkpoint):
+            return named
         try:
-            named = named_network(self.checkpoint, self.classes)
-            if named is None and not why_unknown(self.checkpoint):
-                named = empty_network(self.checkpoint)
+            model = empty_network(self.checkpoint)
         except UsageError:
-            return None
-        return named
+            return named
+        is_its_own = type(model).__name__ in (self.config.get("architectures") or ())
+        return model if named is None or (is_its_own and self._has_modules(model)) else named
+
+    def _has_modules(self, network: Any) -> bool:
+        names = network.state_dict()
+        return all(f"{module}{_SUFFIX}" in names for module in self.modules)
 
     @property
     def title(self) -> str:
@@ -145,12 +153,13 @@ class BaseShapes:
         return self.shapes.get(module, known)
 
 
-def read_base_shapes(root: Path, adapter: Mapping[str, Any]) -> BaseShapes:
+def read_base_shapes(root: Path, adapter: Mapping[str, Any], modules: tuple[str, ...]) -> BaseShapes:
     """Read a checkpoint's headers.
 
     Args:
         root: the checkpoint's folder.
         adapter: its configuration, which may say in which class of models the base is loaded.
+        modules: that it adapts.
 
     Raises:
         UsageError, CheckpointError: not a checkpoint, or a broken one.
@@ -163,7 +172,11 @@ def read_base_shapes(root: Path, adapter: Mapping[str, Any]) -> BaseShapes:
     }
     quantization = quantization_found(checkpoint)
     return BaseShapes(
-        checkpoint, quantization, {**shapes, **(_decoded(checkpoint) if quantization else {})}, _classes(adapter)
+        checkpoint,
+        quantization,
+        {**shapes, **(_decoded(checkpoint) if quantization else {})},
+        _classes(adapter),
+        modules,
     )
 
 

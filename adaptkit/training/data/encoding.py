@@ -152,14 +152,15 @@ class Encoder:
 
     @cached_property
     def _closing(self) -> tuple[str, int]:
-        """What the template puts after an answer, and its characters after the first token that ends the turn."""
+        """What the template puts after the last answer, and its characters after the last token that ends any turn."""
         try:
-            text = after_answer(self._tokenizer)
+            text, always = after_answer(self._tokenizer)
         except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
             return "", 0
         ((tokens, places),) = self._tokenize([text])
-        ends = (end for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends)
-        return text, len(text) - next(ends, len(text))
+        ends = [end for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends]
+        of_turns = [end for end in ends if end <= len(always)]
+        return text, len(text) - (of_turns[-1] if of_turns else ends[0] if ends else len(text))
 
     def _turn_end(self, through: str) -> int:
         """Where the turn ends that is the last of a text: some templates end the text too, with another token."""
@@ -240,8 +241,8 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
 
 
-def after_answer(tokenizer: Any) -> str:
-    """What the chat template puts after a conversation's last answer.
+def after_answer(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts after a conversation's last answer, and how much of it after every answer.
 
     Raises:
         DataError: it refuses a question and its answer.
@@ -249,8 +250,15 @@ def after_answer(tokenizer: Any) -> str:
     word = "answer"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
     (text,) = render([(messages, False)], tokenizer)
-    _, found, after = text.rpartition(word)
-    return after if found else ""
+    (longer,) = render([([*messages, {"role": "user", "content": "question"}], False)], tokenizer)
+    before, found, after = text.rpartition(word)
+    if not found:
+        return "", ""
+    begun = len(before) + len(word)
+    if not longer.startswith(text[:begun]):
+        return after, after
+    same = (place for place, (one, other) in enumerate(zip(after, longer[begun:], strict=False)) if one != other)
+    return after, after[: next(same, len(longer) - begun)]
 
 
 def _find(messages: Sequence[Message], turn: int, before: str, through: str, end: int) -> _Answer | None:

@@ -109,6 +109,6 @@ def _turn_end(tokenizer: Any) -> int | None:
     """The first special token that the chat template puts after an answer, where training ends, too; or None."""
     if tokenizer.chat_template is None:
         return None
-    after = tokenizer(after_answer(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+    after = tokenizer(after_answer(tokenizer)[0], add_special_tokens=False, verbose=False)["input_ids"]
     ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return next((int(token) for token in after if token in ends), None)

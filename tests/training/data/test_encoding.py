@@ -362,3 +362,17 @@ def test_without_any_end_token_nothing_can_be_learned_to_end(llama):
 def test_a_prompt_that_is_not_utf8_is_refused(tokenizer):
     with pytest.raises(UsageError, match="not UTF-8"):
         prompt_ids("\udcff", tokenizer)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_tokens_that_a_template_ends_every_turn_with_are_learned(llama, count):
+    """As in Command R7B, of whose two the last one is the end token; those at the end of the text alone are not."""
+    tokenizer = load_tokenizer(llama)
+    ends, last = ["<|im_end|>", "<|endoftext|>"][:count], {1: "<|endoftext|>", 2: ""}[count]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + ' ' + m.content + '" + "".join(ends) + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% else %}" + last + "{% endif %}"
+    )
+    assert learned(encode(CHAT, tokenizer), tokenizer) == "".join(
+        f"{river}{''.join(ends)}" for river in ("the Rhine", "the Po")
+    )
