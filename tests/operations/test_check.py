@@ -1,6 +1,7 @@
 """The verdict on an adapter is what its reader makes of it: peft is asked, the others' rules are written out."""
 
 import json
+import re
 import shutil
 
 import peft_adapters
@@ -74,7 +75,9 @@ def peft_takes(folder, base, vocabulary=None):
         model = with_peft(folder, base, vocabulary)
         with peft_adapters.quiet():
             adapter = get_peft_model_state_dict(model)
-    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ImportError):
+    except (
+        LookupError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ImportError, re.error
+    ):  # fmt: skip
         return False
     arrived, file = model.state_dict() | adapter, load_file(folder / PLAIN_NAME)
     copies = (".original_module.", ".modules_to_save.")  # peft writes these twice
@@ -215,6 +218,8 @@ MISCONFIGURED = {
     "layers beside a pattern of modules": {"target_modules": ".*_proj", "layers_to_transform": [0, 1]},
     "a name of layers without numbers": {"layers_pattern": "layers"},
     "a module within a saved one": {"modules_to_save": ["mlp"]},
+    "an exclusion that is no pattern": {"exclude_modules": "("},
+    "a saved module that is no pattern": {"modules_to_save": ["("]},
     "a bias of no kind": {"bias": "weird"},
     "no bias": {"bias": None},
     "a task of no kind": {"task_type": "NOPE"},
@@ -254,6 +259,7 @@ LOADED = {
     "alpha below zero": {"alpha_pattern": {"up_proj": -3}},
     "all layers": {"layers_to_transform": [0, 1]},
     "no layers": {"layers_to_transform": []},
+    "an exclusion by the ends of names": {"exclude_modules": ["("]},
     "all layers by their name": {"layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]},
     "a bias of its own kind": {"bias": "lora_only"},
     "another task": {"task_type": "SEQ_2_SEQ_LM"},

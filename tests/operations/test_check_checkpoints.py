@@ -138,17 +138,22 @@ def test_tensors_in_another_shape_than_the_configuration_has(llama, copy_of):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def compared(base, packed):
+    """Quantize a base that is whole; what it and that were compared with, of which nothing may be missed."""
+    quantize(base, packed)
+    reports = [check(folder, ["peft"]) for folder in (base, packed)]
+    for report in reports:
+        assert report.taken, words(report.verdicts[0])
+    return {report.examined[-1] for report in reports}
+
+
 @pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
 def test_a_checkpoint_is_compared_with_the_class_that_it_was_saved_as(name, tmp_path):
     import transformers
     from safetensors.torch import load_file, save_file
 
     base = tiny.write_class(tmp_path / "base", name)
-    quantize(base, tmp_path / "nf4")
-    for folder in (base, tmp_path / "nf4"):
-        report = check(folder, ["peft"])
-        assert report.taken, words(report.verdicts[0])
-        assert report.examined[-1] == f"names and shapes of all that {name} has"
+    assert compared(base, tmp_path / "nf4") == {f"names and shapes of all that {name} has"}
     tensors = load_file(base / "model.safetensors")
     lost = next((key for key in tensors if key.startswith(("score", "classifier", "pooler"))), "norm.weight")
     save_file({k: v for k, v in tensors.items() if k != lost}, base / "model.safetensors", metadata={"format": "pt"})
@@ -163,11 +168,8 @@ def test_a_checkpoint_is_compared_with_the_class_that_it_was_saved_as(name, tmp_
 @pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
 def test_nothing_is_missed_in_what_transformers_wrote(name, tmp_path):
     base = tiny.write_architecture(tmp_path / "base", name)
-    quantize(base, tmp_path / "nf4")
-    for folder in (base, tmp_path / "nf4"):
-        report = check(folder, ["peft"])
-        assert report.taken, words(report.verdicts[0])
-        assert report.examined[-1].startswith("names and shapes of all that ")
+    (what,) = compared(base, tmp_path / "nf4")
+    assert what.startswith("names and shapes of all that ")
 
 
 def test_nothing_is_missed_in_transposed_matrices(gpt2, tmp_path):

@@ -50,6 +50,8 @@ def values(files: AdapterFiles) -> Iterator[Finding]:
             "ValueError without layers_to_transform",
             "leave it out",
         ),
+        (not _are_patterns([config.get("exclude_modules")]), "exclude_modules", "re.error", "a valid pattern"),
+        (not _are_patterns(config.get("modules_to_save")), "modules_to_save", "re.error", "names of modules"),
         (isinstance(config.get("layers_to_transform"), str), "layers_to_transform", "TypeError", "a list of numbers"),
         (isinstance(config.get("target_parameters"), str), "target_parameters", "TypeError", "a list of names"),
         (isinstance(config.get("modules_to_save"), str), "modules_to_save", "TypeError", "a list of names"),
@@ -79,6 +81,16 @@ def _is_bias(value: Any) -> bool:
 def _is_initial(value: Any) -> bool:
     """CorDA's is none, which asks for statistics that are not saved."""
     return value is True or not value or (isinstance(value, str) and _INITIAL.fullmatch(value) is not None)
+
+
+def _are_patterns(names: Any) -> bool:
+    """Whether peft can compile the texts in a list that it takes for patterns."""
+    try:
+        for name in names if isinstance(names, list) else ():
+            re.compile(name if isinstance(name, str) else "")
+    except re.error:
+        return False
+    return True
 
 
 def _is_share(value: Any) -> bool:
