@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import torch
+from adaptkit.lazy import late, torch
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import Blockwise, check_block_size
@@ -26,10 +26,11 @@ from adaptkit.numerics.formats._double_quant import (
     dynamic_map,
     quantize_absmax,
 )
-from adaptkit.numerics.kernels import _cpu_calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_loops = late("adaptkit.numerics.kernels._cpu_calibration")
 
 Constants: TypeAlias = "DoubleQuantized | Tensor"
 """A weight's scales as a file holds them: doubly quantized, or (M,) float32."""
@@ -108,7 +109,7 @@ def weighted_nf4(
         plain = quantize_absmax(absmax)
     # One group of wildly unequal blocks may decode its searched scales worse than the plain ones.
     flat, important = _flat(weight), normalized_importance(weight, importance)
-    errors = [_cpu_calibration.total_error(flat, important, block_size, decoded(c).numpy()) for c in (constants, plain)]
+    errors = [_loops.total_error(flat, important, block_size, decoded(c).numpy()) for c in (constants, plain)]
     constants = constants if errors[0] <= errors[1] else plain
     return encode_at(weight, decoded(constants), block_size), constants
 
@@ -125,7 +126,7 @@ def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64, grid
     check_finite(weight)
     flat, important = _flat(weight), normalized_importance(weight, importance)
     scales = np.empty(-(-flat.size // block_size), np.float32)
-    _cpu_calibration.search_scales(flat, important, block_size, (grid or ScaleGrid()).factors, scales)
+    _loops.search_scales(flat, important, block_size, (grid or ScaleGrid()).factors, scales)
     return torch.from_numpy(scales)
 
 
@@ -145,7 +146,7 @@ def nest_scales(
     signed = bool((scales < 0).any())
     nested = _quantize_signed(scales) if signed else quantize_absmax(scales)
     codes = nested.codes.numpy().copy()
-    _cpu_calibration.choose_codes(
+    _loops.choose_codes(
         _flat(weight), normalized_importance(weight, importance), block_size, dynamic_map().numpy(),
         nested.nested_absmax.numpy(), np.float32(nested.offset), grid.reach, signed, codes,
     )  # fmt: skip
@@ -156,7 +157,7 @@ def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
     """The nearest NF4 codes at given scales: (ceil(N / 2),) uint8."""
     flat = _flat(weight)
     packed = np.empty((flat.size + 1) // 2, np.uint8)
-    _cpu_calibration.encode_at(flat, scales.numpy(), block_size, packed)
+    _loops.encode_at(flat, scales.numpy(), block_size, packed)
     return torch.from_numpy(packed)
 
 

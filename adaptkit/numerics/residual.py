@@ -25,13 +25,15 @@ arXiv:1402.3392).
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from adaptkit.lazy import late
 from adaptkit.numerics.arrays import Array, Values, as_array
 from adaptkit.numerics.kernels._entropy import LEAST, PRECISION, STATES, SYMBOLS
+
+_loops = late("adaptkit.numerics.kernels._cpu_entropy")
 
 _TOTAL = 1 << PRECISION
 _LARGEST_VARINT = 10
@@ -50,15 +52,14 @@ def encode(residual: Values) -> Array:
     values = np.ascontiguousarray(as_array(residual))
     if values.size == 0:
         return np.zeros(1, np.uint8)
-    loops = _loops()
     symbols, counts = np.empty(values.size, np.uint8), np.zeros((STATES, 256), np.int64)
-    bits = int(loops.split(values, symbols, counts))
+    bits = int(_loops.split(values, symbols, counts))
     raw = np.zeros(bits // 64 + 2, np.uint64)
     if bits:
-        loops.put_raw(values, symbols, raw)
+        _loops.put_raw(values, symbols, raw)
     frequencies = _frequencies(counts.sum(axis=0)[:SYMBOLS])
     states, words = np.full(STATES, LEAST, np.uint64), np.empty(values.size + 1, np.uint16)
-    begin = loops.push(symbols, _encoding_table(frequencies), states, words)
+    begin = _loops.push(symbols, _encoding_table(frequencies), states, words)
     used = words[begin:].astype("<u2").tobytes()
     present = np.flatnonzero(frequencies).tolist()
     parts = [_varint(values.size), _varint(len(present))]
@@ -96,12 +97,12 @@ def decode(stream: Values, most: int) -> Array:
     slots = _slots(source)
     states = source.take(4 * STATES).view("<u4").astype(np.uint64)
     words = source.take(2 * source.varint()).view("<u2").astype(np.uint16)
-    symbols, loops = np.empty(count, np.uint8), _loops()
+    symbols = np.empty(count, np.uint8)
     padded = np.concatenate([words, np.zeros(STATES, np.uint16)])
-    used = loops.pop(states, slots, padded, symbols)
+    used = _loops.pop(states, slots, padded, symbols)
     if used != words.size or (states != LEAST).any():
         raise ValueError("its symbols do not end where they should")
-    bits = loops.raw_bits(symbols)
+    bits = _loops.raw_bits(symbols)
     raw = np.zeros(8 * (bits // 64 + 2), np.uint8)
     tail = source.take((bits + 7) // 8)
     raw[: tail.size] = tail
@@ -109,12 +110,8 @@ def decode(stream: Values, most: int) -> Array:
         raise ValueError("it is not padded with zeros")
     source.end()
     values = np.empty(count, np.int64)
-    loops.join(symbols, raw.view("<u8").astype(np.uint64), values)
+    _loops.join(symbols, raw.view("<u8").astype(np.uint64), values)
     return values
-
-
-def _loops() -> Any:
-    return import_module("adaptkit.numerics.kernels._cpu_entropy")  # with its compiler, which takes a while to load
 
 
 class _Source:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import torch
+from adaptkit.lazy import late, torch
 from adaptkit.numerics.calibration import (
     Constants,
     ScaleGrid,
@@ -24,10 +24,11 @@ from adaptkit.numerics.calibration import (
     search_scales,
 )
 from adaptkit.numerics.formats._double_quant import DoubleQuantized, dynamic_map
-from adaptkit.numerics.kernels import _cpu_rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_loops = late("adaptkit.numerics.kernels._cpu_rounding")
 
 DAMPING = 0.2
 """Share of the mean second moment added to the diagonal: too little, and rounding fits the noise of the calibration."""
@@ -106,7 +107,7 @@ def compensated_nf4(
     again = double_quant and weight.shape[1] % block_size == 0
     codes = np.empty(weight.shape, np.uint8)
     scales = decoded(constants).clone().numpy()
-    _cpu_rounding.round_rows(
+    _loops.round_rows(
         weight.float().contiguous().clone().numpy(), factor.float().contiguous().numpy(),
         normalized_importance(weight, importance), block_size, dynamic_map().numpy(), nested, np.float32(offset),
         reach if again else 0, grid.signed, nested_codes, scales, codes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import quantized
@@ -25,6 +25,7 @@ from adaptkit.numerics.sensitivity import allocate, divergence_cost
 from adaptkit.operations._encoding import TensorPlan
 from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._quantize_plan import Plan, with_encodings
+from adaptkit.operations._quantize_report import Upgrade
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,23 +33,6 @@ if TYPE_CHECKING:
 _NAME = f"{SCRATCH_PREFIX}budget.json"
 SMALL_BLOCK = 32
 """The smallest that every reader of the format takes."""
-
-
-@dataclass(frozen=True)
-class Upgrade:
-    """More bits for one linear.
-
-    Attributes:
-        module: dotted path.
-        to: what it became: ``blocks of 32`` or ``16 bits``.
-        extra_bytes: that this takes.
-        gain: of expected divergence, in nats a token.
-    """
-
-    module: str
-    to: str
-    extra_bytes: int
-    gain: float
 
 
 def spend(

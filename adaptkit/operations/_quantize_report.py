@@ -7,9 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.operations._budget import Upgrade
 from adaptkit.operations._quantize_plan import WORTH_16_BITS, Plan
 from adaptkit.operations._selection import Choice
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """More bits for one linear.
+
+    Attributes:
+        module: dotted path.
+        to: what it became: ``blocks of 32`` or ``16 bits``.
+        extra_bytes: that this takes.
+        gain: of expected divergence, in nats a token.
+    """
+
+    module: str
+    to: str
+    extra_bytes: int
+    gain: float
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
-"""Quantize a checkpoint into 4-bit shards with doubly quantized constants, piece by piece."""
+"""Quantize a checkpoint into 4-bit shards with doubly quantized constants, piece by piece.
+
+What only calibration needs is imported where it is used: it takes as long to load as a small checkpoint to quantize.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint.adapter import write_adapter
-from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.journal import Output, check_output, partial_folder
@@ -19,21 +19,19 @@ from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.text import read_tokens
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
-from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._budget import Upgrade, spend
-from adaptkit.operations._calibrated import Ready, calibrate, companion_modules, is_calibrated, scratch_bytes
 from adaptkit.operations._encoding import check_finite
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._planning import PlanChanged, Planning
 from adaptkit.operations._quantize_plan import Calibration, Plan, QuantizeOptions
-from adaptkit.operations._quantize_report import QuantizeReport, TensorReport, make_report
+from adaptkit.operations._quantize_report import QuantizeReport, TensorReport, Upgrade, make_report
 from adaptkit.operations._selection import skip_modules
 from adaptkit.operations._shards import write_index, write_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adaptkit.operations._calibrated import Ready
 
 __all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
 
@@ -73,7 +71,9 @@ def quantize(
     for folder in [output, *([init] if init else [])]:
         check_output(folder, force, [source])
     if init is not None:
-        _check_apart(output, init)
+        from adaptkit.operations._companion import check_apart
+
+        check_apart(output, init)
     tokens = _read_tokens(source, options.calibration)
     run = _Run(Checkpoint(source), output, options, force, init, tokens, progress, calibration_progress)
     return _plan_and_run(run, dry_run)
@@ -142,8 +142,7 @@ class _Run:
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
         with Output(self.output, key, self.force, inputs=inputs, part=options.part) as out:
-            if self.tokens is not None and not is_calibrated(out):
-                check_finite(self.checkpoint, begun.tensors.values(), thread_count(options.threads))
+            self._check_finite(out, begun)
             self._check_shares(out)
             plan, upgrades = self._spend(out, begun)
             out.require_space(self._room(plan))
@@ -168,7 +167,7 @@ class _Run:
             if self.init is None:
                 out.publish(manifest)
             else:
-                _publish_both(out, manifest, self.init, companion_modules(ready), self.force, plan)
+                self._publish_both(out, manifest, self.init, ready)
         return replace(
             report(),
             companion=str(self.init) if self.init else None,
@@ -181,8 +180,20 @@ class _Run:
         calibration = self.options.calibration
         if self.options.part is not None:
             return 0
-        scratch = scratch_bytes(plan.tensors.values(), calibration.init_rank) if calibration else 0
-        return plan.nbytes() + scratch
+        if calibration is None:
+            return plan.nbytes()
+        from adaptkit.operations._calibrated import scratch_bytes
+
+        return plan.nbytes() + scratch_bytes(plan.tensors.values(), calibration.init_rank)
+
+    def _check_finite(self, out: Output, plan: Plan) -> None:
+        """Before hours of calibration, unless they are over."""
+        if self.tokens is None:
+            return
+        from adaptkit.operations._calibrated import is_calibrated
+
+        if not is_calibrated(out):
+            check_finite(self.checkpoint, plan.tensors.values(), thread_count(self.options.threads))
 
     def _check_shares(self, out: Output) -> None:
         """Compare what shares read elsewhere with the checkpoint here, of which it has to be a copy.
@@ -202,6 +213,8 @@ class _Run:
         calibration = self.options.calibration
         if calibration is None or calibration.bits_budget is None or self.tokens is None:
             return plan, []
+        from adaptkit.operations._budget import spend
+
         threads = thread_count(self.options.threads)
         bits, tokens = calibration.bits_budget, self.tokens
         return spend(out, self.checkpoint, plan, tokens, bits, threads, self.calibration_progress)
@@ -210,6 +223,8 @@ class _Run:
         calibration = self.options.calibration
         if calibration is None or self.tokens is None:
             return {}
+        from adaptkit.operations._calibrated import calibrate
+
         return calibrate(
             out,
             self.checkpoint,
@@ -236,6 +251,13 @@ class _Run:
             progress=tell,
         )
 
+    def _publish_both(self, out: Output, manifest: Manifest, companion: Path, ready: Mapping[str, Ready]) -> None:
+        from adaptkit.operations._calibrated import companion_modules
+        from adaptkit.operations._companion import publish_both
+
+        transposed = any(tensor.transposed for tensor in ready.values())
+        publish_both(out, manifest, companion, companion_modules(ready), self.force, transposed)
+
 
 def _read_tokens(source: Path, calibration: Calibration | None) -> Tensor | None:
     if calibration is None:
@@ -243,6 +265,8 @@ def _read_tokens(source: Path, calibration: Calibration | None) -> Tensor | None
     for file in calibration.files:
         if file.is_fifo():  # its hash, which the manifest names, would be that of nothing
             raise DataError(f"{file}: is a pipe, which can be read only once", hint="save the text in a file")
+    from adaptkit.checkpoint.text import read_tokens
+
     return read_tokens(calibration.files, source, window=calibration.window, max_tokens=calibration.tokens)
 
 
@@ -251,38 +275,6 @@ def _companion_folder(output: Path, companion: Path | None, options: QuantizeOpt
     if companion is not None and not wanted:
         raise UsageError("a companion adapter needs calibration and a rank", hint="add --calibrate and --init-adapter")
     return (companion or output.with_name(f"{output.name}-init")) if wanted else None
-
-
-def _check_apart(output: Path, companion: Path) -> None:
-    """Refuse a companion adapter in the folder of its base, or the other way round."""
-    one, other = (Path(os.path.realpath(folder)) for folder in (output, companion))
-    for inner, outer in ((one, other), (other, one)):
-        if inner.is_relative_to(outer) or inner.is_relative_to(partial_folder(outer)):
-            raise UsageError(
-                f"{companion}: the companion adapter needs a folder of its own, apart from {output}",
-                hint="choose another --init-adapter-output",
-            )
-
-
-def _publish_both(
-    out: Output, manifest: Manifest, folder: Path, modules: dict[str, LowRank], force: bool, plan: Plan
-) -> None:
-    """Write the companion adapter, and let both folders appear, one right after the other."""
-    with Output(folder, manifest.sha256, force) as adapter:
-        transposed = any(tensor.transposed for tensor in plan.tensors.values())
-        write_adapter(adapter, modules, out.final.name, fan_in_fan_out=transposed)
-        write_compensation(adapter, modules)
-        described = Manifest(
-            kind="adapter",
-            operation=manifest.operation,
-            files=tuple(adapter.files),
-            tensors=tuple(adapter.tensors),
-            parents=(parent_of("base", manifest, ()),),
-            targets=tuple(target for target in manifest.targets if target.module in modules),
-        )
-        # Killed in between, the same command with --force finds the base all but finished.
-        adapter.publish(described)
-        out.publish(manifest)
 
 
 def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:

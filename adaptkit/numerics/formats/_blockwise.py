@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 
 from adaptkit.errors import UsageError
+from adaptkit.lazy import late
 from adaptkit.numerics.arrays import Array, DType, Values, as_array, cast
 from adaptkit.numerics.finite import all_finite, check_finite
+
+_loops = late("adaptkit.numerics.kernels._cpu_blocks")
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,7 @@ def squared_errors(moments: Array, absmax: Array) -> tuple[float, float]:
         moments: (M, 3) of the blocks, see ``Blockwise``.
         absmax: (M,) float32, the constants that the blocks have in the end.
     """
-    loops: Any = import_module("adaptkit.numerics.kernels._cpu_blocks")  # with its compiler
-    lost, whole = loops.sum_errors(moments, absmax)
+    lost, whole = _loops.sum_errors(moments, absmax)
     return float(lost), float(whole)
 
 

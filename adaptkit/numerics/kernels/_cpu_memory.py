@@ -4,14 +4,21 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
+
+from adaptkit.errors import UsageError
+
+if numba.config.DISABLE_JIT:
+    raise UsageError("NUMBA_DISABLE_JIT is set: kernels cannot run uncompiled", hint="unset it")
 
 _VECTOR_BYTES = 64
 """Of the widest vectors that processors have, and of what they fetch at once."""
@@ -29,17 +36,41 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         kernel = numba.njit(**{"nogil": True, "error_model": "numpy", **options})(function)
-        try:
-            kernel.enable_caching()
-        except RuntimeError:  # no folder that can be written: every process compiles for itself
-            return kernel
-        # numba compiles again what stands in a file that changed, but not what calls that from another file.
-        with contextlib.suppress(AttributeError):
-            index = kernel._cache._cache_file
-            index._source_stamp = index._source_stamp, _sources()
+        kernel._cache = _Kept(function)
         return kernel
 
     return decorate
+
+
+class _Kept(NullCache):  # type: ignore[misc]
+    """What numba keeps of a kernel on the disk; the disk is not asked before the kernel is called.
+
+    numba's own makes everything ready for compiling first, which takes longer than the loading.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    @cached_property
+    def _files(self) -> Any:
+        try:
+            cache = FunctionCache(self._function)
+        except RuntimeError:  # no folder that can be written: every process compiles for itself
+            return NullCache()
+        # numba compiles again what stands in a file that changed, but not what calls that from another file.
+        with contextlib.suppress(AttributeError):
+            index = cache._cache_file
+            index._source_stamp = index._source_stamp, _sources()
+        return cache
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """What was kept, or None."""
+        rtsys.initialize(target)
+        return getattr(self._files, "_load_overload", self._files.load_overload)(signature, target)
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep what was compiled."""
+        self._files.save_overload(signature, result)
 
 
 @cache

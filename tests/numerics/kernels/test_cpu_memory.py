@@ -23,11 +23,11 @@ print(out.view(np.float32).tolist(), *_cpu_blocks._decode_8bit.stats.cache_hits.
 """
 
 
-def decode(root, **environment):
+def decode(root, code=DECODE, **environment):
     """What a process prints that decodes four weights with the package that lies in ``root``."""
     environment = {**os.environ, "PYTHONPATH": str(root), **environment}
     environment.pop("NUMBA_CACHE_DIR", None)
-    command = [sys.executable, "-c", DECODE]
+    command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     return run.stdout.strip()
 
@@ -49,6 +49,22 @@ def test_a_kernel_is_kept_until_something_that_it_calls_changes(package):
     assert as_it_is in text
     called.write_text(text.replace(as_it_is, as_it_is.replace("(number)", "(number * 2)")))
     assert decode(package) == "[2.0, -2.0, 0.0, 2.0]"
+
+
+def test_what_only_compiling_needs_is_not_loaded_for_a_kernel_that_was_kept(package):
+    """It takes numba longer to get ready to compile than to load everything that a command needs."""
+    code = DECODE + "import sys; print('numba.np.linalg' in sys.modules)"
+    assert decode(package, code).endswith("True")
+    assert decode(package, code).endswith("1\nFalse")
+
+
+def test_kernels_that_must_not_be_compiled_are_refused(package):
+    code = DECODE.replace("from adaptkit", "from adaptkit.errors import UsageError\ntry:\n    from adaptkit", 1)
+    code = code.replace("_cpu_blocks\n", "_cpu_blocks\nexcept UsageError as error:\n    sys.exit(error.hint)\n", 1)
+    command = [sys.executable, "-c", f"import sys{code}"]
+    environment = {**os.environ, "PYTHONPATH": str(package), "NUMBA_DISABLE_JIT": "1"}
+    run = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (1, "unset it\n")
 
 
 def test_a_machine_with_nowhere_to_keep_kernels_compiles_them_every_time(package):
