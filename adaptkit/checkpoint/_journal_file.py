@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.lines import read_lines
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord, typed
@@ -22,6 +23,12 @@ class Finished:
     record: FileRecord
     tensors: tuple[TensorRecord, ...]
     notes: dict[str, Any]
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the file is there as it was written, whatever happened since."""
+        written = resolve_inside(folder, self.record.path)
+        has_size = written.is_file() and written.stat().st_size == self.record.size
+        return has_size and file_sha256(written) == self.record.sha256
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any, Self
 from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, is_aside, marks, remove
 from adaptkit.checkpoint._journal_file import Finished, Journal, read_journal
 from adaptkit.checkpoint.header import check_regular
-from adaptkit.checkpoint.layout import resolve_inside, write_json
+from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
@@ -231,7 +231,7 @@ class Output:
             begun = {}
         for name, journal in begun.items():
             if self.part is None or name == self._journal:
-                there = {done.record.path: done for done in journal.finished if self._is_there(done.record)}
+                there = {done.record.path: done for done in journal.finished if done.is_in(self.folder)}
                 self._finished |= there
                 if journal.inputs != dict(self._inputs):
                     self.elsewhere |= {path: done.notes for path, done in there.items()}
@@ -253,10 +253,6 @@ class Output:
             )
         if not begun and {path.name for path in self.folder.iterdir()} - {self._journal}:
             self._refuse_foreign()
-
-    def _is_there(self, record: FileRecord) -> bool:
-        written = resolve_inside(self.folder, record.path)
-        return written.is_file() and written.stat().st_size == record.size
 
     def _refuse_foreign(self) -> None:
         raise ConflictError(f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o")

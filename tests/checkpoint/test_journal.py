@@ -82,7 +82,7 @@ def test_going_on_gives_the_manifest_of_an_uninterrupted_run(tmp_path):
     assert tree(tmp_path / "interrupted") == tree(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("damage", ["shorter", "absent", "a folder"])
+@pytest.mark.parametrize("damage", ["shorter", "changed", "absent", "a folder"])
 def test_a_finished_file_that_is_no_longer_there_is_made_again(tmp_path, damage):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
@@ -90,6 +90,8 @@ def test_a_finished_file_that_is_no_longer_there_is_made_again(tmp_path, damage)
     path.unlink()
     if damage == "shorter":
         path.write_bytes(b"fir")
+    elif damage == "changed":
+        path.write_bytes(b"First")
     elif damage == "a folder":
         path.mkdir()
     with Output(tmp_path / "out", PLAN) as output:

@@ -24,12 +24,14 @@ class Packed:
         format: nf4, fp4 or int8.
         is_expert: whether it is one of several experts' matrices, or a stack of them.
         shape: of the weight that it decodes to.
+        block_size: weights sharing one constant.
     """
 
     name: str
     format: str
     is_expert: bool
     shape: tuple[int, ...]
+    block_size: int
 
     @property
     def is_stack(self) -> bool:
@@ -105,7 +107,7 @@ def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)
         is_expert = len(outline.shape) == 3 or ".experts." in name
-        yield Packed(name, outline.encoding.format, is_expert, tuple(outline.shape))
+        yield Packed(name, outline.encoding.format, is_expert, tuple(outline.shape), outline.encoding.block_size)
 
 
 def _beside_model(

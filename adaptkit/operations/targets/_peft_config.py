@@ -142,8 +142,16 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     around = saved if isinstance(saved, list) else []
     if any(_is_whole(rf"(.*\.)?{name}(\..*)?", module) for name in around):
         return False
-    if _matches(config.get("target_parameters"), f"{module}.weight"):
-        return True
+    return is_parameter(config, module) or is_module(config, module)
+
+
+def is_parameter(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the weight of a module is among the target_parameters."""
+    return _matches(config.get("target_parameters"), f"{module}.weight")
+
+
+def is_module(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is among the target_modules, as far as they are named."""
     targets: Any = config.get("target_modules")
     if _matches(config.get("exclude_modules"), module) or not _matches(targets, module):
         return False

@@ -95,8 +95,24 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
 
 def _targeted(files: AdapterFiles) -> Iterator[Finding]:
     config = files.config
-    targets, parameters = config.get("target_modules"), config.get("target_parameters")
-    if targets == _SHORTHAND or (targets is None and not parameters) or config.get("ensure_weight_tying"):
+    targets = config.get("target_modules")
+    if targets is None and files.pairs:
+        yield Finding(
+            "error",
+            "target_modules is not set in adapter_config.json",
+            f"peft takes the modules that it has by default for this type of model; of others {_DROPS}",
+            f"set target_modules to {sorted({pair.module.rpartition('.')[2] for pair in files.pairs})}",
+        )
+    twice = [p.module for p in files.pairs if _peft_config.is_parameter(config, p.module)]
+    twice = [module for module in twice if _peft_config.is_module(config, module)]
+    if twice:
+        yield Finding(
+            "error",
+            f"target_modules and target_parameters in adapter_config.json both name {some(twice)}",
+            "peft fails with a ValueError",
+            "leave it in one of them",
+        )
+    if targets in (None, _SHORTHAND) or config.get("ensure_weight_tying"):
         return  # peft then asks the architecture, or adds what is tied
     unmatched = [p.module for p in files.pairs if not p.stacked and not _peft_config.is_target(config, p.module)]
     if unmatched:
@@ -172,6 +188,15 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             "quant_method is bitsandbytes in config.json",
             "transformers leaves it to bitsandbytes",
             "pip install bitsandbytes",
+        )
+    four_bit = [packed for packed in files.packed if packed.format != "int8" and not packed.is_stack]
+    uneven = [packed.name for packed in four_bit if packed.shape[-1] % packed.block_size]
+    if uneven:
+        yield Finding(
+            "warning",
+            f"{some(uneven)}: rows that are no whole number of blocks",
+            "bitsandbytes 0.50 decodes other numbers on a CPU",
+            "quantize with a --block-size that divides the rows, or leave these out with --skip",
         )
     experts = [packed.name for packed in files.packed if packed.is_expert]
     if experts:
