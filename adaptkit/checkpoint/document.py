@@ -84,7 +84,8 @@ class _Loader(yaml.SafeLoader):
         """See ``yaml.SafeLoader``."""
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                problem = f"the key {getattr(key, 'value', 'here')!r} is no text; write it in quotes"
+                shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "here"
+                problem = f"the key {shown} is no text; write it in quotes"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         _unique([(key.value, key.start_mark) for key, _ in node.value])
         return super().construct_mapping(node, deep)

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ from adaptkit.errors import DataError
 
 Conversation = tuple[Sequence[Mapping[str, str]], bool]
 """Messages, and whether the opening of the assistant's next turn follows them."""
+
+DAY = datetime(2024, 7, 26)
+"""What templates are told that ask for the date; it is what Llama 3's say if nobody tells them.
+
+With today's, samples would be others every day: a killed run could not go on after midnight.
+"""
+
+_DIRECTIVES = (*"aAbBcdDeFGhHIjklmMnpPrRSTuUVwWxXyYzZ", "-d", "-m", "-H", "-I", "-M")
 
 _SECONDS = 10
 _IDLE_SECONDS = 10
@@ -61,6 +70,17 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
             if "error" in answer:
                 raise DataError(answer["error"], answer["hint"])
             yield answer["text"]
+
+
+def asks_for_the_date(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template does; it is told ``DAY``."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _of_a_day(template: str) -> str:
+    """A chat template that is told ``DAY``: data that transformers hands to a template may not be functions."""
+    words = "".join(f"|replace('%{letter}','{DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{words} }}}}{{% endmacro %}}{{{{- '' }}}}{template}"
 
 
 def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
@@ -184,7 +204,12 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool
     from jinja2 import TemplateError
 
     try:
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
+        template = _of_a_day(tokenizer.get_chat_template()) if asks_for_the_date(tokenizer) else None
+        text = str(
+            tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=opening
+            )
+        )
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
     except MemoryError as error:

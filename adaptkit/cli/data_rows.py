@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from adaptkit.checkpoint.rendering import DAY
 from adaptkit.cli.output import Row, percent
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
         yield "split", f"{data.split} conversations, an answer a sample: the chat template rewrites earlier turns"
     if data.ended:
         yield "ended", f"{data.ended} samples with the end token; the chat template puts none after an answer"
+    if data.empty:
+        yield "empty", f"{data.empty} rows have an empty answer, and the model learns to give none ({data.empty_at})"
+    if data.dated:
+        yield "dated", f"the chat template asks for the date, and is told {DAY:%Y-%m-%d} whatever day it is"
 
 
 def cut_rows(data: "DataReport", truncated: int, dropped: int) -> Iterator[Row]:

@@ -23,6 +23,9 @@ from adaptkit.hub.secrets import redact
 INTERRUPTED = 130
 TERMINATED = 143
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_KEEP_NOTHING = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
+"""Commands that begin anew, since they write nothing but what they have found."""
+
 _UNWINDING_SECONDS = 30.0
 _SWITCH_SECONDS = 0.0005
 """How long a thread waits for one that holds the interpreter: those that read, write and hash do so between kernels."""
@@ -96,7 +99,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _say_stopped(number: int) -> int:
     """Say how to go on, and return the exit code."""
     code, word = (INTERRUPTED, "interrupted") if number == signal.SIGINT else (TERMINATED, "terminated")
-    return _fail(code, word, word, "the same command goes on where it stopped", True)
+    goes_on = not _KEEP_NOTHING.intersection(sys.argv[1:2])
+    return _fail(code, word, word, "the same command goes on where it stopped" if goes_on else "", True)
 
 
 def program() -> None:

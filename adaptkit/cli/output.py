@@ -1,5 +1,6 @@
 """Reports for programs (one JSON document) and for people (a short table)."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from adaptkit.checkpoint.progress import size as size
-from adaptkit.errors import UsageError
+from adaptkit.errors import DISK_HINTS, UsageError
 from adaptkit.hub.secrets import redact
 
 Row = tuple[str, str]
@@ -87,10 +88,31 @@ def check_report_file(path: Path) -> None:
 
 
 def write_report(report: Any, path: Path) -> None:
-    """Write what ``--json`` prints into a file, which appears whole."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(_document(report) + "\n")
-    os.replace(unfinished, path)
+    """Write what ``--json`` prints into a file."""
+    write_whole(path, _document(report) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, unless it is none, such as a pipe.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    from adaptkit.checkpoint.writer import DiskError
+
+    path = Path(os.path.realpath(path))
+    is_new = path.is_file() or not path.exists()
+    unfinished = path.with_name(f".{path.name}.partial") if is_new else path
+    try:
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if is_new:
+            os.replace(unfinished, path)
+    except OSError as error:
+        if is_new:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+        hint = DISK_HINTS.get(error.errno or 0, "")
+        raise DiskError(f"{path}: cannot be written: {error.strerror}", hint) from error
 
 
 def say(*lines: str) -> None:

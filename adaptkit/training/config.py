@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.checkpoint.patterns import check_pattern
+from adaptkit.errors import ConfigError
 from adaptkit.training.settings import check, check_values, refuse, setting, settings
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
@@ -200,6 +201,24 @@ class TrainConfig:
         if any(rank != int(rank) for rank in (self.rank_pattern or {}).values()):
             refuse(self, "rank_pattern", "whole numbers")
 
+    def mixture_weights(self) -> list[float] | None:
+        """The weight of each source, in their order: that of its name, or of its file's name; 1 if it is not mentioned.
+
+        Raises:
+            ConfigError: a name is no source's, or that of several.
+        """
+        if self.mixture is None:
+            return None
+        weights = [1.0] * len(self.data)
+        for name, weight in self.mixture.items():
+            found = [number for number, source in enumerate(self.data) if source == name]
+            found = found or [number for number, source in enumerate(self.data) if Path(source).name == name]
+            if len(found) != 1:
+                problem = "is none of the data" if not found else "is the name of several"
+                raise ConfigError(f"mixture: {name!r} {problem}", hint=f"data: {', '.join(self.data)}")
+            weights[found[0]] = weight
+        return weights
+
     @property
     def has_held_out(self) -> bool:
         """Whether there are samples to measure on."""
@@ -219,8 +238,7 @@ class TrainConfig:
         values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
         values["epochs"] = self.epochs or 1.0
         values |= {name: sorted(set(values[name])) for name in _SETS}
-        if self.mixture is not None:
-            values["mixture"] = {Path(name).name: weight for name, weight in self.mixture.items()}
+        values["mixture"] = self.mixture_weights()
         if self.init in INITS:
             return values
         own = {name: value for name, value in values.items() if name not in _BEGUN}  # are the adapter's, not the run's

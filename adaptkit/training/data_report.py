@@ -21,6 +21,9 @@ class DataReport:
         masked: where some of the samples came from that the cut left nothing to learn.
         split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
         ended: samples that were given an end token, since the chat template puts none after an answer.
+        empty: rows with an answer that is empty, and is learned.
+        empty_at: where the first of them came from.
+        dated: whether the chat template asks for the date, and is told the same one every day.
         repeated: held-out samples that are also trained on.
         rows: of an epoch; fewer than samples where they are packed.
         epoch_tokens: of an epoch, by source; all of its tokens, or what a mixture draws.
@@ -33,6 +36,9 @@ class DataReport:
     masked: tuple[str, ...]
     split: int
     ended: int
+    empty: int
+    empty_at: str
+    dated: bool
     repeated: int
     rows: int
     epoch_tokens: tuple[int, ...]
@@ -55,6 +61,9 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
         masked=data.masked,
         split=data.split,
         ended=data.ended,
+        empty=data.empty,
+        empty_at=data.empty_at,
+        dated=data.dated,
         repeated=sum(_key(sample) in known for sample in inputs.held_out),
         rows=rows,
         epoch_tokens=tuple(tokens),

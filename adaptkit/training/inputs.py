@@ -11,14 +11,17 @@ from typing import Any
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import check_output
+from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import check_prompt, longest_sequence
+from adaptkit.errors import IntegrityError
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
 from adaptkit.training.data.encoding import prompt_ids
-from adaptkit.training.data.mixture import Mixture, weights_of
+from adaptkit.training.data.mixture import Mixture
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, name_of
 from adaptkit.training.network.start import read_start, resolve_method
@@ -62,7 +65,7 @@ class Inputs:
         return {
             "options": self.config.decisive(),
             "base": self.manifest.sha256 if self.manifest else self.state,
-            "data": _digest([*self.samples, *self.held_out]),
+            "data": [_digest(self.samples), _digest(self.held_out)],
             "init": tensors_root(self.start.records) if self.start else None,
         }
 
@@ -98,7 +101,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     tokenizer = load_tokenizer(base)
     for prompt in config.sample_prompts:
         check_prompt(base, prompt, len(prompt_ids(prompt, tokenizer)), config.sample_tokens)
-    weights = weights_of(config.mixture, config.data) if config.mixture else None
+    weights = config.mixture_weights()
     load = partial(
         load_data,
         tokenizer=tokenizer,
@@ -112,6 +115,8 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     other = load(config.held_out_data) if config.held_out_data else None
     samples, held_out = split(data.samples, 0 if other else config.held_out, config.seed)
     manifest = read_manifest(base)
+    if manifest is not None:
+        _check_config(base, manifest)
     return Inputs(
         config=config,
         base=base,
@@ -128,10 +133,21 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     )
 
 
+def _check_config(base: Path, manifest: Manifest) -> None:
+    """Compare what decides how the weights are computed with; the weights themselves are compared later.
+
+    Raises:
+        IntegrityError: it is not what the manifest says, which the result will name as that of its base.
+    """
+    for record in manifest.files:
+        if record.path == CONFIG_NAME and (problem := file_problem(base, record)):
+            raise IntegrityError(f"{base}: {problem}", hint=f"put it back as it was; adaptkit verify {base} tells more")
+
+
 def _digest(samples: Sequence[Sample]) -> str:
-    """Tells whether a run that goes on has the data, as tokens, that it began with."""
+    """Tells whether a run that goes on has the data, as tokens of the same sources, that it began with."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(len(sample.ids).to_bytes(8, "little"))
+        digest.update(array("q", [sample.origin, len(sample.ids)]).tobytes())
         digest.update(array("i", [*sample.ids, *sample.labels]).tobytes())
     return digest.hexdigest()

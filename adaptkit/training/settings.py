@@ -152,7 +152,7 @@ def _shown(value: Any) -> str:
 
 def _name(annotation: str) -> str:
     """A field's type, for people."""
-    names = {"tuple": "a list of texts", "Mapping": "names with numbers", "bool": "true or false",
+    names = {"tuple": "a list of texts, numbers in quotes", "Mapping": "names with numbers", "bool": "true or false",
              "int": "a whole number", "float": "a number", "str": "a text"}  # fmt: skip
     return next(name for kind, name in names.items() if kind in annotation)
 

@@ -43,6 +43,29 @@ def test_the_text_is_that_of_transformers(tokenizer, opening):
     assert pid() != os.getpid()
 
 
+DATED = "{{ strftime_now('%d %b %Y, %H:%M') }}: {% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokenizer, monkeypatch, alone):
+    """Else a run that goes on tomorrow would have other samples; transformers tells it today's."""
+    assert not rendering.asks_for_the_date(tokenizer)
+    tokenizer.chat_template = DATED
+    monkeypatch.setattr(rendering, "can_fork", lambda: not alone)
+    assert time.strftime("%d %b %Y") in tokenizer.apply_chat_template(ASKED, tokenize=False)
+    assert apply_template(tokenizer, ASKED, False) == "26 Jul 2024, 00:00: Name a river"
+    assert rendering.asks_for_the_date(tokenizer)
+
+
+@pytest.mark.parametrize("start", ["", "\n", " \n", "\n\n", "{# of mine #}\n", "{%- set x = 1 %}\n"])
+def test_nothing_but_the_date_is_another(tokenizer, start):
+    rest = "{%- for message in messages %}\n{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = start + "{% if strftime_now is defined %}in {{ strftime_now('%Y') }}{% endif %} " + rest
+    expected = tokenizer.apply_chat_template(CHAT, tokenize=False).replace(time.strftime("%Y"), "2024")
+    assert apply_template(tokenizer, CHAT, False) == expected
+    assert "in 2024" in expected
+
+
 def test_one_process_renders_many_conversations(tokenizer):
     seen = set()
     for number in range(20):

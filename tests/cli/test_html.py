@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,10 +16,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli import figures
 from adaptkit.cli.grid import grids, place
 from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, table, text
-from adaptkit.cli.pages import prepare, write
+from adaptkit.cli.output import write_whole
+from adaptkit.cli.pages import prepare
 from adaptkit.cli.pages.quantize import quantize_page
 from adaptkit.errors import UsageError
 from adaptkit.operations.quantize import QuantizeReport, TensorReport, Upgrade
@@ -293,8 +297,31 @@ def test_where_no_page_can_be_written_is_found_out_before_the_work(tmp_path):
     for path in (tmp_path, tmp_path / "absent" / "page.html"):
         with pytest.raises(UsageError, match="no page can be written"):
             prepare(path)
-        with pytest.raises(UsageError, match="cannot be written"):
-            write(path, "page")
+        with pytest.raises(DiskError, match="cannot be written"):
+            write_whole(path, "page")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "report").write_text("old")
+    (tmp_path / "link").symlink_to("report")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "report").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(DiskError, match="cannot be written: File too large") as caught:
+            write_whole(tmp_path / "report", "newer" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "ulimit -f" in caught.value.hint
+    assert (tmp_path / "report").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "link"}
+    with pytest.raises(DiskError, match="No space left"):
+        write_whole(Path("/dev/full"), "page")
 
 
 @pytest.mark.parametrize(
@@ -415,7 +442,7 @@ def browse(folder, name):
 
 def test_a_browser_shows_the_page_sorts_its_table_and_has_no_complaint(tmp_path):
     report = model(layers=12)
-    write(tmp_path / "page.html", quantize_page(report))
+    write_whole(tmp_path / "page.html", quantize_page(report))
     (tmp_path / "probe.html").write_text(PROBE)
     document, console = browse(tmp_path, "probe.html")
     assert console == []
@@ -433,7 +460,7 @@ def test_a_browser_shows_the_page_sorts_its_table_and_has_no_complaint(tmp_path)
 def test_a_browser_refuses_scripts_that_are_not_the_page_s_own(tmp_path):
     """The second line of defence, and the proof that the test above would see a complaint."""
     intruder = Html('<script>document.title = "taken over"</script><img src="https://example.invalid/x.png">')
-    write(tmp_path / "page.html", page("safe", intruder))
+    write_whole(tmp_path / "page.html", page("safe", intruder))
     document, console = browse(tmp_path, "page.html")
     assert "<title>safe</title>" in document
     assert sum("Content Security Policy" in line for line in console) == 2

@@ -211,13 +211,27 @@ def at_once(which, handler):
         os.kill(os.getpid(), which)
     return before
 
-signal.signal, sys.argv = at_once, ["adaptkit", "verify", "absent"]
+signal.signal, sys.argv = at_once, ["adaptkit", "quantize", "absent", "-o", "out"]
 main()
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == f"error: {word}\nhint: the same command goes on where it stopped\n"
+
+
+def test_what_keeps_nothing_is_not_said_to_go_on(tmp_path):
+    program = """
+import os, signal, sys
+from adaptkit.cli import main as program
+
+program.cli.main = lambda **_: os.kill(os.getpid(), signal.SIGINT)
+program.main()
+"""
+    for word, hint in (("evaluate", ""), ("merge", "hint: the same command goes on where it stopped\n")):
+        command = [sys.executable, "-c", program, word, "absent"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (130, f"error: interrupted\n{hint}")
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])

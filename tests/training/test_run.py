@@ -431,6 +431,40 @@ def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
     assert train(config, output).resumed_from == 2
 
 
+def rows_of(path, *lines):
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def test_the_same_rows_elsewhere_are_other_data(config, instructions, tmp_path):
+    """The border between what is learned and what is measured moves, or that between two files of a mixture."""
+    lines = instructions.read_text().splitlines(keepends=True)
+
+    def files(border):
+        first = rows_of(tmp_path / f"first-{border}.jsonl", *lines[:border])
+        return first, rows_of(tmp_path / f"second-{border}.jsonl", *lines[border:])
+
+    for name, made in (
+        ("held-out", lambda first, second: {"data": (first,), "held_out_data": (second,), "held_out": 0.0}),
+        ("mixture", lambda first, second: {"data": (first, second), "mixture": {second: 2}, "held_out": 0.0}),
+    ):
+        cut_after(replace(config, **made(*files(20))), tmp_path / name, 2)
+        with pytest.raises(ConflictError, match="another data"):
+            train(replace(config, **made(*files(22))), tmp_path / name)
+
+
+def test_a_configuration_that_is_not_the_manifests_is_refused(config, copy_of, llama_nf4, tmp_path, run_cli):
+    """The tensors are right, and the result would name a base that computes something else."""
+    base = copy_of(llama_nf4)
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    run = run_cli(*command(replace(config, base=str(base)), tmp_path / "adapter"))
+    assert run.code == 3
+    assert "config.json" in run.stderr
+    assert f"adaptkit verify {base}" in run.stderr
+    assert not list(tmp_path.glob("adapter*"))
+
+
 def test_what_changes_no_byte_may_change_on_the_way(config, tmp_path):
     whole = train(config, tmp_path / "whole")
     cut_after(config, tmp_path / "adapter", 3)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.options import ArtifactPath, report_options, threads_option
-from adaptkit.cli.output import Row, percent, show, size
+from adaptkit.cli.output import Row, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def command(
 
     Exits with 0 if they are the same, 1 if they differ.
     """
-    from adaptkit.cli.pages import prepare, write
+    from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.diff import diff_page
     from adaptkit.operations.diff import AdapterDiffReport, diff
 
@@ -44,7 +44,7 @@ def command(
     with byte_progress("diff", as_json or quiet) as progress:
         report = diff(first, second, recompute=recompute, threads=threads, progress=progress)
     if html is not None:
-        write(html, diff_page(report))
+        write_whole(html, diff_page(report))
     rows = _adapters(report) if isinstance(report, AdapterDiffReport) else _checkpoints(report)
     show(report, rows, as_json=as_json, quiet=quiet)
     return 0 if report.same else 1

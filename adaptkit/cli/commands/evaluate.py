@@ -1,7 +1,6 @@
 """``adaptkit evaluate``."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 from adaptkit.checkpoint.compiler import leave_compiler_out
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, report_options
-from adaptkit.cli.output import Row, percent, show, show_table
+from adaptkit.cli.output import Row, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def command(
 
     With several bases, an adapter is measured on the one that its manifest names.
     """
-    from adaptkit.cli.pages import prepare, write
+    from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.evaluate import evaluate_page
     from adaptkit.training.evaluation.comparison import Comparison, compare
     from adaptkit.training.evaluation.evaluate import evaluate
@@ -92,10 +91,12 @@ def command(
         single = evaluate(bases[0], adapters[0] if adapters else None, data, chosen, **more)
         comparison = Comparison((single,), ())
         show(single, _rows(single), as_json=as_json, quiet=quiet)
-    if samples_file is not None:
-        _write_samples(samples_file, answers)
-    if html is not None:
-        write(html, evaluate_page(comparison, answers))
+    try:
+        if samples_file is not None:
+            write_whole(samples_file, "".join(map(_line, answers)))
+    finally:  # each by itself is worth having
+        if html is not None:
+            write_whole(html, evaluate_page(comparison, answers))
 
 
 def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[Row]]:
@@ -179,10 +180,5 @@ def _check_samples_file(path: Path, generate: bool) -> None:
         raise click.UsageError(f"--samples-file {path}: there is no folder {path.parent}")
 
 
-def _write_samples(path: Path, answers: Sequence["Answer"]) -> None:
-    """A JSON line for each answer."""
-    lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-    try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise click.UsageError(f"--samples-file {path}: cannot be written: {error.strerror}") from error
+def _line(answer: "Answer") -> str:
+    return json.dumps(asdict(answer), ensure_ascii=False) + "\n"

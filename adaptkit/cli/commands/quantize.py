@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, Share, Size, output_options, threads_option
-from adaptkit.cli.output import Row, percent, show, size
+from adaptkit.cli.output import Row, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress, count_progress
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def command(
 
     transformers with bitsandbytes, vLLM and unsloth load the result.
     """
-    from adaptkit.cli.pages import prepare, write
+    from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.quantize import quantize_page
     from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
 
@@ -124,7 +124,7 @@ def command(
             calibration_progress=calibration_progress,
         )
     if html is not None:
-        write(html, quantize_page(report))
+        write_whole(html, quantize_page(report))
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
 
 

@@ -34,17 +34,3 @@ def _is_page(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(len(DOCTYPE)).decode(errors="replace")
     return start in ("", DOCTYPE)
-
-
-def write(path: Path, document: str) -> None:
-    """Write a page.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    try:
-        path.write_text(document, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"{path}: the page cannot be written: {error.strerror}", hint="choose another --html"
-        ) from error

@@ -14,6 +14,7 @@ import torch
 
 from adaptkit.checkpoint.conversation import Example, read_example
 from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.rendering import asks_for_the_date
 from adaptkit.checkpoint.rows import is_on_hub, read_rows
 from adaptkit.errors import DataError
 from adaptkit.training.data.encoding import Encoder
@@ -64,6 +65,9 @@ class Dataset:
         masked: where some of those that the cut left nothing to learn came from.
         split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
         ended: samples that were given an end token, since the chat template puts none after an answer.
+        empty: rows with an answer that is empty, and is learned.
+        empty_at: where the first of them came from.
+        dated: whether the chat template asks for the date, and is told the same one every day.
     """
 
     samples: tuple[Sample, ...]
@@ -75,6 +79,9 @@ class Dataset:
     masked: tuple[str, ...] = ()
     split: int = 0
     ended: int = 0
+    empty: int = 0
+    empty_at: str = ""
+    dated: bool = False
 
 
 def load_data(
@@ -121,6 +128,9 @@ def load_data(
         masked=tuple(tally.masked),
         split=tally.split,
         ended=tally.ended,
+        empty=tally.empty,
+        empty_at=tally.empty_at,
+        dated=asks_for_the_date(tokenizer),
     )
 
 
@@ -167,6 +177,14 @@ class _Tally:
     masked: list[str] = field(default_factory=list)
     split: int = 0
     ended: int = 0
+    empty: int = 0
+    empty_at: str = ""
+
+    def look_at(self, example: Example, where: str) -> None:
+        """Count a row that has an empty answer."""
+        if any(not example.messages[number]["content"].strip() for number in example.learned):
+            self.empty += 1
+            self.empty_at = self.empty_at or where
 
     def add(self, sample: Sample) -> Sample | None:
         """Take a sample, as long as it may be, or leave it out."""
@@ -213,6 +231,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             if digest is not None:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             example = read_example(row, where, layout)
+            tally.look_at(example, where)
             layouts[example.layout] += 1
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)

@@ -5,9 +5,8 @@ its samples, in a new order each time; the next epoch goes on where this one sto
 equally often, to within one, whatever its share.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from adaptkit.errors import ConfigError
@@ -62,20 +61,3 @@ class Mixture:
                 chosen = order(size, seed * 1_000_003 + time)[max(0, start - time * size) : end - time * size]
                 drawn += [members[i] for i in chosen]
         return drawn
-
-
-def weights_of(mixture: Mapping[str, float], sources: Sequence[str]) -> list[float]:
-    """The weight of each source: that of its name, or of its file's name; 1 if it is not mentioned.
-
-    Raises:
-        ConfigError: a name is no source's, or that of several.
-    """
-    weights = [1.0] * len(sources)
-    for name, weight in mixture.items():
-        found = [number for number, source in enumerate(sources) if source == name]
-        found = found or [number for number, source in enumerate(sources) if Path(source).name == name]
-        if len(found) != 1:
-            problem = "is none of the data" if not found else "is the name of several"
-            raise ConfigError(f"mixture: {name!r} {problem}", hint=f"data: {', '.join(sources)}")
-        weights[found[0]] = weight
-    return weights

@@ -95,6 +95,14 @@ def test_an_empty_answer_teaches_to_end_the_turn(tokenizer, tmp_path):
     assert [label for label in sample.labels if label != IGNORED] == [tokenizer.eos_token_id]
 
 
+def test_rows_with_an_empty_answer_are_counted_and_the_first_is_named(tokenizer, tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output\nx,y\nq,\nq, \n")
+    chat = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "fine"}]}
+    data = load_data([tmp_path / "rows.csv", write(tmp_path, chat, {"text": "plain"})], tokenizer, 99)
+    assert (data.empty, len(data.samples)) == (2, 5)
+    assert "rows.csv, line 3" in data.empty_at
+
+
 def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="there are no rows"):
         load_data([write(tmp_path)], tokenizer, 99)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.errors import ConfigError
+from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
-from adaptkit.training.data.mixture import Mixture, weights_of
+from adaptkit.training.data.mixture import Mixture
 from adaptkit.training.data.samples import Sample
 
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=4)
@@ -55,14 +56,24 @@ def test_every_step_of_an_epoch_is_there_packed_or_not(pack_length):
     assert Counter(first) == {0: mixture.counts[0], 1: mixture.counts[1]} == {0: 32, 1: 10}
 
 
+def weights_of(mixture, data):
+    return TrainConfig(base="base", data=tuple(data), mixture=mixture).mixture_weights()
+
+
 def test_weights_go_by_name_or_file_name_and_are_one_otherwise():
     sources = ["data/task.jsonl", "data/general.jsonl", "org/name:train"]
     assert weights_of({"general.jsonl": 0.5, "org/name:train": 2}, sources) == [1.0, 0.5, 2]
+    assert weights_of(None, sources) is None
     with pytest.raises(ConfigError, match=r"'gneral.jsonl' is none of the data") as raised:
         weights_of({"gneral.jsonl": 1}, sources)
     assert raised.value.hint == "data: data/task.jsonl, data/general.jsonl, org/name:train"
     with pytest.raises(ConfigError, match=r"'a.jsonl' is the name of several"):
         weights_of({"a.jsonl": 1}, ["x/a.jsonl", "y/a.jsonl"])
+
+
+def test_files_of_one_name_have_a_weight_each_in_what_is_recorded():
+    config = TrainConfig(base="base", data=("x/a.jsonl", "y/a.jsonl"), mixture={"x/a.jsonl": 9, "y/a.jsonl": 1})
+    assert config.recorded()["mixture"] == config.decisive()["mixture"] == [9, 1]
 
 
 def test_a_source_that_would_give_nothing_is_refused():
