@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptkit.checkpoint.rendering import apply_template
+from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.errors import DataError
 
 Message = dict[str, str]

@@ -224,7 +224,7 @@ class Output:
             (self.folder / JOURNAL_NAME).unlink()  # of a run that was to join the shares, and wrote nothing
             del begun[JOURNAL_NAME]
         changed = any(self._differs(name, journal) for name, journal in begun.items())
-        if self.part is not None:
+        if self.part is not None or (changed and not self._force and any(name != JOURNAL_NAME for name in begun)):
             self._check_share(changed, begun)
         elif changed or not begun:
             self._begin(changed)

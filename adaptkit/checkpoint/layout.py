@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: absent, not regular, too large, or not a JSON object.
     """
-    return strict_json(read_small(path), path.name)
+    return strict_json(read_small(path), str(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: see ``read_json``.
     """
-    return strict_json(read_small(path), path.name, infinities=True)
+    return strict_json(read_small(path), str(path), infinities=True)
 
 
 def write_json(value: Mapping[str, Any]) -> bytes:

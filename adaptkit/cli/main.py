@@ -155,7 +155,9 @@ def main() -> None:
         code = _fail(error.exit_code, "usage", error.format_message(), f"see {asked}", False)
     except click.ClickException as error:
         code = _fail(error.exit_code, "usage", error.format_message(), "", False)
-    except click.Abort:
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # which nobody types here: it is a mistake of ours
+            raise abort.__cause__ from None
         code = _say_stopped(signal.SIGINT)
     except _Stopped as stopped:
         code = _say_stopped(stopped.number)

@@ -1,6 +1,5 @@
 """Reports for programs (one JSON document) and for people (a short table)."""
 
-import contextlib
 import json
 import math
 import os
@@ -98,21 +97,18 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         DiskError: it cannot be written.
     """
-    from adaptkit.checkpoint.writer import DiskError
+    from adaptkit.checkpoint.writer import DiskError, replace_file
 
-    path = Path(os.path.realpath(path))
-    is_new = path.is_file() or not path.exists()
-    unfinished = path.with_name(f".{path.name}.partial") if is_new else path
+    path, content = Path(os.path.realpath(path)), text.encode("utf-8", "backslashreplace")
     try:
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-        if is_new:
-            os.replace(unfinished, path)
-    except OSError as error:
-        if is_new:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-        hint = DISK_HINTS.get(error.errno or 0, "")
-        raise DiskError(f"{path}: cannot be written: {error.strerror}", hint) from error
+        if path.is_file() or not path.exists():
+            replace_file(path, content)
+        else:
+            path.write_bytes(content)
+    except (DiskError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DiskError) else error
+        reason, number = (cause.strerror, cause.errno) if isinstance(cause, OSError) else (None, None)
+        raise DiskError(f"{path}: cannot be written: {reason}", DISK_HINTS.get(number or 0, "")) from error
 
 
 def say(*lines: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.journal import Output, partial_folder
-from adaptkit.checkpoint.manifest import Manifest, parent_of
-from adaptkit.errors import UsageError
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, parent_of, read_manifest
+from adaptkit.checkpoint.writer import write_file
+from adaptkit.errors import AdaptkitError, UsageError
 from adaptkit.numerics.lora import LowRank
 
 
@@ -22,6 +23,15 @@ def check_apart(output: Path, companion: Path) -> None:
                 f"{companion}: the companion adapter needs a folder of its own, apart from {output}",
                 hint="choose another --init-adapter-output",
             )
+
+
+def is_waiting(companion: Path, output: Path) -> bool:
+    """Whether a companion adapter is there whose base is all but published: its run was cut off between the two."""
+    try:
+        adapter, base = read_manifest(companion), read_manifest(partial_folder(output))
+    except AdaptkitError:
+        return False
+    return adapter is not None and base is not None and parent_of("base", base, ()) in adapter.parents
 
 
 def publish_both(
@@ -37,7 +47,8 @@ def publish_both(
         force: replace an existing adapter.
         transposed: whether the base keeps its weights as (in, out).
     """
-    with Output(folder, manifest.sha256, force) as adapter:
+    write_file(out.folder, MANIFEST_NAME, manifest.to_bytes())  # see ``is_waiting``
+    with Output(folder, manifest.sha256, force or is_waiting(folder, out.final)) as adapter:
         write_adapter(adapter, modules, out.final.name, fan_in_fan_out=transposed)
         write_compensation(adapter, modules)
         described = Manifest(
@@ -48,6 +59,5 @@ def publish_both(
             parents=(parent_of("base", manifest, ()),),
             targets=tuple(target for target in manifest.targets if target.module in modules),
         )
-        # Killed in between, the same command with --force finds the base all but finished.
         adapter.publish(described)
         out.publish(manifest)

@@ -33,6 +33,7 @@ from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
 from adaptkit.operations._side_files import SideFiles, plan_index
 from adaptkit.operations._terms import adapter_identity
+from adaptkit.operations._untargeted import untargeted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -234,7 +235,7 @@ class Merging:
     def report(self, output: Path, out: Output | None = None, manifest: Manifest | None = None) -> MergeReport:
         """What was done, or would be."""
         changed = [edit for edit in self.edits.of.values() if edit.steps]
-        told = [*self.edits.told, *self.side.told]
+        told = [*self.edits.told, *self.side.told, *untargeted(self.adapters)]
         if self.base.found_for is not None:
             told.insert(
                 0, f"{self.base.found_for} is quantized; merged onto the 16-bit checkpoint that it was made from"

@@ -68,12 +68,12 @@ def quantize(
     """
     options = options or QuantizeOptions()
     init = _companion_folder(output, companion, options)
-    for folder in [output, *([init] if init else [])]:
-        check_output(folder, force, [source])
+    check_output(output, force, [source])
     if init is not None:
-        from adaptkit.operations._companion import check_apart
+        from adaptkit.operations._companion import check_apart, is_waiting
 
         check_apart(output, init)
+        check_output(init, force or is_waiting(init, output), [source])
     tokens = _read_tokens(source, options.calibration)
     run = _Run(Checkpoint(source), output, options, force, init, tokens, progress, calibration_progress)
     return _plan_and_run(run, dry_run)

@@ -234,6 +234,26 @@ program.main()
         assert (done.returncode, done.stderr) == (130, f"error: interrupted\n{hint}")
 
 
+def test_a_file_that_ends_too_soon_is_no_interruption(tmp_path):
+    """click takes the one for the other."""
+    program = """
+import click, sys
+from adaptkit.cli import main as program
+
+@program.cli.command("broken")
+def broken():
+    raise EOFError("Ran out of input")
+
+program._Commands.get_command = lambda self, ctx, name: broken
+sys.argv = ["adaptkit", "broken"]
+program.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "EOFError: Ran out of input" in done.stderr
+    assert "interrupted" not in done.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_lock_that_a_signal_left_held_keeps_nobody_waiting(number, code, tmp_path):
     """As when a signal comes just after a result has been locked: its thread waits for that, and who joins it, too."""

@@ -1,5 +1,6 @@
 """The verdict on an adapter is what its reader makes of it: peft is asked, the others' rules are written out."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -332,12 +333,19 @@ def test_peft_wants_every_module_that_a_name_stands_for(module, make, untied):
     assert levels(verdicts(folder, untied)["peft"], f"{module}.weight is not in the file") == {"error"}
 
 
-@pytest.mark.parametrize(("index", "loads"), [(300, True), (-301, True), (301, False), (500, False), (-302, False)])
-def test_trained_rows_are_of_entries_that_there_are(index, loads, make, untied):
+@pytest.mark.parametrize(
+    ("index", "loads", "runs"),
+    [(300, True, True), (-1, True, False), (-301, True, False), (301, False, False), (-302, False, False)],
+)
+def test_trained_rows_are_of_entries_that_there_are(index, loads, runs, make, untied):
+    """peft loads numbers from the end, and fails when the model runs."""
     folder = make(trainable_token_indices=[1, 5])
     configure(folder, trainable_token_indices=[1, index])
     assert peft_takes(folder, untied) == loads
-    assert verdicts(folder, untied)["peft"].taken == loads
+    if loads:
+        with contextlib.nullcontext() if runs else pytest.raises(IndexError):
+            with_peft(folder, untied)(torch.tensor([[1, 2]]))
+    assert verdicts(folder, untied)["peft"].taken == runs
 
 
 @pytest.mark.parametrize("case", ["a compiled model", "data parallelism", "a doubled prefix"])

@@ -153,11 +153,28 @@ def assert_computes(out, case, judgement, tolerance, measure=torch.max):
 @pytest.mark.parametrize("name", CASES)
 def test_every_element_is_the_float64_result_rounded_once(tmp_path, judged, name):
     case, judgement = judged(name)
-    merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
+    report = merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
+    assert not any("does not ask for" in told for told in report.told)
     assert_right(tmp_path / "out", case, judgement)
     # So much comes of rounding to bfloat16; here and there a token goes to another expert.
     assert_computes(tmp_path / "out", case, judgement, 0.05, torch.mean)
     verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["up_proj"]}])
+def test_what_the_configuration_does_not_ask_for_is_told(change, llama, adapter, copy_of, tmp_path):
+    """peft drops it without a word; what the file holds is merged, as ever."""
+    other = copy_of(adapter)
+    for name in (MANIFEST, MANIFEST + ".sig"):
+        (other / name).unlink(missing_ok=True)
+    peft_adapters.change_config(other, **change)
+    report = merge(llama, [other], tmp_path / "out")
+    (told,) = [told for told in report.told if "does not ask for" in told]
+    assert str(other) in told
+    merge(llama, [adapter], tmp_path / "whole")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("name", OF_EVERY_KIND)

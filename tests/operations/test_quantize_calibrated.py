@@ -1,5 +1,7 @@
 """Calibration: the same layout, fewer lost outputs; a companion adapter that is this base's alone; a bits budget."""
 
+import shutil
+
 import bitsandbytes as bnb
 import pytest
 import tiny
@@ -7,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
@@ -45,6 +48,36 @@ def calibrated(tmp_path_factory, llama, text):
     out = tmp_path_factory.mktemp("calibrated") / "llama"
     report = quantize(llama, out, options(text, init_rank=4))
     return out, out.with_name("llama-init"), report
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_a_run_cut_off_between_companion_and_base_goes_on_by_the_same_command(
+    whose, llama, text, calibrated, tmp_path, monkeypatch
+):
+    """The companion is there, and the base that it names is not yet; another's companion stays what it is."""
+    publish = Output.publish
+
+    def cut_off(self, manifest, signature=None):
+        if self.final.name == "llama":
+            raise KeyboardInterrupt
+        publish(self, manifest, signature)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "publish", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(llama, tmp_path / "llama", options(text, init_rank=4))
+    assert {path.name for path in tmp_path.iterdir()} == {"llama-init", "llama.partial"}
+    if whose == "another's":
+        shutil.rmtree(tmp_path / "llama-init")
+        quantize(llama, tmp_path / "other", options(text, init_rank=2), companion=tmp_path / "llama-init")
+        before = tree(tmp_path / "llama-init")
+        with pytest.raises(OutputExistsError):
+            quantize(llama, tmp_path / "llama", options(text, init_rank=4))
+        assert tree(tmp_path / "llama-init") == before
+        return
+    quantize(llama, tmp_path / "llama", options(text, init_rank=4))
+    assert tree(tmp_path / "llama") == tree(calibrated[0])
+    assert tree(tmp_path / "llama-init") == tree(calibrated[1])
 
 
 def inputs_of_linears(llama, text):

@@ -179,7 +179,9 @@ def test_shares_of_a_source_that_changed_meanwhile_are_not_joined(llama, copy_of
     with pytest.raises(ConflictError, match="other options, inputs or shares"):
         share(source, tmp_path / "out", 2, 2)
     options = QuantizeOptions(max_shard_bytes=SMALL)
-    quantize(source, tmp_path / "out", options)
+    with pytest.raises(ConflictError, match="other options, inputs or shares"):
+        quantize(source, tmp_path / "out", options)
+    quantize(source, tmp_path / "out", options, force=True)
     quantize(source, tmp_path / "fresh", options)
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
@@ -193,6 +195,11 @@ def test_shares_with_other_options_or_of_another_number_are_refused(llama, tmp_p
         share(llama, tmp_path / "out", 2, 3)
     assert tree(tmp_path / "out.partial") == before
     share(llama, tmp_path / "out", 2, 2)
+    both = tree(tmp_path / "out.partial")
+    for options in (QuantizeOptions(), QuantizeOptions(max_shard_bytes=SMALL, double_quant=False)):
+        with pytest.raises(ConflictError, match="other options, inputs or shares"):
+            quantize(llama, tmp_path / "out", options)
+        assert tree(tmp_path / "out.partial") == both
 
 
 def test_a_share_leaves_a_foreign_folder_alone(llama, tmp_path):

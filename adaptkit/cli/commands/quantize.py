@@ -156,9 +156,8 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     if report.upgrades:
         gain = sum(upgrade.gain for upgrade in report.upgrades)
         first = "\n".join(f"{upgrade.module}: {upgrade.to}" for upgrade in report.upgrades[:WORST])
-        rows.append(
-            ("more bits for", f"{len(report.upgrades)} matrices, {gain:.4f} nats expected gain, first\n{first}")
-        )
+        count = f"{len({upgrade.module for upgrade in report.upgrades})} matrices in {len(report.upgrades)} steps"
+        rows.append(("more bits for", f"{count}, {gain:.4f} nats expected gain, first\n{first}"))
     if report.companion is not None:
         rows.append(("companion", f"{report.companion}: begin with it by train --init"))
     if report.manifest_sha256:

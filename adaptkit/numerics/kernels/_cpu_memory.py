@@ -66,11 +66,17 @@ class _Kept(NullCache):  # type: ignore[misc]
     def load_overload(self, signature: Any, target: Any) -> Any:
         """What was kept, or None."""
         rtsys.initialize(target)
-        return getattr(self._files, "_load_overload", self._files.load_overload)(signature, target)
+        try:
+            return getattr(self._files, "_load_overload", self._files.load_overload)(signature, target)
+        except Exception:  # what a power cut left may say anything; it is made again
+            with contextlib.suppress(OSError):
+                self._files.flush()
+            return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
-        """Keep what was compiled."""
-        self._files.save_overload(signature, result)
+        """Keep what was compiled, if there is room."""
+        with contextlib.suppress(OSError):
+            self._files.save_overload(signature, result)
 
 
 @cache

@@ -162,7 +162,7 @@ def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Findi
         )
     for key, found in indices.items():
         entries = _entries(files, base, key)
-        beyond = [index for index in found if isinstance(index, int) and entries and not -entries <= index < entries]
+        beyond = [index for index in found if isinstance(index, int) and entries and not 0 <= index < entries]
         if beyond and base is not None:
             yield Finding(
                 "error",

@@ -9,7 +9,7 @@ index names, and nothing beside them.
 from collections.abc import Iterator
 
 from adaptkit.checkpoint.architecture import is_read_by_kernels
-from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_tensors, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_experts, _peft_tensors, _rules
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
@@ -65,7 +65,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     )
     yield from _kernels(files, base)
     yield from _tied(files, base)
-    yield from _experts(files, base)
+    yield from _peft_experts.single(files, base, _DROPS)
 
 
 def _names(files: AdapterFiles) -> Iterator[Finding]:
@@ -160,23 +160,6 @@ def _tied(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             f"{head} is changed, and the base has it in common with the embedding",
             "peft applies it to the head alone while it is loaded; merge_and_unload changes the embedding, too",
             f"do not merge it with peft: {files.merge()}",
-        )
-
-
-def _experts(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Adapters of single experts, which peft puts together to stacks, as transformers 5 keeps them."""
-    single = _rules.single_experts(files)
-    family = base.config.get("model_type") if base else None
-    if single and files.config.get("use_rslora"):
-        yield Finding(
-            "error",
-            f"use_rslora in adapter_config.json, and one pair of matrices an expert: {some(single)}",
-            "peft doubles alpha and rank when it makes stacks of them, and so scales by √2 too much",
-            _rules.flat_change(files),
-        )
-    elif single and family == "qwen2_moe":
-        yield Finding(
-            "error", f"{some(single)}: one pair of matrices an expert", f"for {family} {_DROPS}", files.merge()
         )
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.conversation import Example, read_example
+from adaptkit.checkpoint.conversation import Example, asks_for_the_date, read_example
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.rendering import asks_for_the_date
 from adaptkit.checkpoint.rows import is_on_hub, read_rows
 from adaptkit.errors import DataError
 from adaptkit.training.data.encoding import Encoder

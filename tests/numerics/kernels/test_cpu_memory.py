@@ -58,6 +58,25 @@ def test_what_only_compiling_needs_is_not_loaded_for_a_kernel_that_was_kept(pack
     assert decode(package, code).endswith("1\nFalse")
 
 
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("left", [b"", b"half", b"\x80\x04K\x05."])
+def test_what_a_power_cut_left_of_a_kernel_is_made_again(suffix, left, package):
+    assert decode(package) == "[1.0, -1.0, 0.0, 1.0]"
+    kept = sorted(package.rglob(f"*.{suffix}"))
+    assert kept
+    for path in kept:
+        path.write_bytes(left)
+    assert decode(package) == "[1.0, -1.0, 0.0, 1.0]"
+    assert decode(package) == "[1.0, -1.0, 0.0, 1.0] 1"
+
+
+def test_a_disk_without_room_for_kernels_stops_nothing(package):
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
+    assert decode(package, full + DECODE) == "[1.0, -1.0, 0.0, 1.0]"
+    assert decode(package) == "[1.0, -1.0, 0.0, 1.0]"
+
+
 def test_kernels_that_must_not_be_compiled_are_refused(package):
     code = DECODE.replace("from adaptkit", "from adaptkit.errors import UsageError\ntry:\n    from adaptkit", 1)
     code = code.replace("_cpu_blocks\n", "_cpu_blocks\nexcept UsageError as error:\n    sys.exit(error.hint)\n", 1)

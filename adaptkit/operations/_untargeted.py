@@ -1,0 +1,21 @@
+"""What an adapter holds and its configuration does not ask for, so that peft itself would leave it out."""
+
+from collections.abc import Iterator, Sequence
+
+from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.operations.targets._peft_config import is_target
+from adaptkit.operations.targets._target import some
+
+
+def untargeted(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """A sentence for each adapter that has more than ``adapter_config.json`` names."""
+    for adapter in adapters:
+        config = adapter.config
+        if config.get("target_modules") in (None, "all-linear") or config.get("ensure_weight_tying"):
+            continue  # peft asks the architecture, or adds what is tied
+        found = [module for module in adapter.modules if not is_target(config, module)]
+        if found:
+            yield (
+                f"{adapter.root}: adapter_config.json does not ask for {some(found)}, which peft would leave out; "
+                "it is in the file, and merged"
+            )

@@ -1,0 +1,99 @@
+"""Adapters of single experts, of which peft 0.21.2 makes stacks, as transformers 5 keeps them.
+
+The stacks of gate and up are one, ``gate_up_proj``; peft gives each stack one rank and one alpha, those of the whole
+configuration, and loads a stack only with a matrix for every expert.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+from adaptkit.operations.targets import _rules
+from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
+from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._target import Finding, some
+
+_ONE = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
+_GATES, _UPS, _DOWNS = {"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
+    """What peft fails on, scales otherwise, or drops.
+
+    Args:
+        files: of the adapter.
+        base: without it every model is taken to have stacks.
+        drops: what peft does with what it drops.
+    """
+    found = [(pair, match) for pair in files.pairs if (match := _ONE.fullmatch(pair.module))]
+    modules = [pair.module for pair, _ in found]
+    if not found or not _has_stacks(base, modules):
+        return
+    family = base.config.get("model_type") if base else None
+    if files.config.get("use_rslora"):
+        yield Finding(
+            "error",
+            f"use_rslora in adapter_config.json, and one pair of matrices an expert: {some(modules)}",
+            "peft doubles alpha and rank when it makes stacks of them, and so scales by √2 too much",
+            _rules.flat_change(files),
+        )
+    elif family == "qwen2_moe":
+        yield Finding(
+            "error", f"{some(modules)}: one pair of matrices an expert", f"for {family} {drops}", files.merge()
+        )
+    uneven = [pair.module for pair, _ in found if _is_uneven(files, pair)]
+    if uneven:
+        yield Finding(
+            "error",
+            f"rank or alpha of {some(uneven)} is not r and lora_alpha of adapter_config.json",
+            "peft gives all experts one rank and one alpha: it fails, or scales them otherwise",
+            files.merge(),
+        )
+    numbers: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for _, match in found:
+        numbers[match["stack"], match["part"]].add(int(match["number"]))
+    yield from _parts(files, numbers, drops)
+    count = _count(base) or 1 + max(max(there) for there in numbers.values())
+    lacking = [f"{stack} ({part})" for (stack, part), there in numbers.items() if len(there) < count]
+    if lacking:
+        yield Finding(
+            "error",
+            f"not all of {count} experts have a pair of matrices: {some(lacking)}",
+            "peft fails: size mismatch",
+            files.merge(),
+        )
+
+
+def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]], drops: str) -> Iterator[Finding]:
+    """Halves of ``gate_up_proj`` without the other, and both without any ``down_proj`` in the file."""
+    halves = {
+        stack: [any(s == stack and part in names for s, part in numbers) for names in (_GATES, _UPS)]
+        for stack, _ in numbers
+    }
+    alone = [stack for stack, there in halves.items() if len(set(there)) > 1]
+    if alone:
+        yield Finding(
+            "error",
+            f"{some(alone)}: gate or up of the experts, and not both",
+            "peft fails, since they are one matrix in the model",
+            files.merge(),
+        )
+    both = [stack for stack, there in halves.items() if all(there)]
+    if both and not any(part in _DOWNS for _, part in numbers):
+        yield Finding("error", f"{some(both)}: gate and up of the experts, and no down", drops, files.merge())
+
+
+def _has_stacks(base: BaseShapes | None, modules: list[str]) -> bool:
+    """Whether the model has stacks where the file has single experts, or nobody knows."""
+    return base is None or not any(f"{module}.weight" in base.tensors for module in modules)
+
+
+def _is_uneven(files: AdapterFiles, pair: Pair) -> bool:
+    return bool(pair.asked != files.config.get("r") or pair.alpha != files.config.get("lora_alpha"))
+
+
+def _count(base: BaseShapes | None) -> int | None:
+    """How many experts a layer has, if the configuration says so."""
+    said = [base.config.get(name) for name in _COUNTS] if base else []
+    return next((count for count in said if isinstance(count, int)), None)

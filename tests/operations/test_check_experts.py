@@ -1,0 +1,93 @@
+"""The verdict on adapters of single experts, which peft makes stacks of: peft itself is asked."""
+
+import itertools
+import json
+import re
+
+import peft_adapters
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from adaptkit.operations.check import check
+from adaptkit.operations.merge import merge
+
+SINGLE = {
+    "all": {},
+    "gate and up": {"parts": "gate up"},
+    "down": {"parts": "down"},
+    "gate": {"parts": "gate"},
+    "up and down": {"parts": "up down"},
+    "some experts": {"without": r"experts\.[23]\."},
+    "some experts' down": {"without": r"experts\.3\.(down_proj|w2)"},
+    "one layer": {"without": r"layers\.1\."},
+    "one layer, and of the other gate and up": {"without": r"layers\.1\..*(down_proj|w2)"},
+    "one layer, and of the other gate": {"without": r"layers\.1\..*(down_proj|w2|up_proj|w3)"},
+    "a rank of its own for gate": {"ranks": {"gate": 2}},
+    "a rank of its own for down": {"ranks": {"down": 2}},
+    "a rank of their own for all": {"ranks": {"gate": 2, "up": 2, "down": 2}},
+    "an alpha of its own for up": {"alpha": "up"},
+}
+
+
+def write_single_experts(folder, base, family, parts="gate up down", without=r"(?!)", ranks=(), alpha=None):
+    """What training single experts left: a pair for each, and what is unlike r and lora_alpha by its whole path."""
+    names = ("gate_proj", "up_proj", "down_proj") if family == "qwen3_moe" else ("w1", "w3", "w2")
+    config = json.loads((base / "config.json").read_text())
+    hidden, inter = config["hidden_size"], config.get("moe_intermediate_size") or config["intermediate_size"]
+    leaves = dict(zip(("gate", "up", "down"), names, strict=True))
+    tensors, patterns, alphas = {}, {}, {}
+    for layer, expert, part in itertools.product(range(2), range(4), parts.split()):
+        module = f"model.layers.{layer}.{'mlp' if family == 'qwen3_moe' else 'block_sparse_moe'}.experts.{expert}"
+        module = f"{module}.{leaves[part]}"
+        if re.search(without, module):
+            continue
+        rank = dict(ranks).get(part, 4)
+        into, out = (inter, hidden) if part == "down" else (hidden, inter)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, into) * 0.1
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, rank) * 0.1
+        if rank != 4:
+            patterns[module] = rank
+        if part == alpha:
+            alphas[module] = 8
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4, "rank_pattern": patterns}
+    values |= {"alpha_pattern": alphas, "target_modules": [leaves[part] for part in parts.split()]}
+    values |= {"base_model_name_or_path": str(base), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    root = tmp_path_factory.mktemp("moe")
+    return {family: tiny.write_family(root / family, family, dtype="float32") for family in ("mixtral", "qwen3_moe")}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_peft_makes_stacks_of_single_experts_only_as_the_verdict_says(case, family, moe, tmp_path):
+    """What peft merges is compared with what the file says, which is what merge makes of it."""
+    from peft import PeftModel
+
+    base = moe[family]
+    folder = write_single_experts(tmp_path / "adapter", base, family, **SINGLE[case])
+    merge(base, [folder], tmp_path / "merged")
+    try:
+        with peft_adapters.quiet():
+            merged = PeftModel.from_pretrained(model(base), folder).merge_and_unload().state_dict()
+    except (RuntimeError, ValueError):
+        loads = False
+    else:
+        expected = model(tmp_path / "merged").state_dict()
+        loads = all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
+    (verdict,) = [verdict for verdict in check(folder, base=base).verdicts if verdict.target == "peft"]
+    assert verdict.taken == loads
