@@ -249,7 +249,7 @@ class Output:
         if changed or shares:
             raise ConflictError(
                 f"{self.folder}: holds work of a run with other options, inputs or shares",
-                hint="use the same options for every share, or delete that folder",
+                hint="use the options of its shares, delete it, or begin anew without --part and with --force",
             )
         if not begun and {path.name for path in self.folder.iterdir()} - {self._journal}:
             self._refuse_foreign()

@@ -27,7 +27,7 @@ DAY = datetime(2024, 7, 26)
 With today's, samples would be others every day: a killed run could not go on after midnight.
 """
 
-_DIRECTIVES = (*"aAbBcdDeFGhHIjklmMnpPrRSTuUVwWxXyYzZ", "-d", "-m", "-H", "-I", "-M")
+_DIRECTIVES = (*"aAbBcCdDefFgGhHIjklmMnpPrRStTuUVwWxXyYzZ", *(f"-{letter}" for letter in "deHIjmMSy"))
 
 _SECONDS = 10
 _IDLE_SECONDS = 10
@@ -78,9 +78,13 @@ def asks_for_the_date(tokenizer: Any) -> bool:
 
 
 def _of_a_day(template: str) -> str:
-    """A chat template that is told ``DAY``: data that transformers hands to a template may not be functions."""
+    """A chat template that is told ``DAY``: data that transformers hands to a template may not be functions.
+
+    It begins a line, as it did without what is put before it: transformers trims the line break behind a block.
+    """
     words = "".join(f"|replace('%{letter}','{DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{words} }}}}{{% endmacro %}}{{{{- '' }}}}{template}"
+    told = f"format|replace('%%','\\0'){words}|replace('\\0','%')"
+    return f"{{% macro strftime_now(format) %}}{{{{ {told} }}}}{{% endmacro %}}\n{template}"
 
 
 def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, str]]:

@@ -34,14 +34,18 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put a small file in the place of what is there; whatever happens, one of both is there and whole."""
-    unfinished = f"{path.name}.partial"
-    try:
-        write_file(path.parent, unfinished, content)
-        with disk_errors(path):
-            os.replace(path.parent / unfinished, path)
+    unfinished = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
             sync_folder(path.parent)
-    finally:
-        (path.parent / unfinished).unlink(missing_ok=True)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

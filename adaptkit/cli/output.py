@@ -92,16 +92,16 @@ def write_report(report: Any, path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, unless it is none, such as a pipe.
+    """Write a file that appears whole or not at all; what is there and no plain file (a pipe, a link) is written to.
 
     Raises:
         DiskError: it cannot be written.
     """
     from adaptkit.checkpoint.writer import DiskError, replace_file
 
-    path, content = Path(os.path.realpath(path)), text.encode("utf-8", "backslashreplace")
+    content = text.encode("utf-8", "backslashreplace")
     try:
-        if path.is_file() or not path.exists():
+        if not os.path.lexists(path) or (path.is_file() and not path.is_symlink()):
             replace_file(path, content)
         else:
             path.write_bytes(content)

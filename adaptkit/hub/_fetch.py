@@ -34,8 +34,7 @@ def fetch_files(
     """
     total, done = sum(record.size for record in records), 0
     for record in records:
-        # An earlier run's file is read again: the journal says that it was right, not that it still is.
-        if not (out.finished(record.path) and not file_problem(out.folder, record)):
+        if not out.finished(record.path):
             counted = _Counted(told, done, total)
             download(hub, repo_id, commit, record.path, out.folder / DOWNLOADS, counted.add)
             _move_if_right(f"{repo_id}@{commit}", record, out.folder)

@@ -109,7 +109,9 @@ def calibrate(
     count = int((out.folder / _END).read_text())
     names = [_layer_name(number) for number in range(count)]
     if found_before and not out.finished(*names):
-        raise IntegrityError(f"{out.folder}: calibrated layers are missing", hint="delete that folder to begin anew")
+        raise IntegrityError(
+            f"{out.folder}: calibrated layers are missing, or changed", hint="delete that folder to begin anew"
+        )
     scratch = TensorFiles(out.folder, names)
     notes = {name: note for found in names for name, note in out.notes[found].items()}
     return {

@@ -141,7 +141,7 @@ class _Run:
         key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
-        with Output(self.output, key, self.force, inputs=inputs, part=options.part) as out:
+        with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out:
             self._check_finite(out, begun)
             self._check_shares(out)
             plan, upgrades = self._spend(out, begun)
@@ -174,6 +174,14 @@ class _Run:
             tensors_root=manifest.tensors_root,
             manifest_sha256=manifest.sha256,
         )
+
+    def _keeps(self, folder: Path) -> bool:
+        """Whether other options must not throw away what is unfinished: its companion adapter is published already."""
+        if self.init is None:
+            return False
+        from adaptkit.operations._companion import is_waiting
+
+        return is_waiting(self.init, self.output)
 
     def _room(self, plan: Plan) -> int:
         """The bytes that the work takes on the disk, if this run is to do all of it."""

@@ -216,7 +216,7 @@ class TrainConfig:
             if len(found) != 1:
                 problem = "is none of the data" if not found else "is the name of several"
                 raise ConfigError(f"mixture: {name!r} {problem}", hint=f"data: {', '.join(self.data)}")
-            weights[found[0]] = weight
+            weights[found[0]] = float(weight)
         return weights
 
     @property

@@ -201,7 +201,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _is_beginning(name: str) -> bool:
     """Whether a run has a file of this name, whole or half, before it has a checkpoint; half a checkpoint is none."""
-    known = name.removesuffix(".partial") in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
+    known = name.removeprefix(".").removesuffix(".partial") in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
     return known or (name.startswith("checkpoint-") and name.endswith(".partial"))
 
 

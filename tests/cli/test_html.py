@@ -320,6 +320,17 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path):
     assert "ulimit -f" in caught.value.hint
     assert (tmp_path / "report").read_text() == "new"
     assert {path.name for path in tmp_path.iterdir()} == {"report", "link"}
+    for name in ("s-10:30.jsonl", "a\\b", "two\nlines"):
+        write_whole(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+    (tmp_path / "mine.partial").write_text("mine")
+    write_whole(tmp_path / "mine", "text")
+    assert (tmp_path / "mine.partial").read_text() == "mine"
+    read, write = os.pipe()
+    write_whole(Path(f"/dev/fd/{write}"), "through a pipe")
+    assert os.read(read, 99) == b"through a pipe"
+    os.close(read)
+    os.close(write)
     with pytest.raises(DiskError, match="No space left"):
         write_whole(Path("/dev/full"), "page")
 

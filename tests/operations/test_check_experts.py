@@ -8,13 +8,15 @@ import peft_adapters
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import merge
 
 SINGLE = {
     "all": {},
+    "by a pattern": {"targets": r".*experts\.\w+"},
+    "by a pattern with numbers": {"targets": r".*experts\.\d+\.\w+"},
     "gate and up": {"parts": "gate up"},
     "down": {"parts": "down"},
     "gate": {"parts": "gate"},
@@ -31,7 +33,9 @@ SINGLE = {
 }
 
 
-def write_single_experts(folder, base, family, parts="gate up down", without=r"(?!)", ranks=(), alpha=None):
+def write_single_experts(
+    folder, base, family, parts="gate up down", without=r"(?!)", ranks=(), alpha=None, targets=None
+):
     """What training single experts left: a pair for each, and what is unlike r and lora_alpha by its whole path."""
     names = ("gate_proj", "up_proj", "down_proj") if family == "qwen3_moe" else ("w1", "w3", "w2")
     config = json.loads((base / "config.json").read_text())
@@ -54,7 +58,7 @@ def write_single_experts(folder, base, family, parts="gate up down", without=r"(
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4, "rank_pattern": patterns}
-    values |= {"alpha_pattern": alphas, "target_modules": [leaves[part] for part in parts.split()]}
+    values |= {"alpha_pattern": alphas, "target_modules": targets or [leaves[part] for part in parts.split()]}
     values |= {"base_model_name_or_path": str(base), "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(values))
     return folder
@@ -91,3 +95,30 @@ def test_peft_makes_stacks_of_single_experts_only_as_the_verdict_says(case, fami
         loads = all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
     (verdict,) = [verdict for verdict in check(folder, base=base).verdicts if verdict.target == "peft"]
     assert verdict.taken == loads
+
+
+@pytest.mark.parametrize("parts", ["gate up down", "down"])
+def test_a_dense_layer_beside_experts_is_not_reached(parts, moe, tmp_path):
+    """peft takes the names of its modules for those of the experts' stacks."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(moe["qwen3_moe"], mlp_only_layers=[0], dtype=torch.float32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    folder = write_single_experts(tmp_path / "adapter", tmp_path / "base", "qwen3_moe", without=r"layers\.0\.")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for part in parts.split():
+        shape = (config.hidden_size, config.intermediate_size)[:: 1 if part == "down" else -1]
+        name = f"base_model.model.model.layers.0.mlp.{part}_proj"
+        tensors |= {
+            f"{name}.lora_A.weight": torch.randn(4, shape[1]),
+            f"{name}.lora_B.weight": torch.randn(shape[0], 4),
+        }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with peft_adapters.quiet():
+        merged = PeftModel.from_pretrained(model(tmp_path / "base"), folder).merge_and_unload().state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(merged[name], model(tmp_path / "base").state_dict()[name])
+    (verdict,) = check(folder, ["peft"], tmp_path / "base").verdicts
+    assert [finding.found for finding in verdict.findings if "no expert" in finding.found]
+    assert not verdict.taken

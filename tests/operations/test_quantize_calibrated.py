@@ -14,7 +14,7 @@ from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import read_tokens
-from adaptkit.errors import AdapterError, BaseMismatchError, DataError, OutputExistsError, UsageError
+from adaptkit.errors import AdapterError, BaseMismatchError, ConflictError, DataError, OutputExistsError, UsageError
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
@@ -75,6 +75,8 @@ def test_a_run_cut_off_between_companion_and_base_goes_on_by_the_same_command(
             quantize(llama, tmp_path / "llama", options(text, init_rank=4))
         assert tree(tmp_path / "llama-init") == before
         return
+    with pytest.raises(ConflictError, match="other options"):
+        quantize(llama, tmp_path / "llama", options(text, init_rank=2))
     quantize(llama, tmp_path / "llama", options(text, init_rank=4))
     assert tree(tmp_path / "llama") == tree(calibrated[0])
     assert tree(tmp_path / "llama-init") == tree(calibrated[1])

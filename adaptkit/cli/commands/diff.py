@@ -10,6 +10,7 @@ import click
 from adaptkit.cli.options import ArtifactPath, report_options, threads_option
 from adaptkit.cli.output import Row, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress
+from adaptkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adaptkit.operations._diff_files import FilesDifference, ValueDifference
@@ -36,6 +37,7 @@ def command(
 
     Exits with 0 if they are the same, 1 if they differ.
     """
+    from adaptkit.checkpoint.writer import DiskError
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.diff import diff_page
     from adaptkit.operations.diff import AdapterDiffReport, diff
@@ -44,7 +46,10 @@ def command(
     with byte_progress("diff", as_json or quiet) as progress:
         report = diff(first, second, recompute=recompute, threads=threads, progress=progress)
     if html is not None:
-        write_whole(html, diff_page(report))
+        try:
+            write_whole(html, diff_page(report))
+        except DiskError as error:  # whose exit code would say that they differ
+            raise UsageError(error.message, hint=error.hint) from error
     rows = _adapters(report) if isinstance(report, AdapterDiffReport) else _checkpoints(report)
     show(report, rows, as_json=as_json, quiet=quiet)
     return 0 if report.same else 1

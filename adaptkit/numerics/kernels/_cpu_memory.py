@@ -3,15 +3,16 @@
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from importlib.resources import files
+from io import BytesIO
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
-from numba.core.caching import FunctionCache, NullCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
@@ -57,26 +58,54 @@ class _Kept(NullCache):  # type: ignore[misc]
             cache = FunctionCache(self._function)
         except RuntimeError:  # no folder that can be written: every process compiles for itself
             return NullCache()
-        # numba compiles again what stands in a file that changed, but not what calls that from another file.
-        with contextlib.suppress(AttributeError):
-            index = cache._cache_file
-            index._source_stamp = index._source_stamp, _sources()
+        with contextlib.suppress(AttributeError):  # of another version of numba, which then keeps them in its own way
+            # It compiles again what stands in a file that changed, but not what calls that from another file.
+            stamp = cache._impl.locator.get_source_stamp(), _sources()
+            cache._cache_file = _Sealed(cache._cache_path, cache._impl.filename_base, stamp)
         return cache
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         """What was kept, or None."""
         rtsys.initialize(target)
-        try:
-            return getattr(self._files, "_load_overload", self._files.load_overload)(signature, target)
-        except Exception:  # what a power cut left may say anything; it is made again
-            with contextlib.suppress(OSError):
-                self._files.flush()
-            return None
+        return getattr(self._files, "_load_overload", self._files.load_overload)(signature, target)
 
     def save_overload(self, signature: Any, result: Any) -> None:
         """Keep what was compiled, if there is room."""
         with contextlib.suppress(OSError):
             self._files.save_overload(signature, result)
+
+
+class _Sealed(IndexDataCacheFile):  # type: ignore[misc]
+    """numba's files, with a hash behind each: it writes them without a sync, and runs what a power cut left of them."""
+
+    @contextlib.contextmanager
+    def _open_for_write(self, path: str) -> Iterator[BytesIO]:
+        content = BytesIO()
+        yield content
+        with super()._open_for_write(path) as file:
+            file.write(content.getvalue() + _seal(content.getvalue()))
+
+    def _load_index(self) -> Any:
+        return super()._load_index() if _is_whole(self._index_path) else {}
+
+    def _load_data(self, name: str) -> Any:
+        if not _is_whole(self._data_path(name)):
+            raise FileNotFoundError(name)  # numba takes it for one that was removed
+        return super()._load_data(name)
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        return False
+    end = len(content) - len(_seal(b""))
+    return end >= 0 and _seal(content[:end]) == content[end:]
 
 
 @cache

@@ -8,13 +8,22 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from adaptkit.operations.targets import _rules
+from adaptkit.operations.targets import _peft_config, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
 _ONE = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
+_SHORTHAND = "all-linear"
 _GATES, _UPS, _DOWNS = {"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}
+_AS_MIXTRAL = {"minimax", "minimax_m2", "mixtral"}
+_AS_QWEN2_MOE = {
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+    "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker",
+    "sarvam_mla", "solar_open",
+}  # fmt: skip
+"""Model types whose experts peft makes stacks of, by the names of their matrices (qwen2_moe itself is not one)."""
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -38,10 +47,20 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
             "peft doubles alpha and rank when it makes stacks of them, and so scales by √2 too much",
             _rules.flat_change(files),
         )
-    elif family == "qwen2_moe":
-        yield Finding(
-            "error", f"{some(modules)}: one pair of matrices an expert", f"for {family} {drops}", files.merge()
-        )
+    elif family is not None and family not in _AS_MIXTRAL | _AS_QWEN2_MOE:
+        effect = f"for {family} peft makes no stacks of them: it fails, or drops them without a word"
+        yield Finding("error", f"{some(modules)}: one pair of matrices an expert", effect, files.merge())
+    pattern = files.config.get("target_modules")
+    if isinstance(pattern, str) and pattern != _SHORTHAND:
+        paths = {f"{match['stack']}.{match['part']}" for _, match in found}
+        unnamed = [path for path in paths if not _peft_config.is_module({"target_modules": pattern}, path)]
+        if unnamed:
+            yield Finding(
+                "error",
+                f"the pattern target_modules in adapter_config.json does not match {some(unnamed)}",
+                "peft, which looks for the stack under that name, finds no module or drops them",
+                "name the modules in a list, such as ['down_proj', 'gate_proj', 'up_proj']",
+            )
     uneven = [pair.module for pair, _ in found if _is_uneven(files, pair)]
     if uneven:
         yield Finding(
@@ -61,6 +80,21 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
             "error",
             f"not all of {count} experts have a pair of matrices: {some(lacking)}",
             "peft fails: size mismatch",
+            files.merge(),
+        )
+
+
+def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
+    """Modules that are no experts and are called as these are: peft takes their targets for the stacks'."""
+    family = base.config.get("model_type") if base else None
+    names = _GATES | _UPS | _DOWNS if family in _AS_MIXTRAL | _AS_QWEN2_MOE else set()
+    modules = [pair.module for pair in files.pairs if not pair.stacked and not _ONE.fullmatch(pair.module)]
+    taken = [module for module in modules if module.rpartition(".")[2] in names]
+    if taken:
+        yield Finding(
+            "error",
+            f"{some(taken)}: no expert, and called as the experts of {family} are",
+            f"peft makes stacks of what has such a name; {drops}",
             files.merge(),
         )
 

@@ -25,6 +25,8 @@ _TYPES = {
 _MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
 """Variants whose tensors have names of their own."""
 _SHORTHAND = "all-linear"
+_BY_DEFAULT = {"c_attn", "q", "q_proj", "query", "query_key_value", "v", "v_proj", "value"}
+"""Names that peft takes for most types of models where the configuration has none."""
 _DROPS = "peft drops it without a word: what it was meant to change stays as it is"
 
 
@@ -66,6 +68,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _kernels(files, base)
     yield from _tied(files, base)
     yield from _peft_experts.single(files, base, _DROPS)
+    yield from _peft_experts.beside(files, base, _DROPS)
 
 
 def _names(files: AdapterFiles) -> Iterator[Finding]:
@@ -96,12 +99,13 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
 def _targeted(files: AdapterFiles) -> Iterator[Finding]:
     config = files.config
     targets = config.get("target_modules")
-    if targets is None and files.pairs:
+    ends = {pair.module.rpartition(".")[2] for pair in files.pairs if not pair.stacked}
+    if targets is None and ends:
         yield Finding(
-            "error",
+            "warning" if ends <= _BY_DEFAULT else "error",
             "target_modules is not set in adapter_config.json",
             f"peft takes the modules that it has by default for this type of model; of others {_DROPS}",
-            f"set target_modules to {sorted({pair.module.rpartition('.')[2] for pair in files.pairs})}",
+            f"set target_modules to {sorted(ends)}",
         )
     twice = [p.module for p in files.pairs if _peft_config.is_parameter(config, p.module)]
     twice = [module for module in twice if _peft_config.is_module(config, module)]

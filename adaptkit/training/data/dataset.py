@@ -129,7 +129,7 @@ def load_data(
         ended=tally.ended,
         empty=tally.empty,
         empty_at=tally.empty_at,
-        dated=asks_for_the_date(tokenizer),
+        dated=asks_for_the_date(tokenizer) and any(set(report.layouts) - {"text"} for report in reports),
     )
 
 
@@ -179,9 +179,9 @@ class _Tally:
     empty: int = 0
     empty_at: str = ""
 
-    def look_at(self, example: Example, where: str) -> None:
-        """Count a row that has an empty answer."""
-        if any(not example.messages[number]["content"].strip() for number in example.learned):
+    def look_at(self, example: Example, learned: Sequence[int], where: str) -> None:
+        """Count a row that has an empty answer, and learns it."""
+        if any(not example.messages[number]["content"].strip() for number in learned):
             self.empty += 1
             self.empty_at = self.empty_at or where
 
@@ -230,7 +230,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             if digest is not None:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             example = read_example(row, where, layout)
-            tally.look_at(example, where)
+            tally.look_at(example, encoder.learned(example), where)
             layouts[example.layout] += 1
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)

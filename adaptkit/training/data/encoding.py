@@ -119,19 +119,20 @@ class Encoder:
             return
         messages = example.messages
         yield messages, False
-        for turn in self._learned(example):
+        for turn in self.learned(example):
             yield messages[:turn], True
             if turn + 1 < len(messages):
                 yield messages[: turn + 1], False
 
-    def _learned(self, example: Example) -> tuple[int, ...]:
+    def learned(self, example: Example) -> tuple[int, ...]:
+        """Which messages of an example carry loss."""
         return example.learned[-1:] if self._loss_on == "last_answer" else example.learned
 
     def _texts(self, example: Example, rendered: Iterator[str]) -> list[_Text]:
         """What the tokenizer gets of an example, whose parts come next among what was rendered."""
         if example.text is not None:
             return [_Text(example.text, (), True, True, True)]
-        messages, learned, plain = example.messages, self._learned(example), self._tokenizer.chat_template is None
+        messages, learned, plain = example.messages, self.learned(example), self._tokenizer.chat_template is None
         whole = next(rendered)
         found: list[tuple[_Answer | None, str]] = []
         for turn in learned:

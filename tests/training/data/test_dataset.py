@@ -101,6 +101,10 @@ def test_rows_with_an_empty_answer_are_counted_and_the_first_is_named(tokenizer,
     data = load_data([tmp_path / "rows.csv", write(tmp_path, chat, {"text": "plain"})], tokenizer, 99)
     assert (data.empty, len(data.samples)) == (2, 5)
     assert "rows.csv, line 3" in data.empty_at
+    earlier = [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}, *chat["messages"]]
+    path = write(tmp_path, {"messages": earlier}, name="earlier.jsonl")
+    assert load_data([path], tokenizer, 99).empty == 1
+    assert load_data([path], tokenizer, 99, loss_on="last_answer").empty == 0
 
 
 def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
