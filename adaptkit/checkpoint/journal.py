@@ -143,12 +143,14 @@ class Output:
         """Refuse to begin what the disk has no room for.
 
         Args:
-            nbytes: of the whole output; what is finished already counts as there.
+            nbytes: of the whole output; what is finished counts as there, and what is not makes room for its successor.
 
         Raises:
             DiskError: says how much is missing.
         """
-        needed = nbytes - sum(done.record.size for done in self._finished.values())
+        there = sum(done.record.size for done in self._finished.values())
+        cut_off = (path.lstat() for path in self.folder.iterdir() if path.name not in self._finished)
+        needed = nbytes - there - sum(512 * state.st_blocks for state in cut_off)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise DiskError(

@@ -1,6 +1,7 @@
 """An output appears whole or not at all, once, and never in place of something that is not adaptkit's."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output, check_output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
-from adaptkit.checkpoint.writer import write_file
+from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 PLAN = ["source", {"option": 1}]
@@ -339,6 +340,20 @@ def test_what_lies_where_a_replaced_output_would_is_kept_unless_forced(tmp_path)
     before = tree(aside)
     make(tmp_path / "out")
     assert tree(aside) == before
+
+
+def test_what_a_full_disk_cut_off_is_room_for_the_same_file(tmp_path):
+    """It is written over; a disk that holds just the output would be too small for good otherwise."""
+    half = 128 << 20
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+        with (output.folder / "b").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 2 * half)
+    with Output(tmp_path / "out", PLAN) as output:
+        free = shutil.disk_usage(tmp_path).free
+        output.require_space(free + half)
+        with pytest.raises(DiskError, match="more bytes"):
+            output.require_space(free + 3 * half)
 
 
 def test_a_name_that_leaves_no_room_for_unfinished_work_is_refused(tmp_path):
