@@ -109,10 +109,8 @@ def _document(file: Path) -> Iterator[Located]:
             yield from _lines(file)
             return
         raise DataError(f"{file}: not JSON ({error})", hint="a list of objects, or one object on each line") from error
-    is_one_line = "\n" not in text.strip()
-    if (
-        is_one_line and isinstance(document, dict) and not isinstance(document.get("data"), list)
-    ):  # JSON lines, of which there is one
+    is_object = isinstance(document, dict) and not isinstance(document.get("data"), list)
+    if is_object and "\n" not in text.strip():  # JSON lines, of which there is one
         yield from _lines(file)
         return
     found = document.get("data") if isinstance(document, dict) else document

@@ -25,10 +25,8 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     path = resolve_inside(folder, name)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(path), path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with disk_errors(path):
+        _write_through(path, content)
     return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -38,10 +36,7 @@ def replace_file(path: Path, content: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_through(unfinished, content)
             os.replace(unfinished, path)
             sync_folder(path.parent)
         finally:
@@ -155,6 +150,13 @@ class TensorWriter:
     def _put(self, view: memoryview) -> None:
         with disk_errors(self._path):
             self._file.append(view)
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class DiskError(AdaptkitError):

@@ -13,6 +13,7 @@ from adaptkit.operations.targets import _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._target import Finding, some
 
+SHORTHAND = "all-linear"
 _TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 _INITIAL = re.compile(r"eva|orthogonal|lora_ga|loftq|pissa|pissa_niter_\d+|(?i:gaussian|olora|mica)")
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"

@@ -14,7 +14,6 @@ from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
 _ONE = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
-_SHORTHAND = "all-linear"
 _GATES, _UPS, _DOWNS = {"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}
 _AS_MIXTRAL = {"minimax", "minimax_m2", "mixtral"}
 _AS_QWEN2_MOE = {
@@ -51,7 +50,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
         effect = f"for {family} peft makes no stacks of them: it fails, or drops them without a word"
         yield Finding("error", f"{some(modules)}: one pair of matrices an expert", effect, files.merge())
     pattern = files.config.get("target_modules")
-    if isinstance(pattern, str) and pattern != _SHORTHAND:
+    if isinstance(pattern, str) and pattern != _peft_config.SHORTHAND:
         paths = {f"{match['stack']}.{match['part']}" for _, match in found}
         unnamed = [path for path in paths if not _peft_config.is_module({"target_modules": pattern}, path)]
         if unnamed:

@@ -24,7 +24,6 @@ _TYPES = {
 }  # fmt: skip
 _MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
 """Variants whose tensors have names of their own."""
-_SHORTHAND = "all-linear"
 _BY_DEFAULT = {"c_attn", "q", "q_proj", "query", "query_key_value", "v", "v_proj", "value"}
 """Names that peft takes for most types of models where the configuration has none."""
 _DROPS = "peft drops it without a word: what it was meant to change stays as it is"
@@ -116,7 +115,7 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
             "peft fails with a ValueError",
             "leave it in one of them",
         )
-    if targets in (None, _SHORTHAND) or config.get("ensure_weight_tying"):
+    if targets in (None, _peft_config.SHORTHAND) or config.get("ensure_weight_tying"):
         return  # peft then asks the architecture, or adds what is tied
     unmatched = [p.module for p in files.pairs if not p.stacked and not _peft_config.is_target(config, p.module)]
     if unmatched:
