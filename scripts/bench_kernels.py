@@ -23,11 +23,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads OpenMP
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import bitsandbytes.functional as bnb
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from adaptkit.compiled import jit
 from adaptkit.discovery import load, names
 from adaptkit.numerics import exact, formats, lora, residual
 from adaptkit.numerics.formats._blockwise import Blockwise, Format
@@ -107,7 +107,7 @@ def same_as_on_cpu(form: Format, weight: Tensor) -> bool:
     return all(torch.equal(on_device.cpu(), on_cpu) for on_device, on_cpu in pairs)
 
 
-@numba.njit(nogil=True)
+@jit
 def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, blocks: int) -> None:
     """The products of so many blocks of four rows and 256 columns, all of the same few numbers."""
     for _ in range(blocks):

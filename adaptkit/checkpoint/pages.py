@@ -30,28 +30,20 @@ def give_back(start: int, size: int) -> None:
 @cache
 def give_back_kernel_compiler() -> None:
     """Let go of LLVM's code, 70 MB, whenever it has loaded a kernel: it is needed for nothing else."""
-    from numba.core import event  # which maps the compiler
+    import llvmlite.binding  # noqa: F401 - which maps it
+
+    from adaptkit.compiled import after_loading
 
     try:
         places = _unchanged(_COMPILER, Path("/proc/self/smaps").read_bytes())
     except OSError:  # no Linux, or one that does not tell
         return
 
-    class Listener(event.Listener):  # type: ignore[misc]
-        depth = 0
+    def let_go() -> None:
+        for place in places:
+            give_back(*place)
 
-        def on_start(self, event: Any) -> None:
-            """The compiler is asked for, perhaps by itself."""
-            self.depth += 1
-
-        def on_end(self, event: Any) -> None:
-            """Nothing more is loaded."""
-            self.depth -= 1
-            if not self.depth:
-                for place in places:
-                    give_back(*place)
-
-    event.register("numba:compiler_lock", Listener())
+    after_loading(let_go)
 
 
 def _unchanged(library: bytes, report: bytes) -> list[tuple[int, int]]:

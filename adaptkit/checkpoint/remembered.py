@@ -1,17 +1,16 @@
 """Answers that take seconds to find and stay the same, kept in the user's cache folder, which may be emptied anytime.
 
-$ADAPTKIT_CACHE, or ~/.cache/adaptkit (under $XDG_CACHE_HOME if set); nothing is kept if ADAPTKIT_CACHE is empty
 answers/<sha256 of the question>.json
 """
 
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adaptkit.cache import cache_folder
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AdaptkitError
@@ -28,7 +27,7 @@ class Remembered:
     """
 
     def __init__(self, question: Any) -> None:
-        folder = _folder() if question is not None else None
+        folder = cache_folder() if question is not None else None
         text = json.dumps(question, sort_keys=True)
         self.name = f"answers/{hashlib.sha256(text.encode()).hexdigest()}.json"
         self._path: Path | None = None
@@ -50,13 +49,3 @@ class Remembered:
         if self._path is not None:
             with contextlib.suppress(OSError, AdaptkitError):
                 replace_file(self._path, json.dumps(answer).encode())
-
-
-def _folder() -> Path | None:
-    chosen = os.environ.get("ADAPTKIT_CACHE")
-    if chosen is not None:
-        return Path(chosen) if chosen else None
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptkit"
-    except RuntimeError:  # nobody's home
-        return None

@@ -109,7 +109,8 @@ def weighted_nf4(
         plain = quantize_absmax(absmax)
     # One group of wildly unequal blocks may decode its searched scales worse than the plain ones.
     flat, important = _flat(weight), normalized_importance(weight, importance)
-    errors = [_loops.total_error(flat, important, block_size, decoded(c).numpy()) for c in (constants, plain)]
+    room = _loops.room_for(block_size)
+    errors = [_loops.total_error(flat, important, block_size, decoded(c).numpy(), room) for c in (constants, plain)]
     constants = constants if errors[0] <= errors[1] else plain
     return encode_at(weight, decoded(constants), block_size), constants
 
@@ -126,7 +127,9 @@ def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64, grid
     check_finite(weight)
     flat, important = _flat(weight), normalized_importance(weight, importance)
     scales = np.empty(-(-flat.size // block_size), np.float32)
-    _loops.search_scales(flat, important, block_size, (grid or ScaleGrid()).factors, scales)
+    _loops.search_scales(
+        flat, important, block_size, (grid or ScaleGrid()).factors, _loops.room_for(block_size), scales
+    )
     return torch.from_numpy(scales)
 
 
@@ -148,7 +151,8 @@ def nest_scales(
     codes = nested.codes.numpy().copy()
     _loops.choose_codes(
         _flat(weight), normalized_importance(weight, importance), block_size, dynamic_map().numpy(),
-        nested.nested_absmax.numpy(), np.float32(nested.offset), grid.reach, signed, codes,
+        nested.nested_absmax.numpy(), np.float32(nested.offset), grid.reach, signed,
+        _loops.room_for(block_size), codes,
     )  # fmt: skip
     return DoubleQuantized(torch.from_numpy(codes), nested.nested_absmax, nested.offset)
 
@@ -157,7 +161,7 @@ def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
     """The nearest NF4 codes at given scales: (ceil(N / 2),) uint8."""
     flat = _flat(weight)
     packed = np.empty((flat.size + 1) // 2, np.uint8)
-    _loops.encode_at(flat, scales.numpy(), block_size, packed)
+    _loops.encode_at(flat, scales.numpy(), block_size, np.empty(block_size + 1, np.uint8), packed)
     return torch.from_numpy(packed)
 
 

@@ -5,26 +5,11 @@ a compiler left to itself fuses some of a loop's operations and not others, and 
 vector ends.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from adaptkit.numerics.kernels._cpu_memory import jit
-
-
-@intrinsic
-def _fma(typingctx, a, b, c):
-    """A · b + c, rounded once."""
-
-    def codegen(context, builder, signature, arguments):
-        number = ir.FloatType()
-        kind = ir.FunctionType(number, [number] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
+from adaptkit.compiled import jit
+from adaptkit.numerics.kernels._cpu_instructions import fma
 
 
 @jit
@@ -33,10 +18,10 @@ def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps
     for i in range(p.size):
         gradient, first = g[i], m[i]
         if weight < np.float32(0.5):  # settled before the loop; torch's lerp begins at the nearer end
-            first = _fma(weight, gradient - first, first)
+            first = fma(weight, gradient - first, first)
         else:
-            first = _fma(weight - np.float32(1), gradient - first, gradient)
-        second = _fma(square_weight * gradient, gradient, v[i] * beta2)
+            first = fma(weight - np.float32(1), gradient - first, gradient)
+        second = fma(square_weight * gradient, gradient, v[i] * beta2)
         m[i], v[i] = first, second
         p[i] = p[i] * decay + (step_size * first) / (np.sqrt(second) / root_correction + eps)
 

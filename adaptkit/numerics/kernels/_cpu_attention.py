@@ -7,8 +7,8 @@ attends to columns ``first <= column < last``; the other columns of the block be
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
+from adaptkit.compiled import INLINED, compiled, inlined, jit
 from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
 
 _REORDERED = {"reassoc", "nnan", "nsz"}
 """The sum of a row may be taken in any order, so that the compiler makes vectors of it."""
@@ -69,7 +69,7 @@ def _exponentials(row, largest):
 
 
 @jit
-def softmax_block(scores, first, last, scale, log_sums):
+def softmax_block(scores, first, last, scale, log_sums, room):
     """Turn scores into probabilities in place, and keep the logarithm of each row's sum of exponentials.
 
     Args:
@@ -79,9 +79,9 @@ def softmax_block(scores, first, last, scale, log_sums):
             gets NaN: the maximum and the exponential of this module would hide it.
         scale: float32, of the scores.
         log_sums: (heads, rows) float32, written.
+        room: (columns,) float32, for a row at work.
     """
-    heads, rows, columns = scores.shape
-    memory = np.empty(columns, np.float32)
+    heads, rows, _ = scores.shape
     for head in range(heads):
         for i in range(rows):
             row, start, end = scores[head, i], first[i], last[i]
@@ -89,7 +89,7 @@ def softmax_block(scores, first, last, scale, log_sums):
             row[end:] = 0
             log_sums[head, i] = 0.0
             if start < end:
-                seen, work = row[start:end], memory[: end - start]
+                seen, work = row[start:end], room[: end - start]
                 largest = _scale(scores, seen, scale, work)
                 if np.isnan(largest):
                     log_sums[head, i] = np.nan

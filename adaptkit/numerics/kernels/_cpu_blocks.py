@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptkit.compiled import compiled, jit
 from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import BFLOAT16, AnyValues, Array, DType, Values, as_array, as_tensor, cast, like
 from adaptkit.numerics.kernels import _reference_blocks as reference
@@ -23,7 +24,7 @@ from adaptkit.numerics.kernels._cpu_cells import CHUNK as CELL_CHUNK
 from adaptkit.numerics.kernels._cpu_cells import cell_tables, encode_block
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, magnitude, plain, rounded, value
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
-from adaptkit.numerics.kernels._cpu_memory import compiled, empty, jit
+from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
 
@@ -103,9 +104,9 @@ def _sum_moments(x, levels, moments):
 
 
 @jit
-def _encode_4bit(flat, block_size, bounds, order, ascending, table, codes, absmax, moments):
+def _encode_4bit(flat, block_size, bounds, order, ascending, table, room, codes, absmax, moments):
     half = block_size // 2
-    weights, levels = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+    weights, levels = room
     for block in range(absmax.size):
         x = flat[block * block_size : (block + 1) * block_size]
         out = codes[block * half : (block + 1) * half]
@@ -161,7 +162,8 @@ def encode_4bit(weight: Values, block_size: int, book: Codebook, measure: bool =
         if cells is not None:
             _encode_4bit_by_cells(float_bits(flat), block_size, cells, codes, absmax, moments)
         else:
-            _encode_4bit(float_bits(flat), *steps, codes, absmax, moments)
+            room = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+            _encode_4bit(float_bits(flat), *steps, room, codes, absmax, moments)
 
     def definition(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
         encoded = reference.encode_4bit(as_tensor(flat), block_size, book, measure)

@@ -7,7 +7,8 @@ still depend neither on the machine nor on threads.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.compiled import jit
+from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 from adaptkit.numerics.kernels.codebook import NF4
 
@@ -110,11 +111,16 @@ def best_code(x, h, largest, levels, nested, offset, first, reach, signed, lanes
     return best
 
 
-@jit
-def search_scales(flat, importance, block_size, factors, scales):
-    """For each block the best of ``factors`` times its largest magnitude; the earlier one at a tie."""
+def room_for(block_size: int) -> tuple[Array, Array, Array]:
+    """Room for a block and its importance, padded, and for the lanes: what the loops below work in."""
     width = -(-block_size // 16) * 16
-    x, h, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
+    return np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
+
+
+@jit
+def search_scales(flat, importance, block_size, factors, room, scales):
+    """For each block the best of ``factors`` times its largest magnitude; the earlier one at a tie."""
+    x, h, lanes = room
     for block in range(scales.size):
         start = block * block_size
         size = min(block_size, flat.size - start)
@@ -129,10 +135,9 @@ def search_scales(flat, importance, block_size, factors, scales):
 
 
 @jit
-def choose_codes(flat, importance, block_size, levels, nested, offset, reach, signed, codes):
+def choose_codes(flat, importance, block_size, levels, nested, offset, reach, signed, room, codes):
     """Move each block's nested code to the one that fits best."""
-    width = -(-block_size // 16) * 16
-    x, h, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
+    x, h, lanes = room
     for block in range(codes.size):
         start = block * block_size
         size = min(block_size, flat.size - start)
@@ -143,10 +148,9 @@ def choose_codes(flat, importance, block_size, levels, nested, offset, reach, si
 
 
 @jit
-def total_error(flat, importance, block_size, scales):
+def total_error(flat, importance, block_size, scales, room):
     """The weighted squared error of all blocks at given scales, in float64."""
-    width = -(-block_size // 16) * 16
-    x, h, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
+    x, h, lanes = room
     total = 0.0
     for block in range(scales.size):
         start = block * block_size
@@ -159,9 +163,11 @@ def total_error(flat, importance, block_size, scales):
 
 
 @jit
-def encode_at(flat, scales, block_size, packed):
-    """The nearest codes at given scales, two a byte; a short last block by a true division, as plain NF4 has it."""
-    codes = np.empty(block_size + 1, np.uint8)
+def encode_at(flat, scales, block_size, codes, packed):
+    """The nearest codes at given scales, two a byte; a short last block by a true division, as plain NF4 has it.
+
+    ``codes`` is room for those of one block, and one more.
+    """
     for block in range(scales.size):
         start = block * block_size
         size = min(block_size, flat.size - start)

@@ -5,14 +5,12 @@ As there, the integer type of an array says which float its bits are: uint16 bfl
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined
+from adaptkit.compiled import inlined, overload
 
-_MANTISSA = {types.uint16: 7, types.int16: 10, types.uint32: 23}
-_LEAST_EXPONENT = {types.uint16: -126, types.int16: -14, types.uint32: -126}
-_INFINITY = {types.uint16: 0x7F80, types.int16: 0x7C00, types.uint32: 0x7F800000}
+_MANTISSA = {"uint16": 7, "int16": 10, "uint32": 23}
+_LEAST_EXPONENT = {"uint16": -126, "int16": -14, "uint32": -126}
+_INFINITY = {"uint16": 0x7F80, "int16": 0x7C00, "uint32": 0x7F800000}
 
 _EXPONENT = np.int64(0x7FF << 52)
 _SIGN = np.int64(-1 << 63)
@@ -23,9 +21,9 @@ def rounded_once(array, number):
     raise NotImplementedError
 
 
-@overload(rounded_once, jit_options=INLINED)
+@overload(rounded_once)
 def _rounded_once(array, number):
-    mantissa, least = _MANTISSA[array.dtype], _LEAST_EXPONENT[array.dtype]
+    mantissa, least = _MANTISSA[array.dtype.name], _LEAST_EXPONENT[array.dtype.name]
     floor = np.int64((least + 1023) << 52)
     step = np.int64(((52 - mantissa) << 52) | (1 << 51))
 
@@ -46,11 +44,11 @@ def _narrow(array, number):
     raise NotImplementedError
 
 
-@overload(_narrow, jit_options=INLINED)
+@overload(_narrow)
 def _narrow_to(array, number):
-    if array.dtype == types.uint16:
+    if array.dtype.name == "uint16":
         return lambda array, number: np.uint16(np.float32(number).view(np.uint32) >> np.uint32(16))
-    if array.dtype == types.uint32:
+    if array.dtype.name == "uint32":
         return lambda array, number: np.float32(number).view(np.uint32)
     return lambda array, number: _narrow_float16(number)
 
@@ -72,9 +70,9 @@ def is_finite(array, bits):
     raise NotImplementedError
 
 
-@overload(is_finite, jit_options=INLINED)
+@overload(is_finite)
 def _is_finite(array, bits):
-    infinity = np.int64(_INFINITY[array.dtype])
+    infinity = np.int64(_INFINITY[array.dtype.name])
     return lambda array, bits: (np.int64(bits) & infinity) != infinity
 
 
@@ -83,7 +81,7 @@ def ordinal(array, bits):
     raise NotImplementedError
 
 
-@overload(ordinal, jit_options=INLINED)
+@overload(ordinal)
 def _ordinal(array, bits):
     top = np.int64(1 << (array.dtype.bitwidth - 1))
 
@@ -99,8 +97,8 @@ def at_ordinal(array, number):
     raise NotImplementedError
 
 
-@overload(at_ordinal, jit_options=INLINED)
+@overload(at_ordinal)
 def _at_ordinal(array, number):
     top = np.int64(1 << (array.dtype.bitwidth - 1))
-    kind = {types.uint16: np.uint16, types.int16: np.int16, types.uint32: np.uint32}[array.dtype]
+    kind = {"uint16": np.uint16, "int16": np.int16, "uint32": np.uint32}[array.dtype.name]
     return lambda array, number: kind(number if number >= 0 else top - number - 1)

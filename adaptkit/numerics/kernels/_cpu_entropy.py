@@ -6,8 +6,8 @@ Each loop is told how long its arrays are and never goes beyond, whatever bytes 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
 import numpy as np
 
-from adaptkit.numerics.kernels._cpu_bits import leading_zeros
-from adaptkit.numerics.kernels._cpu_memory import inlined, jit
+from adaptkit.compiled import inlined, jit
+from adaptkit.numerics.kernels._cpu_instructions import leading_zeros
 from adaptkit.numerics.kernels._entropy import EXACT, LEAST, PRECISION, STATES
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.compiled import compiled, inlined, jit
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal, rounded_once
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import compiled, empty, inlined, jit
+from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._reference_exact import check_length
 
 _ONE = np.ones((1, 1))
@@ -48,8 +49,7 @@ def _row_of(gain, row, out):
 
 
 @jit
-def _add_rounded(weight, delta, gain, out):
-    factors = np.empty(weight.shape[1], np.float64)
+def _add_rounded(weight, delta, gain, factors, out):
     for row in range(weight.shape[0]):
         _row_of(gain, row, factors)
         for j in range(weight.shape[1]):
@@ -57,8 +57,7 @@ def _add_rounded(weight, delta, gain, out):
 
 
 @jit
-def _candidates(merged, delta, gain, guess, doubtful):
-    factors = np.empty(merged.shape[1], np.float64)
+def _candidates(merged, delta, gain, factors, guess, doubtful):
     for row in range(merged.shape[0]):
         _row_of(gain, row, factors)
         for j in range(merged.shape[1]):
@@ -117,7 +116,7 @@ def add_rounded(weight: AnyValues, delta: Values, gain: Values | None = None) ->
     """See ``reference.add_rounded``."""
     before = _contiguous(weight)
     out = empty(before.shape, before.dtype)
-    _add_rounded(float_bits(before), _contiguous(delta), _gain(gain), float_bits(out))
+    _add_rounded(float_bits(before), _contiguous(delta), _gain(gain), np.empty(before.shape[1]), float_bits(out))
     return like(weight, out)
 
 
@@ -132,7 +131,8 @@ def _guess(merged: Values, delta: Values, gain: Values | None) -> tuple[Array, A
     """The guess at every weight, and whether it is uncertain."""
     after = _contiguous(merged)
     guess, doubtful = empty(after.shape, after.dtype), np.empty(after.shape, np.uint8)
-    _candidates(float_bits(after), _contiguous(delta), _gain(gain), float_bits(guess), doubtful)
+    room = np.empty(after.shape[1])
+    _candidates(float_bits(after), _contiguous(delta), _gain(gain), room, float_bits(guess), doubtful)
     return guess, doubtful.reshape(-1)
 
 

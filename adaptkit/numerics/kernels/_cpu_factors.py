@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.compiled import compiled, jit
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
-from adaptkit.numerics.kernels._cpu_memory import compiled, empty, jit, zeros
+from adaptkit.numerics.kernels._cpu_memory import empty, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 
 TILE = 768
@@ -77,7 +78,7 @@ class Factors:
     def _bounds(self) -> tuple[Any, float]:
         """(K,), the greatest norm that a column of A has in its first ranks; and Σ of the rows' largest magnitudes."""
         norms = np.empty(self._scale.size)
-        return norms, float(_greatest(self.a, norms))
+        return norms, float(_greatest(self.a, norms, np.zeros(norms.size), np.empty(self.a.shape[2])))
 
     @cached_property
     def _scale(self) -> Any:
@@ -120,9 +121,8 @@ def _inner_products(a, scale, gram):
 
 
 @jit
-def _greatest(a, norms):
-    """See ``Factors._bounds``."""
-    largest, squares = np.zeros(norms.size), np.empty(a.shape[2])
+def _greatest(a, norms, largest, squares):
+    """See ``Factors._bounds``; the last two are zeros, and room for a tile."""
     norms[:] = 0
     for tile in range(a.shape[0]):
         squares[:] = 0
@@ -165,8 +165,7 @@ def _add_scaled(inner, scale, count, delta, row, left, keep):
 
 
 @jit
-def _low_rank_delta(a, b, ranks, scales, start, delta):
-    inner = np.empty((ROWS, a.shape[2]), np.float64)
+def _low_rank_delta(a, b, ranks, scales, start, inner, delta):
     for row in range(0, delta.shape[0], ROWS):
         for tile in range(a.shape[0]):
             left = tile * a.shape[2]
@@ -204,7 +203,8 @@ def delta_at(factors, row, tile, column):
 def delta_rows(factors: Factors, start: int, count: int) -> Array:
     """Rows of the canonical change, (count, in) float64."""
     delta: Array = empty((count, factors.columns), np.float64)
-    _low_rank_delta(factors.a, factors.b, factors.ranks, factors.scales, start, delta)
+    inner = np.empty((ROWS, factors.a.shape[2]))
+    _low_rank_delta(factors.a, factors.b, factors.ranks, factors.scales, start, inner, delta)
     return delta
 
 

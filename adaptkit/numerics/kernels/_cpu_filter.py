@@ -11,12 +11,10 @@ Everything is written so that NaN and infinity are doubtful: each test asks for 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from adaptkit.numerics.kernels._cpu_bits import trailing_zeros
+from adaptkit.compiled import INLINED, compiled, inlined, jit, overload
 from adaptkit.numerics.kernels._cpu_float import any_value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit, wide
+from adaptkit.numerics.kernels._cpu_instructions import trailing_zeros, wide
 
 CERTAIN, AMBIGUOUS, UNKNOWN = 0, 1, 2
 """What ``find_candidates`` says: the guess is the original, or is not enough to tell, or float32 cannot decide."""
@@ -32,9 +30,9 @@ def cell(array):
     raise NotImplementedError
 
 
-@overload(cell, jit_options=INLINED)
+@overload(cell)
 def _cell(array):
-    size = np.uint32(1 << 16 if array.dtype == types.uint16 else 1 << 13)
+    size = np.uint32(1 << 16 if array.dtype.name == "uint16" else 1 << 13)
     return lambda array: size
 
 
@@ -47,9 +45,11 @@ def _limits(array):
     raise NotImplementedError
 
 
-@overload(_limits, jit_options=INLINED)
+@overload(_limits)
 def _limits_of(array):
-    least, most, reach = (2.0**-100, 2.0**126, 2.0**11) if array.dtype == types.uint16 else (2.0**-13, 2.0**15, 2.0**14)
+    least, most, reach = (
+        (2.0**-100, 2.0**126, 2.0**11) if array.dtype.name == "uint16" else (2.0**-13, 2.0**15, 2.0**14)
+    )
     limits = np.float32(least), np.float32(most).view(np.uint32), np.float32(reach)
     return lambda array: limits
 
@@ -82,9 +82,9 @@ def _narrowed(array, bits):
     raise NotImplementedError
 
 
-@overload(_narrowed, jit_options=INLINED)
+@overload(_narrowed)
 def _narrowed_to(array, bits):
-    if array.dtype == types.uint16:
+    if array.dtype.name == "uint16":
         return lambda array, bits: np.uint16(np.uint32(bits) >> np.uint32(16))
 
     def impl(array, bits):

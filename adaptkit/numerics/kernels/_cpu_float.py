@@ -10,14 +10,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
+from adaptkit.compiled import inlined, overload
 from adaptkit.lazy import torch
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from adaptkit.numerics.arrays import Values
-from adaptkit.numerics.kernels._cpu_memory import INLINED, inlined
 
 _VIEWS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
 
@@ -39,9 +37,9 @@ def magnitude(array, i):
     raise NotImplementedError
 
 
-@overload(magnitude, jit_options=INLINED)
+@overload(magnitude)
 def _magnitude(array, i):
-    if array.dtype == types.uint32:
+    if array.dtype.name == "uint32":
         return lambda array, i: np.int32(array[i] & np.uint32(0x7FFFFFFF))
     return lambda array, i: np.int16(np.uint16(array[i]) & np.uint16(0x7FFF))
 
@@ -51,11 +49,11 @@ def value(array, bits):
     raise NotImplementedError
 
 
-@overload(value, jit_options=INLINED)
+@overload(value)
 def _value(array, bits):
-    if array.dtype == types.uint16:
+    if array.dtype.name == "uint16":
         return lambda array, bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-    if array.dtype == types.uint32:
+    if array.dtype.name == "uint32":
         return lambda array, bits: np.uint32(bits).view(np.float32)
     return _value_float16
 
@@ -77,9 +75,9 @@ def any_value(array, bits):
     raise NotImplementedError
 
 
-@overload(any_value, jit_options=INLINED)
+@overload(any_value)
 def _any_value(array, bits):
-    if array.dtype == types.int16:
+    if array.dtype.name == "int16":
         return lambda array, bits: np.float32(np.nan) if bits & 0x7C00 == 0x7C00 else value(array, bits)
     return lambda array, bits: value(array, bits)
 
@@ -89,11 +87,11 @@ def rounded(array, number):
     raise NotImplementedError
 
 
-@overload(rounded, jit_options=INLINED)
+@overload(rounded)
 def _rounded(array, number):
-    if array.dtype == types.uint16:
+    if array.dtype.name == "uint16":
         return lambda array, number: _to_bfloat16(number)
-    if array.dtype == types.uint32:
+    if array.dtype.name == "uint32":
         return lambda array, number: np.float32(number).view(np.uint32)
     return lambda array, number: _to_float16(number)
 

@@ -7,8 +7,8 @@ convert all numbers to float64 first, and takes longer to be called than to mult
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
+from adaptkit.compiled import compiled, jit
 from adaptkit.numerics.arrays import Array, Values, as_array, cast
-from adaptkit.numerics.kernels._cpu_memory import compiled, jit
 
 _WIDTH = 128
 """Numbers of every list that are converted at a time: those of 32 lists stay near the processor."""
@@ -60,10 +60,8 @@ def _widen_columns(columns, top, count, room, first):
 
 
 @jit
-def _inner_products(a, b, other_a, other_b, sums):
+def _inner_products(a, b, other_a, other_b, room, of_a, of_b, sums):
     rank, ranks = a.shape[0], a.shape[0] + other_a.shape[0]
-    padded = (ranks + _LISTS - 1) // _LISTS * _LISTS
-    room, of_a, of_b = np.zeros((padded, _WIDTH)), np.zeros((padded, padded)), np.zeros((padded, padded))
     for left in range(0, a.shape[1], _WIDTH):
         count = min(_WIDTH, a.shape[1] - left)
         _widen_rows(a, left, count, room, 0)
@@ -96,8 +94,9 @@ def inner_products(a: Values, b: Values, other_a: Values, other_b: Values) -> tu
     """
     arrays = [as_array(values) for values in (a, b, other_a, other_b)]
     dtype = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
-    sums = np.zeros(3)
-    _inner_products(*(_contiguous(array, dtype) for array in arrays), sums)
+    padded = -(-(len(arrays[0]) + len(arrays[2])) // _LISTS) * _LISTS
+    room, sums = [np.zeros((padded, _WIDTH)), *np.zeros((2, padded, padded))], np.zeros(3)
+    _inner_products(*(_contiguous(array, dtype) for array in arrays), *room, sums)
     first, between, second = sums.tolist()
     return first, between, second
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptkit.compiled import inlined, jit
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, plain, rounded
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
-from adaptkit.numerics.kernels._cpu_memory import inlined, jit
 
 
 class PackedRows(NamedTuple):
@@ -69,8 +69,7 @@ def _widen(weight, absmax, b, scale, first, out):
 
 
 @jit
-def _widen_nested(weight, b, scale, first, out):
-    absmax = np.empty(weight.constants.size, np.float32)
+def _widen_nested(weight, absmax, b, scale, first, out):
     decode_groups(weight.constants, weight.nested, weight.offset, weight.nested_levels, absmax)
     _widen(weight, absmax, b, scale, first, out)
 
@@ -87,7 +86,7 @@ def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Ten
     """
     factor = lora_b.detach().contiguous().numpy(), np.float32(scale), first, float_bits(out)
     if weight.nested.size:
-        _widen_nested(weight, *factor)
+        _widen_nested(weight, np.empty(weight.constants.size, np.float32), *factor)
     else:
         _widen(weight, weight.constants, *factor)
 
@@ -96,9 +95,11 @@ def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Ten
 def _beside(x, inner, out):
     width, ranks = x.shape[1], inner.shape[1]
     for r in range(out.shape[0]):
-        row = out[r]
-        row[:width] = x[r]
-        row[width : width + ranks] = inner[r]
+        row, first, second = out[r], x[r], inner[r]
+        for j in range(width):
+            row[j] = first[j]
+        for j in range(ranks):
+            row[width + j] = second[j]
         row[width + ranks :] = 0
 
 

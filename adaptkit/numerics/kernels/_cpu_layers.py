@@ -7,9 +7,9 @@ rounded where transformers rounds.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
+from adaptkit.compiled import INLINED, compiled, inlined, jit
 from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import rounded, value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
 
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 

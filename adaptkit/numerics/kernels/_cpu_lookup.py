@@ -1,50 +1,34 @@
 """Decoding by a permutation: sixteen look-ups in one instruction, where the processor has one.
 
-The compiler does not find it in a loop, so this module writes LLVM's own instructions. The sixteen weights that a block
-may hold are rounded to the wanted type first. AVX-512 looks whole weights up in a table of them. Other x86 (SSSE3) and
-ARM (NEON) look up bytes, so their table is cut into planes: the first bytes of all weights, the second bytes, and so
-on. Each plane is looked up with the codes, and the bytes found are woven together again. Without such an instruction
-``_cpu_blocks`` decodes with selections.
+``_llvm_lookup`` writes it. Without such an instruction ``_cpu_blocks`` decodes with selections.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 import platform
 
-import llvmlite.binding
-import numba
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
-from adaptkit.numerics.kernels._cpu_product import repeated
+from adaptkit.compiled import processor_features, written
 
 CHUNK = 32
 """Weights that are decoded at a time; a block is a multiple of it."""
 
-_BYTE, _WORD = ir.IntType(8), ir.IntType(32)
-_BYTES = ir.VectorType(_BYTE, 16)
-_WORDS = ir.VectorType(_WORD, 16)
+decode_block = written("adaptkit.numerics.kernels._llvm_lookup", "decode_block")
 
 
 def _permutation() -> str | None:
-    """The name of the instruction, if the processor for which numba compiles is known to have it."""
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES is not None:
-        return None  # compiled for another processor than this one
+    """The name of the instruction, if the processor for which kernels are compiled is known to have it."""
+    features = processor_features()
+    if features is None:
+        return None
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "llvm.aarch64.neon.tbl1.v16i8"
-    if llvmlite.binding.get_host_cpu_features().get("ssse3"):
-        return "llvm.x86.ssse3.pshuf.b.128"
-    return None
+    return "llvm.x86.ssse3.pshuf.b.128" if "ssse3" in features else None
 
 
 PERMUTATION = _permutation()
 
 
 def has_avx512(part: str) -> bool:
-    """Whether the processor for which numba compiles is known to have a part of AVX-512; numba can be told not to."""
-    known = PERMUTATION is not None and bool(numba.config.ENABLE_AVX)
-    return known and bool(llvmlite.binding.get_host_cpu_features().get(f"avx512{part}"))
+    """Whether the processor for which kernels are compiled is known to have a part of AVX-512."""
+    return f"avx512{part}" in (processor_features() or ())
 
 
 def _permutations_of_weights() -> dict[int, str]:
@@ -55,110 +39,3 @@ def _permutations_of_weights() -> dict[int, str]:
 
 
 PERMUTATIONS_OF_WEIGHTS = _permutations_of_weights()
-
-
-def splat(kind, value):
-    """A constant vector of one value."""
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _weave(builder, first, second):
-    """Their elements in turn."""
-    count = first.type.count
-    mask = [index // 2 + (count if index % 2 else 0) for index in range(2 * count)]
-    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_WORD, 2 * count), mask))
-
-
-def _to_bfloat16(builder, bits):
-    """The bits of sixteen float32, rounded to bfloat16 as in ``_cpu_float``."""
-    odd = builder.and_(builder.lshr(bits, splat(_WORDS, 16)), splat(_WORDS, 1))
-    return builder.lshr(builder.add(builder.add(bits, splat(_WORDS, 0x7FFF)), odd), splat(_WORDS, 16))
-
-
-def _to_float16(builder, bits):
-    """The same for float16."""
-    size = builder.and_(bits, splat(_WORDS, 0x7FFFFFFF))
-    odd = builder.and_(builder.lshr(size, splat(_WORDS, 13)), splat(_WORDS, 1))
-    offset = splat(_WORDS, 0xFFF - 0x38000000)
-    result = builder.lshr(builder.add(builder.add(size, offset), odd), splat(_WORDS, 13))
-    floats = ir.VectorType(ir.FloatType(), 16)
-    shifted = builder.bitcast(builder.fadd(builder.bitcast(size, floats), splat(floats, 0.5)), _WORDS)
-    denormal = builder.sub(shifted, splat(_WORDS, 0x3F000000))
-    for bound, sign, value in ((0x38800000, "<", denormal), (0x477FF000, ">=", 0x7C00), (0x7F800000, ">", 0x7E00)):
-        chosen = value if isinstance(value, ir.Value) else splat(_WORDS, value)
-        result = builder.select(builder.icmp_unsigned(sign, size, splat(_WORDS, bound)), chosen, result)
-    return builder.or_(result, builder.and_(builder.lshr(bits, splat(_WORDS, 16)), splat(_WORDS, 0x8000)))
-
-
-def _weights(builder, levels, absmax, out_type):
-    """The bits of the sixteen weights that a block may hold, each in the lowest of 32."""
-    bits = builder.bitcast(builder.fmul(levels, repeated(builder, absmax, levels.type)), _WORDS)
-    if out_type == types.uint16:
-        return _to_bfloat16(builder, bits)
-    return _to_float16(builder, bits) if out_type == types.int16 else bits
-
-
-def call(builder, name, kind, *arguments):
-    """Use an instruction by LLVM's name for it; what comes out is of a kind."""
-    function = ir.FunctionType(kind, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
-
-
-def _by_weights(builder, table, codes, width, name):
-    """Look 32 codes up: vectors of weights, which follow one another."""
-    size = 512 // width
-    kind = ir.VectorType(ir.IntType(width), size)
-    places = ir.Constant(ir.VectorType(_WORD, size), [index % 16 for index in range(size)])
-    table = builder.trunc(table, ir.VectorType(kind.element, 16)) if width < 32 else table
-    table = builder.shuffle_vector(table, table, places)
-    for start in range(0, CHUNK, size):
-        mask = ir.Constant(ir.VectorType(_WORD, size), list(range(start, start + size)))
-        part = builder.shuffle_vector(codes, codes, mask)
-        yield call(builder, name, kind, table, builder.zext(part, kind))
-
-
-def _by_bytes(builder, table, codes, width, name):
-    """The same by planes of bytes."""
-    planes = [builder.trunc(builder.lshr(table, splat(_WORDS, 8 * n)), _BYTES) for n in range(width // 8)]
-    for start in range(0, CHUNK, 16):
-        mask = ir.Constant(_WORDS, list(range(start, start + 16)))
-        part = builder.shuffle_vector(codes, codes, mask)
-        found = [call(builder, name, _BYTES, plane, part) for plane in planes]
-        while len(found) > 1:  # bytes to words to double words
-            wide = ir.VectorType(ir.IntType(2 * found[0].type.element.width), 16)
-            pairs = zip(found[::2], found[1::2], strict=True)
-            found = [builder.bitcast(_weave(builder, low, high), wide) for low, high in pairs]
-        yield found[0]
-
-
-@intrinsic
-def decode_block(typingctx, codes, absmax, levels, out):
-    """Decode one block: uint8 codes, its float32 constant, the 16 float32 levels, and where the bits go.
-
-    All arrays are contiguous; ``out`` has twice as many elements as ``codes``, a multiple of ``CHUNK``.
-    """
-
-    def codegen(context, builder, signature, arguments):
-        arrays = {n: context.make_array(signature.args[n])(context, builder, arguments[n]) for n in (0, 2, 3)}
-        floats = ir.VectorType(ir.FloatType(), 16)
-        levels = builder.load(builder.bitcast(arrays[2].data, floats.as_pointer()), align=4)
-        out_type = signature.args[3].dtype
-        table = _weights(builder, levels, arguments[1], out_type)
-        width = out_type.bitwidth
-        size = builder.extract_value(arrays[0].shape, 0)
-        step = ir.Constant(size.type, CHUNK // 2)
-        with cgutils.for_range(builder, builder.udiv(size, step)) as loop:
-            start = builder.mul(loop.index, step)
-            source = builder.bitcast(builder.gep(arrays[0].data, [start]), _BYTES.as_pointer())
-            packed = builder.load(source, align=1)
-            high, low = builder.lshr(packed, splat(_BYTES, 4)), builder.and_(packed, splat(_BYTES, 15))
-            q = _weave(builder, high, low)
-            whole = PERMUTATIONS_OF_WEIGHTS.get(width)
-            decode, name = (_by_weights, whole) if whole else (_by_bytes, PERMUTATION)
-            target = builder.gep(arrays[3].data, [builder.mul(start, ir.Constant(size.type, 2))])
-            for weights in decode(builder, table, q, width, name):
-                builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=1)
-                target = builder.gep(target, [ir.Constant(size.type, weights.type.count)])
-        return context.get_dummy_value()
-
-    return types.void(codes, types.float32, levels, out), codegen

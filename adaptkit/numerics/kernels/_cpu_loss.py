@@ -6,9 +6,9 @@ Logits are bits of bfloat16 or float32 (see ``_cpu_float``); everything between 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
+from adaptkit.compiled import INLINED, compiled, inlined, jit
 from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
-from adaptkit.numerics.kernels._cpu_memory import INLINED, compiled, inlined, jit
 
 _PIECE = 1024
 """Exponentials whose sum is taken in float32, in any order."""

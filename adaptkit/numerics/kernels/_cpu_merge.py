@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.compiled import compiled, jit
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels import _cpu_exact
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
@@ -28,7 +29,7 @@ from adaptkit.numerics.kernels._cpu_filter import (
     trusted_range,
 )
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import compiled, empty, jit, zeros
+from adaptkit.numerics.kernels._cpu_memory import empty, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
 

@@ -1,8 +1,8 @@
 """Rotary positions, one pass over all heads of all tokens; tensors are bits (see ``_cpu_float``)."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from adaptkit.compiled import inlined, jit
 from adaptkit.numerics.kernels._cpu_float import rounded, value
-from adaptkit.numerics.kernels._cpu_memory import inlined, jit
 
 
 @inlined

@@ -4,10 +4,13 @@ Every product and sum has its place in one fixed order, so the codes depend neit
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from typing import Any
+
 import numpy as np
 
-from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, nearest_code, scale_block
-from adaptkit.numerics.kernels._cpu_memory import jit
+from adaptkit.compiled import jit
+from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, nearest_code, room_for, scale_block
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 
 ROWS = 16
@@ -18,9 +21,11 @@ PANEL = 64
 
 
 @jit
-def _choose_scales(w, left, first_block, importance, block_size, levels, nested, offset, reach, signed, codes, scales):
+def _choose_scales(
+    w, left, first_block, importance, block_size, levels, nested, offset, reach, signed, room, codes, scales
+):
     """The nested codes of the blocks of a row that begin in the panel, for the weights as they are by now."""
-    x, lanes = np.empty(block_size, np.float32), np.empty(16, np.float32)
+    x, _, lanes = room
     for start in range(left, min(left + PANEL, w.size), block_size):
         if start % block_size:
             return
@@ -60,16 +65,22 @@ def _spread(w, errors, factor, left, right, j):
         w[k] = (((w[k] - e0 * f0[k]) - e1 * f1[k]) - e2 * f2[k]) - e3 * f3[k]
 
 
+def room_for_rows(block_size: int) -> tuple[Any, Array]:
+    """What ``round_rows`` works in."""
+    return room_for(block_size), np.empty((ROWS, PANEL), np.float32)
+
+
 @jit
 def round_rows(
-    work, factor, importance, block_size, levels, nested, offset, reach, signed, nested_codes, scales, codes
+    work, factor, importance, block_size, levels, nested, offset, reach, signed, room, nested_codes, scales, codes
 ):
     """Round every row of ``work``, which is overwritten.
 
+    ``room`` is for a block and its importance, and for the errors of a panel, (ROWS, PANEL) float32.
     With ``reach`` > 0, blocks that do not straddle rows choose their nested code anew when their turn comes.
     """
     rows, columns = work.shape
-    errors = np.empty((ROWS, PANEL), np.float32)
+    of_a_block, errors = room
     for top in range(0, rows, ROWS):
         height = min(ROWS, rows - top)
         for left in range(0, columns, PANEL):
@@ -79,7 +90,7 @@ def round_rows(
                 if reach > 0:
                     _choose_scales(
                         work[row], left, first // block_size, importance, block_size,
-                        levels, nested, offset, reach, signed, nested_codes, scales,
+                        levels, nested, offset, reach, signed, of_a_block, nested_codes, scales,
                     )  # fmt: skip
                 _round_panel(work[row], left, right, first, scales, block_size, factor, codes[row], errors[row - top])
             if right < columns:

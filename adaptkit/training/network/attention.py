@@ -54,7 +54,8 @@ class _Attention(torch.autograd.Function):
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
             sums = torch.empty(scores.shape[:2]).numpy()
-            softmax_block(float_bits(scores), block.first, block.last, scale, sums)
+            room = torch.empty(scores.shape[2]).numpy()
+            softmax_block(float_bits(scores), block.first, block.last, scale, sums, room)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)
         ctx.save_for_backward(grouped, key, value, output)

@@ -1,17 +1,18 @@
 """The compiled kernels give the bits of the definition, and the definition gives those of independent formulas."""
 
 from fractions import Fraction
+from types import FunctionType
 
 import bitsandbytes.functional as bnb
-import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptkit.compiled import jit
 from adaptkit.numerics.formats import _double_quant
-from adaptkit.numerics.kernels import _cpu_blocks, _cpu_lookup, cpu, reference
+from adaptkit.numerics.kernels import _cpu_blocks, _cpu_lookup, _llvm_lookup, cpu, reference
 from adaptkit.numerics.kernels.codebook import FP4, NF4
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -92,8 +93,10 @@ def decode_by_bytes():
     if not _cpu_lookup.PERMUTATION:
         pytest.skip("this processor permutes nothing")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu_lookup, "PERMUTATIONS_OF_WEIGHTS", {})
-        compiled = numba.njit(error_model="numpy")(_cpu_blocks._decode_4bit_by_look_up.py_func)
+        patch.setattr(_llvm_lookup, "PERMUTATIONS_OF_WEIGHTS", {})
+        function = _cpu_blocks._decode_4bit_by_look_up.function
+        compiled = jit(FunctionType(function.__code__, function.__globals__))
+        compiled.function.__module__ = __name__  # so that it is not kept
         for bits in (np.uint16, np.int16, np.uint32):
             empty = np.empty(0, np.uint8), np.empty(0, np.float32), 64, np.zeros(16, np.float32), np.empty(0, bits)
             compiled(*empty)

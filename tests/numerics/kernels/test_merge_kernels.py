@@ -3,13 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptkit.compiled import jit
 from adaptkit.numerics import lora
 from adaptkit.numerics.kernels import _cpu_factors, _cpu_filter, _cpu_product, cpu, reference
 from adaptkit.numerics.lora import LowRank
@@ -152,13 +152,17 @@ def test_guesses_beside_a_middle_are_decided_as_the_definition_does(dtype):
     assert found[1] == expected[1] == used
 
 
-@numba.njit
 def are_certain(like, numbers, errors):
     out = np.empty(numbers.size, np.bool_)
+    say_which_are_certain(like, numbers, errors, out)
+    return out
+
+
+@jit
+def say_which_are_certain(like, numbers, errors, out):
     for i in range(numbers.size):
         least, span = _cpu_filter.trusted_range(like, errors[i])
         out[i] = _cpu_filter._is_certain(like, numbers[i], errors[i], least, span)
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -181,7 +185,7 @@ def test_what_is_called_certain_is_the_same_within_the_error(dtype):
     assert not tiny[[0, 1, 3, 4, 5, 6]].any()
 
 
-@numba.njit
+@jit
 def multiply(a, b, row, stop, count, out):
     _cpu_product.multiply(a, b, row, 0, 0, stop, count, out)
 

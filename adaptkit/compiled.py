@@ -1,0 +1,315 @@
+"""Loops that numba compiles, kept as machine code and loaded without numba.
+
+numba and what it loads take longer than many a command needs for a gigabyte, and most of that is for compiling. So what
+it made of a kernel is kept beside Python's bytecode (or in the user's cache folder, where that cannot be written), for
+each list of argument types, and the next process needs nothing but LLVM's loader. ``compiler`` has the other half.
+
+A kernel takes numpy arrays, numbers, None and tuples of those, and gives nothing, a number, or a tuple of numbers. It
+allocates nothing. Arguments are passed in cells of eight bytes: an array as its address and its extents (and strides,
+where it is not contiguous), a number as itself, None as nothing. Results come back in the first cells.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import cache_from_source
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adaptkit.cache import cache_folder
+
+_CONTIGUOUS, _ALIGNED = 0x1, 0x100
+"""Bits of numpy's flags."""
+
+INLINED = {"forceinline": True}
+"""Options of what is small, and called where a call would keep the compiler from making vectors."""
+
+Kind = Any
+"""Of an argument, all that its machine code depends on; the same for all arrays of a type and a number of axes."""
+
+_lock = threading.RLock()
+_after_loading: list[Callable[[], None]] = []
+untold: "list[Overload | Written]" = []
+"""What numba has to be told of before it compiles a kernel."""
+
+
+class Kernel:
+    """A function of arrays, in machine code from when it is called first.
+
+    Called by another kernel, it is compiled into that one.
+
+    Args:
+        function: what is compiled.
+        options: of ``numba.njit``.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function, self.options = function, options
+        self._entries: dict[tuple[Kind, ...], _Entry] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run it, while other threads go on."""
+        cells: list[Any] = []
+        kinds = tuple([_kind(argument, cells) for argument in arguments])
+        entry = self._entries.get(kinds) or self._load(kinds)
+        return entry(cells)
+
+    def _load(self, kinds: tuple[Kind, ...]) -> "_Entry":
+        with _lock:
+            entry = self._entries.get(kinds)
+            if entry is None:
+                kept = _Kept(self.function, kinds)
+                content = kept.read()
+                if content is None:
+                    content = import_module("adaptkit.compiler").compile_kernel(self, kinds)
+                    kept.write(content)
+                entry = self._entries[kinds] = _Entry(kinds, content)
+                for callback in _after_loading:
+                    callback()
+        return entry
+
+
+class Written:
+    """Stands in kernels for what another module writes in LLVM's own instructions; loaded when one is compiled."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+        untold.append(self)
+
+    @property
+    def intrinsic(self) -> Any:
+        """What the module has."""
+        return getattr(import_module(self._module), self._name)
+
+
+class Overload(NamedTuple):
+    """A function, and what chooses the one that kernels run in its place."""
+
+    of: Callable[..., Any]
+    choose: Callable[..., Any]
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel.
+
+    Args:
+        options: of ``numba.njit``, beside those that all kernels have.
+    """
+    return lambda function: Kernel(function, options)
+
+
+def overload(of: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate what chooses, by numba's types of the arguments, what kernels that call a function run in its place."""
+
+    def register(choose: Callable[..., Any]) -> Callable[..., Any]:
+        untold.append(Overload(of, choose))
+        return choose
+
+    return register
+
+
+def written(module: str, name: str) -> Any:
+    """Stand for an intrinsic of a module that needs numba."""
+    return Written(module, name)
+
+
+@functools.cache
+def processor_features() -> frozenset[str] | None:
+    """What the processor for which kernels are compiled is known to have; None if numba is told of another one."""
+    if os.environ.get("NUMBA_CPU_NAME") or "NUMBA_CPU_FEATURES" in os.environ:
+        return None
+    from llvmlite import binding
+
+    found = frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
+    without = os.environ.get("NUMBA_ENABLE_AVX", "1") == "0"
+    return frozenset(name for name in found if not name.startswith("avx")) if without else found
+
+
+def after_loading(callback: Callable[[], None]) -> None:
+    """Have something called whenever a kernel was loaded or compiled."""
+    _after_loading.append(callback)
+
+
+jit = compiled()
+inlined = compiled(**INLINED)
+
+
+def _kind(argument: Any, cells: list[Any]) -> Kind:
+    """Say of what kind an argument is, and append what is passed of it."""
+    if isinstance(argument, np.ndarray):
+        flags = argument.flags.num & (_CONTIGUOUS | _ALIGNED)
+        cells.append(argument.__array_interface__["data"][0])
+        cells += argument.shape
+        if not flags & _CONTIGUOUS:
+            cells += argument.strides
+        return argument.dtype, argument.ndim, flags
+    if isinstance(argument, tuple):
+        return type(argument), tuple([_kind(part, cells) for part in argument])
+    if argument is None:
+        return None
+    cells.append(argument)
+    if isinstance(argument, np.generic):
+        return argument.dtype.char
+    return _OF_NUMBERS[type(argument)]
+
+
+_OF_NUMBERS = {bool: "?", int: "q", float: "d"}
+"""The letters that numpy and ``struct`` have for them."""
+
+
+def _formats(kind: Kind) -> Iterator[str]:
+    """How ``struct`` packs what is passed of an argument."""
+    if isinstance(kind, str):
+        yield f"{kind}{8 - struct.calcsize(kind)}x"
+    elif kind is not None and isinstance(kind[0], type):
+        for part in kind[1]:
+            yield from _formats(part)
+    elif kind is not None:
+        _, axes, flags = kind
+        yield f"Q{axes if flags & _CONTIGUOUS else 2 * axes}q"
+
+
+def _described(kind: Kind) -> str:
+    """The same in every process."""
+    if kind is None or isinstance(kind, str):
+        return str(kind)
+    if isinstance(kind[0], type):
+        fields = getattr(kind[0], "_fields", "")
+        return f"{kind[0].__qualname__}{fields}({', '.join(map(_described, kind[1]))})"
+    dtype, axes, flags = kind
+    return f"{dtype.str}:{axes}:{flags}"
+
+
+class _Entry:
+    """Machine code for arguments of some kinds.
+
+    Args:
+        kinds: of the arguments.
+        content: a line that says what it is called and what it gives, and an object file.
+    """
+
+    def __init__(self, kinds: tuple[Kind, ...], content: bytes) -> None:
+        head, _, code = content.partition(b"\n")
+        name, self._many, *letters = head.decode().split(" ")
+        formats = "".join(form for kind in kinds for form in _formats(kind))
+        self._arguments = struct.Struct(formats)
+        self._results = struct.Struct("".join(f"{letter}{8 - struct.calcsize(letter)}x" for letter in letters))
+        self._size = max(self._arguments.size, self._results.size, 1)
+        self._engine, address = _load_object(code, name)
+        pointer = ctypes.c_void_p
+        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, pointer, pointer)(address)
+
+    def __call__(self, cells: list[Any]) -> Any:
+        buffer = ctypes.create_string_buffer(self._size + 16)
+        self._arguments.pack_into(buffer, 16, *cells)
+        start = ctypes.addressof(buffer)
+        status = self._function(start, start + 8, start + 16)  # numba's: where a result or an exception would go
+        if status:
+            raise SystemError(f"a kernel failed ({status})")
+        found = self._results.unpack_from(buffer, 16)
+        if self._many == "tuple":
+            return found
+        return found[0] if found else None
+
+
+def _load_object(code: bytes, name: str) -> tuple[Any, int]:
+    """Link an object file into this process; what keeps it there, and where a function is."""
+    from llvmlite import binding
+
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine, engine.get_function_address(name)
+
+
+def _machine() -> Any:
+    from llvmlite import binding
+
+    with contextlib.suppress(RuntimeError):  # newer versions do so by themselves
+        binding.initialize()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    return binding.Target.from_default_triple().create_target_machine(jit=True)
+
+
+class _Kept:
+    """What the disk has of a kernel for arguments of some kinds.
+
+    Behind it stands a hash of it and of all that it was made from: it is written without a sync, and what a power cut
+    left of it, or another version wrote, must not be run.
+    """
+
+    def __init__(self, function: Callable[..., Any], kinds: tuple[Kind, ...]) -> None:
+        source = Path(function.__code__.co_filename)
+        ours = function.__module__.startswith("adaptkit.")  # or what it calls may lie elsewhere, and change there
+        name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+        made_for = f"{', '.join(map(_described, kinds))} {_processor()}"
+        self._name = f"{name}-{hashlib.sha256(made_for.encode()).hexdigest()[:20]}.o"
+        self._folders = _folders(source.parent) if ours else []
+        self._made_from = _sources(source.parent) + made_for.encode()
+
+    def read(self) -> bytes | None:
+        """What was kept, whole; None if nothing was."""
+        for folder in self._folders:
+            with contextlib.suppress(OSError):
+                content = (folder / self._name).read_bytes()
+                end = len(content) - hashlib.sha256().digest_size
+                if end > 0 and self._seal(content[:end]) == content[end:]:
+                    return content[:end]
+        return None
+
+    def write(self, content: bytes) -> None:
+        """Keep it in the first folder that can be written, if there is one with room."""
+        for folder in self._folders:
+            unfinished = folder / f"{self._name}.{os.getpid()}.{threading.get_ident()}"
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    unfinished.write_bytes(content + self._seal(content))
+                    unfinished.replace(folder / self._name)
+                finally:
+                    unfinished.unlink(missing_ok=True)
+                return
+
+    def _seal(self, content: bytes) -> bytes:
+        return hashlib.sha256(self._made_from + content).digest()
+
+
+@functools.cache
+def _folders(source: Path) -> list[Path]:
+    """Where kernels of a folder are kept, in the order in which they are looked for."""
+    folders = []
+    with contextlib.suppress(NotImplementedError):  # Python itself keeps no bytecode
+        folders.append(Path(cache_from_source(str(source / "kernels.py"))).parent)
+    folder = cache_folder()
+    return [*folders, folder / "kernels"] if folder else folders
+
+
+@functools.cache
+def _processor() -> str:
+    """What the machine code depends on beside its source: the processor, what numba was told, and who loads it."""
+    import llvmlite
+    from llvmlite import binding
+
+    told = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    features = binding.get_host_cpu_features().flatten()
+    return " ".join([llvmlite.__version__, binding.get_host_cpu_name(), features, *told])
+
+
+@functools.cache
+def _sources(folder: Path) -> bytes:
+    """A hash of all that kernels of a folder are made from: its modules, and those that make them."""
+    digest = hashlib.sha256()
+    ours = [Path(__file__), Path(__file__).with_name("compiler.py")]
+    for path in [*ours, *sorted(folder.glob("*.py"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()

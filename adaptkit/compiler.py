@@ -1,0 +1,167 @@
+"""Kernels into machine code, by numba: needed once for every list of argument types, see ``compiled``."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload, typeof_impl
+from numba.np.arrayobj import make_array, populate_array
+from numba.np.numpy_support import as_dtype, from_dtype
+
+from adaptkit.compiled import _ALIGNED, _CONTIGUOUS, INLINED, Kernel, Kind, Overload, Written, untold
+from adaptkit.errors import UsageError
+
+if numba.config.DISABLE_JIT:
+    raise UsageError("NUMBA_DISABLE_JIT is set: kernels cannot run uncompiled", hint="unset it")
+
+_OPTIONS = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Of all kernels: no exceptions for a division by zero, no memory that is counted, no doors to Python."""
+
+_FROM_OUTSIDE = {"memcpy", "memmove", "memset", "sqrt", "sqrtf", "log", "logf"}
+"""Functions of the C library, which every process has."""
+
+
+def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
+    """The machine code of a kernel for arguments of some kinds, as ``compiled`` reads it."""
+    _tell_numba()
+    dispatcher = _dispatcher(kernel)
+    arguments = tuple(map(_type_of, kinds))
+    entry = numba.njit(**_OPTIONS)(_entry(dispatcher, arguments))
+    entry.compile((types.CPointer(types.int64),))
+    (made,) = entry.overloads.values()
+    name = made.fndesc.llvm_func_name
+    module = llvm.parse_assembly(made.library.get_llvm_str())
+    missing = {function.name for function in module.functions if function.is_declaration} - _FROM_OUTSIDE
+    missing = {symbol for symbol in missing if not symbol.startswith("llvm.")}
+    if missing:
+        raise SystemError(f"{kernel.function.__qualname__} cannot be loaded without numba: it calls {sorted(missing)}")
+    (found,) = (dispatcher.overloads[arguments].signature.return_type,)
+    many = isinstance(found, types.BaseTuple)
+    parts = [] if found == types.none else list(found) if many else [found]
+    letters = [np.dtype(bool).char if part == types.boolean else as_dtype(part).char for part in parts]
+    head = " ".join([name, "tuple" if many else "single", *letters])
+    return head.encode() + b"\n" + _emit(module, made.library)
+
+
+def _emit(module: Any, library: Any) -> bytes:
+    """An object file of a module that numba optimized, for the processor that numba compiles for."""
+    triple, processor, features = library.codegen.magic_tuple()
+    static = {"reloc": "static"} if triple.startswith("x86") else {}
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=processor, features=features, opt=3, jit=True, codemodel="jitdefault", **static
+    )
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def _dispatcher(kernel: Kernel) -> Any:
+    """What numba has for a kernel."""
+    if "dispatcher" not in vars(kernel):
+        vars(kernel)["dispatcher"] = numba.njit(**_OPTIONS, **kernel.options)(kernel.function)
+    return vars(kernel)["dispatcher"]
+
+
+def _tell_numba() -> None:
+    """Of all that kernels may call and that it was not told of before; what it hears while it compiles comes late."""
+    while untold:
+        found = untold.pop(0)
+        if isinstance(found, Overload):
+            overload(found.of, jit_options={**_OPTIONS, **INLINED})(found.choose)
+        else:
+            _ = found.intrinsic  # which numba hears of when its module is loaded
+
+
+@typeof_impl.register(Kernel)
+def _typeof_kernel(kernel, context):
+    return numba.typeof(_dispatcher(kernel))
+
+
+@typeof_impl.register(Written)
+def _typeof_written(found, context):
+    return numba.core.registry.cpu_target.typing_context.resolve_value_type(found.intrinsic)
+
+
+def _type_of(kind: Kind) -> Any:
+    """Numba's type for an argument."""
+    if kind is None:
+        return types.none
+    if isinstance(kind, str):
+        return from_dtype(np.dtype(kind))
+    if isinstance(kind[0], type):
+        return types.BaseTuple.from_types(tuple(map(_type_of, kind[1])), kind[0])
+    dtype, axes, flags = kind
+    layout = "C" if flags & _CONTIGUOUS else "A"
+    return types.Array(from_dtype(dtype), axes, layout, aligned=bool(flags & _ALIGNED))
+
+
+def _entry(dispatcher: Any, arguments: tuple[Any, ...]) -> Any:
+    """A function of cells that calls a kernel; see ``compiled`` for what they hold."""
+    whole = types.Tuple(arguments)
+
+    @intrinsic
+    def enter(typingctx, cells):
+        def codegen(context, builder, signature, values):
+            return _Reader(context, builder, values[0]).read(whole)
+
+        return whole(cells), codegen
+
+    @intrinsic
+    def leave(typingctx, cells, result):
+        def codegen(context, builder, signature, values):
+            many = isinstance(result, types.BaseTuple)
+            parts = cgutils.unpack_tuple(builder, values[1]) if many else [values[1]]
+            kinds = list(result) if many else [] if result == types.none else [result]
+            for place, kind in enumerate(kinds):
+                cell = builder.gep(values[0], [cgutils.intp_t(place)])
+                data = context.get_data_type(kind).as_pointer()
+                context.pack_value(builder, kind, parts[place], builder.bitcast(cell, data))
+            return context.get_dummy_value()
+
+        return types.void(cells, result), codegen
+
+    def entry(cells):
+        leave(cells, dispatcher(*enter(cells)))
+
+    return entry
+
+
+class _Reader:
+    """Reads arguments from cells, one after the other."""
+
+    def __init__(self, context, builder, cells):
+        self._context, self._builder, self._cells = context, builder, cells
+        self._place = 0
+
+    def read(self, kind):
+        """The next argument, of a type of numba's."""
+        if isinstance(kind, types.BaseTuple):
+            return self._context.make_tuple(self._builder, kind, [self.read(part) for part in kind])
+        if isinstance(kind, types.NoneType):
+            return self._context.get_dummy_value()
+        return self._array(kind) if isinstance(kind, types.Array) else self._number(kind)
+
+    def _number(self, kind):
+        cell = self._builder.gep(self._cells, [cgutils.intp_t(self._place)])
+        self._place += 1
+        data = self._context.get_data_type(kind).as_pointer()
+        return self._context.unpack_value(self._builder, kind, self._builder.bitcast(cell, data))
+
+    def _array(self, kind):
+        context, builder = self._context, self._builder
+        element = context.get_data_type(kind.dtype)
+        size = cgutils.intp_t(context.get_abi_sizeof(element))
+        data = builder.inttoptr(self._number(types.intp), element.as_pointer())
+        shape = [self._number(types.intp) for _ in range(kind.ndim)]
+        if kind.layout == "C":
+            strides = [size]
+            for extent in reversed(shape[1:]):
+                strides.insert(0, builder.mul(strides[0], extent))
+        else:
+            strides = [self._number(types.intp) for _ in range(kind.ndim)]
+        array = make_array(kind)(context, builder)
+        populate_array(array, data=data, shape=shape, strides=strides[: kind.ndim], itemsize=size, meminfo=None)
+        return array._getvalue()

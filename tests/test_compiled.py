@@ -1,0 +1,216 @@
+"""Kernels: what they take and give, where they are kept, and when they are compiled again."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import llvmlite.binding
+import numba
+import numpy as np
+import pytest
+
+import adaptkit
+from adaptkit.compiled import Kernel, jit
+from adaptkit.compiler import _tell_numba, compile_kernel
+from adaptkit.numerics.kernels._cpu_instructions import wide
+
+DECODE = """
+import sys
+import numpy as np
+from adaptkit.numerics.kernels import _cpu_blocks
+out = np.zeros(4, np.uint32)
+_cpu_blocks._decode_8bit(np.array([127, -127, 0, 127], np.int8), np.ones(1, np.float32), 4, out)
+print(out.view(np.float32).tolist(), "compiled" if "numba" in sys.modules else "kept")
+"""
+MADE, KEPT = "[1.0, -1.0, 0.0, 1.0] compiled", "[1.0, -1.0, 0.0, 1.0] kept"
+
+
+def decode(root, code=DECODE, **environment):
+    """What a process prints that decodes four weights with the package that lies in ``root``."""
+    environment = {**os.environ, "ADAPTKIT_CACHE": str(root / "cache"), "PYTHONPATH": str(root), **environment}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def package(tmp_path):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(adaptkit.__file__).parent, tmp_path / "adaptkit", ignore=ignored)
+    return tmp_path
+
+
+Pair = namedtuple("Pair", "one other")
+
+
+@jit
+def take_everything(array, wide_one, number, real, flag, single, byte, nothing, pair, out):
+    total = array[0, 1] + wide_one[1, 0] + number + real + single + byte + pair.one[0] + pair.other
+    out[0] = total if flag and nothing is None else -total
+    return number + 1, real * 2, flag, single, byte
+
+
+def test_arguments_and_results_of_every_kind():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    columns = np.arange(8.0).reshape(2, 4).T[::2]  # two axes of strides
+    out = np.zeros(1)
+    pair = Pair(np.array([1000], np.int64), 10000)
+    for array_of in (array, np.asfortranarray(array), array[:, ::-1][:, ::-1], array.astype(np.int16)):
+        for flag in (True, False):
+            found = take_everything(
+                array_of, columns, 5, 0.25, flag, np.float32(0.5), np.uint8(200), None, pair, out
+            )  # fmt: skip
+            assert found == (6, 0.5, flag, 0.5, 200)
+            assert [type(part) for part in found] == [int, float, bool, float, int]
+            assert out[0] == (1 if flag else -1) * (1 + 2 + 5 + 0.25 + 0.5 + 200 + 1000 + 10000)
+
+
+def test_memory_that_begins_anywhere_is_read():
+    whole = np.arange(41, dtype=np.uint8)
+    crooked = whole[1:].view(np.float32)
+    assert not crooked.flags.aligned
+    assert first_of(crooked) == crooked[0]
+
+
+@jit
+def first_of(array):
+    return array[0]
+
+
+def test_an_argument_of_another_kind_is_refused():
+    with pytest.raises(KeyError):
+        first_of([1.0])
+
+
+def test_a_kernel_that_needs_numba_when_it_runs_is_refused():
+    """It could not be loaded by a process that has not loaded numba; so it shows when it is written."""
+
+    def needs(array):
+        made = np.empty(3)
+        made[0] = array[0]
+        return made[0]
+
+    with pytest.raises(numba.NumbaError, match="Only accept returning of array"):
+        compile_kernel(Kernel(needs, {}), ((np.dtype("int64"), 1, 0x101),))
+
+
+def test_threads_that_call_it_first_at_once_compile_it_once(monkeypatch):
+    import adaptkit.compiler
+
+    calls = []
+
+    def counted(kernel, kinds):
+        calls.append(kinds)
+        return compile_kernel(kernel, kinds)
+
+    monkeypatch.setattr(adaptkit.compiler, "compile_kernel", counted)
+
+    @jit
+    def double(array):
+        for i in range(array.size):
+            array[i] *= 2
+
+    arrays = [np.full(1000, float(n)) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(double, arrays))
+    assert len(calls) == 1
+    assert all((array == 2 * n).all() for n, array in enumerate(arrays))
+
+
+def test_a_kernel_is_kept_until_something_that_it_calls_changes(package):
+    """Which is what happens when a new version is installed over an old one."""
+    assert decode(package) == MADE
+    assert decode(package) == KEPT
+    called = package / "adaptkit" / "numerics" / "kernels" / "_cpu_float.py"
+    text = called.read_text()
+    as_it_is = "lambda array, number: np.float32(number).view(np.uint32)"
+    assert as_it_is in text
+    called.write_text(text.replace(as_it_is, as_it_is.replace("(number)", "(number * 2)")))
+    assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
+    assert decode(package) == "[2.0, -2.0, 0.0, 2.0] kept"
+
+
+@pytest.mark.parametrize(
+    "left", [lambda whole: b"", lambda whole: b"half", lambda whole: whole[:-1], lambda whole: whole[:-9] + b"\0" * 9,
+             lambda whole: whole[: len(whole) // 2] + bytes(16) + whole[len(whole) // 2 + 16 :]]
+)  # fmt: skip
+def test_what_a_power_cut_left_of_a_kernel_is_made_again(left, package):
+    """Machine code with a page of zeros in it would be run, too."""
+    assert decode(package) == MADE
+    kept = sorted(package.rglob("*.o"))
+    assert kept
+    for path in kept:
+        path.write_bytes(left(path.read_bytes()))
+    assert decode(package) == MADE
+    assert decode(package) == KEPT
+
+
+def test_one_kernel_is_not_taken_for_another(package):
+    """Whatever became of their names."""
+    assert decode(package) == MADE
+    ones = DECODE.replace("np.ones(1, np.float32), 4, out)", "np.ones(1, np.float32), 4, out.view(np.uint16)[:4])")
+    assert decode(package, ones).endswith("compiled")
+    one, other = sorted(package.rglob("*.o"))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert decode(package) == MADE
+
+
+def test_a_disk_without_room_for_kernels_stops_nothing(package):
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
+    assert decode(package, full + DECODE) == MADE
+    assert not list(package.rglob("*.o*"))
+    assert decode(package) == MADE
+
+
+def test_kernels_that_must_not_be_compiled_are_refused(package):
+    code = f"from adaptkit.errors import UsageError\ntry:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
+    code += "except UsageError as error: print(error.hint)"
+    assert decode(package, code, NUMBA_DISABLE_JIT="1") == "unset it"
+
+
+def test_where_the_package_cannot_be_written_kernels_are_kept_in_the_users_folder(package):
+    where = package / "adaptkit" / "numerics" / "kernels" / "__pycache__"
+    where.write_text("no folder")  # which root cannot write into either
+    assert decode(package) == MADE
+    assert decode(package) == KEPT
+    assert list((package / "cache" / "kernels").glob("*.o"))
+    for _ in range(2):
+        assert decode(package, ADAPTKIT_CACHE="") == MADE
+
+
+def test_a_processor_whose_vectors_numba_is_told_not_to_use_has_none(package):
+    code = "import numpy as np; from adaptkit.numerics.formats import nf4; print(nf4.quantize(np.ones(64)).codes[0])"
+    assert decode(package, code) == "255"
+    assert decode(package, code, NUMBA_ENABLE_AVX="0") == "255"
+    assert decode(package, code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == "255"
+
+
+def test_kernels_for_another_processor_are_others(package):
+    """As where machines of several kinds share a disk; and a setting of numba's makes others, too."""
+    assert decode(package) == MADE
+    assert decode(package, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == MADE
+    assert decode(package) == KEPT
+
+
+def add(x, y):
+    wide()
+    for i in range(x.size):
+        x[i] += y[i]
+
+
+@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
+def test_wide_vectors_are_used_where_they_are_asked_for():
+    """Registers of 64 bytes have names of their own."""
+    _tell_numba()
+    kernel = numba.njit(add)
+    kernel(np.zeros(64, np.float32), np.zeros(64, np.float32))
+    (text,) = kernel.inspect_asm().values()
+    assert "zmm" in text
