@@ -35,6 +35,9 @@ INLINED = {"forceinline": True}
 Kind = Any
 """Of an argument, all that its machine code depends on; the same for all arrays of a type and a number of axes."""
 
+_OF_NO_CONSEQUENCE = ("NUMBA_NUM_THREADS=", "NUMBA_THREADING_LAYER", "NUMBA_CACHE_")
+"""Settings of numba's that change no machine code of ours."""
+
 _lock = threading.RLock()
 _after_loading: list[Callable[[], None]] = []
 untold: "list[Overload | Written]" = []
@@ -301,6 +304,7 @@ def _processor() -> str:
     from llvmlite import binding
 
     told = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    told = [setting for setting in told if not setting.startswith(_OF_NO_CONSEQUENCE)]
     features = binding.get_host_cpu_features().flatten()
     return " ".join([llvmlite.__version__, binding.get_host_cpu_name(), features, *told])
 

@@ -12,11 +12,28 @@ from numba.extending import intrinsic, overload, typeof_impl
 from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import as_dtype, from_dtype
 
-from adaptkit.compiled import _ALIGNED, _CONTIGUOUS, INLINED, Kernel, Kind, Overload, Written, untold
+from adaptkit.compiled import (
+    _ALIGNED,
+    _CONTIGUOUS,
+    INLINED,
+    Kernel,
+    Kind,
+    Overload,
+    Written,
+    processor_features,
+    untold,
+)
 from adaptkit.errors import UsageError
 
 if numba.config.DISABLE_JIT:
     raise UsageError("NUMBA_DISABLE_JIT is set: kernels cannot run uncompiled", hint="unset it")
+_features = processor_features()
+_without_avx = not numba.config.ENABLE_AVX and any(name.startswith("avx512") for name in _features or ())
+if _features is not None and (numba.config.CPU_NAME or numba.config.CPU_FEATURES is not None or _without_avx):
+    raise UsageError(
+        "numba's configuration file has it compile for another processor than this one",
+        hint="set NUMBA_CPU_NAME, NUMBA_CPU_FEATURES or NUMBA_ENABLE_AVX in the environment instead",
+    )
 
 _OPTIONS = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Of all kernels: no exceptions for a division by zero, no memory that is counted, no doors to Python."""

@@ -193,11 +193,21 @@ def test_a_processor_whose_vectors_numba_is_told_not_to_use_has_none(package):
     assert decode(package, code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == "255"
 
 
+@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
+@pytest.mark.parametrize("line", ["cpu_name: generic", "cpu_features: ''", "enable_avx: 0"])
+def test_a_file_that_tells_numba_of_another_processor_is_refused(line, package):
+    """Instructions that this processor has would be asked of that one, at which LLVM ends the process."""
+    (package / ".numba_config.yaml").write_text(f"{line}\n")
+    code = f"from adaptkit.errors import UsageError\ntry:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
+    assert "in the environment" in decode(package, code + "except UsageError as error: print(error.hint)")
+
+
 def test_kernels_for_another_processor_are_others(package):
     """As where machines of several kinds share a disk; and a setting of numba's makes others, too."""
     assert decode(package) == MADE
     assert decode(package, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == MADE
     assert decode(package) == KEPT
+    assert decode(package, NUMBA_NUM_THREADS="1") == KEPT
 
 
 def add(x, y):

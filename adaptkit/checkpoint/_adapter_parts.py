@@ -56,6 +56,7 @@ class Parts:
         files: the tensors.
         parts: what each of them is.
         records: their fingerprints.
+        read: those that were read for these, flat; each is taken once.
 
     Attributes:
         modules, embeddings, magnitudes, biases, replaced, begins, tokens, experts: see ``Adapter``.
@@ -68,8 +69,9 @@ class Parts:
         files: TensorFiles,
         parts: Mapping[Part, str],
         records: Sequence[TensorRecord],
+        read: dict[str, Array],
     ) -> None:
-        self._root, self._config, self._files = root, config, files
+        self._root, self._config, self._files, self._read = root, config, files, read
         self._left = dict(parts)
         self._digests = {record.name: (record.xxh3_128, record.dtype, record.shape) for record in records}
         self.modules: dict[str, LowRank] = {}
@@ -117,7 +119,8 @@ class Parts:
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
             self._refuse(f"{key} is {list(spec.shape)}; expected {dims} dimension{'s' if dims > 1 else ''}")
-        return self._files.read_array(key)
+        read = self._read.pop(key, None)
+        return self._files.read_array(key) if read is None else read.reshape(spec.shape)
 
     def _take_halves(self, module: str, kind: str) -> tuple[Array, Array]:
         keys = {half: self._left.get(Part(module, f"{kind}_{half}")) for half in ("A", "B")}

@@ -33,6 +33,8 @@ from adaptkit.numerics.lora import LowRank
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adaptkit.numerics.arrays import Array
+
 __all__ = [
     "Adapter",
     "TokenRows",
@@ -137,8 +139,9 @@ def read_adapter(root: Path) -> Adapter:
         raise AdapterError(f"{root}: the adapter holds no tensors", hint="get the adapter again, or train it again")
     state = files.state()
     parts = name_parts(root, files.tensors)
-    records = tuple(_record(files, key) for key in files.tensors)
-    found = Parts(root, config, files, parts, records)
+    read: dict[str, Array] = {}
+    records = tuple(_record(files, key, read) for key in files.tensors)
+    found = Parts(root, config, files, parts, records, read)
     found.take_all()
     files.require_state(state)  # or the fingerprints would be of other tensors than the changes
     manifest = read_manifest(root)
@@ -187,8 +190,8 @@ def require_plain(adapter: Adapter, doing: str) -> None:
             )
 
 
-def _record(files: TensorFiles, key: str) -> TensorRecord:
-    """Read a tensor once, piece by piece.
+def _record(files: TensorFiles, key: str, read: dict[str, Array]) -> TensorRecord:
+    """Read a tensor piece by piece; one that is a single piece stays in ``read``.
 
     Raises:
         AdapterError: of a type that no adapter has, or NaN or infinite.
@@ -205,4 +208,6 @@ def _record(files: TensorFiles, key: str) -> TensorRecord:
         if not all_finite(piece):
             raise AdapterError(f"{files.root}: {key} holds NaN or infinity", hint="train it again, or get it again")
         digest.update(bytes_of(piece))
+        if piece.size == spec.count:
+            read[key] = piece
     return TensorRecord(key, ADAPTER_WEIGHTS_NAME, spec.dtype, spec.shape, digest.hexdigest())
