@@ -42,6 +42,8 @@ from adaptkit.numerics.formats._double_quant import (
     dynamic_map,
     quantize_absmax,
 )
+from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.kernels.codebook import BOOKS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +89,12 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: DType | None = None) -> Any:
         """The weight as every reader of this layout sees it, in its shape."""
+        nested, book = self.constants, BOOKS.get(self.encoding.format)
+        decode = getattr(kernels_for(self.codes), "decode_nested_4bit", None)  # where a launch is worth saving
+        if decode is not None and book is not None and isinstance(nested, DoubleQuantized):
+            constants = nested.codes, nested.nested_absmax, nested.offset, self.levels
+            flat = decode(self.codes, constants, self.count, self.block_size, book, dtype or self.dtype)
+            return flat.view(self.shape)
         packed = Blockwise(self.codes, self.absmax, self.shape, self.block_size)
         return self.encoding.numerics.dequantize(packed, dtype or self.dtype)
 

@@ -110,15 +110,45 @@ def encode_4bit(
 @triton.jit
 def decode_4bit(codes, absmax, levels, out, count, block: tl.constexpr, group: tl.constexpr, kind: tl.constexpr):
     """``levels`` holds the level of each code; ``out`` takes what ``_rounded`` gives."""
-    half: tl.constexpr = block // 2
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
-    pairs = rows[:, None] * half + tl.arange(0, half)[None, :]
-    mask = inside[:, None] & (tl.arange(0, half)[None, :] < half)
-    byte = tl.load(codes + pairs, mask=mask, other=0).to(tl.int32)
-    scale = tl.load(absmax + rows, mask=inside, other=0.0)[:, None]
-    tl.store(out + 2 * pairs, _rounded(tl.load(levels + (byte >> 4)) * scale, kind), mask=mask)
-    tl.store(out + 2 * pairs + 1, _rounded(tl.load(levels + (byte & 15)) * scale, kind), mask=mask)
+    _decode(codes, tl.load(absmax + rows, mask=inside, other=0.0), levels, out, rows, inside, block, kind)
+
+
+@triton.jit
+def decode_nested_4bit(
+    codes,
+    constants,
+    nested,
+    nested_levels,
+    levels,
+    out,
+    offset,
+    count,
+    block: tl.constexpr,
+    group: tl.constexpr,
+    nest: tl.constexpr,
+    kind: tl.constexpr,
+):
+    """``decode_constants`` and ``decode_4bit`` in one: ``nest`` of ``constants`` share one of ``nested``."""
+    rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    inside = rows < count
+    code = tl.load(constants + rows, mask=inside, other=0).to(tl.int32)
+    factor = tl.load(nested + rows // nest, mask=inside, other=0.0)
+    scale = tl.load(nested_levels + code) * factor + offset
+    _decode(codes, scale, levels, out, rows, inside, block, kind)
+
+
+@triton.jit
+def _decode(codes, scale, levels, out, rows, inside, block: tl.constexpr, kind: tl.constexpr):
+    """Both weights of a byte lie in one thread, and are written together: single ones take half of each transfer."""
+    half: tl.constexpr = block // 2
+    pair, place = tl.arange(0, half)[None, :], tl.arange(0, block)[None, :]
+    byte = tl.load(codes + rows[:, None] * half + pair, mask=inside[:, None] & (pair < half), other=0).to(tl.int32)
+    both = tl.interleave(tl.load(levels + (byte >> 4)), tl.load(levels + (byte & 15)))
+    tl.store(
+        out + rows[:, None] * block + place, _rounded(both * scale[:, None], kind), inside[:, None] & (place < block)
+    )
 
 
 @triton.jit
@@ -161,8 +191,11 @@ def encode_8bit(
 
 
 @triton.jit
-def decode_8bit(codes, steps, out, count, size, chunk: tl.constexpr, kind: tl.constexpr):
-    """``count`` weights, of which ``size`` share a step, also in a short last block."""
+def decode_8bit(codes, steps, out, count, size: tl.constexpr, chunk: tl.constexpr, kind: tl.constexpr):
+    """``count`` weights, of which ``size`` share a step, also in a short last block.
+
+    ``size`` is known when this is compiled, since a division of 64-bit numbers takes a hundred instructions.
+    """
     offsets = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
     mask = offsets < count
     q = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)

@@ -71,3 +71,6 @@ class Codebook:
 
 NF4 = Codebook(NF4_LEVELS)
 FP4 = Codebook(FP4_LEVELS)
+
+BOOKS = {"nf4": NF4, "fp4": FP4}
+"""By the format's name."""

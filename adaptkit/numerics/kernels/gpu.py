@@ -32,6 +32,7 @@ __all__ = [
     "decode_4bit",
     "decode_8bit",
     "decode_constants",
+    "decode_nested_4bit",
     "encode_4bit",
     "encode_8bit",
     "encode_constants",
@@ -86,6 +87,33 @@ def decode_4bit(
     if weights < count:
         rest = codes[weights // 2 :], absmax[full:], count - weights
         out[weights:] = reference.decode_4bit(*rest, block_size, book, dtype)
+    return out
+
+
+def decode_nested_4bit(
+    codes: Tensor,
+    constants: tuple[Tensor, Tensor, float, Tensor],
+    count: int,
+    block_size: int,
+    book: Codebook,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``decode_4bit`` of what ``decode_constants`` gives for ``constants``, to the same bits, in one launch.
+
+    A training step decodes every weight several times, and where its layers are small it waits for launches.
+    """
+    if count % block_size or block_size & (block_size - 1):
+        return decode_4bit(codes, decode_constants(*constants), count, block_size, book, dtype)
+    small, nested, offset, nested_levels = constants
+    out = torch.empty(count, dtype=dtype, device=codes.device)
+    full, rows = count // block_size, max(1, _WEIGHTS_PER_PROGRAM // block_size)
+    if full:
+        arguments = (
+            codes.reshape(-1).contiguous(), small.contiguous(), nested.contiguous(), nested_levels.contiguous(),
+            _levels(book, codes.device), _bits(out), offset, full, block_size, rows, GROUP, _KINDS[dtype],
+        )  # fmt: skip
+        with _on(codes):
+            _gpu_blocks.decode_nested_4bit[(triton.cdiv(full, rows),)](*arguments, **_EXACT)
     return out
 
 

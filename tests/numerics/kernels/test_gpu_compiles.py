@@ -16,16 +16,19 @@ STATIC = {
     "encode_4bit": {"block": 64, "group": 32, "measure": True},
     "decode_4bit": {"block": 64, "group": 32},
     "encode_8bit": {"block": 64, "group": 32, "measure": True},
-    "decode_8bit": {"chunk": 2048},
+    "decode_nested_4bit": {"block": 64, "group": 32, "nest": 256},
+    "decode_8bit": {"size": 64, "chunk": 2048},
     "decode_constants": {"chunk": 1024, "group": 256},
 }
 POINTERS = {"tables": "*fp32", "levels": "*fp32", "steps": "*fp32", "absmax": "*fp32", "moments": "*fp32",
-            "tiny": "fp32", "nested": "*fp32", "offset": "fp32"}  # fmt: skip
+            "tiny": "fp32", "nested": "*fp32", "offset": "fp32", "constants": "*u8",
+            "nested_levels": "*fp32"}  # fmt: skip
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", [0, 1, 2])
 @pytest.mark.parametrize("name", STATIC)
-def test_products_and_sums_are_not_contracted_and_divisions_are_exact(name, kind, monkeypatch, tmp_path):
+def test_products_and_sums_are_not_contracted_and_divisions_are_exact(name, kind, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kernel = getattr(_gpu_blocks, name)
@@ -38,8 +41,23 @@ def test_products_and_sums_are_not_contracted_and_divisions_are_exact(name, kind
     signature = {n: "constexpr" if n in static else types.get(n, "i32") for n in kernel.arg_names}
     constants = {(kernel.arg_names.index(n),): value for n, value in static.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    ptx = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    ptx = compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}).asm["ptx"]
     assert "st.global" in ptx
     assert not re.search(r"\bfma|\.ftz|\.approx|\.full|\brcp", ptx)
     assert "div.rn.f32" not in ptx
     assert ("div.rn.f64" in ptx) == name.startswith("encode_")
+
+
+@pytest.mark.parametrize("name", ["decode_4bit", "decode_nested_4bit"])
+def test_decoded_weights_are_written_sixteen_bytes_at_a_time(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernel, static = getattr(_gpu_blocks, name), STATIC[name] | {"kind": 1}
+    types = POINTERS | {"codes": "*u8", "out": "*u16"}
+    signature = {n: "constexpr" if n in static else types.get(n, "i32") for n in kernel.arg_names}
+    constants = {(kernel.arg_names.index(n),): value for n, value in static.items()}
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n == "count"]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v4.b32"}

@@ -87,6 +87,25 @@ def test_all_kernels_give_the_same_bits(triton_kernel, name, weight, block_size,
         same_bits(triton_kernel(function, *arguments), expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["nf4", "fp4"]), st.integers(1, 700), st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES),
+    st.integers(0, 40), st.integers(0, 2**31),
+)  # fmt: skip
+def test_weights_and_nested_constants_are_decoded_to_the_bits_of_both_in_turn(
+    triton_kernel, name, blocks, block_size, dtype, less, seed
+):
+    generator, blocks = torch.Generator().manual_seed(seed), min(blocks, 2048 * 64 // block_size)
+    count = blocks * block_size - less % 32
+    codes = torch.randint(0, 256, ((count + 1) // 2,), generator=generator, dtype=torch.uint8)
+    small = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+    nested = torch.rand(-(-blocks // 256), generator=generator) * 0.1
+    constants = small, nested, 0.0371, LEVELS
+    absmax = reference.decode_constants(*constants)
+    expected = reference.decode_4bit(codes, absmax, count, block_size, BOOKS[name], dtype)
+    same_bits(triton_kernel("decode_nested_4bit", codes, constants, count, block_size, BOOKS[name], dtype), expected)
+
+
 @pytest.fixture(scope="module")
 def decode_by_bytes():
     """The loop as it is compiled for a processor that permutes bytes and no whole weights."""
