@@ -1,6 +1,8 @@
 """Which device a run computes on, and in which type."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -34,6 +36,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         has_products = hasattr(torch.ops.mkldnn, _ASKS) and getattr(torch.ops.mkldnn, _ASKS)()
     return torch.bfloat16 if has_products else torch.float32
+
+
+@contextmanager
+def attention_of_any_length() -> Iterator[None]:
+    """Keep cuDNN's attention out while the block runs; a GPU has torch's own, which takes sequences as they come.
+
+    torch prefers cuDNN's on Hopper, which plans anew for every number and length of sequences, in every thread, and
+    keeps all plans: a run whose batches are of many lengths, or that generates, would wait for plans in every step.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def name_of(dtype: torch.dtype) -> str:

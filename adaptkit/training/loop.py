@@ -21,6 +21,7 @@ from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.errors import AdaptkitError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
+from adaptkit.training.device import attention_of_any_length
 from adaptkit.training.distributed import World, deterministic, join
 from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
@@ -69,7 +70,7 @@ def train(
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
     inputs = read_inputs(config, output, force)
-    with deterministic(config.deterministic), join(config.device) as world:
+    with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
         if world.is_first:
             report = _lead(inputs, output, force, resume, on_step, note, world)
         else:

@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from adaptkit.training.device import choose_dtype
+from adaptkit.training.device import attention_of_any_length, choose_dtype
 
 CPU = torch.device("cpu")
 
@@ -35,3 +35,10 @@ def test_the_report_and_the_manifest_name_the_type_and_not_auto(llama_nf4, instr
         "evaluate", "--base", llama_nf4, "--data", instructions, "--device", "cpu", "--compute-dtype", asked
     )
     assert f"computed in  {expected}\n" in found.stdout
+
+
+def test_attention_of_any_length_leaves_torch_as_it_was():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with attention_of_any_length():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

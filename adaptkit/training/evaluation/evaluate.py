@@ -13,7 +13,7 @@ from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
-from adaptkit.training.device import choose_device, choose_dtype, name_of
+from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, name_of
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
@@ -91,6 +91,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
     return model
 
 
+@attention_of_any_length()
 def measure(
     base: Path,
     adapter: Adapter | None,
