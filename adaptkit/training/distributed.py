@@ -146,7 +146,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
     An operation for which it has none is a RuntimeError that names it.
     """
     before, space = torch.get_deterministic_debug_mode(), "CUBLAS_WORKSPACE_CONFIG"
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     if wanted:
+        # Or torch writes NaN into all that is made empty, weights that are about to be decoded too.
+        memory.fill_uninitialized_memory = False
         os.environ.setdefault(space, ":4096:8")  # cuBLAS reads it once, when it begins
         # Its sister would tell the compiler, too, and so load it; nothing is compiled here.
         torch.set_deterministic_debug_mode("error")
@@ -154,6 +158,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+        memory.fill_uninitialized_memory = fills
 
 
 @contextmanager

@@ -482,6 +482,9 @@ def test_within_it_an_operation_without_an_order_is_refused_and_then_the_callers
     try:
         torch.set_deterministic_debug_mode(mode)
         asked = torch.get_deterministic_debug_mode()
+        with deterministic(True):
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.utils.deterministic.fill_uninitialized_memory
         with pytest.raises(RuntimeError, match="max_unpooling2d"), deterministic(True):
             torch.nn.functional.max_unpool2d(pooled, places, 2)
         assert torch.get_deterministic_debug_mode() == asked
