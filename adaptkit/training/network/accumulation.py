@@ -14,31 +14,37 @@ from torch import Tensor, nn
 from adaptkit.numerics.kernels._cpu_joined import add_scaled
 
 _pass = threading.local()
+_gpu = {"adds": False}
+"""Where backward passes on a GPU find it: autograd runs them in a thread of the device's."""
 
 
 @contextmanager
 def adding_up() -> Iterator[None]:
     """Let layers add to the ``grad`` of their parameters, while this thread runs a backward pass to all of them."""
-    before = getattr(_pass, "adds", False)
-    _pass.adds = True
+    before = getattr(_pass, "adds", False), _gpu["adds"]
+    _pass.adds = _gpu["adds"] = True
     try:
         yield
     finally:
-        _pass.adds = before
+        _pass.adds, _gpu["adds"] = before
 
 
 def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
     """Hand in a gradient. Hooks of the parameter do not see one that is added.
 
     Args:
-        parameter: a matrix on a CPU, float32.
+        parameter: a matrix, float32.
         grad: in its shape, of any floating-point type; perhaps a view.
         scale: that it is still to be multiplied by, in the parameter's type.
 
     Returns:
         What autograd is to be given: nothing if the gradient was added.
     """
-    if parameter.grad is not None and getattr(_pass, "adds", False):
+    on_cpu = parameter.device.type == "cpu"
+    if parameter.grad is None or not (getattr(_pass, "adds", False) if on_cpu else _gpu["adds"]):
+        return grad.to(parameter.dtype).mul(scale)
+    if on_cpu:
         add_scaled(parameter.grad, grad, scale)
-        return None
-    return grad.to(parameter.dtype).mul(scale)
+    else:
+        parameter.grad.add_(grad, alpha=scale)  # reads the narrow type itself
+    return None

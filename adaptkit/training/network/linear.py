@@ -17,6 +17,7 @@ from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
+from adaptkit.training.network.accumulation import give
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.remade import source_of
 from adaptkit.training.network.whole import TrainedWeight
@@ -121,9 +122,9 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
-        inner = (flat_dropped @ a.T).mul_(scale)
+        inner = flat_dropped @ a.T
         y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
-        torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, len(b))).addmm_(inner, b.T)
+        torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, len(b))).addmm_(inner, b.T, alpha=scale)
         ctx.make, kept = source_of(dropped)
         ctx.save_for_backward(inner, lora_a, lora_b, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
@@ -135,17 +136,17 @@ class _Linear(torch.autograd.Function):
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
         dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
-        grad_inner = (grad @ b).mul_(ctx.scale)
-        grad_a = (grad_inner.T @ dropped).to(lora_a.dtype)
-        grad_b = (grad.T @ inner).to(lora_b.dtype)
+        grad_inner = grad @ b
+        grad_a = give(lora_a, grad_inner.T @ dropped, ctx.scale)
+        grad_b = give(lora_b, grad.T @ inner, ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ ctx.weight.dequantize(grad.dtype)
             if ctx.shared:
-                grad_x.addmm_(grad_inner, a)
+                grad_x.addmm_(grad_inner, a, alpha=ctx.scale)
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1] and not ctx.shared:
-            grad_dropped = (grad_inner @ a).view(ctx.shape)
+            grad_dropped = (grad_inner @ a).mul_(ctx.scale).view(ctx.shape)
         return grad_x, grad_dropped, grad_a, grad_b, None, None
 
 

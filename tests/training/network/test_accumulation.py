@@ -1,12 +1,15 @@
 """What layers add by themselves is what autograd would have added."""
 
+import pytest
 import tiny
 import torch
 
+from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.network import joined
 from adaptkit.training.network.accumulation import adding_up, give
 from adaptkit.training.network.joined import join_layers
+from adaptkit.training.network.linear import LoraLinear, PlainWeight
 from adaptkit.training.network.model import load_model, new_adapter
 
 
@@ -86,3 +89,23 @@ def test_a_gradient_of_another_type_is_widened_before_it_is_scaled():
     with adding_up():
         assert give(parameter, grad, 1.01) is None
     torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_layer_by_itself_adds_up_too(dropped):
+    generator = torch.Generator().manual_seed(0)
+    layer = LoraLinear(PlainWeight(torch.randn(6, 8, generator=generator)), None)
+    layer.attach(LowRank(torch.randn(3, 8, generator=generator), torch.randn(6, 3, generator=generator), 0.7))
+    x = torch.randn(5, 8, generator=generator, requires_grad=True)
+
+    def loss():
+        return layer.multiply(x, x * 2.0 if dropped else x).square().sum()
+
+    expected = torch.autograd.grad(loss(), [x, layer.lora_a, layer.lora_b])
+    for parameter in (layer.lora_a, layer.lora_b):
+        parameter.grad = torch.ones_like(parameter)
+    with adding_up():
+        torch.autograd.backward(loss())
+    torch.testing.assert_close(x.grad, expected[0])
+    for parameter, grad in zip((layer.lora_a, layer.lora_b), expected[1:], strict=True):
+        torch.testing.assert_close(parameter.grad, grad + 1)
