@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.fused import fuse_layers, fuse_norms
 from adaptkit.training.network.model import load_model, new_adapter
 
 REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 0), "phi": (0, 0), "mixtral": (5, 0)}
@@ -64,6 +64,17 @@ def test_in_bfloat16_gradients_are_as_near_to_exact_ones_as_before(made):
     fuse_layers(model.network)
     assert fused(model.network) == REPLACED["llama"]
     assert error(run(model)) < 1.1 * before
+
+
+@pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen3", 9), ("gemma", 0), ("phi", 0)])
+def test_torchs_own_norm_computes_the_same(family, norms, made):
+    """It is for GPUs, and there is a slower one for a CPU."""
+    model = loaded(made, family)
+    before = run(model)
+    fuse_norms(model.network)
+    assert fused(model.network) == (norms, 0)
+    for one, two in zip(run(model), before, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
 def test_a_norm_that_is_trained_is_left_alone(made):
