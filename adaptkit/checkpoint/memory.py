@@ -7,6 +7,9 @@ LOGITS_CHUNK_BYTES = 32 << 20
 
 LEAST_ROWS = 32
 
+_TILE = 128
+"""Rows that a GPU multiplies at a time."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -38,11 +41,19 @@ class Memory:
         return asdict(self)
 
 
-def rows_at_a_time(vocabulary: int, itemsize: int) -> int:
-    """How many positions go through the output layer at a time."""
-    return max(LEAST_ROWS, LOGITS_CHUNK_BYTES // (vocabulary * itemsize))
+def rows_at_a_time(vocabulary: int, itemsize: int, in_place: bool = False) -> int:
+    """How many positions go through the output layer at a time.
+
+    Args:
+        vocabulary: number of tokens.
+        itemsize: of a logit.
+        in_place: whether a GPU makes their gradient where they lie; it gets more rows, since it reads the layer's whole
+            weight for every chunk, and whole tiles of them.
+    """
+    rows = max(LEAST_ROWS, (4 if in_place else 1) * LOGITS_CHUNK_BYTES // (vocabulary * itemsize))
+    return rows - rows % _TILE if in_place and rows > _TILE else rows
 
 
-def logits_bytes(rows: int, vocabulary: int, itemsize: int) -> int:
+def logits_bytes(rows: int, vocabulary: int, itemsize: int, in_place: bool = False) -> int:
     """Of a chunk of logits, for a batch with so many positions that may carry loss."""
-    return min(rows, rows_at_a_time(vocabulary, itemsize)) * vocabulary * itemsize
+    return min(rows, rows_at_a_time(vocabulary, itemsize, in_place)) * vocabulary * itemsize

@@ -17,6 +17,7 @@ from adaptkit.errors import UsageError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.loss import works_in_place
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -59,10 +60,11 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     head = network.get_output_embeddings()
     rows, length = largest
     dtype = network.get_input_embeddings().weight.dtype
-    logits = (
-        logits_bytes(rows * (length - 1), network.config.get_text_config().vocab_size, dtype.itemsize) if head else 0
-    )
-    if device.type == "cuda":  # the whole chunk in float32 beside it; a CPU does that in small blocks
+    logits, in_place = 0, works_in_place(device)
+    if head:
+        vocabulary = network.config.get_text_config().vocab_size
+        logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, in_place)
+    if device.type == "cuda" and not in_place:  # the whole chunk in float32 beside it; a CPU does that in small blocks
         logits += logits * 4 // dtype.itemsize
     sizes: list[LayerSize] = []
 

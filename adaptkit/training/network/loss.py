@@ -10,6 +10,8 @@ Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), on rows that
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -165,7 +167,7 @@ class _Loss(torch.autograd.Function):
 
 def _rows(hidden: Tensor, head: Any) -> int:
     """How many positions go through the output layer at a time."""
-    return rows_at_a_time(_shape(head)[0], hidden.element_size())
+    return rows_at_a_time(_shape(head)[0], hidden.element_size(), works_in_place(hidden.device))
 
 
 def _shape(head: Any) -> tuple[int, int]:
@@ -203,6 +205,10 @@ def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     """
     if _has_kernel(logits):
         return torch.tensor(cross_entropy(float_bits(logits), wanted.numpy(), keep), dtype=torch.float32)
+    if works_in_place(logits.device) and logits.is_contiguous():
+        from adaptkit.numerics.kernels import _gpu_entropy
+
+        return _gpu_entropy.cross_entropy(logits, wanted, keep)
     total = logits.new_zeros((), dtype=torch.float32)
     size = len(logits) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
     for start in range(0, len(logits), size):
@@ -222,3 +228,13 @@ def _has_kernel(logits: Tensor) -> bool:
     """Whether one pass by one thread is faster than torch's several by all."""
     is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
     return logits.device.type == "cpu" and is_known and torch.get_num_threads() <= 2
+
+
+def works_in_place(device: torch.device) -> bool:
+    """Whether a chunk's logits become their gradient with nothing of their size beside them, on a GPU."""
+    return device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
