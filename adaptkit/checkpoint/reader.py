@@ -213,9 +213,11 @@ class MappedCheckpoint(Checkpoint):
         Args:
             tensor: contiguous, never written: what was written is lost.
         """
+        if tensor.device.type != "cpu":
+            return  # a training step asks for every weight several times
         start = tensor.data_ptr()
         for whole in self._maps.values():
-            if tensor.device.type == "cpu" and 0 <= start - whole.ctypes.data <= len(whole) - tensor.nbytes:
+            if 0 <= start - whole.ctypes.data <= len(whole) - tensor.nbytes:
                 pages.give_back(start, tensor.nbytes)
 
     @cached_property

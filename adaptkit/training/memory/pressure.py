@@ -72,8 +72,14 @@ class Pressure:
         raise self._hopeless(tokens, reason)
 
     def _hold(self, budget_bytes: int | None) -> None:
-        if self._pages.budget_bytes != budget_bytes:
+        if self._pages.budget_bytes == budget_bytes:
+            return
+        try:
             self._pages.set_budget(budget_bytes)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or budget_bytes == 0:
+                raise
+            self._pages.set_budget(0)  # they come back before a later batch, if there is room then
 
     def _hopeless(self, tokens: int, reason: str) -> UsageError:
         return UsageError(

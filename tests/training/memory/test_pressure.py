@@ -42,6 +42,25 @@ def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_small
     assert held.tensors()["first_moment"].tolist() == list(range(1000))
 
 
+def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path, monkeypatch):
+    held = state(tmp_path)
+    pressure, pages = Pressure(held, lambda line: None), held.pages
+    pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS) if pages.resident else None)
+    hosted, failures = pages._hosted, []
+
+    def without_room():
+        if pages.resident == 3 and not failures:
+            failures.append(True)
+            raise torch.OutOfMemoryError
+        return hosted()
+
+    monkeypatch.setattr(pages, "_hosted", without_room)
+    assert pressure.relieve(10, lambda: pages.resident) == 0
+    assert failures
+    assert pressure.relieve(10, lambda: pages.resident) == 10
+    assert held.tensors()["first_moment"].tolist() == list(range(1000))
+
+
 def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tmp_path):
     pressure = Pressure(state(tmp_path), lambda line: None)
     with pytest.raises(UsageError, match="micro-batch of 60 tokens") as caught:
