@@ -87,7 +87,7 @@ class AdaptkitStep:
         from adaptkit.training.memory.activations import save_activations
         from adaptkit.training.memory.optimizer import make_optimizer
         from adaptkit.training.memory.parameters import Trainable
-        from adaptkit.training.network.fused import fuse_layers, fuse_norms
+        from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
         from adaptkit.training.network.joined import join_layers
         from adaptkit.training.network.model import load_model, new_adapter
 
@@ -101,7 +101,7 @@ class AdaptkitStep:
             fuse_layers(model.network)
             join_layers(model.network)
         else:
-            fuse_norms(model.network)
+            fuse_on_gpu(model.network)
         save_activations(model.network, config, (1, length), place)
         trainable = Trainable.of(model)
         self._gradients = Gradients(model, trainable.gradients, config, World(place))

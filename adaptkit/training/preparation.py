@@ -17,7 +17,7 @@ from adaptkit.training.evaluation.evaluate import pad_id
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, save_activations
 from adaptkit.training.memory.optimizer import STATE_BITS
-from adaptkit.training.network.fused import fuse_layers, fuse_norms
+from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.sharding import shard_frozen
@@ -80,7 +80,7 @@ def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
         fuse_layers(model.network)
         join_layers(model.network)
     elif not is_shared:
-        fuse_norms(model.network)
+        fuse_on_gpu(model.network)
     if is_shared:
         shard_frozen(model.network, world)
     return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

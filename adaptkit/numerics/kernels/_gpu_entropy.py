@@ -35,7 +35,7 @@ def cross_entropy(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
 
 
 @triton.jit
-def _row(logits, wanted, losses, columns, keep: tl.constexpr, chunk: tl.constexpr):
+def _row(logits, wanted, losses, columns: tl.constexpr, keep: tl.constexpr, chunk: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     target = tl.load(wanted + row)

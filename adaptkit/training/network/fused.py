@@ -11,6 +11,7 @@ four tensors of that size. What it gives is kept by nobody: see ``remade``.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,23 @@ from adaptkit.training.network.remade import Recipe
 from adaptkit.training.network.rotary import fuse_rotary
 
 
-def fuse_norms(network: nn.Module) -> None:
-    """Let torch's own kernel compute the norms of a model on a GPU whose weights are frozen, with w for a factor.
+def fuse_on_gpu(network: nn.Module) -> None:
+    """Replace the forward passes of the norms and gates of a model on a GPU whose parts are frozen.
 
-    transformers' take six launches and go through memory in float32; this one takes one, and rounds once.
+    Norms with w for a factor are torch's own kernel then: transformers' take six launches and go through memory in
+    float32; this one takes one, and rounds once. Gates are Triton's.
     """
     for module in network.modules():
         weight, eps = _norm_parts(module)
         if weight is not None and not weight.requires_grad and _which(module, weight, eps) is False:
             module.forward = _own_norm(weight, eps)
+        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED) and _can_gate(module):
+            module.forward = _gated(module)
+
+
+def _can_gate(module: Any) -> bool:
+    on_gpu = all(tensor.is_cuda for tensor in (*module.parameters(), *module.buffers()))
+    return on_gpu and find_spec("triton") is not None and _is_gated(module)
 
 
 def _own_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
@@ -115,9 +124,10 @@ def _is_gated(module: Any) -> bool:
     """Whether a module is down(silu(gate(x)) · up(x))."""
     if not hasattr(module.gate_proj, "base") or not _takes_one(module):
         return False
-    x = _probe(module.gate_proj.base.shape[1], torch.float32)
+    x = _probe(module.gate_proj.base.shape[1], torch.float32).to(module.gate_proj.device)
     expected = module.down_proj(functional.silu(module.gate_proj(x)) * module.up_proj(x))
-    with _training(module), torch.random.fork_rng([]):  # some drop a part of what they give
+    devices = [x.device] if x.is_cuda else []
+    with _training(module), torch.random.fork_rng(devices):  # some drop a part of what they give
         return torch.equal(module(x), expected)
 
 
@@ -176,6 +186,10 @@ def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tens
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""
+    if gate.is_cuda:
+        from adaptkit.numerics.kernels import _gpu_layers
+
+        return _gpu_layers.gate_forward(gate.detach(), up.detach())
     y = torch.empty_like(gate)
     gate_forward(*(float_bits(side.detach().view(-1)) for side in (gate, up, y)))
     return y
@@ -211,6 +225,10 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.recipe.forget()
         gate, up = ctx.saved_tensors
+        if gate.is_cuda:
+            from adaptkit.numerics.kernels import _gpu_layers
+
+            return *_gpu_layers.gate_backward(gate, up, grads[0].contiguous()), None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         sides = (gate, up, grads[0].contiguous(), grad_gate, grad_up)
         gate_backward(*(float_bits(side.view(-1)) for side in sides))

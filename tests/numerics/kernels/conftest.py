@@ -16,7 +16,7 @@ import torch
 
 WORKER = """
 import pickle, sys
-from adaptkit.numerics.kernels import _gpu_entropy, gpu
+from adaptkit.numerics.kernels import _gpu_entropy, _gpu_layers, gpu
 while True:
     try:
         name, arguments = pickle.load(sys.stdin.buffer)
@@ -25,7 +25,7 @@ while True:
     if name == "cross_entropy":
         found = _gpu_entropy.cross_entropy(*arguments), arguments[0]
     else:
-        found = getattr(gpu, name)(*arguments)
+        found = getattr(_gpu_layers if name.startswith("gate_") else gpu, name)(*arguments)
     pickle.dump(found, sys.stdout.buffer)
     sys.stdout.buffer.flush()
 """
@@ -43,13 +43,13 @@ def triton_kernel() -> Iterator[Callable[..., Any]]:
     """Call ``gpu.NAME(*arguments)`` with tensors on the CPU; of cross_entropy with what became of the logits."""
     pytest.importorskip("triton", reason="Triton is for Linux")
     if torch.cuda.is_available():
-        from adaptkit.numerics.kernels import _gpu_entropy, gpu
+        from adaptkit.numerics.kernels import _gpu_entropy, _gpu_layers, gpu
 
         def on_device(name: str, *arguments: Any) -> Any:
             moved = on("cuda", arguments)
             if name == "cross_entropy":
                 return on("cpu", (_gpu_entropy.cross_entropy(*moved), moved[0]))
-            return on("cpu", getattr(gpu, name)(*moved))
+            return on("cpu", getattr(_gpu_layers if name.startswith("gate_") else gpu, name)(*moved))
 
         yield on_device
         return

@@ -44,13 +44,13 @@ def test_what_is_no_number_makes_no_loss(triton_kernel, bad):
 def test_a_gpu_reads_rows_sixteen_bytes_at_a_time(kind, keep, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    signature = {"logits": kind, "wanted": "*i64", "losses": "*fp32", "columns": "i32"}
-    attributes = {(place,): [["tt.divisibility", 16]] for place in range(4)}
+    static = {"columns": 32000, "keep": keep, "chunk": 4096}
+    signature = {"logits": kind, "wanted": "*i64", "losses": "*fp32"} | dict.fromkeys(static, "constexpr")
     source = ASTSource(
         fn=_gpu_entropy._row,
-        signature=signature | {"keep": "constexpr", "chunk": "constexpr"},
-        constexprs={(4,): keep, (5,): 4096},
-        attrs=attributes,
+        signature=signature,
+        constexprs={(3 + place,): value for place, value in enumerate(static.values())},
+        attrs={(place,): [["tt.divisibility", 16]] for place in range(3)},
     )
     options = {"num_warps": 8, "enable_fp_fusion": True}
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
