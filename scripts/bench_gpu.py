@@ -267,7 +267,10 @@ def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> d
         started = time.monotonic()
         make_base(folder / "plain", size, device)
         quantize = [sys.executable, "-m", "adaptkit", "quantize", str(folder / "plain"), "-o", str(folder / "nf4")]
-        subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL)
+        try:
+            subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL, timeout=max(1.0, clock.left()))
+        except subprocess.TimeoutExpired:
+            return {what: {"error": "the time was up"} for what in MEASUREMENTS if what != "long" or size.long_length}
         print(f"{size.name}: bases made in {time.monotonic() - started:.0f} s", file=sys.stderr)
         found = {}
         for what in MEASUREMENTS:
@@ -354,10 +357,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="adaptkit-bench-") as root:
         for size in TINY if options.tiny else SIZES:
             found[size.name] = lines(size, compare(size, options.device, options.rounds, Path(root), clock))
-    text = table(options.device, found)
+            text = table(options.device, found)
+            if options.out:  # at once, since the time may be up before the next size is done
+                options.out.write_text(text)
     print(text, end="")
-    if options.out:
-        options.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from adaptkit import discovery
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.numerics import formats
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax, quantize_absmax
@@ -49,3 +52,18 @@ def test_constants_do_not_depend_on_the_device(count):
     assert found.offset == expected.offset
     on_device = DoubleQuantized(expected.codes.cuda(), expected.nested_absmax.cuda(), expected.offset)
     assert torch.equal(dequantize_absmax(on_device).cpu(), dequantize_absmax(expected))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(64, 128), (300, 4096), (7, 33)])
+def test_a_packed_weight_is_the_same_on_both_devices(name, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    parts = quantized.encode(TensorSpec("x.weight", "BF16", shape), weight, Encoding(name, 64, True))
+    parts = {suffix.removeprefix("x.weight"): part for suffix, part in parts.items()}
+    here = quantized.decode("x.weight", parts)
+    moved = {suffix: part if "state" in suffix else part.cuda() for suffix, part in parts.items()}
+    there = quantized.decode("x.weight", moved)
+    for target in DTYPES:
+        assert torch.equal(
+            there.dequantize(target).cpu().view(INTS[target]), here.dequantize(target).view(INTS[target])
+        )
