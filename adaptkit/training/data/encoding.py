@@ -19,6 +19,9 @@ from adaptkit.checkpoint.conversation import Example, Message, is_text, render
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.samples import IGNORED, Sample
 
+_LONGEST_OPENING = 80
+"""Characters that a template may open an answer with; more is a part of the conversation."""
+
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 """Ids, and where each begins and ends in the text."""
 
@@ -134,22 +137,20 @@ class Encoder:
             return [_Text(example.text, (), True, True, True)]
         messages, learned, plain = example.messages, self.learned(example), self._tokenizer.chat_template is None
         whole = next(rendered)
-        found: list[tuple[_Answer | None, str]] = []
+        found: list[tuple[_Answer | None, str, str]] = []
         for turn in learned:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
-            found.append((_find(messages, turn, before, through, self._turn_end(through)), through))
+            found.append((_find(messages, turn, before, through, self._turn_end(through)), through, before))
         answers = tuple(
-            answer for answer, through in found if answer is not None and whole.startswith(through[: answer.end])
+            answer for answer, through, _ in found if answer is not None and whole.startswith(through[: answer.end])
         )
         if len(answers) == len(found):
             ends = learned[-1] == len(messages) - 1
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
-        return [
-            _last_answer(turn, answer, through, plain) for turn, (answer, through) in zip(learned, found, strict=True)
-        ]
+        return [_last_answer(turn, *parts, plain) for turn, parts in zip(learned, found, strict=True)]
 
     @cached_property
     def _closing(self) -> tuple[str, int]:
@@ -281,8 +282,16 @@ def _find(messages: Sequence[Message], turn: int, before: str, through: str, end
     return _Answer(len(before), None if at < 0 else at + len(content), end)
 
 
-def _last_answer(turn: int, answer: _Answer | None, text: str, plain: bool) -> _Text:
+def _last_answer(turn: int, answer: _Answer | None, text: str, before: str, plain: bool) -> _Text:
     """A conversation up to an answer, as the template writes it if that is the last."""
+    same = (place for place, (one, other) in enumerate(zip(before, text, strict=False)) if one != other)
+    opening = before[next(same, len(text)) :]
+    if answer is None and len(opening) <= _LONGEST_OPENING:
+        raise DataError(
+            f"the chat template has the model answer after {opening!r}, and leaves that out of message {turn + 1}, "
+            "an answer that is there",
+            hint="give the model another chat template: it has to learn what it will be asked",
+        )
     if answer is None:
         raise DataError(
             f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "

@@ -308,8 +308,27 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    with pytest.raises(DataError, match="here: the chat template rewrites the conversation around message 2"):
+    with pytest.raises(DataError, match="here: the chat template has the model answer after 'A:', and leaves"):
         encode(conversation("one", "two"), tokenizer)
+
+
+def test_a_template_that_has_the_model_think_first_and_answers_without_is_refused(llama):
+    """What it makes of an answer has no thoughts, even if the answer has some: they would be lost without a word."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    for answer in ("two", "<think>\nso\n</think>\n\ntwo"):
+        with pytest.raises(DataError, match=r"answer after '<think>\\n', and leaves that out of message 2"):
+            encode(conversation("one", answer), tokenizer)
+
+
+def test_a_template_that_rewrites_what_was_asked_is_refused(llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match="here: the chat template rewrites the conversation around message 2"):
+        encode(conversation("one" * 99, "two"), tokenizer)
 
 
 def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
