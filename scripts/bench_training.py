@@ -89,6 +89,7 @@ class AdaptkitStep:
         from adaptkit.training.memory.parameters import Trainable
         from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
         from adaptkit.training.network.joined import join_layers
+        from adaptkit.training.network.joined_gpu import join_on_gpu
         from adaptkit.training.network.model import load_model, new_adapter
 
         config = TrainConfig(
@@ -102,6 +103,7 @@ class AdaptkitStep:
             join_layers(model.network)
         else:
             fuse_on_gpu(model.network)
+            join_on_gpu(model.network)
         save_activations(model.network, config, (1, length), place)
         trainable = Trainable.of(model)
         self._gradients = Gradients(model, trainable.gradients, config, World(place))

@@ -19,6 +19,7 @@ from adaptkit.training.memory.activations import Activations, save_activations
 from adaptkit.training.memory.optimizer import STATE_BITS
 from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
 from adaptkit.training.network.joined import join_layers
+from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import begin
@@ -81,6 +82,7 @@ def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
         join_layers(model.network)
     elif not is_shared:
         fuse_on_gpu(model.network)
+        join_on_gpu(model.network)
     if is_shared:
         shard_frozen(model.network, world)
     return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

@@ -140,6 +140,39 @@ def decode_nested_4bit(
 
 
 @triton.jit
+def decode_parts_4bit(
+    codes,
+    constants,
+    nested,
+    nested_levels,
+    levels,
+    out,
+    offsets,
+    places,
+    count,
+    parts: tl.constexpr,
+    block: tl.constexpr,
+    group: tl.constexpr,
+    nest: tl.constexpr,
+    kind: tl.constexpr,
+):
+    """``decode_nested_4bit`` of weights one after the other.
+
+    ``places`` holds the first block of each, and then where its first is among ``nested``.
+    """
+    rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    inside = rows < count
+    part = tl.zeros((group,), tl.int32)
+    for j in tl.static_range(1, parts):
+        part += (rows >= tl.load(places + j)).to(tl.int32)
+    number = tl.load(places + parts + part) + (rows - tl.load(places + part)) // nest
+    code = tl.load(constants + rows, mask=inside, other=0).to(tl.int32)
+    factor = tl.load(nested + number, mask=inside, other=0.0)
+    scale = tl.load(nested_levels + code) * factor + tl.load(offsets + part)
+    _decode(codes, scale, levels, out, rows, inside, block, kind)
+
+
+@triton.jit
 def _decode(codes, scale, levels, out, rows, inside, block: tl.constexpr, kind: tl.constexpr):
     """Both weights of a byte lie in one thread, and are written together: single ones take half of each transfer."""
     half: tl.constexpr = block // 2

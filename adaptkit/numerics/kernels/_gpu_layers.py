@@ -16,41 +16,51 @@ _AT_A_TIME = 1024
 
 
 def gate_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, of two contiguous tensors of one shape and type."""
-    y = torch.empty_like(gate)
+    """silu(gate) · up, of two of one shape and type, (…, width); contiguous. They may be columns of one matrix."""
+    y = gate.new_empty(gate.shape)
     _launch(_gate, gate, up, y)
     return y
 
 
 def gate_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients by both, where that by ``gate_forward``'s result is ``grad``; all are contiguous."""
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    """The gradients by both, where that by ``gate_forward``'s result is ``grad``, which is contiguous as they are."""
+    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     _launch(_gate_gradients, gate, up, grad, grad_gate, grad_up)
     return grad_gate, grad_up
 
 
-def _launch(kernel: Any, *tensors: Tensor) -> None:
-    first, count = tensors[0], tensors[0].numel()
-    if count:
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            kernel[(triton.cdiv(count, _AT_A_TIME),)](*tensors, count, _AT_A_TIME, enable_fp_fusion=True)
+def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor) -> None:
+    """Run a program for each part of a row; the rows of all but the first two lie one after the other."""
+    sides = [_rows(side) for side in (gate, up)]
+    (count, width), strides = sides[0].shape, [side.stride(0) for side in sides]
+    if count and width:
+        with torch.cuda.device(gate.device) if gate.is_cuda else nullcontext():
+            grid = count, triton.cdiv(width, _AT_A_TIME)
+            kernel[grid](*sides, *others, *strides, width, _AT_A_TIME, enable_fp_fusion=True)
+
+
+def _rows(side: Tensor) -> Tensor:
+    """(…, width) as (rows, width), copied only if a row's numbers are not beside each other."""
+    flat = side.reshape(-1, side.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 @triton.jit
-def _gate(gate, up, y, count, chunk: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
-    mask = place < count
-    x = tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + place, (x / (1.0 + tl.exp(-x)) * u).to(y.dtype.element_ty), mask=mask)
+def _gate(gate, up, y, gate_stride, up_stride, width, chunk: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * chunk + tl.arange(0, chunk)
+    mask = column < width
+    x = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * width + column, (x / (1.0 + tl.exp(-x)) * u).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _gate_gradients(gate, up, grad, grad_gate, grad_up, count, chunk: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
-    mask = place < count
-    x = tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+def _gate_gradients(gate, up, grad, grad_gate, grad_up, gate_stride, up_stride, width, chunk: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * chunk + tl.arange(0, chunk)
+    mask = column < width
+    place = row * width + column
+    x = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
     sigma = 1.0 / (1.0 + tl.exp(-x))
     by_gate = g * u * sigma * (1.0 + x * (1.0 - sigma))

@@ -33,6 +33,7 @@ __all__ = [
     "decode_8bit",
     "decode_constants",
     "decode_nested_4bit",
+    "decode_parts_4bit",
     "encode_4bit",
     "encode_8bit",
     "encode_constants",
@@ -114,6 +115,37 @@ def decode_nested_4bit(
         )  # fmt: skip
         with _on(codes):
             _gpu_blocks.decode_nested_4bit[(triton.cdiv(full, rows),)](*arguments, **_EXACT)
+    return out
+
+
+def decode_parts_4bit(
+    codes: Tensor,
+    constants: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    count: int,
+    block_size: int,
+    book: Codebook,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``decode_nested_4bit`` of weights that lie one after the other, to the same bits, in one launch.
+
+    Args:
+        codes: (count / 2,) uint8, of whole blocks.
+        constants: (blocks,) uint8; their nested constants, groups beginning anew with each weight; the offset of each
+            weight, (parts,) float32; the first block and the first group of each, (2, parts) int64; the 256 levels.
+        count: of all weights.
+        block_size: a power of two.
+        book: of the codes.
+        dtype: of the result.
+    """
+    small, nested, offsets, places, nested_levels = constants
+    out = torch.empty(count, dtype=dtype, device=codes.device)
+    full, rows = count // block_size, max(1, _WEIGHTS_PER_PROGRAM // block_size)
+    arguments = codes, small, nested, nested_levels, _levels(book, codes.device), _bits(out), offsets, places, full
+    if full:
+        with _on(codes):
+            _gpu_blocks.decode_parts_4bit[(triton.cdiv(full, rows),)](
+                *arguments, len(offsets), block_size, rows, GROUP, _KINDS[dtype], **_EXACT
+            )
     return out
 
 

@@ -20,6 +20,7 @@ from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.network.joined import join_layers
+from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.lineage import check_base, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
@@ -86,8 +87,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
     model = load_model(base, choose_dtype(options.compute_dtype, device), device)
     if adapter is not None:
         load_adapter(model, adapter)
-        if device.type == "cpu":
-            join_layers(model.network)
+        (join_layers if device.type == "cpu" else join_on_gpu)(model.network)
     return model
 
 

@@ -161,12 +161,17 @@ def _norm(weight: Tensor, eps: float, plus_one: bool) -> Callable[[Tensor], Tens
 
 def _gated(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        gate, up = (side(x).contiguous() for side in (module.gate_proj, module.up_proj))
+        gate, up = (_one_after_the_other(side(x)) for side in (module.gate_proj, module.up_proj))
         inner = _product(gate, up) if not torch.is_grad_enabled() else _kept_product(gate, up)
         result: Tensor = module.down_proj(inner)
         return result
 
     return forward
+
+
+def _one_after_the_other(side: Tensor) -> Tensor:
+    """As a CPU's kernel wants its numbers; a GPU's takes columns of a matrix."""
+    return side if side.is_cuda else side.contiguous()
 
 
 def _kept_product(gate: Tensor, up: Tensor) -> Tensor:

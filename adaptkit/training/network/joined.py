@@ -14,17 +14,19 @@ differ, and each is by itself.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.kernels._cpu_joined import PackedRows, beside, can_decode_rows, stacked, widen
 from adaptkit.training.network.accumulation import give
+from adaptkit.training.network.groups import Joined, Multiplication, groups
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.remade import source_of
 
@@ -42,11 +44,11 @@ def join_layers(network: Any) -> None:
         network: of transformers, with its adapter, before its layers are checkpointed or divided.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
-    for group in _groups(network, layers) if layers else ():
-        joined = _Joined([_Member(layer) for layer in group])
+    for group in groups(network, layers):
+        joined = Joined([_Member(layer) for layer in group], _product)
         for index, layer in enumerate(group):
             replaced: Any = layer
-            replaced.multiply = _Multiplication(joined, index)
+            replaced.multiply = Multiplication(joined, index, partial(_alone, joined.members[index]))
 
 
 def _can_join(layer: LoraLinear) -> bool:
@@ -54,33 +56,6 @@ def _can_join(layer: LoraLinear) -> bool:
         return False
     weight = layer.base.quantized()
     return weight.encoding.numerics.levels is not None and can_decode_rows(weight.shape[-1], weight.block_size)
-
-
-def _groups(network: Any, layers: Sequence[LoraLinear]) -> Iterator[list[LoraLinear]]:
-    """Layers of one module that are given the very same input; the others alone."""
-    parents = {child: module for module in network.modules() for child in module.children()}
-    seen: dict[tuple[int, int, nn.Module], list[LoraLinear]] = {}
-    held = []  # so that no two inputs have the same address
-
-    def note(layer: Any, given: tuple[Any, ...]) -> None:
-        if given:
-            held.append(given[0])
-            seen.setdefault((id(given[0]), given[0]._version, parents[layer]), []).append(layer)
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        with torch.no_grad():
-            network(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    left = dict.fromkeys(layers)
-    for together in (*seen.values(), *([layer] for layer in layers)):
-        group = [layer for layer in dict.fromkeys(together) if layer in left]
-        for layer in group:
-            del left[layer]
-        if group:
-            yield group
 
 
 class _Member:
@@ -130,47 +105,13 @@ def _as_numpy(part: Tensor) -> Any:
     return part.reshape(-1).contiguous().numpy()
 
 
-class _Joined:
-    """A group of layers, and what they give for the input that one of them was called with last.
-
-    Args:
-        members: of the group.
-    """
-
-    def __init__(self, members: Sequence[_Member]) -> None:
-        self._members = tuple(members)
-        self._input: Callable[[], Tensor | None] = lambda: None
-        self._state: tuple[int | None, bool] = (None, False)
-        self._waiting: dict[int, Tensor] = {}
-
-    def take(self, index: int, x: Tensor) -> Tensor:
-        """What a layer gives for an input, to be taken once."""
-        state = None if x.is_inference() else x._version, torch.is_grad_enabled()
-        is_known = self._input() is x and self._state == state
-        result = self._waiting.pop(index, None) if is_known else None
-        if result is None:
-            waiting = dict(enumerate(multiplied(self._members, x, x)))
-            result = waiting.pop(index)
-            if waiting:
-                self._input, self._state, self._waiting = weakref.ref(x), state, waiting
-        return result
-
-    def alone(self, index: int, x: Tensor, dropped: Tensor) -> Tensor:
-        """What a layer gives whose adapter has an input of its own."""
-        return multiplied((self._members[index],), x, dropped)[0]
+def _product(members: tuple[_Member, ...], x: Tensor) -> tuple[Tensor, ...]:
+    return multiplied(members, x, x)
 
 
-class _Multiplication:
-    """What takes the place of a layer's ``multiply``."""
-
-    def __init__(self, joined: _Joined, index: int) -> None:
-        self._joined, self._index = joined, index
-
-    def __call__(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """See ``LoraLinear.multiply``."""
-        if dropped is x:
-            return self._joined.take(self._index, x)
-        return self._joined.alone(self._index, x, dropped)
+def _alone(member: _Member, x: Tensor, dropped: Tensor) -> Tensor:
+    """What a layer gives whose adapter has an input of its own."""
+    return multiplied((member,), x, dropped)[0]
 
 
 def multiplied(members: tuple[_Member, ...], x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:

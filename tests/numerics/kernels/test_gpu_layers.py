@@ -38,16 +38,27 @@ def test_far_from_zero_it_is_zero_or_the_product(triton_kernel):
     assert by_up.tolist() == [0.0, 1e4, 0.0, 0.0]
 
 
+def test_columns_of_one_matrix_are_read_where_they_lie(triton_kernel):
+    """As joined layers give them."""
+    both = torch.randn(2, 5, 1500, generator=torch.Generator().manual_seed(0))
+    gate, up, grad = both[..., :700], both[..., 700:1400], torch.randn(2, 5, 700)
+    apart = gate.contiguous(), up.contiguous()
+    assert torch.equal(triton_kernel("gate_forward", gate, up), triton_kernel("gate_forward", *apart))
+    pairs = triton_kernel("gate_backward", gate, up, grad), triton_kernel("gate_backward", *apart, grad)
+    assert all(torch.equal(one, two) and one.is_contiguous() for one, two in zip(*pairs, strict=True))
+
+
 @pytest.mark.parametrize("kernel", [_gpu_layers._gate, _gpu_layers._gate_gradients])
 def test_a_gpu_reads_and_writes_sixteen_bytes_at_a_time(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    *tensors, count, chunk = kernel.arg_names
+    *tensors, gate_stride, up_stride, width, chunk = kernel.arg_names
+    sizes = dict.fromkeys((gate_stride, up_stride, width), "i32")
     source = ASTSource(
         fn=kernel,
-        signature=dict.fromkeys(tensors, "*bf16") | {count: "i32", chunk: "constexpr"},
-        constexprs={(len(tensors) + 1,): 1024},
-        attrs={(place,): [["tt.divisibility", 16]] for place in range(len(tensors) + 1)},
+        signature=dict.fromkeys(tensors, "*bf16") | sizes | {chunk: "constexpr"},
+        constexprs={(len(tensors) + 3,): 1024},
+        attrs={(place,): [["tt.divisibility", 16]] for place in range(len(tensors) + 3)},
     )
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True}).asm["ptx"]
     assert set(re.findall(r"(?:ld|st)\.global\S*", ptx)) == {"ld.global.v4.b32", "st.global.v4.b32"}

@@ -15,6 +15,7 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.network.joined import _can_join, _Member, join_layers
+from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 from adaptkit.training.network.model import load_model, new_adapter
 
@@ -26,6 +27,13 @@ GROUPS = {
     "gpt2": [{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}],
 }
 """Layers of a block that read the same input; qwen2's and phi's have biases, gpt2's are Conv1D."""
+
+
+@pytest.fixture(params=[join_layers, join_on_gpu], ids=["cpu", "gpu"])
+def join(request):
+    """Both ways; that of a GPU is right here too."""
+    return request.param
+
 
 RANKS = {"llama": {"q_proj": 3, "up_proj": 6}, "qwen2": {"k_proj": 30}, "phi": {"v_proj": 1}, "gpt2": {"c_fc": 3}}
 
@@ -56,10 +64,10 @@ def run(model):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", GROUPS)
-def test_results_and_gradients_stay_what_they_were(family, dropout, made):
+def test_results_and_gradients_stay_what_they_were(join, family, dropout, made):
     model = loaded(made, family, dropout=dropout)
     before = run(model)
-    join_layers(model.network)
+    join(model.network)
     for one, two in zip(run(model), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
@@ -163,7 +171,7 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_layers_give_what_they_would_alone_however_they_are_called(name):
+def test_layers_give_what_they_would_alone_however_they_are_called(join, name):
     use, size = USES[name]
     twins = Twins(use)
     ids = torch.arange(7)[None]
@@ -175,16 +183,17 @@ def test_layers_give_what_they_would_alone_however_they_are_called(name):
         return [*results, *torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)]
 
     before = found()
-    join_layers(twins)
-    assert len(twins.one.multiply._joined._members) == size
+    join(twins)
+    joined = getattr(twins.one.multiply, "_joined", None)
+    assert (len(joined.members) if joined else 1) == size
     for one, two in zip(found(), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
-def test_who_asks_for_some_of_what_was_computed_gets_gradients_of_that():
+def test_who_asks_for_some_of_what_was_computed_gets_gradients_of_that(join):
     """The way of a token may pass by a layer that was seen when the layers were joined."""
     twins = Twins(USES["both"][0])
-    join_layers(twins)
+    join(twins)
     x = torch.randn(3, 64, requires_grad=True)
     with torch.no_grad():
         twins.one(x)  # and what is left of a pass without gradients is not taken in one with them
@@ -197,9 +206,9 @@ def test_who_asks_for_some_of_what_was_computed_gets_gradients_of_that():
     torch.testing.assert_close(grads[0], expected[0], rtol=1e-4, atol=1e-5 * float(expected[0].abs().max()))
 
 
-def test_an_input_that_was_changed_since_is_another_input():
+def test_an_input_that_was_changed_since_is_another_input(join):
     twins = Twins(USES["both"][0])
-    join_layers(twins)
+    join(twins)
     x = torch.randn(3, 64)
     with torch.no_grad():
         expected = twins.two(2 * x)
@@ -207,17 +216,17 @@ def test_an_input_that_was_changed_since_is_another_input():
         torch.testing.assert_close(twins.two(x.mul_(2)), expected)
 
 
-def test_nothing_waits_once_all_layers_were_called():
+def test_nothing_waits_once_all_layers_were_called(join):
     twins = Twins(USES["both"][0])
-    join_layers(twins)
+    join(twins)
     x = torch.randn(3, 64)
     twins.one(x), twins.two(x)
     assert twins.one.multiply._joined._waiting == {}
 
 
-def test_no_rows_give_no_rows():
+def test_no_rows_give_no_rows(join):
     twins = Twins(USES["both"][0])
-    join_layers(twins)
+    join(twins)
     x = torch.randn(0, 64, requires_grad=True)
     (twins.one(x).sum() + twins.two(x).sum()).backward()
     assert x.grad.shape == (0, 64)
@@ -246,13 +255,13 @@ def test_an_input_without_a_gradient_costs_no_product_with_the_weight(monkeypatc
     assert len(decoded) == 6
 
 
-def test_nothing_is_held_by_a_cycle(made):
+def test_nothing_is_held_by_a_cycle(join):
     """What is large goes at once, and does not wait for the collector."""
     gc.collect()
     gc.disable()
     try:
         twins = Twins(USES["both"][0])
-        join_layers(twins)
+        join(twins)
         x = torch.randn(3, 64, requires_grad=True) * 1.0
         left = [weakref.ref(x), weakref.ref(twins.one), weakref.ref(twins.one.base.codes.untyped_storage())]
         twins.one(x)
@@ -266,9 +275,9 @@ def test_nothing_is_held_by_a_cycle(made):
         gc.enable()
 
 
-def test_inference_mode(made):
+def test_inference_mode(join, made):
     model = loaded(made, "llama")
-    join_layers(model.network)
+    join(model.network)
     with torch.inference_mode():
         found = model.network(input_ids=torch.arange(9)[None], use_cache=False).logits
     with torch.no_grad():

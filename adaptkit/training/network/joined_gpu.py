@@ -1,0 +1,198 @@
+"""Packed linear layers that read the same input, on a GPU: one weight of their rows, decoded by one launch.
+
+    [Y₁ | Y₂ | …] = X [W₁; W₂; …]ᵀ, and Yᵢ += sᵢ (X Aᵢᵀ) Bᵢᵀ in place      X [A₁; A₂; …]ᵀ is one product
+    dX = Σ Gᵢ Wᵢ + [s₁ G₁ B₁ | s₂ G₂ B₂ | …] [A₁; A₂; …]                     Gᵢ: the gradient by Yᵢ
+
+A launch takes the host several microseconds, and a step of a small model is little else. The gradients are not put
+beside each other for one product with W: copying those of a gate takes longer than adding to dX a second time.
+
+The layers keep their weights, which become views of the rows that they have here, so that nothing is held twice. With
+dropout each layer is by itself, as before.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.numerics.formats._double_quant import GROUP, DoubleQuantized
+from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.kernels.codebook import BOOKS
+from adaptkit.training.network.accumulation import give
+from adaptkit.training.network.groups import Joined, Multiplication, groups
+from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.remade import source_of
+
+
+def join_on_gpu(network: Any) -> None:
+    """Replace ``LoraLinear.multiply`` of a network's layers on a GPU that share an input, an encoding and a width.
+
+    Layers with DoRA or without an adapter stay as they are, and those with blocks that would lie in two layers.
+
+    Args:
+        network: of transformers, with its adapter, before its layers are checkpointed; its weights are not divided.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
+    joined_bases: set[Any] = set()
+    for group in groups(network, layers):
+        bases: list[Any] = [layer.base for layer in group]
+        if len(group) > 1 and _are_alike(bases) and joined_bases.isdisjoint(bases):
+            joined_bases.update(bases)
+            joined = Joined([weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)))
+            for index, layer in enumerate(group):
+                replaced: Any = layer
+                replaced.multiply = Multiplication(joined, index, partial(_alone, joined.members[index]))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()  # of the parts that were copied
+
+
+def _can_join(layer: LoraLinear) -> bool:
+    base = layer.base
+    if layer.lora_a is None or layer.magnitude is not None or not isinstance(base, PackedWeight) or base.is_divided:
+        return False
+    weight = base.quantized()
+    return weight.encoding.numerics.levels is not None and weight.count % weight.block_size == 0
+
+
+def _are_alike(bases: Sequence[PackedWeight]) -> bool:
+    weights = [base.quantized() for base in bases]
+    kinds = {(weight.encoding, weight.shape[1:], weight.codes.device) for weight in weights}
+    same_levels = len(kinds) == 1 and all(torch.equal(weights[0].levels, weight.levels) for weight in weights[1:])
+    return same_levels and len(set(bases)) == len(bases)
+
+
+class JoinedWeight:
+    """Packed weights of one width, one below the other; their own parts become views of it.
+
+    Args:
+        bases: alike, of whole blocks.
+
+    Attributes:
+        rows: of each.
+    """
+
+    def __init__(self, bases: Sequence[PackedWeight]) -> None:
+        weights = [base.quantized() for base in bases]
+        self.rows = [weight.shape[0] for weight in weights]
+        first = weights[0]
+        nested = isinstance(first.constants, DoubleQuantized)
+        codes = _joined(bases, "codes")
+        constants: Any = _joined(bases, "absmax")
+        if nested:
+            offsets = [float(weight.constants.offset) for weight in weights]
+            blocks = [weight.count // weight.block_size for weight in weights]
+            places = _starts(blocks), _starts([-(-count // GROUP) for count in blocks])
+            self._offsets = torch.tensor(offsets, dtype=torch.float32, device=codes.device)
+            self._places = torch.tensor(places, dtype=torch.int64, device=codes.device)
+            constants = DoubleQuantized(constants, _joined(bases, "nested_absmax"), float("nan"))  # each has its offset
+        shape = sum(self.rows), first.shape[1]
+        self._weight = QuantizedWeight(first.encoding, codes, constants, shape, first.dtype, first.levels)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """All rows, (sum of out, in), to the bits that each weight gives by itself."""
+        weight, constants = self._weight, self._weight.constants
+        if not isinstance(constants, DoubleQuantized):
+            found: Tensor = weight.dequantize(dtype)
+            return found
+        known = constants.codes, constants.nested_absmax, self._offsets, self._places, weight.levels
+        book = BOOKS[weight.encoding.format]
+        decode = getattr(kernels_for(weight.codes), "decode_parts_4bit", _decode_parts)
+        flat: Tensor = decode(weight.codes, known, weight.count, weight.block_size, book, dtype)
+        return flat.view(weight.shape)
+
+
+def _joined(bases: Sequence[PackedWeight], name: str) -> Tensor:
+    """A part of all weights as one tensor, of which theirs become views."""
+    parts: list[Tensor] = [getattr(base, name) for base in bases]
+    whole, start = torch.cat([part.reshape(-1) for part in parts]), 0
+    for base, part in zip(bases, parts, strict=True):
+        setattr(base, name, whole[start : start + part.numel()].view(part.shape))
+        start += part.numel()
+    return whole
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [sum(counts[:index]) for index in range(len(counts))]
+
+
+def _decode_parts(
+    codes: Tensor, constants: tuple[Tensor, ...], count: int, block_size: int, book: Any, dtype: torch.dtype
+) -> Tensor:
+    """``gpu.decode_parts_4bit`` where there is no such kernel: part by part."""
+    small, nested, offsets, places, levels = constants
+    kernels: Any = kernels_for(codes)
+    blocks, nests = (
+        [slice(one, two) for one, two in zip(starts, [*starts[1:], end], strict=True)]
+        for starts, end in zip(places.tolist(), (small.numel(), nested.numel()), strict=True)
+    )
+    absmax = [
+        kernels.decode_constants(small[block], nested[nest], offset, levels)
+        for block, nest, offset in zip(blocks, nests, offsets.tolist(), strict=True)
+    ]
+    flat: Tensor = kernels.decode_4bit(codes, torch.cat(absmax), count, block_size, book, dtype)
+    return flat
+
+
+def _alone(layer: Callable[[], Any], x: Tensor, dropped: Tensor) -> Tensor:
+    """What a layer gives whose adapter has an input of its own."""
+    return LoraLinear.multiply(layer(), x, dropped)
+
+
+def _multiplied(weight: JoinedWeight, members: tuple[Callable[[], Any], ...], x: Tensor) -> tuple[Tensor, ...]:
+    """What the layers give for one input, (…, in): (…, out) of each."""
+    layers = [member() for member in members]
+    factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
+    scales = [layer.scaling for layer in layers]
+    results: tuple[Tensor, ...] = _Product.apply(x, weight, scales, *factors)  # type: ignore[no-untyped-call]
+    return results
+
+
+class _Product(torch.autograd.Function):
+    """The formulas of the module's docstring; saves what the input was made of, X Aᵀ and the adapters, never W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: JoinedWeight, scales: list[float], *factors: Tensor) -> tuple[Tensor, ...]:
+        count, flat = len(scales), x.reshape(-1, x.shape[-1])
+        inner = flat @ _below(factors[:count], x.dtype).T
+        y = x.new_empty(*x.shape[:-1], sum(weight.rows))
+        torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, y.shape[-1]))
+        results = torch.unsafe_split_with_sizes(y, weight.rows, -1)  # no views, which the network could not change
+        parts = torch.split(inner, [len(a) for a in factors[:count]], 1)
+        for result, part, b, scale in zip(results, parts, factors[count:], scales, strict=True):
+            result.view(-1, len(b)).addmm_(part, b.to(x.dtype).T, alpha=scale)
+        ctx.make, kept = source_of(x)
+        ctx.save_for_backward(inner, *factors, *kept)
+        ctx.weight, ctx.scales, ctx.shape = weight, scales, x.shape
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        count = len(grads)
+        inner, *saved = ctx.saved_tensors
+        lora_a, lora_b, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        ranks = [len(a) for a in lora_a]
+        grad_inner = torch.empty_like(inner)
+        by_b, columns = [], (torch.split(side, ranks, 1) for side in (grad_inner, inner))
+        for to, part, grad, b, scale in zip(*columns, flat, lora_b, ctx.scales, strict=True):
+            to.addmm_(grad, b.to(grad.dtype), beta=0, alpha=scale)
+            by_b.append(give(b, grad.T @ part, scale))
+        grad_a = grad_inner.T @ ctx.make(*kept).reshape(-1, ctx.shape[-1])
+        by_a = [give(a, grad) for a, grad in zip(lora_a, torch.split(grad_a, ranks), strict=True)]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_inner @ _below(lora_a, inner.dtype)
+            parts = torch.split(ctx.weight.dequantize(inner.dtype), ctx.weight.rows)
+            for grad, rows in zip(flat, parts, strict=True):
+                grad_x.addmm_(grad, rows)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, *by_a, *by_b
+
+
+def _below(lora_a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The A, one below the other: (sum of ranks, in)."""
+    return torch.cat(tuple(lora_a)).to(dtype)

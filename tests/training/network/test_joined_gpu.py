@@ -1,0 +1,274 @@
+"""What a GPU joins is held once, decoded at once, and keeps its names, its files and its bits.
+
+All of it but the kernel runs on a CPU too; results and gradients are in ``test_joined``.
+"""
+
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.operations.quantize import quantize
+from adaptkit.training import preparation
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network import joined_gpu, linear
+from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
+from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.model import load_model, new_adapter
+
+IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def packed(made):
+    folder = made / "joined-gpu"
+    if not folder.exists():
+        quantize(tiny.write_family(made / "joined-gpu-plain", "llama"), folder)
+    return folder
+
+
+def loaded(packed, targets=("*",), dropout=0.0, dtype=torch.float32, **options):
+    model = load_model(packed, dtype, torch.device("cpu"))
+    new_adapter(model, targets, 4, 8.0, "normal", dropout, 0, **options)
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.adapted().values():
+        layer.lora_b.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+def is_joined(layer):
+    return "multiply" in vars(layer)
+
+
+def joined_names(model):
+    return {name.rpartition(".")[2] for name, layer in model.linears.items() if is_joined(layer)}
+
+
+def gradients(model):
+    torch.manual_seed(3)
+    logits = model.network.train()(input_ids=IDS, use_cache=False).logits
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
+
+
+def near(found, expected):
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+
+
+def base_of(format_name, rows, seed, block_size=64, double_quant=True, width=64):
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
+    encoding = Encoding(format_name, block_size, double_quant)
+    parts = quantized.encode(TensorSpec("x.weight", "F32", tuple(weight.shape)), weight, encoding)
+    return PackedWeight(quantized.decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("format_name", "block_size"), [("nf4", 64), ("fp4", 32)])
+def test_all_rows_are_decoded_to_the_bits_of_each_and_are_held_once(format_name, block_size, double_quant, dtype):
+    """300 blocks: the groups of 256 constants of one begin in the middle of those of another."""
+    bases = [base_of(format_name, rows, rows, block_size, double_quant) for rows in (300, 7, 512)]
+    expected = torch.cat([base.dequantize(dtype) for base in bases])
+    shapes = [{name: part.shape for name, part in base.named_buffers()} for base in bases]
+    joined = JoinedWeight(bases)
+    assert torch.equal(joined.dequantize(dtype), expected)
+    assert torch.equal(torch.cat([base.dequantize(dtype) for base in bases]), expected)
+    assert [{name: part.shape for name, part in base.named_buffers()} for base in bases] == shapes
+    storages = {base.codes.untyped_storage().data_ptr() for base in bases}
+    assert len(storages) == 1
+    assert bases[0].codes.untyped_storage().nbytes() == sum(base.codes.nbytes for base in bases)
+
+
+def test_names_values_and_files_stay_what_they_were(packed):
+    model = loaded(packed)
+    before = {name: part.clone() for name, part in model.network.state_dict().items()}
+    parameters = [name for name, _ in model.network.named_parameters()]
+    join_on_gpu(model.network)
+    after = model.network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], part) for name, part in before.items())
+    assert [name for name, _ in model.network.named_parameters()] == parameters
+    assert joined_names(model) == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+
+
+def test_a_layer_reads_its_own_weight_as_before(packed):
+    model = loaded(packed)
+    before = {name: layer.weight.detach().clone() for name, layer in model.linears.items()}
+    join_on_gpu(model.network)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in model.linears.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"targets": ("q_proj", "v_proj")}, {"q_proj", "v_proj"}),
+        ({"targets": ("q_proj", "up_proj")}, set()),
+        ({"dora": True}, set()),
+    ],
+    ids=["some", "one of each", "dora"],
+)
+def test_only_layers_with_a_plain_adapter_are_joined(packed, options, names):
+    model = loaded(packed, **options)
+    before = gradients(model)
+    join_on_gpu(model.network)
+    assert joined_names(model) == names
+    near(gradients(model), before)
+
+
+def test_a_layer_with_dora_does_not_keep_the_others_apart(packed):
+    model = loaded(packed)
+    for name, layer in model.adapted().items():
+        layer.scaling = 0.5 if name.endswith("v_proj") else layer.scaling
+        if name.endswith("k_proj"):
+            layer.attach_magnitude()
+        if name.endswith("q_proj"):
+            layer.attach_bias(torch.ones(layer.base.shape[0]))
+    before = gradients(model)
+    join_on_gpu(model.network)
+    assert joined_names(model) == {"q_proj", "v_proj", "gate_proj", "up_proj"}
+    near(gradients(model), before)
+
+
+def unlike(first, second):
+    """What two layers of one input are joined to."""
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = LoraLinear(first, None), LoraLinear(second, None)
+            self.table = torch.nn.Embedding(9, 64)
+
+        def forward(self, input_ids, use_cache=False):
+            x = self.table(input_ids)
+            return self.one(x), self.two(x)
+
+    both = Both()
+    for layer in (both.one, both.two):
+        layer.lora_a = torch.nn.Parameter(torch.randn(2, 64))
+        layer.lora_b = torch.nn.Parameter(torch.randn(layer.base.shape[0], 2))
+    expected = both(torch.arange(5)[None])
+    join_on_gpu(both)
+    near(both(torch.arange(5)[None]), expected)
+    return is_joined(both.one), is_joined(both.two)
+
+
+def test_weights_that_are_not_alike_or_are_the_same_are_left_alone():
+    assert unlike(base_of("nf4", 8, 0), base_of("nf4", 16, 1)) == (True, True)
+    assert unlike(base_of("nf4", 8, 0), base_of("fp4", 8, 1)) == (False, False)
+    assert unlike(base_of("nf4", 8, 0), base_of("nf4", 8, 1, block_size=32)) == (False, False)
+    assert unlike(base_of("nf4", 8, 0), base_of("nf4", 8, 1, double_quant=False)) == (False, False)
+    assert unlike(base_of("int8", 8, 0), base_of("int8", 8, 1)) == (False, False)
+    shared = base_of("nf4", 8, 0)
+    assert unlike(shared, shared) == (False, False)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("policy", ["layer", "sqrt"])
+def test_gradients_do_not_depend_on_checkpointing(packed, policy, dropout):
+    found = []
+    for chosen in ("none", policy):
+        model = loaded(packed, dropout=dropout)
+        join_on_gpu(model.network)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, chosen, None))
+        found.append(gradients_of_all(model))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def gradients_of_all(model):
+    torch.manual_seed(3)
+    model.network.train()(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    return [parameter.grad for parameter in model.network.parameters() if parameter.requires_grad]
+
+
+def test_a_run_that_was_cut_off_ends_in_the_same_bytes(packed, tmp_path, monkeypatch):
+    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = TrainConfig(
+        base=str(packed), data=(str(data),), steps=4, rank=4, max_length=64, device="cpu", save_every=2,
+        compute_dtype="float32",
+    )  # fmt: skip
+    train(config, tmp_path / "apart")
+    monkeypatch.setattr(preparation, "join_layers", join_on_gpu)
+    calls, multiplied = [], joined_gpu._multiplied
+    monkeypatch.setattr(joined_gpu, "_multiplied", lambda *given: (calls.append(1), multiplied(*given))[1])
+    whole = train(config, tmp_path / "whole")
+    assert calls
+
+    def stop(report):
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "cut", on_step=stop)
+    again = train(config, tmp_path / "cut")
+    assert (again.resumed_from, again.tensors_root) == (3, whole.tensors_root)
+    apart, joined = (read_adapter(tmp_path / name) for name in ("apart", "whole"))
+    assert sorted(apart.modules) == sorted(joined.modules)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be asked to do: operations that are no views and allocate nothing only."""
+
+    HOST = ("aten.view", "aten.t.", "aten.transpose", "aten.split", "aten.unsafe_split", "aten.slice", "aten.detach",
+            "aten.empty", "aten.new_empty", "aten.alias", "aten._unsafe_view", "aten.unsqueeze", "aten.expand",
+            "aten.select", "aten.as_strided", "aten._reshape_alias", "aten.permute")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not str(func).startswith(self.HOST):
+            self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def void(result):
+    """As an accumulated gradient is not handed to autograd."""
+
+
+def launches(layers, monkeypatch):
+    """Operations of a step of layers of one input, forward and backward; decoding counts as one, as it is on a GPU."""
+    decoded = []
+
+    def decode(self, dtype):
+        decoded.append(1)
+        return torch.empty(sum(self.rows) if isinstance(self, JoinedWeight) else self.shape[0], 64, dtype=dtype)
+
+    for owner in (PackedWeight, JoinedWeight):
+        monkeypatch.setattr(owner, "dequantize", decode)
+    for module in (joined_gpu, linear):  # as accumulation does on a GPU
+        monkeypatch.setattr(module, "give", lambda to, grad, scale=1.0: void(to.grad.add_(grad, alpha=scale)))
+    for layer in layers:
+        layer.lora_a.grad, layer.lora_b.grad = torch.zeros_like(layer.lora_a), torch.zeros_like(layer.lora_b)
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    with Launches() as counted:
+        results = [layer(x) for layer in layers]
+        forward = counted.found.total() + len(decoded)
+    grads = [torch.ones_like(y) for y in results]
+    decoded.clear()
+    with Launches() as counted:
+        torch.autograd.grad(results, x, grads)
+    return forward, counted.found.total() + len(decoded)
+
+
+@pytest.mark.parametrize(
+    ("names", "apart", "joined"),
+    [("qkv", (18, 32), (11, 23)), (("gate", "up"), (12, 21), (9, 17))],
+    ids=["qkv", "gate"],
+)
+def test_joined_layers_take_fewer_launches(packed, names, apart, joined, monkeypatch):
+    model = loaded(packed)
+    layers = [model.linears[f"model.layers.0.{'self_attn' if len(n) == 1 else 'mlp'}.{n}_proj"] for n in names]
+    with monkeypatch.context() as patch:
+        assert launches(layers, patch) == apart
+    join_on_gpu(model.network)
+    assert launches(layers, monkeypatch) == joined
