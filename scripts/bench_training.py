@@ -91,6 +91,7 @@ class AdaptkitStep:
         from adaptkit.training.network.joined import join_layers
         from adaptkit.training.network.joined_gpu import join_on_gpu
         from adaptkit.training.network.model import load_model, new_adapter
+        from adaptkit.training.network.narrow import keep_narrow
 
         config = TrainConfig(
             base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
@@ -103,7 +104,7 @@ class AdaptkitStep:
             join_layers(model.network)
         else:
             fuse_on_gpu(model.network)
-            join_on_gpu(model.network)
+            keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
         save_activations(model.network, config, (1, length), place)
         trainable = Trainable.of(model)
         self._gradients = Gradients(model, trainable.gradients, config, World(place))

@@ -21,6 +21,7 @@ from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.model import Model, load_model
+from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import begin
 from adaptkit.training.schedule import steps_in
@@ -82,7 +83,7 @@ def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
         join_layers(model.network)
     elif not is_shared:
         fuse_on_gpu(model.network)
-        join_on_gpu(model.network)
+        keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
     if is_shared:
         shard_frozen(model.network, world)
     return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

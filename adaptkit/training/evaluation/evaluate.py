@@ -25,6 +25,7 @@ from adaptkit.training.network.lineage import check_base, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
+from adaptkit.training.network.narrow import keep_narrow
 
 
 def evaluate(
@@ -87,7 +88,10 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
     model = load_model(base, choose_dtype(options.compute_dtype, device), device)
     if adapter is not None:
         load_adapter(model, adapter)
-        (join_layers if device.type == "cpu" else join_on_gpu)(model.network)
+        if device.type == "cpu":
+            join_layers(model.network)
+        else:
+            keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
     return model
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.training.network.narrow import narrowed
 from adaptkit.training.network.remade import source_of
 
 
@@ -62,7 +63,7 @@ class DoraProduct(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """(…, in) to (…, out)."""
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        a, b = narrowed(lora_a, x.dtype), narrowed(lora_b, x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         w = weight.dequantize(x.dtype)
         norm = row_norms(w, a, b, scale, squares)
@@ -85,7 +86,7 @@ class DoraProduct(torch.autograd.Function):
         inner, turned, lora_a, lora_b, magnitude, norm, *kept = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
-        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        a, b = narrowed(lora_a, grad.dtype), narrowed(lora_b, grad.dtype)
         grad_magnitude = (grad * turned).sum(dim=0, dtype=torch.float32) / norm
         grad_turned = torch.empty_like(grad)
         torch.mul(grad, magnitude / norm, out=grad_turned)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.numerics.formats._double_quant import GROUP, DoubleQuantized
@@ -25,29 +25,36 @@ from adaptkit.numerics.kernels.codebook import BOOKS
 from adaptkit.training.network.accumulation import give
 from adaptkit.training.network.groups import Joined, Multiplication, groups
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.narrow import narrowed, narrowed_below
 from adaptkit.training.network.remade import source_of
 
 
-def join_on_gpu(network: Any) -> None:
+def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
     """Replace ``LoraLinear.multiply`` of a network's layers on a GPU that share an input, an encoding and a width.
 
     Layers with DoRA or without an adapter stay as they are, and those with blocks that would lie in two layers.
 
     Args:
         network: of transformers, with its adapter, before its layers are checkpointed; its weights are not divided.
+
+    Returns:
+        The A of every group, in the order in which they are multiplied one below the other.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
     joined_bases: set[Any] = set()
+    together: list[list[nn.Parameter]] = []
     for group in groups(network, layers):
         bases: list[Any] = [layer.base for layer in group]
         if len(group) > 1 and _are_alike(bases) and joined_bases.isdisjoint(bases):
             joined_bases.update(bases)
             joined = Joined([weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)))
+            together.append([layer.lora_a for layer in group if layer.lora_a is not None])
             for index, layer in enumerate(group):
                 replaced: Any = layer
                 replaced.multiply = Multiplication(joined, index, partial(_alone, joined.members[index]))
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # of the parts that were copied
+    return together
 
 
 def _can_join(layer: LoraLinear) -> bool:
@@ -157,13 +164,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: JoinedWeight, scales: list[float], *factors: Tensor) -> tuple[Tensor, ...]:
         count, flat = len(scales), x.reshape(-1, x.shape[-1])
-        inner = flat @ _below(factors[:count], x.dtype).T
+        inner = flat @ narrowed_below(factors[:count], x.dtype).T
         y = x.new_empty(*x.shape[:-1], sum(weight.rows))
         torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, y.shape[-1]))
         results = torch.unsafe_split_with_sizes(y, weight.rows, -1)  # no views, which the network could not change
         parts = torch.split(inner, [len(a) for a in factors[:count]], 1)
         for result, part, b, scale in zip(results, parts, factors[count:], scales, strict=True):
-            result.view(-1, len(b)).addmm_(part, b.to(x.dtype).T, alpha=scale)
+            result.view(-1, len(b)).addmm_(part, narrowed(b, x.dtype).T, alpha=scale)
         ctx.make, kept = source_of(x)
         ctx.save_for_backward(inner, *factors, *kept)
         ctx.weight, ctx.scales, ctx.shape = weight, scales, x.shape
@@ -179,20 +186,15 @@ class _Product(torch.autograd.Function):
         grad_inner = torch.empty_like(inner)
         by_b, columns = [], (torch.split(side, ranks, 1) for side in (grad_inner, inner))
         for to, part, grad, b, scale in zip(*columns, flat, lora_b, ctx.scales, strict=True):
-            to.addmm_(grad, b.to(grad.dtype), beta=0, alpha=scale)
+            to.addmm_(grad, narrowed(b, grad.dtype), beta=0, alpha=scale)
             by_b.append(give(b, grad.T @ part, scale))
         grad_a = grad_inner.T @ ctx.make(*kept).reshape(-1, ctx.shape[-1])
         by_a = [give(a, grad) for a, grad in zip(lora_a, torch.split(grad_a, ranks), strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_inner @ _below(lora_a, inner.dtype)
+            grad_x = grad_inner @ narrowed_below(lora_a, inner.dtype)
             parts = torch.split(ctx.weight.dequantize(inner.dtype), ctx.weight.rows)
             for grad, rows in zip(flat, parts, strict=True):
                 grad_x.addmm_(grad, rows)
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, *by_a, *by_b
-
-
-def _below(lora_a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The A, one below the other: (sum of ranks, in)."""
-    return torch.cat(tuple(lora_a)).to(dtype)

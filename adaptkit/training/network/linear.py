@@ -19,6 +19,7 @@ from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.accumulation import give
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
+from adaptkit.training.network.narrow import narrowed
 from adaptkit.training.network.remade import source_of
 from adaptkit.training.network.whole import TrainedWeight
 
@@ -120,7 +121,7 @@ class _Linear(torch.autograd.Function):
         weight: FrozenWeight,
         scale: float,
     ) -> Tensor:
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        a, b = narrowed(lora_a, x.dtype), narrowed(lora_b, x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         inner = flat_dropped @ a.T
         y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
@@ -134,7 +135,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
         inner, lora_a, lora_b, *kept = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        a, b = narrowed(lora_a, grad.dtype), narrowed(lora_b, grad.dtype)
         dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
         grad_inner = grad @ b
         grad_a = give(lora_a, grad_inner.T @ dropped, ctx.scale)

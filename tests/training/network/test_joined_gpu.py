@@ -23,6 +23,7 @@ from adaptkit.training.network import joined_gpu, linear
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.narrow import keep_narrow
 
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 
@@ -261,14 +262,17 @@ def launches(layers, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("names", "apart", "joined"),
-    [("qkv", (18, 32), (11, 23)), (("gate", "up"), (12, 21), (9, 17))],
+    ("names", "apart", "joined", "narrow"),
+    [("qkv", (18, 32), (11, 23), (6, 18)), (("gate", "up"), (12, 21), (9, 17), (5, 13))],
     ids=["qkv", "gate"],
 )
-def test_joined_layers_take_fewer_launches(packed, names, apart, joined, monkeypatch):
+def test_joined_layers_take_fewer_launches(packed, names, apart, joined, narrow, monkeypatch):
     model = loaded(packed)
     layers = [model.linears[f"model.layers.0.{'self_attn' if len(n) == 1 else 'mlp'}.{n}_proj"] for n in names]
     with monkeypatch.context() as patch:
         assert launches(layers, patch) == apart
-    join_on_gpu(model.network)
-    assert launches(layers, monkeypatch) == joined
+    together = join_on_gpu(model.network)
+    with monkeypatch.context() as patch:
+        assert launches(layers, patch) == joined
+    keep_narrow(model.network, torch.bfloat16, together)
+    assert launches(layers, monkeypatch) == narrow

@@ -1,0 +1,142 @@
+"""Copies of the adapter are what rounding it each time gives, whenever it changed."""
+
+import pytest
+import tiny
+import torch
+
+from adaptkit.operations.quantize import quantize
+from adaptkit.training import preparation
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.joined_gpu import join_on_gpu
+from adaptkit.training.network.loss import summed_loss
+from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.narrow import keep_narrow, narrowed, narrowed_below
+
+IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+BFLOAT16 = torch.bfloat16
+
+
+@pytest.fixture
+def packed(made):
+    folder = made / "narrow"
+    if not folder.exists():
+        quantize(tiny.write_family(made / "narrow-plain", "llama"), folder)
+    return folder
+
+
+def loaded(packed, **options):
+    model = load_model(packed, BFLOAT16, torch.device("cpu"))
+    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0, rank_pattern={"q_proj": 3, "down_proj": 5}, **options)
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.adapted().values():
+        layer.lora_b.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+def gradients(model):
+    logits = model.network.train()(input_ids=IDS, use_cache=False).logits.float()
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    return [logits.detach(), *torch.autograd.grad(logits.square().mean(), trained)]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_results_and_gradients_keep_every_bit_after_every_change(packed, dora):
+    one, two = (loaded(packed, dora=dora) for _ in range(2))
+    join_on_gpu(one.network)
+    keep_narrow(two.network, BFLOAT16, join_on_gpu(two.network))
+    vectors = [Trainable.of(model).values for model in (one, two)]  # which moves the parameters
+    for _ in range(3):
+        found = [gradients(model) for model in (one, two)]
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        for vector in vectors:
+            vector.mul_(1.1).add_(0.001)
+
+
+def test_nothing_is_rounded_in_a_layer(packed, monkeypatch):
+    model = loaded(packed)
+    keep_narrow(model.network, BFLOAT16, join_on_gpu(model.network))
+    halves = {p.data_ptr() for p in model.network.parameters() if p.requires_grad}
+    casts, to = [], torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda t, *a, **k: (t.data_ptr() in halves and a[0] == BFLOAT16 and casts.append(t), to(t, *a, **k))[1],
+    )
+    gradients(model)
+    assert not casts
+
+
+def test_copies_of_joined_layers_lie_one_below_the_other(packed):
+    model = loaded(packed)
+    keep_narrow(model.network, BFLOAT16, join_on_gpu(model.network))
+    halves = [model.linears[f"model.layers.1.self_attn.{name}_proj"].lora_a for name in "qkv"]
+    below = narrowed_below(halves, BFLOAT16)
+    assert below.shape == (11, 64)
+    assert below.data_ptr() == narrowed(halves[0], BFLOAT16).data_ptr()
+    assert torch.equal(below, torch.cat([half.detach() for half in halves]).to(BFLOAT16))
+    for layer in model.adapted().values():
+        for half in (layer.lora_a, layer.lora_b):
+            assert torch.equal(narrowed(half, BFLOAT16), half.to(BFLOAT16))
+            assert narrowed(half, torch.float32) is half
+
+
+def test_what_is_not_joined_is_put_below_each_other_when_it_is_asked_for(packed):
+    model = loaded(packed)
+    keep_narrow(model.network, BFLOAT16)
+    halves = [model.linears[f"model.layers.1.self_attn.{name}_proj"].lora_a for name in "kv"]
+    assert torch.equal(narrowed_below(halves, BFLOAT16), torch.cat([half.detach() for half in halves]).to(BFLOAT16))
+
+
+def test_copies_are_in_no_file_and_none_are_kept_in_float32(packed):
+    model = loaded(packed)
+    names = list(model.network.state_dict())
+    keep_narrow(model.network, torch.float32)
+    assert not hasattr(model.network, "narrow_adapters")
+    keep_narrow(model.network, BFLOAT16)
+    assert list(model.network.state_dict()) == names
+    assert model.network.narrow_adapters.dtype == BFLOAT16
+
+
+def test_they_are_made_anew_whether_the_network_is_called_or_its_body(packed):
+    from adaptkit.training.data.batches import Batch
+
+    model = loaded(packed)
+    keep_narrow(model.network, BFLOAT16)
+    half = model.linears["model.layers.0.mlp.up_proj"].lora_b
+    batch = Batch(IDS, IDS, torch.ones_like(IDS))
+    calls = (lambda: summed_loss(model, batch), lambda: model.network(input_ids=IDS, use_cache=False))
+    for call in calls:
+        half.data.mul_(1.5)
+        assert not torch.equal(narrowed(half, BFLOAT16), half.to(BFLOAT16))
+        with torch.no_grad():
+            call()
+        assert torch.equal(narrowed(half, BFLOAT16), half.to(BFLOAT16))
+
+
+def test_gradients_do_not_depend_on_checkpointing(packed):
+    found = []
+    for policy in ("none", "layer", "sqrt"):
+        model = loaded(packed)
+        keep_narrow(model.network, BFLOAT16, join_on_gpu(model.network))
+        checkpoint_layers(model.network, choose_checkpointing(model.network, policy, None))
+        model.network.train()(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
+        found.append([parameter.grad for parameter in model.network.parameters() if parameter.requires_grad])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_a_run_ends_in_the_same_bytes(packed, tmp_path, monkeypatch):
+    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = TrainConfig(
+        base=str(packed), data=(str(data),), steps=4, rank=4, max_length=64, device="cpu", save_every=2,
+        compute_dtype="bfloat16", eval_every=2,
+    )  # fmt: skip
+    monkeypatch.setattr(preparation, "join_layers", join_on_gpu)
+    plain = train(config, tmp_path / "plain")
+    monkeypatch.setattr(
+        preparation, "join_layers", lambda network: keep_narrow(network, BFLOAT16, join_on_gpu(network))
+    )
+    assert train(config, tmp_path / "narrow").tensors_root == plain.tensors_root
