@@ -6,7 +6,9 @@
     gradients    4 bytes a parameter
     optimizer    8 bytes a parameter, or 2.03 in 8 bits
     activations  measured on a network without memory, by the arithmetic of ``checkpoint.activations``
-    logits       one chunk
+    logits       one chunk, as large as the device's
+
+On a GPU adapters have copies in the compute dtype beside them, which count as weights.
 
 Full fine-tuning thus needs 16 bytes a parameter beside activations and logits: 160 GB for 10 billion.
 """
@@ -27,6 +29,7 @@ from adaptkit.numerics.adamw import moment_bytes
 from adaptkit.operations._plan_network import Shape, linear_shapes, measured_layers
 
 METHODS = ("full", "lora", "qlora")
+DEVICES = ("auto", "cpu", "cuda")
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 _BLOCK, _GROUP, _LEVELS_BYTES = 64, 256, 4 * 256
 
@@ -44,7 +47,8 @@ class PlanOptions:
         checkpointing: a policy of ``checkpoint.activations``.
         optimizer: ``adamw`` or ``adamw8bit``.
         compute_dtype: ``bfloat16`` or ``float32``.
-        offload_checkpoints: whether the inputs of segments wait in host memory.
+        offload_checkpoints: whether the inputs of segments wait in host memory, which is for GPUs.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one here, or if checkpoints are offloaded.
     """
 
     method: str = "qlora"
@@ -56,15 +60,30 @@ class PlanOptions:
     optimizer: str = "adamw"
     compute_dtype: str = "bfloat16"
     offload_checkpoints: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
-        choices = {"method": METHODS, "optimizer": ("adamw", "adamw8bit"), "compute_dtype": ("bfloat16", "float32")}
+        choices = {
+            "method": METHODS,
+            "optimizer": ("adamw", "adamw8bit"),
+            "compute_dtype": ("bfloat16", "float32"),
+            "device": DEVICES,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
         for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is from 1 to {most:,}")
+        if self.offload_checkpoints and self.device == "cpu":
+            raise UsageError("offload_checkpoints: a CPU has them in host memory already", hint="leave it out")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run that is planned has a GPU."""
+        if self.device == "auto":
+            return self.offload_checkpoints or torch.cuda.is_available()
+        return self.device == "cuda"
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,8 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         )
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)
     weights = 0 if full else _frozen_bytes(network, shapes, options.method == "qlora", dtype, description.dtype)
+    if options.on_gpu and not full and dtype != torch.float32:
+        weights += trainable * dtype.itemsize
     vocabulary = network.config.get_text_config().vocab_size
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     checkpointing, activations = _activations(network, options, {} if full else dict.fromkeys(targets, options.rank))
@@ -148,7 +169,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         gradients=4 * trainable,
         optimizer=moment_bytes(trainable, 8 if options.optimizer == "adamw8bit" else 32),
         activations=activations,
-        logits=logits_bytes(options.batch * (options.seq_len - 1), vocabulary, dtype.itemsize),
+        logits=logits_bytes(options.batch * (options.seq_len - 1), vocabulary, dtype.itemsize, options.on_gpu),
     )
     return PlanReport(
         model=str(model),

@@ -7,16 +7,20 @@ import pytest
 import tiny
 import torch
 
+from adaptkit.checkpoint.activations import LayerSize
 from adaptkit.checkpoint.architecture import Description, empty_network
 from adaptkit.checkpoint.matching import matching_targets
 from adaptkit.errors import UsageError
 from adaptkit.operations._plan_network import linear_shapes, measured_layers
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import quantize
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.memory import activations
 from adaptkit.training.memory.activations import Activations, layer_sizes, predicted_memory
 from adaptkit.training.memory.moments import PagedState
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.narrow import keep_narrow
 
 CPU = torch.device("cpu")
 
@@ -39,6 +43,37 @@ def load_with_adapter(folder, targets=("*",)):
 def loaded(folder, targets=("*",)):
     model = load_with_adapter(folder, targets)
     return model, Trainable.of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_logits_are_a_larger_chunk_and_adapters_have_copies(models, dtype, monkeypatch):
+    """What the trainer then reckons with: see ``training.memory.activations``."""
+    rows, length = 256, 1025
+    shape = {"rank": 4, "batch": rows, "seq_len": length, "compute_dtype": str(dtype).removeprefix("torch.")}
+    found = {device: plan(models["llama"][0], PlanOptions(device=device, **shape)) for device in ("cpu", "cuda")}
+    model = load_model(models["llama"][1], dtype, CPU)
+    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=0)
+    config = TrainConfig(base="base", data=("data",), checkpointing="layer")
+    monkeypatch.setattr(activations, "layer_sizes", lambda network, *_: [LayerSize(0, 0, 0)] * 2)
+    for device, in_place in (("cpu", False), ("cuda", True)):
+        monkeypatch.setattr(activations, "works_in_place", lambda device, found=in_place: found)
+        kept = activations.save_activations(model.network, config, (rows, length), CPU)
+        assert found[device].memory["logits"] == kept.logits_bytes
+    assert found["cuda"].memory["logits"] > 3 * found["cpu"].memory["logits"]
+    keep_narrow(model.network, dtype)
+    count = Trainable.of(model).values.numel()
+    expected = predicted_memory(model.network, count, 0, Activations(None, 0, 0))
+    assert found["cuda"].memory["weights"] == expected.weights
+
+
+def test_without_a_word_it_plans_for_what_is_here(models, monkeypatch):
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=there: found)
+        assert PlanOptions().on_gpu is there
+        assert PlanOptions(offload_checkpoints=True).on_gpu
+        assert (PlanOptions(device="cpu").on_gpu, PlanOptions(device="cuda").on_gpu) == (False, True)
+    with pytest.raises(UsageError, match="host memory already"):
+        PlanOptions(device="cpu", offload_checkpoints=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])

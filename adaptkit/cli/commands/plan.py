@@ -26,6 +26,10 @@ from adaptkit.cli.output import Row, percent, show, size
     "--compute-dtype", type=click.Choice(("bfloat16", "float32")), default="bfloat16", show_default=True,
     help="Of activations, and of weights that stay as they are.",
 )  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True,
+    help="auto: a GPU if there is one here.",
+)  # fmt: skip
 @report_options
 def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Predict what fine-tuning MODEL needs, from its configuration: memory by part, and parameters by rank.
