@@ -33,7 +33,8 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy summed over a batch's answer tokens.
 
     Rows are padded at the end, where a causal model's other tokens do not see the padding; so no mask is passed. The
-    host does not wait for the device meanwhile: what that needs is sent before the forward pass.
+    host waits for the device once, before the first layer, where transformers looks whether positions begin again; with
+    a mask it would not, but attention would be slower in every layer. What all else needs is sent before that.
 
     Args:
         model: the ``Model``.
