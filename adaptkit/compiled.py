@@ -12,31 +12,22 @@ where it is not contiguous), a number as itself, None as nothing. Results come b
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import cache_from_source
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from adaptkit.cache import cache_folder
+from adaptkit.kept import Kept, Kind, sources_of
 
 _CONTIGUOUS, _ALIGNED = 0x1, 0x100
 """Bits of numpy's flags."""
 
 INLINED = {"forceinline": True}
 """Options of what is small, and called where a call would keep the compiler from making vectors."""
-
-Kind = Any
-"""Of an argument, all that its machine code depends on; the same for all arrays of a type and a number of axes."""
-
-_OF_NO_CONSEQUENCE = ("NUMBA_NUM_THREADS=", "NUMBA_THREADING_LAYER", "NUMBA_CACHE_")
-"""Settings of numba's that change no machine code of ours."""
 
 _lock = threading.RLock()
 _after_loading: list[Callable[[], None]] = []
@@ -58,6 +49,7 @@ class Kernel:
         functools.update_wrapper(self, function)
         self.function, self.options = function, options
         self._entries: dict[tuple[Kind, ...], _Entry] = {}
+        sources_of(function)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it, while other threads go on."""
@@ -70,7 +62,7 @@ class Kernel:
         with _lock:
             entry = self._entries.get(kinds)
             if entry is None:
-                kept = _Kept(self.function, kinds)
+                kept = Kept(self.function, kinds)
                 content = kept.read()
                 if content is None:
                     content = import_module("adaptkit.compiler").compile_kernel(self, kinds)
@@ -181,17 +173,6 @@ def _formats(kind: Kind) -> Iterator[str]:
         yield f"Q{axes if flags & _CONTIGUOUS else 2 * axes}q"
 
 
-def _described(kind: Kind) -> str:
-    """The same in every process."""
-    if kind is None or isinstance(kind, str):
-        return str(kind)
-    if isinstance(kind[0], type):
-        fields = getattr(kind[0], "_fields", "")
-        return f"{kind[0].__qualname__}{fields}({', '.join(map(_described, kind[1]))})"
-    dtype, axes, flags = kind
-    return f"{dtype.str}:{axes}:{flags}"
-
-
 class _Entry:
     """Machine code for arguments of some kinds.
 
@@ -242,78 +223,3 @@ def _machine() -> Any:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     return binding.Target.from_default_triple().create_target_machine(jit=True)
-
-
-class _Kept:
-    """What the disk has of a kernel for arguments of some kinds.
-
-    Behind it stands a hash of it and of all that it was made from: it is written without a sync, and what a power cut
-    left of it, or another version wrote, must not be run.
-    """
-
-    def __init__(self, function: Callable[..., Any], kinds: tuple[Kind, ...]) -> None:
-        source = Path(function.__code__.co_filename)
-        ours = function.__module__.startswith("adaptkit.")  # or what it calls may lie elsewhere, and change there
-        name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
-        made_for = f"{', '.join(map(_described, kinds))} {_processor()}"
-        self._name = f"{name}-{hashlib.sha256(made_for.encode()).hexdigest()[:20]}.o"
-        self._folders = _folders(source.parent) if ours else []
-        self._made_from = _sources(source.parent) + made_for.encode()
-
-    def read(self) -> bytes | None:
-        """What was kept, whole; None if nothing was."""
-        for folder in self._folders:
-            with contextlib.suppress(OSError):
-                content = (folder / self._name).read_bytes()
-                end = len(content) - hashlib.sha256().digest_size
-                if end > 0 and self._seal(content[:end]) == content[end:]:
-                    return content[:end]
-        return None
-
-    def write(self, content: bytes) -> None:
-        """Keep it in the first folder that can be written, if there is one with room."""
-        for folder in self._folders:
-            unfinished = folder / f"{self._name}.{os.getpid()}.{threading.get_ident()}"
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    unfinished.write_bytes(content + self._seal(content))
-                    unfinished.replace(folder / self._name)
-                finally:
-                    unfinished.unlink(missing_ok=True)
-                return
-
-    def _seal(self, content: bytes) -> bytes:
-        return hashlib.sha256(self._made_from + content).digest()
-
-
-@functools.cache
-def _folders(source: Path) -> list[Path]:
-    """Where kernels of a folder are kept, in the order in which they are looked for."""
-    folders = []
-    with contextlib.suppress(NotImplementedError):  # Python itself keeps no bytecode
-        folders.append(Path(cache_from_source(str(source / "kernels.py"))).parent)
-    folder = cache_folder()
-    return [*folders, folder / "kernels"] if folder else folders
-
-
-@functools.cache
-def _processor() -> str:
-    """What the machine code depends on beside its source: the processor, what numba was told, and who loads it."""
-    import llvmlite
-    from llvmlite import binding
-
-    told = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
-    told = [setting for setting in told if not setting.startswith(_OF_NO_CONSEQUENCE)]
-    features = binding.get_host_cpu_features().flatten()
-    return " ".join([llvmlite.__version__, binding.get_host_cpu_name(), features, *told])
-
-
-@functools.cache
-def _sources(folder: Path) -> bytes:
-    """A hash of all that kernels of a folder are made from: its modules, and those that make them."""
-    digest = hashlib.sha256()
-    ours = [Path(__file__), Path(__file__).with_name("compiler.py")]
-    for path in [*ours, *sorted(folder.glob("*.py"))]:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.digest()

@@ -17,13 +17,13 @@ from adaptkit.compiled import (
     _CONTIGUOUS,
     INLINED,
     Kernel,
-    Kind,
     Overload,
     Written,
     processor_features,
     untold,
 )
 from adaptkit.errors import UsageError
+from adaptkit.kept import Kind
 
 if numba.config.DISABLE_JIT:
     raise UsageError("NUMBA_DISABLE_JIT is set: kernels cannot run uncompiled", hint="unset it")

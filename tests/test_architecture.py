@@ -14,15 +14,16 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {"errors", "discovery", "lazy", "cache", "compiled"}
+GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled"}
 ON_THE_GROUND = {
     "__init__": set(),
     "errors": set(),
     "lazy": set(),
     "cache": set(),
     "discovery": {"errors"},
-    "compiled": {"cache", "compiler"},
-    "compiler": {"compiled", "errors"},
+    "kept": {"cache"},
+    "compiled": {"kept", "compiler"},
+    "compiler": {"compiled", "kept", "errors"},
 }
 MAY_IMPORT = {
     "numerics": GROUND,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import llvmlite.binding
@@ -133,6 +134,67 @@ def test_a_kernel_is_kept_until_something_that_it_calls_changes(package):
     called.write_text(text.replace(as_it_is, as_it_is.replace("(number)", "(number * 2)")))
     assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
     assert decode(package) == "[2.0, -2.0, 0.0, 2.0] kept"
+
+
+WAITING = DECODE.replace("out = np.zeros", "print(flush=True); sys.stdin.readline()\nout = np.zeros")
+
+
+@contextmanager
+def process_before(root):
+    """One that has imported the package, and decodes when the block ends."""
+    environment = {**os.environ, "ADAPTKIT_CACHE": "", "PYTHONPATH": str(root)}
+    command, pipe = [sys.executable, "-c", WAITING], subprocess.PIPE
+    with subprocess.Popen(command, cwd=root, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        process.stdout.readline()
+        said = []
+        yield said
+        said.append(process.communicate("\n")[0].strip())
+
+
+def install_another(package):
+    """A version that decodes to twice as much."""
+    called = package / "adaptkit" / "numerics" / "kernels" / "_cpu_float.py"
+    as_it_is = "lambda array, number: np.float32(number).view(np.uint32)"
+    called.write_text(called.read_text().replace(as_it_is, as_it_is.replace("(number)", "(number * 2)")))
+
+
+def test_a_process_that_outlives_an_installation_keeps_no_kernel_for_the_new_version(package):
+    with process_before(package) as said:
+        install_another(package)
+    assert said == [MADE]
+    assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
+
+
+def test_a_process_that_outlives_an_installation_runs_none_of_the_new_version_s_kernels(package):
+    with process_before(package) as said:
+        install_another(package)
+        assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
+    assert said == [MADE]
+    assert decode(package) == "[2.0, -2.0, 0.0, 2.0] kept"
+
+
+def test_a_lock_that_an_editor_leaves_beside_the_kernels_changes_nothing(package):
+    assert decode(package) == MADE
+    (package / "adaptkit" / "numerics" / "kernels" / ".#_cpu_float.py").symlink_to("somebody@somewhere.1:2")
+    assert decode(package) == KEPT
+
+
+@pytest.mark.parametrize("form", ["archive", "bytecode"])
+def test_a_package_without_readable_sources_keeps_nothing_and_works(form, package):
+    if form == "archive":
+        shutil.make_archive(str(package / "packed"), "zip", package, "adaptkit")
+        where = package / "packed.zip"
+    else:
+        subprocess.run([sys.executable, "-m", "compileall", "-q", "-b", package / "adaptkit"], check=True)
+        for path in (package / "adaptkit").rglob("*.py"):
+            path.unlink()
+        where = package
+    elsewhere = package / "elsewhere"
+    elsewhere.mkdir()
+    command, environment = [sys.executable, "-c", DECODE], {**os.environ, "PYTHONPATH": str(where)}
+    run = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == MADE, run.stderr
+    assert not list(package.rglob("*.o"))
 
 
 @pytest.mark.parametrize(
