@@ -62,7 +62,7 @@ class Kernel:
         with _lock:
             entry = self._entries.get(kinds)
             if entry is None:
-                kept = Kept(self.function, kinds)
+                kept = Kept(self.function, self.options, kinds)
                 content = kept.read()
                 if content is None:
                     content = import_module("adaptkit.compiler").compile_kernel(self, kinds)

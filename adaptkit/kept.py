@@ -26,9 +26,11 @@ class Kept:
     left of it, or another version wrote, must not be run.
     """
 
-    def __init__(self, function: Callable[..., Any], kinds: tuple[Kind, ...]) -> None:
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any], kinds: tuple[Kind, ...]) -> None:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
-        made_for = f"{', '.join(map(_described, kinds))} {_processor()}"
+        told = sorted((key, sorted(value) if isinstance(value, set) else value) for key, value in options.items())
+        made_for = f"{name}:{function.__code__.co_firstlineno} {told} "
+        made_for += f"{', '.join(map(_described, kinds))} {_processor()}"
         self._name = f"{name}-{hashlib.sha256(made_for.encode()).hexdigest()[:20]}.o"
         self._sources = sources_of(function)
         digest = self._sources.digest() if self._sources else None
@@ -108,9 +110,10 @@ class Sources:
 def sources_of(function: Callable[..., Any]) -> Sources | None:
     """What a kernel is made from; None if it is not to be kept.
 
-    What a function of another package calls may lie elsewhere, and change there.
+    What a function of another package calls may lie elsewhere, and change there; and functions that are defined in
+    another one may be several of one name.
     """
-    if not function.__module__.startswith("adaptkit."):
+    if not function.__module__.startswith("adaptkit.") or "<locals>" in function.__qualname__:
         return None
     return _sources(os.path.dirname(function.__code__.co_filename))
 
@@ -143,11 +146,11 @@ def _processor() -> str:
 
 
 def _described(kind: Kind) -> str:
-    """The same in every process."""
+    """The same in every process, and another one for another kind."""
     if kind is None or isinstance(kind, str):
         return str(kind)
     if isinstance(kind[0], type):
         fields = getattr(kind[0], "_fields", "")
         return f"{kind[0].__qualname__}{fields}({', '.join(map(_described, kind[1]))})"
     dtype, axes, flags = kind
-    return f"{dtype.str}:{axes}:{flags}"
+    return f"{dtype}:{axes}:{flags}"  # dtype.str is that of every structure of its size

@@ -224,6 +224,43 @@ def test_one_kernel_is_not_taken_for_another(package):
     assert decode(package) == MADE
 
 
+SEVERAL_OF_ONE_NAME = """
+import numpy as np
+from adaptkit.compiled import compiled, jit
+
+def times(factor):
+    @jit
+    def scale(x):
+        return x * factor
+    return scale
+
+def total(x):
+    found = np.float32(0)
+    for i in range(x.size):
+        found += x[i]
+    return found
+
+as_it_is, in_any_order = jit(total), compiled(fastmath=True)(total)
+
+@jit
+def first(x):
+    return x[0].a
+"""
+
+
+def test_kernels_of_one_name_and_arguments_of_one_size_are_told_apart(package):
+    (package / "adaptkit" / "numerics" / "kernels" / "_several.py").write_text(SEVERAL_OF_ONE_NAME)
+    code = (
+        "import numpy as np; from adaptkit.numerics.kernels import _several as k\n"
+        "x = np.array([1e8, 1, -1e8, 1] * 16, np.float32)\n"
+        "ab, ba = ([(name, np.int32) for name in names] for names in ('ab', 'ba'))\n"
+        "print(k.times(2.0)(1.0), k.times(3.0)(1.0), [k.first(np.array([(1, 2)], kind)) for kind in (ab, ba)],"
+        " k.as_it_is(x), k.in_any_order(x) != k.as_it_is(x))"
+    )
+    for _ in range(2):
+        assert decode(package, code) == "2.0 3.0 [1, 2] 1.0 True"
+
+
 def test_a_disk_without_room_for_kernels_stops_nothing(package):
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     full += "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
