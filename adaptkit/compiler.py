@@ -50,6 +50,8 @@ def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
     entry = numba.njit(**_OPTIONS)(_entry(dispatcher, arguments))
     entry.compile((types.CPointer(types.int64),))
     (made,) = entry.overloads.values()
+    if made.library.has_dynamic_globals:
+        raise SystemError(f"{kernel.function.__qualname__} cannot be kept: addresses of this process are in its code")
     name = made.fndesc.llvm_func_name
     module = llvm.parse_assembly(made.library.get_llvm_str())
     missing = {function.name for function in module.functions if function.is_declaration} - _FROM_OUTSIDE

@@ -1,5 +1,6 @@
 """Kernels: what they take and give, where they are kept, and when they are compiled again."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -98,6 +99,26 @@ def test_a_kernel_that_needs_numba_when_it_runs_is_refused():
 
     with pytest.raises(numba.NumbaError, match="Only accept returning of array"):
         compile_kernel(Kernel(needs, {}), ((np.dtype("int64"), 1, 0x101),))
+
+
+LARGE = np.arange(200_000.0)
+absolute = ctypes.CDLL(None).labs if sys.platform != "win32" else ctypes.CDLL("msvcrt").labs
+absolute.argtypes, absolute.restype = [ctypes.c_long], ctypes.c_long
+
+
+def of_a_table(i):
+    return LARGE[i]
+
+
+def by_a_pointer(i):
+    return absolute(i)
+
+
+@pytest.mark.parametrize("function", [of_a_table, by_a_pointer])
+def test_a_kernel_with_addresses_of_its_process_is_refused(function):
+    """They are others in the next process; numba writes them where an array is large, or a function is of ctypes."""
+    with pytest.raises(SystemError, match="addresses of this process"):
+        compile_kernel(Kernel(function, {}), ("q",))
 
 
 def test_threads_that_call_it_first_at_once_compile_it_once(monkeypatch):
