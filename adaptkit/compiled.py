@@ -23,7 +23,7 @@ import numpy as np
 
 from adaptkit.kept import Kept, Kind, sources_of
 
-_CONTIGUOUS, _ALIGNED = 0x1, 0x100
+_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400
 """Bits of numpy's flags."""
 
 INLINED = {"forceinline": True}
@@ -141,7 +141,7 @@ inlined = compiled(**INLINED)
 def _kind(argument: Any, cells: list[Any]) -> Kind:
     """Say of what kind an argument is, and append what is passed of it."""
     if isinstance(argument, np.ndarray):
-        flags = argument.flags.num & (_CONTIGUOUS | _ALIGNED)
+        flags = argument.flags.num & (_CONTIGUOUS | _ALIGNED | _WRITEABLE)
         cells.append(argument.__array_interface__["data"][0])
         cells += argument.shape
         if not flags & _CONTIGUOUS:

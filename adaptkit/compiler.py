@@ -15,6 +15,7 @@ from numba.np.numpy_support import as_dtype, from_dtype
 from adaptkit.compiled import (
     _ALIGNED,
     _CONTIGUOUS,
+    _WRITEABLE,
     INLINED,
     Kernel,
     Overload,
@@ -114,7 +115,7 @@ def _type_of(kind: Kind) -> Any:
         return types.BaseTuple.from_types(tuple(map(_type_of, kind[1])), kind[0])
     dtype, axes, flags = kind
     layout = "C" if flags & _CONTIGUOUS else "A"
-    return types.Array(from_dtype(dtype), axes, layout, aligned=bool(flags & _ALIGNED))
+    return types.Array(from_dtype(dtype), axes, layout, not flags & _WRITEABLE, aligned=bool(flags & _ALIGNED))
 
 
 def _entry(dispatcher: Any, arguments: tuple[Any, ...]) -> Any:

@@ -84,6 +84,24 @@ def first_of(array):
     return array[0]
 
 
+@jit
+def put_nine(array):
+    array[0] = 9
+
+
+def test_what_must_not_be_written_is_read_only():
+    """Of a mapped file the processor would refuse it, at which the process ends; constant bytes would change."""
+    content = b"\x01" * 8
+    constant = np.frombuffer(content, np.int64)
+    with pytest.raises(numba.NumbaError, match="Cannot modify readonly array"):
+        put_nine(constant)
+    assert content == b"\x01" * 8
+    assert first_of(constant) == 0x0101010101010101
+    array = constant.copy()
+    put_nine(array)
+    assert array[0] == first_of(array) == 9
+
+
 def test_an_argument_of_another_kind_is_refused():
     with pytest.raises(KeyError):
         first_of([1.0])
@@ -98,7 +116,7 @@ def test_a_kernel_that_needs_numba_when_it_runs_is_refused():
         return made[0]
 
     with pytest.raises(numba.NumbaError, match="Only accept returning of array"):
-        compile_kernel(Kernel(needs, {}), ((np.dtype("int64"), 1, 0x101),))
+        compile_kernel(Kernel(needs, {}), ((np.dtype("int64"), 1, 0x501),))
 
 
 LARGE = np.arange(200_000.0)
