@@ -88,11 +88,12 @@ def _dispatcher(kernel: Kernel) -> Any:
 def _tell_numba() -> None:
     """Of all that kernels may call and that it was not told of before; what it hears while it compiles comes late."""
     while untold:
-        found = untold.pop(0)
+        found = untold[0]
         if isinstance(found, Overload):
             overload(found.of, jit_options={**_OPTIONS, **INLINED})(found.choose)
         else:
             _ = found.intrinsic  # which numba hears of when its module is loaded
+        del untold[0]  # not before: somebody may interrupt it
 
 
 @typeof_impl.register(Kernel)

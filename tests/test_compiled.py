@@ -251,6 +251,20 @@ def test_what_a_power_cut_left_of_a_kernel_is_made_again(left, package):
     assert decode(package) == KEPT
 
 
+def test_a_kernel_whose_compiling_was_interrupted_can_be_compiled(package):
+    """Whatever numba was being told of; as by somebody at a notebook, who tries again."""
+    code = (
+        "from adaptkit import compiler\n"
+        "def interrupted(of, **options):\n"
+        "    if of.__name__ != 'rounded': return original(of, **options)\n"
+        "    compiler.overload = original; raise KeyboardInterrupt\n"
+        "original, compiler.overload = compiler.overload, interrupted\n"
+        f"try:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
+        f"except KeyboardInterrupt: pass\n{DECODE}"
+    )
+    assert decode(package, code) == MADE
+
+
 def test_one_kernel_is_not_taken_for_another(package):
     """Whatever became of their names."""
     assert decode(package) == MADE
