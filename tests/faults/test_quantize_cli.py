@@ -220,7 +220,7 @@ def is_gone(group):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("when", ["_multiarray_umath", "libllvmlite", "out.partial"])
 def test_a_signal_ends_in_one_line_leaves_no_process_and_costs_nothing(llama, tmp_path, number, code, when):
-    """The first two arrive while numpy and numba are being imported, the last while transformers is asked."""
+    """The first two arrive while numpy and LLVM are being loaded, the last while transformers is asked."""
     process = begin(llama, tmp_path / "out", "--json")
     maps = Path(f"/proc/{process.pid}/maps")
     wait_until(lambda: (tmp_path / when).exists() or when in maps.read_text())
