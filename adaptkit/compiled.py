@@ -5,8 +5,8 @@ it made of a kernel is kept beside Python's bytecode (or in the user's cache fol
 each list of argument types, and the next process needs nothing but LLVM's loader. ``compiler`` has the other half.
 
 A kernel takes numpy arrays, numbers, None and tuples of those, and gives nothing, a number, or a tuple of numbers. It
-allocates nothing. Arguments are passed in cells of eight bytes: an array as its address and its extents (and strides,
-where it is not contiguous), a number as itself, None as nothing. Results come back in the first cells.
+allocates nothing. Arguments are passed in cells of eight bytes: an array as where its object is, a number as itself,
+None as nothing. Results come back in the first cells.
 """
 
 import contextlib
@@ -142,10 +142,7 @@ def _kind(argument: Any, cells: list[Any]) -> Kind:
     """Say of what kind an argument is, and append what is passed of it."""
     if isinstance(argument, np.ndarray):
         flags = argument.flags.num & (_CONTIGUOUS | _ALIGNED | _WRITEABLE)
-        cells.append(argument.__array_interface__["data"][0])
-        cells += argument.shape
-        if not flags & _CONTIGUOUS:
-            cells += argument.strides
+        cells.append(id(argument))
         return argument.dtype, argument.ndim, flags
     if isinstance(argument, tuple):
         return type(argument), tuple([_kind(part, cells) for part in argument])
@@ -169,8 +166,7 @@ def _formats(kind: Kind) -> Iterator[str]:
         for part in kind[1]:
             yield from _formats(part)
     elif kind is not None:
-        _, axes, flags = kind
-        yield f"Q{axes if flags & _CONTIGUOUS else 2 * axes}q"
+        yield "Q"
 
 
 class _Entry:
@@ -185,24 +181,42 @@ class _Entry:
         head, _, code = content.partition(b"\n")
         name, self._many, *letters = head.decode().split(" ")
         formats = "".join(form for kind in kinds for form in _formats(kind))
-        self._arguments = struct.Struct(formats)
+        self._pack = struct.Struct(formats).pack
         self._results = struct.Struct("".join(f"{letter}{8 - struct.calcsize(letter)}x" for letter in letters))
-        self._size = max(self._arguments.size, self._results.size, 1)
         self._engine, address = _load_object(code, name)
         pointer = ctypes.c_void_p
         self._function = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, pointer, pointer)(address)
+        _check_layout()
 
     def __call__(self, cells: list[Any]) -> Any:
-        buffer = ctypes.create_string_buffer(self._size + 16)
-        self._arguments.pack_into(buffer, 16, *cells)
-        start = ctypes.addressof(buffer)
-        status = self._function(start, start + 8, start + 16)  # numba's: where a result or an exception would go
+        packed: Any = self._pack(*cells)
+        if self._results.size:
+            packed = ctypes.create_string_buffer(packed, max(len(packed), self._results.size))
+        status = self._function(_unused, _unused, packed)
         if status:
             raise SystemError(f"a kernel failed ({status})")
-        found = self._results.unpack_from(buffer, 16)
         if self._many == "tuple":
-            return found
-        return found[0] if found else None
+            return self._results.unpack_from(packed)
+        return self._results.unpack_from(packed)[0] if self._results.size else None
+
+
+DATA = object.__basicsize__
+EXTENTS, STRIDES = DATA + 16, DATA + 24
+"""Where an array of numpy has the addresses of its data, extents and strides; C programs are compiled to that, too."""
+
+_memory = ctypes.create_string_buffer(8)
+_unused = ctypes.addressof(_memory)
+"""Where numba would put a result, or an exception."""
+
+
+@functools.cache
+def _check_layout() -> None:
+    """Refuse a numpy whose arrays have something else there."""
+    array = np.zeros((3, 5), np.int32)[::2, ::3]
+    data, *axes = (ctypes.c_void_p.from_address(id(array) + place).value for place in (DATA, EXTENTS, STRIDES))
+    found = [tuple((ctypes.c_ssize_t * 2).from_address(address or id(array))) for address in axes]
+    if (data, *found) != (array.ctypes.data, array.shape, array.strides):
+        raise SystemError(f"numpy {np.__version__} lays out its arrays in a way that is not known")
 
 
 def _load_object(code: bytes, name: str) -> tuple[Any, int]:

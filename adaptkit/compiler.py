@@ -16,7 +16,10 @@ from adaptkit.compiled import (
     _ALIGNED,
     _CONTIGUOUS,
     _WRITEABLE,
+    DATA,
+    EXTENTS,
     INLINED,
+    STRIDES,
     Kernel,
     Overload,
     Written,
@@ -171,18 +174,30 @@ class _Reader:
         data = self._context.get_data_type(kind).as_pointer()
         return self._context.unpack_value(self._builder, kind, self._builder.bitcast(cell, data))
 
+    def _field(self, place, offset):
+        """A word of an object, or of what is anywhere else."""
+        builder = self._builder
+        at = builder.add(place, cgutils.intp_t(offset))
+        return builder.load(builder.inttoptr(at, cgutils.intp_t.as_pointer()))
+
+    def _fields(self, place, offset, count):
+        """The first words of the memory whose address an object has."""
+        memory = self._field(place, offset)
+        return [self._field(memory, 8 * number) for number in range(count)]
+
     def _array(self, kind):
         context, builder = self._context, self._builder
         element = context.get_data_type(kind.dtype)
         size = cgutils.intp_t(context.get_abi_sizeof(element))
-        data = builder.inttoptr(self._number(types.intp), element.as_pointer())
-        shape = [self._number(types.intp) for _ in range(kind.ndim)]
+        place = self._number(types.intp)
+        data = builder.inttoptr(self._field(place, DATA), element.as_pointer())
+        shape = self._fields(place, EXTENTS, kind.ndim)
         if kind.layout == "C":
             strides = [size]
             for extent in reversed(shape[1:]):
                 strides.insert(0, builder.mul(strides[0], extent))
         else:
-            strides = [self._number(types.intp) for _ in range(kind.ndim)]
+            strides = self._fields(place, STRIDES, kind.ndim)
         array = make_array(kind)(context, builder)
         populate_array(array, data=data, shape=shape, strides=strides[: kind.ndim], itemsize=size, meminfo=None)
         return array._getvalue()
