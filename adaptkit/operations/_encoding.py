@@ -84,18 +84,23 @@ class TensorPlan:
             for result in results:
                 writer.write(self.spec.name, result.raw)
             return {"fingerprint": writer.tensors[-1].xxh3_128}
-        digest, absmax, moments = xxhash.xxh3_128(), [], []
+        digest, blocks, squares = xxhash.xxh3_128(), 0, 0.0
+        count = -(-self.spec.count // self.encoding.block_size)
+        absmax, moments = np.empty(count, np.float32), np.empty((count, 2), np.float32)
         for result in results:
             digest.update(bytes_of(result.raw))
             if result.packed is not None:
                 writer.write(self.spec.name, result.packed.codes)
-                absmax.append(result.packed.absmax)
-                if result.packed.moments is not None:
-                    moments.append(result.packed.moments)
-        constants = quantized.nest(np.concatenate(absmax), self.encoding)
+                sums = result.packed.moments
+                these = slice(blocks, blocks + len(sums))
+                absmax[these], moments[these] = result.packed.absmax, sums[:, 1:]
+                squares += float(sums[:, 0].sum(dtype=np.float64))
+                blocks += len(sums)
+        constants = quantized.nest(absmax, self.encoding)
         for name, part in quantized.constant_parts(self.linear, self.encoding, constants).items():
             writer.write(name, part)
-        return {"fingerprint": digest.hexdigest(), "error": _errors(moments, quantized.unnest(constants))}
+        lost = squared_errors(squares, moments, quantized.unnest(constants))
+        return {"fingerprint": digest.hexdigest(), "error": [lost, squares]}
 
     def _job(self, checkpoint: Checkpoint, piece: Piece) -> Callable[[], Encoded]:
         return lambda: self._encode(checkpoint, piece)
@@ -133,12 +138,3 @@ def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: i
 
 def _then_encoded(job: Callable[[], Array]) -> Callable[[], Encoded]:
     return lambda: Encoded(job())
-
-
-def _errors(moments: Sequence[Array], absmax: Array) -> list[float]:
-    """Σ(w − q)² and Σw² from the blocks' moments, piece by piece, and the constants that the file holds in the end."""
-    lost, whole, start = 0.0, 0.0, 0
-    for piece in moments:
-        found = squared_errors(piece, absmax[start : start + len(piece)])
-        lost, whole, start = lost + found[0], whole + found[1], start + len(piece)
-    return [max(0.0, lost), whole]

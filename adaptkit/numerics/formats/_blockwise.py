@@ -80,15 +80,15 @@ class Format:
     dequantize: Dequantize
 
 
-def squared_errors(moments: Array, absmax: Array) -> tuple[float, float]:
-    """Σ (w - q)² and Σ w² over the weights of some blocks.
+def squared_errors(squares: float, moments: Array, absmax: Array) -> float:
+    """Σ (w - q)² over the weights of some blocks; at least 0, whatever was rounded.
 
     Args:
-        moments: (M, 3) of the blocks, see ``Blockwise``.
+        squares: Σ w² over them.
+        moments: (M, 2), the other moments of the blocks, see ``Blockwise``; contiguous.
         absmax: (M,) float32, the constants that the blocks have in the end.
     """
-    lost, whole = _loops.sum_errors(moments, absmax)
-    return float(lost), float(whole)
+    return max(0.0, squares + float(_loops.sum_errors(moments, absmax)))
 
 
 def check_block_size(block_size: int) -> None:

@@ -143,12 +143,11 @@ def _encode_4bit_by_cells(flat, block_size, table, codes, absmax, moments):
 @compiled(fastmath={"reassoc", "contract"})
 def sum_errors(moments, absmax):
     """See ``formats._blockwise.squared_errors``."""
-    lost, whole = 0.0, 0.0
+    total = 0.0
     for block in range(absmax.size):
-        a, square = np.float64(absmax[block]), np.float64(moments[block, 0])
-        lost += square - 2 * a * np.float64(moments[block, 1]) + a * a * np.float64(moments[block, 2])
-        whole += square
-    return lost, whole
+        a = np.float64(absmax[block])
+        total += a * a * np.float64(moments[block, 1]) - 2 * a * np.float64(moments[block, 0])
+    return total
 
 
 def encode_4bit(weight: Values, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
