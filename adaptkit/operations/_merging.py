@@ -25,6 +25,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target, Tensor
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
+from adaptkit.operations._discarding import discarding
 from adaptkit.operations._edits import Edit, Edits, matrix_of
 from adaptkit.operations._folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge_base import Base, changed_are_known, check_fingerprint, merge_parents
@@ -81,7 +82,7 @@ class Merging:
         """Write everything."""
         checkpoint, state = self.checkpoint, self.checkpoint.state()
         plan = [checkpoint.outline(), self.identity()]
-        with Output(output, plan, force, inputs=[[str(checkpoint.root.resolve()), state]]) as out:
+        with Output(output, plan, force, inputs=[[str(checkpoint.root.resolve()), state]]) as out, discarding(out):
             out.require_space(sum(group.nbytes for _, groups in self.shards for group in groups))
             self._out = out
             write_shards(

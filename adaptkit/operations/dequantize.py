@@ -24,6 +24,7 @@ from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
+from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._selection import stores_transposed
 from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
@@ -131,7 +132,10 @@ def dequantize(
 
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
     state = checkpoint.state()
-    with Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out:
+    with (
+        Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out,
+        discarding(out),
+    ):
         out.require_space(sum(group.nbytes for group in groups))
         write_shards(out, shards, jobs, assemble, thread_count(options.threads), progress)
         checkpoint.require_state(state)

@@ -14,6 +14,7 @@ from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.operations._discarding import discarding
 from adaptkit.operations._extract_plan import (
     IMPOSSIBLE,
     LEFT_OUT,
@@ -88,7 +89,10 @@ def extract(
         return report
     recorded = options.recorded()
     inputs = [[str(source.root.resolve()), state] for source, state in zip(sources, states, strict=True)]
-    with Output(output, [[source.outline() for source in sources], recorded], force, inputs=inputs) as out:
+    with (
+        Output(output, [[source.outline() for source in sources], recorded], force, inputs=inputs) as out,
+        discarding(out),
+    ):
         findings = _examine_all(plan, options, progress)
         for source, state in zip(sources, states, strict=True):
             source.require_state(state)

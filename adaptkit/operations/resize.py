@@ -14,6 +14,7 @@ from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
 from adaptkit.operations._carried import Carried, carried
+from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 
 _KEPT_KEYS = ("revision", "ensure_weight_tying")
@@ -138,7 +139,7 @@ def resize(
         return report
     recorded = options.recorded()
     plan = [tensors_root(read.records), dict(read.config), along.identity(), recorded]
-    with Output(output, plan, force) as out:
+    with Output(output, plan, force) as out, discarding(out):
         kept = {key: read.config[key] for key in _KEPT_KEYS if read.config.get(key)}
         kept |= {"fan_in_fan_out": read.fan_in_fan_out, "task_type": read.config.get("task_type")}
         name = str(read.config.get("base_model_name_or_path") or "")

@@ -17,6 +17,7 @@ from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import Carried, carried
+from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._stack_terms import Stackable, stackable
 from adaptkit.operations._terms import check_weights, expected_fingerprints
@@ -176,7 +177,10 @@ def stack(
     if dry_run:
         return report
     recorded = options.recorded(weights)
-    with Output(output, [[tensors_root(a.records) for a in read], along.identity(), recorded], force) as out:
+    with (
+        Output(output, [[tensors_root(a.records) for a in read], along.identity(), recorded], force) as out,
+        discarding(out),
+    ):
         modules = {name: made.term for name, made in combined.items()}
         base_name = plan.base_names[0] if len(plan.base_names) == 1 else ""
         write_adapter(out, modules, base_name, plan.embeddings, copies=along.tensors(), **plan.config)

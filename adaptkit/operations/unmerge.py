@@ -22,6 +22,7 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics.approximate import ErrorBound, subtract
 from adaptkit.numerics.arrays import Array, Values, as_tensor
+from adaptkit.operations._discarding import discarding
 from adaptkit.operations._edit_plan import plan_edits
 from adaptkit.operations._edits import Edit, Edits, matrix_of
 from adaptkit.operations._folding import Fold, Rows, cut_frames, read_rows
@@ -105,7 +106,7 @@ def unmerge(
         _check_subtractable(merged, edits, options.get("small_files", ()))
     check_output(output, force, [merged, *adapters])
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
-    with Output(output, plan, force) as out:
+    with Output(output, plan, force) as out, discarding(out):
         out.require_space(sum(at.spec.nbytes for at in base.tensors.values()))
         restoring = _Restoring(model, base, edits, records, originals)
         restoring.write(out, thread_count(threads), progress)

@@ -1,0 +1,24 @@
+"""What was written before an input turned out to be bad."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from adaptkit.checkpoint.journal import Output
+from adaptkit.errors import AdaptkitError
+
+_OF_INPUTS = (3, 4, 5)
+"""Exit codes that say that an input has to be another one before this can work."""
+
+
+@contextmanager
+def discarding(output: Output) -> Iterator[None]:
+    """Remove an output if the block finds its input bad: nothing of it would belong to what comes instead.
+
+    It stays after a full disk, an interruption or a kill, from which the same command goes on.
+    """
+    try:
+        yield
+    except AdaptkitError as error:
+        if error.exit_code in _OF_INPUTS:
+            output.discard()
+        raise
