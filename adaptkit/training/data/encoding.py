@@ -150,7 +150,11 @@ class Encoder:
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
-        return [_last_answer(turn, *parts, plain) for turn, parts in zip(learned, found, strict=True)]
+        asked = [messages[turn - 1]["content"].strip() for turn in learned]
+        return [
+            _last_answer(turn, question, *parts, plain)
+            for turn, question, parts in zip(learned, asked, found, strict=True)
+        ]
 
     @cached_property
     def _closing(self) -> tuple[str, int]:
@@ -282,23 +286,23 @@ def _find(messages: Sequence[Message], turn: int, before: str, through: str, end
     return _Answer(len(before), None if at < 0 else at + len(content), end)
 
 
-def _last_answer(turn: int, answer: _Answer | None, text: str, before: str, plain: bool) -> _Text:
+def _last_answer(turn: int, asked: str, answer: _Answer | None, text: str, before: str, plain: bool) -> _Text:
     """A conversation up to an answer, as the template writes it if that is the last."""
-    same = (place for place, (one, other) in enumerate(zip(before, text, strict=False)) if one != other)
-    opening = before[next(same, len(text)) :]
-    if answer is None and len(opening) <= _LONGEST_OPENING:
+    if answer is not None:
+        return _Text(text, (answer,), False, plain, True)
+    pairs = enumerate(zip(before, text, strict=False))
+    same = next((place for place, (one, other) in pairs if one != other), len(text))
+    if asked in before[:same] and len(before) - same <= _LONGEST_OPENING:
         raise DataError(
-            f"the chat template has the model answer after {opening!r}, and leaves that out of message {turn + 1}, "
-            "an answer that is there",
+            f"the chat template has the model answer after {before[same:]!r}, and leaves that out of message "
+            f"{turn + 1}, an answer that is there",
             hint="give the model another chat template: it has to learn what it will be asked",
         )
-    if answer is None:
-        raise DataError(
-            f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
-            "cannot be told from the others",
-            hint="give the model another chat template",
-        )
-    return _Text(text, (answer,), False, plain, True)
+    raise DataError(
+        f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
+        "cannot be told from the others",
+        hint="give the model another chat template",
+    )
 
 
 def _first_tokens(tokenizer: Any) -> list[int]:

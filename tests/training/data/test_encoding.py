@@ -324,11 +324,12 @@ def test_a_template_that_has_the_model_think_first_and_answers_without_is_refuse
             encode(conversation("one", answer), tokenizer)
 
 
-def test_a_template_that_rewrites_what_was_asked_is_refused(llama):
+@pytest.mark.parametrize("question", ["one", "one" * 99], ids=["short", "long"])
+def test_a_template_that_rewrites_what_was_asked_is_refused(llama, question):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match="here: the chat template rewrites the conversation around message 2"):
-        encode(conversation("one" * 99, "two"), tokenizer)
+        encode(conversation(question, "two"), tokenizer)
 
 
 def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
