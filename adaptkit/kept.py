@@ -135,14 +135,19 @@ def _folders(source: Path) -> list[Path]:
 
 @functools.cache
 def _processor() -> str:
-    """What the machine code depends on beside its source: the processor, what numba was told, and who loads it."""
+    """What the machine code depends on beside its source: the processor, what numba was told, and who loads it.
+
+    And how long the head of every object is, behind which an array has its fields: a Python without its global lock has
+    a longer one, and may share the folders.
+    """
     import llvmlite
     from llvmlite import binding
 
     told = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     told = [setting for setting in told if not setting.startswith(_OF_NO_CONSEQUENCE)]
     features = binding.get_host_cpu_features().flatten()
-    return " ".join([llvmlite.__version__, binding.get_host_cpu_name(), features, *told])
+    head = f"head={object.__basicsize__}"
+    return " ".join([llvmlite.__version__, binding.get_host_cpu_name(), features, head, *told])
 
 
 def _described(kind: Kind) -> str:

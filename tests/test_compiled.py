@@ -362,6 +362,14 @@ def test_kernels_for_another_processor_are_others(package):
     assert decode(package, NUMBA_NUM_THREADS="1") == KEPT
 
 
+def test_kernels_for_a_python_whose_objects_begin_otherwise_are_others(package):
+    """Where an array has its fields is in their code; one without a global lock has longer heads."""
+    other = "import adaptkit.kept as k, types; k.object = types.SimpleNamespace(__basicsize__=32)\n" + DECODE
+    assert decode(package) == MADE
+    assert decode(package, other) == MADE
+    assert [decode(package), decode(package, other)] == [KEPT, KEPT]
+
+
 def add(x, y):
     wide()
     for i in range(x.size):
