@@ -112,6 +112,7 @@ class PlanReport:
         architecture: transformers' class.
         parameters: of the model.
         method: of training.
+        device: that it was planned for, ``cpu`` or ``cuda``.
         trainable_parameters: of that method.
         checkpointing: which layers are checkpointed, in words.
         memory: bytes by part; see ``checkpoint.memory.Memory``.
@@ -123,6 +124,7 @@ class PlanReport:
     architecture: str
     parameters: int
     method: str
+    device: str
     trainable_parameters: int
     checkpointing: str
     memory: dict[str, int]
@@ -176,6 +178,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         architecture=type(network).__name__,
         parameters=parameters,
         method=options.method,
+        device="cuda" if options.on_gpu else "cpu",
         trainable_parameters=trainable,
         checkpointing=str(checkpointing),
         memory=memory.parts(),

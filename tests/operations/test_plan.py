@@ -72,6 +72,7 @@ def test_without_a_word_it_plans_for_what_is_here(models, monkeypatch):
         assert PlanOptions().on_gpu is there
         assert PlanOptions(offload_checkpoints=True).on_gpu
         assert (PlanOptions(device="cpu").on_gpu, PlanOptions(device="cuda").on_gpu) == (False, True)
+        assert plan(models["llama"][0], PlanOptions(seq_len=16)).device == ("cuda" if there else "cpu")
     with pytest.raises(UsageError, match="host memory already"):
         PlanOptions(device="cpu", offload_checkpoints=True)
 
@@ -81,7 +82,7 @@ def test_without_a_word_it_plans_for_what_is_here(models, monkeypatch):
 def test_weights_gradients_and_optimizer_are_predicted_to_the_byte(models, name, method):
     plain, packed = models[name]
     model, trainable = loaded(packed if method == "qlora" else plain)
-    found = plan(plain, PlanOptions(method=method, rank=4, seq_len=32))
+    found = plan(plain, PlanOptions(method=method, rank=4, seq_len=32, device="cpu"))
     count = trainable.values.numel()
     expected = predicted_memory(model.network, count, 0, Activations(None, 0, 0))
     assert found.trainable_parameters == count
@@ -217,6 +218,6 @@ def test_folders_that_hold_no_model_are_refused(run_cli, tmp_path):
 
 def test_the_command_prints_a_table_and_a_document(run_cli, llama):
     table = run_cli("plan", llama, "--seq-len", 64)
-    assert all(word in table.stdout for word in ("activations", "in all", "2 r √N"))
+    assert all(word in table.stdout for word in ("device", "activations", "in all", "2 r √N"))
     document = json.loads(run_cli("plan", llama, "--seq-len", 64, "--json").stdout)
     assert document["total_bytes"] == sum(document["memory"].values())

@@ -28,7 +28,7 @@ from adaptkit.cli.output import Row, percent, show, size
 )  # fmt: skip
 @click.option(
     "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True,
-    help="auto: a GPU if there is one here.",
+    help="auto: a GPU if there is one here, or if checkpoints are offloaded.",
 )  # fmt: skip
 @report_options
 def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
@@ -42,6 +42,7 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
     rows: list[Row] = [
         ("model", f"{report.architecture}, {report.parameters:,} parameters"),
         ("method", f"{report.method}, {options['compute_dtype']}"),
+        ("device", report.device),
         ("trainable", f"{report.trainable_parameters:,} ({percent(report.trainable_parameters / report.parameters)})"),
         ("layers", report.checkpointing),
         *((name, size(count)) for name, count in report.memory.items()),
