@@ -13,7 +13,7 @@ works on a real network as on one whose tensors are fake, and whatever its layer
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -148,12 +148,15 @@ def fit_budget(budget_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = 
     )
 
 
-def measure_layers(layers: Sequence[nn.Module], call: Callable[[], Any]) -> list[LayerSize]:
+def measure_layers(
+    layers: Sequence[nn.Module], call: Callable[[], Any], held: Iterable[Tensor] = ()
+) -> list[LayerSize]:
     """Measure layers while a network runs: the first of every kind, and no further than that.
 
     Args:
         layers: of the network, in order.
         call: runs the network once; gradients need not be on, and none are collected.
+        held: what lies outside of the layers and is there anyway, though a layer may use parts of it.
 
     Returns:
         The sizes of every layer, in order.
@@ -161,9 +164,10 @@ def measure_layers(layers: Sequence[nn.Module], call: Callable[[], Any]) -> list
     kinds = [_kind(layer) for layer in layers]
     wanted = {kinds.index(kind) for kind in kinds}
     sizes: dict[int, LayerSize] = {}
+    there = tuple(held)
 
     def replacement(index: int, forward: Any) -> Any:
-        return _measuring(layers[index], forward, sizes, index, wanted) if index in wanted else forward
+        return _measuring(layers[index], forward, sizes, index, wanted, there) if index in wanted else forward
 
     with _replaced(layers, replacement), suppress(_Enough):
         call()
@@ -202,12 +206,17 @@ def _replaced(layers: Sequence[nn.Module], replacement: Callable[[int, Any], Any
 
 
 def _measuring(
-    layer: nn.Module, forward: Any, sizes: dict[int, LayerSize], index: int, wanted: set[int]
+    layer: nn.Module,
+    forward: Any,
+    sizes: dict[int, LayerSize],
+    index: int,
+    wanted: set[int],
+    held: tuple[Tensor, ...],
 ) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         call = LayerCall(forward, args, kwargs)
         hidden = call.take()[0].detach().requires_grad_()
-        known = [hidden, *layer.parameters(), *layer.buffers(), *tree_leaves((args, kwargs)), *call.constants]
+        known = [hidden, *layer.parameters(), *layer.buffers(), *held, *tree_leaves((args, kwargs)), *call.constants]
         with torch.enable_grad(), Alive(known) as alive:
             outputs = call(hidden)
             output = outputs[0]

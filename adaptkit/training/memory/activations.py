@@ -98,7 +98,7 @@ def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> l
     layers: list[nn.Module] = list(find_stack(network)[1])
     was_training = network.training
     with without_compiler(), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        sizes = measure_layers(layers, lambda: network.train().base_model(**inputs, use_cache=False))
+        sizes = measure_layers(layers, lambda: network.train().base_model(**inputs, use_cache=False), network.buffers())
     network.train(was_training)
     return sizes
 

@@ -8,6 +8,7 @@ from adaptkit.operations.quantize import quantize
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
+from adaptkit.training.memory.activations import layer_sizes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.joined_gpu import join_on_gpu
@@ -98,6 +99,16 @@ def test_copies_are_in_no_file_and_none_are_kept_in_float32(packed):
     keep_narrow(model.network, BFLOAT16)
     assert list(model.network.state_dict()) == names
     assert model.network.narrow_adapters.dtype == BFLOAT16
+
+
+def test_they_are_no_activations_of_a_layer(packed):
+    """They count once, beside the weights; each layer uses parts of the one buffer."""
+    one, two = (loaded(packed) for _ in range(2))
+    join_on_gpu(one.network)
+    keep_narrow(two.network, BFLOAT16, join_on_gpu(two.network))
+    plain, narrow = (layer_sizes(model.network, (2, 17), torch.device("cpu")) for model in (one, two))
+    assert [size.kept_bytes for size in narrow] == [size.kept_bytes for size in plain]
+    assert all(less.peak_bytes <= more.peak_bytes for less, more in zip(narrow, plain, strict=True))
 
 
 def test_they_are_made_anew_whether_the_network_is_called_or_its_body(packed):
