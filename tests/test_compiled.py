@@ -72,6 +72,21 @@ def test_arguments_and_results_of_every_kind():
             assert out[0] == (1 if flag else -1) * (1 + 2 + 5 + 0.25 + 0.5 + 200 + 1000 + 10000)
 
 
+@jit
+def copy_column(array, out):
+    column = array[:, 1]
+    for i in range(column.size):
+        out[i] = column[i]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+def test_columns_of_an_array_are_where_its_strides_say(dtype):
+    array, out = np.arange(15, dtype=dtype).reshape(5, 3), np.zeros(5)
+    for given in (array, np.asfortranarray(array), array[::-1]):
+        copy_column(given, out)
+        assert (out == given[:, 1]).all()
+
+
 def test_memory_that_begins_anywhere_is_read():
     whole = np.arange(41, dtype=np.uint8)
     crooked = whole[1:].view(np.float32)
