@@ -133,9 +133,7 @@ def decode_nested_4bit(
     """``decode_constants`` and ``decode_4bit`` in one: ``nest`` of ``constants`` share one of ``nested``."""
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
-    code = tl.load(constants + rows, mask=inside, other=0).to(tl.int32)
-    factor = tl.load(nested + rows // nest, mask=inside, other=0.0)
-    scale = tl.load(nested_levels + code) * factor + offset
+    scale = _nested_scale(constants, nested, nested_levels, rows, rows // nest, inside) + offset
     _decode(codes, scale, levels, out, rows, inside, block, kind)
 
 
@@ -166,10 +164,15 @@ def decode_parts_4bit(
     for j in tl.static_range(1, parts):
         part += (rows >= tl.load(places + j)).to(tl.int32)
     number = tl.load(places + parts + part) + (rows - tl.load(places + part)) // nest
-    code = tl.load(constants + rows, mask=inside, other=0).to(tl.int32)
-    factor = tl.load(nested + number, mask=inside, other=0.0)
-    scale = tl.load(nested_levels + code) * factor + tl.load(offsets + part)
+    scale = _nested_scale(constants, nested, nested_levels, rows, number, inside) + tl.load(offsets + part)
     _decode(codes, scale, levels, out, rows, inside, block, kind)
+
+
+@triton.jit
+def _nested_scale(constants, nested, nested_levels, rows, number, inside):
+    """The constants of some blocks before their offset; ``number`` is where each one's own constant is."""
+    code = tl.load(constants + rows, mask=inside, other=0).to(tl.int32)
+    return tl.load(nested_levels + code) * tl.load(nested + number, mask=inside, other=0.0)
 
 
 @triton.jit

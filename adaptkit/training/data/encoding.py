@@ -150,11 +150,7 @@ class Encoder:
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
-        asked = [messages[turn - 1]["content"].strip() for turn in learned]
-        return [
-            _last_answer(turn, question, *parts, plain)
-            for turn, question, parts in zip(learned, asked, found, strict=True)
-        ]
+        return [_last_answer(messages, turn, *parts, plain) for turn, parts in zip(learned, found, strict=True)]
 
     @cached_property
     def _closing(self) -> tuple[str, int]:
@@ -263,8 +259,7 @@ def after_answer(tokenizer: Any) -> tuple[str, str]:
     begun = len(before) + len(word)
     if not longer.startswith(text[:begun]):
         return after, after
-    same = (place for place, (one, other) in enumerate(zip(after, longer[begun:], strict=False)) if one != other)
-    return after, after[: next(same, len(longer) - begun)]
+    return after, after[: _shared(after, longer[begun:])]
 
 
 def _find(messages: Sequence[Message], turn: int, before: str, through: str, end: int) -> _Answer | None:
@@ -286,12 +281,13 @@ def _find(messages: Sequence[Message], turn: int, before: str, through: str, end
     return _Answer(len(before), None if at < 0 else at + len(content), end)
 
 
-def _last_answer(turn: int, asked: str, answer: _Answer | None, text: str, before: str, plain: bool) -> _Text:
+def _last_answer(
+    messages: Sequence[Message], turn: int, answer: _Answer | None, text: str, before: str, plain: bool
+) -> _Text:
     """A conversation up to an answer, as the template writes it if that is the last."""
     if answer is not None:
         return _Text(text, (answer,), False, plain, True)
-    pairs = enumerate(zip(before, text, strict=False))
-    same = next((place for place, (one, other) in pairs if one != other), len(text))
+    same, asked = _shared(before, text), messages[turn - 1]["content"].strip()
     if asked in before[:same] and len(before) - same <= _LONGEST_OPENING:
         raise DataError(
             f"the chat template has the model answer after {before[same:]!r}, and leaves that out of message "
@@ -303,6 +299,12 @@ def _last_answer(turn: int, asked: str, answer: _Answer | None, text: str, befor
         "cannot be told from the others",
         hint="give the model another chat template",
     )
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
 
 
 def _first_tokens(tokenizer: Any) -> list[int]:

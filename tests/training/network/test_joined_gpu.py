@@ -14,7 +14,6 @@ from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.operations.quantize import quantize
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
@@ -26,14 +25,6 @@ from adaptkit.training.network.model import load_model, new_adapter
 from adaptkit.training.network.narrow import keep_narrow
 
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def packed(made):
-    folder = made / "joined-gpu"
-    if not folder.exists():
-        quantize(tiny.write_family(made / "joined-gpu-plain", "llama"), folder)
-    return folder
 
 
 def loaded(packed, targets=("*",), dropout=0.0, dtype=torch.float32, **options):

@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 
-from adaptkit.operations.quantize import quantize
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
@@ -18,14 +17,6 @@ from adaptkit.training.network.narrow import keep_narrow, narrowed, narrowed_bel
 
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 BFLOAT16 = torch.bfloat16
-
-
-@pytest.fixture
-def packed(made):
-    folder = made / "narrow"
-    if not folder.exists():
-        quantize(tiny.write_family(made / "narrow-plain", "llama"), folder)
-    return folder
 
 
 def loaded(packed, **options):
