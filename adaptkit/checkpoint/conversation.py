@@ -5,7 +5,8 @@
     prompt         {"prompt", "completion"}             or input, which follows the question, and system. A prompt
                                                         and its completion may be lists of messages.
     messages       {"messages": [{"role", "content"}, ...]}         also from and value; "weight": 0 on an answer
-    conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss
+    conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss; thoughts may be apart, as
+                                                                    reasoning_content, reasoning or thinking
     text           {"text"}
 
 A row has to be of exactly one layout, unless one is asked for by name.
@@ -18,9 +19,9 @@ from typing import Any
 
 from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
+from adaptkit.checkpoint.thoughts import FIELD, Taker, has_thoughts, read_thoughts, words_of
+from adaptkit.checkpoint.thoughts import Message as Message
 from adaptkit.errors import DataError
-
-Message = dict[str, str]
 
 LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
 _QUESTIONS = LAYOUTS[:3]
@@ -80,7 +81,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         raise DataError(f"{where}: no message is the assistant's to learn", hint="the assistant has to answer")
     return Example(
         layout,
-        tuple({"role": turn.role, "content": turn.content} for turn in messages),
+        tuple(turn.message for turn in messages),
         learned,
         columns=frozenset(columns),
     )
@@ -101,7 +102,10 @@ def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: A
             template nor end token.
     """
     if tokenizer.chat_template is not None:
-        texts = apply_template(tokenizer, [conversation for conversation in conversations if conversation[0]])
+        taker = Taker(tokenizer.get_chat_template())
+        texts = apply_template(
+            tokenizer, [([taker.message(turn) for turn in turns], opening) for turns, opening in conversations if turns]
+        )
         for messages, _ in conversations:
             yield next(texts) if messages else ""
         return
@@ -109,7 +113,7 @@ def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: A
         if messages and tokenizer.eos_token is None:
             raise DataError("the tokenizer has neither a chat template nor an end token")
         ends = {"assistant": tokenizer.eos_token}
-        yield "".join(message["content"] + ends.get(message["role"], "\n") for message in messages)
+        yield "".join(words_of(message) + ends.get(message["role"], "\n") for message in messages)
 
 
 def is_text(value: Any) -> bool:
@@ -122,6 +126,12 @@ class _Turn:
     role: str
     content: str
     learned: bool = False
+    thoughts: str = ""
+
+    @property
+    def message(self) -> Message:
+        """Without what is empty."""
+        return {"role": self.role, "content": self.content} | ({FIELD: self.thoughts} if self.thoughts else {})
 
 
 def _layout_of(row: Mapping[str, Any], where: str) -> str:
@@ -179,7 +189,20 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     weight = message.get("weight")
     if weight not in (None, 0, 1):
         raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
-    return _Turn(_ROLES[role], str(content), _ROLES[role] == "assistant" and weight != 0)
+    learned = _ROLES[role] == "assistant" and weight != 0
+    return _Turn(_ROLES[role], str(content), learned, _thoughts(message, str(content), where))
+
+
+def _thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
+    given = read_thoughts(message)
+    if not given:
+        return ""
+    name, thoughts = next(iter(given.items()))
+    if not is_text(thoughts):
+        raise DataError(f"{where}: {name} is no text ({type(thoughts).__name__})", hint=f"{name} is a string")
+    if len(set(map(str, given.values()))) > 1 or has_thoughts(content):
+        raise DataError(f"{where} has thoughts in more than one place", hint=f"leave them in {name} alone")
+    return str(thoughts).strip()
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

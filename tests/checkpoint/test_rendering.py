@@ -130,7 +130,8 @@ def test_time_is_that_of_the_template_and_not_of_the_clock(tokenizer, monkeypatc
 
 def test_the_conversation_that_takes_too_long_is_the_one_that_is_named(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_SECONDS", 0.5)
-    tokenizer.chat_template = "{% if messages[0]['content'] == 'x' %}" + LOOP + "{% endif %}fine"
+    tokenizer.chat_template = "{% if messages[0]['content'] == 'x' %}" + LOOP + "{% endif %}"
+    tokenizer.chat_template += "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     rows = [{"instruction": what, "output": "y"} for what in "abxc"]
     examples = [(f"line {n}", read_example(row, "")) for n, row in enumerate(rows, 1)]
     with pytest.raises(DataError, match=r"line 3: the chat template takes longer than 0\.5 seconds"):

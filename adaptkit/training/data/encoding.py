@@ -17,28 +17,11 @@ from typing import Any
 
 from adaptkit.checkpoint.conversation import Example, Message, is_text, render
 from adaptkit.errors import DataError, UsageError
+from adaptkit.training.data.answers import Answer, answer_as_asked, check_questions, find_answer, shared
 from adaptkit.training.data.samples import IGNORED, Sample
-
-_LONGEST_OPENING = 80
-"""Characters that a template may open an answer with; more is a part of the conversation."""
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 """Ids, and where each begins and ends in the text."""
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """Where a turn of the assistant is in a text.
-
-    Attributes:
-        start: where its opening ends.
-        said: where its content ends; None if the template wrote it in another way.
-        end: where the turn ends: after the token that ends it, as far as the template's is known.
-    """
-
-    start: int
-    said: int | None
-    end: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,7 @@ class _Text:
     """
 
     text: str
-    answers: tuple[_Answer, ...]
+    answers: tuple[Answer, ...]
     learned: bool
     begins: bool
     ends: bool
@@ -137,20 +120,34 @@ class Encoder:
             return [_Text(example.text, (), True, True, True)]
         messages, learned, plain = example.messages, self.learned(example), self._tokenizer.chat_template is None
         whole = next(rendered)
-        found: list[tuple[_Answer | None, str, str]] = []
+        found: list[tuple[Answer | None, str, str]] = []
         for turn in learned:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
-            found.append((_find(messages, turn, before, through, self._turn_end(through)), through, before))
+            found.append((find_answer(messages, turn, before, through, self._turn_end(through)), through, before))
         answers = tuple(
             answer for answer, through, _ in found if answer is not None and whole.startswith(through[: answer.end])
         )
+        if len(answers) == len(found) or self._loss_on == "all":
+            check_questions(messages, whole)
         if len(answers) == len(found):
             ends = learned[-1] == len(messages) - 1
             return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
-        return [_last_answer(messages, turn, *parts, plain) for turn, parts in zip(learned, found, strict=True)]
+        texts = []
+        for turn, (answer, text, before) in zip(learned, found, strict=True):
+            check_questions(messages[:turn], before)
+            if answer is None:
+                text, answer = self._as_asked(messages, turn, before)
+            texts.append(_Text(text, (answer,), False, plain, True))
+        return texts
+
+    def _as_asked(self, messages: Sequence[Message], turn: int, before: str) -> tuple[str, Answer]:
+        """A conversation up to an answer that the template would write in another way than it asks for it."""
+        alone = messages[turn - 1 : turn + 1]
+        asked, answered = render([(alone[:1], True), (alone, False)], self._tokenizer)
+        return answer_as_asked(messages, turn, before, asked, answered, self._turn_end(answered))
 
     @cached_property
     def _closing(self) -> tuple[str, int]:
@@ -160,9 +157,11 @@ class Encoder:
         except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
             return "", 0
         ((tokens, places),) = self._tokenize([text])
-        ends = [end for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends]
-        of_turns = [end for end in ends if end <= len(always)]
-        return text, len(text) - (of_turns[-1] if of_turns else ends[0] if ends else len(text))
+        ends = [(end, token) for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends]
+        of_turns = [end for end, _ in ends if end <= len(always)]
+        stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
+        found = stops[:1] or of_turns[-1:] or [end for end, _ in ends[:1]]  # some write the next turn's first token too
+        return text, len(text) - (found[0] if found else len(text))
 
     def _turn_end(self, through: str) -> int:
         """Where the turn ends that is the last of a text: some templates end the text too, with another token."""
@@ -210,19 +209,18 @@ class Encoder:
             ids, labels = self._begin + ids, array("i", [IGNORED]) * len(self._begin) + labels
         return Sample(ids, labels, where), added and bool(spans)
 
-    def _end(self, tokens: list[int], places: list[tuple[int, int]], answer: _Answer, base: int) -> tuple[int, bool]:
+    def _end(self, tokens: list[int], places: list[tuple[int, int]], answer: Answer, base: int) -> tuple[int, bool]:
         """Up to which token an answer goes, and whether that one ends the turn.
 
         What the template puts after the end of the turn is not the model's to say.
         """
         last = bisect_right(places, answer.end - base, key=itemgetter(1))
-        said = answer.start if answer.said is None else answer.said
         for index in range(last - 1, -1, -1):
-            if places[index][0] + base < said:
+            if places[index][0] + base < answer.said:
                 break
             if tokens[index] in self._ends:
                 return index + 1, True
-        return last if answer.said is None else bisect_left(places, said - base, key=itemgetter(0)), False
+        return bisect_left(places, answer.said - base, key=itemgetter(0)), False
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
@@ -259,52 +257,7 @@ def after_answer(tokenizer: Any) -> tuple[str, str]:
     begun = len(before) + len(word)
     if not longer.startswith(text[:begun]):
         return after, after
-    return after, after[: _shared(after, longer[begun:])]
-
-
-def _find(messages: Sequence[Message], turn: int, before: str, through: str, end: int) -> _Answer | None:
-    """Where an answer is in the text of a conversation up to its end; None if the template rewrites what is before it.
-
-    Args:
-        messages: of the conversation.
-        turn: of the answer.
-        before: the text up to where the model is to answer.
-        through: the text up to the answer's end, and what the template puts after it.
-        end: of the turn, in it.
-    """
-    if turn == 0:
-        raise DataError("the assistant speaks first", hint="begin with a user's message")
-    if not through.startswith(before):
-        return None
-    content = messages[turn]["content"].strip()
-    at = through.find(content, len(before), end)
-    return _Answer(len(before), None if at < 0 else at + len(content), end)
-
-
-def _last_answer(
-    messages: Sequence[Message], turn: int, answer: _Answer | None, text: str, before: str, plain: bool
-) -> _Text:
-    """A conversation up to an answer, as the template writes it if that is the last."""
-    if answer is not None:
-        return _Text(text, (answer,), False, plain, True)
-    same, asked = _shared(before, text), messages[turn - 1]["content"].strip()
-    if asked in before[:same] and len(before) - same <= _LONGEST_OPENING:
-        raise DataError(
-            f"the chat template has the model answer after {before[same:]!r}, and leaves that out of message "
-            f"{turn + 1}, an answer that is there",
-            hint="give the model another chat template: it has to learn what it will be asked",
-        )
-    raise DataError(
-        f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
-        "cannot be told from the others",
-        hint="give the model another chat template",
-    )
-
-
-def _shared(text: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
+    return after, after[: shared(after, longer[begun:])]
 
 
 def _first_tokens(tokenizer: Any) -> list[int]:

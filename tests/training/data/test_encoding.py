@@ -308,20 +308,30 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    with pytest.raises(DataError, match="here: the chat template has the model answer after 'A:', and leaves"):
+    with pytest.raises(DataError, match="here: the chat template has the model answer after 'A:', and writes"):
         encode(conversation("one", "two"), tokenizer)
 
 
-def test_a_template_that_has_the_model_think_first_and_answers_without_is_refused(llama):
-    """What it makes of an answer has no thoughts, even if the answer has some: they would be lost without a word."""
+def test_a_template_that_has_the_model_think_first_is_given_thoughts_that_it_leaves_out(llama):
+    """And is not given an answer that has none."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    for answer in ("two", "<think>\nso\n</think>\n\ntwo"):
-        with pytest.raises(DataError, match=r"answer after '<think>\\n', and leaves that out of message 2"):
-            encode(conversation("one", answer), tokenizer)
+    with pytest.raises(DataError, match=r"answer after '<think>\\n', and writes message 2, an answer .* without"):
+        encode(conversation("one", "two"), tokenizer)
+    inline = {"role": "assistant", "content": "<think>\nso\n</think>\n\ntwo"}
+    apart = {"role": "assistant", "content": "two", "reasoning_content": "so"}
+    for answer in (inline, apart):
+        messages = [*conversation("zero", "<think>\nno\n</think>\n\nnil", "one"), answer]
+        samples, _ = encode_row({"messages": messages}, tokenizer)
+        assert [learned(sample, tokenizer) for sample in samples] == [
+            "no\n</think>\n\nnil<|im_end|>", "so\n</think>\n\ntwo<|im_end|>",
+        ]  # fmt: skip
+        for sample, turn in zip(samples, (1, 3), strict=True):
+            asked = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False)
+            assert tokenizer.decode(sample.ids).startswith(asked)
 
 
 @pytest.mark.parametrize("question", ["one", "one" * 99], ids=["short", "long"])
@@ -389,6 +399,7 @@ def test_all_tokens_that_a_template_ends_every_turn_with_are_learned(llama, coun
     """As in Command R7B, of whose two the last one is the end token; those at the end of the text alone are not."""
     tokenizer = load_tokenizer(llama)
     ends, last = ["<|im_end|>", "<|endoftext|>"][:count], {1: "<|endoftext|>", 2: ""}[count]
+    tokenizer.eos_token = ends[-1]
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role + ' ' + m.content + '" + "".join(ends) + "' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant {% else %}" + last + "{% endif %}"

@@ -1,0 +1,206 @@
+"""Templates that ask for an answer in another way than they write it, and answers with thoughts."""
+
+import pytest
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.conversation import read_example
+from adaptkit.errors import DataError
+from adaptkit.training.data.encoding import Encoder
+from adaptkit.training.data.samples import IGNORED
+
+MARKS = (
+    "<think>", "</think>", "<|user|>", "<|assistant|>", "[INST]", "[/INST]", "<turn|>", "<|channel>", "<channel|>",
+    "<|TURN|>", "<|END|>", "<|USER|>", "<|BOT|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|end|>",
+)  # fmt: skip
+TURNS = "{% for m in messages %}"
+LAST_TURN = "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+OWN_MARKS = (  # thoughts in the content, between other marks than the data's, and no end of turn: GLM 4.6
+    TURNS + "{% set parts = m.content.split('</think>') %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
+    "<think>{{ parts[0].split('<think>')[-1].strip() if '</think>' in m.content }}</think>\n{{ parts[-1].strip() }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SYSTEM_LAST = (  # the system's message stands before the last turn, if that is a question: Mistral Nemo
+    TURNS + "{% if m.role == 'assistant' %} {{ m.content + eos_token }}{% elif m.role == 'user' %}[INST]"
+    + LAST_TURN + "{{ m.content }}[/INST]{% endif %}{% endfor %}"
+)  # fmt: skip
+NO_THOUGHTS = (  # asks with a thought that is empty, which is not in what it writes: Gemma 4
+    TURNS + "<|{{ m.role }}|>{{ m.content }}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><|channel>thought\n<channel|>{% endif %}"
+)
+CLOSING = (  # asks with a thought begun; an answer without ends it at once: GLM 4.7
+    TURNS + "<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '' if '</think>' in m.content else '</think>' }}"
+    "{% endif %}{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+ANSWER_CLOSES = (  # both end the thought: DeepSeek V3.2
+    TURNS + "<|{{ m.role }}|>{{ '</think>' if m.role == 'assistant' }}{{ m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think></think>{% endif %}"
+)
+CHANNELS = (  # takes thoughts from a field alone, and writes the last answer's: gpt-oss
+    TURNS + "{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis"
+    "<|message|>{{ m.thinking }}<|end|>{% endif %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+BOTH = (  # takes them from a field, or leaves them in the content: Nemotron 3
+    TURNS + "<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% elif '</think>' "
+    "in m.content %}{% endif %}{{ m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NEXT_TURN = (  # begins the next turn, whoever's it is: Command A
+    TURNS + "<|TURN|>{{ '<|USER|>' if m.role == 'user' else '<|BOT|>' }}{{ m.content }}<|END|>{% endfor %}"
+    "<|TURN|><|BOT|>"
+)
+THOUGHTFUL = "<think>\nlong\nand wide\n</think>\n\nthe Rhine"
+
+
+@pytest.fixture
+def make(llama):
+    """A tokenizer with a template."""
+
+    def tokenizer_with(template, eos="<|end|>"):
+        tokenizer = load_tokenizer(llama)
+        tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": list(MARKS)})
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return tokenizer_with
+
+
+def chat(*contents, system=None):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def encode(messages, tokenizer, **options):
+    row = read_example({"messages": messages}, "here")
+    (encoded,) = Encoder(tokenizer, **options).encode([("here", row)])
+    return encoded.samples
+
+
+def learned(sample, tokenizer):
+    return tokenizer.decode([label for label in sample.labels if label != IGNORED])
+
+
+def check_asked(samples, messages, tokenizer):
+    """What comes before each answer are the tokens of its prompt at inference."""
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    for sample, turn in zip(samples, turns, strict=True):
+        asked = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, return_dict=True)
+        begin = next(place for place, label in enumerate(sample.labels) if label != IGNORED)
+        assert list(sample.ids[:begin]) == asked["input_ids"]
+
+
+def test_an_answer_after_thoughts_is_learned_whatever_the_template_puts_around_them(make):
+    """The mark that ends the thoughts is a token like those that end turns."""
+    tokenizer = make(OWN_MARKS)
+    (sample,) = encode(chat("Name a river", THOUGHTFUL), tokenizer)
+    assert learned(sample, tokenizer) == "<think>long\nand wide</think>\nthe Rhine<|end|>"
+    check_asked([sample], chat("Name a river", THOUGHTFUL), tokenizer)
+
+
+def test_the_system_is_heard_where_the_template_puts_it_before_the_last_question(make):
+    tokenizer = make(SYSTEM_LAST)
+    messages = chat("Name a river", "the Rhine", "And another", "the Po", system="Be kind")
+    samples = encode(messages, tokenizer)
+    assert [learned(sample, tokenizer) for sample in samples] == [" the Rhine<|end|>", " the Po<|end|>"]
+    check_asked(samples, messages, tokenizer)
+    assert all("Be kind\n" in tokenizer.decode(sample.ids) for sample in samples)
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "Be kind" not in written  # so that the text of the conversation would not do
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(NO_THOUGHTS, "the Rhine<turn|>"), (CLOSING, "</think>the Rhine<|end|>"), (ANSWER_CLOSES, "the Rhine<|end|>")],
+    ids=["empty", "begun", "ended twice"],
+)
+def test_an_answer_without_thoughts_follows_what_the_model_is_asked(make, template, said):
+    tokenizer = make(template)
+    messages = chat("Name a lake", "none", "Name a river", "the Rhine", system="Be kind")
+    samples = encode(messages, tokenizer)
+    assert learned(samples[1], tokenizer) == said
+    check_asked(samples, messages, tokenizer)
+
+
+def test_thoughts_are_refused_where_the_model_is_asked_for_an_answer_without(make):
+    with pytest.raises(DataError, match=r"after '<think></think>', and writes message 2, an answer .*, without"):
+        encode(chat("Name a river", THOUGHTFUL), make(ANSWER_CLOSES))
+
+
+def test_a_template_with_a_field_for_thoughts_gets_them_there_wherever_the_data_have_them(make):
+    tokenizer = make(CHANNELS)
+    apart = [*chat("Name a lake", "none", "Name a river"), {"role": "assistant", "content": "the Rhine"}]
+    apart[-1]["thinking"] = "long\nand wide"
+    inline = chat("Name a lake", "none", "Name a river", THOUGHTFUL)
+    written = tokenizer.apply_chat_template(apart, tokenize=False)
+    for messages in (apart, inline):
+        samples = encode(messages, tokenizer)
+        assert learned(samples[0], tokenizer) == "<|channel|>final<|message|>none<|return|>"
+        assert tokenizer.decode(samples[1].ids) == written
+        assert learned(samples[1], tokenizer) == written[written.index("<|channel|>analysis") :]
+
+
+def test_a_template_that_takes_thoughts_both_ways_gets_them_as_the_data_have_them(make):
+    tokenizer = make(BOTH)
+    apart = [*chat("Name a river"), {"role": "assistant", "content": "the Rhine", "reasoning_content": "long"}]
+    for messages in (apart, chat("Name a river", THOUGHTFUL)):
+        (sample,) = encode(messages, tokenizer)
+        assert tokenizer.decode(sample.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_template_without_such_a_field_gets_thoughts_in_the_content(make, name):
+    tokenizer = make(NEXT_TURN)
+    apart = [*chat("Name a river"), {"role": "assistant", "content": "the Rhine", name: "long\nand wide"}]
+    (sample,) = encode(apart, tokenizer)
+    (inline,) = encode(chat("Name a river", THOUGHTFUL), tokenizer)
+    assert (list(sample.ids), list(sample.labels)) == (list(inline.ids), list(inline.labels))
+    tokenizer.chat_template = None
+    assert learned(encode(apart, tokenizer)[0], tokenizer) == f"{THOUGHTFUL}<|end|>"
+
+
+def test_thoughts_that_the_template_leaves_out_are_not_lost_without_a_word(make):
+    tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+                     "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    with pytest.raises(DataError, match="here: the chat template leaves out a part of message 2: 'long'"):
+        encode(chat("Name a river", THOUGHTFUL), tokenizer)
+    (sample,) = encode(chat("Name a river", "the Rhine"), tokenizer)
+    assert learned(sample, tokenizer) == "the Rhine<|end|>"
+
+
+@pytest.mark.parametrize("loss_on", ["answers", "all"])
+@pytest.mark.parametrize(
+    "what", ["{% if m.role != 'system' %}{{ m.content }}{% endif %}", "{{ m.content[0].text }}"], ids=["role", "list"]
+)
+def test_a_template_that_leaves_a_message_out_is_refused(make, what, loss_on):
+    """As SmolVLM's does with any text that is not in a list."""
+    tokenizer = make(TURNS + "<|user|>" + what + "<|end|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}")
+    with pytest.raises(DataError, match="leaves out message 1, which is the system's"):
+        encode(chat("Name a river", "the Rhine", system="Be kind"), tokenizer, loss_on=loss_on)
+
+
+def test_the_token_that_begins_every_next_turn_is_no_part_of_the_answer(make):
+    tokenizer = make(NEXT_TURN, eos="<|END|>")
+    (sample,) = encode(chat("Name a river", "the Rhine", "And another", "the Po"), tokenizer)
+    assert learned(sample, tokenizer) == "the Rhine<|END|>the Po<|END|>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        ({"content": "a", "thinking": 3}, r"thinking is no text \(int\)"),
+        ({"content": "a", "thinking": "b", "reasoning": "c"}, "has thoughts in more than one place"),
+        ({"content": THOUGHTFUL, "reasoning": "c"}, "has thoughts in more than one place"),
+    ],
+)
+def test_thoughts_that_are_no_text_or_in_two_places_are_refused(answer, what):
+    with pytest.raises(DataError, match=f"here: message 2 of messages.* {what}|here: message 2 of messages: {what}"):
+        read_example({"messages": [*chat("q"), {"role": "assistant"} | answer]}, "here")
+
+
+def test_thoughts_said_twice_alike_and_empty_ones_are_fine():
+    answer = {"role": "assistant", "content": "a", "thinking": "b", "reasoning_content": "b", "reasoning": None}
+    example = read_example({"messages": [*chat("q"), answer]}, "here")
+    assert example.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "b"}
+    plain = read_example({"messages": [*chat("q"), {"role": "assistant", "content": "a", "thinking": ""}]}, "here")
+    assert plain.messages[1] == {"role": "assistant", "content": "a"}
