@@ -7,6 +7,7 @@ from looping for hours or from multiplying a string until no memory is left. Apa
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.child import can_fork, start_child
-from adaptkit.errors import DataError
+from adaptkit.errors import DataError, UsageError
 
 Conversation = tuple[Sequence[Mapping[str, str]], bool]
 """Messages, and whether the opening of the assistant's next turn follows them."""
@@ -70,6 +71,32 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
             if "error" in answer:
                 raise DataError(answer["error"], answer["hint"])
             yield answer["text"]
+
+
+def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool] | None) -> None:
+    """Give a chat template variables that it asks for, as transformers' and vLLM's ``chat_template_kwargs`` do.
+
+    They become the template's first lines, so that whoever renders with this tokenizer has them.
+
+    Args:
+        tokenizer: of a checkpoint.
+        values: of the variables; numbers, texts and booleans.
+
+    Raises:
+        UsageError: there is no template, or it asks for no such variable.
+    """
+    lines = []
+    for name, value in (values or {}).items():
+        if tokenizer.chat_template is None:
+            raise UsageError("chat_template_kwargs: the tokenizer has no chat template")
+        if not name.isidentifier() or re.search(rf"\b{name}\b", tokenizer.get_chat_template()) is None:
+            raise UsageError(
+                f"chat_template_kwargs: the chat template does not ask for {name!r}",
+                hint="many ask for enable_thinking, thinking or reasoning_effort; read chat_template.jinja",
+            )
+        lines.append(f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n")
+    if lines:
+        tokenizer.chat_template = "".join(lines) + tokenizer.get_chat_template()
 
 
 def asks_for_the_date(tokenizer: Any) -> bool:

@@ -1,5 +1,6 @@
 """Options and argument types that several commands share."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -127,6 +128,29 @@ class Number(click.ParamType[tuple[str, float]]):
         return self.fail(f"{value!r} is not a name and a number, such as q_proj=8", param, ctx)
 
 
+class Value(click.ParamType[tuple[str, str | float | bool]]):
+    """A name and its value, a text if JSON has no other scalar in it: enable_thinking=false."""
+
+    name = "name=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str | float | bool]:
+        """See ``click.ParamType``."""
+        name, separator, text = str(value).partition("=")
+        if not name or not separator:
+            return self.fail(f"{value!r} is not a name and a value, such as enable_thinking=false", param, ctx)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            return name, text
+        return name, found if isinstance(found, str | bool) or _is_finite(found) else text
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < float("inf")
+
+
 def settings_options(kind: type, **types: click.ParamType[Any]) -> Callable[[Function], Function]:
     """An option for every setting of a dataclass; what is not given is not passed on.
 
@@ -157,7 +181,8 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
     plain = next(
         kind for word, kind in (("tuple", str), ("int", int), ("float", float), ("str", str)) if word in annotation
     )
-    option_type = types.get(name, Number() if "Mapping" in annotation else plain)
+    mapped = Value() if "Mapping[str, str" in annotation else Number() if "Mapping" in annotation else None
+    option_type = types.get(name, mapped or plain)
     return click.option(flag, type=option_type, multiple=repeatable, help=help_text)
 
 

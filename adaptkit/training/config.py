@@ -84,6 +84,9 @@ class TrainConfig:
 
     # Samples
     layout: str | None = setting("Of the rows; default: each row's own.", None, choices=LAYOUTS)
+    chat_template_kwargs: Mapping[str, str | float | bool] | None = setting(
+        "Variables of the chat template, such as enable_thinking=false.", None
+    )
     loss_on: str = setting("Tokens that are learned; plain text is learned whole.", "answers", choices=LOSS_ON)
     max_length: int = setting("Tokens of a sample.", 1024, at_least=2)
     too_long: str = setting("What becomes of longer samples.", "cut", choices=TOO_LONG)

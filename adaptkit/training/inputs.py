@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.conversation import set_template_kwargs
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import check_output
@@ -99,6 +100,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         others = () if config.init in INITS else (config.init,)
         check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data, *others))])
     tokenizer = load_tokenizer(base)
+    set_template_kwargs(tokenizer, config.chat_template_kwargs)
     for prompt in config.sample_prompts:
         check_prompt(base, prompt, len(prompt_ids(prompt, tokenizer)), config.sample_tokens)
     weights = config.mixture_weights()

@@ -4,9 +4,9 @@
     class Config:
         rank: int = setting("Of the adapter's matrices.", 16, at_least=1)
 
-A field's type is one of int, float, str, bool, ``tuple[str, ...]`` or ``Mapping[str, float]``, each with ``| None`` if
-it may be left open. Tuples and mappings are lists and mappings in a file, and repeatable options (``NAME=NUMBER`` for
-a mapping) on the command line.
+A field's type is one of int, float, str, bool, ``tuple[str, ...]``, ``Mapping[str, float]`` or ``Mapping[str, str |
+float | bool]``, each with ``| None`` if it may be left open. Tuples and mappings are lists and mappings in a file, and
+repeatable options (``NAME=NUMBER`` or ``NAME=VALUE`` for a mapping) on the command line.
 """
 
 import difflib
@@ -152,8 +152,9 @@ def _shown(value: Any) -> str:
 
 def _name(annotation: str) -> str:
     """A field's type, for people."""
-    names = {"tuple": "a list of texts, numbers in quotes", "Mapping": "names with numbers", "bool": "true or false",
-             "int": "a whole number", "float": "a number", "str": "a text"}  # fmt: skip
+    names = {"tuple": "a list of texts, numbers in quotes", "Mapping[str, str": "names with values",
+             "Mapping": "names with numbers", "bool": "true or false", "int": "a whole number", "float": "a number",
+             "str": "a text"}  # fmt: skip
     return next(name for kind, name in names.items() if kind in annotation)
 
 
@@ -164,7 +165,7 @@ def _fits(value: Any, annotation: str) -> bool:
         return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
     if "Mapping" in annotation:
         return isinstance(value, Mapping) and all(
-            isinstance(key, str) and isinstance(item, int | float) and not isinstance(item, bool)
+            isinstance(key, str) and _fits(item, annotation.partition(",")[2].partition("]")[0])
             for key, item in value.items()
         )
     if isinstance(value, bool):

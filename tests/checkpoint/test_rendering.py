@@ -12,8 +12,9 @@ import pytest
 import tiny
 
 from adaptkit.checkpoint import rendering
-from adaptkit.checkpoint.conversation import read_example, render
-from adaptkit.errors import DataError
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.conversation import read_example, render, set_template_kwargs
+from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 
 ASKED = [{"role": "user", "content": "Name a river"}]
@@ -262,3 +263,30 @@ def test_the_process_does_not_outlive_a_killed_asker(tokenizer):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert os.read(read, 1) == b"", "both ends of the pipe are closed once both are gone"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"enable_thinking": False}, {"enable_thinking": True, "effort": 'as "much"\nas \\ you can ü'}, {"depth": 0.5}],
+)
+def test_variables_are_what_transformers_hands_to_the_template(llama, values):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = (
+        "{% if enable_thinking is defined and not enable_thinking %}quick{% endif %}\n{{ effort }}{{ depth }}\n"
+        "{% macro said(m) %}{{ m.content }}{{ depth }}{% endmacro %}{% for m in messages %}{{ said(m) }}{% endfor %}"
+    )
+    expected = tokenizer.apply_chat_template(CHAT, tokenize=False, **values)
+    assert expected != tokenizer.apply_chat_template(CHAT, tokenize=False)
+    set_template_kwargs(tokenizer, values)
+    assert list(render([(CHAT, False)], tokenizer)) == [expected]
+
+
+def test_a_variable_that_the_template_does_not_ask_for_is_refused(llama):
+    tokenizer = load_tokenizer(llama)
+    for name in ("enable_thinking", "not a name", "x %}{{ y"):
+        with pytest.raises(UsageError, match=f"does not ask for '{re.escape(name)}'"):
+            set_template_kwargs(tokenizer, {name: False})
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="no chat template"):
+        set_template_kwargs(tokenizer, {"enable_thinking": False})
+    set_template_kwargs(tokenizer, None)

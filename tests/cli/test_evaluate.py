@@ -130,6 +130,18 @@ def test_empty_answers_are_counted(compared, llama, copy_of, instructions, run_c
         assert (done.code, "3 empty answers" in done.stdout) == (0, True)
 
 
+def test_the_chat_template_gets_the_variables_that_it_got_in_training(llama, copy_of, instructions, run_cli):
+    model = copy_of(llama)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{% if quick %}Hurry! {% endif %}" + template)
+    command = ["evaluate", "--base", model, "--data", instructions, "--device", "cpu", "--json"]
+    slow, quick = (json.loads(run_cli(*command, *more).stdout) for more in ((), ("--chat-template-kwargs", "quick=1")))
+    assert slow["answer_tokens"] == quick["answer_tokens"]
+    assert slow["loss"] != quick["loss"]
+    (model / "chat_template.jinja").write_text("Hurry! " + template)
+    assert json.loads(run_cli(*command).stdout)["loss"] == quick["loss"]
+
+
 def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(llama, adapter, instructions, run_cli):
     done = run_cli("evaluate", "--base", llama, "--adapter", adapter, "--compare", "--data", instructions)
     assert (done.code, done.stderr) == (0, "")

@@ -31,6 +31,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one():
         ("rank", 10**9), ("alpha", 1e308), ("learning_rate", 1e300), ("optimizer_pages_mib", float("inf")),
         ("page_kib", 10**12), ("seed", 2**63), ("steps", 10**20), ("epochs", 10**400), ("epochs", 1e300),
         ("targets", [["q"] * 9] * 9), ("mixture", {"d.jsonl": "two"}),
+        ("chat_template_kwargs", {"a": None}), ("chat_template_kwargs", {"a": ["b"]}), ("chat_template_kwargs", ["a"]),
+        ("chat_template_kwargs", {"a": float("nan")}), ("chat_template_kwargs", {1: "a"}),
         ("held_out", -0.1), ("learning_rate", float("inf")), ("batch_size", 0), ("targets", []),
     ],
 )  # fmt: skip

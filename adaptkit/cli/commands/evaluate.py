@@ -9,7 +9,7 @@ import click
 
 from adaptkit.checkpoint.compiler import leave_compiler_out
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
-from adaptkit.cli.options import ArtifactPath, report_options
+from adaptkit.cli.options import ArtifactPath, Value, report_options
 from adaptkit.cli.output import Row, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 
@@ -48,6 +48,8 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--chat-template-kwargs", type=Value(), multiple=True,
+              help="Variable of the chat template, as in training. Repeatable.")  # fmt: skip
 @click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
               show_default=True, help="auto: bfloat16 where the device multiplies matrices of it.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True)
@@ -76,7 +78,7 @@ def command(
     from adaptkit.training.evaluation.evaluate import evaluate
     from adaptkit.training.evaluation.report import EvaluateOptions
 
-    chosen = EvaluateOptions(**options)
+    chosen = EvaluateOptions(**options | {"chat_template_kwargs": dict(options["chat_template_kwargs"])})
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate)
     leave_compiler_out()

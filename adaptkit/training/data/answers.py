@@ -114,7 +114,7 @@ def answer_as_asked(
         raise DataError(
             f"the chat template has the model answer after {opening!r}, and writes message {number}, an answer that "
             "is there, without that",
-            _HINT,
+            f"set its variable for that, if it has one, as in chat_template_kwargs: enable_thinking=false; or {_HINT}",
         )
     if lead.strip() and thoughts.endswith(lead.strip()):
         lead = ""
@@ -154,7 +154,7 @@ def _with_thoughts(
     if not opening or not content.strip().startswith(opening) or at < 0:
         raise DataError(
             f"the chat template leaves out a part of message {number}: {place.missing[:60]!r}",
-            "leave it out of the data, or give the model another chat template",
+            f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {_HINT}",
         )
     said = before + content.strip()[len(opening) :].lstrip()
     closing = answered[at + len(last) :]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import Message, is_text
+from adaptkit.checkpoint.conversation import Message, is_text, set_template_kwargs
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import check_prompt, check_window, longest_sequence, read_tokens
 from adaptkit.errors import DataError, UsageError
@@ -99,6 +99,7 @@ class _Reader:
         self._base, self._data, self._text, self._options = base, data, text, options
         Checkpoint(base)  # first, since what is no checkpoint has no tokenizer either
         self._tokenizer = load_tokenizer(base)
+        set_template_kwargs(self._tokenizer, options.chat_template_kwargs)
         self._context = longest_sequence(base)
         self._max_length = min(options.max_length, self._context or options.max_length)
 

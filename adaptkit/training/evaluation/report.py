@@ -1,6 +1,7 @@
 """How to evaluate a model, and what was found."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptkit.errors import UsageError
@@ -25,6 +26,7 @@ class EvaluateOptions:
         batch_size: samples at a time.
         window: tokens of a window of text.
         max_tokens: of text; None is all of it.
+        chat_template_kwargs: variables of the chat templates; those of the adapter's training run.
         compute_dtype: bfloat16, float32, or auto; see ``training.device``.
         device: cpu, cuda, or auto.
     """
@@ -40,6 +42,7 @@ class EvaluateOptions:
     batch_size: int = 8
     window: int = 512
     max_tokens: int | None = None
+    chat_template_kwargs: Mapping[str, bool | float | str] = field(default_factory=dict)
     compute_dtype: str = "auto"
     device: str = "auto"
 
