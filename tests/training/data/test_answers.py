@@ -166,6 +166,15 @@ def test_thoughts_that_the_template_leaves_out_are_not_lost_without_a_word(make)
         encode(chat("Name a river", THOUGHTFUL), tokenizer)
     (sample,) = encode(chat("Name a river", "the Rhine"), tokenizer)
     assert learned(sample, tokenizer) == "the Rhine<|end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", "<|assistant|><|channel|>")
+    with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):  # begins with no thought like these
+        encode(chat("Name a river", THOUGHTFUL), tokenizer)
+
+
+def test_a_template_that_asks_otherwise_later_in_a_conversation_is_refused(make):
+    tokenizer = make(CLOSING.replace("<think>{% endif %}", "<think>{{ messages | length }}{% endif %}"))
+    with pytest.raises(DataError, match="rewrites the conversation around message 4"):
+        encode(chat("Name a lake", "none", "Name a river", "the Rhine"), tokenizer, loss_on="last_answer")
 
 
 @pytest.mark.parametrize("loss_on", ["answers", "all"])
