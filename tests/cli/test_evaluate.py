@@ -215,6 +215,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--data", instructions, "--adapter", of_another], 4, "belongs to another base"),
         (["--data", instructions, "--adapter", of_another, "--compare"], 4, "belongs to another base"),
         (["--data", instructions, "--base", llama], 2, "given twice"),
+        (["--data", instructions, "--adapter", adapter, "--adapter", adapter], 2, "an adapter is given twice"),
         (["--text", tmp_path / "text.txt", "--window", 513], 2, "longer than"),
         (["--text", tmp_path / "text.txt", "--generate"], 2, "come from data"),
         (["--data", instructions, "--shots", 2], 2, "--shots-from"),

@@ -111,6 +111,8 @@ def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -
     """The models in the order of the table."""
     if len(set(bases)) < len(bases):
         raise UsageError("a base is given twice", hint="give each --base once")
+    if len({adapter.root for adapter in adapters}) < len(adapters):
+        raise UsageError("an adapter is given twice", hint="give each --adapter once")
     subjects = []
     for number, base in enumerate(bases):
         others = [other for other in bases if other != base]
