@@ -20,7 +20,7 @@ from typing import Any
 from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.checkpoint.rendering import set_template_kwargs as set_template_kwargs
-from adaptkit.checkpoint.thoughts import FIELD, Taker, has_thoughts, read_thoughts, words_of
+from adaptkit.checkpoint.thoughts import FIELD, NAMES, Taker, has_thoughts, read_thoughts, words_of
 from adaptkit.checkpoint.thoughts import Message as Message
 from adaptkit.errors import DataError
 
@@ -28,6 +28,7 @@ LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "te
 _QUESTIONS = LAYOUTS[:3]
 _ANSWERS = ("output", "response", "completion", "answer")
 _CONTEXTS = ("context", "input")
+_MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "tool_calls", "function_call", *NAMES}
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
 _HALF = re.compile("[\ud800-\udfff]")
@@ -43,6 +44,7 @@ class Example:
         learned: which of them the model shall learn to say, ascending.
         text: None if the row holds a conversation.
         columns: of the row that were used.
+        ignored: what messages have beside that, by key.
     """
 
     layout: str
@@ -50,6 +52,7 @@ class Example:
     learned: tuple[int, ...] = ()
     text: str | None = None
     columns: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
 
 
 def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) -> Example:
@@ -85,6 +88,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         tuple(turn.message for turn in messages),
         learned,
         columns=frozenset(columns),
+        ignored=frozenset[str]().union(*(turn.ignored for turn in messages)),
     )
 
 
@@ -128,6 +132,7 @@ class _Turn:
     content: str
     learned: bool = False
     thoughts: str = ""
+    ignored: frozenset[str] = frozenset()
 
     @property
     def message(self) -> Message:
@@ -183,7 +188,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{where} has the role {role!r}", hint=f"roles: {', '.join(_ROLES)}")
-    if message.get("tool_calls"):
+    if message.get("tool_calls") or message.get("function_call"):
         raise DataError(f"{where} calls tools, which is not supported", hint="leave such conversations out")
     if not is_text(content):
         raise DataError(f"{where} has no text ({type(content).__name__})", hint="content and value are strings")
@@ -191,7 +196,8 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     if weight not in (None, 0, 1):
         raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
     learned = _ROLES[role] == "assistant" and weight != 0
-    return _Turn(_ROLES[role], str(content), learned, _thoughts(message, str(content), where))
+    ignored = frozenset(str(key) for key, value in message.items() if key not in _MESSAGE_KEYS and value is not None)
+    return _Turn(_ROLES[role], str(content), learned, _thoughts(message, str(content), where), ignored)
 
 
 def _thoughts(message: Mapping[str, Any], content: str, where: str) -> str:

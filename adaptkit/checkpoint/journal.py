@@ -178,6 +178,7 @@ class Output:
 
     def publish(self, manifest: Manifest, signature: bytes | None = None) -> None:
         """Write the manifest, with its signature if any, remove all that is no part of it, and rename the folder."""
+        check_output(self.final, self._force)  # before anything is removed
         own = {MANIFEST_NAME: manifest.to_bytes()} | ({SIGNATURE_NAME: signature} if signature is not None else {})
         keep = {record.path for record in manifest.files}
         keep |= {write_file(self.folder, name, content).path for name, content in own.items()}

@@ -109,6 +109,34 @@ def longest_sequence(root: Path) -> int | None:
     return None
 
 
+def known_tokens(root: Path) -> int | None:
+    """How many tokens a checkpoint's model knows, or None if its configuration does not say."""
+    config = read_config(root / CONFIG_NAME)
+    inner = config.get("text_config")
+    for values in (inner if isinstance(inner, dict) else {}, config):
+        if isinstance(values.get("vocab_size"), int) and values["vocab_size"] > 0:
+            return int(values["vocab_size"])
+    return None
+
+
+def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
+    """Refuse tokens that a model does not know.
+
+    Args:
+        ids: of tokens.
+        known: see ``known_tokens``; None is no limit.
+        where: they came from.
+
+    Raises:
+        UsageError: the tokenizer has more tokens than the model's embedding has rows.
+    """
+    if known is not None and max(ids, default=0) >= known:
+        raise UsageError(
+            f"{where}: the tokenizer makes the token {max(ids)}, and the model knows {known}",
+            hint="take the tokenizer that the model was trained with, or give the model's embedding more rows",
+        )
+
+
 def _texts(files: Sequence[Path], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
     """The tokens of every text, and whether it ends with an end token of its own."""
     for file in files:

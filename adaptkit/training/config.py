@@ -161,8 +161,9 @@ class TrainConfig:
             if "tuple" in str(found.type):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self)
-        if not self.data:
-            refuse(self, "data", "at least one")
+        for name in ("data", "held_out_data"):
+            if not all(getattr(self, name)) or not self.data:
+                refuse(self, name, "at least one, and none empty")
         if not self.targets and not self.target_parameters:
             refuse(self, "targets", "at least one")
         if self.init not in INITS and not Path(self.init).is_dir():
@@ -242,6 +243,8 @@ class TrainConfig:
         values["epochs"] = self.epochs or 1.0
         values |= {name: sorted(set(values[name])) for name in _SETS}
         values["mixture"] = self.mixture_weights()
+        for name in ("rank_pattern", "alpha_pattern"):  # the first that matches counts, and JSON has no order
+            values[name] = values[name] and [[pattern, number] for pattern, number in values[name].items()]
         if self.init in INITS:
             return values
         own = {name: value for name, value in values.items() if name not in _BEGUN}  # are the adapter's, not the run's

@@ -17,8 +17,8 @@ from adaptkit.checkpoint.journal import check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.text import check_prompt, longest_sequence
-from adaptkit.errors import IntegrityError
+from adaptkit.checkpoint.text import check_known, check_prompt, known_tokens, longest_sequence
+from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
 from adaptkit.training.data.encoding import prompt_ids
@@ -99,10 +99,16 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     if output is not None:
         others = () if config.init in INITS else (config.init,)
         check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data, *others))])
+        if config.tensorboard is not None and Path(config.tensorboard).resolve().is_relative_to(output.resolve()):
+            raise UsageError(
+                f"tensorboard: {config.tensorboard} is in the folder that will be made", hint="name another folder"
+            )
     tokenizer = load_tokenizer(base)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
     for prompt in config.sample_prompts:
-        check_prompt(base, prompt, len(prompt_ids(prompt, tokenizer)), config.sample_tokens)
+        ids = prompt_ids(prompt, tokenizer)
+        check_prompt(base, prompt, len(ids), config.sample_tokens)
+        check_known(ids, known_tokens(base), f"the prompt {prompt[:40]!r}")
     weights = config.mixture_weights()
     load = partial(
         load_data,
@@ -112,6 +118,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         loss_on=config.loss_on,
         layout=config.layout,
         context=longest_sequence(base),
+        known=known_tokens(base),
     )
     data = load(config.data)
     other = load(config.held_out_data) if config.held_out_data else None

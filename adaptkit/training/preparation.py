@@ -41,7 +41,7 @@ def batches_of(inputs: Inputs) -> Batches:
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         seed=config.seed,
-        padding=pad_id(inputs.tokenizer),
+        padding=pad_id(inputs.tokenizer, inputs.base),
         group_by_length=config.group_by_length,
         pack_length=config.max_length if config.pack else None,
         mixture=inputs.mixture,

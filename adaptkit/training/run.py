@@ -77,7 +77,7 @@ class Run:
     def __init__(self, inputs: Inputs, folder: Path, note: Callable[[str], None], world: World) -> None:
         self._config, self._inputs, self._folder, self._note = inputs.config, inputs, folder, note
         self._world = world
-        self._padding = pad_id(inputs.tokenizer)
+        self._padding = pad_id(inputs.tokenizer, inputs.base)
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
         begin_libraries(inputs.base, world.device, inputs.config.shard_base)

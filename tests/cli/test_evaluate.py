@@ -105,6 +105,31 @@ def test_the_file_of_answers_has_every_model_s_answer_to_every_question(compared
     assert all(set(line["references"]) <= outputs and line["references"] for line in lines)
 
 
+def test_a_file_of_answers_is_replaced_and_no_other(compared, llama, instructions, run_cli, tmp_path):
+    folder, _ = compared
+    answers, config = tmp_path / "answers.jsonl", tmp_path / "config.json"
+    shutil.copy(folder / "answers.jsonl", answers)
+    shutil.copy(llama / "config.json", config)
+    command = ["evaluate", "--base", llama, "--data", instructions, "--generate", "--samples", 1, "--max-new-tokens", 2]
+    assert run_cli(*command, "--samples-file", answers).code == 0
+    assert len(answers.read_text().splitlines()) == 1
+    refused = run_cli(*command, "--samples-file", config)
+    assert (refused.code, "holds no answers" in refused.stderr) == (2, True)
+    assert config.read_bytes() == (llama / "config.json").read_bytes()
+
+
+def test_the_layout_that_is_asked_for_counts(llama, run_cli, tmp_path):
+    (tmp_path / "two.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "text": "a c b"}) + "\n")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    given = ["evaluate", "--base", llama, "--device", "cpu", "--json", "--generate", "--max-new-tokens", 2]
+    given += ["--shots", 1, "--shots-from", tmp_path / "shots.jsonl"]
+    (tmp_path / "shots.jsonl").write_text(json.dumps({"instruction": "c", "output": "d", "text": "e"}) + "\n")
+    both = json.loads(run_cli(*given, "--data", tmp_path / "two.jsonl", "--layout", "instruction").stdout)
+    (tmp_path / "shots.jsonl").write_text(json.dumps({"instruction": "c", "output": "d"}) + "\n")
+    alone = json.loads(run_cli(*given, "--data", tmp_path / "one.jsonl").stdout)
+    assert [model["loss"] for model in both["models"]] == [model["loss"] for model in alone["models"]]
+
+
 def test_the_page_says_what_the_document_says(compared):
     folder, document = compared
     tables = Parsed((folder / "page.html").read_text()).tables
@@ -205,6 +230,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
     (tmp_path / "unanswered.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c"}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a " * 600, "output": "b"}) + "\n")
     (tmp_path / "text.txt").write_text("words " * 50)
+    (tmp_path / "two.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "text": "a b"}) + "\n")
     other = tiny.write_llama(tmp_path / "other", seed=5)
     of_another = certified(adapter, other)
     monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest keeps its own
@@ -222,6 +248,10 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "are wanted"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no folder"),
+        (["--data", instructions, "--generate", "--samples-file", instructions], 2, "is there already, and holds no"),
+        (["--data", instructions, "--generate", "--samples-file", tmp_path / "a", "--html", tmp_path / "a"], 2, "page"),
+        (["--data", tmp_path / "two.jsonl", "--layout", "prompt"], 5, "two.jsonl, line 1: has no prompt"),
+        (["--data", tmp_path / "two.jsonl"], 5, "more than one layout"),
         (["--prompt", "words " * 400], 2, "too long for"),
         (["--data", instructions, "--html", tmp_path], 2, "is a directory"),
     ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Options from files: unknown keys and unusable values are refused by name."""
 
+import json
+
 import pytest
 
 from adaptkit.errors import ConfigError
@@ -34,6 +36,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one():
         ("chat_template_kwargs", {"a": None}), ("chat_template_kwargs", {"a": ["b"]}), ("chat_template_kwargs", ["a"]),
         ("chat_template_kwargs", {"a": float("nan")}), ("chat_template_kwargs", {1: "a"}),
         ("held_out", -0.1), ("learning_rate", float("inf")), ("batch_size", 0), ("targets", []),
+        ("data", [""]), ("held_out_data", ["d.jsonl", ""]),
     ],
 )  # fmt: skip
 def test_an_unusable_value_is_refused_by_name(key, value):
@@ -50,6 +53,14 @@ def test_steps_and_epochs_are_two_answers_to_one_question():
 def test_the_record_is_that_of_earlier_versions_which_had_an_epoch_by_default():
     config = TrainConfig.from_values({k: v for k, v in GOOD.items() if k != "steps"} | {"steps": 5}, "t.yaml")
     assert config.decisive()["epochs"] == config.recorded()["epochs"] == 1.0
+
+
+def test_the_order_of_patterns_is_a_part_of_the_record():
+    """The first that matches counts."""
+    patterns = {"self_attn.q_proj": 8, "q_proj": 64}
+    turned = dict(reversed(patterns.items()))
+    one, other = (TrainConfig.from_values(GOOD | {"alpha_pattern": given}, "t.yaml") for given in (patterns, turned))
+    assert json.dumps(one.decisive(), sort_keys=True) != json.dumps(other.decisive(), sort_keys=True)
 
 
 @pytest.mark.parametrize("missing", ["base", "data"])

@@ -20,7 +20,7 @@ from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
-from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, UsageError
+from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.training.config import TrainConfig
@@ -62,7 +62,7 @@ def gradient_of(config, tmp_path_factory):
     gradients = Gradients(model, trainable.gradients, inputs.config, World(torch.device("cpu")))
 
     def gradient(size, batch_size=8):
-        padding = pad_id(inputs.tokenizer)
+        padding = pad_id(inputs.tokenizer, inputs.base)
         batches = Batches(inputs.samples, batch_size=batch_size, micro_batch_size=size, padding=padding)
         loss = gradients.collect(batches.micro_batches(1), batches.answer_tokens(1), 1)
         return loss, trainable.gradients.clone()
@@ -201,6 +201,33 @@ def stopped(overshooting, tmp_path_factory):
     return output, train(overshooting, output, note=lambda text: None)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_named_before_the_first_step(
+    config, llama, copy_of, instructions, run_cli, tmp_path
+):
+    model = copy_of(llama)
+    tokenizer = load_tokenizer(llama)
+    known = json.loads((llama / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<|new-{number}|>" for number in range(known - len(tokenizer) + 1)])
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(model)
+    row = {"instruction": f"<|new-{known - len(load_tokenizer(llama))}|>", "output": "y"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    given, asked = ["--data", tmp_path / "rows.jsonl"], ["--sample-prompts", row["instruction"]]
+    for command in (
+        ["train", "--base", model, *given, "-o", tmp_path / "out", "--held-out", 0],
+        ["train", "--base", model, "--data", instructions, "-o", tmp_path / "out", *asked],
+        ["evaluate", "--base", model, *given],
+        ["evaluate", "--base", model, *given, "--shots", 1, "--shots-from", instructions],
+        ["evaluate", "--base", model, "--prompt", row["instruction"]],
+    ):
+        done = run_cli(*command)
+        assert (done.code, "Traceback" in done.stderr) == (2, False)
+        assert f"the tokenizer makes the token {known}, and the model knows {known}" in done.stderr
+    told = evaluate(model, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
+    same = evaluate(llama, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
+    assert told.loss == same.loss  # although the token to pad with is none that the model knows
+
+
 def test_a_run_ends_when_patience_does(stopped):
     output, report = stopped
     losses = metrics(output, "held_out_loss")
@@ -310,6 +337,22 @@ def log_records(content):
         if kind in (1, 4):  # whole, or the last part
             yield parts
             parts = b""
+
+
+def test_a_folder_that_appears_meanwhile_costs_no_work(config, run_cli, tmp_path):
+    """The run's checkpoints stay, and the same command takes the last step's when that folder has gone."""
+    out = tmp_path / "adapter"
+    with pytest.raises(OutputExistsError, match="exists already"):
+        train(config, out, on_step=lambda step: out.mkdir(exist_ok=True))
+    out.rmdir()
+    assert train(config, out).resumed_from == config.steps
+
+
+def test_tensorboard_does_not_go_into_the_folder_that_is_made(config, tmp_path):
+    for folder in ("adapter", "adapter/logs"):
+        with pytest.raises(UsageError, match="is in the folder that will be made"):
+            train(replace(config, tensorboard=str(tmp_path / folder)), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

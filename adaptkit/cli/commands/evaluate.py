@@ -1,13 +1,14 @@
 """``adaptkit evaluate``."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.checkpoint.compiler import leave_compiler_out
+from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, Value, report_options
 from adaptkit.cli.output import Row, percent, show, show_table, write_whole
@@ -48,6 +49,7 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--layout", type=click.Choice(LAYOUTS), help="Of the data's rows; default: each row's own.")
 @click.option("--chat-template-kwargs", type=Value(), multiple=True,
               help="Variable of the chat template, as in training. Repeatable.")  # fmt: skip
 @click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
@@ -80,7 +82,7 @@ def command(
 
     chosen = EvaluateOptions(**options | {"chat_template_kwargs": dict(options["chat_template_kwargs"])})
     if samples_file is not None:
-        _check_samples_file(samples_file, chosen.generate)
+        _check_samples_file(samples_file, chosen.generate, html)
     leave_compiler_out()
     prepare(html, pictures=False)
     answers: list[Answer] = []
@@ -174,12 +176,29 @@ def _score_rows(generated: "GenerationReport") -> list[Row]:
     ]
 
 
-def _check_samples_file(path: Path, generate: bool) -> None:
-    """Ask before the work whether its answers can be written."""
+def _check_samples_file(path: Path, generate: bool, html: Path | None) -> None:
+    """Ask before the work whether its answers can be written, in place of nothing but such answers."""
     if not generate:
         raise click.UsageError("--samples-file needs --generate")
     if not path.parent.is_dir():
         raise click.UsageError(f"--samples-file {path}: there is no folder {path.parent}")
+    if html is not None and path.absolute() == html.absolute():
+        raise click.UsageError(f"--samples-file {path}: is the page, too; choose another name")
+    if path.is_file() and not _has_answers(path):
+        raise click.UsageError(f"--samples-file {path}: is there already, and holds no answers; choose another name")
+
+
+def _has_answers(path: Path) -> bool:
+    """Whether a file may be replaced by one of answers: it is one, or empty."""
+    from adaptkit.training.evaluation.report import Answer
+
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        found = json.loads(first or "null")
+    except ValueError:
+        return False
+    return found is None if not first else isinstance(found, dict) and set(found) == {f.name for f in fields(Answer)}
 
 
 def _line(answer: "Answer") -> str:

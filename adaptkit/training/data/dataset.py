@@ -15,6 +15,7 @@ import torch
 from adaptkit.checkpoint.conversation import Example, asks_for_the_date, read_example
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.rows import is_on_hub, read_rows
+from adaptkit.checkpoint.text import check_known
 from adaptkit.errors import DataError
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.samples import Sample
@@ -92,6 +93,7 @@ def load_data(
     loss_on: str = "answers",
     layout: str | None = None,
     context: int | None = None,
+    known: int | None = None,
 ) -> Dataset:
     """Read sources and tokenize their rows.
 
@@ -103,12 +105,14 @@ def load_data(
         loss_on: see ``Encoder``.
         layout: of all rows; None to find out for each.
         context: most tokens that the model reads at once; None if it does not say.
+        known: number of tokens that it knows; None if it does not say.
 
     Raises:
+        UsageError: the tokenizer makes tokens that the model does not know.
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    tally = _Tally(max_length, too_long, context)
+    tally = _Tally(max_length, too_long, context, known)
     encoder = Encoder(tokenizer, loss_on)
     reports = [_read(source, number, layout, encoder, tally) for number, source in enumerate(sources)]
     if not tally.samples:
@@ -168,6 +172,7 @@ class _Tally:
     max_length: int
     too_long: str
     context: int | None
+    known: int | None
     samples: list[Sample] = field(default_factory=list)
     longest: int = 0
     longest_at: str = ""
@@ -213,6 +218,7 @@ class _Tally:
                 f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {self.context}",
                 hint=f"max_length: {self.context}",
             )
+        check_known(sample.ids, self.known, sample.source)
         self.samples.append(sample)
         return sample
 
@@ -234,6 +240,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             layouts[example.layout] += 1
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)
+            columns.update((f"{key} of messages", None) for key in sorted(example.ignored))
             yield where, example
 
     for some in _batched(examples(), _TOGETHER):

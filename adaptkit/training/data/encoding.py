@@ -103,7 +103,7 @@ class Encoder:
         """What has to be rendered to find the answers of a conversation: all of it, and every answer's ends."""
         if example.text is not None:
             return
-        messages = example.messages
+        messages = self._read(example)
         yield messages, False
         for turn in self.learned(example):
             yield messages[:turn], True
@@ -114,11 +114,15 @@ class Encoder:
         """Which messages of an example carry loss."""
         return example.learned[-1:] if self._loss_on == "last_answer" else example.learned
 
+    def _read(self, example: Example) -> Sequence[Message]:
+        """The messages up to the last that is learned: what follows it teaches nothing."""
+        return example.messages if self._loss_on == "all" else example.messages[: self.learned(example)[-1] + 1]
+
     def _texts(self, example: Example, rendered: Iterator[str]) -> list[_Text]:
         """What the tokenizer gets of an example, whose parts come next among what was rendered."""
         if example.text is not None:
             return [_Text(example.text, (), True, True, True)]
-        messages, learned, plain = example.messages, self.learned(example), self._tokenizer.chat_template is None
+        messages, learned, plain = self._read(example), self.learned(example), self._tokenizer.chat_template is None
         whole = next(rendered)
         found: list[tuple[Answer | None, str, str]] = []
         for turn in learned:
@@ -191,7 +195,7 @@ class Encoder:
         for number, (tokens, places) in enumerate(pieces):
             base = text.answers[number - 1].start if number else 0
             for answer in text.answers if not self._cuts else text.answers[number - 1 : number] if number else ():
-                start = bisect_left(places, answer.start - base, key=itemgetter(0))
+                start = bisect_right(places, answer.start - base, key=itemgetter(1))  # the space before it may be its
                 end, closed = self._end(tokens, places, answer, base)
                 spans.append(slice(len(ids) + start, len(ids) + end))
             ids.extend(tokens)

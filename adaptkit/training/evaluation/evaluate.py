@@ -10,6 +10,7 @@ import torch
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.checkpoint.text import known_tokens
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
@@ -107,7 +108,7 @@ def measure(
     """Measure one model on what was read for it; see ``evaluate``."""
     model = load(base, options, adapter)
     samples = material.dataset.samples if material.dataset else ()
-    loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer)) if samples else None
+    loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
     text = None if material.windows is None else measure_text(model, material.windows, reference)
     _require_numbers(base, {"the answers": loss, "the text": text.loss if text else None})
     total = sum(parameter.numel() for parameter in empty_network(model.checkpoint).parameters())
@@ -162,7 +163,7 @@ def _with_answers(
             prompts,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
-            padding=pad_id(material.tokenizer),
+            padding=pad_id(material.tokenizer, Path(report.base)),
         )
 
     said = say(material.prompts)
@@ -184,10 +185,11 @@ def _with_answers(
     return replace(report, generated=generated)
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The token to pad with; masks tell what is padding, so the end token does where there is none of its own."""
+def pad_id(tokenizer: Any, base: Path) -> int:
+    """The token to pad with; masks tell what is padding, so any does where there is none, or the model has no row."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad or 0)
+    known = known_tokens(base)
+    return 0 if pad is None or (known is not None and pad >= known) else int(pad)
 
 
 @torch.no_grad()

@@ -10,7 +10,14 @@ from torch import Tensor
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.conversation import Message, is_text, set_template_kwargs
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.text import check_prompt, check_window, longest_sequence, read_tokens
+from adaptkit.checkpoint.text import (
+    check_known,
+    check_prompt,
+    check_window,
+    known_tokens,
+    longest_sequence,
+    read_tokens,
+)
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.dataset import Dataset, load_data
 from adaptkit.training.evaluation.questions import (
@@ -79,8 +86,8 @@ def read_material(
         check_window(reference, options.window)
     wanted: Sequence[Question] = ()
     if options.generate or (data and options.shots):
-        wanted = read_questions(data)
-    shots = read_shots(options.shots_from, options.shots, options.seed, wanted) if options.shots else ()
+        wanted = read_questions(data, options.layout)
+    shots = read_shots(options.shots_from, options.shots, options.seed, wanted, options.layout) if options.shots else ()
     asked = choose(wanted, options.samples, options.seed) if options.generate else ()
     readers = [_Reader(base, data, text, options) for base in bases]
     questions = tuple(question for question in asked if all(reader.has_room(question.messages) for reader in readers))
@@ -100,7 +107,7 @@ class _Reader:
         Checkpoint(base)  # first, since what is no checkpoint has no tokenizer either
         self._tokenizer = load_tokenizer(base)
         set_template_kwargs(self._tokenizer, options.chat_template_kwargs)
-        self._context = longest_sequence(base)
+        self._context, self._known = longest_sequence(base), known_tokens(base)
         self._max_length = min(options.max_length, self._context or options.max_length)
 
     def has_room(self, messages: Sequence[Message]) -> bool:
@@ -112,10 +119,13 @@ class _Reader:
         """Tokenize everything."""
         options = self._options
         dataset, fewer = None, 0
+        rows: Any = {"layout": options.layout, "known": self._known}
         if self._data and shots:
-            dataset, fewer = load_data_with_shots(self._data, self._tokenizer, shots, self._max_length, self._context)
+            dataset, fewer = load_data_with_shots(
+                self._data, self._tokenizer, shots, self._max_length, self._context, **rows
+            )
         elif self._data:
-            dataset = load_data(self._data, self._tokenizer, self._max_length)
+            dataset = load_data(self._data, self._tokenizer, self._max_length, **rows)
         windows = None
         if self._text:
             windows = read_tokens(self._text, self._base, window=options.window, max_tokens=options.max_tokens)
@@ -123,6 +133,8 @@ class _Reader:
         for prompt, (ids, _) in zip(options.prompts, prompts, strict=True):
             check_prompt(self._base, prompt, len(ids), options.max_new_tokens)
         asked = [self._prompt(question.messages, shots) for question in questions]
+        for what, (ids, _) in zip((*options.prompts, *questions), (*prompts, *asked), strict=True):
+            check_known(ids, self._known, f"{self._base}: {'a prompt' if isinstance(what, str) else 'a question'}")
         return Material(
             tokenizer=self._tokenizer,
             dataset=dataset,

@@ -12,6 +12,7 @@ from typing import Any
 
 from adaptkit.checkpoint.conversation import Example, Message, read_example
 from adaptkit.checkpoint.rows import read_rows
+from adaptkit.checkpoint.text import check_known
 from adaptkit.errors import DataError
 from adaptkit.training.data.dataset import Dataset, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
@@ -33,7 +34,7 @@ class Question:
     references: tuple[str, ...]
 
 
-def read_questions(files: Sequence[Path]) -> tuple[Question, ...]:
+def read_questions(files: Sequence[Path], layout: str | None = None) -> tuple[Question, ...]:
     """Group the rows of data files by what they ask, in the order of first appearance.
 
     Raises:
@@ -42,7 +43,7 @@ def read_questions(files: Sequence[Path]) -> tuple[Question, ...]:
     asked: dict[str, Conversation] = {}
     references: dict[str, dict[str, None]] = {}
     for where, row in _rows(files):
-        *before, answer = conversation(row, where)
+        *before, answer = conversation(row, where, layout)
         if not before:
             raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
         if not answer["content"].strip():
@@ -63,7 +64,7 @@ def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple
 
 
 def read_shots(
-    files: Sequence[Path], count: int, seed: int, questions: Sequence[Question] = ()
+    files: Sequence[Path], count: int, seed: int, questions: Sequence[Question] = (), layout: str | None = None
 ) -> tuple[Conversation, ...]:
     """Choose examples by the seed, none of which is one of the questions.
 
@@ -73,7 +74,7 @@ def read_shots(
     taken = {json.dumps(question.messages, sort_keys=True) for question in questions}
     found: dict[str, Conversation] = {}
     for where, row in _rows(files):
-        turns = [message for message in conversation(row, where) if message["role"] != "system"]
+        turns = [message for message in conversation(row, where, layout) if message["role"] != "system"]
         key = json.dumps(turns[:-1], sort_keys=True)
         if key not in taken:
             found.setdefault(key, tuple(turns))
@@ -114,7 +115,14 @@ def prompt_with_shots(
 
 
 def load_data_with_shots(
-    files: Sequence[Path], tokenizer: Any, shots: Sequence[Conversation], max_length: int, longest: int | None
+    files: Sequence[Path],
+    tokenizer: Any,
+    shots: Sequence[Conversation],
+    max_length: int,
+    longest: int | None,
+    *,
+    layout: str | None = None,
+    known: int | None = None,
 ) -> tuple[Dataset, int]:
     """Tokenize rows after examples; only the row's own answers carry loss.
 
@@ -124,6 +132,8 @@ def load_data_with_shots(
         shots: examples before each row.
         max_length: tokens of a row without its examples; longer ones are cut at the end.
         longest: tokens of all of it; the first examples are left out where it would be more. None is no limit.
+        layout: of the rows; None to find out for each.
+        known: number of tokens that the model knows; None is no limit.
 
     Returns:
         The samples, and how many of them have fewer examples than all.
@@ -131,7 +141,7 @@ def load_data_with_shots(
     encoder = Encoder(tokenizer)
     samples, truncated, dropped, fewer = [], 0, 0, 0
     for where, row in _rows(files):
-        example = _conversation(row, where)
+        example = _conversation(row, where, layout)
         alone = _encode(encoder, example, (), where)
         left_out, whole = 0, alone
         for left_out in range(len(shots) + 1):
@@ -144,6 +154,7 @@ def load_data_with_shots(
             length = len(sample.ids) - excess
             cut = Sample(sample.ids[:length], sample.labels[:length], where)
             if cut.answer_tokens:
+                check_known(cut.ids, known, where)
                 samples.append(cut)
                 truncated += excess > 0
             else:
@@ -162,21 +173,20 @@ def _encode(encoder: Encoder, example: Example, shots: Sequence[Conversation], w
     return encoded.samples
 
 
-def conversation(row: Mapping[str, Any], where: str) -> list[Message]:
-    """A row's messages up to its last answer; what follows it answers nothing.
+def conversation(row: Mapping[str, Any], where: str, layout: str | None = None) -> list[Message]:
+    """A row's messages up to the last answer that is learned; what follows it answers nothing.
 
     Raises:
         DataError: the row has none of the layouts.
     """
-    return list(_conversation(row, where).messages)
+    return list(_conversation(row, where, layout).messages)
 
 
-def _conversation(row: Mapping[str, Any], where: str) -> Example:
-    example = read_example(row, where)
+def _conversation(row: Mapping[str, Any], where: str, layout: str | None) -> Example:
+    example = read_example(row, where, layout)
     if example.text is not None:
         raise DataError(f"{where}: plain text asks nothing", hint="give conversations, or --text")
-    last = max(number for number, message in enumerate(example.messages) if message["role"] == "assistant")
-    return replace(example, messages=example.messages[: last + 1])
+    return replace(example, messages=example.messages[: example.learned[-1] + 1])
 
 
 def _rows(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.errors import UsageError
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.evaluation.perplexity import TextReport
@@ -26,6 +27,7 @@ class EvaluateOptions:
         batch_size: samples at a time.
         window: tokens of a window of text.
         max_tokens: of text; None is all of it.
+        layout: of the data's rows; None to find out for each.
         chat_template_kwargs: variables of the chat templates; those of the adapter's training run.
         compute_dtype: bfloat16, float32, or auto; see ``training.device``.
         device: cpu, cuda, or auto.
@@ -42,6 +44,7 @@ class EvaluateOptions:
     batch_size: int = 8
     window: int = 512
     max_tokens: int | None = None
+    layout: str | None = None
     chat_template_kwargs: Mapping[str, bool | float | str] = field(default_factory=dict)
     compute_dtype: str = "auto"
     device: str = "auto"
@@ -58,6 +61,8 @@ class EvaluateOptions:
         ):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is at least {least}")
+        if self.layout not in (None, *LAYOUTS):
+            raise UsageError(f"layout: {self.layout} is none", hint=f"layouts: {', '.join(LAYOUTS)}")
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise UsageError(f"compute_dtype: {self.compute_dtype!r} is none of {', '.join(COMPUTE_DTYPES)}")
         if bool(self.shots) != bool(self.shots_from):

@@ -116,6 +116,8 @@ def train_whole(
         if name not in places:
             raise BaseMismatchError(f"{name}: {model.checkpoint.root} does not have it")
         place = places[name]
+        if hasattr(place.module, "trained_rows"):
+            raise UsageError(f"{name} has rows that are trained already", hint="leave it out of modules_to_save")
         if place.is_packed or model.assembly.is_quantized(name):
             raise UsageError(
                 f"{name} is quantized, and only 16- and 32-bit tensors can be trained whole",
@@ -191,6 +193,8 @@ def train_rows(
     name, places = f"{path}.weight", parameter_places(model)
     if name not in places:
         raise BaseMismatchError(f"{path}: {model.checkpoint.root} does not have it")
+    if path in model.rows:
+        raise UsageError(f"{name} has rows that are trained already", hint="leave out trainable_tokens")
     if name in model.whole or places[name].is_packed or model.assembly.is_quantized(name):
         state = "trained whole already" if name in model.whole else "quantized"
         raise UsageError(f"{name} is {state}, so that no rows of it can be trained", hint="leave out trainable_tokens")

@@ -61,11 +61,13 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
     Raises:
         BaseMismatchError: that adapter belongs to another base.
         AdapterError: it cannot be read.
+        UsageError: what the run shall add does not go with what it has.
     """
     if config.init in INITS:
         return None
     adapter = read_adapter(Path(config.init))
     check_base(adapter, Path(config.base))
+    _check_additions(adapter, config)
     if adapter.compensation and (base is None or adapter.manifest is None):
         silent = config.base if base is None else adapter.root
         raise BaseMismatchError(
@@ -73,6 +75,22 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
             hint="give the folder that quantize made together with this adapter",
         )
     return adapter
+
+
+def _check_additions(adapter: Adapter, config: TrainConfig) -> None:
+    """Refuse what no adapter may have together; see ``TrainConfig`` for the same of a fresh one."""
+    for name, other, there in (
+        ("dora", "lora_bias", adapter.config.get("lora_bias")),
+        ("lora_bias", "dora", adapter.magnitudes),
+    ):
+        if getattr(config, name) and there:
+            raise UsageError(f"{name}: does not go with the {other} of {adapter.root}", hint=f"leave out {name}")
+    added = next((name for name in ("dora", "dropout", "lora_bias") if adapter.experts and getattr(config, name)), None)
+    if added:
+        raise UsageError(
+            f"{added}: does not go with the experts' matrices of {adapter.root}, nor does it in PEFT",
+            hint=f"leave out {added}",
+        )
 
 
 def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: Any) -> None:
@@ -110,7 +128,7 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
     if config.trainable_tokens:
         embedding = model.network.get_input_embeddings()
         path = next(name for name, module in model.network.named_modules() if module is embedding)
-        train_rows(model, path, [_token(text, tokenizer) for text in dict.fromkeys(config.trainable_tokens)])
+        train_rows(model, path, list(dict.fromkeys(_token(text, tokenizer) for text in config.trainable_tokens)))
 
 
 def left_out(model: Model, config: TrainConfig) -> str:

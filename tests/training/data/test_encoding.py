@@ -178,13 +178,6 @@ def test_samples_that_were_given_an_end_are_counted(families):
     }  # fmt: skip
 
 
-def test_a_conversation_that_the_user_ends_is_given_no_end(families):
-    tokenizer = families["alpaca"]
-    ((sample,), ended) = encode_row({"messages": CHAT[:3]}, tokenizer)
-    assert (learned(sample, tokenizer), ended) == ("the Rhine", 0)
-    assert tokenizer.eos_token_id not in sample.ids
-
-
 @given(st.text(min_size=1).filter(lambda t: t.strip()), st.text(min_size=1).filter(lambda t: t.strip()))
 def test_labels_are_a_suffix_of_the_ids_for_any_text(tokenizer, question, answer):
     sample = encode(conversation(question, answer), tokenizer)
@@ -274,6 +267,36 @@ def test_a_tokenizer_that_puts_a_space_before_every_text_is_not_given_pieces(lla
     whole = tokenizer.apply_chat_template(conversation("one", "two"), tokenize=True, return_dict=True)["input_ids"]
     assert list(sample.ids) == whole
     assert learned(sample, tokenizer).endswith("two<|im_end|>")
+
+
+def test_the_first_word_is_learned_if_its_token_begins_with_the_space_of_the_opening(llama):
+    """As the tokenizers do that come from SentencePiece, under Vicuna's template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    words.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["</s>"], show_progress=False)
+    words.train_from_iterator(["USER: hello ASSISTANT: hello world two " * 9], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}"
+        "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    sample = encode(conversation("hello", "hello world", "two", "two"), tokenizer)
+    assert learned(sample, tokenizer) == "hello world</s> two</s>"
+
+
+def test_what_follows_the_last_answer_that_is_learned_is_not_read(families):
+    """So that it gets the end token where the template has none, too."""
+    asked = [*conversation("Name a river", "the Rhine"), {"role": "user", "content": "Thanks"}]
+    for name in ("alpaca", "chatml"):
+        sample = encode(asked, families[name])
+        assert list(sample.ids) == list(encode(asked[:2], families[name]).ids)
+        assert learned(sample, families[name]) == f"the Rhine{FAMILIES[name][3]}"
+    everything = encode(asked, families["chatml"], loss_on="all")
+    assert "Thanks" in families["chatml"].decode(everything.ids)
 
 
 def test_where_the_template_changes_earlier_turns_every_answer_is_a_sample(tokenizer, llama):

@@ -24,9 +24,11 @@ def test_options_that_cannot_be_used_are_refused_by_name(name, value):
         EvaluateOptions(**{name: value})
 
 
-@pytest.mark.parametrize(("pad", "end", "expected"), [(0, 5, 0), (3, 5, 3), (None, 5, 5), (None, None, 0)])
-def test_padding_is_the_pad_token_even_if_it_is_zero(pad, end, expected):
-    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end)) == expected
+@pytest.mark.parametrize(
+    ("pad", "end", "expected"), [(0, 5, 0), (3, 5, 3), (None, 5, 5), (None, None, 0), (9999, 5, 0), (None, 9999, 0)]
+)
+def test_padding_is_the_pad_token_even_if_it_is_zero_but_none_that_the_model_has_no_row_for(pad, end, expected, llama):
+    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end), llama) == expected
 
 
 def test_samples_that_were_cut_or_left_out_are_counted(llama, instructions):

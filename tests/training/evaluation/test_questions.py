@@ -105,6 +105,12 @@ def test_the_first_examples_go_where_there_is_no_room(llama):
     assert prompt_with_shots([user("three")], shots, tokenizer, 3) == (none, 0)
 
 
+def test_an_answer_that_is_not_learned_is_no_reference(tmp_path):
+    row = {"messages": [user("one"), said("right"), user("two"), said("wrong") | {"weight": 0}]}
+    (question,) = read_questions([write(tmp_path / "rows.jsonl", [row])])
+    assert (question.messages, question.references) == ((user("one"),), ("right",))
+
+
 def test_loss_with_examples_is_on_the_same_tokens_as_without(llama, tmp_path):
     tokenizer = load_tokenizer(llama)
     path = write(tmp_path / "rows.jsonl", [

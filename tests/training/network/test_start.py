@@ -160,6 +160,38 @@ def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter, name, v
     assert name not in TrainConfig(base="nowhere", data=("none",), init=str(adapter)).recorded()
 
 
+@pytest.mark.parametrize(
+    ("name", "added", "what"),
+    [
+        ("dora_rslora", {"lora_bias": True}, "lora_bias: does not go with the dora of"),
+        ("lora_bias", {"dora": True}, "dora: does not go with the lora_bias of"),
+        ("experts_qwen3", {"dropout": 0.1}, "dropout: does not go with the experts' matrices of"),
+        ("experts_qwen3", {"dora": True}, "dora: does not go with the experts' matrices of"),
+        ("experts_qwen3", {"lora_bias": True}, "lora_bias: does not go with the experts' matrices of"),
+        ("tokens_tied", {"trainable_tokens": ("268",)}, "has rows that are trained already"),
+        ("tokens_tied", {"modules_to_save": ("embed_tokens",)}, "has rows that are trained already"),
+        ("tokens_tied", {"modules_to_save": ("lm_head",)}, "has rows that are trained already"),
+    ],
+)
+def test_what_does_not_go_with_the_adapter_to_begin_with_is_refused(name, added, what, made):
+    """Before a step is taken: neither adaptkit nor peft would read what the run made."""
+    case = peft_adapters.make(made, name)
+    with pytest.raises(UsageError, match=what) as caught:
+        begun(case.base, init=str(case.adapter), **added)
+    assert "leave" in caught.value.hint
+
+
+def test_a_token_that_is_named_twice_is_trained_once(llama, instructions, tmp_path):
+    number = 268
+    tokens = (load_tokenizer(llama).convert_ids_to_tokens(number), str(number), f"0{number}")
+    config = TrainConfig(
+        base=str(llama), data=(str(instructions),), steps=1, batch_size=2, trainable_tokens=tokens, **RUN
+    )
+    train(config, tmp_path / "adapter")
+    (rows,) = read_adapter(tmp_path / "adapter").tokens.values()
+    assert list(rows.indices) == [number]
+
+
 def test_a_base_that_others_quantized_is_refused_with_what_to_do(llama, copy_of):
     import json
 
@@ -182,7 +214,7 @@ def test_a_run_of_many_kinds_learns_and_its_result_is_read_by_everything(llama_n
     options = require_manifest(tmp_path / "adapter").operation["options"]
     assert options["method"] == "qlora"
     assert (options["dora"], options["rank_pattern"], options["trainable_tokens"]) == (
-        True, {"q_proj": 2}, ["<|im_start|>"],
+        True, [["q_proj", 2]], ["<|im_start|>"],
     )  # fmt: skip
     assert verify(tmp_path / "adapter").kind == "adapter"
     assert inspect(tmp_path / "adapter").kind == "adapter"
