@@ -14,13 +14,13 @@ A row has to be of exactly one layout, unless one is asked for by name.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.checkpoint.rendering import set_template_kwargs as set_template_kwargs
-from adaptkit.checkpoint.thoughts import FIELD, NAMES, Taker, has_thoughts, read_thoughts, words_of
+from adaptkit.checkpoint.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
 from adaptkit.checkpoint.thoughts import Message as Message
 from adaptkit.errors import DataError
 
@@ -28,7 +28,7 @@ LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "te
 _QUESTIONS = LAYOUTS[:3]
 _ANSWERS = ("output", "response", "completion", "answer")
 _CONTEXTS = ("context", "input")
-_MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "tool_calls", "function_call", *NAMES}
+_MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "tool_calls", "function_call"}
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
 _HALF = re.compile("[\ud800-\udfff]")
@@ -107,9 +107,10 @@ def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: A
             template nor end token.
     """
     if tokenizer.chat_template is not None:
-        taker = Taker(tokenizer.get_chat_template())
+        fields = _fields_of(tokenizer)
         texts = apply_template(
-            tokenizer, [([taker.message(turn) for turn in turns], opening) for turns, opening in conversations if turns]
+            tokenizer,
+            [([fields.message(turn) for turn in turns], opening) for turns, opening in conversations if turns],
         )
         for messages, _ in conversations:
             yield next(texts) if messages else ""
@@ -119,6 +120,18 @@ def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: A
             raise DataError("the tokenizer has neither a chat template nor an end token")
         ends = {"assistant": tokenizer.eos_token}
         yield "".join(words_of(message) + ends.get(message["role"], "\n") for message in messages)
+
+
+def _fields_of(tokenizer: Any) -> ThoughtFields:
+    """Where a tokenizer's template looks for thoughts; it is asked once."""
+    template = str(tokenizer.chat_template)
+    if template not in _known_fields:
+        _known_fields.clear()
+        _known_fields[template] = ThoughtFields(lambda messages: next(apply_template(tokenizer, [(messages, False)])))
+    return _known_fields[template]
+
+
+_known_fields: dict[str, ThoughtFields] = {}
 
 
 def is_text(value: Any) -> bool:
@@ -167,7 +180,7 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
             raise DataError(f"{where}: has both {names[0]} and {names[1]}", hint="remove one of the columns")
     columns = {layout, answers[0], *(name for name in _CONTEXTS if name in row)}
     if isinstance(row[layout], list) and isinstance(row[answers[0]], list):
-        before = [_Turn(turn.role, turn.content) for turn in _turns(row, layout, where)]
+        before = [replace(turn, learned=False) for turn in _turns(row, layout, where)]
         return before + _turns(row, answers[0], where), columns - set(_CONTEXTS)
     question = "\n\n".join(_text(row, name, where) for name in (layout, *contexts))
     return [_Turn("user", question), _Turn("assistant", _text(row, answers[0], where), True)], columns
@@ -195,21 +208,16 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     weight = message.get("weight")
     if weight not in (None, 0, 1):
         raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
-    learned = _ROLES[role] == "assistant" and weight != 0
-    ignored = frozenset(str(key) for key, value in message.items() if key not in _MESSAGE_KEYS and value is not None)
-    return _Turn(_ROLES[role], str(content), learned, _thoughts(message, str(content), where), ignored)
-
-
-def _thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
-    given = read_thoughts(message)
-    if not given:
-        return ""
-    name, thoughts = next(iter(given.items()))
+    is_answer = _ROLES[role] == "assistant"
+    known = _MESSAGE_KEYS | (set(NAMES) if is_answer else set())
+    ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
+    try:
+        thoughts = read_thoughts(message, str(content)) if is_answer else ""
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", error.hint) from error
     if not is_text(thoughts):
-        raise DataError(f"{where}: {name} is no text ({type(thoughts).__name__})", hint=f"{name} is a string")
-    if len(set(map(str, given.values()))) > 1 or has_thoughts(content):
-        raise DataError(f"{where} has thoughts in more than one place", hint=f"leave them in {name} alone")
-    return str(thoughts).strip()
+        raise DataError(f"{where}: its thoughts are no text (half a character)", hint="they are a string")
+    return _Turn(_ROLES[role], str(content), is_answer and weight != 0, thoughts, ignored)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

@@ -39,6 +39,14 @@ _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
 _PORTION = 1 << 20
 """Characters of conversations in one question."""
 _HINT = "give the model another chat template"
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Marks of transformers' own around answers."""
+_OURS = {
+    "messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "bos_token", "eos_token",
+    "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens", "raise_exception",
+    "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner",
+}  # fmt: skip
+"""What a template gets in any case."""
 _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 """What is said of a template, and the code that the process ends with where it can't say so itself."""
 
@@ -85,18 +93,49 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
     Raises:
         UsageError: there is no template, or it asks for no such variable.
     """
-    lines = []
-    for name, value in (values or {}).items():
-        if tokenizer.chat_template is None:
-            raise UsageError("chat_template_kwargs: the tokenizer has no chat template")
-        if not name.isidentifier() or re.search(rf"\b{name}\b", tokenizer.get_chat_template()) is None:
+    if not values:
+        return
+    if tokenizer.chat_template is None:
+        raise UsageError("chat_template_kwargs: the tokenizer has no chat template")
+    template = _template_of(tokenizer)
+    asked = _variables(template) - _OURS
+    for name in values:
+        if name not in asked:
             raise UsageError(
                 f"chat_template_kwargs: the chat template does not ask for {name!r}",
-                hint="many ask for enable_thinking, thinking or reasoning_effort; read chat_template.jinja",
+                hint=f"it asks for {', '.join(sorted(asked))}" if asked else "it asks for none",
             )
-        lines.append(f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n")
-    if lines:
-        tokenizer.chat_template = "".join(lines) + tokenizer.get_chat_template()
+    lines = (f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
+    tokenizer.chat_template = "".join(lines) + template
+
+
+def _template_of(tokenizer: Any) -> str:
+    """The template of conversations without tools.
+
+    Raises:
+        DataError: there are several, and none is the one to take.
+    """
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise DataError(f"the tokenizer has no chat template for a conversation ({error})", hint=_HINT) from error
+
+
+def _variables(template: str) -> set[str]:
+    """What a template asks whoever renders it for."""
+    from jinja2 import TemplateSyntaxError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    parser = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return meta.find_undeclared_variables(parser.parse(_GENERATION.sub("", template)))
+    except TemplateSyntaxError as error:
+        raise UsageError(f"chat_template_kwargs: the chat template cannot be read ({error})", hint=_HINT) from error
+
+
+def _length(messages: Sequence[Mapping[str, str]]) -> int:
+    """Characters of what is said in a conversation."""
+    return sum(len(text) for message in messages for key, text in message.items() if key != "role")
 
 
 def asks_for_the_date(tokenizer: Any) -> bool:
@@ -130,7 +169,7 @@ def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conver
     """Divide conversations, so that a question is of a few megabytes, or of one conversation."""
     begin, size = 0, 0
     for number, (messages, _) in enumerate(conversations):
-        said = sum(len(message["content"]) for message in messages)
+        said = _length(messages)
         if number > begin and size + said > _PORTION:
             yield conversations[begin:number]
             begin, size = number, 0
@@ -235,7 +274,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool
     from jinja2 import TemplateError
 
     try:
-        template = _of_a_day(tokenizer.get_chat_template()) if asks_for_the_date(tokenizer) else None
+        template = _of_a_day(_template_of(tokenizer)) if asks_for_the_date(tokenizer) else None
         text = str(
             tokenizer.apply_chat_template(
                 list(messages), chat_template=template, tokenize=False, add_generation_prompt=opening
@@ -245,7 +284,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool
         raise DataError(f"the chat template refuses the conversation ({error})") from error
     except MemoryError as error:
         raise DataError(f"the chat template {_TOO_MUCH}", hint=_HINT) from error
-    said = sum(len(message["content"]) for message in messages)
+    said = _length(messages)
     if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
         raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=_HINT)
     return text

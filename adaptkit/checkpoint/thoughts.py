@@ -1,61 +1,81 @@
 """An answer's thoughts: where data have them, and where a chat template looks for them.
 
 Data have them in the content, as ``<think>...</think>`` before the answer, or in a field of their own. Templates take
-them from the content, from a field, or from both; some put other marks around them.
+them from the content, from a field, or from both; some put other marks around them, and some know of none.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from adaptkit.errors import DataError
+
+Message = dict[str, str]
+"""``role`` and ``content``, and of an answer ``reasoning_content`` where its thoughts are apart."""
 
 FIELD = "reasoning_content"
 NAMES = (FIELD, "reasoning", "thinking")
 """What data and templates call the field."""
 _IN_CONTENT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-_LOOKS_IN_CONTENT = re.compile(r"""split\(\s*['"]</think>|</think>['"]\s+in\b""")
-
-Message = dict[str, str]
-"""``role`` and ``content``, and of an answer ``reasoning_content`` where that is apart."""
+_QUESTION = {"role": "user", "content": "question"}
+_THOUGHT, _ANSWER = "inkling", "answer"
 
 
-def has_thoughts(content: str) -> bool:
-    """Whether a content begins with thoughts."""
-    return _IN_CONTENT.fullmatch(content) is not None
+def read_thoughts(message: Mapping[str, Any], content: str) -> str:
+    """The thoughts in the fields of a message in data; empty if there are none, or they are in the content too.
+
+    Raises:
+        DataError: they are no text, or differ.
+    """
+    given = {name: message[name] for name in NAMES if message.get(name)}
+    for name, thoughts in given.items():
+        if not isinstance(thoughts, str):
+            raise DataError(f"{name} is no text ({type(thoughts).__name__})", hint=f"{name} is a string")
+    inline = _IN_CONTENT.fullmatch(content)
+    found = {thoughts.strip() for thoughts in (*given.values(), inline[1] if inline else "")} - {""}
+    if len(found) > 1:
+        raise DataError("has thoughts in more than one place", hint=f"leave them in one: content, {', '.join(given)}")
+    return "" if inline else "".join(found)
 
 
 def words_of(message: Message) -> str:
     """What a message says, its thoughts in the content."""
-    return Taker("").message(message)["content"]
+    return _in_content(message[FIELD], message["content"]) if FIELD in message else message["content"].strip()
 
 
-class Taker:
-    """How one chat template takes thoughts."""
+class ThoughtFields:
+    """Where one chat template looks for thoughts.
 
-    def __init__(self, template: str) -> None:
-        """See the class.
+    Args:
+        render: a conversation to the text that the template makes of it.
+    """
 
-        Args:
-            template: its text.
-        """
-        self._fields = tuple(name for name in NAMES if re.search(rf"""(?:\.|['"]){name}\b""", template))
-        self._looks_in_content = _LOOKS_IN_CONTENT.search(template) is not None
+    def __init__(self, render: Callable[[Sequence[Message]], str]) -> None:
+        def written(**answer: str) -> str:
+            try:
+                return render([_QUESTION, {"role": "assistant", **answer}])
+            except DataError:  # of such a message; each row tells what it is refused for
+                return ""
+
+        self._names = tuple(name for name in NAMES if _THOUGHT in written(content=_ANSWER, **{name: _THOUGHT}))
+        apart = written(content=_ANSWER, **dict.fromkeys(self._names, _THOUGHT))
+        inline = written(content=_in_content(_THOUGHT, _ANSWER))
+        self._knows_content = "".join(apart.split()) == "".join(inline.split())
 
     def message(self, message: Message) -> Message:
-        """The message for the template."""
+        """A message as the template takes it."""
         if message["role"] != "assistant":
             return message
         if FIELD in message:
-            return self._of(message, message[FIELD], message["content"])
-        inline = None if self._looks_in_content or not self._fields else _IN_CONTENT.fullmatch(message["content"])
-        return message if inline is None else self._of(message, inline[1], inline[2])
+            return self._apart(message[FIELD], message["content"])
+        inline = _IN_CONTENT.fullmatch(message["content"]) if self._names and not self._knows_content else None
+        return message if inline is None else self._apart(inline[1], inline[2])
 
-    def _of(self, message: Message, thoughts: str, content: str) -> Message:
-        thoughts, content = thoughts.strip(), content.strip()
-        if self._fields:
-            return {"role": message["role"], "content": content, **dict.fromkeys(self._fields, thoughts)}
-        return {"role": message["role"], "content": f"<think>\n{thoughts}\n</think>\n\n{content}"}
+    def _apart(self, thoughts: str, content: str) -> Message:
+        if not self._names:
+            return {"role": "assistant", "content": _in_content(thoughts, content)}
+        return {"role": "assistant", "content": content.strip(), **dict.fromkeys(self._names, thoughts.strip())}
 
 
-def read_thoughts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a message in data that hold thoughts."""
-    return {name: message[name] for name in NAMES if message.get(name) not in (None, "")}
+def _in_content(thoughts: str, content: str) -> str:
+    return f"<think>\n{thoughts.strip()}\n</think>\n\n{content.strip()}"

@@ -265,6 +265,23 @@ def test_the_process_does_not_outlive_a_killed_asker(tokenizer):
     assert os.read(read, 1) == b"", "both ends of the pipe are closed once both are gone"
 
 
+def test_a_tokenizer_with_templates_for_other_things_alone_is_refused(llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    with pytest.raises(DataError, match="multiple chat templates with no default"):
+        list(render([(CHAT, False)], tokenizer))
+    with pytest.raises(DataError, match="no chat template for a conversation"):
+        set_template_kwargs(tokenizer, {"quick": True})
+
+
+def test_thoughts_count_as_what_is_said(tokenizer):
+    """A template may write a megabyte more than eight times a conversation."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"
+    long = "thought " * (1 << 18)
+    (text,) = render([([*ASKED, {"role": "assistant", "content": "a", "reasoning_content": long}], False)], tokenizer)
+    assert text == f"Name a rivera{long.strip()}"
+
+
 @pytest.mark.parametrize(
     "values",
     [{"enable_thinking": False}, {"enable_thinking": True, "effort": 'as "much"\nas \\ you can ü'}, {"depth": 0.5}],
@@ -286,6 +303,14 @@ def test_a_variable_that_the_template_does_not_ask_for_is_refused(llama):
     for name in ("enable_thinking", "not a name", "x %}{{ y"):
         with pytest.raises(UsageError, match=f"does not ask for '{re.escape(name)}'"):
             set_template_kwargs(tokenizer, {name: False})
+    tokenizer.chat_template = (
+        "{% set own = 1 %}{% for m in messages %}{{ m.thinking }}{% generation %}a{% endgeneration %}{% endfor %}"
+        "{{ quick }}"
+    )
+    for name in ("thinking", "messages", "add_generation_prompt", "m", "own", "for", "a"):
+        with pytest.raises(UsageError, match=f"does not ask for '{name}'") as caught:
+            set_template_kwargs(tokenizer, {name: True})
+        assert caught.value.hint == "it asks for quick"
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match="no chat template"):
         set_template_kwargs(tokenizer, {"enable_thinking": False})

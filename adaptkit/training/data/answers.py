@@ -5,6 +5,8 @@ answer, its end of turn included. Some templates write what was asked in another
 the model answer after ``<think>``, and leave thoughts out of answers that are there; or they put the system's message
 before the last question, if nothing follows. Then what the model is asked comes first, as it is asked, and after it
 what the template adds to that question by itself. No word of a message may be lost on the way.
+
+An answer is looked for from its end, which is known: its words may be in the marks before it, too.
 """
 
 import re
@@ -16,9 +18,27 @@ from adaptkit.errors import DataError
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _HALF_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
-_BETWEEN_LINES = re.compile(r"\s*\n\s*|</?think>")
-"""What templates write in their own way within a message: marks of thoughts, and white space around lines."""
+_LEADING_TAGS = re.compile(rf"(?:\s|{_TAG.pattern})*")
+_LAST_TAG = re.compile(rf"({_TAG.pattern})\s*$")
+_OF_THOUGHTS = re.compile(r"think|thought|reason|channel")
+_CLOSES = re.compile(r"/|end|^<[^|].*\|>$", re.IGNORECASE)
+_BETWEEN_LINES = re.compile(r"\n|</?think>")
+_SWITCH = re.compile(r"(?<!\S)/\w+")
+"""Some templates take ``/no_think`` out of a message, and do as it says."""
 _HINT = "give the model another chat template"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where the last answer in a text ends.
+
+    Attributes:
+        said: its content.
+        turn: its turn: after the token that ends it, as far as the template's is known.
+    """
+
+    said: int
+    turn: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +48,7 @@ class Answer:
     Attributes:
         start: where its opening ends.
         said: where its content ends.
-        end: where the turn ends: after the token that ends it, as far as the template's is known.
+        end: where the turn ends.
     """
 
     start: int
@@ -36,22 +56,23 @@ class Answer:
     end: int
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a message's content is in a text.
+def ends_of(content: str, text: str, closing: tuple[str, int] | None) -> Ends:
+    """Where the last answer in a text ends.
 
-    Attributes:
-        start: of its first line.
-        stop: of its last line; both are None if a line is missing.
-        missing: the line.
+    Args:
+        content: of the answer.
+        text: that ends with it.
+        closing: what the template puts after such an answer, and how many characters of that come after its turn;
+            None if nobody knows.
     """
+    if closing is not None and text.endswith(closing[0]):
+        return Ends(len(text) - len(closing[0]), len(text) - closing[1])
+    last = _lines(content)[-1]
+    at = text.rfind(last)
+    return Ends(len(text) if at < 0 else at + len(last), len(text))
 
-    start: int | None
-    stop: int | None
-    missing: str = ""
 
-
-def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, end: int) -> Answer | None:
+def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ends: Ends) -> Answer | None:
     """Where an answer is in the text of a conversation up to its end.
 
     Args:
@@ -59,24 +80,25 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
         turn: of the answer.
         before: the text up to where the model is to answer.
         through: the text up to the answer's end, and what the template puts after it.
-        end: of the turn, in it.
+        ends: of the answer, in it.
 
     Returns:
         None if the template rewrites what is before the answer, or leaves a part of it out.
 
     Raises:
-        DataError: the assistant speaks first.
+        DataError: the assistant speaks first, or is asked to think and does not, or the other way.
     """
     if turn == 0:
         raise DataError("the assistant speaks first", hint="begin with a user's message")
-    if not through.startswith(before):
+    content = words_of(messages[turn])
+    if not through.startswith(before) or _missing(content, through[len(before) : ends.said]) is not None:
         return None
-    place = _place(words_of(messages[turn]), through, len(before), end)
-    return None if place.stop is None else Answer(len(before), place.stop, end)
+    _check_thoughts(before, through[len(before) : ends.said], content, turn)
+    return Answer(len(before), len(through[: ends.said].rstrip()) if content else ends.said, ends.turn)
 
 
 def answer_as_asked(
-    messages: Sequence[Message], turn: int, before: str, asked: str, answered: str, end: int
+    messages: Sequence[Message], turn: int, before: str, asked: str, answered: str, ends: Ends
 ) -> tuple[str, Answer]:
     """What the model is asked, and the answer after it, for templates that write them otherwise together.
 
@@ -86,7 +108,7 @@ def answer_as_asked(
         before: the text up to where the model is to answer.
         asked: the same of the last question by itself.
         answered: that with its answer.
-        end: of the turn, in it.
+        ends: of the answer, in it.
 
     Returns:
         The text up to the answer's end, and where the answer is in it.
@@ -95,31 +117,38 @@ def answer_as_asked(
         DataError: the model would be asked to think and answers without, or the other way; or the template leaves a
             part of the answer out, or has the question in it changed.
     """
-    question, content, number = words_of(messages[turn - 1]), words_of(messages[turn]), turn + 1
+    question, content = words_of(messages[turn - 1]), words_of(messages[turn])
     same = shared(asked, answered)
     same -= len(half.group()) if (half := _HALF_TAG.search(asked[:same])) else 0
-    opening, thoughts = asked[same:], asked[same:].strip()
-    if not before.endswith(opening) or _place(question, asked, 0, same).stop is None:
+    opening = asked[same:]
+    is_asked_alike = before.endswith(opening) and _missing(question, asked[:same], ends_there=False) is None
+    if not is_asked_alike or messages[turn - 1]["role"] == "assistant":
         raise DataError(
-            f"the chat template rewrites the conversation around message {number}, so that its tokens "
+            f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
             "cannot be told from the others",
             _HINT,
         )
-    place = _place(content, answered, same, end)
-    if place.start is None or place.stop is None:
-        return _with_thoughts(content, number, before, thoughts, answered[:end], answered[end:], place)
-    lead, tags = answered[same : place.start], _TAG.findall(opening)
-    opened = bool(thoughts) and len(tags) % 2 == bool(tags)
-    if (opened and not _TAG.search(lead)) or (not opened and any(tag in content for tag in tags)):
+    if opening.strip() and not _TAG.search(opening):
+        raise _otherwise(opening, turn)
+    said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
+    missing = _missing(content, said)
+    if mark and content.startswith(mark) and _kinds(mark).isdisjoint(_kinds(said)) and _ends_with(said, content):
+        said, missing = (
+            content[len(mark) :].lstrip(),
+            None,
+        )  # the template leaves thoughts out of answers that are there
+    if missing is not None:
         raise DataError(
-            f"the chat template has the model answer after {opening!r}, and writes message {number}, an answer that "
-            "is there, without that",
-            f"set its variable for that, if it has one, as in chat_template_kwargs: enable_thinking=false; or {_HINT}",
+            f"the chat template leaves out a part of message {turn + 1}: {missing[:60]!r}",
+            f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {_HINT}",
         )
-    if lead.strip() and thoughts.endswith(lead.strip()):
-        lead = ""
-    start, skipped = len(before), place.start - len(before) - len(lead)
-    return before + lead + answered[place.start :], Answer(start, place.stop - skipped, end - skipped)
+    lead = _lead(said, content)
+    if lead.strip() and mark.endswith(lead.strip()):  # both end the thought
+        said = said[len(lead) :]
+    _check_thoughts(before, said, content, turn)
+    kept = len(said.rstrip()) if content else len(said)
+    start = len(before)
+    return before + said + closing, Answer(start, start + kept, start + len(said) + ends.turn - ends.said)
 
 
 def check_questions(messages: Sequence[Message], text: str) -> None:
@@ -129,13 +158,25 @@ def check_questions(messages: Sequence[Message], text: str) -> None:
         DataError: some templates leave the system's message out, or text that is not in a list of parts.
     """
     for number, message in enumerate(messages, 1):
-        if message["role"] == "assistant":
-            continue
-        content = message["content"].strip()
-        if content not in text and _place(content, text, 0, len(text)).stop is None:
+        if message["role"] != "assistant" and not _is_in(message["content"], text):
             raise DataError(
                 f"the chat template leaves out message {number}, which is the {message['role']}'s",
                 "move it into a message that the template writes, or give the model another chat template",
+            )
+
+
+def check_answers(messages: Sequence[Message], text: str) -> None:
+    """Refuse a text that lacks what the assistant says.
+
+    Raises:
+        DataError: many templates leave the thoughts of earlier answers out.
+    """
+    for number, message in enumerate(messages, 1):
+        missing = _missing(words_of(message), text, ends_there=False) if message["role"] == "assistant" else None
+        if missing is not None:
+            raise DataError(
+                f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
+                f"learn the answers alone, each as the model is asked for it: loss_on: answers; or {_HINT}",
             )
 
 
@@ -145,35 +186,85 @@ def shared(text: str, other: str) -> int:
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
 
 
-def _with_thoughts(
-    content: str, number: int, before: str, opening: str, answered: str, after: str, place: _Place
-) -> tuple[str, Answer]:
-    """The same where the template leaves an answer's thoughts out, which begin with what the model answers after."""
-    last = _lines(content)[-1]
-    at = answered.rfind(last)
-    if not opening or not content.strip().startswith(opening) or at < 0:
+def _check_thoughts(before: str, said: str, content: str, turn: int) -> None:
+    """Refuse an answer without thoughts to a prompt that has begun one, and one with thoughts where they are over.
+
+    Args:
+        before: what the model is asked.
+        said: what the template makes of the answer.
+        content: of the answer.
+        turn: of it.
+    """
+    if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
         raise DataError(
-            f"the chat template leaves out a part of message {number}: {place.missing[:60]!r}",
-            f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {_HINT}",
+            f"the chat template writes a thought of its own before those of message {turn + 1}",
+            f"leave thoughts out of the data, or {_HINT}",
         )
-    said = before + content.strip()[len(opening) :].lstrip()
-    closing = answered[at + len(last) :]
-    return said + closing + after, Answer(len(before), len(said), len(said) + len(closing))
+    last = _LAST_TAG.search(before)
+    kind = _kind(last[1]) if last else ""
+    if last is None or not _OF_THOUGHTS.search(kind):
+        return
+    tags = [tag for tag in _TAG.findall(said) if _kind(tag) == kind]
+    begun = not _CLOSES.search(last[1])
+    if (begun and not (tags and _CLOSES.search(tags[0]))) or (not begun and tags):
+        raise _otherwise(last[0], turn)
 
 
-def _place(content: str, text: str, start: int, end: int) -> _Place:
-    content = content.strip()
-    at = text.find(content, start, end)
-    if at >= 0:
-        return _Place(at, at + len(content))
-    first = None
-    for line in _lines(content):
-        at = text.find(line, start, end)
-        if at < 0:
-            return _Place(None, None, line)
-        first, start = at if first is None else first, at + len(line)
-    return _Place(first, start)
+def _otherwise(opening: str, turn: int) -> DataError:
+    return DataError(
+        f"the chat template has the model answer after {opening!r}, and message {turn + 1}, an answer that is there, "
+        "does not go on from that",
+        f"set its variable for thoughts, if it has one, as in chat_template_kwargs: enable_thinking=false; or {_HINT}",
+    )
+
+
+def _kind(tag: str) -> str:
+    """What begin and end of a thought have in common."""
+    return re.sub(r"start|begin|end|[^a-z]", "", tag.lower())
+
+
+def _kinds(text: str) -> set[str]:
+    return {_kind(tag) for tag in _TAG.findall(text)} - {""}
+
+
+def _lead(said: str, content: str) -> str:
+    """The template's marks before an answer."""
+    whole = said.rstrip()
+    if whole.endswith(content):
+        return whole[: len(whole) - len(content)] if content else said
+    found = _LEADING_TAGS.match(said)
+    return found[0] if found else ""
+
+
+def _ends_with(said: str, content: str) -> bool:
+    return said.rstrip().endswith(_lines(content)[-1])
+
+
+def _is_in(content: str, text: str) -> bool:
+    return _missing(content, text, ends_there=False) is None or (
+        _SWITCH.search(content) is not None and _missing(_SWITCH.sub("", content), text, ends_there=False) is None
+    )
+
+
+def _missing(content: str, text: str, ends_there: bool = True) -> str | None:
+    """A line of a content that is not in a text, after the others; None if all are there.
+
+    Args:
+        content: of a message.
+        text: what the template made of it, or of more.
+        ends_there: whether the content ends where the text does.
+    """
+    content, text = content.strip(), text.rstrip()
+    if text.endswith(content) if ends_there else content in text:
+        return None
+    end = len(text)
+    for line in reversed(_lines(content)):
+        at = text.rfind(line, 0, end)
+        if at < 0 or (ends_there and end == len(text) and at + len(line) < end):
+            return next((first for first in _lines(content) if first not in text), line)
+        end = at
+    return None
 
 
 def _lines(content: str) -> list[str]:
-    return [line for line in _BETWEEN_LINES.split(content) if line] or [content]
+    return [line for part in _BETWEEN_LINES.split(content) if (line := part.strip())] or [content]

@@ -16,8 +16,17 @@ from operator import itemgetter
 from typing import Any
 
 from adaptkit.checkpoint.conversation import Example, Message, is_text, render
+from adaptkit.checkpoint.thoughts import words_of
 from adaptkit.errors import DataError, UsageError
-from adaptkit.training.data.answers import Answer, answer_as_asked, check_questions, find_answer, shared
+from adaptkit.training.data.answers import (
+    Answer,
+    answer_as_asked,
+    check_answers,
+    check_questions,
+    ends_of,
+    find_answer,
+    shared,
+)
 from adaptkit.training.data.samples import IGNORED, Sample
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
@@ -128,16 +137,18 @@ class Encoder:
         for turn in learned:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
-            found.append((find_answer(messages, turn, before, through, self._turn_end(through)), through, before))
+            ends = ends_of(words_of(messages[turn]), through, self._closing)
+            found.append((find_answer(messages, turn, before, through, ends), through, before))
         answers = tuple(
             answer for answer, through, _ in found if answer is not None and whole.startswith(through[: answer.end])
         )
         if len(answers) == len(found) or self._loss_on == "all":
             check_questions(messages, whole)
         if len(answers) == len(found):
-            ends = learned[-1] == len(messages) - 1
-            return [_Text(whole, answers, self._loss_on == "all", plain, ends)]
+            is_last = learned[-1] == len(messages) - 1
+            return [_Text(whole, answers, self._loss_on == "all", plain, is_last)]
         if self._loss_on == "all":
+            check_answers(messages, whole)
             return [_Text(whole, (), True, plain, False)]
         texts = []
         for turn, (answer, text, before) in zip(learned, found, strict=True):
@@ -151,26 +162,25 @@ class Encoder:
         """A conversation up to an answer that the template would write in another way than it asks for it."""
         alone = messages[turn - 1 : turn + 1]
         asked, answered = render([(alone[:1], True), (alone, False)], self._tokenizer)
-        return answer_as_asked(messages, turn, before, asked, answered, self._turn_end(answered))
+        ends = ends_of(words_of(messages[turn]), answered, self._closing)
+        return answer_as_asked(messages, turn, before, asked, answered, ends)
 
     @cached_property
-    def _closing(self) -> tuple[str, int]:
-        """What the template puts after the last answer, and its characters after the last token that ends any turn."""
+    def _closing(self) -> tuple[str, int] | None:
+        """What the template puts after the last answer, and its characters after the last token that ends any turn.
+
+        Some end the text too, with another token.
+        """
         try:
             text, always = after_answer(self._tokenizer)
         except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
-            return "", 0
+            return None
         ((tokens, places),) = self._tokenize([text])
         ends = [(end, token) for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends]
         of_turns = [end for end, _ in ends if end <= len(always)]
         stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
         found = stops[:1] or of_turns[-1:] or [end for end, _ in ends[:1]]  # some write the next turn's first token too
         return text, len(text) - (found[0] if found else len(text))
-
-    def _turn_end(self, through: str) -> int:
-        """Where the turn ends that is the last of a text: some templates end the text too, with another token."""
-        text, rest = self._closing
-        return len(through) - (rest if through.endswith(text) else 0)
 
     def _pieces(self, text: _Text) -> list[str]:
         edges = [0, *(answer.start for answer in text.answers if self._cuts), len(text.text)]

@@ -50,6 +50,11 @@ NEXT_TURN = (  # begins the next turn, whoever's it is: Command A
     TURNS + "<|TURN|>{{ '<|USER|>' if m.role == 'user' else '<|BOT|>' }}{{ m.content }}<|END|>{% endfor %}"
     "<|TURN|><|BOT|>"
 )
+BEGUN = (  # asks with a thought begun, and leaves thoughts out of what is there: DeepSeek R1
+    TURNS + "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+APART = {"role": "assistant", "content": "the Rhine"}
 THOUGHTFUL = "<think>\nlong\nand wide\n</think>\n\nthe Rhine"
 
 
@@ -122,8 +127,93 @@ def test_an_answer_without_thoughts_follows_what_the_model_is_asked(make, templa
     check_asked(samples, messages, tokenizer)
 
 
+@pytest.mark.parametrize("answer", ["", " ", "n", "think", ">", "<", "/", "end", "e", "<|", "x\n\nd", "<b>so</b>"])
+def test_an_answer_whose_words_are_in_the_marks_around_it_is_found(make, answer):
+    said = answer.strip()
+    (sample,) = encode(chat("Name a river", answer), make(OWN_MARKS))
+    assert learned(sample, make(OWN_MARKS)).split("</think>")[1].strip() == f"{said}<|end|>"
+    (sample,) = encode(chat("Name a river", answer), make(ANSWER_CLOSES))
+    assert learned(sample, make(ANSWER_CLOSES)).strip() == f"{answer}<|end|>".strip()
+    if said:
+        (sample,) = encode(chat("Name a river", f"<think>\nlong\n</think>\n\n{answer}"), make(BEGUN))
+        assert learned(sample, make(BEGUN)) == f"long\n</think>\n\n{said}<|end|>"
+
+
+def test_an_empty_thought_ends_the_one_that_the_model_is_asked_after(make):
+    (sample,) = encode(chat("Name a river", "<think>\n\n</think>\n\nthe Rhine"), make(BEGUN))
+    assert learned(sample, make(BEGUN)) == "</think>\n\nthe Rhine<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("opening", "mark", "answer", "after"),
+    [
+        ("<|START_THINKING|>", "<|START_TEXT|>", "the Rhine", "<|START_THINKING|>"),  # Cohere's: another mark ends none
+        ("</think>", "", THOUGHTFUL, "</think>"),  # Laguna's
+        (
+            "<think>\n",
+            "<think>\n",
+            "the Rhine",
+            "<think>\n",
+        ),  # Nemotron Nano's: what it writes begins one and ends none
+        ("Here are my thoughts:\n", "", "the Rhine", "Here are my thoughts:\n"),
+    ],
+)
+def test_thoughts_begin_and_end_in_prompt_and_answer_together(make, opening, mark, answer, after):
+    tokenizer = make(
+        f"{TURNS}<|{{{{ m.role }}}}|>{{{{ '{mark}' if m.role == 'assistant' }}}}{{{{ m.content + eos_token }}}}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}<|assistant|>{opening}{{% endif %}}"
+    )
+    with pytest.raises(DataError, match="and message 2, an answer that is there, does not go on from that") as caught:
+        encode(chat("Name a river", answer), tokenizer)
+    assert repr(after) in caught.value.message
+
+
+def test_a_thought_of_the_template_before_those_of_the_data_is_refused(make):
+    """As Kimi K2 Thinking writes one."""
+    tokenizer = make(TURNS + "<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+                     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    assert learned(encode(chat("Name a river", "the Rhine"), tokenizer)[0], tokenizer).startswith("<think></think>the")
+    with pytest.raises(DataError, match="a thought of its own before those of message 2"):
+        encode(chat("Name a river", THOUGHTFUL), tokenizer)
+
+
+def test_an_answer_that_follows_an_answer_is_no_answer_to_it(make):
+    messages = [*chat("Name a river", "the Rhine"), {"role": "assistant", "content": "the Po"}]
+    with pytest.raises(DataError, match="rewrites the conversation around message 3"):
+        encode(messages, make(NO_THOUGHTS))
+
+
+def test_everything_is_learned_with_every_word_or_not_at_all(make):
+    with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):
+        encode(chat("Name a river", THOUGHTFUL), make(BEGUN), loss_on="all")
+    (sample,) = encode(chat("Name a river", THOUGHTFUL), make(NEXT_TURN), loss_on="all")
+    assert THOUGHTFUL in learned(sample, make(NEXT_TURN))
+
+
+def test_a_switch_that_the_template_obeys_is_not_missed(make):
+    """As SmolLM3's takes it out of the system's message."""
+    tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.replace('/no_think', '').rstrip() + eos_token }}{% endfor %}"
+                     "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    (sample,) = encode(chat("Name a river", "the Rhine", system="Be kind. /no_think"), tokenizer)
+    assert learned(sample, tokenizer) == "the Rhine<|end|>"
+
+
+def test_a_template_that_names_a_field_but_never_reads_it_gets_thoughts_in_the_content(make):
+    """As Ministral's, which looks for blocks of that type in lists."""
+    tokenizer = make(TURNS + "<|{{ m.role }}|>{% if m.content is not string %}{% for b in m.content %}"
+                     "{{ b['thinking'] }}{% endfor %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+                     "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    for messages in (
+        chat("Name a river", THOUGHTFUL),
+        [*chat("Name a river"), {**APART, "thinking": "long\nand wide"}],
+    ):
+        (sample,) = encode(messages, tokenizer)
+        assert learned(sample, tokenizer) == f"{THOUGHTFUL}<|end|>"
+
+
 def test_thoughts_are_refused_where_the_model_is_asked_for_an_answer_without(make):
-    with pytest.raises(DataError, match=r"after '<think></think>', and writes message 2, an answer .*, without"):
+    with pytest.raises(DataError, match=r"after '</think>', and message 2, an answer .*, does not go on"):
         encode(chat("Name a river", THOUGHTFUL), make(ANSWER_CLOSES))
 
 
@@ -198,6 +288,7 @@ def test_the_token_that_begins_every_next_turn_is_no_part_of_the_answer(make):
     ("answer", "what"),
     [
         ({"content": "a", "thinking": 3}, r"thinking is no text \(int\)"),
+        ({"content": "a", "thinking": "\udcff"}, r"its thoughts are no text \(half a character\)"),
         ({"content": "a", "thinking": "b", "reasoning": "c"}, "has thoughts in more than one place"),
         ({"content": THOUGHTFUL, "reasoning": "c"}, "has thoughts in more than one place"),
     ],
@@ -211,5 +302,20 @@ def test_thoughts_said_twice_alike_and_empty_ones_are_fine():
     answer = {"role": "assistant", "content": "a", "thinking": "b", "reasoning_content": "b", "reasoning": None}
     example = read_example({"messages": [*chat("q"), answer]}, "here")
     assert example.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "b"}
-    plain = read_example({"messages": [*chat("q"), {"role": "assistant", "content": "a", "thinking": ""}]}, "here")
-    assert plain.messages[1] == {"role": "assistant", "content": "a"}
+    for nothing in ("", " ", False, [], {}):
+        plain = read_example({"messages": [*chat("q"), {"role": "assistant", "content": "a", "thinking": nothing}]}, "")
+        assert plain.messages[1] == {"role": "assistant", "content": "a"}
+    twice = {"role": "assistant", "content": THOUGHTFUL, "thinking": " long\nand wide"}
+    assert read_example({"messages": [*chat("q"), twice]}, "").messages[1]["content"] == THOUGHTFUL
+
+
+def test_thoughts_of_a_prompt_s_answers_are_read_and_those_of_users_are_told():
+    asked = [
+        {"role": "user", "content": "q", "thinking": "why"},
+        {"role": "assistant", "content": "a", "thinking": "b"},
+    ]
+    row = {"prompt": [*asked, {"role": "user", "content": "r"}], "completion": [{"role": "assistant", "content": "c"}]}
+    example = read_example(row, "here")
+    assert (example.messages[1]["reasoning_content"], example.learned) == ("b", (3,))
+    assert example.ignored == {"thinking"}
+    assert "reasoning_content" not in example.messages[0]

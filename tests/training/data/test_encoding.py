@@ -331,7 +331,7 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    with pytest.raises(DataError, match="here: the chat template has the model answer after 'A:', and writes"):
+    with pytest.raises(DataError, match="here: the chat template has the model answer after 'A:', and message 2"):
         encode(conversation("one", "two"), tokenizer)
 
 
@@ -342,7 +342,7 @@ def test_a_template_that_has_the_model_think_first_is_given_thoughts_that_it_lea
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    with pytest.raises(DataError, match=r"answer after '<think>\\n', and writes message 2, an answer .* without"):
+    with pytest.raises(DataError, match=r"answer after '<think>\\n', and message 2, an answer .*, does not go on"):
         encode(conversation("one", "two"), tokenizer)
     inline = {"role": "assistant", "content": "<think>\nso\n</think>\n\ntwo"}
     apart = {"role": "assistant", "content": "two", "reasoning_content": "so"}
