@@ -121,7 +121,7 @@ def answer_as_asked(
     same = shared(asked, answered)
     same -= len(half.group()) if (half := _HALF_TAG.search(asked[:same])) else 0
     opening = asked[same:]
-    is_asked_alike = before.endswith(opening) and _missing(question, asked[:same], ends_there=False) is None
+    is_asked_alike = before.endswith(opening) and _missing(question, asked[:same]) is None
     if not is_asked_alike or messages[turn - 1]["role"] == "assistant":
         raise DataError(
             f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
@@ -132,7 +132,7 @@ def answer_as_asked(
         raise _otherwise(opening, turn)
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
     missing = _missing(content, said)
-    if mark and content.startswith(mark) and _kinds(mark).isdisjoint(_kinds(said)) and _ends_with(said, content):
+    if mark and content.startswith(mark) and said.rstrip().endswith(_lines(content)[-1]):
         said, missing = (
             content[len(mark) :].lstrip(),
             None,
@@ -172,7 +172,7 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
         DataError: many templates leave the thoughts of earlier answers out.
     """
     for number, message in enumerate(messages, 1):
-        missing = _missing(words_of(message), text, ends_there=False) if message["role"] == "assistant" else None
+        missing = _missing(words_of(message), text) if message["role"] == "assistant" else None
         if missing is not None:
             raise DataError(
                 f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
@@ -236,33 +236,22 @@ def _lead(said: str, content: str) -> str:
     return found[0] if found else ""
 
 
-def _ends_with(said: str, content: str) -> bool:
-    return said.rstrip().endswith(_lines(content)[-1])
-
-
 def _is_in(content: str, text: str) -> bool:
-    return _missing(content, text, ends_there=False) is None or (
-        _SWITCH.search(content) is not None and _missing(_SWITCH.sub("", content), text, ends_there=False) is None
+    return _missing(content, text) is None or (
+        _SWITCH.search(content) is not None and _missing(_SWITCH.sub("", content), text) is None
     )
 
 
-def _missing(content: str, text: str, ends_there: bool = True) -> str | None:
-    """A line of a content that is not in a text, after the others; None if all are there.
-
-    Args:
-        content: of a message.
-        text: what the template made of it, or of more.
-        ends_there: whether the content ends where the text does.
-    """
-    content, text = content.strip(), text.rstrip()
-    if text.endswith(content) if ends_there else content in text:
+def _missing(content: str, text: str) -> str | None:
+    """The first line of a content that a text does not have after the others; None if all are there."""
+    content, at = content.strip(), 0
+    if content in text:
         return None
-    end = len(text)
-    for line in reversed(_lines(content)):
-        at = text.rfind(line, 0, end)
-        if at < 0 or (ends_there and end == len(text) and at + len(line) < end):
-            return next((first for first in _lines(content) if first not in text), line)
-        end = at
+    for line in _lines(content):
+        at = text.find(line, at)
+        if at < 0:
+            return line
+        at += len(line)
     return None
 
 

@@ -149,6 +149,7 @@ def test_an_empty_thought_ends_the_one_that_the_model_is_asked_after(make):
     [
         ("<|START_THINKING|>", "<|START_TEXT|>", "the Rhine", "<|START_THINKING|>"),  # Cohere's: another mark ends none
         ("</think>", "", THOUGHTFUL, "</think>"),  # Laguna's
+        ("<think>\n", "<think>\n", THOUGHTFUL, "<think>\n"),
         (
             "<think>\n",
             "<think>\n",
@@ -247,6 +248,12 @@ def test_a_template_without_such_a_field_gets_thoughts_in_the_content(make, name
     assert (list(sample.ids), list(sample.labels)) == (list(inline.ids), list(inline.labels))
     tokenizer.chat_template = None
     assert learned(encode(apart, tokenizer)[0], tokenizer) == f"{THOUGHTFUL}<|end|>"
+
+
+def test_an_answer_that_is_cut_with_its_thoughts_is_not_made_up_for(make):
+    tokenizer = make(BEGUN.replace("[-1] + eos_token", "[-1].replace('Rhine', '') + eos_token"))
+    with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):
+        encode(chat("Name a river", THOUGHTFUL), tokenizer)
 
 
 def test_thoughts_that_the_template_leaves_out_are_not_lost_without_a_word(make):
