@@ -256,6 +256,14 @@ def test_an_answer_that_is_cut_with_its_thoughts_is_not_made_up_for(make):
         encode(chat("Name a river", THOUGHTFUL), tokenizer)
 
 
+def test_a_line_that_is_said_twice_is_missed_once(make):
+    tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.removesuffix('\n\nyes') + eos_token }}{% endfor %}"
+                     "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    assert learned(encode(chat("Sure?", "yes\n\nno"), tokenizer)[0], tokenizer) == "yes\n\nno<|end|>"
+    with pytest.raises(DataError, match="leaves out a part of message 2: 'yes'"):
+        encode(chat("Sure?", "yes\n\nyes"), tokenizer)
+
+
 def test_thoughts_that_the_template_leaves_out_are_not_lost_without_a_word(make):
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
