@@ -119,7 +119,10 @@ def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: A
         if messages and tokenizer.eos_token is None:
             raise DataError("the tokenizer has neither a chat template nor an end token")
         ends = {"assistant": tokenizer.eos_token}
-        yield "".join(words_of(message) + ends.get(message["role"], "\n") for message in messages)
+        said = (
+            (words_of(turn) if FIELD in turn else turn["content"]) + ends.get(turn["role"], "\n") for turn in messages
+        )
+        yield "".join(said)
 
 
 def _fields_of(tokenizer: Any) -> ThoughtFields:

@@ -132,11 +132,8 @@ def answer_as_asked(
         raise _otherwise(opening, turn)
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
     missing = _missing(content, said)
-    if mark and content.startswith(mark) and said.rstrip().endswith(_lines(content)[-1]):
-        said, missing = (
-            content[len(mark) :].lstrip(),
-            None,
-        )  # the template leaves thoughts out of answers that are there
+    if mark and content.startswith(mark) and said.rstrip().endswith(_lines(content)[-1]):  # it leaves thoughts out
+        said, missing = content[len(mark) :].lstrip(), None
     if missing is not None:
         raise DataError(
             f"the chat template leaves out a part of message {turn + 1}: {missing[:60]!r}",
