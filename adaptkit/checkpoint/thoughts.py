@@ -33,7 +33,7 @@ def read_thoughts(message: Mapping[str, Any], content: str) -> str:
             raise DataError(f"{name} is no text ({type(thoughts).__name__})", hint=f"{name} is a string")
     inline = _IN_CONTENT.fullmatch(content)
     found = {thoughts.strip() for thoughts in (*given.values(), inline[1] if inline else "")} - {""}
-    if len(found) > 1:
+    if len(found) > 1 or (found and inline and not inline[1].strip()):
         raise DataError("has thoughts in more than one place", hint=f"leave them in one: content, {', '.join(given)}")
     return "" if inline else "".join(found)
 
@@ -57,7 +57,11 @@ class ThoughtFields:
             except DataError:  # of such a message; each row tells what it is refused for
                 return ""
 
-        self._names = tuple(name for name in NAMES if _THOUGHT in written(content=_ANSWER, **{name: _THOUGHT}))
+        names = NAMES if written(content=_ANSWER) else ()  # a template that loops is waited for once
+        self._names = tuple(name for name in names if _THOUGHT in written(content=_ANSWER, **{name: _THOUGHT}))
+        self._knows_content = True
+        if not self._names:
+            return
         apart = written(content=_ANSWER, **dict.fromkeys(self._names, _THOUGHT))
         inline = written(content=_in_content(_THOUGHT, _ANSWER))
         self._knows_content = "".join(apart.split()) == "".join(inline.split())

@@ -274,6 +274,16 @@ def test_a_tokenizer_with_templates_for_other_things_alone_is_refused(llama):
         set_template_kwargs(tokenizer, {"quick": True})
 
 
+def test_a_template_that_loops_is_not_asked_for_every_field_of_thoughts(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "_SECONDS", 0.5)
+    begun, start = [], rendering.start_child
+    monkeypatch.setattr(rendering, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
+    tokenizer.chat_template = LOOP
+    with pytest.raises(DataError, match="takes longer than"):
+        list(render([(CHAT, False)], tokenizer))
+    assert len(begun) == 2  # of a question and answer, and of this row
+
+
 def test_thoughts_count_as_what_is_said(tokenizer):
     """A template may write a megabyte more than eight times a conversation."""
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"

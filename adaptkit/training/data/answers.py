@@ -90,10 +90,11 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
     """
     if turn == 0:
         raise DataError("the assistant speaks first", hint="begin with a user's message")
-    content = words_of(messages[turn])
-    if not through.startswith(before) or _missing(content, through[len(before) : ends.said]) is not None:
+    content, opened = words_of(messages[turn]), _LAST_TAG.search(before)
+    said = content.removeprefix(opened[1]) if opened else content  # a thought's mark that the prompt has already
+    if not through.startswith(before) or _missing(said, through[len(before) : ends.said]):
         return None
-    _check_thoughts(before, through[len(before) : ends.said], content, turn)
+    _check_thoughts(before, through[len(before) : ends.said], messages, turn)
     return Answer(len(before), len(through[: ends.said].rstrip()) if content else ends.said, ends.turn)
 
 
@@ -121,7 +122,7 @@ def answer_as_asked(
     same = shared(asked, answered)
     same -= len(half.group()) if (half := _HALF_TAG.search(asked[:same])) else 0
     opening = asked[same:]
-    is_asked_alike = before.endswith(opening) and _missing(question, asked[:same]) is None
+    is_asked_alike = before.endswith(opening) and not _missing(question, asked[:same])
     if not is_asked_alike or messages[turn - 1]["role"] == "assistant":
         raise DataError(
             f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
@@ -129,12 +130,12 @@ def answer_as_asked(
             _HINT,
         )
     if opening.strip() and not _TAG.search(opening):
-        raise _otherwise(opening, turn)
+        raise _otherwise(opening, turn, True)
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
     missing = _missing(content, said)
     if mark and content.startswith(mark) and said.rstrip().endswith(_lines(content)[-1]):  # it leaves thoughts out
-        said, missing = content[len(mark) :].lstrip(), None
-    if missing is not None:
+        said, missing = content[len(mark) :].lstrip(), ""
+    if missing:
         raise DataError(
             f"the chat template leaves out a part of message {turn + 1}: {missing[:60]!r}",
             f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {_HINT}",
@@ -142,7 +143,7 @@ def answer_as_asked(
     lead = _lead(said, content)
     if lead.strip() and mark.endswith(lead.strip()):  # both end the thought
         said = said[len(lead) :]
-    _check_thoughts(before, said, content, turn)
+    _check_thoughts(before, said, messages, turn)
     kept = len(said.rstrip()) if content else len(said)
     start = len(before)
     return before + said + closing, Answer(start, start + kept, start + len(said) + ends.turn - ends.said)
@@ -168,9 +169,12 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
     Raises:
         DataError: many templates leave the thoughts of earlier answers out.
     """
+    at = 0
     for number, message in enumerate(messages, 1):
-        missing = _missing(words_of(message), text) if message["role"] == "assistant" else None
-        if missing is not None:
+        if message["role"] != "assistant":
+            continue
+        at, missing = _search(words_of(message), text, at)
+        if missing:
             raise DataError(
                 f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
                 f"learn the answers alone, each as the model is asked for it: loss_on: answers; or {_HINT}",
@@ -183,15 +187,16 @@ def shared(text: str, other: str) -> int:
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
 
 
-def _check_thoughts(before: str, said: str, content: str, turn: int) -> None:
+def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: int) -> None:
     """Refuse an answer without thoughts to a prompt that has begun one, and one with thoughts where they are over.
 
     Args:
         before: what the model is asked.
         said: what the template makes of the answer.
-        content: of the answer.
-        turn: of it.
+        messages: of the conversation.
+        turn: of the answer.
     """
+    content = words_of(messages[turn])
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
         raise DataError(
             f"the chat template writes a thought of its own before those of message {turn + 1}",
@@ -199,19 +204,26 @@ def _check_thoughts(before: str, said: str, content: str, turn: int) -> None:
         )
     last = _LAST_TAG.search(before)
     kind = _kind(last[1]) if last else ""
-    if last is None or not _OF_THOUGHTS.search(kind):
+    if last is None or not _OF_THOUGHTS.search(kind) or words_of(messages[turn - 1]).endswith(last[1]):
         return
+    begun, thinks, found = not _CLOSES.search(last[1]), content.startswith("<think>"), _LEADING_TAGS.match(said)
     tags = [tag for tag in _TAG.findall(said) if _kind(tag) == kind]
-    begun = not _CLOSES.search(last[1])
-    if (begun and not (tags and _CLOSES.search(tags[0]))) or (not begun and tags):
-        raise _otherwise(last[0], turn)
+    leads = kind in _kinds(found[0] if found else "")
+    closes = bool(tags and _CLOSES.search(tags[0]))
+    if begun:  # a thought may speak of such marks
+        refused = not closes and not (thinks and not leads and any(map(_CLOSES.search, tags)))
+    else:  # so may an answer
+        refused = leads or closes or (thinks and bool(tags))
+    if refused:
+        raise _otherwise(last[0], turn, begun)
 
 
-def _otherwise(opening: str, turn: int) -> DataError:
+def _otherwise(opening: str, turn: int, begun: bool) -> DataError:
+    setting, other = ("false", "give answers thoughts") if begun else ("true", "leave thoughts out of the data")
     return DataError(
         f"the chat template has the model answer after {opening!r}, and message {turn + 1}, an answer that is there, "
         "does not go on from that",
-        f"set its variable for thoughts, if it has one, as in chat_template_kwargs: enable_thinking=false; or {_HINT}",
+        f"set its variable for them, if it has one, as in chat_template_kwargs: enable_thinking={setting}; or {other}",
     )
 
 
@@ -234,22 +246,28 @@ def _lead(said: str, content: str) -> str:
 
 
 def _is_in(content: str, text: str) -> bool:
-    return _missing(content, text) is None or (
-        _SWITCH.search(content) is not None and _missing(_SWITCH.sub("", content), text) is None
+    return not _missing(content, text) or (
+        _SWITCH.search(content) is not None and not _missing(_SWITCH.sub("\n", content), text)
     )
 
 
-def _missing(content: str, text: str) -> str | None:
-    """The first line of a content that a text does not have after the others; None if all are there."""
-    content, at = content.strip(), 0
-    if content in text:
-        return None
+def _missing(content: str, text: str) -> str:
+    """The first line of a content that a text does not have after the others; empty if all are there."""
+    return _search(content, text, 0)[1]
+
+
+def _search(content: str, text: str, at: int) -> tuple[int, str]:
+    """Where a content ends in a text, looked for from a place on; and the first line that is not there, or nothing."""
+    content = content.strip()
+    found = text.find(content, at)
+    if found >= 0:
+        return found + len(content), ""
     for line in _lines(content):
-        at = text.find(line, at)
-        if at < 0:
-            return line
-        at += len(line)
-    return None
+        found = text.find(line, at)
+        if found < 0:
+            return at, line
+        at = found + len(line)
+    return at, ""
 
 
 def _lines(content: str) -> list[str]:

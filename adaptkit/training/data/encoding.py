@@ -144,11 +144,12 @@ class Encoder:
         )
         if len(answers) == len(found) or self._loss_on == "all":
             check_questions(messages, whole)
+        if self._loss_on == "all":
+            check_answers(messages, whole)
         if len(answers) == len(found):
             is_last = learned[-1] == len(messages) - 1
             return [_Text(whole, answers, self._loss_on == "all", plain, is_last)]
         if self._loss_on == "all":
-            check_answers(messages, whole)
             return [_Text(whole, (), True, plain, False)]
         texts = []
         for turn, (answer, text, before) in zip(learned, found, strict=True):
@@ -261,7 +262,7 @@ def after_answer(tokenizer: Any) -> tuple[str, str]:
     Raises:
         DataError: it refuses a question and its answer.
     """
-    word = "answer"
+    word = "quokka"  # is in no template
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
     (text,) = render([(messages, False)], tokenizer)
     (longer,) = render([([*messages, {"role": "user", "content": "question"}], False)], tokenizer)

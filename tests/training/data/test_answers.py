@@ -168,6 +168,36 @@ def test_thoughts_begin_and_end_in_prompt_and_answer_together(make, opening, mar
     with pytest.raises(DataError, match="and message 2, an answer that is there, does not go on from that") as caught:
         encode(chat("Name a river", answer), tokenizer)
     assert repr(after) in caught.value.message
+    assert (
+        f"enable_thinking={'true' if answer == THOUGHTFUL and opening == '</think>' else 'false'}" in caught.value.hint
+    )
+
+
+@pytest.mark.parametrize(
+    ("opening", "answer", "said"),
+    [
+        ("<think>\n\n</think>\n\n", "R1 puts them in <think> and </think>.", None),
+        ("<|channel>thought\n<channel|>", "RSS has a <channel>.", None),
+        ("<think>\n", "<think>\nthe <think> tag\n</think>\n\nfour", "the <think> tag\n</think>\n\nfour"),
+        ("<|START_THINKING|>", "<|START_THINKING|>hm<|END_THINKING|>four", "hm<|END_THINKING|>four"),
+    ],
+)
+def test_answers_and_thoughts_may_speak_of_such_marks(make, opening, answer, said):
+    tokenizer = make(
+        TURNS + "<|{{ m.role }}|>{{ m.content + eos_token }}{% endfor %}"
+        f"{{% if add_generation_prompt %}}<|assistant|>{opening}{{% endif %}}"
+    )
+    (sample,) = encode(chat("Name them", answer), tokenizer)
+    assert learned(sample, tokenizer) == f"{said or answer}<|end|>"
+    check_asked([sample], chat("Name them", answer), tokenizer)
+
+
+def test_a_question_that_ends_in_such_a_mark_asks_for_no_thought(make):
+    tokenizer = make(SYSTEM_LAST.replace("[/INST]", "").replace("[INST]", ""))
+    for template in (tokenizer.chat_template, None):
+        tokenizer.chat_template = template
+        (sample,) = encode(chat("Mend it: <channel>", "four"), tokenizer)
+        assert learned(sample, tokenizer).strip() == "four<|end|>"
 
 
 def test_a_thought_of_the_template_before_those_of_the_data_is_refused(make):
@@ -188,6 +218,14 @@ def test_an_answer_that_follows_an_answer_is_no_answer_to_it(make):
 def test_everything_is_learned_with_every_word_or_not_at_all(make):
     with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):
         encode(chat("Name a river", THOUGHTFUL), make(BEGUN), loss_on="all")
+    forgets = make(TURNS + "<|{{ m.role }}|>{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+                   "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    for last in ("the Po", THOUGHTFUL):
+        messages = chat("Name a river", THOUGHTFUL, "And another", last)
+        messages[1]["weight"] = 0  # so that all answers that are learned are found
+        with pytest.raises(DataError, match=r"leaves out a part of message [24]: '(long|and wide|the Rhine)'"):
+            encode(messages, forgets, loss_on="all")
+        assert len(encode(messages, forgets)) == 1
     (sample,) = encode(chat("Name a river", THOUGHTFUL), make(NEXT_TURN), loss_on="all")
     assert THOUGHTFUL in learned(sample, make(NEXT_TURN))
 
@@ -196,8 +234,14 @@ def test_a_switch_that_the_template_obeys_is_not_missed(make):
     """As SmolLM3's takes it out of the system's message."""
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.replace('/no_think', '').rstrip() + eos_token }}{% endfor %}"
                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
-    (sample,) = encode(chat("Name a river", "the Rhine", system="Be kind. /no_think"), tokenizer)
-    assert learned(sample, tokenizer) == "the Rhine<|end|>"
+    for system in ("Be kind. /no_think", "Type /help for help. /no_think", "See /usr/bin."):
+        (sample,) = encode(chat("Name a river", "the Rhine", system=system), tokenizer)
+        assert learned(sample, tokenizer) == "the Rhine<|end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content", "{{ '' if m.role == 'system' else m.content"
+    )
+    with pytest.raises(DataError, match="leaves out message 1, which is the system's"):
+        encode(chat("Name a river", "the Rhine", system="Be kind. /no_think"), tokenizer)
 
 
 def test_a_template_that_names_a_field_but_never_reads_it_gets_thoughts_in_the_content(make):
@@ -306,6 +350,7 @@ def test_the_token_that_begins_every_next_turn_is_no_part_of_the_answer(make):
         ({"content": "a", "thinking": "\udcff"}, r"its thoughts are no text \(half a character\)"),
         ({"content": "a", "thinking": "b", "reasoning": "c"}, "has thoughts in more than one place"),
         ({"content": THOUGHTFUL, "reasoning": "c"}, "has thoughts in more than one place"),
+        ({"content": "<think>\n\n</think>\n\nso", "reasoning": "c"}, "has thoughts in more than one place"),
     ],
 )
 def test_thoughts_that_are_no_text_or_in_two_places_are_refused(answer, what):
