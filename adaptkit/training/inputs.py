@@ -105,10 +105,11 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
             )
     tokenizer = load_tokenizer(base)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
+    known = known_tokens(base)
     for prompt in config.sample_prompts:
         ids = prompt_ids(prompt, tokenizer)
         check_prompt(base, prompt, len(ids), config.sample_tokens)
-        check_known(ids, known_tokens(base), f"the prompt {prompt[:40]!r}")
+        check_known(ids, known, f"the prompt {prompt[:40]!r}")
     weights = config.mixture_weights()
     load = partial(
         load_data,
@@ -118,7 +119,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         loss_on=config.loss_on,
         layout=config.layout,
         context=longest_sequence(base),
-        known=known_tokens(base),
+        known=known,
     )
     data = load(config.data)
     other = load(config.held_out_data) if config.held_out_data else None

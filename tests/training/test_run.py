@@ -217,7 +217,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_named_before_the_f
         ["train", "--base", model, *given, "-o", tmp_path / "out", "--held-out", 0],
         ["train", "--base", model, "--data", instructions, "-o", tmp_path / "out", *asked],
         ["evaluate", "--base", model, *given],
-        ["evaluate", "--base", model, *given, "--shots", 1, "--shots-from", instructions],
+        ["evaluate", "--base", model, "--data", instructions, "--shots", 1, "--shots-from", tmp_path / "rows.jsonl"],
         ["evaluate", "--base", model, "--prompt", row["instruction"]],
     ):
         done = run_cli(*command)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.checkpoint.text import check_known
+from adaptkit.errors import BaseMismatchError
 from adaptkit.training.network.model import Model
 
 POSITIONS = 64
@@ -82,10 +83,7 @@ def measure_text(model: Model, windows: Tensor, reference: Model | None = None) 
 
 def _check_vocabulary(model: Model, windows: Tensor, reference: Model | None) -> None:
     known = model.network.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= known:
-        raise UsageError(
-            f"{model.checkpoint.root}: its tokenizer makes the token {int(windows.max())}, its model knows {known}"
-        )
+    check_known([int(windows.max())], known, str(model.checkpoint.root))
     others = known if reference is None else reference.network.get_input_embeddings().weight.shape[0]
     if reference is not None and others != known:
         raise BaseMismatchError(

@@ -139,6 +139,27 @@ def test_an_answer_whose_words_are_in_the_marks_around_it_is_found(make, answer)
         assert learned(sample, make(BEGUN)) == f"long\n</think>\n\n{said}<|end|>"
 
 
+def test_thoughts_that_the_template_leaves_out_go_on_from_the_one_that_it_begins(make):
+    tokenizer = make(BEGUN)
+    for answer in ({"content": THOUGHTFUL}, {"content": "the Rhine", "reasoning_content": "long\nand wide"}):
+        messages = [*chat("zero", "<think>\nno\n</think>\n\nnil", "Name a river"), {"role": "assistant"} | answer]
+        samples = encode(messages, tokenizer)
+        assert [learned(sample, tokenizer) for sample in samples] == [
+            "no\n</think>\n\nnil<|end|>", "long\nand wide\n</think>\n\nthe Rhine<|end|>",
+        ]  # fmt: skip
+        check_asked(samples, messages, tokenizer)
+    with pytest.raises(DataError, match=r"answer after '<think>\\n', and message 2, an answer .*, does not go on"):
+        encode(chat("Name a river", "the Rhine"), tokenizer)
+
+
+def test_the_end_token_follows_the_last_word_where_the_template_has_none(make):
+    tokenizer = make(
+        TURNS + "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (sample,) = encode(chat("Name a river", "the Rhine  "), tokenizer)
+    assert learned(sample, tokenizer) == "the Rhine<|end|>"
+
+
 def test_an_empty_thought_ends_the_one_that_the_model_is_asked_after(make):
     (sample,) = encode(chat("Name a river", "<think>\n\n</think>\n\nthe Rhine"), make(BEGUN))
     assert learned(sample, make(BEGUN)) == "</think>\n\nthe Rhine<|end|>"

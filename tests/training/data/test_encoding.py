@@ -335,28 +335,6 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(
         encode(conversation("one", "two"), tokenizer)
 
 
-def test_a_template_that_has_the_model_think_first_is_given_thoughts_that_it_leaves_out(llama):
-    """And is not given an answer that has none."""
-    tokenizer = load_tokenizer(llama)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-    )
-    with pytest.raises(DataError, match=r"answer after '<think>\\n', and message 2, an answer .*, does not go on"):
-        encode(conversation("one", "two"), tokenizer)
-    inline = {"role": "assistant", "content": "<think>\nso\n</think>\n\ntwo"}
-    apart = {"role": "assistant", "content": "two", "reasoning_content": "so"}
-    for answer in (inline, apart):
-        messages = [*conversation("zero", "<think>\nno\n</think>\n\nnil", "one"), answer]
-        samples, _ = encode_row({"messages": messages}, tokenizer)
-        assert [learned(sample, tokenizer) for sample in samples] == [
-            "no\n</think>\n\nnil<|im_end|>", "so\n</think>\n\ntwo<|im_end|>",
-        ]  # fmt: skip
-        for sample, turn in zip(samples, (1, 3), strict=True):
-            asked = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False)
-            assert tokenizer.decode(sample.ids).startswith(asked)
-
-
 @pytest.mark.parametrize("question", ["one", "one" * 99], ids=["short", "long"])
 def test_a_template_that_rewrites_what_was_asked_is_refused(llama, question):
     tokenizer = load_tokenizer(llama)
