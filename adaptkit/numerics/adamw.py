@@ -89,20 +89,25 @@ def encode(moment: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> No
         absmax: (ceil(N / BLOCK),) float32; written: the largest magnitude of each block.
         signed: which map.
     """
-    levels = _on(moment.device, signed)
-    if moment.device.type == "cpu":
-        from adaptkit.numerics.kernels._cpu_adamw import encode as compiled
-
-        bounds, starts, most = _search(signed)
-        compiled(moment.numpy(), BLOCK, bounds, starts, most, codes.numpy(), absmax.numpy())
+    if moment.device.type != "cpu":
+        _encode_by_torch(moment, codes, absmax, signed)
         return
+    from adaptkit.numerics.kernels._cpu_adamw import encode as compiled
+
+    bounds, starts, most = _search(signed)
+    compiled(moment.numpy(), BLOCK, bounds, starts, most, codes.numpy(), absmax.numpy())
+
+
+def _encode_by_torch(moment: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
+    """``encode`` on any device."""
+    levels = _on(moment.device, signed)
     blocks = torch.nn.functional.pad(moment, (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1)
     absmax.copy_(largest)
     scaled = blocks / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
     middles = (levels[:-1] + levels[1:]) * 0.5
     found = torch.bucketize(scaled, middles).view(-1)[: moment.numel()]
-    codes.copy_(torch.where(moment > 0, found.clamp_(min=1), found))
+    codes.copy_(torch.where(moment > 0, found.clamp(min=1), found))
 
 
 def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> None:
