@@ -92,6 +92,7 @@ class AdaptkitStep:
         from adaptkit.training.network.joined_gpu import join_on_gpu
         from adaptkit.training.network.model import load_model, new_adapter
         from adaptkit.training.network.narrow import keep_narrow
+        from adaptkit.training.network.unread import mark_unread
 
         config = TrainConfig(
             base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
@@ -105,6 +106,8 @@ class AdaptkitStep:
         else:
             fuse_on_gpu(model.network)
             keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
+        if policy != "none":
+            mark_unread(model.network)
         save_activations(model.network, config, (1, length), place)
         trainable = Trainable.of(model)
         self._gradients = Gradients(model, trainable.gradients, config, World(place))
@@ -189,18 +192,18 @@ def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Ca
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     layers = config["num_hidden_layers"]
-    shapes = [(hidden, hidden, 2 * layers), (keys, hidden, 2 * layers), (inner, hidden, 2 * layers)]
-    shapes += [(hidden, inner, layers), (config["vocab_size"], hidden, 1)]
+    again = 2 if checkpointing else 1  # but for what a layer adds last, and for the head
+    shapes = [(hidden, hidden, 2 * layers, again), (keys, hidden, 2 * layers, again), (inner, hidden, 2 * layers, again)]
+    shapes += [(hidden, inner, layers, 1), (config["vocab_size"], hidden, 1, 1)]
     products = []
-    for out, into, count in shapes:
+    for out, into, count, forwards in shapes:
         rows = round(length * share) if out == config["vocab_size"] else length
-        products.append((torch.randn(rows, into).to(dtype), torch.randn(out, into).to(dtype), count))
-    forwards = 2 if checkpointing else 1
+        products.append((torch.randn(rows, into).to(dtype), torch.randn(out, into).to(dtype), count, forwards))
 
     def step() -> float:
-        for x, weight, count in products:
+        for x, weight, count, forwards in products:
             y = x @ weight.T
-            for _ in range((count if weight.shape[0] != config["vocab_size"] else 1) * forwards - 1):
+            for _ in range(count * forwards - 1):
                 y = x @ weight.T
             for _ in range(count):
                 y @ weight

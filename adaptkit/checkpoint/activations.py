@@ -161,7 +161,7 @@ def measure_layers(
     Returns:
         The sizes of every layer, in order.
     """
-    kinds = [_kind(layer) for layer in layers]
+    kinds = [kind_of(layer) for layer in layers]
     wanted = {kinds.index(kind) for kind in kinds}
     sizes: dict[int, LayerSize] = {}
     there = tuple(held)
@@ -179,8 +179,8 @@ class _Enough(Exception):  # noqa: N818 - nothing is wrong
     """Every kind of layer was measured; the rest of the network need not run."""
 
 
-def _kind(layer: nn.Module) -> Any:
-    """What layers that need the same memory have in common: classes, shapes, and what they call their kind."""
+def kind_of(layer: nn.Module) -> Any:
+    """What layers that do and need the same have in common: classes, shapes, and what they call their kind."""
     found: list[Any] = []
     for name, module in layer.named_modules():
         tensors = [*module._parameters.items(), *module._buffers.items()]

@@ -24,6 +24,7 @@ from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import begin
+from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.schedule import steps_in
 
 
@@ -84,6 +85,8 @@ def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
     elif not is_shared:
         fuse_on_gpu(model.network)
         keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
+    if inputs.config.checkpointing != "none":
+        mark_unread(model.network)
     if is_shared:
         shard_frozen(model.network, world)
     return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)

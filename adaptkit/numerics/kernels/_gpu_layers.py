@@ -18,25 +18,28 @@ _AT_A_TIME = 1024
 def gate_forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of two of one shape and type, (…, width); contiguous. They may be columns of one matrix."""
     y = gate.new_empty(gate.shape)
-    _launch(_gate, gate, up, y)
+    _launch(_gate, _rows(gate), _rows(up), y)
     return y
 
 
 def gate_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients by both, where that by ``gate_forward``'s result is ``grad``, which is contiguous as they are."""
-    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    _launch(_gate_gradients, gate, up, grad, grad_gate, grad_up)
-    return grad_gate, grad_up
+    """The gradients by both, which lie where they lay; that by ``gate_forward``'s result is ``grad``, contiguous.
+
+    These are the largest tensors of a layer's backward pass, and nobody needs the inputs after it.
+    """
+    sides = _rows(gate), _rows(up)
+    _launch(_gate_gradients, *sides, grad)
+    by_gate, by_up = (rows.view(side.shape) for rows, side in zip(sides, (gate, up), strict=True))
+    return by_gate, by_up
 
 
-def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor) -> None:
-    """Run a program for each part of a row; the rows of all but the first two lie one after the other."""
-    sides = [_rows(side) for side in (gate, up)]
-    (count, width), strides = sides[0].shape, [side.stride(0) for side in sides]
+def _launch(kernel: Any, gate: Tensor, up: Tensor, other: Tensor) -> None:
+    """Run a program for each part of a row; the rows of the other lie one after the other."""
+    (count, width), strides = gate.shape, [side.stride(0) for side in (gate, up)]
     if count and width:
         with torch.cuda.device(gate.device) if gate.is_cuda else nullcontext():
             grid = count, triton.cdiv(width, _AT_A_TIME)
-            kernel[grid](*sides, *others, *strides, width, _AT_A_TIME, enable_fp_fusion=True)
+            kernel[grid](gate, up, other, *strides, width, _AT_A_TIME, enable_fp_fusion=True)
 
 
 def _rows(side: Tensor) -> Tensor:
@@ -55,14 +58,15 @@ def _gate(gate, up, y, gate_stride, up_stride, width, chunk: tl.constexpr):
 
 
 @triton.jit
-def _gate_gradients(gate, up, grad, grad_gate, grad_up, gate_stride, up_stride, width, chunk: tl.constexpr):
+def _gate_gradients(gate, up, grad, gate_stride, up_stride, width, chunk: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * chunk + tl.arange(0, chunk)
     mask = column < width
-    place = row * width + column
-    x = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+    gate += row * gate_stride + column
+    up += row * up_stride + column
+    x = tl.load(gate, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * width + column, mask=mask, other=0.0).to(tl.float32)
     sigma = 1.0 / (1.0 + tl.exp(-x))
     by_gate = g * u * sigma * (1.0 + x * (1.0 - sigma))
-    tl.store(grad_gate + place, by_gate.to(grad_gate.dtype.element_ty), mask=mask)
-    tl.store(grad_up + place, (g * x * sigma).to(grad_up.dtype.element_ty), mask=mask)
+    tl.store(gate, by_gate.to(gate.dtype.element_ty), mask=mask)
+    tl.store(up, (g * x * sigma).to(up.dtype.element_ty), mask=mask)

@@ -28,7 +28,8 @@ from adaptkit.checkpoint.assembly import find_stack
 from adaptkit.checkpoint.layer_call import LayerCall
 from adaptkit.errors import UsageError
 from adaptkit.training.memory.offload import Shelf
-from adaptkit.training.network.linear import PackedWeight
+from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.unread import left_out
 
 
 def choose_checkpointing(
@@ -72,10 +73,14 @@ def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: S
     current: list[_Segment] = []
     for index, layer in enumerate(find_stack(network)[1][:checked]):
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
-        place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf)
+        unread = [part for part in layer.modules() if isinstance(part, LoraLinear) and part.is_unread]
+        place = _Place(
+            index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf, unread
+        )
         layer.forward = _checkpointed(layer, layer.forward, place)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
+            weight.was_decoded()  # by whatever looked at the network before
 
 
 @dataclass
@@ -109,13 +114,23 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer is: in which segment, and whether it begins or ends it; the segment being run, and the shelf."""
+    """Where a layer is.
+
+    Attributes:
+        segment: number of its segment.
+        is_first: whether it begins it.
+        is_last: whether it ends it.
+        current: the segment that is being run.
+        shelf: for the inputs of segments.
+        unread: its linear layers that need not run again.
+    """
 
     segment: int
     is_first: bool
     is_last: bool
     current: list[_Segment]
     shelf: Shelf | None
+    unread: list[LoraLinear]
 
     def enter(self, hidden: Tensor) -> _Segment:
         """The segment of a layer that is about to run."""
@@ -133,9 +148,10 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int, *others: Tensor
+        ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int, unread: Any, *others: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.segment, ctx.index, ctx.device, ctx.others = segment, index, hidden.device, len(others)
+        ctx.unread = unread
         ctx.set_materialize_grads(False)  # mostly nobody asks for other outputs than the first
         with torch.no_grad():
             first, *rest = segment.calls[index](hidden)
@@ -145,12 +161,12 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         device = ctx.device
         if all(grad is None for grad in grads):
-            return tuple(None for _ in range(4 + ctx.others))
+            return tuple(None for _ in range(5 + ctx.others))
         before = _random(device)
         # As many gradients as without checkpointing: there are other products for fewer, which round otherwise.
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_(ctx.needs_input_grad[0])
         _set_random(ctx.segment.random[ctx.index], device)
-        with torch.enable_grad():
+        with torch.enable_grad(), left_out(ctx.unread):
             call = ctx.segment.calls[ctx.index]
             others = [other.detach().requires_grad_() for other in call.others]
             outputs = call(hidden, others)
@@ -158,7 +174,7 @@ class _Layer(torch.autograd.Function):
         asked = [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
         torch.autograd.backward([output for output, _ in asked], [grad for _, grad in asked])
         _set_random(before, device)
-        return hidden.grad, None, None, None, *(other.grad for other in others)
+        return hidden.grad, None, None, None, None, *(other.grad for other in others)
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], place: _Place) -> Callable[..., Any]:
@@ -174,7 +190,7 @@ def _checkpointed(layer: nn.Module, forward: Callable[..., Any], place: _Place) 
         # The embeddings are frozen, so the first input needs no gradient; what is trained in the layer does.
         is_trained = any(parameter.requires_grad for parameter in layer.parameters())
         trigger = torch.empty(0, device=hidden.device, requires_grad=is_trained)
-        outputs = _Layer.apply(hidden, trigger, segment, index, *others)  # type: ignore[no-untyped-call]
+        outputs = _Layer.apply(hidden, trigger, segment, index, place.unread, *others)  # type: ignore[no-untyped-call]
         return call.finish(outputs)
 
     return run

@@ -233,7 +233,9 @@ class _Gate(torch.autograd.Function):
         if gate.is_cuda:
             from adaptkit.numerics.kernels import _gpu_layers
 
-            return *_gpu_layers.gate_backward(gate, up, grads[0].contiguous()), None
+            found = _gpu_layers.gate_backward(gate, up, grads[0].contiguous())
+            torch.autograd.graph.increment_version((gate, up))  # so that whoever would still need them is told
+            return *found, None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         sides = (gate, up, grads[0].contiguous(), grad_gate, grad_up)
         gate_backward(*(float_bits(side.view(-1)) for side in sides))

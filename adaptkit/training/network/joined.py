@@ -141,11 +141,16 @@ class _Product(torch.autograd.Function):
         a = stacked(factors[::2], x.dtype)
         inner = dropped.reshape(-1, width) @ a.T
         columns = _columns(width, inner.shape[1])
-        wide = beside(flat, inner, columns)
+        stand_ins = [member.layer.stand_in for member in members]
+        wide = beside(flat, inner, columns) if None in stand_ins else flat
         results, first = [], width
-        for member, b in zip(members, factors[1::2], strict=True):
-            y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
-            torch.mm(wide, member.widen(b, first, columns, x.dtype).T, out=y.view(-1, len(b)))
+        for member, b, stand_in in zip(members, factors[1::2], stand_ins, strict=True):
+            shape = (*x.shape[:-1], len(b))
+            if stand_in is None:
+                y = x.new_empty(shape)  # no view, which the network could not change in place
+                torch.mm(wide, member.widen(b, first, columns, x.dtype).T, out=y.view(-1, len(b)))
+            else:
+                y = x.new_full(shape, stand_in)
             results.append(y)
             first += b.shape[1]
         ctx.make, kept = source_of(dropped)

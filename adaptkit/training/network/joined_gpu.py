@@ -155,6 +155,9 @@ def _multiplied(weight: JoinedWeight, members: tuple[Callable[[], Any], ...], x:
     factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
     scales = [layer.scaling for layer in layers]
     results: tuple[Tensor, ...] = _Product.apply(x, weight, scales, *factors)  # type: ignore[no-untyped-call]
+    for layer, result in zip(layers, results, strict=True):
+        if layer.stand_in is not None:  # the others need the product
+            result.detach().fill_(layer.stand_in)
     return results
 
 

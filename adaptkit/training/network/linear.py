@@ -120,12 +120,16 @@ class _Linear(torch.autograd.Function):
         lora_b: Tensor,
         weight: FrozenWeight,
         scale: float,
+        stand_in: float | None,
     ) -> Tensor:
         a, b = narrowed(lora_a, x.dtype), narrowed(lora_b, x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         inner = flat_dropped @ a.T
-        y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
-        torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, len(b))).addmm_(inner, b.T, alpha=scale)
+        if stand_in is None:
+            y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
+            torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, len(b))).addmm_(inner, b.T, alpha=scale)
+        else:
+            y = x.new_full((*x.shape[:-1], len(b)), stand_in)
         ctx.make, kept = source_of(dropped)
         ctx.save_for_backward(inner, lora_a, lora_b, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
@@ -148,20 +152,22 @@ class _Linear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1] and not ctx.shared:
             grad_dropped = (grad_inner @ a).mul_(ctx.scale).view(ctx.shape)
-        return grad_x, grad_dropped, grad_a, grad_b, None, None
+        return grad_x, grad_dropped, grad_a, grad_b, None, None, None
 
 
 class _FrozenLinear(torch.autograd.Function):
     """X Wᵀ with a frozen W that is dequantized in both passes and kept by neither."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, stand_in: float | None) -> Tensor:
         ctx.weight = weight
+        if stand_in is not None:
+            return x.new_full((*x.shape[:-1], weight.shape[0]), stand_in)
         return functional.linear(x, weight.dequantize(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.weight.dequantize(grads[0].dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.weight.dequantize(grads[0].dtype), None, None
 
 
 class LoraLinear(nn.Module):
@@ -182,6 +188,8 @@ class LoraLinear(nn.Module):
         lora_bias: a bias of B, (out,) float32, which is scaled as B A is, or None.
         scaling: α / rank, or α / √rank with rsLoRA.
         dropout: of the adapter's input, while training.
+        is_unread: whether no gradient of the layer that it is in reads what it gives: see ``unread``.
+        stand_in: a number that it gives then instead of a product; None: it multiplies.
     """
 
     bias: Tensor | None
@@ -200,6 +208,13 @@ class LoraLinear(nn.Module):
         self.magnitude: nn.Parameter | None = None
         self.lora_bias: nn.Parameter | None = None
         self.scaling, self.dropout = 1.0, 0.0
+        self.is_unread = False
+        self.stand_in: float | None = None
+
+    @property
+    def can_stand_in(self) -> bool:
+        """Whether it can give something else: DoRA's gradient needs the product, and a trained weight is torch's."""
+        return self.magnitude is None and not isinstance(self.base, TrainedWeight)
 
     @property
     def device(self) -> torch.device:
@@ -257,7 +272,8 @@ class LoraLinear(nn.Module):
     def multiply(self, x: Tensor, dropped: Tensor) -> Tensor:
         """X Wᵀ + s · (X' Aᵀ) Bᵀ, with an adapter and without biases: two of (…, in) to (…, out)."""
         factors = self.lora_a, self.lora_b
-        y: Tensor = _Linear.apply(x, dropped, *factors, self.base, self.scaling)  # type: ignore[no-untyped-call]
+        known = self.base, self.scaling, self.stand_in
+        y: Tensor = _Linear.apply(x, dropped, *factors, *known)  # type: ignore[no-untyped-call]
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,7 +283,7 @@ class LoraLinear(nn.Module):
             if isinstance(self.base, TrainedWeight):
                 y = functional.linear(x, self.base.dequantize(x.dtype))
             else:
-                y = _FrozenLinear.apply(x, self.base)  # type: ignore[no-untyped-call]
+                y = _FrozenLinear.apply(x, self.base, self.stand_in)  # type: ignore[no-untyped-call]
             return y if self.bias is None else y + self.bias.to(y.dtype)
         dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
         if self.magnitude is None:

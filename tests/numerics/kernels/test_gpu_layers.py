@@ -38,14 +38,18 @@ def test_far_from_zero_it_is_zero_or_the_product(triton_kernel):
     assert by_up.tolist() == [0.0, 1e4, 0.0, 0.0]
 
 
-def test_columns_of_one_matrix_are_read_where_they_lie(triton_kernel):
-    """As joined layers give them."""
+def test_columns_of_one_matrix_are_read_and_written_where_they_lie(triton_kernel):
+    """As joined layers give them, and want their gradients."""
     both = torch.randn(2, 5, 1500, generator=torch.Generator().manual_seed(0))
     gate, up, grad = both[..., :700], both[..., 700:1400], torch.randn(2, 5, 700)
     apart = gate.contiguous(), up.contiguous()
     assert torch.equal(triton_kernel("gate_forward", gate, up), triton_kernel("gate_forward", *apart))
     pairs = triton_kernel("gate_backward", gate, up, grad), triton_kernel("gate_backward", *apart, grad)
-    assert all(torch.equal(one, two) and one.is_contiguous() for one, two in zip(*pairs, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(*pairs, strict=True))
+    for side, first in zip(pairs[0], (0, 700), strict=True):
+        assert (side.stride(), side.storage_offset()) == (both.stride(), first)
+        rest = torch.as_strided(side, (2, 5, 100), both.stride(), 1400)
+        assert torch.equal(rest, both[..., 1400:])
 
 
 @pytest.mark.parametrize("kernel", [_gpu_layers._gate, _gpu_layers._gate_gradients])

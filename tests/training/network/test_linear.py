@@ -60,7 +60,7 @@ def test_gradients_hold_by_finite_differences():
 def _apply(layer, x, a, b):
     from adaptkit.training.network.linear import _Linear
 
-    return _Linear.apply(x, x, a, b, layer.base, layer.scaling)
+    return _Linear.apply(x, x, a, b, layer.base, layer.scaling, None)
 
 
 def test_the_graph_holds_no_copy_of_the_weight():

@@ -1,0 +1,154 @@
+"""What a layer leaves out when it runs again changes no bit of a gradient, and is left out."""
+
+import pytest
+import tiny
+import torch
+
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.joined import join_layers
+from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.unread import left_out, mark_unread
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 45).view(2, 21)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Gives a packed model by its family or architecture."""
+    root = tmp_path_factory.mktemp("unread")
+
+    def packed(name):
+        if not (root / name).exists():
+            write = tiny.write_family if name in tiny.FAMILIES else tiny.write_architecture
+            plain = tiny.write_gpt2(root / f"{name}-plain") if name == "gpt2" else write(root / f"{name}-plain", name)
+            quantize(plain, root / name)
+        return root / name
+
+    return packed
+
+
+def ready(folder, targets=("*",), dropout=0.0, fused=True, dora=False):
+    """With an adapter whose B is not zero."""
+    model = load_model(folder, torch.float32, CPU)
+    new_adapter(model, targets, 4, 8.0, "normal", dropout, 0, dora=dora)
+    for number, layer in enumerate(model.adapted().values()):
+        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    if fused:
+        fuse_layers(model.network)
+        join_layers(model.network)
+    return model
+
+
+def unread(model):
+    """The ends of the paths of what is left out, of all layers."""
+    named = model.network.named_modules()
+    return [path for path, module in named if isinstance(module, LoraLinear) and module.is_unread]
+
+
+def gradients(model):
+    torch.manual_seed(3)
+    loss = model.network.train()(input_ids=IDS, use_cache=False).logits.float().square().mean()
+    loss.backward()
+    return [p.grad for p in model.network.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    {
+        "llama": ["mlp.down_proj"],
+        "qwen3": ["mlp.down_proj"],
+        "gpt2": ["mlp.c_proj"],
+        "phi3": ["mlp.down_proj"],
+        "phi": ["self_attn.dense", "mlp.fc2"],  # attention and gate beside each other
+        "gemma": ["mlp.down_proj"],
+        "bloom": ["mlp.dense_4h_to_h"],
+        "gemma3n_text": [],  # norms after both
+        "mixtral": [],  # what a router reads, and experts, which are no linear layers
+        "qwen2_moe": [],  # a gate beside the shared expert reads what it gives
+    }.items(),
+)
+def test_it_is_what_the_architecture_adds_last(folder, name, ends, fused):
+    model = ready(folder(name), fused=fused)
+    mark_unread(model.network)
+    layers = model.network.config.get_text_config().num_hidden_layers
+    assert [".".join(path.split(".")[-2:]) for path in unread(model)] == ends * layers
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("policy", ["layer", "segments:1", "segments:2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen2", "gemma4_text", "llama4_text"])
+def test_gradients_are_the_same_bits(folder, name, policy, dropout):
+    targets = ("*",) if name != "qwen2" else ("*q_proj", "*up_proj")  # what is left out has no adapter, too
+    expected = gradients(ready(folder(name), targets, dropout))
+    model = ready(folder(name), targets, dropout)
+    mark_unread(model.network)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, policy, list))
+    assert all(torch.equal(one, two) for one, two in zip(gradients(model), expected, strict=True))
+
+
+def test_nothing_is_multiplied_there_when_a_layer_runs_again(folder, monkeypatch):
+    model = ready(folder("llama"), fused=False)
+    mark_unread(model.network)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
+    decoded = []
+
+    def watched(path, decode):
+        return lambda dtype: decoded.append(path) or decode(dtype)
+
+    for path, linear in model.linears.items():
+        monkeypatch.setattr(linear.base, "dequantize", watched(path, linear.base.dequantize))
+    gradients(model)
+    for path in (path for path in model.linears if "layers.1." in path):  # forward, again, and backward
+        assert decoded.count(path) == (2 if path.endswith("down_proj") else 3), path
+
+
+def test_of_what_does_not_run_nothing_is_known(folder):
+    """As of an expert that no token of the probe is sent to."""
+    model = ready(folder("llama"))
+    for layer in model.network.model.layers:
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, forward=forward: forward(x) if x.shape[1] > 2 else x
+    mark_unread(model.network)
+    assert not unread(model)
+
+
+def test_what_it_gives_for_a_while_is_the_number_everywhere(folder):
+    for fused in (True, False):
+        model = ready(folder("llama"), fused=fused)
+        linear = model.linears["model.layers.0.mlp.down_proj"]
+        x = torch.randn(3, linear.base.shape[1])
+        before = linear(x)
+        with left_out([linear], 2.5):
+            assert torch.equal(linear(x), torch.full_like(before, 2.5))
+        assert torch.equal(linear(x), before)
+
+
+def test_a_dora_needs_its_product(folder):
+    model = ready(folder("llama"), dora=True)
+    mark_unread(model.network)
+    assert not unread(model)
+
+
+class Bounded(torch.nn.Module):
+    """Adds what is below a bound that no probe reaches."""
+
+    def __init__(self, inner, bound):
+        super().__init__()
+        self.inner, self._bound = inner, bound
+
+    def forward(self, x):
+        return torch.minimum(self.inner(x), torch.tensor(self._bound))
+
+
+@pytest.mark.parametrize("bound", [1e6, 3e38])
+def test_what_is_bounded_is_read_though_nothing_reaches_the_bound(folder, bound):
+    model = ready(folder("llama"))
+    for layer in model.network.model.layers:
+        layer.mlp.forward = Bounded(layer.mlp.forward, bound).forward
+    mark_unread(model.network)
+    assert not unread(model)
