@@ -143,6 +143,7 @@ class _Linear(torch.autograd.Function):
         dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
         grad_inner = grad @ b
         grad_a = give(lora_a, grad_inner.T @ dropped, ctx.scale)
+        del dropped  # before W takes as much
         grad_b = give(lora_b, grad.T @ inner, ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:

@@ -5,9 +5,8 @@ keep that too, in all their sizes. Instead they keep what it was made of, which 
 to the same bits, once for all of them. What is worth that travels with its recipe:
 
     norm, gate     y = made(recipe, ..., x)      y carries the recipe, and x
-    linear         keeps x instead of y, and asks the recipe for y in its backward pass
-    norm, gate     forgets y in its own backward pass, which comes after those of all that read y; where it has none,
-                   as before the first layer, y goes with the graph
+    linear         keeps x instead of y, and asks the recipe for y in its backward pass; y is held for those that will
+    norm, gate     forgets y in its own backward pass, which comes after those of all that read y: some may have none
 """
 
 from collections.abc import Callable
@@ -28,6 +27,7 @@ class Recipe:
     def __init__(self, make: Callable[..., Tensor]) -> None:
         self._make = make
         self._made: Tensor | None = None
+        self._readers = 0
 
     def attach(self, result: Tensor, *inputs: Tensor) -> Tensor:
         """Let a tensor that was made of ``inputs`` say so to whom it is given, while nobody changes any of them."""
@@ -35,10 +35,16 @@ class Recipe:
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The tensor; it is held until it is forgotten."""
-        if self._made is None:
-            self._made = self._make(*inputs)
-        return self._made
+        """The tensor; it is held while others will ask for it, until it is forgotten."""
+        made = self._make(*inputs) if self._made is None else self._made
+        self._readers -= 1
+        self._made = made if self._readers > 0 else None
+        return made
+
+    def read(self) -> "Recipe":
+        """Itself, for somebody who will ask for the tensor once."""
+        self._readers += 1
+        return self
 
     def forget(self) -> None:
         """Nobody needs it any more."""
@@ -48,7 +54,7 @@ class Recipe:
 def source_of(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """What to keep of a tensor for the backward pass: a function that gives it, and what that is to be called with."""
     recipe, inputs, versions = getattr(x, _ATTRIBUTE, (None, (), []))
-    return (recipe, inputs) if recipe is not None and _versions(x, *inputs) == versions else (_itself, (x,))
+    return (recipe.read(), inputs) if recipe is not None and _versions(x, *inputs) == versions else (_itself, (x,))
 
 
 def _versions(*tensors: Tensor) -> list[int]:

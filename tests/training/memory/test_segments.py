@@ -298,10 +298,11 @@ def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, 
     new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
     if joined:
         join_layers(model.network)
-    checkpoint(model.network, policy)
     assert not given
+    checkpoint(model.network, policy)
+    before, given[:] = set(given), []  # those that were decoded until now
     model.network.train()(input_ids=IDS, use_cache=False).logits.sum().backward()
     layers = model.network.model.layers[:checked]
     codes = [m.codes for layer in layers for m in layer.modules() if isinstance(m, PackedWeight)]
     assert len(codes) == 7 * checked
-    assert set(given) == {(part.data_ptr(), part.nbytes) for part in codes}
+    assert set(given) == before == {(part.data_ptr(), part.nbytes) for part in codes}
