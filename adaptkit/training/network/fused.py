@@ -30,8 +30,9 @@ def fuse_on_gpu(network: nn.Module) -> None:
     """Replace the forward passes of the norms and gates of a model on a GPU whose parts are frozen.
 
     Norms with w for a factor are torch's own kernel then: transformers' take six launches and go through memory in
-    float32; this one takes one, and rounds once. Gates are Triton's.
+    float32; this one takes one, and rounds once. Gates and rotary positions are Triton's.
     """
+    fuse_rotary(network)
     for module in network.modules():
         weight, eps = _norm_parts(module)
         if weight is not None and not weight.requires_grad and _which(module, weight, eps) is False:

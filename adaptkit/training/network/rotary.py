@@ -1,4 +1,4 @@
-"""Rotary positions on a CPU, in one pass over queries and keys, where transformers takes seven and keeps their results.
+"""Rotary positions in one pass over queries and keys, where transformers takes seven and keeps their results.
 
 Architectures have a function of their own for it, under one name in their modules; one that gives to the bit what the
 formula gives is replaced there by one that looks who calls. For the attention of a network that was asked for, it is
@@ -14,6 +14,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 def fuse_rotary(network: nn.Module) -> None:
-    """Let the attention of a network on a CPU rotate its queries and keys in one pass, where it is known what it does.
+    """Let the attention of a network rotate its queries and keys in one pass, where it is known what it does.
 
     Args:
         network: of transformers.
@@ -83,19 +84,32 @@ def _known(function: Rotary) -> Rotary:
 
 
 def _is_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether this is what is computed here: heads side by side in the rows of (batch, tokens), one type, a CPU."""
+    """Whether this is what is computed here: heads side by side in the rows of (batch, tokens), one type and device."""
     if any(side.dim() != 4 for side in (query, key)) or query.dtype not in (torch.bfloat16, torch.float32):
         return False
     batch, _, tokens, dim = query.shape
     return (
-        all(side.device.type == "cpu" and side.dtype == query.dtype for side in (query, key, cos, sin))
+        all(side.device == query.device and side.dtype == query.dtype for side in (query, key, cos, sin))
+        and _has_kernel(query.device)
         and dim % 2 == 0
         and (key.shape[0], *key.shape[2:]) == (batch, tokens, dim)
         and cos.shape == sin.shape
         and cos.shape in ((batch, tokens, dim), (1, tokens, dim))
         and not (cos.requires_grad or sin.requires_grad)
-        and all(side.transpose(1, 2).is_contiguous() for side in (query, key))
+        and all(_lies_in_rows(side.transpose(1, 2)) for side in (query, key))
     )
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and find_spec("triton") is not None)
+
+
+def _lies_in_rows(side: Tensor) -> bool:
+    """Whether heads, (batch, tokens, heads, dim), lie one after the other; a GPU's rows may be of a wider matrix."""
+    if not side.is_cuda:
+        return side.is_contiguous()
+    _, tokens, _, dim = side.shape
+    return side.stride()[2:] == (dim, 1) and (side.shape[0] == 1 or side.stride(0) == tokens * side.stride(1))
 
 
 @torch.no_grad()
@@ -118,12 +132,23 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(query, cos, sin, False), _rotated(key, cos, sin, False)
+        return _both_rotated(query, key, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *(_rotated(grad, cos, sin, True) for grad in grads), None, None
+        return *_both_rotated(grads[0], grads[1], cos, sin, True), None, None
+
+
+def _both_rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    if not query.is_cuda:
+        return _rotated(query, cos, sin, back), _rotated(key, cos, sin, back)
+    from adaptkit.numerics.kernels import _gpu_layers
+
+    sides = (side.detach().transpose(1, 2) for side in (query, key))
+    one, two = (side if _lies_in_rows(side) else side.contiguous() for side in sides)
+    found = _gpu_layers.rotate(one, two, cos.contiguous(), sin.contiguous(), back)
+    return found[0].transpose(1, 2), found[1].transpose(1, 2)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:

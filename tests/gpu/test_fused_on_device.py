@@ -1,0 +1,75 @@
+"""On a GPU fused norms, gates and rotations give what transformers' own layers give; what is left out is nothing."""
+
+import pytest
+import tiny
+import torch
+
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network import rotary
+from adaptkit.training.network.fused import fuse_on_gpu
+from adaptkit.training.network.joined_gpu import join_on_gpu
+from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.unread import mark_unread
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+GPU = torch.device("cuda")
+ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Of gradients, by their norm: a GPU may multiply float32 with fewer digits, and both sides round to bfloat16."""
+
+
+@pytest.fixture(params=["llama", "qwen3", "gemma"])
+def folder(request, made):
+    folder = made / f"fused-on-gpu-{request.param}"
+    if not folder.exists():
+        quantize(tiny.write_family(made / f"{folder.name}-plain", request.param), folder)
+    return folder
+
+
+def adapted(folder, dtype):
+    model = load_model(folder, dtype, GPU)
+    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+    for number, layer in enumerate(model.adapted().values()):
+        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator(GPU).manual_seed(number))
+    return model
+
+
+def step(network):
+    """Logits, and the gradients of the adapter."""
+    ids = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(5)).to(GPU)
+    logits = network.train()(input_ids=ids, use_cache=False).logits.float()
+    logits.square().mean().backward()
+    return [logits.detach(), *(p.grad for p in network.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+def test_it_computes_what_transformers_computes(folder, dtype, monkeypatch):
+    expected = step(adapted(folder, dtype).network)
+    model, rotations = adapted(folder, dtype), []
+    apply = rotary._Rotary.apply
+    monkeypatch.setattr(rotary._Rotary, "apply", lambda *args: rotations.append(args) or apply(*args))
+    fuse_on_gpu(model.network)
+    join_on_gpu(model.network)
+    rotations.clear()
+    for one, two in zip(step(model.network), expected, strict=True):
+        assert float((one - two).norm()) <= ERROR[dtype] * float(two.norm())
+    assert len(rotations) == model.network.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("policy", ["layer", "segments:1"])
+def test_checkpointed_gradients_are_those_of_layers_that_keep_everything(folder, policy):
+    found = []
+    for how in ("none", policy):
+        model = adapted(folder, torch.bfloat16)
+        fuse_on_gpu(model.network)
+        join_on_gpu(model.network)
+        mark_unread(model.network)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, how, list))
+        found.append(step(model.network))
+    unread = [part for part in model.network.modules() if isinstance(part, LoraLinear) and part.is_unread]
+    assert len(unread) == model.network.config.num_hidden_layers
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
