@@ -110,8 +110,9 @@ class Output:
             os.close(handle)
 
     def discard(self) -> None:
-        """Remove what was written: nothing of it is worth going on from."""
-        remove(self.folder)
+        """Remove what was written, unless others did, too, as shares: nothing of it is worth going on from."""
+        if all(path.name == JOURNAL_NAME for path in self.folder.glob(JOURNAL_PATTERN)):
+            remove(self.folder)
 
     def finished(self, *names: str) -> bool:
         """Whether an earlier run wrote all these files; they then count as part of the output."""

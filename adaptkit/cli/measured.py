@@ -94,4 +94,6 @@ def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
         for count, what in counts:
             if count:
                 found.setdefault(f"{count:,} {what}", []).append(short_label(report, comparison))
+        if report.template_remark:
+            found.setdefault(report.template_remark, []).append(short_label(report, comparison))
     return found

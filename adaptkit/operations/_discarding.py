@@ -14,7 +14,8 @@ _OF_INPUTS = (3, 4, 5)
 def discarding(output: Output) -> Iterator[None]:
     """Remove an output if the block finds its input bad: nothing of it would belong to what comes instead.
 
-    It stays after a full disk, an interruption or a kill, from which the same command goes on.
+    It stays after a full disk, an interruption or a kill, from which the same command goes on, and where others have
+    written their shares of it.
     """
     try:
         yield

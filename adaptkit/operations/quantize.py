@@ -6,6 +6,7 @@ What only calibration needs is imported where it is used: it takes as long to lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
+from adaptkit.operations._discarding import discarding
 from adaptkit.operations._encoding import check_finite
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._planning import PlanChanged, Planning
@@ -141,7 +143,8 @@ class _Run:
         key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
-        with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out:
+        begin = Output(self.output, key, self.force, self._keeps, inputs, options.part)
+        with begin as out, discarding(out) if self.init is None else nullcontext():
             self._check_finite(out, begun)
             self._check_shares(out)
             plan, upgrades = self._spend(out, begun)

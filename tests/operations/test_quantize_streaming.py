@@ -131,26 +131,42 @@ def test_shares_from_a_copy_of_the_source_join_too(llama, sharded, copy_of, tmp_
     assert tree(tmp_path / "out") == tree(sharded)
 
 
-def damaged(source):
-    """Make the last of a checkpoint's tensors NaN, and all others what no model of this name has."""
-    tensors = load_file(source / "model.safetensors")
-    last = sorted(tensors)[-1]
-    tensors = {name: value * 3 for name, value in tensors.items()}
-    tensors[last].view(-1)[7] = float("nan")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    return source
-
-
 def test_what_was_made_of_another_checkpoint_of_the_same_shapes_is_never_gone_on_from(
     llama, sharded, copy_of, tmp_path
 ):
     """As when a damaged download is replaced by a good one somewhere else: the same command, another path."""
-    options = QuantizeOptions(max_shard_bytes=SMALL)
-    with pytest.raises(NonFiniteError):
-        quantize(damaged(copy_of(llama, "damaged")), tmp_path / "out", options)
+    other, options = copy_of(llama, "other"), QuantizeOptions(max_shard_bytes=SMALL)
+    tensors = {name: value * 3 for name, value in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+
+    def interrupt(done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(other, tmp_path / "out", options, progress=interrupt)
     assert list((tmp_path / "out.partial").glob("*.safetensors"))  # so there is something to go on from
     quantize(llama, tmp_path / "out", options)
     assert tree(tmp_path / "out") == tree(sharded)
+
+
+def test_of_a_bad_checkpoint_nothing_stays_but_the_shares_that_others_made(llama, copy_of, tmp_path):
+    bad, options = copy_of(llama, "bad"), QuantizeOptions(max_shard_bytes=SMALL)
+    tensors = load_file(bad / "model.safetensors")
+    for name in sorted(tensors)[len(tensors) // 2 :]:  # so that both shares meet one
+        tensors[name].view(-1)[7] = float("nan")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError):
+        quantize(bad, tmp_path / "out", options)
+    assert not (tmp_path / "out.partial").exists()
+    share(llama, tmp_path / "out", 1, 2)
+    before = tree(tmp_path / "out.partial")
+    with pytest.raises(NonFiniteError):
+        share(bad, tmp_path / "out", 2, 2)
+    with pytest.raises((NonFiniteError, BaseMismatchError)):
+        quantize(bad, tmp_path / "out", options)
+    after = tree(tmp_path / "out.partial")
+    assert all(after[name] == before[name] for name in before)
 
 
 def test_shares_of_different_checkpoints_are_not_joined(llama, copy_of, tmp_path):

@@ -124,6 +124,8 @@ def _rows(report: "EvaluateReport") -> list[Row]:
     if report.trained_parameters is not None:
         share = percent(report.trained_parameters / report.parameters)
         rows.append(("trained", f"{report.trained_parameters:,} parameters, {share} of the base's"))
+    if report.template_remark:
+        rows.append(("note", report.template_remark))
     if report.loss is not None:
         rows.append(("loss", f"{_loss(report.loss, report.perplexity)} over {report.answer_tokens} answer tokens"))
         rows.append(("samples", _samples(report)))

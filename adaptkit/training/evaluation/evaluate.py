@@ -22,7 +22,7 @@ from adaptkit.training.evaluation.report import Answer, EvaluateOptions, Evaluat
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
-from adaptkit.training.network.lineage import check_base, trained_parameters
+from adaptkit.training.network.lineage import check_base, template_kwargs, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
@@ -129,8 +129,15 @@ def measure(
         text=text,
         generated=None,
         answers={},
+        trained_template=_other_template(base, adapter, options) if samples or options.prompts else None,
     )
     return _with_answers(report, model, material, options, on_answer)
+
+
+def _other_template(base: Path, adapter: Adapter | None, options: EvaluateOptions) -> dict[str, Any] | None:
+    """What the chat template was told when the model was trained, if it is told something else now."""
+    trained = template_kwargs(base, adapter)
+    return None if trained == options.chat_template_kwargs else trained
 
 
 def _require_numbers(base: Path, losses: Mapping[str, float | None]) -> None:

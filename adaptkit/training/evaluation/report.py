@@ -1,8 +1,10 @@
 """How to evaluate a model, and what was found."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.errors import UsageError
@@ -132,6 +134,7 @@ class EvaluateReport:
         text: what was measured on text; None without it.
         generated: what was generated on the data's questions; None if nothing was.
         answers: prompt -> answer.
+        trained_template: the ``chat_template_kwargs`` of the model's training run, if prompts are others now.
     """
 
     base: str
@@ -150,6 +153,17 @@ class EvaluateReport:
     text: TextReport | None
     generated: GenerationReport | None
     answers: dict[str, str]
+    trained_template: dict[str, Any] | None = None
+
+    @property
+    def template_remark(self) -> str | None:
+        """What is to be said of prompts that are not those of the training run."""
+        if self.trained_template is None:
+            return None
+        given = " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(self.trained_template.items()))
+        return (
+            f"trained with {f'chat_template_kwargs {given}' if given else 'no chat_template_kwargs'}, unlike measured"
+        )
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
@@ -96,6 +97,14 @@ def trained_parameters(base: Path, adapter: Adapter | None, total: int) -> int |
     if manifest is None or manifest.operation.get("name") != "train":
         return None
     return total if manifest.operation.get("options", {}).get("method") == "full" else None
+
+
+def template_kwargs(base: Path, adapter: Adapter | None) -> dict[str, Any] | None:
+    """The ``chat_template_kwargs`` that an adapter or a checkpoint was trained with; None if adaptkit did not."""
+    manifest = adapter.manifest if adapter is not None else read_manifest(base)
+    if manifest is None or manifest.operation.get("name") != "train":
+        return None
+    return dict(manifest.operation.get("options", {}).get("chat_template_kwargs") or {})
 
 
 def _comparable(adapter: Adapter, checkpoint: Checkpoint, known: Mapping[str, Target]) -> list[Target]:

@@ -1,6 +1,7 @@
 """Evaluation measures what a formula says, refuses what means nothing, pads as told, and says what it left out."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.errors import BaseMismatchError, NonFiniteError, UsageError
+from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.dataset import load_data
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
+from adaptkit.training.loop import train
 
 
 @pytest.mark.parametrize(
@@ -154,3 +157,36 @@ def test_the_table_shows_text_and_what_was_left_out(llama, instructions, prose, 
     assert wrong.code == 2
     assert "longer than" in wrong.stderr
     assert "at most 512" in wrong.stderr
+
+
+def test_other_variables_of_the_chat_template_than_in_training_are_told(
+    llama, copy_of, instructions, tmp_path, run_cli
+):
+    base = copy_of(llama)
+    template = base / "chat_template.jinja"
+    template.write_text("{% if mood %}{{ mood }}{% endif %}" + template.read_text())
+    config = TrainConfig(
+        base=str(base), data=(str(instructions),), rank=2, steps=1, device="cpu", chat_template_kwargs={"mood": "so"}
+    )
+    train(config, tmp_path / "moody")
+    train(replace(config, chat_template_kwargs=None), tmp_path / "plain")
+
+    def told(adapter, **kwargs):
+        options = EvaluateOptions(prompts=("hello",), max_new_tokens=1, chat_template_kwargs=kwargs, **FLOAT32)
+        return evaluate(base, adapter and tmp_path / adapter, [], options).trained_template
+
+    assert told("moody") == {"mood": "so"} == told("moody", mood="other")
+    assert told("plain", mood="so") == {}
+    assert told("moody", mood="so") is told("plain") is told(None, mood="so") is None
+    on_text = EvaluateOptions(**FLOAT32)
+    (tmp_path / "prose.txt").write_text(PROSE)
+    assert evaluate(base, tmp_path / "moody", [], on_text, text=[tmp_path / "prose.txt"]).trained_template is None
+    done = run_cli(
+        "evaluate", "--base", base, "--adapter", tmp_path / "moody", "--data", instructions, "--device", "cpu"
+    )
+    assert 'note         trained with chat_template_kwargs mood="so", unlike measured' in done.stdout
+    done = run_cli(
+        "evaluate", "--base", base, "--adapter", tmp_path / "plain", "--data", instructions, "--device", "cpu",
+        "--compare", "--chat-template-kwargs", "mood=so",
+    )  # fmt: skip
+    assert "trained with no chat_template_kwargs, unlike measured (" in done.stdout
