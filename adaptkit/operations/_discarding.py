@@ -14,12 +14,12 @@ _OF_INPUTS = (3, 4, 5)
 def discarding(output: Output) -> Iterator[None]:
     """Remove an output if the block finds its input bad: nothing of it would belong to what comes instead.
 
-    It stays after a full disk, an interruption or a kill, from which the same command goes on, and where others have
-    written their shares of it.
+    It stays after a full disk, an interruption or a kill, from which the same command goes on, or where a disk gave an
+    input that may be good.
     """
     try:
         yield
     except AdaptkitError as error:
-        if error.exit_code in _OF_INPUTS:
+        if error.exit_code in _OF_INPUTS and not isinstance(error.__cause__, OSError):
             output.discard()
         raise

@@ -143,8 +143,8 @@ class _Run:
         key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
-        begin = Output(self.output, key, self.force, self._keeps, inputs, options.part)
-        with begin as out, discarding(out) if self.init is None else nullcontext():
+        output = Output(self.output, key, self.force, self._keeps, inputs, options.part)
+        with output as out, nullcontext() if self.init else discarding(out):  # a companion may wait for what there is
             self._check_finite(out, begun)
             self._check_shares(out)
             plan, upgrades = self._spend(out, begun)

@@ -148,7 +148,13 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int, unread: Any, *others: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        trigger: Tensor,
+        segment: _Segment,
+        index: int,
+        unread: list[LoraLinear],
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.segment, ctx.index, ctx.device, ctx.others = segment, index, hidden.device, len(others)
         ctx.unread = unread

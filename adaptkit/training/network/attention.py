@@ -11,6 +11,7 @@ Source: FlashAttention's recomputation (arXiv:2205.14135); scores are rounded to
 transformers' eager attention rounds them.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -96,15 +97,26 @@ def use_own_attention(network: Any) -> None:
     With more than two threads it stays everywhere, since the passes between the products take one here.
 
     Args:
-        network: transformers' model; one whose attention is not sdpa stays as it is.
+        network: transformers' model; one whose attention is not sdpa stays as it is, and one whose layers do something
+            else where it is called otherwise.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    if any(_asks_for_sdpa(module) for module in network.modules()):
+        return
     if network.config._attn_implementation == "sdpa" and torch.get_num_threads() <= 2:
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)
+
+
+def _asks_for_sdpa(module: Any) -> bool:
+    """Whether a module looks for the name: DeepSeek V3.2's masks what its indexer leaves out only under this one."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or "_attn_implementation" not in code.co_names:
+        return False
+    return any("sdpa" in known if isinstance(known, tuple) else known == "sdpa" for known in code.co_consts)
 
 
 def _forward(

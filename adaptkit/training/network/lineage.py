@@ -104,7 +104,8 @@ def template_kwargs(base: Path, adapter: Adapter | None) -> dict[str, Any] | Non
     manifest = adapter.manifest if adapter is not None else read_manifest(base)
     if manifest is None or manifest.operation.get("name") != "train":
         return None
-    return dict(manifest.operation.get("options", {}).get("chat_template_kwargs") or {})
+    given = manifest.operation.get("options", {}).get("chat_template_kwargs")
+    return dict(given) if isinstance(given, Mapping) else {}
 
 
 def _comparable(adapter: Adapter, checkpoint: Checkpoint, known: Mapping[str, Target]) -> list[Target]:

@@ -100,6 +100,7 @@ def _is_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )
 
 
+@functools.cache
 def _has_kernel(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and find_spec("triton") is not None)
 

@@ -5,9 +5,10 @@
 A layer that is checkpointed runs a second time, for what its backward pass reads. That is x and A x, and never the sum:
 in most architectures the last product of a layer need not be made again, which is a quarter of its work.
 
-Which layers they are is asked of the network, not told by names: with NaN, with infinities and with zero in the place
-of what a linear layer gives, every gradient has to be to the bit what it is with the result. So a result that a norm
-reads, or a bound, or a router, is found out.
+Which layers they are is asked of the network, not told by names. With NaN in the place of what a linear layer gives,
+all of the output has to be NaN: so it is added there, and is nothing that only more tokens would make use of, as an
+index of those to attend to. And with NaN, infinities and zero every gradient has to be what it is with the result: so a
+result that a norm reads, or a bound, or a router, is found out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from adaptkit.checkpoint.activations import kind_of
 from adaptkit.checkpoint.assembly import find_stack
@@ -39,13 +41,14 @@ def mark_unread(network: Any) -> None:
         layers: list[nn.Module] = list(find_stack(network)[1])
     except UsageError:  # nothing will be checkpointed
         return
-    kinds = [kind_of(layer) for layer in layers]
+    kinds = [(kind_of(layer), [parameter.requires_grad for parameter in layer.parameters()]) for layer in layers]
     first = [kinds.index(kind) for kind in kinds]
-    found: dict[int, list[str]] = {}
+    found: dict[int, set[str]] = {}
 
     def ask(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = LayerCall(layers[index].forward, args, kwargs)
-        found[index] = _unread(layers[index], call, call.take()[0].detach())
+        given = tree_map(_with_gradient, (args, kwargs))  # so that gradients by all that it is given are compared
+        names = _unread(layers[index], LayerCall(layers[index].forward, *given))
+        found[index] = found.get(index, names) & names  # of one that is called several times
 
     hooks = [
         layers[index].register_forward_pre_hook(lambda _, *given, index=index: ask(index, *given), with_kwargs=True)
@@ -53,7 +56,7 @@ def mark_unread(network: Any) -> None:
     ]
     was_training = network.training
     try:
-        with without_compiler(), torch.no_grad():
+        with without_compiler(), torch.no_grad(), torch.random.fork_rng(_gpus(network.device)):
             ids = torch.arange(2, device=network.get_input_embeddings().weight.device)[None]
             network.train()(input_ids=ids, use_cache=False)
     finally:
@@ -61,9 +64,8 @@ def mark_unread(network: Any) -> None:
         for hook in hooks:
             hook.remove()
     for layer, index in zip(layers, first, strict=True):
-        for name in found.get(index, ()):
-            linear: Any = layer.get_submodule(name)
-            linear.is_unread = True
+        for path, linear in _linears(layer).items():
+            linear.is_unread = path in found.get(index, ())
 
 
 @contextmanager
@@ -78,34 +80,49 @@ def left_out(linears: Sequence[LoraLinear], number: float = 0.0) -> Iterator[Non
             linear.stand_in = None
 
 
-def _unread(layer: nn.Module, call: LayerCall, hidden: Tensor) -> list[str]:
-    """The linear layers of a layer, by path, whose results its gradients do not depend on."""
-    linears = {path: part for path, part in layer.named_modules() if isinstance(part, LoraLinear) and part.can_stand_in}
-    ran: set[nn.Module] = set()  # of one that did not, as an expert that no token was sent to, nothing is known
-    hooks = [linear.register_forward_hook(lambda module, *_: ran.add(module)) for linear in linears.values()]
-    expected = _gradients(layer, call, hidden)
-    for hook in hooks:
-        hook.remove()
+def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
+    """The linear layers of a layer, by path, whose results it adds to what it gives, and its gradients do not read."""
+    hidden, others = call.take()
+    given = [side.detach() for side in (hidden, *others)]
+    linears = {path: linear for path, linear in _linears(layer).items() if linear.can_stand_in}
+    expected = _gradients(layer, call, given)[1]
 
-    def is_unread(some: Sequence[LoraLinear], number: float) -> bool:
-        with left_out(some, number):
-            return _equal(_gradients(layer, call, hidden), expected)
+    def is_unread(some: Sequence[LoraLinear]) -> bool:
+        for number in _NUMBERS:
+            with left_out(some, number):
+                output, gradients = _gradients(layer, call, given)
+            if number != number and not bool(output.isnan().all()):
+                return False
+            if not _equal(gradients, expected):
+                return False
+        return True
 
-    asked = [path for path, linear in linears.items() if linear in ran]
-    found = [path for path in asked if all(is_unread([linears[path]], number) for number in _NUMBERS)]
-    together = [linears[path] for path in found]
-    return found if all(is_unread(together, number) for number in _NUMBERS) else []
+    found = {path for path, linear in linears.items() if is_unread([linear])}
+    return found if found and is_unread([linears[path] for path in found]) else set()
 
 
-def _gradients(layer: nn.Module, call: LayerCall, hidden: Tensor) -> list[Tensor | None]:
-    """By what the layer is given and by what is trained in it, from the same random numbers every time."""
-    devices = [hidden.device] if hidden.device.type == "cuda" else []
-    with torch.enable_grad(), torch.random.fork_rng(devices):
-        given = [hidden.clone().requires_grad_(), *(other.clone().requires_grad_() for other in call.others)]
-        outputs = [output for output in call(given[0], given[1:]) if output.requires_grad]
-        wanted = [*given, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-        seeds = [torch.linspace(-1, 1, output.numel()).to(output).view(output.shape) for output in outputs]
-        return list(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
+def _gradients(layer: nn.Module, call: LayerCall, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """The output, and gradients by what the layer is given and what is trained in it; with the same random numbers."""
+    with torch.enable_grad(), torch.random.fork_rng(_gpus(given[0].device)):
+        leaves = [side.clone().requires_grad_() for side in given]
+        output, *more = call(leaves[0], leaves[1:])
+        outputs = [side for side in (output, *more) if side.requires_grad]
+        wanted = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        seeds = [torch.linspace(-1, 1, side.numel()).to(side).view(side.shape) for side in outputs]
+        return output.detach(), list(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
+
+
+def _with_gradient(value: Any) -> Any:
+    is_number = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if is_number else value
+
+
+def _linears(layer: nn.Module) -> dict[str, LoraLinear]:
+    return {path: part for path, part in layer.named_modules() if isinstance(part, LoraLinear)}
+
+
+def _gpus(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
 
 
 def _equal(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:

@@ -197,3 +197,20 @@ def test_one_mask_for_all_rows_of_a_batch(llama):
     expected = model.network(input_ids=ids, use_cache=False).logits
     found = model.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_a_model_that_masks_under_the_name_of_sdpa_only_keeps_it(name, tmp_path, monkeypatch):
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    values = {
+        "index_topk": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    }  # fmt: skip
+    monkeypatch.setitem(tiny.ARCHITECTURES, name, values)
+    folder, ids = tiny.write_architecture(tmp_path / name, name), torch.arange(3, 27)[None]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = load_model(folder, torch.float32, torch.device("cpu")).network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, plain(ids).logits)

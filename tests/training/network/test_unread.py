@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from transformers import CONFIG_MAPPING
 
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
@@ -49,9 +50,9 @@ def unread(model):
     return [path for path, module in named if isinstance(module, LoraLinear) and module.is_unread]
 
 
-def gradients(model):
+def gradients(model, ids=IDS):
     torch.manual_seed(3)
-    loss = model.network.train()(input_ids=IDS, use_cache=False).logits.float().square().mean()
+    loss = model.network.train()(input_ids=ids, use_cache=False).logits.float().square().mean()
     loss.backward()
     return [p.grad for p in model.network.parameters() if p.requires_grad]
 
@@ -115,6 +116,78 @@ def test_of_what_does_not_run_nothing_is_known(folder):
         layer.mlp.forward = lambda x, forward=forward: forward(x) if x.shape[1] > 2 else x
     mark_unread(model.network)
     assert not unread(model)
+
+
+SPARSE = {
+    "hy_v4": {"index_topk": 4},
+    "deepseek_v32": {"index_topk": 4, "num_key_value_heads": 4},
+    "glm_moe_dsa": {"index_topk": 4, "num_key_value_heads": 4},
+    "deepseek_v4": {},
+}
+"""What attends to some tokens only, if there are more than the probe has."""
+USUAL = {
+    "head_dim": 16, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "sliding_window": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_only_more_tokens_make_use_of_is_read(name, tmp_path, monkeypatch):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    monkeypatch.setitem(tiny.ARCHITECTURES, name, USUAL | SPARSE[name])
+    base = tiny.write_architecture(tmp_path / name, name)
+    ids = torch.arange(2 * 150).remainder(190).add(3).view(2, 150)
+    expected = gradients(ready(base), ids)
+    model = ready(base)
+    mark_unread(model.network)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
+    for one, two in zip(gradients(model, ids), expected, strict=True):
+        assert one is two is None or torch.equal(one, two)
+    assert not [path for path in unread(model) if "down_proj" not in path]
+
+
+def test_what_lies_beside_a_layer_and_is_trained_is_asked_too(folder):
+    """A factor of what the layer adds, given to it by the network, reads what the layer adds."""
+    model = ready(folder("llama"))
+    scale = torch.nn.Parameter(torch.ones(64))
+    for layer in model.network.model.layers:
+        layer.forward = scaled(layer)
+        layer.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"scale": 2 * scale}), with_kwargs=True)
+    mark_unread(model.network)
+    assert not unread(model)
+
+
+def scaled(layer):
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def forward(hidden_states, scale, **kwargs):
+        hidden_states = hidden_states + attention(layer.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + scale * mlp(layer.post_attention_layernorm(hidden_states))
+
+    return forward
+
+
+def test_what_is_trained_in_one_layer_only_is_asked_there(folder):
+    model = ready(folder("llama"))
+    for number, layer in enumerate(model.network.model.layers):
+        layer.gamma = torch.nn.Parameter(torch.ones(64), requires_grad=number == 1)
+        layer.mlp.forward = lambda x, layer=layer, forward=layer.mlp.forward: layer.gamma * forward(x)
+    mark_unread(model.network)
+    assert unread(model) == ["model.layers.0.mlp.down_proj"]
+
+
+def test_asking_leaves_no_trace(folder):
+    model = ready(folder("llama"), dropout=0.3)
+    model.network.eval()
+    before = torch.get_rng_state()
+    mark_unread(model.network)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.network.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.network.modules())
+    assert all(linear.stand_in is None for linear in model.linears.values())
+    assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
 def test_what_it_gives_for_a_while_is_the_number_everywhere(folder):
