@@ -1,15 +1,18 @@
 """How the work is cut up (pieces, threads, shards, shares, kills) is no part of the result."""
 
+import errno
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.part import Part
-from adaptkit.errors import BaseMismatchError, ConflictError, NonFiniteError, UsageError
+from adaptkit.errors import BaseMismatchError, ConflictError, IntegrityError, NonFiniteError, UsageError
 from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -167,6 +170,25 @@ def test_of_a_bad_checkpoint_nothing_stays_but_the_shares_that_others_made(llama
         quantize(bad, tmp_path / "out", options)
     after = tree(tmp_path / "out.partial")
     assert all(after[name] == before[name] for name in before)
+
+
+def test_a_disk_that_fails_to_read_leaves_what_there_is_to_go_on_from(tmp_path, monkeypatch):
+    source = tiny.write_llama(tmp_path / "source", shards=3, layers=4)
+    quantize(source, tmp_path / "expected")
+    last, partial, real = max(source.glob("*.safetensors")).name, tmp_path / "out.partial", os.open
+
+    def fails(path, *args, **kwargs):
+        if str(path).endswith(last) and any(partial.glob("*.safetensors")):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
+    with pytest.raises(IntegrityError, match="cannot be read: Input/output error"):
+        quantize(source, tmp_path / "out")
+    monkeypatch.undo()
+    assert any(partial.glob("*.safetensors"))
+    quantize(source, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
 
 
 def test_shares_of_different_checkpoints_are_not_joined(llama, copy_of, tmp_path):
