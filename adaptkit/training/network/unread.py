@@ -98,7 +98,7 @@ def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
         return True
 
     found = {path for path, linear in linears.items() if is_unread([linear])}
-    return found if found and is_unread([linears[path] for path in found]) else set()
+    return found if len(found) < 2 or is_unread([linears[path] for path in found]) else set()
 
 
 def _gradients(layer: nn.Module, call: LayerCall, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
