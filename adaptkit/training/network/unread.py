@@ -63,9 +63,12 @@ def mark_unread(network: Any) -> None:
         network.train(was_training)
         for hook in hooks:
             hook.remove()
+    told: dict[LoraLinear, list[bool]] = {}  # by all the layers that it is in
     for layer, index in zip(layers, first, strict=True):
         for path, linear in _linears(layer).items():
-            linear.is_unread = path in found.get(index, ())
+            told.setdefault(linear, []).append(path in found.get(index, ()))
+    for linear, answers in told.items():
+        linear.is_unread = all(answers)
 
 
 @contextmanager

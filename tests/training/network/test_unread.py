@@ -176,6 +176,10 @@ def test_what_is_trained_in_one_layer_only_is_asked_there(folder):
         layer.mlp.forward = lambda x, layer=layer, forward=layer.mlp.forward: layer.gamma * forward(x)
     mark_unread(model.network)
     assert unread(model) == ["model.layers.0.mlp.down_proj"]
+    first, second = model.network.model.layers
+    first.mlp.down_proj = second.mlp.down_proj  # where layers share it, none may need it
+    mark_unread(model.network)
+    assert not unread(model)
 
 
 def test_asking_leaves_no_trace(folder):
