@@ -193,7 +193,7 @@ def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Ca
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     layers = config["num_hidden_layers"]
     again = 2 if checkpointing else 1  # but for what a layer adds last, and for the head
-    shapes = [(hidden, hidden, 2 * layers, again), (keys, hidden, 2 * layers, again), (inner, hidden, 2 * layers, again)]
+    shapes = [(out, hidden, 2 * layers, again) for out in (hidden, keys, inner)]
     shapes += [(hidden, inner, layers, 1), (config["vocab_size"], hidden, 1, 1)]
     products = []
     for out, into, count, forwards in shapes:
