@@ -180,7 +180,7 @@ class _Enough(Exception):  # noqa: N818 - nothing is wrong
 
 
 def kind_of(layer: nn.Module) -> Any:
-    """What layers that do and need the same have in common: classes, shapes, and what they call their kind."""
+    """What layers that were built alike have in common: classes, shapes, and what they call their kind."""
     found: list[Any] = []
     for name, module in layer.named_modules():
         tensors = [*module._parameters.items(), *module._buffers.items()]

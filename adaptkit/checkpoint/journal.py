@@ -46,7 +46,7 @@ class Output:
         final: where the folder will appear.
         plan: everything that determines the bytes of the output; a changed plan begins anew.
         force: replace an existing output that adaptkit made.
-        keeps: told the locked folder, says whether its work took too long to begin anew when the plan changed.
+        keeps: told the locked folder, says whether its work must not be thrown away, though the plan changed.
         inputs: [path, state] pairs of what is read; other ones begin anew too. Shares may be made on several machines,
             where paths and times differ: what then was read elsewhere is for the caller to compare.
         part: make a share of the files, and leave publishing to the run that is no share.
@@ -70,8 +70,7 @@ class Output:
         inputs: Sequence[Any] = (),
         part: Part | None = None,
     ) -> None:
-        self.final = final
-        self.part = part
+        self.final, self.part = final, part
         self._journal = JOURNAL_NAME if part is None else f"adaptkit-journal-{part.number}-of-{part.total}.jsonl"
         self._inputs = json.loads(json.dumps(inputs))
         self.folder = partial_folder(final)
@@ -110,8 +109,9 @@ class Output:
             os.close(handle)
 
     def discard(self) -> None:
-        """Remove what was written, unless others did, too, as shares: nothing of it is worth going on from."""
-        if all(path.name == JOURNAL_NAME for path in self.folder.glob(JOURNAL_PATTERN)):
+        """Remove what was written, where nothing is worth going on from: not work that ``keeps``, and not shares."""
+        is_alone = all(path.name == JOURNAL_NAME for path in self.folder.glob(JOURNAL_PATTERN))
+        if is_alone and not self._keeps(self.folder):
             remove(self.folder)
 
     def finished(self, *names: str) -> bool:

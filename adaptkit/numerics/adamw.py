@@ -112,12 +112,17 @@ def _encode_by_torch(moment: Tensor, codes: Tensor, absmax: Tensor, signed: bool
 
 def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> None:
     """Undo ``encode`` up to rounding: level times constant, (N,) float32, written to ``moment``."""
-    levels = _on(moment.device, signed)
-    if moment.device.type == "cpu":
-        from adaptkit.numerics.kernels._cpu_adamw import decode as compiled
-
-        compiled(codes.numpy(), absmax.numpy(), BLOCK, levels.numpy(), moment.numpy())
+    if moment.device.type != "cpu":
+        _decode_by_torch(codes, absmax, moment, signed)
         return
+    from adaptkit.numerics.kernels._cpu_adamw import decode as compiled
+
+    compiled(codes.numpy(), absmax.numpy(), BLOCK, _on(moment.device, signed).numpy(), moment.numpy())
+
+
+def _decode_by_torch(codes: Tensor, absmax: Tensor, moment: Tensor, signed: bool) -> None:
+    """``decode`` on any device."""
+    levels = _on(moment.device, signed)
     torch.mul(levels[codes.int()], absmax.repeat_interleave(BLOCK)[: codes.numel()], out=moment)
 
 

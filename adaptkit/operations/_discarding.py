@@ -14,8 +14,7 @@ _OF_INPUTS = (3, 4, 5)
 def discarding(output: Output) -> Iterator[None]:
     """Remove an output if the block finds its input bad: nothing of it would belong to what comes instead.
 
-    It stays after a full disk, an interruption or a kill, from which the same command goes on, or where a disk gave an
-    input that may be good.
+    It stays after a disk's error, an interruption or a kill, from which the same command goes on.
     """
     try:
         yield

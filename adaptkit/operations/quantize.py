@@ -6,7 +6,6 @@ What only calibration needs is imported where it is used: it takes as long to lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,8 +142,7 @@ class _Run:
         key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
-        output = Output(self.output, key, self.force, self._keeps, inputs, options.part)
-        with output as out, nullcontext() if self.init else discarding(out):  # a companion may wait for what there is
+        with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out, discarding(out):
             self._check_finite(out, begun)
             self._check_shares(out)
             plan, upgrades = self._spend(out, begun)
@@ -179,7 +177,7 @@ class _Run:
         )
 
     def _keeps(self, folder: Path) -> bool:
-        """Whether other options must not throw away what is unfinished: its companion adapter is published already."""
+        """Whether what is unfinished must not be thrown away: its companion adapter is published already."""
         if self.init is None:
             return False
         from adaptkit.operations._companion import is_waiting

@@ -119,8 +119,7 @@ def _begun(inputs: Inputs, out: Output, note: Callable[[str], None], world: Worl
         require_room(out.folder, run.checkpoint_bytes, inputs.config.keep_checkpoints)
     except AdaptkitError:
         with contextlib.suppress(OSError):  # the reason is worth more than a clean disk
-            if not holds_work(out.folder):
-                out.discard()
+            out.discard()
         raise
     return run
 

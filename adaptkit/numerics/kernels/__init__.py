@@ -102,8 +102,14 @@ def kernels_for(where: Values | device) -> Kernels:
 
 
 @cache
+def has_triton(device_type: str) -> bool:
+    """Whether Triton's kernels are there for a kind of device."""
+    return device_type == "cuda" and find_spec("triton") is not None
+
+
+@cache
 def _kernels(device_type: str) -> Kernels:
     name = "cpu" if device_type == "cpu" else "reference"
-    if device_type == "cuda" and find_spec("triton") is not None:
+    if has_triton(device_type):
         name = "gpu"
     return cast(Kernels, import_module(f"adaptkit.numerics.kernels.{name}"))

@@ -73,10 +73,7 @@ def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: S
     current: list[_Segment] = []
     for index, layer in enumerate(find_stack(network)[1][:checked]):
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
-        unread = [part for part in layer.modules() if isinstance(part, LoraLinear) and part.is_unread]
-        place = _Place(
-            index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf, unread
-        )
+        place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf)
         layer.forward = _checkpointed(layer, layer.forward, place)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
@@ -92,6 +89,7 @@ class _Segment:
         start: gives the first layer's input.
         calls: of the layers so far.
         random: the random state before each layer.
+        unread: the linear layers of each that need not run again.
         inputs: of the layers, while the backward pass is in this segment.
     """
 
@@ -99,6 +97,7 @@ class _Segment:
     start: Callable[[], Tensor]
     calls: list[LayerCall] = field(default_factory=list)
     random: list[Any] = field(default_factory=list)
+    unread: list[list[LoraLinear]] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
 
     def input_of(self, index: int) -> Tensor:
@@ -114,23 +113,13 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer is.
-
-    Attributes:
-        segment: number of its segment.
-        is_first: whether it begins it.
-        is_last: whether it ends it.
-        current: the segment that is being run.
-        shelf: for the inputs of segments.
-        unread: its linear layers that need not run again.
-    """
+    """Where a layer is: in which segment, and whether it begins or ends it; the segment being run, and the shelf."""
 
     segment: int
     is_first: bool
     is_last: bool
     current: list[_Segment]
     shelf: Shelf | None
-    unread: list[LoraLinear]
 
     def enter(self, hidden: Tensor) -> _Segment:
         """The segment of a layer that is about to run."""
@@ -148,16 +137,9 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        trigger: Tensor,
-        segment: _Segment,
-        index: int,
-        unread: list[LoraLinear],
-        *others: Tensor,
+        ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int, *others: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.segment, ctx.index, ctx.device, ctx.others = segment, index, hidden.device, len(others)
-        ctx.unread = unread
         ctx.set_materialize_grads(False)  # mostly nobody asks for other outputs than the first
         with torch.no_grad():
             first, *rest = segment.calls[index](hidden)
@@ -167,12 +149,12 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         device = ctx.device
         if all(grad is None for grad in grads):
-            return tuple(None for _ in range(5 + ctx.others))
+            return tuple(None for _ in range(4 + ctx.others))
         before = _random(device)
         # As many gradients as without checkpointing: there are other products for fewer, which round otherwise.
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_(ctx.needs_input_grad[0])
         _set_random(ctx.segment.random[ctx.index], device)
-        with torch.enable_grad(), left_out(ctx.unread):
+        with torch.enable_grad(), left_out(ctx.segment.unread[ctx.index]):
             call = ctx.segment.calls[ctx.index]
             others = [other.detach().requires_grad_() for other in call.others]
             outputs = call(hidden, others)
@@ -180,10 +162,12 @@ class _Layer(torch.autograd.Function):
         asked = [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
         torch.autograd.backward([output for output, _ in asked], [grad for _, grad in asked])
         _set_random(before, device)
-        return hidden.grad, None, None, None, None, *(other.grad for other in others)
+        return hidden.grad, None, None, None, *(other.grad for other in others)
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], place: _Place) -> Callable[..., Any]:
+    unread = [part for part in layer.modules() if isinstance(part, LoraLinear) and part.is_unread]
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -193,10 +177,11 @@ def _checkpointed(layer: nn.Module, forward: Callable[..., Any], place: _Place) 
         index = len(segment.calls)
         segment.calls.append(call)
         segment.random.append(_random(hidden.device))
+        segment.unread.append(unread)
         # The embeddings are frozen, so the first input needs no gradient; what is trained in the layer does.
         is_trained = any(parameter.requires_grad for parameter in layer.parameters())
         trigger = torch.empty(0, device=hidden.device, requires_grad=is_trained)
-        outputs = _Layer.apply(hidden, trigger, segment, index, place.unread, *others)  # type: ignore[no-untyped-call]
+        outputs = _Layer.apply(hidden, trigger, segment, index, *others)  # type: ignore[no-untyped-call]
         return call.finish(outputs)
 
     return run

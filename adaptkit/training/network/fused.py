@@ -11,7 +11,6 @@ four tensors of that size. What it gives is kept by nobody: see ``remade``.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.linear import LoraLinear
@@ -43,7 +43,7 @@ def fuse_on_gpu(network: nn.Module) -> None:
 
 def _can_gate(module: Any) -> bool:
     on_gpu = all(tensor.is_cuda for tensor in (*module.parameters(), *module.buffers()))
-    return on_gpu and find_spec("triton") is not None and _is_gated(module)
+    return on_gpu and has_triton("cuda") and _is_gated(module)
 
 
 def _own_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:

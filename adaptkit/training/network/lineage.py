@@ -93,19 +93,25 @@ def trained_parameters(base: Path, adapter: Adapter | None, total: int) -> int |
     """How many parameters were trained: an adapter's, or all of a checkpoint that adaptkit trained; None if unknown."""
     if adapter is not None:
         return sum(adapter.files.spec(name).count for name in adapter.files.tensors)
-    manifest = read_manifest(base)
-    if manifest is None or manifest.operation.get("name") != "train":
-        return None
-    return total if manifest.operation.get("options", {}).get("method") == "full" else None
+    trained = _training_options(read_manifest(base))
+    return total if trained is not None and trained.get("method") == "full" else None
 
 
 def template_kwargs(base: Path, adapter: Adapter | None) -> dict[str, Any] | None:
     """The ``chat_template_kwargs`` that an adapter or a checkpoint was trained with; None if adaptkit did not."""
-    manifest = adapter.manifest if adapter is not None else read_manifest(base)
+    trained = _training_options(adapter.manifest if adapter is not None else read_manifest(base))
+    if trained is None:
+        return None
+    given = trained.get("chat_template_kwargs")
+    return dict(given) if isinstance(given, Mapping) else {}
+
+
+def _training_options(manifest: Manifest | None) -> Mapping[str, Any] | None:
+    """Of the run that made an artifact; None if none did."""
     if manifest is None or manifest.operation.get("name") != "train":
         return None
-    given = manifest.operation.get("options", {}).get("chat_template_kwargs")
-    return dict(given) if isinstance(given, Mapping) else {}
+    options: Mapping[str, Any] = manifest.operation.get("options", {})
+    return options
 
 
 def _comparable(adapter: Adapter, checkpoint: Checkpoint, known: Mapping[str, Target]) -> list[Target]:

@@ -10,8 +10,6 @@ Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), on rows that
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.checkpoint.memory import rows_at_a_time
+from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_loss import cross_entropy
 from adaptkit.training.data.batches import Batch
@@ -233,9 +232,4 @@ def _has_kernel(logits: Tensor) -> bool:
 
 def works_in_place(device: torch.device) -> bool:
     """Whether a chunk's logits become their gradient with nothing of their size beside them, on a GPU."""
-    return device.type == "cuda" and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return has_triton(device.type)

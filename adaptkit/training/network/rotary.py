@@ -14,12 +14,12 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_rotary import rotate
 
@@ -90,7 +90,7 @@ def _is_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     batch, _, tokens, dim = query.shape
     return (
         all(side.device == query.device and side.dtype == query.dtype for side in (query, key, cos, sin))
-        and _has_kernel(query.device)
+        and (query.device.type == "cpu" or has_triton(query.device.type))
         and dim % 2 == 0
         and (key.shape[0], *key.shape[2:]) == (batch, tokens, dim)
         and cos.shape == sin.shape
@@ -98,11 +98,6 @@ def _is_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and not (cos.requires_grad or sin.requires_grad)
         and all(_lies_in_rows(side.transpose(1, 2)) for side in (query, key))
     )
-
-
-@functools.cache
-def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cpu" or (device.type == "cuda" and find_spec("triton") is not None)
 
 
 def _lies_in_rows(side: Tensor) -> bool:

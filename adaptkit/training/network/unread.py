@@ -11,6 +11,7 @@ index of those to attend to. And with NaN, infinities and zero every gradient ha
 result that a norm reads, or a bound, or a router, is found out.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ from adaptkit.checkpoint.layer_call import LayerCall
 from adaptkit.errors import UsageError
 from adaptkit.training.network.linear import LoraLinear
 
-_NUMBERS = (float("nan"), float("inf"), float("-inf"), 0.0)
+_NUMBERS = (math.nan, math.inf, -math.inf, 0.0)
 
 
 def mark_unread(network: Any) -> None:
@@ -94,7 +95,7 @@ def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
         for number in _NUMBERS:
             with left_out(some, number):
                 output, gradients = _gradients(layer, call, given)
-            if number != number and not bool(output.isnan().all()):
+            if math.isnan(number) and not bool(output.isnan().all()):
                 return False
             if not _equal(gradients, expected):
                 return False
