@@ -11,6 +11,7 @@ import pytest
 
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output, check_output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
+from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
@@ -362,3 +363,14 @@ def test_a_name_that_leaves_no_room_for_unfinished_work_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
     make(tmp_path / ("x" * 246))
     make(tmp_path / ("x" * 246), force=True)
+
+
+@pytest.mark.parametrize(
+    ("keeps", "part", "stays"), [(False, None, False), (True, None, True), (False, Part(1, 2), True)]
+)
+def test_what_is_thrown_away_is_no_work_that_must_stay_and_no_share(tmp_path, keeps, part, stays):
+    with Output(tmp_path / "out", PLAN, keeps=lambda folder: keeps, part=part) as output:
+        add(output, "a", b"first")
+        output.discard()
+    assert (tmp_path / "out.partial" / "a").exists() == stays
+    assert (tmp_path / "out.partial").exists() == stays

@@ -20,6 +20,7 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli.commands import train as train_command
 from adaptkit.cli.main import cli
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
@@ -304,6 +305,15 @@ def stopped(config, output, step):
 
     with pytest.raises(KeyboardInterrupt):
         train(config, output, on_step=stop)
+
+
+def test_a_run_that_is_refused_before_it_goes_on_keeps_what_there_is(config, tmp_path):
+    run, output = replace(config, steps=4, save_every=1), tmp_path / "adapter"
+    stopped(run, output, 2)
+    with pytest.raises(DiskError, match="checkpoints need"):
+        train(replace(run, keep_checkpoints=1 << 40), output)
+    report = train(run, output)
+    assert report.resumed_from == 2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
