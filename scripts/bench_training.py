@@ -87,12 +87,9 @@ class AdaptkitStep:
         from adaptkit.training.memory.activations import save_activations
         from adaptkit.training.memory.optimizer import make_optimizer
         from adaptkit.training.memory.parameters import Trainable
-        from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
-        from adaptkit.training.network.joined import join_layers
-        from adaptkit.training.network.joined_gpu import join_on_gpu
         from adaptkit.training.network.model import load_model, new_adapter
-        from adaptkit.training.network.narrow import keep_narrow
         from adaptkit.training.network.unread import mark_unread
+        from adaptkit.training.preparation import make_fast
 
         config = TrainConfig(
             base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
@@ -100,12 +97,7 @@ class AdaptkitStep:
         place = torch.device(device)
         self.model = model = load_model(base, choose_dtype("auto", place), place)
         new_adapter(model, ("*",), rank, 2.0 * rank, "kaiming", 0.0, 0)
-        if device == "cpu":
-            fuse_layers(model.network)
-            join_layers(model.network)
-        else:
-            fuse_on_gpu(model.network)
-            keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
+        make_fast(model)
         if policy != "none":
             mark_unread(model.network)
         save_activations(model.network, config, (1, length), place)

@@ -8,7 +8,8 @@
     activations  measured on a network without memory, by the arithmetic of ``checkpoint.activations``
     logits       one chunk, as large as the device's
 
-On a GPU adapters have copies in the compute dtype beside them, which count as weights.
+On a GPU adapters have copies in the compute dtype beside them, which count as weights, and tables that are only looked
+up do not count: see ``checkpoint.tables``.
 
 Full fine-tuning thus needs 16 bytes a parameter beside activations and logits: 160 GB for 10 billion.
 """
@@ -24,6 +25,7 @@ from adaptkit.checkpoint.activations import Checkpointing, fit_budget, parse_pol
 from adaptkit.checkpoint.architecture import Description, empty_network, language_part
 from adaptkit.checkpoint.matching import matching_targets
 from adaptkit.checkpoint.memory import Memory, logits_bytes
+from adaptkit.checkpoint.tables import host_tables
 from adaptkit.errors import UsageError
 from adaptkit.numerics.adamw import moment_bytes
 from adaptkit.operations._plan_network import Shape, linear_shapes, measured_layers
@@ -160,8 +162,9 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         )
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)
     weights = 0 if full else _frozen_bytes(network, shapes, options.method == "qlora", dtype, description.dtype)
-    if options.on_gpu and not full and dtype != torch.float32:
-        weights += trainable * dtype.itemsize
+    if options.on_gpu and not full:
+        weights -= sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
+        weights += trainable * dtype.itemsize if dtype != torch.float32 else 0
     vocabulary = network.config.get_text_config().vocab_size
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     checkpointing, activations = _activations(network, options, {} if full else dict.fromkeys(targets, options.rank))

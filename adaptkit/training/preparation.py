@@ -24,6 +24,7 @@ from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import begin
+from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.schedule import steps_in
 
@@ -71,6 +72,18 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
         torch.cuda.synchronize(device)
 
 
+def make_fast(model: Model) -> None:
+    """Exchange what a model with its adapter computes step by step for what does the same in fewer, on its device."""
+    network = model.network
+    if model.device.type == "cpu":
+        fuse_layers(network)
+        join_layers(network)
+    else:
+        keep_in_host_memory(network, model.dtype)
+        fuse_on_gpu(network)
+        keep_narrow(network, model.dtype, join_on_gpu(network))
+
+
 def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
     """The model with the adapter that it begins with, and what it keeps of a batch."""
     device, is_shared = world.device, inputs.config.shard_base
@@ -79,12 +92,8 @@ def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
     begin(model, inputs.config, inputs.start, inputs.tokenizer)
     if inputs.config.pack:
         check_packing(model.network)
-    if device.type == "cpu":
-        fuse_layers(model.network)
-        join_layers(model.network)
-    elif not is_shared:
-        fuse_on_gpu(model.network)
-        keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
+    if device.type == "cpu" or not is_shared:
+        make_fast(model)
     if inputs.config.checkpointing != "none":
         mark_unread(model.network)
     if is_shared:

@@ -2,6 +2,7 @@
 
 gate       y = silu(gate) · up                    silu(x) = x σ(x), σ(x) = 1 / (1 + exp(-x))
 rotary     y = x ∘ cos + h(x) ∘ sin               h([a | b]) = [-b | a]; both products are rounded, too, as torch's are
+lookup     y = table[ids]                         the table may lie in pinned host memory, which a GPU reads by itself
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -33,6 +34,25 @@ def gate_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tenso
     _launch(_gate_gradients, *sides, grad)
     by_gate, by_up = (rows.view(side.shape) for rows, side in zip(sides, (gate, up), strict=True))
     return by_gate, by_up
+
+
+def look_up(table: Tensor, ids: Tensor) -> Tensor:
+    """The rows of a table, on the device of the numbers that tell which.
+
+    Args:
+        table: (entries, width), contiguous; on that device, or in pinned host memory: then only these rows travel.
+        ids: (…) of integers; NaN comes of what is no row.
+
+    Returns:
+        (…, width), contiguous.
+    """
+    numbers, (entries, width) = ids.contiguous(), table.shape
+    rows = torch.empty((*ids.shape, width), dtype=table.dtype, device=ids.device)
+    if rows.numel():
+        with torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
+            grid = numbers.numel(), triton.cdiv(width, _AT_A_TIME)
+            _look_up[grid](table, numbers, rows, entries, width, _AT_A_TIME, enable_fp_fusion=False)
+    return rows
 
 
 def _launch(kernel: Any, gate: Tensor, up: Tensor, other: Tensor) -> None:
@@ -75,6 +95,17 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> 
                 *counts, dim, half, heads, back, enable_fp_fusion=False,
             )  # fmt: skip
     return results
+
+
+@triton.jit
+def _look_up(table, numbers, rows, entries, width, block: tl.constexpr):
+    """One part of a row."""
+    place = tl.program_id(0).to(tl.int64)
+    number = tl.load(numbers + place).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    known = tl.where((number >= 0) & (number < entries), width, 0)
+    found = tl.load(table + number * width + column, mask=column < known, other=float("nan"))
+    tl.store(rows + place * width + column, found, mask=column < width)
 
 
 @triton.jit

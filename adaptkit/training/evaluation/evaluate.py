@@ -27,6 +27,7 @@ from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
+from adaptkit.training.network.tables import keep_in_host_memory
 
 
 def evaluate(
@@ -93,6 +94,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
             join_layers(model.network)
         else:
             keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
+    keep_in_host_memory(model.network, model.dtype)
     return model
 
 

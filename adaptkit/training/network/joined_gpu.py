@@ -1,6 +1,6 @@
 """Packed linear layers that read the same input, on a GPU: one weight of their rows, decoded by one launch.
 
-    [Y₁ | Y₂ | …] = X [W₁; W₂; …]ᵀ, and Yᵢ += sᵢ (X Aᵢᵀ) Bᵢᵀ in place      X [A₁; A₂; …]ᵀ is one product
+    Yᵢ = sᵢ (X Aᵢᵀ) Bᵢᵀ, and [Y₁ | Y₂ | …] += X [W₁; W₂; …]ᵀ in place      X [A₁; A₂; …]ᵀ is one product
     dX = Σ Gᵢ Wᵢ + [s₁ G₁ B₁ | s₂ G₂ B₂ | …] [A₁; A₂; …]                     Gᵢ: the gradient by Yᵢ
 
 A launch takes the host several microseconds, and a step of a small model is little else. The gradients are not put
@@ -169,11 +169,11 @@ class _Product(torch.autograd.Function):
         count, flat = len(scales), x.reshape(-1, x.shape[-1])
         inner = flat @ narrowed_below(factors[:count], x.dtype).T
         y = x.new_empty(*x.shape[:-1], sum(weight.rows))
-        torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, y.shape[-1]))
         results = torch.unsafe_split_with_sizes(y, weight.rows, -1)  # no views, which the network could not change
         parts = torch.split(inner, [len(a) for a in factors[:count]], 1)
         for result, part, b, scale in zip(results, parts, factors[count:], scales, strict=True):
-            result.view(-1, len(b)).addmm_(part, narrowed(b, x.dtype).T, alpha=scale)
+            result.view(-1, len(b)).addmm_(part, narrowed(b, x.dtype).T, beta=0, alpha=scale)
+        y.view(-1, y.shape[-1]).addmm_(flat, weight.dequantize(x.dtype).T)
         ctx.make, kept = source_of(x)
         ctx.save_for_backward(inner, *factors, *kept)
         ctx.weight, ctx.scales, ctx.shape = weight, scales, x.shape

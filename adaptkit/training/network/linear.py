@@ -4,6 +4,9 @@
 
 W is dequantized in the forward pass, dropped, and dequantized again in the backward pass, so that no 16-bit copy of it
 is kept; nor is one of A or B. W gets no gradient; A and B do.
+
+The adapter's share is made first, and the large product is added to it: that one computes long enough to read what is
+there beside that, while adding the share to the product would take as long as reading and writing the product.
 """
 
 from collections.abc import Callable
@@ -127,7 +130,8 @@ class _Linear(torch.autograd.Function):
         inner = flat_dropped @ a.T
         if stand_in is None:
             y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
-            torch.mm(flat, weight.dequantize(x.dtype).T, out=y.view(-1, len(b))).addmm_(inner, b.T, alpha=scale)
+            share = y.view(-1, len(b)).addmm_(inner, b.T, beta=0, alpha=scale)
+            share.addmm_(flat, weight.dequantize(x.dtype).T)
         else:
             y = x.new_full((*x.shape[:-1], len(b)), stand_in)
         ctx.make, kept = source_of(dropped)
@@ -147,10 +151,11 @@ class _Linear(torch.autograd.Function):
         grad_b = give(lora_b, grad.T @ inner, ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.weight.dequantize(grad.dtype)
+            grad_x = grad.new_empty(ctx.shape)
+            share = grad_x.view(-1, ctx.shape[-1])
             if ctx.shared:
-                grad_x.addmm_(grad_inner, a, alpha=ctx.scale)
-            grad_x = grad_x.view(ctx.shape)
+                share.addmm_(grad_inner, a, beta=0, alpha=ctx.scale)
+            share.addmm_(grad, ctx.weight.dequantize(grad.dtype), beta=int(ctx.shared))
         if ctx.needs_input_grad[1] and not ctx.shared:
             grad_dropped = (grad_inner @ a).mul_(ctx.scale).view(ctx.shape)
         return grad_x, grad_dropped, grad_a, grad_b, None, None, None

@@ -58,7 +58,7 @@ def mark_unread(network: Any) -> None:
     was_training = network.training
     try:
         with without_compiler(), torch.no_grad(), torch.random.fork_rng(_gpus(network.device)):
-            ids = torch.arange(2, device=network.get_input_embeddings().weight.device)[None]
+            ids = torch.arange(2, device=network.device)[None]
             network.train()(input_ids=ids, use_cache=False)
     finally:
         network.train(was_training)

@@ -52,6 +52,20 @@ def test_columns_of_one_matrix_are_read_and_written_where_they_lie(triton_kernel
         assert torch.equal(rest, both[..., 1400:])
 
 
+@pytest.mark.parametrize("dtype", ERROR)
+def test_a_lookup_gives_the_rows(triton_kernel, dtype):
+    table = torch.randn(50, 1500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for ids in (torch.tensor([[3, 49, 0], [3, 7, 12]]), torch.tensor([4], dtype=torch.int32), torch.empty(0, 5).long()):
+        found = triton_kernel("look_up", table, ids)
+        assert torch.equal(found, table[ids.long()])
+
+
+def test_no_row_comes_of_what_is_none(triton_kernel):
+    """Where torch stops a GPU; nothing is read that is not the table's."""
+    found = triton_kernel("look_up", torch.ones(50, 8), torch.tensor([-1, 50, 2**40, 49]))
+    assert found.isnan().all(1).tolist() == [True, True, True, False]
+
+
 def rotated(x, cos, sin):
     """As transformers computes it: (batch, tokens, heads, dim)."""
     half = x.shape[-1] // 2
@@ -102,6 +116,29 @@ def test_a_gpu_reads_and_writes_sixteen_bytes_at_a_time(kernel, monkeypatch, tmp
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True}).asm["ptx"]
     assert set(re.findall(r"(?:ld|st)\.global\S*", ptx)) == {"ld.global.v4.b32", "st.global.v4.b32"}
     assert "cvt.rn.bf16" in ptx
+
+
+def test_a_gpu_looks_as_many_up_at_a_time(monkeypatch, tmp_path):
+    """Over the bus to host memory, too."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    types = {
+        "table": "*bf16",
+        "numbers": "*i64",
+        "rows": "*bf16",
+        "entries": "i32",
+        "width": "i32",
+        "block": "constexpr",
+    }
+    source = ASTSource(
+        fn=_gpu_layers._look_up,
+        signature=types,
+        constexprs={(5,): 1024},
+        attrs={(place,): [["tt.divisibility", 16]] for place in (0, 1, 2, 4)},
+    )
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v4.b32"}
+    assert "ld.global.v4.b32" in ptx
 
 
 @pytest.mark.parametrize("back", [False, True])

@@ -85,31 +85,40 @@ def test_what_reads_the_same_input_is_one_product(family, made, monkeypatch):
     assert [{names[member.layer] for member in group} for group in seen] == GROUPS[family] * 2
 
 
-def effect(layer, x):
-    """How much of what the adapter adds to a layer's output arrives there: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩."""
-    with torch.no_grad():
-        after = layer(x).double()
-        b, layer.lora_b.data = layer.lora_b.data, torch.zeros_like(layer.lora_b)
-        before = layer(x).double()
-        layer.lora_b.data = b
-    a, b = layer.lora_a.detach().to(x.dtype).double(), b.to(x.dtype).double()
-    delta = layer.scaling * (x.double() @ a.T) @ b.T
-    return float(((after - before) * delta).sum() / delta.square().sum())
+def effects(layers, xs, forward=lambda layer, x: layer(x)):
+    """How much of what adapters add to their layers' output arrives there, on average: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩."""
+    found = []
+    for layer, x in zip(layers, xs, strict=True):
+        with torch.no_grad():
+            after = forward(layer, x.clone()).double()
+            b, layer.lora_b.data = layer.lora_b.data, torch.zeros_like(layer.lora_b)
+            before = forward(layer, x.clone()).double()
+            layer.lora_b.data = b
+        a, b = layer.lora_a.detach().to(x.dtype).double(), b.to(x.dtype).double()
+        delta = layer.scaling * (x.double() @ a.T) @ b.T
+        found.append(float(((after - before) * delta).sum() / delta.square().sum()))
+    return sum(found) / len(found)
 
 
-def test_a_small_change_is_not_lost_to_rounding(made):
-    """By itself a layer adds it to what is rounded already, as PEFT does, and most of it vanishes."""
+def as_peft(layer, x):
+    """The product is rounded, and the adapter's share added to it."""
+    product = x @ layer.base.dequantize(x.dtype).T
+    return product + layer.scaling * (x @ layer.lora_a.to(x.dtype).T) @ layer.lora_b.to(x.dtype).T
+
+
+@pytest.mark.parametrize("join", [None, join_layers, join_on_gpu], ids=["alone", "joined", "joined for a GPU"])
+def test_a_small_change_is_not_lost_to_rounding(join, made):
+    """As PEFT adds it, to what is rounded already, most of it vanishes."""
     model = loaded(made, "llama", torch.bfloat16)
     layers = list(model.adapted().values())
     for layer in layers:
         layer.lora_b.data.mul_(0.0003)
     inputs = {64: torch.randn(2000, 64).bfloat16(), 128: torch.randn(2000, 128).bfloat16()}
     xs = [inputs[layer.base.shape[1]] for layer in layers]
-    before = [effect(layer, x) for layer, x in zip(layers, xs, strict=True)]
-    join_layers(model.network)
-    after = [effect(layer, x.clone()) for layer, x in zip(layers, xs, strict=True)]
-    assert sum(before) / len(before) < 0.7
-    assert 0.9 < sum(after) / len(after) < 1.1
+    assert effects(layers, xs, as_peft) < 0.7
+    if join is not None:
+        join(model.network)
+    assert 0.9 < effects(layers, xs) < 1.1
 
 
 def layer_of(format_name, shape=(24, 128), block_size=32, double_quant=True, rank=5):

@@ -1,0 +1,46 @@
+"""Frozen tables of embeddings in pinned host memory, from which a GPU reads the rows of a batch by itself.
+
+A lookup of 2048 tokens moves 16 MiB of Llama 3 8B's table over the bus, half a millisecond, and a gigabyte of the
+device's memory is free for activations.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaptkit.checkpoint.tables import host_tables
+from adaptkit.numerics.kernels import has_triton
+
+
+def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
+    """Move the large tables that a network only looks up, and does not train, off its GPU, where Triton is there.
+
+    Args:
+        network: with its adapter, on its device.
+        dtype: that its embeddings are held in.
+    """
+    for module in host_tables(network, dtype).values():
+        table = module.weight
+        if has_triton(table.device.type) and not table.requires_grad:
+            hold_in_host_memory(module, table.detach().cpu().pin_memory())
+
+
+def hold_in_host_memory(module: nn.Embedding, table: Tensor) -> None:
+    """Make an embedding look its rows up in a tensor, which is none of its parameters and stays where it is."""
+    del module._parameters["weight"]
+    module.weight = table
+    kind, name = type(module), type(module).__name__
+    # It takes the place of torch's own lookup, below whatever a model's class does with the rows.
+    module.__class__ = type(name, (_HostTable,) if kind is nn.Embedding else (kind, _HostTable), {})
+
+
+class _HostTable(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…) to (…, dim)."""
+        if not ids.is_cuda:
+            return functional.embedding(ids, self.weight)
+        from adaptkit.numerics.kernels import _gpu_layers
+
+        return _gpu_layers.look_up(self.weight, ids)

@@ -1,0 +1,47 @@
+"""A GPU reads rows of tables that lie in pinned host memory, to the bit, and holds none of the rest."""
+
+import pytest
+import tiny
+import torch
+
+from adaptkit.checkpoint import tables
+from adaptkit.numerics.kernels import _gpu_layers
+from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.tables import keep_in_host_memory
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_come_from_pinned_host_memory(dtype):
+    table = torch.randn(30000, 1500).to(dtype).pin_memory()
+    ids = torch.randint(0, 30000, (3, 700))
+    before = torch.cuda.memory_allocated()
+    found = _gpu_layers.look_up(table, ids.to(GPU))
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), table[ids])
+    assert torch.cuda.memory_allocated() - before < 2 * found.nbytes < table.nbytes
+
+
+def test_a_model_computes_the_same_without_its_table(made, monkeypatch):
+    monkeypatch.setattr(tables, "LEAST_BYTES", 1)
+    folder = made / "tables-on-gpu"
+    if not folder.exists():
+        tiny.write_family(folder, "llama")
+
+    def run(moved):
+        model = load_model(folder, torch.bfloat16, GPU)
+        new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+        if moved:
+            keep_in_host_memory(model.network, torch.bfloat16)
+            assert model.network.get_input_embeddings().weight.is_pinned()
+        ids = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(5)).to(GPU)
+        logits = model.network.train()(input_ids=ids, use_cache=False).logits
+        logits.float().square().mean().backward()
+        return [logits, *(layer.lora_b.grad for layer in model.adapted().values())]
+
+    for one, two in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, two)

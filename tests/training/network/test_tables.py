@@ -1,0 +1,117 @@
+"""Tables that lie elsewhere are looked up as if they did not, and only those that nothing else needs do."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from adaptkit.checkpoint import tables
+from adaptkit.checkpoint.tables import host_tables
+from adaptkit.training.network.adapt import train_rows, train_whole
+from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.tables import hold_in_host_memory, keep_in_host_memory
+
+IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def every_table_is_large(monkeypatch):
+    monkeypatch.setattr(tables, "LEAST_BYTES", 1)
+
+
+def loaded(made, tied=False, dtype=torch.float32):
+    folder = made / f"tables-{tied}"
+    if not folder.exists():
+        tiny.write_family(folder, "llama", tied=tied)
+    return load_model(folder, dtype, torch.device("cpu"))
+
+
+def move(network, dtype=torch.float32):
+    for module in host_tables(network, dtype).values():
+        hold_in_host_memory(module, module.weight.detach().clone())
+
+
+def test_a_table_with_a_head_beside_it_is_one_and_a_tied_one_is_none(made):
+    assert list(host_tables(loaded(made).network, torch.float32)) == ["model.embed_tokens"]
+    assert not host_tables(loaded(made, tied=True).network, torch.float32)
+
+
+def test_a_small_table_is_none(made, monkeypatch):
+    network = loaded(made).network
+    size = network.get_input_embeddings().weight.numel()
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(tables, "LEAST_BYTES", size * dtype.itemsize)
+        assert host_tables(network, dtype)
+        monkeypatch.setattr(tables, "LEAST_BYTES", size * dtype.itemsize + 1)
+        assert not host_tables(network, dtype)
+
+
+def test_a_table_that_changes_as_it_is_read_is_none():
+    assert not host_tables(nn.Sequential(nn.Embedding(9, 4, max_norm=1.0)), torch.float32)
+
+
+def test_a_cpu_keeps_its_tables(made):
+    network = loaded(made).network
+    keep_in_host_memory(network, torch.float32)
+    assert "model.embed_tokens.weight" in dict(network.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_and_gradients_are_the_same_to_the_bit(made, dtype):
+    def run(moved):
+        model = loaded(made, dtype=dtype)
+        new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+        if moved:
+            move(model.network, dtype)
+        logits = model.network.train()(input_ids=IDS, use_cache=False).logits
+        logits.float().square().mean().backward()
+        return [logits, *(layer.lora_b.grad for layer in model.adapted().values())]
+
+    for one, two in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_table_that_lies_elsewhere_does_not_travel_or_count(made):
+    model = loaded(made)
+    table = model.network.get_input_embeddings().weight
+    move(model.network)
+    assert [name for name, held in model.network.named_parameters() if held.shape == table.shape] == ["lm_head.weight"]
+    held = model.network.get_input_embeddings().weight
+    model.network.to("meta")
+    assert model.network.get_input_embeddings().weight is held
+    assert torch.equal(held, table)
+
+
+def test_what_a_class_does_with_the_rows_is_done():
+    embedding = Gemma3TextScaledWordEmbedding(50, 8, 0, embed_scale=3.0)
+    expected = embedding(IDS % 50)
+    hold_in_host_memory(embedding, embedding.weight.detach().clone())
+    assert torch.equal(embedding(IDS % 50), expected)
+    assert isinstance(embedding, Gemma3TextScaledWordEmbedding)
+
+
+def test_rows_that_are_trained_are_trained_beside_it(made):
+    def run(moved):
+        model = loaded(made)
+        new_adapter(model, ("q_proj",), 4, 8.0, "normal", 0.0, 0)
+        train_rows(model, "model.embed_tokens", [3, int(IDS[0, 0])])
+        if moved:
+            move(model.network)
+        logits = model.network.train()(input_ids=IDS, use_cache=False).logits
+        logits.square().mean().backward()
+        return logits, model.rows["model.embed_tokens"].rows.grad
+
+    for one, two in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, two)
+        assert two.any()
+
+
+def test_a_table_that_is_trained_stays(made, monkeypatch):
+    from adaptkit.training.network import tables as moving
+
+    monkeypatch.setattr(moving, "has_triton", lambda device_type: True)
+    model = loaded(made)
+    train_whole(model, ["model.embed_tokens.weight"])
+    keep_in_host_memory(model.network, torch.float32)
+    assert model.network.get_input_embeddings().weight.requires_grad
