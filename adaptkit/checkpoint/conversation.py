@@ -19,7 +19,6 @@ from typing import Any
 
 from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
-from adaptkit.checkpoint.rendering import set_template_kwargs as set_template_kwargs
 from adaptkit.checkpoint.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
 from adaptkit.checkpoint.thoughts import Message as Message
 from adaptkit.errors import DataError

@@ -18,6 +18,7 @@ from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
 
 CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"

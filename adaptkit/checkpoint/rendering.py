@@ -7,7 +7,6 @@ from looping for hours or from multiplying a string until no memory is left. Apa
 import contextlib
 import json
 import os
-import re
 import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.chat_template import HINT, template_of
 from adaptkit.checkpoint.child import can_fork, start_child
-from adaptkit.errors import DataError, UsageError
+from adaptkit.errors import DataError
 
 Conversation = tuple[Sequence[Mapping[str, str]], bool]
 """Messages, and whether the opening of the assistant's next turn follows them."""
@@ -38,15 +38,6 @@ _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
 """Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
 _PORTION = 1 << 20
 """Characters of conversations in one question."""
-_HINT = "give the model another chat template"
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-"""Marks of transformers' own around answers."""
-_OURS = {
-    "messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "bos_token", "eos_token",
-    "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens", "raise_exception",
-    "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner",
-}  # fmt: skip
-"""What a template gets in any case."""
 _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 """What is said of a template, and the code that the process ends with where it can't say so itself."""
 
@@ -79,58 +70,6 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
             if "error" in answer:
                 raise DataError(answer["error"], answer["hint"])
             yield answer["text"]
-
-
-def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool] | None) -> None:
-    """Give a chat template variables that it asks for, as transformers' and vLLM's ``chat_template_kwargs`` do.
-
-    They become the template's first lines, so that whoever renders with this tokenizer has them.
-
-    Args:
-        tokenizer: of a checkpoint.
-        values: of the variables; numbers, texts and booleans.
-
-    Raises:
-        UsageError: there is no template, or it asks for no such variable.
-    """
-    if not values:
-        return
-    if tokenizer.chat_template is None:
-        raise UsageError("chat_template_kwargs: the tokenizer has no chat template")
-    template = _template_of(tokenizer)
-    asked = _variables(template) - _OURS
-    for name in values:
-        if name not in asked:
-            raise UsageError(
-                f"chat_template_kwargs: the chat template does not ask for {name!r}",
-                hint=f"it asks for {', '.join(sorted(asked))}" if asked else "it asks for none",
-            )
-    lines = (f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
-    tokenizer.chat_template = "".join(lines) + template
-
-
-def _template_of(tokenizer: Any) -> str:
-    """The template of conversations without tools.
-
-    Raises:
-        DataError: there are several, and none is the one to take.
-    """
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise DataError(f"the tokenizer has no chat template for a conversation ({error})", hint=_HINT) from error
-
-
-def _variables(template: str) -> set[str]:
-    """What a template asks whoever renders it for."""
-    from jinja2 import TemplateSyntaxError, meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    parser = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        return meta.find_undeclared_variables(parser.parse(_GENERATION.sub("", template)))
-    except TemplateSyntaxError as error:
-        raise UsageError(f"chat_template_kwargs: the chat template cannot be read ({error})", hint=_HINT) from error
 
 
 def _length(messages: Sequence[Mapping[str, str]]) -> int:
@@ -207,7 +146,7 @@ class _Process:
                 return None
             known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: _TOO_MUCH}
             reason = known.get(code or 0, f"ended with code {code}")
-            answers.append({"error": f"the chat template {reason}", "hint": _HINT})
+            answers.append({"error": f"the chat template {reason}", "hint": HINT})
         return answers
 
     def end(self) -> None:
@@ -274,17 +213,19 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool
     from jinja2 import TemplateError
 
     try:
-        template = _of_a_day(_template_of(tokenizer)) if asks_for_the_date(tokenizer) else None
+        template = _of_a_day(template_of(tokenizer)) if asks_for_the_date(tokenizer) else None
         text = str(
             tokenizer.apply_chat_template(
                 list(messages), chat_template=template, tokenize=False, add_generation_prompt=opening
             )
         )
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"the chat template refuses the conversation ({error})") from error
+        raise DataError(
+            f"the chat template refuses the conversation ({error})", hint=f"leave such conversations out, or {HINT}"
+        ) from error
     except MemoryError as error:
-        raise DataError(f"the chat template {_TOO_MUCH}", hint=_HINT) from error
+        raise DataError(f"the chat template {_TOO_MUCH}", hint=HINT) from error
     said = _length(messages)
     if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
-        raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=_HINT)
+        raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=HINT)
     return text

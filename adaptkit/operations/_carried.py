@@ -1,6 +1,7 @@
 """What lies beside the changes in adapters' folders, and has to stay with whatever is made of the adapters.
 
-That is a tokenizer or a chat template that they were trained with, and peft's copies of tensors of the base, which hold
+That is a tokenizer or a chat template that they were trained with, the configuration of generation that names their end
+token, and peft's copies of tensors of the base, which hold
 the rows of new words where the vocabulary grew.
 """
 
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.chat_template import TEMPLATES
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.layout import read_small, side_files
+from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
-TEMPLATES = {"chat_template.jinja", "chat_template.json"}
 TOKENIZER = {
     *VOCABULARIES,
     *TEMPLATES,
@@ -73,20 +74,24 @@ def carried(adapters: Sequence[Adapter]) -> Carried:
 
 
 def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapter]]:
-    """The files of tokenizers and chat templates in adapters' folders, by name, and where each was found first.
+    """The files of tokenizers, templates and generation in adapters' folders, by name, and where each was found first.
 
     Raises:
         UsageError: two bring different ones.
     """
     brought: dict[str, tuple[bytes, Adapter]] = {}
     for adapter in adapters:
-        own = {path.name: read_small(path) for path in side_files(adapter.root) if path.name in TOKENIZER}
+        ours = {record.path for record in adapter.manifest.files} if adapter.manifest else set()
+        kept = TOKENIZER | (
+            {GENERATION_NAME} & ours
+        )  # elsewhere it is a copy of some base's, which trainers leave there
+        own = {path.name: read_small(path) for path in side_files(adapter.root) if path.name in kept}
         for name, content in own.items():
             other = brought.setdefault(name, (content, adapter))
             if other[0] != content:
                 raise UsageError(
                     f"{other[1].root} and {adapter.root} bring different {name}",
-                    hint="remove the tokenizer files of one of them",
+                    hint=f"remove {name} from one of them; of a tokenizer, all of its files",
                 )
     return brought
 

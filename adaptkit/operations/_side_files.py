@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, read_json, read_small, side_files
+from adaptkit.checkpoint.chat_template import TEMPLATES
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, read_json, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError
-from adaptkit.operations._carried import TEMPLATES, TOKENIZER, VOCABULARIES, tokenizer_files
+from adaptkit.operations._carried import TOKENIZER, VOCABULARIES, tokenizer_files
 from adaptkit.operations._edits import Edits
 
 
@@ -39,7 +40,7 @@ def plan_side_files(
     """Collect the small files of a merged checkpoint, but for its index.
 
     A tokenizer that comes with an adapter takes the place of the base's, all of it, since the adapter was trained with
-    it; so does a chat template alone.
+    it; so does a chat template alone, and a configuration of generation.
 
     Args:
         checkpoint: the base.
@@ -59,6 +60,10 @@ def plan_side_files(
     if edits.config:
         files.contents[CONFIG_NAME] = _changed_config(checkpoint.config, edits.config)
     brought = tokenizer_files(adapters)
+    generation = brought.pop(GENERATION_NAME, (None, None))[0]
+    if generation is not None and generation != before.get(GENERATION_NAME):
+        files.contents[GENERATION_NAME] = generation
+        files.told.append(f"{GENERATION_NAME}: the adapter's")
     if VOCABULARIES & set(brought):
         for name in TOKENIZER & set(files.contents) - set(brought):
             del files.contents[name]

@@ -33,7 +33,7 @@ _MOST = 1 << 31
 """Of steps, and of what is counted in them: far more than can be taken, and small enough to compute with."""
 
 _SETS = ("targets", "exclude", "target_parameters", "modules_to_save")  # order and repetition say nothing
-_PLACES = frozenset({"base", "data", "held_out_data", "device", "tensorboard", "wandb"})
+_PLACES = frozenset({"base", "data", "held_out_data", "chat_template", "device", "tensorboard", "wandb"})
 _FREE = frozenset(
     {
         "save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing", "offload_checkpoints",
@@ -84,6 +84,8 @@ class TrainConfig:
 
     # Samples
     layout: str | None = setting("Of the rows; default: each row's own.", None, choices=LAYOUTS)
+    chat_template: str | None = setting("File of another chat template than the model's (Jinja); it will lie beside "
+                                        "the adapter, and merge takes it along.", None)  # fmt: skip
     chat_template_kwargs: Mapping[str, str | float | bool] | None = setting(
         "Variables of the chat template, such as enable_thinking=false.", None
     )
@@ -166,6 +168,8 @@ class TrainConfig:
                 refuse(self, name, "at least one, and none empty")
         if not self.targets and not self.target_parameters:
             refuse(self, "targets", "at least one")
+        if self.chat_template == "":
+            refuse(self, "chat_template")
         if self.init not in INITS and not Path(self.init).is_dir():
             refuse(self, "init")
         self._check_adapter()

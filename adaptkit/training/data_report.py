@@ -24,6 +24,9 @@ class DataReport:
         empty: rows with an answer that is empty, and is learned.
         empty_at: where the first of them came from.
         dated: whether the chat template asks for the date, and is told the same one every day.
+        chat_template: whose the conversations went through, if it is not the model's: a file or an adapter's folder.
+        without_template: whether there are conversations, and no chat template.
+        unnamed_end: the token that ends answers, if the base's configuration does not name it.
         repeated: held-out samples that are also trained on.
         rows: of an epoch; fewer than samples where they are packed.
         epoch_tokens: of an epoch, by source; all of its tokens, or what a mixture draws.
@@ -39,6 +42,9 @@ class DataReport:
     empty: int
     empty_at: str
     dated: bool
+    chat_template: str | None
+    without_template: bool
+    unnamed_end: str | None
     repeated: int
     rows: int
     epoch_tokens: tuple[int, ...]
@@ -53,6 +59,7 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
             rows += 1
             for sample in row:
                 tokens[sample.origin] += len(sample.ids)
+    tokenizer, end = inputs.tokenizer, inputs.unnamed_end
     return DataReport(
         sources=data.sources,
         held_out_sources=inputs.held_out_sources,
@@ -64,10 +71,19 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
         empty=data.empty,
         empty_at=data.empty_at,
         dated=data.dated,
+        chat_template=_template_from(inputs),
+        without_template=data.talks and tokenizer.chat_template is None,
+        unnamed_end=None if end is None else str(tokenizer.convert_ids_to_tokens(end)),
         repeated=sum(_key(sample) in known for sample in inputs.held_out),
         rows=rows,
         epoch_tokens=tuple(tokens),
     )
+
+
+def _template_from(inputs: Inputs) -> str | None:
+    if inputs.chat_template is None:
+        return None
+    return inputs.config.chat_template or (str(inputs.start.root) if inputs.start else None)
 
 
 def _key(sample: Sample) -> bytes:

@@ -10,11 +10,17 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import set_template_kwargs
+from adaptkit.checkpoint.chat_template import (
+    TEMPLATE_NAME,
+    read_template,
+    set_template,
+    set_template_kwargs,
+    template_beside,
+)
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import check_output
-from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import check_known, check_prompt, known_tokens, longest_sequence
@@ -22,6 +28,7 @@ from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
 from adaptkit.training.data.encoding import prompt_ids
+from adaptkit.training.data.ending import generation_naming, unnamed_end
 from adaptkit.training.data.mixture import Mixture
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, name_of
@@ -38,7 +45,9 @@ class Inputs:
         base: folder of the base.
         manifest: of the base, if it has one.
         state: of the base's files, which tells bases without a manifest apart.
-        tokenizer: of the base.
+        tokenizer: of the base, with the run's chat template.
+        chat_template: if it is not the base's; what is made has it, too.
+        unnamed_end: the token that ends answers, if the base does not name it; what is made does.
         data: every sample, and what happened on the way.
         data_sha256: of the data files.
         samples: to train on.
@@ -53,6 +62,8 @@ class Inputs:
     manifest: Manifest | None
     state: Any
     tokenizer: Any
+    chat_template: str | None
+    unnamed_end: int | None
     data: Dataset
     data_sha256: list[str]
     samples: Sequence[Sample]
@@ -68,7 +79,20 @@ class Inputs:
             "base": self.manifest.sha256 if self.manifest else self.state,
             "data": [_digest(self.samples), _digest(self.held_out)],
             "init": tensors_root(self.start.records) if self.start else None,
-        }
+        } | self._template_identity()
+
+    def _template_identity(self) -> dict[str, str]:
+        given = self.chat_template
+        return {} if given is None else {"chat_template": hashlib.sha256(given.encode()).hexdigest()}
+
+    def side_files(self) -> dict[str, bytes]:
+        """Small files that lie beside what is made, or take the place of the base's, by name."""
+        found = {}
+        if self.chat_template is not None:
+            found[TEMPLATE_NAME] = self.chat_template.encode()
+        if self.unnamed_end is not None:
+            found[GENERATION_NAME] = generation_naming(self.base, self.unnamed_end)
+        return found
 
     def require_base(self) -> None:
         """Refuse to go on with a base that changed since it was checked: its weights are read all the time.
@@ -103,7 +127,13 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
             raise UsageError(
                 f"tensorboard: {config.tensorboard} is in the folder that will be made", hint="name another folder"
             )
+    manifest = read_manifest(base)
+    if manifest is not None:
+        _check_config(base, manifest)
+    start = read_start(config, manifest)
     tokenizer = load_tokenizer(base)
+    template = _other_template(config, start, tokenizer)
+    set_template(tokenizer, template)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
     known = known_tokens(base)
     for prompt in config.sample_prompts:
@@ -124,23 +154,32 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     data = load(config.data)
     other = load(config.held_out_data) if config.held_out_data else None
     samples, held_out = split(data.samples, 0 if other else config.held_out, config.seed)
-    manifest = read_manifest(base)
-    if manifest is not None:
-        _check_config(base, manifest)
     return Inputs(
         config=config,
         base=base,
         manifest=manifest,
         state=checkpoint.state(),
         tokenizer=tokenizer,
+        chat_template=template,
+        unnamed_end=unnamed_end(base, tokenizer) if data.talks else None,
         data=data,
         data_sha256=[source.sha256 for source in data.sources],
         samples=samples,
         held_out=other.samples if other else held_out,
         held_out_sources=other.sources if other else (),
         mixture=Mixture.of(samples, weights, config.data) if weights else None,
-        start=read_start(config, manifest),
+        start=start,
     )
+
+
+def _other_template(config: TrainConfig, start: Adapter | None, tokenizer: Any) -> str | None:
+    """The chat template of a run that does not take the base's: a file's, or that of the adapter to begin with."""
+    found = None
+    if config.chat_template is not None:
+        found = read_template(Path(config.chat_template))
+    elif start is not None:
+        found = template_beside(start.root)
+    return None if found == tokenizer.chat_template else found
 
 
 def _check_config(base: Path, manifest: Manifest) -> None:

@@ -131,9 +131,14 @@ def _write(out: Output, inputs: Inputs, run: Run, kept: Chosen, note: Callable[[
         out.write(PICTURE_NAME, draw(run.history))
     else:
         note(f"no {PICTURE_NAME}: matplotlib is not installed (pip install 'adaptkit[report]')")
-    manifest = write_result(out, run.model, inputs.config, inputs.manifest, inputs.start, inputs.data_sha256)
+    manifest = _write_result(out, inputs, run)
     out.publish(manifest)
     return manifest
+
+
+def _write_result(out: Output, inputs: Inputs, run: Run) -> Manifest:
+    known = inputs.config, inputs.manifest, inputs.start, inputs.data_sha256, inputs.side_files()
+    return write_result(out, run.model, *known)
 
 
 def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> None:
@@ -143,9 +148,7 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> Non
     last = run.trainable.values.clone()
     run.trainable.values.copy_(adapter.parameters)
     with Output(inside, inputs.identity()) as nested:
-        nested.publish(
-            write_result(nested, run.model, inputs.config, inputs.manifest, inputs.start, inputs.data_sha256)
-        )
+        nested.publish(_write_result(nested, inputs, run))
     run.trainable.values.copy_(last)
     for path in sorted(inside.iterdir()):
         name = path.relative_to(out.folder).as_posix()

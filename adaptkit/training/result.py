@@ -1,12 +1,15 @@
 """Write what a run made: an adapter or a checkpoint, and the manifest that says what it belongs to."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
 from adaptkit.checkpoint.addressing import Slice, find_addresses
+from adaptkit.checkpoint.chat_template import TEMPLATE_NAME, TEMPLATES
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.hashing import fingerprint
@@ -29,6 +32,7 @@ def write_result(
     base: Manifest | None,
     start: Adapter | None,
     data_sha256: list[str],
+    side_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Manifest:
     """Write what was trained, and describe it and everything else in the folder.
 
@@ -39,15 +43,18 @@ def write_result(
         base: manifest of the base, if it has one.
         start: what the run began with, if not with fresh matrices.
         data_sha256: of the data files.
+        side_files: small files that lie beside an adapter, and take the place of a checkpoint's, by name.
 
     Raises:
         NonFiniteError: a weight is no number, or too large for the type that it is stored in.
     """
     is_full = config.method == "full"
     if is_full:
-        write_checkpoint(out, model)
+        write_checkpoint(out, model, without={*side_files, *(TEMPLATES if TEMPLATE_NAME in side_files else ())})
     else:
         _write_adapter(out, model, config)
+    for name, content in side_files.items():
+        out.write(name, content)
     if start is not None and start.compensation:
         write_compensation(out, start.compensation)
     parents = [parent_of("base", base, () if base else _records(model.checkpoint))]
@@ -103,12 +110,13 @@ def _targets(model: Model, base: Manifest | None) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def write_checkpoint(out: Output, model: Model) -> None:
+def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -> None:
     """Write the base's checkpoint with the weights that were trained, each in the base's type and place.
 
     Args:
         out: the folder being written.
         model: every parameter of it trained whole.
+        without: small files of the base that it does not get.
 
     Raises:
         NonFiniteError: a weight is no number, or too large for its type.
@@ -128,7 +136,7 @@ def write_checkpoint(out: Output, model: Model) -> None:
                 writer.write(spec.name, value)
         out.add(writer.record, writer.tensors)
     for path in (checkpoint.root / CONFIG_NAME, checkpoint.root / INDEX_NAME, *side_files(checkpoint.root)):
-        if path.is_file():
+        if path.is_file() and path.name not in without:
             out.copy(path, path.name)
 
 

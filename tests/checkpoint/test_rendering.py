@@ -13,7 +13,8 @@ import tiny
 
 from adaptkit.checkpoint import rendering
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import read_example, render, set_template_kwargs
+from adaptkit.checkpoint.chat_template import set_template_kwargs
+from adaptkit.checkpoint.conversation import read_example, render
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 

@@ -17,6 +17,7 @@ sources:
   lora: {path: lora}
   text: {path: text.txt}
   rows: {path: rows.jsonl}
+  words: {path: mine.jinja}
 steps:
   small:
     quantize: base
@@ -26,7 +27,15 @@ steps:
   both: {stack: [lora, lighter], method: ties, weights: [1, 0.5], settings: {density: 0.5}}
   merged: {merge: base, adapters: [both], undo: false}
   found: {extract: merged, base: base, rank: 8}
-  begun: {train: small, init: small-init, data: [rows, more], mixture: {more: 2}, steps: 1, batch_size: 4, device: cpu}
+  begun:
+    train: small
+    init: small-init
+    data: [rows, more]
+    chat_template: words
+    mixture: {more: 2}
+    steps: 1
+    batch_size: 4
+    device: cpu
   measured:
     evaluate: small
     adapter: small-init
@@ -41,6 +50,9 @@ steps:
 """.replace("  rows: {path: rows.jsonl}\n", "  rows: {path: rows.jsonl}\n  more: {path: more.jsonl}\n")
 
 
+TEMPLATE = "{% for message in messages %}[{{ message.content }}<|im_end|>{% endfor %}"
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, llama, adapter, instructions):
     folder = tmp_path_factory.mktemp("steps")
@@ -49,6 +61,7 @@ def ran(tmp_path_factory, llama, adapter, instructions):
     shutil.copy(instructions, folder / "rows.jsonl")
     shutil.copy(instructions, folder / "more.jsonl")
     (folder / "text.txt").write_text("Most rivers in the north are quiet. There are seven kinds of salt. " * 40)
+    (folder / "mine.jinja").write_text(TEMPLATE)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder, run(folder / "recipe.yaml")
 
@@ -61,6 +74,12 @@ def test_every_kind_that_makes_something_was_run(ran):
     kinds = {name: verify(folder / output.path).kind for name, output in outputs.items()}
     assert kinds["small"] == "quantized"
     assert {kinds[name] for name in ("small-init", "lighter", "both", "found", "begun")} == {"adapter"}
+
+
+def test_an_adapter_has_the_chat_template_of_its_step(ran):
+    folder, report = ran
+    begun = next(output for step in report.steps for output in step.outputs if output.name == "begun")
+    assert (folder / begun.path / "chat_template.jinja").read_text() == TEMPLATE
 
 
 def test_a_gate_sees_every_figure(ran):

@@ -14,6 +14,7 @@ _INPUTS = (
     Input("train", required=True),
     Input("data", many=True, required=True, takes="file"),
     Input("held_out_data", many=True, takes="file"),
+    Input("chat_template", takes="file"),
     Input("init", words=INITS),
 )
 
@@ -27,6 +28,7 @@ def _run(work: Work) -> Outcome:
         base=paths["train"][0],
         data=paths["data"],
         held_out_data=paths.get("held_out_data", ()),
+        chat_template=paths["chat_template"][0] if "chat_template" in paths else None,
         init=paths["init"][0] if "init" in paths else options.init,
         mixture=options.mixture and {files[name]: weight for name, weight in options.mixture.items()},
     )

@@ -83,6 +83,11 @@ class Dataset:
     empty_at: str = ""
     dated: bool = False
 
+    @property
+    def talks(self) -> bool:
+        """Whether there are conversations, and not text alone."""
+        return _talks(self.sources)
+
 
 def load_data(
     sources: Sequence[Path | str],
@@ -133,8 +138,12 @@ def load_data(
         ended=tally.ended,
         empty=tally.empty,
         empty_at=tally.empty_at,
-        dated=asks_for_the_date(tokenizer) and any(set(report.layouts) - {"text"} for report in reports),
+        dated=asks_for_the_date(tokenizer) and _talks(reports),
     )
+
+
+def _talks(sources: Iterable[SourceReport]) -> bool:
+    return any(set(source.layouts) - {"text"} for source in sources)
 
 
 def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:

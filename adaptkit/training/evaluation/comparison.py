@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.chat_template import template_beside
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.errors import UsageError
 from adaptkit.training.evaluation.evaluate import check_request, load, measure
-from adaptkit.training.evaluation.material import read_material
+from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
 from adaptkit.training.network.lineage import base_of, parent_among
 
@@ -56,6 +57,11 @@ class _Subject:
     shots: bool
     before: int | None
 
+    @property
+    def asked(self) -> Asked:
+        """How it is asked."""
+        return Asked(self.base, template_beside(self.adapter.root) if self.adapter is not None else None)
+
 
 def compare(
     bases: Sequence[Path],
@@ -95,13 +101,15 @@ def compare(
         raise UsageError("there is no model to measure", hint="give --base FOLDER")
     subjects = _subjects(bases, [read_adapter(adapter) for adapter in adapters], bool(options.shots))
     plain = replace(options, shots=0, shots_from=())
-    materials = dict(zip(bases, read_material(bases, data, text, plain, reference), strict=True))
-    examples = dict(zip(bases, read_material(bases, data, (), options), strict=True)) if options.shots else {}
+    asked = list(dict.fromkeys(subject.asked for subject in subjects))
+    materials = dict(zip(asked, read_material(asked, data, text, plain, reference), strict=True))
+    plainly = [Asked(base) for base in bases]
+    examples = dict(zip(plainly, read_material(plainly, data, (), options), strict=True)) if options.shots else {}
     other = load(reference, options) if reference is not None else None
     reports = []
     for done, subject in enumerate(subjects):
         progress(done, len(subjects))
-        material = (examples if subject.shots else materials)[subject.base]
+        material = (examples if subject.shots else materials)[subject.asked]
         reports.append(measure(subject.base, subject.adapter, material, options, other, on_answer))
     progress(len(subjects), len(subjects))
     return Comparison(tuple(reports), _forgetting(subjects, reports))

@@ -10,13 +10,14 @@ import torch
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.architecture import empty_network
+from adaptkit.checkpoint.chat_template import template_beside
 from adaptkit.checkpoint.text import known_tokens
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, name_of
 from adaptkit.training.evaluation.generation import Generated, generate
-from adaptkit.training.evaluation.material import Material, read_material
+from adaptkit.training.evaluation.material import Asked, Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
@@ -61,7 +62,8 @@ def evaluate(
     read = None if adapter is None else read_adapter(adapter)
     if read is not None:
         check_base(read, base)
-    (material,) = read_material([base], data, text, options, reference)
+    asked = Asked(base, None if adapter is None else template_beside(adapter))
+    (material,) = read_material([asked], data, text, options, reference)
     other = load(reference, options) if reference is not None else None
     return measure(base, read, material, options, other, on_answer)
 
@@ -131,6 +133,7 @@ def measure(
         text=text,
         generated=None,
         answers={},
+        own_template=material.own_template and bool(samples or options.prompts),
         trained_template=_other_template(base, adapter, options) if samples or options.prompts else None,
     )
     return _with_answers(report, model, material, options, on_answer)

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.architecture import quiet_transformers
-from adaptkit.checkpoint.layout import read_json
-from adaptkit.training.data.encoding import after_answer
+from adaptkit.checkpoint.layout import GENERATION_NAME
+from adaptkit.training.data.ending import named_ends, turn_end
 from adaptkit.training.network.model import Model
-
-_GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,9 @@ class Generated:
 def stop_tokens(model: Model, tokenizer: Any) -> list[int]:
     """Every token that ends an answer, sorted."""
     root = model.checkpoint.root
-    found = [tokenizer.eos_token_id]
-    if (root / _GENERATION_CONFIG).is_file():
-        named = read_json(root / _GENERATION_CONFIG).get("eos_token_id")
-        found += named if isinstance(named, list) else [named]
-    return sorted({token for token in [*found, _turn_end(tokenizer)] if isinstance(token, int)})
+    named = named_ends(root) if (root / GENERATION_NAME).is_file() else []
+    found = {tokenizer.eos_token_id, turn_end(tokenizer), *named}
+    return sorted(token for token in found if isinstance(token, int))
 
 
 def generate(
@@ -103,12 +99,3 @@ def _decode(
     for row in output[:, length:].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), None)
         yield row[:end], end is not None
-
-
-def _turn_end(tokenizer: Any) -> int | None:
-    """The first special token that the chat template puts after an answer, where training ends, too; or None."""
-    if tokenizer.chat_template is None:
-        return None
-    after = tokenizer(after_answer(tokenizer)[0], add_special_tokens=False, verbose=False)["input_ids"]
-    ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return next((int(token) for token in after if token in ends), None)

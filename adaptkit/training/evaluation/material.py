@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import Message, is_text, set_template_kwargs
+from adaptkit.checkpoint.chat_template import set_template, set_template_kwargs
+from adaptkit.checkpoint.conversation import Message, is_text
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import (
     check_known,
@@ -33,11 +34,25 @@ from adaptkit.training.evaluation.report import EvaluateOptions
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How a model is asked.
+
+    Attributes:
+        base: folder of its checkpoint.
+        chat_template: that came with its adapter; None: the checkpoint's.
+    """
+
+    base: Path
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
 class Material:
     """What one model is measured on.
 
     Attributes:
         tokenizer: of the model.
+        own_template: whether it has another chat template than the checkpoint's.
         dataset: samples with answers; None without data.
         windows: (windows, window) int64 of text; None without text.
         shots: examples before every question and sample.
@@ -49,6 +64,7 @@ class Material:
     """
 
     tokenizer: Any
+    own_template: bool
     dataset: Dataset | None
     windows: Tensor | None
     shots: tuple[Conversation, ...]
@@ -60,7 +76,7 @@ class Material:
 
 
 def read_material(
-    bases: Sequence[Path],
+    models: Sequence[Asked],
     data: Sequence[Path],
     text: Sequence[Path],
     options: EvaluateOptions,
@@ -69,14 +85,14 @@ def read_material(
     """Read everything that models are measured on.
 
     Args:
-        bases: folders of the models' checkpoints; all get the same questions.
+        models: all get the same questions, each as it is asked.
         data: rows with answers.
         text: files.
         options: how.
         reference: folder of the checkpoint that the models are compared with on the text.
 
     Returns:
-        One for each base.
+        One for each of them.
 
     Raises:
         DataError: a file that cannot be used, or no question fits a model's context.
@@ -89,7 +105,7 @@ def read_material(
         wanted = read_questions(data, options.layout)
     shots = read_shots(options.shots_from, options.shots, options.seed, wanted, options.layout) if options.shots else ()
     asked = choose(wanted, options.samples, options.seed) if options.generate else ()
-    readers = [_Reader(base, data, text, options) for base in bases]
+    readers = [_Reader(model, data, text, options) for model in models]
     questions = tuple(question for question in asked if all(reader.has_room(question.messages) for reader in readers))
     if asked and not questions:
         raise DataError(
@@ -100,12 +116,15 @@ def read_material(
 
 
 class _Reader:
-    """Reads for one base."""
+    """Reads for one model."""
 
-    def __init__(self, base: Path, data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions) -> None:
+    def __init__(self, model: Asked, data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions) -> None:
+        base = model.base
         self._base, self._data, self._text, self._options = base, data, text, options
         Checkpoint(base)  # first, since what is no checkpoint has no tokenizer either
         self._tokenizer = load_tokenizer(base)
+        self._own_template = model.chat_template not in (None, self._tokenizer.chat_template)
+        set_template(self._tokenizer, model.chat_template)
         set_template_kwargs(self._tokenizer, options.chat_template_kwargs)
         self._context, self._known = longest_sequence(base), known_tokens(base)
         self._max_length = min(options.max_length, self._context or options.max_length)
@@ -137,6 +156,7 @@ class _Reader:
             check_known(ids, self._known, f"{self._base}: {'a prompt' if isinstance(what, str) else 'a question'}")
         return Material(
             tokenizer=self._tokenizer,
+            own_template=self._own_template,
             dataset=dataset,
             windows=windows,
             shots=shots,

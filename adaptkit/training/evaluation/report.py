@@ -134,6 +134,7 @@ class EvaluateReport:
         text: what was measured on text; None without it.
         generated: what was generated on the data's questions; None if nothing was.
         answers: prompt -> answer.
+        own_template: whether prompts went through a chat template that came with the adapter, and is not the base's.
         trained_template: the ``chat_template_kwargs`` of the model's training run, if prompts are others now.
     """
 
@@ -153,17 +154,18 @@ class EvaluateReport:
     text: TextReport | None
     generated: GenerationReport | None
     answers: dict[str, str]
+    own_template: bool = False
     trained_template: dict[str, Any] | None = None
 
     @property
     def template_remark(self) -> str | None:
-        """What is to be said of prompts that are not those of the training run."""
-        if self.trained_template is None:
-            return None
-        given = " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(self.trained_template.items()))
-        return (
-            f"trained with {f'chat_template_kwargs {given}' if given else 'no chat_template_kwargs'}, unlike measured"
-        )
+        """What is to be said of prompts that are not those of the base, or of the training run."""
+        remarks = ["asked through the chat template that lies beside the adapter"] if self.own_template else []
+        if self.trained_template is not None:
+            given = " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(self.trained_template.items()))
+            named = f"chat_template_kwargs {given}" if given else "no chat_template_kwargs"
+            remarks.append(f"trained with {named}, unlike measured")
+        return "; ".join(remarks) or None
 
     @property
     def label(self) -> str:

@@ -1,0 +1,112 @@
+"""Which chat template conversations go through: the model's, one that lies beside an adapter, or a file's."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.layout import read_json, read_small
+from adaptkit.errors import DataError, UsageError
+
+TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATES = {TEMPLATE_NAME, "chat_template.json"}
+"""Files that hold nothing else."""
+HINT = "give the model another chat template"
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Marks of transformers' own around answers."""
+_OURS = {
+    "messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "bos_token", "eos_token",
+    "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens", "raise_exception",
+    "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner",
+}  # fmt: skip
+"""What a template gets in any case."""
+
+
+def read_template(path: Path) -> str:
+    """Read a file that is a chat template.
+
+    Raises:
+        CheckpointError: it is absent, or no regular file.
+        DataError: it is no text, or no Jinja template.
+    """
+    try:
+        text = read_small(path).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8", hint="a chat template is a text file in Jinja") from error
+    _variables_in(text, f"{path}: is no chat template")
+    return text
+
+
+def template_beside(folder: Path) -> str | None:
+    """The chat template that lies in an adapter's folder, which it was trained with; None if there is none.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    if (folder / TEMPLATE_NAME).is_file():
+        return read_template(folder / TEMPLATE_NAME)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def set_template(tokenizer: Any, template: str | None) -> None:
+    """Give a tokenizer another chat template; None leaves it its own."""
+    if template is not None:
+        tokenizer.chat_template = template
+
+
+def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool] | None) -> None:
+    """Give a chat template variables that it asks for, as transformers' and vLLM's ``chat_template_kwargs`` do.
+
+    They become the template's first lines, so that whoever renders with this tokenizer has them.
+
+    Args:
+        tokenizer: of a checkpoint.
+        values: of the variables; numbers, texts and booleans.
+
+    Raises:
+        UsageError: there is no template, or it asks for no such variable.
+        DataError: it cannot be read.
+    """
+    if not values:
+        return
+    if tokenizer.chat_template is None:
+        raise UsageError("chat_template_kwargs: the tokenizer has no chat template")
+    template = template_of(tokenizer)
+    asked = _variables_in(template, "the chat template cannot be read") - _OURS
+    for name in values:
+        if name not in asked:
+            raise UsageError(
+                f"chat_template_kwargs: the chat template does not ask for {name!r}",
+                hint=f"it asks for {', '.join(sorted(asked))}" if asked else "it asks for none",
+            )
+    lines = (f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
+    tokenizer.chat_template = "".join(lines) + template
+
+
+def template_of(tokenizer: Any) -> str:
+    """The template of conversations without tools.
+
+    Raises:
+        DataError: there are several, and none is the one to take.
+    """
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise DataError(f"the tokenizer has no chat template for a conversation ({error})", hint=HINT) from error
+
+
+def _variables_in(template: str, problem: str) -> set[str]:
+    """What a template asks whoever renders it for."""
+    from jinja2 import TemplateSyntaxError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    parser = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return meta.find_undeclared_variables(parser.parse(_GENERATION.sub("", template)))
+    except TemplateSyntaxError as error:
+        raise DataError(f"{problem} (line {error.lineno}: {error.message})", hint=HINT) from error

@@ -1,0 +1,61 @@
+"""Which token ends an answer, and whether those who serve the model know of it.
+
+Templates end a turn with a token of their own, as ``<|im_end|>``. Where ``generation_config.json`` does not name it, as
+that of many base models does not, transformers and what builds on it would go on after every answer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_json
+from adaptkit.errors import DataError
+from adaptkit.training.data.encoding import after_answer
+
+_OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What transformers takes from ``config.json`` where there is no configuration of generation."""
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The first special token that the chat template puts after an answer, where training ends, too; or None."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        text, _ = after_answer(tokenizer)
+    except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
+        return None
+    after = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((int(token) for token in after if token in ends), None)
+
+
+def named_ends(root: Path) -> list[int]:
+    """The end tokens that a checkpoint's configuration of generation names."""
+    named = _generation(root).get("eos_token_id")
+    return [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
+
+
+def unnamed_end(root: Path, tokenizer: Any) -> int | None:
+    """The token that ends an answer, if a checkpoint does not name it.
+
+    Args:
+        root: folder of the checkpoint.
+        tokenizer: with the chat template.
+    """
+    end = turn_end(tokenizer)
+    return None if end in named_ends(root) else end
+
+
+def generation_naming(root: Path, end: int) -> bytes:
+    """A checkpoint's ``generation_config.json`` that names another end token, too."""
+    config = _generation(root) | {"eos_token_id": [*named_ends(root), end]}
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _generation(root: Path) -> dict[str, Any]:
+    if (root / GENERATION_NAME).is_file():
+        return read_json(root / GENERATION_NAME)
+    config = read_json(root / CONFIG_NAME)
+    inner = config.get("text_config")
+    known = (inner if isinstance(inner, dict) else {}) | config
+    return {name: known[name] for name in _OF_THE_MODEL if known.get(name) is not None}

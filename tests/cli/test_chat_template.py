@@ -1,0 +1,167 @@
+"""A chat template that a run is given goes wherever the adapter goes."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+TEMPLATE = """{% for message in messages %}[{{ message.role }}] {{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
+ROWS = [
+    {"messages": [{"role": "user", "content": f"Name river {i}"}, {"role": "assistant", "content": f"the Rhine {i}"}]}
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def untemplated(llama, copy_of):
+    folder = copy_of(llama, "base")
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    return path
+
+
+def train(base, rows, name, *more):
+    return ["train", "--base", base, "--data", rows, "-o", rows.parent / name, "--steps", 1, "--held-out", 0,
+            "--device", "cpu", *more]  # fmt: skip
+
+
+def test_samples_are_what_transformers_makes_with_it(run_cli, untemplated, rows):
+    given = train(untemplated, rows, "a", "--chat-template", rows.parent / "mine.jinja", "--show-batch", "--json")
+    (shown, *_) = json.loads(run_cli(*given).stdout)["samples"]
+    tokenizer = AutoTokenizer.from_pretrained(untemplated)
+    number = int(shown["source"].rpartition(" ")[2]) - 1
+    text = tokenizer.apply_chat_template(ROWS[number]["messages"], chat_template=TEMPLATE, tokenize=False)
+    found = [token for stretch in shown["stretches"] for token in stretch["ids"]]
+    assert tokenizer.decode(found) == text
+    learned = tokenizer.decode([t for s in shown["stretches"] if s["learned"] for t in s["ids"]])
+    assert learned.strip() == ROWS[number]["messages"][1]["content"] + "<|im_end|>"
+
+
+def test_it_lies_beside_the_adapter_and_is_taken_from_there(run_cli, untemplated, rows, tmp_path):
+    mine = tmp_path / "mine.jinja"
+    done = run_cli(*train(untemplated, rows, "a", "--chat-template", mine))
+    assert done.code == 0, done.stderr
+    assert f"conversations go through that of {mine}" in done.stdout
+    assert (tmp_path / "a/chat_template.jinja").read_text() == TEMPLATE
+    assert run_cli("verify", tmp_path / "a").code == 0
+
+    measured = ["evaluate", "--data", rows, "--device", "cpu", "--json"]
+    alone = json.loads(run_cli(*measured, "--base", untemplated, "--adapter", tmp_path / "a").stdout)
+    assert alone["own_template"]
+    table = json.loads(run_cli(*measured, "--base", untemplated, "--adapter", tmp_path / "a", "--compare").stdout)
+    assert [model["own_template"] for model in table["models"]] == [False, True]
+    assert table["models"][1]["loss"] == alone["loss"]
+
+    merged = run_cli("merge", untemplated, tmp_path / "a", "-o", tmp_path / "m")
+    assert "chat template: the adapter's" in merged.stdout
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == TEMPLATE
+    assert json.loads(run_cli(*measured, "--base", tmp_path / "m").stdout)["loss"] == pytest.approx(
+        alone["loss"], abs=0.05
+    )
+
+    again = run_cli(*train(untemplated, rows, "b", "--init", tmp_path / "a"))
+    assert f"conversations go through that of {tmp_path / 'a'}" in again.stdout
+    assert (tmp_path / "b/chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_the_bases_own_is_not_written_twice(run_cli, llama, rows):
+    done = run_cli(*train(llama, rows, "a", "--chat-template", llama / "chat_template.jinja"))
+    assert (done.code, "template" in done.stdout) == (0, False)
+    assert not (rows.parent / "a/chat_template.jinja").exists()
+
+
+def test_a_checkpoint_that_is_trained_whole_has_it_instead_of_the_bases(run_cli, llama, rows):
+    given = train(llama, rows, "full", "--method", "full", "--chat-template", rows.parent / "mine.jinja")
+    done = run_cli(*given)
+    assert done.code == 0, done.stderr
+    assert AutoTokenizer.from_pretrained(rows.parent / "full").chat_template == TEMPLATE
+    assert run_cli("verify", rows.parent / "full").code == 0
+
+
+def test_a_run_does_not_go_on_with_another(run_cli, untemplated, rows, tmp_path):
+    mine = tmp_path / "mine.jinja"
+    partial = tmp_path / "a.partial"
+    assert run_cli(*train(untemplated, rows, "a", "--chat-template", mine)).code == 0
+    (tmp_path / "a").rename(partial)  # as if it had been stopped before the end
+    (partial / "adaptkit-manifest.json").unlink()
+    other = tmp_path / "other.jinja"
+    other.write_text(TEMPLATE.replace("[assistant]", "[model]"))
+    refused = run_cli(*train(untemplated, rows, "a", "--chat-template", other))
+    assert refused.code == 8, refused.stderr
+
+
+def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run_cli, untemplated, rows, tmp_path):
+    plain = run_cli(*train(untemplated, rows, "a", "--dry-run")).stdout
+    assert "the model has none: messages are lines that follow each other" in plain
+    assert "end token" not in plain
+    (untemplated / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    told = run_cli(*train(untemplated, rows, "a", "--dry-run", "--chat-template", tmp_path / "mine.jinja")).stdout
+    assert "answers end with <|im_end|>, which the base's generation_config.json does not name" in told
+    assert "the model has none" not in told
+    (untemplated / "generation_config.json").unlink()  # then config.json counts, as in transformers
+    config = json.loads((untemplated / "config.json").read_text())
+    end = AutoTokenizer.from_pretrained(untemplated).convert_tokens_to_ids("<|im_end|>")
+    for named, is_told in ((end, False), ([0, end], False), (0, True), (None, True)):
+        (untemplated / "config.json").write_text(json.dumps(config | {"eos_token_id": named}))
+        said = run_cli(*train(untemplated, rows, "a", "--dry-run", "--chat-template", tmp_path / "mine.jinja")).stdout
+        assert ("end token" in said) == is_told
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_what_is_made_names_the_end_of_its_answers_and_the_base_has_its_own_back(
+    run_cli, llama, copy_of, rows, tmp_path, has_config
+):
+    base = copy_of(llama, "base")
+    config = json.loads((base / "config.json").read_text()) | {"eos_token_id": 0, "pad_token_id": 1}
+    (base / "config.json").write_text(json.dumps(config))
+    own = {"eos_token_id": 0, "temperature": 0.6, "pad_token_id": 1}
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if has_config:
+        (base / "generation_config.json").write_text(json.dumps(own))
+    before = GenerationConfig.from_pretrained(base).to_dict() if has_config else None
+    end = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("<|im_end|>")
+    assert run_cli(*train(base, rows, "a")).code == 0
+    for kind, made in (("merge", "m"), ("full", "f")):
+        if kind == "merge":
+            told = run_cli("merge", base, tmp_path / "a", "-o", tmp_path / made)
+            assert "generation_config.json: the adapter's" in told.stdout
+        else:
+            assert run_cli(*train(base, rows, made, "--method", "full")).code == 0
+        found = GenerationConfig.from_pretrained(tmp_path / made)
+        assert (found.eos_token_id, found.pad_token_id) == ([0, end], 1)
+        assert before is None or found.to_dict() == before | {"eos_token_id": [0, end]}
+        assert run_cli("verify", tmp_path / made).code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert end in model.generation_config.eos_token_id  # where generate() stops
+    assert run_cli("unmerge", tmp_path / "m", "-o", tmp_path / "u", "--adapter", tmp_path / "a").code == 0
+    names = [path.name for path in base.iterdir()]
+    assert sorted(names) == sorted(p.name for p in (tmp_path / "u").iterdir() if p.name != "adaptkit-manifest.json")
+    assert all((tmp_path / "u" / name).read_bytes() == (base / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        (None, 5, "No such file"),
+        (b"\xff", 5, "is not UTF-8"),
+        (b"\n{% for m in %}", 5, "is no chat template (line 2: "),
+        (b"{{ messages[1].content }}", 5, "line 1: the chat template refuses the conversation"),
+    ],
+)
+def test_what_is_no_template_is_refused(run_cli, untemplated, rows, tmp_path, content, code, said):
+    path = tmp_path / "bad.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    done = run_cli(*train(untemplated, rows, "a", "--chat-template", path))
+    assert (done.code, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert "hint: " in done.stderr
+    assert not list(tmp_path.glob("a*"))
