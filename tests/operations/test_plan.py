@@ -45,6 +45,20 @@ def loaded(folder, targets=("*",)):
     return model, Trainable.of(model)
 
 
+@pytest.mark.parametrize(("tied", "method"), [(False, "qlora"), (True, "qlora"), (False, "full")])
+def test_a_gpu_does_not_hold_a_table_that_is_only_looked_up(models, tmp_path, tied, method):
+    """The trainer moves the same ones: see ``checkpoint.tables``."""
+    config = json.loads((models["llama"][0] / "config.json").read_text())
+    vocabulary = 32 * 2**20 // (2 * config["hidden_size"])
+    config |= {"vocab_size": vocabulary, "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = {"rank": 4, "seq_len": 16, "method": method}
+    cpu, gpu = (plan(tmp_path, PlanOptions(device=device, **options)) for device in ("cpu", "cuda"))
+    copies = 0 if method == "full" else 2 * gpu.trainable_parameters
+    less = 32 * 2**20 if not tied and method == "qlora" else 0
+    assert gpu.memory["weights"] == cpu.memory["weights"] + copies - less
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_a_gpu_logits_are_a_larger_chunk_and_adapters_have_copies(models, dtype, monkeypatch):
     """What the trainer then reckons with: see ``training.memory.activations``."""

@@ -17,14 +17,20 @@ from adaptkit.numerics.kernels import has_triton
 def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
     """Move the large tables that a network only looks up, and does not train, off its GPU, where Triton is there.
 
+    Where so much host memory cannot be pinned, a table stays.
+
     Args:
         network: with its adapter, on its device.
         dtype: that its embeddings are held in.
     """
     for module in host_tables(network, dtype).values():
-        table = module.weight
-        if has_triton(table.device.type) and not table.requires_grad:
-            hold_in_host_memory(module, table.detach().cpu().pin_memory())
+        table = module.weight.detach()
+        if has_triton(table.device.type) and not module.weight.requires_grad:
+            try:
+                pinned = torch.empty_like(table, device="cpu", pin_memory=True)
+            except RuntimeError:  # systems may allow less pinned memory than they have
+                continue
+            hold_in_host_memory(module, pinned.copy_(table))
 
 
 def hold_in_host_memory(module: nn.Embedding, table: Tensor) -> None:
