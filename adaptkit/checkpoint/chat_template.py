@@ -46,8 +46,8 @@ def template_beside(folder: Path) -> str | None:
     """
     if (folder / TEMPLATE_NAME).is_file():
         return read_template(folder / TEMPLATE_NAME)
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        found = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(found, str):
             return found
     return None
@@ -88,14 +88,14 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
     tokenizer.chat_template = "".join(lines) + template
 
 
-def template_of(tokenizer: Any) -> str:
-    """The template of conversations without tools.
+def template_of(tokenizer: Any, tools: Any = None) -> str:
+    """The template of conversations with or without tools; some tokenizers have one for each.
 
     Raises:
         DataError: there are several, and none is the one to take.
     """
     try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         raise DataError(f"the tokenizer has no chat template for a conversation ({error})", hint=HINT) from error
 

@@ -6,7 +6,8 @@
                                                         and its completion may be lists of messages.
     messages       {"messages": [{"role", "content"}, ...]}         also from and value; "weight": 0 on an answer
     conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss; thoughts may be apart, as
-                                                                    reasoning_content, reasoning or thinking
+                                                                    reasoning_content, reasoning or thinking; calls of
+                                                                    tools are too, and the tools are the row's
     text           {"text"}
 
 A row has to be of exactly one layout, unless one is asked for by name.
@@ -14,21 +15,28 @@ A row has to be of exactly one layout, unless one is asked for by name.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adaptkit.checkpoint.chat_template import HINT
+from adaptkit.checkpoint.rendering import Conversation as Conversation
 from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.checkpoint.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
 from adaptkit.checkpoint.thoughts import Message as Message
+from adaptkit.checkpoint.tool_calls import CALLS, GIVEN, CallForm, calls_in, knows_tools, read_calls, read_tools
+from adaptkit.checkpoint.tool_calls import Tools as Tools
 from adaptkit.errors import DataError
 
 LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
 _QUESTIONS = LAYOUTS[:3]
 _ANSWERS = ("output", "response", "completion", "answer")
 _CONTEXTS = ("context", "input")
-_MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "tool_calls", "function_call"}
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_MESSAGE_KEYS = {"role", "from", "content", "value", "weight"}
+_ROLES = {
+    **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
+    **{"function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"},
+}
 _KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -40,6 +48,7 @@ class Example:
     Attributes:
         layout: one of ``LAYOUTS``.
         messages: of the conversation; none if the row holds text.
+        tools: that the assistant may call.
         learned: which of them the model shall learn to say, ascending.
         text: None if the row holds a conversation.
         columns: of the row that were used.
@@ -48,6 +57,7 @@ class Example:
 
     layout: str
     messages: tuple[Message, ...] = ()
+    tools: Tools = ()
     learned: tuple[int, ...] = ()
     text: str | None = None
     columns: frozenset[str] = frozenset()
@@ -79,23 +89,25 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         if messages[0].role == "system":
             raise DataError(f"{where}: has a column and a message for the system", hint="remove one of them")
         messages, columns = [_Turn("system", _text(row, "system", where)), *messages], {*columns, "system"}
+    tools = read_tools(row["tools"], where) if "tools" in row else ()
     learned = tuple(number for number, turn in enumerate(messages) if turn.learned)
     if not learned:
         raise DataError(f"{where}: no message is the assistant's to learn", hint="the assistant has to answer")
     return Example(
         layout,
         tuple(turn.message for turn in messages),
+        tools,
         learned,
-        columns=frozenset(columns),
+        columns=frozenset({*columns, *(["tools"] if "tools" in row else [])}),
         ignored=frozenset[str]().union(*(turn.ignored for turn in messages)),
     )
 
 
-def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: Any) -> Iterator[str]:
+def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[str]:
     """What the model reads of conversations; without a template, messages follow each other on lines of their own.
 
     Args:
-        conversations: the messages of each, and whether the opening of the assistant's next turn follows them.
+        conversations: what the model shall read.
         tokenizer: with a chat template or an end token.
 
     Returns:
@@ -106,15 +118,17 @@ def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: A
             template nor end token.
     """
     if tokenizer.chat_template is not None:
-        fields = _fields_of(tokenizer)
-        texts = apply_template(
-            tokenizer,
-            [([fields.message(turn) for turn in turns], opening) for turns, opening in conversations if turns],
-        )
-        for messages, _ in conversations:
-            yield next(texts) if messages else ""
+        forms = _forms_of(tokenizer)
+        given = [some._replace(messages=[forms.message(turn) for turn in some.messages]) for some in conversations]
+        texts = apply_template(tokenizer, [conversation for conversation in given if conversation.messages])
+        for conversation in given:
+            if conversation.tools:
+                forms.require_tools()
+            yield next(texts) if conversation.messages else ""
         return
-    for messages, _ in conversations:
+    for messages, _, tools in conversations:
+        if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
+            raise DataError("the model has no chat template, and only one can tell of tools", hint=HINT)
         if messages and tokenizer.eos_token is None:
             raise DataError("the tokenizer has neither a chat template nor an end token")
         ends = {"assistant": tokenizer.eos_token}
@@ -124,16 +138,47 @@ def render(conversations: Sequence[tuple[Sequence[Message], bool]], tokenizer: A
         yield "".join(said)
 
 
-def _fields_of(tokenizer: Any) -> ThoughtFields:
-    """Where a tokenizer's template looks for thoughts; it is asked once."""
+class _Forms:
+    """How a tokenizer's template takes messages; it is asked once, and of calls only if there are some."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        def written(messages: Sequence[Message], tools: Tools = ()) -> str:
+            return next(apply_template(tokenizer, [Conversation(messages, False, tools)]))
+
+        self._thoughts, self._written = ThoughtFields(written), written
+        self._calls: CallForm | None = None
+        self._knows_tools: bool | None = None
+
+    def message(self, message: Message) -> Message:
+        """A message as the template takes it."""
+        message = self._thoughts.message(message)
+        if CALLS not in message:
+            return message
+        if self._calls is None:
+            self._calls = CallForm(self._written)
+        return self._calls.message(message)
+
+    def require_tools(self) -> None:
+        """Refuse a template that says nothing of the tools that it is given.
+
+        Raises:
+            DataError: it does not.
+        """
+        if self._knows_tools is None:
+            self._knows_tools = knows_tools(self._written)
+        if not self._knows_tools:
+            raise DataError("the chat template knows of no tools", hint=f"leave tools out of the data, or {HINT}")
+
+
+def _forms_of(tokenizer: Any) -> _Forms:
     template = str(tokenizer.chat_template)
-    if template not in _known_fields:
-        _known_fields.clear()
-        _known_fields[template] = ThoughtFields(lambda messages: next(apply_template(tokenizer, [(messages, False)])))
-    return _known_fields[template]
+    if template not in _known_forms:
+        _known_forms.clear()
+        _known_forms[template] = _Forms(tokenizer)
+    return _known_forms[template]
 
 
-_known_fields: dict[str, ThoughtFields] = {}
+_known_forms: dict[str, _Forms] = {}
 
 
 def is_text(value: Any) -> bool:
@@ -146,13 +191,17 @@ class _Turn:
     role: str
     content: str
     learned: bool = False
-    thoughts: str = ""
+    others: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
 
     @property
     def message(self) -> Message:
         """Without what is empty."""
-        return {"role": self.role, "content": self.content} | ({FIELD: self.thoughts} if self.thoughts else {})
+        return {
+            "role": self.role,
+            "content": self.content,
+            **{key: value for key, value in self.others.items() if value},
+        }
 
 
 def _layout_of(row: Mapping[str, Any], where: str) -> str:
@@ -203,15 +252,20 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{where} has the role {role!r}", hint=f"roles: {', '.join(_ROLES)}")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise DataError(f"{where} calls tools, which is not supported", hint="leave such conversations out")
+    is_answer, others = _ROLES[role] == "assistant", {}
+    if role == "function_call":  # ShareGPT's
+        content, others = "", {CALLS: calls_in(str(content), f"{where}, its value")}
+    elif is_answer:
+        others = {CALLS: read_calls(message, where)}
+    elif _ROLES[role] == "tool":
+        others = {name: message[name] for name in GIVEN if isinstance(message.get(name), str)}
+    content = "" if content is None and others.get(CALLS) else content
     if not is_text(content):
         raise DataError(f"{where} has no text ({type(content).__name__})", hint="content and value are strings")
     weight = message.get("weight")
     if weight not in (None, 0, 1):
         raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
-    is_answer = _ROLES[role] == "assistant"
-    known = _MESSAGE_KEYS | (set(NAMES) if is_answer else set())
+    known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
     try:
         thoughts = read_thoughts(message, str(content)) if is_answer else ""
@@ -219,7 +273,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
         raise DataError(f"{where}: {error.message}", error.hint) from error
     if not is_text(thoughts):
         raise DataError(f"{where}: its thoughts are no text (half a character)", hint="they are a string")
-    return _Turn(_ROLES[role], str(content), is_answer and weight != 0, thoughts, ignored)
+    return _Turn(_ROLES[role], str(content), is_answer and weight != 0, {FIELD: thoughts} | others, ignored)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

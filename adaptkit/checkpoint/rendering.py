@@ -9,18 +9,32 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptkit.checkpoint.chat_template import HINT, template_of
 from adaptkit.checkpoint.child import can_fork, start_child
+from adaptkit.checkpoint.thoughts import Message
+from adaptkit.checkpoint.tool_calls import Tools
 from adaptkit.errors import DataError
 
-Conversation = tuple[Sequence[Mapping[str, str]], bool]
-"""Messages, and whether the opening of the assistant's next turn follows them."""
+
+class Conversation(NamedTuple):
+    """What a template is given.
+
+    Attributes:
+        messages: ``role`` and ``content`` of each, and what else the template knows of.
+        opening: whether the opening of the assistant's next turn follows them.
+        tools: that the assistant may call; see ``tool_calls``.
+    """
+
+    messages: Sequence[Message]
+    opening: bool
+    tools: Tools = ()
+
 
 DAY = datetime(2024, 7, 26)
 """What templates are told that ask for the date; it is what Llama 3's say if nobody tells them.
@@ -51,8 +65,7 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
 
     Args:
         tokenizer: with a chat template.
-        conversations: ``role`` and ``content`` of the messages of each, and whether the opening of the assistant's
-            next turn follows them.
+        conversations: what it makes texts of.
 
     Returns:
         The text of each, as it is needed.
@@ -62,8 +75,8 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
             writes far more than is in it.
     """
     if not can_fork():
-        for messages, opening in conversations:
-            yield _render(tokenizer, messages, opening)
+        for conversation in conversations:
+            yield _render(tokenizer, conversation)
         return
     for some in _portions(conversations):
         for answer in _ask(tokenizer, some):
@@ -72,9 +85,12 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
             yield answer["text"]
 
 
-def _length(messages: Sequence[Mapping[str, str]]) -> int:
+def _length(conversation: Conversation) -> int:
     """Characters of what is said in a conversation."""
-    return sum(len(text) for message in messages for key, text in message.items() if key != "role")
+    said = [value for message in conversation.messages for key, value in message.items() if key != "role"]
+    return sum(
+        len(value) if isinstance(value, str) else len(json.dumps(value)) for value in (*said, *conversation.tools)
+    )
 
 
 def asks_for_the_date(tokenizer: Any) -> bool:
@@ -107,8 +123,8 @@ def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str
 def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
     """Divide conversations, so that a question is of a few megabytes, or of one conversation."""
     begin, size = 0, 0
-    for number, (messages, _) in enumerate(conversations):
-        said = _length(messages)
+    for number, conversation in enumerate(conversations):
+        said = _length(conversation)
         if number > begin and size + said > _PORTION:
             yield conversations[begin:number]
             begin, size = number, 0
@@ -134,7 +150,7 @@ class _Process:
         """A text for each conversation, or an error for the first that has none; None if the process had left."""
         answers: list[dict[str, str]] = []
         try:
-            self._connection.send_bytes(_packed([[list(messages), opening] for messages, opening in conversations]))
+            self._connection.send_bytes(_packed([list(conversation) for conversation in conversations]))
             for _ in conversations:
                 answers.append(_unpacked(self._connection.recv_bytes()))
                 if "error" in answers[-1]:
@@ -191,9 +207,9 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
 
 def _answers(tokenizer: Any, connection: Connection) -> Iterator[dict[str, str]]:
     try:
-        for messages, opening in _unpacked(connection.recv_bytes()):
+        for conversation in _unpacked(connection.recv_bytes()):
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # of its own time: a machine may be busy, or stopped
-            yield {"text": _render(tokenizer, messages, opening)}
+            yield {"text": _render(tokenizer, Conversation(*conversation))}
     except DataError as error:
         yield {"error": error.message[:_LONGEST_MESSAGE], "hint": error.hint}
     except MemoryError:
@@ -208,15 +224,20 @@ def _unpacked(content: bytes) -> Any:
     return json.loads(content.decode("utf-8", "surrogatepass"))
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool) -> str:
+def _render(tokenizer: Any, conversation: Conversation) -> str:
     """A text that is not far longer than the conversation in it: somebody has to tokenize it."""
     from jinja2 import TemplateError
 
     try:
-        template = _of_a_day(template_of(tokenizer)) if asks_for_the_date(tokenizer) else None
+        tools = list(conversation.tools) or None
+        template = _of_a_day(template_of(tokenizer, tools)) if asks_for_the_date(tokenizer) else None
         text = str(
             tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=opening
+                list(conversation.messages),
+                tools=tools,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=conversation.opening,
             )
         )
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -225,7 +246,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool
         ) from error
     except MemoryError as error:
         raise DataError(f"the chat template {_TOO_MUCH}", hint=HINT) from error
-    said = _length(messages)
+    said = _length(conversation)
     if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
         raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=HINT)
     return text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import read_example, render
+from adaptkit.checkpoint.conversation import Conversation, read_example, render
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder
 from adaptkit.checkpoint.rows import read_rows, read_text
 from adaptkit.errors import DataError, UsageError
@@ -153,7 +153,7 @@ def _row_tokens(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[lis
     if example.text is not None:
         return _tokens(tokenizer, example.text, True), False
     try:
-        (rendered,) = render([(example.messages, False)], tokenizer)
+        (rendered,) = render([Conversation(example.messages, False, example.tools)], tokenizer)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", error.hint) from error
     return _tokens(tokenizer, rendered, tokenizer.chat_template is None), True

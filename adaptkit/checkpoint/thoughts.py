@@ -10,8 +10,9 @@ from typing import Any
 
 from adaptkit.errors import DataError
 
-Message = dict[str, str]
-"""``role`` and ``content``, and of an answer ``reasoning_content`` where its thoughts are apart."""
+Message = dict[str, Any]
+"""``role`` and ``content``, text both; of an answer ``reasoning_content`` where its thoughts are apart, and its
+``tool_calls``; of a tool its ``name`` and ``tool_call_id``. See ``tool_calls``."""
 
 FIELD = "reasoning_content"
 NAMES = (FIELD, "reasoning", "thinking")
@@ -40,7 +41,8 @@ def read_thoughts(message: Mapping[str, Any], content: str) -> str:
 
 def words_of(message: Message) -> str:
     """What a message says, its thoughts in the content."""
-    return _in_content(message[FIELD], message["content"]) if FIELD in message else message["content"].strip()
+    said: str = message["content"]
+    return _in_content(message[FIELD], said) if FIELD in message else said.strip()
 
 
 class ThoughtFields:
@@ -70,15 +72,16 @@ class ThoughtFields:
         """A message as the template takes it."""
         if message["role"] != "assistant":
             return message
+        others = {name: value for name, value in message.items() if name not in (FIELD, "content")}
         if FIELD in message:
-            return self._apart(message[FIELD], message["content"])
+            return others | self._apart(message[FIELD], message["content"])
         inline = _IN_CONTENT.fullmatch(message["content"]) if self._names and not self._knows_content else None
-        return message if inline is None else self._apart(inline[1], inline[2])
+        return message if inline is None else others | self._apart(inline[1], inline[2])
 
     def _apart(self, thoughts: str, content: str) -> Message:
         if not self._names:
-            return {"role": "assistant", "content": _in_content(thoughts, content)}
-        return {"role": "assistant", "content": content.strip(), **dict.fromkeys(self._names, thoughts.strip())}
+            return {"content": _in_content(thoughts, content)}
+        return {"content": content.strip(), **dict.fromkeys(self._names, thoughts.strip())}
 
 
 def _in_content(thoughts: str, content: str) -> str:

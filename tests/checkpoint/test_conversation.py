@@ -1,5 +1,7 @@
 """A row is of one layout, or it is refused by name."""
 
+import functools
+import json
 import re
 
 import pytest
@@ -10,6 +12,7 @@ from adaptkit.errors import DataError
 ASKED = {"role": "user", "content": "Name it\n\na river"}
 ANSWERED = {"role": "assistant", "content": "the Rhine"}
 CHAT = [ASKED, ANSWERED]
+DEEP = [{"name": "f", "parameters": functools.reduce(lambda inner, _: {"a": inner}, range(500), {})}]
 SHARED = [{"from": "human", "value": "Name it\n\na river"}, {"from": "gpt", "value": "the Rhine"}]
 
 
@@ -32,6 +35,59 @@ SHARED = [{"from": "human", "value": "Name it\n\na river"}, {"from": "gpt", "val
 def test_every_layout_is_the_same_conversation(layout, row):
     example = read_example(row, "here")
     assert (example.layout, list(example.messages), example.learned, example.text) == (layout, CHAT, (1,), None)
+
+
+CALL = {"type": "function", "function": {"name": "depth", "arguments": {"of": "Rhine"}}}
+ASSISTANT = {"role": "assistant", "content": ""}
+SAID = '{"name": "depth", "arguments": {"of": "Rhine"}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "given"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "3"}),
+        ({"role": "assistant", "tool_calls": [CALL["function"]]}, {"role": "tool", "content": "3"}),
+        ({**ASSISTANT, "tool_calls": [{"function": {"name": "depth", "arguments": '{"of": "Rhine"}'}}]},
+         {"role": "tool", "content": "3"}),
+        ({**ASSISTANT, "tool_calls": f"[{SAID}]"}, {"role": "tool", "content": "3"}),
+        ({**ASSISTANT, "function_call": CALL["function"]}, {"role": "function", "content": "3"}),
+        ({"from": "function_call", "value": SAID}, {"from": "observation", "value": "3"}),
+        ({"from": "function_call", "value": f"[{SAID}]"}, {"from": "tool", "value": "3"}),
+    ],
+)  # fmt: skip
+def test_calls_of_tools_are_the_same_however_they_are_written(answer, given):
+    example = read_example({"messages": [ASKED, answer, given, ANSWERED]}, "here")
+    assert list(example.messages) == [
+        ASKED,
+        ASSISTANT | {"tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        ANSWERED,
+    ]
+    assert (example.learned, example.tools, example.ignored) == ((1, 3), (), frozenset())
+
+
+FUNCTION = {"name": "depth", "description": "of a river", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize("tools", [[FUNCTION], [{"type": "function", "function": FUNCTION}], json.dumps([FUNCTION])])
+def test_tools_are_the_rows(tools):
+    example = read_example({"messages": CHAT, "tools": tools, "id": 1}, "here")
+    assert example.tools == ({"type": "function", "function": FUNCTION},)
+    assert example.columns == {"messages", "tools"}
+    for none in (None, [], "", "[]"):
+        assert read_example({"messages": CHAT, "tools": none}, "here").tools == ()
+
+
+def test_what_templates_want_of_calls_and_results_goes_along():
+    call, given = (
+        CALL | {"id": "abcdefghi"},
+        {"role": "tool", "content": "3", "tool_call_id": "abcdefghi", "name": "depth"},
+    )
+    answer = ASSISTANT | {"tool_calls": [call | {"index": 0}], "reasoning_content": "how deep?"}
+    example = read_example({"messages": [ASKED, answer, given | {"ok": 1}, ANSWERED]}, "here")
+    assert example.messages[1] == ASSISTANT | {"tool_calls": [call], "reasoning_content": "how deep?"}
+    assert example.messages[2] == given
+    assert example.ignored == {"ok"}
 
 
 def test_plain_text_is_no_conversation():
@@ -99,12 +155,28 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"messages": [ASKED]}, "no message is the assistant's to learn"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no message is the assistant's to learn"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages has the weight 0.5"),
-        ({"messages": [ASKED, {"role": "tool", "content": "x"}]}, "message 2 of messages has the role 'tool'"),
+        ({"messages": [ASKED, {"role": "critic", "content": "x"}]}, "message 2 of messages has the role 'critic'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 of messages has the role ['user']"),
         ({"messages": [{"content": "x"}]}, "message 1 of messages has the role None"),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "message 1 of conversations has the"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "message 1 of messages has no text (list)"),
-        ({"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]}, "message 2 of messages calls tools"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]}, "message 2 of messages: a call of a tool has no name"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": "{"}]}, "message 2 of messages: tool_calls: is no JSON"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": {"name": "f"}}]},
+         "message 2 of messages: tool_calls is no list"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": [1]}]}]},
+         "message 2 of messages: the arguments of f are no object"),
+        ({"messages": [ASKED, ANSWERED | {"function_call": {"name": "f", "arguments": "x"}}]},
+         "message 2 of messages: the arguments of f: is no JSON"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": {"a": ["\ud800"]}}]}]},
+         "message 2 of messages: the arguments of f: half a character"),
+        ({"messages": [ASKED, {"role": "tool", "content": {"x": 1}}, ANSWERED]},
+         "message 2 of messages has no text (dict)"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "call f"}]},
+         "message 2 of conversations, its value: is no JSON"),
+        ({"messages": CHAT, "tools": 5}, "tools is no list of functions"),
+        ({"messages": CHAT, "tools": "["}, "tools: is no JSON"),
+        ({"messages": CHAT, "tools": [{"type": "function", "function": {"description": "x"}}]}, "a tool has no name"),
+        ({"messages": CHAT, "tools": DEEP}, "tools: nested more than"),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}, *CHAT]}, "has a column and a message"),
     ],
 )  # fmt: skip

@@ -31,7 +31,7 @@ def tokenizer(tmp_path, monkeypatch):
 
 
 def apply_template(tokenizer, messages, opening):
-    (text,) = rendering.apply_template(tokenizer, [(messages, opening)])
+    (text,) = rendering.apply_template(tokenizer, [rendering.Conversation(messages, opening)])
     return text
 
 
@@ -86,8 +86,10 @@ def test_one_process_renders_many_conversations(tokenizer):
 @pytest.mark.parametrize("portion", [1, 40, 1 << 20])
 def test_conversations_are_rendered_in_order_up_to_the_first_that_is_refused(tokenizer, monkeypatch, portion):
     monkeypatch.setattr(rendering, "_PORTION", portion)
-    asked = [([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)]
-    expected = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=o) for m, o in asked]
+    asked = [
+        rendering.Conversation([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)
+    ]
+    expected = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=o) for m, o, _ in asked]
     assert list(rendering.apply_template(tokenizer, asked)) == expected
     tokenizer.chat_template = "{% if messages[0]['content'] == '7' %}{{ raise_exception('no') }}{% endif %}fine"
     texts = rendering.apply_template(tokenizer, asked)
@@ -102,7 +104,7 @@ def test_the_process_stays_for_whoever_renders(tokenizer):
         row = {"instruction": f"Name river {number}", "output": "the Rhine"}
         list(encoder.encode([("here", read_example(row, "here"))]))
         seen.add(pid())
-        assert len(list(render([(CHAT, True)], tokenizer))) == 1
+        assert len(list(render([rendering.Conversation(CHAT, True)], tokenizer))) == 1
         seen.add(pid())
         assert conversation_ids(CHAT, tokenizer)
         seen.add(pid())
@@ -163,7 +165,7 @@ def test_a_conversation_that_is_too_large_is_said_to_be(tokenizer):
 
 
 def test_texts_that_nobody_took_are_nobody_elses(tokenizer):
-    texts = rendering.apply_template(tokenizer, [(ASKED, False)] * 5)
+    texts = rendering.apply_template(tokenizer, [rendering.Conversation(ASKED, False)] * 5)
     next(texts)
     texts.close()
     assert "Rhine" in apply_template(tokenizer, CHAT, False)
@@ -270,7 +272,7 @@ def test_a_tokenizer_with_templates_for_other_things_alone_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
     with pytest.raises(DataError, match="multiple chat templates with no default"):
-        list(render([(CHAT, False)], tokenizer))
+        list(render([rendering.Conversation(CHAT, False)], tokenizer))
     with pytest.raises(DataError, match="no chat template for a conversation"):
         set_template_kwargs(tokenizer, {"quick": True})
 
@@ -281,7 +283,7 @@ def test_a_template_that_loops_is_not_asked_for_every_field_of_thoughts(tokenize
     monkeypatch.setattr(rendering, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
     tokenizer.chat_template = LOOP
     with pytest.raises(DataError, match="takes longer than"):
-        list(render([(CHAT, False)], tokenizer))
+        list(render([rendering.Conversation(CHAT, False)], tokenizer))
     assert len(begun) == 2  # of a question and answer, and of this row
 
 
@@ -289,7 +291,8 @@ def test_thoughts_count_as_what_is_said(tokenizer):
     """A template may write a megabyte more than eight times a conversation."""
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"
     long = "thought " * (1 << 18)
-    (text,) = render([([*ASKED, {"role": "assistant", "content": "a", "reasoning_content": long}], False)], tokenizer)
+    answer = {"role": "assistant", "content": "a", "reasoning_content": long}
+    (text,) = render([rendering.Conversation([*ASKED, answer], False)], tokenizer)
     assert text == f"Name a rivera{long.strip()}"
 
 
@@ -306,7 +309,7 @@ def test_variables_are_what_transformers_hands_to_the_template(llama, values):
     expected = tokenizer.apply_chat_template(CHAT, tokenize=False, **values)
     assert expected != tokenizer.apply_chat_template(CHAT, tokenize=False)
     set_template_kwargs(tokenizer, values)
-    assert list(render([(CHAT, False)], tokenizer)) == [expected]
+    assert list(render([rendering.Conversation(CHAT, False)], tokenizer)) == [expected]
 
 
 def test_a_variable_that_the_template_does_not_ask_for_is_refused(llama):

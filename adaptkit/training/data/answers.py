@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptkit.checkpoint.thoughts import Message, words_of
+from adaptkit.checkpoint.tool_calls import CALLS, Tools, is_written, missing_in, names_of
 from adaptkit.errors import DataError
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -56,18 +57,20 @@ class Answer:
     end: int
 
 
-def ends_of(content: str, text: str, closing: tuple[str, int] | None) -> Ends:
+def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> Ends:
     """Where the last answer in a text ends.
 
     Args:
-        content: of the answer.
+        message: the answer.
         text: that ends with it.
         closing: what the template puts after such an answer, and how many characters of that come after its turn;
             None if nobody knows.
     """
     if closing is not None and text.endswith(closing[0]):
         return Ends(len(text) - len(closing[0]), len(text) - closing[1])
-    last = _lines(content)[-1]
+    if CALLS in message:  # which end with marks of the template's own
+        return Ends(len(text.rstrip()), len(text))
+    last = _lines(words_of(message))[-1]
     at = text.rfind(last)
     return Ends(len(text) if at < 0 else at + len(last), len(text))
 
@@ -94,6 +97,7 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
     said = content.removeprefix(opened[1]) if opened else content  # a thought's mark that the prompt has already
     if not through.startswith(before) or _missing(said, through[len(before) : ends.said]):
         return None
+    _check_calls(messages, turn, through[len(before) : ends.said])
     _check_thoughts(before, through[len(before) : ends.said], messages, turn)
     return Answer(len(before), len(through[: ends.said].rstrip()) if content else ends.said, ends.turn)
 
@@ -140,6 +144,7 @@ def answer_as_asked(
             f"the chat template leaves out a part of message {turn + 1}: {missing[:60]!r}",
             f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {_HINT}",
         )
+    _check_calls(messages, turn, said)
     lead = _lead(said, content)
     if lead.strip() and mark.endswith(lead.strip()):  # both end the thought
         said = said[len(lead) :]
@@ -149,18 +154,23 @@ def answer_as_asked(
     return before + said + closing, Answer(start, start + kept, start + len(said) + ends.turn - ends.said)
 
 
-def check_questions(messages: Sequence[Message], text: str) -> None:
-    """Refuse a text that lacks what the user or the system says.
+def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Refuse a text that lacks what the user, the system or a tool says, or which tools there are.
 
     Raises:
-        DataError: some templates leave the system's message out, or text that is not in a list of parts.
+        DataError: some templates leave the system's message out, or text that is not in a list of parts; many know of
+            no tools.
     """
     for number, message in enumerate(messages, 1):
-        if message["role"] != "assistant" and not _is_in(message["content"], text):
+        said, role = message["content"], message["role"]
+        if role != "assistant" and not _is_in(said, text) and not (role == "tool" and is_written(said, text)):
             raise DataError(
-                f"the chat template leaves out message {number}, which is the {message['role']}'s",
+                f"the chat template leaves out message {number}, which is the {role}'s",
                 "move it into a message that the template writes, or give the model another chat template",
             )
+    for name in names_of(tools):
+        if name not in text:
+            raise DataError(f"the chat template leaves out the tool {name}", f"leave tools out of the data, or {_HINT}")
 
 
 def check_answers(messages: Sequence[Message], text: str) -> None:
@@ -179,12 +189,27 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
                 f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
                 f"learn the answers alone, each as the model is asked for it: loss_on: answers; or {_HINT}",
             )
+        _check_calls(messages, number - 1, text)
 
 
 def shared(text: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
+
+
+def _check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
+    """Refuse an answer that lacks a part of its calls.
+
+    Raises:
+        DataError: many templates know of none, or of one at a time.
+    """
+    missing = missing_in(messages[turn].get(CALLS, ()), said)
+    if missing:
+        raise DataError(
+            f"the chat template leaves out a part of the calls in message {turn + 1}: {missing[:60]!r}",
+            f"leave such conversations out, or {_HINT}",
+        )
 
 
 def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: int) -> None:

@@ -15,8 +15,7 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
-from adaptkit.checkpoint.conversation import Example, Message, is_text, render
-from adaptkit.checkpoint.thoughts import words_of
+from adaptkit.checkpoint.conversation import Conversation, Example, Message, Tools, is_text, render
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.answers import (
     Answer,
@@ -108,16 +107,16 @@ class Encoder:
             made = [self._sample(text, [next(tokens) for _ in self._pieces(text)], where) for text in group]
             yield Encoded(tuple(sample for sample, _ in made), sum(ended for _, ended in made))
 
-    def _parts(self, example: Example) -> Iterator[tuple[Sequence[Message], bool]]:
+    def _parts(self, example: Example) -> Iterator[Conversation]:
         """What has to be rendered to find the answers of a conversation: all of it, and every answer's ends."""
         if example.text is not None:
             return
         messages = self._read(example)
-        yield messages, False
+        yield Conversation(messages, False, example.tools)
         for turn in self.learned(example):
-            yield messages[:turn], True
+            yield Conversation(messages[:turn], True, example.tools)
             if turn + 1 < len(messages):
-                yield messages[: turn + 1], False
+                yield Conversation(messages[: turn + 1], False, example.tools)
 
     def learned(self, example: Example) -> tuple[int, ...]:
         """Which messages of an example carry loss."""
@@ -137,13 +136,13 @@ class Encoder:
         for turn in learned:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
-            ends = ends_of(words_of(messages[turn]), through, self._closing)
+            ends = ends_of(messages[turn], through, self._closing)
             found.append((find_answer(messages, turn, before, through, ends), through, before))
         answers = tuple(
             answer for answer, through, _ in found if answer is not None and whole.startswith(through[: answer.end])
         )
         if len(answers) == len(found) or self._loss_on == "all":
-            check_questions(messages, whole)
+            check_questions(messages, example.tools, whole)
         if self._loss_on == "all":
             check_answers(messages, whole)
         if len(answers) == len(found):
@@ -153,17 +152,18 @@ class Encoder:
             return [_Text(whole, (), True, plain, False)]
         texts = []
         for turn, (answer, text, before) in zip(learned, found, strict=True):
-            check_questions(messages[:turn], before)
+            check_questions(messages[:turn], example.tools, before)
             if answer is None:
-                text, answer = self._as_asked(messages, turn, before)
+                text, answer = self._as_asked(messages, example.tools, turn, before)
             texts.append(_Text(text, (answer,), False, plain, True))
         return texts
 
-    def _as_asked(self, messages: Sequence[Message], turn: int, before: str) -> tuple[str, Answer]:
+    def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
         """A conversation up to an answer that the template would write in another way than it asks for it."""
         alone = messages[turn - 1 : turn + 1]
-        asked, answered = render([(alone[:1], True), (alone, False)], self._tokenizer)
-        ends = ends_of(words_of(messages[turn]), answered, self._closing)
+        parts = Conversation(alone[:1], True, tools), Conversation(alone, False, tools)
+        asked, answered = render(parts, self._tokenizer)
+        ends = ends_of(messages[turn], answered, self._closing)
         return answer_as_asked(messages, turn, before, asked, answered, ends)
 
     @cached_property
@@ -249,9 +249,9 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     return conversation_ids([{"role": "user", "content": prompt}], tokenizer)
 
 
-def conversation_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools = ()) -> list[int]:
     """The tokens of a conversation, up to where the model answers."""
-    (text,) = render([(messages, True)], tokenizer)
+    (text,) = render([Conversation(messages, True, tools)], tokenizer)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
 
@@ -264,8 +264,8 @@ def after_answer(tokenizer: Any) -> tuple[str, str]:
     """
     word = "quokka"  # is in no template
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
-    (text,) = render([(messages, False)], tokenizer)
-    (longer,) = render([([*messages, {"role": "user", "content": "question"}], False)], tokenizer)
+    (text,) = render([Conversation(messages, False)], tokenizer)
+    (longer,) = render([Conversation([*messages, {"role": "user", "content": "question"}], False)], tokenizer)
     before, found, after = text.rpartition(word)
     if not found:
         return "", ""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.chat_template import set_template, set_template_kwargs
-from adaptkit.checkpoint.conversation import Message, is_text
+from adaptkit.checkpoint.conversation import is_text
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import (
     check_known,
@@ -106,7 +106,7 @@ def read_material(
     shots = read_shots(options.shots_from, options.shots, options.seed, wanted, options.layout) if options.shots else ()
     asked = choose(wanted, options.samples, options.seed) if options.generate else ()
     readers = [_Reader(model, data, text, options) for model in models]
-    questions = tuple(question for question in asked if all(reader.has_room(question.messages) for reader in readers))
+    questions = tuple(question for question in asked if all(reader.has_room(question) for reader in readers))
     if asked and not questions:
         raise DataError(
             f"all {len(asked)} questions, with {options.max_new_tokens} new tokens, are longer than a model's context",
@@ -129,10 +129,10 @@ class _Reader:
         self._context, self._known = longest_sequence(base), known_tokens(base)
         self._max_length = min(options.max_length, self._context or options.max_length)
 
-    def has_room(self, messages: Sequence[Message]) -> bool:
+    def has_room(self, question: Question) -> bool:
         """Whether a question and an answer to it fit the context."""
         room = self._room
-        return room is None or len(self._prompt(messages, ())[0]) <= room
+        return room is None or len(self._prompt(question, ())[0]) <= room
 
     def read(self, questions: tuple[Question, ...], shots: tuple[Conversation, ...], too_long: int) -> Material:
         """Tokenize everything."""
@@ -148,10 +148,10 @@ class _Reader:
         windows = None
         if self._text:
             windows = read_tokens(self._text, self._base, window=options.window, max_tokens=options.max_tokens)
-        prompts = [self._prompt(_message(prompt), shots) for prompt in options.prompts]
+        prompts = [self._prompt(_question(prompt), shots) for prompt in options.prompts]
         for prompt, (ids, _) in zip(options.prompts, prompts, strict=True):
             check_prompt(self._base, prompt, len(ids), options.max_new_tokens)
-        asked = [self._prompt(question.messages, shots) for question in questions]
+        asked = [self._prompt(question, shots) for question in questions]
         for what, (ids, _) in zip((*options.prompts, *questions), (*prompts, *asked), strict=True):
             check_known(ids, self._known, f"{self._base}: {'a prompt' if isinstance(what, str) else 'a question'}")
         return Material(
@@ -171,11 +171,11 @@ class _Reader:
     def _room(self) -> int | None:
         return None if self._context is None else self._context - self._options.max_new_tokens
 
-    def _prompt(self, messages: Sequence[Message], shots: Sequence[Conversation]) -> tuple[list[int], int]:
-        return prompt_with_shots(messages, shots, self._tokenizer, self._room)
+    def _prompt(self, question: Question, shots: Sequence[Conversation]) -> tuple[list[int], int]:
+        return prompt_with_shots(question.messages, shots, self._tokenizer, self._room, question.tools)
 
 
-def _message(prompt: str) -> list[Message]:
+def _question(prompt: str) -> Question:
     if not is_text(prompt):
         raise UsageError(f"the prompt {prompt!r} is not UTF-8")
-    return [{"role": "user", "content": prompt}]
+    return Question(({"role": "user", "content": prompt},), ())

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.conversation import Example, Message, read_example
+from adaptkit.checkpoint.conversation import Example, Message, Tools, read_example
 from adaptkit.checkpoint.rows import read_rows
 from adaptkit.checkpoint.text import check_known
+from adaptkit.checkpoint.tool_calls import CALLS
 from adaptkit.errors import DataError
 from adaptkit.training.data.dataset import Dataset, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
@@ -27,11 +28,13 @@ class Question:
 
     Attributes:
         messages: the last is not the assistant's.
+        tools: that it may call.
         references: answers that would be right, without repetitions, in file order; at least one.
     """
 
     messages: Conversation
     references: tuple[str, ...]
+    tools: Tools = ()
 
 
 def read_questions(files: Sequence[Path], layout: str | None = None) -> tuple[Question, ...]:
@@ -40,20 +43,23 @@ def read_questions(files: Sequence[Path], layout: str | None = None) -> tuple[Qu
     Raises:
         DataError: an unreadable file, a row without question or answer (with file and line), or no rows.
     """
-    asked: dict[str, Conversation] = {}
+    asked: dict[str, tuple[Conversation, Tools]] = {}
     references: dict[str, dict[str, None]] = {}
     for where, row in _rows(files):
-        *before, answer = conversation(row, where, layout)
+        example = _conversation(row, where, layout)
+        *before, answer = example.messages
         if not before:
             raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
+        if CALLS in answer:
+            raise DataError(f"{where}: the answer calls a tool, which no score compares", hint="measure its loss alone")
         if not answer["content"].strip():
             raise DataError(f"{where}: the answer is empty", hint="every row needs a reference answer")
-        key = json.dumps(before, sort_keys=True)
-        asked.setdefault(key, tuple(before))
+        key = json.dumps([before, example.tools], sort_keys=True)
+        asked.setdefault(key, (tuple(before), example.tools))
         references.setdefault(key, {})[answer["content"]] = None
     if not asked:
         raise DataError(f"{', '.join(map(str, files))}: there are no rows", hint="give other data")
-    return tuple(Question(messages, tuple(references[key])) for key, messages in asked.items())
+    return tuple(Question(messages, tuple(references[key]), tools) for key, (messages, tools) in asked.items())
 
 
 def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple[Question, ...]:
@@ -94,7 +100,11 @@ def with_shots(messages: Sequence[Message], shots: Sequence[Conversation]) -> li
 
 
 def prompt_with_shots(
-    messages: Sequence[Message], shots: Sequence[Conversation], tokenizer: Any, longest: int | None
+    messages: Sequence[Message],
+    shots: Sequence[Conversation],
+    tokenizer: Any,
+    longest: int | None,
+    tools: Tools = (),
 ) -> tuple[list[int], int]:
     """The tokens of a question after as many examples as there is room for; the first ones go first.
 
@@ -103,12 +113,13 @@ def prompt_with_shots(
         shots: examples.
         tokenizer: of the model.
         longest: tokens that there is room for; None is no limit.
+        tools: that the model may call.
 
     Returns:
         The tokens, which are too many if the question alone is too long, and the number of examples in them.
     """
     for left_out in range(len(shots) + 1):
-        ids = conversation_ids(with_shots(messages, shots[left_out:]), tokenizer)
+        ids = conversation_ids(with_shots(messages, shots[left_out:]), tokenizer, tools)
         if longest is None or len(ids) <= longest:
             break
     return ids, len(shots) - left_out

@@ -123,13 +123,6 @@ def test_what_messages_have_beside_what_is_read_is_told(tokenizer, tmp_path):
     assert report.unused == ("source", "id of messages", "train of messages")
 
 
-@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
-def test_answers_that_call_tools_are_refused(tokenizer, tmp_path, key):
-    answer = {"role": "assistant", "content": "", key: [{"name": "f"}]}
-    with pytest.raises(DataError, match="line 1: message 2 of messages calls tools"):
-        load_data([write(tmp_path, {"messages": [{"role": "user", "content": "well?"}, answer]})], tokenizer, 99)
-
-
 def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ raise_exception('no system prompt here') }}"

@@ -133,3 +133,22 @@ def test_loss_with_examples_is_on_the_same_tokens_as_without(llama, tmp_path):
     tight, fewer = load_data_with_shots([path], tokenizer, shots, 1024, room)
     assert fewer >= 1
     assert all(len(sample.ids) <= room for sample in tight.samples)
+
+
+def test_a_question_is_asked_with_its_tools_and_a_call_is_no_reference(llama, tmp_path):
+    tool = {"name": "depth", "parameters": {"type": "object", "properties": {}}}
+    call = {"role": "assistant", "tool_calls": [{"name": "depth", "arguments": {"of": "Rhine"}}]}
+    asked = [user("How deep?"), call, {"role": "tool", "content": "3"}]
+    rows = [{"messages": [*asked, said("3 m")], "tools": [tool]}, {"messages": [*asked, said("3 m")]}]
+    with_tools, without = read_questions([write(tmp_path / "a.jsonl", rows)])
+    assert (len(with_tools.tools), without.tools, with_tools.references) == (1, (), ("3 m",))
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = "{{ tools | tojson if tools }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    texts = [
+        tokenizer.decode(prompt_with_shots(question.messages, (), tokenizer, None, question.tools)[0])
+        for question in (with_tools, without)
+    ]
+    assert [('"parameters"' in text, "Rhine" in text) for text in texts] == [(True, True), (False, True)]
+    with pytest.raises(DataError, match="line 1: the answer calls a tool") as raised:
+        read_questions([write(tmp_path / "b.jsonl", [{"messages": asked[:2], "tools": [tool]}])])
+    assert raised.value.hint

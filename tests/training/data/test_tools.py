@@ -1,0 +1,208 @@
+"""Calls of tools are learned as the model is asked to make them, and nothing of them is lost on the way."""
+
+import json
+
+import pytest
+
+from adaptkit.checkpoint.architecture import load_tokenizer
+from adaptkit.checkpoint.conversation import read_example
+from adaptkit.errors import DataError
+from adaptkit.training.data.dataset import load_data
+from adaptkit.training.data.encoding import Encoder
+from adaptkit.training.data.samples import IGNORED
+
+CHATML = (  # Hermes' and Qwen's way
+    "{% if tools %}<|im_start|>system\nTools: {% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>{% else %}{{ m.content }}"
+    "{% for c in m.tool_calls %}{% set f = c.function %}{{ '\n<tool_call>\n' }}"
+    '{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}\n</tool_call>{% endfor %}{% endif %}'
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (  # one call, beside nothing; what a tool gives as JSON
+    "{{ bos_token }}{% if tools %}{% for t in tools %}{{ t | tojson(indent=4) }}\n\n{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n"
+    "{{ m.content | tojson }}<|eot_id|>{% elif m.tool_calls is defined %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}"
+    "{% set f = m.tool_calls[0].function %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}<|eot_id|>'
+    "{% else %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+DEEPSEEK = (  # arguments are text, and there is no content
+    "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<|output|>{{ m.content }}<|end|>{% elif not m.content is string %}<|assistant|>"
+    "{% for c in m.tool_calls %}<|call|>{{ c.function.name }}\n```json\n{{ c.function.arguments + '\n```' }}"
+    "{% endfor %}{{ eos_token }}{% else %}<|assistant|>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+HARMONY = (  # a call ends with a token of its own
+    "{% for t in tools or [] %}<|start|>developer<|message|>{{ t.function.name }}<|end|>{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<|start|>functions to=assistant<|message|>{{ m.content | tojson }}"
+    "<|end|>"
+    "{% elif m.tool_calls %}{% set f = m.tool_calls[0].function %}<|start|>assistant to=functions.{{ f.name }}"
+    "<|channel|>commentary json<|message|>{{ f.arguments | tojson }}<|call|>{% else %}<|start|>{{ m.role }}"
+    "{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+XML = (  # arguments one by one, as they are
+    "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>{% endfor %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}"
+    "<function={{ c.function.name }}>{% for k, v in c.function.arguments.items() %}"
+    "<parameter={{ k }}>{{ v if v is string else v | tojson }}</parameter>{% endfor %}</function>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES = {  # template, end of the text, what is learned of the call
+    "chatml": (
+        CHATML,
+        "<|im_end|>",
+        '{said}\n<tool_call>\n{{"name": "depth", "arguments": {json}}}\n</tool_call><|im_end|>',
+    ),
+    "llama": (LLAMA, "<|eot_id|>", '{{"name": "depth", "parameters": {json}}}<|eot_id|>'),
+    "deepseek": (DEEPSEEK, "<|eos|>", "<|call|>depth\n```json\n{json}\n```<|eos|>"),
+    "harmony": (HARMONY, "<|endoftext|>", " to=functions.depth<|channel|>commentary json<|message|>{json}<|call|>"),
+    "xml": (XML, "<|im_end|>", "{said}<function=depth><parameter=of>{text}</parameter></function><|im_end|>"),
+}
+MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|output|>", "<|call|>", "<|end|>",
+         "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|begin|>"]  # fmt: skip
+TEXT = 'the "Rhine"\nat Köln, \\ or <b>'
+ARGUMENTS = {"of": TEXT}
+TOOL = {"name": "depth", "parameters": {"type": "object", "properties": {"of": {"type": "string"}}}}
+RESULT = '{"metres": 3, "note": "today"}'
+
+
+def row(said="", arguments=ARGUMENTS, tools=(TOOL,), result=RESULT):
+    return {
+        "messages": [
+            {"role": "user", "content": "How deep is it?"},
+            {"role": "assistant", "content": said, "tool_calls": [{"name": "depth", "arguments": arguments}]},
+            {"role": "tool", "content": result},
+            {"role": "assistant", "content": "Three metres."},
+        ],
+        "tools": list(tools),
+    }
+
+
+def tokenizer_of(llama, name):
+    template, end, _ = FAMILIES[name]
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_special_tokens(
+        {"eos_token": end, "pad_token": end, "bos_token": "<|begin|>", "additional_special_tokens": MARKS}
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def encode(row, tokenizer, **options):
+    (encoded,) = Encoder(tokenizer, **options).encode([("here", read_example(row, "here"))])
+    return encoded
+
+
+def stretches(samples, tokenizer):
+    """What is learned, stretch by stretch."""
+    found = []
+    for sample in samples:
+        current = []
+        for token, label in zip([*sample.ids, 0], [*sample.labels, IGNORED], strict=True):
+            if label != IGNORED:
+                current.append(token)
+            elif current:
+                found.append(tokenizer.decode(current))
+                current = []
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_call_and_the_answer_are_learned_and_what_the_tool_gave_is_not(llama, name):
+    tokenizer = tokenizer_of(llama, name)
+    said = "" if name in ("llama", "deepseek", "harmony") else "Let me look."
+    encoded = encode(row(said), tokenizer)
+    call, answer = stretches(encoded.samples, tokenizer)
+    written = json.dumps(ARGUMENTS, ensure_ascii=False)
+    assert call == FAMILIES[name][2].format(said=said, json=written, text=TEXT)
+    assert answer.startswith(("Three metres.", "<|channel|>final<|message|>Three metres."))
+    assert encoded.ended == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_comes_before_a_call_is_what_transformers_asks(llama, name):
+    tokenizer = tokenizer_of(llama, name)
+    example = row()
+    sample = encode(example, tokenizer).samples[0]
+    first = next(place for place, label in enumerate(sample.labels) if label != IGNORED)
+    tools = [{"type": "function", "function": TOOL}]
+    asked = tokenizer.apply_chat_template(
+        example["messages"][:1], tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    assert list(sample.ids[:first]) == tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_of_a_conversation_can_be_learned(llama, name):
+    tokenizer = tokenizer_of(llama, name)
+    (sample,) = encode(row(), tokenizer, loss_on="all").samples
+    assert list(sample.labels) == list(sample.ids)
+    (last,) = encode(row(), tokenizer, loss_on="last_answer").samples
+    (answer,) = stretches([last], tokenizer)
+    assert "Three metres." in answer
+    assert "depth" not in answer
+
+
+def test_thoughts_and_calls_go_together(llama):
+    tokenizer = tokenizer_of(llama, "chatml")
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m.content }}{% for c", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}{% for c"
+    )  # fmt: skip
+    example = row()
+    example["messages"][1]["reasoning_content"] = "a river"
+    call, _ = stretches(encode(example, tokenizer).samples, tokenizer)
+    assert call.startswith("<think>a river</think>\n<tool_call>\n")
+
+
+NO_TOOLS = CHATML.replace("{% if tools %}", "{% if false %}")
+NO_CALLS = CHATML.replace("m.tool_calls", "[]")
+NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | tojson")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (NO_TOOLS, "the chat template knows of no tools"),
+        (NO_CALLS, "leaves out a part of the calls in message 2: 'depth'"),
+        (NO_KEYS, "leaves out a part of the calls in message 2: 'of'"),
+        (
+            CHATML.replace("<tool_response>{{ m.content }}", "<tool_response>"),
+            "leaves out message 3, which is the tool's",
+        ),
+        (None, "only one can tell of tools"),
+    ],
+)
+@pytest.mark.parametrize("loss_on", ["answers", "all"])
+def test_a_template_that_loses_something_is_refused(llama, template, message, loss_on):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = template
+    example = row(tools=(TOOL,) if template is NO_TOOLS else ({"name": "other"},) if template is None else ())
+    with pytest.raises(DataError, match=f"^here: .*{message}") as raised:
+        encode(example, tokenizer, loss_on=loss_on)
+    assert raised.value.hint
+
+
+def test_a_template_of_one_call_refuses_two(llama):
+    example = row()
+    example["messages"][1]["tool_calls"] *= 2
+    with pytest.raises(DataError, match=r"here: the chat template refuses .*one call at a time"):
+        encode(example, tokenizer_of(llama, "llama"))
+
+
+def test_rows_with_and_without_tools_are_read_from_a_file(llama, tmp_path):
+    tokenizer = tokenizer_of(llama, "chatml")
+    plain = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in (row(), plain, plain | {"tools": [TOOL]})))
+    data = load_data([path], tokenizer, 900)
+    assert [source.unused for source in data.sources] == [()]
+    assert [len(stretches([sample], tokenizer)) for sample in data.samples] == [2, 1, 1]
+    assert len(data.samples[2].ids) > len(data.samples[1].ids)
