@@ -1,4 +1,4 @@
-"""Which chat template conversations go through: the model's, one that lies beside an adapter, or a file's."""
+"""A chat template as a text: read, checked, and given variables; ``rendering`` runs it."""
 
 import json
 import re
@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.layout import read_json, read_small
+from adaptkit.checkpoint.layout import read_small
 from adaptkit.errors import DataError, UsageError
 
 TEMPLATE_NAME = "chat_template.jinja"
-TEMPLATES = {TEMPLATE_NAME, "chat_template.json"}
-"""Files that hold nothing else."""
 HINT = "give the model another chat template"
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 """Marks of transformers' own around answers."""
 _OURS = {
     "messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "bos_token", "eos_token",
@@ -31,32 +29,20 @@ def read_template(path: Path) -> str:
         DataError: it is no text, or no Jinja template.
     """
     try:
-        text = read_small(path).decode()
+        text = read_small(path).decode("utf-8-sig")  # the mark of some editors is no part of a conversation
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8", hint="a chat template is a text file in Jinja") from error
-    _variables_in(text, f"{path}: is no chat template")
-    return text
+    return check_template(text, path)
 
 
-def template_beside(folder: Path) -> str | None:
-    """The chat template that lies in an adapter's folder, which it was trained with; None if there is none.
+def check_template(text: str, path: Path) -> str:
+    """The text, if it is a chat template.
 
     Raises:
-        DataError: one cannot be read.
+        DataError: it is not.
     """
-    if (folder / TEMPLATE_NAME).is_file():
-        return read_template(folder / TEMPLATE_NAME)
-    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        found = read_json(path).get("chat_template") if path.is_file() else None
-        if isinstance(found, str):
-            return found
-    return None
-
-
-def set_template(tokenizer: Any, template: str | None) -> None:
-    """Give a tokenizer another chat template; None leaves it its own."""
-    if template is not None:
-        tokenizer.chat_template = template
+    _variables_in(text, f"{path}: is no chat template")
+    return text
 
 
 def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool] | None) -> None:
@@ -110,3 +96,5 @@ def _variables_in(template: str, problem: str) -> set[str]:
         return meta.find_undeclared_variables(parser.parse(_GENERATION.sub("", template)))
     except TemplateSyntaxError as error:
         raise DataError(f"{problem} (line {error.lineno}: {error.message})", hint=HINT) from error
+    except (RecursionError, ValueError) as error:  # nested beyond reason, or a number of thousands of digits
+        raise DataError(f"{problem} ({error})", hint=HINT) from error

@@ -28,12 +28,12 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
     if data.empty:
         yield "empty", f"{data.empty} rows have an empty answer, and the model learns to give none ({data.empty_at})"
     if data.chat_template is not None:
-        yield "template", f"conversations go through that of {data.chat_template}, which lies beside what is made"
+        yield "template", f"conversations go through that of {data.chat_template}, and what is made has it"
     if data.without_template:
         yield "template", "the model has none: messages are lines that follow each other (--chat-template takes a file)"
     if data.unnamed_end is not None:
         end = f"answers end with {data.unnamed_end}, which the base's generation_config.json does not name"
-        yield "end token", f"{end}; one that does lies beside what is made"
+        yield "end token", f"{end}; that of what is made does"
     if data.dated:
         yield "dated", f"the chat template asks for the date, and is told {DAY:%Y-%m-%d} whatever day it is"
 

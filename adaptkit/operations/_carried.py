@@ -1,8 +1,7 @@
 """What lies beside the changes in adapters' folders, and has to stay with whatever is made of the adapters.
 
 That is a tokenizer or a chat template that they were trained with, the configuration of generation that names their end
-token, and peft's copies of tensors of the base, which hold
-the rows of new words where the vocabulary grew.
+token, and peft's copies of tensors of the base, which hold the rows of new words where the vocabulary grew.
 """
 
 from __future__ import annotations
@@ -12,24 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.chat_template import TEMPLATES
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
+from adaptkit.checkpoint.tokenizer_files import TOKENIZER
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
-TOKENIZER = {
-    *VOCABULARIES,
-    *TEMPLATES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,7 @@ class Carried:
     """What comes along.
 
     Attributes:
-        files: of the tokenizer, by name.
+        files: of tokenizer, chat template and generation, by name.
         copies: by name of the base's tensor, the adapter that has one, and its key there.
     """
 
@@ -82,16 +71,15 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
     brought: dict[str, tuple[bytes, Adapter]] = {}
     for adapter in adapters:
         ours = {record.path for record in adapter.manifest.files} if adapter.manifest else set()
-        kept = TOKENIZER | (
-            {GENERATION_NAME} & ours
-        )  # elsewhere it is a copy of some base's, which trainers leave there
+        # Where nobody says that it was made, a configuration of generation is a copy that trainers leave there.
+        kept = TOKENIZER | ({GENERATION_NAME} & ours)
         own = {path.name: read_small(path) for path in side_files(adapter.root) if path.name in kept}
         for name, content in own.items():
             other = brought.setdefault(name, (content, adapter))
             if other[0] != content:
                 raise UsageError(
                     f"{other[1].root} and {adapter.root} bring different {name}",
-                    hint=f"remove {name} from one of them; of a tokenizer, all of its files",
+                    hint=f"take a copy of one of them without {name}; of a tokenizer, without all of its files",
                 )
     return brought
 

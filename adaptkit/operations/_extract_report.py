@@ -83,7 +83,8 @@ class ExtractReport:
         rounding: share of Σ ‖D‖² that rounding accounts for, estimated.
         left_out_energy: share of Σ ‖D‖² over everything that differs, but resized tensors, which is left out.
         config_differs: keys of ``config.json`` that differ and that an adapter cannot hold.
-        tokenizer: files of the tuned checkpoint's tokenizer that were taken along, since the base's differ.
+        tokenizer: files of the tuned checkpoint's tokenizer, and its generation config, that go along, since the base's
+            differ.
         tensors_root: binds the result's tensors; None for a dry run.
         manifest_sha256: None for a dry run.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.journal import Output, check_output
-from adaptkit.checkpoint.layout import read_small, side_files
+from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -137,7 +137,7 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
 
 
 def _write(out: Output, plan: Plan, findings: Sequence[Finding], placeholder: Part | None) -> tuple[str, ...]:
-    """Write the adapter, and the tokenizer if it is another; returns the names of its files."""
+    """Write the adapter, and tokenizer and generation config where they are others; returns the names of those."""
     running = running_model(plan.base)
     terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
     if placeholder is not None:
@@ -148,7 +148,10 @@ def _write(out: Output, plan: Plan, findings: Sequence[Finding], placeholder: Pa
     write_adapter(out, terms, _base_name(plan.base.root), saved=tensors, **config)
     files = [path for path in side_files(plan.tuned.root) if _TOKENIZER.fullmatch(path.name)]
     if all(_same_bytes(path, plan.base.root / path.name) for path in files):
-        return ()
+        files = []
+    generation = plan.tuned.root / GENERATION_NAME
+    if generation.is_file() and not _same_bytes(generation, plan.base.root / GENERATION_NAME):
+        files.append(generation)
     for path in files:
         out.write(path.name, read_small(path))
     return tuple(path.name for path in files)

@@ -80,7 +80,7 @@ class ResizeReport:
         energy_kept: share of Σ ‖Δ‖² that is left.
         relative_error: of all modules together.
         base_copies: tensors of the base that the adapter carries along, as peft does for embeddings; the result, too.
-        tokenizer: files of the adapter's tokenizer and chat template, which the result has, too.
+        tokenizer: files of the adapter's tokenizer, chat template and generation config, which the result has, too.
         modules: one each.
         tensors_root: binds the result's tensors; None for a dry run.
         manifest_sha256: None for a dry run.

@@ -112,7 +112,7 @@ class StackReport:
         ranks: smallest and largest rank of a module.
         energy_kept: share of Σ ‖Δ‖² over all modules that is left.
         base_copies: tensors of the base that adapters carry along, as peft does for embeddings; the result, too.
-        tokenizer: files of their tokenizer and chat template, which the result has, too.
+        tokenizer: files of their tokenizer, chat template and generation config, which the result has, too.
         base_names: what the adapters call their bases.
         per_module: one each, by name.
         tensors_root: binds the result's tensors; None for a dry run.

@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,20 +10,15 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.chat_template import (
-    TEMPLATE_NAME,
-    read_template,
-    set_template,
-    set_template_kwargs,
-    template_beside,
-)
+from adaptkit.checkpoint.chat_template import TEMPLATE_NAME, read_template, set_template_kwargs
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import check_output
-from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import check_known, check_prompt, known_tokens, longest_sequence
+from adaptkit.checkpoint.tokenizer_files import TOKENIZER, brings_tokenizer, load_tokenizer_of
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
@@ -45,9 +40,10 @@ class Inputs:
         base: folder of the base.
         manifest: of the base, if it has one.
         state: of the base's files, which tells bases without a manifest apart.
-        tokenizer: of the base, with the run's chat template.
-        chat_template: if it is not the base's; what is made has it, too.
-        unnamed_end: the token that ends answers, if the base does not name it; what is made does.
+        tokenizer: of the base, or of the adapter to begin with, with the run's chat template.
+        chat_template: if it is not the base's.
+        unnamed_end: the token that ends answers, if the base does not name it.
+        side_files: small files that lie beside what is made, or take the place of the base's, by name.
         data: every sample, and what happened on the way.
         data_sha256: of the data files.
         samples: to train on.
@@ -64,6 +60,7 @@ class Inputs:
     tokenizer: Any
     chat_template: str | None
     unnamed_end: int | None
+    side_files: Mapping[str, bytes]
     data: Dataset
     data_sha256: list[str]
     samples: Sequence[Sample]
@@ -84,15 +81,6 @@ class Inputs:
     def _template_identity(self) -> dict[str, str]:
         given = self.chat_template
         return {} if given is None else {"chat_template": hashlib.sha256(given.encode()).hexdigest()}
-
-    def side_files(self) -> dict[str, bytes]:
-        """Small files that lie beside what is made, or take the place of the base's, by name."""
-        found = {}
-        if self.chat_template is not None:
-            found[TEMPLATE_NAME] = self.chat_template.encode()
-        if self.unnamed_end is not None:
-            found[GENERATION_NAME] = generation_naming(self.base, self.unnamed_end)
-        return found
 
     def require_base(self) -> None:
         """Refuse to go on with a base that changed since it was checked: its weights are read all the time.
@@ -121,7 +109,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     config = replace(config, compute_dtype=name_of(dtype))
     require_trackers(config)
     if output is not None:
-        others = () if config.init in INITS else (config.init,)
+        others = [*([] if config.init in INITS else [config.init]), *filter(None, [config.chat_template])]
         check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data, *others))])
         if config.tensorboard is not None and Path(config.tensorboard).resolve().is_relative_to(output.resolve()):
             raise UsageError(
@@ -131,9 +119,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     if manifest is not None:
         _check_config(base, manifest)
     start = read_start(config, manifest)
-    tokenizer = load_tokenizer(base)
-    template = _other_template(config, start, tokenizer)
-    set_template(tokenizer, template)
+    tokenizer, template = _tokenizer(config, start)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
     known = known_tokens(base)
     for prompt in config.sample_prompts:
@@ -154,6 +140,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     data = load(config.data)
     other = load(config.held_out_data) if config.held_out_data else None
     samples, held_out = split(data.samples, 0 if other else config.held_out, config.seed)
+    end = unnamed_end(base, tokenizer) if data.talks else None
     return Inputs(
         config=config,
         base=base,
@@ -161,7 +148,8 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         state=checkpoint.state(),
         tokenizer=tokenizer,
         chat_template=template,
-        unnamed_end=unnamed_end(base, tokenizer) if data.talks else None,
+        unnamed_end=end,
+        side_files=_side_files(base, start, template, end),
         data=data,
         data_sha256=[source.sha256 for source in data.sources],
         samples=samples,
@@ -172,14 +160,28 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     )
 
 
-def _other_template(config: TrainConfig, start: Adapter | None, tokenizer: Any) -> str | None:
-    """The chat template of a run that does not take the base's: a file's, or that of the adapter to begin with."""
-    found = None
+def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | None]:
+    """The tokenizer of a run, and its chat template if that is not the base's."""
+    base = Path(config.base)
+    tokenizer = load_tokenizer_of(base, start.root if start else None)
     if config.chat_template is not None:
-        found = read_template(Path(config.chat_template))
-    elif start is not None:
-        found = template_beside(start.root)
-    return None if found == tokenizer.chat_template else found
+        tokenizer.chat_template = read_template(Path(config.chat_template))
+    is_given = config.chat_template is not None or start is not None
+    own = load_tokenizer(base).chat_template if is_given else tokenizer.chat_template
+    return tokenizer, None if tokenizer.chat_template in (own, None) else str(tokenizer.chat_template)
+
+
+def _side_files(base: Path, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:
+    """See ``Inputs.side_files``."""
+    found = {}
+    if start is not None and brings_tokenizer(start.root):
+        paths = [path for path in side_files(start.root) if path.name in TOKENIZER]
+        found = {path.name: read_small(path) for path in paths}
+    if template is not None:
+        found[TEMPLATE_NAME] = template.encode()
+    if end is not None:
+        found[GENERATION_NAME] = generation_naming(base, end)
+    return found
 
 
 def _check_config(base: Path, manifest: Manifest) -> None:

@@ -137,7 +137,7 @@ def _write(out: Output, inputs: Inputs, run: Run, kept: Chosen, note: Callable[[
 
 
 def _write_result(out: Output, inputs: Inputs, run: Run) -> Manifest:
-    known = inputs.config, inputs.manifest, inputs.start, inputs.data_sha256, inputs.side_files()
+    known = inputs.config, inputs.manifest, inputs.start, inputs.data_sha256, inputs.side_files
     return write_result(out, run.model, *known)
 
 

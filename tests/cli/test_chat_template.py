@@ -1,6 +1,7 @@
 """A chat template that a run is given goes wherever the adapter goes."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -49,7 +50,7 @@ def test_it_lies_beside_the_adapter_and_is_taken_from_there(run_cli, untemplated
     mine = tmp_path / "mine.jinja"
     done = run_cli(*train(untemplated, rows, "a", "--chat-template", mine))
     assert done.code == 0, done.stderr
-    assert f"conversations go through that of {mine}" in done.stdout
+    assert f"conversations go through that of {mine}, and what is made has it" in done.stdout
     assert (tmp_path / "a/chat_template.jinja").read_text() == TEMPLATE
     assert run_cli("verify", tmp_path / "a").code == 0
 
@@ -93,7 +94,7 @@ def test_a_run_does_not_go_on_with_another(run_cli, untemplated, rows, tmp_path)
     (tmp_path / "a").rename(partial)  # as if it had been stopped before the end
     (partial / "adaptkit-manifest.json").unlink()
     other = tmp_path / "other.jinja"
-    other.write_text(TEMPLATE.replace("[assistant]", "[model]"))
+    other.write_text(TEMPLATE + "{# the same samples #}")
     refused = run_cli(*train(untemplated, rows, "a", "--chat-template", other))
     assert refused.code == 8, refused.stderr
 
@@ -113,6 +114,113 @@ def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run
         (untemplated / "config.json").write_text(json.dumps(config | {"eos_token_id": named}))
         said = run_cli(*train(untemplated, rows, "a", "--dry-run", "--chat-template", tmp_path / "mine.jinja")).stdout
         assert ("end token" in said) == is_told
+
+
+def test_a_template_in_the_folder_that_is_replaced_is_not_lost(run_cli, untemplated, rows, tmp_path):
+    assert run_cli(*train(untemplated, rows, "a", "--chat-template", tmp_path / "mine.jinja")).code == 0
+    mine = tmp_path / "a/chat_template.jinja"
+    done = run_cli(*train(untemplated, rows, "a", "--chat-template", mine, "--force"))
+    assert (done.code, done.stdout) == (2, "")
+    assert mine.read_text() == TEMPLATE
+
+
+def test_a_byte_order_mark_is_in_no_sample(run_cli, untemplated, rows, tmp_path):
+    marked = tmp_path / "marked.jinja"
+    marked.write_bytes(b"\xef\xbb\xbf" + TEMPLATE.encode())
+    shown = [
+        run_cli(*train(untemplated, rows, "a", "--show-batch", "--chat-template", path)).stdout
+        for path in (marked, tmp_path / "mine.jinja")
+    ]
+    assert shown[0] == shown[1] != ""
+
+
+def test_an_end_token_that_is_only_the_tokenizers_is_named_too(run_cli, untemplated, rows, tmp_path):
+    """It comes after an answer where no template puts one, and where there is no template."""
+    (untemplated / "generation_config.json").write_text('{"eos_token_id": 0}')
+    (tmp_path / "open.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    for more in ((), ("--chat-template", tmp_path / "open.jinja")):
+        said = run_cli(*train(untemplated, rows, "a", "--dry-run", *more)).stdout
+        assert "answers end with <|im_end|>, which the base's" in said
+
+
+def test_a_configuration_with_infinities_is_no_obstacle(run_cli, llama, copy_of, rows, tmp_path):
+    """Mamba's have them."""
+    base = copy_of(llama, "base")
+    config = (base / "config.json").read_text().rstrip().removesuffix("}") + ', "time_step_limit": [0.0, Infinity]}'
+    (base / "config.json").write_text(config)
+    (base / "generation_config.json").unlink()
+    assert run_cli(*train(base, rows, "a", "--dry-run")).code == 0
+    (base / "generation_config.json").write_text('{"eos_token_id": 0, "top": Infinity}')
+    assert run_cli(*train(base, rows, "a")).code == 0
+    assert '"top": Infinity' in (tmp_path / "a/generation_config.json").read_text()
+
+
+@pytest.fixture
+def trained(run_cli, untemplated, rows, tmp_path):
+    """An adapter without a template of its own."""
+    assert run_cli(*train(untemplated, rows, "plain")).code == 0
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [TEMPLATE, [{"name": "rag", "template": "x"}, {"name": "default", "template": TEMPLATE}]],
+    ids=["one", "named"],
+)
+def test_a_template_in_a_tokenizers_configuration_counts_everywhere(
+    run_cli, untemplated, rows, trained, tmp_path, kept
+):
+    (trained / "tokenizer_config.json").write_text(json.dumps({"chat_template": kept}))
+    measured = ["evaluate", "--data", rows, "--device", "cpu", "--json", "--base", untemplated, "--adapter", trained]
+    assert json.loads(run_cli(*measured).stdout)["own_template"]
+    again = run_cli(*train(untemplated, rows, "b", "--init", trained))
+    assert (tmp_path / "b/chat_template.jinja").read_text() == TEMPLATE, again.stderr
+    assert run_cli("merge", untemplated, trained, "-o", tmp_path / "m").code == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == TEMPLATE
+
+
+def test_a_tokenizer_beside_an_adapter_is_the_one_that_counts(run_cli, untemplated, rows, trained, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(untemplated)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[user]"]})  # one token, where the base's has several
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(trained)
+    for command in (
+        train(untemplated, rows, "b", "--init", trained, "--dry-run"),
+        ["evaluate", "--base", untemplated, "--adapter", trained, "--data", rows, "--device", "cpu"],
+    ):
+        done = run_cli(*command)
+        assert done.code != 0
+        assert str(len(tokenizer) - 1) in done.stderr
+
+
+def test_extract_takes_the_end_token_along(run_cli, untemplated, rows, tmp_path):
+    (untemplated / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert run_cli(*train(untemplated, rows, "a", "--chat-template", tmp_path / "mine.jinja")).code == 0
+    assert run_cli("merge", untemplated, tmp_path / "a", "-o", tmp_path / "m").code == 0
+    done = run_cli("extract", tmp_path / "m", untemplated, "-o", tmp_path / "x", "--rank", 2)
+    assert re.search("goes along .*chat_template.jinja.*, generation_config.json", done.stdout)
+    made, found = (tmp_path / name / "generation_config.json" for name in ("a", "x"))
+    assert made.read_bytes() == found.read_bytes()
+    assert run_cli("merge", untemplated, tmp_path / "x", "-o", tmp_path / "again").code == 0
+    assert (tmp_path / "again/generation_config.json").read_bytes() == made.read_bytes()
+
+
+def test_all_models_of_a_table_get_the_same_questions(run_cli, untemplated, rows, tmp_path):
+    """Also where the template of one leaves less room for them."""
+    long = tmp_path / "long.jinja"
+    long.write_text("[" * 60 + TEMPLATE)
+    assert run_cli(*train(untemplated, rows, "a", "--chat-template", long)).code == 0
+    config = json.loads((untemplated / "config.json").read_text())
+    data = tmp_path / "asked.jsonl"
+    questions = ["Name it", "Name it " + "and that " * 12]
+    data.write_text("".join(json.dumps({"question": q, "answer": "the Rhine"}) + "\n" for q in questions))
+    for context in (2048, 130):
+        (untemplated / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+        asked = ["--data", data, "--generate", "--shots", 1, "--shots-from", rows, "--max-new-tokens", 4, "--json"]
+        done = run_cli("evaluate", "--base", untemplated, "--adapter", tmp_path / "a", *asked, "--device", "cpu")
+        counts = {model["generated"]["questions"] for model in json.loads(done.stdout)["models"]}
+        assert len(counts) == 1
+        assert counts == {2 if context == 2048 else 1}
 
 
 @pytest.mark.parametrize("has_config", [True, False])
@@ -153,6 +261,8 @@ def test_what_is_made_names_the_end_of_its_answers_and_the_base_has_its_own_back
         (None, 5, "No such file"),
         (b"\xff", 5, "is not UTF-8"),
         (b"\n{% for m in %}", 5, "is no chat template (line 2: "),
+        (b"{{ " + b"(" * 3000 + b"1" + b")" * 3000 + b" }}", 5, "is no chat template ("),
+        (b"{{ " + b"1" * 5000 + b" }}", 5, "is no chat template ("),
         (b"{{ messages[1].content }}", 5, "line 1: the chat template refuses the conversation"),
     ],
 )

@@ -85,7 +85,7 @@ def _rows(report: "ExtractReport") -> list[Row]:
     if report.left_out:
         rows.append(("", f"which is {percent(report.left_out_energy)} of the square norm of all that differs"))
     if report.tokenizer:
-        rows.append(("tokenizer", f"the tuned checkpoint's, {len(report.tokenizer)} files"))
+        rows.append(("goes along", f"of the tuned checkpoint, {', '.join(report.tokenizer)}"))
     rows += _warnings(report)
     rows.append(("manifest sha256", str(report.manifest_sha256)))
     return rows

@@ -53,7 +53,7 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
     if report.base_copies:
         rows.append(("goes along", f"its copy of {', '.join(report.base_copies)}"))
     if report.tokenizer:
-        rows.append(("tokenizer", f"the adapter's, {len(report.tokenizer)} files"))
+        rows.append(("goes along", ", ".join(report.tokenizer)))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows

@@ -96,7 +96,7 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
     if report.base_copies:
         rows.append(("goes along", f"their copy of {', '.join(report.base_copies)}"))
     if report.tokenizer:
-        rows.append(("tokenizer", f"the adapters', {len(report.tokenizer)} files"))
+        rows.append(("goes along", ", ".join(report.tokenizer)))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows

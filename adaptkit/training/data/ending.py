@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_json
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config
 from adaptkit.errors import DataError
 from adaptkit.training.data.encoding import after_answer
 
@@ -40,10 +40,11 @@ def unnamed_end(root: Path, tokenizer: Any) -> int | None:
 
     Args:
         root: folder of the checkpoint.
-        tokenizer: with the chat template.
+        tokenizer: with the chat template; where that puts no token after an answer, the end token comes there.
     """
     end = turn_end(tokenizer)
-    return None if end in named_ends(root) else end
+    end = tokenizer.eos_token_id if end is None else end
+    return end if isinstance(end, int) and end not in named_ends(root) else None
 
 
 def generation_naming(root: Path, end: int) -> bytes:
@@ -54,8 +55,8 @@ def generation_naming(root: Path, end: int) -> bytes:
 
 def _generation(root: Path) -> dict[str, Any]:
     if (root / GENERATION_NAME).is_file():
-        return read_json(root / GENERATION_NAME)
-    config = read_json(root / CONFIG_NAME)
+        return read_config(root / GENERATION_NAME)
+    config = read_config(root / CONFIG_NAME)
     inner = config.get("text_config")
     known = (inner if isinstance(inner, dict) else {}) | config
     return {name: known[name] for name in _OF_THE_MODEL if known.get(name) is not None}

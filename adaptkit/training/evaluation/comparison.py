@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.chat_template import template_beside
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.errors import UsageError
 from adaptkit.training.evaluation.evaluate import check_request, load, measure
@@ -60,7 +59,7 @@ class _Subject:
     @property
     def asked(self) -> Asked:
         """How it is asked."""
-        return Asked(self.base, template_beside(self.adapter.root) if self.adapter is not None else None)
+        return Asked.of(self.base, self.adapter.root if self.adapter is not None else None)
 
 
 def compare(
@@ -104,7 +103,11 @@ def compare(
     asked = list(dict.fromkeys(subject.asked for subject in subjects))
     materials = dict(zip(asked, read_material(asked, data, text, plain, reference), strict=True))
     plainly = [Asked(base) for base in bases]
-    examples = dict(zip(plainly, read_material(plainly, data, (), options), strict=True)) if options.shots else {}
+    examples = (
+        dict(zip(plainly, read_material(plainly, data, (), options, others=asked), strict=True))
+        if options.shots
+        else {}
+    )
     other = load(reference, options) if reference is not None else None
     reports = []
     for done, subject in enumerate(subjects):

@@ -10,7 +10,6 @@ import torch
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.architecture import empty_network
-from adaptkit.checkpoint.chat_template import template_beside
 from adaptkit.checkpoint.text import known_tokens
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.training.data.batches import collate
@@ -62,7 +61,7 @@ def evaluate(
     read = None if adapter is None else read_adapter(adapter)
     if read is not None:
         check_base(read, base)
-    asked = Asked(base, None if adapter is None else template_beside(adapter))
+    asked = Asked.of(base, adapter if data or options.prompts else None)
     (material,) = read_material([asked], data, text, options, reference)
     other = load(reference, options) if reference is not None else None
     return measure(base, read, material, options, other, on_answer)

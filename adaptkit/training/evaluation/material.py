@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.chat_template import set_template, set_template_kwargs
+from adaptkit.checkpoint.chat_template import set_template_kwargs
 from adaptkit.checkpoint.conversation import is_text
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import (
@@ -19,6 +19,7 @@ from adaptkit.checkpoint.text import (
     longest_sequence,
     read_tokens,
 )
+from adaptkit.checkpoint.tokenizer_files import brings_tokenizer, load_tokenizer_of, template_beside
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.dataset import Dataset, load_data
 from adaptkit.training.evaluation.questions import (
@@ -39,11 +40,17 @@ class Asked:
 
     Attributes:
         base: folder of its checkpoint.
-        chat_template: that came with its adapter; None: the checkpoint's.
+        adapter: folder of its adapter, if that brings a tokenizer or a chat template.
     """
 
     base: Path
-    chat_template: str | None = None
+    adapter: Path | None = None
+
+    @classmethod
+    def of(cls, base: Path, adapter: Path | None) -> Self:
+        """As a base is asked, or its adapter."""
+        brings = adapter is not None and (brings_tokenizer(adapter) or template_beside(adapter) is not None)
+        return cls(base, adapter if brings else None)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ def read_material(
     text: Sequence[Path],
     options: EvaluateOptions,
     reference: Path | None = None,
+    others: Sequence[Asked] = (),
 ) -> list[Material]:
     """Read everything that models are measured on.
 
@@ -90,6 +98,7 @@ def read_material(
         text: files.
         options: how.
         reference: folder of the checkpoint that the models are compared with on the text.
+        others: models that are measured on the same questions, read apart.
 
     Returns:
         One for each of them.
@@ -106,7 +115,8 @@ def read_material(
     shots = read_shots(options.shots_from, options.shots, options.seed, wanted, options.layout) if options.shots else ()
     asked = choose(wanted, options.samples, options.seed) if options.generate else ()
     readers = [_Reader(model, data, text, options) for model in models]
-    questions = tuple(question for question in asked if all(reader.has_room(question) for reader in readers))
+    everyone = [*readers, *(_Reader(other, data, text, options) for other in others)]
+    questions = tuple(question for question in asked if all(reader.has_room(question) for reader in everyone))
     if asked and not questions:
         raise DataError(
             f"all {len(asked)} questions, with {options.max_new_tokens} new tokens, are longer than a model's context",
@@ -122,9 +132,9 @@ class _Reader:
         base = model.base
         self._base, self._data, self._text, self._options = base, data, text, options
         Checkpoint(base)  # first, since what is no checkpoint has no tokenizer either
-        self._tokenizer = load_tokenizer(base)
-        self._own_template = model.chat_template not in (None, self._tokenizer.chat_template)
-        set_template(self._tokenizer, model.chat_template)
+        self._tokenizer = load_tokenizer_of(base, model.adapter)
+        own = None if model.adapter is None else load_tokenizer(base).chat_template
+        self._own_template = model.adapter is not None and self._tokenizer.chat_template != own
         set_template_kwargs(self._tokenizer, options.chat_template_kwargs)
         self._context, self._known = longest_sequence(base), known_tokens(base)
         self._max_length = min(options.max_length, self._context or options.max_length)

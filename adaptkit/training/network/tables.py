@@ -4,7 +4,7 @@ A lookup of 2048 tokens moves 16 MiB of Llama 3 8B's table over the bus, half a 
 device's memory is free for activations.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +30,32 @@ def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
                 pinned = torch.empty_like(table, device="cpu", pin_memory=True)
             except RuntimeError:  # systems may allow less pinned memory than they have
                 continue
-            hold_in_host_memory(module, pinned.copy_(table))
+            hold_in_host_memory(module, pinned.copy_(table), table.device)
 
 
-def hold_in_host_memory(module: nn.Embedding, table: Tensor) -> None:
-    """Make an embedding look its rows up in a tensor, which is none of its parameters and stays where it is."""
+def hold_in_host_memory(module: nn.Embedding, table: Tensor, device: torch.device) -> None:
+    """Make an embedding look its rows up in a tensor, which is none of its parameters and stays where it is.
+
+    Args:
+        module: to change.
+        table: (entries, dim).
+        device: that rows go to, wherever the tokens are: Llama 4 sends them to where it believes the table to be.
+    """
     del module._parameters["weight"]
     module.weight = table
     kind, name = type(module), type(module).__name__
     # It takes the place of torch's own lookup, below whatever a model's class does with the rows.
     module.__class__ = type(name, (_HostTable,) if kind is nn.Embedding else (kind, _HostTable), {})
+    cast(_HostTable, module).rows_device = device
 
 
 class _HostTable(nn.Embedding):
+    rows_device: torch.device
+
     def forward(self, ids: Tensor) -> Tensor:
         """(…) to (…, dim)."""
-        if not ids.is_cuda:
+        if self.rows_device.type != "cuda":
             return functional.embedding(ids, self.weight)
         from adaptkit.numerics.kernels import _gpu_layers
 
-        return _gpu_layers.look_up(self.weight, ids)
+        return _gpu_layers.look_up(self.weight, ids.to(self.rows_device))

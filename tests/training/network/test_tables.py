@@ -12,6 +12,7 @@ from adaptkit.training.network.adapt import train_rows, train_whole
 from adaptkit.training.network.model import load_model, new_adapter
 from adaptkit.training.network.tables import hold_in_host_memory, keep_in_host_memory
 
+CPU = torch.device("cpu")
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
@@ -24,12 +25,12 @@ def loaded(made, tied=False, dtype=torch.float32):
     folder = made / f"tables-{tied}"
     if not folder.exists():
         tiny.write_family(folder, "llama", tied=tied)
-    return load_model(folder, dtype, torch.device("cpu"))
+    return load_model(folder, dtype, CPU)
 
 
 def move(network, dtype=torch.float32):
     for module in host_tables(network, dtype).values():
-        hold_in_host_memory(module, module.weight.detach().clone())
+        hold_in_host_memory(module, module.weight.detach().clone(), CPU)
 
 
 def test_a_table_with_a_head_beside_it_is_one_and_a_tied_one_is_none(made):
@@ -86,7 +87,7 @@ def test_a_table_that_lies_elsewhere_does_not_travel_or_count(made):
 def test_what_a_class_does_with_the_rows_is_done():
     embedding = Gemma3TextScaledWordEmbedding(50, 8, 0, embed_scale=3.0)
     expected = embedding(IDS % 50)
-    hold_in_host_memory(embedding, embedding.weight.detach().clone())
+    hold_in_host_memory(embedding, embedding.weight.detach().clone(), CPU)
     assert torch.equal(embedding(IDS % 50), expected)
     assert isinstance(embedding, Gemma3TextScaledWordEmbedding)
 
@@ -107,11 +108,30 @@ def test_rows_that_are_trained_are_trained_beside_it(made):
         assert two.any()
 
 
-def test_a_table_that_is_trained_stays(made, monkeypatch):
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_table_that_is_trained_stays(made, monkeypatch, trained):
     from adaptkit.training.network import tables as moving
 
     monkeypatch.setattr(moving, "has_triton", lambda device_type: True)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda table, device, pin_memory: empty_like(table))  # needs no GPU
     model = loaded(made)
-    train_whole(model, ["model.embed_tokens.weight"])
+    if trained:
+        train_whole(model, ["model.embed_tokens.weight"])
     keep_in_host_memory(model.network, torch.float32)
-    assert model.network.get_input_embeddings().weight.requires_grad
+    assert ("model.embed_tokens.weight" in model.whole) == trained
+    assert model.network.get_input_embeddings().weight.requires_grad == trained
+    assert ("rows_device" in vars(model.network.get_input_embeddings())) != trained
+
+
+def test_a_table_stays_where_nothing_can_be_pinned(made, monkeypatch):
+    from adaptkit.training.network import tables as moving
+
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(moving, "has_triton", lambda device_type: True)
+    monkeypatch.setattr(torch, "empty_like", refuse)
+    model = loaded(made)
+    keep_in_host_memory(model.network, torch.float32)
+    assert "model.embed_tokens.weight" in dict(model.network.named_parameters())
