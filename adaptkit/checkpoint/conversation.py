@@ -24,7 +24,7 @@ from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.checkpoint.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
 from adaptkit.checkpoint.thoughts import Message as Message
-from adaptkit.checkpoint.tool_calls import CALLS, GIVEN, CallForm, calls_in, knows_tools, read_calls, read_tools
+from adaptkit.checkpoint.tool_calls import CALLS, Form, calls_in, read_calls, read_given, read_tools
 from adaptkit.checkpoint.tool_calls import Tools as Tools
 from adaptkit.errors import DataError
 
@@ -119,12 +119,12 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
     """
     if tokenizer.chat_template is not None:
         forms = _forms_of(tokenizer)
-        given = [some._replace(messages=[forms.message(turn) for turn in some.messages]) for some in conversations]
-        texts = apply_template(tokenizer, [conversation for conversation in given if conversation.messages])
-        for conversation in given:
-            if conversation.tools:
-                forms.require_tools()
-            yield next(texts) if conversation.messages else ""
+        given = [forms.given(conversation) for conversation in conversations]
+        texts = apply_template(tokenizer, [some for some in given if isinstance(some, Conversation) and some.messages])
+        for some in given:
+            if isinstance(some, DataError):
+                raise some
+            yield next(texts) if some.messages else ""
         return
     for messages, _, tools in conversations:
         if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
@@ -139,35 +139,25 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
 
 
 class _Forms:
-    """How a tokenizer's template takes messages; it is asked once, and of calls only if there are some."""
+    """How a tokenizer's template takes messages; it is asked once, and of tools only if there are some."""
 
     def __init__(self, tokenizer: Any) -> None:
         def written(messages: Sequence[Message], tools: Tools = ()) -> str:
             return next(apply_template(tokenizer, [Conversation(messages, False, tools)]))
 
-        self._thoughts, self._written = ThoughtFields(written), written
-        self._calls: CallForm | None = None
-        self._knows_tools: bool | None = None
+        self._written, self._thoughts = written, ThoughtFields(written)
+        self._tools: Form | None = None
 
-    def message(self, message: Message) -> Message:
-        """A message as the template takes it."""
-        message = self._thoughts.message(message)
-        if CALLS not in message:
-            return message
-        if self._calls is None:
-            self._calls = CallForm(self._written)
-        return self._calls.message(message)
-
-    def require_tools(self) -> None:
-        """Refuse a template that says nothing of the tools that it is given.
-
-        Raises:
-            DataError: it does not.
-        """
-        if self._knows_tools is None:
-            self._knows_tools = knows_tools(self._written)
-        if not self._knows_tools:
-            raise DataError("the chat template knows of no tools", hint=f"leave tools out of the data, or {HINT}")
+    def given(self, conversation: Conversation) -> Conversation | DataError:
+        """A conversation as the template takes it; or, to be raised when it is its turn, what it would lose of it."""
+        messages, _, tools = conversation
+        if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
+            self._tools = self._tools or Form(self._written, self._thoughts.message)
+            lost = self._tools.lost(messages, tools)
+            if lost is not None:
+                return lost
+            return conversation._replace(messages=[self._tools.message(message) for message in messages])
+        return conversation._replace(messages=[self._thoughts.message(message) for message in messages])
 
 
 def _forms_of(tokenizer: Any) -> _Forms:
@@ -252,13 +242,14 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{where} has the role {role!r}", hint=f"roles: {', '.join(_ROLES)}")
-    is_answer, others = _ROLES[role] == "assistant", {}
+    is_answer = _ROLES[role] == "assistant"
+    others: dict[str, Any] = {}
     if role == "function_call":  # ShareGPT's
-        content, others = "", {CALLS: calls_in(str(content), f"{where}, its value")}
+        content, others = "", {CALLS: calls_in(content, f"{where}, its value")}
     elif is_answer:
         others = {CALLS: read_calls(message, where)}
     elif _ROLES[role] == "tool":
-        others = {name: message[name] for name in GIVEN if isinstance(message.get(name), str)}
+        content, others = read_given(message, where)
     content = "" if content is None and others.get(CALLS) else content
     if not is_text(content):
         raise DataError(f"{where} has no text ({type(content).__name__})", hint="content and value are strings")

@@ -50,7 +50,8 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         from adaptkit.checkpoint.hub_rows import read_hub_rows
 
         found = _HUB.fullmatch(str(source))
-        return read_hub_rows(**(found.groupdict() if found else {}))
+        rows = read_hub_rows(**(found.groupdict() if found else {}))
+        return ((where, without_fills(row)) for where, row in rows)
     file = Path(source)
     if file.suffix not in _SUFFIXES:
         known = ", ".join(_SUFFIXES)
@@ -190,9 +191,16 @@ def _parquet(file: Path) -> Iterator[Located]:
             for batch in table.iter_batches(_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", row
+                    yield f"{file}, row {number}", without_fills(row)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{file}, after row {number}: not parquet ({error})", hint="write it again") from error
+
+
+def without_fills(value: Any) -> Any:
+    """A row of a table, without the keys that its objects lack: where they differ, a column has all keys in each."""
+    if isinstance(value, dict):
+        return {key: without_fills(inner) for key, inner in value.items() if inner is not None}
+    return [without_fills(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _object(row: Any, where: str, hint: str) -> Row:

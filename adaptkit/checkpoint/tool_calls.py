@@ -9,6 +9,7 @@ The assistant learns to make the calls; what tools give is read, as a question i
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +19,11 @@ Tools = tuple[Mapping[str, Any], ...]
 """Of a row, each {"type": "function", "function": {"name", ...}}."""
 
 CALLS = "tool_calls"
-GIVEN = ("name", "tool_call_id")
+_GIVEN = ("name", "tool_call_id")
 """What a tool's message has beside its content."""
-_ARGUMENT = "inkling"
-_QUESTION = {"role": "user", "content": "question"}
 _DEEPEST = 64
 _FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True, ""), (True, None))
-"""Whether arguments are text, and what no content is: as transformers asks for them, and as older templates do."""
+"""Whether arguments are text, and what no content is; transformers (5.24) leaves out what is None."""
 
 
 def read_tools(value: Any, where: str) -> Tools:
@@ -34,7 +33,8 @@ def read_tools(value: Any, where: str) -> Tools:
         DataError: it is no list of functions.
     """
     if isinstance(value, str):
-        value = _parsed(value, f"{where}: tools") if value.strip() else []
+        value = _parsed(value, f"{where}: tools") if value.strip() else None
+    value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError(f"{where}: tools is no list of functions", hint='each is {"name", "description", "parameters"}')
     found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
@@ -52,22 +52,38 @@ def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """
     given = message.get(CALLS) or []
     if isinstance(given, str):
-        given = _parsed(given, f"{where}: {CALLS}")
+        given = _parsed(given, f"{where}: {CALLS}") or []
     if not isinstance(given, list):
         raise DataError(f"{where}: {CALLS} is no list", hint='each is {"function": {"name", "arguments"}}')
-    if message.get("function_call"):
-        given = [*given, message["function_call"]]
-    return [_call(call, where) for call in given]
+    calls = [_call(call, where) for call in given]
+    old = [_call(message["function_call"], where)] if message.get("function_call") else []
+    functions = [call["function"] for call in calls]
+    return calls + [call for call in old if call["function"] not in functions]
 
 
-def calls_in(text: str, where: str) -> list[dict[str, Any]]:
-    """The calls in the text of a message that is nothing else, as ShareGPT's ``function_call`` has them.
+def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls in a message that is nothing else, as ShareGPT's ``function_call`` has them.
 
     Raises:
         DataError: it is no JSON of calls.
     """
-    found = _parsed(text, where)
-    return [_call(call, where) for call in (found if isinstance(found, list) else [found])]
+    found = _parsed(value, where) if isinstance(value, str) else value
+    calls = [_call(call, where) for call in (found if isinstance(found, list) else [found])]
+    if not calls:
+        raise DataError(f"{where}: holds no call", hint='a call is {"name", "arguments"}')
+    return calls
+
+
+def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, str]]:
+    """What a tool's message says, objects as their JSON text, and which call it answers.
+
+    Raises:
+        DataError: it holds what is no text.
+    """
+    content = message.get("content", message.get("value"))
+    others = {name: message[name] for name in _GIVEN if isinstance(message.get(name), str)}
+    _check([content, others], where)
+    return (_json(content) if isinstance(content, dict | list) else content), others
 
 
 def names_of(tools: Tools) -> list[str]:
@@ -80,44 +96,40 @@ def missing_in(calls: Sequence[Mapping[str, Any]], text: str) -> str:
     return next((word for call in calls for word in _words(call["function"]) if not is_written(word, text)), "")
 
 
+def end_of_words(calls: Sequence[Mapping[str, Any]], text: str) -> int:
+    """Where the last word of calls ends that a text ends with."""
+    forms = [form for call in calls for word in _words(call["function"]) for form in _forms(word)]
+    return max((at + len(form) for form in forms if (at := text.rfind(form)) >= 0), default=0)
+
+
 def is_written(word: str, text: str) -> bool:
     """Whether a text has a word as it is, or as JSON writes it."""
-    return any(form in text for form in (word.strip(), _escaped(word, False), _escaped(word, True)))
+    return any(form in text for form in _forms(word))
 
 
-def knows_tools(render: Callable[[Sequence[dict[str, Any]], Tools], str]) -> bool:
-    """Whether a chat template writes which tools there are.
+class Form:
+    """How one chat template takes tools and calls, and what it loses of them; it is asked once.
+
+    Arguments are an object or its text, beside empty content or none: transformers asks for the first of these.
 
     Args:
         render: a conversation with tools to the text that the template makes of it.
-    """
-    tool = {"name": _ARGUMENT, "description": "", "parameters": {"type": "object", "properties": {}}}
-    try:
-        return _ARGUMENT in render([_QUESTION], ({"type": "function", "function": tool},))
-    except DataError:  # it refuses this question; each row tells what it is refused for
-        return True
-
-
-class CallForm:
-    """How one chat template takes calls: their arguments as an object or as text, beside empty content or none.
-
-    Args:
-        render: a conversation to the text that the template makes of it.
+        prepare: a message to what the template takes but for its calls.
     """
 
-    def __init__(self, render: Callable[[Sequence[dict[str, Any]]], str]) -> None:
-        call = _call({"name": "probe", "id": "call00000", "arguments": {"key": _ARGUMENT}}, "")
-        answer = {"role": "assistant", "content": "", CALLS: [call]}
-        for self._as_text, self._nothing in _FORMS:
-            try:
-                if _ARGUMENT in render([_QUESTION, self.message(answer)]):
-                    return
-            except DataError:  # each row tells what it is refused for
-                continue
-        self._as_text, self._nothing = _FORMS[0]
+    def __init__(
+        self,
+        render: Callable[[Sequence[dict[str, Any]], Tools], str],
+        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        self._render, self._prepare, self._answers = render, prepare, dict[str, bool]()
+        self._as_text, self._nothing = next(filter(self._is_taken, _FORMS), _FORMS[0])
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message with calls as the template takes it."""
+        """A message as the template takes it."""
+        message = self._prepare(message)
+        if CALLS not in message:
+            return message
         calls = [
             call | {"function": call["function"] | {"arguments": _json(call["function"]["arguments"])}}
             if self._as_text
@@ -125,6 +137,85 @@ class CallForm:
             for call in message[CALLS]
         ]
         return message | {"content": message["content"] or self._nothing, CALLS: calls}
+
+    def lost(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> DataError | None:
+        """What the template loses of a conversation, whatever its words are; None if nothing."""
+        lost = next((kind for kind in sorted(_kinds(messages, tools)) if self._loses(kind)), None)
+        return (
+            None
+            if lost is None
+            else DataError(
+                f"the chat template loses {lost}",
+                hint="leave such conversations out, or give the model another chat template",
+            )
+        )
+
+    def _is_taken(self, form: tuple[bool, str | None]) -> bool:
+        self._as_text, self._nothing = form
+        text = self._written([_answer()])
+        return _WORD in text and f"'{_WORD}'" not in text  # which is how Python writes it
+
+    def _loses(self, kind: str) -> bool:
+        if kind not in self._answers:
+            messages, tools, words = _PROBES[kind]
+            text = self._written(messages, tools)
+            written = all(any(form in text for form in word.split("|")) for word in words)
+            self._answers[kind] = bool(text) and not written
+        return self._answers[kind]
+
+    def _written(self, messages: Sequence[dict[str, Any]], tools: Tools = ()) -> str:
+        """Empty where the template refuses it: each row tells what it is refused for."""
+        try:
+            return self._render([_QUESTION, *map(self.message, messages)], tools)
+        except DataError:
+            return ""
+
+
+def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
+    """What a conversation has that a template may lose."""
+    found = {_TOOLS} if tools else set()
+    for message in messages:
+        if message["role"] == "tool":
+            found.add(_RESULTS)
+        calls = message.get(CALLS, ())
+        found |= {_SEVERAL} if len(calls) > 1 else set()
+        found |= {_BESIDE} if calls and message["content"].strip() else set()
+        found |= {_AFTER} if calls and message.get("reasoning_content") else set()
+        for call in calls:
+            found |= {_OTHERS} if any(map(_is_other, _leaves(call["function"]["arguments"]))) else {_ALONE}
+    return found
+
+
+def _is_other(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, bool | int | float)
+
+
+def _answer(content: str = "", count: int = 1, **arguments: Any) -> dict[str, Any]:
+    """An assistant's message with calls that no data have."""
+    calls = [
+        {"type": "function", "id": f"call0000{number}", "function": {"name": f"probe{number}", "arguments": given}}
+        for number, given in enumerate([{"key": _WORD, **arguments}, {"key": f"{_WORD}ed"}][:count])
+    ]
+    return {"role": "assistant", "content": content, CALLS: calls}
+
+
+_WORD = "inkling"
+_QUESTION = {"role": "user", "content": "question"}
+_TOOL = {"name": "probe0", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}}
+_TOOLS, _RESULTS, _ALONE = "which tools there are", "what tools give", "calls"
+_SEVERAL, _BESIDE, _AFTER = "calls after the first", "calls beside content", "calls after thoughts"
+_OTHERS = "arguments that are no text"
+_GIVEN_BACK = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
+_PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
+    _TOOLS: ([], ({"type": "function", "function": _TOOL},), ("probe0",)),
+    _RESULTS: ([_answer(), _GIVEN_BACK], (), ("murmur",)),
+    _ALONE: ([_answer()], (), ("probe0", _WORD)),
+    _SEVERAL: ([_answer(count=2)], (), ("probe0", "probe1", f"{_WORD}ed")),
+    _BESIDE: ([_answer("murmur")], (), (_WORD, "murmur")),
+    _AFTER: ([_answer() | {"reasoning_content": "murmur"}], (), (_WORD,)),
+    _OTHERS: ([_answer(number=271828, flag=True, nothing=None)], (), (_WORD, "271828", "true|True", "null|None")),
+}
+"""A conversation after a question, its tools, and what has to be in the text of them."""
 
 
 def _call(given: Any, where: str) -> dict[str, Any]:
@@ -135,9 +226,10 @@ def _call(given: Any, where: str) -> dict[str, Any]:
         arguments = _parsed(arguments, f"{where}: the arguments of {name}") if arguments.strip() else {}
     if not isinstance(arguments, dict | None):
         raise DataError(f"{where}: the arguments of {name} are no object", hint="they are a JSON object, or its text")
-    _check(arguments, f"{where}: the arguments of {name}")
     known = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
-    return {"type": "function", **known, "function": {"name": name, "arguments": arguments or {}}}
+    call = {"type": "function", **known, "function": {"name": name, "arguments": arguments or {}}}
+    _check(call, f"{where}: a call of {name!r}")
+    return call
 
 
 def _named(function: Any, what: str) -> str:
@@ -158,10 +250,11 @@ def _parsed(text: str, what: str) -> Any:
 
 def _words(function: Mapping[str, Any]) -> Iterator[str]:
     yield str(function["name"])
-    yield from _leaves(function["arguments"])
+    yield from (leaf for leaf in _leaves(function["arguments"]) if isinstance(leaf, str))
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _leaves(value: Any) -> Iterator[Any]:
+    """Keys, and what is neither object nor list."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield str(key)
@@ -169,7 +262,7 @@ def _leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _leaves(inner)
-    elif isinstance(value, str):
+    else:
         yield value
 
 
@@ -177,15 +270,20 @@ def _check(value: Any, what: str, depth: int = 0) -> None:
     """Refuse what no tokenizer and no template can take."""
     if depth > _DEEPEST:
         raise DataError(f"{what}: nested more than {_DEEPEST} times", hint="leave such conversations out")
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{what}: half a character is no text", hint="JSON writes whole ones, or pairs of halves")
     if isinstance(value, dict | list):
         for inner in (*value, *(value.values() if isinstance(value, dict) else ())):
             _check(inner, what, depth + 1)
+    elif isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{what}: half a character is no text", hint="JSON writes whole ones, or pairs of halves")
+    elif not _is_other(value) or (isinstance(value, float) and not math.isfinite(value)):
+        raise DataError(f"{what}: {value!r} is nothing that JSON has", hint="write it as text")
 
 
-def _escaped(word: str, ascii_only: bool) -> str:
-    return json.dumps(word, ensure_ascii=ascii_only)[1:-1]
+def _forms(word: str) -> tuple[str, ...]:
+    """A word as a text may have it: as it is, or as JSON writes it."""
+    bare = word.strip()
+    return (bare, *(json.dumps(some, ensure_ascii=ascii)[1:-1] for some in (bare, word) for ascii in (False, True)))
 
 
 def _json(value: Any) -> str:

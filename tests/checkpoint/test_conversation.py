@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from datetime import date
 
 import pytest
 
@@ -53,6 +54,8 @@ SAID = '{"name": "depth", "arguments": {"of": "Rhine"}}'
         ({**ASSISTANT, "function_call": CALL["function"]}, {"role": "function", "content": "3"}),
         ({"from": "function_call", "value": SAID}, {"from": "observation", "value": "3"}),
         ({"from": "function_call", "value": f"[{SAID}]"}, {"from": "tool", "value": "3"}),
+        ({"from": "function_call", "value": CALL["function"]}, {"from": "observation", "value": "3"}),
+        ({**ASSISTANT, "tool_calls": [CALL], "function_call": CALL["function"]}, {"role": "tool", "content": "3"}),
     ],
 )  # fmt: skip
 def test_calls_of_tools_are_the_same_however_they_are_written(answer, given):
@@ -74,8 +77,20 @@ def test_tools_are_the_rows(tools):
     example = read_example({"messages": CHAT, "tools": tools, "id": 1}, "here")
     assert example.tools == ({"type": "function", "function": FUNCTION},)
     assert example.columns == {"messages", "tools"}
-    for none in (None, [], "", "[]"):
+    for none in (None, [], "", "[]", "null"):
         assert read_example({"messages": CHAT, "tools": none}, "here").tools == ()
+
+
+def test_an_object_that_a_tool_gives_is_its_json_text():
+    given = {"role": "tool", "content": {"depth": [3, "Köln"]}}
+    example = read_example({"messages": [ASKED, ASSISTANT | {"tool_calls": [CALL]}, given, ANSWERED]}, "here")
+    assert example.messages[2] == {"role": "tool", "content": '{"depth": [3, "Köln"]}'}
+
+
+def test_no_calls_are_none():
+    for none in ([], None, "", "null", "[]"):
+        example = read_example({"messages": [ASKED, ANSWERED | {"tool_calls": none}]}, "here")
+        assert list(example.messages) == CHAT
 
 
 def test_what_templates_want_of_calls_and_results_goes_along():
@@ -168,9 +183,21 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"messages": [ASKED, ANSWERED | {"function_call": {"name": "f", "arguments": "x"}}]},
          "message 2 of messages: the arguments of f: is no JSON"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": {"a": ["\ud800"]}}]}]},
-         "message 2 of messages: the arguments of f: half a character"),
-        ({"messages": [ASKED, {"role": "tool", "content": {"x": 1}}, ANSWERED]},
-         "message 2 of messages has no text (dict)"),
+         "message 2 of messages: a call of 'f': half a character"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "\ud800"}]}]},
+         "message 2 of messages: a call of '\\ud800': half a character"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "id": "\ud800"}]}]},
+         "message 2 of messages: a call of 'f': half a character"),
+        ({"messages": [ASKED, {"role": "tool", "content": "x", "name": "\ud800"}, ANSWERED]},
+         "message 2 of messages: half a character"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}]},
+         "message 2 of messages: a call of 'f': nan is nothing that JSON has"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": {"a": date(2026, 1, 1)}}]}]},
+         "message 2 of messages: a call of 'f': datetime.date(2026, 1, 1) is nothing that JSON has"),
+        ({"messages": [ASKED, {"role": "tool", "content": None}, ANSWERED]},
+         "message 2 of messages has no text (NoneType)"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "[]"}]},
+         "message 2 of conversations, its value: holds no call"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "call f"}]},
          "message 2 of conversations, its value: is no JSON"),
         ({"messages": CHAT, "tools": 5}, "tools is no list of functions"),

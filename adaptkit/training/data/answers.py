@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptkit.checkpoint.thoughts import Message, words_of
-from adaptkit.checkpoint.tool_calls import CALLS, Tools, is_written, missing_in, names_of
+from adaptkit.checkpoint.tool_calls import CALLS, Tools, end_of_words, is_written, missing_in, names_of
 from adaptkit.errors import DataError
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -34,10 +34,12 @@ class Ends:
     """Where the last answer in a text ends.
 
     Attributes:
+        words: the last of its words; a call has marks of the template's own after them.
         said: its content.
         turn: its turn: after the token that ends it, as far as the template's is known.
     """
 
+    words: int
     said: int
     turn: int
 
@@ -48,11 +50,13 @@ class Answer:
 
     Attributes:
         start: where its opening ends.
+        words: where the last of its words ends; the token that ends its turn comes after it.
         said: where its content ends.
         end: where the turn ends.
     """
 
     start: int
+    words: int
     said: int
     end: int
 
@@ -67,12 +71,14 @@ def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> End
             None if nobody knows.
     """
     if closing is not None and text.endswith(closing[0]):
-        return Ends(len(text) - len(closing[0]), len(text) - closing[1])
-    if CALLS in message:  # which end with marks of the template's own
-        return Ends(len(text.rstrip()), len(text))
+        said = len(text) - len(closing[0])
+        return Ends(said, said, len(text) - closing[1])
+    if CALLS in message:
+        return Ends(end_of_words(message[CALLS], text), len(text.rstrip()), len(text))
     last = _lines(words_of(message))[-1]
     at = text.rfind(last)
-    return Ends(len(text) if at < 0 else at + len(last), len(text))
+    said = len(text) if at < 0 else at + len(last)
+    return Ends(said, said, len(text))
 
 
 def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ends: Ends) -> Answer | None:
@@ -99,7 +105,24 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
         return None
     _check_calls(messages, turn, through[len(before) : ends.said])
     _check_thoughts(before, through[len(before) : ends.said], messages, turn)
-    return Answer(len(before), len(through[: ends.said].rstrip()) if content else ends.said, ends.turn)
+    said_to = len(through[: ends.said].rstrip()) if content else ends.said
+    return Answer(len(before), min(ends.words, said_to), said_to, ends.turn)
+
+
+def alone_with(messages: Sequence[Message], turn: int) -> list[Message]:
+    """An answer and what it answers, by themselves.
+
+    That is the message before it; or, where a tool gave that, all from the user's question on, with calls alone: a
+    template may leave out what was thought and said beside them once an answer follows.
+    """
+    start = turn - 1
+    while start > 0 and messages[start]["role"] == "tool":
+        start = next((place for place in range(start, -1, -1) if messages[place]["role"] == "user"), 0)
+    calls = [
+        {"role": "assistant", "content": "", CALLS: message[CALLS]} if CALLS in message else message
+        for message in messages[start:turn]
+    ]
+    return [*calls, messages[turn]]
 
 
 def answer_as_asked(
@@ -126,7 +149,8 @@ def answer_as_asked(
     same = shared(asked, answered)
     same -= len(half.group()) if (half := _HALF_TAG.search(asked[:same])) else 0
     opening = asked[same:]
-    is_asked_alike = before.endswith(opening) and not _missing(question, asked[:same])
+    is_there = not _missing(question, asked[:same]) or is_written(question, asked[:same])
+    is_asked_alike = before.endswith(opening) and is_there
     if not is_asked_alike or messages[turn - 1]["role"] == "assistant":
         raise DataError(
             f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
@@ -136,6 +160,7 @@ def answer_as_asked(
     if opening.strip() and not _TAG.search(opening):
         raise _otherwise(opening, turn, True)
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
+    last = len(answered) - ends.words - len(closing)  # characters of a call's marks
     missing = _missing(content, said)
     if mark and content.startswith(mark) and said.rstrip().endswith(_lines(content)[-1]):  # it leaves thoughts out
         said, missing = content[len(mark) :].lstrip(), ""
@@ -151,7 +176,8 @@ def answer_as_asked(
     _check_thoughts(before, said, messages, turn)
     kept = len(said.rstrip()) if content else len(said)
     start = len(before)
-    return before + said + closing, Answer(start, start + kept, start + len(said) + ends.turn - ends.said)
+    end = start + len(said) + ends.turn - ends.said
+    return before + said + closing, Answer(start, start + min(kept, len(said) - last), start + kept, end)
 
 
 def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> None:
@@ -189,7 +215,7 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
                 f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
                 f"learn the answers alone, each as the model is asked for it: loss_on: answers; or {_HINT}",
             )
-        _check_calls(messages, number - 1, text)
+        _check_calls(messages, number - 1, text[at:])
 
 
 def shared(text: str, other: str) -> int:

@@ -16,6 +16,7 @@ from adaptkit.checkpoint.conversation import Example, asks_for_the_date, read_ex
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.rows import is_on_hub, read_rows
 from adaptkit.checkpoint.text import check_known
+from adaptkit.checkpoint.tool_calls import CALLS
 from adaptkit.errors import DataError
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.samples import Sample
@@ -195,7 +196,8 @@ class _Tally:
 
     def look_at(self, example: Example, learned: Sequence[int], where: str) -> None:
         """Count a row that has an empty answer, and learns it."""
-        if any(not example.messages[number]["content"].strip() for number in learned):
+        said = [example.messages[number] for number in learned]
+        if any(not message["content"].strip() and CALLS not in message for message in said):
             self.empty += 1
             self.empty_at = self.empty_at or where
 

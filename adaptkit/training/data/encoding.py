@@ -19,6 +19,7 @@ from adaptkit.checkpoint.conversation import Conversation, Example, Message, Too
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.answers import (
     Answer,
+    alone_with,
     answer_as_asked,
     check_answers,
     check_questions,
@@ -160,8 +161,8 @@ class Encoder:
 
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
         """A conversation up to an answer that the template would write in another way than it asks for it."""
-        alone = messages[turn - 1 : turn + 1]
-        parts = Conversation(alone[:1], True, tools), Conversation(alone, False, tools)
+        alone = alone_with(messages, turn)
+        parts = Conversation(alone[:-1], True, tools), Conversation(alone, False, tools)
         asked, answered = render(parts, self._tokenizer)
         ends = ends_of(messages[turn], answered, self._closing)
         return answer_as_asked(messages, turn, before, asked, answered, ends)
@@ -231,7 +232,7 @@ class Encoder:
         """
         last = bisect_right(places, answer.end - base, key=itemgetter(1))
         for index in range(last - 1, -1, -1):
-            if places[index][0] + base < answer.said:
+            if places[index][0] + base < answer.words:
                 break
             if tokens[index] in self._ends:
                 return index + 1, True

@@ -80,7 +80,10 @@ def read_shots(
     taken = {json.dumps(question.messages, sort_keys=True) for question in questions}
     found: dict[str, Conversation] = {}
     for where, row in _rows(files):
-        turns = [message for message in conversation(row, where, layout) if message["role"] != "system"]
+        example = _conversation(row, where, layout)
+        if example.tools or any(CALLS in message for message in example.messages):
+            raise DataError(f"{where}: calls tools, and examples cannot", hint="give --shots-from rows without tools")
+        turns = [message for message in example.messages if message["role"] != "system"]
         key = json.dumps(turns[:-1], sort_keys=True)
         if key not in taken:
             found.setdefault(key, tuple(turns))

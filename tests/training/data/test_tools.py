@@ -70,6 +70,7 @@ MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>"
 TEXT = 'the "Rhine"\nat Köln, \\ or <b>'
 ARGUMENTS = {"of": TEXT}
 TOOL = {"name": "depth", "parameters": {"type": "object", "properties": {"of": {"type": "string"}}}}
+TOOLS = [{"type": "function", "function": TOOL}]
 RESULT = '{"metres": 3, "note": "today"}'
 
 
@@ -170,12 +171,12 @@ NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (NO_TOOLS, "the chat template knows of no tools"),
-        (NO_CALLS, "leaves out a part of the calls in message 2: 'depth'"),
+        (NO_TOOLS, "loses which tools there are"),
+        (NO_CALLS, "loses calls"),
         (NO_KEYS, "leaves out a part of the calls in message 2: 'of'"),
         (
             CHATML.replace("<tool_response>{{ m.content }}", "<tool_response>"),
-            "leaves out message 3, which is the tool's",
+            "loses what tools give",
         ),
         (None, "only one can tell of tools"),
     ],
@@ -188,6 +189,136 @@ def test_a_template_that_loses_something_is_refused(llama, template, message, lo
     with pytest.raises(DataError, match=f"^here: .*{message}") as raised:
         encode(example, tokenizer, loss_on=loss_on)
     assert raised.value.hint
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_that_ends_with_a_call_ends_as_one_that_goes_on(llama, name):
+    """With the token that ends it there, and no other."""
+    tokenizer = tokenizer_of(llama, name)
+    example = row()
+    whole, _ = stretches(encode(example, tokenizer).samples, tokenizer)
+    example["messages"] = example["messages"][:2]
+    encoded = encode(example, tokenizer)
+    assert (stretches(encoded.samples, tokenizer), encoded.ended) == ([whole], 0)
+
+
+def test_a_call_that_no_token_ends_gets_one_after_all_of_it(llama):
+    tokenizer = tokenizer_of(llama, "chatml")
+    tokenizer.chat_template = CHATML.replace(
+        "<|im_end|>\n{% endfor %}{% if add", "{{ '' if m.tool_calls else '<|im_end|>\n' }}{% endfor %}{% if add"
+    )
+    example = row()
+    example["messages"] = example["messages"][:2]
+    encoded = encode(example, tokenizer)
+    (call,) = stretches(encoded.samples, tokenizer)
+    assert call.endswith("\n</tool_call><|im_end|>")
+    assert encoded.ended == 1
+
+
+EARLIER = (
+    "{% if m.reasoning_content and not (messages[loop.index:] | rejectattr('tool_calls')"
+    " | selectattr('role', 'equalto', 'assistant') | list) %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("said", ["", "Let me look."])
+def test_where_earlier_thoughts_are_dropped_every_call_is_a_sample_as_it_is_asked(llama, said):
+    """As in gpt-oss: what was thought before a call goes once an answer follows."""
+    tokenizer = tokenizer_of(llama, "chatml")
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}{% for c", EARLIER + "{{ m.content }}{% for c")
+    example = row(said)
+    example["messages"][1]["reasoning_content"] = "how deep?"
+    samples = encode(example, tokenizer).samples
+    call, answer = stretches(samples, tokenizer)
+    assert len(samples) == 2
+    assert call.startswith(f"<think>how deep?</think>{said}\n<tool_call>")
+    assert call.endswith("</tool_call><|im_end|>")
+    assert answer == "Three metres.<|im_end|>"
+    example["messages"][1]["tool_calls"] = [{"function": example["messages"][1]["tool_calls"][0]}]
+    for sample, turn in zip(samples, (1, 3), strict=True):
+        first = next(place for place, label in enumerate(sample.labels) if label != IGNORED)
+        asked = tokenizer.apply_chat_template(
+            example["messages"][:turn], tools=TOOLS, tokenize=False, add_generation_prompt=True
+        )
+        assert tokenizer.decode(sample.ids[:first]) == asked
+
+
+def test_calls_at_once_are_all_learned_and_lists_in_arguments_too(llama):
+    tokenizer = tokenizer_of(llama, "chatml")
+    example = row()
+    example["messages"][1]["tool_calls"] = [
+        {"name": "depth", "arguments": {"of": ["Rhine", {"at": "Köln"}], "in": 3.5, "now": True}},
+        {"name": "depth", "arguments": {}},
+    ]
+    call, _ = stretches(encode(example, tokenizer).samples, tokenizer)
+    assert call.count("<tool_call>") == 2
+    assert '{"of": ["Rhine", {"at": "Köln"}], "in": 3.5, "now": true}' in call
+    lost = tokenizer_of(llama, "chatml")
+    lost.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments | tojson | replace('Köln', '')")
+    with pytest.raises(DataError, match="leaves out a part of the calls in message 2: 'Köln'"):
+        encode(example, lost)
+
+
+LOSSES = {  # template, content, thought, calls
+    "calls after the first": (CHATML.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "", "", 2),
+    "calls beside content": (CHATML.replace("in m.tool_calls", "in ([] if m.content else m.tool_calls)"), "x", "", 1),
+    "calls after thoughts": (
+        CHATML.replace("{% for c in m.tool_calls", "{{ m.thinking }}{% for c in ([] if m.thinking else m.tool_calls)"),
+        "", f"call depth of {TEXT}", 1,
+    ),
+    "arguments that are no text": (XML.replace("v if v is string else v | tojson", "v if v is string"), "", "", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("weight", [1, 0])
+def test_what_a_template_loses_is_found_though_its_words_are_elsewhere(llama, kind, weight):
+    template, said, thought, count = LOSSES[kind]
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = template
+    example = row(said, ARGUMENTS | ({"deep": True} if "no text" in kind else {}))
+    example["messages"][0]["content"] += f" depth of {TEXT} deep true"
+    message = example["messages"][1]
+    message |= {"weight": weight, "reasoning_content": thought}
+    message["tool_calls"] *= count
+    with pytest.raises(DataError, match=f"^here: the chat template loses {kind}$") as raised:
+        encode(example, tokenizer)
+    assert raised.value.hint
+
+
+def test_a_template_that_prints_arguments_gets_their_text_and_not_pythons(llama):
+    tokenizer = tokenizer_of(llama, "chatml")
+    tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments")
+    call, _ = stretches(encode(row(arguments={"of": "Rhine", "now": True}), tokenizer).samples, tokenizer)
+    assert '"arguments": {"of": "Rhine", "now": true}}' in call
+
+
+def test_a_row_that_is_refused_is_the_one_that_is_named(llama):
+    tokenizer = load_tokenizer(llama)
+    plain = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
+    rows = [("first", read_example(plain, "first")), ("second", read_example(row(), "second"))]
+    encoded = Encoder(tokenizer).encode(rows)
+    with pytest.raises(DataError, match=r"^second: the chat template loses"):
+        list(encoded)
+
+
+def test_columns_of_a_table_fill_no_arguments(llama, tmp_path):
+    """In parquet every object of a column has the keys of all."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [row(arguments={"of": "Rhine"}), row(arguments={"at": "Köln"})]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    tokenizer = tokenizer_of(llama, "chatml")
+    data = load_data([tmp_path / "rows.parquet"], tokenizer, 900)
+    calls = [stretches([sample], tokenizer)[0] for sample in data.samples]
+    assert ['"arguments": {"of": "Rhine"}}' in calls[0], '"arguments": {"at": "Köln"}}' in calls[1]] == [True, True]
+
+
+def test_a_call_is_no_empty_answer(llama, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row()))
+    assert load_data([path], tokenizer_of(llama, "chatml"), 900).empty == 0
 
 
 def test_a_template_of_one_call_refuses_two(llama):
