@@ -187,15 +187,6 @@ def _encode(encoder: Encoder, example: Example, shots: Sequence[Conversation], w
     return encoded.samples
 
 
-def conversation(row: Mapping[str, Any], where: str, layout: str | None = None) -> list[Message]:
-    """A row's messages up to the last answer that is learned; what follows it answers nothing.
-
-    Raises:
-        DataError: the row has none of the layouts.
-    """
-    return list(_conversation(row, where, layout).messages)
-
-
 def _conversation(row: Mapping[str, Any], where: str, layout: str | None) -> Example:
     example = read_example(row, where, layout)
     if example.text is not None:
