@@ -24,7 +24,7 @@ from adaptkit.checkpoint.rendering import apply_template
 from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.checkpoint.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
 from adaptkit.checkpoint.thoughts import Message as Message
-from adaptkit.checkpoint.tool_calls import CALLS, Form, calls_in, read_calls, read_given, read_tools
+from adaptkit.checkpoint.tool_calls import CALLS, ToolForm, calls_in, read_calls, read_given, read_tools
 from adaptkit.checkpoint.tool_calls import Tools as Tools
 from adaptkit.errors import DataError
 
@@ -146,13 +146,13 @@ class _Forms:
             return next(apply_template(tokenizer, [Conversation(messages, False, tools)]))
 
         self._written, self._thoughts = written, ThoughtFields(written)
-        self._tools: Form | None = None
+        self._tools: ToolForm | None = None
 
     def given(self, conversation: Conversation) -> Conversation | DataError:
         """A conversation as the template takes it; or, to be raised when it is its turn, what it would lose of it."""
         messages, _, tools = conversation
         if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
-            self._tools = self._tools or Form(self._written, self._thoughts.message)
+            self._tools = self._tools or ToolForm(self._written, self._thoughts.message)
             lost = self._tools.lost(messages, tools)
             if lost is not None:
                 return lost

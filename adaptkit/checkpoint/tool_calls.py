@@ -107,7 +107,7 @@ def is_written(word: str, text: str) -> bool:
     return any(form in text for form in _forms(word))
 
 
-class Form:
+class ToolForm:
     """How one chat template takes tools and calls, and what it loses of them; it is asked once.
 
     Arguments are an object or its text, beside empty content or none: transformers asks for the first of these.
@@ -140,15 +140,10 @@ class Form:
 
     def lost(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> DataError | None:
         """What the template loses of a conversation, whatever its words are; None if nothing."""
-        lost = next((kind for kind in sorted(_kinds(messages, tools)) if self._loses(kind)), None)
-        return (
-            None
-            if lost is None
-            else DataError(
-                f"the chat template loses {lost}",
-                hint="leave such conversations out, or give the model another chat template",
-            )
-        )
+        for kind in sorted(_kinds(messages, tools)):
+            if self._loses(kind):
+                return DataError(f"the chat template loses {kind}", hint=f"leave such conversations out, or {_HINT}")
+        return None
 
     def _is_taken(self, form: tuple[bool, str | None]) -> bool:
         self._as_text, self._nothing = form
@@ -181,13 +176,9 @@ def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
         found |= {_SEVERAL} if len(calls) > 1 else set()
         found |= {_BESIDE} if calls and message["content"].strip() else set()
         found |= {_AFTER} if calls and message.get("reasoning_content") else set()
-        for call in calls:
-            found |= {_OTHERS} if any(map(_is_other, _leaves(call["function"]["arguments"]))) else {_ALONE}
+        found |= {_ALONE} if calls else set()
+        found |= {_KINDS[type(leaf)] for call in calls for leaf in _leaves(call["function"]["arguments"])} - {""}
     return found
-
-
-def _is_other(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, bool | int | float)
 
 
 def _answer(content: str = "", count: int = 1, **arguments: Any) -> dict[str, Any]:
@@ -204,7 +195,13 @@ _QUESTION = {"role": "user", "content": "question"}
 _TOOL = {"name": "probe0", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}}
 _TOOLS, _RESULTS, _ALONE = "which tools there are", "what tools give", "calls"
 _SEVERAL, _BESIDE, _AFTER = "calls after the first", "calls beside content", "calls after thoughts"
-_OTHERS = "arguments that are no text"
+_NUMBERS, _TRUTHS, _NOTHING = (
+    "arguments that are numbers",
+    "arguments that are true or false",
+    "arguments that are null",
+)
+_KINDS = {str: "", int: _NUMBERS, float: _NUMBERS, bool: _TRUTHS, type(None): _NOTHING}
+_HINT = "give the model another chat template"
 _GIVEN_BACK = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
 _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _TOOLS: ([], ({"type": "function", "function": _TOOL},), ("probe0",)),
@@ -213,7 +210,9 @@ _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _SEVERAL: ([_answer(count=2)], (), ("probe0", "probe1", f"{_WORD}ed")),
     _BESIDE: ([_answer("murmur")], (), (_WORD, "murmur")),
     _AFTER: ([_answer() | {"reasoning_content": "murmur"}], (), (_WORD,)),
-    _OTHERS: ([_answer(number=271828, flag=True, nothing=None)], (), (_WORD, "271828", "true|True", "null|None")),
+    _NUMBERS: ([_answer(number=271828)], (), ("271828",)),
+    _TRUTHS: ([_answer(flag=True)], (), ("true|True",)),
+    _NOTHING: ([_answer(nothing=None)], (), ("null|None",)),
 }
 """A conversation after a question, its tools, and what has to be in the text of them."""
 
@@ -276,7 +275,7 @@ def _check(value: Any, what: str, depth: int = 0) -> None:
     elif isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise DataError(f"{what}: half a character is no text", hint="JSON writes whole ones, or pairs of halves")
-    elif not _is_other(value) or (isinstance(value, float) and not math.isfinite(value)):
+    elif type(value) not in _KINDS or (isinstance(value, float) and not math.isfinite(value)):
         raise DataError(f"{what}: {value!r} is nothing that JSON has", hint="write it as text")
 
 
