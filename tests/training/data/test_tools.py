@@ -225,7 +225,10 @@ EARLIER = (
 def test_where_earlier_thoughts_are_dropped_every_call_is_a_sample_as_it_is_asked(llama, said):
     """As in gpt-oss: what was thought before a call goes once an answer follows."""
     tokenizer = tokenizer_of(llama, "chatml")
-    tokenizer.chat_template = CHATML.replace("{{ m.content }}{% for c", EARLIER + "{{ m.content }}{% for c")
+    template = CHATML.replace("{{ m.content }}{% for c", EARLIER + "{{ m.content }}{% for c")
+    template = template.replace("<tool_response>{{ m.content }}", "<tool_response>{{ m.content | tojson }}")
+    first = "{% if loop.first and m.role == 'tool' %}{{ raise_exception('nobody asked') }}{% endif %}"
+    tokenizer.chat_template = template.replace("{% for m in messages %}", "{% for m in messages %}" + first)
     example = row(said)
     example["messages"][1]["reasoning_content"] = "how deep?"
     samples = encode(example, tokenizer).samples
@@ -241,6 +244,47 @@ def test_where_earlier_thoughts_are_dropped_every_call_is_a_sample_as_it_is_aske
             example["messages"][:turn], tools=TOOLS, tokenize=False, add_generation_prompt=True
         )
         assert tokenizer.decode(sample.ids[:first]) == asked
+
+
+ASKED_OTHERWISE = (  # the model answers after a mark that no answer has, and a call ends with a token of its own
+    CHATML.replace(
+        "<|im_end|>\n{% endfor %}{% if add", "{{ '<|call|>' if m.tool_calls else '<|im_end|>\n' }}{% endfor %}{% if add"
+    )
+    .replace("assistant\n{% endif %}", "assistant\n<note>{% endif %}")
+)  # fmt: skip
+
+
+def test_a_call_that_is_asked_for_otherwise_than_written_is_learned_after_what_is_asked(llama):
+    tokenizer = tokenizer_of(llama, "chatml")
+    tokenizer.chat_template = ASKED_OTHERWISE
+    encoded = encode(row(), tokenizer)
+    call, answer = stretches(encoded.samples, tokenizer)
+    assert (len(encoded.samples), encoded.ended) == (2, 0)
+    assert (call[-20:], answer) == ("</tool_call><|call|>", "Three metres.<|im_end|>")
+    assert "<note>\n<tool_call>" in tokenizer.decode(encoded.samples[0].ids)
+    tokenizer.chat_template = ASKED_OTHERWISE.replace(
+        "f.arguments | tojson", "f.arguments | tojson | replace('<b>', '')"
+    )
+    with pytest.raises(DataError, match="leaves out a part of the calls in message 2: 'the "):
+        encode(row(), tokenizer)
+
+
+def test_where_all_is_learned_a_call_without_weight_is_not_lost_either(llama):
+    tokenizer = tokenizer_of(llama, "chatml")
+    tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments | tojson | replace('<b>', '')")
+    example = row()
+    example["messages"][1]["weight"] = 0
+    with pytest.raises(DataError, match="leaves out a part of the calls in message 2: 'the "):
+        encode(example, tokenizer, loss_on="all")
+
+
+def test_every_tool_has_to_be_there(llama):
+    tokenizer = tokenizer_of(llama, "chatml")
+    example = row(tools=(TOOL, {"name": "width"}))
+    assert encode(example, tokenizer)
+    tokenizer.chat_template = CHATML.replace("for t in tools", "for t in tools[:1]")
+    with pytest.raises(DataError, match="leaves out the tool width"):
+        encode(example, tokenizer)
 
 
 def test_calls_at_once_are_all_learned_and_lists_in_arguments_too(llama):
