@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from adaptkit.checkpoint.chat_template import HINT
 from adaptkit.errors import DataError
 
 Tools = tuple[Mapping[str, Any], ...]
@@ -142,7 +143,7 @@ class ToolForm:
         """What the template loses of a conversation, whatever its words are; None if nothing."""
         for kind in sorted(_kinds(messages, tools)):
             if self._loses(kind):
-                return DataError(f"the chat template loses {kind}", hint=f"leave such conversations out, or {_HINT}")
+                return DataError(f"the chat template loses {kind}", hint=f"leave such conversations out, or {HINT}")
         return None
 
     def _is_taken(self, form: tuple[bool, str | None]) -> bool:
@@ -201,7 +202,6 @@ _NUMBERS, _TRUTHS, _NOTHING = (
     "arguments that are null",
 )
 _KINDS = {str: "", int: _NUMBERS, float: _NUMBERS, bool: _TRUTHS, type(None): _NOTHING}
-_HINT = "give the model another chat template"
 _GIVEN_BACK = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
 _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _TOOLS: ([], ({"type": "function", "function": _TOOL},), ("probe0",)),

@@ -13,9 +13,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adaptkit.checkpoint.chat_template import HINT
 from adaptkit.checkpoint.thoughts import Message, words_of
-from adaptkit.checkpoint.tool_calls import CALLS, Tools, end_of_words, is_written, missing_in, names_of
+from adaptkit.checkpoint.tool_calls import CALLS, end_of_words, is_written
 from adaptkit.errors import DataError
+from adaptkit.training.data.written import check_calls, lines, missing
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _HALF_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
@@ -23,10 +25,6 @@ _LEADING_TAGS = re.compile(rf"(?:\s|{_TAG.pattern})*")
 _LAST_TAG = re.compile(rf"({_TAG.pattern})\s*$")
 _OF_THOUGHTS = re.compile(r"think|thought|reason|channel")
 _CLOSES = re.compile(r"/|end|^<[^|].*\|>$", re.IGNORECASE)
-_BETWEEN_LINES = re.compile(r"\n|</?think>")
-_SWITCH = re.compile(r"(?<!\S)/\w+")
-"""Some templates take ``/no_think`` out of a message, and do as it says."""
-_HINT = "give the model another chat template"
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> End
         return Ends(said, said, len(text) - closing[1])
     if CALLS in message:
         return Ends(end_of_words(message[CALLS], text), len(text.rstrip()), len(text))
-    last = _lines(words_of(message))[-1]
+    last = lines(words_of(message))[-1]
     at = text.rfind(last)
     said = len(text) if at < 0 else at + len(last)
     return Ends(said, said, len(text))
@@ -101,9 +99,9 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
         raise DataError("the assistant speaks first", hint="begin with a user's message")
     content, opened = words_of(messages[turn]), _LAST_TAG.search(before)
     said = content.removeprefix(opened[1]) if opened else content  # a thought's mark that the prompt has already
-    if not through.startswith(before) or _missing(said, through[len(before) : ends.said]):
+    if not through.startswith(before) or missing(said, through[len(before) : ends.said]):
         return None
-    _check_calls(messages, turn, through[len(before) : ends.said])
+    check_calls(messages, turn, through[len(before) : ends.said])
     _check_thoughts(before, through[len(before) : ends.said], messages, turn)
     said_to = len(through[: ends.said].rstrip()) if content else ends.said
     return Answer(len(before), min(ends.words, said_to), said_to, ends.turn)
@@ -149,27 +147,27 @@ def answer_as_asked(
     same = shared(asked, answered)
     same -= len(half.group()) if (half := _HALF_TAG.search(asked[:same])) else 0
     opening = asked[same:]
-    is_there = not _missing(question, asked[:same]) or is_written(question, asked[:same])
+    is_there = not missing(question, asked[:same]) or is_written(question, asked[:same])
     is_asked_alike = before.endswith(opening) and is_there
     if not is_asked_alike or messages[turn - 1]["role"] == "assistant":
         raise DataError(
             f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
             "cannot be told from the others",
-            _HINT,
+            HINT,
         )
     if opening.strip() and not _TAG.search(opening):
         raise _otherwise(opening, turn, True)
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
-    last = len(answered) - ends.words - len(closing)  # characters of a call's marks
-    missing = _missing(content, said)
-    if mark and content.startswith(mark) and said.rstrip().endswith(_lines(content)[-1]):  # it leaves thoughts out
-        said, missing = content[len(mark) :].lstrip(), ""
-    if missing:
+    marks = ends.said - ends.words  # of a call, after its last word
+    lost = missing(content, said)
+    if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # it leaves thoughts out
+        said, lost = content[len(mark) :].lstrip(), ""
+    if lost:
         raise DataError(
-            f"the chat template leaves out a part of message {turn + 1}: {missing[:60]!r}",
-            f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {_HINT}",
+            f"the chat template leaves out a part of message {turn + 1}: {lost[:60]!r}",
+            f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {HINT}",
         )
-    _check_calls(messages, turn, said)
+    check_calls(messages, turn, said)
     lead = _lead(said, content)
     if lead.strip() and mark.endswith(lead.strip()):  # both end the thought
         said = said[len(lead) :]
@@ -177,65 +175,13 @@ def answer_as_asked(
     kept = len(said.rstrip()) if content else len(said)
     start = len(before)
     end = start + len(said) + ends.turn - ends.said
-    return before + said + closing, Answer(start, start + min(kept, len(said) - last), start + kept, end)
-
-
-def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> None:
-    """Refuse a text that lacks what the user, the system or a tool says, or which tools there are.
-
-    Raises:
-        DataError: some templates leave the system's message out, or text that is not in a list of parts; many know of
-            no tools.
-    """
-    for number, message in enumerate(messages, 1):
-        said, role = message["content"], message["role"]
-        if role != "assistant" and not _is_in(said, text) and not (role == "tool" and is_written(said, text)):
-            raise DataError(
-                f"the chat template leaves out message {number}, which is the {role}'s",
-                "move it into a message that the template writes, or give the model another chat template",
-            )
-    for name in names_of(tools):
-        if name not in text:
-            raise DataError(f"the chat template leaves out the tool {name}", f"leave tools out of the data, or {_HINT}")
-
-
-def check_answers(messages: Sequence[Message], text: str) -> None:
-    """Refuse a text that lacks what the assistant says.
-
-    Raises:
-        DataError: many templates leave the thoughts of earlier answers out.
-    """
-    at = 0
-    for number, message in enumerate(messages, 1):
-        if message["role"] != "assistant":
-            continue
-        at, missing = _search(words_of(message), text, at)
-        if missing:
-            raise DataError(
-                f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
-                f"learn the answers alone, each as the model is asked for it: loss_on: answers; or {_HINT}",
-            )
-        _check_calls(messages, number - 1, text[at:])
+    return before + said + closing, Answer(start, start + min(kept, len(said) - marks), start + kept, end)
 
 
 def shared(text: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
-
-
-def _check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
-    """Refuse an answer that lacks a part of its calls.
-
-    Raises:
-        DataError: many templates know of none, or of one at a time.
-    """
-    missing = missing_in(messages[turn].get(CALLS, ()), said)
-    if missing:
-        raise DataError(
-            f"the chat template leaves out a part of the calls in message {turn + 1}: {missing[:60]!r}",
-            f"leave such conversations out, or {_HINT}",
-        )
 
 
 def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: int) -> None:
@@ -251,7 +197,7 @@ def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: i
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
         raise DataError(
             f"the chat template writes a thought of its own before those of message {turn + 1}",
-            f"leave thoughts out of the data, or {_HINT}",
+            f"leave thoughts out of the data, or {HINT}",
         )
     last = _LAST_TAG.search(before)
     kind = _kind(last[1]) if last else ""
@@ -294,32 +240,3 @@ def _lead(said: str, content: str) -> str:
         return whole[: len(whole) - len(content)] if content else said
     found = _LEADING_TAGS.match(said)
     return found[0] if found else ""
-
-
-def _is_in(content: str, text: str) -> bool:
-    return not _missing(content, text) or (
-        _SWITCH.search(content) is not None and not _missing(_SWITCH.sub("\n", content), text)
-    )
-
-
-def _missing(content: str, text: str) -> str:
-    """The first line of a content that a text does not have after the others; empty if all are there."""
-    return _search(content, text, 0)[1]
-
-
-def _search(content: str, text: str, at: int) -> tuple[int, str]:
-    """Where a content ends in a text, looked for from a place on; and the first line that is not there, or nothing."""
-    content = content.strip()
-    found = text.find(content, at)
-    if found >= 0:
-        return found + len(content), ""
-    for line in _lines(content):
-        found = text.find(line, at)
-        if found < 0:
-            return at, line
-        at = found + len(line)
-    return at, ""
-
-
-def _lines(content: str) -> list[str]:
-    return [line for part in _BETWEEN_LINES.split(content) if (line := part.strip())] or [content]

@@ -21,13 +21,12 @@ from adaptkit.training.data.answers import (
     Answer,
     alone_with,
     answer_as_asked,
-    check_answers,
-    check_questions,
     ends_of,
     find_answer,
     shared,
 )
 from adaptkit.training.data.samples import IGNORED, Sample
+from adaptkit.training.data.written import check_answers, check_questions
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 """Ids, and where each begins and ends in the text."""

@@ -1,0 +1,100 @@
+"""Whether what a chat template makes of a conversation has every word of it: none may be lost on the way."""
+
+import re
+from collections.abc import Sequence
+
+from adaptkit.checkpoint.chat_template import HINT
+from adaptkit.checkpoint.thoughts import Message, words_of
+from adaptkit.checkpoint.tool_calls import CALLS, Tools, is_written, missing_in, names_of
+from adaptkit.errors import DataError
+
+_BETWEEN_LINES = re.compile(r"\n|</?think>")
+_SWITCH = re.compile(r"(?<!\S)/\w+")
+"""Some templates take ``/no_think`` out of a message, and do as it says."""
+
+
+def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Refuse a text that lacks what the user, the system or a tool says, or which tools there are.
+
+    Raises:
+        DataError: some templates leave the system's message out, or text that is not in a list of parts; many know of
+            no tools.
+    """
+    for number, message in enumerate(messages, 1):
+        said, role = message["content"], message["role"]
+        if role != "assistant" and not _is_in(said, text) and not (role == "tool" and is_written(said, text)):
+            raise DataError(
+                f"the chat template leaves out message {number}, which is the {role}'s",
+                "move it into a message that the template writes, or give the model another chat template",
+            )
+    for name in names_of(tools):
+        if name not in text:
+            raise DataError(f"the chat template leaves out the tool {name}", f"leave tools out of the data, or {HINT}")
+
+
+def check_answers(messages: Sequence[Message], text: str) -> None:
+    """Refuse a text that lacks what the assistant says.
+
+    Raises:
+        DataError: many templates leave the thoughts of earlier answers out.
+    """
+    at = 0
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant":
+            continue
+        at, missing = _search(words_of(message), text, at)
+        if missing:
+            raise DataError(
+                f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
+                f"learn the answers alone, each as the model is asked for it: loss_on: answers; or {HINT}",
+            )
+        check_calls(messages, number - 1, text[at:])
+
+
+def check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
+    """Refuse an answer that lacks a part of its calls.
+
+    Args:
+        messages: of the conversation.
+        turn: of the answer.
+        said: what the template makes of it.
+
+    Raises:
+        DataError: many templates know of none, or of one at a time.
+    """
+    missing = missing_in(messages[turn].get(CALLS, ()), said)
+    if missing:
+        raise DataError(
+            f"the chat template leaves out a part of the calls in message {turn + 1}: {missing[:60]!r}",
+            f"leave such conversations out, or {HINT}",
+        )
+
+
+def _is_in(content: str, text: str) -> bool:
+    return not missing(content, text) or (
+        _SWITCH.search(content) is not None and not missing(_SWITCH.sub("\n", content), text)
+    )
+
+
+def missing(content: str, text: str) -> str:
+    """The first line of a content that a text does not have after the others; empty if all are there."""
+    return _search(content, text, 0)[1]
+
+
+def _search(content: str, text: str, at: int) -> tuple[int, str]:
+    """Where a content ends in a text, looked for from a place on; and the first line that is not there, or nothing."""
+    content = content.strip()
+    found = text.find(content, at)
+    if found >= 0:
+        return found + len(content), ""
+    for line in lines(content):
+        found = text.find(line, at)
+        if found < 0:
+            return at, line
+        at = found + len(line)
+    return at, ""
+
+
+def lines(content: str) -> list[str]:
+    """The lines of a content that hold something, thoughts' marks aside; at least one."""
+    return [line for part in _BETWEEN_LINES.split(content) if (line := part.strip())] or [content]
