@@ -22,26 +22,25 @@ _OURS = {
 
 
 def read_template(path: Path) -> str:
-    """Read a file that is a chat template.
+    """Read a file that holds a chat template; see ``check_template``.
 
     Raises:
         CheckpointError: it is absent, or no regular file.
-        DataError: it is no text, or no Jinja template.
+        DataError: it is no text.
     """
     try:
-        text = read_small(path).decode("utf-8-sig")  # the mark of some editors is no part of a conversation
+        return read_small(path).decode("utf-8-sig")  # the mark of some editors is no part of a conversation
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8", hint="a chat template is a text file in Jinja") from error
-    return check_template(text, path)
 
 
-def check_template(text: str, path: Path) -> str:
+def check_template(text: str, where: str) -> str:
     """The text, if it is a chat template.
 
     Raises:
         DataError: it is not.
     """
-    _variables_in(text, f"{path}: is no chat template")
+    _variables_in(text, f"{where}: is no chat template")
     return text
 
 

@@ -13,7 +13,6 @@
 A row has to be of exactly one layout, unless one is asked for by name.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +25,7 @@ from adaptkit.checkpoint.thoughts import FIELD, NAMES, ThoughtFields, read_thoug
 from adaptkit.checkpoint.thoughts import Message as Message
 from adaptkit.checkpoint.tool_calls import CALLS, ToolForm, calls_in, read_calls, read_given, read_tools
 from adaptkit.checkpoint.tool_calls import Tools as Tools
+from adaptkit.checkpoint.tool_calls import is_text as is_text
 from adaptkit.errors import DataError
 
 LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
@@ -38,7 +38,6 @@ _ROLES = {
     **{"function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"},
 }
 _KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -169,11 +168,6 @@ def _forms_of(tokenizer: Any) -> _Forms:
 
 
 _known_forms: dict[str, _Forms] = {}
-
-
-def is_text(value: Any) -> bool:
-    """Whether this is a string that tokenizers take: JSON's escapes can write half a character."""
-    return isinstance(value, str) and _HALF.search(value) is None
 
 
 @dataclass(frozen=True)

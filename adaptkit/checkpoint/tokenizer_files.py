@@ -1,6 +1,7 @@
 """Which small files say how a model is asked, and the tokenizer that they make, those beside an adapter included."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.chat_template import TEMPLATE_NAME, check_template, read_template
 from adaptkit.checkpoint.layout import read_json, side_files
 
-TEMPLATES = {TEMPLATE_NAME, "chat_template.json"}
+TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
+_WITHIN_JSON, _MORE = "chat_template.json", "additional_chat_templates"
+TEMPLATES = {TEMPLATE_NAME, _WITHIN_JSON}
 """Files that hold a chat template and nothing else."""
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
 TOKENIZER = {
     *VOCABULARIES,
     *TEMPLATES,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
@@ -26,22 +29,41 @@ def brings_tokenizer(folder: Path) -> bool:
     return not VOCABULARIES.isdisjoint(path.name for path in side_files(folder))
 
 
+def templates_in(
+    folder: Path,
+    read_object: Callable[[Path], Mapping[str, Any] | None] = read_json,
+    read_text: Callable[[Path], str] = read_template,
+) -> dict[str, tuple[str, str]]:
+    """The chat templates in a folder, by name: the file, and the text. What a later file says goes before an earlier.
+
+    Args:
+        folder: of a checkpoint, a tokenizer or an adapter.
+        read_object: a JSON file; None where it cannot be read as one.
+        read_text: a template's file.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for path in (folder / TOKENIZER_CONFIG, folder / _WITHIN_JSON):
+        kept = (read_object(path) or {}).get(TEMPLATE_KEY) if path.is_file() else None
+        if isinstance(kept, list) and all(isinstance(entry, dict) for entry in kept):
+            found |= {str(entry.get("name")): (path.name, str(entry.get("template"))) for entry in kept}
+        elif kept is not None:
+            found["default"] = (path.name, kept if isinstance(kept, str) else json.dumps(kept))
+    path = folder / TEMPLATE_NAME
+    if path.is_file() or path.is_symlink():  # one that leads nowhere is told
+        found["default"] = (TEMPLATE_NAME, read_text(path))
+    for path in sorted((folder / _MORE).glob("*.jinja")):
+        found[path.stem] = (f"{_MORE}/{path.name}", read_text(path))
+    return found
+
+
 def template_beside(folder: Path) -> str | None:
     """The chat template that lies in an adapter's folder, which it was trained with; None if there is none.
 
     Raises:
         CheckpointError, DataError: one cannot be read.
     """
-    path = folder / TEMPLATE_NAME
-    if path.is_file() or path.is_symlink():
-        return read_template(path)
-    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        kept = read_json(path).get("chat_template") if path.is_file() else None
-        if isinstance(kept, list):  # by name
-            kept = next((entry.get("template") for entry in kept if entry.get("name") == "default"), None)
-        if kept is not None:
-            return check_template(kept if isinstance(kept, str) else json.dumps(kept), path)
-    return None
+    found = templates_in(folder).get("default")
+    return found and found[1]
 
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
@@ -60,5 +82,5 @@ def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
     tokenizer = load_tokenizer(adapter if brings_tokenizer(adapter) else base)
     template = template_beside(adapter)
     if template is not None:
-        tokenizer.chat_template = template
+        tokenizer.chat_template = check_template(template, str(adapter))
     return tokenizer

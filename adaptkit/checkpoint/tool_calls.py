@@ -10,6 +10,7 @@ The assistant learns to make the calls; what tools give is read, as a question i
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ CALLS = "tool_calls"
 _GIVEN = ("name", "tool_call_id")
 """What a tool's message has beside its content."""
 _DEEPEST = 64
+_HALF = re.compile("[\ud800-\udfff]")
 _FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True, ""), (True, None))
 """Whether arguments are text, and what no content is; transformers (5.24) leaves out what is None."""
 
@@ -85,6 +87,11 @@ def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, s
     others = {name: message[name] for name in _GIVEN if isinstance(message.get(name), str)}
     _check([content, others], where)
     return (_json(content) if isinstance(content, dict | list) else content), others
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is a string that tokenizers take: JSON's escapes can write half a character."""
+    return isinstance(value, str) and _HALF.search(value) is None
 
 
 def names_of(tools: Tools) -> list[str]:
@@ -273,7 +280,7 @@ def _check(value: Any, what: str, depth: int = 0) -> None:
         for inner in (*value, *(value.values() if isinstance(value, dict) else ())):
             _check(inner, what, depth + 1)
     elif isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_text(value):
             raise DataError(f"{what}: half a character is no text", hint="JSON writes whole ones, or pairs of halves")
     elif type(value) not in _KINDS or (isinstance(value, float) and not math.isfinite(value)):
         raise DataError(f"{what}: {value!r} is nothing that JSON has", hint="write it as text")

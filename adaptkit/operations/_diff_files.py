@@ -12,13 +12,10 @@ from typing import Any
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, side_files
+from adaptkit.checkpoint.tokenizer_files import TEMPLATE_KEY, TEMPLATES, TOKENIZER_CONFIG, templates_in
 from adaptkit.errors import CheckpointError, IntegrityError
 
 TOKENIZER_NAME = "tokenizer.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_TEMPLATE_KEY = "chat_template"
-_TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")  # what a later one says goes before an earlier one
-_MORE_TEMPLATES = "additional_chat_templates"
 FOLDERS = ("adaptkit-adapters", "adaptkit-undo")
 """Of ``checkpoint.undo``, which brings a compiler that nothing here needs."""
 _MOST_KEYED_BYTES = 4 << 20
@@ -98,16 +95,16 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
     they are kept.
     """
     found = [_beside(root) for root in (first, second)]
-    templates = _differ_in_templates(_templates(first), _templates(second))
+    templates = _differ_in_templates(*(templates_in(root, _document, _text) for root in (first, second)))
     values: list[ValueDifference] = []
     files: list[FileDifference] = []
-    for name in sorted({*found[0], *found[1]} - set(_TEMPLATE_FILES)):
+    for name in sorted({*found[0], *found[1]} - TEMPLATES):
         one, two = (paths.get(name) for paths in found)
         digests = [None if path is None else _sha256(path) for path in (one, two)]
         if digests[0] == digests[1]:
             continue
         documents = [None if path is None else _document(path) for path in (one, two)]
-        if name == _TOKENIZER_CONFIG and documents[0] and documents[1]:
+        if name == TOKENIZER_CONFIG and documents[0] and documents[1]:
             documents = _without_templates(documents[0], documents[1], told=bool(templates))
         if documents[0] is not None and documents[0] == documents[1]:
             continue  # they are written in different ways
@@ -133,8 +130,8 @@ def _differ_in_documents(
 
 def _without_templates(first: dict[str, Any], second: dict[str, Any], told: bool) -> list[dict[str, Any] | None]:
     """Leave chat templates to their own comparison, unless a file of their own hides them on both sides."""
-    hidden = not told and _TEMPLATE_KEY in first and _TEMPLATE_KEY in second
-    return [{k: v for k, v in document.items() if hidden or k != _TEMPLATE_KEY} for document in (first, second)]
+    hidden = not told and TEMPLATE_KEY in first and TEMPLATE_KEY in second
+    return [{k: v for k, v in document.items() if hidden or k != TEMPLATE_KEY} for document in (first, second)]
 
 
 def _beside(root: Path) -> dict[str, Path]:
@@ -218,23 +215,6 @@ def _counted(mine: Any, other: Any) -> str:
 def _entries(part: Any) -> set[str]:
     items = part.items() if isinstance(part, dict) else part if isinstance(part, list) else ()
     return set(map(repr, items))
-
-
-def _templates(root: Path) -> dict[str, tuple[str, str]]:
-    """Chat templates by name: the file, and the text."""
-    found: dict[str, tuple[str, str]] = {}
-    for file in (_TOKENIZER_CONFIG, _TEMPLATE_FILES[0]):
-        document = _document(root / file) if (root / file).is_file() else None
-        kept = (document or {}).get(_TEMPLATE_KEY)
-        if isinstance(kept, list) and all(isinstance(entry, dict) for entry in kept):
-            found |= {str(entry.get("name")): (file, str(entry.get("template"))) for entry in kept}
-        elif kept is not None:
-            found["default"] = (file, kept if isinstance(kept, str) else json.dumps(kept))
-    if (root / _TEMPLATE_FILES[1]).is_file():
-        found["default"] = (_TEMPLATE_FILES[1], _text(root / _TEMPLATE_FILES[1]))
-    for path in sorted((root / _MORE_TEMPLATES).glob("*.jinja")):
-        found[path.stem] = (f"{_MORE_TEMPLATES}/{path.name}", _text(path))
-    return found
 
 
 def _text(path: Path) -> str:

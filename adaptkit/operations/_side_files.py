@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from adaptkit.checkpoint.chat_template import TEMPLATE_NAME
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, read_json, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.tokenizer_files import TEMPLATES, TOKENIZER, VOCABULARIES, template_beside
+from adaptkit.checkpoint.tokenizer_files import TEMPLATES, TOKENIZER, TOKENIZER_CONFIG, VOCABULARIES, template_beside
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._carried import tokenizer_files
 from adaptkit.operations._edits import Edits
@@ -70,20 +70,23 @@ def plan_side_files(
             del files.contents[name]
         files.told.append(f"tokenizer: the one of {min(str(adapter.root) for _, adapter in brought.values())}")
         files.contents |= {name: content for name, (content, _) in brought.items()}
-    elif (template := _template(brought.values())) is not None:
+    elif templates := _templates(brought):
         files.told.append("chat template: the adapter's")
         for name in TEMPLATES & set(files.contents):
             del files.contents[name]
-        files.contents[TEMPLATE_NAME] = template.encode()
+        files.contents |= templates
     files.lost = {name: content for name, content in before.items() if files.contents.get(name) != content}
     files.added = sorted(set(files.contents) - set(before))
     return files
 
 
-def _template(brought: Iterable[tuple[bytes, Adapter]]) -> str | None:
-    """The chat template of adapters that bring no tokenizer; some have it in a ``tokenizer_config.json`` alone."""
-    found = (template_beside(adapter.root) for _, adapter in brought)
-    return next((template for template in found if template is not None), None)
+def _templates(brought: Mapping[str, tuple[bytes, Adapter]]) -> dict[str, bytes]:
+    """The chat template of adapters that bring no tokenizer, by name of its file; some have it in a configuration."""
+    found = {name: content for name, (content, _) in brought.items() if name in TEMPLATES}
+    if not found and TOKENIZER_CONFIG in brought:
+        template = template_beside(brought[TOKENIZER_CONFIG][1].root)
+        found = {} if template is None else {TEMPLATE_NAME: template.encode()}
+    return found
 
 
 def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: int) -> bytes | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.chat_template import TEMPLATE_NAME, read_template, set_template_kwargs
+from adaptkit.checkpoint.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import check_output
@@ -165,7 +165,7 @@ def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | N
     base = Path(config.base)
     tokenizer = load_tokenizer_of(base, start.root if start else None)
     if config.chat_template is not None:
-        tokenizer.chat_template = read_template(Path(config.chat_template))
+        tokenizer.chat_template = check_template(read_template(Path(config.chat_template)), config.chat_template)
     is_given = config.chat_template is not None or start is not None
     own = load_tokenizer(base).chat_template if is_given else tokenizer.chat_template
     return tokenizer, None if tokenizer.chat_template in (own, None) else str(tokenizer.chat_template)

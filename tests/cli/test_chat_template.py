@@ -179,6 +179,22 @@ def test_a_template_in_a_tokenizers_configuration_counts_everywhere(
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == TEMPLATE
 
 
+def test_merge_keeps_a_template_as_it_is_and_whoever_asks_refuses_one_that_is_none(
+    run_cli, untemplated, rows, trained, tmp_path
+):
+    (trained / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{% broken")
+    asked = run_cli("evaluate", "--base", untemplated, "--adapter", trained, "--data", rows, "--device", "cpu")
+    assert (asked.code, "is no chat template (line 1: " in asked.stderr) == (5, True)
+    assert run_cli("merge", untemplated, trained, "-o", tmp_path / "m").code == 0
+    assert (tmp_path / "m/chat_template.jinja").read_bytes() == b"\xef\xbb\xbf{% broken"
+
+
+def test_a_list_of_what_are_no_templates_is_refused_by_who_asks(run_cli, untemplated, rows, trained):
+    (trained / "tokenizer_config.json").write_text('{"chat_template": ["{% for"]}')
+    asked = run_cli("evaluate", "--base", untemplated, "--adapter", trained, "--data", rows, "--device", "cpu")
+    assert (asked.code, "is no chat template" in asked.stderr) == (5, True)
+
+
 def test_a_tokenizer_beside_an_adapter_is_the_one_that_counts(run_cli, untemplated, rows, trained, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(untemplated)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[user]"]})  # one token, where the base's has several

@@ -17,7 +17,7 @@ JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
     # names of our own
     "checkpoint/journal.py": {"self.folder / self._journal"},
-    "operations/_diff_files.py": {"root / name", "root / file", "root / _TEMPLATE_FILES[1]"},
+    "operations/_diff_files.py": {"root / name"},
     "operations/_gradients.py": {"self._folder / f'{index}-{batch}'"},
     "operations/_merged.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
     "operations/_merging.py": {"adapter.root / name"},
