@@ -39,8 +39,15 @@ if _features is not None and (numba.config.CPU_NAME or numba.config.CPU_FEATURES
         hint="set NUMBA_CPU_NAME, NUMBA_CPU_FEATURES or NUMBA_ENABLE_AVX in the environment instead",
     )
 
-_OPTIONS = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Of all kernels: no exceptions for a division by zero, no memory that is counted, no doors to Python."""
+_OPTIONS = {
+    **{"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True},
+    **{"fastmath": False, "forceinline": False},
+}
+"""Of all kernels: no exceptions for a division by zero, no memory that is counted, no doors to Python.
+
+And nothing of whoever happens to have a function compiled first: what is not said, numba takes from the caller, and a
+sum that may be reordered would have the exponential in it reordered for everybody, in that process alone.
+"""
 
 _FROM_OUTSIDE = {"memcpy", "memmove", "memset", "sqrt", "sqrtf", "log", "logf"}
 """Functions of the C library, which every process has."""
@@ -84,7 +91,7 @@ def _emit(module: Any, library: Any) -> bytes:
 def _dispatcher(kernel: Kernel) -> Any:
     """What numba has for a kernel."""
     if "dispatcher" not in vars(kernel):
-        vars(kernel)["dispatcher"] = numba.njit(**_OPTIONS, **kernel.options)(kernel.function)
+        vars(kernel)["dispatcher"] = numba.njit(**{**_OPTIONS, **kernel.options})(kernel.function)
     return vars(kernel)["dispatcher"]
 
 

@@ -212,6 +212,36 @@ def install_another(package):
     called.write_text(called.read_text().replace(as_it_is, as_it_is.replace("(number)", "(number * 2)")))
 
 
+GATES = """
+import hashlib
+import sys
+import numpy as np
+from adaptkit.numerics.kernels import _cpu_attention, _cpu_layers
+def attend():
+    scores, room = np.ones((1, 2, 8), np.uint16), np.zeros(8, np.float32)
+    span = np.zeros(2, np.int32), np.full(2, 8, np.int32)
+    _cpu_attention.softmax_block(scores, *span, np.float32(1), np.zeros((1, 2), np.float32), room)
+def gates():
+    gate, up, grad = np.random.default_rng(0).normal(size=(3, 1 << 16)).astype(np.float32)
+    bits = [side.view(np.uint32) for side in (gate, up, grad, np.zeros_like(gate), np.zeros_like(gate))]
+    _cpu_layers.gate_backward(*bits)
+    return hashlib.sha256(bits[3].tobytes() + bits[4].tobytes()).hexdigest()
+if sys.argv[1] == "after":
+    attend()
+print(gates(), "compiled" if "numba" in sys.modules else "kept")
+"""
+
+
+def test_the_bits_of_a_kernel_do_not_depend_on_what_was_compiled_before_it(package):
+    """Of sums that may be reordered, say, which call what it calls."""
+    found = []
+    for order in ("alone", "after"):
+        shutil.rmtree(package / "adaptkit/numerics/kernels/__pycache__", ignore_errors=True)
+        found.append(decode(package, f"import sys; sys.argv = ['', '{order}']" + GATES))
+    assert found[0] == found[1]
+    assert found[0].endswith(" compiled")
+
+
 def test_a_process_that_outlives_an_installation_keeps_no_kernel_for_the_new_version(package):
     with process_before(package) as said:
         install_another(package)
