@@ -6,6 +6,9 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.inputs import read_inputs
+
 TEMPLATE = """{% for message in messages %}[{{ message.role }}] {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
 ROWS = [
@@ -87,16 +90,27 @@ def test_a_checkpoint_that_is_trained_whole_has_it_instead_of_the_bases(run_cli,
     assert run_cli("verify", rows.parent / "full").code == 0
 
 
-def test_a_run_does_not_go_on_with_another(run_cli, untemplated, rows, tmp_path):
-    mine = tmp_path / "mine.jinja"
-    partial = tmp_path / "a.partial"
-    assert run_cli(*train(untemplated, rows, "a", "--chat-template", mine)).code == 0
-    (tmp_path / "a").rename(partial)  # as if it had been stopped before the end
-    (partial / "adaptkit-manifest.json").unlink()
-    other = tmp_path / "other.jinja"
+def test_a_run_does_not_go_on_with_another(untemplated, rows, tmp_path):
+    """Even if it makes the same samples: the result has it."""
+    other, same = tmp_path / "other.jinja", tmp_path / "same.jinja"
     other.write_text(TEMPLATE + "{# the same samples #}")
-    refused = run_cli(*train(untemplated, rows, "a", "--chat-template", other))
-    assert refused.code == 8, refused.stderr
+    same.write_text(TEMPLATE)
+    found = [
+        read_inputs(
+            TrainConfig(str(untemplated), (str(rows),), chat_template=str(path), device="cpu"), None, False
+        ).identity()
+        for path in (tmp_path / "mine.jinja", same, other)
+    ]
+    assert found[0] == found[1]
+    assert [name for name in found[0] if found[0][name] != found[2][name]] == ["chat_template"]
+
+
+def test_a_file_that_held_the_bases_template_is_not_left_beside_another(run_cli, untemplated, rows, tmp_path):
+    (untemplated / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    given = train(untemplated, rows, "full", "--method", "full", "--chat-template", tmp_path / "mine.jinja")
+    assert run_cli(*given).code == 0
+    assert not (tmp_path / "full/chat_template.json").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template == TEMPLATE
 
 
 def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run_cli, untemplated, rows, tmp_path):
