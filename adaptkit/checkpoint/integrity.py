@@ -59,18 +59,23 @@ def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: P
 def check_names(root: Path, manifest: Manifest) -> None:
     """Compare the set of files.
 
-    The manifest's signature, which it cannot name, and a ``.cache`` folder, which download tools leave behind, do not
-    count.
-
     Raises:
-        IntegrityError: a file is missing, or not in the manifest.
+        IntegrityError: a file is missing, or not in the manifest; see ``present_names``.
     """
-    present = {found.relative_to(root).as_posix() for found in _files(root)}
-    listed = {record.path for record in manifest.files}
+    present, listed = present_names(root), {record.path for record in manifest.files}
     extra, missing = sorted(present - listed), sorted(listed - present)
     if extra or missing:
         told = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
         raise IntegrityError(f"{root}: {'; '.join(told[:5])}", hint=_AGAIN)
+
+
+def present_names(root: Path) -> set[str]:
+    """Files below the folder, relative to it.
+
+    The manifest's signature, which it cannot name, and a ``.cache`` folder, which download tools leave behind, do not
+    count.
+    """
+    return {found.relative_to(root).as_posix() for found in _files(root)}
 
 
 def file_problem(root: Path, record: FileRecord) -> str:

@@ -17,26 +17,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, is_aside, marks, remove
+from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, marks, remove
 from adaptkit.checkpoint._journal_file import Finished, Journal, read_journal
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
+from adaptkit.checkpoint.place import check_output, partial_folder, replaced_folder
 from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, make_folder, sync_folder, write_file
-from adaptkit.errors import ConflictError, OutputExistsError, UsageError
+from adaptkit.errors import ConflictError, UsageError
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
 SCRATCH_PREFIX = "adaptkit-scratch-"
 """Begins the names of files that a run works with, and that are no part of what it makes."""
-_PARTIAL, _REPLACED = ".partial", ".replaced"
-_LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 class Output:
@@ -192,7 +191,7 @@ class Output:
         for path in (self.folder, *(found for found in self.folder.rglob("*") if found.is_dir())):
             sync_folder(path)
         check_output(self.final, self._force)
-        replaced = _replaced(self.final)
+        replaced = replaced_folder(self.final)
         if self.final.exists():
             if replaced.exists():  # left by a run that was killed here
                 remove(replaced)
@@ -271,50 +270,3 @@ class Output:
                 hint="run it with the same options to go on, or begin anew with --force",
             )
         clear(self.folder)
-
-
-def partial_folder(final: Path) -> Path:
-    """Where an output is written before it appears, and lies when that was cut off."""
-    return final.with_name(final.name + _PARTIAL)
-
-
-def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output that exists, unless it may be replaced, and one that would replace or change an input.
-
-    Raises:
-        OutputExistsError: it exists and is not to be, or must not be, replaced.
-        ConflictError: a foreign folder lies where the old output would be put aside.
-        UsageError: the name is one that unfinished work has, too long, or none; or the output is, holds, or is in an
-            input.
-    """
-    if final.name in ("", ".."):
-        raise UsageError(f"{final}: has no name of its own", hint="name the folder to make: -o out")
-    if len(os.fsencode(_replaced(final).name)) > _LONGEST_NAME:
-        raise UsageError(f"{final}: the name is too long", hint="name a folder whose name is shorter")
-    if os.path.lexists(final) and not force:
-        raise OutputExistsError(f"{final}: exists already", hint="choose another -o, or replace it with --force")
-    whole = Path(os.path.realpath(final))
-    for path in inputs:
-        source = Path(os.path.realpath(path))
-        for work in (partial_folder(whole), _replaced(whole)):
-            if source.is_relative_to(work):
-                raise UsageError(
-                    f"{final}: its unfinished work would take the place of {path}", hint="choose another -o"
-                )
-        inside = whole != source and whole.is_relative_to(source)
-        if inside or (force and source.is_relative_to(whole)):
-            raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")
-    if final.name.endswith((_PARTIAL, _REPLACED)):
-        raise UsageError(
-            f"{final}: names in {_PARTIAL} and {_REPLACED} are for unfinished work", hint="choose another -o"
-        )
-    aside = _replaced(final)
-    if os.path.lexists(aside) and not is_aside(aside):
-        raise ConflictError(f"{aside}: is in the way and not adaptkit's", hint="move it, or choose another -o")
-    if os.path.lexists(final) and (final.is_symlink() or not (final / MANIFEST_NAME).is_file()):
-        raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it")
-
-
-def _replaced(final: Path) -> Path:
-    """Where an output that is being replaced waits until the new one is in its place."""
-    return final.with_name(final.name + _REPLACED)

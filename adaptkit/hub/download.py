@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from adaptkit.checkpoint.integrity import check_tensors
-from adaptkit.checkpoint.journal import JOURNAL_NAME, Output, check_output
+from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UnsafeInputError, UsageError

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
-from adaptkit.checkpoint.journal import Output, partial_folder
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, parent_of, read_manifest
+from adaptkit.checkpoint.place import partial_folder
 from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import AdaptkitError, UsageError
 from adaptkit.numerics.lora import LowRank

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import write_adapter
-from adaptkit.checkpoint.journal import Output, check_output
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.journal import check_output
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
-from adaptkit.checkpoint.journal import Output, check_output, partial_folder
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.part import Part
+from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, DataError, UsageError

@@ -8,8 +8,9 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.journal import Output, check_output
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest, parent_of
+from adaptkit.checkpoint.place import check_output
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd

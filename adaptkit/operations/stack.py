@@ -8,8 +8,9 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.journal import Output, check_output
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest, parent_of
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.discovery import load
 from adaptkit.errors import NonFiniteError, UsageError

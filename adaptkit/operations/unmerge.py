@@ -13,9 +13,10 @@ import xxhash
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.header import Header
-from adaptkit.checkpoint.journal import Output, check_output
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, parent_of
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter

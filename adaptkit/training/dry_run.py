@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.integrity import check_tensors
-from adaptkit.checkpoint.journal import partial_folder
+from adaptkit.checkpoint.place import partial_folder
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device

@@ -13,9 +13,9 @@ from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import file_problem
-from adaptkit.checkpoint.journal import check_output
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.text import check_known, check_prompt, known_tokens, longest_sequence
 from adaptkit.checkpoint.tokenizer_files import TOKENIZER, brings_tokenizer, load_tokenizer_of

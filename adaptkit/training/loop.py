@@ -16,8 +16,9 @@ from pathlib import Path
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
-from adaptkit.checkpoint.journal import Output, partial_folder
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
+from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from adaptkit.checkpoint.journal import JOURNAL_NAME, Output, check_output
+from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.part import Part
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
@@ -203,6 +205,52 @@ def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
             (final / "thesis.txt").write_text("mine")
     before = tree(tmp_path)
     with pytest.raises(OutputExistsError, match="adaptkit did not make this"):
+        make(final, force=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", "deeper/notes.txt", "link"])
+def test_force_removes_no_file_that_somebody_put_into_an_output(tmp_path, name):
+    final = tmp_path / "out"
+    make(final)
+    own = final / name
+    own.parent.mkdir(exist_ok=True)
+    if name == "link":
+        own.symlink_to(tmp_path)
+    else:
+        own.write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(OutputExistsError, match=f"did not make, so --force does not replace it: {re.escape(name)}$"):
+        make(final, force=True, plan=["other"])
+    assert tree(tmp_path) == before
+    own.unlink()
+    make(final, force=True, plan=["other"])
+    assert set(tree(tmp_path)) == {"out/a", "out/x.json", f"out/{MANIFEST_NAME}"}
+
+
+def test_a_file_that_is_put_into_an_output_meanwhile_is_left_alone(tmp_path):
+    final = tmp_path / "out"
+    make(final)
+
+    def race():
+        with Output(final, ["other"], force=True) as output:
+            add(output, "a", b"second")
+            (final / "notes.txt").write_text("mine")
+            publish(output)
+
+    with pytest.raises(OutputExistsError, match=r"notes\.txt"):
+        race()
+    assert (final / "notes.txt").read_text() == "mine"
+    assert (final / "a").read_bytes() == b"first"
+
+
+def test_force_replaces_no_folder_whose_manifest_cannot_be_read(tmp_path):
+    """Nobody can tell then which of its files are the user's."""
+    final = tmp_path / "out"
+    make(final)
+    (final / MANIFEST_NAME).write_text("{}")
+    before = tree(tmp_path)
+    with pytest.raises(OutputExistsError, match="nobody can tell which files"):
         make(final, force=True)
     assert tree(tmp_path) == before
 

@@ -1,0 +1,83 @@
+"""Where an output may be made, and what of that which lies there may go."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from adaptkit.checkpoint._clearing import is_aside
+from adaptkit.checkpoint.integrity import present_names
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.errors import ConflictError, IntegrityError, OutputExistsError, UsageError
+
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+_LONGEST_NAME = 255  # bytes, on every usual file system
+_NAMED = 3
+"""How many of a user's files are named that lie in an output."""
+
+
+def partial_folder(final: Path) -> Path:
+    """Where an output is written before it appears, and lies when that was cut off."""
+    return final.with_name(final.name + _PARTIAL)
+
+
+def replaced_folder(final: Path) -> Path:
+    """Where an output that is being replaced waits until the new one is in its place."""
+    return final.with_name(final.name + _REPLACED)
+
+
+def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output that exists, unless it may be replaced, and one that would replace or change an input.
+
+    Raises:
+        OutputExistsError: it exists and is not to be, or must not be, replaced: adaptkit did not make it, or somebody
+            put files of their own into it.
+        ConflictError: a foreign folder lies where the old output would be put aside.
+        UsageError: the name is one that unfinished work has, too long, or none; or the output is, holds, or is in an
+            input.
+    """
+    if final.name in ("", ".."):
+        raise UsageError(f"{final}: has no name of its own", hint="name the folder to make: -o out")
+    aside = replaced_folder(final)
+    if len(os.fsencode(aside.name)) > _LONGEST_NAME:
+        raise UsageError(f"{final}: the name is too long", hint="name a folder whose name is shorter")
+    if os.path.lexists(final) and not force:
+        raise OutputExistsError(f"{final}: exists already", hint="choose another -o, or replace it with --force")
+    whole = Path(os.path.realpath(final))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        for work in (partial_folder(whole), replaced_folder(whole)):
+            if source.is_relative_to(work):
+                raise UsageError(
+                    f"{final}: its unfinished work would take the place of {path}", hint="choose another -o"
+                )
+        inside = whole != source and whole.is_relative_to(source)
+        if inside or (force and source.is_relative_to(whole)):
+            raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")
+    if final.name.endswith((_PARTIAL, _REPLACED)):
+        raise UsageError(
+            f"{final}: names in {_PARTIAL} and {_REPLACED} are for unfinished work", hint="choose another -o"
+        )
+    if os.path.lexists(aside) and not is_aside(aside):
+        raise ConflictError(f"{aside}: is in the way and not adaptkit's", hint="move it, or choose another -o")
+    if os.path.lexists(final):
+        _check_replaceable(final)
+
+
+def _check_replaceable(final: Path) -> None:
+    if final.is_symlink() or not (final / MANIFEST_NAME).is_file():
+        raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it")
+    try:
+        manifest = require_manifest(final)
+    except IntegrityError as error:
+        raise OutputExistsError(
+            f"{final}: nobody can tell which files in it are adaptkit's, so --force does not replace it: {error}",
+            hint="move or delete it, or choose another -o",
+        ) from error
+    others = sorted(present_names(final) - {record.path for record in manifest.files})
+    if others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        raise OutputExistsError(
+            f"{final}: holds files that adaptkit did not make, so --force does not replace it: "
+            f"{', '.join(others[:_NAMED])}{more}",
+            hint="move them elsewhere, or choose another -o",
+        )
