@@ -44,7 +44,8 @@ def start_child(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess
 def _begin(connection: Connection, parent: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the parent may be killed, too
+    if sys.platform == "linux":  # elsewhere it ends when it finds that nobody reads what it says
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the parent may be killed, too
     if os.getppid() != parent:  # and was, before that
         os._exit(1)
     nowhere, kept = os.open(os.devnull, os.O_WRONLY), connection.fileno()

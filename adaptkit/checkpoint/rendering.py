@@ -47,6 +47,7 @@ _DIRECTIVES = (*"aAbBcCdDefFgGhHIjklmMnpPrRStTuUVwWxXyYzZ", *(f"-{letter}" for l
 _SECONDS = 10
 _IDLE_SECONDS = 10
 _MEMORY = 1 << 28
+_SIZE = Path("/proc/self/statm")
 _LONGEST_MESSAGE = 1000
 _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
 """Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
@@ -191,12 +192,20 @@ def _end_process() -> None:
     _process = None
 
 
-def _serve(connection: Connection, tokenizer: Any) -> None:
-    """In the process: one JSON document for each that is read."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+def _limit_memory() -> None:
+    """Allow this process so much more than it has; where the system can be told so, as Linux can."""
+    try:
+        pages = int(_SIZE.read_text().split()[0])
+    except FileNotFoundError:
+        return
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     allowed = pages * resource.getpagesize() + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (allowed if most < 0 else min(allowed, most), most))
+
+
+def _serve(connection: Connection, tokenizer: Any) -> None:
+    """In the process: one JSON document for each that is read."""
+    _limit_memory()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with contextlib.suppress(EOFError):  # whoever asks is gone
         while connection.poll(_IDLE_SECONDS):

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -17,7 +18,7 @@ from adaptkit.checkpoint.heap import keep_freed_memory
 from adaptkit.cli import commands
 from adaptkit.cli.output import silence
 from adaptkit.discovery import load, names
-from adaptkit.errors import DISK_HINTS, AdaptkitError
+from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.hub.secrets import redact
 
 INTERRUPTED = 130
@@ -44,6 +45,10 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in names(commands):
             return None
+        if find_spec("fcntl") is None:
+            raise UsageError(
+                "adaptkit runs on Linux and other POSIX systems, not on this one", hint="on Windows, run it in WSL"
+            )
         command: click.Command = load(commands, cmd_name, "command")
         command.name = cmd_name
         return command

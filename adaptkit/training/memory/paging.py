@@ -27,6 +27,8 @@ from torch import Tensor
 
 from adaptkit.checkpoint.writer import disk_errors
 
+_ZEROS = bytes(1 << 20)
+
 STREAMING = {"cpu": 1, "cuda": 3}
 """Streaming slots: on a GPU one is fetched, one updated and one written back at a time."""
 
@@ -162,6 +164,16 @@ class Pages:
         return self._host
 
 
+def _reserve(file: int, nbytes: int) -> None:
+    """Give a file its bytes now, so that no write in it can fail later on."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, nbytes)
+        return
+    with open(file, "r+b", closefd=False) as stream:  # macOS
+        for start in range(0, nbytes, len(_ZEROS)):
+            stream.write(_ZEROS[: nbytes - start])
+
+
 class _Host:
     """The host's side of every page.
 
@@ -176,7 +188,7 @@ class _Host:
             with disk_errors(path):
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 weakref.finalize(self, os.close, self._file)
-                os.posix_fallocate(self._file, 0, count * page_bytes)  # so that no write can fail later on
+                _reserve(self._file, count * page_bytes)
             return
         pages = torch.zeros(count * page_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._pages = pages.view(count, page_bytes)

@@ -1,0 +1,55 @@
+"""On a POSIX system that has less than Linux everything is done all the same; on one that is none, a line says so."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_LINUX = os.pathsep.join([str(ROOT / "fixtures" / "without_linux"), str(ROOT)])
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def chats(tmp_path):
+    turns = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}!"}] for n in range(6)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return path
+
+
+def test_the_bytes_are_those_of_linux_where_the_system_has_less(run_cli, llama, chats, tmp_path):
+    """From calibration to the merged model: with a template's process, pages on the disk, and all of the writers."""
+    pages = ["--optimizer-pages-mib", "0.05", "--page-kib", "4", "--device", "cpu"]
+    for where, environment in ("here", {"PYTHONPATH": str(ROOT)}), ("elsewhere", {"PYTHONPATH": WITHOUT_LINUX}):
+        (tmp_path / where).mkdir()
+        for command in (
+            ["quantize", llama, "-o", "base", "--calibrate", chats, "--format", "nf4"],
+            ["train", "--base", "base", "--data", chats, "-o", "lora", "--steps", "2", *pages],
+            ["merge", llama, "lora", "-o", "merged"],
+            ["unmerge", "merged", "-o", "restored", "--adapter", "lora"],
+        ):
+            done = run_cli(*command, cwd=tmp_path / where, **environment)
+            assert done.code == 0, done.stderr
+            if command[0] == "train":  # else the systems do not differ
+                assert ("not measured here" in done.stdout) == (where == "elsewhere")
+    here, elsewhere = tree(tmp_path / "here"), tree(tmp_path / "elsewhere")
+    timed = {name for name in here if name.endswith("metrics.jsonl")}
+    assert here.keys() == elsewhere.keys()
+    assert [name for name in here if name not in timed and here[name] != elsewhere[name]] == []
+
+
+def test_a_system_that_is_not_posix_is_told_so(run_cli, llama, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run_cli("quantize", llama, "-o", tmp_path / "out", PYTHONPATH=path)
+    assert done.code == 2
+    assert done.stderr.splitlines() == [
+        "error: adaptkit runs on Linux and other POSIX systems, not on this one",
+        "hint: on Windows, run it in WSL",
+    ]
+    assert run_cli("--version", PYTHONPATH=path).code == 0
