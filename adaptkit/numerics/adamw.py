@@ -17,6 +17,7 @@ bitsandbytes 0.50 lays them out). A value gets the nearest level, a tie the lowe
 never becomes zero, as it would with bitsandbytes: a first moment that is left would be divided by ε alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -48,8 +49,14 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def update(self, parameters: Tensor, gradients: Tensor, first: Tensor, second: Tensor) -> None:
-        """Change parameters and moments in place.
+    def update(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+    ) -> None:
+        """Change parameters and moments in place: some vectors of each, of one device.
 
         Args:
             parameters: (N,) float32, contiguous, as are the others.
@@ -57,12 +64,16 @@ class AdamW:
             first: (N,) float32.
             second: (N,) float32, not negative.
         """
+        if not parameters:
+            return
         beta1, beta2 = self.betas
-        if parameters.device.type != "cpu":
-            vectors = [parameters], [gradients], [first], [second]
-            step = _step_on(parameters.device, self.step)
+        vectors = parameters, gradients, first, second
+        device = parameters[0].device
+        if device.type != "cpu":
+            steps = [_step_on(device, self.step)] * len(parameters)
             torch._fused_adamw_(
-                *vectors, [], [step], lr=self.learning_rate, beta1=beta1, beta2=beta2,
+                list(parameters), list(gradients), list(first), list(second), [], steps,
+                lr=self.learning_rate, beta1=beta1, beta2=beta2,
                 weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
             )  # fmt: skip
             return
@@ -72,7 +83,8 @@ class AdamW:
             *(1 - self.learning_rate * self.weight_decay, 1 - beta1, beta2, 1 - beta2),
             *((1 - beta2**self.step) ** 0.5, self.eps, -self.learning_rate / (1 - beta1**self.step)),
         )
-        update(*(tensor.numpy() for tensor in (parameters, gradients, first, second)), *map(np.float32, numbers))
+        for parts in zip(*vectors, strict=True):
+            update(*(tensor.numpy() for tensor in parts), *map(np.float32, numbers))
 
 
 def moment_bytes(count: int, bits: int) -> int:

@@ -149,7 +149,12 @@ class TrainConfig:
     offload_checkpoints: bool = setting("Let the inputs of segments wait in host memory; on a GPU.", False)
     optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory. "
                                                 "Default: all of it.", None, above=0, at_most=_LARGEST)  # fmt: skip
-    page_kib: int = setting("Size of a page of optimizer state.", 2048, at_least=1, at_most=1 << 20)
+    page_kib: int | None = setting(
+        "Size of a page of optimizer state: 2048 on a CPU and 4096 on a GPU unless given.",
+        None,
+        at_least=1,
+        at_most=1 << 20,
+    )
     compute_dtype: str = setting("Of activations and dequantized weights: bfloat16, float32, or auto, which is "
                                  "bfloat16 where the device multiplies matrices of it.", "auto",
                                  choices=COMPUTE_DTYPES)  # fmt: skip

@@ -25,8 +25,7 @@ def ours(start, weight_decay, betas=(0.9, 0.999), cut=None):
     for step, rate in enumerate(RATES):
         vectors[1].copy_(gradient(len(start), step))
         rule = AdamW(rate, step + 1, weight_decay, betas)
-        for parts in zip(*(v.split(cut or len(start)) for v in vectors), strict=True):
-            rule.update(*parts)
+        rule.update(*(v.split(cut or len(start)) for v in vectors))
     return vectors[0], vectors[2], vectors[3]
 
 
@@ -135,7 +134,7 @@ def test_a_gradient_that_comes_once_moves_a_parameter_by_no_more_than_the_rate_a
     stored = [(torch.empty(BLOCK, dtype=torch.uint8), torch.empty(1)) for _ in moments]
     for step, gradient in enumerate((gradients, *[absent] * 20), start=1):
         before = values.clone()
-        AdamW(1e-3, step).update(values, gradient, *moments)
+        AdamW(1e-3, step).update([values], [gradient], *([moment] for moment in moments))
         assert (values - before).abs().max() < 1.5e-3
         for moment, (codes, absmax), signed in zip(moments, stored, (True, False), strict=True):
             if bits == 8:

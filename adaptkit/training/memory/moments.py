@@ -61,6 +61,13 @@ class PagedState:
         """See ``Pages.set_budget``."""
         self.pages.set_budget(budget_bytes)
 
+    def stays(self, page: int) -> bool:
+        """Whether the moments of a page may still be used after ``sweep`` went on to the next one, on a GPU.
+
+        There all such pages are updated at once. On a CPU one after the other is in its caches.
+        """
+        return self._bits == 32 and page < self.pages.resident and self._scratch.is_cuda
+
     def sweep(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Visit every page in order; what is written to the moments is kept, in 8 bits after rounding.
 

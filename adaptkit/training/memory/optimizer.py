@@ -14,6 +14,8 @@ from adaptkit.training.memory.parameters import Group, Trainable
 
 STATE_BITS = {"adamw": 32, "adamw8bit": 8}
 """Bits of a moment, by the optimizer's name."""
+PAGE_KIB = {"cpu": 2048, "cuda": 4096}
+"""Size of a page, by the kind of device: on a GPU a page costs the host some launches, whatever its size."""
 
 
 class PagedAdamW:
@@ -70,12 +72,20 @@ class PagedAdamW:
             )
             for group in self._groups
         ]
-        for span, first, second in self.state.sweep():
-            for group, rule in zip(self._groups, rules, strict=True):
+        waiting: list[tuple[list[Tensor], ...]] = [([], [], [], []) for _ in rules]
+        for page, (span, first, second) in enumerate(self.state.sweep()):
+            for group, vectors in zip(self._groups, waiting, strict=True):
                 part = slice(max(span.start, group.span.start), min(span.stop, group.span.stop))
                 if part.start < part.stop:
                     inside = slice(part.start - span.start, part.stop - span.start)
-                    rule.update(self._parameters[part], self._gradients[part], first[inside], second[inside])
+                    found = self._parameters[part], self._gradients[part], first[inside], second[inside]
+                    for vector, piece in zip(vectors, found, strict=True):
+                        vector.append(piece)
+            if page + 1 == self.state.pages.count or not self.state.stays(page):
+                for rule, vectors in zip(rules, waiting, strict=True):
+                    rule.update(*vectors)
+                    for vector in vectors:
+                        vector.clear()
         after = self.state.metrics()
         moved = {name: after[name] - before[name] for name in ("faults", "write_backs")}
         return {"paging": after | moved} if after["resident"] < after["pages"] else {}
@@ -90,7 +100,8 @@ def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path) -> Pag
         file: backs the pages that are not resident, on a CPU.
     """
     bits = STATE_BITS[config.optimizer]
+    page_kib = config.page_kib or PAGE_KIB[trainable.values.device.type]
     budget = None if config.optimizer_pages_mib is None else int(config.optimizer_pages_mib * 2**20)
-    values, elements = trainable.values, page_elements(config.page_kib * 1024, bits)
+    values, elements = trainable.values, page_elements(page_kib * 1024, bits)
     state = PagedState(values.numel(), elements, budget, values.device, file, bits)
     return PagedAdamW(values, trainable.gradients, trainable.groups, state, config.weight_decay)

@@ -28,6 +28,8 @@ from torch import Tensor
 from adaptkit.checkpoint.writer import disk_errors
 
 _ZEROS = bytes(1 << 20)
+_PIECE = 64 << 20
+"""Of pinned memory, which torch takes in powers of two: of one piece of all pages up to a half would go unused."""
 
 STREAMING = {"cpu": 1, "cuda": 3}
 """Streaming slots: on a GPU one is fetched, one updated and one written back at a time."""
@@ -190,8 +192,10 @@ class _Host:
                 weakref.finalize(self, os.close, self._file)
                 _reserve(self._file, count * page_bytes)
             return
-        pages = torch.zeros(count * page_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._pages = pages.view(count, page_bytes)
+        pin, pages = device.type == "cuda", max(1, _PIECE // page_bytes)
+        sizes = (min(pages, count - first) for first in range(0, count, pages))
+        pieces = [torch.zeros(size, page_bytes, dtype=torch.uint8, pin_memory=pin) for size in sizes]
+        self._pages = [page for piece in pieces for page in piece]
 
     def get(self, page: int, slot: Tensor) -> None:
         """Copy a page to a slot. On a GPU this is queued on the current stream, as is ``put``."""

@@ -46,19 +46,19 @@ class Pressure:
             UsageError: there is nothing to give way, or it did not help.
         """
         if self._limit is not None:
-            self._hold(0 if tokens >= self._limit else self._budget_bytes)
+            self._hold(0 if tokens >= self._limit else self._budget_bytes, tokens)
         try:
             return compute()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(error)
         # Only here, where nothing refers to the failed computation any more, is its memory free.
         gc.collect()
         if not self._pages.can_shrink or not self._is_alone:
             raise self._hopeless(tokens, reason)
         self._limit = min(tokens, self._limit or tokens)
-        self._hold(0)
+        self._hold(0, tokens)
         self._pages.counters.retries += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -68,28 +68,33 @@ class Pressure:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(error)
         raise self._hopeless(tokens, reason)
 
-    def _hold(self, budget_bytes: int | None) -> None:
+    def _hold(self, budget_bytes: int | None, tokens: int) -> None:
+        reason = ""
         if self._pages.budget_bytes == budget_bytes:
             return
-        try:
-            self._pages.set_budget(budget_bytes)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or budget_bytes == 0:
-                raise
-            self._pages.set_budget(0)  # they come back before a later batch, if there is room then
+        for budget in dict.fromkeys((budget_bytes, 0)):  # they come back before a later batch, if there is room then
+            try:
+                self._pages.set_budget(budget)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)
+        raise self._hopeless(tokens, reason)
 
     def _hopeless(self, tokens: int, reason: str) -> UsageError:
         return UsageError(
-            f"out of memory in a micro-batch of {tokens} tokens ({reason})",
+            f"out of memory in a micro-batch of {tokens} tokens ({reason.partition(chr(10))[0]})",
             hint="a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit",
         )
 
 
-_WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-"""What torch on a CPU, cuBLAS, and the driver say, who have no type of error for it."""
+_WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "out of memory")
+"""What torch on a CPU, cuBLAS (the third when a thread first asks it on a full device), and the driver say, who have no
+type of error for it."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

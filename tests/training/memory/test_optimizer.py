@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.numerics.adamw import BLOCK
+from adaptkit.numerics.adamw import BLOCK, AdamW
 from adaptkit.numerics.formats._double_quant import dynamic_map
 from adaptkit.training.memory.moments import PagedState, page_elements
 from adaptkit.training.memory.optimizer import PagedAdamW
@@ -53,6 +53,30 @@ def test_updates_are_those_of_torch_with_any_budget_changed_at_any_step(vectors,
     start = torch.randn(count, generator=torch.Generator().manual_seed(99))
     for name, expected in zip(found, torch_adamw(start, weight_decay), strict=True):
         assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("resident", [0, 1, 4, 7])
+def test_pages_that_stay_are_updated_at_once_to_the_same_bits(resident, monkeypatch):
+    """As on a GPU; with groups whose borders lie in pages, the last of them in the last page that stays."""
+    count, calls, update = 700, [], AdamW.update
+
+    def steps():
+        values = torch.randn(count, generator=torch.Generator().manual_seed(99))
+        gradients, state = torch.zeros(count), PagedState(count, 100, 8 * 100 * (resident + 1), CPU)
+        groups = [Group(slice(0, 150)), Group(slice(150, 390), rate=4.0), Group(slice(390, count), decay=False)]
+        optimizer = PagedAdamW(values, gradients, groups, state, 0.01)
+        for step, rate in enumerate(RATES):
+            gradients.copy_(gradient(count, step))
+            optimizer.step(rate)
+        return {"parameters": values} | state.tensors(), state.pages.resident
+
+    expected, _ = steps()
+    monkeypatch.setattr(PagedState, "stays", lambda state, page: page < state.pages.resident)
+    monkeypatch.setattr(AdamW, "update", lambda *given: [calls.append(len(given[1])), update(*given)])
+    found, stayed = steps()
+    assert stayed == resident
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert max(calls) == {0: 1, 1: 2, 4: 3, 7: 4}[resident]
 
 
 @settings(max_examples=25, deadline=None)

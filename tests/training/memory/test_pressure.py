@@ -72,6 +72,19 @@ def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tm
     assert pressure._pages.counters.retries == 1
 
 
+def test_pages_that_the_host_has_no_room_for_are_an_error_with_a_way_out(tmp_path, monkeypatch):
+    """As where little memory can be pinned."""
+    held = state(tmp_path)
+    pressure = Pressure(held, lambda line: None)
+
+    def without_room():
+        raise torch.OutOfMemoryError("CUDA error: out of memory\nthis and that")
+
+    monkeypatch.setattr(held.pages, "_hosted", without_room)
+    with pytest.raises(UsageError, match=r"60 tokens \(CUDA error: out of memory\)"):
+        pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
+
+
 def test_a_process_that_shares_its_base_does_not_begin_again_alone(tmp_path):
     """The others would be waiting for its part of another layer."""
     pressure, calls = Pressure(state(tmp_path), lambda line: None, is_alone=False), []
