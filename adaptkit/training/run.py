@@ -24,6 +24,7 @@ from adaptkit.training.memory.activations import PeakMemory, memory_report
 from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
+from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import left_out, shortened
 from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
@@ -81,6 +82,7 @@ class Run:
         self._batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self._batches)
         begin_libraries(inputs.base, world.device, inputs.config.shard_base)
+        free_former_network()
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
         inputs.require_base()

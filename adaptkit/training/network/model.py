@@ -4,7 +4,9 @@ transformers builds the architecture on the meta device, without memory; its lin
 ``LoraLinear`` layers that hold the weights as the shards have them, and the other tensors are put in place.
 """
 
+import gc
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -87,6 +89,22 @@ class Model:
         return dict(sorted(found.items()))
 
 
+_loaded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""The parts of networks that were loaded, as long as they are there."""
+
+
+def free_former_network() -> None:
+    """Free what was loaded before, if nothing uses it any more.
+
+    Layers and what calls them refer to each other, so that they stay until the collector comes by, and the next network
+    would be loaded beside them.
+    """
+    if _loaded:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> Model:
     """Build a checkpoint's model with packed weights; every linear layer inside it becomes a ``LoraLinear``.
 
@@ -99,6 +117,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there.
         UsageError: transformers does not know the architecture, or is not installed.
     """
+    free_former_network()
     checkpoint = MappedCheckpoint(root)
     assembly = Assembly(empty_network(checkpoint, compute_dtype), checkpoint)
     network = assembly.network
@@ -126,6 +145,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     _load_others(assembly, compute_dtype, device)
     network.requires_grad_(False)
     network.to(device).eval()
+    _loaded.update(network.modules())
     if device.type == "cpu":
         use_own_attention(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=find_output_layer(network))

@@ -1,5 +1,7 @@
 """The packed model is the model that transformers loads."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, LlamaPreTrainedModel
 
+from adaptkit.checkpoint.activations import Checkpointing
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
@@ -15,6 +18,7 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.device import choose_device
+from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import attach_adapter, load_model, new_adapter
 
@@ -214,6 +218,21 @@ def test_weights_are_views_of_the_files(family, request):
     tensors += [parameter for parameter in model.network.parameters() if parameter.dim() > 1]
     assert len(tensors) > len(model.linears)
     assert {mapped(tensor.data_ptr()) for tensor in tensors} == {str(folder / "model.safetensors")}
+
+
+def test_a_network_that_nothing_uses_is_gone_before_the_next_is_loaded(llama, llama_nf4):
+    gc.collect()
+    gc.disable()
+    try:
+        network = load_model(llama_nf4, torch.float32, CPU).network
+        checkpoint_layers(network, Checkpointing(2, 1))
+        former = weakref.ref(network.model.layers[1])
+        del network
+        assert former() is not None  # what calls it now refers to it
+        load_model(llama, torch.float32, CPU)
+        assert former() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_written_to_a_mapped_tensor_stays_out_of_the_file(llama):
