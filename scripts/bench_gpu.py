@@ -5,9 +5,9 @@
 
 Both sides train rank-16 adapters on every linear layer of a random Llama-shaped base in NF4 with double quantization,
 on one sequence of 2048 tokens that all carry loss: bfloat16 compute, a checkpoint a layer, clipping, AdamW with 32-bit
-state; bitsandbytes' in its managed memory. Each side is a process of its own. Steps are timed one by one, after some
-that compile and allocate; medians are compared. Peak memory is what torch allocated on the device from the loaded
-model on. bitsandbytes' optimizer state is not in it, since it is managed memory, and adaptkit's is.
+state; bitsandbytes' in its managed memory, but for matrices below 100,000 elements. Each side is a process of its own.
+Steps are timed one by one, after some that compile and allocate; medians are compared. Peak memory is what torch
+allocated on the device from the loaded model on. State in managed memory is not in it, and all of adaptkit's is.
 
     speed     tokens a second, and peak memory
     paging    the same steps in turn with all pages resident and with a quarter of them
@@ -15,6 +15,7 @@ model on. bitsandbytes' optimizer state is not in it, since it is managed memory
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -47,7 +48,7 @@ class Size:
         length: tokens of a sequence.
         long_length: tokens of the one that does not fit; 0 to leave that out.
         long_rank: of the adapter then: its state has to be worth moving.
-        page_kib: of a page of optimizer state.
+        page_kib: of a page of optimizer state; None: what a run has.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Size:
     length: int = 2048
     long_length: int = 0
     long_rank: int = 256
-    page_kib: int = 2048
+    page_kib: int | None = None
 
 
 SIZES = (
@@ -255,9 +256,12 @@ def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Cl
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """What such a process does."""
-    size = Size(**job["size"])
-    return MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"])
+    """What such a process does; adaptkit's steps with the attention that ``adaptkit train`` chooses."""
+    from adaptkit.training.device import attention_of_any_length
+
+    size, is_peer = Size(**job["size"]), job["what"] == "peer"
+    with contextlib.nullcontext() if is_peer else attention_of_any_length():
+        return MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"])
 
 
 def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> dict[str, dict[str, Any]]:

@@ -65,7 +65,7 @@ class AdaptkitStep:
         device: cpu or cuda.
         rank: of the adapter.
         vocabulary: of the tokens.
-        page_kib: of a page of optimizer state.
+        page_kib: of a page of optimizer state; None: what a run has.
 
     Attributes:
         model: with the adapter.
@@ -75,7 +75,7 @@ class AdaptkitStep:
 
     def __init__(
         self, base: Path, length: int, share: float, policy: str,
-        device: str = "cpu", rank: int = 16, vocabulary: int = 49152, page_kib: int = 2048,
+        device: str = "cpu", rank: int = 16, vocabulary: int = 49152, page_kib: int | None = None,
     ) -> None:  # fmt: skip
         import torch
 
@@ -89,12 +89,13 @@ class AdaptkitStep:
         from adaptkit.training.memory.parameters import Trainable
         from adaptkit.training.network.model import load_model, new_adapter
         from adaptkit.training.network.unread import mark_unread
-        from adaptkit.training.preparation import make_fast
+        from adaptkit.training.preparation import begin_libraries, make_fast
 
         config = TrainConfig(
             base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
         )
         place = torch.device(device)
+        begin_libraries(base, place, shard_base=False)
         self.model = model = load_model(base, choose_dtype("auto", place), place)
         new_adapter(model, ("*",), rank, 2.0 * rank, "kaiming", 0.0, 0)
         make_fast(model)
