@@ -211,7 +211,10 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
             with torch.device("meta"), without_compiler():
-                return build(config)
+                network = build(config)
+            if network is not None:
+                network.tie_weights()  # which transformers 5.0 leaves to whoever loads weights
+            return network
         except (*_REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
