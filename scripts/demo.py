@@ -25,6 +25,9 @@ STEPS = 60
 QUESTION = "Which of Shakespeare’s plays is the longest?"
 BARS = "▁▂▃▄▅▆▇█"
 REPO = "demo/smollm2-trivia"
+MARKER = ".adaptkit-demo"
+MADE = ("base-nf4", "trivia", "merged", "restored", "hub", "hf", "pulled")
+"""What the demo makes in its folder; of outputs, unfinished ones lie beside them."""
 
 
 class Demo:
@@ -163,16 +166,41 @@ def local_hub(folder: Path) -> Iterator[str]:
             server.terminate()
 
 
+def prepare(folder: Path, is_own: bool) -> None:
+    """Make the folder, without what an earlier demo made in it; what anybody else put there stays.
+
+    Args:
+        folder: for the artifacts.
+        is_own: it is the one in the user's cache, which nobody but the demo fills; another one has to be new, empty,
+            or marked by an earlier demo, since a folder of the user's may hold a ``merged`` that is not ours.
+    """
+    marker = folder / MARKER
+    if folder.exists() and not (is_own or marker.is_file() or (folder.is_dir() and not any(folder.iterdir()))):
+        print(f"demo: {folder}: there is something that the demo did not make", file=sys.stderr)
+        print("hint: give --folder a folder that is new or empty", file=sys.stderr)
+        sys.exit(2)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    for name in MADE:
+        for path in (folder / name, folder / f"{name}.partial"):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            elif path.exists():
+                shutil.rmtree(path)
+
+
 def main() -> None:
     """Run everything and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="keep the artifacts here; default: a folder in the user's cache")
+    parser.add_argument(
+        "--folder", type=Path, help="a new or empty folder for the artifacts; default: one in the user's cache"
+    )
     sources = get_smollm2.default_folder()
-    folder = (parser.parse_args().folder or sources.parent / "demo").resolve()
+    own = (sources.parent / "demo").resolve()
+    folder = (parser.parse_args().folder or own).resolve()
+    prepare(folder, is_own=folder == own)
     print("Fetching SmolLM2-135M-Instruct and question-answer data (once)", flush=True)
     get_smollm2.make(sources)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     started = time.monotonic()
     demo = Demo(folder, sources)
     for step in (demo.quantize, demo.train, demo.evaluate, demo.merge, demo.publish):
