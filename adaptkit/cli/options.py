@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from adaptkit.cli.progress import byte_progress
+
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer
 
@@ -30,7 +32,9 @@ class ArtifactPath(click.ParamType[Path]):
             return path  # whoever opens it says what is wrong with it
         from adaptkit.hub.download import resolve_source
 
-        return resolve_source(str(value))
+        asked = ctx.params if ctx else {}
+        with byte_progress("fetch", bool(asked.get("as_json") or asked.get("quiet"))) as progress:
+            return resolve_source(str(value), progress)
 
 
 class ConfigPath(click.ParamType[Path]):
@@ -86,9 +90,9 @@ def _together(*options: Callable[[Function], Function]) -> Callable[[Function], 
     return decorate
 
 
-report_options = _together(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+report_options = _together(  # known before any path is, which may have to be fetched
+    click.option("--json", "as_json", is_flag=True, is_eager=True, help="Print one JSON document on stdout."),
+    click.option("--quiet", is_flag=True, is_eager=True, help="Print nothing but errors."),
 )
 
 output_options = _together(

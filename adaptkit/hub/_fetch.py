@@ -1,6 +1,7 @@
 """Fetch single files of a commit, and believe none of them before it was compared."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,52 @@ from adaptkit.hub._staging import in_memory
 
 DOWNLOADS = ".download"
 """Where files arrive, in the unfinished folder: the client finds there what an earlier run fetched of them."""
+
+
+class Silent(tqdm):
+    """The client's progress bar without a bar, which would be there on a terminal whatever was asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+
+
+def fetch_into_cache(
+    hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress
+) -> Path:
+    """Fetch what the shared cache lacks of a revision.
+
+    Args:
+        hub: where from.
+        what: it is about, for errors.
+        repo_id: org/name.
+        revision: branch, tag or commit, or None for main.
+        wanted: patterns of files.
+        unwanted: patterns of those that are left out all the same.
+        told: of bytes that arrived; of those there are, the client learns as it goes.
+    """
+    lock = threading.Lock()
+
+    class Counter(Silent):
+        """The one of the client's bars that counts the bytes of all files."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._is_wanted = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> None:
+            if self._is_wanted:
+                with lock:
+                    self.n += int(n or 0)
+                    told(self.n, max(self.n, int(self.total or 0)))
+
+    def fetch(api: HfApi) -> str:
+        return str(
+            api.snapshot_download(
+                repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, tqdm_class=Counter
+            )
+        )
+
+    return Path(hub.ask(what, fetch))
 
 
 def fetch_files(
@@ -75,11 +122,8 @@ def download(
         arrived: told of bytes, a negative number if they have to be fetched again.
     """
 
-    class Counter(tqdm):
-        """The client's progress bar without a bar."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+    class Counter(Silent):
+        """Hands on what it is told."""
 
         def update(self, n: float | None = 1) -> None:
             arrived(int(n or 0))

@@ -19,7 +19,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UnsafeInputError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
-from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
+from adaptkit.hub._fetch import DOWNLOADS, Silent, fetch_files, fetch_into_cache, fetch_small
 from adaptkit.hub._remote import RemoteFile, check_repo_id, list_tree
 from adaptkit.hub._selection import part_of, select
 from adaptkit.hub._signature import fetch_signature
@@ -138,12 +138,13 @@ def pull(
     )
 
 
-def resolve_source(text: str) -> Path:
+def resolve_source(text: str, progress: Progress = no_progress) -> Path:
     """Turn what a command line names into a local folder.
 
     Args:
         text: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. A local path
             that exists goes first.
+        progress: told of bytes that arrived.
 
     Raises:
         UsageError: neither.
@@ -155,13 +156,8 @@ def resolve_source(text: str) -> Path:
         return path
     if named is None:
         raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
-    found = connect().ask(
-        f"{text}: no such folder here, and on the Hub",
-        lambda api: api.snapshot_download(
-            named[1], revision=named[2], allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-        ),
-    )
-    return Path(found)
+    what = f"{text}: no such folder here, and on the Hub"
+    return fetch_into_cache(connect(), what, named[1], named[2], _WANTED, _UNWANTED, progress)
 
 
 def resolve_config(text: str) -> Path:
@@ -176,7 +172,7 @@ def resolve_config(text: str) -> Path:
         return resolve_source(text)
     config = connect().ask(
         f"{text}: no such folder here, and on the Hub",
-        lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2]),
+        lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=Silent),
     )
     return Path(config).parent
 

@@ -3,6 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
 from adaptkit.errors import UsageError
 from adaptkit.hub.download import resolve_source
 
+TOKEN = "hf_plantedTokenForTests0123"
 WEIGHTS = "adapter_model.safetensors"
 RAW_COMMIT = """
 import json
@@ -226,6 +231,46 @@ def test_a_source_on_the_hub_becomes_a_folder_of_its_checkpoint_files(cli: Any, 
     assert path.name == commit
     assert (path / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
     assert cli("verify", path).code == 0
+
+
+@pytest.mark.parametrize(("asked", "shown"), [((), True), (("--quiet",), False), (("--json",), False)])
+def test_what_is_fetched_for_a_command_is_shown_as_everything_else_is(
+    cli: Any, artifact: Path, tmp_path: Path, asked: tuple[str, ...], shown: bool
+) -> None:
+    """On a terminal our own bar, which goes away, and elsewhere nothing; the client's bars are never seen."""
+    cli("publish", artifact, "me/model")
+    command = [sys.executable, "-m", "adaptkit", "inspect", "me/model", *asked]
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))} | own
+    for home, terminal in (("piped", False), ("seen", True)):
+        ours, theirs = pty.openpty() if terminal else os.pipe()
+        run = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=theirs, env=environment | {"HF_HOME": str(tmp_path / home)},
+            check=True,
+        )  # fmt: skip
+        os.write(theirs, b"END\n")
+        told = b""
+        while b"END" not in told:
+            told += os.read(ours, 4096)
+        os.close(ours)
+        os.close(theirs)
+        said = told.decode().removesuffix("\n").removesuffix("\r").removesuffix("END")
+        assert ("fetch" in said) == (shown and terminal), said
+        assert "Fetching" not in said
+        assert "it/s" not in said
+        assert shown or said == ""
+        assert (run.stdout != b"") == ("--quiet" not in asked)
+
+
+def test_a_configuration_alone_is_fetched_without_a_word(cli: Any, tmp_path: Path) -> None:
+    model = tmp_path / "made"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert "commit" in cli(code=RAW_COMMIT % str(model)).report
+    code = "import pty, os, sys\nfrom adaptkit.hub.download import resolve_config\nours, theirs = pty.openpty()\n"
+    code += "sys.stderr = os.fdopen(theirs, 'w')\npath = resolve_config('me/model')\nsys.stderr.write('END')\n"
+    code += "sys.stderr.flush()\nimport json\nprint(json.dumps({'told': os.read(ours, 4096).decode()}))\n"
+    assert cli(code=code).report["told"] == "END"
 
 
 def test_a_local_folder_goes_before_the_hub(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
