@@ -14,6 +14,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _AGAIN = "get the artifact again"
+_MOVE = "move what is not in the manifest out of the folder"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def check_names(root: Path, manifest: Manifest) -> None:
     extra, missing = sorted(present - listed), sorted(listed - present)
     if extra or missing:
         told = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
-        raise IntegrityError(f"{root}: {'; '.join(told[:5])}", hint=_AGAIN)
+        raise IntegrityError(f"{root}: {'; '.join(told[:5])}", hint=_AGAIN if missing else _MOVE)
 
 
 def present_names(root: Path) -> set[str]:

@@ -17,6 +17,7 @@ Canonical JSON: UTF-8, sorted keys, no spaces, no times, host names or absolute 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,7 +27,7 @@ import adaptkit
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, resolve_inside
-from adaptkit.errors import CheckpointError, IntegrityError
+from adaptkit.errors import CheckpointError, IntegrityError, UsageError
 
 MANIFEST_NAME = "adaptkit-manifest.json"
 SIGNATURE_NAME = "adaptkit-manifest.sig"
@@ -170,6 +171,19 @@ def read_manifest(root: Path) -> Manifest | None:
     """
     path = root / MANIFEST_NAME
     return Manifest.from_bytes(read_small(path)) if os.path.lexists(path) else None
+
+
+def check_sha256(text: str | None) -> None:
+    """Refuse as the expected hash of a manifest what can be none, before it is taken for that of another artifact.
+
+    Raises:
+        UsageError: it is not a sha256.
+    """
+    if text is not None and re.fullmatch("[0-9a-f]{64}", text) is None:
+        raise UsageError(
+            f"manifest_sha256: {text!r} is not a sha256, 64 of the digits 0 to 9 and a to f",
+            hint="give the one that publish, or whatever made the artifact, printed as manifest sha256",
+        )
 
 
 def require_manifest(root: Path) -> Manifest:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
@@ -47,6 +47,9 @@ class PullOptions:
     only: Sequence[str] = ()
     manifest_sha256: str | None = None
     trust: Trust | None = None
+
+    def __post_init__(self) -> None:
+        check_sha256(self.manifest_sha256)
 
 
 @dataclass(frozen=True)

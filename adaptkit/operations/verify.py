@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
-from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
+from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import IntegrityError, UsageError
@@ -38,6 +38,7 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        check_sha256(self.manifest_sha256)
         if self.signature is not None and self.trust is None:
             raise UsageError(
                 "a signature says nothing until you say whose counts",

@@ -141,3 +141,31 @@ def test_a_file_that_is_also_a_folder_is_refused(cli: Any, artifact: Path, tmp_p
     cli(code=RAW_COMMIT % str(artifact))
     assert cli("pull", "me/model", "-o", "pulled").code == 5
     assert not list(tmp_path.glob("pulled*"))
+
+
+@pytest.mark.parametrize("given", ["abc", "0" * 63, "G" * 64, ""])
+def test_what_can_be_no_sha256_is_a_mistake_in_asking(cli: Any, artifact: Path, hub: LocalHub, given: str) -> None:
+    for command in (("verify", artifact), ("pull", "me/model", "-o", "pulled")):
+        done = cli(*command, "--manifest-sha256", given)
+        assert (done.code, done.report["code"]) == (2, "usage")
+        assert f"{given!r} is not a sha256" in done.report["message"]
+    assert hub.requests == []
+
+
+def test_whose_sha256_is_printed_for_a_part_is_said(cli: Any, artifact: Path) -> None:
+    sent = cli("publish", artifact, "me/model").report
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": str(cli.folder / "home"), "HF_TOKEN": "reader"}
+    for only, whose in (((), ""), (("--only", "config"), " of the whole artifact")):
+        code, printed, _ = cli.run(["pull", "me/model", "-o", f"pulled{len(only)}", *only], own)
+        assert code == 0
+        assert f"manifest sha256  {sent['manifest_sha256']}{whose}\n" in printed
+
+
+def test_a_stray_file_is_to_be_moved_away_and_a_missing_one_to_be_got_again(cli: Any, artifact: Path) -> None:
+    (artifact / "notes.txt").write_text("mine")
+    for command in (("verify", artifact), ("publish", artifact, "me/model")):
+        done = cli(*command)
+        assert (done.code, done.report["hint"]) == (3, "move what is not in the manifest out of the folder")
+    (artifact / WEIGHTS).unlink()
+    done = cli("verify", artifact)
+    assert (done.code, done.report["hint"]) == (3, "get the artifact again")

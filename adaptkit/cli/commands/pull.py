@@ -49,7 +49,8 @@ def command(
     rows = [("pulled", f"{report.output}: {what}")]
     if report.left_out:
         rows.append(("left out", f"{len(report.left_out)} files; the manifest there lists only what is there"))
-    rows += [("commit", report.commit), ("manifest sha256", report.manifest_sha256)]
+    whole = " of the whole artifact" if report.left_out else ""
+    rows += [("commit", report.commit), ("manifest sha256", f"{report.manifest_sha256}{whole}")]
     if report.signed:
         rows.append(("signature", f"by {report.signed_by}" if report.signed_by else "there, not checked: --public-key"))
     show(report, rows, as_json=as_json, quiet=quiet)
