@@ -10,20 +10,22 @@ from functools import partial
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
-from adaptkit.errors import BaseMismatchError
+from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.operations._edit_plan import is_same, plan_edits
 from adaptkit.operations._merge_base import open_base, with_addresses
-from adaptkit.operations._merge_report import MergeOptions, MergeReport, TensorChange
+from adaptkit.operations._merge_report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merged_view import MergedView
 from adaptkit.operations._merging import Merging
 from adaptkit.operations._side_files import plan_side_files
 from adaptkit.operations._terms import check_weights
 
-__all__ = ["MergeOptions", "MergeReport", "TensorChange", "merge"]
+__all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
 
 
 def merge(
@@ -50,10 +52,12 @@ def merge(
     Raises:
         BaseMismatchError: an adapter was trained on other tensors, does not fit the base, or would untie its head.
         CheckpointError, AdapterError: malformed input, or a quantized base.
+        UsageError: base and adapter changed places.
         NonFiniteError: the base is not finite, or the result would not be; names the tensor.
         OutputExistsError: the output exists.
     """
     options = options or MergeOptions()
+    _check_order(base, adapters)
     read = [read_adapter(path) for path in adapters]
     weights = options.weights or (1.0,) * len(read)
     check_weights(read, weights)
@@ -86,6 +90,20 @@ def merge(
         threads=options.threads,
         progress=progress,
     )
+
+
+def _check_order(base: Path, adapters: Sequence[Path]) -> None:
+    """Say what is wrong where a base stands among the adapters: each alone would be called broken.
+
+    Raises:
+        UsageError: the base is an adapter, and one of the adapters a checkpoint.
+    """
+    others = [path for path in adapters if (path / CONFIG_NAME).is_file() and not is_adapter(path)]
+    if is_adapter(base) and others:
+        raise UsageError(
+            f"{base} is an adapter and {others[0]} a checkpoint: the base comes first",
+            hint=f"merge {others[0]} {base}",
+        )
 
 
 def _begins_with_its_own(checkpoint: Checkpoint, allowed: bool, name: str, files: TensorFiles, key: str) -> bool:

@@ -9,6 +9,8 @@ from adaptkit.cli.options import ArtifactPath, output_options, threads_option, w
 from adaptkit.cli.output import percent, show
 from adaptkit.cli.progress import byte_progress
 
+_LOST = "the rest is below half of the weights' last digit: train on, or use the adapter unmerged (docs/merge.md)"
+
 
 @click.command()
 @click.argument("base", type=ArtifactPath())
@@ -43,7 +45,7 @@ def command(
     The change is summed exactly and rounded once; the base's shards, types and tokenizer are kept. Of a quantized BASE
     the checkpoint that it was made from is taken, if it lies beside it.
     """
-    from adaptkit.operations.merge import MergeOptions, merge
+    from adaptkit.operations.merge import LITTLE_KEPT, MergeOptions, merge
 
     with byte_progress("merge", as_json or quiet) as progress:
         report = merge(base, adapters, output, MergeOptions(**options), force=force, dry_run=dry_run, progress=progress)
@@ -61,6 +63,7 @@ def command(
         rows += [
             ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
             ("kept of it", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),
+            *([("note", _LOST)] if report.effect < LITTLE_KEPT and not quantized else []),
             ("undo record", record),
             ("manifest sha256", str(report.manifest_sha256)),
         ]
