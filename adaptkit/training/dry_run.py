@@ -11,9 +11,9 @@ from adaptkit.training.device import choose_device
 from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.start import left_out
+from adaptkit.training.network.start import cannot_be_merged, left_out
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
-from adaptkit.training.resume import check_unfinished, going_on_from
+from adaptkit.training.resume import check_not_finished, check_unfinished, going_on_from
 from adaptkit.training.schedule import steps_in
 
 
@@ -35,6 +35,7 @@ class RunPlan:
         answer_tokens: of them, those that carry loss.
         trainable_parameters: in the adapter.
         left_out: what targets for every linear layer leave out, in a line; empty if nothing.
+        cannot_be_merged: why not, in a line; empty if the adapter can be.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: of activations and dequantized weights.
@@ -55,6 +56,7 @@ class RunPlan:
     answer_tokens: int
     trainable_parameters: int
     left_out: str
+    cannot_be_merged: str
     segments: int
     checkpointing: str
     compute_dtype: str
@@ -68,6 +70,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     Raises:
         AdaptkitError: whatever ``train`` would raise before its first step.
     """
+    check_not_finished(output, force, resume)
     inputs = read_inputs(config, output, force)
     work, identity = partial_folder(output), inputs.identity()
     check_unfinished(work, identity, force, resume)
@@ -93,6 +96,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         answer_tokens=sum(sample.answer_tokens for sample in inputs.samples),
         trainable_parameters=parameters,
         left_out=left_out(model, config),
+        cannot_be_merged=cannot_be_merged(model),
         segments=activations.checkpointing.segments,
         checkpointing=str(activations.checkpointing),
         compute_dtype=inputs.config.compute_dtype,

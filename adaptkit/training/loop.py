@@ -30,7 +30,7 @@ from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
 from adaptkit.training.preparation import batches_of
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import write_result
-from adaptkit.training.resume import check_unfinished, holds_work, remember, require_room
+from adaptkit.training.resume import check_not_finished, check_unfinished, holds_work, remember, require_room
 from adaptkit.training.run import Chosen, Run
 from adaptkit.training.trackers import trackers
 
@@ -70,6 +70,7 @@ def train(
 
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
+    check_not_finished(output, force, resume)
     inputs = read_inputs(config, output, force)
     with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
         if world.is_first:

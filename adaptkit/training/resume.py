@@ -25,9 +25,11 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.layout import read_json, write_json
+from adaptkit.checkpoint.manifest import read_manifest
+from adaptkit.checkpoint.place import partial_folder
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, replace_file, sync_folder, write_file
-from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, UsageError
+from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, OutputExistsError, UsageError
 from adaptkit.training.distributed import World
 from adaptkit.training.history import METRICS_NAME
 
@@ -85,6 +87,21 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
             )
     if resume and (known is None or _newest_whole(folder) is None):
         raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to begin")
+
+
+def check_not_finished(output: Path, force: bool, resume: bool) -> None:
+    """Say of a run that is to go on, and whose output is there, that it came to its end.
+
+    Raises:
+        OutputExistsError: it did.
+    """
+    if resume and not force and not partial_folder(output).exists():
+        manifest = read_manifest(output) if output.is_dir() else None
+        if manifest is not None and manifest.operation.get("name") == "train":
+            raise OutputExistsError(
+                f"{output}: the run that made this is finished; there is nothing to resume",
+                hint="leave out --resume and give --force to train anew, or choose another -o",
+            )
 
 
 def going_on_from(folder: Path, identity: Mapping[str, Any]) -> int:

@@ -25,7 +25,7 @@ from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.network.model import free_former_network
-from adaptkit.training.network.start import left_out, shortened
+from adaptkit.training.network.start import cannot_be_merged, left_out, shortened
 from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
@@ -86,9 +86,9 @@ class Run:
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
         inputs.require_base()
-        left = left_out(self.model, inputs.config)
-        if left and world.is_first:
-            note(left)
+        told = (left_out(self.model, inputs.config), cannot_be_merged(self.model))
+        for line in filter(None, told if world.is_first else ()):
+            note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME)

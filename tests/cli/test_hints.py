@@ -22,3 +22,27 @@ def test_a_merge_that_keeps_little_says_so(run_cli, llama, adapter, tmp_path):
         assert [("half of the weights' last digit" in line) for line in notes] == [True] * little
     quantized = run_cli("merge", llama, adapter, "-o", tmp_path / "nf4", "--weight", 0.001, "--format", "nf4")
     assert "last digit" not in quantized.stdout
+
+
+def test_an_adapter_that_cannot_be_merged_is_known_before_it_is_trained(run_cli, llama, gpt2, instructions, tmp_path):
+    for base, told in ((llama, True), (gpt2, False)):
+        asked = train(base, instructions, tmp_path / "trained", "--lora-bias", "--max-length", 64)
+        planned = run_cli(*asked, "--dry-run")
+        assert planned.code == 0, planned.stderr
+        assert ("\nmerge             the adapter cannot be merged: " in planned.stdout) == told
+    done = run_cli(*train(llama, instructions, tmp_path / "trained", "--lora-bias"))
+    assert "the adapter cannot be merged: 14 of its layers have no bias that could take up B's: " in done.stderr
+    refused = run_cli("merge", llama, tmp_path / "trained", "-o", tmp_path / "merged")
+    assert refused.code != 0
+    assert "bias" in refused.stderr
+
+
+def test_a_run_that_is_finished_is_not_said_to_be_in_the_way(run_cli, llama, instructions, tmp_path):
+    asked = train(llama, instructions, tmp_path / "trained")
+    assert run_cli(*asked).code == 0
+    for more in (("--resume",), ("--resume", "--dry-run")):
+        done = run_cli(*asked, *more)
+        assert done.code == 8
+        assert "the run that made this is finished; there is nothing to resume\nhint: " in done.stderr
+        assert "--force to train anew" in done.stderr
+    assert "exists already" in run_cli(*asked).stderr

@@ -152,6 +152,18 @@ def left_out(model: Model, config: TrainConfig) -> str:
     return f"{kinds} get no adapter, since no target names them: {shortened(left)}"
 
 
+def cannot_be_merged(model: Model) -> str:
+    """Why the base could not take up the adapter, in a line; empty if it can.
+
+    A bias of B is added to the layer's own, and a checkpoint that has none has no place for one.
+    """
+    names = [name for name, layer in model.linears.items() if layer.lora_bias is not None and layer.bias is None]
+    if not names:
+        return ""
+    why = f"{len(names)} of its layers have no bias that could take up B's"
+    return f"the adapter cannot be merged: {why}: {shortened(names)}"
+
+
 def shortened(names: Sequence[str]) -> str:
     """The first of some names, and that there are more."""
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
