@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from adaptkit.errors import ConfigError
+from adaptkit.errors import DISK_HINTS, ConfigError
 
+_NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _LARGEST_BYTES = 1 << 20
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
@@ -59,7 +60,8 @@ def read_document(path: Path) -> Document:
         text, lines = raw.decode("utf-8-sig"), dict[Keys, int]()
         values = _read_json(text) if path.suffix == ".json" else _read_yaml(text, lines)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        hint = "check the path: a YAML or JSON file is read here" if isinstance(error, _NOT_THERE) else ""
+        raise ConfigError(f"{path}: {error.strerror}", hint or DISK_HINTS.get(error.errno or 0, "")) from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: malformed ({' '.join(str(error.problem).split())})") from error

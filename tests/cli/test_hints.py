@@ -46,3 +46,10 @@ def test_a_run_that_is_finished_is_not_said_to_be_in_the_way(run_cli, llama, ins
         assert "the run that made this is finished; there is nothing to resume\nhint: " in done.stderr
         assert "--force to train anew" in done.stderr
     assert "exists already" in run_cli(*asked).stderr
+
+
+def test_a_file_of_options_that_is_not_there_has_a_hint(run_cli, tmp_path):
+    for command in (("run", "nope.yaml"), ("train", "--config", "nope.yaml", "-o", "out")):
+        done = run_cli(*command, cwd=tmp_path)
+        assert (done.code, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: nope.yaml: No such file or directory\nhint: check the path")
