@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ class ArtifactPath(click.ParamType[Path]):
 
 
 class ConfigPath(click.ParamType[Path]):
-    """A local folder, or ``org/name[@revision]``, of which only the configuration is downloaded."""
+    """A local folder or its ``config.json``; or ``org/name[@revision]``, of which only that file is downloaded."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See ``click.ParamType``."""
         path = Path(value)
+        if path.name == CONFIG_NAME and os.path.isfile(path):
+            return path.parent
         if os.path.exists(path) or str(value).count("/") != 1 or str(value).startswith((".", "/", "~")):
             return path
         from adaptkit.hub.download import resolve_config

@@ -119,6 +119,7 @@ class PlanReport:
         checkpointing: which layers are checkpointed, in words.
         memory: bytes by part; see ``checkpoint.memory.Memory``.
         total_bytes: of all parts.
+        context: tokens of a row that the model was made for; None if its configuration does not say.
         ranks: what adapters of other ranks would train.
     """
 
@@ -131,6 +132,7 @@ class PlanReport:
     checkpointing: str
     memory: dict[str, int]
     total_bytes: int
+    context: int | None
     ranks: tuple[RankRow, ...]
 
 
@@ -186,6 +188,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         checkpointing=str(checkpointing),
         memory=memory.parts(),
         total_bytes=memory.total,
+        context=_context(network.config),
         ranks=tuple(
             RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
             for rank in RANKS
@@ -193,6 +196,11 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
             for count in [_low_rank(shapes, targets, rank)]
         ),
     )
+
+
+def _context(config: Any) -> int | None:
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:

@@ -1,5 +1,7 @@
 """What commands say where something is not as somebody may think, and what there is to do about it."""
 
+import json
+
 
 def train(base, instructions, output, *more):
     return ["train", "--base", base, "--data", instructions, "-o", output, "--held-out", 0, "--device", "cpu",
@@ -53,3 +55,17 @@ def test_a_file_of_options_that_is_not_there_has_a_hint(run_cli, tmp_path):
         done = run_cli(*command, cwd=tmp_path)
         assert (done.code, done.stdout) == (2, "")
         assert done.stderr.startswith("error: nope.yaml: No such file or directory\nhint: check the path")
+
+
+def test_a_plan_takes_the_configuration_itself(run_cli, llama):
+    of_folder = json.loads(run_cli("plan", llama, "--rank", 2, "--json").stdout)
+    assert json.loads(run_cli("plan", llama / "config.json", "--rank", 2, "--json").stdout) == of_folder
+
+
+def test_a_plan_says_where_rows_are_longer_than_the_model_takes(run_cli, llama, gpt2):
+    for model in (llama, gpt2):
+        context = json.loads((model / "config.json").read_text())
+        most = context.get("max_position_embeddings") or context["n_positions"]
+        for length, told in ((most, False), (most + 1, True)):
+            printed = run_cli("plan", model, "--method", "lora", "--rank", 2, "--seq-len", length).stdout
+            assert (f"a row is longer than the model's context of {most:,} tokens" in printed) == told

@@ -34,11 +34,14 @@ from adaptkit.cli.output import Row, percent, show, size
 def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Predict what fine-tuning MODEL needs, from its configuration: memory by part, and parameters by rank.
 
+    MODEL is a folder or its config.json, or org/name[@revision] on the Hub.
+
     Nothing but the configuration of a model on the Hub is downloaded.
     """
     from adaptkit.operations.plan import PlanOptions, plan
 
     report = plan(model, PlanOptions(targets=targets or ("*",), **options))
+    too_long = report.context is not None and report.context < options["seq_len"]
     rows: list[Row] = [
         ("model", f"{report.architecture}, {report.parameters:,} parameters"),
         ("method", f"{report.method}, {options['compute_dtype']}"),
@@ -47,6 +50,7 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
         ("layers", report.checkpointing),
         *((name, size(count)) for name, count in report.memory.items()),
         ("in all", size(report.total_bytes)),
+        *([("note", f"a row is longer than the model's context of {report.context:,} tokens")] if too_long else []),
         ("", ""),
         ("rank", f"{'trainable':>15}  {'of the model':>12}  {'2 r √N':>13}"),
     ]
