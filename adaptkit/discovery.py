@@ -4,9 +4,12 @@ Adding a format, a stacking method or a command means adding a file. Modules who
 private helpers and no entries. Underscores in file names are dashes on the command line only.
 """
 
+import difflib
 import pkgutil
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
+from itertools import takewhile
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +19,24 @@ from adaptkit.errors import UsageError
 def names(package: ModuleType) -> list[str]:
     """List the entries of a package, sorted, without importing any of them."""
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that somebody may have meant who wrote another; None if none is like it.
+
+    Of those that are equally like it, the one that begins as it does, since ends are what is left out: ``bas`` is
+    ``base`` rather than ``bias``.
+    """
+    alike = difflib.get_close_matches(name, sorted(known), n=5)
+
+    def likeness(other: str) -> tuple[float, int]:
+        return difflib.SequenceMatcher(None, other, name).ratio(), _begun_alike(name, other)
+
+    return max(alike, key=likeness, default=None)
+
+
+def _begun_alike(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 @cache

@@ -17,7 +17,7 @@ from adaptkit import __version__
 from adaptkit.checkpoint.heap import keep_freed_memory
 from adaptkit.cli import commands
 from adaptkit.cli.output import silence
-from adaptkit.discovery import load, names
+from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.hub.secrets import redact
 
@@ -52,6 +52,15 @@ class _Commands(click.Group):
         command: click.Command = load(commands, cmd_name, "command")
         command.name = cmd_name
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0].startswith("-") or args[0] in names(commands):
+            return super().resolve_command(ctx, args)
+        close = closest(args[0], names(commands))
+        hint = f"did you mean {close!r}?" if close else "see adaptkit --help"
+        raise UsageError(f"there is no command {args[0]!r}", hint=hint)
 
 
 @click.group(

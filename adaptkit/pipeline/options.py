@@ -1,6 +1,5 @@
 """Values of a recipe, as the options that commands use: dataclasses, checked by name and by type."""
 
-import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from adaptkit.checkpoint.document import Document, Keys
+from adaptkit.discovery import closest
 from adaptkit.errors import ConfigError, UsageError
 
 
@@ -31,8 +31,8 @@ class Place:
 def nearest(name: str, known: Iterable[str], otherwise: str = "known") -> str:
     """A hint for a name that is not known."""
     listed = sorted(known)
-    close = difflib.get_close_matches(name, listed, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"{otherwise}: {', '.join(listed) or 'none'}"
+    close = closest(name, listed)
+    return f"did you mean {close!r}?" if close else f"{otherwise}: {', '.join(listed) or 'none'}"
 
 
 def check_keys(values: Any, known: Iterable[str], place: Place) -> Mapping[str, Any]:

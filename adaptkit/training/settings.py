@@ -9,7 +9,6 @@ float | bool]``, each with ``| None`` if it may be left open. Tuples and mapping
 repeatable options (``NAME=NUMBER`` or ``NAME=VALUE`` for a mapping) on the command line.
 """
 
-import difflib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.document import read_document
+from adaptkit.discovery import closest
 from adaptkit.errors import ConfigError
 
 
@@ -121,8 +121,8 @@ def check_values(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
     known = settings(kind)
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            close = closest(str(key), known)
+            hint = f"did you mean {close!r}?" if close else f"known keys: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
         if not _fits(value, str(known[key][0].type)):
             expected = _name(str(known[key][0].type))

@@ -2,6 +2,12 @@
 
 import json
 
+import pytest
+
+from adaptkit.discovery import closest
+
+NAMES = ["base", "bias", "data", "steps"]
+
 
 def train(base, instructions, output, *more):
     return ["train", "--base", base, "--data", instructions, "-o", output, "--held-out", 0, "--device", "cpu",
@@ -69,3 +75,20 @@ def test_a_plan_says_where_rows_are_longer_than_the_model_takes(run_cli, llama, 
         for length, told in ((most, False), (most + 1, True)):
             printed = run_cli("plan", model, "--method", "lora", "--rank", 2, "--seq-len", length).stdout
             assert (f"a row is longer than the model's context of {most:,} tokens" in printed) == told
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [("quantise", "did you mean 'quantize'?"), ("unmerg", "did you mean 'unmerge'?"), ("xyz", "see adaptkit --help")],
+)
+def test_a_mistyped_command_gets_the_nearest(run_cli, typed, hint):
+    done = run_cli(typed, "x")
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr == f"error: there is no command {typed!r}\nhint: {hint}\n"
+
+
+def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant():
+    assert closest("bas", NAMES) == "base"
+    assert closest("bia", NAMES) == "bias"
+    assert closest("stepps", NAMES) == "steps"
+    assert closest("xyz", NAMES) is None
