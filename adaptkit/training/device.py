@@ -15,8 +15,10 @@ def choose_device(name: str) -> torch.device:
     """``auto`` is the GPU if there is one.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: the device is not there, or the name is that of none.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise UsageError(f"device {name!r}: is none", hint="cpu, cuda, cuda:1 for the second GPU, or auto")
     gpu = re.fullmatch(r"cuda(?::([0-9]+))?", name) if torch.cuda.is_available() else None
     if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
         raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")

@@ -92,3 +92,9 @@ def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant():
     assert closest("bia", NAMES) == "bias"
     assert closest("stepps", NAMES) == "steps"
     assert closest("xyz", NAMES) is None
+
+
+def test_a_device_that_is_none_is_refused_with_those_that_are(run_cli, llama, instructions, tmp_path):
+    done = run_cli("evaluate", "--base", llama, "--data", instructions, "--device", "gpu")
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr == "error: device 'gpu': is none\nhint: cpu, cuda, cuda:1 for the second GPU, or auto\n"

@@ -168,9 +168,15 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == torch.device("cuda:1")
-    for name in ("cuda:2", "gpu"):
-        with pytest.raises(UsageError, match="not available"):
-            choose_device(name)
+    with pytest.raises(UsageError, match="not available"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_a_device_that_is_none_is_not_said_to_be_elsewhere(name):
+    with pytest.raises(UsageError, match=f"device '{name}': is none") as caught:
+        choose_device(name)
+    assert "cuda" in caught.value.hint
 
 
 def test_a_file_without_the_models_prefix_is_loaded_by_it(gpt2, copy_of):
