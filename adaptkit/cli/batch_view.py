@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adaptkit.cli.output import counted
+
 if TYPE_CHECKING:
     from adaptkit.training.preview import Preview
 
@@ -31,7 +33,8 @@ def batch_lines(preview: "Preview", colour: bool) -> Iterator[str]:
     tokens = sum(sample.tokens for sample in preview.samples)
     learned = sum(sample.learned for sample in preview.samples)
     how = "coloured" if colour else "in ⟦brackets⟧"
-    yield f"{preview.rows} rows in {preview.micro_batches} micro-batch(es), {preview.padding} positions of padding"
+    held = f"{counted(preview.rows, 'row')} in {counted(preview.micro_batches, 'micro-batch')}"
+    yield f"{held}, {counted(preview.padding, 'position')} of padding"
     yield f"{tokens} tokens, {learned} learned ({how})"
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from adaptkit.checkpoint.progress import counted as counted
 from adaptkit.checkpoint.progress import size as size
 from adaptkit.errors import DISK_HINTS, UsageError
 from adaptkit.hub.secrets import redact

@@ -7,6 +7,7 @@ from typing import Any
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
+from adaptkit.checkpoint.progress import counted
 
 
 def describe_merged(root: Path, manifest: Manifest) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def _can_be_unmerged(root: Path, adapters: int, record: Sequence[FileRecord], co
     missing = [file.path for file in (*record, *copies) if not _is_there(root, file)]
     if missing:
         return f"no: {min(missing)} is missing or of another size"
-    needs = "needs nothing else" if copies else f"needs the {adapters} adapter(s)"
+    needs = "needs nothing else" if copies else f"needs the {counted(adapters, 'adapter')}"
     if not record:
         return f"only approximately, since it was merged without an undo record; {needs}"
     return f"to the bit; {needs}"

@@ -15,6 +15,7 @@ from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_small, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._terms import adapter_identity
@@ -213,7 +214,7 @@ class MergedModel:
         names = [name for name in self.digests if name.startswith(undo.ADAPTERS_PREFIX)]
         if not names:
             raise UsageError(
-                f"{self.root}: holds no copies of the {count} adapter(s) that were merged",
+                f"{self.root}: holds no copies of the {counted(count, 'adapter')} merged into it",
                 hint="give each with --adapter",
             )
         for name in names:

@@ -98,3 +98,11 @@ def test_a_device_that_is_none_is_refused_with_those_that_are(run_cli, llama, in
     done = run_cli("evaluate", "--base", llama, "--data", instructions, "--device", "gpu")
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr == "error: device 'gpu': is none\nhint: cpu, cuda, cuda:1 for the second GPU, or auto\n"
+
+
+def test_one_of_something_is_not_called_several(run_cli, llama, llama_sharded, tmp_path):
+    assert "(1 shard)\n" in run_cli("quantize", llama, "-o", tmp_path / "one").stdout
+    split = run_cli("quantize", llama, "-o", tmp_path / "more", "--max-shard-size", "20kB").stdout
+    shards = len(list((tmp_path / "more").glob("*.safetensors")))
+    assert shards > 1
+    assert f"({shards} shards)\n" in split

@@ -39,7 +39,7 @@ def test_the_first_batch_is_shown_with_what_is_learned_in_brackets(run_cli, llam
     assert "Name a river<|im_end|>↵\n<|im_start|>assistant↵\n⟦the Rhine<|im_end|>⟧↵" in done.stdout
     assert done.stdout.count("⟦all me Ishmael.<|im_end|>⟧") == 2  # nothing foretells the first token
     assert done.stdout.count("  packed  ") == 2
-    assert "1 rows in 1 micro-batch(es), 0 positions of padding\n" in done.stdout
+    assert "1 row in 1 micro-batch, 0 positions of padding\n" in done.stdout
     assert "\x1b" not in done.stdout
     assert sorted(path.name for path in files.iterdir()) == ["chat.jsonl", "short.csv", "text.json"]
 

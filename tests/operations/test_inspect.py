@@ -189,7 +189,7 @@ def test_a_merged_model_names_what_it_was_made_from(llama, adapter, tmp_path):
 def test_what_is_there_for_taking_adapters_out_again(llama, adapter, second_adapter, tmp_path):
     """As unmerge then finds out."""
     for name, options, given, phrase in (
-        ("with", MergeOptions(), [adapter, second_adapter], "to the bit; needs the 2 adapter(s)"),
+        ("with", MergeOptions(), [adapter, second_adapter], "to the bit; needs the 2 adapters"),
         ("copies", MergeOptions(embed_adapter=True), [], "to the bit; needs nothing else"),
         ("without", MergeOptions(undo=False), [adapter, second_adapter], "only approximately"),
     ):

@@ -16,6 +16,7 @@ from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.layout import side_files
 from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
@@ -416,6 +417,6 @@ def test_a_share_says_how_much_it_wrote(llama, tmp_path, run_cli):
     for number in (1, 2):
         done = run_cli("quantize", llama, "-o", tmp_path / "out", "--max-shard-size", "40KB", "--part", f"{number}/2")
         written = len(list((tmp_path / "out.partial").glob("*.safetensors")))
-        assert f"share {number} of 2 of {tmp_path / 'out'} ({written - before} shard(s))" in done.stdout
+        assert f"share {number} of 2 of {tmp_path / 'out'} ({counted(written - before, 'shard')})" in done.stdout
         assert ", all shares together" in done.stdout
         before = written

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.options import ArtifactPath, report_options, threads_option
-from adaptkit.cli.output import Row, percent, show, size, write_whole
+from adaptkit.cli.output import Row, counted, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
 
@@ -182,7 +182,9 @@ def _lonely(kind: str, first: Sequence[str], second: Sequence[str]) -> list[Row]
     rows = []
     for side, names in (("first", first), ("second", second)):
         if names:
-            rows.append((f"only in {side}", f"{len(names):,} {kind}(s): {names[0]}{', …' if len(names) > 1 else ''}"))
+            rows.append(
+                (f"only in {side}", f"{counted(len(names), kind)}: {names[0]}{', …' if len(names) > 1 else ''}")
+            )
     return rows
 
 

@@ -11,7 +11,7 @@ from adaptkit.checkpoint.compiler import leave_compiler_out
 from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, Value, report_options
-from adaptkit.cli.output import Row, percent, show, show_table, write_whole
+from adaptkit.cli.output import Row, counted, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _samples(report: "EvaluateReport") -> str:
 
 
 def _text_rows(text: "TextReport") -> list[Row]:
-    size = f"{text.tokens} tokens of text in {text.windows} window(s)"
+    size = f"{text.tokens} tokens of text in {counted(text.windows, 'window')}"
     rows = [("loss on text", f"{_loss(text.loss, text.perplexity)} over {size}")]
     if text.reference_loss is not None:
         rows += [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import report_options, signer_with
-from adaptkit.cli.output import Row, check_report_file, notes, show, size, write_report
+from adaptkit.cli.output import Row, check_report_file, counted, notes, show, size, write_report
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def _signer(key: Path | None, keyless: bool) -> "Signer | None":
 
 
 def _rows(report: "PublishReport", dry_run: bool) -> list[Row]:
-    what = f"{len(report.files_added)} file(s), {size(report.bytes_sent)}, {len(report.files_deleted)} deletion(s)"
+    what = f"{counted(len(report.files_added), 'file')}, {size(report.bytes_sent)}"
+    what += f", {counted(len(report.files_deleted), 'deletion')}"
     if report.already_there:
         what = "nothing: it is there already"
     rows = [("would send" if dry_run else "sent", what), ("commit", report.commit or "none yet")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, Share, Size, output_options, threads_option
-from adaptkit.cli.output import Row, percent, show, size, write_whole
+from adaptkit.cli.output import Row, counted, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress, count_progress
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def command(
 
 def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     kept = ", ".join(f"{count} {reason}" for reason, count in report.kept.items())
-    what = f"{report.output} ({report.shards} shard(s))"
+    what = f"{report.output} ({counted(report.shards, 'shard')})"
     of_all = ", all shares together" if report.part else ""
     rows = [
         ("would write" if dry_run else "wrote", _share(report.part) + what),

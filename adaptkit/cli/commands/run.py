@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import report_options, signer_with
-from adaptkit.cli.output import check_report_file, say, show, write_report
+from adaptkit.cli.output import check_report_file, counted, say, show, write_report
 from adaptkit.cli.progress import StepBar, step_bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
 from adaptkit.errors import AdaptkitError, UsageError
@@ -77,7 +77,7 @@ def _rows(report: "RunReport", dry_run: bool) -> Iterator[tuple[str, str]]:
     done = sum(step.state == "done" for step in report.steps)
     yield (
         report.name,
-        f"{done} step{'' if done == 1 else 's'} done, {len(report.steps) - done} kept, {report.seconds:.1f} s",
+        f"{counted(done, 'step')} done, {len(report.steps) - done} kept, {report.seconds:.1f} s",
     )
     words = {"kept": "as it was; nothing differs"}
     yield "lock", f"{report.lock}: {words.get(report.lock_state, report.lock_state)}"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.cli.html import Html, Number, facts, page, paragraph, section, table
 from adaptkit.cli.measured import columns, forgetting, remarks, short_label
+from adaptkit.cli.output import counted
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison
@@ -42,7 +43,7 @@ def _summary(comparison: "Comparison") -> list[tuple[str, str]]:
     if first.loss is not None:
         rows.append(("samples", f"{first.samples:,} with {first.answer_tokens:,} answer tokens"))
     if first.text is not None:
-        rows.append(("text", f"{first.text.tokens:,} tokens in {first.text.windows:,} window(s)"))
+        rows.append(("text", f"{first.text.tokens:,} tokens in {counted(first.text.windows, 'window')}"))
         if first.text.reference is not None:
             rows.append(("reference", first.text.reference))
     if first.generated is not None:

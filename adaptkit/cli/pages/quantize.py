@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adaptkit.cli import figures
 from adaptkit.cli.grid import grids, place, starred
 from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, table
-from adaptkit.cli.output import percent, size
+from adaptkit.cli.output import counted, percent, size
 
 if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport, TensorReport
@@ -40,7 +40,7 @@ def _summary(report: "QuantizeReport") -> list[tuple[str, str]]:
     share = report.quantized_parameters / report.parameters if report.parameters else 0.0
     ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
     rows = [
-        ("output", f"{report.output} ({report.shards} shard(s))"),
+        ("output", f"{report.output} ({counted(report.shards, 'shard')})"),
         ("size", f"{size(report.bytes_before)} → {size(report.bytes_after)} ({ratio:.2f} × smaller)"),
         ("quantized", f"{report.quantized:,} tensors with {percent(share)} of {report.parameters:,} parameters"),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
