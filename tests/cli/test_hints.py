@@ -1,10 +1,14 @@
 """What commands say where something is not as somebody may think, and what there is to do about it."""
 
 import json
+import re
 
 import pytest
 
+from adaptkit.cli.commands.train import command as train_command
 from adaptkit.discovery import closest
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.settings import settings
 
 NAMES = ["base", "bias", "data", "steps"]
 
@@ -106,3 +110,11 @@ def test_one_of_something_is_not_called_several(run_cli, llama, llama_sharded, t
     shards = len(list((tmp_path / "more").glob("*.safetensors")))
     assert shards > 1
     assert f"({shards} shards)\n" in split
+
+
+def test_the_help_of_train_names_every_option_that_is_no_key_of_a_file():
+    others = {option.name: max(option.opts, key=len) for option in train_command.params}
+    for name in settings(TrainConfig):
+        del others[name]
+    named = re.search(r"except (.*); the command line wins", " ".join(train_command.help.split()))[1]
+    assert set(re.split(r", | and ", named)) == set(others.values())

@@ -43,8 +43,9 @@ def command(
 ) -> None:
     """Train an adapter on a quantized checkpoint (QLoRA) or a 16-bit one (LoRA), or every weight of a 16-bit one.
 
-    Every option is also a key of the --config file (dashes as underscores); the command line wins. A run that was
-    killed or interrupted goes on when the same command is given again.
+    Every option is also a key of the --config file (dashes as underscores), except --output, --force, --config,
+    --resume, --dry-run, --show-batch, --json and --quiet; the command line wins. A run that was killed or interrupted
+    goes on when the same command is given again.
     """
     values = read_config_file(config_file) if config_file else {}
     chosen = given(TrainConfig, options)
