@@ -91,7 +91,10 @@ def test_a_mistyped_command_gets_the_nearest(run_cli, typed, hint):
     assert done.stderr == f"error: there is no command {typed!r}\nhint: {hint}\n"
 
 
-def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant():
+def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant(run_cli, tmp_path):
+    (tmp_path / "train.yaml").write_text("bas: model")
+    done = run_cli("train", "--config", tmp_path / "train.yaml", "-o", tmp_path / "out")
+    assert (done.code, done.stderr.splitlines()[1]) == (2, "hint: did you mean 'base'?")
     assert closest("bas", NAMES) == "base"
     assert closest("bia", NAMES) == "bias"
     assert closest("stepps", NAMES) == "steps"
