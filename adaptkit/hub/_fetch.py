@@ -44,7 +44,7 @@ def fetch_into_cache(
         revision: branch, tag or commit, or None for main.
         wanted: patterns of files.
         unwanted: patterns of those that are left out all the same.
-        told: of bytes that arrived; of those there are, the client learns as it goes.
+        told: of bytes that arrived, of how many; that number grows while the client asks for one file after another.
     """
     lock = threading.Lock()
 
