@@ -56,7 +56,7 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0].startswith("-") or args[0] in names(commands):
+        if args[0].startswith("-") or self.get_command(ctx, args[0]) is not None:
             return super().resolve_command(ctx, args)
         close = closest(args[0], names(commands))
         hint = f"did you mean {close!r}?" if close else "see adaptkit --help"

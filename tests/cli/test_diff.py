@@ -74,7 +74,7 @@ def test_the_table_of_adapters_is_totals_then_the_most_different_modules(ran):
     assert table["adapters"] == "different"
     assert table["modules"] == "14 of rank 4 and 6 of rank 2"
     assert float(table["cosine"]) == pytest.approx(report["total"]["cosine"], abs=1e-6)
-    assert table["only in first"].startswith("8 module(s): model.layers.0.mlp.gate_proj")
+    assert table["only in first"].startswith("8 modules: model.layers.0.mlp.gate_proj")
     assert "random subspaces" in table["overlap, outputs"]
     first = report["modules"][0]
     assert (
