@@ -37,8 +37,8 @@ def on(where: str, value: Any) -> Any:
         return tuple(on(where, item) for item in value)
     if not isinstance(value, torch.Tensor) or value.device.type == where:
         return value
-    whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
-    return torch.as_strided(whole.to(where), value.shape, value.stride(), value.storage_offset())
+    whole = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
+    return whole.to(where).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 @pytest.fixture(scope="session")
