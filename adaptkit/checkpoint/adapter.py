@@ -18,7 +18,7 @@ import xxhash
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
-from adaptkit.checkpoint.adapter_config import check_config, is_adapter
+from adaptkit.checkpoint.adapter_config import check_config, is_adapter, names_tied
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.header import FLOATS
@@ -90,11 +90,10 @@ class Adapter:
     def ties_weights(self) -> bool:
         """Whether ``ensure_weight_tying`` made peft change embedding and head together.
 
-        It does so for modules of two names; for others it warns, and ties nothing.
+        It does so where the configuration names one of them, in ``modules_to_save`` or ``target_modules``, and by one
+        of two names; otherwise it warns, and ties nothing. Trained tokens follow rules of their own.
         """
-        changed = {*self.modules, *self.tokens, *(name.rpartition(".")[0] for name in self.replaced)}
-        known = {"embed_tokens", "lm_head"} & {module.rpartition(".")[2] for module in changed}
-        return bool(known) and bool(self.config.get("ensure_weight_tying"))
+        return bool(self.config.get("ensure_weight_tying")) and names_tied(self.root, self.config)
 
     @property
     def only_compensates(self) -> bool:

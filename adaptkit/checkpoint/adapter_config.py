@@ -39,6 +39,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"
 _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _BIASES = ("none", "all", "lora_only")
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """The order in which modules of experts define their parameters, and so in which peft wraps them."""
@@ -143,6 +144,22 @@ def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> str:
         if name not in _HEADS_OF_CLASSIFIERS and not any(is_saved({_SAVED: [name]}, module) for module in modules):
             return name
     return ""
+
+
+def names_tied(root: Path, config: Mapping[str, Any]) -> bool:
+    """Whether ``modules_to_save`` or ``target_modules`` names an embedding or head as peft ties it.
+
+    Raises:
+        AdapterError: ``target_modules`` is a pattern that cannot be matched.
+    """
+    targets = config.get("target_modules") or []
+    names = [*_saved(config), *(targets if isinstance(targets, list) else [])]
+    if any(name.rpartition(".")[2] in _TIED_BY_PEFT for name in names if isinstance(name, str)):
+        return True
+    try:
+        return isinstance(targets, str) and any(matches_whole(targets, name) for name in _TIED_BY_PEFT)
+    except re.error as error:
+        raise AdapterError(f"{root}: target_modules is malformed ({error})", hint=_ONE_SAVE) from error
 
 
 def untrained_tokens(config: Mapping[str, Any], modules: Sequence[str]) -> str:

@@ -153,7 +153,8 @@ class _Planner:
                 f"{name}, {list(spec.shape)}",
                 hint=_OTHER,
             )
-        self._extend(name, tokens=tokens)
+        for output in self._outputs_of_tokens(name):
+            self._put(output, tokens=tokens)
 
     def _is_transposed(self, module: str, term: LowRank, spec: TensorSpec) -> bool:
         """Whether the base keeps this weight as (in, out).
@@ -228,6 +229,17 @@ class _Planner:
         if self._separate and self._change.together and name == vocabulary.embedding:
             return [vocabulary.embedding, vocabulary.head]
         return vocabulary.outputs(name, together=not self._separate)
+
+    def _outputs_of_tokens(self, name: str) -> list[str]:
+        """The tensors whose rows are replaced: peft lets a head follow its embedding, unless it has rows of its own.
+
+        That holds whatever else happens to either of them; the embedding never follows the head.
+        """
+        vocabulary, addresses = self._vocabulary, self._change.addresses
+        changed = [addresses[f"{module}.weight"][0].name for module in self._adapter.tokens]
+        if name == vocabulary.embedding and vocabulary.head not in changed:
+            return vocabulary.both(name) if self._separate else self._outputs(name)
+        return self._outputs(name)
 
     def _edit(self, output: str) -> Edit:
         if output not in self._edits.of:

@@ -172,9 +172,19 @@ def _change_alike(
 def _repeats(adapter: Adapter, tables: list[str], heads: list[str], digests: Mapping[str, Any]) -> bool:
     """Whether the head's change, if there is one beside that of the embedding, is the same.
 
+    With DoRA it is none: A and B are tied, but the embedding's magnitudes are those of its columns, the head's of rows.
+
     Raises:
         AdapterError: it is not, though they are said to be tied.
     """
+    changed = [name.removesuffix(".weight") for name in (*tables, *heads)]
+    scaled = [module for module in changed if module in adapter.magnitudes]
+    if scaled and not (tables and heads):
+        raise AdapterError(
+            f"{adapter.root}: ensure_weight_tying is set, but {scaled[0]}.lora_magnitude_vector has none beside it of "
+            f"the {'head' if tables else 'embedding'}",
+            hint="save it again with peft",
+        )
     for table, head in ((table, head) for table in tables for head in heads):
         one, other = (adapter.modules.get(name.removesuffix(".weight")) for name in (table, head))
         if one and other and not (torch.equal(one.lora_a, other.lora_a) and torch.equal(one.lora_b, other.lora_b)):
@@ -190,7 +200,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str], digests: Map
                     f"{adapter.root}: ensure_weight_tying is set, but {keys[0]!r} and {keys[1]!r} differ",
                     hint="save it again with peft",
                 )
-    return True
+    return not scaled
 
 
 def _kinds(adapter: Adapter, name: str) -> set[str]:

@@ -5,6 +5,7 @@ Nothing of adaptkit is used here. These tests fail if peft or transformers begin
 
 import functools
 import json
+import re
 import shutil
 
 import peft_adapters
@@ -45,10 +46,10 @@ def test_nothing_in_an_adapter_is_zero(judged, name):
 @pytest.mark.parametrize("name", LOADED)
 def test_peft_loads_every_tensor_of_an_adapter(judged, name):
     _, judgement = judged(name)
-    tied = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"  # of a head that follows the embedding
-    assert {key for key in judgement.missing if key != f"{tied}.default"} == set()
+    tied = r"lm_head\.(base_layer\.)?token_adapter\.trainable_tokens_delta"  # of a head that follows the embedding
+    assert [key for key in judgement.missing if not re.search(tied, key)] == []
     copies = tuple(f".{copy}.{kind}" for copy in ("original_module", "modules_to_save") for kind in ("weight", "bias"))
-    assert {key for key in judgement.unexpected if key != tied and not key.endswith(copies)} == set()
+    assert [key for key in judgement.unexpected if not re.search(tied, key) and not key.endswith(copies)] == []
 
 
 @functools.cache
