@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from adaptkit.checkpoint.adapter_config import (
 )
 from adaptkit.checkpoint.manifest import TensorRecord
 from adaptkit.checkpoint.reader import TensorFiles
+from adaptkit.checkpoint.vocabulary import is_head, is_table
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.arrays import Array, as_tensor
 from adaptkit.numerics.lora import LowRank, transposed
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be whole and of one save"
-_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
-"""When the vocabulary was resized peft saves the embedding whole, unasked, and with it the head."""
 
 
 @dataclass(frozen=True)
@@ -209,16 +206,18 @@ class Parts:
     def _take_replaced(self) -> None:
         self._take_copies()
         whole = [part for part in self._left if part.role in ("weight", "base_weight")]
-        resized = any(_TABLE.search(part.module) for part in whole)
+        resized = any(is_table(part.module) for part in whole)  # peft then saves them whole, unasked, and the head too
         for part in list(self._left):
             kind = part.role.removeprefix("base_")
             name = f"{part.module}.{kind}"
             wrapped = part.role.startswith("base_")
-            unasked = resized and not wrapped and (_TABLE.search(part.module) or _HEAD.search(part.module))
-            if kind == "weight" and wrapped and (part.module in self.modules or part.module in self.tokens):
+            unasked = resized and not wrapped and (is_table(part.module) or is_head(part.module))
+            trained = kind == "bias" and self._config.get("bias", "none") != "none"
+            copies = kind in ("weight", "bias") and wrapped and not trained
+            if copies and (part.module in self.modules or part.module in self.tokens):
                 self.begins[name] = self._left.pop(part)
             elif (
-                (kind == "bias" and self._config.get("bias", "none") != "none")
+                trained
                 or (not wrapped and is_saved(self._config, part.module))
                 or (kind in ("weight", "bias") and unasked)
             ):

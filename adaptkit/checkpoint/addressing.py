@@ -61,10 +61,12 @@ class Addresses:
     Attributes:
         of: by name of the parameter, the tensors that hold it.
         told_by: how that was found out, in a few words; empty where the names are the same.
+        uses: parameters that the model has in common with others, and whose tensor the files keep under another's name.
     """
 
     of: dict[str, tuple[Slice, ...]]
     told_by: str = ""
+    uses: frozenset[str] = frozenset()
 
 
 def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str) -> Addresses:
@@ -105,12 +107,14 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
     assembly = Assembly(empty_network(checkpoint), checkpoint)
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}
+    uses = set()
     for name in wanted:
         known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in assembly.sources), None)
         held = known is not None or name in checkpoint.tensors
         inside = None if held else _inside(assembly, name)
         if known is not None:
             found[name] = _slices(assembly, known, who)
+            uses |= {name} if assembly.is_borrowed(known) else set()
         elif name in checkpoint.tensors:  # one expert's matrix, say, where the model has a stack of them
             found[name] = (Slice(name),)
         elif inside is not None:
@@ -120,7 +124,8 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
                 f"{who}: changes {name}, which {checkpoint.root} does not have",
                 hint="this adapter is for another model",
             )
-    return Addresses(found, f"names mapped as transformers does for {type(assembly.network).__name__}")
+    told_by = f"names mapped as transformers does for {type(assembly.network).__name__}"
+    return Addresses(found, told_by, frozenset(uses))
 
 
 def _inside(assembly: Assembly, name: str) -> Slice | None:

@@ -71,12 +71,18 @@ class Assembly:
         for name, (first, *others) in self.sources.items():
             if others and not self._places[first].operations:
                 raise CheckpointError(f"{checkpoint.root}: {first} and {others[0]} are both {name}")
+        own = set(self.sources)
         self._names: dict[int, list[str]] = {}  # of every parameter; several if it is tied
         for name, parameter in network.named_parameters(remove_duplicate=False):
             self._names.setdefault(id(parameter), []).append(name)
         for names in self._names.values():
             held = [name for name in names if name in self.sources]
             self.sources.update({name: self.sources[held[0]] for name in names if held and name not in self.sources})
+        self._borrowed = self.sources.keys() - own
+
+    def is_borrowed(self, name: str) -> bool:
+        """Whether the files have a parameter only under the name of another that is tied to it."""
+        return name in self._borrowed
 
     def unknown(self) -> list[str]:
         """The tensors that the network has no place for, sorted, but for what transformers knows to be left over."""

@@ -13,14 +13,20 @@ from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
-from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.lazy import torch
+from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._edit_checks import check_sums
 from adaptkit.operations._edits import Edit, Edits, Step, Stored
 from adaptkit.operations._expert_panels import Experts
 from adaptkit.operations._roles import is_conv1d
-from adaptkit.operations._tying import Vocabulary, VocabularyChange, find_vocabulary, vocabulary_changes
+from adaptkit.operations._tying import (
+    Vocabulary,
+    VocabularyChange,
+    find_vocabulary,
+    require_head,
+    vocabulary_changes,
+)
 
 Begins = Callable[[str, TensorFiles, str], bool]
 """Asked with the tensor's name, the adapter's files, and the key in them."""
@@ -55,6 +61,7 @@ def plan_edits(
     edits.addresses = [change.addresses for change in changes]
     separate = any(change.separate for change in changes)
     if separate:
+        vocabulary = require_head(checkpoint, vocabulary)
         edits.config["tie_word_embeddings"] = False
         edits.told.append(f"untied: {vocabulary.head} is a tensor of its own now")
     for number, (adapter, weight, change) in enumerate(zip(adapters, weights, changes, strict=True)):
@@ -68,8 +75,13 @@ def plan_edits(
     if separate and vocabulary.head not in edits.of:  # it stays what the embedding was
         spec = checkpoint.spec(vocabulary.stored(vocabulary.head))
         edits.of[vocabulary.head] = Edit(replace(spec, name=vocabulary.head), spec.name, spec.shape)
+    if separate and vocabulary.bias is not None:  # which was tied with the weight
+        own, outer = vocabulary.bias
+        spec = checkpoint.spec(outer)
+        edit = edits.of.get(outer, Edit(spec, outer, spec.shape))
+        edits.of[own] = replace(edit, spec=replace(edit.spec, name=own))
     edits.added = [name for name in edits.of if name not in checkpoint.tensors]
-    _check_sums(checkpoint, edits)
+    check_sums(checkpoint, edits)
     return edits
 
 
@@ -170,11 +182,14 @@ class _Planner:
         return may_be and spec.shape == term.shape[::-1]
 
     def _plan_begin(self, module: str, name: str) -> None:
-        """What a change is added to comes with the adapter: usually the base's own tensor, and then no news.
+        """What a change is added to comes with the adapter: usually the base's own tensor, and then no news."""
+        self._begin(f"{module}.weight", name)
+        if f"{module}.bias" in self._adapter.begins:
+            self._begin(f"{module}.bias", self._change.addresses[f"{module}.bias"][0].name)
 
-        Otherwise it is the base of the running model, and so of a tied head and embedding alike.
-        """
-        key = self._adapter.begins.get(f"{module}.weight")
+    def _begin(self, parameter: str, name: str) -> None:
+        """If it is no copy of the base's, it is the base of the running model, and so of a tied head and embedding."""
+        key = self._adapter.begins.get(parameter)
         source = self._vocabulary.stored(name)
         if key is None or not self._begins(source, self._adapter.files, key):
             return
@@ -270,8 +285,19 @@ class _Planner:
         if steps[-1].panels and "panels" in what:
             both = zip(steps[-1].panels, what["panels"], strict=True)
             what["panels"] = tuple(one + other for one, other in both)
+        before, now = steps[-1].whole, what.get("whole")
+        if before is not None and now is not None and not self._is_alike(before, now):
+            raise AdapterError(
+                f"{self._adapter.root}: {before.key!r} and {now.key!r} differ, and both stand for {output}",
+                hint="save it again with peft",
+            )
         steps[-1] = replace(steps[-1], **what)
         self._edits.of[output] = replace(edit, steps=tuple(steps))
+
+    def _is_alike(self, one: Stored, other: Stored) -> bool:
+        """Whether two tensors of the adapter are the same, as a bias is that two modules have in common."""
+        digests = {record.name: record.xxh3_128 for record in self._adapter.records}
+        return one.first_row == other.first_row and digests[one.key] == digests[other.key]
 
     def _check(self, name: str, shape: tuple[int, ...], module: str) -> None:
         spec = self._spec(name)
@@ -281,40 +307,3 @@ class _Planner:
                 f"{list(spec.shape)} ({spec.dtype}) in {self._checkpoint.root}",
                 hint=_OTHER,
             )
-
-
-def _check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
-    """Refuse combinations that are no sum of changes of the same base."""
-    for edit in edits.of.values():
-        resized = edit.spec.shape != edit.base_shape
-        columns = any(step.per_column and step.magnitude is not None for step in edit.steps)
-        if (resized and len(edit.steps) > 1) or (columns and any(step.tokens for step in edit.steps)):
-            raise UsageError(
-                f"{edit.spec.name}: several adapters change it in ways that cannot be summed",
-                hint="merge one adapter after the other",
-            )
-    heights = {edit.spec.shape[0] for edit in edits.of.values() if edit.spec.shape != edit.base_shape}
-    if "vocab_size" in edits.config:
-        vocabulary = find_vocabulary(checkpoint)
-        bias = f"{vocabulary.head.removesuffix('.weight')}.bias"
-        names = {vocabulary.embedding, vocabulary.head, bias} & {*checkpoint.tensors, *edits.of}
-        heights |= {(edits.of[name].spec if name in edits.of else checkpoint.spec(name)).shape[0] for name in names}
-        if len(heights) > 1:
-            raise BaseMismatchError(
-                f"embedding and head would differ in size: {', '.join(map(str, sorted(heights)))} entries",
-                hint="save the adapter with save_embedding_layers=True",
-            )
-
-
-def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> bool:
-    """Whether a tensor of an adapter is the base's, up to the adapter's coarser type; read piece by piece."""
-    ours, theirs = checkpoint.spec(name), files.spec(key)
-    if ours.shape != theirs.shape:
-        return False
-    step = 1 << 20
-    for start in range(0, ours.count, step):
-        count = min(step, ours.count - start)
-        one, other = checkpoint.read_flat(name, start, count), files.read_flat(key, start, count)
-        if not torch.equal(one.to(other.dtype), other):
-            return False
-    return True

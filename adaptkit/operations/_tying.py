@@ -6,21 +6,29 @@ other way round. Rows of trained tokens, and what ``ensure_weight_tying`` is set
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.addressing import Slice, find_addresses
+from adaptkit.checkpoint.addressing import Addresses, Slice, find_addresses
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.vocabulary import (
+    asked_head,
+    is_rare_table,
+    is_tied_by_default,
+    is_usual_head,
+    is_usual_table,
+    known_head,
+)
 from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.lazy import torch
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
 _SHARED = re.compile(r"(^|\.)shared\.weight$")
 _USES = re.compile(r"(^|\.)(shared|embed_tokens|lm_head)\.weight$")
 _TELLS_NO_WORDS = re.compile(
-    r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For(Sequence|Token)Classification$|ForQuestionAnswering$"
+    r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For\w*Classification$|ForQuestionAnswering\w*$"
+    r"|For(MultipleChoice|NextSentencePrediction)$|^(Electra|Funnel|Splinter)ForPreTraining$"
 )
 """Names of transformers' classes that have no output layer for the vocabulary."""
 
@@ -31,15 +39,17 @@ class Vocabulary:
 
     Attributes:
         embedding: name of the tensor; empty if none is known.
-        head: name of the output layer's tensor, in the files or not.
+        head: name of the output layer's tensor, in the files or not; a guess if not ``is_known``.
         tied: whether the head is the embedding.
         tensors: names in the files.
+        is_known: whether that is the head's name.
     """
 
     embedding: str
     head: str
     tied: bool
     tensors: Collection[str]
+    is_known: bool
 
     def is_embedding(self, name: str) -> bool:
         """Whether a tensor of the files is the embedding."""
@@ -47,7 +57,17 @@ class Vocabulary:
 
     def is_head(self, name: str) -> bool:
         """Whether a tensor, or a parameter of the model, is the output layer."""
-        return bool(_HEAD.search(name))
+        return name == self.head or is_usual_head(name.removesuffix(".weight"))
+
+    @property
+    def bias(self) -> tuple[str, str] | None:
+        """The head's bias, and the tensor of the files that it is while embedding and head are one; None if it is none.
+
+        BERT and its kin give the bias to what is around the head, too, and tie the two if they tie the weights.
+        """
+        module = self.head.removesuffix(".weight")
+        own, outer = f"{module}.bias", f"{module.rpartition('.')[0]}.bias"
+        return (own, outer) if self.tied and outer in self.tensors and own not in self.tensors else None
 
     def stored(self, name: str) -> str:
         """The tensor of the files that a tensor of the result begins as."""
@@ -89,13 +109,43 @@ class VocabularyChange:
 
 
 def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
-    """Find embedding and head, from names and configuration."""
-    shortest_first = sorted(checkpoint.tensors, key=lambda name: (len(name), name))
-    tables = [name for name in shortest_first if _EMBEDDING.search(name)]
-    heads = [name for name in shortest_first if _HEAD.search(name)]
+    """Find embedding and head, from names, shapes and configuration."""
+    weights = {name.removesuffix(".weight"): name for name in checkpoint.tensors if name.endswith(".weight")}
+    shortest_first = sorted(weights, key=lambda module: (len(module), module))
+    known = known_head(checkpoint.config)
+    heads = [module for module in shortest_first if module == known or is_usual_head(module)]
     says = _says_tied(checkpoint.config)
+    says = is_tied_by_default(checkpoint.config) if says is None else says
+    tables = [module for module in shortest_first if is_usual_table(module)]
+    tables = tables or [module for module in shortest_first if is_rare_table(module) and module not in heads]
+    if not tables and not heads:
+        tables = _only_of_its_height(checkpoint)
     tied = bool(tables) and (says is True if heads else not _tells_no_words(checkpoint))
-    return Vocabulary(tables[0] if tables else "", heads[0] if heads else "lm_head.weight", tied, checkpoint.tensors)
+    return Vocabulary(
+        weights[tables[0]] if tables else "",
+        weights[heads[0]] if heads else f"{known or 'lm_head'}.weight",
+        tied,
+        checkpoint.tensors,
+        bool(heads or known),
+    )
+
+
+def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
+    """Make sure of the head's name, where it is to be a tensor of its own; may have to ask transformers.
+
+    Raises:
+        BaseMismatchError: it cannot be known.
+    """
+    if vocabulary.is_known:
+        return vocabulary
+    head = asked_head(checkpoint)
+    if not head:
+        raise BaseMismatchError(
+            f"{checkpoint.root}: what models of the type {checkpoint.config.get('model_type')!r} call the head that is "
+            "tied to their embedding is not known, so that it cannot become a tensor of its own",
+            hint="pip install 'adaptkit[train]', if transformers knows them; or leave embedding and head as they are",
+        )
+    return replace(vocabulary, head=f"{head}.weight", is_known=True)
 
 
 def vocabulary_changes(
@@ -110,8 +160,12 @@ def vocabulary_changes(
     names = _parameters(adapter)
     _refuse_shared(checkpoint, adapter, names)
     absent = {n for n in names if vocabulary.is_head(n) and vocabulary.tied and n not in checkpoint.tensors}
-    found = find_addresses(checkpoint, names - absent, str(adapter.root))
-    addresses = dict(found.of) | {name: (Slice(vocabulary.head),) for name in absent}
+    elsewhere = {name: (Slice(vocabulary.head),) for name in absent}
+    if vocabulary.bias is not None and vocabulary.bias[0] in names:
+        elsewhere[vocabulary.bias[0]] = (Slice(vocabulary.bias[1]),)
+    found = find_addresses(checkpoint, names - elsewhere.keys(), str(adapter.root))
+    _refuse_uses(checkpoint, adapter, found)
+    addresses = dict(found.of) | elsewhere
     plain = VocabularyChange(addresses, found.told_by, True, False, frozenset())
     if not vocabulary.tied:
         return plain
@@ -146,9 +200,34 @@ def _refuse_shared(checkpoint: Checkpoint, adapter: Adapter, names: Collection[s
                 )
 
 
+def _refuse_uses(checkpoint: Checkpoint, adapter: Adapter, found: Addresses) -> None:
+    """Refuse a change of one use of a tensor that a model has for several, other than of its head."""
+    for name in sorted(found.uses):
+        if name.endswith(".weight"):
+            raise AdapterError(
+                f"{adapter.root}: changes {name}, which the model has in common with {found.of[name][0].name} of "
+                f"{checkpoint.root}; peft changes one of these uses, which no checkpoint of the model can say",
+                hint="train it without embeddings and head",
+            )
+
+
+def _only_of_its_height(checkpoint: Checkpoint) -> list[str]:
+    """The module of the only matrix outside the layers with a row for every word, which must be embedding and head."""
+    text = checkpoint.config.get("text_config")
+    values = [source.get("vocab_size") for source in (checkpoint.config, text) if isinstance(source, dict)]
+    found = [
+        name.removesuffix(".weight")
+        for name, located in checkpoint.tensors.items()
+        if name.endswith(".weight") and not _NUMBERED.search(name)
+        if len(located.spec.shape) == 2 and located.spec.shape[0] in values
+    ]
+    return found if len(found) == 1 else []
+
+
 def _parameters(adapter: Adapter) -> set[str]:
     weights = {f"{module}.weight" for module in (*adapter.modules, *adapter.tokens)}
-    return {*weights, *(f"{module}.bias" for module in adapter.biases), *adapter.experts, *adapter.replaced}
+    biases = {f"{module}.bias" for module in adapter.biases} | {n for n in adapter.begins if n.endswith(".bias")}
+    return {*weights, *biases, *adapter.experts, *adapter.replaced}
 
 
 def _change_alike(

@@ -11,7 +11,7 @@ def untargeted(adapters: Sequence[Adapter]) -> Iterator[str]:
     """A sentence for each adapter that has more than ``adapter_config.json`` names."""
     for adapter in adapters:
         config = adapter.config
-        if config.get("target_modules") in (None, SHORTHAND) or config.get("ensure_weight_tying"):
+        if config.get("target_modules") in (None, SHORTHAND) or adapter.ties_weights:
             continue  # peft asks the architecture, or adds what is tied
         found = [module for module in adapter.modules if not is_target(config, module)]
         if found:

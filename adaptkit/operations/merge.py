@@ -17,7 +17,8 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.operations._edit_plan import is_same, plan_edits
+from adaptkit.operations._edit_checks import is_same
+from adaptkit.operations._edit_plan import plan_edits
 from adaptkit.operations._merge_base import open_base, with_addresses
 from adaptkit.operations._merge_report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merged_view import MergedView

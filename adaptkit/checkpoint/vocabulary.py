@@ -1,0 +1,149 @@
+"""What transformers calls embeddings and output layers: many architectures, few names, and no need to ask for them.
+
+An output layer that is tied to the embedding is in no file, so that its name must be known. It depends on the
+architecture; the tables are those of transformers 5.24 (``_tied_weights_keys``, ``get_output_embeddings``), and a test
+compares them with the one that is installed.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from adaptkit.checkpoint.architecture import empty_network, named_network, why_unknown
+from adaptkit.checkpoint.reader import Checkpoint
+
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)$")
+_RARE_TABLE = re.compile(r"(^|\.)(embeddings?|word_embedding|tokens_embed|input_embedding|w)$")
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
+_HEADS = {
+    "cls.predictions.decoder": """
+        bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra nomic_bert
+        nystromformer rembert roc_bert roformer squeezebert tapas visual_bert yoso
+    """,
+    "decoder": "modernbert modernbert-decoder",
+    "decoder.lm_head": "pix2struct",
+    "embed_out": "gpt_neox_japanese",
+    "generator_lm_head": "convbert electra",
+    "head": "rwkv",
+    "head.decoder": "ultrabert",
+    "language_model.lm_head": "blip-2 instructblip instructblipvideo",
+    "lm_head": """
+        afmoe apertus apertus1p5 apertus1p5_text arcee aria aria_text audioflamingo3 axk1 axk2
+        bailing_hybrid bamba bart beam bigbird_pegasus bitnet blenderbot blenderbot-small bloom
+        chameleon codegen cohere cohere2 cohere2_moe cohere2_vision cosmos3_edge cosmos3_omni cpmant ctrl
+        cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 deepseek_vl deepseek_vl_hybrid diffllama
+        doge dory dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe eurobert
+        evolla exaone exaone4 exaone4_5 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint florence2
+        fun_asr_nano funnel fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text
+        gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4 glm46v glm4_moe glm4_moe_lite
+        glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr glmasr glmga got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo
+        gpt_neox gpt_oss gptj granite granite_docling granite_speech granite_speech_plus granite_swa
+        granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
+        hunyuan_v1_moe hy_v3 hy_v4 hy_v4_vl hyperclovax hyperclovax_vision_v2 idefics idefics2 idefics3
+        inkling2 inkling2_loop inkling2_loop_text inkling2_text inkling_mm_model inkling_text internlm3
+        internvl iquestcoder jais2 jamba janus jetmoe kimi_k25 kimi_linear kolibri1 kyutai_speech_to_text
+        laguna lara_mini led lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr llama llama4_text llava
+        llava_next llava_next_video llava_onevision longcat_flash longt5 m2m_100 mamba mamba2 marian mbart
+        mellum mimo_v2_flash minicpm3 minicpm_ocr minicpmv4_6 minicpmv4_7 minimax minimax_m2 minimax_m3_vl
+        minimax_m3_vl_text ministral ministral3 mistral mistral3 mistral4 mistral_large4 mixtral mllama
+        modernvbert molmo2 moshi moss_transcribe_diarize mpt mt5 muse_glimmer muse_spark musicflamingo mvp
+        nanochat nemo_speechlm nemotron nemotron_h neomme nllb-moe olmo olmo2 olmo3 olmo_hybrid olmoe
+        omniasr openai-gpt opt ovis2 paddleocr_vl paligemma pegasus pegasus_x persimmon phi phi3
+        phi4_multimodal phimoe plbart pp_chart2table prophetnet qianfan_ocr qwen2
+        qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
+        qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl
+        qwen3_vl_moe recurrent_gemma sarvam_mla sarvam_moe seamless_m4t seamless_m4t_v2 seed_oss
+        shieldgemma2 smollm3 smolvlm solar_open speech_to_text stablelm starcoder2 step3p7
+        switch_transformers t5 udop ultravbert umt5 unlimited_ocr vaultgemma vibevoice vibevoice_asr
+        video_llama_3 video_llava vipllava voxtral voxtral_realtime xglm xlstm youtu zamba zamba2 zaya
+    """,
+    "lm_head.decoder": """
+        bert-generation camembert data2vec-text esmc gte ibert jina_embeddings_v3 longformer mpnet
+        reformer roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod
+    """,
+    "lm_head.out_proj": "t5gemma t5gemma2",
+    "lm_loss": "xlnet",
+    "output": "git",
+    "output_projection": "biogpt trocr",
+    "pred_layer.proj": "flaubert xlm",
+    "predictions.decoder": "albert",
+    "proj_out": "canary cohere_asr moonshine whisper",
+    "text_decoder_postnet.lm_head": "speecht5",
+    "text_model.lm_head": "kosmos-2 kosmos-2.5",
+    "vocab_projector": "distilbert",
+}
+"""By the path of the output layer, the types of models that call it so."""
+_TIED_BY_DEFAULT = """
+    albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip-2 bloom
+    camembert canary cohere cohere2 cohere2_moe cohere2_vision convbert ctrl data2vec-text deberta deberta-v2
+    deepseek_vl deepseek_vl_hybrid distilbert electra ernie ernie4_5 ernie4_5_moe ernie4_5_vl_moe falcon
+    falcon_mamba flaubert florence2 fnet fun_asr_nano funnel gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4
+    gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glmasr got_ocr2 gpt-sw3 gpt2
+    gpt_bigcode gpt_neo gpt_neox_japanese granite_docling granite_speech granite_speech_plus granite_swa gte
+    hyperclovax_vision_v2 ibert instructblip instructblipvideo internvl janus jetmoe jina_embeddings_v3 kimi_k25
+    kosmos-2 kosmos-2.5 lara_mini layoutlm led lfm2 lfm2_vl lfm3 lfm3_vl lighton_ocr longformer longt5 m2m_100
+    mamba marian mbart megatron-bert minicpm3 minicpm_ocr mistral3 mobilebert modernbert modernbert-decoder
+    moonshine moss_transcribe_diarize mpnet mpt mra mt5 mvp neomme nllb-moe nomic_bert nystromformer openai-gpt
+    opt ovis2 paddleocr_vl paligemma pegasus pegasus_x plbart pp_chart2table prophetnet qwen3_asr
+    recurrent_gemma roberta roberta-prelayernorm roc_bert roformer seamless_m4t seamless_m4t_v2 shieldgemma2
+    smollm3 speech-encoder-decoder speech_to_text speecht5 squeezebert starcoder2 switch_transformers t5
+    t5gemma2 tapas trocr udop umt5 vaultgemma vision-encoder-decoder visual_bert voxtral_realtime whisper xglm
+    xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
+"""
+"""Types of models whose embedding is the output layer, too, where the configuration does not say."""
+_HEAD_OF = {kind: head for head, kinds in _HEADS.items() for kind in kinds.split()}
+
+
+def is_table(module: str) -> bool:
+    """Whether a dotted path is, by its name, that of an embedding of words."""
+    return bool(_TABLE.search(module)) or is_rare_table(module)
+
+
+def is_usual_table(module: str) -> bool:
+    """The same for the names that nothing else has."""
+    return bool(_TABLE.search(module))
+
+
+def is_rare_table(module: str) -> bool:
+    """The same for names that could be something else's, too: only if a checkpoint has none of the usual ones."""
+    return bool(_RARE_TABLE.search(module)) and not _NUMBERED.search(module)
+
+
+def is_head(module: str) -> bool:
+    """Whether a dotted path is, by its name, that of an output layer, in some architecture."""
+    return bool(_HEAD.search(module)) or module in _HEADS
+
+
+def is_usual_head(module: str) -> bool:
+    """Whether a dotted path ends as that of an output layer does in most architectures."""
+    return bool(_HEAD.search(module))
+
+
+def known_head(config: Mapping[str, Any]) -> str:
+    """The dotted path of the output layer in a model of this configuration; empty if it is not known."""
+    return _HEAD_OF.get(str(config.get("model_type")), "")
+
+
+def is_tied_by_default(config: Mapping[str, Any]) -> bool:
+    """Whether the embedding is the output layer, too, in a model whose configuration does not say."""
+    return str(config.get("model_type")) in _TIED_BY_DEFAULT.split()
+
+
+def asked_head(checkpoint: Checkpoint) -> str:
+    """The same as ``known_head`` from transformers, if it is installed and knows the architecture; loads it.
+
+    Raises:
+        UsageError, CheckpointError: ``config.json`` describes a model that cannot be built.
+    """
+    if importlib.util.find_spec("transformers") is None or why_unknown(checkpoint):
+        return ""
+    network = named_network(checkpoint) or empty_network(checkpoint)
+    return head_path(network)
+
+
+def head_path(network: Any) -> str:
+    """The dotted path of a model's output layer; empty if it has none."""
+    head = network.get_output_embeddings()
+    return next((path for path, module in network.named_modules() if head is not None and module is head), "")

@@ -1,0 +1,59 @@
+"""The tables of embeddings and output layers say what transformers says."""
+
+import pytest
+from peft_adapters import quiet
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSpeechSeq2Seq
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from adaptkit.checkpoint import vocabulary
+from adaptkit.checkpoint.vocabulary import head_path, is_table, is_tied_by_default, known_head
+
+AUTO = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSpeechSeq2Seq)
+UNCOMMON = [kind for head, kinds in vocabulary._HEADS.items() if head != "lm_head" for kind in kinds.split()]
+
+
+def classes(kind):
+    """Those of a type of models that tell words."""
+    config = CONFIG_MAPPING[kind]
+    found = [auto._model_mapping[config] for auto in AUTO if config in auto._model_mapping]
+    return [one for classes in found for one in (classes if isinstance(classes, tuple) else (classes,))]
+
+
+@pytest.mark.parametrize("kind", CONFIG_MAPPING)
+def test_a_head_that_is_known_is_what_transformers_ties(kind):
+    head = known_head({"model_type": kind})
+    for model in classes(kind) if head else ():
+        tied = model._tied_weights_keys or {}
+        names = [name.removesuffix(".weight") for name in tied if name.endswith(".weight")]
+        assert head in names or not names, model.__name__
+        if head in names:
+            source = tied[f"{head}.weight"].removesuffix("$").removesuffix(".weight")
+            assert is_table(source) or source.endswith("shared"), f"{model.__name__}: {source}"
+
+
+BUILT = {
+    "bert": {}, "roberta": {}, "distilbert": {"n_layers": 1}, "modernbert-decoder": {}, "biogpt": {}, "albert": {},
+    "electra": {}, "deberta-v2": {}, "mamba": {}, "mamba2": {}, "falcon_mamba": {}, "openai-gpt": {"n_layer": 1},
+    "gpt2": {"n_layer": 1}, "ctrl": {"n_layer": 1}, "rwkv": {}, "xlnet": {"n_layer": 1}, "llama": {}, "gemma": {},
+    "qwen2": {}, "phi": {}, "opt": {}, "bloom": {"n_layer": 1}, "gpt_neox": {}, "gptj": {"n_layer": 1},
+    "whisper": {"encoder_layers": 1, "decoder_layers": 1}, "mpnet": {}, "flaubert": {"n_layers": 1}, "git": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_what_is_known_of_a_type_is_so_in_every_model_of_it(kind):
+    import torch
+
+    values = BUILT[kind] or {"num_hidden_layers": 1}
+    for model in classes(kind):
+        with quiet(), torch.device("meta"):
+            network = model(model.config_class(**values))
+        assert head_path(network) == known_head({"model_type": kind})
+        tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+        assert tied == is_tied_by_default({"model_type": kind})
+        table = network.get_input_embeddings()
+        assert is_table(next(path for path, module in network.named_modules() if module is table))
+
+
+def test_what_is_not_known_is_not_guessed():
+    assert known_head({"model_type": "of_my_own"}) == known_head({}) == ""

@@ -1,0 +1,182 @@
+"""Embedding and head that are one tensor under names of all kinds: a merge computes what peft does, or is refused.
+
+Each architecture is built tiny by transformers, adapted by peft, merged, loaded by transformers, and unmerged.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_adapters import quiet
+from safetensors.torch import load_file, save_file
+
+from adaptkit.errors import AdaptkitError, BaseMismatchError
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.unmerge import unmerge
+
+TEXT, MASKED, SPEECH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq"
+COMMON = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
+DECODER = COMMON | {
+    "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+OLD = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "d_model": 32, "d_inner": 48}
+WHISPER = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 61, "num_mel_bins": 16,
+    "max_source_positions": 20, "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, str, dict[str, Any], str, str, str]] = {
+    "whisper": (SPEECH, "whisper", WHISPER, "q_proj", "proj_out", "model.decoder.embed_tokens"),
+    "bert": (MASKED, "bert", DECODER, "query", "cls.predictions.decoder", "word_embeddings"),
+    "roberta": (MASKED, "roberta", DECODER, "query", "lm_head.decoder", "word_embeddings"),
+    "distilbert": (
+        MASKED,
+        "distilbert",
+        {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
+        "q_lin",
+        "vocab_projector",
+        "word_embeddings",
+    ),
+    "modernbert-decoder": (TEXT, "modernbert-decoder", DECODER, "q_proj", "decoder", "tok_embeddings"),
+    "biogpt": (TEXT, "biogpt", DECODER, "q_proj", "output_projection", "embed_tokens"),
+    "mamba": (
+        TEXT, "mamba", COMMON | {"state_size": 8, "tie_word_embeddings": True}, "in_proj", "lm_head", "embeddings"
+    ),
+    "openai-gpt": (TEXT, "openai-gpt", OLD, "c_attn", "lm_head", "tokens_embed"),
+    "ctrl": (TEXT, "ctrl", OLD | {"dff": 48}, "Wq", "lm_head", "w"),
+    "xlnet": (TEXT, "xlnet", OLD, "ff.layer_1", "lm_loss", "word_embedding"),
+}  # fmt: skip
+"""The automatic class, the type, its configuration, a linear layer, the head, the embedding."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory) -> tuple[str, Path]:
+    import transformers
+
+    auto, kind, values, *_ = MODELS[request.param]
+    folder = tmp_path_factory.mktemp("tied") / request.param
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(kind, **values)
+        getattr(transformers, auto).from_config(config).save_pretrained(folder)
+    return request.param, folder
+
+
+def load(name: str, folder: Path) -> Any:
+    import transformers
+
+    with quiet():
+        return getattr(transformers, MODELS[name][0]).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def adapted(name: str, base: Path, folder: Path, **lora: Any) -> Path:
+    """An adapter of which every tensor has been trained."""
+    from peft import LoraConfig, get_peft_model
+
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(load(name, base), LoraConfig(r=2, lora_alpha=4, **lora))
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data += torch.randn(parameter.shape) * 0.1
+        model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(name: str, model: Any) -> torch.Tensor:
+    words = torch.arange(3, 15)[None]
+    if name == "whisper":
+        return model(input_features=torch.ones(1, 16, 40), decoder_input_ids=words).logits
+    return model(input_ids=words).logits
+
+
+def running(name: str, base: Path, adapter: Path) -> torch.Tensor:
+    """What peft computes with an adapter that is not merged."""
+    from peft import PeftModel
+
+    with quiet():
+        return logits(name, PeftModel.from_pretrained(load(name, base), adapter).base_model.model.eval())
+
+
+def assert_merges(name: str, base: Path, adapter: Path, out: Path, untie: bool) -> None:
+    """The merge computes what the running adapter does, and every byte comes back."""
+    wanted, before = running(name, base, adapter), logits(name, load(name, base))
+    merge(base, [adapter], out, MergeOptions(untie=untie))
+    found = logits(name, load(name, out))
+    assert (wanted - before).norm() > 0.01 * wanted.norm(), "the adapter changes nothing"
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+    unmerge(out, [adapter], out.with_name(out.name + "-back"))
+    for path in base.iterdir():
+        assert (out.with_name(out.name + "-back") / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("end", ["head", "embedding", "both whole"])
+def test_one_end_alone_parts_the_two_only_when_told_to(model, tmp_path, end):
+    name, base = model
+    *_, linear, head, embedding = MODELS[name]
+    lora = {
+        "head": {"target_modules": [linear, head]},
+        "embedding": {"target_modules": [linear, embedding]},
+        "both whole": {"target_modules": [linear], "modules_to_save": [head, embedding]},
+    }[end]
+    adapter = adapted(name, base, tmp_path / "adapter", **lora)
+    with pytest.raises(BaseMismatchError, match="ties its head to its embedding") as caught:
+        merge(base, [adapter], tmp_path / "out")
+    assert "--untie" in caught.value.hint
+    assert_merges(name, base, adapter, tmp_path / "out", untie=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_trained_tokens_reach_both_ends(model, tmp_path):
+    name, base = model
+    *_, linear, _, embedding = MODELS[name]
+    adapter = adapted(
+        name, base, tmp_path / "adapter", target_modules=[linear], trainable_token_indices={embedding: [3, 7]}
+    )
+    assert_merges(name, base, adapter, tmp_path / "out", untie=False)
+
+
+@pytest.mark.parametrize("kind", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("model", ["whisper", "biogpt"], indirect=True)
+def test_an_embedding_that_peft_ties_changes_once(model, kind, tmp_path):
+    """Its change is in the file twice, for the head, too."""
+    name, base = model
+    *_, linear, _, embedding = MODELS[name]
+    lora = {"target_modules": [linear]}
+    lora[kind] = [*lora.get(kind, []), embedding]
+    adapter = adapted(name, base, tmp_path / "adapter", ensure_weight_tying=True, **lora)
+    assert_merges(name, base, adapter, tmp_path / "out", untie=False)
+
+
+@pytest.mark.parametrize("model", ["mamba"], indirect=True)
+def test_a_head_that_is_saved_with_its_embedding_is_read(model, tmp_path):
+    name, base = model
+    *_, linear, head, _ = MODELS[name]
+    adapter = adapted(
+        name, base, tmp_path / "a", target_modules=[linear], modules_to_save=[head], ensure_weight_tying=True
+    )
+    assert_merges(name, base, adapter, tmp_path / "out", untie=False)
+
+
+@pytest.mark.parametrize("model", ["mamba"], indirect=True)
+def test_the_embedding_is_found_by_its_height_where_no_name_tells(model, tmp_path):
+    """And no tensor is written whose name nobody can know."""
+    name, base = model
+    adapter = adapted(name, base, tmp_path / "adapter", target_modules=["in_proj", "embeddings"])
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "of_my_own"}
+    (other / "config.json").write_text(json.dumps(config))
+    for source, folder in ((base / "model.safetensors", other), (adapter / "adapter_model.safetensors", adapter)):
+        tensors = {key.replace(".embeddings.", ".table."): tensor for key, tensor in load_file(source).items()}
+        save_file(tensors, folder / source.name, {"format": "pt"})
+    with pytest.raises(BaseMismatchError, match="ties its head to its embedding"):
+        merge(other, [adapter], tmp_path / "out")
+    with pytest.raises(AdaptkitError, match="is not known") as caught:
+        merge(other, [adapter], tmp_path / "out", MergeOptions(untie=True))
+    assert "of_my_own" in caught.value.message
