@@ -7,33 +7,56 @@ bias: all              biases of modules that are not: <module>.bias, or <module
 ensure_weight_tying    the embedding is replaced and the head is tied to it; peft ties no other names than embed_tokens
 
 A head that is tied is written too, as peft does: it would stay what it was otherwise.
+
+peft takes every module for one of ``modules_to_save`` whose path ends as a name does, with all that is in it: ``norm``
+is also ``layers.0.input_layernorm``. So what a name means besides is written, too.
 """
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.architecture import empty_network, has_no_head, named_network, why_unknown
 from adaptkit.checkpoint.naming import Place, places
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.vocabulary import head_path
 from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._extract_plan import SAVED, Part, Plan, module_of
+from adaptkit.operations._extract_plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
 from adaptkit.operations._extract_tensors import Finding
-from adaptkit.operations._tying import find_vocabulary
+from adaptkit.operations._tying import Vocabulary, find_vocabulary
 
 _TIED_BY_PEFT = "embed_tokens"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Whole tensors of the adapter: by their name in the model, and what the configuration says of them."""
+    """Whole tensors of the adapter.
+
+    Attributes:
+        parts: by their name in the model.
+        config: what the configuration says of them.
+        also: names in the files of tensors that are among them only because peft takes their modules for saved ones.
+    """
 
     parts: dict[str, Part]
     config: dict[str, Any]
+    also: frozenset[str] = frozenset()
+
+    def source(self, plan: Plan, part: Part) -> Checkpoint:
+        """Where a tensor is read: what is to be left out stays as it was."""
+        return plan.base if part.fate == LEFT_OUT and part.name in self.also else plan.tuned
+
+    def seen(self, finding: Finding) -> Finding:
+        """A finding without its low-rank change, if the tensor is there whole."""
+        if finding.part.name not in self.also or finding.part.fate != LOW_RANK:
+            return finding
+        why = f"{finding.part.why}, which peft takes for one of modules_to_save"
+        return replace(finding, term=None, part=replace(finding.part, fate=SAVED, why=why))
 
 
 @dataclass(frozen=True)
@@ -43,10 +66,12 @@ class Running:
     Attributes:
         network: without weights; None if transformers does not know it, whose names are then the files'.
         places: of the base's tensors in it.
+        config: ``config.json``.
     """
 
     network: Any
     places: Mapping[str, Place]
+    config: Mapping[str, Any]
 
     @property
     def has_vocabulary_head(self) -> bool:
@@ -56,6 +81,10 @@ class Running:
     @property
     def task(self) -> str | None:
         """What peft calls what it is for; None loads anything."""
+        config = self.config if self.network is None else self.network.config.to_dict()
+        if config.get("is_encoder_decoder"):
+            is_text = self.network is not None and self.network.main_input_name == "input_ids"
+            return "SEQ_2_SEQ_LM" if is_text and self.has_vocabulary_head else None
         if self.network is None or hasattr(self.network, "prepare_inputs_for_generation"):
             return "CAUSAL_LM"
         return "FEATURE_EXTRACTION" if has_no_head(self.network) else None
@@ -66,6 +95,16 @@ class Running:
         if part.kind == "expert":
             return part.module
         return module_of(place.parameters[0]) if place and not place.pattern else part.paths[-1]
+
+    def path(self, name: str) -> str:
+        """What the model calls what a tensor of the files is, or is a piece of."""
+        place = self.places.get(name)
+        return place.parameters[0] if place else name
+
+    def aliases(self, name: str) -> list[str]:
+        """All names of a parameter or buffer of the model: several if it is tied."""
+        state = {} if self.network is None else self.network.state_dict(keep_vars=True)
+        return [other for other, value in state.items() if name in state and value is state[name]] or [name]
 
     def tensor(self, name: str) -> str:
         """What the model calls a tensor of the files.
@@ -85,11 +124,11 @@ class Running:
 def running_model(base: Checkpoint) -> Running:
     """Ask transformers for it, if it is installed and knows the architecture."""
     if importlib.util.find_spec("transformers") is None:
-        return Running(None, {})
+        return Running(None, {}, base.config)
     network = named_network(base)
     if network is None and not why_unknown(base):
         network = empty_network(base)
-    return Running(network, places(network, base.tensors) if network is not None else {})
+    return Running(network, places(network, base.tensors) if network is not None else {}, base.config)
 
 
 def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> Saved:
@@ -104,22 +143,63 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
     parts |= {part.name: part for part in plan.parts if part.module in whole}
     if not parts:
         return Saved({}, {})
-    names = {name: running.tensor(name) for name in sorted(parts)}
-    named = {names[name]: part for name, part in parts.items()}
-    saved = {module_of(names[name]) for name, part in parts.items() if part.module in whole}
-    config: dict[str, Any] = {"bias": "all"} if any(part.module not in whole for part in differ) else {}
+    saved = {module_of(running.tensor(name)) for name, part in parts.items() if part.module in whole}
     vocabulary = find_vocabulary(plan.base)
+    config: dict[str, Any] = {}
     if vocabulary.tied and vocabulary.embedding in parts and running.has_vocabulary_head:
-        named.setdefault(f"{plan.roles.head}.weight", parts[vocabulary.embedding])
-        saved.add(plan.roles.head)
+        saved.add(_head(plan, running, vocabulary))
         if module_of(vocabulary.embedding).endswith(_TIED_BY_PEFT):
             config["ensure_weight_tying"] = True
-    return Saved(dict(sorted(named.items())), config | {"modules_to_save": sorted(saved) or None})
+    asked = {"modules_to_save": sorted(saved)}
+    inside = {part.name for part in plan.parts if is_saved(asked, running.path(part.name).rpartition(".")[0])}
+    also = {name for name in inside if name not in parts}
+    parts |= {part.name: part for part in plan.parts if part.name in also}
+    if any(part.name not in inside for part in differ):
+        config["bias"] = "all"
+    named = {running.tensor(name): part for name, part in parts.items()}
+    for module in sorted(saved):
+        named |= _in_common(plan, running, vocabulary, module, named)
+    return Saved(dict(sorted(named.items())), config | {"modules_to_save": sorted(saved) or None}, frozenset(also))
 
 
-def placeholder_part(plan: Plan) -> Part | None:
+def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
+    """The path of the head that is tied.
+
+    Raises:
+        UsageError: it cannot be known.
+    """
+    head = head_path(running.network) if running.network is not None else ""
+    if not head and not vocabulary.is_known:
+        raise UsageError(
+            f"{vocabulary.embedding} differs, and what models of the type {plan.base.config.get('model_type')!r} call "
+            "the head that is tied to it is not known",
+            hint="pip install 'adaptkit[train]', if transformers knows them; or leave it out with --only-linear",
+        )
+    return head or module_of(vocabulary.head)
+
+
+def _in_common(
+    plan: Plan, running: Running, vocabulary: Vocabulary, module: str, named: Mapping[str, Part]
+) -> dict[str, Part]:
+    """What a module holds that the files have under the name of another: a tied head's weight, its bias."""
+    if running.network is None:
+        other = {vocabulary.head: vocabulary.embedding} | dict([vocabulary.bias] if vocabulary.bias else [])
+        pairs = {name: [held] for name, held in other.items() if module_of(name) == module}
+    else:
+        state = running.network.get_submodule(module).state_dict()
+        pairs = {f"{module}.{leaf}": running.aliases(f"{module}.{leaf}") for leaf in state}
+    by_name = {running.path(part.name): part for part in plan.parts}
+    return {
+        name: next(by_name[held] for held in others if held in by_name)
+        for name, others in pairs.items()
+        if name not in named and any(held in by_name for held in others)
+    }
+
+
+def placeholder_part(plan: Plan, saved: Saved) -> Part | None:
     """The linear layer that gets a change of nothing where no other has one: peft loads no adapter without."""
-    return next((part for part in plan.parts if part.kind in ("linear", "conv1d")), None)
+    free = (part for part in plan.parts if part.name not in saved.also)
+    return next((part for part in free if part.kind in ("linear", "conv1d")), None)
 
 
 def nothing(part: Part) -> LowRank:

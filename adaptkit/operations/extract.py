@@ -35,7 +35,7 @@ from adaptkit.operations._extract_report import (
     plan_report,
     weighted,
 )
-from adaptkit.operations._extract_saved import nothing, placeholder_part, running_model, whole_tensors
+from adaptkit.operations._extract_saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
 from adaptkit.operations._extract_tensors import Finding, examine
 from adaptkit.operations._pipeline import each, thread_count
 
@@ -97,9 +97,12 @@ def extract(
         findings = _examine_all(plan, options, progress)
         for source, state in zip(sources, states, strict=True):
             source.require_state(state)
-        placeholder = None if any(f.term for f in findings) else placeholder_part(plan)
-        tokenizer = _write(out, plan, findings, placeholder)
-        manifest = _manifest(out, plan, findings, recorded)
+        running = running_model(plan.base)
+        saved = whole_tensors(plan, findings, running)
+        findings = [saved.seen(finding) for finding in findings]
+        placeholder = None if any(f.term for f in findings) else placeholder_part(plan, saved)
+        tokenizer = _write(out, plan, findings, running, saved, placeholder)
+        manifest = _manifest(out, plan, findings, saved, recorded)
         out.publish(manifest)
     return replace(
         _with_findings(report, findings),
@@ -137,15 +140,15 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
     return findings
 
 
-def _write(out: Output, plan: Plan, findings: Sequence[Finding], placeholder: Part | None) -> tuple[str, ...]:
+def _write(
+    out: Output, plan: Plan, findings: Sequence[Finding], running: Running, saved: Saved, placeholder: Part | None
+) -> tuple[str, ...]:
     """Write the adapter, and tokenizer and generation config where they are others; returns the names of those."""
-    running = running_model(plan.base)
     terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
     if placeholder is not None:
         terms[running.module(placeholder)] = nothing(placeholder)
-    saved = whole_tensors(plan, findings, running)
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
-    tensors = {name: plan.tuned.read(part.name) for name, part in saved.parts.items()}
+    tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
     write_adapter(out, terms, _base_name(plan.base.root), saved=tensors, **config)
     files = [path for path in side_files(plan.tuned.root) if _TOKENIZER.fullmatch(path.name)]
     if all(_same_bytes(path, plan.base.root / path.name) for path in files):
@@ -158,10 +161,11 @@ def _write(out: Output, plan: Plan, findings: Sequence[Finding], placeholder: Pa
     return tuple(path.name for path in files)
 
 
-def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], recorded: dict[str, Any]) -> Manifest:
+def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], saved: Saved, recorded: dict[str, Any]) -> Manifest:
     base = [TensorRecord(f.part.name, "", f.part.spec.dtype, f.part.spec.shape, f.base_digest) for f in findings]
     tuned = [TensorRecord(f.part.name, "", f.part.tuned.dtype, f.part.tuned.shape, f.tuned_digest) for f in findings]
-    touched = [f for f in findings if f.differs and f.part.fate != LEFT_OUT]
+    whole = {part.name for part in saved.parts.values()}
+    touched = [f for f in findings if (f.differs and f.part.fate != LEFT_OUT) or f.part.name in whole]
     return Manifest(
         kind="adapter",
         operation={"name": "extract", "options": recorded},

@@ -320,6 +320,78 @@ def test_what_is_no_language_model_gets_an_adapter_for_its_own_class(tmp_path, n
     assert all((merged[key] - wanted[key]).abs().max() <= 1e-6 * wanted[key].abs().max() for key in wanted)
 
 
+ROUTED = {
+    "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
+}  # fmt: skip
+NAMED_ALIKE = {
+    "norm of LlamaModel": ("LlamaModel", {}, ("norm.weight", "layers.1.self_attn.q_proj.weight"), "norm.weight"),
+    "classifier of DistilBERT": (
+        "DistilBertForSequenceClassification",
+        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "num_labels": 3},
+        ("classifier.weight", "distilbert.transformer.layer.1.attention.q_lin.weight"),
+        "pre_classifier.weight",
+    ),
+    "linear layer with a head's name": (
+        "DistilBertForSequenceClassification",
+        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "num_labels": 3},
+        ("classifier.weight", "pre_classifier.weight"),
+        "pre_classifier.weight",
+    ),
+    "router with a buffer": (
+        "DeepseekV3ForCausalLM",
+        ROUTED,
+        ("model.layers.1.mlp.gate.weight", "model.layers.0.self_attn.q_a_proj.weight"),
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+    ),
+}
+"""A class, its configuration, tensors that differ, and one that peft takes for a part of what is saved for them."""
+
+
+@pytest.mark.parametrize("case", NAMED_ALIKE)
+def test_what_a_saved_name_means_besides_is_saved_too(tmp_path, case):
+    """peft compares ends of paths and then misses whatever the file lacks."""
+    import transformers
+    from peft import PeftModel
+
+    name, values, differ, beside = NAMED_ALIKE[case]
+    of_class = getattr(transformers, name)
+    values = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2} | values
+    values |= {"num_attention_heads": 4, "pad_token_id": 0} if "dim" not in values else {"pad_token_id": 0}
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        of_class(of_class.config_class(**values)).save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    folder = tuned_from(base, tmp_path / "tuned", lambda n, t: noise()(n, t) if n in differ else None)
+    report = extract(folder, base, tmp_path / "out", WHOLE)
+    assert beside in read_adapter(tmp_path / "out").replaced
+    assert len(report.modules) + len(report.saved) == len(differ)
+
+    def outputs(source, adapter=None):
+        with peft_adapters.quiet(), torch.no_grad():
+            model = of_class.from_pretrained(source, dtype=torch.float32)
+            model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+            return model.eval()(torch.arange(3, 43).view(2, 20))[0]
+
+    theirs = outputs(folder)
+    assert (outputs(base) - theirs).abs().max() > 0.01 * theirs.abs().max()
+    assert (outputs(base, tmp_path / "out") - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    merged = merge(base, [tmp_path / "out"], tmp_path / "merged")
+    assert merged.base_verified == (report.placeholder is None)  # of which the manifest says nothing
+    assert (outputs(tmp_path / "merged") - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_a_tensor_that_is_left_out_stays_the_bases_though_a_saved_name_means_it(tmp_path):
+    base = tiny.write_class(tmp_path / "base", "LlamaModel")
+    folder = tuned_from(base, tmp_path / "tuned", noise(only="norm"))
+    extract(folder, base, tmp_path / "out", ExtractOptions(rank=2, target=("norm",)))
+    merge(base, [tmp_path / "out"], tmp_path / "merged")
+    merged, wanted, before = (tensors_of(path) for path in (tmp_path / "merged", folder, base))
+    for name in wanted:
+        assert torch.equal(merged[name], (wanted if name == "norm.weight" else before)[name]), name
+
+
 def test_a_tied_base_without_a_head_gets_no_head(tmp_path, llama):
     from transformers import AutoModel
 

@@ -73,6 +73,19 @@ def test_what_peft_does_to_one_use_of_the_table_is_refused(t5, targets, saved, n
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_extracted_adapter_is_one_for_an_encoder_decoder(t5, tmp_path):
+    """peft's class for language models without an encoder would not take the decoder's words."""
+    from peft import PeftModelForSeq2SeqLM
+
+    adapted(t5, tmp_path / "lora", ["q"])
+    merge(t5, [tmp_path / "lora"], tmp_path / "tuned")
+    extract(tmp_path / "tuned", t5, tmp_path / "out", ExtractOptions(rank=4))
+    model = PeftModelForSeq2SeqLM.from_pretrained(T5ForConditionalGeneration.from_pretrained(t5), tmp_path / "out")
+    assert model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+    wanted = logits(T5ForConditionalGeneration.from_pretrained(tmp_path / "tuned"))
+    assert (logits(model) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
 def test_a_table_that_differs_is_in_no_extracted_adapter(t5, tmp_path):
     T5ForConditionalGeneration.from_pretrained(t5).save_pretrained(tmp_path / "tuned")
     weights = tmp_path / "tuned" / "model.safetensors"

@@ -13,6 +13,7 @@ from peft_adapters import quiet
 from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import AdaptkitError, BaseMismatchError
+from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.unmerge import unmerge
 
@@ -180,3 +181,30 @@ def test_the_embedding_is_found_by_its_height_where_no_name_tells(model, tmp_pat
     with pytest.raises(AdaptkitError, match="is not known") as caught:
         merge(other, [adapter], tmp_path / "out", MergeOptions(untie=True))
     assert "of_my_own" in caught.value.message
+
+
+def tuned_from(name: str, base: Path, folder: Path) -> Path:
+    """A copy in which the embedding, a linear layer and all biases differ."""
+    *_, linear, _, embedding = MODELS[name]
+    model = load(name, base)
+    generator = torch.Generator().manual_seed(2)
+    for key, parameter in model.named_parameters():
+        if embedding in key or key.endswith((f"{linear}.weight", ".bias")):
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    with quiet():
+        model.save_pretrained(folder)
+    return folder
+
+
+def test_an_extracted_adapter_is_the_tuned_model_in_peft_and_merged(model, tmp_path):
+    """Both ends are in it, with the bias of the head."""
+    name, base = model
+    tuned = tuned_from(name, base, tmp_path / "tuned")
+    extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=32))
+    wanted, before = logits(name, load(name, tuned)), logits(name, load(name, base))
+    assert (wanted - before).norm() > 0.1 * wanted.norm()
+    assert (running(name, base, tmp_path / "adapter") - wanted).norm() < 5e-6 * wanted.norm()
+    merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert (logits(name, load(name, tmp_path / "out")) - wanted).norm() < 5e-6 * wanted.norm()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == ("CAUSAL_LM" if MODELS[name][0] == TEXT else None)
