@@ -8,6 +8,7 @@ import torch
 
 from adaptkit.checkpoint.adapter import Adapter, require_plain
 from adaptkit.checkpoint.manifest import Target
+from adaptkit.checkpoint.vocabulary import is_head
 from adaptkit.errors import AdapterError, NonFiniteError
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
@@ -60,7 +61,10 @@ def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackabl
         modules=modules,
         embeddings=embeddings,
         partial=sum(any(name not in adapter.modules for adapter in adapters) for name in names),
-        config={"fan_in_fan_out": adapters[0].fan_in_fan_out, "task_type": _agreed(adapters, "task_type")}
+        config={
+            "fan_in_fan_out": any(one.fan_in_fan_out for one in adapters),
+            "task_type": _agreed(adapters, "task_type"),
+        }
         | {key: value for key, value in agreed.items() if value},
         base_names=tuple(sorted({str(adapter.config.get("base_model_name_or_path") or "") for adapter in adapters})),
         targets=_targets(adapters),
@@ -77,7 +81,9 @@ def _check_alone(adapter: Adapter) -> None:
 
 
 def _check_beside(adapter: Adapter, first: Adapter) -> None:
-    if adapter.fan_in_fan_out != first.fan_in_fan_out:
+    plain = first if adapter.fan_in_fan_out else adapter
+    # peft writes what held for the layer that came last: of a base with Conv1D, false if that was its head.
+    if adapter.fan_in_fan_out != first.fan_in_fan_out and not any(map(is_head, plain.modules)):
         raise AdapterError(
             f"{adapter.root} and {first.root} are for bases that store weights differently (fan_in_fan_out)",
             hint="stack adapters of one base",

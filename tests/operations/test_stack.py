@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from peft_adapters import quiet
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -85,6 +86,28 @@ def test_gpt2_adapters_stay_gpt2_adapters(tmp_path, gpt2):
     stack(parts, tmp_path / "out")
     ours, theirs = logits(gpt2, [tmp_path / "out"]), logits(gpt2, parts)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_head_among_the_targets_makes_no_other_base(tmp_path, gpt2, head_first):
+    """peft then writes fan_in_fan_out: false, for the head's sake, of the very same Conv1D."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        plain = tiny.write_peft_adapter(tmp_path / "plain", gpt2, seed=1)
+        headed = tiny.write_peft_adapter(tmp_path / "headed", gpt2, seed=2, target_modules=["c_attn", "lm_head"])
+    flags = [json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] for path in (plain, headed)]
+    assert flags == [True, False]
+    stack([headed, plain] if head_first else [plain, headed], tmp_path / "out")
+    with quiet(), torch.no_grad():
+        both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32), plain)
+        both.load_adapter(headed, "headed")
+        both.base_model.set_adapter(["default", "headed"])
+        theirs = both.eval()(torch.arange(3, 43).view(2, 20)).logits
+        ours = logits(gpt2, [tmp_path / "out"])
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert (logits(gpt2, [plain]) - theirs).abs().max() > 0.01 * theirs.abs().max()
 
 
 def test_merging_the_stack_is_merging_the_parts(tmp_path, llama, adapter, second_adapter):
