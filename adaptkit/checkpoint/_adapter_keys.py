@@ -12,6 +12,8 @@ _orig_mod. module. _fsdp_wrapped_module.           left by torch.compile, data p
 <module>.base_layer.weight  .base_layer.bias       what the change is added to, if it is not the base's
 <module>.token_adapter.trainable_tokens_delta      rows that replace the base's
 <module>.weight, <module>.bias                     replace the base's
+<module>.modules_to_save.default.<inside>.bias     the same again, of a module inside a saved one, where all biases are
+<module>.original_module.<inside>.bias             saved; and the base's
 <experts>.base_layer.lora_A.weight ...             inner one of two stacked parameters; see ``expert_parameters``
 """
 
@@ -31,6 +33,8 @@ _PARTS = (
     (re.compile(r"(.+)\.lora_(magnitude)_vector(?:\.[^.]+)?(?:\.weight)?"), "{}"),
     (re.compile(r"(.+)\.token_adapter\.(trainable_tokens)_delta(?:\.[^.]+)?"), "{}"),
     (re.compile(r"(.+?)(?:\.token_adapter)?\.base_layer\.(weight|bias)"), "base_{}"),
+    (re.compile(r"(.+)\.modules_to_save\.[^.]+\.(.+)\.([^.]+)"), "copy_{}"),
+    (re.compile(r"(.+)\.original_module\.(.+)\.([^.]+)"), "original_{}"),
     (re.compile(r"(.+)\.modules_to_save(?:\.[^.]+)?\.([^.]+)"), "copy_{}"),
     (re.compile(r"(.+)\.original_module\.([^.]+)"), "original_{}"),
     (re.compile(r"(.+)\.([^.]+)"), "{}"),
@@ -84,7 +88,8 @@ def _part(key: str) -> Part | None:
     for pattern, role in _PARTS:
         match = pattern.fullmatch(name)
         if match:
-            return Part(match[1], role.format(match[2]))
+            *module, what = match.groups()
+            return Part(".".join(module), role.format(what))
     return None
 
 

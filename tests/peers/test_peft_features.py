@@ -15,6 +15,10 @@ import torch
 from peft_adapters import CASES, CONFIG, PREFIX, TOKENS, WEIGHTS
 from safetensors.torch import load_file, save_file
 
+from adaptkit.errors import AdapterError
+from adaptkit.operations.merge import merge
+from adaptkit.operations.unmerge import unmerge
+
 LOADED = [name for name, case in CASES.items() if case.loads]
 TOLERANCE = 2e-6
 """Of the greatest logit or weight; peft computes in float32."""
@@ -223,3 +227,44 @@ def test_peft_scales_such_experts_by_too_much_with_rslora(judged):
         factor = 2**0.5 if "gate_proj" in name or "up_proj" in name else 1.0
         assert theirs[name].scaling == pytest.approx(factor * change.scaling)
         assert torch.equal(theirs[name].inner, change.inner)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("kind", ["roberta", "electra"])
+def test_a_saved_head_of_several_layers_is_read_with_its_biases(tmp_path, kind, bias):
+    """peft then saves the biases that lie inside it three times: as its own, as the copy's, and as the base's."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    values = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_labels": 3}
+    config = AutoConfig.for_model(kind, num_attention_heads=4, embedding_size=32, pad_token_id=0, **values)
+
+    def outputs(model):
+        with torch.no_grad():
+            return model.eval()(torch.arange(3, 33)[None]).logits
+
+    def load(folder):
+        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
+        lora = LoraConfig(r=2, target_modules=["query"], bias=bias, task_type="SEQ_CLS")
+        model = get_peft_model(load(base), lora)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data += torch.randn(parameter.shape) * 0.1
+        model.save_pretrained(adapter)
+        before, wanted = outputs(load(base)), outputs(PeftModel.from_pretrained(load(base), adapter))
+        merge(base, [adapter], tmp_path / "out")
+        found = outputs(load(tmp_path / "out"))
+    assert (before - wanted).norm() > 0.05 * wanted.norm()
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+    unmerge(tmp_path / "out", [adapter], tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    peft_adapters.change_tensors(
+        adapter, lambda t: [t[key].add_(1.0) for key in list(t) if key.endswith(".modules_to_save.default.dense.bias")]
+    )
+    if bias == "all":
+        with pytest.raises(AdapterError, match="should be the same"):
+            merge(base, [adapter], tmp_path / "other")
