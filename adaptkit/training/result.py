@@ -81,7 +81,11 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
     saved = {name: whole.value() for name, whole in model.whole.items()}
     biases = {n for n in saved if n.endswith(".bias") and f"{n.removesuffix('.bias')}.weight" not in saved}
     if set(saved) - biases:
-        extra["modules_to_save"] = sorted({name.rpartition(".")[0] for name in set(saved) - biases})
+        modules = {name.rpartition(".")[0] for name in set(saved) - biases}
+        extra["modules_to_save"] = sorted(modules)
+        # peft replaces whole modules: a head that is tied brings its bias, a router its buffer.
+        beside = [name for name in model.assembly.sources if name.rpartition(".")[0] in modules and name not in saved]
+        saved |= {name: model.assembly.read(name) for name in beside}
     if biases:
         extra["bias"] = config.bias if config.bias != "none" else "all"
     write_adapter(

@@ -153,6 +153,19 @@ def test_loading_and_merging_give_the_logits_of_the_trained_model(bases, name, t
     assert float((merged - expected).abs().max()) < 2e-5
 
 
+def test_a_tied_head_is_saved_with_its_bias(tmp_path):
+    """peft replaces modules as a whole, and the bias belongs to the head alone."""
+    base = tiny.write_architecture(tmp_path / "base", "modernbert-decoder")
+    model, config = begun(base, {"modules_to_save": ("tok_embeddings",), "targets": ("q_proj",)})
+    adapter = written(tmp_path / "adapter", model, config, base)
+    expected = logits(model.network)
+    assert "decoder.bias" in read_adapter(adapter).replaced
+    assert float((by_peft(base, adapter) - expected).abs().max()) < 2e-5
+    merge(base, [adapter], tmp_path / "merged")
+    merged = logits(load_model(tmp_path / "merged", torch.float32, CPU).network)
+    assert float((merged - expected).abs().max()) < 2e-5
+
+
 def formula(model, plain):
     """The plain model's parameters as written out here, from leaves that get gradients; and these with the trained."""
     leaves = []
