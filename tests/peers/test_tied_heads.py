@@ -4,6 +4,7 @@ Each architecture is built tiny by transformers, adapted by peft, merged, loaded
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from peft_adapters import quiet
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint import vocabulary
 from adaptkit.errors import AdaptkitError, BaseMismatchError
 from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.operations.merge import MergeOptions, merge
@@ -208,3 +210,26 @@ def test_an_extracted_adapter_is_the_tuned_model_in_peft_and_merged(model, tmp_p
     assert (logits(name, load(name, tmp_path / "out")) - wanted).norm() < 5e-6 * wanted.norm()
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == ("CAUSAL_LM" if MODELS[name][0] == TEXT else None)
+
+
+@pytest.mark.parametrize("model", ["biogpt"], indirect=True)
+def test_a_head_of_a_type_that_is_in_no_table_is_asked_for(model, tmp_path, monkeypatch):
+    name, base = model
+    monkeypatch.setattr(vocabulary, "_HEAD_OF", {})
+    adapter = adapted(name, base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    assert_merges(name, base, adapter, tmp_path / "out", untie=True)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(BaseMismatchError, match=r"'biogpt' call the head .* is not known"):
+        merge(base, [adapter], tmp_path / "other", MergeOptions(untie=True))
+
+
+@pytest.mark.parametrize("model", ["whisper"], indirect=True)
+def test_a_head_that_no_name_tells_is_not_taken_for_the_embedding(model, tmp_path, monkeypatch):
+    """transformers says that both are one tensor; a change of one use of it is no change of both."""
+    name, base = model
+    monkeypatch.setattr(vocabulary, "_HEAD_OF", {})
+    adapter = adapted(name, base, tmp_path / "adapter", target_modules=["q_proj", "proj_out"])
+    for untie in (False, True):
+        with pytest.raises(AdaptkitError, match=r"changes proj_out\.weight"):
+            merge(base, [adapter], tmp_path / "out", MergeOptions(untie=untie))
+    assert not (tmp_path / "out").exists()
