@@ -159,6 +159,7 @@ def vocabulary_changes(
     """
     names = _parameters(adapter)
     _refuse_shared(checkpoint, adapter, names)
+    _refuse_unknown(checkpoint, vocabulary, adapter)
     absent = {n for n in names if vocabulary.is_head(n) and vocabulary.tied and n not in checkpoint.tensors}
     elsewhere = {name: (Slice(vocabulary.head),) for name in absent}
     if vocabulary.bias is not None and vocabulary.bias[0] in names:
@@ -198,6 +199,17 @@ def _refuse_shared(checkpoint: Checkpoint, adapter: Adapter, names: Collection[s
                     "changes one of these uses, which no checkpoint of the model can say",
                     hint="train it without embeddings and head",
                 )
+
+
+def _refuse_unknown(checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Adapter) -> None:
+    """Refuse a change of a table that may be the head, too, where it cannot be told which one is."""
+    tables = sorted({*adapter.embeddings, *adapter.tokens})
+    if tables and not vocabulary.embedding and _says_tied(checkpoint.config) and not _tells_no_words(checkpoint):
+        raise BaseMismatchError(
+            f"{adapter.root}: changes {tables[0]}, and {checkpoint.root} ties its head to its embedding, which cannot "
+            "be told from other tables",
+            hint="train it without embeddings and head",
+        )
 
 
 def _refuse_uses(checkpoint: Checkpoint, adapter: Adapter, found: Addresses) -> None:

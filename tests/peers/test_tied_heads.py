@@ -183,6 +183,9 @@ def test_the_embedding_is_found_by_its_height_where_no_name_tells(model, tmp_pat
     with pytest.raises(AdaptkitError, match="is not known") as caught:
         merge(other, [adapter], tmp_path / "out", MergeOptions(untie=True))
     assert "of_my_own" in caught.value.message
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 60}))
+    with pytest.raises(BaseMismatchError, match="cannot be told from other tables"):
+        merge(other, [adapter], tmp_path / "out", MergeOptions(untie=True))
 
 
 def tuned_from(name: str, base: Path, folder: Path) -> Path:
