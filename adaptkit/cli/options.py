@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.cli.output import notes
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class ArtifactPath(click.ParamType[Path]):
         from adaptkit.hub.download import resolve_source
 
         asked = ctx.params if ctx else {}
-        with byte_progress("fetch", bool(asked.get("as_json") or asked.get("quiet"))) as progress:
-            return resolve_source(str(value), progress)
+        is_silent = bool(asked.get("as_json") or asked.get("quiet"))
+        with byte_progress("fetch", is_silent) as progress:
+            return resolve_source(str(value), progress, notes(is_silent))
 
 
 class ConfigPath(click.ParamType[Path]):
@@ -52,7 +54,8 @@ class ConfigPath(click.ParamType[Path]):
             return path
         from adaptkit.hub.download import resolve_config
 
-        return resolve_config(str(value))
+        asked = ctx.params if ctx else {}
+        return resolve_config(str(value), notes(bool(asked.get("as_json") or asked.get("quiet"))))
 
 
 class Size(click.ParamType[int]):

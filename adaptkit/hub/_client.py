@@ -5,8 +5,10 @@ each time, or what its ``Retry-After`` says. The client does the same for some o
 patient already is not repeated. A commit is never simply asked for again, see ``_commit``.
 """
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -49,7 +51,7 @@ class Hub:
             what: it is about.
             call: that call and nothing else.
         """
-        with hub_errors(what):
+        with hub_errors(what), _told(lambda text: self.note(f"{what}: {text}")):
             return call(self.api)
 
     def ask(self, what: str, call: Callable[[HfApi], Answer]) -> Answer:
@@ -72,6 +74,24 @@ class Hub:
             raise error
         self.note(f"{error.message}; trying again in {wait_s:g} s")
         time.sleep(wait_s)
+
+
+@contextmanager
+def _told(note: Note) -> Iterator[None]:
+    """Say in our way that the client is patient while the block runs; it logs two lines for every try."""
+
+    def tell(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if record.levelno == logging.WARNING and "[Retry " in text:
+            note(f"no usable answer from the Hub; {text[0].lower()}{text[1:].rstrip('.')}")
+        return record.levelno != logging.WARNING
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addFilter(tell)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tell)
 
 
 def connect(note: Note = no_note) -> Hub:

@@ -106,7 +106,9 @@ def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
 
 def is_passing(error: AdaptkitError) -> bool:
     """Whether another try may succeed: the Hub said so, or did not answer; being offline on purpose does not pass."""
-    return isinstance(error, NetworkError) and not isinstance(error.__cause__, OfflineModeIsEnabled)
+    return isinstance(error, NetworkError) and not any(
+        isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)
+    )
 
 
 def status_of(error: AdaptkitError) -> int | None:
@@ -123,11 +125,13 @@ def retry_after_s(error: AdaptkitError) -> float:
 
 
 def _response(error: BaseException | None) -> Any:
+    return next((cause.response for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error.response
+        yield error
         error = error.__cause__
-    return None
 
 
 def _line(error: BaseException) -> str:

@@ -6,7 +6,8 @@ The client compares sizes only. ``pull`` therefore trusts nothing but the manife
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -141,13 +142,14 @@ def pull(
     )
 
 
-def resolve_source(text: str, progress: Progress = no_progress) -> Path:
+def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_note) -> Path:
     """Turn what a command line names into a local folder.
 
     Args:
         text: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. A local path
             that exists goes first.
         progress: told of bytes that arrived.
+        note: told in a line for people what is waited for.
 
     Raises:
         UsageError: neither.
@@ -159,11 +161,11 @@ def resolve_source(text: str, progress: Progress = no_progress) -> Path:
         return path
     if named is None:
         raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
-    what = f"{text}: no such folder here, and on the Hub"
-    return fetch_into_cache(connect(), what, named[1], named[2], _WANTED, _UNWANTED, progress)
+    with _or_here():
+        return fetch_into_cache(connect(note), _absent(text), named[1], named[2], _WANTED, _UNWANTED, progress)
 
 
-def resolve_config(text: str) -> Path:
+def resolve_config(text: str, note: Note = no_note) -> Path:
     """As ``resolve_source``, but of a repository only ``config.json`` is downloaded.
 
     Raises:
@@ -173,11 +175,26 @@ def resolve_config(text: str) -> Path:
     named = _named(text)
     if os.path.exists(text) or named is None:
         return resolve_source(text)
-    config = connect().ask(
-        f"{text}: no such folder here, and on the Hub",
-        lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=Silent),
-    )
+    with _or_here():
+        config = connect(note).ask(
+            _absent(text),
+            lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=Silent),
+        )
     return Path(config).parent
+
+
+def _absent(text: str) -> str:
+    return f"{text}: no such folder here, and on the Hub"
+
+
+@contextmanager
+def _or_here() -> Iterator[None]:
+    """Where the Hub does not answer, a folder may have been meant."""
+    try:
+        yield
+    except NetworkError as error:
+        error.hint = f"check the path if a folder is meant; else {error.hint}"
+        raise
 
 
 def _named(text: str) -> re.Match[str] | None:

@@ -262,6 +262,39 @@ def test_what_is_fetched_for_a_command_is_shown_as_everything_else_is(
         assert (run.stdout != b"") == ("--quiet" not in asked)
 
 
+@pytest.mark.parametrize("asked", [(), ("--quiet",)])
+def test_that_the_hub_is_waited_for_is_said_in_one_line(
+    cli: Any, hub: LocalHub, tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    """Also where it is the client that is patient, whose own lines are two for every try."""
+    model = tmp_path / "made"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "commit" in cli(code=RAW_COMMIT % str(model)).report
+    hub.faults.append(Fault("HEAD", "config.json", "drop", 1))
+    command = [sys.executable, "-m", "adaptkit", "plan", "me/model", *asked]
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))} | own
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not hub.faults
+    waited = [line for line in done.stderr.splitlines() if "etry" in line or "again" in line]
+    assert len(waited) == (not asked)
+    assert all(line.startswith("note: me/model: ") for line in waited)
+    assert "thrown while requesting" not in done.stderr
+
+
+def test_who_is_offline_is_told_so_at_once(cli: Any, tmp_path: Path) -> None:
+    for command in ("inspect", "plan"):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        words = [sys.executable, "-m", "adaptkit", command, "me/model"]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert done.returncode == 7
+        assert done.stderr.splitlines() == [
+            "error: me/model: no such folder here, and on the Hub: huggingface_hub is offline",
+            "hint: check the path if a folder is meant; else unset HF_HUB_OFFLINE",
+        ]
+
+
 def test_a_configuration_alone_is_fetched_without_a_word(cli: Any, tmp_path: Path) -> None:
     model = tmp_path / "made"
     model.mkdir()
