@@ -5,7 +5,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.checkpoint.assembly import Assembly, find_stack
@@ -194,3 +194,10 @@ def test_what_is_cut_from_one_tensor_is_read_whatever_was_replaced_before(tmp_pa
     with torch.no_grad():
         pair = [model(input_ids=ids, use_cache=False).logits for model in (found.network, expected)]
     torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_tied_is_one_parameter_whoever_ties_it(llama, monkeypatch):
+    """transformers 5.0 leaves that to whoever loads the weights."""
+    monkeypatch.setattr(PreTrainedModel, "init_weights", lambda network: None)
+    network = empty_network(Checkpoint(llama))
+    assert network.lm_head.weight is network.model.embed_tokens.weight

@@ -283,6 +283,36 @@ def test_that_the_hub_is_waited_for_is_said_in_one_line(
     assert "thrown while requesting" not in done.stderr
 
 
+PATIENCE = """
+import json, logging
+from huggingface_hub import HfApi
+from huggingface_hub.utils import http_backoff
+from adaptkit.errors import NetworkError
+from adaptkit.hub._client import Hub
+def ask(tries):
+    http_backoff("GET", "http://127.0.0.1:9/", max_retries=tries, base_wait_time=0.01)
+notes, logged, handler = [], [], logging.Handler()
+handler.emit = lambda record: logged.append(record.getMessage())
+logging.getLogger("huggingface_hub.utils._http").addHandler(handler)
+try:
+    Hub(HfApi(), notes.append).once("me/model", lambda api: ask(2))
+except NetworkError:
+    ours = len(logged)
+try:
+    ask(1)
+except Exception:
+    print(json.dumps([notes, ours, len(logged)]))
+"""
+
+
+def test_the_clients_own_lines_are_a_note_for_every_try() -> None:
+    """Nobody answers, and waits are as short as they can be. Whoever uses the client beside us hears of it as ever."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    done = subprocess.run([sys.executable, "-c", PATIENCE], capture_output=True, text=True, env=environment, check=True)
+    said = "me/model: no usable answer from the Hub; retrying in"
+    assert json.loads(done.stdout) == [[f"{said} 0.01s [Retry 1/2]", f"{said} 0.02s [Retry 2/2]"], 0, 3]
+
+
 def test_who_is_offline_is_told_so_at_once(cli: Any, tmp_path: Path) -> None:
     for command in ("inspect", "plan"):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
