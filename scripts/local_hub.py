@@ -532,6 +532,7 @@ ROUTES = tuple(
         ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
         ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "list_tree"),
         ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("GET", rf"{_API}/auth-check(?P<write>/write)?", "auth_check"),
         ("GET", rf"{_API}/refs", "list_refs"),
         ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "list_commits"),
         ("POST", rf"{_API}/tag/(?P<revision>[^/]+)", "create_tag"),
@@ -748,6 +749,11 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(401, "Invalid username or password.")
         auth = {"type": "access_token", "accessToken": {"displayName": "local", "role": role}}
         self.reply_json({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth})
+
+    def auth_check(self, name: str, write: str | None) -> None:
+        """GET M/auth-check[/write]: nothing, if the request may do that."""
+        self.repo(name, write=write is not None)
+        self.reply_json({})
 
     def create_repo(self) -> None:
         """POST /api/repos/create; also says where the repository is when it exists."""

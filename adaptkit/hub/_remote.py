@@ -16,7 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from adaptkit.checkpoint.hashing import file_chunks
 from adaptkit.checkpoint.manifest import FileRecord
-from adaptkit.errors import NetworkError, UnsafeInputError, UsageError
+from adaptkit.errors import ConflictError, NetworkError, UnsafeInputError, UsageError
 from adaptkit.hub._client import Hub
 from adaptkit.hub.secrets import looks_like_a_token
 
@@ -47,10 +47,54 @@ class Content:
 class Repository:
     """A repository's references when it was looked at: name (or number of a pull request) -> commit."""
 
+    repo_id: str
     branches: Mapping[str, str]
     tags: Mapping[str, str]
     private: bool
     pull_requests: Mapping[int, str]
+
+    def head(self, branch: str, private: bool) -> str:
+        """The commit to build on.
+
+        Args:
+            branch: to commit to; made from main if absent.
+            private: whether nobody else may see what is published.
+
+        Raises:
+            ConflictError: everybody may.
+            UsageError: the name is a tag's, or there is no main.
+        """
+        if private and not self.private:
+            raise ConflictError(
+                f"{self.repo_id}: exists and is public", hint="make it private on the Hub first, or leave out --private"
+            )
+        if branch in self.tags:
+            raise UsageError(f"{self.repo_id}: {branch} is a tag there", hint="choose another --branch")
+        head = self.branches.get(branch) or self.branches.get("main")
+        if head is None:
+            raise UsageError(f"{self.repo_id}: has no branch main to begin with", hint="commit something to it once")
+        return head
+
+    def check_tag(self, tag: str, branch: str, commit: str | None) -> None:
+        """Refuse a tag that is on another commit than the one it is wanted for; better to know before sending.
+
+        Args:
+            tag: wanted.
+            branch: of the commit.
+            commit: its head; None if it is still to be made.
+
+        Raises:
+            ConflictError: it is.
+            UsageError: the name is a branch's.
+        """
+        found = self.tags.get(tag)
+        if tag in self.branches:
+            raise UsageError(f"{self.repo_id}: {tag} is a branch there", hint="choose another --tag")
+        if found is not None and found != commit:
+            raise ConflictError(
+                f"{self.repo_id}: the tag {tag} is on {found}, and this artifact would be another commit of {branch}",
+                hint="choose another --tag; a tag that others may rely on is not moved",
+            )
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -77,6 +121,7 @@ def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository |
                 raise
             return None
         return Repository(
+            repo_id,
             branches={ref.name: ref.target_commit for ref in refs.branches},
             tags={ref.name: ref.target_commit for ref in refs.tags},
             private=bool(info.private),

@@ -143,7 +143,7 @@ def publish(
     artifact = with_card(hub, path, manifest, options.base_model, options.signer is not None)
     if repository is None and not dry_run:
         repository = _create(hub, repo_id, options)
-    head = _head(repository, options, repo_id)
+    head = repository.head(options.branch, options.private) if repository is not None else None
     tree = list_tree(hub, repo_id, head) if head else {}
     keyless = options.signer is not None and options.signer.private_key is None
     signer = None if dry_run and keyless else options.signer  # each such signature goes into a public log
@@ -164,8 +164,8 @@ def publish(
         manifest_sha256=artifact.manifest.sha256,
         url=redact(f"{hub.api.endpoint}/{repo_id}"),
     )
-    if repository is not None:
-        _check_tag(repository, report)
+    if repository is not None and options.tag is not None:
+        repository.check_tag(options.tag, options.branch, report.commit)
     if repository is None or head is None:
         return report
     target = Target(hub, repo_id, options.branch, head, options.pull_request)
@@ -173,43 +173,51 @@ def publish(
     return report if dry_run else _carry_out(target, repository, artifact, report, options, progress)
 
 
+def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note = no_note) -> None:
+    """Refuse what ``publish`` would refuse whatever the artifact is, before the work that makes one.
+
+    Only reads. Whether a repository that is absent may be created is not known before it is.
+
+    Args:
+        repo_id: org/name.
+        options: branch, tag, visibility.
+        note: told what is waited for, and of a tag that only one artifact can have.
+
+    Raises:
+        AuthenticationError: no token, or one that may not write there.
+        ConflictError: the tag is on a commit that is not the branch's head, or the repository is not private.
+        NetworkError: no answer; run it again.
+        UsageError: an unusable name.
+    """
+    options = options or PublishOptions()
+    check_repo_id(repo_id)
+    hub = connect(note)
+    repository = look_up(hub, repo_id)
+    if repository is None:
+        if options.pull_request:
+            raise _no_repository(repo_id)
+        return
+    head = repository.head(options.branch, options.private)
+    if not options.pull_request:  # for which reading is enough
+        hub.ask(repo_id, lambda api: api.auth_check(repo_id, write=True))
+    if options.tag is not None:
+        repository.check_tag(options.tag, options.branch, head)
+        if options.tag in repository.tags:
+            note(f"{repo_id} has the tag {options.tag} already; what is published has to be the artifact that it is on")
+
+
+def _no_repository(repo_id: str) -> UsageError:
+    return UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
+
+
 def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
     if options.pull_request:
-        raise UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
+        raise _no_repository(repo_id)
     hub.ask(repo_id, lambda api: api.create_repo(repo_id, private=options.private, exist_ok=True))
     repository = look_up(hub, repo_id)
     if repository is None:
         raise NetworkError(f"{repo_id}: created, but the Hub does not find it yet", hint="run the same command again")
     return repository
-
-
-def _head(repository: Repository | None, options: PublishOptions, repo_id: str) -> str | None:
-    """The commit to build on; None if there is no repository yet."""
-    if repository is None:
-        return None
-    if options.private and not repository.private:
-        raise ConflictError(
-            f"{repo_id}: exists and is public", hint="make it private on the Hub first, or leave out --private"
-        )
-    if options.branch in repository.tags:
-        raise UsageError(f"{repo_id}: {options.branch} is a tag there", hint="choose another --branch")
-    head = repository.branches.get(options.branch) or repository.branches.get("main")
-    if head is None:
-        raise UsageError(f"{repo_id}: has no branch main to begin with", hint="commit something to it once")
-    return head
-
-
-def _check_tag(repository: Repository, report: PublishReport) -> None:
-    """A tag that exists may only be on the very commit that is there already; better to know before sending."""
-    found = repository.tags.get(report.tag) if report.tag else None
-    if report.tag in repository.branches:
-        raise UsageError(f"{report.repo_id}: {report.tag} is a branch there", hint="choose another --tag")
-    if found is not None and found != report.commit:
-        raise ConflictError(
-            f"{report.repo_id}: the tag {report.tag} is on {found}, which is not this artifact at the head of "
-            f"{report.branch}",
-            hint="choose another --tag; a tag that others may rely on is not moved",
-        )
 
 
 def _look_for_request(

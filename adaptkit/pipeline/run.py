@@ -9,7 +9,8 @@ sends what the Hub does not have.
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,17 @@ def run(
         return running.all()
 
 
+@contextmanager
+def _naming(step: Step) -> Iterator[None]:
+    """Put a step's name before what its operation says of an error."""
+    try:
+        yield
+    except AdaptkitError as error:
+        error.message = f"{step.name}: {error.message}"
+        error.args = (error.message,)
+        raise
+
+
 class _Run:
     """One run of a recipe."""
 
@@ -85,6 +97,10 @@ class _Run:
         """Find the sources and do the steps."""
         began = time.monotonic()
         self._listener.begun(self._recipe)
+        for step in self._steps:
+            if step.how.foresee is not None:
+                with _naming(step):
+                    step.how.foresee(step.options, self._listener.note)
         sources = tuple(self._find_sources())
         reports = []
         for step in self._steps:
@@ -244,12 +260,8 @@ class _Run:
             note=self._listener.note,
             signer=self._options.signer or Signer(),
         )
-        try:
+        with _naming(step):
             return step.how.run(work)
-        except AdaptkitError as error:
-            error.message = f"{step.name}: {error.message}"
-            error.args = (error.message,)
-            raise
 
     def _take(self, step: Step, record: Record) -> tuple[OutputReport, ...]:
         """Let other steps have what a step made."""

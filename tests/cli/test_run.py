@@ -24,6 +24,11 @@ TOKEN = "hf_plantedTokenForTests0123"
 BASE, RELEASE = "HuggingFaceTB/SmolLM2-135M-Instruct", "demo/smollm2-trivia"
 SEED = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo(sys.argv[1], exist_ok=True)\n"
 SEED += "print(api.upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2]).oid)"
+REFS = "import sys; from huggingface_hub import HfApi; api = HfApi(); at = dict(exist_ok=True)\n"
+REFS += (
+    "first = api.list_repo_commits(sys.argv[1])[-1].commit_id; api.create_branch(sys.argv[1], branch='other', **at)\n"
+)
+REFS += "api.create_tag(sys.argv[1], tag='v0', revision=first, **at)"
 STEPS = ["base-nf4", "adapter", "judged", "merged", "loads", "release"]
 
 
@@ -78,7 +83,7 @@ class World:
 def released(tmp_path_factory, llama, run_cli):
     """After a first run."""
     root = tmp_path_factory.mktemp("run")
-    with LocalHub(root / "hub", tokens={TOKEN}) as hub:
+    with LocalHub(root / "hub", tokens={TOKEN}, read_tokens={"reader"}) as hub:
         world = World(root, hub, llama, run_cli)
         world.first = world.run(GITHUB_STEP_SUMMARY=str(root / "summary.md"))
         assert world.first.code == 0, world.first.stderr
@@ -184,6 +189,36 @@ def test_offline_nothing_is_asked_of_anybody(copied):
         "hint: run once without --offline",
     ]
     assert len(copied.hub.requests) == requests
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("old", "new", "token", "code", "said"),
+    [
+        ("tag: v1", "tag: v0", TOKEN, 8, f"error: release: {RELEASE}: the tag v0 is on "),
+        ("tag: v1", "tag: other", TOKEN, 2, f"error: release: {RELEASE}: other is a branch there\n"),
+        ("tag: v1", "private: true", TOKEN, 8, f"error: release: {RELEASE}: exists and is public\n"),
+        ("tag: v1", "tag: v2", "reader", 6, f"error: release: {RELEASE}: the Hub answered 403"),
+        ("tag: v1", "tag: v2", "stranger", 6, f"error: release: {RELEASE}: the Hub answered 401"),
+    ],
+)
+def test_what_publishing_would_be_refused_for_is_said_before_anything_is_done(copied, old, new, token, code, said, dry):
+    subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
+    text = (copied.folder / "recipe.yaml").read_text()
+    assert text.count(old) == 1
+    (copied.folder / "recipe.yaml").write_text(text.replace(old, new))
+    shutil.rmtree(copied.folder / ".adaptkit")
+    done = copied.run(*dry, HF_TOKEN=token)
+    assert done.code == code
+    assert said in done.stderr
+    assert not list(copied.folder.glob(".adaptkit/*/*"))
+
+
+def test_a_tag_that_is_there_is_told_of_before_anything_is_done(copied):
+    done = copied.run()
+    note = f"{RELEASE} has the tag v1 already; what is published has to be the artifact that it is on"
+    assert done.code == 0
+    assert done.stderr.index(note) < done.stderr.index("base-nf4: ")
 
 
 def test_a_gate_keeps_what_is_not_good_enough_from_the_hub(copied):

@@ -112,7 +112,7 @@ class StepKind:
         gates: whether it is a gate, which has to be passed before anything is published.
         judge: of a gate: what stands against going on, given what was measured; empty if nothing does.
         uncounted: options that change nothing that is made or measured.
-        sends: reaches out to the Hub.
+        foresee: of a kind that reaches out to the Hub: refuses before anything is done what it would refuse in the end.
     """
 
     inputs: tuple[Input, ...]
@@ -125,7 +125,12 @@ class StepKind:
     gates: Callable[[Any], bool] = _never
     judge: Callable[[Any, Facts], str] = _passes
     uncounted: frozenset[str] = frozenset({"threads"})
-    sends: bool = False
+    foresee: Callable[[Any, Callable[[str], None]], None] | None = None
+
+    @property
+    def sends(self) -> bool:
+        """Whether it reaches out to the Hub."""
+        return self.foresee is not None
 
 
 def makes_nothing(options: Any) -> tuple[str, ...]:

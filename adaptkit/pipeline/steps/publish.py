@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 
 from adaptkit.checkpoint.progress import size
-from adaptkit.hub.publish import PublishOptions, publish
+from adaptkit.hub.publish import PublishOptions, foresee, publish
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work, makes_nothing
 
@@ -42,5 +42,5 @@ KIND = StepKind(
     run=_run,
     refused={"signer": "write sign: true, and give the key to the command: --sign KEY"},
     makes=makes_nothing,
-    sends=True,
+    foresee=lambda options, note: foresee(options.repo, options, note=note),
 )
