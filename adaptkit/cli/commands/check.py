@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 @click.option("--base", type=ArtifactPath(), help="An adapter's base: compare modules and shapes with it.")
 @report_options
 def command(path: Path, targets: tuple[str, ...], base: Path | None, as_json: bool, quiet: bool) -> int:
-    """Say whether other programs would take the adapter or checkpoint PATH, and what to change.
+    """Say whether other programs would take PATH as it is.
 
-    Looks at configuration, names and shapes. Exits with 0 if all of them take it and compute what is meant, 1 if not.
+    PATH is an adapter or a checkpoint. Looks at configuration, names and shapes, and says what to change.
+
+    Exits with 0 if all of them take it and compute what is meant, 1 if not.
     """
     from adaptkit.operations.check import check
 

@@ -19,7 +19,10 @@ from adaptkit.cli.progress import byte_progress
 def command(
     source: Path, output: Path, force: bool, as_json: bool, quiet: bool, max_shard_size: int, **options: Any
 ) -> None:
-    """Turn the quantized checkpoint SOURCE, ours or bitsandbytes' 4-bit one, back into a plain one."""
+    """Turn the quantized checkpoint SOURCE back into a plain one.
+
+    It is one of adaptkit's, or a 4-bit one of bitsandbytes.
+    """
     from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 
     chosen = DequantizeOptions(max_shard_bytes=max_shard_size, **options)

@@ -33,7 +33,7 @@ _LONGEST_VALUE = 60
 def command(
     first: Path, second: Path, recompute: bool, html: Path | None, as_json: bool, quiet: bool, threads: int | None
 ) -> int:
-    """Compare two adapters or two checkpoints, FIRST and SECOND.
+    """Compare two adapters or two checkpoints.
 
     Exits with 0 if they are the same, 1 if they differ.
     """

@@ -70,7 +70,7 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure models: loss on answers and text, and what they say to questions.
+    """Measure models: losses, and what they say to questions.
 
     With several bases, an adapter is measured on the one that its manifest names.
     """

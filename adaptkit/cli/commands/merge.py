@@ -40,7 +40,7 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Fold ADAPTERS into the 16-bit checkpoint BASE and write a merged one.
+    """Fold ADAPTERS into the 16-bit checkpoint BASE.
 
     The change is summed exactly and rounded once; the base's shards, types and tokenizer are kept. Of a quantized BASE
     the checkpoint that it was made from is taken, if it lies beside it.

@@ -32,11 +32,11 @@ from adaptkit.cli.output import Row, percent, show, size
 )  # fmt: skip
 @report_options
 def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
-    """Predict what fine-tuning MODEL needs, from its configuration: memory by part, and parameters by rank.
+    """Predict the memory and parameters of fine-tuning MODEL.
 
-    MODEL is a folder or its config.json, or org/name[@revision] on the Hub.
+    MODEL is a folder or its config.json, or org/name[@revision] on the Hub, of which nothing else is downloaded.
 
-    Nothing but the configuration of a model on the Hub is downloaded.
+    Memory is told by part, and trainable parameters by rank.
     """
     from adaptkit.operations.plan import PlanOptions, plan
 

@@ -41,10 +41,12 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Publish the artifact PATH to the Hub repository REPO (org/name), in one commit, compared afterwards.
+    """Publish the artifact PATH to REPO on the Hub, in one commit.
+
+    REPO is org/name. What arrived is compared with the manifest, and what is there already is not sent again.
 
     The token comes from the environment (HF_TOKEN), from `hf auth login`, or from the identity of a CI job
-    (HF_OIDC_RESOURCE); the password of a key from ADAPTKIT_KEY_PASSWORD. What is there already is not sent again.
+    (HF_OIDC_RESOURCE); the password of a key from ADAPTKIT_KEY_PASSWORD.
     """
     if output_file:
         check_report_file(output_file)

@@ -30,7 +30,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Download the artifact REPO (org/name[@branch, tag or commit]) and verify it before it appears.
+    """Download the artifact REPO from the Hub, and verify it.
+
+    REPO is org/name[@branch, tag or commit]. Nothing appears that is not what its manifest says.
 
     With --only, the folder has a manifest of its own, which lists what is there and names the whole by its hash.
     """

@@ -88,7 +88,7 @@ def command(
     init_adapter_output: Path | None,
     **options: Any,
 ) -> None:
-    """Quantize the checkpoint SOURCE into NF4 shards with doubly quantized constants.
+    """Quantize the checkpoint SOURCE into 4-bit (NF4) shards.
 
     transformers with bitsandbytes, vLLM and unsloth load the result.
     """

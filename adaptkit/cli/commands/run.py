@@ -44,7 +44,7 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Make the release that the file RECIPE describes: sources, steps, gates, publishing.
+    """Make the release that the file RECIPE describes.
 
     Steps whose inputs and options did not change are kept; a run that was killed goes on when it is started again. What
     everything was is written to the recipe's .lock. The Hub's token and a key's password come from the environment, as

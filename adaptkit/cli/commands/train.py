@@ -41,7 +41,9 @@ def command(
     show_batch: bool,
     **options: Any,
 ) -> None:
-    """Train an adapter on a quantized checkpoint (QLoRA) or a 16-bit one (LoRA), or every weight of a 16-bit one.
+    """Train an adapter on a quantized checkpoint, or a 16-bit one.
+
+    QLoRA on the first, LoRA on the second; --method full trains every weight of a 16-bit one.
 
     Every option is also a key of the --config file (dashes as underscores), except --output, --force, --config,
     --resume, --dry-run, --show-batch, --json and --quiet; the command line wins. A run that was killed or interrupted

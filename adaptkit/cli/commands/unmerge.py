@@ -31,7 +31,7 @@ def command(
     approximate: bool,
     threads: int | None,
 ) -> None:
-    """Take adapters out of MERGED again, back to the very bytes of its base."""
+    """Take adapters out of MERGED, back to its base's very bytes."""
     from adaptkit.operations.unmerge import unmerge
 
     with byte_progress("unmerge", as_json or quiet) as progress:

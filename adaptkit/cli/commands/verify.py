@@ -44,7 +44,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check every byte of the artifact PATH against its manifest; and who signed it, and what it was made from."""
+    """Check every byte of the artifact PATH against its manifest.
+
+    And, if asked, who signed it and what it was made from.
+    """
     from adaptkit.checkpoint.signing import Trust
     from adaptkit.operations.verify import VerifyOptions, verify
 
