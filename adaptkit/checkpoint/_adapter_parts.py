@@ -126,6 +126,11 @@ class Parts:
                 other = keys["B" if half == "A" else "A"]
                 beside = f" beside {other!r}" if other else ""
                 self._refuse(f"{module} has no {'lora' if kind == 'lora' else 'lora_embedding'}_{half}{beside}")
+        if all(3 <= len(self._files.spec(str(key)).shape) <= 5 for key in keys.values()):
+            raise AdapterError(
+                f"{self._root}: {module} is a convolution, whose LoRA is not supported",
+                hint="merge it with peft itself",
+            )
         lora_a, lora_b = (self._take(module, f"{kind}_{half}", 2) for half in ("A", "B"))
         if lora_a is None or lora_b is None:
             raise ValueError("both halves are there")

@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 
+import peft
 import peft_adapters
 import pytest
 import torch
@@ -382,11 +383,14 @@ def test_dora_with_lora_bias_is_refused(changed, tmp_path):
     refuse(case, adapter, tmp_path, "lora_bias", "bias")
 
 
-def test_convolutions_are_refused(changed, tmp_path):
-    case, adapter = changed("linear")
-    key = f"{PREFIX}{Q}.lora_A.weight"
-    change_tensors(adapter, lambda t: t.update({key: t[key][:, :, None, None]}))
-    refuse(case, adapter, tmp_path, Q)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_are_refused(tmp_path, dims):
+    layer = getattr(torch.nn, f"Conv{dims}d")(8, 8, 3)
+    model = peft.get_peft_model(torch.nn.ModuleDict({"conv": layer}), peft.LoraConfig(target_modules=["conv"]))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="conv is a convolution, whose LoRA is not supported") as caught:
+        read_adapter(tmp_path / "adapter")
+    assert caught.value.hint == "merge it with peft itself"
 
 
 @pytest.mark.parametrize("name", ["linear", "resized", "experts_mixtral"])
