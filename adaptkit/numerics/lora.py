@@ -114,11 +114,6 @@ def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float
     return one * s * s, between * s * t, two * t * t
 
 
-def inner_product(first: LowRank, second: LowRank) -> float:
-    """⟨Δ₁, Δ₂⟩."""
-    return inner_products(first, second)[1]
-
-
 def norm(term: LowRank) -> float:
     """The Frobenius norm of Δ."""
     nothing = LowRank(term.a[:0], term.b[:, :0], 0.0)
