@@ -89,8 +89,10 @@ class Model:
         return dict(sorted(found.items()))
 
 
-_loaded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""The parts of networks that were loaded, as long as they are there."""
+_SMALL_BYTES = 1 << 25
+"""A network of no more is not worth the time that looking for it takes, a few tenths of a second."""
+_loaded: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+"""The parts of networks that were loaded, as long as they are there, and the bytes of the network's checkpoint."""
 
 
 def free_former_network() -> None:
@@ -99,7 +101,7 @@ def free_former_network() -> None:
     Layers and what calls them refer to each other, so that they stay until the collector comes by, and the next network
     would be loaded beside them.
     """
-    if _loaded:
+    if max(_loaded.values(), default=0) > _SMALL_BYTES:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -145,7 +147,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     _load_others(assembly, compute_dtype, device)
     network.requires_grad_(False)
     network.to(device).eval()
-    _loaded.update(network.modules())
+    _loaded.update(dict.fromkeys(network.modules(), sum(item.spec.nbytes for item in checkpoint.tensors.values())))
     if device.type == "cpu":
         use_own_attention(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=find_output_layer(network))

@@ -19,6 +19,7 @@ from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.device import choose_device
 from adaptkit.training.memory.segments import checkpoint_layers
+from adaptkit.training.network import model
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import attach_adapter, load_model, new_adapter
 
@@ -226,7 +227,12 @@ def test_weights_are_views_of_the_files(family, request):
     assert {mapped(tensor.data_ptr()) for tensor in tensors} == {str(folder / "model.safetensors")}
 
 
-def test_a_network_that_nothing_uses_is_gone_before_the_next_is_loaded(llama, llama_nf4):
+@pytest.mark.parametrize("is_small", [False, True])
+def test_a_network_that_nothing_uses_is_gone_before_the_next_is_loaded_unless_it_is_small(
+    llama, llama_nf4, monkeypatch, is_small
+):
+    held = sum(item.spec.nbytes for item in Checkpoint(llama_nf4).tensors.values())
+    monkeypatch.setattr(model, "_SMALL_BYTES", held if is_small else held - 1)
     gc.collect()
     gc.disable()
     try:
@@ -236,7 +242,7 @@ def test_a_network_that_nothing_uses_is_gone_before_the_next_is_loaded(llama, ll
         del network
         assert former() is not None  # what calls it now refers to it
         load_model(llama, torch.float32, CPU)
-        assert former() is None
+        assert (former() is None) != is_small
     finally:
         gc.enable()
 
