@@ -1,5 +1,6 @@
 """Tiny checkpoints and adapters made once a session, and the command line as a process."""
 
+import gc
 import os
 import shutil
 import sys
@@ -25,6 +26,17 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("adaptkit", deadline=None)  # a timing is a benchmark, never a test
 settings.load_profile("adaptkit")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector the million objects that stay until the end anyway."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let it have them again: libraries look at the end whether anything is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

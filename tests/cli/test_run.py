@@ -191,22 +191,22 @@ def test_offline_nothing_is_asked_of_anybody(copied):
     assert len(copied.hub.requests) == requests
 
 
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 @pytest.mark.parametrize(
-    ("old", "new", "token", "code", "said"),
+    ("new", "token", "dry", "code", "said"),
     [
-        ("tag: v1", "tag: v0", TOKEN, 8, f"error: release: {RELEASE}: the tag v0 is on "),
-        ("tag: v1", "tag: other", TOKEN, 2, f"error: release: {RELEASE}: other is a branch there\n"),
-        ("tag: v1", "private: true", TOKEN, 8, f"error: release: {RELEASE}: exists and is public\n"),
-        ("tag: v1", "tag: v2", "reader", 6, f"error: release: {RELEASE}: the Hub answered 403"),
-        ("tag: v1", "tag: v2", "stranger", 6, f"error: release: {RELEASE}: the Hub answered 401"),
+        ("tag: v0", TOKEN, (), 8, f"error: release: {RELEASE}: the tag v0 is on "),
+        ("tag: v0", TOKEN, ("--dry-run",), 8, f"error: release: {RELEASE}: the tag v0 is on "),
+        ("tag: other", TOKEN, (), 2, f"error: release: {RELEASE}: other is a branch there\n"),
+        ("private: true", TOKEN, (), 8, f"error: release: {RELEASE}: exists and is public\n"),
+        ("tag: v2", "reader", (), 6, f"error: release: {RELEASE}: the Hub answered 403"),
+        ("tag: v2", "stranger", (), 6, f"error: release: {RELEASE}: the Hub answered 401"),
     ],
 )
-def test_what_publishing_would_be_refused_for_is_said_before_anything_is_done(copied, old, new, token, code, said, dry):
+def test_what_publishing_would_be_refused_for_is_said_before_anything_is_done(copied, new, token, dry, code, said):
     subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
     text = (copied.folder / "recipe.yaml").read_text()
-    assert text.count(old) == 1
-    (copied.folder / "recipe.yaml").write_text(text.replace(old, new))
+    assert text.count("tag: v1") == 1
+    (copied.folder / "recipe.yaml").write_text(text.replace("tag: v1", new))
     shutil.rmtree(copied.folder / ".adaptkit")
     done = copied.run(*dry, HF_TOKEN=token)
     assert done.code == code
