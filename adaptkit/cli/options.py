@@ -161,6 +161,31 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < float("inf")
 
 
+class _SettingOption(click.Option):
+    """An option with the heading under which it stands, if it begins one."""
+
+    def __init__(self, *args: Any, section: str | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class InSections(click.Command):
+    """A command whose help has its settings under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See ``click.Command``."""
+        heading, sections = "Options", dict[str, list[tuple[str, str]]](Options=[])
+        for option in self.get_params(ctx):
+            if isinstance(option, _SettingOption):
+                heading = option.section or heading
+            record = option.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(heading if isinstance(option, _SettingOption) else "Options", []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 def settings_options(kind: type, **types: click.ParamType[Any]) -> Callable[[Function], Function]:
     """An option for every setting of a dataclass; what is not given is not passed on.
 
@@ -177,23 +202,31 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
     annotation, flag = str(found.type), f"--{name.replace('_', '-')}"
     help_text = rule.help
     repeatable = "tuple" in annotation or "Mapping" in annotation
-    if rule.choices:
-        help_text += f" One of {', '.join(rule.choices)}."
     if repeatable:
         help_text += " Repeatable."
     if found.default is not MISSING and not (
         found.default is None or found.default is False or found.default in ((), {})
     ):
         default = found.default
-        help_text += f" [{' '.join(default) if isinstance(default, tuple) else default}]"
+        help_text += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
     if found.type is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=help_text)
+        return click.option(
+            f"{flag}/--no-{flag[2:]}", default=None, help=help_text, cls=_SettingOption, section=rule.section
+        )
     plain = next(
         kind for word, kind in (("tuple", str), ("int", int), ("float", float), ("str", str)) if word in annotation
     )
     mapped = Value() if "Mapping[str, str" in annotation else Number() if "Mapping" in annotation else None
     option_type = types.get(name, mapped or plain)
-    return click.option(flag, type=option_type, multiple=repeatable, help=help_text)
+    return click.option(
+        flag,
+        type=option_type,
+        multiple=repeatable,
+        metavar=f"[{'|'.join(rule.choices)}]" if rule.choices else None,
+        help=help_text,
+        cls=_SettingOption,
+        section=rule.section,
+    )
 
 
 def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,8 +47,7 @@ _FREE = frozenset(
 class TrainConfig:
     """A training run. What a field means is said beside it."""
 
-    # What is trained, and on what
-    base: str = setting("Folder of a checkpoint: one that quantize made, or a 16-bit one.")
+    base: str = setting("Folder of a checkpoint: one that quantize made, or a 16-bit one.", section="Model and data")
     data: tuple[str, ...] = setting("File (jsonl, json, csv, tsv, parquet) or data set of the Hub "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
     init: str = setting("Of A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or the folder of an adapter "
@@ -56,8 +55,7 @@ class TrainConfig:
     method: str = setting("auto is qlora on a base that adaptkit quantized, and lora on a 16-bit one; full trains "
                           "every weight, and writes a checkpoint.", "auto", choices=METHODS)  # fmt: skip
 
-    # The adapter
-    rank: int = setting("Of the adapter's matrices.", 16, at_least=1, at_most=1 << 16)
+    rank: int = setting("Of the adapter's matrices.", 16, at_least=1, at_most=1 << 16, section="Adapter")
     alpha: float = setting("The adapter's change is scaled by alpha / rank.", 32.0, above=0, at_most=_LARGEST)
     targets: tuple[str, ...] = setting("Shell pattern of module paths that get an adapter; * is every linear layer "
                                        "that reads text but routers.", ("*",))  # fmt: skip
@@ -82,8 +80,7 @@ class TrainConfig:
     trainable_tokens: tuple[str, ...] = setting("Token, by its text or number, whose row of the embedding is trained.",
                                                 ())  # fmt: skip
 
-    # Samples
-    layout: str | None = setting("Of the rows; default: each row's own.", None, choices=LAYOUTS)
+    layout: str | None = setting("Of the rows; default: each row's own.", None, choices=LAYOUTS, section="Samples")
     chat_template: str | None = setting("File of another chat template than the model's (Jinja); it will lie beside "
                                         "the adapter, and merge takes it along.", None)  # fmt: skip
     chat_template_kwargs: Mapping[str, str | float | bool] | None = setting(
@@ -100,18 +97,16 @@ class TrainConfig:
                               0.1, at_least=0, below=1)  # fmt: skip
     held_out_data: tuple[str, ...] = setting("File or data set that is measured instead.", ())
 
-    # Steps
     steps: int | None = setting("Optimizer steps; default: as many as the epochs take.", None, at_least=1,
-                               at_most=_MOST)  # fmt: skip
+                               at_most=_MOST, section="Steps")  # fmt: skip
     epochs: float | None = setting("Passes over the data, instead of steps; default: 1.", None, above=0,
                                    at_most=1e6)  # fmt: skip
     batch_size: int = setting("Samples in a step.", 8, at_least=1, at_most=_MOST)
     micro_batch_size: int | None = setting("Samples that go through the model at a time; default: the whole batch.",
                                            None, at_least=1, at_most=_MOST)  # fmt: skip
     group_by_length: bool = setting("Put samples of like length into one step, which pads little.", False)
-    eval_every: int = setting(
-        "Steps between measurements of the held-out loss; 0: only before and after.", 0, at_least=0
-    )
+    eval_every: int = setting("Steps between measurements of the held-out loss; 0: only before and after.", 0,
+                              at_least=0, section="Measurements and checkpoints")  # fmt: skip
     patience: int = setting("Measurements without a better held-out loss after which the run ends; 0: it goes on.",
                             0, at_least=0)  # fmt: skip
     keep: str = setting("The adapter to publish: that of the best held-out loss, or the last; the other lies beside "
@@ -123,27 +118,23 @@ class TrainConfig:
     seed: int = setting("Of the initial A, the order of samples, dropout and the held-out choice.", 0, at_least=-_SEEDS,
                         at_most=_SEEDS)  # fmt: skip
 
-    # The optimizer
-    learning_rate: float = setting("At its highest.", 2e-4, above=0, at_most=_LARGEST)
+    learning_rate: float = setting("At its highest.", 2e-4, above=0, at_most=_LARGEST, section="Optimizer")
     schedule: str = setting("Of the rate, after the warm-up.", "constant", choices=SCHEDULES)
     decay: float = setting("Fraction of the steps in which the rate of wsd falls.", 0.2, above=0, at_most=1)
     warmup: float = setting("Fraction of the steps in which the rate rises.", 0.03, at_least=0, below=1)
     weight_decay: float = setting("AdamW's.", 0.0, at_least=0, at_most=_LARGEST)
     max_grad_norm: float = setting("Gradients are scaled down to this norm; 0 leaves them.", 1.0, at_least=0)
-
-    # Against overfitting
     neftune_alpha: float = setting("Noise on the embeddings while training (NEFTune); 5 is usual, 0 is none.", 0.0,
                                    at_least=0, at_most=_LARGEST)  # fmt: skip
 
-    # What is shown
-    sample_prompts: tuple[str, ...] = setting("Prompt to answer during the run.", ())
+    sample_prompts: tuple[str, ...] = setting("Prompt to answer during the run.", (), section="Answers and trackers")
     sample_every: int = setting("Steps between answers to them; 0: only after the last.", 0, at_least=0)
     sample_tokens: int = setting("Longest answer.", 64, at_least=1)
     tensorboard: str | None = setting("Folder for TensorBoard.", None)
     wandb: str | None = setting("Project of Weights & Biases.", None)
 
-    # Memory
-    optimizer: str = setting("Moments in 32 bits, or in 8 with a constant for every 256.", "adamw", choices=OPTIMIZERS)
+    optimizer: str = setting("Moments in 32 bits, or in 8 with a constant for every 256.", "adamw", choices=OPTIMIZERS,
+                             section="Memory and device")  # fmt: skip
     checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers), segments:K, or "
                                  "budget:MIB (whatever recomputes least within it).", "layer")  # fmt: skip
     offload_checkpoints: bool = setting("Let the inputs of segments wait in host memory; on a GPU.", False)

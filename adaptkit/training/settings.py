@@ -31,6 +31,7 @@ class Setting:
         at_most: largest value.
         below: values are smaller.
         choices: the only values.
+        section: heading under which it and what follows stand in the help; None for that of what stands before.
     """
 
     help: str
@@ -39,6 +40,7 @@ class Setting:
     at_most: float | None = None
     below: float | None = None
     choices: tuple[str, ...] | None = None
+    section: str | None = None
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the right type can be used; NaN never can."""

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.settings import settings
 
 COMMANDS = [
     "check", "dequantize", "diff", "evaluate", "extract", "inspect", "merge", "plan", "publish", "pull", "quantize",
@@ -47,6 +51,19 @@ def test_the_group_lists_every_command_with_a_whole_sentence(run_cli):
     lines = run_cli("--help").stdout.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in lines] == sorted(COMMANDS)
     assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []
+
+
+def test_the_help_of_train_has_every_setting_once_under_a_heading(run_cli):
+    parts = re.split(r"^(\S[^\n]*):\n", run_cli("train", "--help").stdout, flags=re.MULTILINE)
+    sections = zip(parts[1::2], parts[2::2], strict=True)
+    options = {title: re.findall(r"^  --([\w-]+)", part, re.MULTILINE) for title, part in sections}
+    assert options.pop("Options") == ["force", "json", "quiet", "config", "resume", "dry-run", "show-batch"]
+    assert [name.replace("-", "_") for listed in options.values() for name in listed] == list(settings(TrainConfig))
+    assert {title: listed[0] for title, listed in options.items()} == {
+        "Model and data": "base", "Adapter": "rank", "Samples": "layout", "Steps": "steps",
+        "Measurements and checkpoints": "eval-every", "Optimizer": "learning-rate", "Answers and trackers":
+        "sample-prompts", "Memory and device": "optimizer",
+    }  # fmt: skip
 
 
 def broken(tmp_path, llama, adapter):

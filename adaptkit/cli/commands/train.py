@@ -11,7 +11,7 @@ from adaptkit.checkpoint.compiler import leave_compiler_out
 from adaptkit.checkpoint.pages import give_back_kernel_compiler
 from adaptkit.cli.batch_view import batch_lines, has_colour
 from adaptkit.cli.data_rows import cut_rows, data_rows
-from adaptkit.cli.options import ArtifactPath, given, output_options, settings_options
+from adaptkit.cli.options import ArtifactPath, InSections, given, output_options, settings_options
 from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import training_progress
 from adaptkit.training.config import TrainConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.training.report import TrainReport
 
 
-@click.command()
+@click.command(cls=InSections)
 @output_options
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML or JSON file of these options.")
 @click.option("--resume", is_flag=True, help="Go on, and fail rather than begin if there is no checkpoint.")
