@@ -9,7 +9,7 @@ from typing import Any, Self
 from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
-from adaptkit.training.settings import check, check_values, refuse, setting, settings
+from adaptkit.training.settings import check, check_values, conflict, refuse, setting, settings
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
@@ -170,17 +170,17 @@ class TrainConfig:
             refuse(self, "init")
         self._check_adapter()
         if self.steps is not None and self.epochs is not None:
-            refuse(self, "epochs", "steps says how long already")
+            conflict(self, "epochs", "steps says how long already")
         if self.pack and self.group_by_length:
-            refuse(self, "group_by_length", "rows that are packed are of like length already")
+            conflict(self, "group_by_length", "rows that are packed are of like length already")
         if self.patience and not (self.has_held_out and self.eval_every):
-            refuse(self, "patience", "needs held_out and eval_every")
+            conflict(self, "patience", "needs held_out and eval_every")
         if self.shard_base and self.checkpointing not in ("none", "layer"):
-            refuse(self, "shard_base", "goes with checkpointing: layer or none")
+            conflict(self, "shard_base", "goes with checkpointing: layer or none")
         if self.shard_base and self.method == "full":
-            refuse(self, "shard_base", "method full has no frozen weights")
+            conflict(self, "shard_base", "method full has no frozen weights")
         if self.sample_every and not self.sample_prompts:
-            refuse(self, "sample_every", "needs sample_prompts")
+            conflict(self, "sample_every", "needs sample_prompts")
 
     def _check_adapter(self) -> None:
         """Refuse settings of the adapter that do not go together.
@@ -190,15 +190,15 @@ class TrainConfig:
         """
         given = [name for name in _ADAPTER if getattr(self, name) != settings(type(self))[name][0].default]
         if self.method == "full" and given:
-            refuse(self, given[0], "method full makes no adapter")
+            conflict(self, given[0], "method full makes no adapter")
         begun = next((name for name in given if name in _BEGUN), None)
         if self.init not in INITS and begun:
-            refuse(self, begun, "the adapter to begin with has its own")
+            conflict(self, begun, "the adapter to begin with has its own")
         if self.dora and self.lora_bias:
-            refuse(self, "lora_bias", "nobody has defined it together with dora")
+            conflict(self, "lora_bias", "nobody has defined it together with dora")
         for name in ("dora", "dropout", "lora_bias"):
             if self.target_parameters and getattr(self, name):
-                refuse(self, name, "does not go with target_parameters, nor does it in PEFT")
+                conflict(self, name, "does not go with target_parameters, nor does it in PEFT")
         for name in ("rank_pattern", "alpha_pattern"):
             if not all(map(_is_expression, getattr(self, name) or {})):
                 refuse(self, name, "the keys are regular expressions")

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from adaptkit.checkpoint.document import read_document
 from adaptkit.discovery import closest
@@ -95,7 +95,7 @@ def check(config: Any) -> None:
             refuse(config, name, rule.range())
 
 
-def refuse(config: Any, name: str, reason: str = "") -> None:
+def refuse(config: Any, name: str, reason: str = "") -> NoReturn:
     """Say that a setting's value cannot be used.
 
     Raises:
@@ -104,6 +104,16 @@ def refuse(config: Any, name: str, reason: str = "") -> None:
     _, rule = settings(type(config))[name]
     hint = f"{name}: {rule.help}" + (f" ({reason})" if reason else "")
     raise ConfigError(f"{name}: {getattr(config, name)!r} cannot be used", hint=hint)
+
+
+def conflict(config: Any, name: str, reason: str) -> NoReturn:
+    """Say that a setting does not go with the others.
+
+    Raises:
+        ConfigError: always.
+    """
+    _, rule = settings(type(config))[name]
+    raise ConfigError(f"{name}: {reason}", hint=f"{name}: {rule.help}")
 
 
 def check_values(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_nothing_foretells_the_first_token_of_a_packed_sample():
 
 
 def test_packing_and_grouping_exclude_each_other():
-    with pytest.raises(ConfigError, match="group_by_length: True cannot be used"):
+    with pytest.raises(ConfigError, match="group_by_length: rows that are packed are of like length already"):
         TrainConfig(base="b", data=("d",), pack=True, group_by_length=True)
 
 
