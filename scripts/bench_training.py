@@ -210,9 +210,9 @@ def work(side: str, case: str, threads: int) -> None:
     import time
 
     if side == "adaptkit":  # as the command does
-        from adaptkit.checkpoint.compiler import leave_compiler_out
-        from adaptkit.checkpoint.heap import keep_freed_memory
         from adaptkit.checkpoint.pages import give_back_kernel_compiler
+        from adaptkit.heap import keep_freed_memory
+        from adaptkit.networks.compiler import leave_compiler_out
 
         keep_freed_memory()
         leave_compiler_out()

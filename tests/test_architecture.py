@@ -14,12 +14,14 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled"}
+GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap"}
 ON_THE_GROUND = {
     "__init__": set(),
     "errors": set(),
     "lazy": set(),
     "cache": set(),
+    "child": set(),
+    "heap": set(),
     "discovery": {"errors"},
     "kept": {"cache"},
     "compiled": {"kept", "compiler"},
@@ -28,12 +30,14 @@ ON_THE_GROUND = {
 MAY_IMPORT = {
     "numerics": GROUND,
     "checkpoint": GROUND | {"numerics"},
-    "operations": GROUND | {"numerics", "checkpoint"},
-    "training": GROUND | {"numerics", "checkpoint"},
+    "networks": GROUND | {"numerics", "checkpoint"},
+    "text": GROUND | {"numerics", "checkpoint", "networks"},
+    "operations": GROUND | {"numerics", "checkpoint", "networks", "text"},
+    "training": GROUND | {"numerics", "checkpoint", "networks", "text"},
     "hub": GROUND | {"numerics", "checkpoint"},
     "pipeline": GROUND | {"numerics", "checkpoint", "operations", "training", "hub"},
     "__main__": {"cli"},
-    "cli": GROUND | {"numerics", "checkpoint", "operations", "training", "hub", "pipeline"},
+    "cli": GROUND | {"numerics", "checkpoint", "networks", "text", "operations", "training", "hub", "pipeline"},
 }
 BY_NAME = ("import_module", "late", "written", "__import__")
 """Functions that import a module whose name they are given, some of them later."""

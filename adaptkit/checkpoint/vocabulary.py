@@ -5,13 +5,9 @@ architecture; the tables are those of transformers 5.24 (``_tied_weights_keys``,
 compares them with the one that is installed.
 """
 
-import importlib.util
 import re
 from collections.abc import Mapping
 from typing import Any
-
-from adaptkit.checkpoint.architecture import empty_network, named_network, why_unknown
-from adaptkit.checkpoint.reader import Checkpoint
 
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)$")
 _RARE_TABLE = re.compile(r"(^|\.)(embeddings?|word_embedding|tokens_embed|input_embedding|w)$")
@@ -129,21 +125,3 @@ def known_head(config: Mapping[str, Any]) -> str:
 def is_tied_by_default(config: Mapping[str, Any]) -> bool:
     """Whether the embedding is the output layer, too, in a model whose configuration does not say."""
     return str(config.get("model_type")) in _TIED_BY_DEFAULT.split()
-
-
-def asked_head(checkpoint: Checkpoint) -> str:
-    """The same as ``known_head`` from transformers, if it is installed and knows the architecture; loads it.
-
-    Raises:
-        UsageError, CheckpointError: ``config.json`` describes a model that cannot be built.
-    """
-    if importlib.util.find_spec("transformers") is None or why_unknown(checkpoint):
-        return ""
-    network = named_network(checkpoint) or empty_network(checkpoint)
-    return head_path(network)
-
-
-def head_path(network: Any) -> str:
-    """The dotted path of a model's output layer; empty if it has none."""
-    head = network.get_output_embeddings()
-    return next((path for path, module in network.named_modules() if head is not None and module is head), "")

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from adaptkit.checkpoint.rendering import DAY
 from adaptkit.cli.output import Row, percent
+from adaptkit.text.rendering import DAY
 
 if TYPE_CHECKING:
     from adaptkit.training.data.dataset import SourceReport

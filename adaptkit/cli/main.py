@@ -14,11 +14,11 @@ from typing import Any, TextIO
 import click
 
 from adaptkit import __version__
-from adaptkit.checkpoint.heap import keep_freed_memory
 from adaptkit.cli import commands
 from adaptkit.cli.output import silence
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
+from adaptkit.heap import keep_freed_memory
 from adaptkit.hub.secrets import redact
 
 INTERRUPTED = 130

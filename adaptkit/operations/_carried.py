@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
-from adaptkit.checkpoint.tokenizer_files import TOKENIZER
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
+from adaptkit.text.tokenizer_files import TOKENIZER
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from typing import Any
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, side_files
-from adaptkit.checkpoint.tokenizer_files import TEMPLATE_KEY, TEMPLATES, TOKENIZER_CONFIG, templates_in
 from adaptkit.errors import CheckpointError, IntegrityError
+from adaptkit.text.tokenizer_files import TEMPLATE_KEY, TEMPLATES, TOKENIZER_CONFIG, templates_in
 
 TOKENIZER_NAME = "tokenizer.json"
 FOLDERS = ("adaptkit-adapters", "adaptkit-undo")

@@ -10,10 +10,10 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows
 from adaptkit.checkpoint.adapter_config import is_saved
-from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
+from adaptkit.networks.addressing import Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._edit_checks import check_sums

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.adapter import TokenRows
-from adaptkit.checkpoint.addressing import Slice
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
+from adaptkit.networks.addressing import Slice
 from adaptkit.numerics.lora import LowRank
 
 if TYPE_CHECKING:

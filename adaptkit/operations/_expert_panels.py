@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from adaptkit.checkpoint.addressing import Slice
-from adaptkit.checkpoint.architecture import empty_network, why_unknown
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
+from adaptkit.networks.addressing import Slice
+from adaptkit.networks.architecture import empty_network, why_unknown
 from adaptkit.numerics import lora
 from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.adapter_config import is_saved
-from adaptkit.checkpoint.architecture import empty_network, has_no_head, named_network, why_unknown
-from adaptkit.checkpoint.naming import Place, places
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.vocabulary import head_path
 from adaptkit.errors import UsageError
+from adaptkit.networks.architecture import empty_network, has_no_head, named_network, why_unknown
+from adaptkit.networks.head import head_path
+from adaptkit.networks.naming import Place, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._extract_plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
 from adaptkit.operations._extract_tensors import Finding

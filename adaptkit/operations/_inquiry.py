@@ -19,13 +19,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from adaptkit import __version__
-from adaptkit.checkpoint import architecture, naming
-from adaptkit.checkpoint.child import can_fork, start_child
-from adaptkit.checkpoint.compiler import leave_compiler_out
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.remembered import Remembered
+from adaptkit.child import can_fork, start_child
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
+from adaptkit.networks import architecture, naming
+from adaptkit.networks.compiler import leave_compiler_out
 from adaptkit.operations import _roles
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
 

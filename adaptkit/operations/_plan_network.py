@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaptkit.checkpoint.activations import LayerSize, measure_layers
-from adaptkit.checkpoint.architecture import is_linear
-from adaptkit.checkpoint.assembly import find_stack
 from adaptkit.errors import UsageError
+from adaptkit.networks.activations import LayerSize, measure_layers
+from adaptkit.networks.architecture import is_linear
+from adaptkit.networks.assembly import find_stack
 
 Shape = tuple[int, int]
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from adaptkit.checkpoint.architecture import empty_network, is_linear
-from adaptkit.checkpoint.assembly import Assembly, find_stack
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.networks.architecture import empty_network, is_linear
+from adaptkit.networks.assembly import Assembly, find_stack
 
 Found = TypeVar("Found")
 Place = tuple[int, int, Any]

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint.architecture import (
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.lazy import torch
+from adaptkit.networks.architecture import (
     empty_network,
     is_linear,
     is_router,
@@ -20,10 +23,8 @@ from adaptkit.checkpoint.architecture import (
     transformers_version,
     why_unknown,
 )
-from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.naming import Place, absent, places, shape_in
-from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.lazy import torch
+from adaptkit.networks.head import head_path
+from adaptkit.networks.naming import Place, absent, places, shape_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,9 +164,8 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
         read_from += (
             f"; the files lack {len(lacking)} tensors of {named}, {lacking[0]} first, and readers make up numbers"
         )
-    head_path = next((path for path, module in network.named_modules() if head is not None and module is head), "")
     tied = head is not None and head.weight is network.get_input_embeddings().weight
-    return Roles(roles, read_from, head_path or "lm_head", tied)
+    return Roles(roles, read_from, head_path(network) or "lm_head", tied)
 
 
 def _lacking(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -> tuple[list[str], str]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.chat_template import TEMPLATE_NAME
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, read_json, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.tokenizer_files import TEMPLATES, TOKENIZER, TOKENIZER_CONFIG, VOCABULARIES, template_beside
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._carried import tokenizer_files
 from adaptkit.operations._edits import Edits
+from adaptkit.text.chat_template import TEMPLATE_NAME
+from adaptkit.text.tokenizer_files import TEMPLATES, TOKENIZER, TOKENIZER_CONFIG, VOCABULARIES, template_beside
 
 
 @dataclass

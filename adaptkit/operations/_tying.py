@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.addressing import Addresses, Slice, find_addresses
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import (
-    asked_head,
     is_rare_table,
     is_tied_by_default,
     is_usual_head,
@@ -22,6 +20,8 @@ from adaptkit.checkpoint.vocabulary import (
 )
 from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.lazy import torch
+from adaptkit.networks.addressing import Addresses, Slice, find_addresses
+from adaptkit.networks.head import asked_head
 
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 _SHARED = re.compile(r"(^|\.)shared\.weight$")

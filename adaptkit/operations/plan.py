@@ -5,11 +5,11 @@
     trainable    4 bytes a parameter: full training and adapters are held in float32
     gradients    4 bytes a parameter
     optimizer    8 bytes a parameter, or 2.03 in 8 bits
-    activations  measured on a network without memory, by the arithmetic of ``checkpoint.activations``
+    activations  measured on a network without memory, by the arithmetic of ``networks.activations``
     logits       one chunk, as large as the device's
 
 On a GPU adapters have copies in the compute dtype beside them, which count as weights, and tables that are only looked
-up do not count: see ``checkpoint.tables``.
+up do not count: see ``networks.tables``.
 
 Full fine-tuning thus needs 16 bytes a parameter beside activations and logits: 160 GB for 10 billion.
 """
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.activations import Checkpointing, fit_budget, parse_policy
-from adaptkit.checkpoint.architecture import Description, empty_network, language_part
-from adaptkit.checkpoint.matching import matching_targets
-from adaptkit.checkpoint.memory import Memory, logits_bytes
-from adaptkit.checkpoint.tables import host_tables
 from adaptkit.errors import UsageError
+from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
+from adaptkit.networks.architecture import Description, empty_network, language_part
+from adaptkit.networks.matching import matching_targets
+from adaptkit.networks.memory import Memory, logits_bytes
+from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import moment_bytes
 from adaptkit.operations._plan_network import Shape, linear_shapes, measured_layers
 
@@ -46,7 +46,7 @@ class PlanOptions:
         targets: shell patterns of module paths, as the trainer takes them.
         seq_len: tokens of a row.
         batch: rows that go through the model at a time.
-        checkpointing: a policy of ``checkpoint.activations``.
+        checkpointing: a policy of ``networks.activations``.
         optimizer: ``adamw`` or ``adamw8bit``.
         compute_dtype: ``bfloat16`` or ``float32``.
         offload_checkpoints: whether the inputs of segments wait in host memory, which is for GPUs.
@@ -117,7 +117,7 @@ class PlanReport:
         device: that it was planned for, ``cpu`` or ``cuda``.
         trainable_parameters: of that method.
         checkpointing: which layers are checkpointed, in words.
-        memory: bytes by part; see ``checkpoint.memory.Memory``.
+        memory: bytes by part; see ``networks.memory.Memory``.
         total_bytes: of all parts.
         context: tokens of a row that the model was made for; None if its configuration does not say.
         ranks: what adapters of other ranks would train.

@@ -275,7 +275,7 @@ def _read_tokens(source: Path, calibration: Calibration | None) -> Tensor | None
     for file in calibration.files:
         if file.is_fifo():  # its hash, which the manifest names, would be that of nothing
             raise DataError(f"{file}: is a pipe, which can be read only once", hint="save the text in a file")
-    from adaptkit.checkpoint.text import read_tokens
+    from adaptkit.text.windows import read_tokens
 
     return read_tokens(calibration.files, source, window=calibration.window, max_tokens=calibration.tokens)
 

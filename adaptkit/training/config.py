@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
+from adaptkit.text.conversation import LAYOUTS
 from adaptkit.training.settings import check, check_values, conflict, refuse, setting, settings
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from adaptkit.checkpoint.architecture import empty_network
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.networks.architecture import empty_network
 from adaptkit.numerics.adamw import moment_bytes
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.training.config import TrainConfig

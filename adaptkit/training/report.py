@@ -42,7 +42,7 @@ class TrainReport:
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: of activations and dequantized weights.
-        memory: bytes that were predicted, by part (see ``checkpoint.memory.Memory``) and in all, and ``measured``: by
+        memory: bytes that were predicted, by part (see ``networks.memory.Memory``) and in all, and ``measured``: by
             how much the process's memory grew, on a GPU what was allocated there; None where nobody tells.
         paging: the optimizer state's page table and what moved; see ``paging.Pages.metrics``.
         tokens_per_second: of this process.

@@ -8,8 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
-from adaptkit.checkpoint.addressing import Slice, find_addresses
-from adaptkit.checkpoint.chat_template import TEMPLATE_NAME
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.hashing import fingerprint
@@ -17,10 +15,12 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.tokenizer_files import TEMPLATES
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
+from adaptkit.networks.addressing import Slice, find_addresses
 from adaptkit.numerics.finite import all_finite
+from adaptkit.text.chat_template import TEMPLATE_NAME
+from adaptkit.text.tokenizer_files import TEMPLATES
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.network.adapt import stack_changes
 from adaptkit.training.network.model import Model

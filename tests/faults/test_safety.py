@@ -107,13 +107,13 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
         texts = {module: ast.unparse(tree) for module, tree in TREES.items() if not module.startswith("cli/")}
         return {module for module, text in texts.items() if wanted in text}
 
-    assert users("apply_chat_template") == {"checkpoint/rendering.py"}
-    parses = "checkpoint/chat_template.py"  # and runs nothing
-    assert users("import jinja2") | users("from jinja2") == {"checkpoint/rendering.py", parses}
-    assert users("checkpoint.rendering import") == {"checkpoint/conversation.py"}
-    renderers = users("checkpoint.conversation import")
-    assert {module for module in renderers if not module.startswith("training/")} == {"checkpoint/text.py"}
-    readers = {module for module in users("checkpoint.text import") if not module.startswith("training/")}
+    assert users("apply_chat_template") == {"text/rendering.py"}
+    parses = "text/chat_template.py"  # and runs nothing
+    assert users("import jinja2") | users("from jinja2") == {"text/rendering.py", parses}
+    assert users("text.rendering import") == {"text/conversation.py"}
+    renderers = users("text.conversation import")
+    assert {module for module in renderers if not module.startswith("training/")} == {"text/windows.py"}
+    readers = {module for module in users("text.windows import") if not module.startswith("training/")}
     assert readers <= {"operations/_calibrated.py", "operations/quantize.py"}
 
 

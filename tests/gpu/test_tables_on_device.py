@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from adaptkit.checkpoint import tables
+from adaptkit.networks import tables
 from adaptkit.numerics.kernels import _gpu_layers
 from adaptkit.training.network.model import load_model, new_adapter
 from adaptkit.training.network.tables import keep_in_host_memory

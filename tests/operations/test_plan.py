@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
-from adaptkit.checkpoint.activations import LayerSize
-from adaptkit.checkpoint.architecture import Description, empty_network
-from adaptkit.checkpoint.matching import matching_targets
 from adaptkit.errors import UsageError
+from adaptkit.networks.activations import LayerSize
+from adaptkit.networks.architecture import Description, empty_network
+from adaptkit.networks.matching import matching_targets
 from adaptkit.operations._plan_network import linear_shapes, measured_layers
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import quantize
@@ -47,7 +47,7 @@ def loaded(folder, targets=("*",)):
 
 @pytest.mark.parametrize(("tied", "method"), [(False, "qlora"), (True, "qlora"), (False, "full")])
 def test_a_gpu_does_not_hold_a_table_that_is_only_looked_up(models, tmp_path, tied, method):
-    """The trainer moves the same ones: see ``checkpoint.tables``."""
+    """The trainer moves the same ones: see ``networks.tables``."""
     config = json.loads((models["llama"][0] / "config.json").read_text())
     vocabulary = 32 * 2**20 // (2 * config["hidden_size"])
     config |= {"vocab_size": vocabulary, "tie_word_embeddings": tied}

@@ -13,7 +13,6 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.text import read_tokens
 from adaptkit.errors import AdapterError, BaseMismatchError, ConflictError, DataError, OutputExistsError, UsageError
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import merge
@@ -21,6 +20,7 @@ from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, qua
 from adaptkit.operations.stack import stack
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
+from adaptkit.text.windows import read_tokens
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 

@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import ConfigError, NonFiniteError, UsageError
+from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.verify import verify
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate

@@ -17,13 +17,13 @@ import torch
 from click.testing import CliRunner
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli.commands import train as train_command
 from adaptkit.cli.main import cli
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.training.config import TrainConfig

@@ -95,7 +95,7 @@ class BaseShapes:
     @cached_property
     def network(self) -> Any:
         """The model that the adapter is for, without weights; None if transformers does not know it."""
-        from adaptkit.checkpoint.architecture import (  # here, since they wait for torch
+        from adaptkit.networks.architecture import (  # here, since they wait for torch
             empty_network,
             named_network,
             why_unknown,

@@ -7,9 +7,9 @@ from typing import Any
 
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME
-from adaptkit.checkpoint.naming import absent, places, shape_in
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.networks.naming import absent, places, shape_in
 from adaptkit.operations._roles import is_conv1d
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -114,7 +114,7 @@ def _beside_model(
     checkpoint: Checkpoint, packed: Sequence[Packed], quantization: str | None
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """The class of the model that transformers builds for a checkpoint, and where the files differ from it."""
-    from adaptkit.checkpoint.architecture import (  # here, since they wait for torch
+    from adaptkit.networks.architecture import (  # here, since they wait for torch
         empty_network,
         named_network,
         why_unknown,

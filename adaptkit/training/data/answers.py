@@ -13,10 +13,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptkit.checkpoint.chat_template import HINT
-from adaptkit.checkpoint.thoughts import Message, words_of
-from adaptkit.checkpoint.tool_calls import CALLS, end_of_words, is_written
 from adaptkit.errors import DataError
+from adaptkit.text.chat_template import HINT
+from adaptkit.text.thoughts import Message, words_of
+from adaptkit.text.tool_calls import CALLS, end_of_words, is_written
 from adaptkit.training.data.written import check_calls, lines, missing
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.conversation import Example, asks_for_the_date, read_example
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.rows import is_on_hub, read_rows
-from adaptkit.checkpoint.text import check_known
-from adaptkit.checkpoint.tool_calls import CALLS
 from adaptkit.errors import DataError
+from adaptkit.text.conversation import Example, asks_for_the_date, read_example
+from adaptkit.text.rows import is_on_hub, read_rows
+from adaptkit.text.tool_calls import CALLS
+from adaptkit.text.windows import check_known
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.samples import Sample
 
@@ -104,7 +104,7 @@ def load_data(
     """Read sources and tokenize their rows.
 
     Args:
-        sources: see ``checkpoint.rows``; one after the other.
+        sources: see ``text.rows``; one after the other.
         tokenizer: of the model.
         max_length: most tokens of a sample.
         too_long: what becomes of longer ones: ``cut`` at the end, ``drop`` or ``error``.

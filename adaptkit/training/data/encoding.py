@@ -15,8 +15,8 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
-from adaptkit.checkpoint.conversation import Conversation, Example, Message, Tools, is_text, render
 from adaptkit.errors import DataError, UsageError
+from adaptkit.text.conversation import Conversation, Example, Message, Tools, is_text, render
 from adaptkit.training.data.answers import (
     Answer,
     alone_with,

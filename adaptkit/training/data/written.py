@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from adaptkit.checkpoint.chat_template import HINT
-from adaptkit.checkpoint.thoughts import Message, words_of
-from adaptkit.checkpoint.tool_calls import CALLS, Tools, is_written, missing_in, names_of
 from adaptkit.errors import DataError
+from adaptkit.text.chat_template import HINT
+from adaptkit.text.thoughts import Message, words_of
+from adaptkit.text.tool_calls import CALLS, Tools, is_written, missing_in, names_of
 
 _BETWEEN_LINES = re.compile(r"\n|</?think>")
 _SWITCH = re.compile(r"(?<!\S)/\w+")

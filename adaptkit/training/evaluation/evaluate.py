@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.architecture import empty_network
-from adaptkit.checkpoint.text import known_tokens
 from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.networks.architecture import empty_network
+from adaptkit.text.windows import known_tokens
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, name_of
@@ -47,7 +47,7 @@ def evaluate(
         adapter: folder of a LoRA adapter.
         data: rows with answers; see ``training.data.dataset``.
         options: how.
-        text: files; see ``checkpoint.text``.
+        text: files; see ``text.windows``.
         reference: folder of a checkpoint that the model shall resemble on the text: the one that it was made from.
         on_answer: told of every answer to the data's questions.
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.architecture import quiet_transformers
 from adaptkit.checkpoint.layout import GENERATION_NAME
+from adaptkit.networks.architecture import quiet_transformers
 from adaptkit.training.data.ending import named_ends, turn_end
 from adaptkit.training.network.model import Model
 

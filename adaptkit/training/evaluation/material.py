@@ -7,11 +7,13 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.chat_template import set_template_kwargs
-from adaptkit.checkpoint.conversation import is_text
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.text import (
+from adaptkit.errors import DataError, UsageError
+from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.chat_template import set_template_kwargs
+from adaptkit.text.conversation import is_text
+from adaptkit.text.tokenizer_files import brings_tokenizer, load_tokenizer_of, template_beside
+from adaptkit.text.windows import (
     check_known,
     check_prompt,
     check_window,
@@ -19,8 +21,6 @@ from adaptkit.checkpoint.text import (
     longest_sequence,
     read_tokens,
 )
-from adaptkit.checkpoint.tokenizer_files import brings_tokenizer, load_tokenizer_of, template_beside
-from adaptkit.errors import DataError, UsageError
 from adaptkit.training.data.dataset import Dataset, load_data
 from adaptkit.training.evaluation.questions import (
     Conversation,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptkit.checkpoint.text import check_known
 from adaptkit.errors import BaseMismatchError
+from adaptkit.text.windows import check_known
 from adaptkit.training.network.model import Model
 
 POSITIONS = 64

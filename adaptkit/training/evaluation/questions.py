@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.conversation import Example, Message, Tools, read_example
-from adaptkit.checkpoint.rows import read_rows
-from adaptkit.checkpoint.text import check_known
-from adaptkit.checkpoint.tool_calls import CALLS
 from adaptkit.errors import DataError
+from adaptkit.text.conversation import Example, Message, Tools, read_example
+from adaptkit.text.rows import read_rows
+from adaptkit.text.tool_calls import CALLS
+from adaptkit.text.windows import check_known
 from adaptkit.training.data.dataset import Dataset, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import Sample

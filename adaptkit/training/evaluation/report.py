@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.conversation import LAYOUTS
 from adaptkit.errors import UsageError
+from adaptkit.text.conversation import LAYOUTS
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.evaluation.perplexity import TextReport
 from adaptkit.training.evaluation.scores import Scores

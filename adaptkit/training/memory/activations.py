@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from adaptkit.checkpoint.activations import Checkpointing, LayerSize, measure_layers
-from adaptkit.checkpoint.assembly import find_stack
-from adaptkit.checkpoint.compiler import without_compiler
-from adaptkit.checkpoint.memory import Memory, logits_bytes
 from adaptkit.errors import UsageError
+from adaptkit.networks.activations import Checkpointing, LayerSize, measure_layers
+from adaptkit.networks.assembly import find_stack
+from adaptkit.networks.compiler import without_compiler
+from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing

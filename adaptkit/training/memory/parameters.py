@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.heap import return_freed_memory
+from adaptkit.heap import return_freed_memory
 from adaptkit.training.network.model import Model
 
 

@@ -8,7 +8,7 @@ at a time:
     work     one more forward pass, and nearly another one for segments longer than one layer
 
 With segments of √n layers both sums of inputs grow as √n (Chen et al., arXiv:1604.06174), and the inside of only one
-layer is alive at a time, which flat segments do not give. ``checkpoint.activations`` has the arithmetic.
+layer is alive at a time, which flat segments do not give. ``networks.activations`` has the arithmetic.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.activations import (
+from adaptkit.errors import UsageError
+from adaptkit.networks.activations import (
     Checkpointing,
     LayerSize,
     fit_budget,
     parse_policy,
 )
-from adaptkit.checkpoint.assembly import find_stack
-from adaptkit.checkpoint.layer_call import LayerCall
-from adaptkit.errors import UsageError
+from adaptkit.networks.assembly import find_stack
+from adaptkit.networks.layer_call import LayerCall
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.unread import left_out
@@ -39,7 +39,7 @@ def choose_checkpointing(
 
     Args:
         network: of any kind if nothing is checkpointed, else with a stack of layers.
-        policy: see ``checkpoint.activations.parse_policy``.
+        policy: see ``networks.activations.parse_policy``.
         measure: gives the sizes of the layers; asked only where there is a budget to keep to.
         offloaded: whether the inputs of segments will wait in host memory.
 

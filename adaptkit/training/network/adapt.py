@@ -13,8 +13,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.matching import matching
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.networks.matching import matching
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, StackLora, adapt_stack
 from adaptkit.training.network.linear import LoraLinear, PackedWeight

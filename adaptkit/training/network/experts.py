@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.assembly import Assembly
 from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.errors import CheckpointError
+from adaptkit.networks.assembly import Assembly
 from adaptkit.training.network.linear import FrozenWeight, PackedWeight, PlainWeight
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.checkpoint.memory import rows_at_a_time
+from adaptkit.networks.memory import rows_at_a_time
 from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_loss import cross_entropy

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.checkpoint.adapter_config import by_pattern
-from adaptkit.checkpoint.architecture import empty_network, is_linear, language_part
-from adaptkit.checkpoint.assembly import Assembly, check_shape
-from adaptkit.checkpoint.matching import matching, matching_targets
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.networks.architecture import empty_network, is_linear, language_part
+from adaptkit.networks.assembly import Assembly, check_shape
+from adaptkit.networks.matching import matching, matching_targets
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.scaling import scaling
 from adaptkit.training.network.attention import use_own_attention

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from adaptkit.checkpoint.assembly import find_stack
 from adaptkit.errors import UsageError
+from adaptkit.networks.assembly import find_stack
 from adaptkit.training.distributed import World
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 

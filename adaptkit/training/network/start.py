@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.architecture import is_read_by_kernels, is_router
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.checkpoint.matching import EVERYTHING, matching
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.networks.architecture import is_read_by_kernels, is_router
+from adaptkit.networks.matching import EVERYTHING, matching
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
     bias_names,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.checkpoint.tables import host_tables
+from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.kernels import has_triton
 
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from adaptkit.checkpoint.activations import kind_of
-from adaptkit.checkpoint.assembly import find_stack
-from adaptkit.checkpoint.compiler import without_compiler
-from adaptkit.checkpoint.layer_call import LayerCall
 from adaptkit.errors import UsageError
+from adaptkit.networks.activations import kind_of
+from adaptkit.networks.assembly import find_stack
+from adaptkit.networks.compiler import without_compiler
+from adaptkit.networks.layer_call import LayerCall
 from adaptkit.training.network.linear import LoraLinear
 
 _NUMBERS = (math.nan, math.inf, -math.inf, 0.0)

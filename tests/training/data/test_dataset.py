@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.errors import DataError
+from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.training.data.dataset import load_data, order, split
 from adaptkit.training.data.samples import IGNORED, Sample
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import read_example
 from adaptkit.errors import DataError
+from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.conversation import read_example
 from adaptkit.training.data.dataset import load_data
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.samples import IGNORED

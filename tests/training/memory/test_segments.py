@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from adaptkit.checkpoint import pages
-from adaptkit.checkpoint.activations import Checkpointing
 from adaptkit.errors import UsageError
+from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.memory import segments
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing

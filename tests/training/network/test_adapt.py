@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize

@@ -12,11 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from adaptkit.checkpoint import pages
-from adaptkit.checkpoint.architecture import empty_network
-from adaptkit.checkpoint.assembly import Assembly
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
+from adaptkit.networks.architecture import empty_network
+from adaptkit.networks.assembly import Assembly
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptkit.checkpoint.activations import Checkpointing
+from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import loss

@@ -9,11 +9,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, LlamaPreTrainedModel
 
-from adaptkit.checkpoint.activations import Checkpointing
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.networks.activations import Checkpointing
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.architecture import load_tokenizer
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError, ConfigError, UsageError
+from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.verify import verify

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from adaptkit.checkpoint import tables
-from adaptkit.checkpoint.tables import host_tables
+from adaptkit.networks import tables
+from adaptkit.networks.tables import host_tables
 from adaptkit.training.network.adapt import train_rows, train_whole
 from adaptkit.training.network.model import load_model, new_adapter
 from adaptkit.training.network.tables import hold_in_host_memory, keep_in_host_memory

@@ -2,8 +2,8 @@
 
 import pytest
 
-from adaptkit.checkpoint.matching import matching, matching_targets
 from adaptkit.errors import UsageError
+from adaptkit.networks.matching import matching, matching_targets
 
 NAMES = (
     "model.layers.0.self_attn.q_proj",

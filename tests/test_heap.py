@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import ctypes, sys
-from adaptkit.checkpoint.heap import keep_freed_memory, return_freed_memory
+from adaptkit.heap import keep_freed_memory, return_freed_memory
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1000

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.checkpoint.rows import is_on_hub, read_rows
 from adaptkit.errors import DataError, NetworkError
+from adaptkit.text.rows import is_on_hub, read_rows
 
 ROWS = [{"instruction": "Name it, please.", "output": 'the "Rhine"\nriver'}, {"instruction": "NA", "output": "007"}]
 
@@ -173,7 +173,7 @@ def test_local_files_need_no_network_and_no_cache(tmp_path):
         "import socket, sys\n"
         "def refuse(*args, **kwargs): raise RuntimeError('a socket')\n"
         "socket.socket.connect = refuse\n"
-        "from adaptkit.checkpoint.rows import read_rows\n"
+        "from adaptkit.text.rows import read_rows\n"
         "print(sum(len(list(read_rows(name))) for name in sys.argv[1:]))\n"
         "print('datasets' in sys.modules, 'torch' in sys.modules)\n"
     )

@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from adaptkit.checkpoint.architecture import empty_network
-from adaptkit.checkpoint.assembly import Assembly, find_stack
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.networks.architecture import empty_network
+from adaptkit.networks.assembly import Assembly, find_stack
 from adaptkit.training.network.model import load_model
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.architecture import language_part
-from adaptkit.checkpoint.naming import Place, places
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.networks.architecture import language_part
+from adaptkit.networks.naming import Place, places
 
 
 def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adaptkit.checkpoint.chat_template import HINT, template_of
-from adaptkit.checkpoint.child import can_fork, start_child
-from adaptkit.checkpoint.thoughts import Message
-from adaptkit.checkpoint.tool_calls import Tools
+from adaptkit.child import can_fork, start_child
 from adaptkit.errors import DataError
+from adaptkit.text.chat_template import HINT, template_of
+from adaptkit.text.thoughts import Message
+from adaptkit.text.tool_calls import Tools
 
 
 class Conversation(NamedTuple):

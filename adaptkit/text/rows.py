@@ -47,7 +47,7 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         AuthenticationError, NetworkError: the Hub refused or did not answer.
     """
     if is_on_hub(source):
-        from adaptkit.checkpoint.hub_rows import read_hub_rows
+        from adaptkit.text.hub_rows import read_hub_rows
 
         found = _HUB.fullmatch(str(source))
         rows = read_hub_rows(**(found.groupdict() if found else {}))

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.chat_template import TEMPLATE_NAME, check_template, read_template
 from adaptkit.checkpoint.layout import read_json, side_files
+from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template
 
 TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
 _WITHIN_JSON, _MORE = "chat_template.json", "additional_chat_templates"

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adaptkit.checkpoint.compiler import without_compiler
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
+from adaptkit.networks.compiler import without_compiler
 
 if TYPE_CHECKING:
     from torch import nn

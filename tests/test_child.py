@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from adaptkit.checkpoint import child
-from adaptkit.checkpoint.child import can_fork, start_child
+from adaptkit import child
+from adaptkit.child import can_fork, start_child
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_it_has_none_of_the_open_files_of_its_parent(children, tmp_path):
 def test_it_says_nothing(tmp_path):
     code = (
         "import os, sys\n"
-        "from adaptkit.checkpoint.child import start_child\n"
+        "from adaptkit.child import start_child\n"
         "def work(connection):\n"
         "    print('heard'); os.write(1, b'heard'); os.write(2, b'heard'); sys.stdout.flush()\n"
         "process, _ = start_child(work)\n"
@@ -74,7 +74,7 @@ def test_one_whose_parent_is_gone_already_does_not_stay():
     """Death's own signal comes only to those who asked for it in time."""
     code = (
         "import os, sys; from multiprocessing import Pipe\n"
-        "from adaptkit.checkpoint.child import _begin\n"
+        "from adaptkit.child import _begin\n"
         "here, there = Pipe()\n"
         "_begin(there, os.getppid() + int(sys.argv[1]), lambda connection: os._exit(2), ())"
     )

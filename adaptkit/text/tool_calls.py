@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptkit.checkpoint.chat_template import HINT
 from adaptkit.errors import DataError
+from adaptkit.text.chat_template import HINT
 
 Tools = tuple[Mapping[str, Any], ...]
 """Of a row, each {"type": "function", "function": {"name", ...}}."""

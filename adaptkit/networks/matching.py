@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from adaptkit.checkpoint.architecture import is_read_by_kernels, is_router
 from adaptkit.errors import UsageError
+from adaptkit.networks.architecture import is_read_by_kernels, is_router
 
 EVERYTHING = "*"
 _KIND = "linear layer below the head"

@@ -17,16 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adaptkit.checkpoint.chat_template import HINT
-from adaptkit.checkpoint.rendering import Conversation as Conversation
-from adaptkit.checkpoint.rendering import apply_template
-from adaptkit.checkpoint.rendering import asks_for_the_date as asks_for_the_date
-from adaptkit.checkpoint.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
-from adaptkit.checkpoint.thoughts import Message as Message
-from adaptkit.checkpoint.tool_calls import CALLS, ToolForm, calls_in, read_calls, read_given, read_tools
-from adaptkit.checkpoint.tool_calls import Tools as Tools
-from adaptkit.checkpoint.tool_calls import is_text as is_text
 from adaptkit.errors import DataError
+from adaptkit.text.chat_template import HINT
+from adaptkit.text.rendering import Conversation as Conversation
+from adaptkit.text.rendering import apply_template
+from adaptkit.text.rendering import asks_for_the_date as asks_for_the_date
+from adaptkit.text.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
+from adaptkit.text.thoughts import Message as Message
+from adaptkit.text.tool_calls import CALLS, ToolForm, calls_in, read_calls, read_given, read_tools
+from adaptkit.text.tool_calls import Tools as Tools
+from adaptkit.text.tool_calls import is_text as is_text
 
 LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
 _QUESTIONS = LAYOUTS[:3]

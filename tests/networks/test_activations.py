@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from adaptkit.checkpoint.activations import Alive, Checkpointing, LayerSize, fit_budget, measure_layers, parse_policy
 from adaptkit.errors import ConfigError, UsageError
+from adaptkit.networks.activations import Alive, Checkpointing, LayerSize, fit_budget, measure_layers, parse_policy
 
 MIB = 1 << 20
 

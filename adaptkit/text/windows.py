@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint.architecture import load_tokenizer
-from adaptkit.checkpoint.conversation import Conversation, read_example, render
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder
-from adaptkit.checkpoint.rows import read_rows, read_text
 from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
+from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.conversation import Conversation, read_example, render
+from adaptkit.text.rows import read_rows, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: int | None = None) -> Tensor:
     """Tokenize text files with a checkpoint's tokenizer and cut them into windows.
 
-    A ``.jsonl`` file's rows hold ``text``, or a conversation in a layout of ``checkpoint.conversation``, which goes
+    A ``.jsonl`` file's rows hold ``text``, or a conversation in a layout of ``text.conversation``, which goes
     through the chat template; every other file is one text. The texts follow each other, an end token between them.
     If the tokenizer begins texts with a token, every window begins with it, as whatever the model was trained on did.
 

@@ -7,9 +7,9 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from adaptkit.checkpoint.addressing import Slice, find_addresses
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
+from adaptkit.networks.addressing import Slice, find_addresses
 
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 

@@ -7,8 +7,8 @@ from datetime import date
 
 import pytest
 
-from adaptkit.checkpoint.conversation import read_example
 from adaptkit.errors import DataError
+from adaptkit.text.conversation import read_example
 
 ASKED = {"role": "user", "content": "Name it\n\na river"}
 ANSWERED = {"role": "assistant", "content": "the Rhine"}

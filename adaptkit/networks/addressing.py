@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.checkpoint.architecture import empty_network, why_unknown
-from adaptkit.checkpoint.naming import places
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
+from adaptkit.networks.architecture import empty_network, why_unknown
+from adaptkit.networks.naming import places
 
 if TYPE_CHECKING:
-    from adaptkit.checkpoint.assembly import Assembly
+    from adaptkit.networks.assembly import Assembly
 
 _PREFIXES = (
     ("", ""),
@@ -102,7 +102,7 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
         )
     if why_unknown(checkpoint):
         raise BaseMismatchError(lacks, hint="this adapter is for another model")
-    from adaptkit.checkpoint.assembly import Assembly  # here, since it waits for torch
+    from adaptkit.networks.assembly import Assembly  # here, since it waits for torch
 
     assembly = Assembly(empty_network(checkpoint), checkpoint)
     prefix = f"{assembly.network.base_model_prefix}."

@@ -24,8 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adaptkit.checkpoint.layer_call import LayerCall
 from adaptkit.errors import ConfigError, UsageError
+from adaptkit.networks.layer_call import LayerCall
 
 POLICIES = "none, layer, sqrt, segments:K or budget:MIB"
 
