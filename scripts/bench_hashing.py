@@ -49,7 +49,8 @@ print(time.perf_counter() - begun)
 OPERATION = """
 import sys
 from adaptkit.checkpoint import adapter, hashing, writer
-from adaptkit.operations import _encoding, _merging
+from adaptkit.operations._merge import merging
+from adaptkit.operations._quantize import encoding
 
 class Nothing:
     def __init__(self, *_): pass
@@ -63,7 +64,7 @@ class Hashes:
     def xxh3_128_hexdigest(_): return "0" * 32
 
 if sys.argv.pop(1) == "without":
-    writer.hashlib = writer.xxhash = hashing.xxhash = adapter.xxhash = _encoding.xxhash = _merging.xxhash = Hashes
+    writer.hashlib = writer.xxhash = hashing.xxhash = adapter.xxhash = encoding.xxhash = merging.xxhash = Hashes
 from adaptkit.cli.main import main
 main()
 """

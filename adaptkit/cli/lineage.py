@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from adaptkit.operations._lineage import Ancestor
+    from adaptkit.operations._lineage.tree import Ancestor
 
 _SHOWN = 16
 """Digits of a hash that tell it from others."""

@@ -6,8 +6,8 @@ from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
-from adaptkit.operations._diff_adapters import AdapterDiffReport, diff_adapters
-from adaptkit.operations._diff_checkpoints import CheckpointDiffReport, diff_checkpoints
+from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters
+from adaptkit.operations._diff.checkpoints import CheckpointDiffReport, diff_checkpoints
 from adaptkit.operations._pipeline import thread_count
 
 __all__ = ["AdapterDiffReport", "CheckpointDiffReport", "diff"]

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._extract_plan import (
+from adaptkit.operations._extract.plan import (
     IMPOSSIBLE,
     LEFT_OUT,
     SAVED,
@@ -25,7 +25,7 @@ from adaptkit.operations._extract_plan import (
     Plan,
     make_plan,
 )
-from adaptkit.operations._extract_report import (
+from adaptkit.operations._extract.report import (
     LITTLE,
     ExtractedModule,
     ExtractReport,
@@ -35,8 +35,8 @@ from adaptkit.operations._extract_report import (
     plan_report,
     weighted,
 )
-from adaptkit.operations._extract_saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
-from adaptkit.operations._extract_tensors import Finding, examine
+from adaptkit.operations._extract.saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
+from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._pipeline import each, thread_count
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]

@@ -15,10 +15,10 @@ from adaptkit.checkpoint.manifest import read_manifest, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.operations._inspect_adapter import counts, describe_adapter, trained_parameters
-from adaptkit.operations._inspect_merged import describe_merged
-from adaptkit.operations._lineage import Ancestor, Walk
-from adaptkit.operations._parents import gather
+from adaptkit.operations._inspect.adapter import counts, describe_adapter, trained_parameters
+from adaptkit.operations._inspect.merged import describe_merged
+from adaptkit.operations._lineage.parents import gather
+from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._pipeline import thread_count
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

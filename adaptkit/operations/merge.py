@@ -17,13 +17,13 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.operations._edit_checks import is_same
-from adaptkit.operations._edit_plan import plan_edits
-from adaptkit.operations._merge_base import open_base, with_addresses
-from adaptkit.operations._merge_report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
-from adaptkit.operations._merged_view import MergedView
-from adaptkit.operations._merging import Merging
-from adaptkit.operations._side_files import plan_side_files
+from adaptkit.operations._merge.base import open_base, with_addresses
+from adaptkit.operations._merge.edit_checks import is_same
+from adaptkit.operations._merge.edit_plan import plan_edits
+from adaptkit.operations._merge.merging import Merging
+from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
+from adaptkit.operations._merge.side_files import plan_side_files
+from adaptkit.operations._merge.view import MergedView
 from adaptkit.operations._terms import check_weights
 
 __all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
@@ -73,7 +73,7 @@ def merge(
     )
     if options.format == "keep":
         return merging.report(output) if dry_run else merging.run(output, force, progress)
-    from adaptkit.operations._merge_quantized import check_quantizable, merge_quantized  # with all of quantize
+    from adaptkit.operations._merge.quantized import check_quantizable, merge_quantized  # with all of quantize
 
     check_quantizable(edits)
     if dry_run:

@@ -22,18 +22,18 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._encoding import check_finite
 from adaptkit.operations._pipeline import thread_count
-from adaptkit.operations._planning import PlanChanged, Planning
-from adaptkit.operations._quantize_plan import Calibration, Plan, QuantizeOptions
-from adaptkit.operations._quantize_report import QuantizeReport, TensorReport, Upgrade, make_report
-from adaptkit.operations._selection import skip_modules
+from adaptkit.operations._quantize.encoding import check_finite
+from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions
+from adaptkit.operations._quantize.planning import PlanChanged, Planning
+from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, Upgrade, make_report
+from adaptkit.operations._quantize.selection import skip_modules
 from adaptkit.operations._shards import write_index, write_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptkit.operations._calibrated import Ready
+    from adaptkit.operations._calibrate.calibrated import Ready
 
 __all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
 
@@ -72,7 +72,7 @@ def quantize(
     init = _companion_folder(output, companion, options)
     check_output(output, force, [source])
     if init is not None:
-        from adaptkit.operations._companion import check_apart, is_waiting
+        from adaptkit.operations._calibrate.companion import check_apart, is_waiting
 
         check_apart(output, init)
         check_output(init, force or is_waiting(init, output), [source])
@@ -181,7 +181,7 @@ class _Run:
         """Whether what is unfinished must not be thrown away: its companion adapter is published already."""
         if self.init is None:
             return False
-        from adaptkit.operations._companion import is_waiting
+        from adaptkit.operations._calibrate.companion import is_waiting
 
         return is_waiting(self.init, self.output)
 
@@ -192,7 +192,7 @@ class _Run:
             return 0
         if calibration is None:
             return plan.nbytes()
-        from adaptkit.operations._calibrated import scratch_bytes
+        from adaptkit.operations._calibrate.calibrated import scratch_bytes
 
         return plan.nbytes() + scratch_bytes(plan.tensors.values(), calibration.init_rank)
 
@@ -200,7 +200,7 @@ class _Run:
         """Before hours of calibration, unless they are over."""
         if self.tokens is None:
             return
-        from adaptkit.operations._calibrated import is_calibrated
+        from adaptkit.operations._calibrate.calibrated import is_calibrated
 
         if not is_calibrated(out):
             check_finite(self.checkpoint, plan.tensors.values(), thread_count(self.options.threads))
@@ -223,7 +223,7 @@ class _Run:
         calibration = self.options.calibration
         if calibration is None or calibration.bits_budget is None or self.tokens is None:
             return plan, []
-        from adaptkit.operations._budget import spend
+        from adaptkit.operations._calibrate.budget import spend
 
         threads = thread_count(self.options.threads)
         bits, tokens = calibration.bits_budget, self.tokens
@@ -233,7 +233,7 @@ class _Run:
         calibration = self.options.calibration
         if calibration is None or self.tokens is None:
             return {}
-        from adaptkit.operations._calibrated import calibrate
+        from adaptkit.operations._calibrate.calibrated import calibrate
 
         return calibrate(
             out,
@@ -262,8 +262,8 @@ class _Run:
         )
 
     def _publish_both(self, out: Output, manifest: Manifest, companion: Path, ready: Mapping[str, Ready]) -> None:
-        from adaptkit.operations._calibrated import companion_modules
-        from adaptkit.operations._companion import publish_both
+        from adaptkit.operations._calibrate.calibrated import companion_modules
+        from adaptkit.operations._calibrate.companion import publish_both
 
         transposed = any(tensor.transposed for tensor in ready.values())
         publish_both(out, manifest, companion, companion_modules(ready), self.force, transposed)

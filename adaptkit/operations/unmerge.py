@@ -24,10 +24,10 @@ from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics.approximate import ErrorBound, subtract
 from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._edit_plan import plan_edits
-from adaptkit.operations._edits import Edit, Edits, matrix_of
-from adaptkit.operations._folding import Fold, Rows, cut_frames, read_rows
-from adaptkit.operations._merged import BaseOutline, MergedModel, open_merged, target_names
+from adaptkit.operations._merge.edit_plan import plan_edits
+from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
+from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
+from adaptkit.operations._merge.merged import BaseOutline, MergedModel, open_merged, target_names
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
 

@@ -10,8 +10,8 @@ from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_m
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import IntegrityError, UsageError
-from adaptkit.operations._lineage import Ancestor, Walk, check_own_targets, require_whole
-from adaptkit.operations._parents import gather
+from adaptkit.operations._lineage.parents import gather
+from adaptkit.operations._lineage.tree import Ancestor, Walk, check_own_targets, require_whole
 from adaptkit.operations._pipeline import check_threads, thread_count
 
 
@@ -111,7 +111,7 @@ def verify(path: Path, options: VerifyOptions | None = None, *, progress: Progre
         ancestors = Walk(candidates, check=True, threads=threads, progress=progress).ancestors(path, manifest)
         require_whole(path, ancestors, candidates)
     if options.recompute:
-        from adaptkit.operations._recompute import recompute_all  # torch loads here
+        from adaptkit.operations._lineage.recompute import recompute_all  # torch loads here
 
         recomputed = recompute_all(path, manifest, ancestors, options.threads)
     return VerifyReport(

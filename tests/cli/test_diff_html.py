@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.cli.pages._diff_parts import curves_by_type
 from adaptkit.cli.pages.diff import diff_page
-from adaptkit.operations._diff_files import FileDifference, TemplateDifference, ValueDifference
-from adaptkit.operations._diff_tensors import ChangeSpectrum, TensorDifference
+from adaptkit.operations._diff.files import FileDifference, TemplateDifference, ValueDifference
+from adaptkit.operations._diff.tensors import ChangeSpectrum, TensorDifference
 from adaptkit.operations.diff import diff
 
 ROOT = Path(__file__).resolve().parents[2]

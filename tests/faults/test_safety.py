@@ -17,10 +17,10 @@ JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
     # names of our own
     "checkpoint/journal.py": {"self.folder / self._journal"},
-    "operations/_diff_files.py": {"root / name"},
-    "operations/_gradients.py": {"self._folder / f'{index}-{batch}'"},
-    "operations/_merged.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
-    "operations/_merging.py": {"adapter.root / name"},
+    "operations/_diff/files.py": {"root / name"},
+    "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
+    "operations/_merge/merged.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
+    "operations/_merge/merging.py": {"adapter.root / name"},
     "operations/targets/_adapter_files.py": {"root / name"},
     "operations/targets/_checkpoint_files.py": {"root / name"},
     "training/loop.py": {"out.folder / adapter.name"},
@@ -114,7 +114,7 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     renderers = users("text.conversation import")
     assert {module for module in renderers if not module.startswith("training/")} == {"text/windows.py"}
     readers = {module for module in users("text.windows import") if not module.startswith("training/")}
-    assert readers <= {"operations/_calibrated.py", "operations/quantize.py"}
+    assert readers <= {"operations/_calibrate/calibrated.py", "operations/quantize.py"}
 
 
 def test_few_modules_remove_anything():

@@ -12,7 +12,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.operations._diff_files import FOLDERS
+from adaptkit.operations._diff.files import FOLDERS
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.diff import diff
 from adaptkit.operations.merge import merge

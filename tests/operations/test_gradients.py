@@ -8,9 +8,9 @@ from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import NonFiniteError
-from adaptkit.operations import _gradients, _replay
-from adaptkit.operations._gradients import layer_gradients
-from adaptkit.operations._layerwise import layer_moments
+from adaptkit.operations._calibrate import gradients, replay
+from adaptkit.operations._calibrate.gradients import layer_gradients
+from adaptkit.operations._calibrate.layerwise import layer_moments
 
 FAMILIES = ["llama", "qwen2", "gemma", "phi", "mixtral", "gpt2", "gemma4_text"]
 
@@ -65,8 +65,8 @@ def of_all(*given, **options):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_autograd_on_the_whole_model(name, family, monkeypatch):
-    monkeypatch.setattr(_replay, "BATCH_TOKENS", 40)  # batches of 2, 2 and 1 windows
-    monkeypatch.setattr(_gradients, "LOGIT_POSITIONS", 8)
+    monkeypatch.setattr(replay, "BATCH_TOKENS", 40)  # batches of 2, 2 and 1 windows
+    monkeypatch.setattr(gradients, "LOGIT_POSITIONS", 8)
     expected = by_autograd(family(name), windows())
     expected.pop("model.per_layer_model_projection", None)  # outside the layers, which take no gradient there
     found = of_all(Checkpoint(family(name)), windows(), sampled=False)
@@ -101,8 +101,8 @@ def test_the_seed_decides_the_draw(family):
 
 def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(family, monkeypatch):
     networks, loaded = [], []
-    build = _replay.empty_network
-    monkeypatch.setattr(_replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
+    build = replay.empty_network
+    monkeypatch.setattr(replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
 
     def watch(done, total):
         names = {name for name, parameter in networks[0].named_parameters() if not parameter.is_meta}
@@ -116,7 +116,7 @@ def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(fami
 
 def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(family):
     """The formula of the module's docstring, against KL measured on two models, both factors from here."""
-    from adaptkit.operations._layerwise import layer_moments
+    from adaptkit.operations._calibrate.layerwise import layer_moments
 
     folder, tokens = family("llama"), windows(60, 40)
     checkpoint = Checkpoint(folder)

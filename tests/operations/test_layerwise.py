@@ -10,8 +10,8 @@ from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
-from adaptkit.operations import _replay
-from adaptkit.operations._layerwise import layer_moments
+from adaptkit.operations._calibrate import replay
+from adaptkit.operations._calibrate.layerwise import layer_moments
 
 SIZES = {
     "vocab_size": 90,
@@ -86,7 +86,7 @@ def by_hooks(folder, tokens):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_moments_are_those_of_hooks_on_the_whole_model(name, family, monkeypatch):
-    monkeypatch.setattr(_replay, "BATCH_TOKENS", 48)  # batches of 2, 2 and 1 windows
+    monkeypatch.setattr(replay, "BATCH_TOKENS", 48)  # batches of 2, 2 and 1 windows
     folder, tokens = family(name), windows()
     layers = list(layer_moments(Checkpoint(folder), tokens, second_moments=True))
     found = {path: moments for layer in layers for path, moments in layer.moments.items()}
@@ -119,8 +119,8 @@ def test_linears_that_read_one_tensor_share_its_moments_and_products_are_only_ma
 
 def test_only_the_current_layer_has_its_weights_in_memory(family, monkeypatch):
     networks, loaded = [], []
-    build = _replay.empty_network
-    monkeypatch.setattr(_replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
+    build = replay.empty_network
+    monkeypatch.setattr(replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
 
     def watch(done, total):
         (network,) = networks
@@ -134,7 +134,7 @@ def test_only_the_current_layer_has_its_weights_in_memory(family, monkeypatch):
 
 
 def test_progress_counts_every_batch_of_every_layer(family, monkeypatch):
-    monkeypatch.setattr(_replay, "BATCH_TOKENS", 24)
+    monkeypatch.setattr(replay, "BATCH_TOKENS", 24)
     seen = []
     list(layer_moments(Checkpoint(family("llama")), windows(2), progress=lambda *now: seen.append(now)))
     assert seen == [(done, 6) for done in range(1, 7)]

@@ -27,8 +27,8 @@ from adaptkit.errors import (
     OutputExistsError,
     UsageError,
 )
-from adaptkit.operations._edits import Edit
-from adaptkit.operations._folding import Fold, jobs_of
+from adaptkit.operations._merge.edits import Edit
+from adaptkit.operations._merge.folding import Fold, jobs_of
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge

@@ -21,8 +21,8 @@ from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
+from adaptkit.operations._quantize.selection import matched_by, select, skip_modules, stores_transposed
 from adaptkit.operations._roles import roles_by_name, roles_here
-from adaptkit.operations._selection import matched_by, select, skip_modules, stores_transposed
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
@@ -85,7 +85,7 @@ def without_transformers(families):
     code = (
         "import json, sys; sys.modules['transformers'] = None; from pathlib import Path\n"
         "from adaptkit.checkpoint.reader import Checkpoint\n"
-        "from adaptkit.operations._selection import select, skip_modules\n"
+        "from adaptkit.operations._quantize.selection import select, skip_modules\n"
         "def summary(folder, **options):\n"
         "    s = select(Checkpoint(folder), **options)\n"
         "    choices = [[c.spec.name, c.kept_because, c.transposed] for c in s.choices]\n"

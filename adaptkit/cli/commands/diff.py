@@ -13,9 +13,9 @@ from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from adaptkit.operations._diff_files import FilesDifference, ValueDifference
-    from adaptkit.operations._diff_groups import GroupDifference, ModuleDifference
-    from adaptkit.operations._diff_tensors import TensorDifference
+    from adaptkit.operations._diff.files import FilesDifference, ValueDifference
+    from adaptkit.operations._diff.groups import GroupDifference, ModuleDifference
+    from adaptkit.operations._diff.tensors import TensorDifference
     from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport
 
 SHOWN = 8

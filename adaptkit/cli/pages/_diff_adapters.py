@@ -19,7 +19,7 @@ from adaptkit.cli.pages._diff_parts import (
 )
 
 if TYPE_CHECKING:
-    from adaptkit.operations._diff_groups import GroupDifference, ModuleDifference
+    from adaptkit.operations._diff.groups import GroupDifference, ModuleDifference
     from adaptkit.operations.diff import AdapterDiffReport
 
 _OUT, _IN = "outputs", "inputs"

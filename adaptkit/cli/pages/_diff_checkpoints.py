@@ -9,7 +9,7 @@ from adaptkit.cli.output import percent, size
 from adaptkit.cli.pages._diff_parts import beside, curves_by_type, largest_types, maps, measure, names, tensors
 
 if TYPE_CHECKING:
-    from adaptkit.operations._diff_tensors import TensorDifference
+    from adaptkit.operations._diff.tensors import TensorDifference
     from adaptkit.operations.diff import CheckpointDiffReport
 
 _DIRECTIONS = "16"

@@ -11,8 +11,8 @@ from adaptkit.cli.html import Html, Number, facts, figure, paragraph, section, t
 from adaptkit.cli.output import percent
 
 if TYPE_CHECKING:
-    from adaptkit.operations._diff_files import FilesDifference, ValueDifference
-    from adaptkit.operations._diff_tensors import TensorDifference
+    from adaptkit.operations._diff.files import FilesDifference, ValueDifference
+    from adaptkit.operations._diff.tensors import TensorDifference
 
 TYPES_DRAWN = 12
 """How many types of modules have pictures of their own, those with the largest differences."""

@@ -11,7 +11,7 @@ from typing import Self
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError
 from adaptkit.operations._inquiry import Inquiry
-from adaptkit.operations._quantize_plan import Plan, QuantizeOptions, make_plan
+from adaptkit.operations._quantize.plan import Plan, QuantizeOptions, make_plan
 from adaptkit.operations._roles import roles_by_name
 
 

@@ -11,8 +11,8 @@ from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
-from adaptkit.operations._edits import Edits
-from adaptkit.operations._parents import Candidate
+from adaptkit.operations._lineage.parents import Candidate
+from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._terms import expected_fingerprints
 
 _EARLY = 3

@@ -26,13 +26,13 @@ from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
-from adaptkit.operations._encoding import Encoded, TensorPlan
 from adaptkit.operations._pipeline import in_order
+from adaptkit.operations._quantize.encoding import Encoded, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptkit.operations._layerwise import InputMoments
+    from adaptkit.operations._calibrate.layerwise import InputMoments
 
 _END = f"{SCRATCH_PREFIX}calibrated"
 """Written when every layer is done; says how many there were."""
@@ -93,7 +93,7 @@ def calibrate(
     """
     found_before = is_calibrated(out)
     if not found_before:
-        from adaptkit.operations._layerwise import layer_moments  # here, since it waits for torch
+        from adaptkit.operations._calibrate.layerwise import layer_moments  # here, since it waits for torch
 
         layers = 0
         for layer in layer_moments(checkpoint, tokens, second_moments=compensate, progress=progress):

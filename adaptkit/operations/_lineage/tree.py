@@ -9,7 +9,7 @@ from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError
-from adaptkit.operations._parents import Candidate, Candidates
+from adaptkit.operations._lineage.parents import Candidate, Candidates
 
 VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "at hand", "not at hand", "never written", "wrong"
 

@@ -12,10 +12,10 @@ from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.operations._encoding import TensorPlan
 from adaptkit.operations._pipeline import check_threads
+from adaptkit.operations._quantize.encoding import TensorPlan
+from adaptkit.operations._quantize.selection import Choice, Selection, matched_by, of_type, select
 from adaptkit.operations._roles import Roles
-from adaptkit.operations._selection import Choice, Selection, matched_by, of_type, select
 from adaptkit.operations._shards import Group, Shards, plan_shards
 
 

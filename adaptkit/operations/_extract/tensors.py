@@ -13,7 +13,7 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
-from adaptkit.operations._extract_plan import LOW_RANK, ExtractOptions, Part, Plan
+from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, Part, Plan
 from adaptkit.operations._shards import cut
 
 _EXPONENT_BITS = {  # where a type keeps its exponent, and the bits of its fraction

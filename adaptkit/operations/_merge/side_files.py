@@ -13,7 +13,7 @@ from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._carried import tokenizer_files
-from adaptkit.operations._edits import Edits
+from adaptkit.operations._merge.edits import Edits
 from adaptkit.text.chat_template import TEMPLATE_NAME
 from adaptkit.text.tokenizer_files import TEMPLATES, TOKENIZER, TOKENIZER_CONFIG, VOCABULARIES, template_beside
 

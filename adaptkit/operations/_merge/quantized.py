@@ -12,12 +12,12 @@ from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.operations._edits import Edits
-from adaptkit.operations._merge_base import Base, check_fingerprint, merge_parents
-from adaptkit.operations._merge_report import MergeReport, with_changes
-from adaptkit.operations._merged_view import MergedView, quantized_change
-from adaptkit.operations._quantize_plan import QuantizeOptions
-from adaptkit.operations._selection import stores_transposed
+from adaptkit.operations._merge.base import Base, check_fingerprint, merge_parents
+from adaptkit.operations._merge.edits import Edits
+from adaptkit.operations._merge.report import MergeReport, with_changes
+from adaptkit.operations._merge.view import MergedView, quantized_change
+from adaptkit.operations._quantize.plan import QuantizeOptions
+from adaptkit.operations._quantize.selection import stores_transposed
 from adaptkit.operations.quantize import quantize_checkpoint
 
 

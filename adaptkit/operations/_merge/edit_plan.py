@@ -16,9 +16,9 @@ from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.networks.addressing import Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._edit_checks import check_sums
-from adaptkit.operations._edits import Edit, Edits, Step, Stored
-from adaptkit.operations._expert_panels import Experts
+from adaptkit.operations._merge.edit_checks import check_sums
+from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
+from adaptkit.operations._merge.expert_panels import Experts
 from adaptkit.operations._roles import is_conv1d
 from adaptkit.operations._tying import (
     Vocabulary,

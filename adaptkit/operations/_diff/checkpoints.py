@@ -14,8 +14,8 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.operations._diff_files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
-from adaptkit.operations._diff_tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
+from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
+from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
 from adaptkit.operations._pipeline import each, in_order
 
 _PIECE_BYTES = 8 << 20

@@ -3,7 +3,7 @@
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.lazy import torch
-from adaptkit.operations._edits import Edits
+from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._tying import find_vocabulary
 
 

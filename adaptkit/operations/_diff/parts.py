@@ -10,7 +10,7 @@ from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.numerics import lora
 from adaptkit.numerics.comparison import is_equal
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._diff_tensors import Source, TensorDifference, differ_in_files, differ_in_memory
+from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_in_files, differ_in_memory
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What enters each linear layer of a model, measured with one layer's weights in memory at a time; see ``_replay``."""
+"""What enters each linear layer of a model, measured with one layer's weights in memory at a time; see ``replay``."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import NonFiniteError
-from adaptkit.operations._replay import Replay
+from adaptkit.operations._calibrate.replay import Replay
 
 SUM_ROWS = 128
 """Tokens whose squares are in memory in float64 at a time."""

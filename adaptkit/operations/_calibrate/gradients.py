@@ -27,8 +27,8 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import disk_errors
 from adaptkit.errors import NonFiniteError
-from adaptkit.operations._layerwise import Collector, InputMoments, Sums
-from adaptkit.operations._replay import Place, Replay
+from adaptkit.operations._calibrate.layerwise import Collector, InputMoments, Sums
+from adaptkit.operations._calibrate.replay import Place, Replay
 
 LOGIT_POSITIONS = 64
 """Tokens of each window whose logits are in memory at a time."""

@@ -20,7 +20,7 @@ from adaptkit.numerics.affine import Effect, combine, square_sums
 from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.numerics.exact import MergedRows, Prepared
 from adaptkit.numerics.finite import check_finite
-from adaptkit.operations._edits import Edit, Step, matrix_of
+from adaptkit.operations._merge.edits import Edit, Step, matrix_of
 
 if TYPE_CHECKING:
     from torch import Tensor

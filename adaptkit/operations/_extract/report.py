@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.operations._extract_plan import LOW_RANK, Plan
-from adaptkit.operations._extract_tensors import Finding
+from adaptkit.operations._extract.plan import LOW_RANK, Plan
+from adaptkit.operations._extract.tensors import Finding
 
 LITTLE = 0.9
 """A module that keeps less of its change than this is counted as one that is not low-rank."""

@@ -14,8 +14,8 @@ from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.numerics.comparison import Overlap, compare, is_equal
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
-from adaptkit.operations._diff_files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
-from adaptkit.operations._diff_groups import (
+from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
+from adaptkit.operations._diff.groups import (
     GroupDifference,
     ModuleDifference,
     OverlapReport,
@@ -25,8 +25,8 @@ from adaptkit.operations._diff_groups import (
     relative,
     total,
 )
-from adaptkit.operations._diff_parts import changes_of, differ_in_part, held_by
-from adaptkit.operations._diff_tensors import TensorDifference
+from adaptkit.operations._diff.parts import changes_of, differ_in_part, held_by
+from adaptkit.operations._diff.tensors import TensorDifference
 from adaptkit.operations._pipeline import each
 
 _UNORDERED = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")

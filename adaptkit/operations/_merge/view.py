@@ -17,9 +17,9 @@ from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import Array, as_array, as_tensor
-from adaptkit.operations._edits import Edit, Edits
-from adaptkit.operations._folding import Fold, Rows, find_lengths, read_rows
-from adaptkit.operations._merge_report import TensorChange
+from adaptkit.operations._merge.edits import Edit, Edits
+from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, read_rows
+from adaptkit.operations._merge.report import TensorChange
 
 
 class MergedView(Checkpoint):

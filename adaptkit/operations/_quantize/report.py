@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.operations._quantize_plan import WORTH_16_BITS, Plan
-from adaptkit.operations._selection import Choice
+from adaptkit.operations._quantize.plan import WORTH_16_BITS, Plan
+from adaptkit.operations._quantize.selection import Choice
 
 
 @dataclass(frozen=True)

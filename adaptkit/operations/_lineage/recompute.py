@@ -11,7 +11,7 @@ from typing import Any
 
 from adaptkit.checkpoint.manifest import Manifest, read_manifest, require_manifest
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
-from adaptkit.operations._lineage import VERIFIED, Ancestor
+from adaptkit.operations._lineage.tree import VERIFIED, Ancestor
 
 SAME = "same bytes again"
 

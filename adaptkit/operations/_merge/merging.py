@@ -26,15 +26,15 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._edits import Edit, Edits, matrix_of
-from adaptkit.operations._folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
-from adaptkit.operations._merge_base import Base, changed_are_known, check_fingerprint, merge_parents
-from adaptkit.operations._merge_report import MergeOptions, MergeReport, TensorChange, with_changes
+from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, merge_parents
+from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
+from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
+from adaptkit.operations._merge.report import MergeOptions, MergeReport, TensorChange, with_changes
+from adaptkit.operations._merge.side_files import SideFiles, plan_index
+from adaptkit.operations._merge.untargeted import untargeted
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
-from adaptkit.operations._side_files import SideFiles, plan_index
 from adaptkit.operations._terms import adapter_identity
-from adaptkit.operations._untargeted import untargeted
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,10 +22,10 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
-from adaptkit.operations._encoding import TensorPlan
 from adaptkit.operations._pipeline import in_order
-from adaptkit.operations._quantize_plan import Plan, with_encodings
-from adaptkit.operations._quantize_report import Upgrade
+from adaptkit.operations._quantize.encoding import TensorPlan
+from adaptkit.operations._quantize.plan import Plan, with_encodings
+from adaptkit.operations._quantize.report import Upgrade
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def _ways(
 ) -> dict[str, list[Way]]:
     importance: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
-    from adaptkit.operations._gradients import layer_gradients  # here, since it waits for torch
+    from adaptkit.operations._calibrate.gradients import layer_gradients  # here, since it waits for torch
 
     for layer in layer_gradients(checkpoint, tokens, progress=progress):
         importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}

@@ -26,8 +26,8 @@ from adaptkit.networks.architecture import empty_network, has_no_head, named_net
 from adaptkit.networks.head import head_path
 from adaptkit.networks.naming import Place, places
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._extract_plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
-from adaptkit.operations._extract_tensors import Finding
+from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
+from adaptkit.operations._extract.tensors import Finding
 from adaptkit.operations._tying import Vocabulary, find_vocabulary
 
 _TIED_BY_PEFT = "embed_tokens"

@@ -1,0 +1,1 @@
+"""What ``diff`` compares: adapters, checkpoints, and what lies beside them."""

@@ -1,0 +1,1 @@
+"""What ``inspect`` tells of kinds of folders."""

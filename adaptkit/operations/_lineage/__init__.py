@@ -1,0 +1,1 @@
+"""What an artifact was made from: found, walked, and made again."""

@@ -1,0 +1,1 @@
+"""What ``merge`` and ``unmerge`` do: which adapter changes which tensor, applied and taken back piece by piece."""

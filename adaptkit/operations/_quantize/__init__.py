@@ -1,0 +1,1 @@
+"""What ``quantize`` does: which tensors, how, in which shards, and its report."""
