@@ -18,7 +18,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, read_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
-from adaptkit.networks.compiler import without_compiler
+from adaptkit.networks.torch_compiler import without_compiler
 
 if TYPE_CHECKING:
     from torch import nn

@@ -25,7 +25,7 @@ from adaptkit.checkpoint.remembered import Remembered
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.networks import architecture, naming
-from adaptkit.networks.compiler import leave_compiler_out
+from adaptkit.networks.torch_compiler import leave_compiler_out
 from adaptkit.operations import _roles
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
 
