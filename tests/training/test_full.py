@@ -131,9 +131,8 @@ def test_a_quantized_base_is_refused_with_what_to_do(llama_nf4):
 
 def test_what_only_an_adapter_has_is_refused():
     for name, value in (("dora", True), ("rank", 4), ("modules_to_save", ("lm_head",)), ("bias", "all")):
-        with pytest.raises(ConfigError, match=name) as caught:
+        with pytest.raises(ConfigError, match=f"^{name}: method full makes no adapter"):
             TrainConfig(base="base", data=("none",), method="full", **{name: value})
-        assert "no adapter" in caught.value.hint
 
 
 def test_a_weight_that_its_type_cannot_hold_is_an_error(bases, tmp_path):

@@ -132,7 +132,7 @@ def test_what_is_quantized_is_not_trained_whole(llama_nf4, name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "hint"),
+    ("settings", "told"),
     [
         ({"rank": 0}, "at least 1"),
         ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
@@ -146,17 +146,16 @@ def test_what_is_quantized_is_not_trained_whole(llama_nf4, name):
         ({"method": "dora"}, "qlora"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings, hint):
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings, told):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(base="nowhere", data=("none",), **settings)
-    assert hint in caught.value.hint
+    assert told in f"{caught.value.message}\n{caught.value.hint}"
 
 
 @pytest.mark.parametrize(("name", "value"), [("rslora", True), ("rank", 2), ("alpha", 3.0), ("targets", ("q_proj",))])
 def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter, name, value):
-    with pytest.raises(ConfigError, match=name) as caught:
+    with pytest.raises(ConfigError, match=f"^{name}: the adapter to begin with has its own"):
         TrainConfig(base="nowhere", data=("none",), init=str(adapter), **{name: value})
-    assert "has its own" in caught.value.hint
     assert name not in TrainConfig(base="nowhere", data=("none",), init=str(adapter)).recorded()
 
 
