@@ -12,6 +12,7 @@ Each step finds what an earlier run did, so that the same command can be run unt
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -199,7 +200,8 @@ def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note =
         return
     head = repository.head(options.branch, options.private)
     if not options.pull_request:  # for which reading is enough
-        hub.ask(repo_id, lambda api: api.auth_check(repo_id, write=True))
+        with suppress(UsageError):  # of a Hub that has no such question: its answer comes with the commit
+            hub.ask(repo_id, lambda api: api.auth_check(repo_id, write=True))
     if options.tag is not None:
         repository.check_tag(options.tag, options.branch, head)
         if options.tag in repository.tags:

@@ -18,7 +18,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from local_hub import LocalHub  # noqa: E402 - it is a script, found through the path above
+from local_hub import Fault, LocalHub  # noqa: E402 - it is a script, found through the path above
 
 TOKEN = "hf_plantedTokenForTests0123"
 BASE, RELEASE = "HuggingFaceTB/SmolLM2-135M-Instruct", "demo/smollm2-trivia"
@@ -212,6 +212,13 @@ def test_what_publishing_would_be_refused_for_is_said_before_anything_is_done(co
     assert done.code == code
     assert said in done.stderr
     assert not list(copied.folder.glob(".adaptkit/*/*"))
+
+
+def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
+    copied.hub.faults.append(Fault("GET", "/auth-check/write", "404"))
+    done = copied.run()
+    assert done.code == 0, done.stderr
+    assert copied.hub.faults == []
 
 
 def test_a_tag_that_is_there_is_told_of_before_anything_is_done(copied):
