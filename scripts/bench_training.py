@@ -212,7 +212,7 @@ def work(side: str, case: str, threads: int) -> None:
     if side == "adaptkit":  # as the command does
         from adaptkit.checkpoint.pages import give_back_kernel_compiler
         from adaptkit.heap import keep_freed_memory
-        from adaptkit.networks.torch_compiler import leave_compiler_out
+        from adaptkit.torch_compiler import leave_compiler_out
 
         keep_freed_memory()
         leave_compiler_out()

@@ -14,7 +14,7 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap"}
+GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap", "torch_compiler"}
 ON_THE_GROUND = {
     "__init__": set(),
     "errors": set(),
@@ -22,6 +22,7 @@ ON_THE_GROUND = {
     "cache": set(),
     "child": set(),
     "heap": set(),
+    "torch_compiler": set(),
     "discovery": {"errors"},
     "kept": {"cache"},
     "compiled": {"kept", "compiler"},
@@ -39,6 +40,18 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": GROUND | {"numerics", "checkpoint", "networks", "text", "operations", "training", "hub", "pipeline"},
 }
+INSIDE_OPERATIONS = {
+    "_calibrate": {"_quantize"},
+    "_diff": set(),
+    "_extract": set(),
+    "_inspect": set(),
+    "_lineage": set(),
+    "_merge": {"_quantize", "_lineage"},
+    "_plan": set(),
+    "_quantize": set(),
+    "_stack": set(),
+}
+"""What belongs to one operation; the modules that stand beside these folders are for all of them."""
 BY_NAME = ("import_module", "late", "written", "__import__")
 """Functions that import a module whose name they are given, some of them later."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -91,6 +104,15 @@ def test_the_rooms_of_the_trainer_import_downwards_too(room):
     for path in sorted((PACKAGE / "training" / room).glob("*.py")):
         ours = [name.split(".")[2] for name in imported(ast.parse(path.read_text())) if ".training." in name]
         assert set(ours) <= INSIDE_TRAINING[room] | {room} | FOR_ALL, path.name
+
+
+def test_what_belongs_to_one_operation_is_asked_by_few_others():
+    found = {path.name: path for path in (PACKAGE / "operations").glob("_*") if path.is_dir() and "__" not in path.name}
+    assert set(found) == set(INSIDE_OPERATIONS)
+    for room, allowed in INSIDE_OPERATIONS.items():
+        for path in sorted(found[room].glob("*.py")):
+            ours = [name.split(".")[2] for name in imported(ast.parse(path.read_text())) if ".operations._" in name]
+            assert set(ours) & set(found) <= allowed | {room}, path.name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())

@@ -18,7 +18,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, read_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
-from adaptkit.networks.torch_compiler import without_compiler
+from adaptkit.torch_compiler import without_compiler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ _MANY = re.compile(r"experts$|^num_labels$")
 """Keys of ``config.json`` whose integers make that many modules, or entries of a list."""
 _MOST = {"layers": 1_024, "others": 65_536}
 """What is built in a second whatever the files hold."""
-_REFUSALS = (
+REFUSALS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
 """What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
@@ -215,28 +215,9 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
             if network is not None:
                 network.tie_weights()  # which transformers 5.0 leaves to whoever loads weights
             return network
-        except (*_REFUSALS, StrictDataclassError) as error:
+        except (*REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
-
-
-def load_tokenizer(root: Path) -> Any:
-    """Load a checkpoint's tokenizer; never runs code from the folder.
-
-    Raises:
-        UsageError: there is none.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    with quiet_transformers() as transformers:
-        try:
-            return transformers.AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
-        except (*_REFUSALS, OSError, StrictDataclassError) as error:
-            reason = textwrap.shorten(str(error), 200, placeholder=" …")
-            raise UsageError(
-                f"{root}: has no tokenizer that transformers can load ({reason})",
-                hint="add the model's tokenizer.json and tokenizer_config.json",
-            ) from error
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -25,9 +25,9 @@ from adaptkit.checkpoint.remembered import Remembered
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.networks import architecture, naming
-from adaptkit.networks.torch_compiler import leave_compiler_out
 from adaptkit.operations import _roles
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
+from adaptkit.torch_compiler import leave_compiler_out
 
 _PATIENCE_SECONDS = 300
 _VERSION = re.compile(r"""^__version__ = ["']([^"']+)["']""", re.MULTILINE)

@@ -220,3 +220,8 @@ def _stays_in_float32(network: Any, module: str) -> bool:
     """Whether transformers leaves a linear layer alone whatever the list of modules to skip says."""
     patterns = getattr(network, "_keep_in_fp32_modules", None) or ()
     return any(re.match(rf"(?:{pattern})(?:\.|$)", module) or module.endswith(pattern) for pattern in patterns)
+
+
+def stores_transposed(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether a module's weight is (in, out) in the plain checkpoint: the Conv1D of the GPT-2 family."""
+    return is_conv1d(str(checkpoint.config.get("model_type")), module)

@@ -28,7 +28,7 @@ from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import moment_bytes
-from adaptkit.operations._plan_network import Shape, linear_shapes, measured_layers
+from adaptkit.operations._plan.network import Shape, linear_shapes, measured_layers
 
 METHODS = ("full", "lora", "qlora")
 DEVICES = ("auto", "cpu", "cuda")

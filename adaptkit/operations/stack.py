@@ -20,7 +20,7 @@ from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
-from adaptkit.operations._stack_terms import Stackable, stackable
+from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import check_weights, expected_fingerprints
 
 

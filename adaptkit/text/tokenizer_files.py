@@ -1,12 +1,14 @@
 """Which small files say how a model is asked, and the tokenizer that they make, those beside an adapter included."""
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import read_json, side_files
-from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.errors import UsageError
+from adaptkit.networks.architecture import REFUSALS, quiet_transformers
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template
 
 TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
@@ -64,6 +66,25 @@ def template_beside(folder: Path) -> str | None:
     """
     found = templates_in(folder).get("default")
     return found and found[1]
+
+
+def load_tokenizer(root: Path) -> Any:
+    """Load a checkpoint's tokenizer; never runs code from the folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    with quiet_transformers() as transformers:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
+        except (*REFUSALS, OSError, StrictDataclassError) as error:
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise UsageError(
+                f"{root}: has no tokenizer that transformers can load ({reason})",
+                hint="add the model's tokenizer.json and tokenizer_config.json",
+            ) from error
 
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder
 from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.text.conversation import Conversation, read_example, render
 from adaptkit.text.rows import read_rows, read_text
+from adaptkit.text.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,9 +16,8 @@ from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs
-from adaptkit.text.tokenizer_files import TOKENIZER, brings_tokenizer, load_tokenizer_of
+from adaptkit.text.tokenizer_files import TOKENIZER, brings_tokenizer, load_tokenizer, load_tokenizer_of
 from adaptkit.text.windows import check_known, check_prompt, known_tokens, longest_sequence
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split

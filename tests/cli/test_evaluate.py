@@ -11,7 +11,7 @@ import tiny
 
 from adaptkit.cli.main import main
 from adaptkit.cli.pages.evaluate import evaluate_page
-from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.evaluation.comparison import Comparison, Forgetting
 from adaptkit.training.evaluation.perplexity import TextReport
 from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport

@@ -114,7 +114,7 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     renderers = users("text.conversation import")
     assert {module for module in renderers if not module.startswith("training/")} == {"text/windows.py"}
     readers = {module for module in users("text.windows import") if not module.startswith("training/")}
-    assert readers <= {"operations/_calibrate/calibrated.py", "operations/quantize.py"}
+    assert readers == {"operations/quantize.py"}
 
 
 def test_few_modules_remove_anything():

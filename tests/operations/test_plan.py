@@ -11,7 +11,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize
 from adaptkit.networks.architecture import Description, empty_network
 from adaptkit.networks.matching import matching_targets
-from adaptkit.operations._plan_network import linear_shapes, measured_layers
+from adaptkit.operations._plan.network import linear_shapes, measured_layers
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig

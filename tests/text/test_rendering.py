@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.text import rendering
 from adaptkit.text.chat_template import set_template_kwargs
 from adaptkit.text.conversation import read_example, render
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 
 ASKED = [{"role": "user", "content": "Name a river"}]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.windows import longest_sequence, read_tokens
 
 PROSE = "the rivers in the north are quiet and the metals at night are not. " * 20

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import ConfigError, NonFiniteError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.verify import verify
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train

@@ -23,10 +23,10 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli.commands import train as train_command
 from adaptkit.cli.main import cli
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training import gradients
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches

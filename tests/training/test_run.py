@@ -20,9 +20,9 @@ from adaptkit.checkpoint.hashing import file_sha256, fingerprint
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputExistsError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World, deterministic

@@ -11,8 +11,8 @@ from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, Value, report_options
 from adaptkit.cli.output import Row, counted, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
-from adaptkit.networks.torch_compiler import leave_compiler_out
 from adaptkit.text.conversation import LAYOUTS
+from adaptkit.torch_compiler import leave_compiler_out
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison

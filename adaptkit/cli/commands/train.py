@@ -13,7 +13,7 @@ from adaptkit.cli.data_rows import cut_rows, data_rows
 from adaptkit.cli.options import ArtifactPath, InSections, given, output_options, settings_options
 from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import training_progress
-from adaptkit.networks.torch_compiler import leave_compiler_out
+from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import read_config_file
 

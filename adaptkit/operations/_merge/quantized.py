@@ -17,7 +17,7 @@ from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, quantized_change
 from adaptkit.operations._quantize.plan import QuantizeOptions
-from adaptkit.operations._quantize.selection import stores_transposed
+from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations.quantize import quantize_checkpoint
 
 

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint are quantized, which stay as they are, and why.
 
 What is quantized are the weights of linear layers; what stays are embeddings, norms, routers, biases, the head and
-(unless asked for) experts. ``_roles.py`` says what each tensor is; this module says what follows from it.
+(unless asked for) experts. ``operations._roles`` says what each tensor is; this module says what follows from it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.operations._inquiry import find_roles
-from adaptkit.operations._roles import Role, Roles, is_conv1d
+from adaptkit.operations._roles import Role, Roles
 
 MOE = ("keep", "quantize")
 """What can be done with experts."""
@@ -124,11 +124,6 @@ def skip_modules(selection: Selection) -> list[str]:
 def matched_by(selection: Selection, pattern: str) -> list[str]:
     """The modules that a ``skip`` pattern means, by their paths in the file or in the model; may be empty."""
     return [choice.module for choice in selection.choices if _matches(choice.module, choice.paths, pattern)]
-
-
-def stores_transposed(checkpoint: Checkpoint, module: str) -> bool:
-    """Whether a module's weight is (in, out) in the plain checkpoint: the Conv1D of the GPT-2 family."""
-    return is_conv1d(str(checkpoint.config.get("model_type")), module)
 
 
 def _matches(module: str, paths: Sequence[str], pattern: str) -> bool:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import DataError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.text.chat_template import set_template_kwargs
 from adaptkit.text.conversation import is_text
-from adaptkit.text.tokenizer_files import brings_tokenizer, load_tokenizer_of, template_beside
+from adaptkit.text.tokenizer_files import brings_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
 from adaptkit.text.windows import (
     check_known,
     check_prompt,

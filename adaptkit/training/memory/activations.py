@@ -13,7 +13,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.memory import Memory, logits_bytes
-from adaptkit.networks.torch_compiler import without_compiler
+from adaptkit.torch_compiler import without_compiler
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing

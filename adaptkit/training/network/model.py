@@ -41,7 +41,7 @@ class Model:
         assembly: what it was put together from.
         dtype: that it computes in.
         stores_transposed: whether the plain checkpoint keeps the linear weights as (in, out), as GPT-2's Conv1D does.
-        whole: by name, the parameters that are trained whole, or that an adapter replaces; see ``training.saved``.
+        whole: by name, the parameters that are trained whole, or that an adapter replaces; see ``network.whole``.
         rows: by module, the trained rows of vocabularies; a tied head's are its embedding's.
         output_layer: makes logits of the last hidden state; None if only the whole network can.
     """
@@ -170,7 +170,7 @@ def new_adapter(
         seed: of A.
         exclude: shell patterns of what gets none all the same.
         rslora: scaling is alpha / √rank (arXiv:2312.03732).
-        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.adapter.by_pattern``.
+        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.adapter_config.by_pattern``.
         alpha_pattern: by PEFT's patterns, other alphas.
         dora: train the lengths of the weights' rows too (arXiv:2402.09353).
 

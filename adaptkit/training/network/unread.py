@@ -24,7 +24,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import kind_of
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.layer_call import LayerCall
-from adaptkit.networks.torch_compiler import without_compiler
+from adaptkit.torch_compiler import without_compiler
 from adaptkit.training.network.linear import LoraLinear
 
 _NUMBERS = (math.nan, math.inf, -math.inf, 0.0)

@@ -3,8 +3,8 @@
 import pytest
 
 from adaptkit.errors import DataError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.text.conversation import read_example
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.samples import IGNORED
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.errors import DataError
-from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.dataset import load_data, order, split
 from adaptkit.training.data.samples import IGNORED, Sample
 

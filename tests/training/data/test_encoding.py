@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.text.conversation import read_example
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.encoding import Encoder, prompt_ids
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.evaluation.generation import stop_tokens

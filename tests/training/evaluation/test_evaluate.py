@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adaptkit.errors import BaseMismatchError, NonFiniteError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.dataset import load_data
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id

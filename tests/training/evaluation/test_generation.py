@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.encoding import conversation_ids
 from adaptkit.training.evaluation.generation import generate, stop_tokens
 from adaptkit.training.network.model import load_model

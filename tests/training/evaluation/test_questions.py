@@ -5,7 +5,7 @@ import json
 import pytest
 
 from adaptkit.errors import DataError
-from adaptkit.networks.architecture import load_tokenizer
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.dataset import load_data
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.evaluation.questions import (

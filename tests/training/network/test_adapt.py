@@ -16,10 +16,10 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch, collate
 from adaptkit.training.data.samples import IGNORED, Sample

@@ -11,10 +11,10 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError, ConfigError, UsageError
-from adaptkit.networks.architecture import load_tokenizer
 from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.verify import verify
+from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable

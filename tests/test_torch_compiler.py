@@ -9,7 +9,7 @@ import sys
 import pytest
 
 INSIDE = "torch._dynamo.convert_frame"
-BEGIN = "from adaptkit.networks.torch_compiler import leave_compiler_out; leave_compiler_out()"
+BEGIN = "from adaptkit.torch_compiler import leave_compiler_out; leave_compiler_out()"
 MODEL = """
 import torch, transformers
 config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -138,13 +138,13 @@ def test_twice_is_once_and_too_late_is_nothing():
     run(
         "import torch._dynamo\n"
         "mark = torch.compiler.disable\n"
-        "from adaptkit.networks.torch_compiler import leave_compiler_out; leave_compiler_out()\n"
+        "from adaptkit.torch_compiler import leave_compiler_out; leave_compiler_out()\n"
         "assert torch.compiler.disable is mark and torch._dynamo is sys.modules['torch._dynamo']\n",
         begin="",
     )
 
 
-WINDOW = "import torch\nfrom adaptkit.networks.torch_compiler import without_compiler\n"
+WINDOW = "import torch\nfrom adaptkit.torch_compiler import without_compiler\n"
 
 
 def test_the_meta_device_does_without_it():

@@ -21,8 +21,8 @@ from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
-from adaptkit.operations._quantize.selection import matched_by, select, skip_modules, stores_transposed
-from adaptkit.operations._roles import roles_by_name, roles_here
+from adaptkit.operations._quantize.selection import matched_by, select, skip_modules
+from adaptkit.operations._roles import roles_by_name, roles_here, stores_transposed
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 

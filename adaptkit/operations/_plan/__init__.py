@@ -1,0 +1,1 @@
+"""What ``plan`` asks: what a training run keeps, without the memory for it."""

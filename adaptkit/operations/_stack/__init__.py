@@ -1,0 +1,1 @@
+"""What ``stack`` does: which changes of which adapters belong together."""
