@@ -13,7 +13,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileReco
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import CheckpointError, IntegrityError
 
-_AGAIN = "get the artifact again"
+_AGAIN = "get all of the artifact again; from the Hub, by adaptkit pull"
 _MOVE = "move what is not in the manifest out of the folder"
 
 

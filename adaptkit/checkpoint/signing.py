@@ -131,6 +131,19 @@ def sign_manifest(content: bytes, signer: Signer) -> bytes:
         return path.read_bytes()
 
 
+def check_signer(signer: Signer) -> None:
+    """Refuse who could not sign: no package, no usable key, no identity and nobody to ask for one.
+
+    Raises:
+        UsageError, AuthenticationError: see ``sign_manifest``.
+    """
+    _package()
+    if signer.private_key is not None:
+        _check_private_key(signer.private_key, signer.password)
+    else:
+        _identity_token(signer)
+
+
 def check_signature(content: bytes, signature: Path, trust: Trust) -> None:
     """Check that somebody who counts signed exactly this manifest.
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 
 import adaptkit
 from adaptkit.errors import NetworkError
@@ -21,6 +21,8 @@ from adaptkit.hub._errors import hub_errors, is_passing, retry_after_s
 WAITS_S = (0.5, 1.0, 2.0, 4.0)
 """Between tries."""
 _LONGEST_WAIT_S = 60.0
+SILENCE_S = 120.0
+"""How long a connection may be silent; the client itself would wait for ever."""
 _CLIENT_WAITED_S = 10.0
 """After that long in one call, the client has tried itself."""
 
@@ -51,6 +53,7 @@ class Hub:
             what: it is about.
             call: that call and nothing else.
         """
+        get_session().timeout = SILENCE_S
         with hub_errors(what), _told(lambda text: self.note(f"{what}: {text}")):
             return call(self.api)
 

@@ -46,7 +46,7 @@ _TRANSLATED: tuple[type[Exception], ...] = (
 )
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
 """In a RuntimeError of hf_xet, which has no field for it."""
-_LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
+LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
 _AGAIN = "run the same command again; nothing is done twice"
 _PASSING = {408, 425, 429}
 
@@ -76,9 +76,9 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
     if isinstance(error, LocalTokenNotFoundError | OIDCError) or (
         isinstance(error, PermissionError) and error.errno is None
     ):
-        return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)  # the second is hf_xet's
+        return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)  # the second is hf_xet's
     if _XET_REFUSAL.search(str(error)):
-        return AuthenticationError(f"{what}: {_line(error)}", hint=_LOGIN)
+        return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         hint = f"{DISK_HINTS.get(error.errno, 'see to the disk')}, and run it again"
         return DiskError(f"{what}: cannot write here: {error.strerror}", hint=hint)
@@ -92,7 +92,7 @@ def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
     status = error.response.status_code
     said = f"{what}: the Hub answered {status}: {redact(' '.join((error.server_message or _line(error)).split()))}"
     if status in (401, 403):
-        return AuthenticationError(said, hint=_LOGIN)
+        return AuthenticationError(said, hint=LOGIN)
     if isinstance(error, RevisionNotFoundError):
         return UsageError(said, hint="name a branch, a tag or a whole commit of this repository")
     if status in (404, 410):

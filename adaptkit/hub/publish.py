@@ -12,7 +12,6 @@ Each step finds what an earlier run did, so that the same command can be run unt
 
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -174,47 +173,9 @@ def publish(
     return report if dry_run else _carry_out(target, repository, artifact, report, options, progress)
 
 
-def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note = no_note) -> None:
-    """Refuse what ``publish`` would refuse whatever the artifact is, before the work that makes one.
-
-    Only reads. Whether a repository that is absent may be created is not known before it is.
-
-    Args:
-        repo_id: org/name.
-        options: branch, tag, visibility.
-        note: told what is waited for, and of a tag that only one artifact can have.
-
-    Raises:
-        AuthenticationError: no token, or one that may not write there.
-        ConflictError: the tag is on a commit that is not the branch's head, or the repository is not private.
-        NetworkError: no answer; run it again.
-        UsageError: an unusable name.
-    """
-    options = options or PublishOptions()
-    check_repo_id(repo_id)
-    hub = connect(note)
-    repository = look_up(hub, repo_id)
-    if repository is None:
-        if options.pull_request:
-            raise _no_repository(repo_id)
-        return
-    head = repository.head(options.branch, options.private)
-    if not options.pull_request:  # for which reading is enough
-        with suppress(UsageError):  # of a Hub that has no such question: its answer comes with the commit
-            hub.ask(repo_id, lambda api: api.auth_check(repo_id, write=True))
-    if options.tag is not None:
-        repository.check_tag(options.tag, options.branch, head)
-        if options.tag in repository.tags:
-            note(f"{repo_id} has the tag {options.tag} already; what is published has to be the artifact that it is on")
-
-
-def _no_repository(repo_id: str) -> UsageError:
-    return UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
-
-
 def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
     if options.pull_request:
-        raise _no_repository(repo_id)
+        raise UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
     hub.ask(repo_id, lambda api: api.create_repo(repo_id, private=options.private, exist_ok=True))
     repository = look_up(hub, repo_id)
     if repository is None:
@@ -258,7 +219,7 @@ def _carry_out(
         _ensure_branch(target, repository)
         report = _found(target, report, Landed(report.commit))
     commit = str(report.commit)
-    if options.tag is not None:
+    if options.tag is not None and repository.tags.get(options.tag) != commit:
         _tag(target.hub, target.repo_id, options.tag, commit)
     if options.check:
         _check(target, commit, artifact, progress)

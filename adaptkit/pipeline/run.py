@@ -8,6 +8,7 @@ sends what the Hub does not have.
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from adaptkit.pipeline.work import WORK_NAME, Record, WorkFolder
 __all__ = ["Listener", "OutputReport", "RunOptions", "RunReport", "SourceReport", "StepReport", "run"]
 
 _KEY_SCHEMA = 1
+_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 def run(
@@ -76,7 +78,14 @@ def _naming(step: Step) -> Iterator[None]:
     except AdaptkitError as error:
         error.message = f"{step.name}: {error.message}"
         error.args = (error.message,)
+        error.hint = _OPTION.sub(lambda found: _key_of(found[1], step), error.hint)
         raise
+
+
+def _key_of(option: str, step: Step) -> str:
+    """What a recipe calls an option of the step's command."""
+    name = {"pr": "pull_request"}.get(option, option.replace("-", "_"))
+    return name if hasattr(step.options, name) else f"--{option}"
 
 
 class _Run:
@@ -92,15 +101,13 @@ class _Run:
         self.work = WorkFolder(root, options.verify)
         self._materials: dict[str, Material] = {}
         self._lock = Lock(recipe, options.locked)
+        self._signer = options.signer or Signer()
+        self._foreseen = False
 
     def all(self) -> RunReport:
         """Find the sources and do the steps."""
         began = time.monotonic()
         self._listener.begun(self._recipe)
-        for step in self._steps:
-            if step.how.foresee is not None:
-                with _naming(step):
-                    step.how.foresee(step.options, self._listener.note)
         sources = tuple(self._find_sources())
         reports = []
         for step in self._steps:
@@ -194,6 +201,8 @@ class _Run:
         key = self._key(step)
         record = self.work.find(step, key, self._listener.note) if key is not None else None
         if record is None or key is None:
+            if not step.how.sends:
+                self._foresee()
             for name in step.makes:
                 self._materials[name] = Material(name, None, None, 0, {})
             return self._report(step, "to do" if key is not None or not self._seen(step) else "may follow", key=key)
@@ -203,6 +212,25 @@ class _Run:
         if step.how.sends:
             return self._report(step, "to do", key=key)
         return self._report(step, "kept", figure=figure, key=key, outputs=outputs, facts=record.facts)
+
+    def _foresee(self) -> None:
+        """Before the first step that has to be done, ask what would be refused after the last one."""
+        if self._foreseen:
+            return
+        self._foreseen = True
+        for step in self._steps:
+            if step.how.foresee is None:
+                continue
+            try:
+                with _naming(step):
+                    step.how.foresee(step.options, self._signer, partial(self._note, step))
+            except AdaptkitError as error:
+                if not self._dry_run:
+                    raise
+                self._listener.note(f"warning: it would be refused: {error.message}")
+
+    def _note(self, step: Step, text: str) -> None:
+        self._listener.note(f"{step.name}: {text}")
 
     def _seen(self, step: Step) -> bool:
         """Whether a step of this name was done before, with whatever inputs."""
@@ -217,6 +245,8 @@ class _Run:
         record = None if step.how.sends else self.work.find(step, key, self._listener.note)
         state = "done" if record is None else "kept"
         if record is None:
+            if not step.how.sends:
+                self._foresee()
             self._listener.started(step)
             force = self.work.begin(step, key)
             outcome = self._run(step, key, force)
@@ -257,8 +287,8 @@ class _Run:
             output=self.work.output(key, step.name),
             force=force,
             progress=self._listener.progress,
-            note=self._listener.note,
-            signer=self._options.signer or Signer(),
+            note=partial(self._note, step),
+            signer=self._signer,
         )
         with _naming(step):
             return step.how.run(work)

@@ -191,30 +191,66 @@ def test_offline_nothing_is_asked_of_anybody(copied):
     assert len(copied.hub.requests) == requests
 
 
-@pytest.mark.parametrize(
-    ("new", "token", "dry", "code", "said"),
-    [
-        ("tag: v0", TOKEN, (), 8, f"error: release: {RELEASE}: the tag v0 is on "),
-        ("tag: v0", TOKEN, ("--dry-run",), 8, f"error: release: {RELEASE}: the tag v0 is on "),
-        ("tag: other", TOKEN, (), 2, f"error: release: {RELEASE}: other is a branch there\n"),
-        ("private: true", TOKEN, (), 8, f"error: release: {RELEASE}: exists and is public\n"),
-        ("tag: v2", "reader", (), 6, f"error: release: {RELEASE}: the Hub answered 403"),
-        ("tag: v2", "stranger", (), 6, f"error: release: {RELEASE}: the Hub answered 401"),
-    ],
-)
-def test_what_publishing_would_be_refused_for_is_said_before_anything_is_done(copied, new, token, dry, code, said):
+def publishing(world, new):
+    """Have the recipe publish in another way, with nothing done so far."""
+    text = (world.folder / "recipe.yaml").read_text()
+    old = f"    repo: {RELEASE}\n    tag: v1\n"
+    assert text.count(old) == 1
+    (world.folder / "recipe.yaml").write_text(text.replace(old, f"    {new}\n".replace(", ", "\n    ")))
+    shutil.rmtree(world.folder / ".adaptkit")
+
+
+REFUSED = [
+    (f"repo: {RELEASE}, tag: v0", TOKEN, 8, f"release: {RELEASE}: the tag v0 is on "),
+    (f"repo: {RELEASE}, tag: other", TOKEN, 2, f"release: {RELEASE}: other is a branch there\n"),
+    (f"repo: {RELEASE}, private: true", TOKEN, 8, f"release: {RELEASE}: exists and is public\n"),
+    (f"repo: {RELEASE}, tag: v2", "reader", 6, f"release: {RELEASE}: the Hub answered 403"),
+    (f"repo: {RELEASE}", "", 6, f"release: {RELEASE}: the Hub answered 401"),
+    ("repo: demo/absent", "reader", 6, "release: demo/absent: the token may only read\n"),
+    ("repo: demo/absent", "", 6, "release: demo/absent: "),
+    (f"repo: {RELEASE}, pull_request: true", "reader", 6, f"release: {RELEASE}: the token may only read\n"),
+    (f"repo: {RELEASE}, pull_request: true", "", 6, f"release: {RELEASE}: "),
+    (f"repo: {RELEASE}, sign: true", TOKEN, 2, "release: nokey.pem: there is no key that can be read\n"),
+]
+
+
+@pytest.mark.parametrize(("new", "token", "code", "said"), REFUSED)
+def test_what_publishing_would_be_refused_for_is_said_before_anything_is_done(copied, new, token, code, said):
     subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
-    text = (copied.folder / "recipe.yaml").read_text()
-    assert text.count("tag: v1") == 1
-    (copied.folder / "recipe.yaml").write_text(text.replace("tag: v1", new))
-    shutil.rmtree(copied.folder / ".adaptkit")
-    done = copied.run(*dry, HF_TOKEN=token)
+    publishing(copied, new)
+    done = copied.run(*(["--sign", "nokey.pem"] if "sign" in new else []), HF_TOKEN=token)
     assert done.code == code
-    assert said in done.stderr
-    assert not list(copied.folder.glob(".adaptkit/*/*"))
+    assert f"error: {said}" in done.stderr
+    assert "--" not in done.stderr.rpartition("hint: ")[2]  # a recipe has keys
+    assert [path.name for path in copied.folder.glob(".adaptkit/*")] in (["hashes.json"], ["hashes.json", "lock"], [])
+
+
+def test_a_dry_run_says_it_too_and_draws_all_the_same(copied):
+    publishing(copied, "repo: demo/absent")
+    done = copied.run("--dry-run", HF_TOKEN="reader")
+    assert done.code == 0
+    assert "warning: it would be refused: release: demo/absent: the token may only read\n" in done.stderr
+    assert "merge: would run" in done.stdout
+
+
+def test_what_is_wrong_here_is_said_before_the_hub_is_asked(copied):
+    publishing(copied, "repo: demo/absent")
+    text = (copied.folder / "recipe.yaml").read_text()
+    (copied.folder / "recipe.yaml").write_text(text.replace(f"{{repo: {BASE}, revision: main}}", "{path: absent}"))
+    requests = len(copied.hub.requests)
+    done = copied.run()
+    assert (done.code, len(copied.hub.requests)) == (2, requests)
+    assert "sources.base.path: does not exist" in done.stderr
+
+
+def test_who_may_not_write_can_see_that_a_release_is_what_its_recipe_makes(copied):
+    done = copied.run("--locked", "--verify", HF_TOKEN="")
+    assert done.code == 0, done.stderr
+    assert table(done.stdout)["release"][2].endswith(": there already")
 
 
 def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
+    shutil.rmtree(copied.folder / ".adaptkit")
     copied.hub.faults.append(Fault("GET", "/auth-check/write", "404"))
     done = copied.run()
     assert done.code == 0, done.stderr
@@ -222,10 +258,12 @@ def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
 
 
 def test_a_tag_that_is_there_is_told_of_before_anything_is_done(copied):
+    shutil.rmtree(copied.folder / ".adaptkit")
     done = copied.run()
-    note = f"{RELEASE} has the tag v1 already; what is published has to be the artifact that it is on"
+    note = f"release: {RELEASE} has the tag v1 already; what is published has to be the artifact that it is on"
     assert done.code == 0
-    assert done.stderr.index(note) < done.stderr.index("base-nf4: ")
+    assert done.stderr.count(note) == 1
+    assert done.stderr.index(note) < done.stderr.index("base-nf4: quantize")
 
 
 def test_a_gate_keeps_what_is_not_good_enough_from_the_hub(copied):

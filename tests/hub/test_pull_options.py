@@ -168,4 +168,4 @@ def test_a_stray_file_is_to_be_moved_away_and_a_missing_one_to_be_got_again(cli:
         assert (done.code, done.report["hint"]) == (3, "move what is not in the manifest out of the folder")
     (artifact / WEIGHTS).unlink()
     done = cli("verify", artifact)
-    assert (done.code, done.report["hint"]) == (3, "get the artifact again")
+    assert (done.code, done.report["hint"]) == (3, "get all of the artifact again; from the Hub, by adaptkit pull")

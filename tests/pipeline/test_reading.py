@@ -121,6 +121,13 @@ def test_what_is_wrong_is_named_with_its_line(write, old, new, message, hint):
     assert caught.value.exit_code == 2
 
 
+def test_two_steps_do_not_tag_one_repository_alike(write):
+    text = GOOD + "  again: {publish: merged, repo: Org/Name, tag: v1}\n"
+    with pytest.raises(ConfigError, match=r"steps\.again\.tag: Org/Name gets the tag v1 from 'release' already"):
+        read_recipe(write(text))
+    read_recipe(write(text.replace("Org/Name, tag: v1", "Org/Name, tag: v2")))
+
+
 def test_a_companion_adapter_is_named_after_its_base(write):
     text = GOOD.replace("{quantize: base}", "{quantize: base, calibration: {files: [rows], init_rank: 4}}")
     recipe = read_recipe(write(text, "[rows], rank: 4", "[rows], init: small-init"))

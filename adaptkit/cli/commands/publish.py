@@ -57,7 +57,7 @@ def command(
     wanted = PublishOptions(**options, signer=_signer(key, sign_keyless))
     with byte_progress("check", as_json or quiet) as progress:
         report = publish(path, repo, wanted, dry_run=dry_run, progress=progress, note=notes(quiet))
-    if output_file and not dry_run:
+    if output_file:
         write_report(report, output_file)
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
 

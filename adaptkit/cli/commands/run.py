@@ -62,7 +62,7 @@ def command(
     page = None if dry_run else summary_file or _from_environment()
     with watch.listening() as listener, _summarized(recipe, page, watch):
         report = run(recipe, RunOptions(**options, signer=signer), dry_run=dry_run, listener=listener)
-    if output_file and not dry_run:
+    if output_file:
         write_report(report, output_file)
     if not (as_json or quiet):
         say(*(tree(report) if dry_run else table(report.steps)), "")

@@ -125,7 +125,7 @@ class StepKind:
     gates: Callable[[Any], bool] = _never
     judge: Callable[[Any, Facts], str] = _passes
     uncounted: frozenset[str] = frozenset({"threads"})
-    foresee: Callable[[Any, Callable[[str], None]], None] | None = None
+    foresee: Callable[[Any, Signer, Callable[[str], None]], None] | None = None
 
     @property
     def sends(self) -> bool:

@@ -1,9 +1,12 @@
 """Publish an artifact on the Hub: after everything that is not made from it, and never when a gate was not passed."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from adaptkit.checkpoint.progress import size
-from adaptkit.hub.publish import PublishOptions, foresee, publish
+from adaptkit.checkpoint.signing import Signer
+from adaptkit.hub.foresight import foresee
+from adaptkit.hub.publish import PublishOptions, publish
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work, makes_nothing
 
@@ -25,9 +28,17 @@ class PublishStep(PublishOptions):
         check_repo_id(self.repo)
 
 
+def _foresee(options: PublishStep, signer: Signer, note: Callable[[str], None]) -> None:
+    foresee(options.repo, _signed_by(options, signer), note=note)
+
+
+def _signed_by(options: PublishStep, signer: Signer) -> PublishStep:
+    return replace(options, signer=signer) if options.sign else options
+
+
 def _run(work: Work) -> Outcome:
     options: PublishStep = work.options
-    wanted = replace(options, signer=work.signer) if options.sign else options
+    wanted = _signed_by(options, work.signer)
     report = publish(work.path("publish"), options.repo, wanted, progress=work.progress, note=work.note)
     sent = f"{len(report.files_added)} files, {size(report.bytes_sent)} sent"
     what = "there already" if report.already_there else sent
@@ -42,5 +53,5 @@ KIND = StepKind(
     run=_run,
     refused={"signer": "write sign: true, and give the key to the command: --sign KEY"},
     makes=makes_nothing,
-    foresee=lambda options, note: foresee(options.repo, options, note=note),
+    foresee=_foresee,
 )
