@@ -50,15 +50,15 @@ class TrainConfig:
     base: str = setting("Folder of a checkpoint: one that quantize made, or a 16-bit one.", section="Model and data")
     data: tuple[str, ...] = setting("File (jsonl, json, csv, tsv, parquet) or data set of the Hub "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
-    init: str = setting("Of A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or the folder of an adapter "
-                        "to begin with, whose rank, alpha and targets are then the run's.", "kaiming")  # fmt: skip
+    init: str = setting("Of the adapter's A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or the folder "
+                        "of an adapter to begin with, whose rank, alpha and targets are then the run's.", "kaiming")  # fmt: skip
     method: str = setting("auto is qlora on a base that adaptkit quantized, and lora on a 16-bit one; full trains "
                           "every weight, and writes a checkpoint.", "auto", choices=METHODS)  # fmt: skip
 
     rank: int = setting("Of the adapter's matrices.", 16, at_least=1, at_most=1 << 16, section="Adapter")
     alpha: float = setting("The adapter's change is scaled by alpha / rank.", 32.0, above=0, at_most=_LARGEST)
     targets: tuple[str, ...] = setting("Shell pattern of module paths that get an adapter; * is every linear layer "
-                                       "that reads text but routers.", ("*",))  # fmt: skip
+                                       "that reads text, without routers and the output layer.", ("*",))  # fmt: skip
     exclude: tuple[str, ...] = setting("Shell pattern of module paths that get none all the same.", ())
     target_parameters: tuple[str, ...] = setting("Shell pattern of stacked experts' matrices that get an adapter, such "
                                                  "as *.experts.*.", ())  # fmt: skip
@@ -73,14 +73,14 @@ class TrainConfig:
     lora_plus_ratio: float = setting("How much faster B learns than A; LoRA+ suggests 16.", 1.0, above=0,
                                      at_most=_LARGEST)  # fmt: skip
     lora_bias: bool = setting("Give B a bias too; only for layers that have one, or it cannot be merged.", False)
-    bias: str = setting("Which biases are trained: none, all, or those of the layers with an adapter.", "none",
+    bias: str = setting("Biases that are trained; lora_only: those of the layers with an adapter.", "none",
                         choices=BIASES)  # fmt: skip
     modules_to_save: tuple[str, ...] = setting("End of the path of a module that is trained whole, such as lm_head or "
                                                "norm.", ())  # fmt: skip
     trainable_tokens: tuple[str, ...] = setting("Token, by its text or number, whose row of the embedding is trained.",
                                                 ())  # fmt: skip
 
-    layout: str | None = setting("Of the rows; default: each row's own.", None, choices=LAYOUTS, section="Samples")
+    layout: str | None = setting("Of the rows.  [default: each row's own]", None, choices=LAYOUTS, section="Samples")
     chat_template: str | None = setting("File of another chat template than the model's (Jinja); it will lie beside "
                                         "the adapter, and merge takes it along.", None)  # fmt: skip
     chat_template_kwargs: Mapping[str, str | float | bool] | None = setting(
@@ -93,18 +93,23 @@ class TrainConfig:
                                                   "1 where nothing is said.", None, above=0,
                                                   at_most=_LARGEST)  # fmt: skip
     pack: bool = setting("Put samples together in rows of max_length tokens; a step then has batch_size rows.", False)
-    held_out: float = setting("Fraction of the rows that is measured instead of trained on; 0 with held_out_data.",
+    held_out: float = setting("Fraction of the rows that is measured instead of trained on; none with held_out_data.",
                               0.1, at_least=0, below=1)  # fmt: skip
     held_out_data: tuple[str, ...] = setting("File or data set that is measured instead.", ())
 
-    steps: int | None = setting("Optimizer steps; default: as many as the epochs take.", None, at_least=1,
+    steps: int | None = setting("Optimizer steps.  [default: as many as the epochs take]", None, at_least=1,
                                at_most=_MOST, section="Steps")  # fmt: skip
-    epochs: float | None = setting("Passes over the data, instead of steps; default: 1.", None, above=0,
+    epochs: float | None = setting("Passes over the data, instead of steps.  [default: 1]", None, above=0,
                                    at_most=1e6)  # fmt: skip
     batch_size: int = setting("Samples in a step.", 8, at_least=1, at_most=_MOST)
-    micro_batch_size: int | None = setting("Samples that go through the model at a time; default: the whole batch.",
+    micro_batch_size: int | None = setting("Samples that go through the model at a time.  [default: the whole batch]",
                                            None, at_least=1, at_most=_MOST)  # fmt: skip
     group_by_length: bool = setting("Put samples of like length into one step, which pads little.", False)
+    on_non_finite: str = setting("When the loss or a gradient is no number: stop, or skip the step and count it.",
+                                 "stop", choices=("stop", "skip"))  # fmt: skip
+    seed: int = setting("Of the initial A, the order of samples, dropout and the held-out choice.", 0, at_least=-_SEEDS,
+                        at_most=_SEEDS)  # fmt: skip
+
     eval_every: int = setting("Steps between measurements of the held-out loss; 0: only before and after.", 0,
                               at_least=0, section="Measurements and checkpoints")  # fmt: skip
     patience: int = setting("Measurements without a better held-out loss after which the run ends; 0: it goes on.",
@@ -113,10 +118,6 @@ class TrainConfig:
                         "it.", "best", choices=("best", "last"))  # fmt: skip
     save_every: int = setting("Steps between checkpoints; 0: none but at the end, or when interrupted.", 50, at_least=0)
     keep_checkpoints: int = setting("Checkpoints that stay; older ones are removed.", 2, at_least=1)
-    on_non_finite: str = setting("When the loss or a gradient is no number: stop, or skip the step and count it.",
-                                 "stop", choices=("stop", "skip"))  # fmt: skip
-    seed: int = setting("Of the initial A, the order of samples, dropout and the held-out choice.", 0, at_least=-_SEEDS,
-                        at_most=_SEEDS)  # fmt: skip
 
     learning_rate: float = setting("At its highest.", 2e-4, above=0, at_most=_LARGEST, section="Optimizer")
     schedule: str = setting("Of the rate, after the warm-up.", "constant", choices=SCHEDULES)
@@ -138,21 +139,21 @@ class TrainConfig:
     checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers), segments:K, or "
                                  "budget:MIB (whatever recomputes least within it).", "layer")  # fmt: skip
     offload_checkpoints: bool = setting("Let the inputs of segments wait in host memory; on a GPU.", False)
-    optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory. "
-                                                "Default: all of it.", None, above=0, at_most=_LARGEST)  # fmt: skip
+    optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory.  "
+                                                "[default: all of it]", None, above=0, at_most=_LARGEST)  # fmt: skip
     page_kib: int | None = setting(
-        "Size of a page of optimizer state: 2048 on a CPU and 4096 on a GPU unless given.",
+        "Size of a page of optimizer state.  [default: 2048 on a CPU, 4096 on a GPU]",
         None,
         at_least=1,
         at_most=1 << 20,
     )
-    compute_dtype: str = setting("Of activations and dequantized weights: bfloat16, float32, or auto, which is "
-                                 "bfloat16 where the device multiplies matrices of it.", "auto",
+    compute_dtype: str = setting("Of activations and dequantized weights; auto is bfloat16 where the device "
+                                 "multiplies matrices of it.", "auto",
                                  choices=COMPUTE_DTYPES)  # fmt: skip
     device: str = setting("cpu, cuda, or auto.", "auto")
     shard_base: bool = setting("Divide the frozen weights among the processes that torchrun starts (FSDP2).", False)
-    deterministic: bool = setting("On a GPU only operations that give the same bits every time: a run that goes "
-                                  "on ends in the same bytes; a CPU's always do.", False)  # fmt: skip
+    deterministic: bool = setting("On a GPU only operations that give the same bits every time, so that a run "
+                                  "that goes on ends in the same bytes; on a CPU it does anyway.", False)  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, (found, _) in settings(type(self)).items():
@@ -170,17 +171,27 @@ class TrainConfig:
             refuse(self, "init")
         self._check_adapter()
         if self.steps is not None and self.epochs is not None:
-            conflict(self, "epochs", "steps says how long already")
+            conflict("epochs", "steps says how long already", "give one of the two")
         if self.pack and self.group_by_length:
-            conflict(self, "group_by_length", "rows that are packed are of like length already")
+            conflict("group_by_length", "rows that are packed are of like length already", "leave out one of the two")
         if self.patience and not (self.has_held_out and self.eval_every):
-            conflict(self, "patience", "needs held_out and eval_every")
+            conflict(
+                "patience",
+                "needs held_out and eval_every",
+                "say how often to measure: eval_every; and on what: held_out or held_out_data",
+            )
         if self.shard_base and self.checkpointing not in ("none", "layer"):
-            conflict(self, "shard_base", "goes with checkpointing: layer or none")
+            conflict(
+                "shard_base", "goes with checkpointing: layer or none", "choose one of these, or leave out shard_base"
+            )
         if self.shard_base and self.method == "full":
-            conflict(self, "shard_base", "method full has no frozen weights")
+            conflict(
+                "shard_base",
+                "method full has no frozen weights",
+                "leave out shard_base, or choose method lora or qlora",
+            )
         if self.sample_every and not self.sample_prompts:
-            conflict(self, "sample_every", "needs sample_prompts")
+            conflict("sample_every", "needs sample_prompts", "say what to answer: sample_prompts")
 
     def _check_adapter(self) -> None:
         """Refuse settings of the adapter that do not go together.
@@ -190,15 +201,15 @@ class TrainConfig:
         """
         given = [name for name in _ADAPTER if getattr(self, name) != settings(type(self))[name][0].default]
         if self.method == "full" and given:
-            conflict(self, given[0], "method full makes no adapter")
+            conflict(given[0], "method full makes no adapter", f"leave out {given[0]}, or choose method lora or qlora")
         begun = next((name for name in given if name in _BEGUN), None)
         if self.init not in INITS and begun:
-            conflict(self, begun, "the adapter to begin with has its own")
+            conflict(begun, "the adapter to begin with has its own", f"leave out {begun}, or init")
         if self.dora and self.lora_bias:
-            conflict(self, "lora_bias", "nobody has defined it together with dora")
+            conflict("lora_bias", "nobody has defined it together with dora", "leave out one of the two")
         for name in ("dora", "dropout", "lora_bias"):
             if self.target_parameters and getattr(self, name):
-                conflict(self, name, "does not go with target_parameters, nor does it in PEFT")
+                conflict(name, "does not go with target_parameters, nor does it in PEFT", "leave out one of the two")
         for name in ("rank_pattern", "alpha_pattern"):
             if not all(map(_is_expression, getattr(self, name) or {})):
                 refuse(self, name, "the keys are regular expressions")

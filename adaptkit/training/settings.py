@@ -106,14 +106,13 @@ def refuse(config: Any, name: str, reason: str = "") -> NoReturn:
     raise ConfigError(f"{name}: {getattr(config, name)!r} cannot be used", hint=hint)
 
 
-def conflict(config: Any, name: str, reason: str) -> NoReturn:
+def conflict(name: str, reason: str, hint: str) -> NoReturn:
     """Say that a setting does not go with the others.
 
     Raises:
         ConfigError: always.
     """
-    _, rule = settings(type(config))[name]
-    raise ConfigError(f"{name}: {reason}", hint=f"{name}: {rule.help}")
+    raise ConfigError(f"{name}: {reason}", hint=hint)
 
 
 def check_values(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

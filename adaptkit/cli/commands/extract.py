@@ -25,7 +25,9 @@ WORST = 3
 @click.argument("base", type=ArtifactPath())
 @output_options
 @click.option("--rank", type=click.IntRange(min=1), help="Of every low-rank change.")
-@click.option("--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead: 0.99.")
+@click.option(
+    "--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead, such as 0.99."
+)
 @click.option("--max-rank", type=click.IntRange(min=1), help="With --energy: no rank is larger. [default: 256]")
 @click.option(
     "--target", multiple=True, metavar="PATTERN", help="Only modules with such a path: '*.q_proj'. Repeatable."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--branch", default="main", show_default=True, help="Made from main if absent.")
 @click.option("--pr", "pull_request", is_flag=True, help="Ask to take the commit, in a pull request to main.")
 @click.option("--tag", help="Name the new commit.")
-@click.option("--private", is_flag=True, help="If the repository is created.")
+@click.option("--private", is_flag=True, help="Make it private; one that exists and is public is refused.")
 @click.option("--base-model", metavar="ORG/NAME", help="For the model card; default: what the artifact names.")
 @click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this key.")
 @click.option("--sign-keyless", is_flag=True, help="Sign it as the identity of this CI job, or of whoever logs in.")

@@ -53,12 +53,14 @@ WORST = 3
     help="With --calibrate: make an adapter, too, that makes up for much of the loss; train --init begins with it.",
 )
 @click.option(
+    "--init-adapter-output", type=click.Path(path_type=Path), help="That adapter's folder.  [default: <output>-init]"
+)
+@click.option(
     "--bits-budget",
     type=float,
     metavar="BITS",
-    help="With --calibrate: spend more bits where they save most, up to this average a quantized weight: 4.5.",
+    help="With --calibrate: spend more bits where they save most, up to this average a quantized weight, such as 4.5.",
 )
-@click.option("--init-adapter-output", type=click.Path(path_type=Path), help="Its folder. [<output>-init]")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 @click.option(
     "--part",
@@ -88,9 +90,9 @@ def command(
     init_adapter_output: Path | None,
     **options: Any,
 ) -> None:
-    """Quantize the checkpoint SOURCE into 4-bit (NF4) shards.
+    """Quantize the checkpoint SOURCE to NF4, FP4 or int8.
 
-    transformers with bitsandbytes, vLLM and unsloth load the result.
+    transformers with bitsandbytes, vLLM and unsloth load NF4 and FP4; int8 is for adaptkit alone.
     """
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.quantize import quantize_page

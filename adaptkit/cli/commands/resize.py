@@ -19,7 +19,9 @@ WORST = 3
 @click.argument("adapter", type=ArtifactPath())
 @output_options
 @click.option("--rank", type=click.IntRange(min=1), help="Of every module that has more.")
-@click.option("--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead: 0.99.")
+@click.option(
+    "--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead, such as 0.99."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be lost, and write nothing.")
 @threads_option
 def command(

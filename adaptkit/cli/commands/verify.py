@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Check every byte of the artifact PATH against its manifest.
 
-    And, if asked, who signed it and what it was made from.
+    With --parents also what it was made from, and with a key or an identity who signed it.
     """
     from adaptkit.checkpoint.signing import Trust
     from adaptkit.operations.verify import VerifyOptions, verify
