@@ -51,7 +51,8 @@ class TrainConfig:
     data: tuple[str, ...] = setting("File (jsonl, json, csv, tsv, parquet) or data set of the Hub "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
     init: str = setting("Of the adapter's A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or the folder "
-                        "of an adapter to begin with, whose rank, alpha and targets are then the run's.", "kaiming")  # fmt: skip
+                        "of an adapter to begin with, whose rank, alpha and targets the run has then.",
+                        "kaiming")  # fmt: skip
     method: str = setting("auto is qlora on a base that adaptkit quantized, and lora on a 16-bit one; full trains "
                           "every weight, and writes a checkpoint.", "auto", choices=METHODS)  # fmt: skip
 

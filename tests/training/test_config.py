@@ -45,7 +45,7 @@ def test_an_unusable_value_is_refused_by_name(key, value):
 
 
 def test_steps_and_epochs_are_two_answers_to_one_question():
-    with pytest.raises(ConfigError, match="^epochs: steps says how long already$") as caught:
+    with pytest.raises(ConfigError, match=r"^epochs: steps says how long already$") as caught:
         TrainConfig.from_values({k: v for k, v in GOOD.items() if k != "steps"} | {"steps": 5, "epochs": 2.0}, "t.yaml")
     assert caught.value.hint == "give one of the two"
 

@@ -46,7 +46,9 @@ def command(
 ) -> None:
     """Make the release that the file RECIPE describes.
 
-    docs/release.md says how to write one. Steps whose inputs and options did not change are kept; a run that was killed goes on when it is started again. What
+    docs/release.md says how to write one.
+
+    Steps whose inputs and options did not change are kept; a run that was killed goes on when it is started again. What
     everything was is written to the recipe's .lock. The Hub's token and a key's password come from the environment, as
     for publish. Exits with 9 if a gate is not passed, and with 3 if --locked finds a difference.
     """
