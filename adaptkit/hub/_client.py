@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from huggingface_hub import HfApi, get_session
+from huggingface_hub import HfApi, ModelInfo, get_session
 
 import adaptkit
 from adaptkit.errors import NetworkError
@@ -95,6 +95,11 @@ def _told(note: Note) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(tell)
+
+
+def model_info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
+    """Ask what a repository is; for this the client has a patience of its own, which is endless unless told."""
+    return api.model_info(repo_id, revision=revision, timeout=SILENCE_S)
 
 
 def connect(note: Note = no_note) -> Hub:

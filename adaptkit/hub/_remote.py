@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 from adaptkit.checkpoint.hashing import file_chunks
 from adaptkit.checkpoint.manifest import FileRecord
 from adaptkit.errors import ConflictError, NetworkError, UnsafeInputError, UsageError
-from adaptkit.hub._client import Hub
+from adaptkit.hub._client import Hub, model_info
 from adaptkit.hub.secrets import looks_like_a_token
 
 GITATTRIBUTES = ".gitattributes"
@@ -114,7 +114,7 @@ def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository |
 
     def read(api: HfApi) -> Repository | None:
         try:
-            info = api.model_info(repo_id)
+            info = model_info(api, repo_id)
             refs = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
         except RepositoryNotFoundError as error:
             if error.response.status_code != 404:  # 401 and 403 say that we may not know

@@ -19,7 +19,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UnsafeInputError, UsageError
-from adaptkit.hub._client import Hub, Note, connect, no_note
+from adaptkit.hub._client import Hub, Note, connect, model_info, no_note
 from adaptkit.hub._fetch import DOWNLOADS, Silent, fetch_files, fetch_into_cache, fetch_small
 from adaptkit.hub._remote import RemoteFile, check_repo_id, list_tree
 from adaptkit.hub._selection import part_of, select
@@ -213,7 +213,7 @@ def _commit_of(hub: Hub, repo_id: str, revision: str | None) -> str:
                 hint=f"name the commit: {' or '.join(sorted(found))}",
             )
     what = f"{repo_id}@{revision}" if revision else repo_id
-    commit = str(hub.ask(what, lambda api: api.model_info(repo_id, revision=revision)).sha)
+    commit = str(hub.ask(what, lambda api: model_info(api, repo_id, revision)).sha)
     if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(revision or "") and commit != revision):
         raise NetworkError(f"{what}: the Hub answers with commit {commit!r}", hint="try again later")
     return commit

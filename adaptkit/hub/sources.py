@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from adaptkit.hub._client import connect
+from adaptkit.hub._client import connect, model_info
 from adaptkit.hub._remote import check_repo_id, list_tree
 from adaptkit.hub.download import _UNWANTED, _WANTED, resolve_source
 
@@ -26,7 +26,7 @@ def find_commit(repo_id: str, revision: str) -> str:
     Raises:
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
-    return connect().ask(f"{repo_id}@{revision}", lambda api: str(api.model_info(repo_id, revision=revision).sha))
+    return connect().ask(f"{repo_id}@{revision}", lambda api: str(model_info(api, repo_id, revision).sha))
 
 
 def size_of(repo_id: str, commit: str) -> int:

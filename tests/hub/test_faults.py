@@ -7,6 +7,7 @@ branch held another artifact before, so that "as it was" is something too.
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -284,3 +285,25 @@ def test_patience_grows_is_told_and_ends(cli: Any, start: Callable[..., None], h
     assert done.code == NETWORK
     assert re.findall(r"trying again in (\S+) s", done.stderr) == ["0.5", "1", "2", "4"]
     assert sum(REFS in path for _, path, _ in hub.requests) == 5
+
+
+SILENT = """
+import json, sys
+from pathlib import Path
+from adaptkit.errors import NetworkError
+from adaptkit.hub import _client
+from adaptkit.hub.download import pull
+_client.SILENCE_S, _client.WAITS_S = 0.3, ()
+try:
+    pull("me/model", Path("out"))
+except NetworkError as error:
+    print(json.dumps({"message": error.message}))
+"""
+
+
+def test_a_hub_that_takes_a_call_and_says_nothing_is_not_waited_for_for_ever(cli: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = cli(url=f"http://127.0.0.1:{silent.getsockname()[1]}", code=SILENT)
+    assert done.code == 0
+    assert done.report["message"].startswith("me/model: no usable answer from the Hub: ")
+    assert not (cli.folder / "out").exists()
