@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import peft
 import peft_adapters
 import pytest
 import tiny
@@ -169,6 +170,18 @@ def test_what_is_no_lora_gets_a_verdict(kind, llama, tmp_path):
     assert not found["vllm"].taken
     assert not found["sglang"].taken
     assert found["gguf"].taken == (kind == "aLoRA")
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_are_for_peft_alone(dims, tmp_path):
+    layer = getattr(torch.nn, f"Conv{dims}d")(8, 6, 3)
+    model = peft.get_peft_model(torch.nn.ModuleDict({"conv": layer}), peft.LoraConfig(target_modules=["conv"], r=4))
+    model.save_pretrained(tmp_path / "adapter")
+    found = verdicts(tmp_path / "adapter", None)
+    assert found["peft"].taken
+    for program in ("vllm", "sglang", "gguf"):
+        assert not found[program].taken
+        assert "LoRA of convolutions: conv" in words(found[program])
 
 
 def within(wrapper, tensors):

@@ -88,6 +88,11 @@ class Pair:
         """What the shape of A says; None without A, and for stacks, where the number of experts is in it too."""
         return self.a.shape[0] if self.a and len(self.a.shape) == 2 and not self.stacked else None
 
+    @property
+    def is_convolution(self) -> bool:
+        """Whether A and B have the shapes that peft gives those of a convolution in one to three dimensions."""
+        return bool(self.a and self.b and 3 <= len(self.a.shape) == len(self.b.shape) <= 5)
+
 
 @dataclass(frozen=True)
 class AdapterFiles:

@@ -250,7 +250,7 @@ def _trained_on(files: AdapterFiles) -> str:
 
 
 def _fits(pair: Pair) -> bool:
-    if not pair.a or not pair.b or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
+    if not pair.a or not pair.b or not (pair.is_convolution or len(pair.a.shape) == len(pair.b.shape) == 2):
         return False
     rows, columns = pair.a.shape[0], pair.b.shape[1]
     if pair.stacked:

@@ -13,6 +13,7 @@ from adaptkit.operations.targets import _checkpoint_rules, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._convolutions import convolutions
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._target import Finding, Target, some
 
@@ -28,6 +29,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")
+    yield from convolutions(files, "llama.cpp")
     yield from _rules.ranks(
         files, "convert_lora_to_gguf.py fails where A and B differ; llama.cpp scales by the rank of the tensors"
     )

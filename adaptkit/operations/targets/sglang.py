@@ -15,6 +15,7 @@ from adaptkit.operations.targets import _checkpoint_rules, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._convolutions import convolutions
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._target import Finding, Target, some
 
@@ -35,6 +36,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "SGLang fails, or leaves the module as it is, without a word")
+    yield from convolutions(files, "SGLang")
     yield from _rules.ranks(files, "SGLang fails when it copies the tensors into buffers of the configuration's rank")
     yield from _fused(files, base)
     yield from _experts(files)

@@ -13,6 +13,7 @@ from adaptkit.operations.targets import _checkpoint_rules, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._convolutions import convolutions
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._target import Finding, Target, some
 
@@ -30,6 +31,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _configuration(files, base)
     yield from _names(files)
     yield from _rules.halves(files, "vLLM fails when it scales the half that is missing")
+    yield from convolutions(files, "vLLM")
     yield from _rules.ranks(files, "vLLM does not compare them and scales by the rank of the configuration")
     yield from _patterns(files)
     yield from _largest_rank(files)
