@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 @click.option("--sign-keyless", is_flag=True, help="Sign it as the identity of this CI job, or of whoever logs in.")
 @click.option("--check", is_flag=True, help="Download the commit afterwards and compare every byte.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent; write nothing.")
-@click.option("--output-file", type=click.Path(path_type=Path), help="Write what --json prints into this file, too.")
+@click.option(
+    "--output-file",
+    type=click.Path(path_type=Path),
+    help="Write what --json prints into this file, too; a dry run does not.",
+)
 @report_options
 def command(
     path: Path,
@@ -57,7 +61,7 @@ def command(
     wanted = PublishOptions(**options, signer=_signer(key, sign_keyless))
     with byte_progress("check", as_json or quiet) as progress:
         report = publish(path, repo, wanted, dry_run=dry_run, progress=progress, note=notes(quiet))
-    if output_file:
+    if output_file and not dry_run:
         write_report(report, output_file)
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
 

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Draw what would be done; write nothing.")
 @click.option("--summary", "summary_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Add a page in Markdown to it. Default: what $GITHUB_STEP_SUMMARY names, if anything.")  # fmt: skip
-@click.option("--output-file", type=click.Path(path_type=Path), help="Write what --json prints into this file, too.")
+@click.option(
+    "--output-file",
+    type=click.Path(path_type=Path),
+    help="Write what --json prints into this file, too; a dry run does not.",
+)
 @report_options
 def command(
     recipe: Path,
@@ -64,7 +68,7 @@ def command(
     page = None if dry_run else summary_file or _from_environment()
     with watch.listening() as listener, _summarized(recipe, page, watch):
         report = run(recipe, RunOptions(**options, signer=signer), dry_run=dry_run, listener=listener)
-    if output_file:
+    if output_file and not dry_run:
         write_report(report, output_file)
     if not (as_json or quiet):
         say(*(tree(report) if dry_run else table(report.steps)), "")
