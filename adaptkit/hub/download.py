@@ -31,6 +31,8 @@ _SOURCE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./+-]+))?"
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE", "NOTICE"]
 # Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
+_OURS, _LISTS_OURS = ["adaptkit-*/*"], re.compile(rb'"adaptkit-[^"/]*/')
+"""What takes a merged model apart again, and whether a manifest lists such files."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,12 @@ def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_
     if named is None:
         raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
     with _or_here():
-        return fetch_into_cache(connect(note), _absent(text), named[1], named[2], _WANTED, _UNWANTED, progress)
+        hub, what = connect(note), _absent(text)
+        folder = fetch_into_cache(hub, what, named[1], named[2], _WANTED, _UNWANTED, progress)
+        manifest = folder / MANIFEST_NAME
+        if manifest.is_file() and _LISTS_OURS.search(manifest.read_bytes()):
+            fetch_into_cache(hub, what, named[1], folder.name, _OURS, [], progress)  # the folder's name is its commit
+        return folder
 
 
 def resolve_config(text: str, note: Note = no_note) -> Path:

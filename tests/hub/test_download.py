@@ -17,6 +17,7 @@ from local_hub import Fault, LocalHub
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
 from adaptkit.errors import UsageError
 from adaptkit.hub.download import resolve_source
+from adaptkit.operations.merge import merge
 
 TOKEN = "hf_plantedTokenForTests0123"
 WEIGHTS = "adapter_model.safetensors"
@@ -347,3 +348,14 @@ def test_a_source_that_is_neither_is_a_usage_error(cli: Any, tmp_path: Path) -> 
     for text in (str(tmp_path / "absent"), "./me/model", "a/b/c", "me/../x", "me/model@"):
         with pytest.raises(UsageError, match="does not exist"):
             resolve_source(text)
+
+
+def test_what_takes_a_merged_model_apart_comes_with_it(
+    cli: Any, llama: Path, adapter: Path, tmp_path: Path, repository: Any
+) -> None:
+    merge(llama, [adapter], tmp_path / "merged")
+    sent = cli("publish", tmp_path / "merged", "me/model", "--tag", "v1")
+    assert sent.code == 0, sent.stdout
+    assert cli("verify", "me/model@v1").report["manifest_sha256"] == sent.report["manifest_sha256"]
+    assert cli("unmerge", "me/model@v1", "-o", "back", "--adapter", adapter).code == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
