@@ -288,22 +288,24 @@ def test_patience_grows_is_told_and_ends(cli: Any, start: Callable[..., None], h
 
 
 SILENT = """
-import json, sys
+import json, signal
 from pathlib import Path
 from adaptkit.errors import NetworkError
 from adaptkit.hub import _client
-from adaptkit.hub.download import pull
+from adaptkit.hub.download import PullOptions, pull
 _client.SILENCE_S, _client.WAITS_S = 0.3, ()
+signal.alarm(60)
 try:
-    pull("me/model", Path("out"))
+    pull("me/model", Path("out"), PullOptions(revision=%r))
 except NetworkError as error:
     print(json.dumps({"message": error.message}))
 """
 
 
-def test_a_hub_that_takes_a_call_and_says_nothing_is_not_waited_for_for_ever(cli: Any) -> None:
+@pytest.mark.parametrize("revision", [None, "v1"], ids=["what it is", "its branches and tags"])
+def test_a_hub_that_takes_a_call_and_says_nothing_is_not_waited_for_for_ever(cli: Any, revision: str | None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        done = cli(url=f"http://127.0.0.1:{silent.getsockname()[1]}", code=SILENT)
+        done = cli(url=f"http://127.0.0.1:{silent.getsockname()[1]}", code=SILENT % revision)
     assert done.code == 0
     assert done.report["message"].startswith("me/model: no usable answer from the Hub: ")
     assert not (cli.folder / "out").exists()
