@@ -120,6 +120,13 @@ class Manifest:
         """Binds every tensor of the artifact."""
         return tensors_root(self.tensors)
 
+    def known_weights(self) -> dict[str, Target]:
+        """By module, what a base's targets say of its own weights: only a quantized one's do.
+
+        Those of a merged model say what the weights were before.
+        """
+        return {target.module: target for target in self.targets} if self.kind == "quantized" else {}
+
     def to_bytes(self) -> bytes:
         """The canonical form."""
         document = _without_none(asdict(self)) | {"tensors_root": self.tensors_root}

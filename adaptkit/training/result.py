@@ -104,7 +104,7 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
 
 def _targets(model: Model, base: Manifest | None) -> tuple[Target, ...]:
     """The base's weights that have a low-rank change, with what tells them from others."""
-    known = {target.module: target for target in base.targets} if base else {}
+    known = base.known_weights() if base else {}
     targets = []
     for name, change in model.changes().items():
         target, (file_name, *_) = known.get(name), model.assembly.sources[f"{name}.weight"]

@@ -24,7 +24,7 @@ def check_base(adapter: Adapter, base: Path) -> None:
         BaseMismatchError: a weight differs, or is not there; names it.
     """
     manifest = read_manifest(base)
-    known = {target.module: target for target in manifest.targets} if manifest else {}
+    known = manifest.known_weights() if manifest else {}
     checkpoint = Checkpoint(base)
     for expected in _comparable(adapter, checkpoint, known):
         found = known.get(expected.module)

@@ -13,11 +13,13 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError, ConfigError, UsageError
 from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect
+from adaptkit.operations.merge import merge
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.lineage import check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import begin, read_start, resolve_method
@@ -299,3 +301,18 @@ def test_an_adapter_of_a_checkpoint_with_a_manifest_goes_on(llama, instructions,
     train(replace(on_tuned, init=str(tmp_path / "first")), tmp_path / "second")
     roles = {parent.role: parent.kind for parent in require_manifest(tmp_path / "second").parents}
     assert roles == {"base": "checkpoint", "init": "adapter"}
+
+
+def test_a_merged_model_is_another_base_than_the_one_that_it_was_made_from(llama, instructions, tmp_path):
+    config = TrainConfig(base=str(llama), data=(str(instructions),), steps=1, learning_rate=5e-2, device="cpu")
+    train(config, tmp_path / "first")
+    merge(llama, [tmp_path / "first"], tmp_path / "merged")
+    first = read_adapter(tmp_path / "first")
+    check_base(first, llama)
+    with pytest.raises(BaseMismatchError, match="belongs to another base"):
+        check_base(first, tmp_path / "merged")
+    train(replace(config, base=str(tmp_path / "merged")), tmp_path / "second")
+    check_base(read_adapter(tmp_path / "second"), tmp_path / "merged")
+    merge(tmp_path / "merged", [tmp_path / "second"], tmp_path / "again")
+    with pytest.raises(BaseMismatchError):
+        merge(llama, [tmp_path / "second"], tmp_path / "wrong")
