@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -130,7 +129,7 @@ class Output:
             notes: what else was learnt while making it; a run that goes on finds it in ``self.notes``.
         """
         self._count(record, tensors, notes or {})
-        line = {"file": asdict(record), "tensors": [asdict(tensor) for tensor in tensors], "notes": notes or {}}
+        line = {"file": vars(record), "tensors": [vars(tensor) for tensor in tensors], "notes": notes or {}}
         append_line(self.folder / self._journal, line)
 
     def _count(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any]) -> None:

@@ -19,7 +19,8 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,6 +98,9 @@ class Target:
         object.__setattr__(self, "shape", tuple(self.shape))
 
 
+_RECORDS = (FileRecord, TensorRecord, Parent, Target)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The whole document; see the module's docstring."""
@@ -115,7 +119,7 @@ class Manifest:
         object.__setattr__(self, "tensors", tuple(sorted(self.tensors, key=lambda t: t.name)))
         object.__setattr__(self, "targets", tuple(sorted(self.targets, key=lambda t: t.module)))
 
-    @property
+    @cached_property
     def tensors_root(self) -> str:
         """Binds every tensor of the artifact."""
         return tensors_root(self.tensors)
@@ -129,11 +133,12 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The canonical form."""
-        document = _without_none(asdict(self)) | {"tensors_root": self.tensors_root}
+        document = {part.name: _plain(getattr(self, part.name)) for part in fields(self)}
+        document["tensors_root"] = self.tensors_root
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode() + b"\n"
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """sha256 of the canonical form."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
@@ -229,15 +234,20 @@ def typed(record: Any) -> Any:
     Raises:
         TypeError: names the field.
     """
-    for part in fields(record):
-        value, kind = getattr(record, part.name), part.type
+    for name, kind in _types(record.__class__):
+        value = getattr(record, name)
         if kind == tuple[int, ...]:
             fits = isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
         else:
-            fits = isinstance(value, kind) and not isinstance(value, bool)  # type: ignore[arg-type]
+            fits = isinstance(value, kind) and not isinstance(value, bool)
         if not fits:
-            raise TypeError(f"{part.name} is {value!r}")
+            raise TypeError(f"{name} is {value!r}")
     return record
+
+
+@cache
+def _types(record: type) -> tuple[tuple[str, Any], ...]:
+    return tuple((part.name, part.type) for part in fields(record))
 
 
 def _check_paths(files: tuple[FileRecord, ...]) -> None:
@@ -249,9 +259,12 @@ def _check_paths(files: tuple[FileRecord, ...]) -> None:
         resolve_inside(Path("artifact"), path)
 
 
-def _without_none(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """What JSON knows, without what is None."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_without_none(item) for item in value]
+        return [_plain(item) for item in value]
+    if isinstance(value, _RECORDS):  # flat, and as many as a model has tensors
+        return {key: item for key, item in vars(value).items() if item is not None}
     return value

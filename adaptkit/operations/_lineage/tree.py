@@ -1,5 +1,6 @@
 """What an artifact was made from, and what that was made from: walked by hashes, compared, and drawn."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,11 +127,14 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
     """
     if manifest.kind == "adapter":  # speaks of its base's
         return
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    names = list(tensors)  # in order
     for target in manifest.targets:
-        name = _weight_name(target, {tensor.name: tensor for tensor in manifest.tensors})
+        name = _weight_name(target, tensors)
         if target.quantized_root is None or name is None:
             continue
-        parts = [tensor for tensor in manifest.tensors if tensor.name == name or tensor.name.startswith(f"{name}.")]
+        below = names[bisect_left(names, f"{name}.") : bisect_left(names, f"{name}/")]  # "/" is what follows "."
+        parts = [tensors[part] for part in (name, *below)]
         if tensors_root(parts) != target.quantized_root:
             raise IntegrityError(f"{path}: {name} is not as its quantized_root says", hint="get the artifact again")
 

@@ -32,6 +32,7 @@ class Planning:
         self._inquiry = Inquiry(checkpoint)
         self._pool = ThreadPoolExecutor(1)
         self._answer: Future[Plan] = self._pool.submit(self._ask)
+        self._confirmed: Plan | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -60,14 +61,15 @@ class Planning:
         return self._answer.result()
 
     def check(self, begun: Plan) -> None:
-        """Compare a plan with the right one, if that is there already.
+        """Compare a plan with the right one, once that is there; a call costs nothing before and after.
 
         Raises:
             PlanChanged: they differ in what becomes of some tensor.
             AdaptkitError: whatever ``make_plan`` refuses.
         """
-        if self._answer.done():
+        if self._answer.done() and begun is not self._confirmed:
             self.confirm(begun)
+            self._confirmed = begun
 
     def confirm(self, begun: Plan) -> Plan:
         """Wait for the right plan, which does the same and also says where it comes from.
