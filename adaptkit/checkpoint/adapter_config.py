@@ -34,7 +34,7 @@ _USED = {
 }  # fmt: skip
 _FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 """How A and B began; ``init_lora_weights`` says whether that matters."""
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"
 _SAVED = "modules_to_save"
@@ -69,7 +69,7 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
             hint="remove it if it changes nothing, or merge with the tool that wrote it",
         )
     begun = config.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+    if isinstance(begun, str) and begun.lower().startswith(CHANGES_BASE):
         raise AdapterError(
             f"{root}: began with {begun}, which changes the base's weights: it does not belong to the original base",
             hint="save it with peft's path_initial_model_for_weight_conversion",

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -14,7 +14,7 @@ from adaptkit.checkpoint.hashing import bytes_of, file_chunks
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
-from adaptkit.errors import DISK_HINTS, AdaptkitError
+from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError
 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
@@ -25,7 +25,6 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     path = resolve_inside(folder, name)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(path):
         _write_through(path, content)
     return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
 
@@ -67,19 +66,31 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
-    """Copy a file piece by piece, and make sure that it is on the disk."""
+    """Copy a file piece by piece, and make sure that it is on the disk.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        DiskError: the copy cannot be written.
+    """
     digest, size = hashlib.sha256(), 0
     path = resolve_inside(folder, name)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(path), path.open("wb") as file:
-        for chunk in file_chunks(source):
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+        with path.open("wb") as file:
+            for chunk in _chunks_of(source):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
     return FileRecord(name, size, digest.hexdigest())
+
+
+def _chunks_of(source: Path) -> Iterator[bytes]:
+    try:
+        yield from file_chunks(source)
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}", hint="see who may read it") from error
 
 
 class TensorWriter:

@@ -30,7 +30,7 @@ class ArtifactPath(click.ParamType[Path]):
         if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
             self.fail("an empty path names nothing", param, ctx)
         path = Path(value)
-        if os.path.exists(path) or str(value).count("/") != 1 or str(value).startswith((".", "/", "~")):
+        if not _is_on_the_hub(str(value)):
             return path  # whoever opens it says what is wrong with it
         from adaptkit.hub.download import resolve_source
 
@@ -47,15 +47,23 @@ class ConfigPath(click.ParamType[Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See ``click.ParamType``."""
+        if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
+            self.fail("an empty path names nothing", param, ctx)
         path = Path(value)
         if path.name == CONFIG_NAME and os.path.isfile(path):
             return path.parent
-        if os.path.exists(path) or str(value).count("/") != 1 or str(value).startswith((".", "/", "~")):
+        if not _is_on_the_hub(str(value)):
             return path
         from adaptkit.hub.download import resolve_config
 
         asked = ctx.params if ctx else {}
         return resolve_config(str(value), notes(bool(asked.get("as_json") or asked.get("quiet"))))
+
+
+def _is_on_the_hub(text: str) -> bool:
+    """Whether a text has the form of ``org/name[@revision]``, and nothing here has that name."""
+    is_local = text.startswith((".", "/", "~")) or os.path.exists(text)
+    return not is_local and text.partition("@")[0].count("/") == 1
 
 
 class Size(click.ParamType[int]):

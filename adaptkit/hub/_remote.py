@@ -23,7 +23,10 @@ from adaptkit.hub.secrets import looks_like_a_token
 GITATTRIBUTES = ".gitattributes"
 """The Hub's own file, in every repository; no part of an artifact unless its manifest says so."""
 
-_REPO_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII)
+REPO_ID = re.compile(
+    r"(?![\w./-]*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
+)
+"""``org/name``, as the Hub allows it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def check_repo_id(repo_id: str) -> None:
     """
     if looks_like_a_token(repo_id):
         raise UsageError("a token is no part of a repository's name", hint="give org/name; the token goes in HF_TOKEN")
-    if not _REPO_ID.fullmatch(repo_id):
+    if not REPO_ID.fullmatch(repo_id):
         raise UsageError(f"{repo_id}: not a repository", hint="name it as org/name")
 
 

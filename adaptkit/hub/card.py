@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.hub._remote import REPO_ID
 
 CARD_NAME = "README.md"
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -66,7 +66,7 @@ def base_model(config: Mapping[str, Any]) -> str | None:
     """The base's name on the Hub, if the configuration holds one; a path on somebody's disk is none."""
     for key in ("base_model_name_or_path", "_name_or_path"):
         name = config.get(key)
-        if isinstance(name, str) and _REPO_ID.fullmatch(name):
+        if isinstance(name, str) and REPO_ID.fullmatch(name):
             return name
     return None
 

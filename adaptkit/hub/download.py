@@ -4,6 +4,7 @@ The client compares sizes only. ``pull`` therefore trusts nothing but the manife
 ``<out>.partial/.download/``, is compared there, and moves beside the others only when it is right.
 """
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,25 +15,23 @@ from tempfile import TemporaryDirectory
 
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UnsafeInputError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, model_info, no_note
 from adaptkit.hub._fetch import DOWNLOADS, Silent, fetch_files, fetch_into_cache, fetch_small
-from adaptkit.hub._remote import RemoteFile, check_repo_id, list_tree
+from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, list_tree
 from adaptkit.hub._selection import part_of, select
 from adaptkit.hub._signature import fetch_signature
 from adaptkit.hub.secrets import looks_like_a_token
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SOURCE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./+-]+))?", re.ASCII)
+_SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE", "NOTICE"]
 # Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
-_OURS, _LISTS_OURS = ["adaptkit-*/*"], re.compile(rb'"adaptkit-[^"/]*/')
-"""What takes a merged model apart again, and whether a manifest lists such files."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +163,31 @@ def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_
     if named is None:
         raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
     with _or_here():
-        hub, what = connect(note), _absent(text)
-        folder = fetch_into_cache(hub, what, named[1], named[2], _WANTED, _UNWANTED, progress)
-        manifest = folder / MANIFEST_NAME
-        if manifest.is_file() and _LISTS_OURS.search(manifest.read_bytes()):
-            fetch_into_cache(hub, what, named[1], folder.name, _OURS, [], progress)  # the folder's name is its commit
-        return folder
+        return fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
+
+
+def fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, progress: Progress = no_progress) -> Path:
+    """Bring what operations read of a repository into huggingface_hub's cache.
+
+    That is all that its manifest lists; without one, what a checkpoint or an adapter consists of.
+
+    Args:
+        hub: where from.
+        what: it is about, for errors.
+        repo_id: org/name.
+        revision: branch, tag or commit, or None for main.
+        progress: told of bytes that arrived.
+
+    Raises:
+        IntegrityError: the manifest is malformed.
+        UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
+    """
+    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        listed = [glob.escape(record.path) for record in manifest.files]
+        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)  # the folder's name is its commit
+    return folder
 
 
 def resolve_config(text: str, note: Note = no_note) -> Path:

@@ -58,7 +58,8 @@ def holds_token(source: Path | bytes, limit_bytes: int | None = None) -> bool:
 def _known() -> set[str]:
     """The tokens in the environment and in the file that huggingface_hub's login keeps."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").expanduser()
+    # Of os.path, since pathlib raises where nobody has a home.
+    file = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token"))
     found = {os.environ.get(name, "").strip() for name in _VARIABLES}
     with contextlib.suppress(OSError):  # what cannot be read cannot be shown either
         found.add(file.read_text(errors="replace").strip() if file.is_file() and file.stat().st_size < 1 << 16 else "")

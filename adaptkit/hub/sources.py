@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from adaptkit.hub._client import connect, model_info
 from adaptkit.hub._remote import check_repo_id, list_tree
-from adaptkit.hub.download import _UNWANTED, _WANTED, resolve_source
+from adaptkit.hub.download import _UNWANTED, _WANTED, fetch_repository
 
 __all__ = ["check_repo_id", "download", "find_cached", "find_commit", "is_commit", "size_of"]
 
@@ -41,7 +41,7 @@ def download(repo_id: str, commit: str) -> Path:
     Raises:
         UsageError, AuthenticationError, NetworkError: there is no such commit, or the Hub refused or did not answer.
     """
-    return resolve_source(f"{repo_id}@{commit}")
+    return fetch_repository(connect(), f"{repo_id}@{commit}", repo_id, commit)
 
 
 def find_cached(repo_id: str, revision: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 
 from adaptkit.checkpoint.adapter import Adapter
@@ -32,19 +33,21 @@ def expected_fingerprints(adapters: Sequence[Adapter]) -> dict[str, tuple[str, s
     return expected
 
 
-def check_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
-    """Refuse anything but one finite weight for each of at least one adapter.
+def weights_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[float, ...]:
+    """One finite weight for each of at least one adapter: 1 if none is given, and 1.0 for 1, since manifests tell them.
 
     Raises:
         UsageError: says which it is.
     """
     if not adapters:
         raise UsageError("no adapter given")
+    weights = weights or (1.0,) * len(adapters)
     if len(weights) != len(adapters):
         raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters", hint="give one --weight per adapter")
     for weight in weights:
-        if not abs(weight) < float("inf"):
+        if not abs(weight) <= sys.float_info.max:
             raise UsageError(f"the weight {weight} is not a finite number")
+    return tuple(float(weight) for weight in weights)
 
 
 _SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}

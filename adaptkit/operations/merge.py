@@ -24,7 +24,7 @@ from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
 from adaptkit.operations._merge.view import MergedView
-from adaptkit.operations._terms import check_weights
+from adaptkit.operations._terms import weights_of
 
 __all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
 
@@ -60,8 +60,7 @@ def merge(
     options = options or MergeOptions()
     _check_order(base, adapters)
     read = [read_adapter(path) for path in adapters]
-    weights = options.weights or (1.0,) * len(read)
-    check_weights(read, weights)
+    weights = weights_of(read, options.weights)
     check_output(output, force, [base, *adapters])
     opened = open_base(base, read, options.allow_base_mismatch)
     begins = partial(_begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)

@@ -21,7 +21,7 @@ from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._stack.terms import Stackable, stackable
-from adaptkit.operations._terms import check_weights, expected_fingerprints
+from adaptkit.operations._terms import expected_fingerprints, weights_of
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,8 @@ def stack(
     options = options or StackOptions()
     if len(adapters) < 2:
         raise UsageError("stacking takes at least two adapters", hint="give their folders one after the other")
-    weights = options.weights or (1.0,) * len(adapters)
     read = [read_adapter(path) for path in adapters]
-    check_weights(read, weights)
+    weights = weights_of(read, options.weights)
     expected_fingerprints(read)
     plan = stackable(read, weights)
     check_output(output, force, adapters)

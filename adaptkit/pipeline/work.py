@@ -72,10 +72,11 @@ class WorkFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.root, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConflictError(f"{self.root}: another run is at work there", hint="wait for it") from error
             yield
-        except BlockingIOError as error:
-            raise ConflictError(f"{self.root}: another run is at work there", hint="wait for it") from error
         finally:
             os.close(handle)
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
 from adaptkit.text.conversation import LAYOUTS
-from adaptkit.training.settings import check, check_values, conflict, refuse, setting, settings
+from adaptkit.training.settings import as_declared, check, check_values, conflict, refuse, setting, settings
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
@@ -158,8 +158,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, (found, _) in settings(type(self)).items():
-            if "tuple" in str(found.type):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, as_declared(getattr(self, name), found.type))
         check(self)
         for name in ("data", "held_out_data"):
             if not all(getattr(self, name)) or not self.data:

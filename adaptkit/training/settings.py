@@ -115,6 +115,16 @@ def conflict(name: str, reason: str, hint: str) -> NoReturn:
     raise ConfigError(f"{name}: {reason}", hint=hint)
 
 
+def as_declared(value: Any, kind: Any) -> Any:
+    """A value in its setting's own type: lists are tuples, and 1 is 1.0 where 1.5 may be, since manifests tell them."""
+    if "tuple" in str(kind):
+        return tuple(value)
+    if "Mapping[str, float]" in str(kind) and isinstance(value, Mapping):
+        return {key: as_declared(item, float) for key, item in value.items()}
+    is_exact = kind in (float, float | None) and type(value) is int and abs(value) <= 1 << 53
+    return float(value) if is_exact else value
+
+
 def check_values(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Check the names and types of values for a dataclass of settings.
 

@@ -17,7 +17,7 @@ from adaptkit.checkpoint import writer
 from adaptkit.checkpoint.header import TensorSpec, read_header
 from adaptkit.checkpoint.manifest import FileRecord
 from adaptkit.checkpoint.writer import DiskError, TensorWriter, copy_file, write_file
-from adaptkit.errors import UnsafeInputError
+from adaptkit.errors import CheckpointError, UnsafeInputError
 
 SPECS = [TensorSpec("b", "F32", (6, 3)), TensorSpec("a", "BF16", (5,)), TensorSpec("none", "F16", (0, 2))]
 TENSORS = {
@@ -121,6 +121,12 @@ def test_a_disk_that_is_full_before_the_first_tensor_leaves_no_thread(tmp_path, 
     with pytest.raises(DiskError), TensorWriter(tmp_path, "x.safetensors", SPECS, bytes(16 << 20)):
         pytest.fail("it has been opened")
     assert threading.active_count() == before
+
+
+def test_a_source_that_cannot_be_read_is_not_told_as_a_copy_that_cannot_be_written(tmp_path):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(CheckpointError, match=r"/source: cannot be read: Is a directory"):
+        copy_file(tmp_path / "source", tmp_path, "copy")
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "folder/x", ""])

@@ -215,9 +215,10 @@ def test_a_difference_that_cannot_be_measured_is_not_said_to_be_none(run_cli, ll
 
 def test_an_empty_path_is_not_the_current_folder(run_cli, adapter):
     """As a variable of the shell that is not set would make it."""
-    done = run_cli("diff", adapter, "")
-    assert done.code == 2
-    assert "empty path" in done.stderr
+    for arguments in (("diff", adapter, ""), ("plan", "")):
+        done = run_cli(*arguments)
+        assert done.code == 2
+        assert "empty path" in done.stderr
 
 
 def test_what_is_too_large_for_a_number_is_null_in_the_document(adapter, copy_of, run_cli):

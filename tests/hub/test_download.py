@@ -234,6 +234,17 @@ def test_a_source_on_the_hub_becomes_a_folder_of_its_checkpoint_files(cli: Any, 
     assert cli("verify", path).code == 0
 
 
+def test_all_that_the_manifest_lists_comes_with_it_wherever_it_lies(
+    cli: Any, make_artifact: Callable[..., Path]
+) -> None:
+    others = {"course.jsonl": "{}", "loss.svg": "<svg/>", "last/README.md": "as it ended", "odd [1]*.bin": "x"}
+    made = make_artifact(files=others)
+    assert cli("publish", made, "me/model", "--branch", "trained/by-hand").code == 0
+    assert cli("verify", "me/model@trained/by-hand").code == 0
+    path = Path(cli(code=RESOLVE % "me/model@trained/by-hand").report["path"])
+    assert {name: (path / name).read_text() for name in others} == others
+
+
 @pytest.mark.parametrize(("asked", "shown"), [((), True), (("--quiet",), False), (("--json",), False)])
 def test_what_is_fetched_for_a_command_is_shown_as_everything_else_is(
     cli: Any, artifact: Path, tmp_path: Path, asked: tuple[str, ...], shown: bool
@@ -344,7 +355,10 @@ def test_a_local_folder_goes_before_the_hub(cli: Any, artifact: Path, hub: Local
 
 
 def test_a_source_that_is_neither_is_a_usage_error(cli: Any, tmp_path: Path) -> None:
-    assert cli("inspect", "me/absent").code == 2
+    for name in ("me/absent", "me/_absent", "me/absent@a/branch--of/mine"):
+        done = cli("inspect", name)
+        assert done.code == 2
+        assert "no such folder here, and on the Hub" in done.report["message"]
     for text in (str(tmp_path / "absent"), "./me/model", "a/b/c", "me/../x", "me/model@"):
         with pytest.raises(UsageError, match="does not exist"):
             resolve_source(text)

@@ -187,3 +187,8 @@ def test_what_is_redacted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text:
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", "correct-horse")
     assert redact(text) == shown
+
+
+def test_who_has_no_home_has_no_login_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN_PATH", "~nobody-of-this-name/token")
+    assert redact("as it is") == "as it is"

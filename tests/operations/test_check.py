@@ -531,6 +531,7 @@ def test_ranks_that_vllm_takes(rank, flag, make):
     ("config", "refusing"),
     [
         ({"init_lora_weights": "pissa_niter_4"}, {"vllm", "sglang", "gguf"}),
+        ({"init_lora_weights": "lora_ga"}, {"vllm", "sglang", "gguf"}),
         ({"init_lora_weights": "gaussian"}, set()),
         ({"alora_invocation_tokens": [3, 4]}, {"vllm", "sglang"}),
         ({"layer_replication": [[0, 2], [1, 2]]}, {"vllm", "sglang", "gguf"}),

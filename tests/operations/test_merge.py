@@ -365,7 +365,13 @@ def test_a_sum_that_overflows_is_refused_by_name(tmp_path, adapter):
         merge(base, [adapter], tmp_path / "out", MergeOptions(weights=(1e9,)))
 
 
-@pytest.mark.parametrize("weights", [(1.0, 2.0), (float("nan"),), (float("inf"),)])
+def test_a_whole_number_as_weight_is_that_number(tmp_path, llama, adapter):
+    one = merge(llama, [adapter], tmp_path / "one", MergeOptions(weights=(2,)))
+    two = merge(llama, [adapter], tmp_path / "two", MergeOptions(weights=(2.0,)))
+    assert one.manifest_sha256 == two.manifest_sha256 == verify(tmp_path / "one").manifest_sha256
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (float("nan"),), (float("inf"),), (10**400,)])
 def test_weights_that_make_no_sense_are_refused(tmp_path, llama, adapter, weights):
     with pytest.raises(UsageError):
         merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=weights))

@@ -368,6 +368,16 @@ def test_two_runs_do_not_share_a_work_folder(recipe, release):
     run(recipe, listener=Listener(started=start_another))
 
 
+def test_what_blocks_in_a_run_is_not_taken_for_another_run(recipe):
+    """As a full pipe that does not wait does."""
+
+    def full_pipe(step):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with pytest.raises(BlockingIOError):
+        run(recipe, listener=Listener(started=full_pipe))
+
+
 def test_offline_refuses_to_publish_before_anything_is_done(recipe, release, edit):
     edit("  loads:", "  out: {publish: merged, repo: a/b}\n  loads:")
     with pytest.raises(UsageError, match=r"line 10: steps\.out: publish needs the network"):

@@ -55,6 +55,18 @@ def test_the_record_is_that_of_earlier_versions_which_had_an_epoch_by_default():
     assert config.decisive()["epochs"] == config.recorded()["epochs"] == 1.0
 
 
+def test_a_number_is_recorded_the_same_however_it_was_written():
+    """The command line makes floats of what a file may write as whole numbers."""
+    whole = {"alpha": 32, "warmup": 0, "epochs": 2, "alpha_pattern": {"q_proj": 8}, "mixture": {"d.jsonl": 3}}
+    records = [
+        json.dumps(TrainConfig.from_values({k: v for k, v in GOOD.items() if k != "steps"} | values, "t").recorded())
+        for values in (whole, json.loads(json.dumps(whole), parse_int=float))
+    ]
+    assert records[0] == records[1]
+    kwargs = {"chat_template_kwargs": {"n": 1}}  # a template may print it
+    assert json.dumps(TrainConfig.from_values(GOOD | kwargs, "t").recorded()["chat_template_kwargs"]) == '{"n": 1}'
+
+
 def test_the_order_of_patterns_is_a_part_of_the_record():
     """The first that matches counts."""
     patterns = {"self_attn.q_proj": 8, "q_proj": 64}

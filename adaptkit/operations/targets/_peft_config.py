@@ -16,7 +16,6 @@ from adaptkit.operations.targets._target import Finding, some
 SHORTHAND = "all-linear"
 _TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 _INITIAL = re.compile(r"eva|orthogonal|lora_ga|loftq|pissa|pissa_niter_\d+|(?i:gaussian|olora|mica)")
-_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
 _BY_LIST = "name the modules in a list, or leave it out"
 
 
@@ -111,7 +110,7 @@ def numbers(files: AdapterFiles) -> Iterator[Finding]:
             "rank or alpha by r, lora_alpha, rank_pattern and alpha_pattern in adapter_config.json is no number that "
             f"peft can take{where}: r is {rank!r}, lora_alpha {alpha!r}",
             "peft fails when it builds the modules",
-            _ONE_SAVE,
+            _rules.ONE_SAVE,
         )
     taken = [pair for pair in files.pairs if _is_number(pair.alpha) and not pair.alpha > 0]
     yield from _small([pair for pair in taken if pair.alpha == 0], "0", "peft loads it, and it changes nothing there")
@@ -119,7 +118,7 @@ def numbers(files: AdapterFiles) -> Iterator[Finding]:
     yield from _small(below, "below zero", "peft loads it, and subtracts what was learned there")
     endless = [pair.module for pair in files.pairs if _is_number(pair.alpha) and not math.isfinite(pair.alpha)]
     if endless:
-        yield Finding("error", f"alpha of {some(endless)} is not finite", "peft computes NaN with it", _ONE_SAVE)
+        yield Finding("error", f"alpha of {some(endless)} is not finite", "peft computes NaN with it", _rules.ONE_SAVE)
 
 
 def _small(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:

@@ -5,13 +5,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
+from adaptkit.checkpoint.adapter_config import CHANGES_BASE
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
 _LOW_RANK = ("A", "B", "embedding A", "embedding B", "wrapped weight")
-_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|embed_in|word_embeddings)(\.token_adapter)?$")
 _BY_PEFT = {
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
@@ -77,7 +77,7 @@ def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: st
 def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """An initialization that changes the base, whose adapter does not belong to the base as it is published."""
     how = files.config.get("init_lora_weights")
-    if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
+    if isinstance(how, str) and how.lower().startswith(CHANGES_BASE):
         yield Finding(
             "error",
             f"init_lora_weights is {how!r} in adapter_config.json",
@@ -105,7 +105,7 @@ def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
             f"r, lora_alpha, rank_pattern or alpha_pattern in adapter_config.json are no positive numbers{where}: "
             f"r is {config.get('r')!r}, lora_alpha {config.get('lora_alpha')!r}",
             effect,
-            _ONE_SAVE,
+            ONE_SAVE,
         )
 
 
@@ -113,7 +113,7 @@ def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """A without B, or B without A."""
     alone = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half and not (pair.a and pair.b)]
     if alone:
-        yield Finding("error", f"{some(alone)} without the other half of its pair", effect, _ONE_SAVE)
+        yield Finding("error", f"{some(alone)} without the other half of its pair", effect, ONE_SAVE)
 
 
 def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:
@@ -138,7 +138,7 @@ def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:
             "error",
             f"{first.module}: rank {first.asked} by adapter_config.json, but A is {_shape(a)} and B {_shape(b)}{more}",
             effect,
-            _ONE_SAVE,
+            ONE_SAVE,
         )
 
 
