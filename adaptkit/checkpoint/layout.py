@@ -21,6 +21,7 @@ CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+CARD_NAME = "README.md"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -48,6 +49,15 @@ def resolve_inside(root: Path, name: str) -> Path:
         if part.is_symlink() and not part.is_file():
             raise UnsafeInputError(f"{name!r} is a link to something that is not a file")
     return path
+
+
+def name_of(folder: Path) -> str:
+    """What a folder is called in what is made from it: its repository's name if it is of huggingface_hub's cache."""
+    resolved = folder.resolve()
+    cached = resolved.parent.parent.name
+    if resolved.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return Path(os.path.abspath(folder)).name
 
 
 def require_folder(path: Path) -> Path:

@@ -29,15 +29,18 @@ class ArtifactPath(click.ParamType[Path]):
         """See ``click.ParamType``."""
         if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
             self.fail("an empty path names nothing", param, ctx)
-        path = Path(value)
-        if not _is_on_the_hub(str(value)):
-            return path  # whoever opens it says what is wrong with it
-        from adaptkit.hub.download import resolve_source
-
         asked = ctx.params if ctx else {}
-        is_silent = bool(asked.get("as_json") or asked.get("quiet"))
-        with byte_progress("fetch", is_silent) as progress:
-            return resolve_source(str(value), progress, notes(is_silent))
+        return fetched(str(value), bool(asked.get("as_json") or asked.get("quiet")))
+
+
+def fetched(text: str, is_silent: bool) -> Path:
+    """The local path that a text names; ``org/name[@revision]`` is downloaded first."""
+    if not _is_on_the_hub(text):
+        return Path(text)  # whoever opens it says what is wrong with it
+    from adaptkit.hub.download import resolve_source
+
+    with byte_progress("fetch", is_silent) as progress:
+        return resolve_source(text, progress, notes(is_silent))
 
 
 class ConfigPath(click.ParamType[Path]):

@@ -12,12 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_config, resolve_inside
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, CARD_NAME, CONFIG_NAME, read_config, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
 from adaptkit.hub._client import Hub
 from adaptkit.hub._fetch import download
-from adaptkit.hub.card import CARD_NAME, CardFacts, base_model, read_licence
+from adaptkit.hub.card import CardFacts, base_model, read_licence
 
 _METRICS_NAME, _PICTURE_NAME = "metrics.jsonl", "loss.svg"
 

@@ -7,12 +7,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from adaptkit.checkpoint.integrity import file_problem
-from adaptkit.checkpoint.layout import resolve_inside
+from adaptkit.checkpoint.layout import CARD_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import IntegrityError, UnsafeInputError
 from adaptkit.hub._remote import GITATTRIBUTES, Content
-from adaptkit.hub.card import CARD_NAME
 from adaptkit.hub.secrets import holds_token
 
 

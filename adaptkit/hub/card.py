@@ -16,7 +16,6 @@ import yaml
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.hub._remote import REPO_ID
 
-CARD_NAME = "README.md"
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
+from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -149,7 +149,7 @@ def _write(
         terms[running.module(placeholder)] = nothing(placeholder)
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
     tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
-    write_adapter(out, terms, _base_name(plan.base.root), saved=tensors, **config)
+    write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
     files = [path for path in side_files(plan.tuned.root) if _TOKENIZER.fullmatch(path.name)]
     if all(_same_bytes(path, plan.base.root / path.name) for path in files):
         files = []
@@ -210,15 +210,6 @@ def _config_differs(plan: Plan) -> tuple[str, ...]:
     before, after = plan.base.config, plan.tuned.config
     keys = sorted((set(before) | set(after)) - _OF_NO_ACCOUNT)
     return tuple(key for key in keys if before.get(key) != after.get(key))
-
-
-def _base_name(root: Path) -> str:
-    """What the base is called: the repository if it lies in the Hub's cache, else the folder."""
-    folder = root.resolve()
-    cached = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and cached.startswith("models--"):
-        return cached.removeprefix("models--").replace("--", "/", 1)
-    return folder.name
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

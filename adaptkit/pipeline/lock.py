@@ -10,6 +10,7 @@ JSON with sorted keys, without times, paths of this machine and what only this r
 bytes.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,15 @@ _ABSENT: Any = object()
 
 
 def lock_path(recipe: Path) -> Path:
-    """Where a recipe's lock lies."""
-    return recipe.with_suffix(".lock")
+    """Where a recipe's lock lies.
+
+    Raises:
+        UsageError: where the recipe does.
+    """
+    lock = recipe.with_suffix(".lock")
+    if lock == recipe:
+        raise UsageError(f"{recipe}: its lock would have the same name", hint="call the recipe .yaml")
+    return lock
 
 
 class Lock:
@@ -39,13 +47,15 @@ class Lock:
         enforced: the lock that is there is what this one has to be.
 
     Raises:
-        UsageError: it is enforced, and absent or malformed.
+        UsageError: it is enforced, and absent or malformed; or its place is taken by what is no lock.
         DriftError: it is enforced, and of another recipe.
     """
 
     def __init__(self, recipe: Recipe, enforced: bool) -> None:
         self._path = lock_path(recipe.path)
         self._before = _read(self._path, enforced)
+        if self._before is None:
+            _require_ours(self._path)
         self._expected = self._before if enforced else None
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
@@ -79,6 +89,14 @@ class Lock:
             expected = expected.get(key, _ABSENT) if isinstance(expected, Mapping) else _ABSENT
         if self._expected is not None:
             self._refuse(list(_differences(expected, found, keys)))
+
+    def require_whole(self) -> None:
+        """Refuse an enforced lock that says more than all steps found.
+
+        Raises:
+            DriftError: names what.
+        """
+        self._refuse(list(_differences(self._expected, _json(self.content), ())))
 
     def write(self) -> bool:
         """Write the lock; returns whether that changed it."""
@@ -119,14 +137,33 @@ class Lock:
             )
 
 
+def _require_ours(path: Path) -> None:
+    """Refuse to replace what is another program's, but not a lock that two versions were merged into."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return  # there is none, or writing it says what is wrong
+    if not content.strip() or b"<<<<<<<" in content:
+        return
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = {"is": "no JSON"}
+    if isinstance(found, dict) and found and not {"schema", "tool", "sources", "steps"} & set(found):
+        raise UsageError(f"{path}: is no lock of adaptkit's", hint="call the recipe something else, or move that file")
+
+
 def _read(path: Path, required: bool) -> dict[str, Any] | None:
     """Read a lock; one that is of no use is None, unless it is required."""
     again = "run without --locked to write it"
     try:
         lock = read_json(path)
         shapes = (("name", str), ("tool", dict), ("sources", dict), ("steps", dict))
-        if lock.get("schema") != SCHEMA or not all(isinstance(lock.get(name), kind) for name, kind in shapes):
+        if lock.get("schema") != SCHEMA:
             raise CheckpointError(f"schema {lock.get('schema')!r} is unknown")
+        wrong = next((name for name, kind in shapes if not isinstance(lock.get(name), kind)), None)
+        if wrong is not None:
+            raise CheckpointError(f"{wrong} is {lock.get(wrong)!r}")
         if not all(isinstance(entry, dict) for part in ("sources", "steps") for entry in lock[part].values()):
             raise CheckpointError("a source or step is no object")
     except (CheckpointError, OSError) as error:

@@ -40,7 +40,7 @@ def read_recipe(path: Path) -> Recipe:
     for step in steps:
         _check_references(step, sources, steps)
     _check_used(sources, steps)
-    _check_tags(steps)
+    _check_targets(steps)
     recipe = Recipe(path, values["name"], sources, {step.name: step for step in steps})
     guarded = replace(recipe, steps={step.name: _guarded(recipe, step) for step in _ordered(recipe)})
     return replace(guarded, steps={step.name: step for step in _ordered(guarded)})
@@ -177,16 +177,18 @@ def _check_used(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
         raise unused.place.error("no step uses it", hint="remove it, or name it in a step")
 
 
-def _check_tags(steps: Sequence[Step]) -> None:
-    """Refuse two steps that send something to one tag: the second would fail when the first is done."""
-    seen: dict[tuple[str, str], Step] = {}
+def _check_targets(steps: Sequence[Step]) -> None:
+    """Refuse two steps that send to one tag, where the second would fail, or to one branch, where it would undo it."""
+    seen: dict[tuple[str, str, str], Step] = {}
     for step in steps:
-        tag = getattr(step.options, "tag", None) if step.how.sends else None
-        if tag is not None:
-            other = seen.setdefault((step.options.repo.casefold(), tag), step)
+        if not step.how.sends:
+            continue
+        options = step.options
+        for key, value in (("tag", options.tag), ("branch", None if options.pull_request else options.branch)):
+            other = seen.setdefault((key, options.repo.casefold(), value), step) if value is not None else step
             if other is not step:
-                raise step.place.at("tag").error(
-                    f"{step.options.repo} gets the tag {tag} from {other.name!r} already", hint="choose another tag"
+                raise step.place.at(key).error(
+                    f"{options.repo} gets the {key} {value} from {other.name!r} already", hint=f"choose another {key}"
                 )
 
 

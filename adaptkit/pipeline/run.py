@@ -6,31 +6,27 @@ only if other bytes came out. Whether a gate is passed is judged each time. Publ
 sends what the Hub does not have.
 """
 
-import hashlib
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import adaptkit
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.errors import AdaptkitError, GateError, UsageError
+from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
+from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.recipe import Recipe, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
-from adaptkit.pipeline.sources import Hashes, Material, resolve
+from adaptkit.pipeline.sources import Hashes, Material, digest_of, resolve
 from adaptkit.pipeline.steps._kind import Outcome, Work
 from adaptkit.pipeline.work import WORK_NAME, Record, WorkFolder
 
 __all__ = ["Listener", "OutputReport", "RunOptions", "RunReport", "SourceReport", "StepReport", "run"]
 
-_KEY_SCHEMA = 1
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -99,6 +95,7 @@ class _Run:
         self._folder = recipe.path.parent
         root = options.work if options.work is not None else self._folder / WORK_NAME
         self.work = WorkFolder(root, options.verify)
+        self._hashes = Hashes(self.work.root / "hashes.json", fresh=options.verify)
         self._materials: dict[str, Material] = {}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
@@ -113,6 +110,8 @@ class _Run:
         for step in self._steps:
             reports.append(self._plan(step) if self._dry_run else self._do(step))
         state = "kept"
+        if self._options.locked and not self._dry_run and self._options.until is None:
+            self._lock.require_whole()
         if not self._options.locked and not self._dry_run:
             self._note_others()
             state = "written" if self._lock.write() else "unchanged"
@@ -127,15 +126,18 @@ class _Run:
         )
 
     def _note_others(self) -> None:
-        """Lock the steps that were not asked for as far as they are known, as one that publishes often is."""
+        """Lock the steps that were not asked for as far as they are known: what one has made, others may take."""
         for step in self._recipe.steps.values():
             is_known = all(name in self._materials for _, name in step.takes())
-            key = self._key(step) if is_known and step not in self._steps else None
+            key = step_key(step, self._materials) if is_known and step not in self._steps else None
             if key is not None:
                 self._note_plan(step, key)
+                record = self.work.find(step, key, self._listener.note)
+                if record is not None:
+                    self._take(step, record)
 
     def _find_sources(self) -> list[SourceReport]:
-        hashes = Hashes(self.work.root / "hashes.json", fresh=self._options.verify)
+        hashes = self._hashes
         reports = []
         for source in self._recipe.sources.values():
             found = resolve(
@@ -177,28 +179,9 @@ class _Run:
                 problem = f"{name!r} is a {'folder' if path.is_dir() else 'file'}; expected a {taken.takes}"
                 raise step.place.at(*taken.key.split(".")).error(problem)
 
-    def _key(self, step: Step) -> str | None:
-        """A hash of everything that decides about a step; None if an input is not known yet."""
-        inputs = []
-        for taken, name in step.takes():
-            material = self._materials[name]
-            if material.digest is None or material.path is None:
-                return None
-            inputs.append([taken.key, material.path.resolve().name, material.digest])
-        counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.uncounted}
-        document = {
-            "schema": _KEY_SCHEMA,
-            "adaptkit": adaptkit.__version__,
-            "kind": step.kind,
-            "options": counted,
-            "inputs": inputs,
-            "makes": step.makes,
-        }
-        return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
-
     def _plan(self, step: Step) -> StepReport:
         """What would be done."""
-        key = self._key(step)
+        key = step_key(step, self._materials)
         record = self.work.find(step, key, self._listener.note) if key is not None else None
         if record is None or key is None:
             if not step.how.sends:
@@ -238,7 +221,7 @@ class _Run:
 
     def _do(self, step: Step) -> StepReport:
         """Do a step, or keep what it left, and judge it."""
-        began, key = time.monotonic(), self._key(step)
+        began, key = time.monotonic(), step_key(step, self._materials)
         if key is None:
             raise ValueError(f"{step.name}: an input is not known")
         self._note_plan(step, key)
@@ -248,8 +231,10 @@ class _Run:
             if not step.how.sends:
                 self._foresee()
             self._listener.started(step)
+            self._require_unchanged(step)
             force = self.work.begin(step, key)
             outcome = self._run(step, key, force)
+            self._require_unchanged(step)
             record = self.work.finish(step, key, outcome.figure, outcome.facts)
         outputs, seconds = self._take(step, record), time.monotonic() - began
         judgement = step.how.judge(step.options, record.facts)
@@ -269,6 +254,16 @@ class _Run:
                 hint="what was made so far is kept; nothing after the gate was done",
             )
         return report
+
+    def _require_unchanged(self, step: Step) -> None:
+        """Refuse sources that somebody wrote to since they were hashed: hours may have passed."""
+        for name in dict.fromkeys(name for _, name in step.takes() if name in self._recipe.sources):
+            material = self._materials[name]
+            if material.path is not None and digest_of(material.path, self._hashes) != material.digest:
+                raise IntegrityError(
+                    f"{step.name}: the source {name} changed while the run was at work",
+                    hint="run the same command again when nothing writes to it",
+                )
 
     def _note_plan(self, step: Step, key: str) -> None:
         self._lock.add(step.written, "steps", step.name, "recipe")

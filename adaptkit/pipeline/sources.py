@@ -152,13 +152,25 @@ def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashe
     return Material(source.name, path, digest, nbytes, {**source.written(), **more, **found})
 
 
+def digest_of(path: Path, hashes: Hashes) -> str:
+    """What tells a source's present content from every other.
+
+    Raises:
+        IntegrityError, CheckpointError, AdapterError: it is not what its manifest says, or not there any more.
+    """
+    return _folder(path, hashes)[0] if path.is_dir() else hashes.sha256(path)
+
+
 def _folder(path: Path, hashes: Hashes) -> tuple[str, int, dict[str, Any]]:
     manifest = read_manifest(path)
     if manifest is not None:
         check_names(path, manifest)
         changed = [r.path for r in manifest.files if hashes.sha256(resolve_inside(path, r.path)) != r.sha256]
         if changed:
-            raise IntegrityError(f"{path}: {changed[0]} is not what {MANIFEST_NAME} says", hint="get it again")
+            raise IntegrityError(
+                f"{path}: {changed[0]} is not what {MANIFEST_NAME} says",
+                hint="get it again; where it came from the Hub as it is, ask whoever published it to publish it again",
+            )
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
         return manifest.sha256, sum(record.size for record in manifest.files), found
     read = [p for p in sorted(path.iterdir()) if p.suffix in _READ_SUFFIXES or p.name in _READ_NAMES]

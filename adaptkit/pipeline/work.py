@@ -146,7 +146,8 @@ class WorkFolder:
             record = Record(**json.loads(self._path(step, key).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
-        return record if (record.kind, record.key) == (step.kind, key) else None
+        fits = isinstance(record.outputs, dict | None) and isinstance(record.facts, dict)
+        return record if fits and (record.kind, record.key) == (step.kind, key) else None
 
     def _write(self, step: Step, record: Record) -> None:
         path = self._path(step, record.key)

@@ -12,7 +12,7 @@ from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, name_of, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
@@ -91,7 +91,7 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
     write_adapter(
         out,
         changes,
-        Path(config.base).resolve().name,
+        name_of(Path(config.base)),
         saved=saved,
         magnitudes={name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None},
         lora_biases={name: layer.lora_bias for name, layer in layers.items() if layer.lora_bias is not None},

@@ -10,7 +10,7 @@ import click
 from adaptkit.checkpoint.pages import give_back_kernel_compiler
 from adaptkit.cli.batch_view import batch_lines, has_colour
 from adaptkit.cli.data_rows import cut_rows, data_rows
-from adaptkit.cli.options import ArtifactPath, InSections, given, output_options, settings_options
+from adaptkit.cli.options import ArtifactPath, InSections, fetched, given, output_options, settings_options
 from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import training_progress
 from adaptkit.torch_compiler import leave_compiler_out
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on, and fail rather than begin if there is no checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be done, but write nothing.")
 @click.option("--show-batch", is_flag=True, help="Print the first batch with what is learned marked, and do no more.")
-@settings_options(TrainConfig, base=ArtifactPath())
+@settings_options(TrainConfig, base=ArtifactPath(), init=ArtifactPath())
 def command(
     output: Path,
     force: bool,
@@ -51,6 +51,9 @@ def command(
     """
     values = read_config_file(config_file) if config_file else {}
     chosen = given(TrainConfig, options)
+    for name in ("base", "init"):  # as of the command line
+        if isinstance(values.get(name), str) and name not in chosen:
+            values[name] = str(fetched(values[name], as_json or quiet))
     if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
     values |= chosen

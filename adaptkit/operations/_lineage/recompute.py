@@ -9,11 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from adaptkit.checkpoint.layout import CARD_NAME
 from adaptkit.checkpoint.manifest import Manifest, read_manifest, require_manifest
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
 from adaptkit.operations._lineage.tree import VERIFIED, Ancestor
 
 SAME = "same bytes again"
+SAME_BUT_CARD = f"{SAME}, but for the model card, which publishing adds"
 
 
 def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threads: int | None) -> str:
@@ -26,7 +28,7 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
         threads: pieces at a time; one per processor if None.
 
     Returns:
-        ``SAME``, or why it cannot be run again.
+        ``SAME``, ``SAME_BUT_CARD``, or why it cannot be run again.
 
     Raises:
         IntegrityError: the result differs; names the first file that does.
@@ -50,14 +52,17 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
                 f"{path}: {name} cannot be run again with the options of its manifest ({error})",
                 hint="was it made by another version of adaptkit?",
             ) from error
-        _compare(path, manifest, require_manifest(out))
-    return SAME
+        return _compared(path, manifest, require_manifest(out))
 
 
-def _compare(path: Path, manifest: Manifest, again: Manifest) -> None:
-    """Compare everything but the version of adaptkit."""
-    if replace(again, tool=manifest.tool).to_bytes() == manifest.to_bytes():
-        return
+def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
+    """Compare everything but the version of adaptkit, and the model card that publishing gives to what has none."""
+    made = replace(again, tool=manifest.tool).to_bytes()
+    if made == manifest.to_bytes():
+        return SAME
+    without = tuple(record for record in manifest.files if record.path != CARD_NAME)
+    if made == replace(manifest, files=without).to_bytes():
+        return SAME_BUT_CARD
     before, after = ({record.path: record for record in found.files} for found in (manifest, again))
     differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     what = f"{differing[0]} differs" if differing else "the same files, but another manifest"

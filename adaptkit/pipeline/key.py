@@ -1,0 +1,43 @@
+"""The key of a step: a hash of everything that decides about what it makes."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import adaptkit
+from adaptkit.checkpoint.layout import name_of
+from adaptkit.pipeline.recipe import Step
+from adaptkit.pipeline.sources import Material
+
+_SCHEMA = 2
+
+
+def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
+    """Hash a step's kind and options, adaptkit's version, and what its inputs are by content.
+
+    Args:
+        step: of a recipe.
+        materials: by name, all that it takes.
+
+    Returns:
+        64 hexadecimal digits; None if an input is not known yet.
+    """
+    inputs = []
+    for taken, name in step.takes():
+        material = materials[name]
+        if material.digest is None or material.path is None:
+            return None
+        # A folder's name may be written into what is made from it; of a file's name its ending alone matters.
+        called = name_of(material.path) if taken.takes == "folder" else material.path.suffix
+        inputs.append([taken.key, called, material.digest])
+    counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.uncounted}
+    document = {
+        "schema": _SCHEMA,
+        "adaptkit": adaptkit.__version__,
+        "kind": step.kind,
+        "options": counted,
+        "inputs": inputs,
+        "makes": step.makes,
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
