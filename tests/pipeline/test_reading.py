@@ -125,9 +125,7 @@ def test_two_steps_do_not_tag_one_repository_alike(write):
     text = GOOD + "  again: {publish: merged, repo: Org/Name, tag: v1}\n"
     with pytest.raises(ConfigError, match=r"steps\.again\.tag: Org/Name gets the tag v1 from 'release' already"):
         read_recipe(write(text))
-    with pytest.raises(
-        ConfigError, match=r"steps\.again\.branch: Org/Name gets the branch main from 'rel
-    ):
+    with pytest.raises(ConfigError, match=r"steps\.again\.branch: Org/Name gets the branch main from 'release'"):
         read_recipe(write(text.replace("Org/Name, tag: v1", "Org/Name, tag: v2")))
     for other in ("Org/Name, tag: v2, branch: next", "Org/Name, pull_request: true", "Org/Other, tag: v1"):
         read_recipe(write(text.replace("Org/Name, tag: v1", other)))
