@@ -1,6 +1,7 @@
 """Fetch single files of a commit, and believe none of them before it was compared."""
 
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import resolve_inside
@@ -18,9 +20,10 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import sync_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
-from adaptkit.hub._remote import RemoteFile, matches
+from adaptkit.hub._remote import RemoteFile, git_sha1, matches
 from adaptkit.hub._staging import in_memory
 
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 DOWNLOADS = ".download"
 """Where files arrive, in the unfinished folder: the client finds there what an earlier run fetched of them."""
 
@@ -33,9 +36,10 @@ class Silent(tqdm):
 
 
 def fetch_into_cache(
-    hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress
-) -> Path:
-    """Fetch what the shared cache lacks of a revision.
+    hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress,
+    checked: set[Path],
+) -> Path:  # fmt: skip
+    """Fetch what the shared cache lacks of a revision, and compare it with the hashes that it is called by there.
 
     Args:
         hub: where from.
@@ -45,8 +49,12 @@ def fetch_into_cache(
         wanted: patterns of files.
         unwanted: patterns of those that are left out all the same.
         told: of bytes that arrived, of how many; that number grows while the client asks for one file after another.
+        checked: files that were compared already; grows.
+
+    Raises:
+        IntegrityError: one was damaged on the way; it is not kept.
     """
-    lock = threading.Lock()
+    lock, arrived = threading.Lock(), threading.Event()
 
     class Counter(Silent):
         """The one of the client's bars that counts the bytes of all files."""
@@ -57,6 +65,7 @@ def fetch_into_cache(
 
         def update(self, n: float | None = 1) -> None:
             if self._is_wanted:
+                arrived.set()
                 with lock:
                     self.n += int(n or 0)
                     told(self.n, max(self.n, int(self.total or 0)))
@@ -68,7 +77,29 @@ def fetch_into_cache(
             )
         )
 
-    return Path(hub.ask(what, fetch))
+    folder = Path(hub.ask(what, fetch))
+    if arrived.is_set():
+        _check_cached(f"{repo_id}@{folder.name}", folder, checked)
+    return folder
+
+
+def _check_cached(what: str, folder: Path, checked: set[Path]) -> None:
+    """Compare a snapshot's files with the names of what they are links to, which are the Hub's hashes.
+
+    The client compares sizes only. Where a system has no links, nothing can be compared.
+    """
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if blob in checked or not path.is_symlink() or not _HASH.fullmatch(blob.name):
+            continue
+        record = FileRecord(path.name, blob.stat().st_size, file_sha256(blob))
+        if blob.name not in (record.sha256, git_sha1(blob, record)):
+            path.unlink()
+            blob.unlink()
+            raise IntegrityError(
+                f"{what}: {path.relative_to(folder)} was damaged on the way", hint="run the same command again"
+            )
+        checked.add(blob)
 
 
 def fetch_files(

@@ -179,14 +179,16 @@ def fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, pr
         progress: told of bytes that arrived.
 
     Raises:
-        IntegrityError: the manifest is malformed.
+        IntegrityError: something was damaged on the way, or the manifest is malformed.
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
-    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
+    checked: set[Path] = set()
+    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress, checked)
     manifest = read_manifest(folder)
     if manifest is not None:
         listed = [glob.escape(record.path) for record in manifest.files]
-        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)  # the folder's name is its commit
+        # The folder's name is its commit.
+        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress, checked)
     return folder
 
 

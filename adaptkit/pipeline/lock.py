@@ -74,6 +74,12 @@ class Lock:
         commit = entry.get("commit")
         return commit if is_same and isinstance(commit, str) and is_commit(commit) else None
 
+    def files(self, source: Source) -> set[str]:
+        """The files that the lock that is there names for a repository at its commit."""
+        entry = (self._before or {}).get("sources", {}).get(source.name, {})
+        files = entry.get("files") if self.commit(source) is not None else None
+        return set(files) if isinstance(files, dict) else set()
+
     def add(self, found: Any, *keys: str) -> None:
         """Note what was found.
 

@@ -147,6 +147,7 @@ class _Run:
                 offline=self._options.offline,
                 fetch=not self._dry_run,
                 commit=self._lock.commit(source),
+                files=self._lock.files(source),
                 on_commit=partial(self._note_commit, source.name),
             )
             self._materials[source.name] = found

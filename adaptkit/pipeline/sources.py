@@ -22,7 +22,7 @@ from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
-from adaptkit.hub.sources import download, find_cached, find_commit, is_commit, size_of
+from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of
 from adaptkit.pipeline.recipe import Source
 
 _READ_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
@@ -102,6 +102,7 @@ def resolve(
     offline: bool,
     fetch: bool,
     commit: str | None,
+    files: set[str],
     on_commit: Callable[[str], None],
 ) -> Material:
     """Find a source and hash it.
@@ -113,6 +114,7 @@ def resolve(
         offline: take a repository from huggingface_hub's cache, or not at all.
         fetch: download what is not there; else it stays unknown.
         commit: that a lock names for the repository; without the network it stands for the revision.
+        files: that a lock names for it there; without the network nobody else can say what is all of it.
         on_commit: told which commit the repository's revision stands for, before it is downloaded.
 
     Raises:
@@ -135,12 +137,19 @@ def resolve(
                 hint="run once without --offline",
             )
         on_commit(found.name)
+        if absent := sorted(name for name in files if not (found / name).exists()):
+            raise UsageError(
+                f"{source.place.document.where(*source.place.keys)}: huggingface_hub's cache holds only a part of "
+                f"{source}: {absent[0]} is missing",
+                hint="run once without --offline",
+            )
         return _material(source, found, {"commit": found.name}, hashes)
     now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision)
     on_commit(now)
-    if not fetch and find_cached(repo, now) is None:
+    here = download(repo, now) if fetch else find_whole(repo, now)
+    if here is None:
         return Material(source.name, None, None, size_of(repo, now), source.written() | {"commit": now})
-    return _material(source, download(repo, now), {"commit": now}, hashes)
+    return _material(source, here, {"commit": now}, hashes)
 
 
 def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashes) -> Material:

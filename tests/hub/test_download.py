@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -232,6 +233,46 @@ def test_a_source_on_the_hub_becomes_a_folder_of_its_checkpoint_files(cli: Any, 
     assert path.name == commit
     assert (path / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
     assert cli("verify", path).code == 0
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", "course.jsonl"])
+def test_what_was_damaged_on_the_way_is_not_taken_from_the_cache(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path, name: str
+) -> None:
+    """The client compares sizes, and calls what it got by the hash of what it should be."""
+    cli("publish", make_artifact(files={"course.jsonl": "{}"}), "me/model")
+    hub.faults.append(Fault("GET", f"/resolve/.*{name}", "corrupt"))
+    done = cli("diff", "me/model", tmp_path / "artifact")
+    assert done.code == 3
+    assert re.fullmatch(rf"me/model@[0-9a-f]{{40}}: {name} was damaged on the way", done.report["message"])
+    assert not list((tmp_path / "home").rglob(name))
+    assert not hub.faults
+    assert cli("diff", "me/model", tmp_path / "artifact").code == 0
+
+
+def test_a_dry_run_fetches_no_weights_where_a_part_is_there_already(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """As `plan org/name` leaves it."""
+    commit = cli("publish", artifact, "me/model").report["commit"]
+    code = (
+        "from huggingface_hub import hf_hub_download\nprint('{}')\nhf_hub_download('me/model', 'adapter_config.json',"
+    )
+    assert cli(code=f"{code} revision={commit!r})").code == 0
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nsources: {lora: {repo: me/model}}\nsteps:\n  small: {resize: lora, rank: 1}\n"
+    )
+    done = cli("run", "r.yaml", "--dry-run")
+    assert (done.code, [source["is_here"] for source in done.report["sources"]]) == (0, [False])
+    assert not list((tmp_path / "home").rglob(WEIGHTS))
+    assert cli("run", "r.yaml").code == 0
+    assert [source["is_here"] for source in cli("run", "r.yaml", "--dry-run").report["sources"]] == [True]
+
+
+def test_a_name_that_is_in_a_file_of_settings_is_fetched_too(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    commit = cli("publish", artifact, "me/model").report["commit"]
+    (tmp_path / "t.yaml").write_text("base: me/model\ndata: [d.jsonl]\n")
+    done = cli("train", "--config", "t.yaml", "-o", "out")
+    assert done.code == 5
+    assert commit in done.report["message"] + done.report["hint"]
 
 
 def test_all_that_the_manifest_lists_comes_with_it_wherever_it_lies(

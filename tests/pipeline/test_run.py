@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,45 @@ def test_the_lock_is_the_same_wherever_it_is_written(release, recipe, tmp_path):
     assert content == json.dumps(json.loads(content), indent=2, sort_keys=True).encode() + b"\n"
 
 
+def test_what_a_source_is_called_behind_a_link_is_of_no_account(release, recipe, tmp_path):
+    run(recipe)
+    content = (release / "recipe.lock").read_bytes()
+    for name in ("model", "lora"):
+        (release / name).rename(tmp_path / f"its own {name}")
+        (release / name).symlink_to(tmp_path / f"its own {name}")
+    assert done(run(recipe, RunOptions(locked=True))) == []
+    assert (release / "recipe.lock").read_bytes() == content
+
+
+@pytest.mark.parametrize("before", ["small", "merged"])
+def test_a_source_that_changes_while_others_are_at_work_is_not_taken_for_what_it_was(release, recipe, before):
+    weights = release / "model" / "model.safetensors"
+
+    def write(step):
+        if step.name == before:
+            content = bytearray(weights.read_bytes())
+            content[-1] ^= 1
+            weights.write_bytes(content)
+
+    with pytest.raises(IntegrityError, match=rf"{before}: the source base changed while the run was at work"):
+        run(recipe, listener=Listener(started=write))
+    assert not (release / "recipe.lock").exists()
+    assert before not in {path.stem for path in (release / ".adaptkit").glob("*/*.json")}
+
+
+def test_a_source_that_changes_during_its_own_step_is_not_taken_for_what_it_was(release, recipe, edit):
+    """In something that the operation itself has no eye on."""
+    edit("adapters: [lighter]", "adapters: [lighter, lora]")
+
+    def write(done, total):
+        (release / "lora" / "vocab.txt").write_text("new")
+
+    until = RunOptions(until="merged")
+    with pytest.raises(IntegrityError, match="merged: the source lora changed while the run was at work"):
+        run(recipe, until, listener=Listener(progress=write))
+    assert "merged" in done(run(recipe, until))
+
+
 def test_only_what_depends_on_a_change_is_done_again(recipe, edit):
     run(recipe)
     edit("rank: 2", "rank: 3")
@@ -201,10 +241,13 @@ def test_what_was_whole_when_the_run_was_killed_is_kept(release, recipe):
     assert outputs(report) == outputs(first)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}', {"facts": None}, {"outputs": 3}])
 def test_a_record_that_says_nothing_costs_only_its_step(release, recipe, content):
     first = run(recipe)
-    (release / outputs(first)["lighter"].path).with_suffix(".json").write_bytes(content)
+    record = (release / outputs(first)["lighter"].path).with_suffix(".json")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(record.read_bytes()) | content).encode()
+    record.write_bytes(content)
     (release / ".adaptkit" / "hashes.json").write_bytes(content)
     assert done(run(recipe)) == ["lighter"]
     assert done(run(recipe)) == []
@@ -295,6 +338,44 @@ def test_steps_that_were_not_asked_for_are_locked_as_far_as_they_are_known(recip
     assert "outputs" not in lock["small"]
     with pytest.raises(DriftError, match=r"steps\.plain is not in it"):
         run(recipe, RunOptions(locked=True))
+
+
+def test_what_an_earlier_run_made_stays_locked_when_it_is_not_asked_for(recipe, release):
+    run(recipe)
+    content = (release / "recipe.lock").read_bytes()
+    assert run(recipe, RunOptions(until="lighter")).lock_state == "unchanged"
+    assert (release / "recipe.lock").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "named"),
+    [
+        (("steps", "loads", "outputs"), {"evil": "0" * 64}, "steps.loads.outputs is in it, but not here"),
+        (("steps", "small", "more"), 1, "steps.small.more is in it, but not here"),
+        (("more",), 1, "more is in it, but not here"),
+    ],
+)
+def test_a_lock_that_says_more_than_was_found_is_refused(recipe, release, keys, value, named):
+    run(recipe)
+    change_lock(release, *keys, value=value)
+    with pytest.raises(DriftError, match=re.escape(named)):
+        run(recipe, RunOptions(locked=True))
+
+
+@pytest.mark.parametrize("content", ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}'])
+def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
+    (release / "recipe.lock").write_text(content)
+    with pytest.raises(UsageError, match=r"recipe\.lock: is no lock of adaptkit's"):
+        run(recipe)
+    assert (release / "recipe.lock").read_text() == content
+
+
+def test_a_recipe_is_not_replaced_by_its_lock(recipe, release):
+    text = recipe.read_text()
+    other = recipe.rename(release / "recipe.lock")
+    with pytest.raises(UsageError, match="its lock would have the same name"):
+        run(other)
+    assert other.read_text() == text
 
 
 # Gates, plans, and what goes wrong

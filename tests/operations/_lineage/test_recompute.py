@@ -1,0 +1,29 @@
+"""What made an artifact is run again: of what was published, too, which has a model card more."""
+
+from dataclasses import replace
+
+import pytest
+
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.writer import write_file
+from adaptkit.errors import IntegrityError
+from adaptkit.operations.quantize import quantize
+from adaptkit.operations.verify import VerifyOptions, verify
+
+
+def add(folder, name):
+    """As publishing adds a card."""
+    manifest = require_manifest(folder)
+    files = (*manifest.files, write_file(folder, name, b"# A model"))
+    (folder / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
+
+
+def test_a_card_is_no_forgery_and_another_file_is_one(llama, tmp_path):
+    quantize(llama, tmp_path / "nf4")
+    options = VerifyOptions(parents=(llama.parent,), recompute=True)
+    add(tmp_path / "nf4", "README.md")
+    (made,) = verify(tmp_path / "nf4", options).recomputed
+    assert made[1] == "same bytes again, but for the model card, which publishing adds"
+    add(tmp_path / "nf4", "NOTICE.txt")
+    with pytest.raises(IntegrityError, match=r"NOTICE\.txt differs"):
+        verify(tmp_path / "nf4", options)
