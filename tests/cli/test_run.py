@@ -188,7 +188,23 @@ def test_offline_nothing_is_asked_of_anybody(copied):
         f"error: recipe.yaml, line 5: sources.base: {BASE}@main is not in huggingface_hub's cache",
         "hint: run once without --offline",
     ]
+    home = shutil.copytree(copied.environment["HF_HOME"], copied.folder / "part", symlinks=True)
+    for path in (*home.rglob("tokenizer.json"), *home.rglob("trees")):  # as a download that was cut short leaves it
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    part = copied.run("--offline", "--until", "loads", HF_HOME=str(home))
+    assert part.code == 2
+    assert f"cache holds only a part of {BASE}@main: tokenizer.json is missing" in part.stderr
     assert len(copied.hub.requests) == requests
+
+
+@pytest.mark.parametrize("option", ["--output-file", "--summary"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.lock", "data/../recipe.lock"])
+def test_a_report_does_not_take_the_place_of_recipe_or_lock(copied, option, name):
+    before = {path.name: path.read_bytes() for path in copied.folder.glob("recipe.*")}
+    done = copied.run(option, name)
+    assert done.code == 2
+    assert f"{name}: is the recipe or its lock" in done.stderr
+    assert {path.name: path.read_bytes() for path in copied.folder.glob("recipe.*")} == before
 
 
 def publishing(world, new):
