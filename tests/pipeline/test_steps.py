@@ -1,15 +1,20 @@
 """Every kind of step does what its operation does, and has the figures that a gate can ask for."""
 
+import re
 import shutil
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from adaptkit.discovery import names
+from adaptkit.discovery import load, names
 from adaptkit.errors import GateError
+from adaptkit.operations._quantize.plan import Calibration
 from adaptkit.operations.verify import verify
 from adaptkit.pipeline import steps as registry
 from adaptkit.pipeline.run import run
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
 name: every kind
 sources:
@@ -105,3 +110,16 @@ def test_two_artifacts_of_which_one_is_there_are_made_again(ran):
     again = run(folder / "recipe.yaml")
     assert [step.name for step in again.steps if step.state == "done"] == ["small"]
     assert next(step.outputs for step in again.steps if step.name == "small") == (base, companion)
+
+
+def test_the_docs_list_every_key_of_every_step():
+    """But train's, which has a page of its own."""
+    rows = [line for line in (ROOT / "docs" / "release.md").read_text().splitlines() if line.startswith("| `")]
+    listed = {row.split("`")[1]: set(re.findall(r"[`{]([a-z_]+)[`:]", row)) for row in rows}
+    assert set(listed) == set(names(registry))
+    for name in set(listed) - {"train"}:
+        kind = load(registry, name, "KIND")
+        inputs = {part for taken in kind.inputs for part in taken.key.split(".")}
+        assert listed[name] == {field.name for field in fields(kind.options)} - set(kind.refused) | inputs | (
+            {field.name for field in fields(Calibration)} if name == "quantize" else set()
+        ), name

@@ -42,9 +42,7 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--shots", type=click.IntRange(min=0), default=0, metavar="K",
               help="Measure every base with K examples before each question, too.")  # fmt: skip
 @click.option("--shots-from", type=_FILE, multiple=True, help="Choose the examples from this file. Repeatable.")
-@click.option(
-    "--seed", type=click.IntRange(-(1 << 40), 1 << 40), default=0, help="Of the choice of questions and of examples."
-)
+@click.option("--seed", type=int, default=0, help="Of the choice of questions and of examples.")
 @click.option("--prompt", "prompts", multiple=True, help="Show the answer to it. Repeatable.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")

@@ -63,6 +63,8 @@ class EvaluateOptions:
         ):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is at least {least}")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed: {self.seed} cannot be used", hint="it is at least 0, and below 2 to the 63")
         if self.layout not in (None, *LAYOUTS):
             raise UsageError(f"layout: {self.layout} is none", hint=f"layouts: {', '.join(LAYOUTS)}")
         if self.compute_dtype not in COMPUTE_DTYPES:
