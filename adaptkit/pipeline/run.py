@@ -6,28 +6,25 @@ only if other bytes came out. Whether a gate is passed is judged each time. Publ
 sends what the Hub does not have.
 """
 
-import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
+from adaptkit.errors import GateError, IntegrityError, UsageError
+from adaptkit.pipeline.foresight import Foresight, named_after
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.recipe import Recipe, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
 from adaptkit.pipeline.sources import Hashes, Material, digest_of, resolve
-from adaptkit.pipeline.steps._kind import Outcome, Work
+from adaptkit.pipeline.steps._kind import Work
 from adaptkit.pipeline.work import WORK_NAME, Record, WorkFolder
 
 __all__ = ["Listener", "OutputReport", "RunOptions", "RunReport", "SourceReport", "StepReport", "run"]
-
-_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 def run(
@@ -66,24 +63,6 @@ def run(
         return running.all()
 
 
-@contextmanager
-def _naming(step: Step) -> Iterator[None]:
-    """Put a step's name before what its operation says of an error."""
-    try:
-        yield
-    except AdaptkitError as error:
-        error.message = f"{step.name}: {error.message}"
-        error.args = (error.message,)
-        error.hint = _OPTION.sub(lambda found: _key_of(found[1], step), error.hint)
-        raise
-
-
-def _key_of(option: str, step: Step) -> str:
-    """What a recipe calls an option of the step's command."""
-    name = {"pr": "pull_request"}.get(option, option.replace("-", "_"))
-    return name if hasattr(step.options, name) else f"--{option}"
-
-
 class _Run:
     """One run of a recipe."""
 
@@ -99,7 +78,7 @@ class _Run:
         self._materials: dict[str, Material] = {}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
-        self._foreseen = False
+        self._foresight = Foresight(steps, dry_run, self._signer, self._listener)
 
     def all(self) -> RunReport:
         """Find the sources and do the steps."""
@@ -183,35 +162,26 @@ class _Run:
     def _plan(self, step: Step) -> StepReport:
         """What would be done."""
         key = step_key(step, self._materials)
+        if step.how.sends and key is not None:
+            figure = self._foresight.of(step, self._work_of(step, key, force=False))
+            return self._report(step, "to do", figure=figure, key=key)
         record = self.work.find(step, key, self._listener.note) if key is not None else None
         if record is None or key is None:
             if not step.how.sends:
-                self._foresee()
+                self._foresight.before_work()
             for name in step.makes:
                 self._materials[name] = Material(name, None, None, 0, {})
             return self._report(step, "to do" if key is not None or not self._seen(step) else "may follow", key=key)
         outputs = self._take(step, record)
         judgement = step.how.judge(step.options, record.facts)
         figure = f"{record.figure}; would stop here: {judgement}" if judgement else record.figure
-        if step.how.sends:
-            return self._report(step, "to do", key=key)
         return self._report(step, "kept", figure=figure, key=key, outputs=outputs, facts=record.facts)
 
-    def _foresee(self) -> None:
-        """Before the first step that has to be done, ask what would be refused after the last one."""
-        if self._foreseen:
-            return
-        self._foreseen = True
+    def _sendings(self) -> Iterator[tuple[Step, Work]]:
         for step in self._steps:
-            if step.how.foresee is None:
-                continue
-            try:
-                with _naming(step):
-                    step.how.foresee(step.options, self._signer, partial(self._note, step))
-            except AdaptkitError as error:
-                if not self._dry_run:
-                    raise
-                self._listener.note(f"warning: it would be refused: {error.message}")
+            key = step_key(step, self._materials) if step.how.sends else None
+            if key is not None:
+                yield step, self._work_of(step, key, force=False)
 
     def _note(self, step: Step, text: str) -> None:
         self._listener.note(f"{step.name}: {text}")
@@ -229,12 +199,15 @@ class _Run:
         record = None if step.how.sends else self.work.find(step, key, self._listener.note)
         state = "done" if record is None else "kept"
         if record is None:
-            if not step.how.sends:
-                self._foresee()
+            if step.how.sends:
+                self._foresight.before_sending(self._sendings())
+            else:
+                self._foresight.before_work()
             self._listener.started(step)
             self._require_unchanged(step)
             force = self.work.begin(step, key)
-            outcome = self._run(step, key, force)
+            with named_after(step):
+                outcome = step.how.run(self._work_of(step, key, force))
             self._require_unchanged(step)
             record = self.work.finish(step, key, outcome.figure, outcome.facts)
         outputs, seconds = self._take(step, record), time.monotonic() - began
@@ -270,13 +243,13 @@ class _Run:
         self._lock.add(step.written, "steps", step.name, "recipe")
         self._lock.add(key, "steps", step.name, "key")
 
-    def _run(self, step: Step, key: str, force: bool) -> Outcome:
+    def _work_of(self, step: Step, key: str, force: bool) -> Work:
         paths: dict[str, tuple[Path, ...]] = {}
         for taken, name in step.takes():
             path = self._materials[name].path
             if path is not None:
                 paths[taken.key] = (*paths.get(taken.key, ()), path)
-        work = Work(
+        return Work(
             paths=paths,
             names=step.inputs,
             options=step.options,
@@ -286,8 +259,6 @@ class _Run:
             note=partial(self._note, step),
             signer=self._signer,
         )
-        with _naming(step):
-            return step.how.run(work)
 
     def _take(self, step: Step, record: Record) -> tuple[OutputReport, ...]:
         """Let other steps have what a step made."""

@@ -249,6 +249,32 @@ def test_a_dry_run_says_it_too_and_draws_all_the_same(copied):
     assert "merge: would run" in done.stdout
 
 
+def test_a_dry_run_says_what_would_be_sent_when_all_is_there(copied):
+    done = copied.run("--dry-run", HF_TOKEN="")
+    assert f"publish: would run, {RELEASE}@v1: there already" in done.stdout
+    recipe = copied.folder / "recipe.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("tag: v1", "tag: v2").replace(RELEASE, "demo/new"))
+    assert re.search(r"publish: would run, demo/new@v2: \d+ files, [\d.]+ kB sent", copied.run("--dry-run").stdout)
+    subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
+    recipe.write_text(text.replace("tag: v1", "tag: other"))
+    done = copied.run("--dry-run")
+    assert done.code == 0
+    assert f"warning: it would be refused: release: {RELEASE}: other is a branch there" in done.stderr
+
+
+def test_nothing_is_sent_if_a_later_step_would_be_refused(copied):
+    subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
+    more = "  first: {publish: adapter, repo: demo/first}\n"
+    more += f"  second: {{publish: adapter, repo: {RELEASE}, branch: other, tag: v0}}\n"
+    recipe = copied.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + more)
+    done = copied.run()
+    assert done.code == 8
+    assert f"error: second: {RELEASE}: the tag v0 is on " in done.stderr
+    assert copied.state("demo/first") == {}
+
+
 def test_what_is_wrong_here_is_said_before_the_hub_is_asked(copied):
     publishing(copied, "repo: demo/absent")
     text = (copied.folder / "recipe.yaml").read_text()

@@ -113,6 +113,7 @@ class StepKind:
         judge: of a gate: what stands against going on, given what was measured; empty if nothing does.
         uncounted: options that change nothing that is made or measured.
         foresee: of a kind that reaches out to the Hub: refuses before anything is done what it would refuse in the end.
+        rehearse: of such a kind: says what it would send when all that it takes is there, or refuses that.
     """
 
     inputs: tuple[Input, ...]
@@ -126,6 +127,7 @@ class StepKind:
     judge: Callable[[Any, Facts], str] = _passes
     uncounted: frozenset[str] = frozenset({"threads"})
     foresee: Callable[[Any, Signer, Callable[[str], None]], None] | None = None
+    rehearse: Callable[[Work], str] | None = None
 
     @property
     def sends(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from adaptkit.checkpoint.progress import size
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.hub.foresight import foresee
-from adaptkit.hub.publish import PublishOptions, publish
+from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work, makes_nothing
 
@@ -37,14 +37,35 @@ def _signed_by(options: PublishStep, signer: Signer) -> PublishStep:
 
 
 def _run(work: Work) -> Outcome:
-    options: PublishStep = work.options
-    wanted = _signed_by(options, work.signer)
-    report = publish(work.path("publish"), options.repo, wanted, progress=work.progress, note=work.note)
-    sent = f"{len(report.files_added)} files, {size(report.bytes_sent)} sent"
-    what = "there already" if report.already_there else sent
-    at = f"@{report.tag}" if report.tag else ""
+    report = _publish(work, dry_run=False)
     facts = {name: value for name, value in asdict(report).items() if not name.startswith("files_")}
-    return Outcome(f"{options.repo}{at}, commit {str(report.commit)[:12]}: {what}", facts)
+    return Outcome(f"{_target(report)}, commit {str(report.commit)[:12]}: {_sent(report)}", facts)
+
+
+def _rehearse(work: Work) -> str:
+    report = _publish(work, dry_run=True)
+    return f"{_target(report)}: {_sent(report)}"
+
+
+def _publish(work: Work, dry_run: bool) -> PublishReport:
+    options: PublishStep = work.options
+    return publish(
+        work.path("publish"),
+        options.repo,
+        _signed_by(options, work.signer),
+        dry_run=dry_run,
+        progress=work.progress,
+        note=work.note,
+    )
+
+
+def _target(report: PublishReport) -> str:
+    return f"{report.repo_id}@{report.tag}" if report.tag else report.repo_id
+
+
+def _sent(report: PublishReport) -> str:
+    files = f"{len(report.files_added)} files, {size(report.bytes_sent)} sent"
+    return "there already" if report.already_there else files
 
 
 KIND = StepKind(
@@ -54,4 +75,5 @@ KIND = StepKind(
     refused={"signer": "write sign: true, and give the key to the command: --sign KEY"},
     makes=makes_nothing,
     foresee=_foresee,
+    rehearse=_rehearse,
 )
