@@ -28,7 +28,9 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MOST_SMALL_BYTES = 256 << 20
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-_SIDE_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}
+SIDE_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}
+READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
+"""Operations read no other files of a checkpoint's or an adapter's folder than of these suffixes and ``SIDE_NAMES``."""
 _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
 
 
@@ -160,7 +162,7 @@ def side_files(root: Path) -> list[Path]:
         path
         for path in root.iterdir()
         if path.is_file()
-        and (path.suffix in _SIDE_SUFFIXES or path.name in _SIDE_NAMES)
+        and (path.suffix in _SIDE_SUFFIXES or path.name in SIDE_NAMES)
         and not path.name.startswith(_NOT_SIDE_PREFIXES)
         and not path.name.endswith(".index.json")
         and path.name != CONFIG_NAME

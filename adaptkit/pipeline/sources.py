@@ -18,15 +18,13 @@ from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
-from adaptkit.checkpoint.layout import resolve_inside
+from adaptkit.checkpoint.layout import READ_SUFFIXES, SIDE_NAMES, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of
 from adaptkit.pipeline.recipe import Source
 
-_READ_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
-_READ_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}
 _FRESH_SECONDS = 2.0
 """A file that is younger may change again within the resolution of its time."""
 
@@ -182,7 +180,7 @@ def _folder(path: Path, hashes: Hashes) -> tuple[str, int, dict[str, Any]]:
             )
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
         return manifest.sha256, sum(record.size for record in manifest.files), found
-    read = [p for p in sorted(path.iterdir()) if p.suffix in _READ_SUFFIXES or p.name in _READ_NAMES]
+    read = [p for p in sorted(path.iterdir()) if p.suffix in READ_SUFFIXES or p.name in SIDE_NAMES]
     files = {file.name: hashes.sha256(file) for file in read if not file.name.startswith(".") and not file.is_dir()}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     root = hashes.root(digest, lambda: _tensors_root(path))
