@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ import click
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.cli.output import notes
 from adaptkit.cli.progress import byte_progress
+from adaptkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer
@@ -238,6 +240,27 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
         cls=_SettingOption,
         section=rule.section,
     )
+
+
+@contextmanager
+def told_as_options(kind: type) -> Iterator[None]:
+    """Give settings the names of the command line in what an error says of them."""
+    try:
+        yield
+    except ConfigError as error:
+        from adaptkit.training.settings import settings
+
+        # One of a single word may be a word of the sentence, but not before a colon.
+        first = re.compile(rf"^(?:{'|'.join(settings(kind))})(?=:)")
+        rest = re.compile(rf"(?<![\w-])(?:{'|'.join(name for name in settings(kind) if '_' in name)})(?!\w)")
+        for pattern in (first, rest):
+            error.message, error.hint = (pattern.sub(_option, text) for text in (error.message, error.hint))
+        error.args = (error.message,)
+        raise
+
+
+def _option(found: re.Match[str]) -> str:
+    return f"--{found[0].replace('_', '-')}"
 
 
 def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

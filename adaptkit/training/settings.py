@@ -65,7 +65,11 @@ class Setting:
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
-        return ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return ", ".join(f"{word} {_written(bound)}" for word, bound in bounds if bound is not None)
+
+
+def _written(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) and bound < 10**9 else f"{bound:g}"
 
 
 def setting(help: str, default: Any = MISSING, **limits: Any) -> Any:

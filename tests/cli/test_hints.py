@@ -121,3 +121,22 @@ def test_the_help_of_train_names_every_option_that_is_no_key_of_a_file():
         del others[name]
     named = re.search(r"except (.*); the command line wins", " ".join(train_command.help.split()))[1]
     assert set(re.split(r", | and ", named)) == set(others.values())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("page_kib", 0, "--page-kib: 0 cannot be used"),
+        ("rank", 0, "--rank: 0 cannot be used"),
+        ("patience", 3, "--patience: needs --held-out and --eval-every"),
+    ],
+)
+def test_a_setting_is_called_as_it_was_given(run_cli, instructions, tmp_path, option, value, said):
+    done = run_cli(
+        "train", "--base", "x", "--data", instructions, "-o", tmp_path / "out", f"--{option}".replace("_", "-"), value
+    )
+    assert (done.code, done.stderr.splitlines()[0]) == (2, f"error: {said}")
+    (tmp_path / "t.yaml").write_text(json.dumps({"base": "x", "data": [str(instructions)], option: value}))
+    done = run_cli("train", "--config", tmp_path / "t.yaml", "-o", tmp_path / "out")
+    written = said.replace("--held-out", "held_out").replace("--eval-every", "eval_every")
+    assert done.stderr.splitlines()[0] == f"error: {written.replace(f'--{option}'.replace('_', '-'), option)}"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,15 @@ import click
 from adaptkit.checkpoint.pages import give_back_kernel_compiler
 from adaptkit.cli.batch_view import batch_lines, has_colour
 from adaptkit.cli.data_rows import cut_rows, data_rows
-from adaptkit.cli.options import ArtifactPath, InSections, fetched, given, output_options, settings_options
+from adaptkit.cli.options import (
+    ArtifactPath,
+    InSections,
+    fetched,
+    given,
+    output_options,
+    settings_options,
+    told_as_options,
+)
 from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import training_progress
 from adaptkit.torch_compiler import leave_compiler_out
@@ -57,7 +66,8 @@ def command(
     if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
     values |= chosen
-    config = TrainConfig.from_values(values, str(config_file) if config_file else "options")
+    with nullcontext() if config_file else told_as_options(TrainConfig):
+        config = TrainConfig.from_values(values, str(config_file) if config_file else "options")
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
         as_json, quiet = False, True
     leave_compiler_out()
