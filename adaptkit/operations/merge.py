@@ -65,7 +65,7 @@ def merge(
     opened = open_base(base, read, options.allow_base_mismatch)
     begins = partial(_begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)
     edits = plan_edits(opened.checkpoint, read, weights, begins, options.untie)
-    opened = with_addresses(opened, edits, read)
+    opened = with_addresses(opened, edits)
     check_output(output, force, [base, opened.checkpoint.root, *adapters])  # the base may be one that was found
     merging = Merging(
         opened, read, weights, options, edits, plan_side_files(opened.checkpoint, opened.manifest, read, edits)

@@ -1,6 +1,7 @@
 """Merging for 4 bits: on the 16-bit weights, never on what quantization left of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,7 +10,7 @@ from peft_adapters import quiet
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
@@ -110,6 +111,28 @@ def test_of_a_quantized_base_the_one_that_it_was_made_from_is_found_beside_it(
     assert any("is quantized; merged onto the 16-bit checkpoint" in told for told in report.told)
     merge(base, [folder], tmp_path / "directly")
     assert weights(tmp_path / "out") == weights(tmp_path / "directly")
+
+
+@pytest.mark.parametrize("form", ["keep", "nf4"])
+def test_what_a_quantized_base_says_of_its_weights_verifies_no_adapter(
+    form, tmp_path, llama, adapter, second_adapter, certified
+):
+    """Not one of another base, nor one without a manifest, nor one whose manifest has no fingerprints."""
+    base, allowed = tmp_path / "base", MergeOptions(format=form, allow_base_mismatch=True)
+    merge(llama, [second_adapter], base)
+    quantize(base, tmp_path / "quantized")
+    silent, other = certified(adapter, base, "silent"), certified(adapter, llama)
+    manifest = require_manifest(silent)
+    targets = tuple(replace(target, base_xxh3_128=None) for target in manifest.targets)
+    (silent / MANIFEST_NAME).write_bytes(replace(manifest, targets=targets).to_bytes())
+    for name, folder, options in [
+        ("other", other, allowed),
+        ("plain", adapter, MergeOptions(format=form)),
+        ("silent", silent, MergeOptions(format=form)),
+    ]:
+        assert not merge(tmp_path / "quantized", [folder], tmp_path / f"onto {name}", options).base_verified
+    assert not merge(tmp_path / "quantized", [adapter, silent], tmp_path / "dry", dry_run=True).base_verified
+    assert merge(tmp_path / "quantized", [certified(adapter, base)], tmp_path / "out", dry_run=True).base_verified
 
 
 @pytest.mark.parametrize("changed", ["model.embed_tokens.weight", "model.norm.weight"])

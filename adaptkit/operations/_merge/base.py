@@ -11,6 +11,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
+from adaptkit.networks.addressing import Slice
 from adaptkit.operations._lineage.parents import Candidate
 from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._terms import expected_fingerprints
@@ -117,35 +118,37 @@ def merge_parents(
     )
 
 
-def with_addresses(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> Base:
+def with_addresses(base: Base, edits: Edits) -> Base:
     """The same base, with what adapters expect of weights that its files call by other names.
 
     Raises:
         BaseMismatchError: an adapter was trained on a weight that the base does not have.
     """
-    expected, tensors = dict(base.expected), base.checkpoint.tensors
-    for name in [name for name in expected if name not in tensors]:
-        digest = expected.pop(name)
-        places = [found.get(name) or found.get(name.removesuffix(".weight")) for found in edits.addresses]
-        whole = next((slices[0] for slices in places if slices and slices[0].expert is None), None)
-        if whole is not None:
-            expected[whole.name] = digest
-        elif not any(places):
-            raise BaseMismatchError(
-                f"{digest[1]} was trained on {name}, which {base.checkpoint.root} does not have",
-                hint="give the right base, or say --allow-base-mismatch",
-            )
+    expected, missing = _in_files(base, base.expected, edits.addresses)
+    if missing:
+        raise BaseMismatchError(
+            f"{base.expected[missing[0]][1]} was trained on {missing[0]}, which {base.checkpoint.root} does not have",
+            hint="give the right base, or say --allow-base-mismatch",
+        )
     return replace(base, expected=expected)
 
 
 def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> bool:
-    """Whether every adapter says what it was trained on, of every weight that it changes, and all were compared."""
+    """Whether every adapter says itself what each weight was that it changes, and these are what is compared."""
     for number, adapter in enumerate(adapters):
         sources = {e.source for e in edits.of.values() if any(step.adapter == number for step in e.steps)}
-        targets = adapter.manifest.targets if adapter.manifest else ()
-        if not sources <= set(base.expected) or not (base.found_for or len(targets) >= len(sources)):
+        named = _by_tensor(base.checkpoint, _said(adapter.manifest, adapter.root))
+        own, _ = _in_files(base, named, [edits.addresses[number]])
+        compared = {name for name in own if own[name][0] == base.expected.get(name, ("",))[0]}
+        if not sources or not sources <= compared:
             return False
-    return bool(base.expected)
+    return True
+
+
+def _said(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
+    """By module, the fingerprints that a manifest names of the weights before, and whose manifest it is."""
+    targets = manifest.targets if manifest else ()
+    return {t.module: (t.base_xxh3_128, str(root)) for t in targets if t.base_xxh3_128 is not None}
 
 
 def _by_tensor(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
@@ -156,13 +159,29 @@ def _by_tensor(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, str]]) 
     return named
 
 
+def _in_files(
+    base: Base, named: Mapping[str, tuple[str, str]], addresses: Sequence[Mapping[str, tuple[Slice, ...]]]
+) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """What is expected, by the names of the base's files; and the names that have no place in them."""
+    expected, missing = dict(named), []
+    for name in [name for name in named if name not in base.checkpoint.tensors]:
+        digest = expected.pop(name)
+        places = [found.get(name) or found.get(name.removesuffix(".weight")) for found in addresses]
+        whole = next((slices[0] for slices in places if slices and slices[0].expert is None), None)
+        if whole is not None:
+            expected[whole.name] = digest
+        elif not any(places):
+            missing.append(name)
+    return expected, missing
+
+
 def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Checkpoint, dict[str, tuple[str, str]]]:
     """The checkpoint that a quantized one was made from, and what its weights must be."""
     root = quantized.root
     why = f"{root}: quantized with {quantization_found(quantized)}; rounding to 4 bits would erase most of the adapter"
     if manifest is None:
         raise CheckpointError(why, hint="merge onto the 16-bit checkpoint that it was made from")
-    wanted = {target.module: target for target in manifest.targets if target.base_xxh3_128 is not None}
+    wanted = _said(manifest, root)
     fitting = []
     for folder in sorted(root.resolve().parent.iterdir()):
         unfinished = folder.name.endswith((".partial", ".replaced"))
@@ -171,7 +190,7 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
                 candidate = Checkpoint(folder)
             except AdaptkitError:  # some other folder, not ours to judge
                 continue
-            named = _by_tensor(candidate, {m: (str(t.base_xxh3_128), str(root)) for m, t in wanted.items()})
+            named = _by_tensor(candidate, wanted)
             there = [name for name in named if name in candidate.tensors]
             if not wanted or len(there) != len(named) or quantization_found(candidate) is not None:
                 continue
