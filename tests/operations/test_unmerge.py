@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
@@ -249,6 +251,42 @@ def test_the_middle_of_two_merges_comes_back_whole_and_can_be_unmerged_itself(tm
     } == before
     unmerge(tmp_path / "once", [adapter], tmp_path / "twice")
     assert_same_files(tmp_path / "twice", llama)
+
+
+def with_card(folder, text):
+    """What publishing makes of an artifact: a model card is added, which its manifest lists."""
+    manifest, card = require_manifest(folder), folder / "README.md"
+    card.write_text(text)
+    files = (*manifest.files, FileRecord(card.name, len(text), file_sha256(card)))
+    (folder / MANIFEST).write_bytes(replace(manifest, files=files).to_bytes())
+
+
+@pytest.mark.parametrize("base", ["plain", "plain with a card", "artifact", "published artifact"])
+def test_a_published_merge_gives_the_same_base_as_one_that_was_not_published(
+    base, tmp_path, llama, adapter, second_adapter, copy_of
+):
+    if "artifact" in base:
+        merge(llama, [second_adapter], tmp_path / base)
+    else:
+        copy_of(llama, base)
+    if base == "plain with a card":
+        (tmp_path / base / "README.md").write_text("the base's")
+    elif base == "published artifact":
+        with_card(tmp_path / base, "the base's")
+    merge(tmp_path / base, [adapter], tmp_path / "merged")
+    unmerge(tmp_path / "merged", [adapter], tmp_path / "before")
+    with_card(tmp_path / "merged", "the merged model's")
+    verify(tmp_path / "merged")
+    report = unmerge(tmp_path / "merged", [adapter], tmp_path / "after")
+    assert report.identical
+    before, after = (
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")}
+        for name in ("before", "after")
+    )
+    if "artifact" not in base:  # the manifest names another manifest of the merged model
+        assert before.pop(Path(MANIFEST)) != after.pop(Path(MANIFEST))
+    assert before == after
+    verify(tmp_path / "after")
 
 
 def test_a_merge_that_holds_its_adapters_needs_nothing_else(tmp_path, llama, adapter, second_adapter, copy_of):

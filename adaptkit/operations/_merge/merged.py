@@ -13,7 +13,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_small, resolve_inside
+from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, read_small, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
@@ -127,7 +127,7 @@ class MergedModel:
         return {name: tensor.tobytes() for name, tensor in self.read_all(undo.FILES_NAME).items()}
 
     def restored_files(self) -> dict[str, bytes]:
-        """The base's small files, by name.
+        """The base's small files, by name, without a model card: no merge writes one, so that here is publish's.
 
         Raises:
             IntegrityError: one changed since the merge.
@@ -138,7 +138,7 @@ class MergedModel:
                 raise IntegrityError(
                     f"{self.root}: the undo record holds a file {name!r}, which no base has", hint=_AGAIN
                 )
-        ours = {*self.checkpoint.headers, *self.lost_files, *added}
+        ours = {*self.checkpoint.headers, *self.lost_files, *added, CARD_NAME}
         kept = [name for name in self.digests if name not in ours and "/" not in name]
         found = {name: self.small_file(name) for name in kept}
         return found | {name: content for name, content in self.lost_files.items() if name != undo.ADDED}
