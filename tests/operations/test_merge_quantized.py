@@ -1,6 +1,7 @@
 """Merging for 4 bits: on the 16-bit weights, never on what quantization left of them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
+from adaptkit.hub._selection import part_of, select
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
@@ -151,6 +153,52 @@ def test_of_several_beside_it_all_tensors_count(changed, name, tmp_path, llama, 
     assert weights(tmp_path / "out") == weights(tmp_path / "directly")
 
 
+@pytest.mark.parametrize("changed", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_of_a_pulled_part_the_parent_is_found_by_all_that_it_knows(changed, tmp_path, llama, adapter, copy_of):
+    """It does not name the root of its parent's tensors, and several beside it begin alike."""
+    base, alike = copy_of(llama, "original"), copy_of(llama, "alike")
+    located = Checkpoint(alike).tensors[changed]
+    content = bytearray((alike / located.file).read_bytes())
+    content[located.position + 4] ^= 1
+    (alike / located.file).write_bytes(content)
+    quantize(base, tmp_path / "quantized")
+    manifest = require_manifest(tmp_path / "quantized")
+    part = part_of(manifest, select(manifest, ["weights", "config"]), ["weights", "config"])
+    assert [parent.role for parent in part.parents] == ["whole"]
+    (tmp_path / "quantized" / MANIFEST_NAME).write_bytes(part.to_bytes())
+    assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
+    shutil.rmtree(base)
+    with pytest.raises((BaseMismatchError, CheckpointError)):  # the one that is left is not it
+        merge(tmp_path / "quantized", [adapter], tmp_path / "again")
+    shutil.rmtree(alike)
+    with pytest.raises(CheckpointError, match="is not beside it") as caught:
+        merge(tmp_path / "quantized", [adapter], tmp_path / "again")
+    assert "None" not in caught.value.hint
+
+
+def test_what_was_merged_and_quantized_in_one_go_was_made_from_the_merged_model(
+    tmp_path, llama, adapter, second_adapter, copy_of
+):
+    """Not from the base that was merged onto, which has most of its weights."""
+    base = copy_of(llama, "a base")
+    merge(base, [second_adapter], tmp_path / "merged")
+    merge(base, [second_adapter], tmp_path / "quantized", NF4)
+    assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(tmp_path / "merged")
+    root = require_manifest(tmp_path / "merged").tensors_root
+    shutil.rmtree(tmp_path / "merged")
+    shutil.rmtree(base)
+    with pytest.raises(CheckpointError, match="is not beside it") as caught:
+        merge(tmp_path / "quantized", [adapter], tmp_path / "again")
+    assert root in caught.value.hint
+
+
+def test_a_folder_beside_it_with_a_malformed_manifest_is_passed_over(tmp_path, llama, adapter, copy_of):
+    base, broken = copy_of(llama, "original"), copy_of(llama, "broken")
+    (broken / MANIFEST_NAME).write_text("{}")
+    quantize(base, tmp_path / "quantized")
+    assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
+
+
 def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, adapter, copy_of):
     """Whatever is compared to find it, the merge compares everything."""
     base = copy_of(llama, "original")
@@ -159,7 +207,7 @@ def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, 
     content = bytearray((base / located.file).read_bytes())
     content[located.position + 4] ^= 1
     (base / located.file).write_bytes(content)
-    with pytest.raises((BaseMismatchError, CheckpointError)):
+    with pytest.raises(BaseMismatchError, match=r"down_proj\.weight in .* is not the tensor that .* was made from"):
         merge(tmp_path / "quantized", [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

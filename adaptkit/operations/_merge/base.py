@@ -87,8 +87,10 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
         BaseMismatchError: names the tensor.
     """
     if name in base.expected and base.expected[name][0] != found:
+        who = base.expected[name][1]
+        came = "made from" if base.found_for is not None and who == str(base.found_for) else "trained on"
         raise BaseMismatchError(
-            f"{name} in {base.checkpoint.root} is not the tensor that {base.expected[name][1]} was trained on",
+            f"{name} in {base.checkpoint.root} is not the tensor that {who} was {came}",
             hint="give the right base, or say --allow-base-mismatch",
         )
 
@@ -181,33 +183,50 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     why = f"{root}: quantized with {quantization_found(quantized)}; rounding to 4 bits would erase most of the adapter"
     if manifest is None:
         raise CheckpointError(why, hint="merge onto the 16-bit checkpoint that it was made from")
-    wanted = _said(manifest, root)
-    fitting = []
-    for folder in sorted(root.resolve().parent.iterdir()):
-        unfinished = folder.name.endswith((".partial", ".replaced"))
-        if folder != root.resolve() and not unfinished and (folder / CONFIG_NAME).is_file():
-            try:
-                candidate = Checkpoint(folder)
-            except AdaptkitError:  # some other folder, not ours to judge
-                continue
-            named = _by_tensor(candidate, wanted)
-            there = [name for name in named if name in candidate.tensors]
-            if not wanted or len(there) != len(named) or quantization_found(candidate) is not None:
-                continue
-            smallest = min(there, key=lambda name: (candidate.spec(name).nbytes, name))
-            if fingerprint_in_pieces(candidate, smallest) == named[smallest][0]:
-                fitting.append((candidate, named))
+    parent, wanted = _parent_root(manifest), _said(manifest, root)
+    folders = [path for path in sorted(root.resolve().parent.iterdir()) if path != root.resolve()]
+    fitting = [found for path in folders if wanted and (found := _fitting(path, wanted, parent)) is not None]
+    if parent is None:  # of what was pulled without some of its files: what was not quantized is known as well
+        kept = {tensor.name: (tensor.xxh3_128, str(root)) for tensor in manifest.tensors}
+        fitting = [(c, {name: kept[name] for name in c.tensors if name in kept} | named) for c, named in fitting]
     if len(fitting) > 1:  # such as a model and what was tuned from it: now all tensors count
-        parent = _parent_root(manifest)
-        fitting = [(c, named) for c, named in fitting if Candidate(c.root, read_manifest(c.root)).root == parent]
+        fitting = [(c, named) for c, named in fitting if _is_parent(c, named, parent)]
     if fitting:
         return fitting[0]
     raise CheckpointError(
         f"{why}, and the 16-bit checkpoint that it was made from is not beside it",
-        hint=f"merge onto that one: its tensors root is {_parent_root(manifest)}",
+        hint="merge onto that one" + (f": its tensors root is {parent}" if parent else ""),
     )
 
 
+def _fitting(
+    folder: Path, wanted: Mapping[str, tuple[str, str]], root: str | None
+) -> tuple[Checkpoint, dict[str, tuple[str, str]]] | None:
+    """A checkpoint with its smallest weight as wanted, and another root than the wanted one nowhere; else None."""
+    if folder.name.endswith((".partial", ".replaced")) or not (folder / CONFIG_NAME).is_file():
+        return None
+    try:
+        candidate, manifest = Checkpoint(folder), read_manifest(folder)
+        if quantization_found(candidate) is not None:
+            return None
+    except AdaptkitError:  # some other folder, not ours to judge
+        return None
+    named = _by_tensor(candidate, wanted)
+    if not set(named) <= set(candidate.tensors) or (manifest and root not in (None, manifest.tensors_root)):
+        return None
+    smallest = min(named, key=lambda name: (candidate.spec(name).nbytes, name))
+    return (candidate, named) if fingerprint_in_pieces(candidate, smallest) == named[smallest][0] else None
+
+
+def _is_parent(checkpoint: Checkpoint, named: Mapping[str, tuple[str, str]], root: str | None) -> bool:
+    """Whether all tensors are those of what was quantized; without its root, all of which anything is known."""
+    if root is not None:
+        return Candidate(checkpoint.root, read_manifest(checkpoint.root)).root == root
+    return all(fingerprint_in_pieces(checkpoint, name) == digest for name, (digest, _) in named.items())
+
+
 def _parent_root(manifest: Manifest | None) -> str | None:
+    """Of what was quantized: after a merge in the same go, that is the merged model."""
     parents = manifest.parents if manifest else ()
-    return next((parent.tensors_root for parent in parents if parent.role == "base"), None)
+    roots = {parent.role: parent.tensors_root for parent in parents}
+    return roots.get("merged", roots.get("base"))
