@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
     BaseMismatchError,
@@ -244,6 +245,37 @@ def test_figures_say_what_rounding_left_of_the_change(tmp_path, llama, adapter):
 def test_the_base_that_the_adapter_was_trained_on_is_verified(tmp_path, llama, adapter, certified):
     assert merge(llama, [certified(adapter, llama)], tmp_path / "out").base_verified
     assert not merge(llama, [adapter], tmp_path / "unknown").base_verified
+
+
+@pytest.mark.parametrize("form", ["keep", "nf4"])
+def test_a_base_is_the_one_of_the_adapters_if_all_of_its_tensors_are_and_not_just_those_that_change(
+    form, tmp_path, llama, adapter, copy_of, certified, run_cli
+):
+    known, other = certified(adapter, llama), copy_of(llama)
+    tensors = load_file(other / WEIGHTS)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    options = MergeOptions(format=form)
+    assert not merge(llama, [known], tmp_path / "no parent", options).same_base
+    parent = require_manifest(tmp_path / "no parent").parents[form == "nf4"]
+    manifest = replace(require_manifest(known), parents=(parent,))
+    (known / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    report = merge(llama, [known], tmp_path / "right", options)
+    assert (report.base_verified, report.same_base) == (True, True)
+    report = merge(other, [known], tmp_path / "other", options)
+    assert (report.base_verified, report.same_base) == (True, False)
+    told = run_cli("merge", other, known, "-o", tmp_path / "told", "--format", form).stdout
+    assert "the weights that change are those that the adapters were trained on" in told
+    quantize(llama, tmp_path / "quantized")  # beside the right one and the other
+    of_quantized = parent_of("base", require_manifest(tmp_path / "quantized"), ())
+    (known / MANIFEST_NAME).write_bytes(replace(manifest, parents=(of_quantized,)).to_bytes())
+    copy_of(llama, "original")
+    assert merge(tmp_path / "quantized", [known], tmp_path / "onto quantized", options).same_base
+    assert not merge(tmp_path / "quantized", [known, adapter], tmp_path / "both", options).same_base
+    # Of an adapter of other kinds of changes the manifest names the base, and none of its weights.
+    (known / MANIFEST_NAME).write_bytes(replace(manifest, targets=()).to_bytes())
+    assert merge(llama, [known], tmp_path / "no targets", options).base_verified
+    assert not merge(other, [known], tmp_path / "unknown", options).base_verified
 
 
 def test_a_base_of_the_same_shape_is_refused_by_tensor(tmp_path, llama, adapter, certified):

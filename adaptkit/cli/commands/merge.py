@@ -9,6 +9,7 @@ from adaptkit.cli.options import ArtifactPath, output_options, threads_option, w
 from adaptkit.cli.output import percent, show
 from adaptkit.cli.progress import byte_progress
 
+_CHANGED = "the weights that change are those that the adapters were trained on"
 _LOST = "the rest is below half of the weights' last digit: train on, or use the adapter unmerged (docs/merge.md)"
 
 
@@ -49,7 +50,9 @@ def command(
 
     with byte_progress("merge", as_json or quiet) as progress:
         report = merge(base, adapters, output, MergeOptions(**options), force=force, dry_run=dry_run, progress=progress)
-    verified = "the one the adapters were trained on" if report.base_verified else "unverified: names and shapes fit"
+    verified = "unverified: names and shapes fit"
+    if report.base_verified:
+        verified = "the one the adapters were trained on" if report.same_base else _CHANGED
     rows = [
         ("would write" if dry_run else "wrote", report.output),
         ("merged", f"{report.merged} of {report.tensors} tensors"),

@@ -30,6 +30,7 @@ class Base:
         expected: by tensor name, (fingerprint, who says so).
         found_for: the quantized base that was given instead; None if this one was given.
         root: what its tensors' root must be, by its own manifest or that of the quantized base; None if nobody says.
+        given_root: of the quantized base's own tensors.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +38,7 @@ class Base:
     expected: Mapping[str, tuple[str, str]]
     found_for: Path | None = None
     root: str | None = None
+    given_root: str | None = None
 
 
 def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> Base:
@@ -54,7 +56,8 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
     if quantization_found(checkpoint) is not None:
         parent, named = _find_parent(checkpoint, manifest)
         wanted = named | _by_tensor(parent, expected)
-        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest))
+        given_root = manifest.tensors_root if manifest else None
+        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest), given_root)
     else:
         root = manifest.tensors_root if manifest else None
         base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected), root=root)
@@ -145,6 +148,19 @@ def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> 
         if not sources or not sources <= compared:
             return False
     return True
+
+
+def is_theirs(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
+    """Whether all adapters name this base, or the quantized one that was given, as what they were trained on.
+
+    Args:
+        base: what is merged onto.
+        root: of its tensors as they were read.
+        adapters: with or without manifests.
+    """
+    named = [adapter.manifest.parents if adapter.manifest else () for adapter in adapters]
+    roots = [{parent.tensors_root for parent in parents if parent.role == "base"} for parents in named]
+    return all(found & {root, base.given_root} for found in roots)
 
 
 def _said(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:

@@ -26,7 +26,7 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, merge_parents
+from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_theirs, merge_parents
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge.report import MergeOptions, MergeReport, TensorChange, with_changes
@@ -241,13 +241,15 @@ class Merging:
             told.insert(
                 0, f"{self.base.found_for} is quantized; merged onto the 16-bit checkpoint that it was made from"
             )
+        same = manifest is not None and is_theirs(self.base, manifest.parents[0].tensors_root, self.adapters)
         plain = MergeReport(
             output=str(output),
             base=str(self.checkpoint.root),
             merged=len(changed),
             added=tuple(self.edits.added),
             tensors=sum(len(groups) for _, groups in self.shards),
-            base_verified=changed_are_known(self.base, self.edits, self.adapters),
+            base_verified=same or changed_are_known(self.base, self.edits, self.adapters),
+            same_base=same,
             told=tuple(told),
         )
         if out is None or manifest is None:

@@ -12,7 +12,7 @@ from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.operations._merge.base import Base, check_fingerprint, merge_parents
+from adaptkit.operations._merge.base import Base, check_fingerprint, is_theirs, merge_parents
 from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, quantized_change
@@ -88,8 +88,11 @@ def merge_quantized(
     ]
     left = sorted(set(view.folds) - stored)
     told = (*plain.told, *([f"{len(left)} changed tensors stay in 16 bits: {left[0]}, …"] if left else []))
+    same = is_theirs(base, parents[0].tensors_root, adapters)
     return replace(
         with_changes(replace(plain, told=told, undo_bits=0.0), changes),
+        base_verified=same or plain.base_verified,
+        same_base=same,
         tensors_root=report.tensors_root,
         manifest_sha256=report.manifest_sha256,
     )

@@ -76,7 +76,10 @@ class MergeReport:
         merged: number of tensors changed.
         added: names of tensors that the base does not have.
         tensors: in the result.
-        base_verified: whether all changed weights were compared with those that every adapter was trained on.
+        base_verified: whether all changed weights were compared with those that every adapter was trained on; of a dry
+            run, whether they will be.
+        same_base: whether all of the base's tensors, and not just these, are those that every adapter was trained on;
+            a dry run has not read them.
         told: what people should know: how names were found, what was untied, whose tokenizer it is.
         moved: share of the changed tensors' elements whose value moved.
         relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors.
@@ -94,6 +97,7 @@ class MergeReport:
     added: tuple[str, ...]
     tensors: int
     base_verified: bool
+    same_base: bool
     told: tuple[str, ...] = ()
     moved: float | None = None
     relative_delta: float | None = None
