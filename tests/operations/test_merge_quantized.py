@@ -11,7 +11,7 @@ from peft_adapters import quiet
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
 from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
@@ -220,6 +220,22 @@ def test_a_base_that_was_quantized_and_turned_back_is_refused_unless_told(tmp_pa
     assert "16-bit" in caught.value.hint
     merge(tmp_path / "back", [adapter], tmp_path / "out", MergeOptions(allow_base_mismatch=True))
     assert require_manifest(tmp_path / "out").operation["options"]["allow_base_mismatch"]
+
+
+def test_an_adapter_that_was_trained_on_what_was_turned_back_is_merged_onto_it(tmp_path, llama, adapter, certified):
+    quantize(llama, tmp_path / "quantized")
+    dequantize(tmp_path / "quantized", tmp_path / "back")
+    of_back, of_llama = certified(adapter, tmp_path / "back"), certified(adapter, llama)
+    assert merge(tmp_path / "back", [of_back], tmp_path / "out").base_verified
+    with pytest.raises(BaseMismatchError, match=r"is not the tensor that .*adapter-of-llama was trained on") as caught:
+        merge(tmp_path / "back", [of_llama], tmp_path / "other", dry_run=True)
+    assert "quantized and turned back" in caught.value.hint
+    with pytest.raises(BaseMismatchError, match="was quantized and turned back"):  # the second says nothing
+        merge(tmp_path / "back", [of_back, adapter], tmp_path / "other", dry_run=True)
+    manifest = require_manifest(of_back)
+    parent = parent_of("base", require_manifest(tmp_path / "back"), ())
+    (of_back / MANIFEST_NAME).write_bytes(replace(manifest, targets=(), parents=(parent,)).to_bytes())
+    assert merge(tmp_path / "back", [of_back], tmp_path / "no targets").base_verified
 
 
 def test_what_changes_more_than_values_takes_two_steps(tmp_path, llama):

@@ -53,19 +53,18 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
     checkpoint = Checkpoint(path)
     expected = {} if allow_mismatch else expected_fingerprints(adapters)
     manifest = read_manifest(path)
+    root = manifest.tensors_root if manifest else None
     if quantization_found(checkpoint) is not None:
         parent, named = _find_parent(checkpoint, manifest)
         wanted = named | _by_tensor(parent, expected)
-        given_root = manifest.tensors_root if manifest else None
-        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest), given_root)
+        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest), root)
     else:
-        root = manifest.tensors_root if manifest else None
         base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected), root=root)
-        operation = manifest.operation.get("name") if manifest else None
-        if operation == "dequantize" and not allow_mismatch:
+        say_it = all(_said(a.manifest, a.root) or is_theirs(base, root or "", [a]) for a in adapters)
+        if _is_turned_back(manifest) and not say_it and not allow_mismatch:
             raise BaseMismatchError(
                 f"{path}: was quantized and turned back; its weights stand on so few values that what an adapter adds "
-                "is not what it was trained to add",
+                "is not what it was trained to add, unless that was on these weights",
                 hint="merge onto the 16-bit checkpoint that was quantized, or say --allow-base-mismatch",
             )
     check_early(base)
@@ -94,7 +93,9 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
         came = "made from" if base.found_for is not None and who == str(base.found_for) else "trained on"
         raise BaseMismatchError(
             f"{name} in {base.checkpoint.root} is not the tensor that {who} was {came}",
-            hint="give the right base, or say --allow-base-mismatch",
+            hint="merge onto the 16-bit checkpoint that was quantized and turned back, or say --allow-base-mismatch"
+            if _is_turned_back(base.manifest)
+            else "give the right base, or say --allow-base-mismatch",
         )
 
 
@@ -161,6 +162,10 @@ def is_theirs(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
     named = [adapter.manifest.parents if adapter.manifest else () for adapter in adapters]
     roots = [{parent.tensors_root for parent in parents if parent.role == "base"} for parents in named]
     return all(found & {root, base.given_root} for found in roots)
+
+
+def _is_turned_back(manifest: Manifest | None) -> bool:
+    return manifest is not None and manifest.operation.get("name") == "dequantize"
 
 
 def _said(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
