@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from adaptkit.checkpoint.layout import (
     INDEX_NAME,
     index_bytes,
+    name_of,
     read_config,
     read_json,
     resolve_inside,
@@ -177,3 +178,15 @@ def test_infinities_are_taken_in_a_configuration_and_nowhere_else(tmp_path):
         path.write_text(text)
         with pytest.raises(CheckpointError, match=r"NaN is not JSON|too large"):
             read_config(path)
+
+
+def test_a_folder_of_the_hubs_cache_is_called_by_its_repository(tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--org--a--name" / "snapshots" / ("0" * 40)
+    cached.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(cached)
+    assert name_of(cached) == name_of(tmp_path / "link") == "org/a--name"
+    (tmp_path / "mine").symlink_to(tmp_path / "hub")
+    monkeypatch.chdir(tmp_path / "hub")
+    assert [name_of(Path(path)) for path in ("../mine", ".", "models--org--a--name/..", tmp_path / "mine")] == [
+        "mine", "hub", "hub", "mine"
+    ]  # fmt: skip

@@ -61,10 +61,9 @@ class Merging:
         self._out: Output
         self._records: dict[str, Values] = {}
         self._lengths: dict[str, dict[int, Tensor]] = {}
-        recorded: dict[str, Any] = {"weights": list(weights)}
-        for key in ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter"):
+        recorded: dict[str, Any] = {"weights": list(weights), "undo": options.undo and options.format == "keep"}
+        for key in ("allow_base_mismatch", "untie", "format", "embed_adapter"):
             recorded[key] = getattr(options, key)
-        recorded["undo"] = options.undo and options.format == "keep"
         recorded["adapters"] = [adapter_identity(adapter) for adapter in adapters]
         if edits.begun:
             recorded["begun"] = sorted(edits.begun)

@@ -1,5 +1,6 @@
 """What a run begins as, and what it refuses to begin with, through the library and through the command."""
 
+import shutil
 from dataclasses import replace
 
 import peft_adapters
@@ -232,6 +233,15 @@ def test_lora_on_a_plain_base_names_its_tensors(llama, instructions, tmp_path):
     assert len(manifest.targets) == 14
     for target in manifest.targets:
         assert target.base_xxh3_128 == fingerprint(checkpoint.read(f"{target.module}.weight"))
+
+
+def test_an_adapter_names_its_base_as_others_can_find_it(llama, instructions, tmp_path):
+    """A folder of huggingface_hub's cache is called by a commit, which nobody can load."""
+    copied = shutil.copytree(llama, tmp_path / "models--org--copy" / "snapshots" / ("b" * 40))
+    for folder, name in ((copied, "org/copy"), (llama, llama.name)):
+        config = TrainConfig(base=str(folder), data=(str(instructions),), steps=1, batch_size=2, **RUN)
+        train(config, tmp_path / "adapter", force=True)
+        assert read_adapter(tmp_path / "adapter").config["base_model_name_or_path"] == name
 
 
 def test_the_command_says_in_one_line_what_is_wrong(run_cli, llama, llama_nf4, instructions, tmp_path):
