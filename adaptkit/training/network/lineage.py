@@ -1,17 +1,79 @@
 """What was made from what, by manifests and fingerprints: whether an adapter belongs to a base, and which it is."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
+from adaptkit.checkpoint.quantized import part_names, quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
 
-_COMPARED = 3
-"""How many weights that no manifest speaks of are compared, the smallest first: enough to tell models apart."""
+
+class Weights:
+    """What a base's weights are: as its manifest says, if it has one, and otherwise as its files hold them.
+
+    Args:
+        root: folder of the base.
+
+    Attributes:
+        root: the same.
+        manifest: None if it has none.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.manifest = root, read_manifest(root)
+        self._checkpoint = Checkpoint(root)
+        self._quantized = frozenset(quantized_names(self._checkpoint))
+        self._known = self.manifest.known_weights() if self.manifest else {}
+        self._records = {record.name: record for record in (self.manifest.tensors if self.manifest else ())}
+
+    def like(self, expected: Target) -> Target | None:
+        """The weight that an adapter speaks of, as far as it can be compared; None if it cannot."""
+        module = expected.module
+        if module in self._known:
+            return self._known[module]
+        name = module if module in self._checkpoint.tensors else f"{module}.weight"
+        if name in self._quantized:
+            parts = part_names(self._checkpoint, name) if expected.quantized_root else ()
+            return Target(module, expected.shape, None, tensors_root(map(self._record, parts))) if parts else None
+        has_it = name in self._checkpoint.tensors and self._checkpoint.spec(name).shape == expected.shape
+        if not has_it or expected.base_xxh3_128 is None:  # a weight that others packed has another shape
+            return None
+        return Target(module, expected.shape, self._record(name).xxh3_128)
+
+    @cached_property
+    def tensors_root(self) -> str:
+        """Binds every tensor of it."""
+        return (
+            self.manifest.tensors_root if self.manifest else tensors_root(map(self._record, self._checkpoint.tensors))
+        )
+
+    def _record(self, name: str) -> TensorRecord:
+        if name not in self._records:
+            spec, digest = self._checkpoint.spec(name), fingerprint_in_pieces(self._checkpoint, name)
+            self._records[name] = TensorRecord(name, "", spec.dtype, spec.shape, digest)
+        return self._records[name]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What came of comparing an adapter with a base.
+
+    Attributes:
+        compared: how many of the weights that it was trained on could be.
+        differs: the module of one that is another; empty if none is.
+        is_same: whether those that could be are the same, and not only of the same 16-bit weights.
+    """
+
+    compared: int
+    differs: str
+    is_same: bool
 
 
 def check_base(adapter: Adapter, base: Path) -> None:
@@ -21,26 +83,32 @@ def check_base(adapter: Adapter, base: Path) -> None:
     up for that quantization.
 
     Raises:
-        BaseMismatchError: a weight differs, or is not there; names it.
+        BaseMismatchError: a weight differs; names it.
     """
-    manifest = read_manifest(base)
-    known = manifest.known_weights() if manifest else {}
-    checkpoint = Checkpoint(base)
-    for expected in _comparable(adapter, checkpoint, known):
-        found = known.get(expected.module)
+    differs = _fit(adapter, Weights(base)).differs
+    if differs:
+        raise BaseMismatchError(
+            f"{adapter.root}: belongs to another base than {base}: {differs} differs",
+            hint="give the base that it was trained on",
+        )
+
+
+def _fit(adapter: Adapter, base: Weights) -> _Fit:
+    targets = adapter.manifest.targets if adapter.manifest else ()
+    compared, is_same = 0, True
+    for expected in sorted(targets, key=lambda target: math.prod(target.shape)):  # a wrong base is soon known
+        found = base.like(expected)
         if found is None:
-            differs = expected.base_xxh3_128 != fingerprint_in_pieces(checkpoint, f"{expected.module}.weight")
-            differs |= bool(adapter.compensation)  # for a quantization that is not here
-        else:
-            differs = None not in (found.base_xxh3_128, expected.base_xxh3_128) and (
-                found.base_xxh3_128 != expected.base_xxh3_128
-            )
-            differs |= bool(adapter.compensation) and found.quantized_root != expected.quantized_root
-        if differs:
-            raise BaseMismatchError(
-                f"{adapter.root}: belongs to another base than {base}: {expected.module} differs",
-                hint="give the base that it was trained on",
-            )
+            continue
+        weights = expected.base_xxh3_128, found.base_xxh3_128
+        parts = expected.quantized_root, found.quantized_root
+        pairs = [weights] if None not in weights else [parts] if None not in parts else []
+        pairs += [parts] if adapter.compensation else []
+        compared += bool(pairs)
+        is_same &= parts[0] == parts[1]
+        if any(one != other for one, other in pairs):
+            return _Fit(compared, expected.module, is_same=False)
+    return _Fit(compared, "", is_same)
 
 
 def base_of(adapter: Adapter, bases: Sequence[Path]) -> Path:
@@ -80,11 +148,10 @@ def parent_among(manifest: Manifest | None, bases: Sequence[Path]) -> Path | Non
     parents = [parent for parent in (manifest.parents if manifest else ()) if parent.role == "base"]
     for base in bases if parents else ():
         own = read_manifest(base)
-        root = own.tensors_root if own else None
         for parent in parents:
-            if own is None and parent.manifest_sha256 is None:
-                root = root or _root_of(base)
-            if (own is not None and parent.manifest_sha256 == own.sha256) or parent.tensors_root == root:
+            if own is None and parent.manifest_sha256 is not None:
+                continue
+            if (own and parent.manifest_sha256 == own.sha256) or parent.tensors_root == Weights(base).tensors_root:
                 return base
     return None
 
@@ -112,25 +179,3 @@ def _training_options(manifest: Manifest | None) -> Mapping[str, Any] | None:
         return None
     options: Mapping[str, Any] = manifest.operation.get("options", {})
     return options
-
-
-def _comparable(adapter: Adapter, checkpoint: Checkpoint, known: Mapping[str, Target]) -> list[Target]:
-    """What an adapter was trained on that can be compared: all that the base's manifest knows, and small weights."""
-    targets = adapter.manifest.targets if adapter.manifest else ()
-    sizes = {}
-    for target in targets:
-        name = f"{target.module}.weight"
-        readable = target.module not in known and target.base_xxh3_128 is not None and name in checkpoint.tensors
-        if readable and checkpoint.spec(name).shape == target.shape:  # a packed weight has another shape
-            sizes[target.module] = checkpoint.spec(name).nbytes
-    smallest = sorted(sizes, key=lambda module: (sizes[module], module))[:_COMPARED]
-    return [target for target in targets if target.module in known or target.module in smallest]
-
-
-def _root_of(base: Path) -> str:
-    checkpoint = Checkpoint(base)
-    records = [
-        TensorRecord(name, "", located.spec.dtype, located.spec.shape, fingerprint_in_pieces(checkpoint, name))
-        for name, located in checkpoint.tensors.items()
-    ]
-    return tensors_root(records)
