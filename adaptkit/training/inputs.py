@@ -10,12 +10,11 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.integrity import file_problem
-from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_small, side_files
+from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.errors import UsageError
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs
 from adaptkit.text.tokenizer_files import TOKENIZER, brings_tokenizer, load_tokenizer, load_tokenizer_of
 from adaptkit.text.windows import check_known, check_prompt, known_tokens, longest_sequence
@@ -26,6 +25,7 @@ from adaptkit.training.data.ending import generation_naming, unnamed_end
 from adaptkit.training.data.mixture import Mixture
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, name_of
+from adaptkit.training.network.lineage import check_config
 from adaptkit.training.network.start import read_start, resolve_method
 from adaptkit.training.trackers import require_trackers
 
@@ -116,7 +116,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
             )
     manifest = read_manifest(base)
     if manifest is not None:
-        _check_config(base, manifest)
+        check_config(base, manifest)
     start = read_start(config, manifest)
     tokenizer, template = _tokenizer(config, start)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
@@ -181,17 +181,6 @@ def _side_files(base: Path, start: Adapter | None, template: str | None, end: in
     if end is not None:
         found[GENERATION_NAME] = generation_naming(base, end)
     return found
-
-
-def _check_config(base: Path, manifest: Manifest) -> None:
-    """Compare what decides how the weights are computed with; the weights themselves are compared later.
-
-    Raises:
-        IntegrityError: it is not what the manifest says, which the result will name as that of its base.
-    """
-    for record in manifest.files:
-        if record.path == CONFIG_NAME and (problem := file_problem(base, record)):
-            raise IntegrityError(f"{base}: {problem}", hint=f"put it back as it was; adaptkit verify {base} tells more")
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -10,7 +10,7 @@ from adaptkit.errors import UsageError
 from adaptkit.training.evaluation.evaluate import check_request, load, measure
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
-from adaptkit.training.network.lineage import base_of, parent_among
+from adaptkit.training.network.lineage import base_of, check_whole, parent_among
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def compare(
         UsageError: nothing to measure, or an adapter does not say which of several bases it belongs to.
         BaseMismatchError: an adapter belongs to none of the bases; or another vocabulary than the reference's.
         DataError: data or text cannot be used.
+        IntegrityError: a base or the reference is not what its manifest says.
     """
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
@@ -108,6 +109,8 @@ def compare(
         if options.shots
         else {}
     )
+    for folder in dict.fromkeys([*bases, *filter(None, [reference])]):
+        check_whole(folder)
     other = load(reference, options) if reference is not None else None
     reports = []
     for done, subject in enumerate(subjects):

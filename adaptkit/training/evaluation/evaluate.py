@@ -22,7 +22,7 @@ from adaptkit.training.evaluation.report import Answer, EvaluateOptions, Evaluat
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
-from adaptkit.training.network.lineage import check_base, template_kwargs, trained_parameters
+from adaptkit.training.network.lineage import check_base, check_whole, template_kwargs, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
@@ -55,6 +55,7 @@ def evaluate(
         UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing.
         BaseMismatchError: the adapter does not belong to the base, or the reference has another vocabulary.
         DataError: data or text cannot be used.
+        IntegrityError: base or reference is not what its manifest says.
     """
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
@@ -63,6 +64,8 @@ def evaluate(
         check_base(read, base)
     asked = Asked.of(base, adapter if data or options.prompts else None)
     (material,) = read_material([asked], data, text, options, reference)
+    for folder in filter(None, (base, reference)):
+        check_whole(folder)
     other = load(reference, options) if reference is not None else None
     return measure(base, read, material, options, other, on_answer)
 

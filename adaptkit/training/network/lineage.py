@@ -9,10 +9,12 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.integrity import check_tensors, file_problem
+from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
 from adaptkit.checkpoint.quantized import part_names, quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 
 
 class Weights:
@@ -59,6 +61,29 @@ class Weights:
             spec, digest = self._checkpoint.spec(name), fingerprint_in_pieces(self._checkpoint, name)
             self._records[name] = TensorRecord(name, "", spec.dtype, spec.shape, digest)
         return self._records[name]
+
+
+def check_config(base: Path, manifest: Manifest) -> None:
+    """Compare what decides how the weights are computed with; the weights themselves are compared later.
+
+    Raises:
+        IntegrityError: it is not what the manifest says, which the result will name as that of its base.
+    """
+    for record in manifest.files:
+        if record.path == CONFIG_NAME and (problem := file_problem(base, record)):
+            raise IntegrityError(f"{base}: {problem}", hint=f"put it back as it was; adaptkit verify {base} tells more")
+
+
+def check_whole(base: Path) -> None:
+    """Compare a base with its own manifest, if it has one: what is loaded has to be what that speaks of.
+
+    Raises:
+        IntegrityError: its configuration or a tensor is another.
+    """
+    manifest = read_manifest(base)
+    if manifest is not None:
+        check_config(base, manifest)
+        check_tensors(base, manifest)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from adaptkit.errors import BaseMismatchError, NonFiniteError, UsageError
+from adaptkit.errors import BaseMismatchError, IntegrityError, NonFiniteError, UsageError
+from adaptkit.operations.quantize import quantize
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.dataset import load_data
+from adaptkit.training.evaluation.comparison import compare
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
 from adaptkit.training.loop import train
 
@@ -190,3 +192,25 @@ def test_other_variables_of_the_chat_template_than_in_training_are_told(
         "--compare", "--chat-template-kwargs", "mood=so",
     )  # fmt: skip
     assert "trained with no chat_template_kwargs, unlike measured (" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda folder, other, **given: evaluate(folder, None, (), **given),
+        lambda folder, other, **given: evaluate(other, None, (), reference=folder, **given),
+        lambda folder, other, **given: compare([other, folder], **given),
+        lambda folder, other, **given: compare([other], reference=folder, **given),
+    ],
+    ids=["base", "reference", "one of several", "reference of several"],
+)
+@pytest.mark.parametrize("swapped", ["model.safetensors", "config.json"])
+def test_a_checkpoint_with_other_files_than_its_manifest_speaks_of_is_not_measured(
+    measure, swapped, llama, llama_nf4, prose, tmp_path, copy_of
+):
+    hidden = 32 if swapped == "config.json" else 64
+    quantize(tiny.write_llama(tmp_path / "other", seed=8, hidden=hidden), tmp_path / "other-nf4")
+    folder = copy_of(llama_nf4)
+    (folder / swapped).write_bytes((tmp_path / "other-nf4" / swapped).read_bytes())
+    with pytest.raises(IntegrityError, match=r"differs from its fingerprint|config\.json"):
+        measure(folder, llama, options=EvaluateOptions(window=32, **FLOAT32), text=[prose])
