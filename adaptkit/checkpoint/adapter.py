@@ -19,13 +19,14 @@ from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
 from adaptkit.checkpoint.adapter_config import check_config, is_adapter, names_tied
-from adaptkit.checkpoint.compensation import read_compensation
+from adaptkit.checkpoint.compensation import COMPENSATION_NAME, read_compensation
 from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.header import FLOATS
+from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json, require_folder
-from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.errors import AdapterError
+from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank
@@ -119,7 +120,7 @@ def read_adapter(root: Path) -> Adapter:
         UsageError: not a folder.
         AdapterError: not a LoRA adapter, something unsupported, or tensors that do not fit together.
         CheckpointError: a malformed file.
-        IntegrityError: it changed while it was read.
+        IntegrityError: it changed while it was read, or what lies beside its tensors is not what its manifest says.
     """
     require_folder(root)
     if not is_adapter(root):
@@ -144,6 +145,8 @@ def read_adapter(root: Path) -> Adapter:
     found.take_all()
     files.require_state(state)  # or the fingerprints would be of other tensors than the changes
     manifest = read_manifest(root)
+    compensation = read_compensation(root, found.modules, manifest)
+    _check_beside(root, manifest)
     return Adapter(
         root=root,
         config=config,
@@ -157,7 +160,7 @@ def read_adapter(root: Path) -> Adapter:
         tokens=found.tokens,
         experts=found.experts,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        compensation=read_compensation(root, found.modules, manifest),
+        compensation=compensation,
         manifest=manifest,
         records=records,
         state=state,
@@ -186,6 +189,20 @@ def require_plain(adapter: Adapter, doing: str) -> None:
             raise AdapterError(
                 f"{adapter.root}: cannot {doing} {what} ({min(found)}), only low-rank changes of whole weights",
                 hint="merge it into its base instead",
+            )
+
+
+def _check_beside(root: Path, manifest: Manifest | None) -> None:
+    """Compare what decides about the changes beside the tensors with the manifest, as far as that lists it.
+
+    Raises:
+        IntegrityError: it changed, so that the manifest, which all that is made of the adapter names, is of another.
+    """
+    for record in manifest.files if manifest else ():
+        if record.path in (ADAPTER_CONFIG_NAME, COMPENSATION_NAME) and (problem := file_problem(root, record)):
+            raise IntegrityError(
+                f"{root}: {problem}",
+                hint=f"put it back as it was, or take a copy without {MANIFEST_NAME} for another adapter",
             )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import adapter as adapter_module
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.compensation import COMPENSATION_NAME, write_compensation
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UnsafeInputError, UsageError
 from adaptkit.numerics.lora import LowRank
 
@@ -336,3 +338,37 @@ def test_an_adapter_that_changes_between_its_fingerprints_and_its_changes_is_ref
     monkeypatch.setattr(adapter_module.Parts, "take_all", late)
     with pytest.raises(IntegrityError, match="changed while it was read"):
         read_adapter(folder)
+
+
+@pytest.fixture
+def complete(tmp_path):
+    """An adapter with a manifest that lists all of it, and with what it began with."""
+    term = LowRank(torch.ones(2, 8), torch.ones(6, 2), 0.5)
+    with Output(tmp_path / "written", "plan") as out:
+        write_adapter(out, {MODULE: term}, "base")
+        write_compensation(out, {MODULE: term})
+        out.publish(Manifest("adapter", {"name": "train"}, tuple(out.files), tuple(out.tensors)))
+    return tmp_path / "written"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", COMPENSATION_NAME])
+def test_what_decides_beside_the_tensors_is_as_the_manifest_says_or_refused(complete, name):
+    """Or what is made of the adapter would name one that nobody had."""
+    assert read_adapter(complete).compensation
+    if name == COMPENSATION_NAME:
+        tensors = load_file(complete / name)
+        save_file({key: tensor * 2 for key, tensor in tensors.items()}, complete / name)
+    else:
+        configure(complete, lora_alpha=999)
+    with pytest.raises(IntegrityError, match=f"{name} (changed|has)") as caught:
+        read_adapter(complete)
+    assert MANIFEST_NAME in caught.value.hint
+    (complete / MANIFEST_NAME).unlink()
+    assert read_adapter(complete).manifest is None
+
+
+def test_files_that_a_manifest_does_not_list_are_not_compared_with_it(complete):
+    manifest = read_manifest(complete)
+    (complete / MANIFEST_NAME).write_bytes(replace(manifest, files=()).to_bytes())
+    configure(complete, lora_alpha=999)
+    assert read_adapter(complete).modules[MODULE].scaling == 999 / 2
