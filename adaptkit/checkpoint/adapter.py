@@ -8,6 +8,8 @@ Every key of the file is used exactly once or named in an error. What this modul
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
 from adaptkit.checkpoint.adapter_config import check_config, is_adapter, names_tied
 from adaptkit.checkpoint.compensation import COMPENSATION_NAME, read_compensation
-from adaptkit.checkpoint.hashing import bytes_of
+from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json, require_folder
@@ -39,12 +41,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "TokenRows",
+    "adapter_identity",
     "read_adapter",
     "require_plain",
     "write_adapter",
 ]
 
 _PIECE_ELEMENTS = 1 << 20
+_SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+"""Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,16 @@ def read_adapter(root: Path) -> Adapter:
         records=records,
         state=state,
     )
+
+
+def adapter_identity(adapter: Adapter) -> str:
+    """sha256 over what decides an adapter's changes beside its tensors: configuration, and what it began with."""
+    config = {key: value for key, value in adapter.config.items() if key not in _SAYS_NOTHING}
+    begun = {
+        name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
+        for name, term in adapter.compensation.items()
+    }
+    return hashlib.sha256(json.dumps([config, begun], sort_keys=True).encode()).hexdigest()
 
 
 def require_plain(adapter: Adapter, doing: str) -> None:

@@ -1,13 +1,12 @@
 """What adapters say of themselves before anything is read of a base: their weights, and which base they expect."""
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 
-from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.errors import BaseMismatchError, UsageError
+
+__all__ = ["adapter_identity", "expected_fingerprints", "weights_of"]
 
 
 def expected_fingerprints(adapters: Sequence[Adapter]) -> dict[str, tuple[str, str]]:
@@ -48,17 +47,3 @@ def weights_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[f
         if not abs(weight) <= sys.float_info.max:
             raise UsageError(f"the weight {weight} is not a finite number")
     return tuple(float(weight) for weight in weights)
-
-
-_SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-"""Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
-
-
-def adapter_identity(adapter: Adapter) -> str:
-    """sha256 over what decides an adapter's changes beside its tensors: configuration, and what it began with."""
-    config = {key: value for key, value in adapter.config.items() if key not in _SAYS_NOTHING}
-    begun = {
-        name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
-        for name, term in adapter.compensation.items()
-    }
-    return hashlib.sha256(json.dumps([config, begun], sort_keys=True).encode()).hexdigest()

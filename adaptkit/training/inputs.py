@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
@@ -74,7 +74,7 @@ class Inputs:
             "options": self.config.decisive(),
             "base": self.manifest.sha256 if self.manifest else self.state,
             "data": [_digest(self.samples), _digest(self.held_out)],
-            "init": tensors_root(self.start.records) if self.start else None,
+            "init": [tensors_root(self.start.records), adapter_identity(self.start)] if self.start else None,
         } | self._template_identity()
 
     def _template_identity(self) -> dict[str, str]:

@@ -1,0 +1,31 @@
+"""A run goes on only with the inputs that it began with."""
+
+import peft_adapters
+import pytest
+
+from adaptkit.errors import ConflictError
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+
+
+@pytest.mark.parametrize(("changes", "goes_on"), [({"lora_alpha": 999}, False), ({"inference_mode": False}, True)])
+def test_a_run_does_not_go_on_from_an_adapter_that_scales_otherwise(
+    changes, goes_on, llama, adapter, instructions, copy_of, tmp_path
+):
+    start = copy_of(adapter)
+    config = TrainConfig(
+        base=str(llama), data=(str(instructions),), init=str(start), steps=4, batch_size=2, device="cpu"
+    )
+
+    def stop(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "trained", on_step=stop)
+    peft_adapters.change_config(start, **changes)
+    if goes_on:
+        assert train(config, tmp_path / "trained").resumed_from == 2
+    else:
+        with pytest.raises(ConflictError, match="another adapter to begin with"):
+            train(config, tmp_path / "trained")
