@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.errors import UsageError
 from adaptkit.training.evaluation.evaluate import check_request, load, measure
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
-from adaptkit.training.network.lineage import base_of, check_whole, parent_among
+from adaptkit.training.network.lineage import Weights, base_of, check_whole, parent_among
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def compare(
         progress: told how many models are measured, of how many.
 
     Raises:
-        UsageError: nothing to measure, or an adapter does not say which of several bases it belongs to.
+        UsageError: nothing to measure, or nothing says which of several bases an adapter belongs to.
         BaseMismatchError: an adapter belongs to none of the bases; or another vocabulary than the reference's.
         DataError: data or text cannot be used.
         IntegrityError: a base or the reference is not what its manifest says.
@@ -128,15 +127,15 @@ def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -
     if len({adapter.root for adapter in adapters}) < len(adapters):
         raise UsageError("an adapter is given twice", hint="give each --adapter once")
     subjects = []
-    for number, base in enumerate(bases):
-        others = [other for other in bases if other != base]
-        parent = parent_among(read_manifest(base), others)
-        before = bases.index(parent) if parent is not None else 0
-        subjects.append(_Subject(base, None, False, before if before != number else None))
+    weights = [Weights(base) for base in bases]
+    for number, base in enumerate(weights):
+        parent = parent_among(base.manifest, [other for other in weights if other is not base])
+        before = weights.index(parent) if parent is not None else 0
+        subjects.append(_Subject(base.root, None, False, before if before != number else None))
     subjects += [_Subject(base, None, True, None) for base in bases if shots]
     for adapter in adapters:
-        base = base_of(adapter, bases)
-        subjects.append(_Subject(base, adapter, False, bases.index(base)))
+        base = base_of(adapter, weights)
+        subjects.append(_Subject(base.root, adapter, False, weights.index(base)))
     return subjects
 
 

@@ -22,7 +22,7 @@ from adaptkit.training.evaluation.report import Answer, EvaluateOptions, Evaluat
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
-from adaptkit.training.network.lineage import check_base, check_whole, template_kwargs, trained_parameters
+from adaptkit.training.network.lineage import Weights, check_base, check_whole, template_kwargs, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
@@ -61,7 +61,7 @@ def evaluate(
     check_request(data, text, options, reference)
     read = None if adapter is None else read_adapter(adapter)
     if read is not None:
-        check_base(read, base)
+        check_base(read, Weights(base))
     asked = Asked.of(base, adapter if data or options.prompts else None)
     (material,) = read_material([asked], data, text, options, reference)
     for folder in filter(None, (base, reference)):

@@ -101,7 +101,7 @@ class _Fit:
     is_same: bool
 
 
-def check_base(adapter: Adapter, base: Path) -> None:
+def check_base(adapter: Adapter, base: Weights) -> None:
     """Compare what an adapter says it was trained on with a base, as far as both say anything.
 
     An adapter that was trained on a quantized base also belongs to the 16-bit base of the same weights, unless it makes
@@ -110,10 +110,10 @@ def check_base(adapter: Adapter, base: Path) -> None:
     Raises:
         BaseMismatchError: a weight differs; names it.
     """
-    differs = _fit(adapter, Weights(base)).differs
+    differs = _fit(adapter, base).differs
     if differs:
         raise BaseMismatchError(
-            f"{adapter.root}: belongs to another base than {base}: {differs} differs",
+            f"{adapter.root}: belongs to another base than {base.root}: {differs} differs",
             hint="give the base that it was trained on",
         )
 
@@ -136,12 +136,15 @@ def _fit(adapter: Adapter, base: Weights) -> _Fit:
     return _Fit(compared, "", is_same)
 
 
-def base_of(adapter: Adapter, bases: Sequence[Path]) -> Path:
+def base_of(adapter: Adapter, bases: Sequence[Weights]) -> Weights:
     """Which of several bases an adapter was trained on.
+
+    That is the one that its manifest names, or else the one that has the weights that it was trained on; if none has
+    them as they were, packed or not, one that has the same 16-bit weights.
 
     Raises:
         BaseMismatchError: on none of them.
-        UsageError: it has no manifest that would say.
+        UsageError: nothing says on which.
     """
     if len(bases) == 1:
         check_base(adapter, bases[0])
@@ -154,30 +157,26 @@ def base_of(adapter: Adapter, bases: Sequence[Path]) -> Path:
     named = parent_among(adapter.manifest, bases)
     if named is not None:
         return named
-    fitting = []
-    for base in bases:
-        try:
-            check_base(adapter, base)
-        except BaseMismatchError:
-            continue
-        fitting.append(base)
-    if not fitting:
-        raise BaseMismatchError(
-            f"{adapter.root}: belongs to none of {', '.join(map(str, bases))}", hint="give its base too: --base"
+    told = ", ".join(str(base.root) for base in bases)
+    fits = [(base, fit) for base in bases if not (fit := _fit(adapter, base)).differs]
+    if not fits:
+        raise BaseMismatchError(f"{adapter.root}: belongs to none of {told}", hint="give its base too: --base")
+    same = [base for base, fit in fits if fit.compared and fit.is_same]
+    chosen = same or [base for base, fit in fits if fit.compared]
+    if len(chosen) != 1:
+        raise UsageError(
+            f"{adapter.root}: nothing says which of {told} it belongs to", hint="measure it with its base alone"
         )
-    return fitting[0]
+    return chosen[0]
 
 
-def parent_among(manifest: Manifest | None, bases: Sequence[Path]) -> Path | None:
+def parent_among(manifest: Manifest | None, bases: Sequence[Weights]) -> Weights | None:
     """The base that a manifest names as what its artifact was made from, if it is among these."""
     parents = [parent for parent in (manifest.parents if manifest else ()) if parent.role == "base"]
-    for base in bases if parents else ():
-        own = read_manifest(base)
-        for parent in parents:
-            if own is None and parent.manifest_sha256 is not None:
-                continue
-            if (own and parent.manifest_sha256 == own.sha256) or parent.tensors_root == Weights(base).tensors_root:
-                return base
+    for base in sorted(bases, key=lambda base: base.manifest is None) if parents else ():  # those last that are read
+        sha256 = base.manifest.sha256 if base.manifest else ""
+        if any(parent.manifest_sha256 == sha256 or parent.tensors_root == base.tensors_root for parent in parents):
+            return base
     return None
 
 

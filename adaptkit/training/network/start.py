@@ -22,7 +22,7 @@ from adaptkit.training.network.adapt import (
     train_rows,
     train_whole,
 )
-from adaptkit.training.network.lineage import check_base
+from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import AdapterShape, Model, new_adapter
 from adaptkit.training.network.whole import TrainedWeight
@@ -66,7 +66,7 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
     if config.init in INITS:
         return None
     adapter = read_adapter(Path(config.init))
-    check_base(adapter, Path(config.base))
+    check_base(adapter, Weights(Path(config.base)))
     _check_additions(adapter, config)
     if adapter.compensation and (base is None or adapter.manifest is None):
         silent = config.base if base is None else adapter.root

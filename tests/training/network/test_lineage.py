@@ -7,12 +7,13 @@ import tiny
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
-from adaptkit.errors import BaseMismatchError
+from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.operations.merge import merge
-from adaptkit.operations.quantize import quantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
-from adaptkit.training.network.lineage import check_base
+from adaptkit.training.network.lineage import Weights, base_of, check_base
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +22,13 @@ def family(made, instructions):
     root = made / "family"
     base = tiny.write_llama(root / "base", tied=False)
     quantize(base, root / "nf4")
+    quantize(base, root / "int8", QuantizeOptions(format="int8"))
     shared = {"data": (str(instructions),), "steps": 1, "batch_size": 2, "rank": 2, "learning_rate": 5e-2}
     for name, on, more in (
         ("of-base", "base", {}), ("of-nf4", "nf4", {}), ("of-mlp", "base", {"targets": ("*down_proj",)}),
     ):  # fmt: skip
         train(TrainConfig(base=str(root / on), device="cpu", **shared, **more), root / name)
+    resize(root / "of-nf4", root / "resized", ResizeOptions(rank=1))  # its parent is an adapter
     merge(base, [root / "of-mlp"], root / "merged-mlp")
     merge(base, [root / "of-base"], root / "merged")
     quantize(root / "merged", root / "merged-nf4")
@@ -48,13 +51,47 @@ def unsigned(family, tmp_path):
 @pytest.mark.parametrize("has_manifest", [True, False])
 def test_a_base_whose_largest_weights_alone_changed_is_another(family, unsigned, adapter, has_manifest):
     merged = family / "merged-mlp" if has_manifest else unsigned("merged-mlp")
-    check_base(read_adapter(family / adapter), family / "base")
+    check_base(read_adapter(family / adapter), Weights(family / "base"))
     with pytest.raises(BaseMismatchError, match=r"belongs to another base than .*down_proj differs"):
-        check_base(read_adapter(family / adapter), merged)
+        check_base(read_adapter(family / adapter), Weights(merged))
 
 
 def test_a_quantized_base_without_a_manifest_is_known_by_the_parts_of_its_weights(family, unsigned):
     adapter = read_adapter(family / "of-nf4")
-    check_base(adapter, unsigned("nf4"))
+    check_base(adapter, Weights(unsigned("nf4")))
     with pytest.raises(BaseMismatchError, match="belongs to another base"):
-        check_base(adapter, unsigned("merged-nf4"))
+        check_base(adapter, Weights(unsigned("merged-nf4")))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "bases", "own"),
+    [
+        ("resized", ("base", "nf4"), "nf4"),
+        ("resized", ("int8", "nf4"), "nf4"),
+        ("resized", ("merged", "base"), "base"),
+        ("of-nf4", ("base", "merged-nf4"), "base"),
+    ],
+)
+def test_an_adapter_goes_to_the_base_whose_weights_it_was_trained_on(family, adapter, bases, own):
+    found = base_of(read_adapter(family / adapter), [Weights(family / base) for base in bases])
+    assert found.root == family / own
+
+
+def test_an_adapter_goes_to_its_quantized_base_without_manifests_too(family, unsigned):
+    bases = [Weights(unsigned(name)) for name in ("merged-nf4", "nf4")]
+    assert base_of(read_adapter(family / "of-nf4"), bases) is bases[1]
+    assert base_of(read_adapter(family / "resized"), bases) is bases[1]
+
+
+def test_where_nothing_says_which_base_is_an_adapters_none_is_guessed(family, unsigned):
+    resized, of_base = read_adapter(family / "resized"), read_adapter(family / "of-base")
+    for adapter, bases in (
+        (resized, [family / "base", family / "int8"]),  # of the same 16-bit weights, and neither its own
+        (of_base, [unsigned("merged-nf4"), unsigned("nf4")]),  # packed, and it knows the 16-bit weights alone
+        (of_base, [family / "merged", unsigned("int8")]),
+    ):
+        with pytest.raises(UsageError, match=r"nothing says which of .* it belongs to") as caught:
+            base_of(adapter, [Weights(base) for base in bases])
+        assert "alone" in caught.value.hint
+    with pytest.raises(BaseMismatchError, match="belongs to none of"):
+        base_of(resized, [Weights(family / name) for name in ("merged", "merged-nf4")])

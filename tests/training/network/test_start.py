@@ -20,7 +20,7 @@ from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.lineage import check_base
+from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import begin, read_start, resolve_method
@@ -318,11 +318,11 @@ def test_a_merged_model_is_another_base_than_the_one_that_it_was_made_from(llama
     train(config, tmp_path / "first")
     merge(llama, [tmp_path / "first"], tmp_path / "merged")
     first = read_adapter(tmp_path / "first")
-    check_base(first, llama)
+    check_base(first, Weights(llama))
     with pytest.raises(BaseMismatchError, match="belongs to another base"):
-        check_base(first, tmp_path / "merged")
+        check_base(first, Weights(tmp_path / "merged"))
     train(replace(config, base=str(tmp_path / "merged")), tmp_path / "second")
-    check_base(read_adapter(tmp_path / "second"), tmp_path / "merged")
+    check_base(read_adapter(tmp_path / "second"), Weights(tmp_path / "merged"))
     merge(tmp_path / "merged", [tmp_path / "second"], tmp_path / "again")
     with pytest.raises(BaseMismatchError):
         merge(llama, [tmp_path / "second"], tmp_path / "wrong")
