@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import xxhash
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
-from adaptkit.checkpoint.adapter_config import check_config, is_adapter, names_tied
+from adaptkit.checkpoint.adapter_config import check_config, is_adapter, is_saved, names_tied
 from adaptkit.checkpoint.compensation import COMPENSATION_NAME, read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import FLOATS
@@ -28,6 +29,7 @@ from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json, require_folder
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
+from adaptkit.checkpoint.vocabulary import is_head, is_table
 from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
@@ -115,6 +117,26 @@ class Adapter:
                 and begun.scaling == self.modules[name].scaling
                 for name, begun in self.compensation.items()
             )
+        )
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers were trained.
+
+        Tensors of the base that were saved too do not count, and what the embedding and a tied head share counts once.
+        """
+        terms = [*self.modules.values(), *(term for stack in self.experts.values() for term in stack)]
+        others = [*self.magnitudes.values(), *self.biases.values()]
+        digests = {record.name: record.xxh3_128 for record in self.records}
+        whole = {fingerprint(chosen.rows): chosen.rows.numel() for chosen in self.tokens.values()}
+        for name, key in self.replaced.items():
+            module, _, kind = name.rpartition(".")
+            if is_saved(self.config, module) or (kind == "bias" and self.config.get("bias", "none") != "none"):
+                whole[digests[key] if is_table(module) or is_head(module) else name] = self.files.spec(key).count
+        return (
+            sum(math.prod(term.a.shape) + math.prod(term.b.shape) for term in terms)
+            + sum(math.prod(other.shape) for other in others)
+            + sum(whole.values())
         )
 
 

@@ -15,7 +15,7 @@ from adaptkit.checkpoint.manifest import read_manifest, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.operations._inspect.adapter import counts, describe_adapter, trained_parameters
+from adaptkit.operations._inspect.adapter import counts, describe_adapter
 from adaptkit.operations._inspect.merged import describe_merged
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
@@ -116,7 +116,7 @@ def _adapter(path: Path) -> _Found:
     return _Found(
         kind="adapter",
         dtypes=Counter(record.dtype for record in adapter.records),
-        parameters=trained_parameters(adapter),
+        parameters=adapter.trained_parameters,
         nbytes=sum(located.spec.nbytes for located in adapter.files.tensors.values()),
         details=describe_adapter(adapter),
     )

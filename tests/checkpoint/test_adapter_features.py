@@ -493,3 +493,17 @@ def test_inputs_are_left_as_they_were(changed, tmp_path):
     merge(tmp_path / "base", [adapter], tmp_path / "out")
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
     assert {path.name for path in (tmp_path / "base").iterdir()} == {path.name for path in case.base.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dora_rslora", "lora_bias", "biases_all_conv1d", "saved_norms", "saved_both", "saved_tied_ensured", "saved_mlp",
+     "resized", "resized_saved_embedding_tied", "embeddings_saved", "embeddings_saved_tied", "embedding_tied",
+     "tokens_both", "tokens_resized_tied", "experts_qwen3", "everything"],
+)  # fmt: skip
+def test_the_trained_parameters_are_those_that_peft_counts(name, made):
+    case = peft_adapters.make(made, name)
+    with peft_adapters.quiet():
+        base = peft_adapters.load_float32(case.base, case.case.vocabulary)
+        theirs = peft.PeftModel.from_pretrained(base, case.adapter, is_trainable=True)
+    assert read_adapter(case.adapter).trained_parameters == theirs.get_nb_trainable_parameters()[0]

@@ -1,6 +1,5 @@
 """What an adapter does, told in counts: every kind of change, ranks, scalings, and where the changes are."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -30,12 +29,6 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "task_type": config.get("task_type"),
         "peft_version": config.get("peft_version"),
     }
-
-
-def trained_parameters(adapter: Adapter) -> int:
-    """Numbers in the adapter's tensors, without copies of the base's that changes are added to."""
-    copies = set(adapter.begins.values())
-    return sum(math.prod(record.shape) for record in adapter.records if record.name not in copies)
 
 
 def counts(values: Iterable[str | int]) -> dict[str, int]:

@@ -183,7 +183,7 @@ def parent_among(manifest: Manifest | None, bases: Sequence[Weights]) -> Weights
 def trained_parameters(base: Path, adapter: Adapter | None, total: int) -> int | None:
     """How many parameters were trained: an adapter's, or all of a checkpoint that adaptkit trained; None if unknown."""
     if adapter is not None:
-        return sum(adapter.files.spec(name).count for name in adapter.files.tensors)
+        return adapter.trained_parameters
     trained = _training_options(read_manifest(base))
     return total if trained is not None and trained.get("method") == "full" else None
 

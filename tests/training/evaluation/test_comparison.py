@@ -58,6 +58,16 @@ def test_parameters_are_those_that_transformers_counts(llama, adapter, instructi
     assert evaluate(llama, None, [instructions], EvaluateOptions(**FLOAT32)).trained_parameters is None
 
 
+def test_a_tied_table_that_was_trained_counts_once_as_in_the_run(llama, instructions, tmp_path):
+    config = TrainConfig(
+        base=str(llama), data=(str(instructions),), steps=1, batch_size=2, rank=2, device="cpu",
+        modules_to_save=("lm_head", "norm"),
+    )  # fmt: skip
+    trained = train(config, tmp_path / "trained").trainable_parameters
+    report = evaluate(llama, tmp_path / "trained", [instructions], EvaluateOptions(**FLOAT32))
+    assert report.trained_parameters == trained
+
+
 def test_an_adapter_goes_to_the_base_that_its_manifest_names(llama, stranger, instructions, tmp_path, made):
     quantize(llama, tmp_path / "nf4")
     config = TrainConfig(
