@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
-from adaptkit.training.evaluation.evaluate import check_request, load, measure
+from adaptkit.training.evaluation.evaluate import check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
 from adaptkit.training.network.lineage import Weights, base_of, check_whole, parent_among
@@ -92,13 +92,13 @@ def compare(
         UsageError: nothing to measure, or nothing says which of several bases an adapter belongs to.
         BaseMismatchError: an adapter belongs to none of the bases; or another vocabulary than the reference's.
         DataError: data or text cannot be used.
-        IntegrityError: a base or the reference is not what its manifest says.
+        IntegrityError: a base, an adapter or the reference is not what its manifest says.
     """
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
     if not bases:
         raise UsageError("there is no model to measure", hint="give --base FOLDER")
-    subjects = _subjects(bases, [read_adapter(adapter) for adapter in adapters], bool(options.shots))
+    subjects = _subjects(bases, [read_own(adapter) for adapter in adapters], bool(options.shots))
     plain = replace(options, shots=0, shots_from=())
     asked = list(dict.fromkeys(subject.asked for subject in subjects))
     materials = dict(zip(asked, read_material(asked, data, text, plain, reference), strict=True))

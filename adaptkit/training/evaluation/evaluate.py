@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.networks.architecture import empty_network
 from adaptkit.text.windows import known_tokens
@@ -55,11 +56,11 @@ def evaluate(
         UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing.
         BaseMismatchError: the adapter does not belong to the base, or the reference has another vocabulary.
         DataError: data or text cannot be used.
-        IntegrityError: base or reference is not what its manifest says.
+        IntegrityError: base, adapter or reference is not what its manifest says.
     """
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
-    read = None if adapter is None else read_adapter(adapter)
+    read = None if adapter is None else read_own(adapter)
     if read is not None:
         check_base(read, Weights(base))
     asked = Asked.of(base, adapter if data or options.prompts else None)
@@ -68,6 +69,17 @@ def evaluate(
         check_whole(folder)
     other = load(reference, options) if reference is not None else None
     return measure(base, read, material, options, other, on_answer)
+
+
+def read_own(adapter: Path) -> Adapter:
+    """Read an adapter whose tensors are those that its manifest speaks of, if it has one.
+
+    Raises:
+        IntegrityError: they are others.
+    """
+    read = read_adapter(adapter)
+    parent_of("adapter", read.manifest, read.records)
+    return read
 
 
 def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions, reference: Path | None) -> None:

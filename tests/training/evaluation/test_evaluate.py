@@ -214,3 +214,14 @@ def test_a_checkpoint_with_other_files_than_its_manifest_speaks_of_is_not_measur
     (folder / swapped).write_bytes((tmp_path / "other-nf4" / swapped).read_bytes())
     with pytest.raises(IntegrityError, match=r"differs from its fingerprint|config\.json"):
         measure(folder, llama, options=EvaluateOptions(window=32, **FLOAT32), text=[prose])
+
+
+@pytest.mark.parametrize("measure", [evaluate, lambda base, *given: compare([base], [given[0]], *given[1:])])
+def test_an_adapter_with_other_tensors_than_its_manifest_speaks_of_is_not_measured(
+    measure, llama, adapter, second_adapter, instructions, certified
+):
+    folder = certified(adapter, llama)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((second_adapter / name).read_bytes())
+    with pytest.raises(IntegrityError, match="not those of its manifest"):
+        measure(llama, folder, [instructions], EvaluateOptions(**FLOAT32))
