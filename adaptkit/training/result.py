@@ -1,6 +1,6 @@
 """Write what a run made: an adapter or a checkpoint, and the manifest that says what it belongs to."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,10 +10,11 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.dtypes import DTYPES
-from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.hashing import fingerprint, tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, name_of, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of
+from adaptkit.checkpoint.quantized import part_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
@@ -58,7 +59,7 @@ def write_result(
         out.write(name, content)
     if start is not None and start.compensation:
         write_compensation(out, start.compensation)
-    parents = [parent_of("base", base, () if base else _records(model.checkpoint))]
+    parents = [parent_of("base", base, () if base else _records(model.checkpoint, model.checkpoint.tensors))]
     if start is not None:
         parents.append(parent_of("init", start.manifest, start.records))
     return Manifest(
@@ -108,10 +109,13 @@ def _targets(model: Model, base: Manifest | None) -> tuple[Target, ...]:
     targets = []
     for name, change in model.changes().items():
         target, (file_name, *_) = known.get(name), model.assembly.sources[f"{name}.weight"]
-        if target is None and file_name not in model.assembly.quantized:
+        if target is None and file_name in model.assembly.quantized:
+            parts = _records(model.checkpoint, part_names(model.checkpoint, file_name))
+            target = Target(name, change.shape, quantized_root=tensors_root(parts))
+        elif target is None:
             weight = model.checkpoint.read(file_name)
             target = Target(name, tuple(weight.shape), fingerprint(weight))
-        targets.append(target or Target(name, change.shape))
+        targets.append(target)
     return tuple(targets)
 
 
@@ -152,9 +156,7 @@ def _part(value: Tensor, slice_: Slice) -> Tensor:
     return matrix.chunk(count)[number] if count > 1 else matrix
 
 
-def _records(checkpoint: Checkpoint) -> list[TensorRecord]:
-    """The tensors of a base without a manifest."""
-    return [
-        TensorRecord(name, "", located.spec.dtype, located.spec.shape, fingerprint(checkpoint.read(name)))
-        for name, located in checkpoint.tensors.items()
-    ]
+def _records(checkpoint: Checkpoint, names: Iterable[str]) -> list[TensorRecord]:
+    """Tensors of a base without a manifest."""
+    specs = [checkpoint.spec(name) for name in names]
+    return [TensorRecord(s.name, "", s.dtype, s.shape, fingerprint(checkpoint.read(s.name))) for s in specs]

@@ -373,9 +373,11 @@ def test_a_base_without_a_manifest_is_named_by_its_tensors(config, llama_nf4, co
     base = copy_of(llama_nf4)
     (base / MANIFEST_NAME).unlink()
     train(replace(config, base=str(base), steps=1), tmp_path / "adapter")
-    (parent,) = require_manifest(tmp_path / "adapter").parents
+    manifest, known = require_manifest(tmp_path / "adapter"), require_manifest(llama_nf4)
+    (parent,) = manifest.parents
     assert (parent.role, parent.manifest_sha256) == ("base", None)
-    assert parent.tensors_root == require_manifest(llama_nf4).tensors_root
+    assert parent.tensors_root == known.tensors_root
+    assert manifest.targets == tuple(replace(target, base_xxh3_128=None) for target in known.targets)
 
 
 def test_an_adapter_trained_on_conv1d_layers_merges_the_way_it_was_trained(config, gpt2, instructions, tmp_path):
