@@ -12,6 +12,7 @@ from pathlib import Path
 from adaptkit.checkpoint.dtypes import dtype_name
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
@@ -19,8 +20,6 @@ from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank
-
-COMPENSATION_NAME = "adaptkit-compensation.safetensors"
 
 
 def write_compensation(output: Output, modules: Mapping[str, LowRank]) -> None:

@@ -24,6 +24,8 @@ SINGLE_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+COMPENSATION_NAME = "adaptkit-compensation.safetensors"
+"""Beside an adapter; see ``compensation``."""
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MOST_SMALL_BYTES = 256 << 20

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.compensation import COMPENSATION_NAME
+from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport, diff
 

@@ -1,4 +1,4 @@
-"""What an artifact was made from, and what that was made from: walked by hashes, compared, and drawn."""
+"""What an artifact was made from, and what that was made from: walked by hashes, and compared."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import check_artifact
+from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError
@@ -142,8 +143,9 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
 def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[int, str]:
     """Compare what a child says of the tensors that it depends on with a parent.
 
-    A quantized parent and an adapter name the 16-bit weights that they were made for, as the child does; what any other
-    parent has are those weights.
+    A quantized parent and an adapter name the 16-bit weights that they were made for, as the child does, and what a
+    part was pulled from says the same as the part; what any other parent has are those weights. An adapter was trained
+    on one quantization and belongs to all others of the same weights, unless it makes up for what that one lost.
 
     Returns:
         How many could be compared, and the first that differs; empty if none does.
@@ -152,22 +154,32 @@ def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[
     mismatch = bool(child.operation.get("options", {}).get("allow_base_mismatch")) and parent.role == "adapter"
     if parent.role == "tuned" or (between and parent.role != "merged") or mismatch:
         return 0, ""
-    relays = found.manifest is not None and found.manifest.kind in ("quantized", "adapter")
-    known = {target.module: target for target in found.manifest.targets} if found.manifest and relays else {}
+    manifest = found.manifest
+    relays = parent.role == "whole" or (manifest is not None and manifest.kind in ("quantized", "adapter"))
+    known = {target.module: target for target in manifest.targets} if manifest and relays else {}
     tensors = {tensor.name: tensor for tensor in found.tensors} if not relays else {}
+    any_codes = manifest is not None and manifest.kind == "adapter" and not _compensates(manifest)
     compared = 0
     for target in child.targets:
-        pairs = _pairs(target, known.get(target.module), tensors)
+        pairs = _pairs(target, known.get(target.module), tensors, any_codes)
         compared += bool(pairs)
         if any(one != other for one, other in pairs):
             return compared, target.module
     return compared, ""
 
 
-def _pairs(target: Target, known: Target | None, tensors: Mapping[str, TensorRecord]) -> list[tuple[str, str]]:
-    """What can be compared of a target."""
+def _compensates(manifest: Manifest) -> bool:
+    return any(file.path == COMPENSATION_NAME for file in manifest.files)
+
+
+def _pairs(
+    target: Target, known: Target | None, tensors: Mapping[str, TensorRecord], any_codes: bool
+) -> list[tuple[str, str]]:
+    """What can be compared of a target; not how it was quantized, if it may be in any way."""
     if known is not None:
-        both = ((target.base_xxh3_128, known.base_xxh3_128), (target.quantized_root, known.quantized_root))
+        both = [(target.base_xxh3_128, known.base_xxh3_128)]
+        if not any_codes:
+            both.append((target.quantized_root, known.quantized_root))
         return [(one, other) for one, other in both if one is not None and other is not None]
     name = _weight_name(target, tensors)
     if name is None or target.base_xxh3_128 is None:

@@ -11,12 +11,12 @@ import xxhash
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.compensation import COMPENSATION_NAME
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    COMPENSATION_NAME,
     INDEX_NAME,
     read_small,
     resolve_inside,

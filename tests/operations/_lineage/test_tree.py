@@ -8,9 +8,11 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.hashing import file_sha256, tensors_root
+from adaptkit.checkpoint.layout import COMPENSATION_NAME
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, parent_of, require_manifest
 from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.hub._selection import part_of
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.operations.inspect import trace
@@ -166,9 +168,6 @@ def test_an_artifact_with_another_manifest_and_the_same_tensors_is_the_parent(co
     manifest = require_manifest(copied / "one")
     card = copied / "one" / "README.md"
     card.write_text("card")
-    from adaptkit.checkpoint.hashing import file_sha256
-    from adaptkit.checkpoint.manifest import FileRecord
-
     files = (*manifest.files, FileRecord("README.md", 4, file_sha256(card)))
     (copied / "one" / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
     report = verified(copied / "both", copied, recompute=True)
@@ -185,6 +184,59 @@ def test_a_child_that_claims_other_fingerprints_is_refused(copied, name):
         (copied / name / MANIFEST_NAME).write_bytes(changed.to_bytes())
         with pytest.raises(IntegrityError, match=f"{first.module} is not the tensor that was used"):
             verified(copied / name, copied)
+
+
+@pytest.mark.parametrize("name", ["merged", "nf4"])
+def test_a_part_is_vouched_for_by_the_whole(copied, name):
+    whole = require_manifest(copied / name)
+    some = [file for file in whole.files if not file.path.startswith("tokenizer")]
+    part = copied / "part"
+    for file in some:
+        (part / file.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(copied / name / file.path, part / file.path)
+    (part / MANIFEST_NAME).write_bytes(part_of(whole, some, ["weights", "config"]).to_bytes())
+    (found,) = verified(part, copied).parents
+    assert (found.role, found.path, found.targets) == ("whole", str(copied / name), len(whole.targets))
+    first, *rest = whole.targets
+    targets = (replace(first, base_xxh3_128="00" * 16), *rest)
+    changed = replace(part_of(whole, some, ["weights", "config"]), targets=targets)
+    (part / MANIFEST_NAME).write_bytes(changed.to_bytes())
+    with pytest.raises(IntegrityError, match=f"{first.module} is not the tensor that was used"):
+        verified(part, copied)
+
+
+def trained_on(folder, quantization, extra=(), parents=()):
+    """Give an adapter's folder the manifest of one that was trained on a base's weights quantized in some way."""
+    manifest = require_manifest(folder)
+    targets = tuple(replace(target, quantized_root=quantization * 64) for target in manifest.targets)
+    for name in extra:
+        shutil.copy(folder / "adapter_model.safetensors", folder / name)
+    names = [path.name for path in folder.iterdir() if path.name != MANIFEST_NAME]
+    files = tuple(FileRecord(name, (folder / name).stat().st_size, file_sha256(folder / name)) for name in names)
+    manifest = replace(manifest, targets=targets, files=files, parents=parents)
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    return manifest
+
+
+def test_an_adapter_may_go_on_with_one_that_was_trained_on_another_quantization_of_the_base(certified, copied):
+    """They share the 16-bit weights; only what makes up for one quantization belongs to no other."""
+    first, second = (certified(copied / "tuner", copied / "base", f"family/{name}") for name in ("first", "second"))
+    begun = trained_on(first, "1")
+    trained_on(second, "2", parents=(parent_of("init", begun, ()),))
+    (found,) = verified(second, copied).parents
+    assert (found.state, found.targets) == ("verified", len(begun.targets))
+    begun = trained_on(first, "1", extra=[COMPENSATION_NAME])
+    trained_on(second, "2", parents=(parent_of("init", begun, ()),))
+    with pytest.raises(IntegrityError, match="is not the tensor that was used"):
+        verified(second, copied)
+
+
+def test_adapters_of_two_quantizations_of_a_base_are_stacked_and_vouched_for(certified, copied):
+    parents = [certified(copied / name, copied / "base", f"family/{name}-on") for name in ("tuner", "other-tuner")]
+    for folder, quantization in zip(parents, "12", strict=True):
+        trained_on(folder, quantization)
+    stack(parents, copied / "stacked")
+    assert {parent.state for parent in verified(copied / "stacked", copied).parents} == {"verified"}
 
 
 def test_a_quantized_artifact_that_contradicts_itself_is_refused(copied):
