@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport, diff
 
@@ -343,6 +344,15 @@ def test_manifests_that_do_not_fit_and_other_bases_are_remarked(certified, adapt
     assert None not in report.manifests
     edit(second, lambda tensors: tensors[f"{UP}.lora_A.weight"].mul_(2))
     assert any("not those of its manifest" in remark for remark in diff(first, second).remarks)
+
+
+@pytest.mark.parametrize("silent", [{"base_xxh3_128": None}, {"base_xxh3_128": None, "quantized_root": "11" * 32}])
+def test_a_manifest_that_does_not_know_the_bases_weights_tells_of_no_other_base(certified, adapter, llama, silent):
+    first, second = certified(adapter, llama, "first"), certified(adapter, llama, "second")
+    manifest = require_manifest(second)
+    targets = tuple(dataclasses.replace(target, **silent) for target in manifest.targets)
+    (second / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, targets=targets).to_bytes())
+    assert diff(first, second).remarks == diff(second, first).remarks == ()
 
 
 def test_how_an_adapter_began_is_compared_too(made, llama, tmp_path, copy_of):

@@ -196,10 +196,13 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
     for adapter in (first, second):
         if adapter.manifest is not None and adapter.manifest.tensors_root != tensors_root(adapter.records):
             yield f"{adapter.root}: its tensors are not those of its manifest; see adaptkit verify"
-    targets = [
-        {t.module: t.base_xxh3_128 or t.quantized_root for t in adapter.manifest.targets} if adapter.manifest else {}
-        for adapter in (first, second)
-    ]
-    other = sorted(m for m in targets[0].keys() & targets[1].keys() if targets[0][m] != targets[1][m])
+    one, two = (_trained_on(adapter) for adapter in (first, second))
+    other = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])
     if other:
         yield f"they were trained on different bases: {len(other):,} modules, {other[0]} first"
+
+
+def _trained_on(adapter: Adapter) -> dict[str, str]:
+    """By module, the fingerprints of the weights that an adapter was trained on, quantized or not, as far as known."""
+    targets = adapter.manifest.targets if adapter.manifest else ()
+    return {target.module: target.base_xxh3_128 for target in targets if target.base_xxh3_128 is not None}
