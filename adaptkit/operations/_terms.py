@@ -9,8 +9,14 @@ from adaptkit.errors import BaseMismatchError, UsageError
 __all__ = ["adapter_identity", "expected_fingerprints", "weights_of"]
 
 
-def expected_fingerprints(adapters: Sequence[Adapter]) -> dict[str, tuple[str, str]]:
+def expected_fingerprints(
+    adapters: Sequence[Adapter], hint: str = "merge each onto its own base, or say --allow-base-mismatch"
+) -> dict[str, tuple[str, str]]:
     """The fingerprints of the base's weights according to the adapters' manifests.
+
+    Args:
+        adapters: in order.
+        hint: what to do where they disagree.
 
     Returns:
         Module, or tensor that is no module's weight -> (fingerprint, folder of the adapter that says so).
@@ -27,7 +33,7 @@ def expected_fingerprints(adapters: Sequence[Adapter]) -> dict[str, tuple[str, s
             if known != target.base_xxh3_128:
                 raise BaseMismatchError(
                     f"{by} and {adapter.root} were trained on different bases: {target.module} differs",
-                    hint="merge each onto its own base, or say --allow-base-mismatch",
+                    hint=hint,
                 )
     return expected
 

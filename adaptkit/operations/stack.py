@@ -168,7 +168,7 @@ def stack(
         raise UsageError("stacking takes at least two adapters", hint="give their folders one after the other")
     read = [read_adapter(path) for path in adapters]
     weights = weights_of(read, options.weights)
-    expected_fingerprints(read)
+    expected_fingerprints(read, hint="stack adapters of one base")
     plan = stackable(read, weights)
     check_output(output, force, adapters)
     along = carried(read)

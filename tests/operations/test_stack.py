@@ -1,6 +1,7 @@
 """A stacked adapter stands for the weighted sum of its parts, in adaptkit and in peft."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,7 +10,7 @@ from peft_adapters import quiet
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.manifest import require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.errors import AdapterError, BaseMismatchError, OutputExistsError, UsageError
 from adaptkit.operations.diff import diff
 from adaptkit.operations.merge import MergeOptions, merge
@@ -150,9 +151,33 @@ def test_the_manifest_names_the_parts_and_their_base(tmp_path, llama, adapter, s
 
 def test_adapters_of_different_bases_are_refused(tmp_path, llama, adapter, second_adapter, certified):
     other = tiny.write_llama(tmp_path / "other", seed=9)
-    with pytest.raises(BaseMismatchError, match="different bases"):
+    with pytest.raises(BaseMismatchError, match="different bases") as caught:
         stack([certified(adapter, llama), certified(second_adapter, other)], tmp_path / "out")
+    assert caught.value.hint == "stack adapters of one base"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("knowing_first", [False, True])
+def test_what_one_adapter_alone_knows_of_the_base_is_kept_in_either_order(
+    tmp_path, llama, adapter, certified, knowing_first
+):
+    knowing, silent = (certified(adapter, llama, name) for name in ("knowing", "silent"))
+    for folder, change in ((knowing, {"quantized_root": "1" * 64}), (silent, {"base_xxh3_128": None})):
+        manifest = require_manifest(folder)
+        targets = tuple(replace(target, **change) for target in manifest.targets)
+        (folder / MANIFEST_NAME).write_bytes(replace(manifest, targets=targets).to_bytes())
+    stack([knowing, silent] if knowing_first else [silent, knowing], tmp_path / "out")
+    assert require_manifest(tmp_path / "out").targets == require_manifest(knowing).targets
+
+
+def test_of_two_quantizations_of_the_base_the_stack_names_none(tmp_path, llama, adapter, certified):
+    known = [certified(adapter, llama, name) for name in "123"]
+    for folder in known:
+        manifest = require_manifest(folder)
+        targets = tuple(replace(target, quantized_root=folder.name * 64) for target in manifest.targets)
+        (folder / MANIFEST_NAME).write_bytes(replace(manifest, targets=targets).to_bytes())
+    stack(known, tmp_path / "out")
+    assert {target.quantized_root for target in require_manifest(tmp_path / "out").targets} == {None}
 
 
 def test_shapes_that_differ_are_refused_by_module(tmp_path, adapter, copy_of):

@@ -1,7 +1,7 @@
 """Which changes of which adapters are stacked: module by module, weighted, or refused because they cannot be."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,10 +134,24 @@ def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
 
 
 def _targets(adapters: Sequence[Adapter]) -> tuple[Target, ...]:
+    """What any of them knows of each module's weight."""
     if any(adapter.manifest is None for adapter in adapters):
         return ()
-    found: dict[str, Target] = {}
+    found: dict[str, list[Target]] = {}
     for adapter in adapters:
         for target in adapter.manifest.targets if adapter.manifest else ():
-            found.setdefault(target.module, target)
-    return tuple(found.values())
+            found.setdefault(target.module, []).append(target)
+    return tuple(
+        replace(
+            targets[0],
+            base_xxh3_128=_only(target.base_xxh3_128 for target in targets),
+            quantized_root=_only(target.quantized_root for target in targets),
+        )
+        for targets in found.values()
+    )
+
+
+def _only(values: Iterable[str | None]) -> str | None:
+    """The one value that is known; None if none is, or they differ, as those of two quantizations of a base do."""
+    known = set(values) - {None}
+    return known.pop() if len(known) == 1 else None
