@@ -270,6 +270,27 @@ def test_a_share_with_a_number_of_thousands_of_digits_is_a_usage_error(llama, tm
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--calibration-tokens", "4096"],
+        ["--window", "512"],  # the default
+        ["--no-compensate"],
+        ["--compensate"],
+        ["--init-adapter", "4"],
+        ["--bits-budget", "4.5"],
+    ],
+    ids=" ".join,
+)
+def test_what_only_calibration_heeds_is_refused_without_it(llama, tmp_path, run_cli, options):
+    done = run_cli("quantize", llama, "-o", tmp_path / "out", *options)
+    assert done.code == 2
+    error, hint = done.stderr.splitlines()
+    assert options[0] in error
+    assert "--calibrate FILE" in hint
+    assert not (tmp_path / "out").exists()
+
+
 def test_calibration_text_from_a_pipe_is_refused(llama, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="is a pipe"):

@@ -4,14 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from adaptkit.cli.options import ArtifactPath, Share, Size, output_options, threads_option
 from adaptkit.cli.output import Row, counted, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress, count_progress
+from adaptkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport
 
+_OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter", "bits_budget")
+"""Options that mean nothing without text."""
 WORST = 3
 """How many of the tensors with the largest errors the table names."""
 
@@ -98,8 +102,13 @@ def command(
     from adaptkit.cli.pages.quantize import quantize_page
     from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
 
-    if not calibrate and (init_adapter is not None or bits_budget is not None or not compensate):
-        raise click.UsageError("--init-adapter, --bits-budget and --no-compensate need --calibrate FILE")
+    source_of = click.get_current_context().get_parameter_source
+    given = [name for name in _OF_CALIBRATION if source_of(name) is not ParameterSource.DEFAULT]
+    if given and not calibrate:
+        option = "no_compensate" if given[0] == "compensate" and not compensate else given[0]
+        raise UsageError(
+            f"--{option.replace('_', '-')} is for calibration only", hint="give text to calibrate on: --calibrate FILE"
+        )
     share = Part(*part) if part else None
     calibration = None
     if calibrate:
