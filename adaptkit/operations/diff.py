@@ -8,7 +8,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
 from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters
 from adaptkit.operations._diff.checkpoints import CheckpointDiffReport, diff_checkpoints
-from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._pipeline import check_threads, thread_count
 
 __all__ = ["AdapterDiffReport", "CheckpointDiffReport", "diff"]
 
@@ -34,10 +34,11 @@ def diff(
         progress: told of bytes of checkpoints, read or compared.
 
     Raises:
-        UsageError: one is an adapter, and the other a checkpoint; or not a folder.
+        UsageError: one is an adapter, and the other a checkpoint; or not a folder; or less than one thread.
         AdapterError: one of them is not a LoRA adapter that can be read.
         CheckpointError: one of them is not a checkpoint.
     """
+    check_threads(threads)
     kinds = [is_adapter(require_folder(path)) for path in (first, second)]
     if kinds[0] != kinds[1]:
         adapter, other = (first, second) if kinds[0] else (second, first)

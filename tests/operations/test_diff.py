@@ -395,6 +395,13 @@ def test_the_number_of_threads_changes_nothing(llama, tuned, adapter, other):
     assert diff(adapter, other, threads=1) == diff(adapter, other, threads=3)
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_less_than_one_thread_is_refused(llama, adapter, threads):
+    for folder in (llama, adapter):
+        with pytest.raises(UsageError, match=f"{threads} threads"):
+            diff(folder, folder, threads=threads)
+
+
 def test_two_kinds_are_not_compared(adapter, llama, tmp_path):
     for pair in ((adapter, llama), (llama, adapter)):
         with pytest.raises(UsageError, match="not of one kind") as caught:
