@@ -1,7 +1,6 @@
 """Find the adapter in a tuned checkpoint: what it adds to its base, as low-rank matrices and a few whole tensors."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +37,10 @@ from adaptkit.operations._extract.report import (
 from adaptkit.operations._extract.saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
 from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._pipeline import each, thread_count
+from adaptkit.text.tokenizer_files import TOKENIZER
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
 
-_TOKENIZER = re.compile(r"(.*token.*|vocab.*|merges\.txt|chat_template.*|spiece\.model|.*\.tiktoken)")
 _OF_NO_ACCOUNT = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 }  # fmt: skip
@@ -150,7 +149,7 @@ def _write(
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
     tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
     write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
-    files = [path for path in side_files(plan.tuned.root) if _TOKENIZER.fullmatch(path.name)]
+    files = [path for path in side_files(plan.tuned.root) if path.name in TOKENIZER]
     if all(_same_bytes(path, plan.base.root / path.name) for path in files):
         files = []
     generation = plan.tuned.root / GENERATION_NAME

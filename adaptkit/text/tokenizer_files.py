@@ -15,7 +15,11 @@ TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
 _WITHIN_JSON, _MORE = "chat_template.json", "additional_chat_templates"
 TEMPLATES = {TEMPLATE_NAME, _WITHIN_JSON}
 """Files that hold a chat template and nothing else."""
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
+VOCABULARIES = {
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "spm_char.model",
+    "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "qwen.tiktoken", "hy.tiktoken",
+}  # fmt: skip
+"""Files that make a tokenizer: where one of them is, there is one."""
 TOKENIZER = {
     *VOCABULARIES,
     *TEMPLATES,
@@ -24,10 +28,11 @@ TOKENIZER = {
     "added_tokens.json",
     "merges.txt",
 }
+"""All files of a tokenizer and its chat templates, which go together from folder to folder."""
 
 
 def brings_tokenizer(folder: Path) -> bool:
-    """Whether an adapter's folder has a tokenizer of its own, which takes the place of the base's, all of it."""
+    """Whether a folder has a tokenizer; an adapter's own takes the place of the base's, all of it."""
     return not VOCABULARIES.isdisjoint(path.name for path in side_files(folder))
 
 

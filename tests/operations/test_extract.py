@@ -613,6 +613,18 @@ def test_the_tokenizer_goes_along_if_it_is_another_and_the_configuration_cannot(
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "spm.model", "tekken.json", "qwen.tiktoken"])
+def test_a_vocabulary_of_any_name_goes_from_the_tuned_checkpoint_into_the_merged_one(
+    tmp_path, plain, tuned, copy_of, name
+):
+    base, other = copy_of(plain, "base"), copy_of(tuned, "other")
+    (base / name).write_text("old")
+    (other / name).write_text("new")
+    assert name in extract(other, base, tmp_path / "out", ExtractOptions(rank=2)).tokenizer
+    merge(base, [tmp_path / "out"], tmp_path / "merged")
+    assert (tmp_path / "merged" / name).read_text() == "new"
+
+
 def test_a_dry_run_reads_no_weight_and_writes_nothing(tmp_path, plain, tuned):
     hollow = rewritten(
         shutil.copytree(tuned, tmp_path / "hollow"), lambda t: [v.fill_(float("nan")) for v in t.values()]

@@ -11,8 +11,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.naming import absent, places, shape_in
 from adaptkit.operations._roles import is_conv1d
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+from adaptkit.text.tokenizer_files import brings_tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         packed=packed,
         has_index=(root / INDEX_NAME).is_file(),
         beside=tuple(sorted(path.name for path in root.glob("*.safetensors") if path.name not in checkpoint.headers)),
-        has_tokenizer=any((root / name).is_file() for name in _TOKENIZERS),
+        has_tokenizer=brings_tokenizer(root),
         architecture=architecture,
         absent=lacking,
         misshapen=misshapen,
