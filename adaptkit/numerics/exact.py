@@ -1,4 +1,4 @@
-"""A rounded addition and its exact undoing: of some rows at a time, for whoever streams, or of a whole weight.
+"""A rounded addition and its exact undoing, of some rows of a weight at a time, for whoever streams.
 
     merged = round(gain · W + Δ)        in float64, rounded once to the type of W; the gain is 1 unless one is given
 
@@ -22,9 +22,6 @@ from adaptkit.numerics.lora import LowRank, side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BLOCK_ELEMENTS = 1 << 20
-"""Elements of a whole weight that are handled at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +58,6 @@ class MergedRows:
     squared_delta: float
     squared_weight: float
     overlap: float
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A weight after an addition.
-
-    Attributes:
-        weight: (out, in), rounded once.
-        residual: (M,) int64, what ``unmerge`` needs; empty if it was not asked for.
-        moved: number of weights whose value changed.
-        delta_norm: Frobenius norm of the exact change.
-        weight_norm: of the weight before.
-        effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩, where effect is what the rounded addition really changed; 1 where nothing is lost.
-    """
-
-    weight: Tensor
-    residual: Tensor
-    moved: int
-    delta_norm: float
-    weight_norm: float
-    effect: float
 
 
 def prepare(terms: Sequence[LowRank]) -> Prepared:
@@ -170,54 +146,6 @@ def unmerge_affine(merged: Values, change: Tensor, gain: Tensor | None, residual
     weight, used = kernels_for(merged).undo(merged, change, residual, gain)
     _check_used(used, residual)
     return weight
-
-
-def merge(weight: Tensor, terms: Sequence[LowRank], with_undo: bool = True) -> Merged:
-    """Add low-rank changes to a whole weight; see ``merge_rows``.
-
-    Args:
-        weight: (out, in) bfloat16, float16 or float32, finite.
-        terms: the changes, each of shape (out, in), in the order in which they are added.
-        with_undo: also find what the exact undoing needs.
-
-    Raises:
-        NonFiniteError: the weight is not finite, or the sum overflows its type.
-    """
-    prepared = prepare(terms)
-    pieces = [merge_rows(weight[rows], prepared, rows.start, with_undo) for rows in _row_slices(weight.shape)]
-    squared_delta = sum(piece.squared_delta for piece in pieces)
-    return Merged(
-        weight=torch.cat([piece.weight for piece in pieces]),
-        residual=torch.cat([piece.residual for piece in pieces]),
-        moved=sum(piece.moved for piece in pieces),
-        delta_norm=squared_delta**0.5,
-        weight_norm=sum(piece.squared_weight for piece in pieces) ** 0.5,
-        effect=sum(piece.overlap for piece in pieces) / squared_delta if squared_delta else 1.0,
-    )
-
-
-def unmerge(merged: Tensor, terms: Sequence[LowRank], residual: Tensor) -> Tensor:
-    """Restore the weight that ``merge`` was given, to the bit.
-
-    Args:
-        merged: (out, in).
-        terms: the same changes in the same order.
-        residual: (M,) int64 from ``merge``.
-
-    Raises:
-        ValueError: the residual belongs to another merge.
-    """
-    prepared, weight, start = prepare(terms), torch.empty_like(merged), 0
-    for rows in _row_slices(merged.shape):
-        weight[rows], used = prepared.kernels.unmerge_rows(merged[rows], prepared.factors, rows.start, residual[start:])
-        start += used
-    _check_used(start, residual)
-    return weight
-
-
-def _row_slices(shape: Sequence[int]) -> list[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, shape[1]))
-    return [slice(start, min(start + step, shape[0])) for start in range(0, max(1, shape[0]), step)]
 
 
 def _check_rows(weight: Values, prepared: Prepared, start_row: int) -> None:

@@ -60,11 +60,20 @@ def delta_of(terms, shape):
     return total
 
 
+def merge(weight, terms, with_undo=True):
+    """All rows at once."""
+    return exact.merge_rows(weight, exact.prepare(terms), 0, with_undo)
+
+
+def unmerge(merged, terms, residual):
+    return exact.unmerge_rows(merged, exact.prepare(terms), 0, residual)
+
+
 @pytest.mark.parametrize("ratio", [1e-4, 0.01, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_element_is_the_sum_rounded_once(dtype, ratio):
     weight, terms = problem(dtype, ratio)
-    merged = exact.merge(weight, terms).weight
+    merged = merge(weight, terms).weight
     delta = delta_of(terms, weight.shape)
     for index in np.ndindex(*weight.shape):
         total = float(weight[index]) + float(delta[index])  # float64, as the definition says
@@ -83,57 +92,44 @@ def test_the_rounding_of_this_test_is_that_of_numpy():
 @given(st.sampled_from(DTYPES), st.sampled_from([0.0, 1e-5, 1e-3, 0.1, 10.0]), st.integers(1, 3), st.integers(0, 999))
 def test_a_merge_is_undone_to_the_last_bit(dtype, ratio, adapters, seed):
     weight, terms = problem(dtype, ratio, adapters=adapters, seed=seed)
-    merged = exact.merge(weight, terms)
-    restored = exact.unmerge(merged.weight, terms, merged.residual)
+    merged = merge(weight, terms)
+    restored = unmerge(merged.weight, terms, merged.residual)
     assert torch.equal(restored.view(BITS[dtype]), weight.view(BITS[dtype]))
 
 
 def test_subtraction_alone_would_not_do():
     """Why there is a record at all."""
     weight, terms = problem(torch.bfloat16, 0.3)
-    merged = exact.merge(weight, terms).weight
+    merged = merge(weight, terms).weight
     subtracted = (merged.double() - lora.delta(terms)).to(torch.bfloat16)
     assert not torch.equal(subtracted, weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_change_nothing(monkeypatch, dtype):
-    weight, terms = problem(dtype, 0.1)
-    whole = exact.merge(weight, terms)
-    for block in (1, 40, 100, 333):
-        monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", block)
-        pieces = exact.merge(weight, terms)
-        assert torch.equal(pieces.weight, whole.weight)
-        assert torch.equal(pieces.residual, whole.residual)
-        assert pieces.moved == whole.moved
-        assert pieces.delta_norm == pytest.approx(whole.delta_norm, rel=1e-12)
-        assert torch.equal(exact.unmerge(pieces.weight, terms, whole.residual), weight)
-
-
 def test_without_undo_the_weights_are_the_same_and_the_residual_is_empty():
     weight, terms = problem(torch.bfloat16)
-    assert torch.equal(exact.merge(weight, terms, False).weight, exact.merge(weight, terms).weight)
-    assert exact.merge(weight, terms, False).residual.numel() == 0
+    assert torch.equal(merge(weight, terms, False).weight, merge(weight, terms).weight)
+    assert merge(weight, terms, False).residual.numel() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_figures_are_those_of_the_dense_matrices(dtype):
     weight, terms = problem(dtype, 0.003)
-    merged = exact.merge(weight, terms)
+    merged = merge(weight, terms)
     delta, before = torch.from_numpy(delta_of(terms, weight.shape)), weight.double()
     effect = merged.weight.double() - before
     assert merged.moved == int((merged.weight != weight).sum())
-    assert merged.delta_norm == pytest.approx(float(delta.norm()), rel=1e-12)
-    assert merged.weight_norm == pytest.approx(float(before.norm()), rel=1e-12)
+    assert merged.squared_delta == pytest.approx(float(delta.square().sum()), rel=1e-12)
+    assert merged.squared_weight == pytest.approx(float(before.square().sum()), rel=1e-12)
     near = {"rel": 1e-9} if dtype == torch.float32 else {"abs": 1e-6}  # of 16 bits Σ effect · Δ is summed in float32
-    assert merged.effect == pytest.approx(float((effect * delta).sum() / (delta * delta).sum()), **near)
+    share = merged.overlap / merged.squared_delta
+    assert share == pytest.approx(float((effect * delta).sum() / (delta * delta).sum()), **near)
 
 
 def test_a_change_of_zero_moves_nothing_but_keeps_its_bits():
     weight, terms = problem(torch.bfloat16)
-    merged = exact.merge(weight, [change.weighted(0.0) for change in terms])
+    merged = merge(weight, [change.weighted(0.0) for change in terms])
     assert torch.equal(merged.weight, weight)
-    assert (merged.moved, merged.delta_norm, merged.effect) == (0, 0.0, 1.0)
+    assert (merged.moved, merged.squared_delta, merged.overlap) == (0, 0.0, 0.0)
 
 
 def test_the_order_of_the_adapters_is_part_of_the_definition():
@@ -146,11 +142,11 @@ def test_the_order_of_the_adapters_is_part_of_the_definition():
 @pytest.mark.parametrize("change", ["longer", "shorter"])
 def test_a_residual_of_another_length_is_refused(change):
     weight, terms = problem(torch.bfloat16, 0.3)
-    merged = exact.merge(weight, terms)
+    merged = merge(weight, terms)
     assert merged.residual.numel() > 0
     residual = merged.residual[:-1] if change == "shorter" else torch.cat([merged.residual, merged.residual[:1]])
     with pytest.raises(ValueError, match="ambiguous"):
-        exact.unmerge(merged.weight, terms, residual)
+        unmerge(merged.weight, terms, residual)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -158,7 +154,7 @@ def test_a_weight_that_is_not_finite_is_refused(value):
     weight, terms = problem(torch.bfloat16)
     weight[3, 4] = value
     with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
-        exact.merge(weight, terms)
+        merge(weight, terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,20 +163,24 @@ def test_a_sum_that_overflows_is_refused(dtype):
     weight[5, 6] = torch.finfo(dtype).max
     huge = LowRank(torch.ones(1, 40), torch.ones(24, 1), float(torch.finfo(dtype).max))
     with pytest.raises(NonFiniteError, match="overflows"):
-        exact.merge(weight, [*terms, huge])
+        merge(weight, [*terms, huge])
 
 
+@pytest.mark.parametrize("step", [1, 5, 23])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_alone_are_those_of_the_whole(dtype):
+def test_rows_alone_are_those_of_the_whole(dtype, step):
     weight, terms = problem(dtype, 0.1)
-    whole, prepared = exact.merge(weight, terms), exact.prepare(terms)
-    pieces = [exact.merge_rows(weight[rows], prepared, rows.start, True) for rows in (slice(0, 5), slice(5, 24))]
+    whole, prepared = merge(weight, terms), exact.prepare(terms)
+    starts = range(0, len(weight), step)
+    pieces = [exact.merge_rows(weight[start : start + step], prepared, start, True) for start in starts]
     assert torch.equal(torch.cat([piece.weight for piece in pieces]), whole.weight)
     assert torch.equal(torch.cat([piece.residual for piece in pieces]), whole.residual)
     assert sum(piece.moved for piece in pieces) == whole.moved
-    assert sum(piece.squared_weight for piece in pieces) == pytest.approx(whole.weight_norm**2, rel=1e-12)
-    restored = exact.unmerge_rows(pieces[1].weight, prepared, 5, pieces[1].residual)
-    assert torch.equal(restored.view(BITS[dtype]), weight[5:].view(BITS[dtype]))
+    assert sum(piece.squared_delta for piece in pieces) == pytest.approx(whole.squared_delta, rel=1e-12)
+    assert sum(piece.squared_weight for piece in pieces) == pytest.approx(whole.squared_weight, rel=1e-12)
+    for start, piece in zip(starts, pieces, strict=True):
+        restored = exact.unmerge_rows(piece.weight, prepared, start, piece.residual)
+        assert torch.equal(restored.view(BITS[dtype]), weight[start : start + step].view(BITS[dtype]))
 
 
 @pytest.mark.parametrize("longer", [True, False])
