@@ -183,18 +183,6 @@ def unnest(constants: DoubleQuantized | Values, levels: Values | None = None) ->
     return dequantize_absmax(constants, levels) if isinstance(constants, DoubleQuantized) else constants
 
 
-def encode(weight: TensorSpec, values: AnyValues, encoding: Encoding) -> dict[str, AnyValues]:
-    """Quantize a weight into the tensors of ``part_specs``, by name and in that order.
-
-    Raises:
-        NonFiniteError: a weight is NaN or infinite.
-    """
-    packed = encoding.numerics.quantize(values, encoding.block_size)
-    codes = {weight.name: as_array(packed.codes).reshape(code_spec(weight, encoding).shape)}
-    parts = codes | constant_parts(weight, encoding, nest(packed.absmax, encoding))
-    return {name: like(values, part) for name, part in parts.items()}
-
-
 def quantized_names(files: TensorFiles) -> list[str]:
     """The names of the quantized weights in a checkpoint."""
     return [STATE_NAME.sub("", name) for name in files.tensors if STATE_NAME.search(name)]

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing import encode
 
 from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
 from adaptkit.checkpoint.encoding import Encoding, quantization_config, state_suffix
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.quantized import decode, encode, part_specs
+from adaptkit.checkpoint.quantized import decode, part_specs
 from adaptkit.errors import CheckpointError
 
 STATE_SUFFIX = state_suffix("nf4")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packing import encode
 
 from adaptkit import discovery
 from adaptkit.checkpoint import quantized
@@ -58,7 +59,7 @@ def test_constants_do_not_depend_on_the_device(count):
 @pytest.mark.parametrize("shape", [(64, 128), (300, 4096), (7, 33)])
 def test_a_packed_weight_is_the_same_on_both_devices(name, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    parts = quantized.encode(TensorSpec("x.weight", "BF16", shape), weight, Encoding(name, 64, True))
+    parts = encode(TensorSpec("x.weight", "BF16", shape), weight, Encoding(name, 64, True))
     parts = {suffix.removeprefix("x.weight"): part for suffix, part in parts.items()}
     here = quantized.decode("x.weight", parts)
     moved = {suffix: part if "state" in suffix else part.cuda() for suffix, part in parts.items()}

@@ -4,6 +4,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from packing import encode
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -11,7 +12,6 @@ from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, require_manifest
-from adaptkit.checkpoint.quantized import encode
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import MergeOptions, merge

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from packing import encode
 from torch import nn
 from torch.nn import functional
 
@@ -127,7 +128,7 @@ def layer_of(format_name, shape=(24, 128), block_size=32, double_quant=True, ran
     base = PlainWeight(weight.T.contiguous().T)
     if format_name != "plain":
         spec = TensorSpec("x.weight", "F32", shape)
-        parts = quantized.encode(spec, weight, Encoding(format_name, block_size, double_quant))
+        parts = encode(spec, weight, Encoding(format_name, block_size, double_quant))
         base = PackedWeight(quantized.decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
     layer = LoraLinear(base, None)
     a, b = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from packing import encode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.checkpoint import quantized
@@ -59,7 +60,7 @@ def near(found, expected):
 def base_of(format_name, rows, seed, block_size=64, double_quant=True, width=64):
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
     encoding = Encoding(format_name, block_size, double_quant)
-    parts = quantized.encode(TensorSpec("x.weight", "F32", tuple(weight.shape)), weight, encoding)
+    parts = encode(TensorSpec("x.weight", "F32", tuple(weight.shape)), weight, encoding)
     return PackedWeight(quantized.decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
 
 

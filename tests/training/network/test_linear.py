@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packing import encode
 from torch.nn import functional
 
 from adaptkit.checkpoint import quantized
@@ -16,7 +17,7 @@ def nf4_layer(double_quant=True, out_features=96, in_features=128, rank=4, seed=
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator).to(torch.bfloat16)
     spec = TensorSpec("x.weight", "BF16", tuple(weight.shape))
-    parts = quantized.encode(spec, weight, Encoding("nf4", 64, double_quant))
+    parts = encode(spec, weight, Encoding("nf4", 64, double_quant))
     packed = quantized.decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
     layer = LoraLinear(PackedWeight(packed), torch.randn(out_features, generator=generator))
     a = torch.randn(rank, in_features, generator=generator)
