@@ -18,7 +18,7 @@ from adaptkit.errors import UsageError
 from adaptkit.lazy import late, torch
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.formats import nf4
-from adaptkit.numerics.formats._blockwise import Blockwise, check_block_size
+from adaptkit.numerics.formats._blockwise import check_block_size
 from adaptkit.numerics.formats._double_quant import (
     GROUP,
     DoubleQuantized,
@@ -168,16 +168,6 @@ def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
 def decoded(constants: Constants) -> Tensor:
     """The scales that readers see, (M,) float32."""
     return dequantize_absmax(constants) if isinstance(constants, DoubleQuantized) else constants
-
-
-def weighted_error(
-    weight: Tensor, importance: Tensor, codes: Tensor, constants: Constants, block_size: int = 64
-) -> float:
-    """Σ_ij (W - Q)_ij² · importance_j in float64, Q being the decoded float32 weight."""
-    quantized = Blockwise(codes, decoded(constants), tuple(weight.shape), block_size)
-    difference = weight.float() - nf4.dequantize(quantized, torch.float32)
-    columns = difference.double().square().sum(0)
-    return float((columns * importance.double()).sum())
 
 
 def _flat(weight: Tensor) -> Any:
