@@ -9,7 +9,6 @@ A scale may be negative. NF4 has eight levels above zero and seven below, and a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -39,37 +38,11 @@ FLOOR = 1e-4
 """Share of the mean importance that every input keeps, so that one never seen in calibration still counts a little."""
 
 
-@dataclass(frozen=True)
-class ScaleGrid:
-    """The candidates for a block's scale.
-
-    Attributes:
-        low: the smallest, as a multiple of the block's largest weight.
-        high: the largest.
-        points: how many, evenly spaced.
-        signed: whether their negatives are candidates too.
-        reach: how far from the nearest nested code to look for a better one, in codes to either side.
-    """
-
-    low: float = 0.5
-    high: float = 1.1
-    points: int = 9
-    signed: bool = True
-    reach: int = 4
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low <= self.high < 100:
-            raise UsageError(f"scales from {self.low} to {self.high}: must be positive and ascending")
-        if self.points < 1 or (self.points == 1 and self.low != self.high):
-            raise UsageError(f"{self.points} scales from {self.low} to {self.high}: must be at least both ends")
-        if not 0 <= self.reach <= 255:
-            raise UsageError(f"reach {self.reach}: must be from 0 to 255 nested codes")
-
-    @property
-    def factors(self) -> Any:
-        """The candidates, (points,) or (2 · points,) float32."""
-        positive = np.linspace(self.low, self.high, self.points).astype(np.float32)
-        return np.concatenate([positive, -positive]) if self.signed else positive
+_POSITIVE = np.linspace(0.5, 1.1, 9).astype(np.float32)
+FACTORS = np.concatenate([_POSITIVE, -_POSITIVE])
+"""The candidates for a block's scale, as multiples of the block's largest weight: (18,) float32."""
+REACH = 4
+"""How far from the nearest nested code to look for a better one, in codes to either side."""
 
 
 def weighted_nf4(
@@ -77,7 +50,6 @@ def weighted_nf4(
     importance: Tensor,
     block_size: int = 64,
     double_quant: bool = True,
-    grid: ScaleGrid | None = None,
 ) -> tuple[Tensor, Constants]:
     """Quantize a linear's weight to NF4 with little error in its outputs.
 
@@ -86,7 +58,6 @@ def weighted_nf4(
         importance: (in,) E[x²] of each input, not negative, in any unit.
         block_size: weights sharing one scale; a power of two from 32 to 4096.
         double_quant: whether to quantize the scales too.
-        grid: the candidates.
 
     Returns:
         codes: (ceil(N / 2),) uint8, two a byte, the nearest levels at the scales as they decode.
@@ -99,13 +70,12 @@ def weighted_nf4(
     Source: the weighted error is that of AWQ (arXiv:2306.00978) and of llama.cpp's importance matrix, for one scale a
     block; here for the NF4 grid, with signed scales and the choice of the nested code.
     """
-    grid = grid or ScaleGrid()
-    scales = search_scales(weight, importance, block_size, grid)
+    scales = search_scales(weight, importance, block_size)
     constants: Constants = scales
     absmax = nf4.quantize(weight, block_size).absmax
     plain: Constants = absmax
     if double_quant:
-        constants = nest_scales(weight, scales, importance, block_size, grid)
+        constants = nest_scales(weight, scales, importance, block_size)
         plain = quantize_absmax(absmax)
     # One group of wildly unequal blocks may decode its searched scales worse than the plain ones.
     flat, important = _flat(weight), normalized_importance(weight, importance)
@@ -115,7 +85,7 @@ def weighted_nf4(
     return encode_at(weight, decoded(constants), block_size), constants
 
 
-def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64, grid: ScaleGrid | None = None) -> Tensor:
+def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64) -> Tensor:
     """Choose each block's scale before any rounding of the scales themselves.
 
     Arguments and errors are ``weighted_nf4``'s; rows that begin a block can be searched apart from the others.
@@ -127,15 +97,11 @@ def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64, grid
     check_finite(weight)
     flat, important = _flat(weight), normalized_importance(weight, importance)
     scales = np.empty(-(-flat.size // block_size), np.float32)
-    _loops.search_scales(
-        flat, important, block_size, (grid or ScaleGrid()).factors, _loops.room_for(block_size), scales
-    )
+    _loops.search_scales(flat, important, block_size, FACTORS, _loops.room_for(block_size), scales)
     return torch.from_numpy(scales)
 
 
-def nest_scales(
-    weight: Tensor, scales: Tensor, importance: Tensor, block_size: int = 64, grid: ScaleGrid | None = None
-) -> DoubleQuantized:
+def nest_scales(weight: Tensor, scales: Tensor, importance: Tensor, block_size: int = 64) -> DoubleQuantized:
     """Quantize scales to 8 bits, choosing for each block the code that leaves the least weighted error.
 
     Args:
@@ -143,15 +109,13 @@ def nest_scales(
         scales: (M,) float32, negative ones among them or not.
         importance: (in,) E[x²] of each input.
         block_size: weights sharing one scale.
-        grid: how far to look.
     """
-    grid = grid or ScaleGrid()
     signed = bool((scales < 0).any())
     nested = _quantize_signed(scales) if signed else quantize_absmax(scales)
     codes = nested.codes.numpy().copy()
     _loops.choose_codes(
         _flat(weight), normalized_importance(weight, importance), block_size, dynamic_map().numpy(),
-        nested.nested_absmax.numpy(), np.float32(nested.offset), grid.reach, signed,
+        nested.nested_absmax.numpy(), np.float32(nested.offset), REACH, signed,
         _loops.room_for(block_size), codes,
     )  # fmt: skip
     return DoubleQuantized(torch.from_numpy(codes), nested.nested_absmax, nested.offset)

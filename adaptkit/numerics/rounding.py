@@ -17,7 +17,6 @@ from adaptkit.errors import UsageError
 from adaptkit.lazy import late, torch
 from adaptkit.numerics.calibration import (
     Constants,
-    ScaleGrid,
     decoded,
     nest_scales,
     normalized_importance,
@@ -32,6 +31,8 @@ _loops = late("adaptkit.numerics.kernels._cpu_rounding")
 
 DAMPING = 0.2
 """Share of the mean second moment added to the diagonal: too little, and rounding fits the noise of the calibration."""
+REACH = 8
+"""Nested codes to either side among which a block chooses again."""
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -69,8 +70,6 @@ def compensated_nf4(
     factor: Tensor,
     block_size: int = 64,
     double_quant: bool = True,
-    grid: ScaleGrid | None = None,
-    reach: int = 8,
 ) -> tuple[Tensor, Constants]:
     """Quantize a linear's weight to NF4 with activation-weighted scales and error-compensating rounding.
 
@@ -83,8 +82,6 @@ def compensated_nf4(
         factor: (in, in) float32, from ``compensation_factor``.
         block_size: weights sharing one scale; a power of two from 32 to 4096.
         double_quant: whether to quantize the scales too.
-        grid: the candidates for the scales.
-        reach: nested codes to either side among which a block chooses again.
 
     Returns:
         codes (ceil(N / 2),) uint8 and constants, as ``calibration.weighted_nf4`` returns them.
@@ -96,13 +93,12 @@ def compensated_nf4(
     Source: GPTQ (arXiv:2210.17323), columns in their own order and no lazy batches in the arithmetic; here on the NF4
     grid.
     """
-    grid = grid or ScaleGrid()
     if factor.shape != (weight.shape[-1], weight.shape[-1]):
         raise UsageError(f"factor {list(factor.shape)} does not belong to a weight {list(weight.shape)}")
-    constants: Constants = search_scales(weight, importance, block_size, grid)
+    constants: Constants = search_scales(weight, importance, block_size)
     nested_codes, nested, offset = np.zeros(1, np.uint8), np.zeros(1, np.float32), 0.0
     if double_quant:
-        constants = nest_scales(weight, decoded(constants), importance, block_size, grid)
+        constants = nest_scales(weight, decoded(constants), importance, block_size)
         nested_codes, nested, offset = constants.codes.numpy(), constants.nested_absmax.numpy(), constants.offset
     again = double_quant and weight.shape[1] % block_size == 0
     codes = np.empty(weight.shape, np.uint8)
@@ -110,7 +106,7 @@ def compensated_nf4(
     _loops.round_rows(
         weight.float().contiguous().clone().numpy(), factor.float().contiguous().numpy(),
         normalized_importance(weight, importance), block_size, dynamic_map().numpy(), nested, np.float32(offset),
-        reach if again else 0, grid.signed, _loops.room_for_rows(block_size), nested_codes, scales, codes,
+        REACH if again else 0, True, _loops.room_for_rows(block_size), nested_codes, scales, codes,
     )  # fmt: skip
     if isinstance(constants, DoubleQuantized):
         constants = replace(constants, codes=torch.from_numpy(nested_codes))

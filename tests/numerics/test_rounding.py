@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import UsageError
-from adaptkit.numerics.calibration import ScaleGrid, decoded, weighted_nf4
+from adaptkit.numerics import calibration, rounding
+from adaptkit.numerics.calibration import decoded, weighted_nf4
 from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
@@ -51,9 +52,7 @@ def test_codes_are_those_of_the_plain_recursion_in_float64(seed, columns, rows):
     second_moment = correlated(columns, seed % 1000)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     importance = second_moment.diagonal()
-    codes, scales = compensated_nf4(
-        weight, importance, compensation_factor(second_moment), double_quant=False, grid=ScaleGrid()
-    )
+    codes, scales = compensated_nf4(weight, importance, compensation_factor(second_moment), double_quant=False)
     inverse = torch.linalg.inv(damped(second_moment, 0.2))
     factor = torch.linalg.cholesky(inverse).T  # lower L Lᵀ = H⁻¹, so its transpose is the upper factor
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
@@ -73,12 +72,13 @@ def test_codes_are_those_of_the_plain_recursion_in_float64(seed, columns, rows):
     assert close_calls <= 2
 
 
-def test_uncorrelated_inputs_leave_nothing_to_compensate():
+def test_uncorrelated_inputs_leave_nothing_to_compensate(monkeypatch):
+    monkeypatch.setattr(calibration, "REACH", 0)
+    monkeypatch.setattr(rounding, "REACH", 0)
     weight, importance = torch.randn(9, 128), torch.rand(128) + 0.1
-    grid = ScaleGrid(reach=0)
     factor = compensation_factor(torch.diag(importance))
-    codes, constants = compensated_nf4(weight, importance, factor, grid=grid, reach=0)
-    expected_codes, expected = weighted_nf4(weight, importance, grid=grid)
+    codes, constants = compensated_nf4(weight, importance, factor)
+    expected_codes, expected = weighted_nf4(weight, importance)
     assert torch.equal(constants.codes, expected.codes)
     assert torch.equal(codes, expected_codes)
 
