@@ -35,8 +35,8 @@ REACH = 8
 """Nested codes to either side among which a block chooses again."""
 
 
-def damped(second_moment: Tensor, damping: float) -> Tensor:
-    """H + damping · mean(diag H) · 1, float64; the identity if H is zero.
+def damped(second_moment: Tensor) -> Tensor:
+    """H + ``DAMPING`` · mean(diag H) · 1, float64; the identity if H is zero.
 
     Raises:
         UsageError: not a square matrix of finite numbers.
@@ -46,20 +46,19 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
         raise UsageError(f"second moments {list(matrix.shape)}: must be a square matrix of finite numbers")
     mean = float(matrix.diagonal().mean())
     identity = torch.eye(len(matrix), dtype=torch.float64)
-    return matrix + damping * mean * identity if mean > 0 else identity
+    return matrix + DAMPING * mean * identity if mean > 0 else identity
 
 
-def compensation_factor(second_moment: Tensor, damping: float = DAMPING) -> Tensor:
+def compensation_factor(second_moment: Tensor) -> Tensor:
     """The upper Cholesky factor U of (damped H)⁻¹ = Uᵀ U, which linears with the same inputs share.
 
     Args:
         second_moment: (in, in) E[x xᵀ].
-        damping: share of the mean of the diagonal to add to it.
 
     Returns:
         (in, in) float32, computed in float64.
     """
-    lower = torch.linalg.cholesky(damped(second_moment, damping))
+    lower = torch.linalg.cholesky(damped(second_moment))
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     return factor.float().contiguous()
 

@@ -39,7 +39,7 @@ def test_less_of_the_outputs_is_lost(columns, block_size, double_quant):
     weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
     importance = second_moment.diagonal()
     nearest = weighted_nf4(weight, importance, block_size, double_quant)
-    factor = compensation_factor(second_moment, 0.01)
+    factor = compensation_factor(second_moment)
     found = compensated_nf4(weight, importance, factor, block_size, double_quant)
     assert output_loss(weight, *found, second_moment, block_size) < 0.8 * output_loss(
         weight, *nearest, second_moment, block_size
@@ -53,7 +53,7 @@ def test_codes_are_those_of_the_plain_recursion_in_float64(seed, columns, rows):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     importance = second_moment.diagonal()
     codes, scales = compensated_nf4(weight, importance, compensation_factor(second_moment), double_quant=False)
-    inverse = torch.linalg.inv(damped(second_moment, 0.2))
+    inverse = torch.linalg.inv(damped(second_moment))
     factor = torch.linalg.cholesky(inverse).T  # lower L Lᵀ = H⁻¹, so its transpose is the upper factor
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
     elements = scales.double().repeat_interleave(64)[: rows * columns].view(rows, columns)

@@ -54,10 +54,7 @@ def layer_gradients(
     checkpoint: Checkpoint,
     tokens: Tensor,
     *,
-    seed: int = 0,
-    sampled: bool = True,
     compute_dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[LayerGradients]:
     """Run a 16- or 32-bit checkpoint over tokens and back, and measure the gradients of its linears' outputs.
@@ -65,11 +62,7 @@ def layer_gradients(
     Args:
         checkpoint: a causal language model that transformers knows.
         tokens: (windows, window) int64; every window is a sequence of its own.
-        seed: of the drawn tokens.
-        sampled: draw the next tokens from the model's prediction, as the Fisher information asks; otherwise take the
-            text's own (the empirical Fisher information).
         compute_dtype: float32 or bfloat16; of weights, activations and gradients.
-        device: that computes; the CPU unless given.
         progress: told how many batches of layers are done, there and back, of how many.
 
     Yields:
@@ -81,7 +74,7 @@ def layer_gradients(
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: a gradient is NaN or infinite; names the linear layer.
     """
-    replay = Replay(checkpoint, tokens, compute_dtype, device or torch.device("cpu"))
+    replay = Replay(checkpoint, tokens, compute_dtype)
     count, batches = len(replay.prefixes), len(replay.batches)
     with tempfile.TemporaryDirectory(prefix="adaptkit-") as folder, replay.outside():
         outputs = _Outputs(Path(folder))
@@ -93,7 +86,7 @@ def layer_gradients(
         collector, inputs = _Collector(), Collector(products=False)
         linears = replay.linears(count)
         with replay.head(), collector.watching(linears), inputs.watching(linears):
-            generator = torch.Generator().manual_seed(seed) if sampled else None
+            generator = torch.Generator().manual_seed(0)
             grads = [_top(replay, batch, outputs.get(count - 1, batch), generator) for batch in range(batches)]
         for name, square in collector.mean_squares().items():
             entered = {name: inputs.moments()[name]}
@@ -149,22 +142,20 @@ def _leaf(output: Any) -> tuple[Any, Tensor]:
     return (hidden if isinstance(output, Tensor) else (hidden, *output[1:])), hidden
 
 
-def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator | None) -> Tensor:
-    """The gradient of the log-likelihood in the last layer's output, (windows, window, hidden)."""
+def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator) -> Tensor:
+    """The gradient of the log-likelihood of drawn tokens in the last layer's output, (windows, window, hidden)."""
     before, hidden = _leaf(output)
-    ids = replay.batches[batch]
-    last = ids.shape[1] if generator is not None else ids.shape[1] - 1
-    for start in range(0, last, LOGIT_POSITIONS):
-        positions = torch.arange(start, min(start + LOGIT_POSITIONS, last), device=ids.device)
+    for positions in torch.split(torch.arange(replay.batches[batch].shape[1]), LOGIT_POSITIONS):
         predicted = replay.finish(batch, before, positions).float().log_softmax(-1).flatten(0, 1)
         if bool(predicted.isnan().any()):
             raise NonFiniteError("the model's prediction is not finite", hint="repair or re-download this checkpoint")
-        if generator is None:
-            wanted = ids[:, positions + 1].reshape(-1, 1)
-        else:
-            wanted = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(ids.device)
-        torch.autograd.backward(predicted.gather(1, wanted).sum())
+        torch.autograd.backward(predicted.gather(1, _drawn(predicted.detach().exp(), generator)).sum())
     return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token for each distribution, (N, 1)."""
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 def _back(

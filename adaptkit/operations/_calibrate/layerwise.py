@@ -53,7 +53,6 @@ def layer_moments(
     *,
     second_moments: bool = False,
     compute_dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[LayerMoments]:
     """Run a 16- or 32-bit checkpoint over tokens, and measure what enters its linear layers.
@@ -63,7 +62,6 @@ def layer_moments(
         tokens: (windows, window) int64; every window is a sequence of its own.
         second_moments: also collect E[x xᵀ], in² numbers a distinct input.
         compute_dtype: float32 or bfloat16; of weights and activations.
-        device: that computes; the CPU unless given. The moments lie there too.
         progress: told how many batches of layers are done, of how many.
 
     Yields:
@@ -74,7 +72,7 @@ def layer_moments(
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: an activation is NaN or infinite; names the linear layer.
     """
-    replay = Replay(checkpoint, tokens, compute_dtype, device or torch.device("cpu"))
+    replay = Replay(checkpoint, tokens, compute_dtype)
     count = len(replay.prefixes)
     outputs: list[Any] = [None] * len(replay.batches)
     with replay.outside():

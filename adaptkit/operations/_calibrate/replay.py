@@ -31,6 +31,7 @@ Found = TypeVar("Found")
 Place = tuple[int, int, Any]
 """Of an entry: the layer that put it there, into which of the mappings that it was given, and the key."""
 
+_CPU = torch.device("cpu")
 BATCH_TOKENS = 1024
 """Tokens that go through a layer at a time; fixed, so that sums over them have one order."""
 
@@ -42,7 +43,6 @@ class Replay:
         checkpoint: of 16- or 32-bit tensors.
         tokens: (windows, window) int64; every window is a sequence of its own.
         dtype: of weights and activations.
-        device: that computes.
 
     Attributes:
         network: transformers' model, on the meta device but for its buffers and what is resident.
@@ -55,7 +55,7 @@ class Replay:
         UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype) -> None:
         method = quantization_found(checkpoint)
         if method is not None:
             raise UsageError(
@@ -65,11 +65,11 @@ class Replay:
         _check_tokens(self.network, tokens)
         stack, layers = find_stack(self.network)
         self.prefixes = [f"{stack}.{index}" for index in range(len(layers))]
-        self._dtype, self._device = dtype, device
+        self._dtype = dtype
         self._assembly = Assembly(self.network, checkpoint)
-        self._assembly.load_buffers(device)
+        self._assembly.load_buffers(_CPU)
         size = max(1, BATCH_TOKENS // tokens.shape[1])
-        self.batches = [tokens[start : start + size].to(device) for start in range(0, len(tokens), size)]
+        self.batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self._head = self._own_head()
         self._current, self._calls, self._before = 0, 0, None
@@ -82,17 +82,17 @@ class Replay:
     def outside(self) -> AbstractContextManager[None]:
         """Hold what lies outside the layers in memory, but for a head of its own."""
         names = [name for name in self._parameters if not name.startswith((*self._dotted(), *self._head))]
-        return self._assembly.resident(names, self._dtype, self._device)
+        return self._assembly.resident(names, self._dtype, _CPU)
 
     def head(self) -> AbstractContextManager[None]:
         """Hold the head in memory, if it is not the embedding."""
         names = [name for name in self._parameters if name.startswith(tuple(self._head))]
-        return self._assembly.resident(names, self._dtype, self._device)
+        return self._assembly.resident(names, self._dtype, _CPU)
 
     def layer(self, index: int) -> AbstractContextManager[None]:
         """Hold one layer in memory."""
         names = [name for name in self._parameters if name.startswith(f"{self.prefixes[index]}.")]
-        return self._assembly.resident(names, self._dtype, self._device)
+        return self._assembly.resident(names, self._dtype, _CPU)
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """A layer's linear layers by dotted path; those outside the layers if ``index`` is the number of layers."""
