@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint._adapter_parts import TokenRows
 from adaptkit.checkpoint.adapter_config import stack_order
-from adaptkit.checkpoint.dtypes import dtype_name
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME as WEIGHTS_NAME
-from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
 from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
@@ -152,12 +149,7 @@ def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise NonFiniteError(f"{name}: NaN, or too large for float32", hint="use smaller weights")
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
-    specs = [TensorSpec(name, dtype_name(tensors[name].dtype), tuple(tensors[name].shape)) for name in order]
-    with TensorWriter(output.folder, WEIGHTS_NAME, specs) as writer:
-        for spec in specs:
-            writer.write(spec.name, tensors[spec.name])
-    output.add(writer.record, writer.tensors)
+    output.write_tensors(WEIGHTS_NAME, tensors)
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

@@ -9,13 +9,10 @@ there only the difference to the beginning counts.
 from collections.abc import Mapping
 from pathlib import Path
 
-from adaptkit.checkpoint.dtypes import dtype_name
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
@@ -29,12 +26,7 @@ def write_compensation(output: Output, modules: Mapping[str, LowRank]) -> None:
         tensors[f"{module}.lora_A"] = term.lora_a.detach().float().cpu()
         tensors[f"{module}.lora_B"] = term.lora_b.detach().float().cpu()
         tensors[f"{module}.scaling"] = torch.tensor([term.scaling], dtype=torch.float64)
-    specs = [TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
-    specs.sort(key=lambda spec: spec.dtype, reverse=True)  # float64 before float32, so that all are aligned
-    with TensorWriter(output.folder, COMPENSATION_NAME, specs) as writer:
-        for spec in specs:
-            writer.write(spec.name, tensors[spec.name])
-    output.add(writer.record, [])
+    output.write_tensors(COMPENSATION_NAME, tensors, listed=False)
 
 
 def read_compensation(root: Path, changes: Mapping[str, LowRank], manifest: Manifest | None) -> dict[str, LowRank]:

@@ -19,18 +19,29 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, marks, remove
 from adaptkit.checkpoint._journal_file import Finished, Journal, read_journal
-from adaptkit.checkpoint.header import check_regular
+from adaptkit.checkpoint.header import TensorSpec, check_regular
 from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder, replaced_folder
-from adaptkit.checkpoint.writer import DiskError, copy_file, disk_errors, make_folder, sync_folder, write_file
+from adaptkit.checkpoint.writer import (
+    DiskError,
+    TensorWriter,
+    copy_file,
+    disk_errors,
+    make_folder,
+    sync_folder,
+    write_file,
+)
 from adaptkit.errors import ConflictError, UsageError
+
+if TYPE_CHECKING:
+    from adaptkit.numerics.arrays import Values
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
 SCRATCH_PREFIX = "adaptkit-scratch-"
@@ -156,6 +167,31 @@ class Output:
                 f"{self.final}: needs {needed:,} more bytes, but its disk has {free:,} free",
                 hint="free some space, or choose another -o",
             )
+
+    def write_tensors(
+        self,
+        name: str,
+        tensors: "Mapping[str, Values]",
+        *,
+        listed: bool = True,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a safetensors file, wide types first so that all are aligned, and note that it is complete.
+
+        Args:
+            name: of the file.
+            tensors: in memory, by name.
+            listed: whether the manifest lists them, as it does what a reader of models finds.
+            notes: see ``add``.
+        """
+        from adaptkit.checkpoint.dtypes import dtype_name  # here, since it waits for numpy
+
+        order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+        specs = [TensorSpec(key, dtype_name(tensors[key].dtype), tuple(tensors[key].shape)) for key in order]
+        with TensorWriter(self.folder, name, specs) as writer:
+            for key in order:
+                writer.write(key, tensors[key])
+        self.add(writer.record, writer.tensors if listed else (), notes)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file of the output."""

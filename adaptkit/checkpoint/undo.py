@@ -23,10 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from adaptkit.checkpoint.dtypes import dtype_name
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
 from adaptkit.numerics import residual
 from adaptkit.numerics.arrays import Array, Values
@@ -109,12 +106,7 @@ def as_bytes(content: bytes) -> Array:
 
 def write_record(output: Output, name: str, tensors: Mapping[str, Values]) -> None:
     """Write one file of the record and note it in the journal."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # so that all are aligned
-    specs = [TensorSpec(key, dtype_name(tensors[key].dtype), tuple(tensors[key].shape)) for key in order]
-    with TensorWriter(output.folder, name, specs) as writer:
-        for spec in specs:
-            writer.write(spec.name, tensors[spec.name])
-    output.add(writer.record, [])
+    output.write_tensors(name, tensors, listed=False)
 
 
 def added_files(names: Iterable[str]) -> Array:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
@@ -84,6 +86,20 @@ def test_going_on_gives_the_manifest_of_an_uninterrupted_run(tmp_path):
             add(output, "b", b"second")
             publish(output)
     assert tree(tmp_path / "interrupted") == tree(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_tensors_are_aligned_in_their_file_and_listed_if_readers_of_models_see_them(tmp_path, listed):
+    tensors = {"a": np.arange(3, dtype=np.uint8), "b": np.ones(1), "c": np.ones((1, 3), np.float32)}
+    with Output(tmp_path / "out", PLAN) as output:
+        output.write_tensors("x.safetensors", tensors, listed=listed, notes={"x": 1})
+        assert [tensor.name for tensor in output.tensors] == (["b", "c", "a"] if listed else [])
+        publish(output)
+    found = load_file(tmp_path / "out" / "x.safetensors")
+    assert {name: found[name].tolist() for name in found} == {name: tensors[name].tolist() for name in tensors}
+    content = (tmp_path / "out" / "x.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert {name: header[name]["data_offsets"] for name in tensors} == {"b": [0, 8], "c": [8, 20], "a": [20, 23]}
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "absent", "a folder"])

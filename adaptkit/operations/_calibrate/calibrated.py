@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
@@ -168,12 +166,8 @@ def _write_layer(
 
     made = dict(zip((plan.spec.name for plan in wanted), in_order(make, wanted.items(), threads), strict=True))
     tensors = {name: tensor for result in made.values() for name, tensor in result.tensors.items()}
-    specs = [TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
-    specs.sort(key=lambda spec: DTYPES[spec.dtype].itemsize, reverse=True)  # so that all are aligned
-    with TensorWriter(out.folder, _layer_name(number), specs) as writer:
-        for spec in specs:
-            writer.write(spec.name, tensors[spec.name])
-    out.add(writer.record, [], {_layer_name(number): {name: dict(result.note) for name, result in made.items()}})
+    notes = {_layer_name(number): {name: dict(result.note) for name, result in made.items()}}
+    out.write_tensors(_layer_name(number), tensors, listed=False, notes=notes)
 
 
 def _make(
