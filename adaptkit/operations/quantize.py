@@ -1,4 +1,4 @@
-"""Quantize a checkpoint into 4-bit shards with doubly quantized constants, piece by piece.
+"""Quantize a checkpoint to 4 or 8 bits, shard by shard and piece by piece.
 
 What only calibration needs is imported where it is used: it takes as long to load as a small checkpoint to quantize.
 """

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import xxhash
-
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.hashing import bytes_of, tensors_root
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress
@@ -18,7 +16,6 @@ from adaptkit.operations._diff.files import FilesDifference, ValueDifference, di
 from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
 from adaptkit.operations._pipeline import each, in_order
 
-_PIECE_BYTES = 8 << 20
 BY_MANIFEST, COMPUTED = "manifest", "computed"
 
 
@@ -165,20 +162,13 @@ def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[d
         digests = side.recorded or {}
         if side.recorded is None:
             for name, digest in zip(
-                names, in_order(partial(_fingerprint, side.checkpoint), names, threads), strict=True
+                names, in_order(partial(fingerprint_in_pieces, side.checkpoint), names, threads), strict=True
             ):
                 digests[name] = digest
                 done += side.checkpoint.spec(name).nbytes
                 progress(done, total)
         found.append({name: _record(side.checkpoint, name, digests[name]) for name in names})
     return found
-
-
-def _fingerprint(checkpoint: Checkpoint, name: str) -> str:
-    digest, nbytes = xxhash.xxh3_128(), checkpoint.spec(name).nbytes
-    for start in range(0, nbytes, _PIECE_BYTES):
-        digest.update(bytes_of(checkpoint.read_bytes(name, start, min(_PIECE_BYTES, nbytes - start))))
-    return digest.hexdigest()
 
 
 def _record(checkpoint: Checkpoint, name: str, digest: str) -> TensorRecord:

@@ -1,7 +1,7 @@
 """Compare two plain tensors, of files piece by piece: norms in float64, and how low-rank the change is."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -159,4 +159,4 @@ def _with_spectrum(found: TensorDifference, first: Source, second: Source) -> Te
         stable_rank=square / float(sigma[0]) ** 2,
         effective_rank=effective_rank_with_tail(sigma, square, min(out, into)),
     )
-    return TensorDifference(**(vars(found) | {"change": spectrum}))
+    return replace(found, change=spectrum)
