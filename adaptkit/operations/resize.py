@@ -17,9 +17,7 @@ from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
 from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
-
-_KEPT_KEYS = ("revision", "ensure_weight_tying")
-"""What the result's configuration says as the adapter's does, beside what it must."""
+from adaptkit.operations._terms import KEPT_KEYS
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def resize(
     recorded = options.recorded()
     plan = [tensors_root(read.records), dict(read.config), along.identity(), recorded]
     with Output(output, plan, force) as out, discarding(out):
-        kept = {key: read.config[key] for key in _KEPT_KEYS if read.config.get(key)}
+        kept = {key: read.config[key] for key in KEPT_KEYS if read.config.get(key)}
         kept |= {"fan_in_fan_out": read.fan_in_fan_out, "task_type": read.config.get("task_type")}
         name = str(read.config.get("base_model_name_or_path") or "")
         write_adapter(out, modules, name, read.embeddings, copies=along.tensors(), **kept)

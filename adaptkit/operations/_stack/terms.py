@@ -12,10 +12,9 @@ from adaptkit.checkpoint.vocabulary import is_head
 from adaptkit.errors import AdapterError, NonFiniteError
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._terms import KEPT_KEYS
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_SHARED_KEYS = ("revision", "ensure_weight_tying")
-"""What the result's configuration says as the adapters' do, if they agree."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackabl
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = {name: _changes(name, adapters, weights, name in embeddings) for name in names}
-    agreed = {key: _agreed(adapters, key) for key in _SHARED_KEYS}
+    agreed = {key: _agreed(adapters, key) for key in KEPT_KEYS}
     return Stackable(
         modules=modules,
         embeddings=embeddings,
