@@ -22,11 +22,17 @@ from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
 from adaptkit.checkpoint.adapter_config import check_config, is_adapter, is_saved, names_tied
-from adaptkit.checkpoint.compensation import COMPENSATION_NAME, read_compensation
+from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.integrity import file_problem
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json, require_folder
+from adaptkit.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    COMPENSATION_NAME,
+    read_json,
+    require_folder,
+)
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.vocabulary import is_head, is_table

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import adapter as adapter_module
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.compensation import COMPENSATION_NAME, write_compensation
+from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UnsafeInputError, UsageError
 from adaptkit.numerics.lora import LowRank
