@@ -4,8 +4,8 @@ PARTS = {
     "adapter": ("adapter_config.json", "adapter_model*.safetensors"),
     "config": ("config.json", "generation_config.json", "adapter_config.json"),
     "tokenizer": (
-        *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-        *("*.tiktoken", "*.jinja"),
+        *("tokeniz*", "special_tokens_map*", "added_tokens*", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+        *("tekken.json", "chat_template.json", "*.jinja"),
     ),
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "card": ("README.md", "LICENSE*", "NOTICE*"),

@@ -15,7 +15,7 @@ from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
-from adaptkit.text.tokenizer_files import TOKENIZER
+from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +72,9 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
     for adapter in adapters:
         ours = {record.path for record in adapter.manifest.files} if adapter.manifest else set()
         # Where nobody says that it was made, a configuration of generation is a copy that trainers leave there.
-        kept = TOKENIZER | ({GENERATION_NAME} & ours)
-        own = {path.name: read_small(path) for path in side_files(adapter.root) if path.name in kept}
+        kept = {GENERATION_NAME} & ours
+        paths = [path for path in side_files(adapter.root) if path.name in kept or is_of_tokenizer(path.name)]
+        own = {path.name: read_small(path) for path in paths}
         for name, content in own.items():
             other = brought.setdefault(name, (content, adapter))
             if other[0] != content:

@@ -37,7 +37,7 @@ from adaptkit.operations._extract.report import (
 from adaptkit.operations._extract.saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
 from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._pipeline import each, thread_count
-from adaptkit.text.tokenizer_files import TOKENIZER
+from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
 
@@ -149,7 +149,7 @@ def _write(
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
     tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
     write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
-    files = [path for path in side_files(plan.tuned.root) if path.name in TOKENIZER]
+    files = [path for path in side_files(plan.tuned.root) if is_of_tokenizer(path.name)]
     if all(_same_bytes(path, plan.base.root / path.name) for path in files):
         files = []
     generation = plan.tuned.root / GENERATION_NAME

@@ -1,6 +1,7 @@
 """Which small files say how a model is asked, and the tokenizer that they make, those beside an adapter included."""
 
 import json
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,25 +16,23 @@ TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
 _WITHIN_JSON, _MORE = "chat_template.json", "additional_chat_templates"
 TEMPLATES = {TEMPLATE_NAME, _WITHIN_JSON}
 """Files that hold a chat template and nothing else."""
-VOCABULARIES = {
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "spm_char.model",
-    "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "qwen.tiktoken", "hy.tiktoken",
-}  # fmt: skip
-"""Files that make a tokenizer: where one of them is, there is one."""
-TOKENIZER = {
-    *VOCABULARIES,
-    *TEMPLATES,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-}
-"""All files of a tokenizer and its chat templates, which go together from folder to folder."""
+_VOCABULARY = r"tokenizer\.json|tekken\.json|vocab.*|.*\.(model|tiktoken)"
+_TOKENIZER = re.compile(rf"{_VOCABULARY}|tokeniz.*|special_tokens_map.*|added_tokens.*|merges\.txt|chat_template\..*")
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a small file of this name makes a tokenizer: where there is one, there is the other."""
+    return re.fullmatch(_VOCABULARY, name) is not None
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a small file is of a tokenizer or its templates, which go together from folder to folder."""
+    return _TOKENIZER.fullmatch(name) is not None
 
 
 def brings_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer; an adapter's own takes the place of the base's, all of it."""
-    return not VOCABULARIES.isdisjoint(path.name for path in side_files(folder))
+    return any(is_vocabulary(path.name) for path in side_files(folder))
 
 
 def templates_in(

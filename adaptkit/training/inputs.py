@@ -16,7 +16,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs
-from adaptkit.text.tokenizer_files import TOKENIZER, brings_tokenizer, load_tokenizer, load_tokenizer_of
+from adaptkit.text.tokenizer_files import brings_tokenizer, is_of_tokenizer, load_tokenizer, load_tokenizer_of
 from adaptkit.text.windows import check_known, check_prompt, known_tokens, longest_sequence
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
@@ -174,7 +174,7 @@ def _side_files(base: Path, start: Adapter | None, template: str | None, end: in
     """See ``Inputs.side_files``."""
     found = {}
     if start is not None and brings_tokenizer(start.root):
-        paths = [path for path in side_files(start.root) if path.name in TOKENIZER]
+        paths = [path for path in side_files(start.root) if is_of_tokenizer(path.name)]
         found = {path.name: read_small(path) for path in paths}
     if template is not None:
         found[TEMPLATE_NAME] = template.encode()

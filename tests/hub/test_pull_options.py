@@ -1,6 +1,7 @@
 """Parts, pinned manifests, names that are two things, and folders inside an artifact."""
 
 import dataclasses
+import fnmatch
 import json
 from collections.abc import Callable
 from importlib import resources
@@ -13,6 +14,8 @@ from local_hub import LocalHub, Repo
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, require_manifest
+from adaptkit.hub.parts import PARTS
+from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -169,3 +172,16 @@ def test_a_stray_file_is_to_be_moved_away_and_a_missing_one_to_be_got_again(cli:
     (artifact / WEIGHTS).unlink()
     done = cli("verify", artifact)
     assert (done.code, done.report["hint"]) == (3, "get all of the artifact again; from the Hub, by adaptkit pull")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.txt", "vocab-src.json"),
+        *("special_tokens_map.json", "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "qwen.tiktoken"),
+        *("chat_template.jinja", "chat_template.json", "config.json", "generation_config.json", "processor.json"),
+    ],
+)
+def test_what_belongs_to_a_tokenizer_is_the_same_everywhere(name: str) -> None:
+    assert any(fnmatch.fnmatch(name, pattern) for pattern in PARTS["tokenizer"]) == is_of_tokenizer(name)
+    assert is_of_tokenizer(name) == (name not in ("config.json", "generation_config.json", "processor.json"))

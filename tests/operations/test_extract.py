@@ -613,7 +613,9 @@ def test_the_tokenizer_goes_along_if_it_is_another_and_the_configuration_cannot(
     verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "spm.model", "tekken.json", "qwen.tiktoken"])
+@pytest.mark.parametrize(
+    "name", ["sentencepiece.bpe.model", "spm.model", "tekken.json", "its.tiktoken", "vocab-src.json"]
+)
 def test_a_vocabulary_of_any_name_goes_from_the_tuned_checkpoint_into_the_merged_one(
     tmp_path, plain, tuned, copy_of, name
 ):

@@ -15,7 +15,7 @@ from adaptkit.errors import IntegrityError
 from adaptkit.operations._carried import tokenizer_files
 from adaptkit.operations._merge.edits import Edits
 from adaptkit.text.chat_template import TEMPLATE_NAME
-from adaptkit.text.tokenizer_files import TEMPLATES, TOKENIZER, TOKENIZER_CONFIG, VOCABULARIES, template_beside
+from adaptkit.text.tokenizer_files import TEMPLATES, TOKENIZER_CONFIG, is_of_tokenizer, is_vocabulary, template_beside
 
 
 @dataclass
@@ -65,8 +65,8 @@ def plan_side_files(
     if generation is not None and generation != before.get(GENERATION_NAME):
         files.contents[GENERATION_NAME] = generation
         files.told.append(f"{GENERATION_NAME}: the adapter's")
-    if VOCABULARIES & set(brought):
-        for name in TOKENIZER & set(files.contents) - set(brought):
+    if any(map(is_vocabulary, brought)):
+        for name in [name for name in files.contents if is_of_tokenizer(name) and name not in brought]:
             del files.contents[name]
         files.told.append(f"tokenizer: the one of {min(str(adapter.root) for _, adapter in brought.values())}")
         files.contents |= {name: content for name, (content, _) in brought.items()}
