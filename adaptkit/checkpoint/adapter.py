@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 _PIECE_ELEMENTS = 1 << 20
+_DECISIVE = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
 _SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
 
@@ -125,6 +126,11 @@ class Adapter:
             )
         )
 
+    def changed_beside(self) -> str:
+        """What decides about the changes beside the tensors and is not as the manifest lists it; empty if all is."""
+        listed = [record for record in (self.manifest.files if self.manifest else ()) if record.path in _DECISIVE]
+        return next(filter(None, (file_problem(self.root, record) for record in listed)), "")
+
     @property
     def trained_parameters(self) -> int:
         """How many numbers were trained.
@@ -146,8 +152,13 @@ class Adapter:
         )
 
 
-def read_adapter(root: Path) -> Adapter:
+def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
     """Read an adapter.
+
+    Args:
+        root: its folder.
+        changed: take it even if its configuration is not what its manifest says, to look at it; what is made of it
+            would name another as its parent.
 
     Raises:
         UsageError: not a folder.
@@ -179,8 +190,7 @@ def read_adapter(root: Path) -> Adapter:
     files.require_state(state)  # or the fingerprints would be of other tensors than the changes
     manifest = read_manifest(root)
     compensation = read_compensation(root, found.modules, manifest)
-    _check_beside(root, manifest)
-    return Adapter(
+    adapter = Adapter(
         root=root,
         config=config,
         files=files,
@@ -198,6 +208,12 @@ def read_adapter(root: Path) -> Adapter:
         records=records,
         state=state,
     )
+    if not changed and (problem := adapter.changed_beside()):
+        raise IntegrityError(
+            f"{root}: {problem}",
+            hint=f"put it back as it was, or take a copy without {MANIFEST_NAME} for another adapter",
+        )
+    return adapter
 
 
 def adapter_identity(adapter: Adapter) -> str:
@@ -232,20 +248,6 @@ def require_plain(adapter: Adapter, doing: str) -> None:
             raise AdapterError(
                 f"{adapter.root}: cannot {doing} {what} ({min(found)}), only low-rank changes of whole weights",
                 hint="merge it into its base instead",
-            )
-
-
-def _check_beside(root: Path, manifest: Manifest | None) -> None:
-    """Compare what decides about the changes beside the tensors with the manifest, as far as that lists it.
-
-    Raises:
-        IntegrityError: it changed, so that the manifest, which all that is made of the adapter names, is of another.
-    """
-    for record in manifest.files if manifest else ():
-        if record.path in (ADAPTER_CONFIG_NAME, COMPENSATION_NAME) and (problem := file_problem(root, record)):
-            raise IntegrityError(
-                f"{root}: {problem}",
-                hint=f"put it back as it was, or take a copy without {MANIFEST_NAME} for another adapter",
             )
 
 

@@ -112,7 +112,7 @@ class _Found:
 
 
 def _adapter(path: Path) -> _Found:
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, changed=True)
     return _Found(
         kind="adapter",
         dtypes=Counter(record.dtype for record in adapter.records),

@@ -364,6 +364,7 @@ def test_what_decides_beside_the_tensors_is_as_the_manifest_says_or_refused(comp
     with pytest.raises(IntegrityError, match=f"{name} (changed|has)") as caught:
         read_adapter(complete)
     assert MANIFEST_NAME in caught.value.hint
+    assert read_adapter(complete, changed=True).changed_beside().startswith(name)
     (complete / MANIFEST_NAME).unlink()
     assert read_adapter(complete).manifest is None
 

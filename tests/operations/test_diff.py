@@ -18,6 +18,9 @@ from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport, diff
+from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.operations.inspect import inspect
+from adaptkit.operations.merge import merge
 
 WEIGHTS = "adapter_model.safetensors"
 MODEL = "model.safetensors"
@@ -435,3 +438,15 @@ def test_no_compiler_is_loaded_to_compare():
     code = "import adaptkit.operations.diff, sys; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_adapter_whose_configuration_was_edited_can_still_be_looked_at(tmp_path, llama, adapter):
+    """Who wants to know what changed has no other means; nothing is made of it."""
+    merge(llama, [adapter], tmp_path / "tuned")
+    extract(tmp_path / "tuned", llama, tmp_path / "one", ExtractOptions(rank=2))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    peft_adapters.change_config(tmp_path / "two", lora_alpha=999)
+    report = diff(tmp_path / "one", tmp_path / "two")
+    assert any("two: adapter_config.json" in remark and "adaptkit verify" in remark for remark in report.remarks)
+    assert not any("one: " in remark for remark in report.remarks)
+    assert inspect(tmp_path / "two").kind == "adapter"

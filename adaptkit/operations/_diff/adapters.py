@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
     Raises:
         AdapterError: one of them is not a LoRA adapter that can be read.
     """
-    one, two = each(read_adapter, (first, second), threads)
+    one, two = each(partial(read_adapter, changed=True), (first, second), threads)
     changes = (changes_of(one), changes_of(two))
     names = sorted({*changes[0], *changes[1]})
     modules = list(
@@ -196,6 +197,8 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
     for adapter in (first, second):
         if adapter.manifest is not None and adapter.manifest.tensors_root != tensors_root(adapter.records):
             yield f"{adapter.root}: its tensors are not those of its manifest; see adaptkit verify"
+        if problem := adapter.changed_beside():
+            yield f"{adapter.root}: {problem}, by its manifest; see adaptkit verify"
     one, two = (_trained_on(adapter) for adapter in (first, second))
     other = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])
     if other:
