@@ -89,17 +89,17 @@ def _check_cached(what: str, folder: Path, checked: set[Path]) -> None:
     The client compares sizes only. Where a system has no links, nothing can be compared.
     """
     for path in sorted(folder.rglob("*")):
-        blob = path.resolve()
-        if blob in checked or not path.is_symlink() or not _HASH.fullmatch(blob.name):
+        blob = path.parent.joinpath(os.readlink(path)) if path.is_symlink() else path
+        if path in checked or not path.is_symlink() or not _HASH.fullmatch(blob.name):
             continue
-        record = FileRecord(path.name, blob.stat().st_size, file_sha256(blob))
-        if blob.name not in (record.sha256, git_sha1(blob, record)):
-            path.unlink()
-            blob.unlink()
+        record = FileRecord(path.name, path.stat().st_size, file_sha256(path))
+        if blob.name not in (record.sha256, git_sha1(path, record)):
+            for part in (path.resolve(), blob, path):  # what is there may be a link, too, to what other caches share
+                part.unlink(missing_ok=True)
             raise IntegrityError(
                 f"{what}: {path.relative_to(folder)} was damaged on the way", hint="run the same command again"
             )
-        checked.add(blob)
+        checked.add(path)
 
 
 def fetch_files(

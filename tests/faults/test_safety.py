@@ -22,7 +22,6 @@ JOINS = {
     "operations/_merge/merged.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
     "operations/_merge/merging.py": {"adapter.root / name"},
     "operations/targets/_adapter_files.py": {"root / name"},
-    "operations/targets/_checkpoint_files.py": {"root / name"},
     "training/loop.py": {"out.folder / adapter.name"},
     "training/resume.py": {
         "folder / f'checkpoint-{snapshot.step}'",
@@ -34,6 +33,8 @@ JOINS = {
     # names of entries of a folder that was listed
     "operations/extract.py": {"plan.base.root / path.name"},
     "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is what the user's recipe says
+    # where the links of huggingface_hub's cache lead
+    "hub/_fetch.py": {"path.parent.joinpath(os.readlink(path))"},
     # names of steps, which are letters and digits, and digests
     "pipeline/work.py": {
         "self.root / key[:_KEY_LETTERS]",
