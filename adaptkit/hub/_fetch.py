@@ -1,29 +1,34 @@
 """Fetch single files of a commit, and believe none of them before it was compared."""
 
+import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
-from adaptkit.checkpoint.progress import Progress
+from adaptkit.checkpoint.progress import Progress, size
+from adaptkit.checkpoint.remembered import Remembered
 from adaptkit.checkpoint.writer import sync_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
-from adaptkit.hub._remote import RemoteFile, git_sha1, matches
+from adaptkit.hub._remote import RemoteFile, matches
 from adaptkit.hub._staging import in_memory
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHA256_DIGITS = 64
+_LONG_BYTES = 10**9
+"""More than this takes a second or more to hash, which is said."""
 DOWNLOADS = ".download"
 """Where files arrive, in the unfinished folder: the client finds there what an earlier run fetched of them."""
 
@@ -36,9 +41,8 @@ class Silent(tqdm):
 
 
 def fetch_into_cache(
-    hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress,
-    checked: set[Path],
-) -> Path:  # fmt: skip
+    hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress
+) -> Path:
     """Fetch what the shared cache lacks of a revision, and compare it with the hashes that it is called by there.
 
     Args:
@@ -49,12 +53,11 @@ def fetch_into_cache(
         wanted: patterns of files.
         unwanted: patterns of those that are left out all the same.
         told: of bytes that arrived, of how many; that number grows while the client asks for one file after another.
-        checked: files that were compared already; grows.
 
     Raises:
         IntegrityError: one was damaged on the way; it is not kept.
     """
-    lock, arrived = threading.Lock(), threading.Event()
+    lock = threading.Lock()
 
     class Counter(Silent):
         """The one of the client's bars that counts the bytes of all files."""
@@ -65,7 +68,6 @@ def fetch_into_cache(
 
         def update(self, n: float | None = 1) -> None:
             if self._is_wanted:
-                arrived.set()
                 with lock:
                     self.n += int(n or 0)
                     told(self.n, max(self.n, int(self.total or 0)))
@@ -78,28 +80,59 @@ def fetch_into_cache(
         )
 
     folder = Path(hub.ask(what, fetch))
-    if arrived.is_set():
-        _check_cached(f"{repo_id}@{folder.name}", folder, checked)
+    links = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_symlink()}
+    names = filter_repo_objects(links, allow_patterns=wanted, ignore_patterns=unwanted)
+    _check_cached(hub, f"{repo_id}@{folder.name}", folder, {name: links[name] for name in names})
     return folder
 
 
-def _check_cached(what: str, folder: Path, checked: set[Path]) -> None:
-    """Compare a snapshot's files with the names of what they are links to, which are the Hub's hashes.
+def _check_cached(hub: Hub, what: str, folder: Path, links: Mapping[str, Path]) -> None:
+    """Compare files of a snapshot with the names of what they are links to, which are the Hub's hashes.
 
-    The client compares sizes only. Where a system has no links, nothing can be compared.
+    The client compares sizes only. Where a system has no links, nothing can be compared; what was compared once is not
+    again.
     """
-    for path in sorted(folder.rglob("*")):
-        blob = path.parent.joinpath(os.readlink(path)) if path.is_symlink() else path
-        if path in checked or not path.is_symlink() or not _HASH.fullmatch(blob.name):
-            continue
-        record = FileRecord(path.name, path.stat().st_size, file_sha256(path))
-        if blob.name not in (record.sha256, git_sha1(path, record)):
-            for part in (path.resolve(), blob, path):  # what is there may be a link, too, to what other caches share
-                part.unlink(missing_ok=True)
-            raise IntegrityError(
-                f"{what}: {path.relative_to(folder)} was damaged on the way", hint="run the same command again"
-            )
-        checked.add(path)
+    remembered = Remembered({"compared with the Hub's hashes": str(folder)})
+    before = remembered.read() or {}
+    states = {name: state for name, path in links.items() if (state := _state(path)) is not None}
+    todo = {name: state for name, state in states.items() if before.get(name) != state}
+    nbytes = sum(state[1] for state in todo.values())
+    if nbytes > _LONG_BYTES:
+        hub.note(f"{what}: comparing {size(nbytes)} with the Hub's hashes")
+    known = dict(before)
+    try:
+        for name, state in todo.items():
+            if state[0] not in _hashes(links[name], state[0]):
+                _remove_cached(links[name])
+                raise IntegrityError(f"{what}: {name} was damaged on the way", hint="run the same command again")
+            known[name] = state
+    finally:
+        if known != before:
+            remembered.keep(known)
+
+
+def _state(path: Path) -> list[Any] | None:
+    """What a file is called by its link, and whether it is still as it was; None if there is nothing to compare."""
+    called = os.path.basename(os.readlink(path))
+    if not _HASH.fullmatch(called) or not path.exists():
+        return None
+    found = path.stat()
+    return [called, found.st_size, found.st_mtime_ns]
+
+
+def _hashes(path: Path, called: str) -> set[str]:
+    """What the Hub, or a mirror, may call a file's content by, of the length of what it is called."""
+    if len(called) == _SHA256_DIGITS:
+        return {file_sha256(path)}
+    content = path.read_bytes()  # a small file: git holds it itself
+    blob = b"blob %d\0" % len(content) + content
+    return {hashlib.sha1(data, usedforsecurity=False).hexdigest() for data in (blob, content)}
+
+
+def _remove_cached(path: Path) -> None:
+    """Remove a file from a snapshot, and all that its link leads to: that may be a link, too, to what caches share."""
+    for part in (path.resolve(), path.parent.joinpath(os.readlink(path)), path):
+        part.unlink(missing_ok=True)
 
 
 def fetch_files(

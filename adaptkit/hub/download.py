@@ -155,6 +155,7 @@ def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_
 
     Raises:
         UsageError: neither.
+        IntegrityError: something was damaged on the way, or the manifest is malformed.
         AuthenticationError, NetworkError: the Hub refused or did not answer.
     """
     path = Path(text)
@@ -183,13 +184,12 @@ def fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, pr
         IntegrityError: something was damaged on the way, or the manifest is malformed.
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
-    checked: set[Path] = set()
-    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress, checked)
+    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
     manifest = read_manifest(folder)
     if manifest is not None:
         listed = [glob.escape(record.path) for record in manifest.files]
         # The folder's name is its commit.
-        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress, checked)
+        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)
     return folder
 
 

@@ -1,7 +1,7 @@
 """The parts of an artifact that can be pulled alone."""
 
 PARTS = {
-    "adapter": ("adapter_config.json", "adapter_model*.safetensors"),
+    "adapter": ("adapter_config.json", "adapter_model*.safetensors", "adaptkit-compensation.safetensors"),
     "config": ("config.json", "generation_config.json", "adapter_config.json"),
     "tokenizer": (
         *("tokeniz*", "special_tokens_map*", "added_tokens*", "vocab*", "merges.txt", "*.model", "*.tiktoken"),

@@ -3,10 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from adaptkit.checkpoint.adapter import Adapter, adapter_identity
+from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import BaseMismatchError, UsageError
-
-__all__ = ["KEPT_KEYS", "adapter_identity", "expected_fingerprints", "weights_of"]
 
 KEPT_KEYS = ("revision", "ensure_weight_tying")
 """What the configuration of an adapter that is made of others says as theirs do, if they agree, beside what it must."""

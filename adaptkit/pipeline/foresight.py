@@ -45,12 +45,16 @@ class Foresight:
     def before_sending(self, sendings: Iterable[tuple[Step, Work]]) -> None:
         """Before the first of several steps that send, ask whether a later one would be refused.
 
+        Args:
+            sendings: all of them, in order.
+
         Raises:
             AdaptkitError: what would be refused.
         """
-        found = [] if self._asked_for_sending else list(sendings)
+        if self._asked_for_sending:
+            return
         self._asked_for_sending = True
-        for step, work in found if len(found) > 1 else []:
+        for step, work in list(sendings)[1:]:
             self.of(step, work)
 
     def of(self, step: Step, work: Work) -> str:

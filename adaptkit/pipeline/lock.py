@@ -154,8 +154,8 @@ def _require_ours(path: Path) -> None:
     try:
         found = json.loads(content)
     except ValueError:
-        found = {"is": "no JSON"}
-    if isinstance(found, dict) and found and not {"schema", "tool", "sources", "steps"} & set(found):
+        found = None
+    if found not in ([], {}) and not (isinstance(found, dict) and {"schema", "tool", "sources", "steps"} & set(found)):
         raise UsageError(f"{path}: is no lock of adaptkit's", hint="call the recipe something else, or move that file")
 
 

@@ -181,6 +181,7 @@ def _folder(path: Path, hashes: Hashes) -> tuple[str, int, dict[str, Any]]:
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
         return manifest.sha256, sum(record.size for record in manifest.files), found
     read = [p for p in sorted(path.iterdir()) if p.suffix in READ_SUFFIXES or p.name in SIDE_NAMES]
+    read = [p for p in read if not p.name.startswith("consolidated")]  # another format's copy of the same weights
     files = {file.name: hashes.sha256(file) for file in read if not file.name.startswith(".") and not file.is_dir()}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     root = hashes.root(digest, lambda: _tensors_root(path))

@@ -47,11 +47,15 @@ _FREE = frozenset(
 class TrainConfig:
     """A training run. What a field means is said beside it."""
 
-    base: str = setting("Folder of a checkpoint: one that quantize made, or a 16-bit one.", section="Model and data")
+    base: str = setting(
+        "A checkpoint: one that quantize made, or a 16-bit one. A folder, or org/name[@revision] of the Hub.",
+        section="Model and data",
+    )
     data: tuple[str, ...] = setting("File (jsonl, json, csv, tsv, parquet) or data set of the Hub "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
-    init: str = setting("Of the adapter's A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or the folder "
-                        "of an adapter to begin with, whose rank, alpha and targets the run has then.",
+    init: str = setting("Of the adapter's A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or an "
+                        "adapter to begin with, a folder or org/name[@revision], whose rank, alpha and targets the run "
+                        "has then.",
                         "kaiming")  # fmt: skip
     method: str = setting("auto is qlora on a base that adaptkit quantized, and lora on a 16-bit one; full trains "
                           "every weight, and writes a checkpoint.", "auto", choices=METHODS)  # fmt: skip

@@ -207,6 +207,13 @@ def test_a_report_does_not_take_the_place_of_recipe_or_lock(copied, option, name
     assert {path.name: path.read_bytes() for path in copied.folder.glob("recipe.*")} == before
 
 
+@pytest.mark.parametrize("recipe", [".", "/", "absent.yaml"])
+def test_what_is_no_recipe_is_said_with_a_place_for_a_report_too(run_cli, tmp_path, recipe):
+    done = run_cli("run", recipe, "--summary", tmp_path / "s.md", cwd=tmp_path)
+    assert done.code == 2
+    assert "Traceback" not in done.stderr
+
+
 def publishing(world, new):
     """Have the recipe publish in another way, with nothing done so far."""
     text = (world.folder / "recipe.yaml").read_text()

@@ -250,6 +250,29 @@ def test_what_was_damaged_on_the_way_is_not_taken_from_the_cache(
     assert cli("diff", "me/model", tmp_path / "artifact").code == 0
 
 
+def test_what_is_in_the_cache_is_compared_once_and_only_if_it_is_wanted(
+    cli: Any, artifact: Path, tmp_path: Path
+) -> None:
+    """What another program put there, too; and what is a link to nothing any more is not in the way."""
+    commit = cli("publish", artifact, "me/model").report["commit"]
+    other = "from huggingface_hub import snapshot_download\nsnapshot_download('me/model')\nprint('{}')"
+    assert cli(code=other).code == 0
+    snapshot = tmp_path / "home" / "hub" / "models--me--model" / "snapshots" / commit
+    (snapshot / "pytorch_model.bin").symlink_to(f"../../blobs/{'0' * 64}")
+    (snapshot / "gone.json").symlink_to(f"../../blobs/{'1' * 64}")
+    (snapshot.parents[1] / "blobs" / ("0" * 64)).write_bytes(b"not asked for")
+    assert cli("verify", "me/model").code in (0, 3)
+    assert (snapshot / "pytorch_model.bin").exists()
+    weights = (snapshot / WEIGHTS).resolve()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = cli("diff", "me/model", artifact)
+    assert done.code == 3
+    assert "was damaged on the way" in done.report["message"]
+    assert cli("diff", "me/model", artifact).code == 0
+
+
 def test_a_dry_run_fetches_no_weights_where_a_part_is_there_already(cli: Any, artifact: Path, tmp_path: Path) -> None:
     """As `plan org/name` leaves it."""
     commit = cli("publish", artifact, "me/model").report["commit"]

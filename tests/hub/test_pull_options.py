@@ -13,6 +13,7 @@ import pytest
 from local_hub import LocalHub, Repo
 
 from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, require_manifest
 from adaptkit.hub.parts import PARTS
 from adaptkit.text.tokenizer_files import is_of_tokenizer
@@ -185,3 +186,8 @@ def test_a_stray_file_is_to_be_moved_away_and_a_missing_one_to_be_got_again(cli:
 def test_what_belongs_to_a_tokenizer_is_the_same_everywhere(name: str) -> None:
     assert any(fnmatch.fnmatch(name, pattern) for pattern in PARTS["tokenizer"]) == is_of_tokenizer(name)
     assert is_of_tokenizer(name) == (name not in ("config.json", "generation_config.json", "processor.json"))
+
+
+def test_what_an_adapter_makes_up_for_comes_with_it() -> None:
+    """Without it a merge would add all of it to weights that lack nothing."""
+    assert any(fnmatch.fnmatch(COMPENSATION_NAME, pattern) for pattern in PARTS["adapter"])

@@ -362,7 +362,7 @@ def test_a_lock_that_says_more_than_was_found_is_refused(recipe, release, keys, 
         run(recipe, RunOptions(locked=True))
 
 
-@pytest.mark.parametrize("content", ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}'])
+@pytest.mark.parametrize("content", ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}', "12345\n", '["a"]'])
 def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
     (release / "recipe.lock").write_text(content)
     with pytest.raises(UsageError, match=r"recipe\.lock: is no lock of adaptkit's"):

@@ -70,7 +70,8 @@ def command(
 ) -> None:
     """Measure models: losses, and what they say to questions.
 
-    With several bases, an adapter is measured on the one that its manifest names.
+    With several bases, an adapter is measured on the one that its manifest names, or else on the one that has the
+    weights that it was trained on.
     """
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.evaluate import evaluate_page

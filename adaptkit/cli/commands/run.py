@@ -56,7 +56,7 @@ def command(
     everything was is written to the recipe's .lock. The Hub's token and a key's password come from the environment, as
     for publish. Exits with 9 if a gate is not passed, and with 3 if --locked finds a difference.
     """
-    for place in (output_file, summary_file):
+    for place in (output_file, summary_file) if recipe.is_file() else ():
         if place is not None and place.resolve() in (recipe.resolve(), recipe.with_suffix(".lock").resolve()):
             raise UsageError(f"{place}: is the recipe or its lock", hint="choose another file for the report")
     if output_file:

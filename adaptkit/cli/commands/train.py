@@ -24,7 +24,7 @@ from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import training_progress
 from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.settings import read_config_file
+from adaptkit.training.settings import check_values, read_config_file
 
 if TYPE_CHECKING:
     from adaptkit.training.dry_run import RunPlan
@@ -60,14 +60,15 @@ def command(
     """
     values = read_config_file(config_file) if config_file else {}
     chosen = given(TrainConfig, options)
-    for name in ("base", "init"):  # as of the command line
-        if isinstance(values.get(name), str) and name not in chosen:
-            values[name] = str(fetched(values[name], as_json or quiet))
     if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
     values |= chosen
+    where = str(config_file) if config_file else "options"
     with nullcontext() if config_file else told_as_options(TrainConfig):
-        config = TrainConfig.from_values(values, str(config_file) if config_file else "options")
+        check_values(TrainConfig, values, where)  # before anything is fetched
+        for name in sorted({"base", "init"} & set(values) - set(chosen)):
+            values[name] = str(fetched(values[name], as_json or quiet))
+        config = TrainConfig.from_values(values, where)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
         as_json, quiet = False, True
     leave_compiler_out()

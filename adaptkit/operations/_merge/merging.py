@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from adaptkit.checkpoint import undo
-from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
@@ -34,7 +34,6 @@ from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.untargeted import untargeted
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
-from adaptkit.operations._terms import adapter_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,7 +246,9 @@ class Merging:
             merged=len(changed),
             added=tuple(self.edits.added),
             tensors=sum(len(groups) for _, groups in self.shards),
-            base_verified=same or changed_are_known(self.base, self.edits, self.adapters),
+            base_verified=same
+            or changed_are_known(self.base, self.edits, self.adapters)
+            or (manifest is None and is_theirs(self.base, self.base.root or "", self.adapters)),
             same_base=same,
             told=tuple(told),
         )

@@ -65,7 +65,7 @@ def evaluate(
         check_base(read, Weights(base))
     asked = Asked.of(base, adapter if data or options.prompts else None)
     (material,) = read_material([asked], data, text, options, reference)
-    for folder in filter(None, (base, reference)):
+    for folder in dict.fromkeys(filter(None, (base, reference))):
         check_whole(folder)
     other = load(reference, options) if reference is not None else None
     return measure(base, read, material, options, other, on_answer)

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
-from adaptkit.checkpoint.integrity import check_tensors, file_problem
+from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
 from adaptkit.checkpoint.quantized import part_names, quantized_names
@@ -81,9 +81,17 @@ def check_whole(base: Path) -> None:
         IntegrityError: its configuration or a tensor is another.
     """
     manifest = read_manifest(base)
-    if manifest is not None:
-        check_config(base, manifest)
-        check_tensors(base, manifest)
+    if manifest is None:
+        return
+    check_config(base, manifest)
+    checkpoint, recorded = Checkpoint(base), {record.name: record.xxh3_128 for record in manifest.tensors}
+    wrong = sorted(recorded.keys() ^ checkpoint.tensors.keys()) or (
+        name for name in sorted(recorded) if fingerprint_in_pieces(checkpoint, name) != recorded[name]
+    )
+    for name in wrong:
+        raise IntegrityError(
+            f"{base}: {name} is not the tensor of its manifest", hint=f"adaptkit verify {base} tells more"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,28 +100,35 @@ class _Fit:
 
     Attributes:
         compared: how many of the weights that it was trained on could be.
-        differs: the module of one that is another; empty if none is.
+        differs: the module of one that is another, or that may be; empty if none is.
+        is_packed: whether that one is known by how it is packed alone.
         is_same: whether those that could be are the same, and not only of the same 16-bit weights.
     """
 
     compared: int
     differs: str
+    is_packed: bool
     is_same: bool
 
 
 def check_base(adapter: Adapter, base: Weights) -> None:
     """Compare what an adapter says it was trained on with a base, as far as both say anything.
 
-    An adapter that was trained on a quantized base also belongs to the 16-bit base of the same weights, unless it makes
-    up for that quantization.
+    An adapter that was trained on a quantized base also belongs to the 16-bit base of the same weights, and to any
+    quantization of it whose manifest says so, unless it makes up for what its own lost.
 
     Raises:
         BaseMismatchError: a weight differs; names it.
     """
-    differs = _fit(adapter, base).differs
-    if differs:
+    fit = _fit(adapter, base)
+    if fit.differs and fit.is_packed:
         raise BaseMismatchError(
-            f"{adapter.root}: belongs to another base than {base.root}: {differs} differs",
+            f"{adapter.root}: belongs to another base than {base.root}, or to another packing: {fit.differs} differs",
+            hint="give the base that it was trained on, or the 16-bit checkpoint that was quantized",
+        )
+    if fit.differs:
+        raise BaseMismatchError(
+            f"{adapter.root}: belongs to another base than {base.root}: {fit.differs} differs",
             hint="give the base that it was trained on",
         )
 
@@ -132,8 +147,8 @@ def _fit(adapter: Adapter, base: Weights) -> _Fit:
         compared += bool(pairs)
         is_same &= parts[0] == parts[1]
         if any(one != other for one, other in pairs):
-            return _Fit(compared, expected.module, is_same=False)
-    return _Fit(compared, "", is_same)
+            return _Fit(compared, expected.module, is_packed=None in weights, is_same=False)
+    return _Fit(compared, "", is_packed=False, is_same=is_same)
 
 
 def base_of(adapter: Adapter, bases: Sequence[Weights]) -> Weights:
