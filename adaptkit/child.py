@@ -14,6 +14,7 @@ from typing import Any
 
 _MOST_HANDLES = 1 << 16
 _PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def can_fork() -> bool:
@@ -34,9 +35,14 @@ def start_child(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     process = context.Process(target=_begin, args=(theirs, os.getpid(), work, arguments), daemon=True)
-    with warnings.catch_warnings():  # Python warns of threads that torch's libraries may have; the fork runs none
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
+    # A signal that reaches the fork before it has its own ways with signals would run the parent's code there.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        with warnings.catch_warnings():  # Python warns of threads that torch's libraries may have; the fork runs none
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return process, mine
 
@@ -44,6 +50,7 @@ def start_child(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess
 def _begin(connection: Connection, parent: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if sys.platform == "linux":  # elsewhere it ends when it finds that nobody reads what it says
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the parent may be killed, too
     if os.getppid() != parent:  # and was, before that

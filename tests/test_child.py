@@ -70,6 +70,18 @@ def test_signals_for_the_parent_are_not_for_it_but_its_own_end_it(children):
     assert process.exitcode == -signal.SIGTERM
 
 
+def test_a_signal_just_after_the_fork_does_not_run_the_parents_code_in_it():
+    code = (
+        "import os, signal, sys\n"
+        "from adaptkit.child import start_child\n"
+        "os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "process, connection = start_child(lambda connection: connection.send('there'))\n"
+        "print(connection.recv()); process.join(); sys.exit(process.exitcode)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")
+
+
 def test_one_whose_parent_is_gone_already_does_not_stay():
     """Death's own signal comes only to those who asked for it in time."""
     code = (
