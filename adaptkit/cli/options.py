@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
 from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.typed import declared
 from adaptkit.cli.output import notes
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import ConfigError
@@ -212,29 +213,24 @@ def settings_options(kind: type, **types: click.ParamType[Any]) -> Callable[[Fun
 
 
 def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) -> Any:
-    annotation, flag = str(found.type), f"--{name.replace('_', '-')}"
-    help_text = rule.help
-    repeatable = "tuple" in annotation or "Mapping" in annotation
-    if repeatable:
+    kind, flag = declared(found.type), f"--{name.replace('_', '-')}"
+    inner, help_text = get_args(kind), rule.help
+    if inner:
         help_text += " Repeatable."
     if found.default is not MISSING and not (
         found.default is None or found.default is False or found.default in ((), {})
     ):
         default = found.default
         help_text += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
-    if found.type is bool:
+    if kind is bool:
         return click.option(
             f"{flag}/--no-{flag[2:]}", default=None, help=help_text, cls=_SettingOption, section=rule.section
         )
-    plain = next(
-        kind for word, kind in (("tuple", str), ("int", int), ("float", float), ("str", str)) if word in annotation
-    )
-    mapped = Value() if "Mapping[str, str" in annotation else Number() if "Mapping" in annotation else None
-    option_type = types.get(name, mapped or plain)
+    mapped = {tuple: str, Mapping: Number() if inner[1:] == (float,) else Value()}
     return click.option(
         flag,
-        type=option_type,
-        multiple=repeatable,
+        type=types.get(name, mapped[get_origin(kind)] if inner else kind),
+        multiple=bool(inner),
         metavar=f"[{'|'.join(rule.choices)}]" if rule.choices else None,
         help=help_text,
         cls=_SettingOption,
@@ -271,7 +267,5 @@ def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, (setting, _) in settings(kind).items():
         value = values[name]
         if value is not None and value != ():
-            found[name] = dict(value) if "Mapping" in str(setting.type) else value
-            if isinstance(value, Path):
-                found[name] = str(value)
+            found[name] = dict(value) if get_origin(declared(setting.type)) is Mapping else value
     return found

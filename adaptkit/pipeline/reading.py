@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adaptkit.checkpoint.document import read_document
+from adaptkit.checkpoint.typed import Place, build, check_keys, nearest
 from adaptkit.discovery import load, names
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline import steps as registry
-from adaptkit.pipeline.options import Place, build, check_keys, nearest
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Input, StepKind
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.typed import Place, nearest
 from adaptkit.errors import UsageError
-from adaptkit.pipeline.options import Place, nearest
 from adaptkit.pipeline.steps._kind import Input, StepKind
 
 

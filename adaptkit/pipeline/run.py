@@ -50,9 +50,8 @@ def run(
     steps = read.until(options.until) if options.until is not None else list(read.steps.values())
     sending = next((step for step in steps if step.how.sends), None)
     if options.offline and sending is not None:
-        raise UsageError(
-            f"{sending.place.document.where(*sending.place.keys)}: {sending.kind} needs the network",
-            hint="leave out --offline, or end before it: --until STEP",
+        raise sending.place.error(
+            f"{sending.kind} needs the network", hint="leave out --offline, or end before it: --until STEP"
         )
     if options.signer is not None and not any(getattr(step.options, "sign", False) for step in steps):
         raise UsageError(f"{recipe}: no step signs anything", hint="write sign: true in the step that publishes")

@@ -21,7 +21,7 @@ from adaptkit.checkpoint.integrity import check_names
 from adaptkit.checkpoint.layout import READ_SUFFIXES, SIDE_NAMES, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.errors import IntegrityError
 from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of
 from adaptkit.pipeline.recipe import Source
 
@@ -130,15 +130,11 @@ def resolve(
     if offline:
         found = find_cached(repo, commit or source.revision)
         if found is None:
-            raise UsageError(
-                f"{source.place.document.where(*source.place.keys)}: {source} is not in huggingface_hub's cache",
-                hint="run once without --offline",
-            )
+            raise source.place.error(f"{source} is not in huggingface_hub's cache", hint="run once without --offline")
         on_commit(found.name)
         if absent := sorted(name for name in files if not (found / name).exists()):
-            raise UsageError(
-                f"{source.place.document.where(*source.place.keys)}: huggingface_hub's cache holds only a part of "
-                f"{source}: {absent[0]} is missing",
+            raise source.place.error(
+                f"huggingface_hub's cache holds only a part of {source}: {absent[0]} is missing",
                 hint="run once without --offline",
             )
         return _material(source, found, {"commit": found.name}, hashes)

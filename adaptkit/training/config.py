@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
 from adaptkit.text.conversation import LAYOUTS
-from adaptkit.training.settings import as_declared, check, check_values, conflict, refuse, setting, settings
+from adaptkit.training.settings import check, conflict, refuse, setting, settings
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
@@ -88,7 +88,7 @@ class TrainConfig:
     layout: str | None = setting("Of the rows.  [default: each row's own]", None, choices=LAYOUTS, section="Samples")
     chat_template: str | None = setting("File of another chat template than the model's (Jinja); it will lie beside "
                                         "the adapter, and merge takes it along.", None)  # fmt: skip
-    chat_template_kwargs: Mapping[str, str | float | bool] | None = setting(
+    chat_template_kwargs: Mapping[str, str | int | float | bool] | None = setting(
         "Variables of the chat template, such as enable_thinking=false.", None
     )
     loss_on: str = setting("Tokens that are learned; plain text is learned whole.", "answers", choices=LOSS_ON)
@@ -161,8 +161,6 @@ class TrainConfig:
                                   "that goes on ends in the same bytes; on a CPU it does anyway.", False)  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, (found, _) in settings(type(self)).items():
-            object.__setattr__(self, name, as_declared(getattr(self, name), found.type))
         check(self)
         for name in ("data", "held_out_data"):
             if not all(getattr(self, name)) or not self.data:
@@ -171,8 +169,6 @@ class TrainConfig:
             refuse(self, "targets", "at least one")
         if self.chat_template == "":
             refuse(self, "chat_template")
-        if self.init not in INITS and not Path(self.init).is_dir():
-            refuse(self, "init")
         self._check_adapter()
         if self.steps is not None and self.epochs is not None:
             conflict("epochs", "steps says how long already", "give one of the two")
@@ -242,15 +238,6 @@ class TrainConfig:
     def has_held_out(self) -> bool:
         """Whether there are samples to measure on."""
         return bool(self.held_out or self.held_out_data)
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any], where: str) -> Self:
-        """Make a configuration from a file's or the command line's values.
-
-        Raises:
-            ConfigError: an unknown key, a value of the wrong type, or a required key that is missing.
-        """
-        return cls(**check_values(cls, values, where))
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all of it but paths, devices and trackers, which say nothing about the result."""

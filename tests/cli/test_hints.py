@@ -136,7 +136,8 @@ def test_a_setting_is_called_as_it_was_given(run_cli, instructions, tmp_path, op
         "train", "--base", "x", "--data", instructions, "-o", tmp_path / "out", f"--{option}".replace("_", "-"), value
     )
     assert (done.code, done.stderr.splitlines()[0]) == (2, f"error: {said}")
-    (tmp_path / "t.yaml").write_text(json.dumps({"base": "x", "data": [str(instructions)], option: value}))
-    done = run_cli("train", "--config", tmp_path / "t.yaml", "-o", tmp_path / "out")
+    (tmp_path / "t.json").write_text(json.dumps({"base": "x", "data": [str(instructions)], option: value}))
+    done = run_cli("train", "--config", tmp_path / "t.json", "-o", tmp_path / "out")
     written = said.replace("--held-out", "held_out").replace("--eval-every", "eval_every")
-    assert done.stderr.splitlines()[0] == f"error: {written.replace(f'--{option}'.replace('_', '-'), option)}"
+    written = written.replace(f"--{option}".replace("_", "-"), option)
+    assert done.stderr.splitlines()[0] == f"error: {tmp_path / 't.json'}: {written}"

@@ -93,7 +93,11 @@ def broken(tmp_path, llama, adapter):
             "not quantized",
         ),
         "no base": (["train", "--data", "x.jsonl", "-o", "out"], 2, "base is missing"),
-        "unknown key": (["train", "--config", tmp_path / "bad.yaml", "-o", "out"], 2, "unknown key 'lerning_rate'"),
+        "unknown key": (
+            ["train", "--config", tmp_path / "bad.yaml", "-o", "out"],
+            2,
+            "line 3: lerning_rate: unknown key",
+        ),
         "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),
         "huge seed": (["evaluate", "--base", llama, "--prompt", "x", "--seed", "9" * 20], 2, "seed: 9999"),
         "long row": (["plan", tmp_path / "bert", "--seq-len", "1024"], 2, "cannot be followed without its weights"),

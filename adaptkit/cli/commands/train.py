@@ -3,12 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from adaptkit.checkpoint.document import Document, read_document
 from adaptkit.checkpoint.pages import give_back_kernel_compiler
+from adaptkit.checkpoint.typed import Place, build
 from adaptkit.cli.batch_view import batch_lines, has_colour
 from adaptkit.cli.data_rows import cut_rows, data_rows
 from adaptkit.cli.options import (
@@ -24,7 +27,6 @@ from adaptkit.cli.output import Row, say, show, size
 from adaptkit.cli.progress import training_progress
 from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.settings import check_values, read_config_file
 
 if TYPE_CHECKING:
     from adaptkit.training.dry_run import RunPlan
@@ -58,17 +60,14 @@ def command(
     --resume, --dry-run, --show-batch, --json and --quiet; the command line wins. A run that was killed or interrupted
     goes on when the same command is given again.
     """
-    values = read_config_file(config_file) if config_file else {}
-    chosen = given(TrainConfig, options)
+    document = read_document(config_file) if config_file else Document(Path("options"), {}, {})
+    values, chosen = document.values, given(TrainConfig, options)
     if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
-    values |= chosen
-    where = str(config_file) if config_file else "options"
     with nullcontext() if config_file else told_as_options(TrainConfig):
-        check_values(TrainConfig, values, where)  # before anything is fetched
-        for name in sorted({"base", "init"} & set(values) - set(chosen)):
-            values[name] = str(fetched(values[name], as_json or quiet))
-        config = TrainConfig.from_values(values, where)
+        config = build(TrainConfig, values, Place(document), chosen)
+    written = {name: getattr(config, name) for name in ("base", "init") if name in set(values) - set(chosen)}
+    config = replace(config, **{name: str(fetched(path, as_json or quiet)) for name, path in written.items()})
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
         as_json, quiet = False, True
     leave_compiler_out()

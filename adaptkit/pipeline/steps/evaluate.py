@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from adaptkit.checkpoint.typed import nearest
 from adaptkit.errors import UsageError
-from adaptkit.pipeline.options import nearest
 from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work, makes_nothing
 from adaptkit.training.evaluation.evaluate import check_request, evaluate
 from adaptkit.training.evaluation.report import EvaluateOptions, EvaluateReport

@@ -47,7 +47,7 @@ class EvaluateOptions:
     window: int = 512
     max_tokens: int | None = None
     layout: str | None = None
-    chat_template_kwargs: Mapping[str, bool | float | str] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     compute_dtype: str = "auto"
     device: str = "auto"
 

@@ -26,6 +26,7 @@ from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import AdapterShape, Model, new_adapter
 from adaptkit.training.network.whole import TrainedWeight
+from adaptkit.training.settings import refuse
 
 
 def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
@@ -65,6 +66,8 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
     """
     if config.init in INITS:
         return None
+    if not Path(config.init).is_dir():
+        refuse(config, "init")
     adapter = read_adapter(Path(config.init))
     check_base(adapter, Weights(Path(config.base)))
     _check_additions(adapter, config)

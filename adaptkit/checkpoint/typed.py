@@ -1,9 +1,14 @@
-"""Values of a recipe, as the options that commands use: dataclasses, checked by name and by type."""
+"""Values of a document that people write, in the types that dataclasses declare.
+
+A field's type is int, float, bool, str, Path, another dataclass, ``tuple[type, ...]`` or ``Mapping[str, type]`` of
+them, or a union. Lists become tuples, and a whole number a float where 1.5 may be, since manifests tell 1 from 1.0.
+"""
 
 import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -14,9 +19,9 @@ from adaptkit.errors import ConfigError, UsageError
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a document something stands, for messages."""
+    """Where something stands, for messages: in a document, or among arguments."""
 
-    document: Document
+    document: Document | None = None
     keys: Keys = ()
 
     def at(self, *keys: str | int) -> "Place":
@@ -25,7 +30,8 @@ class Place:
 
     def error(self, problem: str, hint: str = "") -> ConfigError:
         """What is wrong here."""
-        return ConfigError(f"{self.document.where(*self.keys)}: {problem}", hint=hint)
+        where = self.document.where(*self.keys) if self.document else ".".join(map(str, self.keys))
+        return ConfigError(f"{where}: {problem}" if where else problem, hint=hint)
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = "known") -> str:
@@ -50,28 +56,41 @@ def check_keys(values: Any, known: Iterable[str], place: Place) -> Mapping[str, 
     return values
 
 
-def build(kind: type[Any], values: Mapping[str, Any], place: Place) -> Any:
-    """Make a dataclass from a recipe's values.
+def build(kind: type[Any], values: Mapping[str, Any], place: Place, instead: Mapping[str, Any] | None = None) -> Any:
+    """Make a dataclass from a document's values.
+
+    Args:
+        kind: the dataclass.
+        values: of the document, by the names of fields.
+        place: where they stand.
+        instead: arguments that go before the document's values; what is wrong with them stands nowhere.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, one that the dataclass refuses, or one that is missing.
     """
-    hints = get_type_hints(kind)
-    known = [field.name for field in fields(kind)]
-    check_keys(values, known, place)
+    hints, instead = get_type_hints(kind), dict(instead or {})
+    check_keys(values, [field.name for field in fields(kind)], place)
+    found = {name: convert(value, hints[name], place.at(name)) for name, value in values.items()} | instead
     for field in fields(kind):
-        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+        if field.name not in found and field.default is MISSING and field.default_factory is MISSING:
             raise place.error(f"{field.name} is missing", hint=f"{field.name}: {_expected(hints[field.name])}")
-    found = {name: _convert(value, hints[name], place.at(name)) for name, value in values.items()}
     try:
         return kind(**found)
     except UsageError as error:
         named = next((name for name in found if error.message.startswith(f"{name}:")), None)
+        if named in instead or (instead and not values):
+            raise
         problem = error.message if named is None else error.message.removeprefix(f"{named}:").strip()
         raise (place.at(named) if named else place).error(problem, error.hint) from error
 
 
-def _convert(value: Any, hint: Any, place: Place) -> Any:
+def declared(hint: Any) -> Any:
+    """A field's type but for ``| None``."""
+    rest = [choice for choice in get_args(hint) if choice is not type(None)]
+    return rest[0] if get_origin(hint) in (Union, types.UnionType) and len(rest) == 1 else hint
+
+
+def convert(value: Any, hint: Any, place: Place) -> Any:
     """The value in the type that is wanted.
 
     Raises:
@@ -82,16 +101,17 @@ def _convert(value: Any, hint: Any, place: Place) -> Any:
         if value is None and type(None) in choices:
             return None
         rest = [choice for choice in choices if choice is not type(None)]
-        return _convert(value, next((choice for choice in rest if _fits(value, choice)), rest[0]), place)
+        return convert(value, next((choice for choice in rest if _fits(value, choice)), rest[0]), place)
     if is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, check_keys(value, [field.name for field in fields(hint)], place), place)
+        return value if isinstance(value, hint) else build(hint, value, place)
     origin, inner = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(item, inner[0], place.at(number)) for number, item in enumerate(value))
+        return tuple(convert(item, inner[0], place.at(number)) for number, item in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return {key: _convert(item, inner[1], place.at(key)) for key, item in value.items()}
+        keys = {key: convert(key, str, place) for key in value}
+        return {keys[key]: convert(item, inner[1], place.at(key)) for key, item in value.items()}
     if origin is None and hint is not None and _fits(value, hint):
-        return hint(value) if hint in (Path, float) else value  # 1 is a number too, and manifests tell 1 from 1.0
+        return hint(value)
     advice = f"write it in quotes: '{value}'" if hint is str and isinstance(value, int | float) else ""
     advice = advice or (f"write [{value}]" if origin is tuple and isinstance(value, str | int | float) else "")
     raise place.error(f"is {_shown(value)}; expected {_expected(hint)}", hint=advice)
@@ -103,25 +123,35 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, str if hint is Path else hint)
+        return isinstance(value, Real) and _is_finite(value)
+    if hint is int:
+        return isinstance(value, Integral)
+    return isinstance(value, str | Path if hint in (str, Path) else hint)
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # of a whole number
+        return False
 
 
 def _expected(hint: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_expected(choice) for choice in get_args(hint) if choice is not type(None))
-    if get_origin(hint) is tuple:
-        return f"a list, each of them {_expected(get_args(hint)[0])}"
-    if hint in names:
-        return names[hint]
-    return "keys and values"
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_expected(choice) for choice in inner if choice is not type(None))
+    if origin is tuple:
+        return f"a list, each of them {_expected(inner[0])}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"names, each with {_expected(inner[1])}"
+    return names.get(hint, "keys and values")
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a mapping"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "a list"
     if value is None or isinstance(value, bool):
         return "empty" if value is None else str(value).lower()
