@@ -13,7 +13,7 @@ from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
-from adaptkit.training.resume import check_not_finished, check_unfinished, going_on_from
+from adaptkit.training.resume import check_not_finished, check_unfinished, going_on_from, require_room
 from adaptkit.training.schedule import steps_in
 
 
@@ -77,11 +77,12 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     if inputs.manifest is not None:
         check_tensors(inputs.base, inputs.manifest)
     whole = replace(inputs, config=replace(inputs.config, shard_base=False))  # by this one process
-    model, activations = build(whole, World(choose_device(config.device)))
-    parameters = Trainable.of(model).values.numel()
     batches = batches_of(inputs)
+    model, activations = build(whole, World(choose_device(config.device)), batches.largest())
+    parameters = Trainable.of(model).values.numel()
     steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)
+    require_room(work, one, config.keep_checkpoints)
     return RunPlan(
         output=str(output),
         steps=steps,

@@ -11,6 +11,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
 from adaptkit.training.network.accumulation import adding_up
+from adaptkit.training.network.groups import forget
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.neftune import EmbeddingNoise
@@ -48,7 +49,11 @@ class Gradients:
         self._vector.zero_()
         self._sources = [source for batch in batches for source in batch.sources]
         self._spoiled = []
-        shares = [self._add(batch, answers, step, index) for index, batch in enumerate(batches)]
+        try:
+            shares = [self._add(batch, answers, step, index) for index, batch in enumerate(batches)]
+        except BaseException:
+            forget(self._model.network)  # or a second try would have no more room than the first
+            raise
         values = torch.stack(shares).tolist()  # only now does the host wait for the device
         for batch, value in zip(batches, values, strict=True):
             if not math.isfinite(value):

@@ -15,6 +15,7 @@ from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.networks.activations import parse_policy
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs
 from adaptkit.text.tokenizer_files import brings_tokenizer, is_of_tokenizer, load_tokenizer, load_tokenizer_of
 from adaptkit.text.windows import check_known, check_prompt, known_tokens, longest_sequence
@@ -104,7 +105,14 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     base = Path(config.base)
     checkpoint = Checkpoint(base)
     config = resolve_method(config, checkpoint)
-    dtype = choose_dtype(config.compute_dtype, choose_device(config.device))
+    device = choose_device(config.device)
+    parse_policy(config.checkpointing, layers=1)  # what it means for the network is known once that is built
+    if config.offload_checkpoints and device.type != "cuda":
+        raise UsageError(
+            "offload_checkpoints: moves checkpoints to host memory, which is where a CPU has them already",
+            hint="leave it out; checkpointing: sqrt keeps fewer of them",
+        )
+    dtype = choose_dtype(config.compute_dtype, device)
     config = replace(config, compute_dtype=name_of(dtype))
     require_trackers(config)
     if output is not None:
@@ -188,5 +196,5 @@ def _digest(samples: Sequence[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(array("q", [sample.origin, len(sample.ids)]).tobytes())
-        digest.update(array("i", [*sample.ids, *sample.labels]).tobytes())
+        digest.update(sample.content())
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
     inputs.py     what is read        run.py          the steps              result.py     what is written
     schedule.py   the rate            gradients.py    of a step              resume.py     checkpoints
-    history.py    metrics.jsonl       selection.py    the best, the end      trackers.py   TensorBoard, W&B
+    history.py    metrics.jsonl       trackers.py     TensorBoard, W&B
 
 Nothing is written before everything that can be checked is.
 """
@@ -11,13 +11,13 @@ import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.manifest import FileRecord, Manifest
+from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError
 from adaptkit.training.config import TrainConfig
@@ -27,12 +27,13 @@ from adaptkit.training.distributed import World, deterministic, join
 from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
-from adaptkit.training.preparation import batches_of
 from adaptkit.training.report import StepReport, TrainReport
-from adaptkit.training.result import write_result
+from adaptkit.training.result import records_of, write_result
 from adaptkit.training.resume import check_not_finished, check_unfinished, holds_work, remember, require_room
 from adaptkit.training.run import Chosen, Run
 from adaptkit.training.trackers import trackers
+
+Records = Mapping[str, TensorRecord]
 
 
 def to_stderr(text: str) -> None:
@@ -107,10 +108,11 @@ def _lead(
         run.close()
         inputs.require_base()
         kept, *others = run.chosen()
+        records = records_of(run.model.checkpoint, inputs.manifest)
         for adapter in others:
             note(f"{adapter.name}/ holds the adapter after step {adapter.step}")
-            _write_beside(out, inputs, run, adapter)
-        manifest = _write(out, inputs, run, kept, note)
+            _write_beside(out, inputs, run, records, adapter)
+        manifest = _write(out, inputs, run, records, kept, note)
     return _report(output, inputs, run, kept.step, manifest)
 
 
@@ -126,31 +128,33 @@ def _begun(inputs: Inputs, out: Output, note: Callable[[str], None], world: Worl
     return run
 
 
-def _write(out: Output, inputs: Inputs, run: Run, kept: Chosen, note: Callable[[str], None]) -> Manifest:
+def _write(
+    out: Output, inputs: Inputs, run: Run, records: Records, kept: Chosen, note: Callable[[str], None]
+) -> Manifest:
     run.trainable.values.copy_(kept.parameters)
     out.write(METRICS_NAME, run.history.content())
     if can_draw():
         out.write(PICTURE_NAME, draw(run.history))
     else:
         note(f"no {PICTURE_NAME}: matplotlib is not installed (pip install 'adaptkit[report]')")
-    manifest = _write_result(out, inputs, run)
+    manifest = _write_result(out, inputs, run, records)
     out.publish(manifest)
     return manifest
 
 
-def _write_result(out: Output, inputs: Inputs, run: Run) -> Manifest:
-    known = inputs.config, inputs.manifest, inputs.start, inputs.data_sha256, inputs.side_files
+def _write_result(out: Output, inputs: Inputs, run: Run, records: Records) -> Manifest:
+    known = inputs.config, inputs.manifest, records, inputs.start, inputs.data_sha256, inputs.side_files
     return write_result(out, run.model, *known)
 
 
-def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> None:
+def _write_beside(out: Output, inputs: Inputs, run: Run, records: Records, adapter: Chosen) -> None:
     """Write another adapter of the run as a whole artifact in a folder of its own."""
     inside = out.folder / adapter.name
     shutil.rmtree(inside, ignore_errors=True)  # of a run that was killed here
     last = run.trainable.values.clone()
     run.trainable.values.copy_(adapter.parameters)
     with Output(inside, inputs.identity()) as nested:
-        nested.publish(_write_result(nested, inputs, run))
+        nested.publish(_write_result(nested, inputs, run, records))
     run.trainable.values.copy_(last)
     for path in sorted(inside.iterdir()):
         name = path.relative_to(out.folder).as_posix()
@@ -158,18 +162,18 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> Non
 
 
 def _report(output: Path, inputs: Inputs, run: Run, kept: int, manifest: Manifest) -> TrainReport:
-    held_out = {line["step"]: line["held_out_loss"] for line in run.history.lines if "held_out_loss" in line}
+    held_out = run.history.held_out
     return TrainReport(
         output=str(output),
         steps=run.done,
         kept_step=kept,
-        skipped=len(run.history.values("skipped")),
+        skipped=sum("skipped" in line for line in run.history.lines()),
         resumed_from=run.resumed_from,
         trainable_parameters=run.trainable.values.numel(),
         samples=len(inputs.samples),
         truncated=inputs.data.truncated,
         dropped=inputs.data.dropped,
-        data=report_data(inputs, batches_of(inputs)),
+        data=report_data(inputs, run.batches),
         held_out_before=held_out.get(0),
         held_out_after=held_out.get(kept),
         segments=run.activations.checkpointing.segments,

@@ -18,8 +18,8 @@ def draw(history: History) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    steps = [line for line in history.lines if "loss" in line]
-    measured = [line for line in history.lines if "held_out_loss" in line]
+    steps = [line for line in history.lines() if "loss" in line]
+    measured = history.held_out
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
         matplotlib.rcParams.update({"svg.hashsalt": "adaptkit", "svg.fonttype": "none"})
@@ -27,8 +27,7 @@ def draw(history: History) -> bytes:
         axes = figure.add_subplot()
         axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", linewidth=1)
         if measured:
-            x, y = [line["step"] for line in measured], [line["held_out_loss"] for line in measured]
-            axes.plot(x, y, "o-", label="held out", markersize=4)
+            axes.plot(list(measured), list(measured.values()), "o-", label="held out", markersize=4)
         axes.set_xlabel("step")
         axes.set_ylabel("loss per answer token (nats)")
         rates = axes.twinx()

@@ -84,8 +84,14 @@ def make_fast(model: Model) -> None:
         keep_narrow(network, model.dtype, join_on_gpu(network))
 
 
-def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
-    """The model with the adapter that it begins with, and what it keeps of a batch."""
+def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model, Activations]:
+    """The model with the adapter that it begins with, and what it keeps of a batch.
+
+    Args:
+        inputs: of the run.
+        world: its processes.
+        largest: rows and length of its largest batch.
+    """
     device, is_shared = world.device, inputs.config.shard_base
     held = torch.device("cpu") if is_shared else device  # the base need not fit the device before it is divided
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
@@ -98,4 +104,4 @@ def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
         mark_unread(model.network)
     if is_shared:
         shard_frozen(model.network, world)
-    return model, save_activations(model.network, inputs.config, batches_of(inputs).largest(), device)
+    return model, save_activations(model.network, inputs.config, largest, device)

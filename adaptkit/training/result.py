@@ -1,6 +1,6 @@
 """Write what a run made: an adapter or a checkpoint, and the manifest that says what it belongs to."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.dtypes import DTYPES
-from adaptkit.checkpoint.hashing import fingerprint, tensors_root
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, name_of, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of
@@ -32,6 +32,7 @@ def write_result(
     model: Model,
     config: TrainConfig,
     base: Manifest | None,
+    records: Mapping[str, TensorRecord],
     start: Adapter | None,
     data_sha256: list[str],
     side_files: Mapping[str, bytes] = MappingProxyType({}),
@@ -43,6 +44,7 @@ def write_result(
         model: trained.
         config: of the run, its method resolved.
         base: manifest of the base, if it has one.
+        records: of the base: see ``records_of``.
         start: what the run began with, if not with fresh matrices.
         data_sha256: of the data files.
         side_files: small files that lie beside an adapter, and take the place of a checkpoint's, by name.
@@ -59,7 +61,7 @@ def write_result(
         out.write(name, content)
     if start is not None and start.compensation:
         write_compensation(out, start.compensation)
-    parents = [parent_of("base", base, () if base else _records(model.checkpoint, model.checkpoint.tensors))]
+    parents = [parent_of("base", base, () if base else tuple(records.values()))]
     if start is not None:
         parents.append(parent_of("init", start.manifest, start.records))
     return Manifest(
@@ -68,7 +70,7 @@ def write_result(
         files=tuple(out.files),
         tensors=tuple(out.tensors),
         parents=tuple(parents),
-        targets=() if is_full else _targets(model, base),
+        targets=() if is_full else _targets(model, base, records),
     )
 
 
@@ -103,18 +105,17 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
     )
 
 
-def _targets(model: Model, base: Manifest | None) -> tuple[Target, ...]:
+def _targets(model: Model, base: Manifest | None, records: Mapping[str, TensorRecord]) -> tuple[Target, ...]:
     """The base's weights that have a low-rank change, with what tells them from others."""
     known = base.known_weights() if base else {}
     targets = []
     for name, change in model.changes().items():
         target, (file_name, *_) = known.get(name), model.assembly.sources[f"{name}.weight"]
         if target is None and file_name in model.assembly.quantized:
-            parts = _records(model.checkpoint, part_names(model.checkpoint, file_name))
+            parts = [records[part] for part in part_names(model.checkpoint, file_name)]
             target = Target(name, change.shape, quantized_root=tensors_root(parts))
         elif target is None:
-            weight = model.checkpoint.read(file_name)
-            target = Target(name, tuple(weight.shape), fingerprint(weight))
+            target = Target(name, records[file_name].shape, records[file_name].xxh3_128)
         targets.append(target)
     return tuple(targets)
 
@@ -156,7 +157,10 @@ def _part(value: Tensor, slice_: Slice) -> Tensor:
     return matrix.chunk(count)[number] if count > 1 else matrix
 
 
-def _records(checkpoint: Checkpoint, names: Iterable[str]) -> list[TensorRecord]:
-    """Tensors of a base without a manifest."""
-    specs = [checkpoint.spec(name) for name in names]
-    return [TensorRecord(s.name, "", s.dtype, s.shape, fingerprint(checkpoint.read(s.name))) for s in specs]
+def records_of(checkpoint: Checkpoint, base: Manifest | None) -> dict[str, TensorRecord]:
+    """The base's tensors by name, as its manifest has them or, without one, as they are read: all of them."""
+    if base is not None:
+        return {record.name: record for record in base.tensors}
+    digests = {name: fingerprint_in_pieces(checkpoint, name) for name in checkpoint.tensors}
+    specs = map(checkpoint.spec, digests)
+    return {spec.name: TensorRecord(spec.name, "", spec.dtype, spec.shape, digests[spec.name]) for spec in specs}

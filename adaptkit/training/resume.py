@@ -14,13 +14,13 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from adaptkit.checkpoint.dtypes import dtype_name
+from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import JOURNAL_NAME
@@ -32,6 +32,7 @@ from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, rep
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, OutputExistsError, UsageError
 from adaptkit.training.distributed import World
 from adaptkit.training.history import METRICS_NAME
+from adaptkit.training.memory.vector import Vector
 
 PAGES_NAME = "optimizer-pages.bin"
 _RUN, _STATE, _RECORD = "run.json", "state.safetensors", "checkpoint.json"
@@ -45,13 +46,13 @@ class Snapshot:
 
     Attributes:
         step: steps taken.
-        tensors: by name; on any device.
+        vectors: by name; of one that was read in its file, which has to stay until they are.
         values: by name; what JSON can hold.
         metrics: the content of ``metrics.jsonl``.
     """
 
     step: int
-    tensors: Mapping[str, Tensor]
+    vectors: Mapping[str, Vector]
     values: Mapping[str, Any]
     metrics: bytes
 
@@ -129,7 +130,8 @@ def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
         DiskError: says how much is missing.
     """
     needed = checkpoint_bytes * max(1, keep + 1 - len(checkpoints(folder)))
-    free = shutil.disk_usage(folder).free
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
     if needed > free:
         raise DiskError(
             f"{folder}: its checkpoints need {needed:,} more bytes, but its disk has {free:,} free",
@@ -167,12 +169,11 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with disk_errors(folder):
         folder.mkdir()
-    specs = [
-        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in snapshot.tensors.items()
-    ]
+    specs = [TensorSpec(name, dtype_name(vector.dtype), (vector.count,)) for name, vector in snapshot.vectors.items()]
     with TensorWriter(folder, _STATE, specs) as writer:
-        for name, tensor in snapshot.tensors.items():
-            writer.write(name, tensor.detach().cpu())
+        for name, vector in snapshot.vectors.items():
+            for _, piece in vector.pieces():
+                writer.write(name, piece)
     metrics = write_file(folder, METRICS_NAME, snapshot.metrics)
     files = {_STATE: writer.record.sha256, METRICS_NAME: metrics.sha256}
     record = {"step": snapshot.step, "values": dict(snapshot.values), "files": files}
@@ -195,19 +196,20 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Snapshot | N
 
 def share_snapshot(world: World, snapshot: Snapshot | None) -> Snapshot | None:
     """Give all processes what the first one read, a tensor at a time: on GPUs it goes through their memory."""
-    outline = world.share(
-        None if snapshot is None else replace(snapshot, tensors={n: t.to("meta") for n, t in snapshot.tensors.items()})
-    )
-    if outline is None or world.size == 1:
+    if world.size == 1:
         return snapshot
-    tensors = {}
-    for name, like in outline.tensors.items():
-        moved = torch.empty_like(like, device=world.device)
+    shapes = {name: (vector.dtype, vector.count) for name, vector in snapshot.vectors.items()} if snapshot else {}
+    outline = world.share((replace(snapshot, vectors={}), shapes) if snapshot else None)
+    if outline is None:
+        return None
+    vectors = {}
+    for name, (dtype, count) in outline[1].items():
+        moved = torch.empty(count, dtype=dtype, device=world.device)
         if snapshot is not None:
-            moved.copy_(snapshot.tensors[name])
+            snapshot.vectors[name].copy_to(moved)
         world.copy_first(moved)
-        tensors[name] = moved.cpu()
-    return replace(outline, tensors=tensors)
+        vectors[name] = Vector.of(moved.cpu())
+    return replace(outline[0], vectors=vectors)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -249,8 +251,11 @@ def _checked(path: Path, step: int) -> dict[str, Any]:
 def _read(path: Path, step: int) -> Snapshot:
     record = _checked(path, step)
     files = TensorFiles(path, [_STATE])
-    tensors = {name: files.read(name) for name in files.tensors}
-    return Snapshot(step, tensors, record["values"], (path / METRICS_NAME).read_bytes())
+    vectors = {
+        name: Vector(DTYPES[located.spec.dtype], located.spec.shape[0], partial(files.read_flat, name))
+        for name, located in files.tensors.items()
+    }
+    return Snapshot(step, vectors, record["values"], (path / METRICS_NAME).read_bytes())
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -24,13 +24,13 @@ from adaptkit.training.memory.activations import PeakMemory, memory_report
 from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
+from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import cannot_be_merged, left_out, shortened
 from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
-from adaptkit.training.selection import best_step, is_over
 from adaptkit.training.trackers import Tracker
 from adaptkit.training.uninterrupted import uninterrupted
 
@@ -64,6 +64,7 @@ class Run:
         world: the processes of the run.
 
     Attributes:
+        batches: of every step.
         steps: in all, unless the run stops early.
         model: being trained.
         activations: what the model keeps of a batch.
@@ -79,12 +80,12 @@ class Run:
         self._config, self._inputs, self._folder, self._note = inputs.config, inputs, folder, note
         self._world = world
         self._padding = pad_id(inputs.tokenizer, inputs.base)
-        self._batches = batches_of(inputs)
-        self.steps = total_steps(inputs.config, self._batches)
+        self.batches = batches_of(inputs)
+        self.steps = total_steps(inputs.config, self.batches)
         begin_libraries(inputs.base, world.device, inputs.config.shard_base)
         free_former_network()
         self._peak = PeakMemory(world.device)
-        self.model, self.activations = build(inputs, world)
+        self.model, self.activations = build(inputs, world, self.batches.largest())
         inputs.require_base()
         told = (left_out(self.model, inputs.config), cannot_be_merged(self.model))
         for line in filter(None, told if world.is_first else ()):
@@ -146,7 +147,7 @@ class Run:
 
     def chosen(self) -> list[Chosen]:
         """The adapter to publish, and then the one to keep beside it, if that is another."""
-        best = best_step(self.history)
+        best = self.history.best_step
         found = [Chosen("last", self.done, self.trainable.values)]
         if best is not None and best != self.done and self._best is not None:
             found.append(Chosen("best", best, self._best))
@@ -157,7 +158,7 @@ class Run:
         (self._folder / PAGES_NAME).unlink(missing_ok=True)
 
     def _is_finished(self) -> bool:
-        return self.done >= self.steps or is_over(self.history, self._config.patience)
+        return self.done >= self.steps or 0 < self._config.patience <= self.history.since_best
 
     def _is_due(self, every: int) -> bool:
         return self._is_finished() or (every > 0 and self.done % every == 0)
@@ -172,10 +173,10 @@ class Run:
 
     def _step(self, step: int) -> dict[str, Any]:
         config = self._config
-        answers = self._batches.answer_tokens(step)
-        line: dict[str, Any] = {"tokens": self._batches.tokens(step), "answer_tokens": answers}
+        answers = self.batches.answer_tokens(step)
+        line: dict[str, Any] = {"tokens": self.batches.tokens(step), "answer_tokens": answers}
         rate = learning_rate(config, step, self.steps)
-        batches = self._batches.micro_batches(step, self._world.rank, self._world.size)
+        batches = self.batches.micro_batches(step, self._world.rank, self._world.size)
         largest = max(batch.ids.numel() for batch in batches)
         loss = self._pressure.relieve(largest, lambda: self._gradients.collect(batches, answers, step))
         norm = self.optimizer.clip(config.max_grad_norm)
@@ -186,8 +187,10 @@ class Run:
                 line = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | line | paging
             else:
                 line = {"skipped": refused} | line
-            self._record({"step": step + 1} | line)
+            line = {"step": step + 1} | line
+            self.history.add(line)
             self.done = step + 1
+        self._tell(line)
         return line
 
     def _refused(self, loss: float, norm: float, step: int) -> str | None:
@@ -205,8 +208,7 @@ class Run:
         if self._config.on_non_finite == "stop":
             hint = "lower the learning rate, look at these samples, or go on without them: --on-non-finite skip"
             raise NonFiniteError(message, hint=hint)
-        before = [line for line in self.history.lines if "answer_tokens" in line][1 - _SKIPPED_IN_A_ROW :]
-        if len(before) == _SKIPPED_IN_A_ROW - 1 and all("skipped" in line for line in before):
+        if self.history.skipped_in_a_row + 1 >= _SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"{message}, and so at {_SKIPPED_IN_A_ROW} steps in a row", hint="lower the learning rate"
             )
@@ -216,7 +218,7 @@ class Run:
     def _observe(self) -> None:
         """Measure, and let the model answer, where it is time and was not done before a kill."""
         config, is_first = self._config, self.done == 0
-        known = {name for line in self.history.lines if line["step"] == self.done for name in line}
+        known = self.history.known(self.done)
         wants_loss = bool(self._inputs.held_out) and (is_first or self._is_due(config.eval_every))
         if wants_loss and "held_out_loss" not in known:
             self._measure()
@@ -225,17 +227,21 @@ class Run:
             answers = self._answers(config.sample_prompts)
             for prompt, text in answers.items():
                 self._note(f"step {self.done}: {prompt!r} -> {text!r}")
-            self._record({"step": self.done, "answers": answers})
+            line = {"step": self.done, "answers": answers}
+            self.history.add(line)
+            self._tell(line)
 
     def _measure(self) -> None:
         loss = self._held_out_loss()
         if not math.isfinite(loss):
             hint = "lower the learning rate" if self.done else "look at the base: adaptkit evaluate measures it alone"
             raise NonFiniteError(f"the held-out loss is {loss} at step {self.done}", hint=hint)
+        line = {"step": self.done, "held_out_loss": loss}
         with self._changing():
-            self._record({"step": self.done, "held_out_loss": loss})
-            if best_step(self.history) == self.done:
-                self._best = self._copy() if self._world.is_first and self.done < self.steps else None
+            self.history.add(line)
+            if self.history.best_step == self.done:
+                self._remember_best()
+        self._tell(line)
 
     def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
         found = generate(
@@ -263,20 +269,25 @@ class Run:
         """Samples that go through the model at a time."""
         return self._config.micro_batch_size or self._config.batch_size
 
-    def _copy(self) -> Tensor:
-        """The parameters as they are, in host memory."""
-        return self.trainable.values.to("cpu", copy=True)
+    def _remember_best(self) -> None:
+        """Keep the parameters as they are, in host memory, for as long as others may be trained."""
+        if not self._world.is_first or self.done == self.steps:
+            self._best = None
+        elif self._best is None:
+            self._best = self.trainable.values.to("cpu", copy=True)
+        else:
+            self._best.copy_(self.trainable.values)
 
-    def _record(self, line: dict[str, Any]) -> None:
-        self.history.add(line)
+    def _tell(self, line: dict[str, Any]) -> None:
+        """Tell the trackers; what is wrong with one of them undoes no step."""
         for tracker in self._trackers:
             tracker.add(line)
 
     def _save(self) -> None:
-        tensors = {"parameters": self.trainable.values} | self.optimizer.state.tensors()
-        if best_step(self.history) != self.done and self._best is not None:
-            tensors["best_parameters"] = self._best
-        snapshot = Snapshot(self.done, tensors, {"updates": self.optimizer.steps}, self.history.content())
+        vectors = {"parameters": Vector.of(self.trainable.values)} | self.optimizer.state.vectors()
+        if self.history.best_step != self.done and self._best is not None:
+            vectors["best_parameters"] = Vector.of(self._best)
+        snapshot = Snapshot(self.done, vectors, {"updates": self.optimizer.steps}, self.history.content())
         try:
             save_checkpoint(self._folder, snapshot, self._config.keep_checkpoints)
         except DiskError:
@@ -285,15 +296,15 @@ class Run:
         self._saved = self.done
 
     def _restore(self, snapshot: Snapshot) -> None:
-        tensors = snapshot.tensors
-        if tensors["parameters"].shape != self.trainable.values.shape:
+        vectors = snapshot.vectors
+        if vectors["parameters"].count != self.trainable.values.numel():
             raise ConflictError(
-                f"{self._folder}: holds a run that trains {tensors['parameters'].numel()} parameters, and this one "
+                f"{self._folder}: holds a run that trains {vectors['parameters'].count} parameters, and this one "
                 f"trains {self.trainable.values.numel()}: another version may choose other layers",
                 hint="the version that began it goes on; --force begins again",
             )
-        self.trainable.values.copy_(tensors["parameters"])
+        vectors["parameters"].copy_to(self.trainable.values)
         self.optimizer.steps = snapshot.values["updates"]
-        self.optimizer.state.load(tensors)
-        if self._world.is_first and best_step(self.history) is not None:
-            self._best = tensors.get("best_parameters", tensors["parameters"])
+        self.optimizer.state.load(vectors)
+        if self._world.is_first and self.history.best_step is not None:
+            self._best = vectors.get("best_parameters", vectors["parameters"]).whole()

@@ -32,7 +32,7 @@ def updates(count, budgets, bits):
         state.set_budget(budget)
         gradients.copy_(torch.randn(count, generator=torch.Generator().manual_seed(step + 2)))
         optimizer.step(rate)
-    return {"parameters": values.cpu()} | state.tensors(), state
+    return {"parameters": values.cpu()} | {n: v.whole() for n, v in state.vectors().items()}, state
 
 
 def slowed(function):

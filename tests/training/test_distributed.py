@@ -52,7 +52,7 @@ def shares(name):  # how many numbers of every divided weight lie here, and in a
 
     config = TrainConfig(base=str(base), data=(str(data),), shard_base=True, compute_dtype="float32", device="cpu")
     with join("cpu") as world:
-        model, _ = build(read_inputs(config, root / name, False), world)
+        model, _ = build(read_inputs(config, root / name, False), world, (1, 8))
         divided = {n: p for n, p in model.network.named_parameters() if isinstance(p, DTensor)}
         print(json.dumps({n: [p.to_local().numel(), p.numel()] for n, p in divided.items()}))
     return 0

@@ -18,7 +18,7 @@ from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import begin, resolve_method
-from adaptkit.training.result import write_result
+from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 83).view(2, 40)
@@ -48,7 +48,7 @@ def begun(base, dtype="float32"):
 
 def written(folder, model, config):
     with Output(folder, "plan") as out:
-        out.publish(write_result(out, model, config, None, None, []))
+        out.publish(write_result(out, model, config, None, records_of(model.checkpoint, None), None, []))
     return folder
 
 

@@ -30,6 +30,7 @@ from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training import gradients
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
+from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
 from adaptkit.training.network import accumulation
@@ -310,8 +311,11 @@ def stopped(config, output, step):
 def test_a_run_that_is_refused_before_it_goes_on_keeps_what_there_is(config, tmp_path):
     run, output = replace(config, steps=4, save_every=1), tmp_path / "adapter"
     stopped(run, output, 2)
+    for ask in (train, plan_run):
+        with pytest.raises(DiskError, match="checkpoints need"):
+            ask(replace(run, keep_checkpoints=1 << 40), output)
     with pytest.raises(DiskError, match="checkpoints need"):
-        train(replace(run, keep_checkpoints=1 << 40), output)
+        plan_run(replace(run, keep_checkpoints=1 << 40), tmp_path / "absent" / "adapter")
     report = train(run, output)
     assert report.resumed_from == 2
 

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -16,13 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.hashing import file_sha256, fingerprint
+from adaptkit.checkpoint.hashing import file_sha256, fingerprint, fingerprint_in_pieces
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
+from adaptkit.training import loop, result
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World, deterministic
@@ -32,7 +35,7 @@ from adaptkit.training.gradients import Gradients
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.preparation import build
+from adaptkit.training.preparation import batches_of, build
 from adaptkit.training.resume import require_room
 
 
@@ -55,7 +58,7 @@ def metrics(folder, key):
 @pytest.fixture(scope="module")
 def gradient_of(config, tmp_path_factory):
     inputs = read_inputs(replace(config, dropout=0.0), tmp_path_factory.mktemp("none") / "adapter", False)
-    model, _ = build(inputs, World(torch.device("cpu")))
+    model, _ = build(inputs, World(torch.device("cpu")), batches_of(inputs).largest())
     for layer in model.adapted().values():
         torch.nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
     trainable = Trainable.of(model)
@@ -471,6 +474,63 @@ def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
     with pytest.raises(ConflictError, match="another data"):
         train(replace(config, data=(str(rows),)), output)
     assert train(config, output).resumed_from == 2
+
+
+def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
+    class Broken:
+        def add(self, line):
+            if line["step"] == 3:
+                raise OSError("the tracker's disk is full")
+
+    @contextmanager
+    def broken(*_):
+        yield [Broken()]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "trackers", broken)
+        with pytest.raises(OSError, match="the tracker's disk"):
+            train(config, tmp_path / "adapter")
+    report = train(config, tmp_path / "adapter")
+    assert report.resumed_from == 3
+    assert report.tensors_root == train(config, tmp_path / "whole").tensors_root
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpointing": "sqr"}, "checkpointing: 'sqr' is none of"),
+        ({"checkpointing": "segments:0"}, "checkpointing: 'segments:0' is none of"),
+        ({"offload_checkpoints": True}, "offload_checkpoints: moves checkpoints to host memory"),
+    ],
+)
+def test_what_the_settings_tell_is_said_before_the_base_is_read(config, tmp_path, changes, message):
+    """Of a base whose weights are damaged, which is found by reading all of them."""
+    shutil.copytree(config.base, tmp_path / "base")
+    shard = next((tmp_path / "base").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    with pytest.raises(UsageError, match=f"^{message}"):
+        train(replace(config, base=str(tmp_path / "base"), **changes), tmp_path / "adapter")
+
+
+def test_the_weights_of_a_base_without_a_manifest_are_read_once_for_what_is_recorded(
+    llama, config, tmp_path, monkeypatch
+):
+    """With the best and the last adapter to write."""
+    read = Counter()
+
+    def counted(checkpoint, name):
+        read[name] += 1
+        return fingerprint_in_pieces(checkpoint, name)
+
+    monkeypatch.setattr(result, "fingerprint_in_pieces", counted)
+    run = replace(config, base=str(llama), eval_every=1, learning_rate=1e2, max_grad_norm=0.0, keep="last")
+    train(run, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "best").is_dir()
+    assert set(read.values()) == {1}
+    targets = require_manifest(tmp_path / "adapter").targets
+    assert {t.module: t.base_xxh3_128 for t in targets} == {
+        t.module: fingerprint(load_file(llama / "model.safetensors")[f"{t.module}.weight"]) for t in targets
+    }
 
 
 def rows_of(path, *lines):

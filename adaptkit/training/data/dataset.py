@@ -5,11 +5,11 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from adaptkit.checkpoint.hashing import file_sha256
@@ -169,10 +169,11 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
     return [s for s in samples if s.source not in chosen], [s for s in samples if s.source in chosen]
 
 
-@lru_cache(maxsize=4)
-def order(count: int, seed: int) -> tuple[int, ...]:
-    """A permutation of range(count) that depends on the seed alone."""
-    return tuple(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
+def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """A permutation of range(count) that depends on the seed alone: (count,) int64."""
+    permutation: np.ndarray[Any, np.dtype[np.int64]]
+    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    return permutation
 
 
 @dataclass

@@ -38,7 +38,9 @@ class Mixture:
         Raises:
             ConfigError: a share is not one sample, or there is nothing to draw from.
         """
-        members = [tuple(i for i, s in enumerate(samples) if s.origin == origin) for origin in range(len(sources))]
+        members: list[list[int]] = [[] for _ in sources]
+        for number, sample in enumerate(samples):
+            members[sample.origin].append(number)
         exact = [len(samples) * weight / sum(weights) for weight in weights]
         counts = [int(number) for number in exact]
         missing = len(samples) - sum(counts)
@@ -50,7 +52,7 @@ class Mixture:
                     "its share of an epoch is less than one" if member else "none of its samples is left to train on"
                 )
                 raise ConfigError(f"mixture: {name}: no sample would be drawn", hint=reason)
-        return cls(tuple(members), tuple(counts))
+        return cls(tuple(map(tuple, members)), tuple(counts))
 
     def draw(self, epoch: int, seed: int) -> list[int]:
         """The numbers of an epoch's samples, source by source."""

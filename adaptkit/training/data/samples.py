@@ -1,5 +1,6 @@
 """Samples: token ids, with a label wherever there is loss."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ class Sample:
     labels: Sequence[int]
     source: str = ""
     origin: int = 0
+
+    def content(self) -> bytes:
+        """All of it but where it came from: two samples that teach the same have the same."""
+        return array("i", self.ids).tobytes() + array("i", self.labels).tobytes()
 
     @property
     def answer_tokens(self) -> int:

@@ -9,6 +9,7 @@ number decides about a bit.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from adaptkit.numerics.adamw import BLOCK, decode, encode, moment_bytes
 from adaptkit.training.memory.paging import Pages
+from adaptkit.training.memory.vector import Vector
 
 _NAMES = ("first_moment", "second_moment")
 _SIGNED = (True, False)
@@ -88,24 +90,37 @@ class PagedState:
             for name, moment, signed in zip(_NAMES, moments, _SIGNED, strict=True):
                 encode(moment, parts[f"{name}_codes"], parts[f"{name}_absmax"], signed=signed)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The whole state, by name, on the host: what a checkpoint keeps; does not depend on pages or budget."""
-        found: dict[str, list[Tensor]] = {}
-        for page in range(self.pages.count):
-            span = self._span(page)
-            for name, part in self._parts(self.pages.read(page), span.stop - span.start).items():
-                found.setdefault(name, []).append(part.cpu())
-        return {name: torch.cat(parts) for name, parts in found.items()}
+    def vectors(self) -> dict[str, Vector]:
+        """The state, by name: what a checkpoint keeps. Its bytes depend on neither pages nor budget."""
+        kinds = {name: (torch.float32, 1) for name in _NAMES}
+        if self._bits == 8:
+            kinds = {f"{name}_codes": (torch.uint8, 1) for name in _NAMES}
+            kinds |= {f"{name}_absmax": (torch.float32, BLOCK) for name in _NAMES}
+        return {
+            name: Vector(dtype, -(-self.count // scale), partial(self._read, name, scale), self._elements // scale)
+            for name, (dtype, scale) in kinds.items()
+        }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the whole state to what ``tensors`` gave, in whatever pages."""
+    def load(self, vectors: Mapping[str, Vector]) -> None:
+        """Set the whole state to what ``vectors`` gave, in whatever pages."""
         for page in range(self.pages.count):
             span = self._span(page)
             content = torch.zeros(self.pages.page_bytes, dtype=torch.uint8)
             for name, part in self._parts(content, span.stop - span.start).items():
                 scale = BLOCK if name.endswith("absmax") else 1
-                part.copy_(tensors[name][span.start // scale : span.start // scale + part.numel()])
+                part.copy_(vectors[name].read(span.start // scale, part.numel()))
             self.pages.write(page, content)
+
+    def _read(self, name: str, scale: int, start: int, count: int) -> Tensor:
+        """See ``Vector.read``: mostly of one page."""
+        parts = []
+        while count:
+            page, offset = divmod(start, self._elements // scale)
+            span = self._span(page)
+            part = self._parts(self.pages.read(page), span.stop - span.start)[name][offset : offset + count].cpu()
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def metrics(self) -> dict[str, int]:
         """See ``Pages.metrics``."""

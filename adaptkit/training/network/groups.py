@@ -80,6 +80,10 @@ class Joined(Generic[Member]):
                 self._input, self._state, self._waiting = weakref.ref(x), state, waiting
         return result
 
+    def forget(self) -> None:
+        """Drop what waits to be taken: it holds the graph of all layers before."""
+        self._waiting = {}
+
 
 class Multiplication:
     """What takes the place of a layer's ``multiply``.
@@ -96,3 +100,15 @@ class Multiplication:
     def __call__(self, x: Tensor, dropped: Tensor) -> Tensor:
         """See ``LoraLinear.multiply``."""
         return self._joined.take(self._index, x) if dropped is x else self._alone(x, dropped)
+
+    def forget(self) -> None:
+        """See ``Joined.forget``."""
+        self._joined.forget()
+
+
+def forget(network: nn.Module) -> None:
+    """After a pass that failed: nothing of it stays in a network's joined layers."""
+    for module in network.modules():
+        multiply = vars(module).get("multiply")
+        if isinstance(multiply, Multiplication):
+            multiply.forget()

@@ -39,7 +39,7 @@ def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_small
     assert pages.counters.retries == 2
     assert len(notes) == 2
     assert "60 tokens" in notes[0]
-    assert held.tensors()["first_moment"].tolist() == list(range(1000))
+    assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
 
 
 def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path,
     assert pressure.relieve(10, lambda: pages.resident) == 0
     assert failures
     assert pressure.relieve(10, lambda: pages.resident) == 10
-    assert held.tensors()["first_moment"].tolist() == list(range(1000))
+    assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
 
 
 def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tmp_path):

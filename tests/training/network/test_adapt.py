@@ -30,7 +30,7 @@ from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import begin, resolve_method
-from adaptkit.training.result import write_result
+from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 298).view(8, 37)
@@ -100,8 +100,9 @@ def begun(base, settings, noise=0.05):
 
 
 def written(folder, model, config, base):
+    manifest = read_manifest(base)
     with Output(folder, "plan") as out:
-        out.publish(write_result(out, model, config, read_manifest(base), None, []))
+        out.publish(write_result(out, model, config, manifest, records_of(model.checkpoint, manifest), None, []))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import MethodType
 
 import pytest
 import tiny
@@ -15,6 +16,11 @@ from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.quantize import quantize
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.data.batches import Batch
+from adaptkit.training.distributed import World
+from adaptkit.training.gradients import Gradients
+from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.joined import _can_join, _Member, join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
@@ -71,6 +77,28 @@ def test_results_and_gradients_stay_what_they_were(join, family, dropout, made):
     join(model.network)
     for one, two in zip(run(model), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+
+
+def test_nothing_of_a_pass_that_failed_stays(join, made):
+    """Or a second try after running out of memory would have no more room than the first."""
+    model = loaded(made, "llama")
+    join(model.network)
+    config = TrainConfig(base="base", data=("rows",))
+    trainable, kept = Trainable.of(model), []
+    gradients = Gradients(model, trainable.gradients, config, World(torch.device("cpu")))
+    layers = model.network.model.layers
+    layers[0].register_forward_hook(lambda layer, given, output: kept.append(weakref.ref(output)))
+
+    def short(x):
+        raise torch.OutOfMemoryError("between gate and up")
+
+    layers[-1].mlp.forward = MethodType(lambda mlp, x: short(mlp.gate_proj(x)) * mlp.up_proj(x), layers[-1].mlp)
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+    batch = Batch(ids, ids, torch.ones_like(ids))
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients.collect([batch], 32, 0)
+    gc.collect()
+    assert [reference() for reference in kept] == [None]
 
 
 @pytest.mark.parametrize("family", GROUPS)

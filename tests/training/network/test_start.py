@@ -24,7 +24,7 @@ from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import begin, read_start, resolve_method
-from adaptkit.training.result import write_result
+from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 298).view(8, 37)
@@ -62,7 +62,7 @@ def test_a_run_begins_as_what_peft_makes_of_its_adapter_and_writes_the_same_agai
     Trainable.of(model)
     expected = logits(model.network)
     with Output(tmp_path / "adapter", "plan") as out:
-        out.publish(write_result(out, model, config, None, start, []))
+        out.publish(write_result(out, model, config, None, records_of(model.checkpoint, None), start, []))
     for adapter in (case.adapter, tmp_path / "adapter"):
         with peft_adapters.quiet():
             theirs = PeftModel.from_pretrained(peft_adapters.load_float32(case.base), adapter).eval()
