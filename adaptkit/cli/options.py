@@ -40,7 +40,7 @@ def fetched(text: str, is_silent: bool) -> Path:
     """The local path that a text names; ``org/name[@revision]`` is downloaded first."""
     if not _is_on_the_hub(text):
         return Path(text)  # whoever opens it says what is wrong with it
-    from adaptkit.hub.download import resolve_source
+    from adaptkit.hub.sources import resolve_source
 
     with byte_progress("fetch", is_silent) as progress:
         return resolve_source(text, progress, notes(is_silent))
@@ -60,7 +60,7 @@ class ConfigPath(click.ParamType[Path]):
             return path.parent
         if not _is_on_the_hub(str(value)):
             return path
-        from adaptkit.hub.download import resolve_config
+        from adaptkit.hub.sources import resolve_config
 
         asked = ctx.params if ctx else {}
         return resolve_config(str(value), notes(bool(asked.get("as_json") or asked.get("quiet"))))

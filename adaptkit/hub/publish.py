@@ -25,13 +25,12 @@ from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageEr
 from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._commit import Landed, Target, find, send
 from adaptkit.hub._prepare import with_card, with_signature
-from adaptkit.hub._remote import Repository, check_repo_id, differences, list_tree, look_up
+from adaptkit.hub._remote import Repository, check_repo_id, differences, is_commit, list_tree, look_up
 from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.secrets import redact
 
 _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class PublishOptions:
 
     def __post_init__(self) -> None:
         for kind, name in (("branch", self.branch), ("tag", self.tag)):
-            if name is not None and (not _REF.fullmatch(name) or _COMMIT.fullmatch(name)):
+            if name is not None and (not _REF.fullmatch(name) or is_commit(name)):
                 raise UsageError(f"{name!r} cannot be the name of a {kind}", hint="try one like v1.0")
         if self.tag == self.branch:
             raise UsageError(f"{self.tag!r} cannot be both branch and tag", hint="choose another --tag")
