@@ -162,7 +162,7 @@ class _Run:
         """What would be done."""
         key = step_key(step, self._materials)
         if step.how.sends and key is not None:
-            figure = self._foresight.of(step, self._work_of(step, key, force=False))
+            figure = self._foresight.of(step, self._work_of(step, key))
             return self._report(step, "to do", figure=figure, key=key)
         record = self.work.find(step, key, self._listener.note) if key is not None else None
         if record is None or key is None:
@@ -180,7 +180,7 @@ class _Run:
         for step in self._steps:
             key = step_key(step, self._materials) if step.how.sends else None
             if key is not None:
-                yield step, self._work_of(step, key, force=False)
+                yield step, self._work_of(step, key)
 
     def _note(self, step: Step, text: str) -> None:
         self._listener.note(f"{step.name}: {text}")
@@ -204,9 +204,9 @@ class _Run:
                 self._foresight.before_work()
             self._listener.started(step)
             self._require_unchanged(step)
-            force = self.work.begin(step, key)
+            self.work.begin(step, key)
             with named_after(step):
-                outcome = step.how.run(self._work_of(step, key, force))
+                outcome = step.how.run(self._work_of(step, key))
             self._require_unchanged(step)
             record = self.work.finish(step, key, outcome.figure, outcome.facts)
         outputs, seconds = self._take(step, record), time.monotonic() - began
@@ -242,7 +242,7 @@ class _Run:
         self._lock.add(step.written, "steps", step.name, "recipe")
         self._lock.add(key, "steps", step.name, "key")
 
-    def _work_of(self, step: Step, key: str, force: bool) -> Work:
+    def _work_of(self, step: Step, key: str) -> Work:
         paths: dict[str, tuple[Path, ...]] = {}
         for taken, name in step.takes():
             path = self._materials[name].path
@@ -253,7 +253,6 @@ class _Run:
             names=step.inputs,
             options=step.options,
             output=self.work.output(key, step.name),
-            force=force,
             progress=self._listener.progress,
             note=partial(self._note, step),
             signer=self._signer,

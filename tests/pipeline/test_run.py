@@ -221,6 +221,22 @@ def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
     assert tree(folder) == expected
 
 
+def test_what_somebody_put_there_is_not_kept_by_a_run_that_was_interrupted(release, recipe):
+    first = outputs(run(recipe))
+    folder = release / first["merged"].path
+    expected = tree(folder)
+    shutil.rmtree(folder)
+    shutil.copytree(release / first["plain"].path, folder)  # whole, but not what this step made
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, listener=Listener(progress=interrupt))
+    assert done(run(recipe)) == ["merged"]
+    assert tree(folder) == expected
+
+
 def test_a_flipped_bit_is_seen_when_all_bytes_are_read(release, recipe):
     first = run(recipe)
     path = release / outputs(first)["lighter"].path / "adapter_model.safetensors"
