@@ -18,7 +18,7 @@ from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from adaptkit.checkpoint.signing import Signer
+    from adaptkit.checkpoint.signing import Signer, Trust
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -134,6 +134,15 @@ def signer_with(key: Path) -> "Signer":
 
     password = os.environ.get("ADAPTKIT_KEY_PASSWORD")
     return Signer(private_key=key, password=password.encode() if password else None)
+
+
+def trust_in(public_key: Path | None, identity: str | None, identity_provider: str | None) -> "Trust | None":
+    """Whose signature counts; nobody's if nothing is given, but not if what is given is empty."""
+    from adaptkit.checkpoint.signing import Trust
+
+    if public_key is None and identity is None and identity_provider is None:
+        return None
+    return Trust(public_key, identity, identity_provider)
 
 
 class Number(click.ParamType[tuple[str, float]]):

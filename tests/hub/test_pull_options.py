@@ -81,6 +81,15 @@ def test_a_signature_is_no_signature_of_a_part(cli: Any, artifact: Path, tmp_pat
     assert not (tmp_path / "part" / SIGNATURE_NAME).exists()
 
 
+def test_a_signer_whose_name_is_empty_is_not_taken_for_no_signer(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """As of variables of a shell that are not set."""
+    cli("publish", artifact, "me/model")
+    for command in (("pull", "me/model", "-o", "pulled"), ("verify", artifact)):
+        done = cli(*command, "--identity", "", "--identity-provider", "")
+        assert (done.code, "empty" in done.report["message"]) == (2, True)
+    assert not (tmp_path / "pulled").exists()
+
+
 def test_another_manifest_than_the_expected_one_is_refused_before_the_rest_is_fetched(
     cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
 ) -> None:
