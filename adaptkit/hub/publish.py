@@ -130,7 +130,7 @@ def publish(
         AuthenticationError: no token, or one that may not do this.
         ConflictError: the branch moved meanwhile, the tag is on another commit, or the repository is not private.
         NetworkError: no answer; run it again.
-        UsageError: not a folder, or an unusable name.
+        UsageError: not a folder, an unusable name, or a pull request to a repository that is absent.
     """
     options = options or PublishOptions()
     check_repo_id(repo_id)
@@ -140,8 +140,9 @@ def publish(
     hub = connect(note)
     repository = look_up(hub, repo_id, options.pull_request)
     artifact = with_card(hub, path, manifest, options.base_model, options.signer is not None)
-    if repository is None and not dry_run:
-        repository = _create(hub, repo_id, options)
+    if repository is None:
+        refuse_absent(repo_id, options)
+        repository = None if dry_run else _create(hub, repo_id, options)
     head = repository.head(options.branch, options.private) if repository is not None else None
     tree = list_tree(hub, repo_id, head) if head else {}
     keyless = options.signer is not None and options.signer.private_key is None
@@ -172,9 +173,17 @@ def publish(
     return report if dry_run else _carry_out(target, repository, artifact, report, options, progress)
 
 
-def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
+def refuse_absent(repo_id: str, options: PublishOptions) -> None:
+    """Refuse to ask the owners of a repository that is absent.
+
+    Raises:
+        UsageError: that was asked for.
+    """
     if options.pull_request:
         raise UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
+
+
+def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
     hub.ask(repo_id, lambda api: api.create_repo(repo_id, private=options.private, exist_ok=True))
     repository = look_up(hub, repo_id)
     if repository is None:

@@ -90,7 +90,8 @@ def test_a_closed_pull_request_does_not_count(cli: Any, make_artifact: Make, hub
 
 
 def test_a_pull_request_needs_a_repository_and_no_tag(cli: Any, artifact: Path, repository: Any) -> None:
-    assert cli("publish", artifact, "me/model", "--pr").code == 2
+    for options in ((), ("--dry-run",)):
+        assert cli("publish", artifact, "me/model", "--pr", *options).code == 2
     assert not repository.state
     for other in ({"tag": "v1"}, {"private": True}, {"branch": "next"}):
         with pytest.raises(UsageError, match="pull request"):
