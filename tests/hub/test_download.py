@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +121,24 @@ def test_a_finished_file_that_went_bad_is_fetched_again(
     config.write_bytes(bytes(config.stat().st_size))
     assert cli("pull", "me/model", "-o", "pulled").code == 0
     assert (tmp_path / "pulled" / "adapter_config.json").read_bytes() == (artifact / "adapter_config.json").read_bytes()
+
+
+def test_a_pull_that_its_disk_has_no_room_for_fetches_nothing(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path
+) -> None:
+    own = ["unshare", "--user", "--map-root-user", "--mount"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a disk of one's own is not allowed here")
+    cli("publish", make_artifact(large="x" * (1 << 18)), "me/model")
+    hub.requests.clear()
+    pull = f"mount -t tmpfs -o size={1 << 17} tmpfs {disk} && {sys.executable} -m adaptkit pull me/model -o {disk}/out"
+    variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([*own, "sh", "-c", pull], env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"needs [\d,]+ more bytes, but its disk has [\d,]+ free", done.stderr)
+    assert not any("large.txt" in path or WEIGHTS in path for _, path, _ in hub.requests)
 
 
 def test_an_existing_output_is_refused_and_force_replaces_it(cli: Any, artifact: Path, hub: LocalHub) -> None:
