@@ -70,9 +70,7 @@ def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_
         return _fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
 
 
-def _fetch_repository(
-    hub: Hub, what: str, repo_id: str, revision: str | None, progress: Progress = no_progress
-) -> Path:
+def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, progress: Progress) -> Path:
     """Bring what operations read of a repository into huggingface_hub's cache.
 
     That is all that its manifest lists; without one, what a checkpoint or an adapter consists of.
@@ -160,42 +158,42 @@ def _named(text: str) -> re.Match[str] | None:
     return None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
 
 
-def find_commit(repo_id: str, revision: str) -> str:
-    """Ask the Hub which commit a branch or tag stands for.
+def find_commit(repo_id: str, revision: str, note: Note = no_note) -> str:
+    """Ask the Hub which commit a branch or tag stands for; ``note`` is told what is waited for, as in all of these.
 
     Raises:
         ConflictError: it is both, of different commits.
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
-    return commit_of(connect(), repo_id, revision)
+    return commit_of(connect(note), repo_id, revision)
 
 
-def size_of(repo_id: str, commit: str) -> int:
+def size_of(repo_id: str, commit: str, note: Note = no_note) -> int:
     """The bytes of a commit's files at its root."""
-    tree = list_tree(connect(), repo_id, commit)
+    tree = list_tree(connect(note), repo_id, commit)
     return sum(file.size for path, file in tree.items() if "/" not in path)
 
 
-def download(repo_id: str, commit: str) -> Path:
+def download(repo_id: str, commit: str, progress: Progress = no_progress, note: Note = no_note) -> Path:
     """A commit's files, in huggingface_hub's cache; what is there already is not fetched again.
 
     Raises:
         UsageError: there is no such commit.
         IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: as ``resolve_source``.
     """
-    return _fetch_repository(connect(), f"{repo_id}@{commit}", repo_id, commit)
+    return _fetch_repository(connect(note), f"{repo_id}@{commit}", repo_id, commit, progress)
 
 
-def find_whole(repo_id: str, commit: str) -> Path | None:
+def find_whole(repo_id: str, commit: str, note: Note = no_note) -> Path | None:
     """What huggingface_hub's cache holds of a commit, if nothing of it would have to be fetched.
 
     Raises:
         AuthenticationError, NetworkError, UsageError: as ``size_of``.
     """
     found = find_cached(repo_id, commit)
-    if found is None:
+    if found is None or _missing_files(found, list_tree(connect(note), repo_id, commit)):
         return None
-    return None if _missing_files(found, list_tree(connect(), repo_id, commit)) else found
+    return found
 
 
 def find_cached(repo_id: str, revision: str | None) -> Path | None:

@@ -18,7 +18,7 @@ from adaptkit.pipeline.foresight import Foresight, named_after
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.reading import read_recipe
-from adaptkit.pipeline.recipe import Recipe, Step
+from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
 from adaptkit.pipeline.sources import Hashes, Material, digest_of, resolve
 from adaptkit.pipeline.steps._kind import Work
@@ -115,38 +115,44 @@ class _Run:
                     self._take(step, record)
 
     def _find_sources(self) -> list[SourceReport]:
-        hashes = self._hashes
         reports = []
-        for source in self._recipe.sources.values():
-            found = resolve(
-                source,
-                self._folder,
-                hashes,
-                offline=self._options.offline,
-                fetch=not self._dry_run,
-                commit=self._lock.commit(source),
-                files=self._lock.files(source),
-                on_commit=partial(self._note_commit, source.name),
-            )
-            self._materials[source.name] = found
-            if found.path is not None:
-                self._lock.add(found.locked, "sources", source.name)
-            reports.append(
-                SourceReport(
-                    name=source.name,
-                    what=str(source),
-                    commit=found.locked.get("commit"),
-                    digest=found.digest,
-                    bytes=found.nbytes,
-                    is_here=found.path is not None,
-                )
-            )
-            self._listener.found(reports[-1])
-        if not self._dry_run:
-            hashes.save()
+        try:
+            for source in self._recipe.sources.values():
+                reports.append(self._find_source(source))
+        finally:
+            if not self._dry_run:
+                self._hashes.save()  # whatever stands against going on: reading a source again may take hours
         for step in self._steps:
             self._check_inputs(step)
         return reports
+
+    def _find_source(self, source: Source) -> SourceReport:
+        self._listener.sought(source)
+        found = resolve(
+            source,
+            self._folder,
+            self._hashes,
+            offline=self._options.offline,
+            fetch=not self._dry_run,
+            commit=self._lock.commit(source),
+            files=self._lock.files(source),
+            on_commit=partial(self._note_commit, source.name),
+            progress=self._listener.source_progress,
+            note=self._listener.note,
+        )
+        self._materials[source.name] = found
+        if found.path is not None:
+            self._lock.add(found.locked, "sources", source.name)
+        report = SourceReport(
+            name=source.name,
+            what=str(source),
+            commit=found.locked.get("commit"),
+            digest=found.digest,
+            bytes=found.nbytes,
+            is_here=found.path is not None,
+        )
+        self._listener.found(report)
+        return report
 
     def _note_commit(self, source: str, commit: str) -> None:
         self._lock.add(commit, "sources", source, "commit")

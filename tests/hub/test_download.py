@@ -385,6 +385,30 @@ def test_offline_the_cache_is_what_was_asked_for(cli: Any, artifact: Path, hub: 
         assert len(hub.requests) == requests
 
 
+def test_a_release_says_what_its_sources_are_waiting_for(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """Its own bar on a terminal, and lines anywhere."""
+    cli("publish", artifact, "me/model")
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nsources: {lora: {repo: me/model}}\nsteps:\n  small: {resize: lora, rank: 1}\n"
+    )
+    cli.hub.faults.append(Fault("GET", "/api/models/me/model", "503"))
+    ours, theirs = pty.openpty()
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "adaptkit", "run", "r.yaml"]
+    subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, env=os.environ | own, check=True)
+    os.write(theirs, b"END\n")
+    told = b""
+    while b"END" not in told:
+        told += os.read(ours, 4096)
+    os.close(ours)
+    os.close(theirs)
+    said = told.decode()
+    assert "me/model@main: the Hub answered 503" in said
+    assert "trying again" in said
+    assert "lora: me/model@main " in said.partition("lora: me/model@main, commit")[0]  # the bar
+    assert "100%" in said.partition("lora: me/model@main, commit")[0]
+
+
 def test_a_name_that_is_in_a_file_of_settings_is_fetched_too(cli: Any, artifact: Path, tmp_path: Path) -> None:
     commit = cli("publish", artifact, "me/model").report["commit"]
     (tmp_path / "t.yaml").write_text("base: me/model\ndata: [d.jsonl]\n")

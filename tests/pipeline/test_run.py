@@ -269,7 +269,34 @@ def test_a_record_that_says_nothing_costs_only_its_step(release, recipe, content
     assert done(run(recipe)) == []
 
 
+def test_sources_tell_how_much_of_them_was_read(recipe):
+    told = []
+    listener = Listener(
+        sought=lambda source: told.append([source.name]),
+        source_progress=lambda done, total: told[-1].append((done, total)),
+        found=lambda source: told[-1].append(source.bytes),
+    )
+    run(recipe, RunOptions(until="lighter"), listener=listener)
+    assert [name for name, *_ in told] == ["base", "lora"]
+    for _, *read, nbytes in told:
+        assert (nbytes, nbytes) in read
+        assert all(0 < done <= total for done, total in read)
+
+
 # The lock
+
+
+def test_what_was_hashed_is_remembered_however_the_search_ends(recipe, release):
+    run(recipe)
+    shutil.rmtree(release / ".adaptkit")
+    change_lock(release, "sources", "lora", "tensors_root", value="0" * 64)
+    time.sleep(2.1)  # before that, nothing is remembered of a file
+    with pytest.raises(DriftError):
+        run(recipe, RunOptions(locked=True))
+    known = json.loads((release / ".adaptkit" / "hashes.json").read_text())["files"]
+    assert {str((release / name).resolve()) for name in ("model/model.safetensors", "lora/adapter_config.json")} <= {
+        *known
+    }
 
 
 def test_locked_is_content_with_what_it_describes(recipe, release):
