@@ -82,7 +82,8 @@ class PublishReport:
         pull_request: number of the one that holds the commit, if it is in one.
         files_added: new or changed, sorted.
         files_deleted: that are no part of the artifact, sorted.
-        bytes_sent: size of the files added; the Hub may know some of the bytes already.
+        bytes_sent: size of the files added, but for a signature that a dry run does not make; the Hub may know some of
+            the bytes already.
         already_there: exactly this artifact was there, and nothing was sent.
         signed: whether the commit holds a signature.
         checked: whether it was downloaded afterwards, and found right.
@@ -146,9 +147,10 @@ def publish(
     head = repository.head(options.branch, options.private) if repository is not None else None
     tree = list_tree(hub, repo_id, head) if head else {}
     keyless = options.signer is not None and options.signer.private_key is None
-    signer = None if dry_run and keyless else options.signer  # each such signature goes into a public log
-    artifact = with_signature(hub, repo_id, head, tree, artifact, signer)
+    foretold = {SIGNATURE_NAME} if dry_run and keyless else set()  # each such signature goes into a public log
+    artifact = with_signature(hub, repo_id, head, tree, artifact, None if foretold else options.signer)
     added, deleted = differences(tree, artifact.contents)
+    added, deleted = sorted(foretold.union(added)), sorted(set(deleted) - foretold)
     report = PublishReport(
         repo_id=repo_id,
         commit=None if added or deleted else head,
@@ -159,7 +161,7 @@ def publish(
         files_deleted=tuple(deleted),
         bytes_sent=sum(content.record.size for content in artifact.contents if content.record.path in added),
         already_there=not added and not deleted,
-        signed=any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
+        signed=bool(foretold) or any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
         checked=False,
         manifest_sha256=artifact.manifest.sha256,
         url=redact(f"{hub.api.endpoint}/{repo_id}"),

@@ -124,6 +124,16 @@ def test_a_signature_is_published_pulled_and_verified_and_a_second_run_keeps_it(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_dry_run_says_that_a_keyless_signature_would_be_another(cli: Any, artifact: Path, keys: Keys) -> None:
+    cli("publish", artifact, "me/model", "--sign", keys("mine")[0], "--tag", "v1")
+    told = cli("publish", artifact, "me/model", "--sign-keyless", "--dry-run").report
+    assert told["files_added"] == [SIGNATURE_NAME]
+    assert told["files_deleted"] == []
+    assert told["signed"]
+    assert not told["already_there"]
+    assert cli("publish", artifact, "me/model", "--sign-keyless", "--tag", "v1", "--dry-run").code == 8
+
+
 def test_another_key_signs_anew_and_another_artifact_loses_the_old_signature(
     cli: Any, make_artifact: Make, repository: Any, keys: Keys
 ) -> None:
