@@ -1,12 +1,12 @@
 """Compare a folder with its manifest: the exact set of files, their bytes, and every tensor; each byte is read once."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from adaptkit.checkpoint.hashing import file_digests, file_sha256
+from adaptkit.checkpoint.hashing import file_digests
 from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
@@ -54,7 +54,7 @@ def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: P
     told = sorted(problem for problem in problems.values() if problem)
     if told:
         raise IntegrityError(f"{root}: {'; '.join(told)}", hint=_AGAIN)
-    _compare_tensors(root, manifest, found.values())
+    _compare_tensors(root, manifest.tensors, found.values())
 
 
 def check_names(root: Path, manifest: Manifest) -> None:
@@ -79,16 +79,28 @@ def present_names(root: Path) -> set[str]:
     return {found.relative_to(root).as_posix() for found in _files(root)}
 
 
-def file_problem(root: Path, record: FileRecord) -> str:
-    """Compare one file with its record.
+def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord] = ()) -> str:
+    """Compare one file with its record and, if it is right, the tensors in it with theirs; each byte is read once.
+
+    Args:
+        root: folder.
+        record: of the file.
+        tensors: all that should be in it; none if it is not to be read as safetensors.
 
     Returns:
-        What is wrong with it, in a few words; empty if nothing is.
+        What is wrong with its bytes, in a few words; empty if nothing is.
+
+    Raises:
+        IntegrityError: its bytes are right, but a tensor is missing, extra, or differs from its fingerprint.
     """
     problem = _size_problem(root, record)
-    if problem or file_sha256(resolve_inside(root, record.path)) == record.sha256:
+    if problem:
         return problem
-    return f"{record.path} changed (its sha256 differs)"
+    found = measure(root, {record.path: record.size}, [record.path] if tensors else [])[record.path]
+    if found.record != record:
+        return f"{record.path} changed (its sha256 differs)"
+    _compare_tensors(root, tensors, [found])
+    return ""
 
 
 def check_tensors(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
@@ -99,7 +111,7 @@ def check_tensors(root: Path, manifest: Manifest, threads: int = 1, progress: Pr
     """
     names = _tensor_files(manifest)
     sizes = {record.path: record.size for record in manifest.files if record.path in names}
-    _compare_tensors(root, manifest, measure(root, sizes, names, threads, progress).values())
+    _compare_tensors(root, manifest.tensors, measure(root, sizes, names, threads, progress).values())
 
 
 def measure(
@@ -164,7 +176,7 @@ def _size_problem(root: Path, record: FileRecord) -> str:
     return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
-def _compare_tensors(root: Path, manifest: Manifest, measured: Iterable[Measured]) -> None:
+def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iterable[Measured]) -> None:
     found: dict[str, TensorRecord] = {}
     for file in measured:
         if file.malformed:
@@ -173,7 +185,7 @@ def _compare_tensors(root: Path, manifest: Manifest, measured: Iterable[Measured
             if tensor.name in found:
                 raise IntegrityError(f"{root}: tensor {tensor.name} is in {tensor.file} and {found[tensor.name].file}")
             found[tensor.name] = tensor
-    for tensor in manifest.tensors:
+    for tensor in tensors:
         located = found.pop(tensor.name, None)
         if located is None or (located.file, located.dtype, located.shape) != (tensor.file, tensor.dtype, tensor.shape):
             raise IntegrityError(f"{root}: tensor {tensor.name} is not in {tensor.file} as the manifest says")

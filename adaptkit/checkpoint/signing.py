@@ -79,6 +79,8 @@ class Trust:
                 "whose signature counts is a public key, or an identity with its provider",
                 hint="--public-key FILE, or --identity NAME --identity-provider URL",
             )
+        if "" in (self.identity, self.identity_provider):
+            raise UsageError("an empty identity or provider is nobody's", hint="is a variable of the shell not set?")
 
     def __str__(self) -> str:
         if self.public_key is not None:

@@ -195,11 +195,12 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
     message, hint = redact(message), redact(hint)
-    if "--json" in sys.argv[1:]:
+    rank = os.environ.get("RANK", "0")  # torchrun's
+    if "--json" in sys.argv[1:] and rank == "0":  # one document, however many processes there are
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
         _say(json.dumps({"error": error}), sys.stdout)
     else:
-        of = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""  # torchrun's
+        of = f"process {rank}: " if rank != "0" else ""
         _say(f"{of}error: {' '.join(message.split())}" + (f"\n{of}hint: {hint}" if hint else ""), sys.stderr)
     return exit_code
 

@@ -18,7 +18,7 @@ from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from adaptkit.checkpoint.signing import Signer
+    from adaptkit.checkpoint.signing import Signer, Trust
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -40,7 +40,7 @@ def fetched(text: str, is_silent: bool) -> Path:
     """The local path that a text names; ``org/name[@revision]`` is downloaded first."""
     if not _is_on_the_hub(text):
         return Path(text)  # whoever opens it says what is wrong with it
-    from adaptkit.hub.download import resolve_source
+    from adaptkit.hub.sources import resolve_source
 
     with byte_progress("fetch", is_silent) as progress:
         return resolve_source(text, progress, notes(is_silent))
@@ -60,7 +60,7 @@ class ConfigPath(click.ParamType[Path]):
             return path.parent
         if not _is_on_the_hub(str(value)):
             return path
-        from adaptkit.hub.download import resolve_config
+        from adaptkit.hub.sources import resolve_config
 
         asked = ctx.params if ctx else {}
         return resolve_config(str(value), notes(bool(asked.get("as_json") or asked.get("quiet"))))
@@ -134,6 +134,15 @@ def signer_with(key: Path) -> "Signer":
 
     password = os.environ.get("ADAPTKIT_KEY_PASSWORD")
     return Signer(private_key=key, password=password.encode() if password else None)
+
+
+def trust_in(public_key: Path | None, identity: str | None, identity_provider: str | None) -> "Trust | None":
+    """Whose signature counts; nobody's if nothing is given, but not if what is given is empty."""
+    from adaptkit.checkpoint.signing import Trust
+
+    if public_key is None and identity is None and identity_provider is None:
+        return None
+    return Trust(public_key, identity, identity_provider)
 
 
 class Number(click.ParamType[tuple[str, float]]):

@@ -41,9 +41,7 @@ from adaptkit.hub.secrets import redact
 
 _NONSENSE = (LookupError, TypeError, AttributeError)
 """What the client raises when it looks into an answer for what is not there: it takes any JSON for a good one."""
-_TRANSLATED: tuple[type[Exception], ...] = (
-    *(TransportError, OSError, ValueError, RuntimeError, *_NONSENSE, OIDCError),
-)
+_TRANSLATED = (TransportError, OSError, ValueError, RuntimeError, OIDCError, *_NONSENSE)
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
 """In a RuntimeError of hf_xet, which has no field for it."""
 LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"

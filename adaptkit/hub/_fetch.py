@@ -16,7 +16,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import resolve_inside
-from adaptkit.checkpoint.manifest import FileRecord, Manifest
+from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.progress import Progress, size
 from adaptkit.checkpoint.remembered import Remembered
 from adaptkit.checkpoint.writer import sync_file
@@ -138,18 +138,28 @@ def _remove_cached(path: Path) -> None:
 def fetch_files(
     hub: Hub, repo_id: str, commit: str, manifest: Manifest, records: Sequence[FileRecord], out: Output, told: Progress
 ) -> None:
-    """Fetch files of an artifact; each moves into the output only when its sha256 is the manifest's.
+    """Fetch files of an artifact; each moves into the output only when it is what the manifest says, tensors and all.
 
     Raises:
         IntegrityError: one was damaged on the way, or is not what was published.
+        DiskError: there is no room for them.
     """
-    total, done = sum(record.size for record in records), 0
+    total, done, there = sum(record.size for record in records), 0, 0
+    begun = sum(512 * path.lstat().st_blocks for path in (out.folder / DOWNLOADS).rglob("*"))
+    out.require_space(total - begun)
+
+    def arrived(count: int) -> None:
+        nonlocal there
+        there += count
+        told(min(there, total), total)
+
     for record in records:
+        there = done
         if not out.finished(record.path):
-            counted = _Counted(told, done, total)
-            download(hub, repo_id, commit, record.path, out.folder / DOWNLOADS, counted.add)
-            _move_if_right(f"{repo_id}@{commit}", record, out.folder)
-            out.add(record, [tensor for tensor in manifest.tensors if tensor.file == record.path])
+            tensors = [tensor for tensor in manifest.tensors if tensor.file == record.path]
+            download(hub, repo_id, commit, record.path, out.folder / DOWNLOADS, arrived)
+            _move_if_right(f"{repo_id}@{commit}", record, tensors, out.folder)
+            out.add(record, tensors)
         done += record.size
         told(done, total)
 
@@ -209,9 +219,9 @@ def download(
     return hub.ask(f"{repo_id}@{revision}: {name}" if revision else f"{repo_id}: {name}", fetch)
 
 
-def _move_if_right(source: str, record: FileRecord, folder: Path) -> None:
+def _move_if_right(source: str, record: FileRecord, tensors: Sequence[TensorRecord], folder: Path) -> None:
     arrived = resolve_inside(folder / DOWNLOADS, record.path)
-    problem = file_problem(folder / DOWNLOADS, record)
+    problem = file_problem(folder / DOWNLOADS, record, tensors)
     if problem:
         arrived.unlink(missing_ok=True)  # or the next run would find it and believe it
         raise IntegrityError(
@@ -222,14 +232,3 @@ def _move_if_right(source: str, record: FileRecord, folder: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     sync_file(arrived)
     os.replace(arrived, final)
-
-
-class _Counted:
-    """Turns numbers of bytes that arrive into how many are there."""
-
-    def __init__(self, told: Progress, done: int, total: int) -> None:
-        self._told, self._done, self._total = told, done, total
-
-    def add(self, count: int) -> None:
-        self._done += count
-        self._told(min(self._done, self._total), self._total)

@@ -27,6 +27,7 @@ REPO_ID = re.compile(
     r"(?![\w./-]*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
 )
 """``org/name``, as the Hub allows it."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,39 @@ def check_repo_id(repo_id: str) -> None:
         raise UsageError("a token is no part of a repository's name", hint="give org/name; the token goes in HF_TOKEN")
     if not REPO_ID.fullmatch(repo_id):
         raise UsageError(f"{repo_id}: not a repository", hint="name it as org/name")
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a whole commit, which never moves."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> str:
+    """Find the commit of a revision; a name that is a branch and a tag of different commits names neither.
+
+    Args:
+        hub: where the repository is.
+        repo_id: org/name.
+        revision: branch, tag or commit, or None for main.
+        what: it is about, for errors; the repository and its revision if empty.
+
+    Raises:
+        ConflictError: a name of two commits.
+        UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
+    """
+    what = what or (f"{repo_id}@{revision}" if revision else repo_id)
+    if revision and not is_commit(revision):
+        refs = hub.ask(what, lambda api: api.list_repo_refs(repo_id))
+        found = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
+        if len(found) > 1:
+            raise ConflictError(
+                f"{repo_id}: {revision} is both a branch and a tag there, of different commits",
+                hint=f"name the commit: {' or '.join(sorted(found))}",
+            )
+    commit = str(hub.ask(what, lambda api: model_info(api, repo_id, revision)).sha)
+    if not is_commit(commit) or (is_commit(revision or "") and commit != revision):
+        raise NetworkError(f"{what}: the Hub answers with commit {commit!r}", hint="try again later")
+    return commit
 
 
 def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository | None:

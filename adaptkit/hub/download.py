@@ -1,38 +1,25 @@
-"""Download: an artifact with its manifest, verified before it appears; or any checkpoint into the Hub's cache.
+"""Download an artifact with its manifest, verified before it appears.
 
 The client compares sizes only. ``pull`` therefore trusts nothing but the manifest's hashes: every file arrives in
 ``<out>.partial/.download/``, is compared there, and moves beside the others only when it is right.
 """
 
-import glob
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
-from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, SIDE_NAMES
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256, read_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
-from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UnsafeInputError, UsageError
-from adaptkit.hub._client import Hub, Note, connect, model_info, no_note
-from adaptkit.hub._fetch import DOWNLOADS, Silent, fetch_files, fetch_into_cache, fetch_small
-from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, list_tree
+from adaptkit.errors import IntegrityError, UnsafeInputError
+from adaptkit.hub._client import Hub, Note, connect, no_note
+from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
+from adaptkit.hub._remote import RemoteFile, check_repo_id, commit_of, list_tree
 from adaptkit.hub._selection import part_of, select
 from adaptkit.hub._signature import fetch_signature
-from adaptkit.hub.secrets import looks_like_a_token
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
-_WANTED = [*sorted(f"*{suffix}" for suffix in READ_SUFFIXES), *sorted(SIDE_NAMES), CARD_NAME]
-# Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
-_UNWANTED = ["*/*", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -109,13 +96,14 @@ def pull(
         IntegrityError: there is no manifest, it is another one, or something is not what it says.
         UnsafeInputError: the manifest names files that no artifact has.
         OutputExistsError: the output exists.
+        DiskError: its disk has no room for it.
         AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
     """
     options = options or PullOptions()
     check_repo_id(repo_id)
     check_output(output, force)
     hub = connect(note)
-    commit = _commit_of(hub, repo_id, options.revision)
+    commit = commit_of(hub, repo_id, options.revision)
     tree = list_tree(hub, repo_id, commit)
     manifest = _fetch_manifest(hub, repo_id, commit, tree)
     _check_manifest(manifest, repo_id, options.manifest_sha256)
@@ -127,7 +115,6 @@ def pull(
     _check_tree(part, tree, repo_id)
     with Output(output, [repo_id, commit, part.sha256], force) as out:
         fetch_files(hub, repo_id, commit, manifest, records, out, progress)
-        check_tensors(out.folder, part)
         out.publish(part, signature if part == manifest else None)
     return PullReport(
         repo_id=repo_id,
@@ -142,109 +129,6 @@ def pull(
         manifest_sha256=manifest.sha256,
         tensors_root=part.tensors_root,
     )
-
-
-def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_note) -> Path:
-    """Turn what a command line names into a local folder.
-
-    Args:
-        text: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. A local path
-            that exists goes first.
-        progress: told of bytes that arrived.
-        note: told in a line for people what is waited for.
-
-    Raises:
-        UsageError: neither.
-        IntegrityError: something was damaged on the way, or the manifest is malformed.
-        AuthenticationError, NetworkError: the Hub refused or did not answer.
-    """
-    path = Path(text)
-    named = _named(text)
-    if os.path.exists(path):  # Path.exists raises where a name is too long
-        return path
-    if named is None:
-        raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
-    with _or_here():
-        return fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
-
-
-def fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, progress: Progress = no_progress) -> Path:
-    """Bring what operations read of a repository into huggingface_hub's cache.
-
-    That is all that its manifest lists; without one, what a checkpoint or an adapter consists of.
-
-    Args:
-        hub: where from.
-        what: it is about, for errors.
-        repo_id: org/name.
-        revision: branch, tag or commit, or None for main.
-        progress: told of bytes that arrived.
-
-    Raises:
-        IntegrityError: something was damaged on the way, or the manifest is malformed.
-        UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
-    """
-    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        listed = [glob.escape(record.path) for record in manifest.files]
-        # The folder's name is its commit.
-        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)
-    return folder
-
-
-def resolve_config(text: str, note: Note = no_note) -> Path:
-    """As ``resolve_source``, but of a repository only ``config.json`` is downloaded.
-
-    Raises:
-        UsageError: neither a local folder nor a repository.
-        AuthenticationError, NetworkError: the Hub refused or did not answer.
-    """
-    named = _named(text)
-    if os.path.exists(text) or named is None:
-        return resolve_source(text)
-    with _or_here():
-        config = connect(note).ask(
-            _absent(text),
-            lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=Silent),
-        )
-    return Path(config).parent
-
-
-def _absent(text: str) -> str:
-    return f"{text}: no such folder here, and on the Hub"
-
-
-@contextmanager
-def _or_here() -> Iterator[None]:
-    """Where the Hub does not answer, a folder may have been meant."""
-    try:
-        yield
-    except NetworkError as error:
-        error.hint = f"check the path if a folder is meant; else {error.hint}"
-        raise
-
-
-def _named(text: str) -> re.Match[str] | None:
-    """Repository and revision, if a text has their form; a token in it must not become a name in a request."""
-    return None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
-
-
-def _commit_of(hub: Hub, repo_id: str, revision: str | None) -> str:
-    """Find the commit of a revision; a name that is a branch and a tag of different commits names neither."""
-    if revision and not _COMMIT.fullmatch(revision):
-        refs = hub.ask(repo_id, lambda api: api.list_repo_refs(repo_id))
-        found = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
-        if len(found) > 1:
-            raise ConflictError(
-                f"{repo_id}: {revision} is both a branch and a tag there, of different commits",
-                hint=f"name the commit: {' or '.join(sorted(found))}",
-            )
-    what = f"{repo_id}@{revision}" if revision else repo_id
-    commit = str(hub.ask(what, lambda api: model_info(api, repo_id, revision)).sha)
-    if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(revision or "") and commit != revision):
-        raise NetworkError(f"{what}: the Hub answers with commit {commit!r}", hint="try again later")
-    return commit
 
 
 def _fetch_manifest(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Manifest:

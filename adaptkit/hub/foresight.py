@@ -8,7 +8,7 @@ from adaptkit.errors import AuthenticationError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._errors import LOGIN
 from adaptkit.hub._remote import check_repo_id, look_up
-from adaptkit.hub.publish import PublishOptions
+from adaptkit.hub.publish import PublishOptions, refuse_absent
 
 
 def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note = no_note) -> None:
@@ -25,7 +25,7 @@ def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note =
         AuthenticationError: no token, or one that may not write; nobody to sign.
         ConflictError: the tag is on a commit that is not the branch's head, or the repository is not private.
         NetworkError: no answer; run it again.
-        UsageError: an unusable name or key.
+        UsageError: an unusable name or key, or a pull request to a repository that is absent.
     """
     options = options or PublishOptions()
     check_repo_id(repo_id)
@@ -33,6 +33,8 @@ def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note =
         check_signer(options.signer)
     hub = connect(note)
     repository = look_up(hub, repo_id)
+    if repository is None:
+        refuse_absent(repo_id, options)
     if repository is None or options.pull_request:
         _check_token(hub, repo_id)
         return

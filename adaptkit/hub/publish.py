@@ -25,13 +25,12 @@ from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageEr
 from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._commit import Landed, Target, find, send
 from adaptkit.hub._prepare import with_card, with_signature
-from adaptkit.hub._remote import Repository, check_repo_id, differences, list_tree, look_up
+from adaptkit.hub._remote import Repository, check_repo_id, differences, is_commit, list_tree, look_up
 from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.secrets import redact
 
 _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class PublishOptions:
 
     def __post_init__(self) -> None:
         for kind, name in (("branch", self.branch), ("tag", self.tag)):
-            if name is not None and (not _REF.fullmatch(name) or _COMMIT.fullmatch(name)):
+            if name is not None and (not _REF.fullmatch(name) or is_commit(name)):
                 raise UsageError(f"{name!r} cannot be the name of a {kind}", hint="try one like v1.0")
         if self.tag == self.branch:
             raise UsageError(f"{self.tag!r} cannot be both branch and tag", hint="choose another --tag")
@@ -83,7 +82,8 @@ class PublishReport:
         pull_request: number of the one that holds the commit, if it is in one.
         files_added: new or changed, sorted.
         files_deleted: that are no part of the artifact, sorted.
-        bytes_sent: size of the files added; the Hub may know some of the bytes already.
+        bytes_sent: size of the files added, but for a signature that a dry run does not make; the Hub may know some of
+            the bytes already.
         already_there: exactly this artifact was there, and nothing was sent.
         signed: whether the commit holds a signature.
         checked: whether it was downloaded afterwards, and found right.
@@ -131,7 +131,7 @@ def publish(
         AuthenticationError: no token, or one that may not do this.
         ConflictError: the branch moved meanwhile, the tag is on another commit, or the repository is not private.
         NetworkError: no answer; run it again.
-        UsageError: not a folder, or an unusable name.
+        UsageError: not a folder, an unusable name, or a pull request to a repository that is absent.
     """
     options = options or PublishOptions()
     check_repo_id(repo_id)
@@ -141,14 +141,16 @@ def publish(
     hub = connect(note)
     repository = look_up(hub, repo_id, options.pull_request)
     artifact = with_card(hub, path, manifest, options.base_model, options.signer is not None)
-    if repository is None and not dry_run:
-        repository = _create(hub, repo_id, options)
+    if repository is None:
+        refuse_absent(repo_id, options)
+        repository = None if dry_run else _create(hub, repo_id, options)
     head = repository.head(options.branch, options.private) if repository is not None else None
     tree = list_tree(hub, repo_id, head) if head else {}
     keyless = options.signer is not None and options.signer.private_key is None
-    signer = None if dry_run and keyless else options.signer  # each such signature goes into a public log
-    artifact = with_signature(hub, repo_id, head, tree, artifact, signer)
+    foretold = {SIGNATURE_NAME} if dry_run and keyless else set()  # each such signature goes into a public log
+    artifact = with_signature(hub, repo_id, head, tree, artifact, None if foretold else options.signer)
     added, deleted = differences(tree, artifact.contents)
+    added, deleted = sorted(foretold.union(added)), sorted(set(deleted) - foretold)
     report = PublishReport(
         repo_id=repo_id,
         commit=None if added or deleted else head,
@@ -159,7 +161,7 @@ def publish(
         files_deleted=tuple(deleted),
         bytes_sent=sum(content.record.size for content in artifact.contents if content.record.path in added),
         already_there=not added and not deleted,
-        signed=any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
+        signed=bool(foretold) or any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
         checked=False,
         manifest_sha256=artifact.manifest.sha256,
         url=redact(f"{hub.api.endpoint}/{repo_id}"),
@@ -173,9 +175,17 @@ def publish(
     return report if dry_run else _carry_out(target, repository, artifact, report, options, progress)
 
 
-def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
+def refuse_absent(repo_id: str, options: PublishOptions) -> None:
+    """Refuse to ask the owners of a repository that is absent.
+
+    Raises:
+        UsageError: that was asked for.
+    """
     if options.pull_request:
         raise UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
+
+
+def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
     hub.ask(repo_id, lambda api: api.create_repo(repo_id, private=options.private, exist_ok=True))
     repository = look_up(hub, repo_id)
     if repository is None:

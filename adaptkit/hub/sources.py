@@ -1,68 +1,202 @@
-"""Repositories that something is made from, found by the commit that a revision stands for."""
+"""Repositories that something is made from, in huggingface_hub's cache, found by the commit that a revision is.
 
+The client takes what its cache holds where the Hub refuses or does not answer. So the Hub is asked for the commit and
+its files first, and what is in the cache counts only if it is all of that; offline, the cache is what was asked for.
+"""
+
+import glob
+import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, SIDE_NAMES
 from adaptkit.checkpoint.manifest import read_manifest
-from adaptkit.hub._client import connect, model_info
-from adaptkit.hub._remote import check_repo_id, list_tree
-from adaptkit.hub.download import _UNWANTED, _WANTED, fetch_repository
+from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.errors import NetworkError, UsageError
+from adaptkit.hub._client import Hub, Note, connect, no_note
+from adaptkit.hub._fetch import Silent, fetch_into_cache
+from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, commit_of, is_commit, list_tree
+from adaptkit.hub.secrets import looks_like_a_token
 
-__all__ = ["check_repo_id", "download", "find_cached", "find_commit", "find_whole", "is_commit", "size_of"]
+__all__ = [
+    "check_repo_id",
+    "download",
+    "find_cached",
+    "find_commit",
+    "find_whole",
+    "is_commit",
+    "resolve_config",
+    "resolve_source",
+    "size_of",
+]
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
+_WANTED = [*sorted(f"*{suffix}" for suffix in READ_SUFFIXES), *sorted(SIDE_NAMES), CARD_NAME]
+# Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
+_UNWANTED = ["*/*", "consolidated*.safetensors"]
+_SILENT = "the Hub stopped answering, and its client went on with an older or only a part of it"
 
 
-def is_commit(revision: str) -> bool:
-    """Whether a revision is a whole commit, which never moves."""
-    return _COMMIT.fullmatch(revision) is not None
+def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_note) -> Path:
+    """Turn what a command line names into a local folder.
 
-
-def find_commit(repo_id: str, revision: str) -> str:
-    """Ask the Hub which commit a branch or tag stands for.
+    Args:
+        text: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. A local path
+            that exists goes first.
+        progress: told of bytes that arrived.
+        note: told in a line for people what is waited for.
 
     Raises:
+        UsageError: neither.
+        ConflictError: the revision is a branch and a tag, of different commits.
+        IntegrityError: something was damaged on the way, or the manifest is malformed.
+        UnsafeInputError: the Hub lists a path that no repository has.
+        AuthenticationError, NetworkError: the Hub refused or did not answer, whatever the cache holds; offline,
+            the cache does not hold it.
+    """
+    path = Path(text)
+    named = _named(text)
+    if os.path.exists(path):  # Path.exists raises where a name is too long
+        return path
+    if named is None:
+        raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
+    with _or_here(named[1], named[2]):
+        return _fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
+
+
+def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, progress: Progress) -> Path:
+    """Bring what operations read of a repository into huggingface_hub's cache.
+
+    That is all that its manifest lists; without one, what a checkpoint or an adapter consists of.
+
+    Args:
+        hub: where from.
+        what: it is about, for errors.
+        repo_id: org/name.
+        revision: branch, tag or commit, or None for main.
+        progress: told of bytes that arrived.
+
+    Raises:
+        UsageError: there is no such revision.
+        ConflictError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: as ``resolve_source``.
+    """
+    commit = _asked_commit(hub, what, repo_id, revision)
+    tree = list_tree(hub, repo_id, commit) if commit is not None else {}
+    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        listed = [glob.escape(record.path) for record in manifest.files]
+        # The folder's name is its commit.
+        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)
+    if commit not in (None, folder.name) or _missing_files(folder, tree):
+        raise NetworkError(f"{what}: {_SILENT}", hint="run the same command again")
+    return folder
+
+
+def _missing_files(folder: Path, tree: Mapping[str, RemoteFile]) -> list[str]:
+    """What a folder lacks of the files of a commit that operations read."""
+    manifest = read_manifest(folder)
+    listed = {record.path for record in manifest.files} & set(tree) if manifest is not None else set()
+    wanted = filter_repo_objects(tree, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    return sorted(path for path in {*wanted, *listed} if not (folder / path).exists())
+
+
+def resolve_config(text: str, note: Note = no_note) -> Path:
+    """As ``resolve_source``, but of a repository only ``config.json`` is downloaded.
+
+    Raises:
+        UsageError: neither a local folder nor a repository.
+        ConflictError, AuthenticationError, NetworkError: as ``resolve_source``.
+    """
+    named = _named(text)
+    if os.path.exists(text) or named is None:
+        return resolve_source(text)
+    hub, what = connect(note), _absent(text)
+    with _or_here(named[1], named[2]):
+        commit = _asked_commit(hub, what, named[1], named[2])
+        config = hub.ask(
+            what, lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=Silent)
+        )
+        folder = Path(config).parent
+        if commit not in (None, folder.name):
+            raise NetworkError(f"{what}: {_SILENT}", hint="run the same command again")
+    return folder
+
+
+def _asked_commit(hub: Hub, what: str, repo_id: str, revision: str | None) -> str | None:
+    """The commit that the Hub gives for a revision, since the client would silently do with an older one in its cache.
+
+    None where the cache is what was asked for.
+    """
+    return None if constants.HF_HUB_OFFLINE else commit_of(hub, repo_id, revision, what)
+
+
+def _absent(text: str) -> str:
+    return f"{text}: no such folder here, and on the Hub"
+
+
+@contextmanager
+def _or_here(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Where the Hub does not answer, a folder may have been meant, or what is in the cache may do."""
+    try:
+        yield
+    except NetworkError as error:
+        error.hint = f"check the path if a folder is meant; else {error.hint}"
+        if not constants.HF_HUB_OFFLINE and find_cached(repo_id, revision) is not None:
+            error.hint += "; HF_HUB_OFFLINE=1 takes what huggingface_hub's cache holds of it"
+        raise
+
+
+def _named(text: str) -> re.Match[str] | None:
+    """Repository and revision, if a text has their form; a token in it must not become a name in a request."""
+    return None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
+
+
+def find_commit(repo_id: str, revision: str, note: Note = no_note) -> str:
+    """Ask the Hub which commit a branch or tag stands for; ``note`` is told what is waited for, as in all of these.
+
+    Raises:
+        ConflictError: it is both, of different commits.
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
-    return connect().ask(f"{repo_id}@{revision}", lambda api: str(model_info(api, repo_id, revision).sha))
+    return commit_of(connect(note), repo_id, revision)
 
 
-def size_of(repo_id: str, commit: str) -> int:
+def size_of(repo_id: str, commit: str, note: Note = no_note) -> int:
     """The bytes of a commit's files at its root."""
-    tree = list_tree(connect(), repo_id, commit)
+    tree = list_tree(connect(note), repo_id, commit)
     return sum(file.size for path, file in tree.items() if "/" not in path)
 
 
-def download(repo_id: str, commit: str) -> Path:
+def download(repo_id: str, commit: str, progress: Progress = no_progress, note: Note = no_note) -> Path:
     """A commit's files, in huggingface_hub's cache; what is there already is not fetched again.
 
     Raises:
-        UsageError, AuthenticationError, NetworkError: there is no such commit, or the Hub refused or did not answer.
+        UsageError: there is no such commit.
+        IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: as ``resolve_source``.
     """
-    return fetch_repository(connect(), f"{repo_id}@{commit}", repo_id, commit)
+    return _fetch_repository(connect(note), f"{repo_id}@{commit}", repo_id, commit, progress)
 
 
-def find_whole(repo_id: str, commit: str) -> Path | None:
+def find_whole(repo_id: str, commit: str, note: Note = no_note) -> Path | None:
     """What huggingface_hub's cache holds of a commit, if nothing of it would have to be fetched.
 
     Raises:
         AuthenticationError, NetworkError, UsageError: as ``size_of``.
     """
     found = find_cached(repo_id, commit)
-    if found is None:
+    if found is None or _missing_files(found, list_tree(connect(note), repo_id, commit)):
         return None
-    manifest = read_manifest(found)
-    tree = list_tree(connect(), repo_id, commit)
-    listed = {record.path for record in manifest.files} if manifest is not None else set()
-    wanted = filter_repo_objects(tree, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-    return found if all((found / path).exists() for path in {*wanted, *(listed & set(tree))}) else None
+    return found
 
 
-def find_cached(repo_id: str, revision: str) -> Path | None:
+def find_cached(repo_id: str, revision: str | None) -> Path | None:
     """What huggingface_hub's cache holds of a revision, without asking the Hub; its name is the commit."""
     try:
         return Path(

@@ -183,9 +183,7 @@ def _read(path: Path, required: bool) -> dict[str, Any] | None:
 
 def _json(value: Any) -> Any:
     """As it is after it was written and read."""
-    if isinstance(value, Mapping):
-        return {key: _json(item) for key, item in value.items()}
-    return [_json(item) for item in value] if isinstance(value, list | tuple) else value
+    return json.loads(write_json(value))
 
 
 def _differences(expected: Any, found: Any, keys: tuple[str, ...]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.pipeline.recipe import Recipe, Step
+from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Facts
 
 
@@ -135,6 +135,8 @@ class Listener:
 
     Attributes:
         begun: with what recipe.
+        sought: a source that is looked for.
+        source_progress: how many bytes of it have arrived, and then were hashed, of how many.
         found: a source.
         started: a step that is going to be done: name and kind.
         progress: how much of it is done, of how much.
@@ -143,6 +145,8 @@ class Listener:
     """
 
     begun: Callable[[Recipe], None] = _ignore
+    sought: Callable[[Source], None] = _ignore
+    source_progress: Progress = no_progress
     found: Callable[[SourceReport], None] = _ignore
     started: Callable[[Step], None] = _ignore
     progress: Progress = no_progress

@@ -18,7 +18,7 @@ from adaptkit.pipeline.foresight import Foresight, named_after
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.reading import read_recipe
-from adaptkit.pipeline.recipe import Recipe, Step
+from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
 from adaptkit.pipeline.sources import Hashes, Material, digest_of, resolve
 from adaptkit.pipeline.steps._kind import Work
@@ -115,38 +115,44 @@ class _Run:
                     self._take(step, record)
 
     def _find_sources(self) -> list[SourceReport]:
-        hashes = self._hashes
         reports = []
-        for source in self._recipe.sources.values():
-            found = resolve(
-                source,
-                self._folder,
-                hashes,
-                offline=self._options.offline,
-                fetch=not self._dry_run,
-                commit=self._lock.commit(source),
-                files=self._lock.files(source),
-                on_commit=partial(self._note_commit, source.name),
-            )
-            self._materials[source.name] = found
-            if found.path is not None:
-                self._lock.add(found.locked, "sources", source.name)
-            reports.append(
-                SourceReport(
-                    name=source.name,
-                    what=str(source),
-                    commit=found.locked.get("commit"),
-                    digest=found.digest,
-                    bytes=found.nbytes,
-                    is_here=found.path is not None,
-                )
-            )
-            self._listener.found(reports[-1])
-        if not self._dry_run:
-            hashes.save()
+        try:
+            for source in self._recipe.sources.values():
+                reports.append(self._find_source(source))
+        finally:
+            if not self._dry_run:
+                self._hashes.save()  # whatever stands against going on: reading a source again may take hours
         for step in self._steps:
             self._check_inputs(step)
         return reports
+
+    def _find_source(self, source: Source) -> SourceReport:
+        self._listener.sought(source)
+        found = resolve(
+            source,
+            self._folder,
+            self._hashes,
+            offline=self._options.offline,
+            fetch=not self._dry_run,
+            commit=self._lock.commit(source),
+            files=self._lock.files(source),
+            on_commit=partial(self._note_commit, source.name),
+            progress=self._listener.source_progress,
+            note=self._listener.note,
+        )
+        self._materials[source.name] = found
+        if found.path is not None:
+            self._lock.add(found.locked, "sources", source.name)
+        report = SourceReport(
+            name=source.name,
+            what=str(source),
+            commit=found.locked.get("commit"),
+            digest=found.digest,
+            bytes=found.nbytes,
+            is_here=found.path is not None,
+        )
+        self._listener.found(report)
+        return report
 
     def _note_commit(self, source: str, commit: str) -> None:
         self._lock.add(commit, "sources", source, "commit")
@@ -162,7 +168,7 @@ class _Run:
         """What would be done."""
         key = step_key(step, self._materials)
         if step.how.sends and key is not None:
-            figure = self._foresight.of(step, self._work_of(step, key, force=False))
+            figure = self._foresight.of(step, self._work_of(step, key))
             return self._report(step, "to do", figure=figure, key=key)
         record = self.work.find(step, key, self._listener.note) if key is not None else None
         if record is None or key is None:
@@ -180,7 +186,7 @@ class _Run:
         for step in self._steps:
             key = step_key(step, self._materials) if step.how.sends else None
             if key is not None:
-                yield step, self._work_of(step, key, force=False)
+                yield step, self._work_of(step, key)
 
     def _note(self, step: Step, text: str) -> None:
         self._listener.note(f"{step.name}: {text}")
@@ -204,9 +210,9 @@ class _Run:
                 self._foresight.before_work()
             self._listener.started(step)
             self._require_unchanged(step)
-            force = self.work.begin(step, key)
+            self.work.begin(step, key)
             with named_after(step):
-                outcome = step.how.run(self._work_of(step, key, force))
+                outcome = step.how.run(self._work_of(step, key))
             self._require_unchanged(step)
             record = self.work.finish(step, key, outcome.figure, outcome.facts)
         outputs, seconds = self._take(step, record), time.monotonic() - began
@@ -242,7 +248,7 @@ class _Run:
         self._lock.add(step.written, "steps", step.name, "recipe")
         self._lock.add(key, "steps", step.name, "key")
 
-    def _work_of(self, step: Step, key: str, force: bool) -> Work:
+    def _work_of(self, step: Step, key: str) -> Work:
         paths: dict[str, tuple[Path, ...]] = {}
         for taken, name in step.takes():
             path = self._materials[name].path
@@ -253,7 +259,6 @@ class _Run:
             names=step.inputs,
             options=step.options,
             output=self.work.output(key, step.name),
-            force=force,
             progress=self._listener.progress,
             note=partial(self._note, step),
             signer=self._signer,

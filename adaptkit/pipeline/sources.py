@@ -8,18 +8,19 @@ change are remembered in the work folder.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.hashing import file_sha256, fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.hashing import file_digests, fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
 from adaptkit.checkpoint.layout import READ_SUFFIXES, SIDE_NAMES, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError
 from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of
@@ -66,15 +67,16 @@ class Hashes:
         except (OSError, ValueError, AttributeError):
             pass  # it only saves time
 
-    def sha256(self, path: Path) -> str:
-        """Of a file."""
+    def sha256(self, path: Path, told: Callable[[int], None] = lambda count: None) -> str:
+        """Of a file; ``told`` is given the number of bytes of each piece of it."""
         check_regular(path)
         found = path.stat()
         name, state = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         known = self._known["files"].get(name)
         if isinstance(known, list) and known[:-1] == state:
+            told(found.st_size)
             return str(known[-1])
-        digest = file_sha256(path)
+        _, digest, _ = file_digests(path, [], told)
         if time.time() - found.st_ctime > _FRESH_SECONDS:
             self._known["files"][name] = [*state, digest]
         return digest
@@ -102,6 +104,8 @@ def resolve(
     commit: str | None,
     files: set[str],
     on_commit: Callable[[str], None],
+    progress: Progress,
+    note: Callable[[str], None],
 ) -> Material:
     """Find a source and hash it.
 
@@ -114,6 +118,8 @@ def resolve(
         commit: that a lock names for the repository; without the network it stands for the revision.
         files: that a lock names for it there; without the network nobody else can say what is all of it.
         on_commit: told which commit the repository's revision stands for, before it is downloaded.
+        progress: told of bytes that arrived, then of bytes that were hashed.
+        note: told in a line for people what is waited for.
 
     Raises:
         UsageError: it is not there.
@@ -125,7 +131,7 @@ def resolve(
         path = folder / source.path
         if not path.exists():
             raise source.place.at("path").error("does not exist", hint=f"looked for {path}")
-        return _material(source, path, {}, hashes)
+        return _material(source, path, {}, hashes, progress)
     repo = str(source.repo)
     if offline:
         found = find_cached(repo, commit or source.revision)
@@ -137,20 +143,20 @@ def resolve(
                 f"huggingface_hub's cache holds only a part of {source}: {absent[0]} is missing",
                 hint="run once without --offline",
             )
-        return _material(source, found, {"commit": found.name}, hashes)
-    now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision)
+        return _material(source, found, {"commit": found.name}, hashes, progress)
+    now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision, note)
     on_commit(now)
-    here = download(repo, now) if fetch else find_whole(repo, now)
+    here = download(repo, now, progress, note) if fetch else find_whole(repo, now, note)
     if here is None:
-        return Material(source.name, None, None, size_of(repo, now), source.written() | {"commit": now})
-    return _material(source, here, {"commit": now}, hashes)
+        return Material(source.name, None, None, size_of(repo, now, note), source.written() | {"commit": now})
+    return _material(source, here, {"commit": now}, hashes, progress)
 
 
-def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashes) -> Material:
+def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashes, progress: Progress) -> Material:
     if path.is_dir():
-        digest, nbytes, found = _folder(path, hashes)
+        digest, nbytes, found = _folder(path, hashes, progress)
     else:
-        digest, nbytes = hashes.sha256(path), path.stat().st_size
+        (digest,), nbytes = _sha256_of([path], hashes, progress), path.stat().st_size
         found = {"sha256": digest}
     return Material(source.name, path, digest, nbytes, {**source.written(), **more, **found})
 
@@ -164,11 +170,23 @@ def digest_of(path: Path, hashes: Hashes) -> str:
     return _folder(path, hashes)[0] if path.is_dir() else hashes.sha256(path)
 
 
-def _folder(path: Path, hashes: Hashes) -> tuple[str, int, dict[str, Any]]:
+def _sha256_of(files: Sequence[Path], hashes: Hashes, progress: Progress) -> list[str]:
+    done, total = 0, sum(file.stat().st_size for file in files if file.is_file())
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return [hashes.sha256(file, told) for file in files]
+
+
+def _folder(path: Path, hashes: Hashes, progress: Progress = no_progress) -> tuple[str, int, dict[str, Any]]:
     manifest = read_manifest(path)
     if manifest is not None:
         check_names(path, manifest)
-        changed = [r.path for r in manifest.files if hashes.sha256(resolve_inside(path, r.path)) != r.sha256]
+        digests = _sha256_of([resolve_inside(path, record.path) for record in manifest.files], hashes, progress)
+        changed = [r.path for r, digest in zip(manifest.files, digests, strict=True) if digest != r.sha256]
         if changed:
             raise IntegrityError(
                 f"{path}: {changed[0]} is not what {MANIFEST_NAME} says",
@@ -178,18 +196,22 @@ def _folder(path: Path, hashes: Hashes) -> tuple[str, int, dict[str, Any]]:
         return manifest.sha256, sum(record.size for record in manifest.files), found
     read = [p for p in sorted(path.iterdir()) if p.suffix in READ_SUFFIXES or p.name in SIDE_NAMES]
     read = [p for p in read if not p.name.startswith("consolidated")]  # another format's copy of the same weights
-    files = {file.name: hashes.sha256(file) for file in read if not file.name.startswith(".") and not file.is_dir()}
+    read = [p for p in read if not p.name.startswith(".") and not p.is_dir()]
+    files = dict(zip((p.name for p in read), _sha256_of(read, hashes, progress), strict=True))
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    root = hashes.root(digest, lambda: _tensors_root(path))
+    root = hashes.root(digest, lambda: _tensors_root(path, progress))
     return digest, sum((path / name).stat().st_size for name in files), {"files": files, "tensors_root": root}
 
 
-def _tensors_root(path: Path) -> str:
+def _tensors_root(path: Path, progress: Progress) -> str:
     """As a manifest names a parent that has none itself."""
     if is_adapter(path):
         return tensors_root(read_adapter(path).records)
-    checkpoint = Checkpoint(path)
-    return tensors_root(
-        TensorRecord(name, "", found.spec.dtype, found.spec.shape, fingerprint_in_pieces(checkpoint, name))
-        for name, found in checkpoint.tensors.items()
-    )
+    checkpoint, records, done = Checkpoint(path), [], 0
+    total = sum(found.spec.nbytes for found in checkpoint.tensors.values())
+    for name, found in checkpoint.tensors.items():
+        fingerprint = fingerprint_in_pieces(checkpoint, name)
+        records.append(TensorRecord(name, "", found.spec.dtype, found.spec.shape, fingerprint))
+        done += found.spec.nbytes
+        progress(done, total)
+    return tensors_root(records)

@@ -96,26 +96,21 @@ class WorkFolder:
                 note(f"{step.name}: {error.message}; it is made again")
             return None
         if record.outputs is None:
-            # Outputs appear when they are whole; this run was killed just before it could say so.
+            # Nothing of it was there when the step began, and outputs appear when they are whole: the run was killed
+            # just before it could say so.
             return Record(step.kind, key, found, "made before", {}) if step.makes else None
         if record.outputs != found:
             note(f"{step.name}: is not what it was when it was made; it is made again")
             return None
         return record
 
-    def begin(self, step: Step, key: str) -> bool:
-        """Say that a step is at work, and clear away what is damaged; returns whether something is to be replaced."""
-        kept = False
+    def begin(self, step: Step, key: str) -> None:
+        """Clear away what is in the place of what a step makes, and only then say that it is at work."""
         for name in step.makes:
             folder = self.output(key, name)
             if folder.is_symlink() or folder.exists():
-                try:
-                    self._check(folder)
-                    kept = True
-                except IntegrityError:
-                    folder.unlink() if folder.is_symlink() or folder.is_file() else shutil.rmtree(folder)
+                folder.unlink() if folder.is_symlink() or folder.is_file() else shutil.rmtree(folder)
         self._write(step, Record(step.kind, key, None, "", {}))
-        return kept
 
     def finish(self, step: Step, key: str, figure: str, facts: Facts) -> Record:
         """Say what a step made."""

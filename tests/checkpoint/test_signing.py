@@ -209,6 +209,9 @@ def test_who_signs_and_who_counts_is_one_of_two():
     for arguments in ({}, {"identity": "x"}, {"identity_provider": "x"}, {"public_key": "x", "identity": "y"}):
         with pytest.raises(UsageError, match="public key, or an identity"):
             Trust(**arguments)
+    for empty in ({"identity": "", "identity_provider": ""}, {"identity": "x", "identity_provider": ""}):
+        with pytest.raises(UsageError, match="empty"):
+            Trust(**empty)
     with pytest.raises(UsageError, match="not both"):
         Signer("key", identity_token="token")
     with pytest.raises(UsageError, match="without a private key"):

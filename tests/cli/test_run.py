@@ -233,6 +233,7 @@ REFUSED = [
     ("repo: demo/absent", "", 6, "release: demo/absent: "),
     (f"repo: {RELEASE}, pull_request: true", "reader", 6, f"release: {RELEASE}: the token may only read\n"),
     (f"repo: {RELEASE}, pull_request: true", "", 6, f"release: {RELEASE}: "),
+    ("repo: demo/absent, pull_request: true", TOKEN, 2, "release: demo/absent: there is no such repository to ask\n"),
     (f"repo: {RELEASE}, sign: true", TOKEN, 2, "release: nokey.pem: there is no key that can be read\n"),
 ]
 

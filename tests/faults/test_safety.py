@@ -33,6 +33,8 @@ JOINS = {
     # names of entries of a folder that was listed
     "operations/extract.py": {"plan.base.root / path.name"},
     "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is what the user's recipe says
+    # names in a tree of the Hub, among which ``list_tree`` refuses what leaves its folder; and nothing is read there
+    "hub/sources.py": {"folder / path"},
     # where the links of huggingface_hub's cache lead
     "hub/_fetch.py": {"path.parent.joinpath(os.readlink(path))"},
     # names of steps, which are letters and digits, and digests

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from local_hub import Fault, LocalHub
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
 from adaptkit.errors import UsageError
-from adaptkit.hub.download import resolve_source
+from adaptkit.hub.sources import resolve_source
 from adaptkit.operations.merge import merge
 
 TOKEN = "hf_plantedTokenForTests0123"
@@ -32,7 +33,7 @@ files = [CommitOperationAdd(path.name, path) for path in sorted(Path(%r).iterdir
 print(json.dumps({"commit": api.create_commit("me/model", files, commit_message="by hand").oid}))
 """
 RESOLVE = """
-from adaptkit.hub.download import resolve_source
+from adaptkit.hub.sources import resolve_source
 import json
 print(json.dumps({"path": str(resolve_source(%r))}))
 """
@@ -120,6 +121,24 @@ def test_a_finished_file_that_went_bad_is_fetched_again(
     config.write_bytes(bytes(config.stat().st_size))
     assert cli("pull", "me/model", "-o", "pulled").code == 0
     assert (tmp_path / "pulled" / "adapter_config.json").read_bytes() == (artifact / "adapter_config.json").read_bytes()
+
+
+def test_a_pull_that_its_disk_has_no_room_for_fetches_nothing(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path
+) -> None:
+    own = ["unshare", "--user", "--map-root-user", "--mount"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a disk of one's own is not allowed here")
+    cli("publish", make_artifact(large="x" * (1 << 18)), "me/model")
+    hub.requests.clear()
+    pull = f"mount -t tmpfs -o size={1 << 17} tmpfs {disk} && {sys.executable} -m adaptkit pull me/model -o {disk}/out"
+    variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([*own, "sh", "-c", pull], env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"needs [\d,]+ more bytes, but its disk has [\d,]+ free", done.stderr)
+    assert not any("large.txt" in path or WEIGHTS in path for _, path, _ in hub.requests)
 
 
 def test_an_existing_output_is_refused_and_force_replaces_it(cli: Any, artifact: Path, hub: LocalHub) -> None:
@@ -290,6 +309,106 @@ def test_a_dry_run_fetches_no_weights_where_a_part_is_there_already(cli: Any, ar
     assert [source["is_here"] for source in cli("run", "r.yaml", "--dry-run").report["sources"]] == [True]
 
 
+PART = """
+from huggingface_hub import hf_hub_download
+hf_hub_download("me/model", "adapter_config.json")
+print("{}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("whole", "how", "code"),
+    [(True, "gone", 7), (False, "gone", 7), (True, "500", 7), (False, "401", 6), (True, "403", 6)],
+)
+def test_a_hub_that_refuses_is_not_replaced_by_the_cache(
+    cli: Any, artifact: Path, hub: LocalHub, whole: bool, how: str, code: int
+) -> None:
+    """Nobody can say that the branch is still where it was; a part of it is no checkpoint either."""
+    cli("publish", artifact, "me/model")
+    assert cli(code=RESOLVE % "me/model" if whole else PART).code == 0
+    if how != "gone":
+        hub.faults.append(Fault("*", "/me/model", how, -1))
+    done = cli("inspect", "me/model", url="http://127.0.0.1:9" if how == "gone" else "")
+    assert done.code == code
+    assert done.report["message"].startswith("me/model: no such folder here, and on the Hub: ")
+    taken = "; HF_HUB_OFFLINE=1 takes what huggingface_hub's cache holds of it"
+    assert done.report["hint"].endswith(taken) == (code == 7)
+
+
+def test_a_configuration_is_not_taken_from_the_cache_if_the_hub_refuses(
+    cli: Any, hub: LocalHub, tmp_path: Path
+) -> None:
+    model = tmp_path / "made"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert "commit" in cli(code=RAW_COMMIT % str(model)).report
+    code = "from adaptkit.hub.sources import resolve_config\nresolve_config('me/model')\nprint('{}')"
+    assert cli(code=code).code == 0
+    hub.faults.append(Fault("*", "/me/model", "500", -1))
+    assert cli("plan", "me/model").code == 7
+
+
+FALLS_SILENT = """
+import json
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+from adaptkit.errors import NetworkError
+from adaptkit.hub.sources import resolve_source
+list_tree, asked = HfApi.list_repo_tree, []
+def list_once(*args, **kwargs):
+    asked.append(args)
+    if len(asked) == 1:
+        return list_tree(*args, **kwargs)
+    raise OfflineModeIsEnabled("as if there were no network any more")
+HfApi.list_repo_tree = list_once
+try:
+    print(json.dumps({"path": str(resolve_source("me/model"))}))
+except NetworkError as error:
+    print(json.dumps({"said": error.message}))
+"""
+
+
+def test_a_hub_that_falls_silent_in_between_is_not_replaced_by_the_cache(cli: Any, artifact: Path) -> None:
+    cli("publish", artifact, "me/model")
+    assert cli(code=PART).code == 0
+    assert "the Hub stopped answering" in cli(code=FALLS_SILENT).report["said"]
+
+
+def test_offline_the_cache_is_what_was_asked_for(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
+    cli("publish", artifact, "me/model", "--tag", "v1")
+    for name in ("me/model", "me/model@v1"):
+        assert cli(code=RESOLVE % name).code == 0
+        requests = len(hub.requests)
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        code, *_ = cli.run([], environment, RESOLVE % name)
+        assert code == 0
+        assert len(hub.requests) == requests
+
+
+def test_a_release_says_what_its_sources_are_waiting_for(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """Its own bar on a terminal, and lines anywhere."""
+    cli("publish", artifact, "me/model")
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nsources: {lora: {repo: me/model}}\nsteps:\n  small: {resize: lora, rank: 1}\n"
+    )
+    cli.hub.faults.append(Fault("GET", "/api/models/me/model", "503"))
+    ours, theirs = pty.openpty()
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "adaptkit", "run", "r.yaml"]
+    subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, env=os.environ | own, check=True)
+    os.write(theirs, b"END\n")
+    told = b""
+    while b"END" not in told:
+        told += os.read(ours, 4096)
+    os.close(ours)
+    os.close(theirs)
+    said = told.decode()
+    assert "me/model@main: the Hub answered 503" in said
+    assert "trying again" in said
+    assert "lora: me/model@main " in said.partition("lora: me/model@main, commit")[0]  # the bar
+    assert "100%" in said.partition("lora: me/model@main, commit")[0]
+
+
 def test_a_name_that_is_in_a_file_of_settings_is_fetched_too(cli: Any, artifact: Path, tmp_path: Path) -> None:
     commit = cli("publish", artifact, "me/model").report["commit"]
     (tmp_path / "t.yaml").write_text("base: me/model\ndata: [d.jsonl]\n")
@@ -406,7 +525,7 @@ def test_a_configuration_alone_is_fetched_without_a_word(cli: Any, tmp_path: Pat
     model.mkdir()
     (model / "config.json").write_text("{}")
     assert "commit" in cli(code=RAW_COMMIT % str(model)).report
-    code = "import pty, os, sys\nfrom adaptkit.hub.download import resolve_config\nours, theirs = pty.openpty()\n"
+    code = "import pty, os, sys\nfrom adaptkit.hub.sources import resolve_config\nours, theirs = pty.openpty()\n"
     code += "sys.stderr = os.fdopen(theirs, 'w')\npath = resolve_config('me/model')\nsys.stderr.write('END')\n"
     code += "sys.stderr.flush()\nimport json\nprint(json.dumps({'told': os.read(ours, 4096).decode()}))\n"
     assert cli(code=code).report["told"] == "END"

@@ -90,7 +90,8 @@ def test_a_closed_pull_request_does_not_count(cli: Any, make_artifact: Make, hub
 
 
 def test_a_pull_request_needs_a_repository_and_no_tag(cli: Any, artifact: Path, repository: Any) -> None:
-    assert cli("publish", artifact, "me/model", "--pr").code == 2
+    for options in ((), ("--dry-run",)):
+        assert cli("publish", artifact, "me/model", "--pr", *options).code == 2
     assert not repository.state
     for other in ({"tag": "v1"}, {"private": True}, {"branch": "next"}):
         with pytest.raises(UsageError, match="pull request"):
@@ -121,6 +122,16 @@ def test_a_signature_is_published_pulled_and_verified_and_a_second_run_keeps_it(
     refused = cli("pull", "me/model", "-o", "other", "--public-key", stranger)
     assert refused.code == 3
     assert not (tmp_path / "other").exists()
+
+
+def test_a_dry_run_says_that_a_keyless_signature_would_be_another(cli: Any, artifact: Path, keys: Keys) -> None:
+    cli("publish", artifact, "me/model", "--sign", keys("mine")[0], "--tag", "v1")
+    told = cli("publish", artifact, "me/model", "--sign-keyless", "--dry-run").report
+    assert told["files_added"] == [SIGNATURE_NAME]
+    assert told["files_deleted"] == []
+    assert told["signed"]
+    assert not told["already_there"]
+    assert cli("publish", artifact, "me/model", "--sign-keyless", "--tag", "v1", "--dry-run").code == 8
 
 
 def test_another_key_signs_anew_and_another_artifact_loses_the_old_signature(

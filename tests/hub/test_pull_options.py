@@ -81,6 +81,15 @@ def test_a_signature_is_no_signature_of_a_part(cli: Any, artifact: Path, tmp_pat
     assert not (tmp_path / "part" / SIGNATURE_NAME).exists()
 
 
+def test_a_signer_whose_name_is_empty_is_not_taken_for_no_signer(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """As of variables of a shell that are not set."""
+    cli("publish", artifact, "me/model")
+    for command in (("pull", "me/model", "-o", "pulled"), ("verify", artifact)):
+        done = cli(*command, "--identity", "", "--identity-provider", "")
+        assert (done.code, "empty" in done.report["message"]) == (2, True)
+    assert not (tmp_path / "pulled").exists()
+
+
 def test_another_manifest_than_the_expected_one_is_refused_before_the_rest_is_fetched(
     cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
 ) -> None:
@@ -95,17 +104,21 @@ def test_another_manifest_than_the_expected_one_is_refused_before_the_rest_is_fe
 
 
 def test_a_name_that_is_a_branch_and_a_tag_of_different_commits_is_neither(
-    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path
 ) -> None:
     old = cli("publish", make_artifact("old"), "me/model").report["commit"]
     new = cli("publish", make_artifact("new", seed=1), "me/model").report["commit"]
     repo = Repo(hub.store, "me/model")
     state = repo.state
     repo.save(state | {"tags": {"next": old}, "heads": state["heads"] | {"next": new}})
-    done = cli("pull", "me/model@next", "-o", "pulled")
-    assert done.code == 8
-    assert old in done.report["hint"]
-    assert new in done.report["hint"]
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nsources: {lora: {repo: me/model, revision: next}}\nsteps:\n  small: {resize: lora, rank: 1}\n"
+    )
+    for command in (("pull", "me/model@next", "-o", "pulled"), ("inspect", "me/model@next"), ("run", "r.yaml")):
+        done = cli(*command)
+        assert done.code == 8, command
+        assert old in done.report["hint"]
+        assert new in done.report["hint"]
     repo.save(state | {"tags": {"next": new}, "heads": state["heads"] | {"next": new}})
     assert cli("pull", "me/model@next", "-o", "pulled").report["commit"] == new
 

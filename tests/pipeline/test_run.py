@@ -221,6 +221,22 @@ def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
     assert tree(folder) == expected
 
 
+def test_what_somebody_put_there_is_not_kept_by_a_run_that_was_interrupted(release, recipe):
+    first = outputs(run(recipe))
+    folder = release / first["merged"].path
+    expected = tree(folder)
+    shutil.rmtree(folder)
+    shutil.copytree(release / first["plain"].path, folder)  # whole, but not what this step made
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, listener=Listener(progress=interrupt))
+    assert done(run(recipe)) == ["merged"]
+    assert tree(folder) == expected
+
+
 def test_a_flipped_bit_is_seen_when_all_bytes_are_read(release, recipe):
     first = run(recipe)
     path = release / outputs(first)["lighter"].path / "adapter_model.safetensors"
@@ -253,7 +269,34 @@ def test_a_record_that_says_nothing_costs_only_its_step(release, recipe, content
     assert done(run(recipe)) == []
 
 
+def test_sources_tell_how_much_of_them_was_read(recipe):
+    told = []
+    listener = Listener(
+        sought=lambda source: told.append([source.name]),
+        source_progress=lambda done, total: told[-1].append((done, total)),
+        found=lambda source: told[-1].append(source.bytes),
+    )
+    run(recipe, RunOptions(until="lighter"), listener=listener)
+    assert [name for name, *_ in told] == ["base", "lora"]
+    for _, *read, nbytes in told:
+        assert (nbytes, nbytes) in read
+        assert all(0 < done <= total for done, total in read)
+
+
 # The lock
+
+
+def test_what_was_hashed_is_remembered_however_the_search_ends(recipe, release):
+    run(recipe)
+    shutil.rmtree(release / ".adaptkit")
+    change_lock(release, "sources", "lora", "tensors_root", value="0" * 64)
+    time.sleep(2.1)  # before that, nothing is remembered of a file
+    with pytest.raises(DriftError):
+        run(recipe, RunOptions(locked=True))
+    known = json.loads((release / ".adaptkit" / "hashes.json").read_text())["files"]
+    assert {str((release / name).resolve()) for name in ("model/model.safetensors", "lora/adapter_config.json")} <= {
+        *known
+    }
 
 
 def test_locked_is_content_with_what_it_describes(recipe, release):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from adaptkit.cli.options import output_options
+from adaptkit.cli.options import output_options, trust_in
 from adaptkit.cli.output import notes, show, size
 from adaptkit.cli.progress import byte_progress
 from adaptkit.hub.parts import PARTS
@@ -36,14 +36,12 @@ def command(
 
     With --only, the folder has a manifest of its own, which lists what is there and names the whole by its hash.
     """
-    from adaptkit.checkpoint.signing import Trust
     from adaptkit.hub.download import PullOptions, pull
 
     repo_id, at, revision = repo.partition("@")
     if at and not revision:
         raise click.UsageError(f"{repo}: the revision after @ is empty")
-    signer = (public_key, identity, identity_provider)
-    trust = Trust(*signer) if any(signer) else None
+    trust = trust_in(public_key, identity, identity_provider)
     wanted = PullOptions(revision or None, only, manifest_sha256, trust)
     with byte_progress("pull", as_json or quiet) as progress:
         report = pull(repo_id, output, wanted, force=force, progress=progress, note=notes(quiet))

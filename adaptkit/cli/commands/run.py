@@ -15,7 +15,7 @@ from adaptkit.cli.release_view import source_text, step_text, summary, table, tr
 from adaptkit.errors import AdaptkitError, UsageError
 
 if TYPE_CHECKING:
-    from adaptkit.pipeline.recipe import Recipe, Step
+    from adaptkit.pipeline.recipe import Recipe, Source, Step
     from adaptkit.pipeline.run import Listener, RunReport, SourceReport, StepReport
 
 
@@ -63,7 +63,7 @@ def command(
         check_report_file(output_file)
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # there is one already
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # there is one of ours
     from adaptkit.pipeline.run import RunOptions, run
 
     signer = None if key is None else signer_with(key)
@@ -132,17 +132,30 @@ class _Watch:
 
     @contextmanager
     def listening(self) -> "Iterator[Listener]":
-        """Show a bar for the step at work, on a terminal, while the block runs."""
+        """Show a bar for the source that is looked for and the step at work, on a terminal, while the block runs."""
         from adaptkit.pipeline.run import Listener
 
         with step_bar(self._hidden) as bar:
             self._bar = bar
-            yield Listener(self._begun, self._found, self._started, self._tell, self._note, self._ended)
+            yield Listener(
+                begun=self._begun,
+                sought=self._sought,
+                source_progress=self._tell,
+                found=self._found,
+                started=self._started,
+                progress=self._tell,
+                note=self._note,
+                ended=self._ended,
+            )
 
     def _begun(self, recipe: "Recipe") -> None:
         self.name = recipe.name
 
+    def _sought(self, source: "Source") -> None:
+        self._bar.start(f"{source.name}: {source}")
+
     def _found(self, source: "SourceReport") -> None:
+        self._bar.stop()
         self.sources.append(source)
         self._say(f"{source.name}: {source_text(source)}")
 

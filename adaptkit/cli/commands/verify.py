@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.lineage import tree
-from adaptkit.cli.options import ArtifactPath, report_options, threads_option
+from adaptkit.cli.options import ArtifactPath, report_options, threads_option, trust_in
 from adaptkit.cli.output import Row, show, size
 from adaptkit.cli.progress import byte_progress
 
@@ -48,13 +48,11 @@ def command(
 
     With --parents also what it was made from, and with a key or an identity who signed it.
     """
-    from adaptkit.checkpoint.signing import Trust
     from adaptkit.operations.verify import VerifyOptions, verify
 
-    keyed = (public_key, identity, identity_provider) != (None, None, None)
     options = VerifyOptions(
         manifest_sha256=manifest_sha256,
-        trust=Trust(public_key, identity, identity_provider) if keyed else None,
+        trust=trust_in(public_key, identity, identity_provider),
         signature=signature,
         parents=parents or None,
         recompute=recompute,

@@ -40,7 +40,6 @@ class Work:
         names: what the recipe calls them, by key.
         options: of the kind's type.
         output: folder to make; a kind that makes several artifacts adds to its name.
-        force: something lies there that is to be replaced.
         progress: told how much is done, of how much.
         note: told of what people should know, in a line.
         signer: who signs, where that is asked for.
@@ -50,7 +49,6 @@ class Work:
     names: Mapping[str, tuple[str, ...]]
     options: Any
     output: Path
-    force: bool
     progress: Progress
     note: Callable[[str], None]
     signer: Signer

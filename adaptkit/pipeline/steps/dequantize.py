@@ -6,7 +6,7 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
-    report = dequantize(work.path("dequantize"), work.output, work.options, force=work.force, progress=work.progress)
+    report = dequantize(work.path("dequantize"), work.output, work.options, progress=work.progress)
     return Outcome(f"{report.dequantized} matrices, {size(report.bytes_after)}", {})
 
 

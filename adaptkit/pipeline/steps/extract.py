@@ -10,7 +10,6 @@ def _run(work: Work) -> Outcome:
         work.path("base"),
         work.output,
         work.options,
-        force=work.force,
         progress=work.progress,
     )
     return Outcome(f"{report.parameters:,} parameters", {"relative_error": report.relative_error})

@@ -18,7 +18,6 @@ def _run(work: Work) -> Outcome:
         work.paths["adapters"],
         work.output,
         work.options,
-        force=work.force,
         progress=work.progress,
     )
     facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}

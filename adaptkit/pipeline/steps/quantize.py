@@ -14,7 +14,7 @@ def _run(work: Work) -> Outcome:
     options: QuantizeOptions = work.options
     if options.calibration is not None:
         options = replace(options, calibration=replace(options.calibration, files=work.paths[_FILES]))
-    report = quantize(work.path("quantize"), work.output, options, force=work.force, progress=work.progress)
+    report = quantize(work.path("quantize"), work.output, options, progress=work.progress)
     figure = f"{size(report.bytes_before)} -> {size(report.bytes_after)}"
     facts = {"bits_per_parameter": report.bits_per_parameter, "relative_error": report.relative_error}
     return Outcome(figure, facts)

@@ -5,7 +5,7 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
-    report = stack(work.paths["stack"], work.output, work.options, force=work.force, progress=work.progress)
+    report = stack(work.paths["stack"], work.output, work.options, progress=work.progress)
     figure = f"{report.adapters} adapters by {report.method}, {100 * report.energy_kept:.3g} % of the square norm kept"
     return Outcome(figure, {"modules": report.modules, "ranks": list(report.ranks), "energy_kept": report.energy_kept})
 

@@ -36,7 +36,7 @@ def _run(work: Work) -> Outcome:
     def tell(step: StepReport) -> None:
         work.progress(step.step, step.steps)
 
-    report = train(config, work.output, force=work.force, on_step=tell, note=work.note)
+    report = train(config, work.output, on_step=tell, note=work.note)
     before, after = report.held_out_before, report.held_out_after
     figure = f"{report.steps} steps" if after is None else f"held-out loss {before:.4f} -> {after:.4f}"
     facts = {"steps": report.steps, "held_out_before": before, "held_out_after": after, "samples": report.samples}
