@@ -31,7 +31,9 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--compare", "compared", is_flag=True,
               help="Measure the base without its adapter, too. Always so with several models.")  # fmt: skip
 @click.option("--data", type=_FILE, multiple=True, help="Rows with answers, as for train. Repeatable.")
-@click.option("--text", type=_FILE, multiple=True, help="Text, or jsonl, to measure perplexity on. Repeatable.")
+@click.option(
+    "--text", type=_FILE, multiple=True, help="Text, or rows as for train, to measure perplexity on. Repeatable."
+)
 @click.option("--reference", type=ArtifactPath(), help="Also measure the divergence from this checkpoint on the text.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of text at a time.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Read no more text than this.")
