@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,6 +86,13 @@ def check_report_file(path: Path) -> None:
     """
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path}: no file can be written there", hint="choose another --output-file")
+
+
+def in_turn(*actions: Callable[[], None]) -> None:
+    """Do one thing after another, each of them whatever becomes of those before it."""
+    with ExitStack() as stack:
+        for action in reversed(actions):
+            stack.callback(action)
 
 
 def write_report(report: Any, path: Path) -> None:

@@ -1,7 +1,9 @@
 """``adaptkit evaluate``."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ import click
 
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, Value, report_options
-from adaptkit.cli.output import Row, counted, percent, show, show_table, write_whole
+from adaptkit.cli.output import Row, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
@@ -91,17 +93,17 @@ def command(
     if compared or chosen.shots or len(bases) > 1 or len(adapters) > 1:
         with count_progress("models", as_json or quiet) as progress:
             report = comparison = compare(bases, adapters, data, chosen, progress=progress, **more)
-        show_table(report, *_table(report), as_json=as_json, quiet=quiet)
+        printed = partial(show_table, report, *_table(report), as_json=as_json, quiet=quiet)
     else:
         single = evaluate(bases[0], adapters[0] if adapters else None, data, chosen, **more)
         comparison = Comparison((single,), ())
-        show(single, _rows(single), as_json=as_json, quiet=quiet)
-    try:
-        if samples_file is not None:
-            write_whole(samples_file, "".join(map(_line, answers)))
-    finally:  # each by itself is worth having
-        if html is not None:
-            write_whole(html, evaluate_page(comparison, answers))
+        printed = partial(show, single, _rows(single), as_json=as_json, quiet=quiet)
+    written: list[Callable[[], None]] = []
+    if samples_file is not None:
+        written.append(partial(write_whole, samples_file, "".join(map(_line, answers))))
+    if html is not None:
+        written.append(lambda: write_whole(html, evaluate_page(comparison, answers)))
+    in_turn(*written, printed)
 
 
 def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[Row]]:
