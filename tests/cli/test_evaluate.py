@@ -116,7 +116,7 @@ def test_a_file_of_answers_is_replaced_and_no_other(compared, llama, instruction
     assert run_cli(*command, "--samples-file", answers).code == 0
     assert len(answers.read_text().splitlines()) == 1
     refused = run_cli(*command, "--samples-file", config)
-    assert (refused.code, "holds no answers" in refused.stderr) == (2, True)
+    assert (refused.code, "is no file of answers" in refused.stderr) == (2, True)
     assert config.read_bytes() == (llama / "config.json").read_bytes()
 
 
@@ -260,8 +260,8 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--data", instructions, "--shots", 2], 2, "--shots-from"),
         (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "are wanted"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
-        (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no folder"),
-        (["--data", instructions, "--generate", "--samples-file", instructions], 2, "is there already, and holds no"),
+        (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no file can"),
+        (["--data", instructions, "--generate", "--samples-file", instructions], 2, "is there already, and is no"),
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "a", "--html", tmp_path / "a"], 2, "page"),
         (["--data", tmp_path / "two.jsonl", "--layout", "prompt"], 5, "two.jsonl, line 1: has no prompt"),
         (["--data", tmp_path / "two.jsonl"], 5, "more than one layout"),

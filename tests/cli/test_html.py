@@ -295,7 +295,7 @@ def test_without_matplotlib_the_hint_says_what_to_install(tmp_path):
 def test_where_no_page_can_be_written_is_found_out_before_the_work(tmp_path):
     prepare(tmp_path / "page.html")
     for path in (tmp_path, tmp_path / "absent" / "page.html"):
-        with pytest.raises(UsageError, match="no page can be written"):
+        with pytest.raises(UsageError, match="no file can be written there"):
             prepare(path)
     with pytest.raises(DiskError, match="cannot be written: Is a directory"):
         write_whole(tmp_path, "page")

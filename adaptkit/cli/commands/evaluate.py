@@ -11,7 +11,7 @@ import click
 
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, Value, report_options
-from adaptkit.cli.output import Row, counted, in_turn, percent, show, show_table, write_whole
+from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
@@ -185,25 +185,19 @@ def _check_samples_file(path: Path, generate: bool, html: Path | None) -> None:
     """Ask before the work whether its answers can be written, in place of nothing but such answers."""
     if not generate:
         raise click.UsageError("--samples-file needs --generate")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"--samples-file {path}: there is no folder {path.parent}")
     if html is not None and path.absolute() == html.absolute():
         raise click.UsageError(f"--samples-file {path}: is the page, too; choose another name")
-    if path.is_file() and not _has_answers(path):
-        raise click.UsageError(f"--samples-file {path}: is there already, and holds no answers; choose another name")
+    check_place(path, "--samples-file", "file of answers", _are_answers)
 
 
-def _has_answers(path: Path) -> bool:
-    """Whether a file may be replaced by one of answers: it is one, or empty."""
+def _are_answers(beginning: bytes) -> bool:
     from adaptkit.training.evaluation.report import Answer
 
-    with path.open("rb") as file:
-        first = file.readline()
     try:
-        found = json.loads(first or "null")
-    except ValueError:
+        found = json.loads(beginning.partition(b"\n")[0])
+    except (ValueError, RecursionError):
         return False
-    return found is None if not first else isinstance(found, dict) and set(found) == {f.name for f in fields(Answer)}
+    return isinstance(found, dict) and set(found) == {f.name for f in fields(Answer)}
 
 
 def _line(answer: "Answer") -> str:
