@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from adaptkit.cli.grid import starred
 from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, side_by_side, table
 from adaptkit.cli.output import percent
-from adaptkit.cli.pages._diff_parts import (
+from adaptkit.cli.pages._parts import (
     beside,
     curves_by_type,
+    folder_name,
     largest_types,
     maps,
-    measure,
     names,
     number,
     share,
@@ -30,7 +30,7 @@ def adapters_page(report: "AdapterDiffReport") -> str:
     types = largest_types((m.module, m.difference) for m in report.modules)
     others = [section("Other tensors", tensors(report.tensors, roles=True))] if report.tensors else []
     return page(
-        f"{_name(report.first)} and {_name(report.second)}",
+        f"{folder_name(report.first)} and {folder_name(report.second)}",
         facts(_summary(report)),
         *_differences(report.modules),
         *_overlaps(report.modules, types),
@@ -79,7 +79,7 @@ def _differences(modules: Sequence["ModuleDifference"]) -> list[Html]:
     if not relative:
         return []
     caption = "‖Δ₁ − Δ₂‖ over the larger of both norms, in per cent; unrelated changes of one size have 141."
-    limits = (0.0, max(measure(relative.values())[1], 1e-9))
+    limits = (0.0, max(1e-9, *relative.values()))
     made = [maps(relative, "difference, %", caption, limits)]
     shared = {m.module: m.cosine for m in modules if m.columns is not None}
     if shared:
@@ -100,7 +100,7 @@ def _overlaps(modules: Sequence["ModuleDifference"], types: Sequence[str]) -> li
         "subspaces of dimension r in a space of dimension m."
     )
     times = {side: {name: o.rms / o.random for name, o in found.items()} for side, found in known.items()}
-    limits = (0.0, max(measure(found.values())[1] for found in times.values()))
+    limits = (0.0, max(value for found in times.values() for value in found.values()))
     drawn = [
         maps(
             found, f"{side}, overlap / random", f"Overlap of {side}, in multiples of that of random subspaces.", limits
@@ -166,7 +166,3 @@ def _modules(modules: Sequence["ModuleDifference"]) -> Html:
         rows.append((m.module, *_figures(m), *overlaps, *shares, *ranks, *spread))
     ranks_of = ("rank of Δ₁", "of Δ₂", "effective rank of Δ₁", "of Δ₂", "stable rank of Δ₁", "of Δ₂")
     return table(("module", *_FIGURES, *_OVERLAPS, *ranks_of), rows)
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]

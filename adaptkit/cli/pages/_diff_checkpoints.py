@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.cli.html import Html, facts, figure, page, paragraph, section, side_by_side
 from adaptkit.cli.output import percent, size
-from adaptkit.cli.pages._diff_parts import beside, curves_by_type, largest_types, maps, measure, names, tensors
+from adaptkit.cli.pages._parts import beside, curves_by_type, folder_name, largest_types, maps, names, tensors
 
 if TYPE_CHECKING:
     from adaptkit.operations._diff.tensors import TensorDifference
@@ -19,7 +19,7 @@ def checkpoints_page(report: "CheckpointDiffReport") -> str:
     """One HTML document, self-contained."""
     heading = f"All {len(report.tensors):,} tensors that differ"
     return page(
-        f"{_name(report.first)} and {_name(report.second)}",
+        f"{folder_name(report.first)} and {folder_name(report.second)}",
         facts(_summary(report)),
         *_differences(report.tensors),
         *_low_rank(report.tensors),
@@ -59,7 +59,7 @@ def _differences(found: Sequence["TensorDifference"]) -> list[Html]:
     drawn = []
     if relative:
         caption = "‖W₁ − W₂‖ over the larger of both norms, in per cent. Empty where the tensors are the same."
-        limits = (0.0, max(measure(relative.values())[1], 1e-9))
+        limits = (0.0, max(1e-9, *relative.values()))
         drawn.append(maps(relative, "difference, %", caption, limits))
     if energy:
         caption = (
@@ -81,7 +81,3 @@ def _low_rank(found: Sequence["TensorDifference"]) -> list[Html]:
     pictures = curves_by_type({"share": shares}, types, "directions", "share of the square, %")
     caption = "Share of ‖W₁ − W₂‖² by the number of directions: median of the layers, and all of them shaded."
     return [section("Directions", figure(caption, *pictures, abreast=True))] if pictures else []
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
