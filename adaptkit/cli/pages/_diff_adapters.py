@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from adaptkit.cli.differences import adapter_rows
 from adaptkit.cli.grid import starred
 from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, side_by_side, table
-from adaptkit.cli.output import percent
 from adaptkit.cli.pages._parts import (
     beside,
     curves_by_type,
@@ -46,28 +46,14 @@ def adapters_page(report: "AdapterDiffReport") -> str:
 
 
 def _summary(report: "AdapterDiffReport") -> list[tuple[str, str]]:
-    total = report.total
+    lonely = len(report.only_in_first) + len(report.only_in_second)
     rows = [
         ("result", "the same" if report.same else "different"),
         ("first", report.first),
         ("second", report.second),
-        (
-            "modules",
-            f"{total.modules:,}, of which {len(report.only_in_first) + len(report.only_in_second):,} in one only",
-        ),
-        ("norms ‖Δ₁‖, ‖Δ₂‖", f"{total.norms[0]:.6g} and {total.norms[1]:.6g}"),
-        ("difference", f"‖Δ₁ − Δ₂‖ is {percent(total.relative)} of the larger norm"),
-        ("cosine", f"{total.cosine:+.6f}"),
-        ("effective ranks", f"{total.effective_ranks[0]:.3g} and {total.effective_ranks[1]:.3g}, mean of the modules"),
-        ("stable ranks", f"{total.stable_ranks[0]:.3g} and {total.stable_ranks[1]:.3g}, mean of the modules"),
+        ("modules", f"{report.total.modules:,}, of which {lonely:,} in one only"),
+        *adapter_rows(report.total),
     ]
-    for side, overlap, random in ((_OUT, total.columns, total.columns_random), (_IN, total.rows, total.rows_random)):
-        if overlap is not None and random is not None:
-            rows.append((f"overlap, {side}", f"{overlap:.3f}; random subspaces would have {random:.3f}"))
-    if total.sign_agreement is not None:
-        rows.append(("signs", f"{percent(total.sign_agreement)} agree, measured on 64 rows a module"))
-    if total.interference_share is not None:
-        rows.append(("interference", f"{percent(total.interference_share)} of the singular values"))
     if report.tensors_equal or report.tensors:
         rows.append(("other tensors", f"{report.tensors_equal:,} equal, {len(report.tensors):,} differ"))
     rows += [("tensors roots", "\n".join(report.tensors_roots))]

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from adaptkit.cli.differences import checkpoint_rows
 from adaptkit.cli.html import Html, facts, figure, page, paragraph, section, side_by_side
-from adaptkit.cli.output import percent, size
 from adaptkit.cli.pages._parts import beside, curves_by_type, folder_name, largest_types, maps, names, tensors
 
 if TYPE_CHECKING:
@@ -30,27 +30,14 @@ def checkpoints_page(report: "CheckpointDiffReport") -> str:
 
 
 def _summary(report: "CheckpointDiffReport") -> list[tuple[str, str]]:
-    basis = {
-        "manifest": "as its manifest records them; the tensors were not read",
-        "computed": "computed from its bytes",
-    }
-    rows = [
+    return [
         ("result", "the same" if report.same else "different"),
         ("first", report.first),
         ("second", report.second),
-        ("tensors", f"{report.equal:,} equal ({size(report.equal_bytes)}), {len(report.tensors):,} differ"),
-        ("fingerprints", f"first: {basis[report.fingerprints[0]]}\nsecond: {basis[report.fingerprints[1]]}"),
+        *checkpoint_rows(report),
+        ("tensors roots", "\n".join(report.tensors_roots)),
+        *(("remark", remark) for remark in report.remarks),
     ]
-    if any(report.quantizations):
-        found = " and ".join(name or "not quantized" for name in report.quantizations)
-        rows.append(("quantized", f"{found}; compared as stored, not decoded"))
-    if report.tensors and report.relative is not None:
-        rows.append(("difference", f"‖W₁ − W₂‖ is {percent(report.relative)} of the norm of what differs"))
-    if report.energy:
-        shares = ", ".join(f"{percent(value)} in {rank}" for rank, value in report.energy.items())
-        rows.append(("low rank", f"of the change's square, at least {shares} directions a matrix"))
-    rows.append(("tensors roots", "\n".join(report.tensors_roots)))
-    return rows + [("remark", remark) for remark in report.remarks]
 
 
 def _differences(found: Sequence["TensorDifference"]) -> list[Html]:
