@@ -69,7 +69,7 @@ def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
     missing = {symbol for symbol in missing if not symbol.startswith("llvm.")}
     if missing:
         raise SystemError(f"{kernel.function.__qualname__} cannot be loaded without numba: it calls {sorted(missing)}")
-    (found,) = (dispatcher.overloads[arguments].signature.return_type,)
+    found = dispatcher.overloads[arguments].signature.return_type
     many = isinstance(found, types.BaseTuple)
     parts = [] if found == types.none else list(found) if many else [found]
     letters = [np.dtype(bool).char if part == types.boolean else as_dtype(part).char for part in parts]

@@ -72,21 +72,20 @@ def heat_map(
         return _svg(figure, f"{what} {grid.stack}", label, titles)
 
 
-def histogram(values: Sequence[float], what: str, things: str, *, bins: int = 30) -> Html:
+def histogram(values: Sequence[float], what: str, things: str) -> Html:
     """How many values lie where.
 
     Args:
         values: finite, at least one.
         what: their name and unit.
         things: what is counted.
-        bins: of equal width, between the smallest and the largest value.
     """
     with _figure() as figure:
         from matplotlib.ticker import MaxNLocator
 
         figure.set_size_inches(3.6, 1.8)
         axes = _plain_axes(figure, what, things)
-        axes.hist(values, bins=bins, color="#3b6fb6")
+        axes.hist(values, bins=30, color="#3b6fb6")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         label = f"{len(values)} {things} by {what}: from {min(values):.4g} to {max(values):.4g}"
         return _svg(figure, f"histogram {what}", label, {})

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import io
 import json
 import os
 import signal
@@ -148,6 +149,9 @@ def _leave_whole(ended: list[int]) -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_SECONDS)
     young, middle, old = gc.get_threshold()

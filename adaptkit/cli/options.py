@@ -33,7 +33,10 @@ class ArtifactPath(click.ParamType[Path]):
         if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
             self.fail("an empty path names nothing", param, ctx)
         asked = ctx.params if ctx else {}
-        return fetched(str(value), bool(asked.get("as_json") or asked.get("quiet")))
+        return self._found(str(value), bool(asked.get("as_json") or asked.get("quiet")))
+
+    def _found(self, text: str, is_silent: bool) -> Path:
+        return fetched(text, is_silent)
 
 
 def fetched(text: str, is_silent: bool) -> Path:
@@ -46,24 +49,18 @@ def fetched(text: str, is_silent: bool) -> Path:
         return resolve_source(text, progress, notes(is_silent))
 
 
-class ConfigPath(click.ParamType[Path]):
+class ConfigPath(ArtifactPath):
     """A local folder or its ``config.json``; or ``org/name[@revision]``, of which only that file is downloaded."""
 
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """See ``click.ParamType``."""
-        if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
-            self.fail("an empty path names nothing", param, ctx)
-        path = Path(value)
+    def _found(self, text: str, is_silent: bool) -> Path:
+        path = Path(text)
         if path.name == CONFIG_NAME and os.path.isfile(path):
             return path.parent
-        if not _is_on_the_hub(str(value)):
+        if not _is_on_the_hub(text):
             return path
         from adaptkit.hub.sources import resolve_config
 
-        asked = ctx.params if ctx else {}
-        return resolve_config(str(value), notes(bool(asked.get("as_json") or asked.get("quiet"))))
+        return resolve_config(text, notes(is_silent))
 
 
 def _is_on_the_hub(text: str) -> bool:

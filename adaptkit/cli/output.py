@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +17,9 @@ from adaptkit.errors import DISK_HINTS, UsageError
 from adaptkit.hub.secrets import redact
 
 Row = tuple[str, str]
+_BEGINNING = 1 << 20
+_KEYS = re.compile(rb'^  "(\w+)": ', re.MULTILINE)
+"""Of a report as it is written: the outermost."""
 
 
 def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> None:
@@ -77,14 +82,53 @@ def notes(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: print(f"note: {redact(text)}", file=sys.stderr, flush=True))
 
 
-def check_report_file(path: Path) -> None:
-    """Refuse a place for a report where no file can be made, before there is anything to report.
+def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[bytes], bool] | None = None) -> None:
+    """Refuse a place for a file that a command writes when its work is done, before that begins.
+
+    Args:
+        path: of the file.
+        option: that names it.
+        what: it is.
+        is_ours: whether what begins so, and is no longer than ``_BEGINNING`` or cut there, is such a file, which may be
+            replaced; None if the command adds to whatever is there.
 
     Raises:
-        UsageError: its folder is absent or closed, or it is a folder itself.
+        UsageError: no file can be written there, or there is one of something else.
     """
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: no file can be written there", hint="choose another --output-file")
+    is_written_to = path.exists() and (is_ours is None or not _is_replaced(path))
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir() or not (os.access(path, os.W_OK) if is_written_to else _takes_files(folder)):
+        raise UsageError(f"{option} {path}: no file can be written there", hint=f"choose another {option}")
+    if is_ours is not None and path.is_file():
+        with path.open("rb") as file:
+            beginning = file.read(_BEGINNING)
+        if beginning and not is_ours(beginning):
+            raise UsageError(f"{option} {path}: is there already, and is no {what}", hint=f"choose another {option}")
+
+
+def _takes_files(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def check_report_file(path: Path, kind: type) -> None:
+    """Refuse a place for a report where no file can be made, or where something else is than such a report.
+
+    Args:
+        path: of the file.
+        kind: of report.
+
+    Raises:
+        UsageError: see ``check_place``.
+    """
+    first = [field.name.encode() for field in fields(kind)][:2]
+    check_place(path, "--output-file", "such report", lambda start: _KEYS.findall(start)[:2] == first)
+
+
+def in_turn(*actions: Callable[[], None]) -> None:
+    """Do one thing after another, each of them whatever becomes of those before it."""
+    with ExitStack() as stack:
+        for action in reversed(actions):
+            stack.callback(action)
 
 
 def write_report(report: Any, path: Path) -> None:
@@ -102,7 +146,7 @@ def write_whole(path: Path, text: str) -> None:
 
     content = text.encode("utf-8", "backslashreplace")
     try:
-        if not os.path.lexists(path) or (path.is_file() and not path.is_symlink()):
+        if _is_replaced(path):
             replace_file(path, content)
         else:
             path.write_bytes(content)
@@ -110,6 +154,10 @@ def write_whole(path: Path, text: str) -> None:
         cause = error.__cause__ if isinstance(error, DiskError) else error
         reason, number = (cause.strerror, cause.errno) if isinstance(cause, OSError) else (None, None)
         raise DiskError(f"{path}: cannot be written: {reason}", DISK_HINTS.get(number or 0, "")) from error
+
+
+def _is_replaced(path: Path) -> bool:
+    return not os.path.lexists(path) or (path.is_file() and not path.is_symlink())
 
 
 def say(*lines: str) -> None:

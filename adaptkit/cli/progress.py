@@ -1,8 +1,8 @@
 """Progress bars on stderr, when it is a terminal."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from adaptkit.training.report import StepReport
 
 
-@contextmanager
-def byte_progress(label: str, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show bytes, rate and time left while the block runs.
+Told = AbstractContextManager[Callable[[int, int], None]]
+
+
+def byte_progress(label: str, hidden: bool = False) -> Told:
+    """Show bytes, rate and time left while the block runs, from when there are any until all are done.
 
     Args:
         label: what is happening.
@@ -24,29 +26,11 @@ def byte_progress(label: str, hidden: bool = False) -> Iterator[Callable[[int, i
     Yields:
         A function that is told how many bytes are done, of how many.
     """
-    if hidden or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(label, total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.start()  # not before there is something to show: two bars cannot live at once
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        bar.stop()
+    return _bar(label, ("DownloadColumn", "TransferSpeedColumn"), hidden)
 
 
-@contextmanager
-def count_progress(label: str, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show how many of some things are done, and the time left, while the block runs and once there are any.
+def count_progress(label: str, hidden: bool = False) -> Told:
+    """Show how many of some things are done, and the time left, as ``byte_progress`` does.
 
     Args:
         label: what is happening.
@@ -55,18 +39,24 @@ def count_progress(label: str, hidden: bool = False) -> Iterator[Callable[[int, 
     Yields:
         A function that is told how many are done, of how many.
     """
+    return _bar(label, ("MofNCompleteColumn",), hidden)
+
+
+@contextmanager
+def _bar(label: str, figures: Sequence[str], hidden: bool) -> Iterator[Callable[[int, int], None]]:
     if hidden or not sys.stderr.isatty():
         yield lambda done, total: None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    shown = [getattr(progress, name)() for name in figures]
+    columns = (progress.TextColumn(label), progress.BarColumn(), *shown, progress.TimeRemainingColumn())
+    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(label, total=None)
 
     def show(done: int, total: int) -> None:
-        bar.start()
+        bar.start()  # not before there is something to show, nor for longer: two bars cannot live at once
         bar.update(task, completed=done, total=total)
         if done == total:
             bar.stop()

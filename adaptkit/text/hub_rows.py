@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adaptkit.errors import AuthenticationError, DataError, NetworkError, UsageError
+from adaptkit.errors import AdaptkitError, AuthenticationError, DataError, NetworkError, UsageError
 
 
 def read_hub_rows(
     name: str, config: str | None = None, revision: str | None = None, split: str | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read a data set; it is downloaded once, and read from the cache after that.
+    """Read a data set; it is downloaded once, and read from the cache after that, if the Hub has no other by then.
 
     Args:
         name: org/name.
@@ -24,14 +24,22 @@ def read_hub_rows(
     Raises:
         UsageError: ``datasets`` is not installed, or there is no such data set, configuration or split.
         AuthenticationError: it wants a token, or a better one.
-        NetworkError: the Hub did not answer.
+        NetworkError: the Hub did not answer, or with a passing failure; that the cache holds one is no help, since
+            nobody knows which.
         DataError: it cannot be read.
     """
     split = split or "train"
     whole = "/".join(filter(None, (name, config))) + (f"@{revision}" if revision else "") + f":{split}"
     with _quiet_datasets() as datasets:
         try:
-            found = datasets.load_dataset(name, config, revision=revision, split=split)
+            builder = datasets.load_dataset_builder(name, config, revision=revision)
+            if type(builder).__name__ == "Cache" and not datasets.config.HF_HUB_OFFLINE:
+                raise NetworkError(
+                    f"{name}: the Hub does not give it, and what the cache holds may be another version",
+                    hint="try again; with HF_HUB_OFFLINE=1 what the cache holds is taken",
+                )
+            builder.download_and_prepare()
+            found = builder.as_dataset(split=split)
         except datasets.exceptions.DatasetNotFoundError as error:
             if "gated" in str(error):
                 raise AuthenticationError(f"{name}: asks for its terms to be accepted", hint="hf auth login") from error
@@ -39,12 +47,38 @@ def read_hub_rows(
         except (ConnectionError, TimeoutError) as error:
             raise NetworkError(f"{name}: the Hub does not answer, and no file has this name",
                                hint="try again, or give a file") from error  # fmt: skip
+        except OSError as error:
+            status = _status(error)
+            if status is None and error.errno is not None:  # the disk's
+                raise
+            raise _refusal(name, status) from error
         except ValueError as error:  # what it says of configurations and splits that are not there
             raise UsageError(f"{whole}: {error}", hint="org/name/config@revision:split") from error
         except datasets.exceptions.DatasetsError as error:
             raise DataError(f"{whole}: cannot be read ({error})", hint="give a file instead") from error
     for number, row in enumerate(found, 1):
         yield f"{whole}, row {number}", row
+
+
+def _status(error: BaseException | None) -> int | None:
+    """What the Hub answered, which datasets may have wrapped in an error of files that are not there."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _refusal(name: str, status: int | None) -> AdaptkitError:
+    if status is None:
+        return NetworkError(f"{name}: no usable answer from the Hub", hint="try again, or give a file")
+    said = f"{name}: the Hub answered {status}"
+    if status in (401, 403):
+        return AuthenticationError(said, hint="set HF_TOKEN, or run `hf auth login`, with a token that may read it")
+    if status in (408, 425, 429) or status >= 500:
+        return NetworkError(said, hint="try again, or give a file")
+    return UsageError(said, hint="check the name")
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ Cells of csv stay what is written, "NA" and "007" too, and a missing cell is an 
 readers that guess types lose all three.
 """
 
+import codecs
 import csv
 import io
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,15 @@ from adaptkit.errors import DataError, UsageError
 Row = Mapping[str, Any]
 Located = tuple[str, Row]
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Of files that hold rows."""
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.-]+))?"
     r"(?:@(?P<revision>[\w./+-]+))?(?::(?P<split>[\w.-]+))?",
     re.ASCII,
 )
 _LARGEST_CELL = (1 << 31) - 1
-_PARQUET_ROWS = 1024
+_BATCH_ROWS = 1024
 
 
 def read_rows(source: Path | str) -> Iterator[Located]:
@@ -53,16 +56,16 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         rows = read_hub_rows(**(found.groupdict() if found else {}))
         return ((where, without_fills(row)) for where, row in rows)
     file = Path(source)
-    if file.suffix not in _SUFFIXES:
-        known = ", ".join(_SUFFIXES)
+    if file.suffix not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
         raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint="rename or convert it")
-    return dict(zip(_SUFFIXES, (_lines, _document, _cells, _cells, _parquet), strict=True))[file.suffix](file)
+    return dict(zip(SUFFIXES, (_lines, _document, _cells, _cells, _parquet), strict=True))[file.suffix](file)
 
 
 def is_on_hub(source: Path | str) -> bool:
     """Whether a source names a data set on the Hub, and no file: what exists, or ends as data files do, is a file."""
     text = str(source)
-    return not os.path.exists(text) and not text.endswith(_SUFFIXES) and _HUB.fullmatch(text) is not None
+    return not os.path.exists(text) and not text.endswith(SUFFIXES) and _HUB.fullmatch(text) is not None
 
 
 def read_text(file: Path) -> str:
@@ -71,34 +74,61 @@ def read_text(file: Path) -> str:
     Raises:
         DataError: it cannot be read, or is not UTF-8; names the line.
     """
+    return "".join(text for text, _ in read_pieces(file, -1))
+
+
+def read_pieces(file: Path, size: int) -> Iterator[tuple[str, bool]]:
+    """Read a text as ``read_text`` does, piece by piece, each twice as long as the one before.
+
+    Args:
+        file: the text.
+        size: of the first piece, in bytes; more than a mark has, or -1 for everything at once.
+
+    Yields:
+        A piece, and whether it is the last one.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8; names the line.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    mark, line, is_last = "\ufeff", 1, False
     try:
-        raw = file.read_bytes()
+        with file.open("rb") as opened:
+            while not is_last:
+                raw = opened.read(size)
+                is_last = size < 0 or len(raw) < size
+                text = decoder.decode(raw, is_last).removeprefix(mark)
+                yield text, is_last
+                mark, line, size = "", line + text.count("\n"), 2 * size
     except OSError as error:
         raise _unreadable(file, error) from error
-    try:
-        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{file}, line {line}: cannot be read ({error.reason})", hint="save it as UTF-8") from error
+        raise _not_utf8(file, line + error.object[: error.start].count(b"\n"), error) from error
 
 
 def _lines(file: Path) -> Iterator[Located]:
+    for number, line in enumerate(_text_lines(file), 1):
+        where = f"{file}, line {number}"
+        text = line.strip()
+        if text:
+            try:
+                row = _parse(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON ({error})", hint="one JSON object on each line") from error
+            yield where, _object(row, where, "one JSON object on each line")
+
+
+def _text_lines(file: Path) -> Iterator[str]:
     """Lines end with line feeds only: JSON strings may hold the other separators as they are."""
+    number = 0
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    row = _parse(text) if text else None
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{where}: cannot be read ({error.reason})", hint="save it as UTF-8") from error
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{where}: not JSON ({error})", hint="one JSON object on each line") from error
-                if text:
-                    yield where, _object(row, where, "one JSON object on each line")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except OSError as error:
         raise _unreadable(file, error) from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, number, error) from error
 
 
 def _document(file: Path) -> Iterator[Located]:
@@ -143,36 +173,44 @@ def _is_object(line: str) -> bool:
 
 
 def _cells(file: Path) -> Iterator[Located]:
-    text = read_text(file)
-    before = csv.field_size_limit(_LARGEST_CELL)  # the whole process's, so it is set for no longer than this
-    try:
-        table = list(_records(text, "\t" if file.suffix == ".tsv" else ","))
-    except csv.Error as error:
-        raise DataError(f"{file}: not csv ({error})", hint="quote cells that hold quotes or line ends") from error
-    finally:
-        csv.field_size_limit(before)
-    header = table[0][1] if table else []
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{file}, line 1: two columns are named {twice!r}", hint="rename one")
-    for line, cells in table[1:]:
+    header: list[str] = []
+    for line, cells in _records(file, "\t" if file.suffix == ".tsv" else ","):
         where = f"{file}, line {line}"
-        if len(cells) != len(header):
+        if not header:
+            header = cells
+            twice = next((name for name in header if header.count(name) > 1), None)
+            if twice is not None:
+                raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one")
+        elif len(cells) != len(header):
             raise DataError(
                 f"{where}: has {len(cells)} cells, the header has {len(header)}",
                 hint="quote cells that hold commas or line ends",
             )
-        yield where, dict(zip(header, cells, strict=True))
+        else:
+            yield where, dict(zip(header, cells, strict=True))
 
 
-def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Every record that is not empty, with the line it begins in."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = (part for line in _text_lines(file) for part in io.StringIO(line, newline=""))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    numbered = ((reader.line_num, cells) for cells in reader)
     line = 1
-    for cells in reader:
-        if cells:
-            yield line, cells
-        line = reader.line_num + 1
+    while batch := _batch(numbered, file):
+        for last_line, cells in batch:
+            if cells:
+                yield line, cells
+            line = last_line + 1
+
+
+def _batch(records: Iterator[tuple[int, list[str]]], file: Path) -> list[tuple[int, list[str]]]:
+    before = csv.field_size_limit(_LARGEST_CELL)  # the whole process's, so it is set for no longer than this
+    try:
+        return list(islice(records, _BATCH_ROWS))
+    except csv.Error as error:
+        raise DataError(f"{file}: not csv ({error})", hint="quote cells that hold quotes or line ends") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(file: Path) -> Iterator[Located]:
@@ -188,7 +226,7 @@ def _parquet(file: Path) -> Iterator[Located]:
     number = 0
     try:
         with opened, parquet.ParquetFile(opened) as table:
-            for batch in table.iter_batches(_PARQUET_ROWS):
+            for batch in table.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", without_fills(row)
@@ -207,6 +245,10 @@ def _object(row: Any, where: str, hint: str) -> Row:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}", hint=hint)
     return row
+
+
+def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{file}, line {line}: cannot be read ({error.reason})", hint="save it as UTF-8")
 
 
 def _unreadable(file: Path, error: OSError) -> DataError:

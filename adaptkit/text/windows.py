@@ -10,7 +10,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder
 from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.text.conversation import Conversation, read_example, render
-from adaptkit.text.rows import read_rows, read_text
+from adaptkit.text.rows import SUFFIXES, read_pieces, read_rows, read_text
 from adaptkit.text.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """The names that configurations have for the longest sequence."""
+_BYTES_PER_TOKEN, _LEAST_BYTES = 16, 4096
 
 
 def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: int | None = None) -> Tensor:
     """Tokenize text files with a checkpoint's tokenizer and cut them into windows.
 
-    A ``.jsonl`` file's rows hold ``text``, or a conversation in a layout of ``text.conversation``, which goes
-    through the chat template; every other file is one text. The texts follow each other, an end token between them.
+    The rows of a file of ``text.rows`` hold ``text``, or a conversation in a layout of ``text.conversation``, which
+    goes through the chat template; every other file is one text. The texts follow each other, an end token between
+    them.
     If the tokenizer begins texts with a token, every window begins with it, as whatever the model was trained on did.
 
     Args:
         files: one after the other.
         root: folder of the checkpoint.
         window: tokens in a window; at least 2.
-        max_tokens: read no more than the windows that this many tokens make; one if they make none.
+        max_tokens: make no more windows than this many tokens fill, one at least. Files are read little further than
+            these need; a row is read whole.
 
     Returns:
         (windows, window) int64. What is left over at the end and fills no window is dropped, unless it is all there
@@ -52,11 +55,12 @@ def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: i
     stream: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     ended = True
-    for ids, ends_itself in _texts(files, tokenizer):
+    limit = None if wanted is None else wanted * window
+    for ids, ends_itself in _texts(files, tokenizer, limit):
         if ids:
             stream += ids if ended else [*end, *ids]
             ended = ends_itself
-        if wanted is not None and len(stream) >= wanted * window:
+        if limit is not None and len(stream) >= limit:
             break
     begin = tokenizer("", verbose=False)["input_ids"][:1]
     windows = _cut(stream, window, [int(token) for token in begin])
@@ -137,18 +141,39 @@ def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
         )
 
 
-def _texts(files: Sequence[Path], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
-    """The tokens of every text, and whether it ends with an end token of its own."""
+def _texts(files: Sequence[Path], tokenizer: Any, limit: int | None) -> Iterator[tuple[list[int], bool]]:
+    """The tokens of every text, of a long one so many at least, and whether it ends with an end token of its own."""
     for file in files:
-        if file.suffix == ".jsonl":
+        if file.suffix in SUFFIXES:
             for where, row in read_rows(file):
                 yield _row_tokens(row, where, tokenizer)
-        else:
+        elif limit is None:
             yield _tokens(tokenizer, read_text(file), True), False
+        else:
+            yield _first_tokens(tokenizer, file, limit), False
+
+
+def _first_tokens(tokenizer: Any, file: Path, limit: int) -> list[int]:
+    """The first tokens of a long text, all of a short one, as if it were tokenized whole.
+
+    A text's beginning has other tokens than the text has where it was cut, and before that only as far back as tokens
+    hang together, which is rarely further than a word. So it is cut before white space, and its tokens count up to
+    where those of a longer beginning are the same.
+    """
+    text = ""
+    known: list[int] = []
+    for piece, is_whole in read_pieces(file, max(_LEAST_BYTES, _BYTES_PER_TOKEN * limit)):
+        text += piece
+        beginning = text if is_whole else "".join(text.rsplit(None, 1)[:-1])
+        ids = _tokens(tokenizer, beginning, True)
+        if is_whole or (len(known) >= limit and ids[:limit] == known[:limit]):
+            return ids
+        known = ids
+    return known
 
 
 def _row_tokens(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[list[int], bool]:
-    layout = "text" if "text" in row and "messages" not in row else None
+    layout = "text" if row.get("text") is not None and row.get("messages") is None else None
     example = read_example(row, where, layout)
     if example.text is not None:
         return _tokens(tokenizer, example.text, True), False

@@ -187,7 +187,7 @@ def test_two_kinds_are_refused_in_a_line_and_a_hint(options, run_cli, adapter, l
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(run_cli, adapter, tmp_path):
     done = run_cli("diff", adapter, tmp_path / "absent", "--html", tmp_path / "nowhere" / "page.html")
-    assert (done.code, "no page can be written there" in done.stderr) == (2, True)
+    assert (done.code, "no file can be written there" in done.stderr) == (2, True)
 
 
 def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run_cli, adapter, second_adapter, copy_of, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.cli.pages._diff_parts import curves_by_type
+from adaptkit.cli.pages._parts import curves_by_type
 from adaptkit.cli.pages.diff import diff_page
 from adaptkit.operations._diff.files import FileDifference, TemplateDifference, ValueDifference
 from adaptkit.operations._diff.tensors import ChangeSpectrum, TensorDifference

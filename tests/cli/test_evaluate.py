@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import tiny
@@ -114,8 +116,19 @@ def test_a_file_of_answers_is_replaced_and_no_other(compared, llama, instruction
     assert run_cli(*command, "--samples-file", answers).code == 0
     assert len(answers.read_text().splitlines()) == 1
     refused = run_cli(*command, "--samples-file", config)
-    assert (refused.code, "holds no answers" in refused.stderr) == (2, True)
+    assert (refused.code, "is no file of answers" in refused.stderr) == (2, True)
     assert config.read_bytes() == (llama / "config.json").read_bytes()
+
+
+def test_answers_and_page_are_written_though_nobody_reads_the_table(llama, instructions, tmp_path):
+    answers, page = tmp_path / "answers.jsonl", tmp_path / "page.html"
+    command = [sys.executable, "-m", "adaptkit", "evaluate", "--base", llama, "--data", instructions, "--generate"]
+    command += ["--samples", "2", "--max-new-tokens", "2", "--samples-file", answers, "--html", page]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, "stdout: cannot be written" in done.stderr) == (1, True)
+    assert len(answers.read_text().splitlines()) == 2
+    assert page.read_text().endswith("</html>\n")
 
 
 def test_the_layout_that_is_asked_for_counts(llama, run_cli, tmp_path):
@@ -247,8 +260,8 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--data", instructions, "--shots", 2], 2, "--shots-from"),
         (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "are wanted"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
-        (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no folder"),
-        (["--data", instructions, "--generate", "--samples-file", instructions], 2, "is there already, and holds no"),
+        (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no file can"),
+        (["--data", instructions, "--generate", "--samples-file", instructions], 2, "is there already, and is no"),
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "a", "--html", tmp_path / "a"], 2, "page"),
         (["--data", tmp_path / "two.jsonl", "--layout", "prompt"], 5, "two.jsonl, line 1: has no prompt"),
         (["--data", tmp_path / "two.jsonl"], 5, "more than one layout"),

@@ -374,3 +374,13 @@ def test_whoever_watches_or_wraps_a_program_is_not_cut_off(before, after, code, 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, "later" in done.stderr) == (code, bool(code))
     assert done.stdout.endswith(said)
+
+
+def test_a_table_says_names_that_no_encoding_has(llama, run_cli, tmp_path):
+    name = os.fsdecode(b"out\xff")
+    done = run_cli("quantize", llama, "-o", tmp_path / name, PYTHONIOENCODING="utf-8")
+    assert (done.code, done.stderr) == (0, "")
+    assert f"{tmp_path}/out\\udcff" in done.stdout
+    assert (tmp_path / name).is_dir()
+    done = run_cli("inspect", tmp_path / name, PYTHONIOENCODING="ascii")
+    assert (done.code, done.stderr) == (0, "")

@@ -14,6 +14,7 @@ import yaml
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
+from adaptkit.cli.commands.run import _failure_added, _Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -332,6 +333,41 @@ def test_a_gate_keeps_what_is_not_good_enough_from_the_hub(copied):
     assert "\n| judged | evaluate | failed | " in page.read_text()
     document = json.loads(copied.run("--json").stdout)
     assert document["error"]["code"] == "gate"
+
+
+def test_a_summary_that_cannot_be_written_hides_nothing(copied):
+    """A full disk lets itself be opened."""
+    done = copied.run("--summary", "/dev/full", "--output-file", "report.json", "--until", "base-nf4")
+    assert done.code == 1
+    assert "/dev/full: the summary cannot be written: No space left" in done.stderr
+    assert table(done.stdout)["base-nf4"][1] == "kept"
+    assert json.loads((copied.folder / "report.json").read_text())["name"] in done.stdout
+    path = copied.folder / "recipe.yaml"
+    path.write_text(path.read_text().replace("max: 6.5", "max: 0.5"))
+    done = copied.run("--quiet", "--summary", "/dev/full")
+    assert done.code == 9
+    warning, error, _ = done.stderr.splitlines()
+    assert warning == "warning: /dev/full: the summary cannot be written: No space left on device"
+    assert "the gate judged is not passed" in error
+
+
+@pytest.mark.parametrize("place", ["absent/page.md", "."])
+@pytest.mark.parametrize("named", ["--summary", "$GITHUB_STEP_SUMMARY"])
+def test_a_bad_place_for_the_summary_is_refused_first(copied, place, named):
+    given = copied.run("--summary", place) if named == "--summary" else copied.run(GITHUB_STEP_SUMMARY=place)
+    assert given.code == 2
+    assert "base-nf4" not in given.stderr
+
+
+@pytest.mark.parametrize("raised", [OSError("a plain one"), KeyError("unknown"), KeyboardInterrupt()])
+def test_the_summary_tells_of_whatever_stopped_the_run(raised, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("of other steps\n")
+    with pytest.raises(type(raised)), _failure_added(Path("recipe.yaml"), page, _Watch(hidden=True, quiet=True)):
+        raise raised
+    assert page.read_text().startswith(
+        f"of other steps\n## recipe.yaml\n\nStopped{f': {raised}' if str(raised) else '.'}"
+    )
 
 
 def test_a_dry_run_is_a_tree(copied):

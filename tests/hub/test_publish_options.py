@@ -184,6 +184,8 @@ def test_the_output_file_holds_what_json_prints(cli: Any, artifact: Path, tmp_pa
     written = json.loads((tmp_path / "report.json").read_text())
     assert written == done.report
     assert {"commit", "tag", "manifest_sha256"} <= set(written)
+    again = cli("publish", artifact, "me/model", "--output-file", tmp_path / "report.json")
+    assert (again.code, json.loads((tmp_path / "report.json").read_text())) == (0, again.report)
 
 
 def test_a_dry_run_writes_no_output_file_and_a_bad_place_is_refused_first(
@@ -192,9 +194,11 @@ def test_a_dry_run_writes_no_output_file_and_a_bad_place_is_refused_first(
     assert cli("publish", artifact, "me/model", "--dry-run", "--output-file", tmp_path / "r.json").code == 0
     assert not (tmp_path / "r.json").exists()
     hub.requests.clear()
-    for place in (tmp_path / "absent" / "r.json", tmp_path):
+    before = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    for place in (tmp_path / "absent" / "r.json", tmp_path, artifact / "adapter_config.json", artifact / MANIFEST_NAME):
         assert cli("publish", artifact, "me/model", "--output-file", place).code == 2
     assert hub.requests == []
+    assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
 
 
 # --- what is never sent

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,24 @@ def test_long_cells_are_read_and_the_reader_of_the_process_is_left_alone(tmp_pat
     path = write(tmp_path / "rows.csv", [{"text": "x" * 200_000}])
     assert [len(row["text"]) for _, row in read_rows(path)] == [200_000]
     assert csv.field_size_limit() == limit
+
+
+def test_tables_are_read_row_by_row(tmp_path):
+    """Memory holds some rows, and what is wrong with a late one is told after the earlier ones."""
+    path = write(
+        tmp_path / "rows.csv", [{"text": f"a text of {number} words", "n": number} for number in range(50_000)]
+    )
+    with path.open("a") as file:
+        file.write("only one\n")
+    tracemalloc.start()
+    try:
+        rows, limit = read_rows(path), csv.field_size_limit()
+        assert sum(csv.field_size_limit() == limit for _, (_, row) in zip(range(50_000), rows, strict=False)) == 50_000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(DataError, match=r"line 50002: has 1 cells, the header has 2"):
+        next(rows)
 
 
 def test_json_may_hold_its_rows_under_data_or_on_lines(tmp_path):

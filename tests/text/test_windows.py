@@ -1,5 +1,6 @@
 """Windows hold the tokens that the tokenizer gives, in order, and nothing that cannot be read goes unsaid."""
 
+import csv
 import json
 import re
 
@@ -176,3 +177,107 @@ def test_texts_longer_than_the_model_bring_no_warning(llama, copy_of, run_cli, t
     instructions = tiny.write_instructions(tmp_path / "rows.jsonl", rows=2)
     done = run_cli("evaluate", "--base", folder, "--text", path, "--data", instructions, "--window", 64, "--json")
     assert (done.code, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv"])
+def test_rows_are_rows_in_every_kind_of_file(suffix, llama, tmp_path):
+    rows = [{"instruction": "Name it", "output": "the Rhine"}, {"instruction": "Name 2", "output": 'Rhine, "Po"'}]
+    expected = read_tokens([write(tmp_path, "rows.jsonl", *rows)], llama, window=500).tolist()
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    assert read_tokens([path], llama, window=500).tolist() == expected
+
+
+def test_columns_that_are_null_are_absent(llama, tmp_path):
+    row = {"instruction": "Name it", "output": "the Rhine"}
+    expected = read_tokens([write(tmp_path, "rows.jsonl", row, {"text": "one text"})], llama, window=500).tolist()
+    path = write(tmp_path, "null.jsonl", {"text": None, **row}, {"text": "one text", "messages": None, "output": None})
+    assert read_tokens([path], llama, window=500).tolist() == expected
+
+
+def test_no_more_of_a_text_is_read_than_is_wanted(llama, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_bytes(PROSE.encode() * 400 + b"\xff")
+    found = read_tokens([path], llama, window=16, max_tokens=64)
+    with pytest.raises(DataError, match=r"long\.txt, line 1: cannot be read"):
+        read_tokens([path], llama, window=16)
+    path.write_bytes(PROSE.encode())
+    assert found.tolist() == read_tokens([path], llama, window=16)[:4].tolist()
+
+
+def trained(model, trainer, normalizer=None, pre_tokenizer=None):
+    """A tokenizer of a kind that is in use."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(model)
+    if normalizer is not None:
+        made.normalizer = normalizer
+    if pre_tokenizer is not None:
+        made.pre_tokenizer = pre_tokenizer
+    made.train_from_iterator([PROSE, "über die Flüsse, die Berge\n\n  und die   Seen …", "川は静かだ。"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+
+
+def kinds_of_tokenizers():
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+
+    bpe = {"vocab_size": 400, "special_tokens": ["<unk>", "</s>"], "show_progress": False}
+    split = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # of Llama 3
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), bytes_of])
+    marked = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # of Llama 2
+    unigram = {"vocab_size": 120, "unk_token": "<unk>", "special_tokens": ["<unk>", "</s>"], "show_progress": False}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return {
+        "GPT-2": trained(
+            models.BPE(), trainers.BpeTrainer(**bpe, initial_alphabet=alphabet), None, pre_tokenizers.ByteLevel()
+        ),
+        "Llama 3": trained(models.BPE(), trainers.BpeTrainer(**bpe, initial_alphabet=alphabet), None, words),
+        "Llama 2": trained(models.BPE(unk_token="<unk>", fuse_unk=True), trainers.BpeTrainer(**bpe), marked),
+        "T5": trained(
+            models.Unigram(), trainers.UnigramTrainer(**unigram), normalizers.NFKC(), pre_tokenizers.Metaspace()
+        ),
+        "ALBERT": trained(models.Unigram(), trainers.UnigramTrainer(**unigram), marked),
+    }
+
+
+KINDS = ("GPT-2", "Llama 3", "Llama 2", "T5", "ALBERT")
+PIECES = ("the ", "rivers", "\n", "  ", "über", "川は", "…\n", "é", "e\u0301", "aaaa", ".", "\r\n", " \n ", "🏔", "7")
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of_kinds():
+    return kinds_of_tokenizers()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    text=st.lists(st.sampled_from(PIECES), max_size=150).map("".join) | st.text(max_size=60),
+    window=st.integers(2, 9),
+    limit=st.integers(2, 60),
+)
+def test_the_windows_of_a_long_text_s_beginning_are_those_of_the_whole(
+    kind, text, window, limit, tokenizers_of_kinds, llama, tmp_path_factory
+):
+    tokenizer = tokenizers_of_kinds[kind]
+    path = tmp_path_factory.mktemp("texts") / "long.txt"
+    path.write_text(text, newline="")
+    ids = tokenizer(text)["input_ids"] if text.strip() else []
+    window = min(window, limit)
+    expected = [ids[at : at + window] for at in range(0, len(ids) - window + 1, window)][: limit // window] or [ids]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptkit.text.windows.load_tokenizer", lambda root: tokenizer)
+        patch.setattr("adaptkit.text.windows._LEAST_BYTES", 3)
+        patch.setattr("adaptkit.text.windows._BYTES_PER_TOKEN", 1)
+        if len(ids) < 2:
+            with pytest.raises(DataError, match="hold no text"):
+                read_tokens([path], llama, window=window, max_tokens=limit)
+        else:
+            assert read_tokens([path], llama, window=window, max_tokens=limit).tolist() == expected

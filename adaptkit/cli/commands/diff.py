@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adaptkit.cli.differences import adapter_rows, checkpoint_rows
 from adaptkit.cli.options import ArtifactPath, report_options, threads_option
-from adaptkit.cli.output import Row, counted, percent, show, size, write_whole
+from adaptkit.cli.output import Row, counted, percent, show, write_whole
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adaptkit.operations._diff.files import FilesDifference, ValueDifference
-    from adaptkit.operations._diff.groups import GroupDifference, ModuleDifference
+    from adaptkit.operations._diff.groups import ModuleDifference
     from adaptkit.operations._diff.tensors import TensorDifference
     from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport
 
@@ -62,7 +63,7 @@ def _adapters(report: "AdapterDiffReport") -> list[Row]:
     rows = [
         ("adapters", "the same" if report.same else "different"),
         ("modules", f"{counts[0]:,} of rank {ranks[0]} and {counts[1]:,} of rank {ranks[1]}"),
-        *_together(report.total),
+        *adapter_rows(report.total),
         *_lonely("module", report.only_in_first, report.only_in_second),
     ]
     others = report.tensors_equal + len(report.tensors)
@@ -80,48 +81,11 @@ def _adapters(report: "AdapterDiffReport") -> list[Row]:
 
 
 def _checkpoints(report: "CheckpointDiffReport") -> list[Row]:
-    shared = f"{report.equal:,} equal ({size(report.equal_bytes)}), {len(report.tensors):,} differ"
-    rows = [
-        ("checkpoints", "the same" if report.same else "different"),
-        ("tensors", shared),
-        ("fingerprints", _fingerprints(report.fingerprints)),
-    ]
-    if any(report.quantizations):
-        names = [name or "not quantized" for name in report.quantizations]
-        rows.append(("quantized", f"{names[0]} and {names[1]}; compared as stored, not decoded"))
-    if report.tensors:
-        share = "not known, as some have no norm"
-        if report.relative is not None:
-            share = f"{percent(report.relative)} of the norm of what differs"
-        rows.append(("difference", share))
-    if report.energy:
-        shares = ", ".join(f"{percent(share)} in {rank}" for rank, share in report.energy.items())
-        rows.append(("low rank", f"{shares} directions a matrix, of the change's square"))
+    rows = [("checkpoints", "the same" if report.same else "different"), *checkpoint_rows(report)]
     rows += _lonely("tensor", report.only_in_first, report.only_in_second)
     rows += [*_values("config.json", report.config), *_beside(report.beside)]
     rows += [("remark", remark) for remark in report.remarks]
     return rows + [(t.name, _tensor(t)) for t in report.tensors[:SHOWN]] + _more(report.tensors)
-
-
-def _together(total: "GroupDifference") -> list[Row]:
-    rows = [
-        ("norms", f"{total.norms[0]:.6g} and {total.norms[1]:.6g}"),
-        ("cosine", f"{total.cosine:+.6f}"),
-        ("difference", f"{percent(total.relative)} of the larger norm"),
-        ("effective ranks", f"{total.effective_ranks[0]:.3g} and {total.effective_ranks[1]:.3g}, mean of the modules"),
-        ("stable ranks", f"{total.stable_ranks[0]:.3g} and {total.stable_ranks[1]:.3g}, mean of the modules"),
-    ]
-    for side, overlap, random in (
-        ("outputs", total.columns, total.columns_random),
-        ("inputs", total.rows, total.rows_random),
-    ):
-        if overlap is not None and random is not None:
-            rows.append((f"overlap, {side}", f"{overlap:.3f}; random subspaces {random:.3f}"))
-    if total.sign_agreement is not None:
-        rows.append(("signs", f"{percent(total.sign_agreement)} agree, on 64 rows a module"))
-    if total.interference_share is not None:
-        rows.append(("interference", f"{percent(total.interference_share)} of the singular values"))
-    return rows
 
 
 def _module(module: "ModuleDifference") -> str:
@@ -186,15 +150,6 @@ def _lonely(kind: str, first: Sequence[str], second: Sequence[str]) -> list[Row]
                 (f"only in {side}", f"{counted(len(names), kind)}: {names[0]}{', …' if len(names) > 1 else ''}")
             )
     return rows
-
-
-def _fingerprints(basis: tuple[str, str]) -> str:
-    words = {"manifest": "by its manifest, not read", "computed": "computed from its bytes"}
-    if basis[0] == basis[1]:
-        return {"manifest": "by both manifests; --recompute reads the tensors", "computed": "computed from all bytes"}[
-            basis[0]
-        ]
-    return f"first {words[basis[0]]}; second {words[basis[1]]}"
 
 
 def _range(ranks: Iterable[int]) -> str:

@@ -1,7 +1,9 @@
 """``adaptkit evaluate``."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ import click
 
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, Value, report_options
-from adaptkit.cli.output import Row, counted, percent, show, show_table, write_whole
+from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
@@ -31,7 +33,9 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--compare", "compared", is_flag=True,
               help="Measure the base without its adapter, too. Always so with several models.")  # fmt: skip
 @click.option("--data", type=_FILE, multiple=True, help="Rows with answers, as for train. Repeatable.")
-@click.option("--text", type=_FILE, multiple=True, help="Text, or jsonl, to measure perplexity on. Repeatable.")
+@click.option(
+    "--text", type=_FILE, multiple=True, help="Text, or rows as for train, to measure perplexity on. Repeatable."
+)
 @click.option("--reference", type=ArtifactPath(), help="Also measure the divergence from this checkpoint on the text.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of text at a time.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Read no more text than this.")
@@ -89,17 +93,17 @@ def command(
     if compared or chosen.shots or len(bases) > 1 or len(adapters) > 1:
         with count_progress("models", as_json or quiet) as progress:
             report = comparison = compare(bases, adapters, data, chosen, progress=progress, **more)
-        show_table(report, *_table(report), as_json=as_json, quiet=quiet)
+        printed = partial(show_table, report, *_table(report), as_json=as_json, quiet=quiet)
     else:
         single = evaluate(bases[0], adapters[0] if adapters else None, data, chosen, **more)
         comparison = Comparison((single,), ())
-        show(single, _rows(single), as_json=as_json, quiet=quiet)
-    try:
-        if samples_file is not None:
-            write_whole(samples_file, "".join(map(_line, answers)))
-    finally:  # each by itself is worth having
-        if html is not None:
-            write_whole(html, evaluate_page(comparison, answers))
+        printed = partial(show, single, _rows(single), as_json=as_json, quiet=quiet)
+    written: list[Callable[[], None]] = []
+    if samples_file is not None:
+        written.append(partial(write_whole, samples_file, "".join(map(_line, answers))))
+    if html is not None:
+        written.append(lambda: write_whole(html, evaluate_page(comparison, answers)))
+    in_turn(*written, printed)
 
 
 def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[Row]]:
@@ -181,25 +185,19 @@ def _check_samples_file(path: Path, generate: bool, html: Path | None) -> None:
     """Ask before the work whether its answers can be written, in place of nothing but such answers."""
     if not generate:
         raise click.UsageError("--samples-file needs --generate")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"--samples-file {path}: there is no folder {path.parent}")
     if html is not None and path.absolute() == html.absolute():
         raise click.UsageError(f"--samples-file {path}: is the page, too; choose another name")
-    if path.is_file() and not _has_answers(path):
-        raise click.UsageError(f"--samples-file {path}: is there already, and holds no answers; choose another name")
+    check_place(path, "--samples-file", "file of answers", _are_answers)
 
 
-def _has_answers(path: Path) -> bool:
-    """Whether a file may be replaced by one of answers: it is one, or empty."""
+def _are_answers(beginning: bytes) -> bool:
     from adaptkit.training.evaluation.report import Answer
 
-    with path.open("rb") as file:
-        first = file.readline()
     try:
-        found = json.loads(first or "null")
-    except ValueError:
+        found = json.loads(beginning.partition(b"\n")[0])
+    except (ValueError, RecursionError):
         return False
-    return found is None if not first else isinstance(found, dict) and set(found) == {f.name for f in fields(Answer)}
+    return isinstance(found, dict) and set(found) == {f.name for f in fields(Answer)}
 
 
 def _line(answer: "Answer") -> str:

@@ -52,12 +52,12 @@ def command(
     The token comes from the environment (HF_TOKEN), from `hf auth login`, or from the identity of a CI job
     (HF_OIDC_RESOURCE); the password of a key from ADAPTKIT_KEY_PASSWORD.
     """
-    if output_file:
-        check_report_file(output_file)
     if as_json or quiet or not sys.stderr.isatty():  # of the client, which reads it when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from adaptkit.hub.publish import PublishOptions, publish
+    from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 
+    if output_file:
+        check_report_file(output_file, PublishReport)
     wanted = PublishOptions(**options, signer=_signer(key, sign_keyless))
     with byte_progress("check", as_json or quiet) as progress:
         report = publish(path, repo, wanted, dry_run=dry_run, progress=progress, note=notes(quiet))

@@ -40,7 +40,7 @@ WORST = 3
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Text or jsonl: choose constants and codes by what goes through the model. Repeatable.",
+    help="Text, or a file of rows as for train: choose constants and codes by what goes through the model. Repeatable.",
 )
 @click.option("--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True)
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")

@@ -1,18 +1,20 @@
 """``adaptkit run``."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.cli.options import report_options, signer_with
-from adaptkit.cli.output import check_report_file, counted, say, show, write_report
+from adaptkit.cli.output import check_place, check_report_file, counted, in_turn, say, show, write_report
 from adaptkit.cli.progress import StepBar, step_bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
-from adaptkit.errors import AdaptkitError, UsageError
+from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
+from adaptkit.hub.secrets import redact
 
 if TYPE_CHECKING:
     from adaptkit.pipeline.recipe import Recipe, Source, Step
@@ -56,26 +58,31 @@ def command(
     everything was is written to the recipe's .lock. The Hub's token and a key's password come from the environment, as
     for publish. Exits with 9 if a gate is not passed, and with 3 if --locked finds a difference.
     """
+    page = None if dry_run else summary_file or _from_environment()
     for place in (output_file, summary_file) if recipe.is_file() else ():
         if place is not None and place.resolve() in (recipe.resolve(), recipe.with_suffix(".lock").resolve()):
             raise UsageError(f"{place}: is the recipe or its lock", hint="choose another file for the report")
-    if output_file:
-        check_report_file(output_file)
+    if page is not None:
+        check_place(page, "--summary" if summary_file else "$GITHUB_STEP_SUMMARY")
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # there is one of ours
-    from adaptkit.pipeline.run import RunOptions, run
+    from adaptkit.pipeline.run import RunOptions, RunReport, run
 
+    if output_file:
+        check_report_file(output_file, RunReport)
     signer = None if key is None else signer_with(key)
     watch = _Watch(hidden=as_json or quiet, quiet=quiet)
-    page = None if dry_run else summary_file or _from_environment()
-    with watch.listening() as listener, _summarized(recipe, page, watch):
+    with watch.listening() as listener, _failure_added(recipe, page, watch):
         report = run(recipe, RunOptions(**options, signer=signer), dry_run=dry_run, listener=listener)
+    written: list[Callable[[], None]] = []
     if output_file and not dry_run:
-        write_report(report, output_file)
+        written.append(partial(write_report, report, output_file))
+    if page is not None:
+        written.append(partial(_add, page, summary(watch.name, watch.sources, watch.steps, "Everything is done.")))
     if not (as_json or quiet):
-        say(*(tree(report) if dry_run else table(report.steps)), "")
-    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+        written.append(partial(say, *(tree(report) if dry_run else table(report.steps)), ""))
+    in_turn(*written, partial(show, report, _rows(report, dry_run), as_json=as_json, quiet=quiet))
 
 
 def _rows(report: "RunReport", dry_run: bool) -> Iterator[tuple[str, str]]:
@@ -100,24 +107,30 @@ def _from_environment() -> Path | None:
 
 
 @contextmanager
-def _summarized(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator[None]:
-    """Add a page to a file, however the block ends."""
+def _failure_added(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator[None]:
+    """Add a page to a file if the block does not come to its end, whatever the reason."""
     try:
         yield
-    except AdaptkitError as error:
+    except BaseException as error:
         if page is not None:
-            _add(page, summary(watch.name or recipe.name, watch.sources, watch.steps, f"Stopped: {error.message}"))
+            said = redact(error.message if isinstance(error, AdaptkitError) else str(error))
+            ending = f"Stopped: {said}" if said else "Stopped."
+            try:
+                _add(page, summary(watch.name or recipe.name, watch.sources, watch.steps, ending))
+            except AdaptkitError as also:  # which must not hide what stopped the run
+                watch.note(f"warning: {also.message}")
         raise
-    if page is not None:
-        _add(page, summary(watch.name, watch.sources, watch.steps, "Everything is done."))
 
 
 def _add(page: Path, text: str) -> None:
+    from adaptkit.checkpoint.writer import DiskError
+
     try:
-        with page.open("a", encoding="utf-8") as file:
+        with page.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
-        raise UsageError(f"{page}: the summary cannot be written: {error.strerror}") from error
+        hint = DISK_HINTS.get(error.errno or 0, "")
+        raise DiskError(f"{page}: the summary cannot be written: {error.strerror}", hint) from error
 
 
 class _Watch:
@@ -144,7 +157,7 @@ class _Watch:
                 found=self._found,
                 started=self._started,
                 progress=self._tell,
-                note=self._note,
+                note=self.note,
                 ended=self._ended,
             )
 
@@ -172,7 +185,8 @@ class _Watch:
         self.steps.append(step)
         self._say(f"{step.name}: {step_text(step)}")
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """A line on stderr; without notes, only if it is a warning."""
         if not self._quiet or text.startswith("warning"):
             self._bar.print(text)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adaptkit.cli.figures import require_matplotlib
 from adaptkit.cli.html import DOCTYPE
-from adaptkit.errors import UsageError
+from adaptkit.cli.output import check_place
 
 
 def prepare(path: Path | None, pictures: bool = True) -> None:
@@ -15,22 +15,10 @@ def prepare(path: Path | None, pictures: bool = True) -> None:
         pictures: whether it has some.
 
     Raises:
-        UsageError: matplotlib is missing, there is no folder to write to, or there is a file that is no page.
+        UsageError: matplotlib is missing, no file can be written there, or there is one that is no page.
     """
     if path is None:
         return
     if pictures:
         require_matplotlib()
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(
-            f"{path}: no page can be written there", hint="give the name of a file in a folder that exists"
-        )
-    if path.is_file() and not _is_page(path):
-        raise UsageError(f"{path}: is there already, and is no page", hint="choose another --html")
-
-
-def _is_page(path: Path) -> bool:
-    """Whether a file may be replaced by a page: it is one, or empty."""
-    with path.open("rb") as file:
-        start = file.read(len(DOCTYPE)).decode(errors="replace")
-    return start in ("", DOCTYPE)
+    check_place(path, "--html", "page", lambda start: start.startswith(DOCTYPE.encode()))

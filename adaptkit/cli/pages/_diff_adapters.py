@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from adaptkit.cli.differences import adapter_rows
 from adaptkit.cli.grid import starred
 from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, side_by_side, table
-from adaptkit.cli.output import percent
-from adaptkit.cli.pages._diff_parts import (
+from adaptkit.cli.pages._parts import (
     beside,
     curves_by_type,
+    folder_name,
     largest_types,
     maps,
-    measure,
     names,
     number,
     share,
@@ -30,7 +30,7 @@ def adapters_page(report: "AdapterDiffReport") -> str:
     types = largest_types((m.module, m.difference) for m in report.modules)
     others = [section("Other tensors", tensors(report.tensors, roles=True))] if report.tensors else []
     return page(
-        f"{_name(report.first)} and {_name(report.second)}",
+        f"{folder_name(report.first)} and {folder_name(report.second)}",
         facts(_summary(report)),
         *_differences(report.modules),
         *_overlaps(report.modules, types),
@@ -46,28 +46,14 @@ def adapters_page(report: "AdapterDiffReport") -> str:
 
 
 def _summary(report: "AdapterDiffReport") -> list[tuple[str, str]]:
-    total = report.total
+    lonely = len(report.only_in_first) + len(report.only_in_second)
     rows = [
         ("result", "the same" if report.same else "different"),
         ("first", report.first),
         ("second", report.second),
-        (
-            "modules",
-            f"{total.modules:,}, of which {len(report.only_in_first) + len(report.only_in_second):,} in one only",
-        ),
-        ("norms ‖Δ₁‖, ‖Δ₂‖", f"{total.norms[0]:.6g} and {total.norms[1]:.6g}"),
-        ("difference", f"‖Δ₁ − Δ₂‖ is {percent(total.relative)} of the larger norm"),
-        ("cosine", f"{total.cosine:+.6f}"),
-        ("effective ranks", f"{total.effective_ranks[0]:.3g} and {total.effective_ranks[1]:.3g}, mean of the modules"),
-        ("stable ranks", f"{total.stable_ranks[0]:.3g} and {total.stable_ranks[1]:.3g}, mean of the modules"),
+        ("modules", f"{report.total.modules:,}, of which {lonely:,} in one only"),
+        *adapter_rows(report.total),
     ]
-    for side, overlap, random in ((_OUT, total.columns, total.columns_random), (_IN, total.rows, total.rows_random)):
-        if overlap is not None and random is not None:
-            rows.append((f"overlap, {side}", f"{overlap:.3f}; random subspaces would have {random:.3f}"))
-    if total.sign_agreement is not None:
-        rows.append(("signs", f"{percent(total.sign_agreement)} agree, measured on 64 rows a module"))
-    if total.interference_share is not None:
-        rows.append(("interference", f"{percent(total.interference_share)} of the singular values"))
     if report.tensors_equal or report.tensors:
         rows.append(("other tensors", f"{report.tensors_equal:,} equal, {len(report.tensors):,} differ"))
     rows += [("tensors roots", "\n".join(report.tensors_roots))]
@@ -79,7 +65,7 @@ def _differences(modules: Sequence["ModuleDifference"]) -> list[Html]:
     if not relative:
         return []
     caption = "‖Δ₁ − Δ₂‖ over the larger of both norms, in per cent; unrelated changes of one size have 141."
-    limits = (0.0, max(measure(relative.values())[1], 1e-9))
+    limits = (0.0, max(1e-9, *relative.values()))
     made = [maps(relative, "difference, %", caption, limits)]
     shared = {m.module: m.cosine for m in modules if m.columns is not None}
     if shared:
@@ -100,7 +86,7 @@ def _overlaps(modules: Sequence["ModuleDifference"], types: Sequence[str]) -> li
         "subspaces of dimension r in a space of dimension m."
     )
     times = {side: {name: o.rms / o.random for name, o in found.items()} for side, found in known.items()}
-    limits = (0.0, max(measure(found.values())[1] for found in times.values()))
+    limits = (0.0, max(value for found in times.values() for value in found.values()))
     drawn = [
         maps(
             found, f"{side}, overlap / random", f"Overlap of {side}, in multiples of that of random subspaces.", limits
@@ -166,7 +152,3 @@ def _modules(modules: Sequence["ModuleDifference"]) -> Html:
         rows.append((m.module, *_figures(m), *overlaps, *shares, *ranks, *spread))
     ranks_of = ("rank of Δ₁", "of Δ₂", "effective rank of Δ₁", "of Δ₂", "stable rank of Δ₁", "of Δ₂")
     return table(("module", *_FIGURES, *_OVERLAPS, *ranks_of), rows)
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from adaptkit.cli.differences import checkpoint_rows
 from adaptkit.cli.html import Html, facts, figure, page, paragraph, section, side_by_side
-from adaptkit.cli.output import percent, size
-from adaptkit.cli.pages._diff_parts import beside, curves_by_type, largest_types, maps, measure, names, tensors
+from adaptkit.cli.pages._parts import beside, curves_by_type, folder_name, largest_types, maps, names, tensors
 
 if TYPE_CHECKING:
     from adaptkit.operations._diff.tensors import TensorDifference
@@ -19,7 +19,7 @@ def checkpoints_page(report: "CheckpointDiffReport") -> str:
     """One HTML document, self-contained."""
     heading = f"All {len(report.tensors):,} tensors that differ"
     return page(
-        f"{_name(report.first)} and {_name(report.second)}",
+        f"{folder_name(report.first)} and {folder_name(report.second)}",
         facts(_summary(report)),
         *_differences(report.tensors),
         *_low_rank(report.tensors),
@@ -30,27 +30,14 @@ def checkpoints_page(report: "CheckpointDiffReport") -> str:
 
 
 def _summary(report: "CheckpointDiffReport") -> list[tuple[str, str]]:
-    basis = {
-        "manifest": "as its manifest records them; the tensors were not read",
-        "computed": "computed from its bytes",
-    }
-    rows = [
+    return [
         ("result", "the same" if report.same else "different"),
         ("first", report.first),
         ("second", report.second),
-        ("tensors", f"{report.equal:,} equal ({size(report.equal_bytes)}), {len(report.tensors):,} differ"),
-        ("fingerprints", f"first: {basis[report.fingerprints[0]]}\nsecond: {basis[report.fingerprints[1]]}"),
+        *checkpoint_rows(report),
+        ("tensors roots", "\n".join(report.tensors_roots)),
+        *(("remark", remark) for remark in report.remarks),
     ]
-    if any(report.quantizations):
-        found = " and ".join(name or "not quantized" for name in report.quantizations)
-        rows.append(("quantized", f"{found}; compared as stored, not decoded"))
-    if report.tensors and report.relative is not None:
-        rows.append(("difference", f"‖W₁ − W₂‖ is {percent(report.relative)} of the norm of what differs"))
-    if report.energy:
-        shares = ", ".join(f"{percent(value)} in {rank}" for rank, value in report.energy.items())
-        rows.append(("low rank", f"of the change's square, at least {shares} directions a matrix"))
-    rows.append(("tensors roots", "\n".join(report.tensors_roots)))
-    return rows + [("remark", remark) for remark in report.remarks]
 
 
 def _differences(found: Sequence["TensorDifference"]) -> list[Html]:
@@ -59,7 +46,7 @@ def _differences(found: Sequence["TensorDifference"]) -> list[Html]:
     drawn = []
     if relative:
         caption = "‖W₁ − W₂‖ over the larger of both norms, in per cent. Empty where the tensors are the same."
-        limits = (0.0, max(measure(relative.values())[1], 1e-9))
+        limits = (0.0, max(1e-9, *relative.values()))
         drawn.append(maps(relative, "difference, %", caption, limits))
     if energy:
         caption = (
@@ -81,7 +68,3 @@ def _low_rank(found: Sequence["TensorDifference"]) -> list[Html]:
     pictures = curves_by_type({"share": shares}, types, "directions", "share of the square, %")
     caption = "Share of ‖W₁ − W₂‖² by the number of directions: median of the layers, and all of them shaded."
     return [section("Directions", figure(caption, *pictures, abreast=True))] if pictures else []
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]

@@ -8,6 +8,7 @@ from adaptkit.cli import figures
 from adaptkit.cli.grid import grids, place, starred
 from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, table
 from adaptkit.cli.output import counted, percent, size
+from adaptkit.cli.pages._parts import folder_name, maps, share
 
 if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport, TensorReport
@@ -24,9 +25,8 @@ def quantize_page(report: "QuantizeReport") -> str:
     """
     quantized = [t for t in report.tensors if t.relative_error is not None]
     calibrated = any(t.weighted_error is not None for t in quantized)
-    name = report.output.rstrip("/").rpartition("/")[2]
     return page(
-        f"Quantization of {name}",
+        f"Quantization of {folder_name(report.output)}",
         facts(_summary(report)),
         *_pictures(report.tensors),
         *([_worst(quantized, calibrated)] if quantized else []),
@@ -37,12 +37,12 @@ def quantize_page(report: "QuantizeReport") -> str:
 
 
 def _summary(report: "QuantizeReport") -> list[tuple[str, str]]:
-    share = report.quantized_parameters / report.parameters if report.parameters else 0.0
+    part = report.quantized_parameters / report.parameters if report.parameters else 0.0
     ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
     rows = [
         ("output", f"{report.output} ({counted(report.shards, 'shard')})"),
         ("size", f"{size(report.bytes_before)} → {size(report.bytes_after)} ({ratio:.2f} × smaller)"),
-        ("quantized", f"{report.quantized:,} tensors with {percent(share)} of {report.parameters:,} parameters"),
+        ("quantized", f"{report.quantized:,} tensors with {percent(part)} of {report.parameters:,} parameters"),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
         ("linear layers", f"read from {report.read_from}"),
     ]
@@ -73,28 +73,25 @@ def _pictures(tensors: Sequence["TensorReport"]) -> list[Html]:
             "‖W − Q‖ / ‖W‖ of each matrix W and what its codes stand for, Q. Choose a cell for its name and value."
         )
         spread = figures.histogram(list(relative.values()), "relative error, %", "tensors")
-        made.append(section("Relative error", *_maps(relative, "relative error, %", caption)))
+        made.append(section("Relative error", _maps(relative, "relative error, %", caption)))
         made.append(section("How it is spread", figure(f"All {len(relative):,} quantized tensors.", spread)))
     if weighted:
         caption = "The same, each weight counted by the mean square of the input that it multiplies."
-        made.insert(1, section("Weighted error", *_maps(weighted, "weighted error, %", caption)))
+        made.insert(1, section("Weighted error", _maps(weighted, "weighted error, %", caption)))
     bits = _bits(tensors)
     if bits and max(bits.values()) - min(bits.values()) > _SAME_BITS:
         caption = "Bits per weight with constants, in the modules of which at least one is quantized."
-        made.append(section("Bits", *_maps(bits, "bits a weight", caption)))
+        made.append(section("Bits", _maps(bits, "bits a weight", caption)))
     return made
 
 
-def _maps(values: Mapping[str, float], what: str, caption: str) -> list[Html]:
-    """A heat map for each stack of layers, and a remark on what found no room in them."""
+def _maps(values: Mapping[str, float], what: str, caption: str) -> Html:
+    """A heat map for each stack of layers, its colours from the least to the greatest value."""
     made = grids(values)
     means = [entry.mean for grid in made for entry in grid.entries.values()]
-    left_out = sum(grid.left_out for grid in made)
     if any(len(grid.entries) < len(grid.rows) * len(grid.columns) for grid in made):
         caption += " Empty where there is no such tensor, or it was kept as it was."
-    if left_out:
-        caption += f" {left_out:,} smaller values of modules without a layer number are in the table alone."
-    return [figure(caption, *(figures.heat_map(grid, what, (min(means), max(means)), _three_digits) for grid in made))]
+    return maps(values, what, caption, (min(means), max(means)))
 
 
 def _bits(tensors: Sequence["TensorReport"]) -> dict[str, float]:
@@ -144,8 +141,8 @@ def _tensors(tensors: Sequence["TensorReport"], calibrated: bool) -> Html:
     rows: list[tuple[str | Number, ...]] = [
         (
             t.name,
-            _error(t.relative_error),
-            *([_error(t.weighted_error)] if calibrated else []),
+            share(t.relative_error),
+            *([share(t.weighted_error)] if calibrated else []),
             Number(t.bits, f"{t.bits:.3f}"),
             t.format or f"kept: {t.kept_because}",
             "×".join(map(str, t.shape)),
@@ -156,12 +153,3 @@ def _tensors(tensors: Sequence["TensorReport"], calibrated: bool) -> Html:
     ]
     errors = ("relative error", "weighted error") if calibrated else ("relative error",)
     return table(("tensor", *errors, "bits a weight", "format", "shape", "before", "after"), rows)
-
-
-def _error(error: float | None) -> Number:
-    return Number(error, "" if error is None else percent(error))
-
-
-def _three_digits(value: float) -> str:
-    """8.50, 10.0, 123: of one width in a column of cells."""
-    return f"{value:#.3g}".rstrip(".")

@@ -24,7 +24,7 @@ class Calibration:
     """Text that shows what goes through a model, and what to do with that.
 
     Attributes:
-        files: text, or jsonl; see ``text.windows``.
+        files: text, or rows; see ``text.windows``.
         tokens: to read of it, at most.
         window: tokens of a sequence.
         init_rank: of a companion adapter, which makes up for some of what quantization lost; None for none.

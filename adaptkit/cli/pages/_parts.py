@@ -1,8 +1,8 @@
-"""What the pages of two adapters and of two checkpoints share: maps, curves by type of module, and tables."""
+"""What pages share: maps, curves by type of module, and tables."""
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from adaptkit.cli import figures
@@ -157,6 +157,11 @@ def names(heading: str, first: Sequence[str], second: Sequence[str]) -> list[Htm
     return [section(f"{heading} of one only", table(("name", "only in"), rows))] if rows else []
 
 
+def folder_name(path: str) -> str:
+    """The last part of a path, or of a name on the Hub."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
 def share(value: float | None) -> Number:
     """A fraction as a cell."""
     return Number(value, "" if value is None else percent(value))
@@ -196,9 +201,3 @@ def _value(value: str | None) -> str:
 
 def _two(values: tuple[str, ...]) -> str:
     return values[0] if values[0] == values[1] else f"{values[0]} → {values[1]}"
-
-
-def measure(values: Iterable[float | None], key: Callable[[float], float] = float) -> tuple[float, float]:
-    """The least and the greatest of what is there; 0 and 0 if nothing is."""
-    known = [key(value) for value in values if value is not None]
-    return (min(known), max(known)) if known else (0.0, 0.0)

@@ -1,0 +1,60 @@
+"""What ``diff`` says of two adapters or checkpoints as a whole: the terminal and the page draw the same."""
+
+from typing import TYPE_CHECKING
+
+from adaptkit.cli.output import Row, percent, size
+
+if TYPE_CHECKING:
+    from adaptkit.operations._diff.groups import GroupDifference
+    from adaptkit.operations.diff import CheckpointDiffReport
+
+
+def adapter_rows(total: "GroupDifference") -> list[Row]:
+    """Label and value of how two adapters differ, all their modules together."""
+    rows = [
+        ("norms", f"{total.norms[0]:.6g} and {total.norms[1]:.6g}"),
+        ("cosine", f"{total.cosine:+.6f}"),
+        ("difference", f"{percent(total.relative)} of the larger norm"),
+        ("effective ranks", f"{total.effective_ranks[0]:.3g} and {total.effective_ranks[1]:.3g}, mean of the modules"),
+        ("stable ranks", f"{total.stable_ranks[0]:.3g} and {total.stable_ranks[1]:.3g}, mean of the modules"),
+    ]
+    for side, overlap, random in (
+        ("outputs", total.columns, total.columns_random),
+        ("inputs", total.rows, total.rows_random),
+    ):
+        if overlap is not None and random is not None:
+            rows.append((f"overlap, {side}", f"{overlap:.3f}; random subspaces {random:.3f}"))
+    if total.sign_agreement is not None:
+        rows.append(("signs", f"{percent(total.sign_agreement)} agree, on 64 rows a module"))
+    if total.interference_share is not None:
+        rows.append(("interference", f"{percent(total.interference_share)} of the singular values"))
+    return rows
+
+
+def checkpoint_rows(report: "CheckpointDiffReport") -> list[Row]:
+    """Label and value of what differs between two checkpoints, and how that is known."""
+    rows = [
+        ("tensors", f"{report.equal:,} equal ({size(report.equal_bytes)}), {len(report.tensors):,} differ"),
+        ("fingerprints", _fingerprints(report.fingerprints)),
+    ]
+    if any(report.quantizations):
+        found = " and ".join(name or "not quantized" for name in report.quantizations)
+        rows.append(("quantized", f"{found}; compared as stored, not decoded"))
+    if report.tensors:
+        share = "not known, as some have no norm"
+        if report.relative is not None:
+            share = f"{percent(report.relative)} of the norm of what differs"
+        rows.append(("difference", share))
+    if report.energy:
+        shares = ", ".join(f"{percent(share)} in {rank}" for rank, share in report.energy.items())
+        rows.append(("low rank", f"at least {shares} directions a matrix, of the change's square"))
+    return rows
+
+
+def _fingerprints(basis: tuple[str, str]) -> str:
+    words = {"manifest": "by its manifest, not read", "computed": "computed from its bytes"}
+    if basis[0] == basis[1]:
+        return {"manifest": "by both manifests; --recompute reads the tensors", "computed": "computed from all bytes"}[
+            basis[0]
+        ]
+    return f"first {words[basis[0]]}; second {words[basis[1]]}"

@@ -1,0 +1,96 @@
+"""A place for what a command writes beside its work is asked about before the work, and nothing else is replaced."""
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from adaptkit.cli.output import check_place, check_report_file, in_turn, write_report, write_whole
+from adaptkit.errors import UsageError
+
+
+@dataclass
+class Report:
+    name: str
+    number: int = 3
+    later: str = "x"
+
+
+@dataclass
+class Other:
+    name: str
+    digits: int = 3
+
+
+def is_ours(beginning):
+    return beginning.startswith(b"ours")
+
+
+def test_only_what_is_ours_or_empty_is_replaced(tmp_path):
+    path = tmp_path / "file"
+    check_place(path, "--file", "page", is_ours)
+    for content in (b"", b"ours\xff"):
+        path.write_bytes(content)
+        check_place(path, "--file", "page", is_ours)
+    path.write_bytes(b"theirs")
+    with pytest.raises(UsageError, match=r"--file .*file: is there already, and is no page"):
+        check_place(path, "--file", "page", is_ours)
+    check_place(path, "--file")  # is added to
+
+
+def test_a_report_is_told_from_other_documents(tmp_path):
+    path = tmp_path / "report.json"
+    write_report(Report("one"), path)
+    check_report_file(path, Report)
+    for content in ('{"name": "one", "number": 3}', '{\n  "name": "one",\n  "version": 1\n}', "[]", "name\n"):
+        path.write_text(content)
+        with pytest.raises(UsageError, match="is no such report"):
+            check_report_file(path, Report)
+    write_report(Other("one"), path)
+    with pytest.raises(UsageError, match="is no such report"):
+        check_report_file(path, Report)
+
+
+def test_a_place_is_a_file_in_a_folder_that_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "absent" / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UsageError, match="no file can be written there"):
+            check_place(place, "--file", "page", is_ours)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for place in (tmp_path / "file", tmp_path / "new"):
+        with pytest.raises(UsageError, match="no file can be written there"):
+            check_place(place, "--file", "page", is_ours)
+
+
+def test_a_pipe_is_written_to_wherever_it_lies(tmp_path, monkeypatch):
+    """Nobody but root may make files where the pipes of a shell are."""
+    reading, writing = os.pipe()
+    try:
+        for place in (Path(f"/dev/fd/{writing}"), Path(os.devnull)):
+            monkeypatch.setattr(os, "access", lambda path, mode, place=place: Path(path) == place)
+            check_place(place, "--file", "page", is_ours)
+            check_place(place, "--file")
+        os.mkfifo(tmp_path / "pipe")
+        monkeypatch.undo()
+        check_place(tmp_path / "pipe", "--file", "page", is_ours)
+        reader = threading.Thread(target=(tmp_path / "pipe").read_bytes)
+        reader.start()
+        write_whole(tmp_path / "pipe", "text")
+        reader.join()
+        assert (tmp_path / "pipe").is_fifo()
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_each_in_turn_is_done_and_what_failed_is_raised():
+    done = []
+
+    def fail():
+        raise UsageError("no")
+
+    with pytest.raises(UsageError, match="no"):
+        in_turn(lambda: done.append(1), fail, lambda: done.append(2))
+    assert done == [1, 2]

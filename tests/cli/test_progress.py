@@ -1,0 +1,50 @@
+"""A bar is shown while there is something to wait for, and no longer."""
+
+import io
+
+import pytest
+from rich.progress import Progress
+
+from adaptkit.cli.progress import byte_progress, count_progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars that are made."""
+    made, init = [], Progress.__init__
+
+    def remember(self, *columns, **options):
+        init(self, *columns, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Progress, "__init__", remember)
+    return made
+
+
+@pytest.mark.parametrize("progress", [byte_progress, count_progress])
+def test_a_bar_is_there_from_the_first_news_to_the_last(progress, bars, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with progress("work") as tell:
+        (bar,) = bars
+        assert not bar.live.is_started
+        for done, is_shown in ((0, True), (5, True), (10, False), (3, True)):
+            tell(done, 10)
+            assert bar.live.is_started is is_shown
+            assert (bar.tasks[0].completed, bar.tasks[0].total) == (done, 10)
+    assert not bar.live.is_started
+
+
+@pytest.mark.parametrize("progress", [byte_progress, count_progress])
+def test_nothing_is_shown_where_nobody_looks(progress, bars, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with progress("work", hidden=True) as tell:
+        tell(1, 2)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with progress("work") as tell:
+        tell(1, 2)
+    assert bars == []
