@@ -178,7 +178,8 @@ def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> dict[
     """Whether a step fails where the optimizer's state leaves too little memory, and is taken once that gives way."""
     import torch
 
-    from adaptkit.training.memory.pressure import Pressure, is_out_of_memory
+    from adaptkit.training.memory.pressure import Pressure
+    from adaptkit.training.shortage import is_out_of_memory
 
     step = bench_training.AdaptkitStep(
         folder / "nf4", size.long_length, 1.0, "layer",

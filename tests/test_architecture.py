@@ -61,8 +61,9 @@ INSIDE_TRAINING = {
     "memory": {"data", "network"},
     "evaluation": {"data", "network"},
 }
-"""Beside what all of its rooms may import: the settings, and which device and processes there are."""
-FOR_ALL = {"config", "settings", "device", "distributed"}
+"""Beside what all of its rooms may import: the settings, which device and processes there are, and what too little
+memory is."""
+FOR_ALL = {"config", "settings", "device", "distributed", "shortage"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from adaptkit.errors import NetworkError
 from adaptkit.training.device import choose_device
+from adaptkit.training.shortage import is_out_of_memory
 
 Shared = TypeVar("Shared")
 
@@ -167,6 +168,8 @@ def _partners() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise NetworkError(
             f"another process of this run cannot be reached: {reason}",

@@ -15,6 +15,7 @@ from adaptkit.training.network.start import cannot_be_merged, left_out
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_not_finished, check_unfinished, going_on_from
 from adaptkit.training.schedule import steps_in
+from adaptkit.training.shortage import TRAIN_LESS, tells_shortage
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class RunPlan:
     disk_bytes: int
 
 
+@tells_shortage("beside the base", hint=TRAIN_LESS)
 def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: bool = False) -> RunPlan:
     """Check a run as ``train`` would, up to its first step.
 

@@ -32,6 +32,7 @@ from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import write_result
 from adaptkit.training.resume import check_not_finished, check_unfinished, holds_work, remember, require_room
 from adaptkit.training.run import Chosen, Run
+from adaptkit.training.shortage import TRAIN_LESS, tells_shortage
 from adaptkit.training.trackers import trackers
 
 
@@ -40,6 +41,7 @@ def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@tells_shortage("beside the base", hint=TRAIN_LESS)
 def train(
     config: TrainConfig,
     output: Path,
@@ -60,7 +62,8 @@ def train(
         note: told, in a line for people, what else happens: answers to prompts, skipped steps, an early end.
 
     Raises:
-        CheckpointError, UsageError, DataError: base, targets or data cannot be used; nothing to resume.
+        CheckpointError, UsageError, DataError: base, targets or data cannot be used, there is nothing to resume, or too
+            little memory.
         IntegrityError: the base is not what its manifest says.
         NonFiniteError: the loss is no number; names the step and the samples.
         ConflictError: the output exists, or unfinished work of another run lies there; names what differs.

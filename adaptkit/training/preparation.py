@@ -27,6 +27,7 @@ from adaptkit.training.network.start import begin
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.schedule import steps_in
+from adaptkit.training.shortage import tells_shortage
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
@@ -84,8 +85,16 @@ def make_fast(model: Model) -> None:
         keep_narrow(network, model.dtype, join_on_gpu(network))
 
 
+@tells_shortage(
+    "as the model was loaded",
+    hint="a base that adaptkit quantize made, several GPUs with --shard-base, or --device cpu",
+)
 def build(inputs: Inputs, world: World) -> tuple[Model, Activations]:
-    """The model with the adapter that it begins with, and what it keeps of a batch."""
+    """The model with the adapter that it begins with, and what it keeps of a batch.
+
+    Raises:
+        UsageError: the device has too little memory, or what ``begin`` and ``save_activations`` refuse.
+    """
     device, is_shared = world.device, inputs.config.shard_base
     held = torch.device("cpu") if is_shared else device  # the base need not fit the device before it is divided
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)

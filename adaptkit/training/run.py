@@ -31,6 +31,7 @@ from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
 from adaptkit.training.selection import best_step, is_over
+from adaptkit.training.shortage import tells_shortage
 from adaptkit.training.trackers import Tracker
 from adaptkit.training.uninterrupted import uninterrupted
 
@@ -237,6 +238,7 @@ class Run:
             if best_step(self.history) == self.done:
                 self._best = self._copy() if self._world.is_first and self.done < self.steps else None
 
+    @tells_shortage("as prompts were answered", hint="a smaller --micro-batch-size or --sample-tokens")
     def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
         found = generate(
             self.model,
@@ -248,6 +250,7 @@ class Run:
         )
         return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
 
+    @tells_shortage("as held-out samples were measured", hint="a smaller --micro-batch-size or --max-length")
     def _held_out_loss(self) -> float:
         everything = self._inputs.held_out
         divided = self._world.size > 1 and not self._config.shard_base  # else all need each other for every batch

@@ -29,6 +29,7 @@ from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.tables import keep_in_host_memory
+from adaptkit.training.shortage import tells_shortage
 
 
 def evaluate(
@@ -53,7 +54,8 @@ def evaluate(
         on_answer: told of every answer to the data's questions.
 
     Raises:
-        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing.
+        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing; or too
+            little memory.
         BaseMismatchError: the adapter does not belong to the base, or the reference has another vocabulary.
         DataError: data or text cannot be used.
         IntegrityError: base, adapter or reference is not what its manifest says.
@@ -100,8 +102,13 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
         require_metrics()
 
 
+@tells_shortage("as the model was loaded", hint="a base that adaptkit quantize made, or --device cpu")
 def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
-    """Load a checkpoint, and an adapter on it."""
+    """Load a checkpoint, and an adapter on it.
+
+    Raises:
+        UsageError: there is no such device, or it has too little memory.
+    """
     device = choose_device(options.device)
     model = load_model(base, choose_dtype(options.compute_dtype, device), device)
     if adapter is not None:
@@ -115,6 +122,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
 
 
 @attention_of_any_length()
+@tells_shortage("as the model was measured", hint="a smaller --batch-size, --max-length or --window, or --device cpu")
 def measure(
     base: Path,
     adapter: Adapter | None,

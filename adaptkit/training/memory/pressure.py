@@ -17,6 +17,7 @@ import torch
 
 from adaptkit.errors import UsageError
 from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.shortage import is_out_of_memory, shortage
 
 Result = TypeVar("Result")
 
@@ -86,17 +87,5 @@ class Pressure:
         raise self._hopeless(tokens, reason)
 
     def _hopeless(self, tokens: int, reason: str) -> UsageError:
-        return UsageError(
-            f"out of memory in a micro-batch of {tokens} tokens ({reason.partition(chr(10))[0]})",
-            hint="a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit",
-        )
-
-
-_WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "out of memory")
-"""What torch on a CPU, cuBLAS (the third when a thread first asks it on a full device), and the driver say, who have no
-type of error for it."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed."""
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS)
+        hint = "a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit"
+        return shortage(f"in a micro-batch of {tokens} tokens", reason, hint)
