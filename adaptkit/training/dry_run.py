@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.training.config import TrainConfig
@@ -78,8 +80,12 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     check_unfinished(work, identity, force, resume)
     if inputs.manifest is not None:
         check_tensors(inputs.base, inputs.manifest)
-    whole = replace(inputs, config=replace(inputs.config, shard_base=False))  # by this one process
-    model, activations = build(whole, World(choose_device(config.device)))
+    device = choose_device(config.device)
+    if config.shard_base:  # of which no device need hold the whole; mapped from its files it takes no memory
+        offloads = config.offload_checkpoints and device.type == "cpu"  # which is refused
+        inputs = replace(inputs, config=replace(inputs.config, shard_base=False, offload_checkpoints=offloads))
+        device = torch.device("cpu")
+    model, activations = build(inputs, World(device))
     parameters = Trainable.of(model).values.numel()
     batches = batches_of(inputs)
     steps = total_steps(config, batches)

@@ -23,6 +23,7 @@ from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputEx
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
+from adaptkit.training import dry_run
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World, deterministic
@@ -403,6 +404,16 @@ def test_a_plan_is_what_the_run_then_does_and_writes_nothing(config, run_cli, tm
     done = run_cli(*command(config, tmp_path / "other", "--dry-run", "--json"))
     assert json.loads(done.stdout)["steps"] == 8
     assert not (tmp_path / "other.partial").exists()
+
+
+def test_a_plan_of_a_divided_base_does_not_put_the_whole_on_one_gpu(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "choose_device", lambda name: torch.device("cuda"))
+    divided = replace(config, shard_base=True, checkpointing="layer", offload_checkpoints=True)
+    plan = plan_run(divided, tmp_path / "adapter")  # where there is no GPU, whatever went to one would fail
+    monkeypatch.undo()
+    assert plan.trainable_parameters == plan_run(config, tmp_path / "adapter").trainable_parameters
+    with pytest.raises(UsageError, match="offload_checkpoints"):  # a CPU refuses, as it will when the run begins
+        plan_run(divided, tmp_path / "adapter")
 
 
 def cut_after(config, output, step):
