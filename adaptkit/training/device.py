@@ -25,6 +25,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
+def make_current(device: torch.device) -> None:
+    """Let pinned memory and kernels be those of a GPU that has a number; else they are the first one's."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 where the device multiplies matrices of it, and float32 elsewhere.
 

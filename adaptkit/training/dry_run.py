@@ -9,7 +9,7 @@ from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
-from adaptkit.training.device import choose_device
+from adaptkit.training.device import choose_device, make_current
 from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
@@ -85,6 +85,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         offloads = config.offload_checkpoints and device.type == "cpu"  # which is refused
         inputs = replace(inputs, config=replace(inputs.config, shard_base=False, offload_checkpoints=offloads))
         device = torch.device("cpu")
+    make_current(device)
     model, activations = build(inputs, World(device))
     parameters = Trainable.of(model).values.numel()
     batches = batches_of(inputs)

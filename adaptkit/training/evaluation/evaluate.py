@@ -15,7 +15,7 @@ from adaptkit.networks.architecture import empty_network
 from adaptkit.text.windows import known_tokens
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
-from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, name_of
+from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, make_current, name_of
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Asked, Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
@@ -110,6 +110,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
         UsageError: there is no such device, or it has too little memory.
     """
     device = choose_device(options.device)
+    make_current(device)
     model = load_model(base, choose_dtype(options.compute_dtype, device), device)
     if adapter is not None:
         load_adapter(model, adapter)
