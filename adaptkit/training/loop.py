@@ -150,11 +150,14 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> Non
     """Write another adapter of the run as a whole artifact in a folder of its own."""
     inside = out.folder / adapter.name
     shutil.rmtree(inside, ignore_errors=True)  # of a run that was killed here
-    last = run.trainable.values.clone()
-    run.trainable.values.copy_(adapter.parameters)
+    values, last = run.trainable.values, None
+    if adapter.parameters is not values:
+        last = values.to("cpu", copy=True)  # since the device may be full
+        values.copy_(adapter.parameters)
     with Output(inside, inputs.identity()) as nested:
         nested.publish(_write_result(nested, inputs, run))
-    run.trainable.values.copy_(last)
+    if last is not None:
+        values.copy_(last)
     for path in sorted(inside.iterdir()):
         name = path.relative_to(out.folder).as_posix()
         out.files.append(FileRecord(name, path.stat().st_size, file_sha256(path)))

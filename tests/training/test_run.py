@@ -23,7 +23,7 @@ from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputEx
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.training import dry_run
+from adaptkit.training import dry_run, loop
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World, deterministic
@@ -251,6 +251,38 @@ def test_the_best_adapter_is_published_and_the_last_lies_beside_it(stopped, over
     kept = train(replace(overshooting, keep="last"), tmp_path / "kept", note=lambda text: None)
     assert kept.tensors_root == last.tensors_root
     assert require_manifest(tmp_path / "kept" / "best").tensors_root == best.tensors_root
+
+
+class FullDevice(torch.Tensor):
+    """Numbers on a device that has no room for a second copy of them."""
+
+    def clone(self, *arguments, **named):
+        raise torch.OutOfMemoryError
+
+    def to(self, device, copy):
+        assert (device, copy) == ("cpu", True)
+        FullDevice.copies += 1
+        return super().to(device, copy=True)
+
+    copies = 0
+
+
+@pytest.mark.parametrize(("keep", "beside", "copies"), [("best", "last", 0), ("last", "best", 1)])
+def test_a_full_device_holds_no_second_copy_of_what_was_trained(
+    stopped, overshooting, tmp_path, monkeypatch, keep, beside, copies
+):
+    class Ending(loop.Run):
+        def chosen(self):
+            self.trainable = replace(self.trainable, values=self.trainable.values.as_subclass(FullDevice))
+            return super().chosen()
+
+    monkeypatch.setattr(loop, "Run", Ending)
+    monkeypatch.setattr(FullDevice, "copies", 0)
+    report = train(replace(overshooting, keep=keep), tmp_path / "adapter", note=lambda text: None)
+    written = {keep: report.tensors_root, beside: require_manifest(tmp_path / "adapter" / beside).tensors_root}
+    folder, plain = stopped
+    assert written == {"best": plain.tensors_root, "last": require_manifest(folder / "last").tensors_root}
+    assert FullDevice.copies == copies
 
 
 def test_a_run_that_is_cut_off_anywhere_stops_at_the_same_step(stopped, overshooting, tmp_path):
