@@ -101,6 +101,7 @@ class Run:
         self._best: Tensor | None = None
         self._trackers: Sequence[Tracker] = ()
         self._can_save, self._saved = world.is_first, self.done
+        self._told_that_copies_wait = False
         if snapshot:
             self._restore(snapshot)
 
@@ -120,6 +121,7 @@ class Run:
                 line = self._step(self.done)
                 tokens, seconds = tokens + line["tokens"], seconds + time.monotonic() - start
                 self.tokens_per_second = tokens / seconds
+                self._tell_if_copies_wait()
                 on_step(StepReport(self.done, self.steps, line.get("loss", math.nan), self.tokens_per_second))
                 self._observe()
                 if self._world.is_first and self._is_due(self._config.save_every):
@@ -190,6 +192,16 @@ class Run:
             self._record({"step": step + 1} | line)
             self.done = step + 1
         return line
+
+    def _tell_if_copies_wait(self) -> None:
+        """Tell once, since a step takes longer, that the system gives no more pinned memory."""
+        shelf = self.activations.shelf
+        is_short = self.optimizer.state.pages.memory.is_short or (shelf is not None and shelf.memory.is_short)
+        if is_short and not self._told_that_copies_wait:
+            self._told_that_copies_wait = True
+            self._note(
+                "warning: the system pins no more host memory, so that copies to and from the GPU are waited for"
+            )
 
     def _refused(self, loss: float, norm: float, step: int) -> str | None:
         """What is wrong with the gradients, if something is, so that the optimizer must not see them.
