@@ -93,7 +93,7 @@ class Run:
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME)
-        self._pressure = Pressure(self.optimizer.state, note, is_alone=not inputs.config.shard_base)
+        self._pressure = Pressure(self.optimizer.state.pages, note, is_alone=not inputs.config.shard_base)
         self.tokens_per_second = 0.0
         snapshot = share_snapshot(world, newest_checkpoint(folder, note) if world.is_first else None)
         self.resumed_from = self.done = snapshot.step if snapshot else 0

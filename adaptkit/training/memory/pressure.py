@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from adaptkit.errors import UsageError
-from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.memory.paging import Pages
 from adaptkit.training.shortage import is_out_of_memory, shortage
 
 Result = TypeVar("Result")
@@ -26,13 +26,13 @@ class Pressure:
     """Watches for batches that run out of memory.
 
     Args:
-        state: gives way.
+        pages: of optimizer state, give way.
         note: told, in a line for people, when it does.
         is_alone: whether a batch can be computed once more without other processes.
     """
 
-    def __init__(self, state: PagedState, note: Callable[[str], None], is_alone: bool = True) -> None:
-        self._pages, self._note, self._is_alone = state.pages, note, is_alone
+    def __init__(self, pages: Pages, note: Callable[[str], None], is_alone: bool = True) -> None:
+        self._pages, self._note, self._is_alone = pages, note, is_alone
         self._budget_bytes = self._pages.budget_bytes
         self._limit: int | None = None
 
