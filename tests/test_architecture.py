@@ -14,7 +14,7 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap", "torch_compiler"}
+GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap", "torch_compiler", "triton_needs"}
 ON_THE_GROUND = {
     "__init__": set(),
     "errors": set(),
@@ -23,6 +23,7 @@ ON_THE_GROUND = {
     "child": set(),
     "heap": set(),
     "torch_compiler": set(),
+    "triton_needs": set(),
     "discovery": {"errors"},
     "kept": {"cache"},
     "compiled": {"kept", "compiler"},

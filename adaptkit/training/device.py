@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from adaptkit.errors import UsageError
+from adaptkit.triton_needs import what_triton_lacks
 
 _ASKS = "_is_mkldnn_bf16_supported"
 
@@ -29,6 +30,12 @@ def make_current(device: torch.device) -> None:
     """Let pinned memory and kernels be those of a GPU that has a number; else they are the first one's."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+
+
+def slower_without(device: torch.device) -> str:
+    """What a GPU's kernels lack, so that all takes longer, in a line; empty if nothing."""
+    lacking = what_triton_lacks() if device.type == "cuda" else ""
+    return lacking and f"warning: slower, since Triton's kernels need {lacking}, which is not here"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
 from adaptkit.training.data.encoding import prompt_ids
+from adaptkit.training.device import slower_without
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import mean_loss, pad_id
 from adaptkit.training.evaluation.generation import generate
@@ -87,7 +88,7 @@ class Run:
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world)
         inputs.require_base()
-        told = (left_out(self.model, inputs.config), cannot_be_merged(self.model))
+        told = (left_out(self.model, inputs.config), cannot_be_merged(self.model), slower_without(world.device))
         for line in filter(None, told if world.is_first else ()):
             note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
