@@ -168,7 +168,7 @@ def measure_ours(folder: Path, size: Size, device: Device, rounds: int) -> dict[
     whole = state.pages.count * state.pages.page_bytes
     for _ in range(3):
         for kind, budget in (("resident", None), ("paged", int(QUARTER * whole))):
-            state.set_budget(budget)
+            state.pages.set_budget(budget)
             step()
             seconds[kind] += [device.seconds(step) for _ in range(max(2, rounds // 3))]
     return found | {kind: statistics.median(times) for kind, times in seconds.items()} | {"pages": state.metrics()}
@@ -178,7 +178,8 @@ def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> dict[
     """Whether a step fails where the optimizer's state leaves too little memory, and is taken once that gives way."""
     import torch
 
-    from adaptkit.training.memory.pressure import Pressure, is_out_of_memory
+    from adaptkit.training.memory.pressure import Pressure
+    from adaptkit.training.shortage import is_out_of_memory
 
     step = bench_training.AdaptkitStep(
         folder / "nf4", size.long_length, 1.0, "layer",
@@ -202,7 +203,7 @@ def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> dict[
     if device.name != "cpu":
         torch.cuda.empty_cache()
     notes: list[str] = []
-    loss = Pressure(step.optimizer.state, notes.append).relieve(size.long_length, step.collect)
+    loss = Pressure(pages, notes.append).relieve(size.long_length, step.collect)
     step.optimizer.step(bench_training.RATE)
     return {
         "limit": limit, "state": state_bytes, "failed": failed, "finished": math.isfinite(loss),

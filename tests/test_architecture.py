@@ -14,7 +14,7 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap", "torch_compiler"}
+GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap", "torch_compiler", "triton_needs"}
 ON_THE_GROUND = {
     "__init__": set(),
     "errors": set(),
@@ -23,6 +23,7 @@ ON_THE_GROUND = {
     "child": set(),
     "heap": set(),
     "torch_compiler": set(),
+    "triton_needs": set(),
     "discovery": {"errors"},
     "kept": {"cache"},
     "compiled": {"kept", "compiler"},
@@ -61,8 +62,9 @@ INSIDE_TRAINING = {
     "memory": {"data", "network"},
     "evaluation": {"data", "network"},
 }
-"""Beside what all of its rooms may import: the settings, and which device and processes there are."""
-FOR_ALL = {"config", "settings", "device", "distributed"}
+"""Beside what all of its rooms may import: the settings, which device and processes there are, and what too little
+memory is."""
+FOR_ALL = {"config", "settings", "device", "distributed", "shortage"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from adaptkit.errors import UsageError
+from adaptkit.triton_needs import what_triton_lacks
 
 _ASKS = "_is_mkldnn_bf16_supported"
 
@@ -23,6 +24,18 @@ def choose_device(name: str) -> torch.device:
     if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
         raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_current(device: torch.device) -> None:
+    """Let pinned memory and kernels be those of a GPU that has a number; else they are the first one's."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def slower_without(device: torch.device) -> str:
+    """What a GPU's kernels lack, so that all takes longer, in a line; empty if nothing."""
+    lacking = what_triton_lacks() if device.type == "cuda" else ""
+    return lacking and f"warning: slower, since Triton's kernels need {lacking}, which is not here"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
-from adaptkit.errors import NetworkError
-from adaptkit.training.device import choose_device
+from adaptkit.errors import NetworkError, UsageError
+from adaptkit.training.device import choose_device, make_current
+from adaptkit.training.shortage import is_out_of_memory
 
 Shared = TypeVar("Shared")
 
@@ -97,19 +98,17 @@ def join(device: str) -> Iterator[World]:
         device: as in the configuration; on GPUs each process of a machine takes the next one.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: the device is not there, or there is not one for each process.
         NetworkError: the other processes cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
     mine = choose_device(device)
-    if mine.type == "cuda" and mine.index is not None:
-        torch.cuda.set_device(mine)  # pinned memory and kernels are the current device's
+    if size > 1 and mine.type == "cuda":
+        mine = _own_gpu(mine, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    make_current(mine)
     if size == 1:
         yield World(mine)
         return
-    if mine.type == "cuda" and mine.index is None:
-        mine = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        torch.cuda.set_device(mine)
     with _partners():
         store, rank, size = next(rendezvous("env://"))
         # torchrun may keep the store when it begins again, with addresses of processes that are gone.
@@ -121,6 +120,33 @@ def join(device: str) -> Iterator[World]:
         yield World(mine, rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+def _own_gpu(asked: torch.device, processes: int) -> torch.device:
+    """The GPU of one of several processes.
+
+    Args:
+        asked: with or without a number.
+        processes: on this machine.
+
+    Raises:
+        UsageError: there is none for each of them.
+    """
+    there = torch.cuda.device_count()
+    if asked.index is None:
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if number >= there:
+            raise UsageError(
+                f"{processes} processes on this machine need a GPU each, and there are {there}",
+                hint=f"torchrun --nproc-per-node {there}, or --device cpu",
+            )
+        return torch.device("cuda", number)
+    if processes > 1 and there > 1:  # of one, each process may have been given another to see
+        raise UsageError(
+            f"device {str(asked)!r}: is one GPU, and {processes} processes on this machine need one each",
+            hint="--device cuda: each process takes the next one; or start one process",
+        )
+    return asked
 
 
 @contextmanager
@@ -167,6 +193,10 @@ def _partners() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        if "Duplicate GPU" in str(error):
+            raise UsageError("two processes of this run have the same GPU", hint="start one for each GPU") from error
         reason = " ".join(str(error).split())[:200]
         raise NetworkError(
             f"another process of this run cannot be reached: {reason}",

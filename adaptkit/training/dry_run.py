@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
-from adaptkit.training.device import choose_device
+from adaptkit.training.device import choose_device, make_current
 from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
@@ -15,6 +17,7 @@ from adaptkit.training.network.start import cannot_be_merged, left_out
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_not_finished, check_unfinished, going_on_from, require_room
 from adaptkit.training.schedule import steps_in
+from adaptkit.training.shortage import TRAIN_LESS, tells_shortage
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class RunPlan:
     disk_bytes: int
 
 
+@tells_shortage("beside the base", hint=TRAIN_LESS)
 def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: bool = False) -> RunPlan:
     """Check a run as ``train`` would, up to its first step.
 
@@ -76,9 +80,13 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     check_unfinished(work, identity, force, resume)
     if inputs.manifest is not None:
         check_tensors(inputs.base, inputs.manifest)
-    whole = replace(inputs, config=replace(inputs.config, shard_base=False))  # by this one process
+    device = choose_device(config.device)
+    if config.shard_base:  # of which no device need hold the whole; mapped from its files it takes no memory
+        inputs = replace(inputs, config=replace(inputs.config, shard_base=False, offload_checkpoints=False))
+        device = torch.device("cpu")
+    make_current(device)
     batches = batches_of(inputs)
-    model, activations = build(whole, World(choose_device(config.device)), batches.largest())
+    model, activations = build(inputs, World(device), batches.largest())
     parameters = Trainable.of(model).values.numel()
     steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)

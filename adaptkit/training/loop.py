@@ -31,6 +31,7 @@ from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import records_of, write_result
 from adaptkit.training.resume import check_not_finished, check_unfinished, holds_work, remember, require_room
 from adaptkit.training.run import Chosen, Run
+from adaptkit.training.shortage import TRAIN_LESS, tells_shortage
 from adaptkit.training.trackers import trackers
 
 Records = Mapping[str, TensorRecord]
@@ -41,6 +42,7 @@ def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@tells_shortage("beside the base", hint=TRAIN_LESS)
 def train(
     config: TrainConfig,
     output: Path,
@@ -61,7 +63,8 @@ def train(
         note: told, in a line for people, what else happens: answers to prompts, skipped steps, an early end.
 
     Raises:
-        CheckpointError, UsageError, DataError: base, targets or data cannot be used; nothing to resume.
+        CheckpointError, UsageError, DataError: base, targets or data cannot be used, there is nothing to resume, or too
+            little memory.
         IntegrityError: the base is not what its manifest says.
         NonFiniteError: the loss is no number; names the step and the samples.
         ConflictError: the output exists, or unfinished work of another run lies there; names what differs.
@@ -151,11 +154,14 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, records: Records, adapt
     """Write another adapter of the run as a whole artifact in a folder of its own."""
     inside = out.folder / adapter.name
     shutil.rmtree(inside, ignore_errors=True)  # of a run that was killed here
-    last = run.trainable.values.clone()
-    run.trainable.values.copy_(adapter.parameters)
+    values, last = run.trainable.values, None
+    if adapter.parameters is not values:
+        last = values.to("cpu", copy=True)  # since the device may be full
+        values.copy_(adapter.parameters)
     with Output(inside, inputs.identity()) as nested:
         nested.publish(_write_result(nested, inputs, run, records))
-    run.trainable.values.copy_(last)
+    if last is not None:
+        values.copy_(last)
     for path in sorted(inside.iterdir()):
         name = path.relative_to(out.folder).as_posix()
         out.files.append(FileRecord(name, path.stat().st_size, file_sha256(path)))

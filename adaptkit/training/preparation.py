@@ -27,6 +27,7 @@ from adaptkit.training.network.start import begin
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.schedule import steps_in
+from adaptkit.training.shortage import tells_shortage
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
@@ -84,6 +85,10 @@ def make_fast(model: Model) -> None:
         keep_narrow(network, model.dtype, join_on_gpu(network))
 
 
+@tells_shortage(
+    "as the model was loaded",
+    hint="a base that adaptkit quantize made, several GPUs with --shard-base, or --device cpu",
+)
 def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model, Activations]:
     """The model with the adapter that it begins with, and what it keeps of a batch.
 
@@ -91,6 +96,9 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         inputs: of the run.
         world: its processes.
         largest: rows and length of its largest batch.
+
+    Raises:
+        UsageError: the device has too little memory, or what ``begin`` and ``save_activations`` refuse.
     """
     device, is_shared = world.device, inputs.config.shard_base
     held = torch.device("cpu") if is_shared else device  # the base need not fit the device before it is divided

@@ -14,6 +14,7 @@ from torch import Tensor
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
 from adaptkit.training.data.encoding import prompt_ids
+from adaptkit.training.device import slower_without
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import mean_loss, pad_id
 from adaptkit.training.evaluation.generation import generate
@@ -31,6 +32,7 @@ from adaptkit.training.preparation import batches_of, begin_libraries, build, ch
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
+from adaptkit.training.shortage import tells_shortage
 from adaptkit.training.trackers import Tracker
 from adaptkit.training.uninterrupted import uninterrupted
 
@@ -87,13 +89,14 @@ class Run:
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world, self.batches.largest())
         inputs.require_base()
-        told = (left_out(self.model, inputs.config), cannot_be_merged(self.model))
+        told = (left_out(self.model, inputs.config), cannot_be_merged(self.model), slower_without(world.device))
         for line in filter(None, told if world.is_first else ()):
             note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME)
-        self._pressure = Pressure(self.optimizer.state, note, is_alone=not inputs.config.shard_base)
+        pages, shelf = self.optimizer.state.pages, self.activations.shelf
+        self._pressure = Pressure(pages, note, [shelf.memory] if shelf else [], not inputs.config.shard_base)
         self.tokens_per_second = 0.0
         snapshot = share_snapshot(world, newest_checkpoint(folder, note) if world.is_first else None)
         self.resumed_from = self.done = snapshot.step if snapshot else 0
@@ -243,6 +246,7 @@ class Run:
                 self._remember_best()
         self._tell(line)
 
+    @tells_shortage("as prompts were answered", hint="a smaller --micro-batch-size or --sample-tokens")
     def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
         found = generate(
             self.model,
@@ -254,6 +258,7 @@ class Run:
         )
         return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
 
+    @tells_shortage("as held-out samples were measured", hint="a smaller --micro-batch-size or --max-length")
     def _held_out_loss(self) -> float:
         everything = self._inputs.held_out
         divided = self._world.size > 1 and not self._config.shard_base  # else all need each other for every batch

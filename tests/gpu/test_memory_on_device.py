@@ -29,7 +29,7 @@ def updates(count, budgets, bits):
     gradients, state = torch.zeros(count, device=GPU), PagedState(count, 1 << 16, budgets[0], GPU, bits=bits)
     optimizer = PagedAdamW(values, gradients, [Group(slice(0, count))], state, 0.01)
     for step, (rate, budget) in enumerate(zip(RATES, budgets, strict=True)):
-        state.set_budget(budget)
+        state.pages.set_budget(budget)
         gradients.copy_(torch.randn(count, generator=torch.Generator().manual_seed(step + 2)))
         optimizer.step(rate)
     return {"parameters": values.cpu()} | {n: v.whole() for n, v in state.vectors().items()}, state
@@ -157,7 +157,7 @@ def test_a_batch_that_runs_out_of_memory_finishes_after_evictions():
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - (256 << 20), dtype=torch.uint8, device=GPU)
     notes = []
-    pressure = Pressure(state, notes.append)
+    pressure = Pressure(state.pages, notes.append)
     result = pressure.relieve(1, lambda: torch.ones(400 << 20, dtype=torch.uint8, device=GPU))
     assert (int(result[-1]), len(notes), state.pages.counters.retries) == (1, 1, 1)
     del ballast

@@ -1,4 +1,7 @@
-"""The type that a run computes in: bfloat16 only where it is fast, and said in the report and the manifest."""
+"""The type that a run computes in: bfloat16 only where it is fast, and said in the report and the manifest.
+
+And on which device: of several processes each has a GPU of its own.
+"""
 
 import json
 import platform
@@ -6,7 +9,11 @@ import platform
 import pytest
 import torch
 
+from adaptkit.errors import UsageError
+from adaptkit.training import distributed
 from adaptkit.training.device import attention_of_any_length, choose_dtype
+from adaptkit.training.distributed import join
+from adaptkit.training.evaluation import evaluate as evaluation
 
 CPU = torch.device("cpu")
 
@@ -42,3 +49,74 @@ def test_attention_of_any_length_leaves_torch_as_it_was():
     with attention_of_any_length():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine that has two, as far as is asked; which of them was made the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """Be one of several processes on this machine."""
+
+    def begin(rank, size):
+        started = {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "WORLD_SIZE": size}
+        for name, value in started.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(distributed, "rendezvous", lambda address: iter([(None, rank, size)]))
+        monkeypatch.setattr(distributed.distributed, "PrefixStore", lambda name, store: store)
+        monkeypatch.setattr(distributed.distributed, "init_process_group", lambda *a, **k: None)
+        monkeypatch.setattr(distributed.distributed, "destroy_process_group", lambda: None)
+
+    return begin
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_every_process_takes_the_next_gpu(gpus, torchrun, asked):
+    torchrun(1, 2)
+    with join(asked) as world:
+        assert world.device == gpus[0] == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_told_how_many_there_are(gpus, torchrun, asked):
+    torchrun(2, 3)
+    with pytest.raises(UsageError, match=r"3 processes .* a GPU each, and there are 2") as caught, join(asked):
+        pass
+    assert "--nproc-per-node 2" in caught.value.hint
+
+
+def test_one_gpu_is_not_for_several_processes_of_a_machine(gpus, torchrun, monkeypatch):
+    torchrun(0, 2)
+    with pytest.raises(UsageError, match="'cuda:1': is one GPU, and 2 processes"), join("cuda:1"):
+        pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the other process is on another machine
+    with join("cuda:1") as world:
+        assert world.device == torch.device("cuda", 1)
+
+
+def test_processes_that_find_themselves_on_one_gpu_are_not_told_of_the_network(monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA 50")
+
+    monkeypatch.setattr(distributed.distributed, "all_reduce", refuse)
+    with pytest.raises(UsageError, match="the same GPU"):
+        distributed.World(CPU, size=2).total(1.0)
+
+
+def test_the_gpu_that_a_model_is_measured_on_is_the_current_one(gpus, llama_nf4, monkeypatch):
+    """Else pinned memory would make room for itself on the first one, too."""
+
+    def stop(*arguments):
+        raise InterruptedError
+
+    monkeypatch.setattr(evaluation, "load_model", stop)
+    with pytest.raises(InterruptedError):
+        evaluation.load(llama_nf4, evaluation.EvaluateOptions(device="cuda:1", compute_dtype="float32"))
+    assert gpus == [torch.device("cuda", 1)]

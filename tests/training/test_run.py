@@ -25,7 +25,8 @@ from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputEx
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.training import loop, result
+from adaptkit.training import dry_run, loop, result
+from adaptkit.training import inputs as inputs_module
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World, deterministic
@@ -255,6 +256,38 @@ def test_the_best_adapter_is_published_and_the_last_lies_beside_it(stopped, over
     assert require_manifest(tmp_path / "kept" / "best").tensors_root == best.tensors_root
 
 
+class FullDevice(torch.Tensor):
+    """Numbers on a device that has no room for a second copy of them."""
+
+    def clone(self, *arguments, **named):
+        raise torch.OutOfMemoryError
+
+    def to(self, device, copy):
+        assert (device, copy) == ("cpu", True)
+        FullDevice.copies += 1
+        return super().to(device, copy=True)
+
+    copies = 0
+
+
+@pytest.mark.parametrize(("keep", "beside", "copies"), [("best", "last", 0), ("last", "best", 1)])
+def test_a_full_device_holds_no_second_copy_of_what_was_trained(
+    stopped, overshooting, tmp_path, monkeypatch, keep, beside, copies
+):
+    class Ending(loop.Run):
+        def chosen(self):
+            self.trainable = replace(self.trainable, values=self.trainable.values.as_subclass(FullDevice))
+            return super().chosen()
+
+    monkeypatch.setattr(loop, "Run", Ending)
+    monkeypatch.setattr(FullDevice, "copies", 0)
+    report = train(replace(overshooting, keep=keep), tmp_path / "adapter", note=lambda text: None)
+    written = {keep: report.tensors_root, beside: require_manifest(tmp_path / "adapter" / beside).tensors_root}
+    folder, plain = stopped
+    assert written == {"best": plain.tensors_root, "last": require_manifest(folder / "last").tensors_root}
+    assert FullDevice.copies == copies
+
+
 def test_a_run_that_is_cut_off_anywhere_stops_at_the_same_step(stopped, overshooting, tmp_path):
     """After every single step: best adapter, patience and history go on from the checkpoint."""
     output = tmp_path / "adapter"
@@ -406,6 +439,17 @@ def test_a_plan_is_what_the_run_then_does_and_writes_nothing(config, run_cli, tm
     done = run_cli(*command(config, tmp_path / "other", "--dry-run", "--json"))
     assert json.loads(done.stdout)["steps"] == 8
     assert not (tmp_path / "other.partial").exists()
+
+
+def test_a_plan_of_a_divided_base_does_not_put_the_whole_on_one_gpu(config, tmp_path, monkeypatch):
+    for module in (dry_run, inputs_module):
+        monkeypatch.setattr(module, "choose_device", lambda name: torch.device("cuda"))
+    divided = replace(config, shard_base=True, checkpointing="layer", offload_checkpoints=True)
+    plan = plan_run(divided, tmp_path / "adapter")  # where there is no GPU, whatever went to one would fail
+    monkeypatch.undo()
+    assert plan.trainable_parameters == plan_run(config, tmp_path / "adapter").trainable_parameters
+    with pytest.raises(UsageError, match="offload_checkpoints"):  # a CPU refuses, as it will when the run begins
+        plan_run(divided, tmp_path / "adapter")
 
 
 def cut_after(config, output, step):

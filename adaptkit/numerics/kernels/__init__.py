@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.kernels.codebook import Codebook
+from adaptkit.triton_needs import what_triton_lacks
 
 if TYPE_CHECKING:
     from torch import device
@@ -101,10 +101,9 @@ def kernels_for(where: Values | device) -> Kernels:
     return _kernels("cpu" if isinstance(where, np.ndarray) else getattr(where, "device", where).type)
 
 
-@cache
 def has_triton(device_type: str) -> bool:
-    """Whether Triton's kernels are there for a kind of device."""
-    return device_type == "cuda" and find_spec("triton") is not None
+    """Whether Triton's kernels can run on a kind of device."""
+    return device_type == "cuda" and not what_triton_lacks()
 
 
 @cache

@@ -89,7 +89,7 @@ def compare(
         progress: told how many models are measured, of how many.
 
     Raises:
-        UsageError: nothing to measure, or nothing says which of several bases an adapter belongs to.
+        UsageError: nothing to measure, nothing says which of several bases an adapter belongs to, or too little memory.
         BaseMismatchError: an adapter belongs to none of the bases; or another vocabulary than the reference's.
         DataError: data or text cannot be used.
         IntegrityError: a base, an adapter or the reference is not what its manifest says.

@@ -15,7 +15,7 @@ from adaptkit.networks.architecture import empty_network
 from adaptkit.text.windows import known_tokens
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
-from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, name_of
+from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, make_current, name_of
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Asked, Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
@@ -29,6 +29,7 @@ from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.tables import keep_in_host_memory
+from adaptkit.training.shortage import tells_shortage
 
 
 def evaluate(
@@ -53,7 +54,8 @@ def evaluate(
         on_answer: told of every answer to the data's questions.
 
     Raises:
-        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing.
+        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing; or too
+            little memory.
         BaseMismatchError: the adapter does not belong to the base, or the reference has another vocabulary.
         DataError: data or text cannot be used.
         IntegrityError: base, adapter or reference is not what its manifest says.
@@ -100,9 +102,15 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
         require_metrics()
 
 
+@tells_shortage("as the model was loaded", hint="a base that adaptkit quantize made, or --device cpu")
 def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
-    """Load a checkpoint, and an adapter on it."""
+    """Load a checkpoint, and an adapter on it.
+
+    Raises:
+        UsageError: there is no such device, or it has too little memory.
+    """
     device = choose_device(options.device)
+    make_current(device)
     model = load_model(base, choose_dtype(options.compute_dtype, device), device)
     if adapter is not None:
         load_adapter(model, adapter)
@@ -115,6 +123,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
 
 
 @attention_of_any_length()
+@tells_shortage("as the model was measured", hint="a smaller --batch-size, --max-length or --window, or --device cpu")
 def measure(
     base: Path,
     adapter: Adapter | None,

@@ -31,11 +31,13 @@ class Activations:
         bytes: what the layers keep and need at the largest batch; 0 if nobody can tell:
             the network has no stack of layers, or one that cannot be followed, or is divided among processes.
         logits_bytes: of a chunk of logits.
+        shelf: where inputs of layers wait in host memory, if they do.
     """
 
     checkpointing: Checkpointing
     bytes: int
     logits_bytes: int
+    shelf: Shelf | None = None
 
 
 def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int], device: torch.device) -> Activations:
@@ -74,8 +76,9 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     if found.layers and not config.shard_base:
         with contextlib.suppress(UsageError):  # of layers that cannot be followed, which is no reason not to train
             needed = found.bytes_needed(measured(), offloaded)
-    checkpoint_layers(network, found, Shelf(device) if offloaded else None)
-    return Activations(found, needed, logits)
+    shelf = Shelf(device) if offloaded else None
+    checkpoint_layers(network, found, shelf)
+    return Activations(found, needed, logits, shelf)
 
 
 def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> list[LayerSize]:

@@ -59,10 +59,6 @@ class PagedState:
         scratch = (2, elements) if bits == 8 else (0,)
         self._scratch = torch.empty(scratch, device=device)
 
-    def set_budget(self, budget_bytes: int | None) -> None:
-        """See ``Pages.set_budget``."""
-        self.pages.set_budget(budget_bytes)
-
     def stays(self, page: int) -> bool:
         """Whether the moments of a page may still be used after ``sweep`` went on to the next one, on a GPU.
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.training.network.pinned import HostMemory
+
 _STAYING = 2
 """Tensors that have not left the GPU, or not yet: those that are needed first."""
 
@@ -41,10 +43,13 @@ class Shelf:
 
     Args:
         device: where they come from. On a CPU they are copied there and back, which saves nothing; tests do that.
+
+    Attributes:
+        memory: that they wait in.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self.memory = device, HostMemory(device)
         self._last: weakref.ref[_Item] | None = None
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # What is being copied: the tensor on the device, when that is done, and whose it is.
@@ -58,7 +63,7 @@ class Shelf:
         """
         if self._last is None or self._last() is None:
             self._settle(0, leave=True)  # of a pass that nobody went back through
-        host = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
+        host = self.memory.make(torch.empty_like, tensor, device="cpu")
         item = _Item(host, self._last)
         self._last = weakref.ref(item)
         if self._stream is None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.training.network.pinned import HostMemory
 
 _ZEROS = bytes(1 << 20)
 _PIECE = 64 << 20
@@ -65,13 +66,16 @@ class Pages:
     Attributes:
         budget_bytes: as it was given last.
         counters: of what moved.
+        memory: of the pages that are on the host, but for those in a file.
     """
 
     def __init__(
         self, count: int, page_bytes: int, budget_bytes: int | None, device: torch.device, file: Path | None = None
     ) -> None:
-        self.count, self.page_bytes, self._device, self._file = count, page_bytes, device, file
+        self.count, self.page_bytes, self._device = count, page_bytes, device
+        self._file = file if device.type == "cpu" else None
         self.counters = PagingCounters()
+        self.memory = HostMemory(device)
         self._host: _Host | None = None
         self._resident: list[Tensor] = []
         self._stream = _Stream(device, page_bytes)
@@ -162,7 +166,7 @@ class Pages:
 
     def _hosted(self) -> "_Host":
         if self._host is None:
-            self._host = _Host(self.count, self.page_bytes, self._device, self._file)
+            self._host = _Host(self.count, self.page_bytes, self.memory, self._file)
         return self._host
 
 
@@ -183,18 +187,18 @@ class _Host:
     be four times slower, and what is mapped counts as the process's memory.
     """
 
-    def __init__(self, count: int, page_bytes: int, device: torch.device, path: Path | None) -> None:
+    def __init__(self, count: int, page_bytes: int, memory: HostMemory, path: Path | None) -> None:
         self._page_bytes, self._path, self._file = page_bytes, path or Path(), -1
-        if device.type == "cpu" and path is not None:
+        if path is not None:
             path.unlink(missing_ok=True)
             with disk_errors(path):
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 weakref.finalize(self, os.close, self._file)
                 _reserve(self._file, count * page_bytes)
             return
-        pin, pages = device.type == "cuda", max(1, _PIECE // page_bytes)
+        pages = max(1, _PIECE // page_bytes)
         sizes = (min(pages, count - first) for first in range(0, count, pages))
-        pieces = [torch.zeros(size, page_bytes, dtype=torch.uint8, pin_memory=pin) for size in sizes]
+        pieces = [memory.make(torch.zeros, size, page_bytes, dtype=torch.uint8) for size in sizes]
         self._pages = [page for piece in pieces for page in piece]
 
     def get(self, page: int, slot: Tensor) -> None:

@@ -10,13 +10,15 @@ exchange its layers while they compute, so that none of them can begin again alo
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 
 from adaptkit.errors import UsageError
-from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.memory.paging import Pages
+from adaptkit.training.network.pinned import HostMemory
+from adaptkit.training.shortage import is_out_of_memory, shortage
 
 Result = TypeVar("Result")
 
@@ -25,13 +27,17 @@ class Pressure:
     """Watches for batches that run out of memory.
 
     Args:
-        state: gives way.
-        note: told, in a line for people, when it does.
+        pages: of optimizer state, give way.
+        note: told, in a line for people, when it does; and once if copies to and from host memory have to wait.
+        others: further host memory that a device copies from.
         is_alone: whether a batch can be computed once more without other processes.
     """
 
-    def __init__(self, state: PagedState, note: Callable[[str], None], is_alone: bool = True) -> None:
-        self._pages, self._note, self._is_alone = state.pages, note, is_alone
+    def __init__(
+        self, pages: Pages, note: Callable[[str], None], others: Iterable[HostMemory] = (), is_alone: bool = True
+    ) -> None:
+        self._pages, self._note, self._is_alone = pages, note, is_alone
+        self._memories = [pages.memory, *others]
         self._budget_bytes = self._pages.budget_bytes
         self._limit: int | None = None
 
@@ -45,6 +51,9 @@ class Pressure:
         Raises:
             UsageError: there is nothing to give way, or it did not help.
         """
+        if any(memory.is_short for memory in self._memories):
+            self._memories = []
+            self._note("warning: the system pins no more host memory, so that copies to and from the GPU wait")
         if self._limit is not None:
             self._hold(0 if tokens >= self._limit else self._budget_bytes, tokens)
         try:
@@ -86,17 +95,5 @@ class Pressure:
         raise self._hopeless(tokens, reason)
 
     def _hopeless(self, tokens: int, reason: str) -> UsageError:
-        return UsageError(
-            f"out of memory in a micro-batch of {tokens} tokens ({reason.partition(chr(10))[0]})",
-            hint="a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit",
-        )
-
-
-_WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "out of memory")
-"""What torch on a CPU, cuBLAS (the third when a thread first asks it on a full device), and the driver say, who have no
-type of error for it."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed."""
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS)
+        hint = "a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit"
+        return shortage(f"in a micro-batch of {tokens} tokens", reason, hint)

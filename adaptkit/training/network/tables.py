@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.kernels import has_triton
+from adaptkit.training.network.pinned import pinned
 
 
 def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
@@ -26,11 +27,9 @@ def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
     for module in host_tables(network, dtype).values():
         table = module.weight.detach()
         if has_triton(table.device.type) and not module.weight.requires_grad:
-            try:
-                pinned = torch.empty_like(table, device="cpu", pin_memory=True)
-            except RuntimeError:  # systems may allow less pinned memory than they have
-                continue
-            hold_in_host_memory(module, pinned.copy_(table), table.device)
+            place = pinned(torch.empty_like, table, device="cpu")
+            if place is not None:
+                hold_in_host_memory(module, place.copy_(table), table.device)
 
 
 def hold_in_host_memory(module: nn.Embedding, table: Tensor, device: torch.device) -> None:

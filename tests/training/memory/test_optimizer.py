@@ -39,7 +39,7 @@ def run(count, state, budgets, weight_decay=0.01):
     values, gradients = torch.randn(count, generator=torch.Generator().manual_seed(99)), torch.zeros(count)
     optimizer = PagedAdamW(values, gradients, [Group(slice(0, count))], state, weight_decay)
     for step, (rate, budget) in enumerate(zip(RATES, budgets, strict=True)):
-        state.set_budget(budget)
+        state.pages.set_budget(budget)
         gradients.copy_(gradient(count, step))
         optimizer.step(rate)
     return {"parameters": values} | moments(state)

@@ -32,7 +32,8 @@ def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_small
         return size
 
     held = state(tmp_path)
-    pressure, pages = Pressure(held, notes.append), held.pages
+    pages = held.pages
+    pressure = Pressure(pages, notes.append)
     for size in (10, 60, 55, 70, 10, 60):
         assert pressure.relieve(size, lambda size=size: compute(size)) == size
     assert resident == [10, 10, 0, 10, 0, 0, 10, 0]
@@ -44,7 +45,8 @@ def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_small
 
 def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path, monkeypatch):
     held = state(tmp_path)
-    pressure, pages = Pressure(held, lambda line: None), held.pages
+    pages = held.pages
+    pressure = Pressure(pages, lambda line: None)
     pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS) if pages.resident else None)
     hosted, failures = pages._hosted, []
 
@@ -62,7 +64,7 @@ def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path,
 
 
 def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tmp_path):
-    pressure = Pressure(state(tmp_path), lambda line: None)
+    pressure = Pressure(state(tmp_path).pages, lambda line: None)
     with pytest.raises(UsageError, match="micro-batch of 60 tokens") as caught:
         pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
     assert "--micro-batch-size" in caught.value.hint
@@ -75,7 +77,7 @@ def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tm
 def test_pages_that_the_host_has_no_room_for_are_an_error_with_a_way_out(tmp_path, monkeypatch):
     """As where little memory can be pinned."""
     held = state(tmp_path)
-    pressure = Pressure(held, lambda line: None)
+    pressure = Pressure(held.pages, lambda line: None)
 
     def without_room():
         raise torch.OutOfMemoryError("CUDA error: out of memory\nthis and that")
@@ -87,14 +89,14 @@ def test_pages_that_the_host_has_no_room_for_are_an_error_with_a_way_out(tmp_pat
 
 def test_a_process_that_shares_its_base_does_not_begin_again_alone(tmp_path):
     """The others would be waiting for its part of another layer."""
-    pressure, calls = Pressure(state(tmp_path), lambda line: None, is_alone=False), []
+    pressure, calls = Pressure(state(tmp_path).pages, lambda line: None, is_alone=False), []
     with pytest.raises(UsageError, match="micro-batch of 60 tokens"):
         pressure.relieve(60, lambda: [calls.append(1), torch.empty(MORE_THAN_THERE_IS)])
     assert (len(calls), pressure._pages.counters.retries) == (1, 0)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
-    pressure = Pressure(state(tmp_path), lambda line: None)
+    pressure = Pressure(state(tmp_path).pages, lambda line: None)
     with pytest.raises(RuntimeError, match="size of tensor"):
         pressure.relieve(1, lambda: torch.ones(2) + torch.ones(3))
     assert pressure._pages.counters.retries == 0

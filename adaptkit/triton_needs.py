@@ -1,0 +1,25 @@
+"""What Triton needs to run a kernel, which containers that only run things lack: it compiles what launches it, in C."""
+
+import os
+import shutil
+import sysconfig
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@cache
+def what_triton_lacks() -> str:
+    """In words, with what to install; empty if Triton can run.
+
+    Source: ``triton/runtime/build.py``.
+    """
+    if find_spec("triton") is None:
+        return "the package triton"
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler (gcc or clang, or CC that names another)"
+    scheme = sysconfig.get_default_scheme()
+    places = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)  # the former is Debian's
+    if not (Path(places["include"]) / "Python.h").is_file():
+        return "Python.h (on Debian and Ubuntu of python3-dev)"
+    return ""

@@ -1,0 +1,56 @@
+"""Triton is left out where it could not compile what launches its kernels, and a run on a GPU says what it lacks."""
+
+import shutil
+import sysconfig
+
+import pytest
+import torch
+
+from adaptkit import triton_needs
+from adaptkit.numerics.kernels import has_triton
+from adaptkit.training.device import slower_without
+from adaptkit.triton_needs import what_triton_lacks
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """One that has all; a function that takes something away."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(triton_needs, "find_spec", lambda name: name)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+
+    def has(*programs):
+        monkeypatch.setattr(shutil, "which", lambda name: name if name in programs else None)
+        what_triton_lacks.cache_clear()
+
+    has("gcc")
+    yield has
+    what_triton_lacks.cache_clear()
+
+
+def test_it_is_there_where_it_can_compile(machine, monkeypatch):
+    for programs in (["gcc"], ["clang"]):
+        machine(*programs)
+        assert has_triton("cuda")
+    machine()
+    assert not has_triton("cuda")
+    monkeypatch.setenv("CC", "/opt/cc")
+    what_triton_lacks.cache_clear()
+    assert has_triton("cuda")
+    assert not has_triton("cpu")
+    assert slower_without(torch.device("cuda")) == slower_without(torch.device("cpu")) == ""
+
+
+@pytest.mark.parametrize("lacking", ["a C compiler", "Python.h", "the package triton"])
+def test_what_is_lacking_is_told(machine, monkeypatch, tmp_path, lacking):
+    if lacking == "a C compiler":
+        machine("cc")  # which Triton does not look for
+    elif lacking == "Python.h":
+        (tmp_path / "Python.h").unlink()
+    else:
+        monkeypatch.setattr(triton_needs, "find_spec", lambda name: None)
+    what_triton_lacks.cache_clear()
+    assert not has_triton("cuda")
+    assert f"need {lacking}" in slower_without(torch.device("cuda"))
+    assert slower_without(torch.device("cpu")) == ""

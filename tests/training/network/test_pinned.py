@@ -1,0 +1,75 @@
+"""Where a system pins no more memory, what leaves a GPU lies in other memory, and that is told once."""
+
+import pytest
+import torch
+
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+from adaptkit.training.memory import paging
+from adaptkit.training.memory.moments import PagedState
+from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.network.pinned import HostMemory, pinned
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def nothing_is_pinned(monkeypatch):
+    """As torch says it; the memory of what computes on a CPU here is that of a GPU."""
+    for name in ("zeros", "empty_like"):
+        plain = getattr(torch, name)
+
+        def refuse(*arguments, plain=plain, pin_memory=False, **named):
+            if pin_memory:
+                raise RuntimeError("CUDA error: out of memory")
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(torch, name, refuse)
+
+
+def test_memory_beside_a_gpu_is_pinned_and_beside_a_cpu_it_is_not():
+    asked = []
+
+    def make(size, **named):
+        asked.append(named)
+        return torch.zeros(size)
+
+    assert pinned(make, 3).shape == (3,)
+    for device in (GPU, CPU):
+        memory = HostMemory(device)
+        assert memory.make(make, 3).shape == (3,)
+        assert not memory.is_short
+    assert asked == [{"pin_memory": True}, {"pin_memory": True}, {}]
+
+
+@pytest.mark.usefixtures("nothing_is_pinned")
+def test_pages_and_shelves_do_without_pinned_memory():
+    assert pinned(torch.zeros, 3) is None
+    state = PagedState(1000, 100, None, CPU)
+    state.pages.memory._pins = True
+    for span, first, _ in state.sweep():
+        first.copy_(torch.arange(span.start, span.stop))
+    state.pages.set_budget(0)
+    assert state.pages.memory.is_short
+    state.pages.set_budget(None)
+    assert state.vectors()["first_moment"].whole().tolist() == list(range(1000))
+    shelf = Shelf(CPU)
+    shelf.memory._pins = True
+    assert torch.equal(shelf.put(torch.arange(5))(), torch.arange(5))
+    assert shelf.memory.is_short
+
+
+def test_a_run_whose_copies_wait_says_so_once(llama_nf4, instructions, tmp_path, monkeypatch):
+    class Short(HostMemory):
+        def __init__(self, device):
+            super().__init__(device)
+            self.is_short = True
+
+    monkeypatch.setattr(paging, "HostMemory", Short)
+    config = TrainConfig(
+        base=str(llama_nf4), data=(str(instructions),), rank=2, steps=3, batch_size=1, device="cpu",
+        compute_dtype="float32", held_out=0.0,
+    )  # fmt: skip
+    notes = []
+    train(config, tmp_path / "adapter", note=notes.append)
+    assert sum("pins no more host memory" in note for note in notes) == 1

@@ -1,0 +1,92 @@
+"""Wherever memory runs out, the error is one line that says where, with what would take less."""
+
+import pytest
+import torch
+
+from adaptkit.errors import NetworkError, UsageError
+from adaptkit.training import distributed, preparation, run
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.distributed import World
+from adaptkit.training.dry_run import plan_run
+from adaptkit.training.evaluation import evaluate as evaluation
+from adaptkit.training.evaluation.comparison import compare
+from adaptkit.training.evaluation.evaluate import evaluate
+from adaptkit.training.evaluation.report import EvaluateOptions
+from adaptkit.training.loop import train
+from adaptkit.training.memory.optimizer import PagedAdamW
+from adaptkit.training.shortage import tells_shortage
+
+
+def full(*arguments, **named):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand much more")
+
+
+@pytest.fixture
+def config(llama_nf4, instructions):
+    return TrainConfig(
+        base=str(llama_nf4), data=(str(instructions),), rank=2, steps=1, batch_size=1, device="cpu",
+        compute_dtype="float32", sample_prompts=("Hello",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "where", "hint"),
+    [
+        (preparation, "load_model", "as the model was loaded", "--shard-base"),
+        (run, "make_optimizer", "beside the base", "--optimizer-pages-mib"),
+        (run, "mean_loss", "as held-out samples were measured", "--micro-batch-size"),
+        (PagedAdamW, "step", "beside the base", "--optimizer adamw8bit"),
+        (run, "generate", "as prompts were answered", "--sample-tokens"),
+    ],
+)
+def test_training_says_where_and_what_takes_less(config, tmp_path, monkeypatch, owner, name, where, hint):
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(UsageError) as caught:
+        train(config, tmp_path / "out", note=lambda line: None)
+    assert caught.value.message == f"out of memory {where} (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    assert hint in caught.value.hint
+
+
+def test_so_does_a_dry_run(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "load_model", full)
+    with pytest.raises(UsageError, match="out of memory as the model was loaded"):
+        plan_run(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "hint"),
+    [
+        ("load_model", "as the model was loaded", "--device cpu"),
+        ("mean_loss", "as the model was measured", "--batch-size"),
+        ("generate", "as the model was measured", "--batch-size"),
+    ],
+)
+def test_so_do_an_evaluation_and_a_comparison(llama_nf4, instructions, monkeypatch, name, where, hint):
+    monkeypatch.setattr(evaluation, name, full)
+    options = EvaluateOptions(prompts=("Hello",), device="cpu")
+    for measured in (lambda: evaluate(llama_nf4, None, [instructions], options),
+                     lambda: compare([llama_nf4], [], [instructions], options)):  # fmt: skip
+        with pytest.raises(UsageError, match=f"out of memory {where}") as caught:
+            measured()
+        assert hint in caught.value.hint
+
+
+def test_a_real_allocation_that_fails_is_known_and_other_errors_are_not():
+    with pytest.raises(UsageError, match="out of memory here"), tells_shortage("here", hint=""):
+        torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="size of tensor"), tells_shortage("here", hint=""):
+        torch.ones(2) + torch.ones(3)
+
+
+def test_a_device_that_is_full_is_not_taken_for_a_process_that_is_gone(monkeypatch):
+    world = World(torch.device("cpu"), size=2)
+    monkeypatch.setattr(distributed.distributed, "all_reduce", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        world.total(1.0)
+
+    def gone(*arguments):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(distributed.distributed, "all_reduce", gone)
+    with pytest.raises(NetworkError):
+        world.total(1.0)
