@@ -4,26 +4,23 @@ Shards whose tensors keep their shapes keep the header of the base's, byte for b
 very same files.
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.operations._merge.base import open_base, with_addresses
-from adaptkit.operations._merge.edit_checks import is_same
+from adaptkit.operations._merge.edit_checks import check_quantizable, is_same
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
-from adaptkit.operations._merge.view import MergedView
 from adaptkit.operations._terms import weights_of
 
 __all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
@@ -70,26 +67,15 @@ def merge(
     merging = Merging(
         opened, read, weights, options, edits, plan_side_files(opened.checkpoint, opened.manifest, read, edits)
     )
-    if options.format == "keep":
-        return merging.report(output) if dry_run else merging.run(output, force, progress)
-    from adaptkit.operations._merge.quantized import check_quantizable, merge_quantized  # with all of quantize
-
-    check_quantizable(edits)
+    if options.format != "keep":
+        check_quantizable(edits)
     if dry_run:
         return merging.report(output)
-    identity = json.dumps(merging.identity(), sort_keys=True)
-    return merge_quantized(
-        opened,
-        read,
-        weights,
-        MergedView(opened.checkpoint, edits, merging.side.contents, identity),
-        Encoding(options.format),
-        merging.recorded,
-        merging.report(output),
-        force=force,
-        threads=options.threads,
-        progress=progress,
-    )
+    if options.format == "keep":
+        return merging.run(output, force, progress)
+    from adaptkit.operations._merge.quantized import merge_quantized  # with all of quantize
+
+    return merge_quantized(merging, output, force, progress)
 
 
 def _check_order(base: Path, adapters: Sequence[Path]) -> None:

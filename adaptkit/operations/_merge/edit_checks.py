@@ -35,6 +35,20 @@ def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
             )
 
 
+def check_quantizable(edits: Edits) -> None:
+    """Refuse what changes more than values.
+
+    Raises:
+        UsageError: names it.
+    """
+    if edits.added or edits.config:
+        what = edits.added[0] if edits.added else next(iter(edits.config))
+        raise UsageError(
+            f"the merge changes {what}, which cannot be done and quantized in one go",
+            hint="merge first, then quantize the result",
+        )
+
+
 def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> bool:
     """Whether a tensor of an adapter is the base's, up to the adapter's coarser type; read piece by piece."""
     ours, theirs = checkpoint.spec(name), files.spec(key)

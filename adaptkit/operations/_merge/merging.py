@@ -29,7 +29,7 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_theirs, merge_parents
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
-from adaptkit.operations._merge.report import MergeOptions, MergeReport, TensorChange, with_changes
+from adaptkit.operations._merge.report import MergeOptions, MergeReport, change_of, with_changes
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.untargeted import untargeted
 from adaptkit.operations._pipeline import thread_count
@@ -94,12 +94,20 @@ class Merging:
                 beside=self if self.options.undo else None,
             )
             checkpoint.require_state(state)
-            for adapter in self.adapters:  # what takes the place of the base's tensors is read as it is written
-                adapter.files.require_state(adapter.state)
+            self.require_adapters()
             self._write_others(out)
             manifest = self._manifest(out)
             out.publish(manifest)
             return self.report(output, out, manifest)
+
+    def require_adapters(self) -> None:
+        """Refuse adapters that changed since: what takes the place of the base's tensors is read as it is written.
+
+        Raises:
+            IntegrityError: names the file.
+        """
+        for adapter in self.adapters:
+            adapter.files.require_state(adapter.state)
 
     def names(self, file: str) -> list[str]:
         """The undo record that belongs to a shard."""
@@ -254,17 +262,12 @@ class Merging:
         )
         if out is None or manifest is None:
             return plain
+        noted = [(edit.spec, out.notes[edit.spec.name]) for edit in changed]
         records = sum(record.size for record in out.files if record.path.startswith(f"{undo.FOLDER}/shard-"))
-        changes = [_change(edit, out.notes[edit.spec.name]) for edit in changed]
+        changes = [change_of(spec.name, spec.count, note["moved"], note["sums"]) for spec, note in noted]
         return replace(
             with_changes(plain, changes),
             undo_bits=8 * records / max(1, sum(change.elements for change in changes)),
             tensors_root=manifest.tensors_root,
             manifest_sha256=manifest.sha256,
         )
-
-
-def _change(edit: Edit, note: Mapping[str, Any]) -> TensorChange:
-    squares, weights, overlap = note["sums"]
-    moved, effect = note["moved"] / max(1, edit.spec.count), overlap / squares if squares else 1.0
-    return TensorChange(edit.spec.name, edit.spec.count, moved, squares**0.5, weights**0.5, effect)
