@@ -45,7 +45,7 @@ def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: P
         IntegrityError: a file or tensor is missing, extra, or changed; names it.
     """
     check_names(root, manifest)
-    problems = {record.path: _size_problem(root, record) for record in manifest.files}
+    problems = {record.path: size_problem(root, record) for record in manifest.files}
     whole = {record.path: record.size for record in manifest.files if not problems[record.path]}
     found = measure(root, whole, _tensor_files(manifest), threads, progress)
     for record in manifest.files:
@@ -85,10 +85,19 @@ def file_problem(root: Path, record: FileRecord) -> str:
     Returns:
         What is wrong with it, in a few words; empty if nothing is.
     """
-    problem = _size_problem(root, record)
+    problem = size_problem(root, record)
     if problem or file_sha256(resolve_inside(root, record.path)) == record.sha256:
         return problem
     return f"{record.path} changed (its sha256 differs)"
+
+
+def size_problem(root: Path, record: FileRecord) -> str:
+    """The same without reading it: whether it is a regular file, and of its size."""
+    path = resolve_inside(root, record.path)
+    if not path.is_file():
+        return f"{record.path} is not a regular file"
+    size = path.stat().st_size
+    return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
 def check_tensors(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
@@ -154,14 +163,6 @@ def _header(path: Path) -> tuple[Header | None, str]:
         return read_header(path), ""
     except CheckpointError as error:
         return None, error.message
-
-
-def _size_problem(root: Path, record: FileRecord) -> str:
-    path = resolve_inside(root, record.path)
-    if not path.is_file():
-        return f"{record.path} is not a regular file"
-    size = path.stat().st_size
-    return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
 def _compare_tensors(root: Path, manifest: Manifest, measured: Iterable[Measured]) -> None:

@@ -52,6 +52,7 @@ def merge(
         CheckpointError, AdapterError: malformed input, or a quantized base.
         UsageError: base and adapter changed places.
         NonFiniteError: the base is not finite, or the result would not be; names the tensor.
+        IntegrityError: the base or an adapter is not the one of its manifest, or changed meanwhile.
         OutputExistsError: the output exists.
     """
     options = options or MergeOptions()
@@ -67,6 +68,7 @@ def merge(
     merging = Merging(
         opened, read, weights, options, edits, plan_side_files(opened.checkpoint, opened.manifest, read, edits)
     )
+    merging.check_base()
     if options.format != "keep":
         check_quantizable(edits)
     if dry_run:

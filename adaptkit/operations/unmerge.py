@@ -112,7 +112,7 @@ def unmerge(
         restoring = _Restoring(model, base, edits, records, originals)
         restoring.write(out, thread_count(threads), progress)
         manifest = restoring.finish(out)
-        out.publish(manifest)
+        out.publish(manifest, model.base_signature())
     return UnmergeReport(
         output=str(output),
         restored=len(originals),

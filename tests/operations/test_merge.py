@@ -1,5 +1,6 @@
 """A merge is base + Σ weight · Δ, rounded once, on the base that the adapter was made for, or an error."""
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
     BaseMismatchError,
@@ -35,7 +36,7 @@ from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, RECORD = "model.safetensors", "adaptkit-undo/shard-00001-of-00003.safetensors"
 FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
 
 
@@ -479,6 +480,40 @@ def test_a_base_with_a_side_file_that_is_not_the_one_of_its_manifest_is_refused(
         file.write(" ")
     with pytest.raises(IntegrityError, match=r"tokenizer_config\.json is not the one of its manifest"):
         merge(tmp_path / "base", [second_adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [(name, gone) for name in ("README.md", RECORD, "adaptkit-undo/base/README.md") for gone in (True, False)]
+    + [("model.safetensors.index.json", False)],
+)
+def test_a_base_that_could_not_come_back_whole_is_refused_before_anything_is_written(
+    name, gone, tmp_path, llama_sharded, adapter, second_adapter
+):
+    """As of an artifact that was published, pulled, and has another card since."""
+    with_card(tmp_path / "first", merge(llama_sharded, [adapter], tmp_path / "first"))
+    with_card(tmp_path / "base", merge(tmp_path / "first", [second_adapter], tmp_path / "base"))
+    path, seen = tmp_path / "base" / name, []
+    if gone:
+        path.unlink()
+    else:
+        path.write_text(path.read_text(errors="ignore") + " ")
+    for dry_run in (True, False):
+        with pytest.raises(IntegrityError, match=f"{re.escape(path.name)} (has|is not|changed)"):
+            merge(tmp_path / "base", [adapter], tmp_path / "out", dry_run=dry_run, progress=lambda *_: seen.append(1))
+    assert not seen
+    assert not list(tmp_path.glob("out*"))
+    if path.name == "README.md":  # which only unmerge needs
+        merge(tmp_path / "base", [adapter], tmp_path / "out", MergeOptions(undo=False))
+        merge(tmp_path / "base", [adapter], tmp_path / "nf4", MergeOptions(format="nf4"))
+
+
+def with_card(folder, _):
+    """What publishing adds."""
+    (folder / "README.md").write_text("a card")
+    manifest = require_manifest(folder)
+    card = FileRecord("README.md", 6, hashlib.sha256(b"a card").hexdigest())
+    (folder / MANIFEST_NAME).write_bytes(replace(manifest, files=(*manifest.files, card)).to_bytes())
 
 
 def test_a_parent_that_was_found_is_not_replaced_by_the_result(tmp_path, llama, adapter, second_adapter):

@@ -12,6 +12,7 @@ import xxhash
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
+from adaptkit.checkpoint.integrity import file_problem, size_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
@@ -21,7 +22,7 @@ from adaptkit.checkpoint.layout import (
     read_small,
     resolve_inside,
 )
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target, TensorRecord
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
@@ -99,6 +100,20 @@ class Merging:
             manifest = self._manifest(out)
             out.publish(manifest)
             return self.report(output, out, manifest)
+
+    def check_base(self) -> None:
+        """Refuse a base of which ``unmerge`` could not give back each file that its manifest lists.
+
+        Its shards, and its own undo record, are compared as they are read.
+
+        Raises:
+            IntegrityError: names a file that changed, or is not there.
+        """
+        root, listed = self.checkpoint.root, self.base.manifest.files if self.base.manifest else ()
+        for record in listed if self.recorded["undo"] else ():
+            compare = size_problem if record.path.startswith(f"{undo.FOLDER}/") else file_problem
+            if record.path not in self.checkpoint.headers and (problem := compare(root, record)):
+                raise IntegrityError(f"{root}: {problem}", hint="get it again, or remove the manifest")
 
     def require_adapters(self) -> None:
         """Refuse adapters that changed since: what takes the place of the base's tensors is read as it is written.
@@ -207,9 +222,10 @@ class Merging:
         if self.base.manifest is not None:
             kept = {*contents, *(file for file, _ in self.shards), *lost}
             known = {record.path: record.sha256 for record in self.base.manifest.files if record.path not in kept}
-            for name in (MANIFEST_NAME, *known):
+            signature = [SIGNATURE_NAME] if (self.checkpoint.root / SIGNATURE_NAME).is_file() else []
+            for name in (MANIFEST_NAME, *signature, *known):
                 copied = out.copy(resolve_inside(self.checkpoint.root, name), f"{undo.BASE_PREFIX}{name}")
-                if name != MANIFEST_NAME and copied.sha256 != known[name]:
+                if name in known and copied.sha256 != known[name]:
                     raise IntegrityError(
                         f"{self.checkpoint.root}: {name} is not the one of its manifest", hint="run verify on it"
                     )
