@@ -16,7 +16,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.operations._merge.base import open_base, with_addresses
-from adaptkit.operations._merge.edit_checks import check_quantizable, is_same
+from adaptkit.operations._merge.edit_checks import check_effects, check_quantizable, is_same
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
@@ -50,7 +50,7 @@ def merge(
     Raises:
         BaseMismatchError: an adapter was trained on other tensors, does not fit the base, or would untie its head.
         CheckpointError, AdapterError: malformed input, or a quantized base.
-        UsageError: base and adapter changed places.
+        UsageError: base and adapter changed places, or an adapter changes nothing.
         NonFiniteError: the base is not finite, or the result would not be; names the tensor.
         IntegrityError: the base or an adapter is not the one of its manifest, or changed meanwhile.
         OutputExistsError: the output exists.
@@ -63,6 +63,7 @@ def merge(
     opened = open_base(base, read, options.allow_base_mismatch)
     begins = partial(_begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)
     edits = plan_edits(opened.checkpoint, read, weights, begins, options.untie)
+    check_effects(read, weights, edits)
     opened = with_addresses(opened, edits)
     check_output(output, force, [base, opened.checkpoint.root, *adapters])  # the base may be one that was found
     merging = Merging(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft_adapters import quiet
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
@@ -419,6 +420,58 @@ def test_a_weight_of_zero_gives_the_base(tmp_path, llama, adapter):
     report = merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=(0.0,)))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (llama / WEIGHTS).read_bytes()
     assert (report.moved, report.relative_delta, report.effect) == (0, 0, 1)
+
+
+LORA_BIAS = {"lora_bias": True, "target_modules": ["q_proj"]}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """It has biases, and a head of its own."""
+    return tiny.write_family(tmp_path_factory.mktemp("qwen") / "qwen", "qwen2")
+
+
+@pytest.mark.parametrize("form", ["keep", "nf4"])
+@pytest.mark.parametrize("features", [{}, LORA_BIAS, {"target_modules": ["embed_tokens"]}])
+def test_an_adapter_that_changes_nothing_is_refused_unless_its_weight_says_so(tmp_path, qwen, features, form):
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
+    edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B" in key or "lora_embedding_B" in key])
+    options = MergeOptions(format=form)
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=f"{folder}: changes nothing"):
+            merge(qwen, [folder], tmp_path / "out", options, dry_run=dry_run)
+    assert not list(tmp_path.glob("out*"))
+    merge(qwen, [folder], tmp_path / "out", replace(options, weights=(0.0,)))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        LORA_BIAS,
+        {"use_dora": True},
+        {"modules_to_save": ["norm"]},
+        {"trainable_token_indices": [3]},
+        {"bias": "all"},
+        {},
+    ],
+    ids=str,
+)
+def test_one_effect_is_enough(tmp_path, qwen, features):
+    """A single number of B if there is nothing else."""
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
+    edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B.weight" in key])
+    if not features:
+        edit_adapter(folder, lambda t: t[max(key for key in t if "lora_B" in key)][1, 0:1].fill_(1e-30))
+    merge(qwen, [folder], tmp_path / "out")
+
+
+def test_of_several_adapters_the_one_that_changes_nothing_is_named(tmp_path, llama, adapter, copy_of):
+    empty = copy_of(adapter, "empty")
+    edit_adapter(empty, lambda t: [t[key].zero_() for key in t if "lora_A" in key])
+    with pytest.raises(UsageError, match="empty: changes nothing"):
+        merge(llama, [adapter, empty], tmp_path / "out")
 
 
 def test_the_same_adapter_twice_is_twice_the_adapter(tmp_path, adapter):
