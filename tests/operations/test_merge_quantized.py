@@ -20,7 +20,7 @@ from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
-from adaptkit.operations.verify import verify
+from adaptkit.operations.verify import VerifyOptions, verify
 
 NF4 = MergeOptions(format="nf4")
 
@@ -197,6 +197,18 @@ def test_a_folder_beside_it_with_a_malformed_manifest_is_passed_over(tmp_path, l
     (broken / MANIFEST_NAME).write_text("{}")
     quantize(base, tmp_path / "quantized")
     assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
+
+
+def test_a_folder_beside_it_that_cannot_be_read_is_passed_over(tmp_path, llama, adapter, copy_of):
+    """As somebody else's private one; root may read that, but nobody can follow a link to so long a name."""
+    base = copy_of(llama, "original")
+    quantize(base, tmp_path / "quantized")
+    (tmp_path / "a link").symlink_to("x" * 300)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "config.json").symlink_to("x" * 300)
+    assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
+    report = verify(tmp_path / "quantized", VerifyOptions(parents=(tmp_path,)))
+    assert report.parents[0].path == str(base)
 
 
 def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, adapter, copy_of):
