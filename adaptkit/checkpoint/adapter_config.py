@@ -94,10 +94,8 @@ class Scalings:
 
     def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
         self._root, self._config = root, config
-        self._ranks, self._alphas = (
-            values_by_pattern(config, "rank_pattern"),
-            values_by_pattern(config, "alpha_pattern"),
-        )
+        self._ranks = values_by_pattern(config, "rank_pattern")
+        self._alphas = values_by_pattern(config, "alpha_pattern")
 
     def of(self, module: str) -> tuple[int, float]:
         """The rank that the configuration gives a module (or parameter), and what its B A is multiplied by.
