@@ -11,9 +11,9 @@ import numpy as np
 
 from adaptkit.checkpoint._adapter_keys import Part
 from adaptkit.checkpoint.adapter_config import (
+    Scalings,
     expert_parameters,
     is_saved,
-    rank_and_scaling,
     token_indices,
     untrained_tokens,
     unused_saved,
@@ -69,7 +69,7 @@ class Parts:
         read: dict[str, Array],
     ) -> None:
         self._root, self._config, self._files, self._read = root, config, files, read
-        self._left = dict(parts)
+        self._left, self._scalings = dict(parts), Scalings(root, config)
         self._digests = {record.name: (record.xxh3_128, record.dtype, record.shape) for record in records}
         self.modules: dict[str, LowRank] = {}
         self.embeddings: set[str] = set()
@@ -139,7 +139,7 @@ class Parts:
     def _take_module(self, module: str) -> None:
         is_table = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
         lora_a, lora_b = self._take_halves(module, "embedding" if is_table else "lora")
-        rank, factor = rank_and_scaling(self._root, self._config, module)
+        rank, factor = self._scalings.of(module)
         self._check_rank(module, rank, rank, lora_a, lora_b)
         term = LowRank(lora_a, lora_b, factor)
         self.modules[module] = transposed(term) if is_table else term
@@ -187,7 +187,7 @@ class Parts:
             wrapper = module + ".base_layer" * depth
             lora_a, lora_b = self._take_halves(wrapper, "lora")
             parameter = f"{module}.{leaf}"
-            rank, factor = rank_and_scaling(self._root, self._config, parameter)
+            rank, factor = self._scalings.of(parameter)
             count = lora_a.shape[0] // rank if rank else 0
             self._check_rank(parameter, rank, max(1, count) * rank, lora_a, lora_b)
             a = lora_a.reshape(count, rank, -1)

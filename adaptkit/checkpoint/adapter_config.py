@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
-from adaptkit.checkpoint.patterns import matches_whole
+from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
 
@@ -84,23 +84,38 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names", hint=_ONE_SAVE)
 
 
-def rank_and_scaling(root: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """The rank that the configuration gives a module (or parameter), and what its B A is multiplied by.
+class Scalings:
+    """What a configuration says of rank and scaling, of one module after the other.
 
-    Raises:
-        AdapterError: either is no positive number, or a pattern is malformed.
+    Args:
+        root: the adapter's folder, for messages.
+        config: ``adapter_config.json``.
     """
-    try:
-        rank = by_pattern(config.get("rank_pattern") or {}, module, config.get("r"))
-        alpha = by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    except (re.error, AttributeError) as error:
-        raise AdapterError(f"{root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE) from error
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
-        raise AdapterError(
-            f"{root}: {module}: lora_alpha is {str(alpha)[:40]}; expected a positive number", hint=_ONE_SAVE
-        )
-    usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
-    return (rank, scaling(float(alpha), rank, bool(config.get("use_rslora")))) if usable else (0, 0.0)
+
+    def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
+        self._root, self._config = root, config
+        self._ranks = values_by_pattern(config, "rank_pattern")
+        self._alphas = values_by_pattern(config, "alpha_pattern")
+
+    def of(self, module: str) -> tuple[int, float]:
+        """The rank that the configuration gives a module (or parameter), and what its B A is multiplied by.
+
+        Raises:
+            AdapterError: either is no positive number, or a pattern is malformed.
+        """
+        try:
+            rank = self._ranks.value(module, self._config.get("r"))
+            alpha = self._alphas.value(module, self._config.get("lora_alpha"))
+        except (re.error, AttributeError) as error:
+            raise AdapterError(
+                f"{self._root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE
+            ) from error
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
+            raise AdapterError(
+                f"{self._root}: {module}: lora_alpha is {str(alpha)[:40]}; expected a positive number", hint=_ONE_SAVE
+            )
+        usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
+        return (rank, scaling(float(alpha), rank, bool(self._config.get("use_rslora")))) if usable else (0, 0.0)
 
 
 def expert_parameters(root: Path, config: Mapping[str, Any], module: str) -> list[str]:
@@ -130,9 +145,9 @@ def stack_order(leaves: Iterable[str]) -> list[str]:
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
     """Whether ``modules_to_save`` names a module or one around it, by the end of its path as peft does."""
-    parts = module.split(".")
-    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    return any(path.endswith(name) for name in _saved(config) for path in around)
+    parts, ends = module.split("."), tuple(_saved(config))
+    around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return bool(ends) and any(path.endswith(ends) for path in around)
 
 
 def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> str:
@@ -199,6 +214,11 @@ def _saved(config: Mapping[str, Any]) -> list[str]:
     return config.get(_SAVED) or []
 
 
+def values_by_pattern(config: Mapping[str, Any], key: str) -> FirstMatch:
+    """What a configuration says of modules by PEFT's rule: the first pattern that matches the end of a path counts."""
+    return FirstMatch(config.get(key) or {}, after=".")
+
+
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """What a mapping says of a module by PEFT's rule: the first regular expression that matches the end of its path.
 
@@ -210,7 +230,4 @@ def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     Raises:
         re.error: a pattern is malformed, or none that ``patterns`` can match.
     """
-    for pattern, value in patterns.items():
-        if matches_whole(pattern, module, after="."):
-            return value
-    return default
+    return FirstMatch(patterns, after=".").value(module, default)

@@ -45,7 +45,7 @@ def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: P
         IntegrityError: a file or tensor is missing, extra, or changed; names it.
     """
     check_names(root, manifest)
-    problems = {record.path: _size_problem(root, record) for record in manifest.files}
+    problems = {record.path: size_problem(root, record) for record in manifest.files}
     whole = {record.path: record.size for record in manifest.files if not problems[record.path]}
     found = measure(root, whole, _tensor_files(manifest), threads, progress)
     for record in manifest.files:
@@ -93,7 +93,7 @@ def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord]
     Raises:
         IntegrityError: its bytes are right, but a tensor is missing, extra, or differs from its fingerprint.
     """
-    problem = _size_problem(root, record)
+    problem = size_problem(root, record)
     if problem:
         return problem
     found = measure(root, {record.path: record.size}, [record.path] if tensors else [])[record.path]
@@ -101,6 +101,15 @@ def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord]
         return f"{record.path} changed (its sha256 differs)"
     _compare_tensors(root, tensors, [found])
     return ""
+
+
+def size_problem(root: Path, record: FileRecord) -> str:
+    """The same without reading it: whether it is a regular file, and of its size."""
+    path = resolve_inside(root, record.path)
+    if not path.is_file():
+        return f"{record.path} is not a regular file"
+    size = path.stat().st_size
+    return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
 def check_tensors(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
@@ -166,14 +175,6 @@ def _header(path: Path) -> tuple[Header | None, str]:
         return read_header(path), ""
     except CheckpointError as error:
         return None, error.message
-
-
-def _size_problem(root: Path, record: FileRecord) -> str:
-    path = resolve_inside(root, record.path)
-    if not path.is_file():
-        return f"{record.path} is not a regular file"
-    size = path.stat().st_size
-    return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
 def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iterable[Measured]) -> None:

@@ -7,8 +7,8 @@ to where it may end. What that cannot tell, such as references to groups and loo
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from re import _constants, _parser  # type: ignore[attr-defined]  # the grammar is Python's own
 from typing import Any
 
@@ -25,6 +25,8 @@ _EDGES = {
 _ONE = {_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN}
 _ASSERTS = {_constants.ASSERT, _constants.ASSERT_NOT}
 _REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT}
+_NAME = re.compile(r"\^((?:[\w-]|\\\W)+)\$")
+"""A pattern that matches one text alone: what is between ^ and $, where a backslash makes any sign a plain one."""
 
 
 def matches_whole(pattern: str, text: str, after: str = "") -> bool:
@@ -38,8 +40,7 @@ def matches_whole(pattern: str, text: str, after: str = "") -> bool:
     Raises:
         re.error: the pattern is malformed, or needs what is not supported here; or the text is no name.
     """
-    if len(text) > _MOST_LONG:
-        raise re.error(f"a name of {len(text)} characters")
+    _check_name(text)
     begins = {0} | {i + len(after) for i in range(len(text)) if after and text.startswith(after, i)}
     return len(text) in _ends(_parsed(pattern), text, begins)
 
@@ -51,6 +52,56 @@ def check_pattern(pattern: str) -> None:
         re.error: says why.
     """
     _parsed(pattern)
+
+
+class FirstMatch:
+    """Which of many patterns is the first that matches a text, for many texts.
+
+    Patterns that are a whole name, of which there may be one for every module, are looked up; others are tried in turn.
+
+    Args:
+        patterns: in order, and what they stand for.
+        after: see ``matches_whole``.
+    """
+
+    def __init__(self, patterns: Mapping[str, Any], after: str = "") -> None:
+        self._patterns, self._after = patterns, after
+
+    def value(self, text: str, default: Any) -> Any:
+        """What the first pattern that matches stands for; ``default`` if none does.
+
+        Raises:
+            re.error: see ``matches_whole``; of the patterns that were tried.
+            AttributeError: the patterns are no mapping.
+        """
+        names, others = self._split
+        place, found = names.get(text, (len(self._patterns), default))
+        if self._patterns:
+            _check_name(text)
+        for number, pattern, value in others:
+            if number > place:
+                break
+            if matches_whole(pattern, text, self._after):
+                return value
+        return found
+
+    @cached_property
+    def _split(self) -> tuple[dict[str, tuple[int, Any]], list[tuple[int, str, Any]]]:
+        """By the text that it matches alone, place and value of a pattern; and those that are no such name."""
+        names: dict[str, tuple[int, Any]] = {}
+        others = []
+        for number, (pattern, value) in enumerate(self._patterns.items()):
+            name = _NAME.fullmatch(pattern) if len(pattern) <= _MOST_LONG else None
+            if name is None:
+                others.append((number, pattern, value))
+            else:
+                names.setdefault(re.sub(r"\\(.)", r"\1", name[1], flags=re.DOTALL), (number, value))
+        return names, others
+
+
+def _check_name(text: str) -> None:
+    if len(text) > _MOST_LONG:
+        raise re.error(f"a name of {len(text)} characters")
 
 
 @lru_cache(maxsize=256)

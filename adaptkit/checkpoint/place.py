@@ -25,6 +25,11 @@ def replaced_folder(final: Path) -> Path:
     return final.with_name(final.name + _REPLACED)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a folder's name says that it is one of these two, and no artifact."""
+    return path.name.endswith((_PARTIAL, _REPLACED))
+
+
 def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output that exists, unless it may be replaced, and one that would replace or change an input.
 
@@ -53,7 +58,7 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         inside = whole != source and whole.is_relative_to(source)
         if inside or (force and source.is_relative_to(whole)):
             raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")
-    if final.name.endswith((_PARTIAL, _REPLACED)):
+    if is_unfinished(final):
         raise UsageError(
             f"{final}: names in {_PARTIAL} and {_REPLACED} are for unfinished work", hint="choose another -o"
         )

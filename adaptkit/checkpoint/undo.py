@@ -8,8 +8,9 @@
         :header       U8   the first bytes of the base's shard
     adaptkit-undo/files.safetensors                   U8, by name: small files of the base that the result has not, or
                                                       has changed; ``:added`` lists those that only the result has
-    adaptkit-undo/base/...                            of a base that was an artifact: its manifest, and its files that
-                                                      the result has no place for, its own undo record among them
+    adaptkit-undo/base/...                            of a base that was an artifact: its manifest, with its signature
+                                                      if it has one, and its files that the result has no place for,
+                                                      its own undo record among them
     adaptkit-adapters/1/...                           with --embed-adapter, the adapters themselves
 
 Together with the merged weight and the adapter's change this restores the original; see ``reference.undo``.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import xxhash
@@ -21,8 +22,9 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
 from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._discarding import discarding
@@ -103,6 +105,7 @@ def dequantize(
 
     Raises:
         CheckpointError: the source is malformed, or not in one of these formats.
+        NonFiniteError: a weight is NaN, or too large for its type; names the tensor.
         OutputExistsError: the output exists.
     """
     options = options or DequantizeOptions()
@@ -175,7 +178,10 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _De
         first = piece.start // weight.block_size
         constants = absmax[first : first + -(-piece.count // weight.block_size)]
         packed = Blockwise(codes, constants, (piece.count,), weight.block_size)
-        return _Decoded(weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype]), codes)
+        values = weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype])
+        if not all_finite(values):
+            _refuse(spec, constants)
+        return _Decoded(values, codes)
 
     def decoded_whole() -> _Decoded:
         found = decoded(Piece(0, spec.count))
@@ -184,6 +190,15 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _De
     if _is_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
         return [decoded_whole]
     return [partial(decoded, piece) for piece in cut(spec, weight.block_size * GROUP)]
+
+
+def _refuse(spec: TensorSpec, constants: Array) -> NoReturn:
+    if not all_finite(constants):
+        raise NonFiniteError(f"{spec.name}: its constants hold NaN or infinity", hint="get the checkpoint again")
+    raise NonFiniteError(
+        f"{spec.name}: a weight of up to {np.abs(constants).max():.6g} is too large for {spec.dtype}",
+        hint=f"use --dtype {'bfloat16 or ' if spec.dtype == 'F16' else ''}float32",
+    )
 
 
 def _as_it_is(job: Callable[[], Array]) -> Callable[[], _Decoded]:

@@ -4,26 +4,23 @@ Shards whose tensors keep their shapes keep the header of the base's, byte for b
 very same files.
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.operations._merge.base import open_base, with_addresses
-from adaptkit.operations._merge.edit_checks import is_same
+from adaptkit.operations._merge.edit_checks import check_effects, check_quantizable, is_same
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
-from adaptkit.operations._merge.view import MergedView
 from adaptkit.operations._terms import weights_of
 
 __all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
@@ -53,8 +50,9 @@ def merge(
     Raises:
         BaseMismatchError: an adapter was trained on other tensors, does not fit the base, or would untie its head.
         CheckpointError, AdapterError: malformed input, or a quantized base.
-        UsageError: base and adapter changed places.
+        UsageError: base and adapter changed places, or an adapter changes nothing.
         NonFiniteError: the base is not finite, or the result would not be; names the tensor.
+        IntegrityError: the base or an adapter is not the one of its manifest, or changed meanwhile.
         OutputExistsError: the output exists.
     """
     options = options or MergeOptions()
@@ -65,31 +63,22 @@ def merge(
     opened = open_base(base, read, options.allow_base_mismatch)
     begins = partial(_begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)
     edits = plan_edits(opened.checkpoint, read, weights, begins, options.untie)
+    check_effects(read, weights, edits)
     opened = with_addresses(opened, edits)
     check_output(output, force, [base, opened.checkpoint.root, *adapters])  # the base may be one that was found
     merging = Merging(
         opened, read, weights, options, edits, plan_side_files(opened.checkpoint, opened.manifest, read, edits)
     )
-    if options.format == "keep":
-        return merging.report(output) if dry_run else merging.run(output, force, progress)
-    from adaptkit.operations._merge.quantized import check_quantizable, merge_quantized  # with all of quantize
-
-    check_quantizable(edits)
+    merging.check_base()
+    if options.format != "keep":
+        check_quantizable(edits)
     if dry_run:
         return merging.report(output)
-    identity = json.dumps(merging.identity(), sort_keys=True)
-    return merge_quantized(
-        opened,
-        read,
-        weights,
-        MergedView(opened.checkpoint, edits, merging.side.contents, identity),
-        Encoding(options.format),
-        merging.recorded,
-        merging.report(output),
-        force=force,
-        threads=options.threads,
-        progress=progress,
-    )
+    if options.format == "keep":
+        return merging.run(output, force, progress)
+    from adaptkit.operations._merge.quantized import merge_quantized  # with all of quantize
+
+    return merge_quantized(merging, output, force, progress)
 
 
 def _check_order(base: Path, adapters: Sequence[Path]) -> None:

@@ -88,6 +88,7 @@ def unmerge(
         OutputExistsError: the output exists.
     """
     model = open_merged(merged)
+    check_output(output, force, [merged, *adapters])
     if not model.has_record and not approximate:
         raise IntegrityError(
             f"{merged}: has no undo record",
@@ -105,14 +106,13 @@ def unmerge(
         raise BaseMismatchError(f"{merged}: the merge changed other tensors than these adapters do")
     if not model.has_record:
         _check_subtractable(merged, edits, options.get("small_files", ()))
-    check_output(output, force, [merged, *adapters])
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
     with Output(output, plan, force) as out, discarding(out):
         out.require_space(sum(at.spec.nbytes for at in base.tensors.values()))
         restoring = _Restoring(model, base, edits, records, originals)
         restoring.write(out, thread_count(threads), progress)
         manifest = restoring.finish(out)
-        out.publish(manifest)
+        out.publish(manifest, model.base_signature())
     return UnmergeReport(
         output=str(output),
         restored=len(originals),
@@ -135,12 +135,13 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
     merged = {name: at for name, at in model.checkpoint.tensors.items() if name not in edits.added}
     for name in sorted({*merged, *base.tensors}):
         before, after = base.tensors.get(name), merged.get(name)
-        alike = before is not None and after is not None and before.file == after.file
-        if before is None or after is None or not alike or before.spec.dtype != after.spec.dtype:
-            raise IntegrityError(
-                f"{model.root}: the undo record does not fit at {name}", hint="get the merged model again"
-            )
-        if before.spec.shape != after.spec.shape and name not in edits.of:
+        fits = (
+            before is not None
+            and after is not None
+            and (before.file, before.spec.dtype) == (after.file, after.spec.dtype)
+            and (name in edits.of or before.spec.shape == after.spec.shape)
+        )
+        if not fits:
             raise IntegrityError(
                 f"{model.root}: the undo record does not fit at {name}", hint="get the merged model again"
             )

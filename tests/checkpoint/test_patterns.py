@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adaptkit.checkpoint.patterns import check_pattern, matches_whole
+from adaptkit.checkpoint import patterns as patterns_module
+from adaptkit.checkpoint.patterns import FirstMatch, check_pattern, matches_whole
 
 USUAL = [
     r".*layers\.\d+\..*_proj",
@@ -87,3 +88,42 @@ def test_what_is_not_supported_is_refused(pattern):
         check_pattern(pattern)
     with pytest.raises(re.error):
         matches_whole(pattern, "a")
+
+
+MODULES = ["a.b", "b", "ab.b", "a-b", "a.b.a", "ab", "a b", "é.b", ""]
+NAMED = st.sampled_from(MODULES).map(re.escape)
+MAPPED = st.one_of(PATTERNS, NAMED, NAMED.map(lambda p: f"^{p}$"), st.sampled_from(MODULES).map(lambda n: f"^{n}$"))
+
+
+def of_the_first(patterns, text):
+    """What ``FirstMatch`` finds, or the error, by trying one after the other."""
+    try:
+        return next((value for pattern, value in patterns.items() if matches_whole(pattern, text, after=".")), None)
+    except re.error as error:
+        return str(error)
+
+
+@given(st.lists(st.one_of(MAPPED, st.sampled_from(["(", r"^a\d$", r"(?i)a"])), max_size=6), st.sampled_from(MODULES))
+def test_of_many_patterns_the_first_that_matches_counts(listed, text):
+    """Also where one is malformed that is tried before it, and of several that are the same name."""
+    patterns = {pattern: number for number, pattern in enumerate(listed)}
+    try:
+        found = FirstMatch(patterns, after=".").value(text, None)
+    except re.error as error:
+        found = str(error)
+    assert found == of_the_first(patterns, text)
+
+
+@pytest.mark.parametrize(("pattern", "text"), [("^b$", "a" * 2001), (f"^{'a' * 1999}$", "b")])
+def test_what_is_too_long_is_refused_among_many_too(pattern, text):
+    with pytest.raises(re.error, match="2001 characters"):
+        FirstMatch({pattern: 1}).value(text, None)
+
+
+def test_patterns_that_are_names_are_looked_up(monkeypatch):
+    """There may be one for every module, so that trying them for every module would take hours."""
+    names = [f"model.layers.{number}.mlp.experts.{number}-up_proj" for number in range(20_000)]
+    first = FirstMatch({f"^{re.escape(name)}$": number for number, name in enumerate(names)}, after=".")
+    monkeypatch.setattr(patterns_module, "matches_whole", None)
+    assert [first.value(name, None) for name in names] == list(range(20_000))
+    assert first.value("another", "none") == "none"

@@ -18,6 +18,7 @@ from adaptkit.operations import targets
 from adaptkit.operations.check import check
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.operations.targets import _peft_config
 from adaptkit.operations.targets._target import Target
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -257,6 +258,31 @@ MISCONFIGURED = {
     "a type of the future": {"peft_type": "FUTURE"},
     "no type": {"peft_type": "remove"},
 }
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"exclude_modules": ["1.up"]},
+        {"modules_to_save": ["model.2"]},
+        {"layers_to_transform": [0]},
+        {"target_parameters": ["down.weight"]},
+    ],
+)
+def test_modules_that_are_named_by_their_whole_paths_are_not_compared_with_each_other(others, monkeypatch):
+    """There may be tens of thousands of them."""
+    modules = [f"model.{layer}.{name}" for layer in range(4) for name in ("up", "down", "gate")]
+    named = [module for module in modules if "gate" not in module]
+    config = {"target_modules": [*named, "0.gate", 5]} | others
+    expected = [module for module in modules if not _peft_config.is_target(config, module)]
+    assert _peft_config.untargeted(config, modules) == expected
+    assert "model.1.gate" in expected
+    assert ("model.1.up" in expected) == ("exclude_modules" in others)
+    compared, matches = [], _peft_config._matches
+    monkeypatch.setattr(_peft_config, "_matches", lambda names, path: compared.append(names) or matches(names, path))
+    _peft_config.untargeted(config, named)
+    assert max(len(names or ()) for names in compared) == 1
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *MISCONFIGURED])

@@ -4,8 +4,9 @@ import json
 
 import bitsandbytes as bnb
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names
@@ -143,3 +144,25 @@ def test_what_transformers_saved_comes_out_in_any_type(llama, tmp_path, dtype, f
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(UsageError):
         DequantizeOptions(**options)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("name", ["q_proj", "lm_head"])
+def test_what_is_too_large_for_the_type_is_refused_by_name(tmp_path, format, name, run_cli):
+    """Not what is kept as it is, which no type is asked for."""
+    base = tiny.write_llama(tmp_path / "base", tied=False)
+    tensors = load_file(base / "model.safetensors")
+    key = next(key for key in tensors if name in key)
+    tensors[key][3, 5] = -1e6
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    quantize(base, tmp_path / "q", QuantizeOptions(format))
+    done = run_cli("dequantize", tmp_path / "q", "-o", tmp_path / "out", "--dtype", "float16")
+    if name == "lm_head":
+        assert done.code == 0, done.stderr
+        assert load_file(tmp_path / "out" / "model.safetensors")[key][3, 5] < -9e5
+        return
+    assert done.code == 5
+    assert f"{key}: a weight of up to" in done.stderr
+    assert "use --dtype bfloat16 or float32" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+    dequantize(tmp_path / "q", tmp_path / "out", DequantizeOptions("float32"))

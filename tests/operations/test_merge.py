@@ -1,5 +1,6 @@
 """A merge is base + Σ weight · Δ, rounded once, on the base that the adapter was made for, or an error."""
 
+import hashlib
 import json
 import math
 import os
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft_adapters import quiet
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
     BaseMismatchError,
@@ -35,7 +37,7 @@ from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, RECORD = "model.safetensors", "adaptkit-undo/shard-00001-of-00003.safetensors"
 FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
 
 
@@ -420,6 +422,58 @@ def test_a_weight_of_zero_gives_the_base(tmp_path, llama, adapter):
     assert (report.moved, report.relative_delta, report.effect) == (0, 0, 1)
 
 
+LORA_BIAS = {"lora_bias": True, "target_modules": ["q_proj"]}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """It has biases, and a head of its own."""
+    return tiny.write_family(tmp_path_factory.mktemp("qwen") / "qwen", "qwen2")
+
+
+@pytest.mark.parametrize("form", ["keep", "nf4"])
+@pytest.mark.parametrize("features", [{}, LORA_BIAS, {"target_modules": ["embed_tokens"]}])
+def test_an_adapter_that_changes_nothing_is_refused_unless_its_weight_says_so(tmp_path, qwen, features, form):
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
+    edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B" in key or "lora_embedding_B" in key])
+    options = MergeOptions(format=form)
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=f"{folder}: changes nothing"):
+            merge(qwen, [folder], tmp_path / "out", options, dry_run=dry_run)
+    assert not list(tmp_path.glob("out*"))
+    merge(qwen, [folder], tmp_path / "out", replace(options, weights=(0.0,)))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        LORA_BIAS,
+        {"use_dora": True},
+        {"modules_to_save": ["norm"]},
+        {"trainable_token_indices": [3]},
+        {"bias": "all"},
+        {},
+    ],
+    ids=str,
+)
+def test_one_effect_is_enough(tmp_path, qwen, features):
+    """A single number of B if there is nothing else."""
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
+    edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B.weight" in key])
+    if not features:
+        edit_adapter(folder, lambda t: t[max(key for key in t if "lora_B" in key)][1, 0:1].fill_(1e-30))
+    merge(qwen, [folder], tmp_path / "out")
+
+
+def test_of_several_adapters_the_one_that_changes_nothing_is_named(tmp_path, llama, adapter, copy_of):
+    empty = copy_of(adapter, "empty")
+    edit_adapter(empty, lambda t: [t[key].zero_() for key in t if "lora_A" in key])
+    with pytest.raises(UsageError, match="empty: changes nothing"):
+        merge(llama, [adapter, empty], tmp_path / "out")
+
+
 def test_the_same_adapter_twice_is_twice_the_adapter(tmp_path, adapter):
     base = tiny.write_llama(tmp_path / "base", dtype="float32")
     merge(base, [adapter, adapter], tmp_path / "twice")
@@ -479,6 +533,40 @@ def test_a_base_with_a_side_file_that_is_not_the_one_of_its_manifest_is_refused(
         file.write(" ")
     with pytest.raises(IntegrityError, match=r"tokenizer_config\.json is not the one of its manifest"):
         merge(tmp_path / "base", [second_adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [(name, gone) for name in ("README.md", RECORD, "adaptkit-undo/base/README.md") for gone in (True, False)]
+    + [("model.safetensors.index.json", False)],
+)
+def test_a_base_that_could_not_come_back_whole_is_refused_before_anything_is_written(
+    name, gone, tmp_path, llama_sharded, adapter, second_adapter
+):
+    """As of an artifact that was published, pulled, and has another card since."""
+    with_card(tmp_path / "first", merge(llama_sharded, [adapter], tmp_path / "first"))
+    with_card(tmp_path / "base", merge(tmp_path / "first", [second_adapter], tmp_path / "base"))
+    path, seen = tmp_path / "base" / name, []
+    if gone:
+        path.unlink()
+    else:
+        path.write_text(path.read_text(errors="ignore") + " ")
+    for dry_run in (True, False):
+        with pytest.raises(IntegrityError, match=f"{re.escape(path.name)} (has|is not|changed)"):
+            merge(tmp_path / "base", [adapter], tmp_path / "out", dry_run=dry_run, progress=lambda *_: seen.append(1))
+    assert not seen
+    assert not list(tmp_path.glob("out*"))
+    if path.name == "README.md":  # which only unmerge needs
+        merge(tmp_path / "base", [adapter], tmp_path / "out", MergeOptions(undo=False))
+        merge(tmp_path / "base", [adapter], tmp_path / "nf4", MergeOptions(format="nf4"))
+
+
+def with_card(folder, _):
+    """What publishing adds."""
+    (folder / "README.md").write_text("a card")
+    manifest = require_manifest(folder)
+    card = FileRecord("README.md", 6, hashlib.sha256(b"a card").hexdigest())
+    (folder / MANIFEST_NAME).write_bytes(replace(manifest, files=(*manifest.files, card)).to_bytes())
 
 
 def test_a_parent_that_was_found_is_not_replaced_by_the_result(tmp_path, llama, adapter, second_adapter):

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft_adapters import quiet
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
@@ -20,7 +20,7 @@ from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
-from adaptkit.operations.verify import verify
+from adaptkit.operations.verify import VerifyOptions, verify
 
 NF4 = MergeOptions(format="nf4")
 
@@ -199,6 +199,18 @@ def test_a_folder_beside_it_with_a_malformed_manifest_is_passed_over(tmp_path, l
     assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
 
 
+def test_a_folder_beside_it_that_cannot_be_read_is_passed_over(tmp_path, llama, adapter, copy_of):
+    """As somebody else's private one; root may read that, but nobody can follow a link to so long a name."""
+    base = copy_of(llama, "original")
+    quantize(base, tmp_path / "quantized")
+    (tmp_path / "a link").symlink_to("x" * 300)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "config.json").symlink_to("x" * 300)
+    assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
+    report = verify(tmp_path / "quantized", VerifyOptions(parents=(tmp_path,)))
+    assert report.parents[0].path == str(base)
+
+
 def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, adapter, copy_of):
     """Whatever is compared to find it, the merge compares everything."""
     base = copy_of(llama, "original")
@@ -236,6 +248,51 @@ def test_an_adapter_that_was_trained_on_what_was_turned_back_is_merged_onto_it(t
     parent = parent_of("base", require_manifest(tmp_path / "back"), ())
     (of_back / MANIFEST_NAME).write_bytes(replace(manifest, targets=(), parents=(parent,)).to_bytes())
     assert merge(tmp_path / "back", [of_back], tmp_path / "no targets").base_verified
+
+
+@pytest.mark.parametrize("features", [{}, {"modules_to_save": ["norm"]}])
+def test_what_stays_in_16_bits_is_told_as_of_a_plain_merge(tmp_path, features):
+    base = tiny.write_llama(tmp_path / "base", tied=False)
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", base, target_modules=["lm_head"], **features)
+    if features:  # or the saved norms are the base's own
+        saved = load_file(folder / "adapter_model.safetensors")
+        save_file({k: v * 1.5 if "norm" in k else v for k, v in saved.items()}, folder / "adapter_model.safetensors")
+    plain = merge(base, [folder], tmp_path / "plain")
+    report = merge(base, [folder], tmp_path / "out", NF4)
+    assert [change.name for change in report.changes] == [change.name for change in plain.changes]
+    for found, expected in zip(report.changes, plain.changes, strict=True):
+        assert vars(found) == pytest.approx(vars(expected))
+    assert report.moved == pytest.approx(plain.moved)
+    assert report.moved > 0.5
+    assert 0 < report.effect == pytest.approx(plain.effect)
+
+
+def test_tensors_in_16_and_in_4_bits_are_told_together(tmp_path):
+    base = tiny.write_llama(tmp_path / "base", tied=False)
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", base, target_modules=["lm_head", "q_proj"])
+    report = merge(base, [folder], tmp_path / "out", NF4)
+    assert report.merged == len(report.changes) == 3
+    kept = {change.name: change.effect for change in report.changes}
+    assert kept.pop("lm_head.weight") == pytest.approx(1, abs=0.02)
+    assert max(kept.values()) < 0.98
+
+
+@pytest.mark.parametrize("form", ["keep", "nf4"])
+def test_an_adapter_or_base_that_changes_meanwhile_is_noticed(tmp_path, llama, copy_of, form):
+    """What takes the place of a whole tensor is read as it is written, and not before."""
+    folder = tiny.write_peft_adapter(tmp_path / "a", llama, modules_to_save=["norm"])
+    for changing in (folder / "adapter_model.safetensors", copy_of(llama, "base") / "model.safetensors"):
+
+        def change(done, total, path=changing):
+            other = {name: tensor * 2 for name, tensor in load_file(path).items()}
+            save_file(other, tmp_path / "other", {"format": "pt"})
+            (tmp_path / "other").replace(path)
+
+        with pytest.raises(IntegrityError, match=f"{changing.name} changed while it was read"):
+            merge(tmp_path / "base", [folder], tmp_path / "out", MergeOptions(format=form), progress=change)
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_what_changes_more_than_values_takes_two_steps(tmp_path, llama):

@@ -354,6 +354,14 @@ def test_an_existing_output_is_left_alone(merged, adapter, tmp_path, copy_of):
     verify(merged)
 
 
+def test_an_existing_output_is_found_before_anything_is_read(merged, tmp_path, copy_of):
+    """An adapter that is not there would be noticed next."""
+    with pytest.raises(OutputExistsError):
+        unmerge(merged, [tmp_path / "nowhere"], copy_of(merged, "out"))
+    with pytest.raises(UsageError, match="would change its own input"):
+        unmerge(merged, [tmp_path / "nowhere"], merged / "inside")
+
+
 def test_two_adapters_with_equal_tensors_and_other_scalings_may_be_given_in_any_order(
     tmp_path, llama, adapter, copy_of
 ):

@@ -9,7 +9,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.signing import Signer, Trust, sign
 from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import VerifyOptions, verify
 
 
@@ -136,3 +138,36 @@ def test_verifying_without_a_signature_waits_for_no_heavy_package(pair):
     )
     done = subprocess.run([sys.executable, "-c", code, pair / "artifact"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("signed_before", [True, False])
+def test_a_signed_base_comes_back_signed(signed_before, tmp_path, llama, adapter, second_adapter, run_cli):
+    private, public = write_keys(tmp_path, "mine")
+    merge(llama, [second_adapter], tmp_path / "base")
+    if signed_before:
+        sign(tmp_path / "base", Signer(private))
+    merge(tmp_path / "base", [adapter], tmp_path / "merged")
+    verify(tmp_path / "merged")
+    done = run_cli("unmerge", tmp_path / "merged", "--adapter", adapter, "-o", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    trust = ["--public-key", public]
+    assert run_cli("verify", tmp_path / "out", *(trust if signed_before else [])).code == 0
+    assert (tmp_path / "out" / SIGNATURE_NAME).exists() == signed_before
+    # Whether it is signed is not up to the merge: it would be the same of a base that was signed since, or no more.
+    if signed_before:
+        (tmp_path / "base" / SIGNATURE_NAME).unlink()
+    else:
+        sign(tmp_path / "base", Signer(private))
+    again = ["--parents", tmp_path / "base", "--parents", adapter, "--parents", llama, "--parents", second_adapter]
+    done = run_cli("verify", tmp_path / "merged", *again, "--recompute")
+    assert "same bytes again; the signature of its base is another one" in done.stdout, done.stderr
+
+
+def test_a_changed_signature_of_the_base_is_named(tmp_path, llama, adapter, second_adapter):
+    merge(llama, [second_adapter], tmp_path / "base")
+    sign(tmp_path / "base", Signer(write_keys(tmp_path, "mine")[0]))
+    merge(tmp_path / "base", [adapter], tmp_path / "merged")
+    kept = tmp_path / "merged" / "adaptkit-undo" / "base" / SIGNATURE_NAME
+    kept.write_bytes(kept.read_bytes() + b" ")
+    with pytest.raises(IntegrityError, match=r"adaptkit-manifest\.sig changed since the merge"):
+        unmerge(tmp_path / "merged", [adapter], tmp_path / "out")

@@ -16,10 +16,9 @@ from adaptkit.checkpoint.layout import (
     weight_files,
 )
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Parent, TensorRecord, read_manifest
+from adaptkit.checkpoint.place import is_unfinished
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
-
-_UNFINISHED = (".partial", ".replaced")
 
 
 @dataclass(frozen=True)
@@ -118,23 +117,22 @@ def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_pr
         for path in inside:
             try:
                 found.setdefault(path.resolve(), Candidate(path, read_manifest(path), threads, progress))
-            except IntegrityError as error:
-                broken.append(f"{path}: {error.message}")
+            except (IntegrityError, OSError) as error:
+                broken.append(f"{path}: {error}")
     return Candidates(tuple(found.values()), tuple(broken))
 
 
 def _children(folder: Path) -> list[Path]:
-    inside = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.endswith(_UNFINISHED))
-    return [path for path in inside if _holds_something(path)]
+    return [path for path in sorted(folder.iterdir()) if not is_unfinished(path) and _holds_something(path)]
 
 
 def _holds_something(folder: Path) -> bool:
     """Whether it has a manifest, or weights that are no pickles."""
-    if (folder / MANIFEST_NAME).is_file():
-        return True
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        return (folder / ADAPTER_WEIGHTS_NAME).is_file()
     try:
+        if (folder / MANIFEST_NAME).is_file():
+            return True
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            return (folder / ADAPTER_WEIGHTS_NAME).is_file()
         return (folder / CONFIG_NAME).is_file() and bool(weight_files(folder)[0])
-    except AdaptkitError:  # some other folder, not ours to judge
+    except (AdaptkitError, OSError):  # some other folder, not ours to judge, nor perhaps to read
         return False

@@ -9,13 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.layout import CARD_NAME
-from adaptkit.checkpoint.manifest import Manifest, read_manifest, require_manifest
+from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest, read_manifest, require_manifest
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
 from adaptkit.operations._lineage.tree import VERIFIED, Ancestor
 
 SAME = "same bytes again"
 SAME_BUT_CARD = f"{SAME}, but for the model card, which publishing adds"
+_BUT_SIGNATURE = "; the signature of its base is another one"
+_SIGNATURE = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
 
 
 def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threads: int | None) -> str:
@@ -28,7 +31,7 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
         threads: pieces at a time; one per processor if None.
 
     Returns:
-        ``SAME``, ``SAME_BUT_CARD``, or why it cannot be run again.
+        ``SAME`` or ``SAME_BUT_CARD``, perhaps with a word about a signature; or why it cannot be run again.
 
     Raises:
         IntegrityError: the result differs; names the first file that does.
@@ -56,13 +59,17 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
 
 
 def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
-    """Compare everything but the version of adaptkit, and the model card that publishing gives to what has none."""
-    made = replace(again, tool=manifest.tool).to_bytes()
-    if made == manifest.to_bytes():
-        return SAME
-    without = tuple(record for record in manifest.files if record.path != CARD_NAME)
-    if made == replace(manifest, files=without).to_bytes():
-        return SAME_BUT_CARD
+    """Compare everything but the version of adaptkit, and what is added without the operation.
+
+    That is the model card that publishing gives to what has none, and a signature of what was merged onto.
+    """
+    made = replace(again, tool=manifest.tool)
+    signatures = [{record for record in found.files if record.path == _SIGNATURE} for found in (manifest, again)]
+    signed = "" if signatures[0] == signatures[1] else _BUT_SIGNATURE
+    if _without(made, _SIGNATURE) == _without(manifest, _SIGNATURE):
+        return SAME + signed
+    if _without(made, _SIGNATURE) == _without(manifest, _SIGNATURE, CARD_NAME):
+        return SAME_BUT_CARD + signed
     before, after = ({record.path: record for record in found.files} for found in (manifest, again))
     differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     what = f"{differing[0]} differs" if differing else "the same files, but another manifest"
@@ -70,6 +77,10 @@ def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
         f"{path}: {manifest.operation.get('name')} of the same parents gives something else: {what}",
         hint="it was not made from these alone in the way that its manifest says, or by another version of adaptkit",
     )
+
+
+def _without(manifest: Manifest, *names: str) -> bytes:
+    return replace(manifest, files=tuple(r for r in manifest.files if r.path not in names)).to_bytes()
 
 
 def _manifest_of(parent: Ancestor) -> str | None:

@@ -9,6 +9,7 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.place import is_unfinished
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
 from adaptkit.networks.addressing import Slice
@@ -224,13 +225,13 @@ def _fitting(
     folder: Path, wanted: Mapping[str, tuple[str, str]], root: str | None
 ) -> tuple[Checkpoint, dict[str, tuple[str, str]]] | None:
     """A checkpoint with its smallest weight as wanted, and another root than the wanted one nowhere; else None."""
-    if folder.name.endswith((".partial", ".replaced")) or not (folder / CONFIG_NAME).is_file():
-        return None
     try:
+        if is_unfinished(folder) or not (folder / CONFIG_NAME).is_file():
+            return None
         candidate, manifest = Checkpoint(folder), read_manifest(folder)
         if quantization_found(candidate) is not None:
             return None
-    except AdaptkitError:  # some other folder, not ours to judge
+    except (AdaptkitError, OSError):  # some other folder, not ours to judge, nor perhaps to read
         return None
     named = _by_tensor(candidate, wanted)
     if not set(named) <= set(candidate.tensors) or (manifest and root not in (None, manifest.tensors_root)):

@@ -1,9 +1,13 @@
 """What fits together: changes of one tensor, sizes of a vocabulary, an adapter's copy of a tensor and the base's."""
 
+from collections.abc import Sequence
+
+from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.lazy import torch
-from adaptkit.operations._merge.edits import Edits
+from adaptkit.numerics import lora
+from adaptkit.operations._merge.edits import Edits, Step
 from adaptkit.operations._tying import find_vocabulary
 
 
@@ -33,6 +37,44 @@ def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
                 f"embedding and head would differ in size: {', '.join(map(str, sorted(heights)))} entries",
                 hint="save the adapter with save_embedding_layers=True",
             )
+
+
+def check_effects(adapters: Sequence[Adapter], weights: Sequence[float], edits: Edits) -> None:
+    """Refuse an adapter that changes nothing, though its weight is not 0.
+
+    Raises:
+        UsageError: names it.
+    """
+    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        steps = (step for edit in edits.of.values() for step in edit.steps if step.adapter == number)
+        if weight and not any(map(_changes_something, steps)):
+            raise UsageError(
+                f"{adapter.root}: changes nothing: all that it adds is zero",
+                hint="train it first, or leave it out",
+            )
+
+
+def _changes_something(step: Step) -> bool:
+    """Whether it may: what takes the place of something counts, and so does a sum, as with what an adapter began as."""
+    if step.magnitude is not None or step.whole is not None or step.tokens is not None:
+        return True
+    if step.bias is not None and bool(step.bias.any()):
+        return True
+    return any(len(terms) > 1 or lora.norm(term) > 0 for terms in step.panels for term in terms)
+
+
+def check_quantizable(edits: Edits) -> None:
+    """Refuse what changes more than values.
+
+    Raises:
+        UsageError: names it.
+    """
+    if edits.added or edits.config:
+        what = edits.added[0] if edits.added else next(iter(edits.config))
+        raise UsageError(
+            f"the merge changes {what}, which cannot be done and quantized in one go",
+            hint="merge first, then quantize the result",
+        )
 
 
 def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> bool:

@@ -14,7 +14,7 @@ from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
 from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, read_small, resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
@@ -171,6 +171,11 @@ class MergedModel:
         """The manifest of the base, if it was an artifact."""
         name = f"{undo.BASE_PREFIX}{MANIFEST_NAME}"
         return Manifest.from_bytes(self.small_file(name)) if name in self.digests else None
+
+    def base_signature(self) -> bytes | None:
+        """What signed that manifest, if it was signed; older versions did not keep it."""
+        name = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
+        return self.small_file(name) if name in self.digests else None
 
     def adapters(self, given: Sequence[Path]) -> tuple[list[Adapter], list[float]]:
         """The adapters of the merge in their order, with their weights: those given, or the copies in the folder.

@@ -12,6 +12,7 @@ import xxhash
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
+from adaptkit.checkpoint.integrity import file_problem, size_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
@@ -21,7 +22,7 @@ from adaptkit.checkpoint.layout import (
     read_small,
     resolve_inside,
 )
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Target, TensorRecord
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
@@ -29,7 +30,7 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_theirs, merge_parents
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
-from adaptkit.operations._merge.report import MergeOptions, MergeReport, TensorChange, with_changes
+from adaptkit.operations._merge.report import MergeOptions, MergeReport, change_of, with_changes
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.untargeted import untargeted
 from adaptkit.operations._pipeline import thread_count
@@ -94,12 +95,34 @@ class Merging:
                 beside=self if self.options.undo else None,
             )
             checkpoint.require_state(state)
-            for adapter in self.adapters:  # what takes the place of the base's tensors is read as it is written
-                adapter.files.require_state(adapter.state)
+            self.require_adapters()
             self._write_others(out)
             manifest = self._manifest(out)
             out.publish(manifest)
             return self.report(output, out, manifest)
+
+    def check_base(self) -> None:
+        """Refuse a base of which ``unmerge`` could not give back each file that its manifest lists.
+
+        Its shards, and its own undo record, are compared as they are read.
+
+        Raises:
+            IntegrityError: names a file that changed, or is not there.
+        """
+        root, listed = self.checkpoint.root, self.base.manifest.files if self.base.manifest else ()
+        for record in listed if self.recorded["undo"] else ():
+            compare = size_problem if record.path.startswith(f"{undo.FOLDER}/") else file_problem
+            if record.path not in self.checkpoint.headers and (problem := compare(root, record)):
+                raise IntegrityError(f"{root}: {problem}", hint="get it again, or remove the manifest")
+
+    def require_adapters(self) -> None:
+        """Refuse adapters that changed since: what takes the place of the base's tensors is read as it is written.
+
+        Raises:
+            IntegrityError: names the file.
+        """
+        for adapter in self.adapters:
+            adapter.files.require_state(adapter.state)
 
     def names(self, file: str) -> list[str]:
         """The undo record that belongs to a shard."""
@@ -199,9 +222,10 @@ class Merging:
         if self.base.manifest is not None:
             kept = {*contents, *(file for file, _ in self.shards), *lost}
             known = {record.path: record.sha256 for record in self.base.manifest.files if record.path not in kept}
-            for name in (MANIFEST_NAME, *known):
+            signature = [SIGNATURE_NAME] if (self.checkpoint.root / SIGNATURE_NAME).is_file() else []
+            for name in (MANIFEST_NAME, *signature, *known):
                 copied = out.copy(resolve_inside(self.checkpoint.root, name), f"{undo.BASE_PREFIX}{name}")
-                if name != MANIFEST_NAME and copied.sha256 != known[name]:
+                if name in known and copied.sha256 != known[name]:
                     raise IntegrityError(
                         f"{self.checkpoint.root}: {name} is not the one of its manifest", hint="run verify on it"
                     )
@@ -254,17 +278,12 @@ class Merging:
         )
         if out is None or manifest is None:
             return plain
+        noted = [(edit.spec, out.notes[edit.spec.name]) for edit in changed]
         records = sum(record.size for record in out.files if record.path.startswith(f"{undo.FOLDER}/shard-"))
-        changes = [_change(edit, out.notes[edit.spec.name]) for edit in changed]
+        changes = [change_of(spec.name, spec.count, note["moved"], note["sums"]) for spec, note in noted]
         return replace(
             with_changes(plain, changes),
             undo_bits=8 * records / max(1, sum(change.elements for change in changes)),
             tensors_root=manifest.tensors_root,
             manifest_sha256=manifest.sha256,
         )
-
-
-def _change(edit: Edit, note: Mapping[str, Any]) -> TensorChange:
-    squares, weights, overlap = note["sums"]
-    moved, effect = note["moved"] / max(1, edit.spec.count), overlap / squares if squares else 1.0
-    return TensorChange(edit.spec.name, edit.spec.count, moved, squares**0.5, weights**0.5, effect)

@@ -66,6 +66,20 @@ class TensorChange:
     effect: float
 
 
+def change_of(name: str, elements: int, moved: float, sums: Sequence[float]) -> TensorChange:
+    """Say what merging did to a tensor.
+
+    Args:
+        name: of it.
+        elements: number of them.
+        moved: how many of them.
+        sums: Σ Δ², Σ W² and Σ effect · Δ.
+    """
+    squares, weights, overlap = sums
+    effect = overlap / squares if squares else 1.0
+    return TensorChange(name, elements, moved / max(1, elements), squares**0.5, weights**0.5, effect)
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """What was done, or would be.

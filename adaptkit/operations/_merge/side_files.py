@@ -123,15 +123,12 @@ def _check_unchanged(root: Path, manifest: Manifest | None, contents: Mapping[st
 
 
 def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
-    """The configuration with other values, in the order that it had; where a model's text part has them, there."""
-    changed = dict(config)
-    nested = changed.get("text_config")
-    for key, value in changes.items():
-        if isinstance(nested, dict) and key in nested and key not in changed:
-            nested = changed["text_config"] = nested | {key: value}
-        else:
-            changed[key] = value
-    return _as_before(changed)
+    """The configuration with other values, in the order that it had; where a model's text part has them, there too."""
+    text = config.get("text_config")
+    nested = text if isinstance(text, dict) else {}
+    inside = {key: value for key, value in changes.items() if key in nested}
+    outside = {key: value for key, value in changes.items() if key in config or key not in inside}
+    return _as_before({**config, **outside} | ({"text_config": nested | inside} if inside else {}))
 
 
 def _as_before(document: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.operations.targets._peft_config import SHORTHAND, is_target
+from adaptkit.operations.targets import _peft_config
 from adaptkit.operations.targets._target import some
 
 
@@ -11,9 +11,9 @@ def untargeted(adapters: Sequence[Adapter]) -> Iterator[str]:
     """A sentence for each adapter that has more than ``adapter_config.json`` names."""
     for adapter in adapters:
         config = adapter.config
-        if config.get("target_modules") in (None, SHORTHAND) or adapter.ties_weights:
+        if config.get("target_modules") in (None, _peft_config.SHORTHAND) or adapter.ties_weights:
             continue  # peft asks the architecture, or adds what is tied
-        found = [module for module in adapter.modules if not is_target(config, module)]
+        found = _peft_config.untargeted(config, adapter.modules)
         if found:
             yield (
                 f"{adapter.root}: adapter_config.json does not ask for {some(found)}, which peft would leave out; "

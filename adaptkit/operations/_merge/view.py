@@ -18,8 +18,8 @@ from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import Array, as_array, as_tensor
 from adaptkit.operations._merge.edits import Edit, Edits
-from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, read_rows
-from adaptkit.operations._merge.report import TensorChange
+from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, jobs_of, read_rows
+from adaptkit.operations._merge.report import TensorChange, change_of
 
 
 class MergedView(Checkpoint):
@@ -96,9 +96,18 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
             float((difference * delta).sum()),
         )
         total = [one + other for one, other in zip(total, found, strict=True)]
-    moved, count, squares, weights, overlap = total
-    effect = overlap / squares if squares else 1.0
-    return TensorChange(name, int(count), moved / max(1.0, count), squares**0.5, weights**0.5, effect)
+    moved, count, *sums = total
+    return change_of(name, int(count), moved, sums)
+
+
+def plain_change(view: MergedView, name: str) -> TensorChange:
+    """What was done to a weight that is not quantized."""
+    fold, total = view.folds[name], np.zeros(4)
+    for job in jobs_of(fold, view.base, False):
+        merged = job().merged
+        total += (merged.moved, merged.squared_delta, merged.squared_weight, merged.overlap)
+    moved, *sums = total.tolist()
+    return change_of(name, fold.edit.spec.count, moved, sums)
 
 
 def _within_panels(edit: Edit, start: int, stop: int) -> list[Rows]:

@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.adapter_config import by_pattern
+from adaptkit.checkpoint.adapter_config import values_by_pattern
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
+from adaptkit.checkpoint.patterns import FirstMatch
 from adaptkit.numerics.scaling import scaling
 
 PREFIX = "base_model.model."
@@ -166,12 +167,20 @@ class AdapterFiles:
         rank, alpha, factor = self._numbers(_parameter(module) if stacked else module)
         return Pair(module, a, b, embedding, stacked, rank, alpha, factor)
 
+    @cached_property
+    def _ranks(self) -> FirstMatch:
+        return values_by_pattern(self.config, "rank_pattern")
+
+    @cached_property
+    def _alphas(self) -> FirstMatch:
+        return values_by_pattern(self.config, "alpha_pattern")
+
     def _numbers(self, module: str) -> tuple[Any, Any, float | None]:
         """Rank, alpha and scaling by peft's rules: the first pattern that matches the path's end, else the default."""
         rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
         try:
-            rank = by_pattern(self.config.get("rank_pattern") or {}, module, rank)
-            alpha = by_pattern(self.config.get("alpha_pattern") or {}, module, alpha)
+            rank = self._ranks.value(module, rank)
+            alpha = self._alphas.value(module, alpha)
         except (re.error, TypeError, AttributeError):
             return rank, None, None
         if not _is_number(rank) or not _is_number(alpha):

@@ -5,7 +5,7 @@ Checked are ``LoraConfig.__post_init__``, ``LoraLayer.update_layer`` and ``check
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from adaptkit.checkpoint.patterns import matches_whole
@@ -143,6 +143,16 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     if any(_is_whole(rf"(.*\.)?{name}(\..*)?", module) for name in around):
         return False
     return is_parameter(config, module) or is_module(config, module)
+
+
+def untargeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """The modules that peft makes no LoRA of.
+
+    Where all are in ``target_modules`` by their whole paths, each is compared with its own alone, and not with all.
+    """
+    targets = config.get("target_modules")
+    whole = {name for name in targets if isinstance(name, str)} if isinstance(targets, list) else set()
+    return [m for m in modules if not is_target({**config, "target_modules": [m]} if m in whole else config, m)]
 
 
 def is_parameter(config: Mapping[str, Any], module: str) -> bool:

@@ -117,7 +117,7 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
         )
     if targets in (None, _peft_config.SHORTHAND) or config.get("ensure_weight_tying"):
         return  # peft then asks the architecture, or adds what is tied
-    unmatched = [p.module for p in files.pairs if not p.stacked and not _peft_config.is_target(config, p.module)]
+    unmatched = _peft_config.untargeted(config, [p.module for p in files.pairs if not p.stacked])
     if unmatched:
         yield Finding(
             "error",
