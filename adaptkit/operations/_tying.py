@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import (
     is_rare_table,
@@ -225,8 +226,7 @@ def _refuse_uses(checkpoint: Checkpoint, adapter: Adapter, found: Addresses) -> 
 
 def _only_of_its_height(checkpoint: Checkpoint) -> list[str]:
     """The module of the only matrix outside the layers with a row for every word, which must be embedding and head."""
-    text = checkpoint.config.get("text_config")
-    values = [source.get("vocab_size") for source in (checkpoint.config, text) if isinstance(source, dict)]
+    values = [source.get("vocab_size") for source in (checkpoint.config, text_config(checkpoint.config))]
     found = [
         name.removesuffix(".weight")
         for name, located in checkpoint.tensors.items()
@@ -305,13 +305,10 @@ def _tells_no_words(checkpoint: Checkpoint) -> bool:
 
     Those have one word before all names (``transformer.h.0.…``), which ``GPT2Model`` by itself does not have.
     """
-    named = checkpoint.config.get("architectures")
-    name = str(named[0]) if isinstance(named, list) and named else ""
+    name = next(iter(class_names(checkpoint.config)), "")
     outer = {tensor.partition(".")[0] for tensor in checkpoint.tensors}
     return _TELLS_NO_WORDS.search(name) is not None and not (name.endswith("Model") and len(outer) == 1)
 
 
 def _says_tied(config: Mapping[str, Any]) -> Any:
-    nested = config.get("text_config")
-    inner = nested.get("tie_word_embeddings") if isinstance(nested, dict) else None
-    return config.get("tie_word_embeddings", inner)
+    return config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
