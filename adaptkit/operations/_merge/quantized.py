@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from adaptkit.operations._merge.base import Base, check_fingerprint, is_theirs, 
 from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, quantized_change
+from adaptkit.operations._pipeline import in_order, thread_count
 from adaptkit.operations._quantize.plan import QuantizeOptions
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations.quantize import quantize_checkpoint
@@ -60,10 +62,10 @@ def merge_quantized(
         plain: the report so far.
         force: replace an existing output.
         threads: pieces at a time; one per processor if None.
-        progress: told of bytes written.
+        progress: told of bytes of the base that are read for their fingerprints, then of bytes written.
     """
     checkpoint = base.checkpoint
-    digests = {name: fingerprint_in_pieces(checkpoint, name) for name in checkpoint.tensors}
+    digests = _digests(checkpoint, thread_count(threads), progress)
     for name, digest in digests.items():
         check_fingerprint(base, name, digest)
     records = [
@@ -96,3 +98,14 @@ def merge_quantized(
         tensors_root=report.tensors_root,
         manifest_sha256=report.manifest_sha256,
     )
+
+
+def _digests(checkpoint: Checkpoint, threads: int, progress: Progress) -> dict[str, str]:
+    names, found, done = list(checkpoint.tensors), {}, 0
+    total = sum(checkpoint.spec(name).nbytes for name in names)
+    digests = in_order(partial(fingerprint_in_pieces, checkpoint), names, threads)
+    for name, digest in zip(names, digests, strict=True):
+        found[name] = digest
+        done += checkpoint.spec(name).nbytes
+        progress(done, total)
+    return found
