@@ -24,6 +24,7 @@ from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
 from adaptkit.operations._merge.view import MergedView
+from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._terms import weights_of
 
 __all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
@@ -48,7 +49,7 @@ def merge(
         options: how.
         force: replace an existing output.
         dry_run: plan and validate only.
-        progress: told of bytes written.
+        progress: told of bytes written; where the result is quantized, before that of bytes read of the base.
 
     Raises:
         BaseMismatchError: an adapter was trained on other tensors, does not fit the base, or would untie its head.
@@ -82,7 +83,7 @@ def merge(
         opened,
         read,
         weights,
-        MergedView(opened.checkpoint, edits, merging.side.contents, identity),
+        MergedView(opened.checkpoint, edits, merging.side.contents, identity, thread_count(options.threads)),
         Encoding(options.format),
         merging.recorded,
         merging.report(output),
