@@ -159,7 +159,8 @@ class Output:
             DiskError: says how much is missing.
         """
         there = sum(done.record.size for done in self._finished.values())
-        cut_off = (path.lstat() for path in self.folder.iterdir() if path.name not in self._finished)
+        found = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
+        cut_off = (path.lstat() for name, path in found.items() if name not in self._finished)
         needed = nbytes - there - sum(512 * state.st_blocks for state in cut_off)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
