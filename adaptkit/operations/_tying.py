@@ -246,12 +246,11 @@ def _change_alike(
     adapter: Adapter, tables: list[str], heads: list[str], vocabulary: Vocabulary, checkpoint: Checkpoint
 ) -> bool:
     """Whether embedding and head stay the same tensor in the running model."""
-    digests = {record.name: (record.xxh3_128, record.dtype, record.shape) for record in adapter.records}
     if adapter.ties_weights:
-        return _repeats(adapter, tables, heads, digests)
+        return _repeats(adapter, tables, heads)
     kinds = [_kinds(adapter, name) for name in (*tables, *heads)]
     if all(kind == {"replaced"} for kind in kinds) and tables:
-        values = {digests[adapter.replaced[name]] for name in (*tables, *heads)}
+        values = {adapter.digests[adapter.replaced[name]] for name in (*tables, *heads)}
         shape = adapter.files.spec(adapter.replaced[tables[0]]).shape
         return len(values) == 1 and (bool(heads) or shape != checkpoint.spec(vocabulary.embedding).shape)
     if all(kind == {"tokens"} for kind in kinds) and tables:
@@ -260,7 +259,7 @@ def _change_alike(
     return False
 
 
-def _repeats(adapter: Adapter, tables: list[str], heads: list[str], digests: Mapping[str, Any]) -> bool:
+def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
     """Whether the head's change, if there is one beside that of the embedding, is the same.
 
     With DoRA it is none: A and B are tied, but the embedding's magnitudes are those of its columns, the head's of rows.
@@ -285,7 +284,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str], digests: Map
             )
         for stored in (adapter.begins, adapter.replaced):
             keys = [stored.get(name) for name in (table, head)]
-            values = [None if key is None else digests[key] for key in keys]
+            values = [None if key is None else adapter.digests[key] for key in keys]
             if None not in values and values[0] != values[1]:
                 raise AdapterError(
                     f"{adapter.root}: ensure_weight_tying is set, but {keys[0]!r} and {keys[1]!r} differ",
