@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import quantized
@@ -50,7 +51,7 @@ class Ready(TensorPlan):
 
     def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
         """Read the parts; see ``TensorPlan``."""
-        return [_reading(self.scratch, spec.name) for spec in self.group().specs]
+        return [partial(_read, self.scratch, spec.name) for spec in self.group().specs]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
         """Write the parts; see ``TensorPlan``."""
@@ -207,5 +208,5 @@ def _layer_name(number: int) -> str:
     return f"{SCRATCH_PREFIX}calibrated-{number}.safetensors"
 
 
-def _reading(scratch: TensorFiles, name: str) -> Callable[[], Encoded]:
-    return lambda: Encoded(scratch.read_array(name))
+def _read(scratch: TensorFiles, name: str) -> Encoded:
+    return Encoded(scratch.read_array(name))

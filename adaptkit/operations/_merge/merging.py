@@ -137,7 +137,7 @@ class Merging:
     def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
         edit = self.edits.of.get(group.source)
         if edit is None:
-            return reading(self.checkpoint, group.specs[0], lambda values, start: None)
+            return reading(self.checkpoint, group.specs[0])
         lengths = self._lengths[edit.spec.name] = find_lengths(self.checkpoint, edit, self._threads)
         return jobs_of(Fold(edit, lengths), self.checkpoint, self.options.undo and not self._is_new(edit))
 
