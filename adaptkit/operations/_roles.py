@@ -27,7 +27,7 @@ from adaptkit.networks.architecture import (
 )
 from adaptkit.networks.head import head_path
 from adaptkit.networks.naming import Place, absent, places, shape_in
-from adaptkit.operations._tying import find_vocabulary
+from adaptkit.operations._vocabulary import find_vocabulary
 
 if TYPE_CHECKING:
     from torch import nn

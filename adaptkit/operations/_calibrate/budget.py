@@ -7,7 +7,6 @@ reached.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME = f"{SCRATCH_PREFIX}budget.json"
-_OUTPUTS = f"{SCRATCH_PREFIX}outputs"
 SMALL_BLOCK = 32
 """The smallest that every reader of the format takes."""
 
@@ -120,10 +118,8 @@ def _ways(
     gradients: dict[str, Tensor] = {}
     from adaptkit.operations._calibrate.gradients import layer_gradients  # here, since it waits for torch
 
-    scratch = out.folder / _OUTPUTS
-    layers = layer_gradients(checkpoint, tokens, scratch, reserve=out.require_space, progress=progress)
-    with contextlib.closing(layers):  # so that its folder goes if this is interrupted
-        for layer in layers:
+    with out.scratch_folder("outputs") as folder:
+        for layer in layer_gradients(checkpoint, tokens, folder, reserve=out.require_space, progress=progress):
             importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}
             gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}
     reached = [name for name in linears if name in importance and name in gradients]

@@ -8,13 +8,12 @@ E[g gᵀ] is that output's Fisher information, and a small change ΔW of its wei
 nats a token, the last step taking g and x for independent and E[g gᵀ] for its diagonal. Source: the factored Fisher
 information of K-FAC (Martens and Grosse, arXiv:1503.05671), with the diagonal of its output factor.
 
-The forward pass leaves every layer's output on disk, in a folder that the caller names and that goes with the run; the
-backward pass takes the layers from the last to the first.
+The forward pass leaves every layer's output on disk, in a folder of the caller's, who removes it; the backward pass
+takes the layers from the last to the first.
 """
 
 import contextlib
-import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.writer import DiskError, disk_errors
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import DISK_HINTS, NonFiniteError
 from adaptkit.operations._calibrate.layerwise import Collector, InputMoments, Sums
 from adaptkit.operations._calibrate.replay import Place, Replay
@@ -58,13 +57,13 @@ def layer_gradients(
     *,
     reserve: Callable[[int], None] = lambda nbytes: None,
     progress: Progress = no_progress,
-) -> Generator[LayerGradients, None, None]:
+) -> Iterator[LayerGradients]:
     """Run a 16- or 32-bit checkpoint over tokens and back, and measure the gradients of its linears' outputs.
 
     Args:
         checkpoint: a causal language model that transformers knows.
         tokens: (windows, window) int64; every window is a sequence of its own.
-        folder: to make for what the layers give; it is removed when the run ends, however it does.
+        folder: an empty one for what the layers give.
         reserve: told once, early, how many bytes will be in it; may refuse.
         progress: told how many batches of layers are done, there and back, of how many.
 
@@ -80,7 +79,7 @@ def layer_gradients(
     """
     replay = Replay(checkpoint, tokens)
     count, batches = len(replay.prefixes), len(replay.batches)
-    with _empty(folder), replay.outside():
+    with replay.outside():
         outputs = _Outputs(folder)
         for index in range(count):
             with replay.layer(index), torch.no_grad():
@@ -141,19 +140,6 @@ class _Outputs:
             return None
         held, (others, shape) = load_file(self._folder / f"{index}-{batch}"), self._others[index, batch]
         return tree_unflatten([held.get(str(n), part) for n, part in enumerate(others)], shape)
-
-
-@contextlib.contextmanager
-def _empty(folder: Path) -> Iterator[None]:
-    """A folder that is new when the block begins, whatever a run that was killed left there, and gone when it ends."""
-    with disk_errors(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _hidden(output: Any) -> Tensor:

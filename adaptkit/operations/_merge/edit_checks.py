@@ -4,7 +4,7 @@ from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.operations._merge.edits import Edits
-from adaptkit.operations._tying import find_vocabulary
+from adaptkit.operations._vocabulary import find_vocabulary
 
 
 def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:

@@ -17,7 +17,7 @@ from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.operations._roles import CONV1D_MODELS
-from adaptkit.operations._tying import find_vocabulary
+from adaptkit.operations._vocabulary import find_vocabulary
 
 _SUFFIX = ".weight"
 _OF_MODELS = {"backbone", "model", "transformer"}

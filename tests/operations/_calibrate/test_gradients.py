@@ -12,7 +12,7 @@ from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError
-from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.errors import NonFiniteError
 from adaptkit.operations._calibrate import gradients, replay
 from adaptkit.operations._calibrate.layerwise import layer_moments
 
@@ -42,7 +42,7 @@ TOKEN = 7
 
 @pytest.fixture
 def layer_gradients(tmp_path):
-    return partial(gradients.layer_gradients, folder=tmp_path / "outputs")
+    return partial(gradients.layer_gradients, folder=tmp_path)
 
 
 def windows(count=5, length=20):
@@ -171,24 +171,15 @@ def test_inputs_measured_on_the_way_are_those_of_the_forward_pass(name, family, 
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text"])
-def test_what_the_layers_give_is_counted_early_and_gone_however_it_ends(name, family, tmp_path, monkeypatch):
+def test_the_size_of_what_the_layers_give_is_known_early(name, family, tmp_path, monkeypatch):
     monkeypatch.setattr(replay, "BATCH_TOKENS", 40)
-    folder, told = tmp_path / "outputs", []
-    folder.mkdir()
-    (folder / "left by a run that was killed").touch()
-    tokens = windows(4)
-    layers = gradients.layer_gradients(Checkpoint(family(name)), tokens, folder, reserve=told.append)
-    next(layers)
-    assert told == [sum(path.stat().st_size for path in folder.iterdir())]
-    layers.close()
-    assert not folder.exists()
+    told = []
 
-    def refuse(nbytes):
-        raise UsageError("no room")
+    def reserve(nbytes):
+        told.append((nbytes, len(list(tmp_path.iterdir()))))
 
-    with pytest.raises(UsageError, match="no room"):
-        next(gradients.layer_gradients(Checkpoint(family(name)), tokens, folder, reserve=refuse))
-    assert not folder.exists()
+    next(gradients.layer_gradients(Checkpoint(family(name)), windows(4), tmp_path, reserve=reserve))
+    assert told == [(sum(path.stat().st_size for path in tmp_path.iterdir()), 1)]
 
 
 def test_a_disk_that_is_full_meanwhile_says_where_and_what_to_do(family, tmp_path, monkeypatch):
@@ -197,6 +188,6 @@ def test_a_disk_that_is_full_meanwhile_says_where_and_what_to_do(family, tmp_pat
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DiskError) as caught:
-        next(gradients.layer_gradients(Checkpoint(family("llama")), windows(), tmp_path / "outputs"))
-    assert str(tmp_path / "outputs") in caught.value.message
+        next(gradients.layer_gradients(Checkpoint(family("llama")), windows(), tmp_path))
+    assert str(tmp_path) in caught.value.message
     assert caught.value.hint == "free some space, and run the same command again: it measures anew"
