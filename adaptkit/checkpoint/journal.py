@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
-SCRATCH_PREFIX = "adaptkit-scratch-"
-"""Begins the names of files that a run works with, and that are no part of what it makes."""
+SCRATCH_NAME, SCRATCH_PREFIX = "adaptkit-scratch", "adaptkit-scratch-"
+"""Of a folder, and how the names of files begin, that a run works with, and that are no part of what it makes."""
 
 
 class Output:
@@ -170,9 +170,9 @@ class Output:
             )
 
     @contextlib.contextmanager
-    def scratch_folder(self, name: str) -> Iterator[Path]:
+    def scratch_folder(self) -> Iterator[Path]:
         """A folder to work in: empty when the block begins, whatever a killed run left, and gone however it ends."""
-        folder = self.folder / f"{SCRATCH_PREFIX}{name}"
+        folder = self.folder / SCRATCH_NAME
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

@@ -325,7 +325,7 @@ def test_a_budget_needs_room_before_it_measures_and_leaves_nothing_of_it(llama, 
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free[0]))
     monkeypatch.setattr(tempfile, "mkdtemp", None)
-    outputs = tmp_path / "out.partial" / "adaptkit-scratch-outputs"
+    outputs = tmp_path / "out.partial" / "adaptkit-scratch"
     told, at_work = [], []
 
     def cut_off(done, total):

@@ -118,7 +118,7 @@ def _ways(
     gradients: dict[str, Tensor] = {}
     from adaptkit.operations._calibrate.gradients import layer_gradients  # here, since it waits for torch
 
-    with out.scratch_folder("outputs") as folder:
+    with out.scratch_folder() as folder:
         for layer in layer_gradients(checkpoint, tokens, folder, reserve=out.require_space, progress=progress):
             importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}
             gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}
