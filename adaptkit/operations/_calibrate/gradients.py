@@ -117,7 +117,7 @@ class _Outputs:
         self._others: dict[tuple[int, int], tuple[list[Any], TreeSpec]] = {}
 
     def put(self, index: int, batch: int, output: Any) -> int:
-        """Returns the size of the file.
+        """Write what a layer gave, and return the size of its file.
 
         Raises:
             DiskError: it cannot be written.
