@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,11 @@ class Adapter:
     records: tuple[TensorRecord, ...]
     state: list[list[Any]]
 
+    @cached_property
+    def digests(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """By name of a tensor, what two must have in common to be the same: fingerprint, type and shape."""
+        return {record.name: (record.xxh3_128, record.dtype, record.shape) for record in self.records}
+
     @property
     def ties_weights(self) -> bool:
         """Whether ``ensure_weight_tying`` made peft change embedding and head together.
@@ -139,12 +145,11 @@ class Adapter:
         """
         terms = [*self.modules.values(), *(term for stack in self.experts.values() for term in stack)]
         others = [*self.magnitudes.values(), *self.biases.values()]
-        digests = {record.name: record.xxh3_128 for record in self.records}
-        whole = {fingerprint(chosen.rows): chosen.rows.numel() for chosen in self.tokens.values()}
+        whole: dict[Any, int] = {fingerprint(chosen.rows): chosen.rows.numel() for chosen in self.tokens.values()}
         for name, key in self.replaced.items():
             module, _, kind = name.rpartition(".")
             if is_saved(self.config, module) or (kind == "bias" and self.config.get("bias", "none") != "none"):
-                whole[digests[key] if is_table(module) or is_head(module) else name] = self.files.spec(key).count
+                whole[self.digests[key] if is_table(module) or is_head(module) else name] = self.files.spec(key).count
         return (
             sum(math.prod(term.a.shape) + math.prod(term.b.shape) for term in terms)
             + sum(math.prod(other.shape) for other in others)

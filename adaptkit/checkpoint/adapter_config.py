@@ -34,6 +34,8 @@ _USED = {
 }  # fmt: skip
 _FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 """How A and B began; ``init_lora_weights`` says whether that matters."""
+KNOWN_KEYS = {*_UNSUPPORTED, *_HARMLESS, *_USED, *_FINISHED, "runtime_config"}
+"""The keys of peft 0.21's LoraConfig."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"

@@ -12,12 +12,13 @@ writes the rest. If inputs or options changed, the key differs and the folder is
 Several processes can each make a share of the files, with a journal of its own; a run that is no share publishes.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
-SCRATCH_PREFIX = "adaptkit-scratch-"
-"""Begins the names of files that a run works with, and that are no part of what it makes."""
+SCRATCH_NAME, SCRATCH_PREFIX = "adaptkit-scratch", "adaptkit-scratch-"
+"""Of a folder, and how the names of files begin, that a run works with, and that are no part of what it makes."""
 
 
 class Output:
@@ -159,7 +160,7 @@ class Output:
             DiskError: says how much is missing.
         """
         there = sum(done.record.size for done in self._finished.values())
-        cut_off = (path.lstat() for path in self.folder.iterdir() if path.name not in self._finished)
+        cut_off = (p.lstat() for p in self.folder.rglob("*") if str(p.relative_to(self.folder)) not in self._finished)
         needed = nbytes - there - sum(512 * state.st_blocks for state in cut_off)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -167,6 +168,18 @@ class Output:
                 f"{self.final}: needs {needed:,} more bytes, but its disk has {free:,} free",
                 hint="free some space, or choose another -o",
             )
+
+    @contextlib.contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """A folder to work in: empty when the block begins, whatever a killed run left, and gone however it ends."""
+        folder = self.folder / SCRATCH_NAME
+        with disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_tensors(
         self,

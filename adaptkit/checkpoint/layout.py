@@ -109,6 +109,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return strict_json(read_small(path), str(path), infinities=True)
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a configuration says of the language model inside another one; empty if it says nothing."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """The classes of models that a configuration names, the first one before all."""
+    named = config.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
 def write_json(value: Mapping[str, Any]) -> bytes:
     """The bytes of a JSON file that people may read: sorted, indented by two."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

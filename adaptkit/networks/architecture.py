@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_config
+from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
@@ -86,8 +86,7 @@ class Description:
     @property
     def dtype(self) -> torch.dtype:
         """That the checkpoint says its weights have; bfloat16 if it does not say."""
-        text = self.config.get("text_config")
-        for values in (self.config, text if isinstance(text, dict) else {}):
+        for values in (self.config, text_config(self.config)):
             for key in ("dtype", "torch_dtype"):
                 found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
                 if isinstance(found, torch.dtype):
@@ -152,8 +151,7 @@ def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = (
     Returns:
         The model; None if no name is that of such a class, or transformers cannot build it.
     """
-    given = checkpoint.config.get("architectures")
-    own = given if isinstance(given, list) else []
+    own = class_names(checkpoint.config)
     names = [*first, *own]
 
     def named_model(config: Any) -> Any:
@@ -181,11 +179,11 @@ def _is_of(network: Any, checkpoint: Checkpoint | Description) -> bool:
     return not has_no_head(network) or not names or any(name in network.state_dict() for name in names)
 
 
-def _class_named(name: Any, config: Any) -> Any:
+def _class_named(name: str, config: Any) -> Any:
     """The class of models that has a name, or that an automatic class of this name takes for a configuration."""
     import transformers
 
-    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    found: Any = getattr(transformers, name, None)
     if not isinstance(found, type):
         return None
     mapping = getattr(found, "_model_mapping", None)

@@ -54,7 +54,7 @@ def carried(adapters: Sequence[Adapter]) -> Carried:
     for adapter in adapters:
         for name, key in sorted(adapter.begins.items()):
             other, other_key = copies.setdefault(name, (adapter, key))
-            if _fingerprint(other, other_key) != _fingerprint(adapter, key):
+            if other.digests[other_key] != adapter.digests[key]:
                 raise AdapterError(
                     f"{other.root} and {adapter.root} hold different copies of the base's {name}",
                     hint="merge one after the other",
@@ -83,7 +83,3 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
                     hint=f"take a copy of one of them without {name}; of a tokenizer, without all of its files",
                 )
     return brought
-
-
-def _fingerprint(adapter: Adapter, key: str) -> str:
-    return next(record.xxh3_128 for record in adapter.records if record.name == key)

@@ -19,13 +19,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from adaptkit import __version__
+from adaptkit.checkpoint import vocabulary
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.remembered import Remembered
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.networks import architecture, naming
-from adaptkit.operations import _roles
+from adaptkit.operations import _roles, _vocabulary
 from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
 from adaptkit.torch_compiler import leave_compiler_out
 
@@ -141,7 +142,7 @@ def _question(checkpoint: Checkpoint) -> list[Any] | None:
         if version is None or "dev" in version[1]:
             return None
         shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
-        ours = [Path(str(module.__file__)) for module in (_roles, architecture, naming)]
+        ours = [Path(str(module.__file__)) for module in (_roles, _vocabulary, vocabulary, architecture, naming)]
         rules = [[str(path), file_sha256(path)] for path in (*ours, *_modelling_files(package, checkpoint))]
         return [checkpoint.config, shapes, version[1], __version__, rules]
     except (OSError, ValueError, AdaptkitError):

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.layout import class_names
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.lazy import torch
 from adaptkit.networks.architecture import (
     empty_network,
@@ -25,13 +27,13 @@ from adaptkit.networks.architecture import (
 )
 from adaptkit.networks.head import head_path
 from adaptkit.networks.naming import Place, absent, places, shape_in
+from adaptkit.operations._vocabulary import find_vocabulary
 
 if TYPE_CHECKING:
     from torch import nn
 
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 _EXPERTS = re.compile(r"^(?:.*?\.)?experts(?=\.)")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 _TABLE = re.compile(r"embed|relative_attention_bias|(^|\.)(wte|wpe)(\.|$)")
 _LOOKED_UP = re.compile(
     r"(^|\.)(embed_tokens|[a-z_]*embeddings?|embed_positions|relative_attention_bias|wte|wpe|embed_in)$"
@@ -40,7 +42,10 @@ _NORM = re.compile(r"(^|\.)(ln_[^.]*|[^.]*norm[^.]*)$", re.IGNORECASE)
 _FLOAT32 = re.compile(r"\.(indexer\.weights_proj|DenseReluDense\.wo)$")
 _OWN_LINEAR_MODELS = {"falcon"}  # their layers are a subclass of nn.Linear, which bitsandbytes leaves alone
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
-_CONV1D_MODELS = {"gpt2", "openai-gpt"}
+CONV1D_MODELS = {"gpt2", "openai-gpt"}
+"""Models whose linear layers are Conv1D, which keep (in, out)."""
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""The names that configurations have for the number of experts in a layer."""
 _LINEAR_BY_NAME = {
     "linear",
     "conv1d",
@@ -97,7 +102,7 @@ def roles_here(checkpoint: Checkpoint) -> Roles:
 
 def is_conv1d(model_type: str, module: str) -> bool:
     """Whether a module is, by its name, one of the GPT-2 family's that keep their weight as (in, out)."""
-    return model_type in _CONV1D_MODELS and bool(_CONV1D.search(module))
+    return model_type in CONV1D_MODELS and bool(_CONV1D.search(module))
 
 
 def roles_by_name(checkpoint: Checkpoint, reason: str) -> Roles:
@@ -110,7 +115,7 @@ def roles_by_name(checkpoint: Checkpoint, reason: str) -> Roles:
     model_type = str(checkpoint.config.get("model_type"))
     roles = {name: _by_name(located.spec, model_type) for name, located in checkpoint.tensors.items()}
     heads = [name.removesuffix(".weight") for name, role in roles.items() if role.kind == "head"]
-    tied = checkpoint.config.get("tie_word_embeddings") is True or not heads
+    tied = find_vocabulary(checkpoint).tied
     return Roles(roles, f"names and shapes ({reason})", heads[0] if heads else "lm_head", tied)
 
 
@@ -131,7 +136,7 @@ def _kind_by_name(spec: TensorSpec, module: str, model_type: str) -> str:
         (not spec.name.endswith(".weight"), "not a weight"),
         (bool(_NORM.search(module)), "norm"),
         (len(spec.shape) != 2, "not a matrix"),
-        (bool(_HEAD.search(module)), "head"),
+        (is_usual_head(module), "head"),
         (bool(_TABLE.search(module)), "embedding"),
         (is_router(module), "router"),
         (not _NUMBERED.search(module), "outside the layers"),
@@ -174,8 +179,8 @@ def _lacking(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -
     The language model's head is nothing that they lack if they say that they are another class.
     """
     name = type(network).__name__
-    said = checkpoint.config.get("architectures")
-    if not isinstance(said, list) or not said or name in said:
+    said = class_names(checkpoint.config)
+    if not said or name in said:
         return absent(network, found), name
     named = named_network(checkpoint)
     if named is not None:
@@ -220,6 +225,12 @@ def _stays_in_float32(network: Any, module: str) -> bool:
     """Whether transformers leaves a linear layer alone whatever the list of modules to skip says."""
     patterns = getattr(network, "_keep_in_fp32_modules", None) or ()
     return any(re.match(rf"(?:{pattern})(?:\.|$)", module) or module.endswith(pattern) for pattern in patterns)
+
+
+def expert_count(config: Mapping[str, Any]) -> int | None:
+    """How many experts a layer has, if a configuration says so."""
+    said = [config.get(name) for name in _EXPERT_COUNTS]
+    return next((count for count in said if isinstance(count, int)), None)
 
 
 def stores_transposed(checkpoint: Checkpoint, module: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adaptkit.checkpoint.header import TensorSpec
@@ -87,24 +88,24 @@ def cut(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
     return [Piece(start, min(step, spec.count - start)) for start in range(0, spec.count, step)] or [Piece(0, 0)]
 
 
-def reading(files: TensorFiles, spec: TensorSpec, check: Callable[[Array, int], None]) -> list[Callable[[], Array]]:
+def reading(
+    files: TensorFiles, spec: TensorSpec, check: Callable[[Array, int], None] | None = None
+) -> list[Callable[[], Array]]:
     """Jobs that read a tensor as it is, piece by piece.
 
     Args:
         files: where it is.
         spec: which.
-        check: what to ask of every piece; is told where it starts.
+        check: what to ask of every piece, if anything; is told where it starts.
     """
 
-    def job(piece: Piece) -> Callable[[], Array]:
-        def run() -> Array:
-            values = files.read_flat_array(spec.name, piece.start, piece.count)
+    def read(piece: Piece) -> Array:
+        values = files.read_flat_array(spec.name, piece.start, piece.count)
+        if check is not None:
             check(values, piece.start)
-            return values
+        return values
 
-        return run
-
-    return [job(piece) for piece in cut(spec)]
+    return [partial(read, piece) for piece in cut(spec)]
 
 
 def write_shards(

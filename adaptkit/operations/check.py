@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, require_folder
+from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, require_folder
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
@@ -122,5 +122,5 @@ def _seen(files: CheckpointFiles) -> tuple[str, ...]:
 
 
 def _unseen(files: CheckpointFiles) -> tuple[str, ...]:
-    architectures = files.config.get("architectures") or ["of no name"]
-    return (f"whether the program has the architecture {architectures[0]}", "the weights' values")
+    name = next(iter(class_names(files.config)), "of no name")
+    return (f"whether the program has the architecture {name}", "the weights' values")

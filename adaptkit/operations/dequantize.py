@@ -124,7 +124,7 @@ def dequantize(
     def jobs(group: Group) -> Sequence[Callable[[], _Decoded]]:
         if group.source in parts:
             return _decoding(checkpoint, group.specs[0])
-        return [_as_it_is(job) for job in reading(checkpoint, group.specs[0], lambda values, start: None)]
+        return [partial(_as_it_is, job) for job in reading(checkpoint, group.specs[0])]
 
     def assemble(group: Group, results: Iterator[_Decoded], writer: TensorWriter) -> dict[str, str]:
         digest = xxhash.xxh3_128()
@@ -201,12 +201,9 @@ def _refuse(spec: TensorSpec, constants: Array) -> NoReturn:
     )
 
 
-def _as_it_is(job: Callable[[], Array]) -> Callable[[], _Decoded]:
-    def run() -> _Decoded:
-        values = job()
-        return _Decoded(values, values)
-
-    return run
+def _as_it_is(job: Callable[[], Array]) -> _Decoded:
+    values = job()
+    return _Decoded(values, values)
 
 
 def _manifest(out: Output, checkpoint: Checkpoint, recorded: dict[str, object]) -> Manifest:

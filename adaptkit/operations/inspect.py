@@ -20,9 +20,7 @@ from adaptkit.operations._inspect.merged import describe_merged
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._pipeline import thread_count
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""The names that configurations have for the number of experts in a layer."""
+from adaptkit.operations._roles import expert_count
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "vocabulary": config.get("vocab_size"),
         "tied_head": config.get("tie_word_embeddings"),
-        "experts": next((config[key] for key in _EXPERTS if key in config), None),
+        "experts": expert_count(config),
         "files": len(checkpoint.headers),
         "quantization": method,
     }

@@ -45,7 +45,7 @@ def merge(
         options: how.
         force: replace an existing output.
         dry_run: plan and validate only.
-        progress: told of bytes written.
+        progress: told of bytes written; where the result is quantized, before that of bytes read of the base.
 
     Raises:
         BaseMismatchError: an adapter was trained on other tensors, does not fit the base, or would untie its head.

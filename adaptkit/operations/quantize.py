@@ -144,6 +144,7 @@ class _Run:
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
         with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out, discarding(out):
+            out.require_space(self._room(begun))
             self._check_finite(out, begun)
             self._check_shares(out)
             plan, upgrades = self._spend(out, begun)

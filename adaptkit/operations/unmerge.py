@@ -239,7 +239,7 @@ class _Restoring:
         name, checkpoint = group.source, self.model.checkpoint
         edit = self.edits.of.get(name)
         if edit is None or name in self.edits.added:
-            return reading(checkpoint, checkpoint.spec(name), lambda values, start: None)
+            return reading(checkpoint, checkpoint.spec(name))
         record = self._record(name)
         lengths = {step.adapter: undo.lengths_name(name, step.adapter) for step in edit.steps}
         held = {adapter: record.read(key) for adapter, key in lengths.items() if key in record.tensors}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder, text_config
 from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.text.conversation import Conversation, read_example, render
@@ -105,8 +105,7 @@ def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
 def longest_sequence(root: Path) -> int | None:
     """The most tokens that a checkpoint's model reads at once, or None if its configuration does not say."""
     config = read_config(root / CONFIG_NAME)
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
+    for values in (config, text_config(config)):
         for name in _LENGTHS:
             if isinstance(values.get(name), int) and values[name] > 0:
                 return int(values[name])
@@ -116,8 +115,7 @@ def longest_sequence(root: Path) -> int | None:
 def known_tokens(root: Path) -> int | None:
     """How many tokens a checkpoint's model knows, or None if its configuration does not say."""
     config = read_config(root / CONFIG_NAME)
-    inner = config.get("text_config")
-    for values in (inner if isinstance(inner, dict) else {}, config):
+    for values in (text_config(config), config):
         if isinstance(values.get("vocab_size"), int) and values["vocab_size"] > 0:
             return int(values["vocab_size"])
     return None

@@ -1,5 +1,6 @@
 """An output appears whole or not at all, once, and never in place of something that is not adaptkit's."""
 
+import contextlib
 import json
 import os
 import re
@@ -419,6 +420,19 @@ def test_what_a_full_disk_cut_off_is_room_for_the_same_file(tmp_path):
         output.require_space(free + half)
         with pytest.raises(DiskError, match="more bytes"):
             output.require_space(free + 3 * half)
+
+
+def test_a_scratch_folder_begins_empty_and_goes_however_its_block_ends(tmp_path):
+    with Output(tmp_path / "out", PLAN) as output:
+        left = output.folder / "adaptkit-scratch"
+        left.mkdir()
+        with (left / "by a kill").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 256 << 20)
+        output.require_space(shutil.disk_usage(tmp_path).free + (128 << 20))  # since that makes room
+        with contextlib.suppress(KeyboardInterrupt), output.scratch_folder() as folder:
+            assert (folder, list(folder.iterdir())) == (left, [])
+            raise KeyboardInterrupt
+        assert not left.exists()
 
 
 def test_a_name_that_leaves_no_room_for_unfinished_work_is_refused(tmp_path):

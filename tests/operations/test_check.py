@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit import discovery
-from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, UsageError
 from adaptkit.operations import targets
 from adaptkit.operations.check import check
+from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.targets import _peft_config
@@ -788,3 +789,53 @@ def test_an_adapter_that_names_another_task_is_judged_by_the_model_whose_modules
     assert check(folder, ["peft"], base=llama).taken
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), folder)
     assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
+
+
+ODD = (5, 10**400, "((", [[5]], {"a": [1]}, {".*": 10**400})
+"""Values of every kind, of which most are of the wrong one wherever they stand."""
+
+
+def judged_with_odd_values(folder, name, more, judge):
+    """Put every odd value at every key of a configuration: whoever judges gives a verdict, or refuses in words."""
+    path = folder / name
+    plain = json.loads(path.read_text())
+    for key in (*plain, *more):
+        for value in ODD:
+            path.write_text(json.dumps(plain | {key: value}))
+            with contextlib.suppress(AdaptkitError):
+                judge()
+    path.write_text(json.dumps(plain))
+
+
+def test_whatever_an_adapters_configuration_says_gets_a_verdict(make, untied):
+    folder = make(modules_to_save=["lm_head"], rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 2})
+    more = ("use_rslora", "unknown")
+    judged_with_odd_values(folder, "adapter_config.json", more, lambda: check(folder))
+
+
+def test_whatever_a_checkpoints_configuration_says_gets_a_verdict(make, untied, copy_of):
+    folder, base = make(), copy_of(untied)
+    more = ("text_config", "vision_config", "quantization_config", "num_experts")
+    judged_with_odd_values(base, "config.json", more, lambda: check(base))
+    judged_with_odd_values(base, "config.json", more, lambda: check(folder, base=base))
+
+
+@pytest.mark.parametrize("write", [tiny.write_gpt2, tiny.write_llama])
+def test_a_head_in_the_files_is_tied_where_transformers_and_merge_tie_it(tmp_path, write):
+    """A configuration that does not say leaves it to the architecture: GPT-2's head is tied, Llama's is not."""
+    base = write(tmp_path / "base")
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    table = next(value for name, value in tensors.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    save_file(tensors | {"lm_head.weight": table.clone()}, path, metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (base / "config.json").write_text(json.dumps(config))
+    with peft_adapters.quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "adapter", base, target_modules=["lm_head"])
+        model = peft_adapters.load_float32(base)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == (write is tiny.write_gpt2)
+    assert ("in common with the embedding" in words(verdicts(folder, base)["gguf"])) == tied
+    with pytest.raises(BaseMismatchError, match="ties its head") if tied else contextlib.nullcontext():
+        merge(base, [folder], tmp_path / "merged")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -30,8 +31,10 @@ from adaptkit.errors import (
     OutputExistsError,
     UsageError,
 )
-from adaptkit.operations._merge.edits import Edit
-from adaptkit.operations._merge.folding import Fold, jobs_of
+from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._merge import folding
+from adaptkit.operations._merge.edits import Edit, Step
+from adaptkit.operations._merge.folding import Fold, find_lengths, jobs_of
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
@@ -610,3 +613,29 @@ def test_a_tensor_of_several_runs_has_their_frames_and_comes_back(tmp_path):
     unmerge(tmp_path / "with", [adapter], tmp_path / "back")
     (before,) = base.glob("model*.safetensors")
     assert (tmp_path / "back" / before.name).read_bytes() == before.read_bytes()
+
+
+@pytest.mark.parametrize("per_column", [False, True])
+def test_lengths_are_measured_by_several_threads_and_are_those_of_one(tmp_path, monkeypatch, per_column):
+    """Of four runs, two are at work at once; each length is √Σ (W + Δ)², added in order."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1100, 1536, generator=generator).bfloat16()
+    save_file({"w": weight}, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text("{}")
+    term = LowRank(torch.randn(4, 1536, generator=generator), torch.randn(1100, 4, generator=generator), 0.5)
+    spec = TensorSpec("w", "BF16", (1100, 1536))
+    magnitude = torch.ones(1536 if per_column else 1100)
+    step = Step(0, 1.0, panels=((term,),), magnitude=magnitude, per_column=per_column)
+    edit, checkpoint = Edit(spec, "w", spec.shape, (step,)), Checkpoint(tmp_path)
+    (alone,) = find_lengths(checkpoint, edit, 1).values()
+    expected = (weight.double() + 0.5 * (term.lora_b.double() @ term.lora_a.double())).norm(dim=int(not per_column))
+    torch.testing.assert_close(alone, expected)
+    together, effect = threading.Barrier(2), folding.step_effect
+
+    def met(*arguments):
+        together.wait(60)
+        return effect(*arguments)
+
+    monkeypatch.setattr(folding, "step_effect", met)
+    (found,) = find_lengths(checkpoint, edit, 2).values()
+    assert torch.equal(found, alone)

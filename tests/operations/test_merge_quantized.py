@@ -338,3 +338,11 @@ def test_a_base_with_a_manifest_of_its_own_is_merged_and_quantized_as_any(is_res
         merge(base, [adapter], tmp_path / "twice")
         quantize(tmp_path / "twice", tmp_path / "plain")
         assert manifest.tensors_root == require_manifest(tmp_path / "plain").tensors_root
+
+
+def test_reading_the_base_for_its_fingerprints_is_progress_too(tmp_path, llama, adapter):
+    told = []
+    merge(llama, [adapter], tmp_path / "out", NF4, progress=lambda done, total: told.append((done, total)))
+    sizes = [located.spec.nbytes for located in Checkpoint(llama).tensors.values()]
+    assert told[: len(sizes)] == [(sum(sizes[:number]), sum(sizes)) for number in range(1, len(sizes) + 1)]
+    assert told[-1][0] == told[-1][1] < sum(sizes)

@@ -1,6 +1,7 @@
 """Calibration: the same layout, fewer lost outputs; a companion adapter that is this base's alone; a bits budget."""
 
 import shutil
+import tempfile
 
 import bitsandbytes as bnb
 import pytest
@@ -13,7 +14,10 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import AdapterError, BaseMismatchError, ConflictError, DataError, OutputExistsError, UsageError
+from adaptkit.operations._calibrate import budget as budget_module
+from adaptkit.operations._calibrate import calibrated as calibrated_module
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
@@ -313,6 +317,74 @@ def test_a_budget_is_kept_and_says_what_it_bought(llama, text, tmp_path):
     tokens = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, reference(tokens).logits)
+
+
+def test_a_budget_needs_room_before_it_measures_and_leaves_nothing_of_it(llama, text, tmp_path, monkeypatch):
+    """What the layers give lies in the folder that is being written, and no run, cut off or not, leaves it there."""
+    chosen, free = options(text, bits_budget=7.5), [10**12]
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free[0]))
+    monkeypatch.setattr(tempfile, "mkdtemp", None)
+    outputs = tmp_path / "out.partial" / "adaptkit-scratch"
+    told, at_work = [], []
+
+    def cut_off(done, total):
+        at_work.append(outputs.is_dir())
+        raise KeyboardInterrupt
+
+    free[0] = 10_000  # less than the weights
+    with pytest.raises(DiskError, match="more bytes"):
+        quantize(llama, tmp_path / "out", chosen, calibration_progress=lambda *now: told.append(now))
+    assert not told
+    free[0] = 250_000  # enough for them, not for the second of two layers that give 1,024 tokens of 64 units in float32
+    with pytest.raises(DiskError, match="more bytes"):
+        quantize(llama, tmp_path / "out", chosen, calibration_progress=lambda *now: told.append(now))
+    assert not told
+    free[0] = 10**12
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama, tmp_path / "out", chosen, calibration_progress=cut_off)
+    assert at_work == [True]
+    assert not outputs.exists()
+    outputs.mkdir()
+    (outputs / "0-0").write_bytes(b"of a run that was killed")
+    quantize(llama, tmp_path / "out", chosen)
+    quantize(llama, tmp_path / "again", chosen)
+    assert tree(tmp_path / "out") == tree(tmp_path / "again")
+
+
+@pytest.mark.parametrize("budget", [None, 7.5])
+def test_the_matrix_library_has_one_thread_where_several_linears_are_at_work(
+    budget, llama, text, tmp_path, monkeypatch
+):
+    """With more, the last bits would depend on how many there are."""
+    seen = set()
+
+    def watched(module, name):
+        work = getattr(module, name)
+
+        def run(*given):
+            seen.add((name, torch.get_num_threads()))
+            return work(*given)
+
+        monkeypatch.setattr(module, name, run)
+
+    for name in ("companion_adapter", "compensation_factor", "compensated_nf4"):
+        watched(calibrated_module, name)
+    watched(budget_module, "_lost")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for threads in (1, 2):
+            chosen = options(text, init_rank=4, threads=threads, bits_budget=budget)
+            quantize(llama, tmp_path / str(threads), chosen)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    names = {"companion_adapter", "compensation_factor", "compensated_nf4"} | ({"_lost"} if budget else set())
+    assert seen == {(name, 1) for name in names}
+    for folder, name in (("{}", "model.safetensors"), ("{}-init", "adapter_model.safetensors")):
+        one, two = (tree(tmp_path / folder.format(threads))[name] for threads in (1, 2))
+        assert one == two
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
-from adaptkit.operations._pipeline import in_order
+from adaptkit.operations._pipeline import each
 from adaptkit.operations._quantize.encoding import TensorPlan
 from adaptkit.operations._quantize.plan import Plan, with_encodings
 from adaptkit.operations._quantize.report import Upgrade
@@ -54,6 +54,7 @@ def spend(
 
     Raises:
         UsageError: the budget is less than what the plan takes already.
+        DiskError: there is no room for what the layers give, which is kept for the way back.
     """
     linears = {choice.spec.name: plan.tensors[choice.spec.name] for choice in plan.quantized()}
     budget = int(bits / 8 * sum(tensor.spec.count for tensor in linears.values()))
@@ -65,7 +66,7 @@ def spend(
             hint="give more, or leave out --bits-budget",
         )
     if not out.finished(_NAME):
-        ways = _ways(checkpoint, linears, tokens, threads, progress)
+        ways = _ways(out, checkpoint, linears, tokens, threads, progress)
         steps = [asdict(step) for step in allocate(ways, budget - _fixed(linears, ways))]
         record = write_file(out.folder, _NAME, json.dumps(steps).encode())
         out.add(record, [], {_NAME: steps})
@@ -106,15 +107,21 @@ def _words(encoding: Encoding | None) -> str:
 
 
 def _ways(
-    checkpoint: Checkpoint, linears: Mapping[str, TensorPlan], tokens: Tensor, threads: int, progress: Progress
+    out: Output,
+    checkpoint: Checkpoint,
+    linears: Mapping[str, TensorPlan],
+    tokens: Tensor,
+    threads: int,
+    progress: Progress,
 ) -> dict[str, list[Way]]:
     importance: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     from adaptkit.operations._calibrate.gradients import layer_gradients  # here, since it waits for torch
 
-    for layer in layer_gradients(checkpoint, tokens, progress=progress):
-        importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}
-        gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}
+    with out.scratch_folder() as folder:
+        for layer in layer_gradients(checkpoint, tokens, folder, reserve=out.require_space, progress=progress):
+            importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}
+            gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}
     reached = [name for name in linears if name in importance and name in gradients]
 
     def ways(name: str) -> list[Way]:
@@ -130,7 +137,7 @@ def _ways(
             found.append(Way(nbytes, cost))
         return found
 
-    return dict(zip(reached, in_order(ways, reached, threads), strict=True))
+    return dict(zip(reached, each(ways, reached, threads), strict=True))
 
 
 def _lost(weight: Tensor, importance: Tensor, encoding: Encoding) -> Tensor:

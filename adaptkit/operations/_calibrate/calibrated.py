@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import quantized
@@ -24,7 +25,7 @@ from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
-from adaptkit.operations._pipeline import in_order
+from adaptkit.operations._pipeline import each
 from adaptkit.operations._quantize.encoding import Encoded, TensorPlan
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Ready(TensorPlan):
 
     def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
         """Read the parts; see ``TensorPlan``."""
-        return [_reading(self.scratch, spec.name) for spec in self.group().specs]
+        return [partial(_read, self.scratch, spec.name) for spec in self.group().specs]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
         """Write the parts; see ``TensorPlan``."""
@@ -154,17 +155,14 @@ def _write_layer(
     init_rank: int | None,
     threads: int,
 ) -> None:
-    factors = {
-        id(moments): compensation_factor(moments.second_moment)
-        for moments in wanted.values()
-        if moments.second_moment is not None
-    }
+    products = {id(m): m.second_moment for m in wanted.values() if m.second_moment is not None}
+    factors = dict(zip(products, each(compensation_factor, products.values(), threads), strict=True))
 
     def make(item: tuple[TensorPlan, InputMoments]) -> _Made:
         plan, moments = item
         return _make(checkpoint, plan, moments, factors.get(id(moments)), init_rank)
 
-    made = dict(zip((plan.spec.name for plan in wanted), in_order(make, wanted.items(), threads), strict=True))
+    made = dict(zip((plan.spec.name for plan in wanted), each(make, wanted.items(), threads), strict=True))
     tensors = {name: tensor for result in made.values() for name, tensor in result.tensors.items()}
     notes = {_layer_name(number): {name: dict(result.note) for name, result in made.items()}}
     out.write_tensors(_layer_name(number), tensors, listed=False, notes=notes)
@@ -210,5 +208,5 @@ def _layer_name(number: int) -> str:
     return f"{SCRATCH_PREFIX}calibrated-{number}.safetensors"
 
 
-def _reading(scratch: TensorFiles, name: str) -> Callable[[], Encoded]:
-    return lambda: Encoded(scratch.read_array(name))
+def _read(scratch: TensorFiles, name: str) -> Encoded:
+    return Encoded(scratch.read_array(name))

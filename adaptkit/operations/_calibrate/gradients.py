@@ -8,11 +8,11 @@ E[g gᵀ] is that output's Fisher information, and a small change ΔW of its wei
 nats a token, the last step taking g and x for independent and E[g gᵀ] for its diagonal. Source: the factored Fisher
 information of K-FAC (Martens and Grosse, arXiv:1503.05671), with the diagonal of its output factor.
 
-The forward pass leaves every layer's output on disk; the backward pass takes the layers from the last to the first.
+The forward pass leaves every layer's output on disk, in a folder of the caller's, who removes it; the backward pass
+takes the layers from the last to the first.
 """
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.writer import disk_errors
-from adaptkit.errors import NonFiniteError
+from adaptkit.checkpoint.writer import DiskError
+from adaptkit.errors import DISK_HINTS, NonFiniteError
 from adaptkit.operations._calibrate.layerwise import Collector, InputMoments, Sums
 from adaptkit.operations._calibrate.replay import Place, Replay
 
@@ -53,8 +53,9 @@ class LayerGradients:
 def layer_gradients(
     checkpoint: Checkpoint,
     tokens: Tensor,
+    folder: Path,
     *,
-    compute_dtype: torch.dtype = torch.float32,
+    reserve: Callable[[int], None] = lambda nbytes: None,
     progress: Progress = no_progress,
 ) -> Iterator[LayerGradients]:
     """Run a 16- or 32-bit checkpoint over tokens and back, and measure the gradients of its linears' outputs.
@@ -62,7 +63,8 @@ def layer_gradients(
     Args:
         checkpoint: a causal language model that transformers knows.
         tokens: (windows, window) int64; every window is a sequence of its own.
-        compute_dtype: float32 or bfloat16; of weights, activations and gradients.
+        folder: an empty one for what the layers give.
+        reserve: told once, early, how many bytes will be in it; may refuse.
         progress: told how many batches of layers are done, there and back, of how many.
 
     Yields:
@@ -73,15 +75,18 @@ def layer_gradients(
         UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: a gradient is NaN or infinite; names the linear layer.
+        DiskError: what the layers give cannot be written.
     """
-    replay = Replay(checkpoint, tokens, compute_dtype)
+    replay = Replay(checkpoint, tokens)
     count, batches = len(replay.prefixes), len(replay.batches)
-    with tempfile.TemporaryDirectory(prefix="adaptkit-") as folder, replay.outside():
-        outputs = _Outputs(Path(folder))
+    with replay.outside():
+        outputs = _Outputs(folder)
         for index in range(count):
             with replay.layer(index), torch.no_grad():
                 for batch in range(batches):
-                    outputs.put(index, batch, replay.run(index, batch, outputs.get(index - 1, batch)))
+                    nbytes = outputs.put(index, batch, replay.run(index, batch, outputs.get(index - 1, batch)))
+                    if index == batch == 0:  # no batch has more windows, and layers of one model give alike
+                        reserve(count * batches * nbytes)
                     progress(index * batches + batch + 1, 2 * count * batches)
         collector, inputs = _Collector(), Collector(products=False)
         linears = replay.linears(count)
@@ -109,25 +114,32 @@ class _Outputs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._others: dict[tuple[int, int], Any] = {}
+        self._others: dict[tuple[int, int], tuple[list[Any], TreeSpec]] = {}
 
-    def put(self, index: int, batch: int, output: Any) -> None:
-        parts = output if isinstance(output, tuple) else (output,)
+    def put(self, index: int, batch: int, output: Any) -> int:
+        """Write what a layer gave, and return the size of its file.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        parts, shape = tree_flatten(output)
         held = {str(n): part.detach().contiguous() for n, part in enumerate(parts) if isinstance(part, Tensor)}
-        path = self._folder / f"{index}-{batch}"
-        with disk_errors(path):
-            path.write_bytes(save(held))
-        others = [part.device if isinstance(part, Tensor) else part for part in parts]
-        self._others[index, batch] = tuple(others) if isinstance(output, tuple) else others[0]
+        self._others[index, batch] = [None if isinstance(part, Tensor) else part for part in parts], shape
+        try:
+            return (self._folder / f"{index}-{batch}").write_bytes(save(held))
+        except OSError as error:
+            hint = DISK_HINTS.get(error.errno or 0, "")
+            raise DiskError(
+                f"{self._folder}: cannot write what layer {index} gives: {error.strerror}",
+                hint=hint and f"{hint}, and run the same command again: it measures anew",
+            ) from error
 
     def get(self, index: int, batch: int) -> Any:
         """None before the first layer."""
         if index < 0:
             return None
-        held, others = load_file(self._folder / f"{index}-{batch}"), self._others[index, batch]
-        if not isinstance(others, tuple):
-            return held["0"].to(others)
-        return tuple(held[str(n)].to(part) if str(n) in held else part for n, part in enumerate(others))
+        held, (others, shape) = load_file(self._folder / f"{index}-{batch}"), self._others[index, batch]
+        return tree_unflatten([held.get(str(n), part) for n, part in enumerate(others)], shape)
 
 
 def _hidden(output: Any) -> Tensor:
@@ -208,7 +220,7 @@ class _Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def add(grad: Tensor) -> None:
             if grad.numel():
-                self._sums.setdefault(name, Sums(grad.shape[-1], False, grad.device)).add(grad)
+                self._sums.setdefault(name, Sums(grad.shape[-1], False)).add(grad)
 
         def see(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             if output.requires_grad:

@@ -52,7 +52,6 @@ def layer_moments(
     tokens: Tensor,
     *,
     second_moments: bool = False,
-    compute_dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
 ) -> Iterator[LayerMoments]:
     """Run a 16- or 32-bit checkpoint over tokens, and measure what enters its linear layers.
@@ -61,7 +60,6 @@ def layer_moments(
         checkpoint: a causal language model that transformers knows.
         tokens: (windows, window) int64; every window is a sequence of its own.
         second_moments: also collect E[x xᵀ], in² numbers a distinct input.
-        compute_dtype: float32 or bfloat16; of weights and activations.
         progress: told how many batches of layers are done, of how many.
 
     Yields:
@@ -72,7 +70,7 @@ def layer_moments(
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: an activation is NaN or infinite; names the linear layer.
     """
-    replay = Replay(checkpoint, tokens, compute_dtype)
+    replay = Replay(checkpoint, tokens)
     count = len(replay.prefixes)
     outputs: list[Any] = [None] * len(replay.batches)
     with replay.outside():
@@ -105,9 +103,9 @@ def _outside(replay: Replay, outputs: list[Any], second_moments: bool) -> dict[s
 class Sums:
     """Running sums of x² and, if asked for, of x xᵀ over the rows of tensors."""
 
-    def __init__(self, features: int, products: bool, device: torch.device) -> None:
-        self._square = torch.zeros(features, dtype=torch.float64, device=device)
-        self._product = torch.zeros(features, features, device=device) if products else None
+    def __init__(self, features: int, products: bool) -> None:
+        self._square = torch.zeros(features, dtype=torch.float64)
+        self._product = torch.zeros(features, features) if products else None
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -128,7 +126,7 @@ class Sums:
         """
         mean = (self._square / self.tokens).float()
         if not bool(mean.isfinite().all()):
-            raise NonFiniteError(f"{what} is not finite", hint="measure in float32")
+            raise NonFiniteError(f"{what} is not finite", hint="repair or re-download this checkpoint")
         return mean
 
     def mean_product(self) -> Tensor | None:
@@ -171,7 +169,7 @@ class Collector:
             same = self._latest[1] if self._latest is not None and self._latest[0] is x else None
             if same is not None and self._sums.setdefault(name, same) is same:
                 return  # already added
-            sums = self._sums.setdefault(name, Sums(x.shape[-1], self._products, x.device))
+            sums = self._sums.setdefault(name, Sums(x.shape[-1], self._products))
             if x.numel():
                 sums.add(x)
             self._latest = x, sums

@@ -37,12 +37,11 @@ BATCH_TOKENS = 1024
 
 
 class Replay:
-    """A checkpoint's model and the tokens that it runs over.
+    """A checkpoint's model and the tokens that it runs over, on the CPU and in float32.
 
     Args:
         checkpoint: of 16- or 32-bit tensors.
         tokens: (windows, window) int64; every window is a sequence of its own.
-        dtype: of weights and activations.
 
     Attributes:
         network: transformers' model, on the meta device but for its buffers and what is resident.
@@ -55,17 +54,16 @@ class Replay:
         UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, tokens: Tensor) -> None:
         method = quantization_found(checkpoint)
         if method is not None:
             raise UsageError(
                 f"{checkpoint.root}: is quantized ({method})", hint="measure the checkpoint that it was made from"
             )
-        self.network = empty_network(checkpoint, dtype).eval()
+        self.network = empty_network(checkpoint, torch.float32).eval()
         _check_tokens(self.network, tokens)
         stack, layers = find_stack(self.network)
         self.prefixes = [f"{stack}.{index}" for index in range(len(layers))]
-        self._dtype = dtype
         self._assembly = Assembly(self.network, checkpoint)
         self._assembly.load_buffers(_CPU)
         size = max(1, BATCH_TOKENS // tokens.shape[1])
@@ -82,17 +80,17 @@ class Replay:
     def outside(self) -> AbstractContextManager[None]:
         """Hold what lies outside the layers in memory, but for a head of its own."""
         names = [name for name in self._parameters if not name.startswith((*self._dotted(), *self._head))]
-        return self._assembly.resident(names, self._dtype, _CPU)
+        return self._assembly.resident(names, torch.float32, _CPU)
 
     def head(self) -> AbstractContextManager[None]:
         """Hold the head in memory, if it is not the embedding."""
         names = [name for name in self._parameters if name.startswith(tuple(self._head))]
-        return self._assembly.resident(names, self._dtype, _CPU)
+        return self._assembly.resident(names, torch.float32, _CPU)
 
     def layer(self, index: int) -> AbstractContextManager[None]:
         """Hold one layer in memory."""
         names = [name for name in self._parameters if name.startswith(f"{self.prefixes[index]}.")]
-        return self._assembly.resident(names, self._dtype, _CPU)
+        return self._assembly.resident(names, torch.float32, _CPU)
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """A layer's linear layers by dotted path; those outside the layers if ``index`` is the number of layers."""

@@ -38,12 +38,13 @@ def changes_of(adapter: Adapter) -> dict[str, LowRank]:
 
 def held_by(adapter: Adapter) -> dict[str, Held]:
     """Everything else, by name."""
-    digests = {record.name: record.xxh3_128 for record in adapter.records}
     found = {f"{module}.lora_magnitude_vector": Held("DoRA magnitude", m) for module, m in adapter.magnitudes.items()}
     found |= {f"{module}.lora_B.bias": Held("bias", bias) for module, bias in adapter.biases.items()}
     for role, keys in (("replaced tensor", adapter.replaced), ("begins with", adapter.begins)):
         suffix = " of the base" if keys is adapter.begins else ""
-        found |= {f"{n}{suffix}": Held(role, Source(adapter.files, key), digests[key]) for n, key in keys.items()}
+        found |= {
+            f"{n}{suffix}": Held(role, Source(adapter.files, key), adapter.digests[key][0]) for n, key in keys.items()
+        }
     found |= {f"{module} (trained tokens)": Held("token rows", rows) for module, rows in adapter.tokens.items()}
     began = adapter.compensation.items()
     return found | {f"{module} (compensation)": Held("compensation", term) for module, term in began}

@@ -28,7 +28,7 @@ from adaptkit.networks.naming import Place, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
 from adaptkit.operations._extract.tensors import Finding
-from adaptkit.operations._tying import Vocabulary, find_vocabulary
+from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary
 
 _TIED_BY_PEFT = "embed_tokens"
 

@@ -8,7 +8,7 @@ from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.numerics import lora
 from adaptkit.operations._merge.edits import Edits, Step
-from adaptkit.operations._tying import find_vocabulary
+from adaptkit.operations._vocabulary import find_vocabulary
 
 
 def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:

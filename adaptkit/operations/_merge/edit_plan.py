@@ -20,13 +20,8 @@ from adaptkit.operations._merge.edit_checks import check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
 from adaptkit.operations._roles import is_conv1d
-from adaptkit.operations._tying import (
-    Vocabulary,
-    VocabularyChange,
-    find_vocabulary,
-    require_head,
-    vocabulary_changes,
-)
+from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
+from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
 
 Begins = Callable[[str, TensorFiles, str], bool]
 """Asked with the tensor's name, the adapter's files, and the key in them."""
@@ -296,7 +291,7 @@ class _Planner:
 
     def _is_alike(self, one: Stored, other: Stored) -> bool:
         """Whether two tensors of the adapter are the same, as a bias is that two modules have in common."""
-        digests = {record.name: record.xxh3_128 for record in self._adapter.records}
+        digests = self._adapter.digests
         return one.first_row == other.first_row and digests[one.key] == digests[other.key]
 
     def _check(self, name: str, shape: tuple[int, ...], module: str) -> None:

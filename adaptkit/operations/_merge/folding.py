@@ -21,6 +21,7 @@ from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.numerics.exact import MergedRows, Prepared
 from adaptkit.numerics.finite import check_finite
 from adaptkit.operations._merge.edits import Edit, Step, matrix_of
+from adaptkit.operations._pipeline import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,26 +178,40 @@ def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> E
     return Effect(step.weight, delta, gain, instead, where)
 
 
-def find_lengths(checkpoint: Checkpoint, edit: Edit) -> dict[int, Tensor]:
-    """DoRA's lengths of the rows (or columns) of W + Δ for every adapter that has magnitudes; reads the tensor once."""
+def find_lengths(checkpoint: Checkpoint, edit: Edit, threads: int) -> dict[int, Tensor]:
+    """DoRA's lengths of the rows (or columns) of W + Δ, by the number of every adapter that has magnitudes.
+
+    Reads the tensor once for each of them. The bits do not depend on the number of threads: squares of columns are
+    added run by run, in order.
+    """
     found: dict[int, Tensor] = {}
     for step in edit.steps:
         if step.magnitude is None:
             continue
-        sums: list[Tensor] = []
-        for rows in Fold(edit, {}).pieces():
-            effect = step_effect(step, edit, rows, None)
-            weight = effect.instead
-            if weight is None or effect.where is not None:
-                raw = as_tensor(_read(checkpoint, edit.source, edit.base_shape, rows)).double()
-                weight = raw if effect.where is None or weight is None else torch.where(effect.where, weight, raw)
-            exact_sum = weight if effect.delta is None else weight + effect.delta
-            if step.per_column:
-                sums = [square_sums(exact_sum, True, sums[0] if sums else None)]
-            else:
-                sums.append(square_sums(exact_sum, False))
-        found[step.adapter] = torch.cat(sums).sqrt()
+        runs = Fold(edit, {}).pieces()
+        if step.per_column:
+            sums: Tensor | None = None
+            for changed in in_order(partial(_changed, checkpoint, edit, step), runs, threads):
+                sums = square_sums(changed, True, sums)
+        else:
+            sums = torch.cat(list(in_order(partial(_row_squares, checkpoint, edit, step), runs, threads)))
+        if sums is not None:
+            found[step.adapter] = sums.sqrt()
     return found
+
+
+def _row_squares(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Tensor:
+    return square_sums(_changed(checkpoint, edit, step, rows), False)
+
+
+def _changed(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Tensor:
+    """Rows of W + Δ, which DoRA then scales: (rows, columns) float64."""
+    effect = step_effect(step, edit, rows, None)
+    weight = effect.instead
+    if weight is None or effect.where is not None:
+        raw = as_tensor(_read(checkpoint, edit.source, edit.base_shape, rows)).double()
+        weight = raw if effect.where is None or weight is None else torch.where(effect.where, weight, raw)
+    return weight if effect.delta is None else weight + effect.delta
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Array:

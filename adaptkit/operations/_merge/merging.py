@@ -58,6 +58,7 @@ class Merging:
         self.adapters, self.weights, self.options = adapters, weights, options
         self.edits, self.side = edits, side
         self.shards = self._plan_shards()
+        self._threads = thread_count(options.threads)
         self._out: Output
         self._records: dict[str, Values] = {}
         self._lengths: dict[str, dict[int, Tensor]] = {}
@@ -89,7 +90,7 @@ class Merging:
                 self.shards,
                 jobs=self._jobs,
                 assemble=self._assemble,
-                threads=thread_count(self.options.threads),
+                threads=self._threads,
                 progress=progress,
                 headers=self._headers(),
                 beside=self if self.options.undo else None,
@@ -159,8 +160,8 @@ class Merging:
     def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
         edit = self.edits.of.get(group.source)
         if edit is None:
-            return reading(self.checkpoint, group.specs[0], lambda values, start: None)
-        lengths = self._lengths[edit.spec.name] = find_lengths(self.checkpoint, edit)
+            return reading(self.checkpoint, group.specs[0])
+        lengths = self._lengths[edit.spec.name] = find_lengths(self.checkpoint, edit, self._threads)
         return jobs_of(Fold(edit, lengths), self.checkpoint, self.options.undo and not self._is_new(edit))
 
     def _is_new(self, edit: Edit) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from adaptkit.checkpoint.encoding import Encoding
@@ -13,6 +14,7 @@ from adaptkit.operations._merge.base import check_fingerprint, is_theirs, merge_
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, plain_change, quantized_change
+from adaptkit.operations._pipeline import in_order, thread_count
 from adaptkit.operations._quantize.plan import QuantizeOptions
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations.quantize import quantize_checkpoint
@@ -25,15 +27,15 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
         merging: what is merged.
         output: folder to make.
         force: replace an existing output.
-        progress: told of bytes written.
+        progress: told of bytes of the base that are read for their fingerprints, then of bytes written.
 
     Raises:
         BaseMismatchError: the base is not what the adapters were trained on.
         IntegrityError: the base or an adapter changed meanwhile, or the base is not the one of its manifest.
     """
     base, checkpoint, plain = merging.base, merging.checkpoint, merging.report(output)
-    state = checkpoint.state()
-    digests = {name: fingerprint_in_pieces(checkpoint, name) for name in checkpoint.tensors}
+    state, threads = checkpoint.state(), thread_count(merging.options.threads)
+    digests = _digests(checkpoint, threads, progress)
     for name, digest in digests.items():
         check_fingerprint(base, name, digest)
     records = [
@@ -50,7 +52,7 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
 
     encoding = Encoding(merging.options.format)
     identity = json.dumps(merging.identity(), sort_keys=True)
-    view = MergedView(checkpoint, merging.edits, merging.side.contents, identity)
+    view = MergedView(checkpoint, merging.edits, merging.side.contents, identity, threads)
     options = QuantizeOptions(
         encoding.format, encoding.block_size, encoding.double_quant, threads=merging.options.threads
     )
@@ -73,3 +75,14 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
         tensors_root=report.tensors_root,
         manifest_sha256=report.manifest_sha256,
     )
+
+
+def _digests(checkpoint: Checkpoint, threads: int, progress: Progress) -> dict[str, str]:
+    names, found, done = list(checkpoint.tensors), {}, 0
+    total = sum(checkpoint.spec(name).nbytes for name in names)
+    digests = in_order(partial(fingerprint_in_pieces, checkpoint), names, threads)
+    for name, digest in zip(names, digests, strict=True):
+        found[name] = digest
+        done += checkpoint.spec(name).nbytes
+        progress(done, total)
+    return found

@@ -30,13 +30,16 @@ class MergedView(Checkpoint):
         edits: that add, remove and resize nothing.
         contents: small files of the result, by name.
         identity: what tells these edits from others.
+        threads: runs of rows at a time, where lengths are needed.
     """
 
-    def __init__(self, base: Checkpoint, edits: Edits, contents: Mapping[str, bytes], identity: str) -> None:
+    def __init__(
+        self, base: Checkpoint, edits: Edits, contents: Mapping[str, bytes], identity: str, threads: int
+    ) -> None:
         self.base, self.root = base, base.root
         self.headers, self.tensors = base.headers, base.tensors
         self._contents, self._identity = contents, identity
-        self.folds = {name: Fold(edit, find_lengths(base, edit)) for name, edit in edits.of.items()}
+        self.folds = {name: Fold(edit, find_lengths(base, edit, threads)) for name, edit in edits.of.items()}
 
     def outline(self) -> str:
         """sha256 over the base's outline and what is done to it."""
@@ -76,7 +79,7 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
     stored = quantized.read_quantized(output, name).dequantize(torch.float32)
     after = stored.T if flip else stored
     height, columns = fold.edit.matrix
-    aligned = not flip and columns % encoding.block_size == 0 and fold.edit.panel_rows == height
+    aligned = not flip and columns % encoding.block_size == 0
     runs = fold.pieces() if aligned else [Rows(0, height)]
     total = [0.0] * 5
     for rows in runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,10 @@ class TensorPlan:
             NonFiniteError: (a job) a weight is NaN or infinite; names its index.
         """
         if self.encoding is None:
-            return [_then_encoded(job) for job in reading(checkpoint, self.spec, self.check)]
+            return [partial(_as_it_is, job) for job in reading(checkpoint, self.spec, self.check)]
         if self.transposed:  # in the GPT-2 family alone, whose matrices are small
-            return [lambda: self._encode(checkpoint, None)]
-        return [self._job(checkpoint, piece) for piece in cut(self.spec, self.encoding.block_size)]
+            return [partial(self._encode, checkpoint, None)]
+        return [partial(self._encode, checkpoint, piece) for piece in cut(self.spec, self.encoding.block_size)]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
         """Write its tensors.
@@ -101,9 +102,6 @@ class TensorPlan:
             writer.write(name, part)
         lost = squared_errors(squares, moments, quantized.unnest(constants))
         return {"fingerprint": digest.hexdigest(), "error": [lost, squares]}
-
-    def _job(self, checkpoint: Checkpoint, piece: Piece) -> Callable[[], Encoded]:
-        return lambda: self._encode(checkpoint, piece)
 
     def _encode(self, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
         if self.encoding is None:
@@ -136,5 +134,5 @@ def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: i
         pass
 
 
-def _then_encoded(job: Callable[[], Array]) -> Callable[[], Encoded]:
-    return lambda: Encoded(job())
+def _as_it_is(job: Callable[[], Array]) -> Encoded:
+    return Encoded(job())

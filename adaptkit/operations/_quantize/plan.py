@@ -14,7 +14,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._quantize.encoding import TensorPlan
-from adaptkit.operations._quantize.selection import Choice, Selection, matched_by, of_type, select
+from adaptkit.operations._quantize.selection import Choice, Selection, matches_any, of_type, select
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, plan_shards
 
@@ -194,7 +194,7 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
                 hint="remove it from the file, or download the checkpoint again",
             )
     for pattern in options.skip:
-        if not matched_by(selection, pattern):
+        if not matches_any(selection, pattern):
             raise UsageError(f"--skip {pattern!r} matches no module", hint="patterns match whole paths: '*.down_proj'")
     if all(choice.kept_because for choice in selection.choices):
         nothing = f"{checkpoint.root}: nothing to quantize"

@@ -75,7 +75,7 @@ def select(
 
     Args:
         checkpoint: unquantized.
-        skip: shell patterns of module paths that stay as they are; see ``matched_by``.
+        skip: shell patterns of module paths that stay as they are; see ``matches_any``.
         include_head: quantize the output layer too.
         moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``quantize`` quantizes them for
             adaptkit's own trainer.
@@ -121,9 +121,9 @@ def skip_modules(selection: Selection) -> list[str]:
     return sorted(kept | (set() if selection.head_is_quantized else {selection.head}))
 
 
-def matched_by(selection: Selection, pattern: str) -> list[str]:
-    """The modules that a ``skip`` pattern means, by their paths in the file or in the model; may be empty."""
-    return [choice.module for choice in selection.choices if _matches(choice.module, choice.paths, pattern)]
+def matches_any(selection: Selection, pattern: str) -> bool:
+    """Whether a ``skip`` pattern means any module, by its path in the file or in the model."""
+    return any(_matches(choice.module, choice.paths, pattern) for choice in selection.choices)
 
 
 def _matches(module: str, paths: Sequence[str], pattern: str) -> bool:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.operations._roles import CONV1D_MODELS
+from adaptkit.operations._vocabulary import find_vocabulary
 
 _SUFFIX = ".weight"
-_HEADS = ("lm_head", "embed_out", "model.lm_head", "language_model.lm_head")
-_TRANSPOSED = {"gpt2", "openai-gpt"}
-"""Models whose linear layers are Conv1D, which keep (in, out)."""
 _OF_MODELS = {"backbone", "model", "transformer"}
 """What models put before all names, and files may leave off."""
 _ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
@@ -61,6 +61,12 @@ class BaseShapes:
         return self.checkpoint.config
 
     @property
+    def model_type(self) -> str | None:
+        """What the configuration calls the architecture, if that is a name."""
+        kind = self.config.get("model_type")
+        return kind if isinstance(kind, str) else None
+
+    @property
     def is_composed(self) -> bool:
         """Whether it is a language model inside another one, where programs differ on the names of modules."""
         return any(key in self.config for key in ("text_config", "vision_config", "audio_config"))
@@ -68,29 +74,23 @@ class BaseShapes:
     @property
     def is_transposed(self) -> bool:
         """Whether its linear layers keep (in, out)."""
-        return self.config.get("model_type") in _TRANSPOSED
+        return self.model_type in CONV1D_MODELS
 
     @property
     def has_numbered_experts(self) -> bool:
         """Whether its files hold one matrix an expert."""
         return any(".experts.0." in f"{name}." for name in self.shapes)
 
-    @property
+    @cached_property
     def is_tied(self) -> bool:
-        """Whether its head is its embedding; where the configuration does not say, files without a head do."""
-        said = self.config.get("tie_word_embeddings", self._text.get("tie_word_embeddings"))
-        return bool(said) if said is not None else not any(head in self.shapes for head in _HEADS)
+        """Whether its head is its embedding."""
+        return find_vocabulary(self.checkpoint).tied
 
     @property
     def vocabulary(self) -> int | None:
         """Number of entries of the embedding, if the configuration has it."""
-        size = self.config.get("vocab_size", self._text.get("vocab_size"))
+        size = self.config.get("vocab_size", text_config(self.config).get("vocab_size"))
         return size if isinstance(size, int) else None
-
-    @property
-    def _text(self) -> Mapping[str, Any]:
-        inner = self.config.get("text_config")
-        return inner if isinstance(inner, dict) else {}
 
     @cached_property
     def network(self) -> Any:
@@ -110,7 +110,7 @@ class BaseShapes:
             model = empty_network(self.checkpoint)
         except UsageError:
             return named
-        is_its_own = type(model).__name__ in (self.config.get("architectures") or ())
+        is_its_own = type(model).__name__ in class_names(self.config)
         return model if named is None or (is_its_own and self._has_modules(model)) else named
 
     def _has_modules(self, network: Any) -> bool:
@@ -141,7 +141,7 @@ class BaseShapes:
         Files' own names count too where the model has one stack of experts and they have many matrices.
         """
         known = self.tensors.get(f"{module}{_SUFFIX}")
-        if self.tensors and known is None and not self.is_composed and not _ONE_EXPERT.search(module):
+        if self.tensors and known is None and not self.is_composed and not is_single_expert(module):
             return None
         first, _, rest = module.partition(".")
         if (
@@ -151,6 +151,11 @@ class BaseShapes:
         ):
             return self.shapes.get(rest, known)
         return self.shapes.get(module, known)
+
+
+def is_single_expert(module: str) -> bool:
+    """Whether a module is, by its dotted path, of one of several experts."""
+    return bool(_ONE_EXPERT.search(module))
 
 
 def read_base_shapes(root: Path, adapter: Mapping[str, Any], modules: tuple[str, ...]) -> BaseShapes:

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
+from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _peft_config, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -23,7 +24,6 @@ _AS_QWEN2_MOE = {
     "sarvam_mla", "solar_open",
 }  # fmt: skip
 """Model types whose experts peft makes stacks of, by the names of their matrices (qwen2_moe itself is not one)."""
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
@@ -38,7 +38,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     modules = [pair.module for pair, _ in found]
     if not found or not _has_stacks(base, modules):
         return
-    family = base.config.get("model_type") if base else None
+    family = base.model_type if base else None
     if files.config.get("use_rslora"):
         yield Finding(
             "error",
@@ -72,7 +72,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     for _, match in found:
         numbers[match["stack"], match["part"]].add(int(match["number"]))
     yield from _parts(files, numbers, drops)
-    count = _count(base) or 1 + max(max(there) for there in numbers.values())
+    count = (expert_count(base.config) if base else None) or 1 + max(max(there) for there in numbers.values())
     lacking = [f"{stack} ({part})" for (stack, part), there in numbers.items() if len(there) < count]
     if lacking:
         yield Finding(
@@ -85,7 +85,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
 
 def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
     """Modules that are no experts and are called as these are: peft takes their targets for the stacks'."""
-    family = base.config.get("model_type") if base else None
+    family = base.model_type if base else None
     names = _GATES | _UPS | _DOWNS if family in _AS_MIXTRAL | _AS_QWEN2_MOE else set()
     modules = [pair.module for pair in files.pairs if not pair.stacked and not _ONE.fullmatch(pair.module)]
     taken = [module for module in modules if module.rpartition(".")[2] in names]
@@ -124,9 +124,3 @@ def _has_stacks(base: BaseShapes | None, modules: list[str]) -> bool:
 
 def _is_uneven(files: AdapterFiles, pair: Pair) -> bool:
     return bool(pair.asked != files.config.get("r") or pair.alpha != files.config.get("lora_alpha"))
-
-
-def _count(base: BaseShapes | None) -> int | None:
-    """How many experts a layer has, if the configuration says so."""
-    said = [base.config.get(name) for name in _COUNTS] if base else []
-    return next((count for count in said if isinstance(count, int)), None)

@@ -5,24 +5,16 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
-from adaptkit.checkpoint.adapter_config import CHANGES_BASE
+from adaptkit.checkpoint.adapter_config import CHANGES_BASE, KNOWN_KEYS
+from adaptkit.checkpoint.vocabulary import is_usual_head
+from adaptkit.numerics.scaling import scaling
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
-from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._base_shapes import BaseShapes, is_single_expert
 from adaptkit.operations.targets._target import Finding, some
 
 _LOW_RANK = ("A", "B", "embedding A", "embedding B", "wrapped weight")
 ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|embed_in|word_embeddings)(\.token_adapter)?$")
-_BY_PEFT = {
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
-    "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
-    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora",
-    "use_dora", "use_qalora", "use_rslora", "velora_config",
-}  # fmt: skip
-"""The keys of peft 0.21's LoraConfig."""
 VARIANTS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of lora_B",
@@ -88,7 +80,7 @@ def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
 
 def unknown_keys(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """Keys of the configuration that peft does not have, or did not have when this was written."""
-    unknown = {key for key, value in files.config.items() if value} - _BY_PEFT
+    unknown = {key for key, value in files.config.items() if value} - KNOWN_KEYS
     if unknown and is_lora(files):
         yield Finding("warning", f"{some(unknown)} in adapter_config.json", effect, "learn what it means, or remove it")
 
@@ -210,7 +202,7 @@ def experts(files: AdapterFiles) -> list[str]:
 
 def single_experts(files: AdapterFiles) -> list[str]:
     """Modules that are one of several experts."""
-    return [pair.module for pair in files.pairs if re.search(r"(^|\.)experts\.\d+\.", pair.module)]
+    return [pair.module for pair in files.pairs if is_single_expert(pair.module)]
 
 
 def is_table(module: str) -> bool:
@@ -224,6 +216,16 @@ def flat_change(files: AdapterFiles) -> str:
     if files.is_flat and low_rank:
         return f"adaptkit resize {files.root} -o OUT --rank {files.pairs[0].rank}, which changes nothing but α"
     return files.merge()
+
+
+def flat_scaling(alpha: Any, rank: Any, rslora: Any = False) -> float | None:
+    """What a program multiplies by that knows one rank and one alpha; None if these are no numbers for that."""
+    if not is_rank(rank) or not isinstance(alpha, int | float):
+        return None
+    try:
+        return scaling(float(alpha), rank, bool(rslora))
+    except OverflowError:  # a whole number that no float holds
+        return None
 
 
 def scaled_wrongly(files: AdapterFiles, used: Mapping[str, float]) -> list[tuple[str, float, float]]:
@@ -271,10 +273,9 @@ def _fits_base(files: AdapterFiles, base: BaseShapes, pair: Pair) -> bool:
 
 def _is_comparable(pair: Pair, base: BaseShapes) -> bool:
     """Not stacks, nor one expert of a base that keeps stacks, nor a head that is the embedding."""
-    numbered = re.search(r"(^|\.)experts\.\d+\.", pair.module) is not None
-    return (
-        not pair.stacked and not (numbered and not base.has_numbered_experts) and not (_is_head(pair) and base.is_tied)
-    )
+    if pair.stacked or (_is_head(pair) and base.is_tied):
+        return False
+    return base.has_numbered_experts or not is_single_expert(pair.module)
 
 
 def _tables(files: AdapterFiles, base: BaseShapes) -> list[tuple[str, int]]:
@@ -297,7 +298,7 @@ def _entries(base: BaseShapes, module: str) -> int | None:
 
 
 def _is_head(pair: Pair) -> bool:
-    return bool(re.search(r"(^|\.)(lm_head|embed_out)$", pair.module)) and not pair.embedding
+    return is_usual_head(pair.module) and not pair.embedding
 
 
 def _is_positive(value: Any) -> bool:

@@ -78,10 +78,8 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
 
 def _scaling(files: AdapterFiles) -> Iterator[Finding]:
     alpha = files.config.get("lora_alpha")
-    if not isinstance(alpha, int | float):
-        return
-    used = {pair.module: alpha / pair.rank for pair in files.pairs if pair.rank}
-    wrong = _rules.scaled_wrongly(files, used)
+    used = {pair.module: _rules.flat_scaling(alpha, pair.rank) for pair in files.pairs}
+    wrong = _rules.scaled_wrongly(files, {module: factor for module, factor in used.items() if factor is not None})
     if wrong:
         _, meant, factor = wrong[0]
         why = "use_rslora" if files.config.get("use_rslora") else "alpha_pattern"

@@ -147,7 +147,7 @@ def _asked(files: AdapterFiles) -> Iterator[Finding]:
 
 
 def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    kind = str(base.config.get("model_type")) if base else ""
+    kind = (base.model_type if base else None) or ""
     refused = [pair.module for pair in files.pairs if is_read_by_kernels(kind, pair.module)]
     if refused:
         yield Finding(

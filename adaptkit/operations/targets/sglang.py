@@ -95,10 +95,11 @@ def _configuration(files: AdapterFiles) -> Iterator[Finding]:
 
 
 def _scaling(files: AdapterFiles) -> Iterator[Finding]:
-    rank, alpha = files.config.get("r"), files.config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    rank = files.config.get("r")
+    flat = _rules.flat_scaling(files.config.get("lora_alpha"), rank)
+    if flat is None:
         return
-    wrong = _rules.scaled_wrongly(files, {pair.module: alpha / rank for pair in files.pairs})
+    wrong = _rules.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
     if wrong:
         _, meant, used = wrong[0]
         why = "use_rslora" if files.config.get("use_rslora") else "alpha_pattern or rank_pattern"

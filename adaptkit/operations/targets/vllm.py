@@ -116,10 +116,10 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
 
 
 def _patterns(files: AdapterFiles) -> Iterator[Finding]:
-    rank, alpha = files.config.get("r"), files.config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    config = files.config
+    flat = _rules.flat_scaling(config.get("lora_alpha"), config.get("r"), config.get("use_rslora"))
+    if flat is None:
         return
-    flat = alpha / rank**0.5 if files.config.get("use_rslora") else alpha / rank
     wrong = _rules.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
     if wrong:
         _, meant, used = wrong[0]

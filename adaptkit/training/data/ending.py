@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config, text_config
 from adaptkit.errors import DataError
 from adaptkit.training.data.encoding import after_answer
 
@@ -57,6 +57,5 @@ def _generation(root: Path) -> dict[str, Any]:
     if (root / GENERATION_NAME).is_file():
         return read_config(root / GENERATION_NAME)
     config = read_config(root / CONFIG_NAME)
-    inner = config.get("text_config")
-    known = (inner if isinstance(inner, dict) else {}) | config
+    known = {**text_config(config), **config}
     return {name: known[name] for name in _OF_THE_MODEL if known.get(name) is not None}

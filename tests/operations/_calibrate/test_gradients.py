@@ -1,5 +1,9 @@
 """One layer at a time gives the gradients that autograd gives on the whole model."""
 
+import errno
+from functools import partial
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,9 +11,9 @@ import transformers
 from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
 from adaptkit.operations._calibrate import gradients, replay
-from adaptkit.operations._calibrate.gradients import layer_gradients
 from adaptkit.operations._calibrate.layerwise import layer_moments
 
 FAMILIES = ["llama", "qwen2", "gemma", "phi", "mixtral", "gpt2", "gemma4_text"]
@@ -36,6 +40,11 @@ def family(made):
 TOKEN = 7
 
 
+@pytest.fixture
+def layer_gradients(tmp_path):
+    return partial(gradients.layer_gradients, folder=tmp_path)
+
+
 def windows(count=5, length=20):
     """Without the padding token, whose embedding is zero: there the norms' gradients are huge."""
     return torch.randint(3, 90, (count, length), generator=torch.Generator().manual_seed(0))
@@ -59,27 +68,25 @@ def by_autograd(folder, tokens):
     return {name: torch.cat(found).square().mean(0) for name, found in grads.items()}
 
 
-def of_all(*given, **options):
-    return {
-        name: square for layer in layer_gradients(*given, **options) for name, square in layer.gradient_square.items()
-    }
+def of_all(layers):
+    return {name: square for layer in layers for name, square in layer.gradient_square.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_are_those_of_autograd_on_the_whole_model(name, family, monkeypatch):
+def test_gradients_are_those_of_autograd_on_the_whole_model(name, family, monkeypatch, layer_gradients):
     monkeypatch.setattr(replay, "BATCH_TOKENS", 40)  # batches of 2, 2 and 1 windows
     monkeypatch.setattr(gradients, "LOGIT_POSITIONS", 8)
     monkeypatch.setattr(gradients, "_drawn", lambda probabilities, _: torch.full((len(probabilities), 1), TOKEN))
     expected = by_autograd(family(name), windows())
     expected.pop("model.per_layer_model_projection", None)  # outside the layers, which take no gradient there
-    found = of_all(Checkpoint(family(name)), windows())
+    found = of_all(layer_gradients(Checkpoint(family(name)), windows()))
     assert set(found) == set(expected)
     for path, square in expected.items():
         scale = float(square.mean())
         assert torch.allclose(found[path].double(), square, atol=1e-4 * scale, rtol=1e-3), path
 
 
-def test_drawn_tokens_follow_the_prediction(family):
+def test_drawn_tokens_follow_the_prediction(family, layer_gradients):
     """E over drawn tokens of the squared gradient in the logits is p (1 - p)."""
     tokens = windows(60, 40)
     model = transformers.AutoModelForCausalLM.from_pretrained(family("llama"), dtype=torch.float32).eval()
@@ -93,15 +100,15 @@ def test_drawn_tokens_follow_the_prediction(family):
     assert float((found / variance)[likely].std()) < 0.6
 
 
-def test_the_draw_is_the_same_every_time(family):
+def test_the_draw_is_the_same_every_time(family, layer_gradients):
     checkpoint, tokens = Checkpoint(family("llama")), windows(1)
-    first = of_all(checkpoint, tokens)
+    first = of_all(layer_gradients(checkpoint, tokens))
     torch.manual_seed(5)
-    again = of_all(checkpoint, tokens)
+    again = of_all(layer_gradients(checkpoint, tokens))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(family, monkeypatch):
+def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(family, monkeypatch, layer_gradients):
     networks, loaded = [], []
     build = replay.empty_network
     monkeypatch.setattr(replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
@@ -116,13 +123,13 @@ def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(fami
     assert loaded == [(1, 4, ["0"]), (2, 4, ["1"]), (3, 4, ["1"]), (4, 4, ["0"])]
 
 
-def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(family):
+def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(family, layer_gradients):
     """The formula of the module's docstring, against KL measured on two models, both factors from here."""
     from adaptkit.operations._calibrate.layerwise import layer_moments
 
     folder, tokens = family("llama"), windows(60, 40)
     checkpoint = Checkpoint(folder)
-    squares = of_all(checkpoint, tokens)
+    squares = of_all(layer_gradients(checkpoint, tokens))
     moments = {
         n: m for layer in layer_moments(checkpoint, tokens, second_moments=True) for n, m in layer.moments.items()
     }
@@ -142,7 +149,7 @@ def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(fami
             assert 0.6 < estimate / divergence < 1.6, (name, estimate, divergence)
 
 
-def test_a_prediction_that_is_not_finite_is_named(family, copy_of):
+def test_a_prediction_that_is_not_finite_is_named(family, copy_of, layer_gradients):
     from safetensors.torch import load_file, save_file
 
     folder = copy_of(family("llama"))
@@ -150,14 +157,37 @@ def test_a_prediction_that_is_not_finite_is_named(family, copy_of):
     tensors["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFiniteError, match="the model's prediction is not finite"):
-        of_all(Checkpoint(folder), windows(1))
+        of_all(layer_gradients(Checkpoint(folder), windows(1)))
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_inputs_measured_on_the_way_are_those_of_the_forward_pass(name, family):
+def test_inputs_measured_on_the_way_are_those_of_the_forward_pass(name, family, layer_gradients):
     checkpoint = Checkpoint(family(name))
     forward = {n: m for layer in layer_moments(checkpoint, windows()) for n, m in layer.moments.items()}
     found = {n: m for layer in layer_gradients(checkpoint, windows()) for n, m in layer.inputs.items()}
     assert set(found) == set(forward)
     for path, moments in found.items():
         assert torch.allclose(moments.mean_square, forward[path].mean_square, rtol=1e-5), path
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4_text"])
+def test_the_size_of_what_the_layers_give_is_known_early(name, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "BATCH_TOKENS", 40)
+    told = []
+
+    def reserve(nbytes):
+        told.append((nbytes, len(list(tmp_path.iterdir()))))
+
+    next(gradients.layer_gradients(Checkpoint(family(name)), windows(4), tmp_path, reserve=reserve))
+    assert told == [(sum(path.stat().st_size for path in tmp_path.iterdir()), 1)]
+
+
+def test_a_disk_that_is_full_meanwhile_says_where_and_what_to_do(family, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskError) as caught:
+        next(gradients.layer_gradients(Checkpoint(family("llama")), windows(), tmp_path))
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.hint == "free some space, and run the same command again: it measures anew"
