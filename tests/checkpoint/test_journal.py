@@ -225,7 +225,7 @@ def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", "deeper/notes.txt", "link"])
+@pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", ".gitattributes", "deeper/notes.txt", "link"])
 def test_force_removes_no_file_that_somebody_put_into_an_output(tmp_path, name):
     final = tmp_path / "out"
     make(final)
