@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
-from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, SIDE_NAMES
+from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -30,9 +30,11 @@ from adaptkit.hub.secrets import looks_like_a_token
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
-_WANTED = [*sorted(f"*{suffix}" for suffix in READ_SUFFIXES), *sorted(SIDE_NAMES), CARD_NAME]
+_BY_SUFFIX = [f"*{suffix}" for suffix in sorted({*READ_SUFFIXES, CODE_SUFFIX})]
+_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME]
 # Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
-_UNWANTED = ["*/*", "consolidated*.safetensors"]
+_UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
+_UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, IntegrityError, OutputExistsError, UnsafeInputError, UsageError
+from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 
@@ -50,6 +52,30 @@ def test_files_are_identical_to_those_of_the_base(tmp_path, adapter, second_adap
     assert report.identical
     assert report.restored == 14
     verify(tmp_path / "out")
+
+
+def test_code_licences_and_more_templates_come_along_and_back(tmp_path, llama, adapter, copy_of):
+    base, brings = copy_of(llama), copy_of(adapter, "brings")
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_x.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (brings / "tokenizer.json").write_text("{}")  # takes the place of the base's tokenizer, all of it
+    more = ("modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja")
+    (base / "additional_chat_templates").mkdir()
+    for name in more:
+        (base / name).write_text(name)
+    before = {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
+    for number, given in enumerate((adapter, brings)):
+        made, out = tmp_path / f"merged-{number}", tmp_path / f"out-{number}"
+        merge(base, [given], made)
+        assert [name for name in more if not (made / name).exists()] == ([more[-1]] if given is brings else [])
+        unmerge(made, [given], out)
+        assert {p.relative_to(out) for p in out.rglob("*") if p.is_file()} == before | {Path(MANIFEST)}
+        assert all((out / name).read_bytes() == (base / name).read_bytes() for name in before)
+        verify(made)
+        verify(out)
+    quantize(base, tmp_path / "nf4")
+    dequantize(tmp_path / "nf4", tmp_path / "plain")
+    assert all((tmp_path / folder / name).read_text() == name for folder in ("nf4", "plain") for name in more)
 
 
 def test_gpt2_too(tmp_path, gpt2):
@@ -365,7 +391,13 @@ def test_two_adapters_with_equal_tensors_and_other_scalings_may_be_given_in_any_
     assert_same_files(tmp_path / "out", llama)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "..", WEIGHTS, MANIFEST, "adaptkit-x", ".hidden"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../evil", "/tmp/evil", "a/b", "..", WEIGHTS, MANIFEST, "adaptkit-x", ".hidden"),
+        *("a:b", "additional_chat_templates:..:x", "additional_chat_templates:", "additional_chat_templates:a:b"),
+    ],
+)
 def test_a_record_that_would_write_other_files_is_refused_even_if_its_hash_is_right(tmp_path, llama, name):
     """A record that a stranger made: the hashes are right, the names of files are not."""
     with quiet():

@@ -105,7 +105,9 @@ def test_a_truncated_and_a_longer_file_are_found_by_size(folder):
     refuses(folder, r"tokenizer\.json has")
 
 
-@pytest.mark.parametrize("name", ["extra.txt", ".hidden", "deeper/x.py", ".github/workflows/x.yml", "deeper/.gitattributes"])
+@pytest.mark.parametrize(
+    "name", ["extra.txt", ".hidden", "deeper/x.py", ".github/workflows/x.yml", "deeper/.gitattributes"]
+)
 def test_an_extra_file_is_found(folder, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("")

@@ -194,7 +194,7 @@ class Merging:
         if not self.options.undo:
             return
         if lost or added:
-            tensors = {name: undo.as_bytes(content) for name, content in lost.items()}
+            tensors = {undo.file_key(name): undo.as_bytes(content) for name, content in lost.items()}
             undo.write_record(out, undo.FILES_NAME, tensors | {undo.ADDED: undo.added_files(added)})
         if self.base.manifest is not None:
             kept = {*contents, *(file for file, _ in self.shards), *lost}
