@@ -90,23 +90,23 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """See ``yaml.composer.Composer``."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark = event.start_mark
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
         if event.tag is not None:
-            raise yaml.MarkedYAMLError(problem="tags are not supported", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="tags are not supported", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See ``yaml.SafeLoader``."""
         seen: set[str] = set()
         for key, _ in node.value:
-            mark: Any = key.start_mark
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "here"
                 problem = f"the key {shown} is no text; write it in quotes"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
