@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,6 @@ def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:
-    counted = list(values.values())
-    best = max(sorted(set(counted)), key=counted.count)
+    counted = Counter(values.values())
+    best = max(sorted(counted), key=counted.__getitem__)
     return int(best) if float(best).is_integer() else best

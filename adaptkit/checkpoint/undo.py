@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from adaptkit.checkpoint.journal import Output
 from adaptkit.errors import IntegrityError
 from adaptkit.numerics import residual
 from adaptkit.numerics.arrays import Array, Values
@@ -103,11 +102,6 @@ def unpack(stream: Array, most: int) -> Array:
 def as_bytes(content: bytes) -> Array:
     """Bytes as an array, (N,) uint8."""
     return np.frombuffer(bytearray(content), np.uint8)
-
-
-def write_record(output: Output, name: str, tensors: Mapping[str, Values]) -> None:
-    """Write one file of the record and note it in the journal."""
-    output.write_tensors(name, tensors, listed=False)
 
 
 def file_key(name: str) -> str:
