@@ -37,9 +37,8 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, 
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.vocabulary import is_head, is_table
 from adaptkit.errors import AdapterError, IntegrityError
-from adaptkit.lazy import torch
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.lora import LowRank, is_equal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,12 +118,7 @@ class Adapter:
             bool(self.compensation)
             and not others
             and set(self.compensation) == set(self.modules)
-            and all(
-                torch.equal(begun.lora_a, self.modules[name].lora_a)
-                and torch.equal(begun.lora_b, self.modules[name].lora_b)
-                and begun.scaling == self.modules[name].scaling
-                for name, begun in self.compensation.items()
-            )
+            and all(is_equal(begun, self.modules[name]) for name, begun in self.compensation.items())
         )
 
     def changed_beside(self) -> str:
