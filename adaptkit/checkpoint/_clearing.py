@@ -13,9 +13,9 @@ def marks(path: Path) -> bool:
     return path.name == MANIFEST_NAME or path.match(JOURNAL_PATTERN)
 
 
-def clear(folder: Path) -> None:
-    """Empty a folder; what says whose it is goes last, for a kill may come between."""
-    for old in sorted(folder.iterdir(), key=marks):
+def clear(folder: Path, but: str = "") -> None:
+    """Empty a folder but for one file; what says whose it is goes last, for a kill may come between."""
+    for old in sorted((path for path in folder.iterdir() if path.name != but), key=marks):
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 

@@ -1,18 +1,22 @@
-"""What the journal of an unfinished output says, believed in nothing: it may be damaged, or somebody else's.
+"""The journal of an unfinished output, believed in nothing: it may be damaged, or somebody else's.
+
+It grows by one whole line of JSON at a time, whatever kill or full disk comes in between.
 
 {"key", "inputs": [[path, state], ...]}                       first
 {"file": {path, size, sha256}, "tensors": [...], "notes": {}}  one a finished file
 """
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.layout import resolve_inside
-from adaptkit.checkpoint.lines import read_lines
+from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord, typed
+from adaptkit.checkpoint.writer import disk_errors, sync_folder
 from adaptkit.errors import AdaptkitError, ConflictError
 
 
@@ -24,11 +28,14 @@ class Finished:
     tensors: tuple[TensorRecord, ...]
     notes: dict[str, Any]
 
-    def is_in(self, folder: Path) -> bool:
-        """Whether the file is there as it was written, whatever happened since."""
+    def seems_in(self, folder: Path) -> bool:
+        """Whether a file of its size is there."""
         written = resolve_inside(folder, self.record.path)
-        has_size = written.is_file() and written.stat().st_size == self.record.size
-        return has_size and file_sha256(written) == self.record.sha256
+        return written.is_file() and written.stat().st_size == self.record.size
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the file is there as it was written, whatever happened since; reads all of it."""
+        return self.seems_in(folder) and file_sha256(resolve_inside(folder, self.record.path)) == self.record.sha256
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,21 @@ class Journal:
     key: str
     inputs: Mapping[str, Any]
     finished: tuple[Finished, ...]
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, and make sure that it is on the disk.
+
+    Raises:
+        DiskError: there is no room for it.
+    """
+    with disk_errors(path), path.open("a") as file:
+        is_new = not file.tell()
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        if is_new:
+            sync_folder(path.parent)
 
 
 def read_journal(path: Path, repair: bool) -> Journal | None:
@@ -50,7 +72,7 @@ def read_journal(path: Path, repair: bool) -> Journal | None:
     Raises:
         ConflictError: it is damaged.
     """
-    lines = read_lines(path, repair)
+    lines = _read_lines(path, repair)
     if not lines:
         return None
     try:
@@ -68,3 +90,26 @@ def _finished(folder: Path, line: Mapping[str, Any]) -> Finished:
     if not isinstance(notes, dict):
         raise TypeError(f"notes is {notes!r}")
     return Finished(record, tuple(typed(TensorRecord(**tensor)) for tensor in line["tensors"]), notes)
+
+
+def _read_lines(path: Path, repair: bool) -> list[dict[str, Any]]:
+    """The complete lines of a file.
+
+    Args:
+        path: of the file.
+        repair: remove from it what a kill or a full disk cut off.
+
+    Raises:
+        ConflictError: a line is no JSON object.
+    """
+    text = read_small(path)
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text and repair:
+        os.truncate(path, len(whole))
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line holds no object")
+        return lines
+    except (ValueError, RecursionError) as error:
+        raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to begin anew") from error

@@ -1,25 +1,35 @@
 """YAML and JSON files that people write, read strictly, with the line of every key.
 
 Refused are a key that appears twice, of which readers keep one or the other; tags, which may ask for code to run;
-aliases, of which a few lines unfold to gigabytes; keys that are no text; files above a megabyte. Unlike YAML 1.1,
-``2e-4`` is a number and ``2026-01-31`` is text.
+aliases, of which a few lines unfold to gigabytes; keys that are no text; files above a megabyte; in JSON, NaN and what
+is too large for a number. Unlike YAML 1.1, ``2e-4`` is a number, and what is not the number or the word that it looks
+like is text: ``010``, which would be 8, ``12:30``, which would be 750, ``2026-01-31`` and ``off``.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from adaptkit.errors import DISK_HINTS, ConfigError
+from adaptkit.checkpoint.header import strict_json
+from adaptkit.errors import DISK_HINTS, CheckpointError, ConfigError
 
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _LARGEST_BYTES = 1 << 20
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
-_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)", "-+0123456789"),
+    "float": (
+        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""What a plain word is unless it is text, and how it begins."""
+_TAG = "tag:yaml.org,2002:"
+_REPLACED = {_TAG + kind for kind in (*_SCALARS, "timestamp")}
 
 Keys = tuple[str | int, ...]
 """Where a value is: the keys, and the positions in lists, that lead to it."""
@@ -58,10 +68,12 @@ def read_document(path: Path) -> Document:
         if len(raw) > _LARGEST_BYTES:
             raise ConfigError(f"{path}: larger than a megabyte", hint="is it the file that you meant?")
         text, lines = raw.decode("utf-8-sig"), dict[Keys, int]()
-        values = _read_json(text) if path.suffix == ".json" else _read_yaml(text, lines)
+        values = strict_json(text.encode(), str(path)) if path.suffix == ".json" else _read_yaml(text, lines)
     except OSError as error:
         hint = "check the path: a YAML or JSON file is read here" if isinstance(error, _NOT_THERE) else ""
         raise ConfigError(f"{path}: {error.strerror}", hint or DISK_HINTS.get(error.errno or 0, "")) from error
+    except CheckpointError as error:
+        raise ConfigError(error.message, error.hint) from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: malformed ({' '.join(str(error.problem).split())})") from error
@@ -77,27 +89,34 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """See ``yaml.composer.Composer``."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.get_mark()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
+        if event.tag is not None:
+            raise yaml.MarkedYAMLError(problem="tags are not supported", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See ``yaml.SafeLoader``."""
+        seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "here"
                 problem = f"the key {shown} is no text; write it in quotes"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        _unique([(key.value, key.start_mark) for key, _ in node.value])
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, expression) for tag, expression in found if tag != _TIMESTAMP]
+    first: [(tag, expression) for tag, expression in found if tag not in _REPLACED]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+for _kind, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"({_pattern})$"), list(_first))
 
 
 def _read_yaml(text: str, lines: dict[Keys, int]) -> Any:
@@ -122,19 +141,3 @@ def _lines(node: yaml.Node, keys: Keys) -> Iterator[tuple[Keys, int]]:
         for number, value in enumerate(node.value):
             yield (*keys, number), value.start_mark.line + 1
             yield from _lines(value, (*keys, number))
-
-
-def _read_json(text: str) -> Any:
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _unique([(key, None) for key, _ in pairs])
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=mapping)
-
-
-def _unique(keys: Sequence[tuple[str, Any]]) -> None:
-    seen: set[str] = set()
-    for key, mark in keys:
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {key!r} appears twice", problem_mark=mark)
-        seen.add(key)

@@ -52,10 +52,8 @@ def file_chunks(path: Path) -> Iterator[bytes]:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    for chunk in file_chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digests(

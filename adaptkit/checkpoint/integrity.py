@@ -15,6 +15,8 @@ from adaptkit.errors import CheckpointError, IntegrityError
 
 _AGAIN = "get all of the artifact again; from the Hub, by adaptkit pull"
 _MOVE = "move what is not in the manifest out of the folder"
+_NAMED = 5
+"""How many of the files that are wrong are named."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,25 @@ def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: P
             problems[record.path] = f"{record.path} changed (its sha256 differs)"
     told = sorted(problem for problem in problems.values() if problem)
     if told:
-        raise IntegrityError(f"{root}: {'; '.join(told)}", hint=_AGAIN)
+        raise IntegrityError(f"{root}: {_first(told)}", hint=_AGAIN)
     _compare_tensors(root, manifest.tensors, found.values())
 
 
 def check_names(root: Path, manifest: Manifest) -> None:
     """Compare the set of files.
 
+    What git and the Hub keep beside an artifact, ``.git`` and ``.gitattributes``, is in every clone of it, and may be
+    there.
+
     Raises:
         IntegrityError: a file is missing, or not in the manifest; see ``present_names``.
     """
     present, listed = present_names(root), {record.path for record in manifest.files}
-    extra, missing = sorted(present - listed), sorted(listed - present)
+    extra = sorted(name for name in present - listed if name.split("/")[0] not in (".git", ".gitattributes"))
+    missing = sorted(listed - present)
     if extra or missing:
         told = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
-        raise IntegrityError(f"{root}: {'; '.join(told[:5])}", hint=_AGAIN if missing else _MOVE)
+        raise IntegrityError(f"{root}: {_first(told)}", hint=_AGAIN if missing else _MOVE)
 
 
 def present_names(root: Path) -> set[str]:
@@ -164,6 +170,11 @@ def measure(
     largest_first = sorted(sizes, key=lambda path: -sizes[path])
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(largest_first, pool.map(work, largest_first), strict=True))
+
+
+def _first(told: Sequence[str]) -> str:
+    more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+    return "; ".join(told[:_NAMED]) + more
 
 
 def _tensor_files(manifest: Manifest) -> set[str]:

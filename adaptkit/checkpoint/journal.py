@@ -10,10 +10,12 @@ A killed run leaves the partial folder; the same command finds the journal, keep
 writes the rest. If inputs or options changed, the key differs and the folder is begun anew.
 
 Several processes can each make a share of the files, with a journal of its own; a run that is no share publishes.
+
+Who writes holds a lock: on the folder, which the processes of one machine see, and on journals, whose locks a network's
+file system knows on all machines. A run that publishes has those of all journals; its own stays one file meanwhile.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, marks, remove
-from adaptkit.checkpoint._journal_file import Finished, Journal, read_journal
+from adaptkit.checkpoint._journal_file import Finished, Journal, append_line, read_journal
+from adaptkit.checkpoint._locks import Locks
 from adaptkit.checkpoint.header import TensorSpec, check_regular
 from adaptkit.checkpoint.layout import write_json
-from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder, replaced_folder
@@ -69,6 +71,7 @@ class Output:
     Raises:
         OutputExistsError: ``final`` exists, and ``force`` is not given or it is no artifact of adaptkit.
         ConflictError: another process is writing it.
+        UsageError: nothing can be written there, or nothing be locked.
     """
 
     def __init__(
@@ -86,8 +89,9 @@ class Output:
         self.folder = partial_folder(final)
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force, self._keeps = force, keeps
-        self._locks: list[int] = []
+        self._locks = Locks(final)
         self._finished: dict[str, Finished] = {}
+        self._whole: dict[str, bool] = {}
         self.files: list[FileRecord] = []
         self.tensors: list[TensorRecord] = []
         self.notes: dict[str, Any] = {}
@@ -97,40 +101,55 @@ class Output:
         check_output(self.final, self._force)
         if self.folder.is_symlink() or self.folder.is_file():
             self._refuse_foreign()
+        is_new = not self.folder.exists()
         try:
             make_folder(self.folder)
         except OSError as error:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
         try:
-            self._lock(self.folder, fcntl.LOCK_EX if self.part is None else fcntl.LOCK_SH)
+            self._locks.take(self.folder, shared=self.part is not None)
             if self.part is not None:
-                self._lock(self.folder / self._journal, fcntl.LOCK_EX, os.O_CREAT | os.O_RDWR)
+                self._lock_journal()
+            self._lock_others()
             self._resume()
-        except BaseException:
+        except BaseException as error:
             own = self.folder / self._journal
             if self.part is not None and len(self._locks) > 1 and own.stat().st_size == 0:
                 own.unlink()
+            if is_new and not isinstance(error, ConflictError):
+                with contextlib.suppress(OSError):  # something is in it by now
+                    self.folder.rmdir()
             self.__exit__()  # is not called otherwise
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._locks:
-            os.close(handle)
+        self._locks.let_go()
 
     def discard(self) -> None:
         """Remove what was written, where nothing is worth going on from: not work that ``keeps``, and not shares."""
         is_alone = all(path.name == JOURNAL_NAME for path in self.folder.glob(JOURNAL_PATTERN))
         if is_alone and not self._keeps(self.folder):
+            self._locks.let_go(1)  # what is open stays under another name in a folder on a network's disk
             remove(self.folder)
 
     def finished(self, *names: str) -> bool:
         """Whether an earlier run wrote all these files; they then count as part of the output."""
-        if not all(name in self._finished for name in names):
+        if not self.is_whole(*names):
             return False
         for done in (self._finished[name] for name in names):
             self._count(done.record, done.tensors, done.notes)
         return True
+
+    def is_whole(self, *names: str) -> bool:
+        """Whether an earlier run wrote all these files, and they are still as it did; reads them, once.
+
+        Threads may ask of several at once.
+        """
+        for name in names:
+            if name not in self._whole:
+                self._whole[name] = name in self._finished and self._finished[name].is_in(self.folder)
+        return all(self._whole[name] for name in names)
 
     def add(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any] | None = None) -> None:
         """Note that a file is complete and on the disk.
@@ -250,16 +269,14 @@ class Output:
             remove(replaced)
             sync_folder(self.final.parent)
 
-    def _lock(self, path: Path, how: int, flags: int = os.O_RDONLY) -> None:
-        with disk_errors(path):
-            handle = os.open(path, flags, 0o666)
-        self._locks.append(handle)
-        try:
-            fcntl.flock(handle, how | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConflictError(f"{self.final}: another process is writing it", hint="wait for that one") from error
-        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-            raise ConflictError(f"{self.final}: another process has just finished it")
+    def _lock_journal(self) -> None:
+        self._locks.take(self.folder / self._journal, flags=os.O_CREAT | os.O_RDWR)
+
+    def _lock_others(self) -> None:
+        """Make sure that no other machine writes: as a share nothing but other shares, else nothing at all."""
+        for path in sorted(self.folder.glob(JOURNAL_PATTERN)):
+            if (self.part is None or path.name == JOURNAL_NAME) and path.is_file():
+                self._locks.take(path, shared=self.part is not None, flags=os.O_RDWR)
 
     def _resume(self) -> None:
         if any(path.is_symlink() for path in (self.folder, *self.folder.rglob("*"))):
@@ -272,8 +289,7 @@ class Output:
         begun = {name: journal for name, journal in journals.items() if journal is not None}
         own = begun.get(JOURNAL_NAME)
         if self.part is None and own is not None and not own.finished and len(begun) > 1:
-            (self.folder / JOURNAL_NAME).unlink()  # of a run that was to join the shares, and wrote nothing
-            del begun[JOURNAL_NAME]
+            del begun[JOURNAL_NAME]  # of a run that was to join the shares, and wrote nothing
         changed = any(self._differs(name, journal) for name, journal in begun.items())
         if self.part is not None or (changed and not self._force and any(name != JOURNAL_NAME for name in begun)):
             self._check_share(changed, begun)
@@ -282,11 +298,13 @@ class Output:
             begun = {}
         for name, journal in begun.items():
             if self.part is None or name == self._journal:
-                there = {done.record.path: done for done in journal.finished if done.is_in(self.folder)}
+                there = {done.record.path: done for done in journal.finished if done.seems_in(self.folder)}
                 self._finished |= there
                 if journal.inputs != dict(self._inputs):
                     self.elsewhere |= {path: done.notes for path, done in there.items()}
         if self._journal not in begun:
+            self._lock_journal()
+            os.truncate(self.folder / self._journal, 0)
             append_line(self.folder / self._journal, {"key": self._key, "inputs": self._inputs})
 
     def _differs(self, name: str, journal: Journal) -> bool:
@@ -317,4 +335,4 @@ class Output:
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",
                 hint="run it with the same options to go on, or begin anew with --force",
             )
-        clear(self.folder)
+        clear(self.folder, but=self._journal)

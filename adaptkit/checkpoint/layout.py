@@ -5,6 +5,8 @@ model.safetensors                        one file, or
 model-00001-of-00003.safetensors ...     shards, with
 model.safetensors.index.json             {"metadata": {"total_size"}, "weight_map": {tensor: file}}
 tokenizer.json, chat_template.jinja ...  side files, copied as they are
+additional_chat_templates/*.jinja        of them, the only ones in a folder
+modeling_x.py, configuration_x.py        of them, if a configuration's auto_map names classes; copied, never run
 """
 
 import json
@@ -30,10 +32,14 @@ COMPENSATION_NAME = "adaptkit-compensation.safetensors"
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MOST_SMALL_BYTES = 256 << 20
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-SIDE_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "NOTICE.md"}
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""Begin the names of files that say what may be done with a model."""
+TEMPLATES_FOLDER = "additional_chat_templates"
+CODE_SUFFIX = ".py"
 READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
-"""Operations read no other files of a checkpoint's or an adapter's folder than of these suffixes and ``SIDE_NAMES``."""
+"""Operations read no other files of a checkpoint's or an adapter's folder than of these suffixes and ``side_files``."""
 _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
+_NAMES_CODE = b'"auto_map"'
 
 
 def resolve_inside(root: Path, name: str) -> Path:
@@ -167,20 +173,50 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     )
 
 
-def side_files(root: Path) -> list[Path]:
-    """List what travels with the weights: configuration, tokenizer, chat template, licence; sorted by name.
+def side_files(root: Path) -> dict[str, Path]:
+    """What travels with the weights: configuration, tokenizer, chat templates, licence, and code that these name.
 
-    ``config.json`` and index files are not among them; whoever writes the weights writes those.
+    ``config.json`` and index files are not among it; whoever writes the weights writes those.
+
+    Returns:
+        By name, relative to the folder; sorted.
     """
-    return sorted(
-        path
-        for path in root.iterdir()
-        if path.is_file()
-        and (path.suffix in _SIDE_SUFFIXES or path.name in SIDE_NAMES)
+    present = [path for path in root.iterdir() if path.is_file()]
+    suffixes = {*_SIDE_SUFFIXES, *([CODE_SUFFIX] if _names_code(present) else [])}
+    found = {
+        path.name: path
+        for path in present
+        if (path.suffix in suffixes or path.name.startswith(LICENCES))
         and not path.name.startswith(_NOT_SIDE_PREFIXES)
         and not path.name.endswith(".index.json")
         and path.name != CONFIG_NAME
-    )
+    }
+    templates = (root / TEMPLATES_FOLDER).glob("*.jinja")
+    found |= {f"{TEMPLATES_FOLDER}/{path.name}": path for path in templates if path.is_file()}
+    return dict(sorted(found.items()))
+
+
+def _names_code(files: Iterable[Path]) -> bool:
+    """Whether a configuration among the files says which classes beside it make the model, or its tokenizer."""
+    if not any(path.suffix == CODE_SUFFIX for path in files):
+        return False
+    return any(_NAMES_CODE in read_small(path) for path in files if path.name.endswith("config.json"))
+
+
+def check_side_files(root: Path) -> None:
+    """Refuse names that are one name where upper and lower case are the same, before anything is made of the folder.
+
+    Raises:
+        CheckpointError: names two.
+    """
+    seen: dict[str, str] = {}
+    for name in (CONFIG_NAME, INDEX_NAME, *side_files(root)):
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise CheckpointError(
+                f"{root}: {other} and {name} differ only in case, so no artifact can hold both",
+                hint="rename or remove one of them",
+            )
 
 
 def shard_name(number: int, total: int) -> str:

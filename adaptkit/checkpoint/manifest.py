@@ -118,6 +118,7 @@ class Manifest:
         object.__setattr__(self, "files", tuple(sorted(self.files, key=lambda f: f.path)))
         object.__setattr__(self, "tensors", tuple(sorted(self.tensors, key=lambda t: t.name)))
         object.__setattr__(self, "targets", tuple(sorted(self.targets, key=lambda t: t.module)))
+        _check_paths(self.files)  # of what is written, too: nobody could read it
 
     @cached_property
     def tensors_root(self) -> str:
@@ -163,7 +164,6 @@ class Manifest:
             for name, record in parts.items():
                 document[name] = tuple(typed(record(**entry)) for entry in document[name])
             manifest = cls(**document)
-            _check_paths(manifest.files)
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
         except (CheckpointError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise IntegrityError(f"{MANIFEST_NAME}: malformed ({error})") from error

@@ -170,7 +170,7 @@ class Checkpoint(TensorFiles):
 
     def side_contents(self) -> dict[str, bytes]:
         """The small files that travel with the weights, by name; see ``layout.side_files``."""
-        return {path.name: read_small(path) for path in side_files(self.root)}
+        return {name: read_small(path) for name, path in side_files(self.root).items()}
 
     def give_back(self, tensor: "Tensor") -> None:
         """Let go of the pages of a tensor that is mapped; here none is."""

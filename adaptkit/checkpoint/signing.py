@@ -11,6 +11,7 @@ Signed is either with an elliptic-curve key, which works offline, or with an ide
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -28,9 +29,6 @@ from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
-_MAKE_A_KEY = (
-    "openssl ecparam -name prime256v1 -genkey -noout -out key.pem; openssl ec -in key.pem -pubout -out key.pub"
-)
 _MAX_SIGNATURE_BYTES = 1 << 20
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 """What ``model-signing`` raises of a bundle that is none, or not the expected one."""
@@ -217,8 +215,11 @@ def _check_private_key(path: Path, password: bytes | None) -> None:
     try:
         key = load_pem_private_key(content, password)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        wrong = "needs its password, and no other" if b"ENCRYPTED" in content or password else "holds no private key"
-        raise UsageError(f"{path}: {wrong}", hint=_MAKE_A_KEY) from error
+        if b"ENCRYPTED" in content:
+            raise UsageError(f"{path}: needs its password, and no other", "ADAPTKIT_KEY_PASSWORD holds it") from error
+        if isinstance(error, TypeError):
+            raise UsageError(f"{path}: has no password", hint="unset ADAPTKIT_KEY_PASSWORD") from error
+        raise UsageError(f"{path}: holds no private key", hint=_make_a_key()) from error
     _check_curve(path, key)
 
 
@@ -229,14 +230,14 @@ def _check_public_key(path: Path) -> None:
     try:
         key = load_pem_public_key(_read_key(path))
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise UsageError(f"{path}: holds no public key", hint=_MAKE_A_KEY) from error
+        raise UsageError(f"{path}: holds no public key", hint=_make_a_key()) from error
     _check_curve(path, key)
 
 
 def _check_curve(path: Path, key: Any) -> None:
     curve = getattr(key, "curve", None)
     if curve is None or curve.name not in _CURVES:
-        raise UsageError(f"{path}: is no key on one of the curves P-256, P-384 and P-521", hint=_MAKE_A_KEY)
+        raise UsageError(f"{path}: is no key on one of the curves P-256, P-384 and P-521", hint=_make_a_key())
 
 
 def _read_key(path: Path) -> bytes:
@@ -244,7 +245,15 @@ def _read_key(path: Path) -> bytes:
         check_regular(path)
         return path.read_bytes()
     except (CheckpointError, OSError) as error:
-        raise UsageError(f"{path}: there is no key that can be read", hint=_MAKE_A_KEY) from error
+        raise UsageError(f"{path}: there is no key that can be read", hint=_make_a_key()) from error
+
+
+def _make_a_key() -> str:
+    """How to make a pair of keys that takes no other's place."""
+    names = itertools.chain(["key"], (f"key-{number}" for number in itertools.count(2)))
+    name = next(n for n in names if not os.path.lexists(f"{n}.pem") and not os.path.lexists(f"{n}.pub"))
+    make = f"openssl ecparam -name prime256v1 -genkey -noout -out {name}.pem"
+    return f"name another file, or make keys: {make}; openssl ec -in {name}.pem -pubout -out {name}.pub"
 
 
 def _package() -> Any:

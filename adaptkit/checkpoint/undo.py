@@ -7,10 +7,11 @@
         X:rest             last rows of a tensor that has fewer in the result, as they were
         :header       U8   the first bytes of the base's shard
     adaptkit-undo/files.safetensors                   U8, by name: small files of the base that the result has not, or
-                                                      has changed; ``:added`` lists those that only the result has
+                                                       has changed, ``:`` for ``/``; ``:added`` lists those that only
+                                                       the result has
     adaptkit-undo/base/...                            of a base that was an artifact: its manifest, with its signature
-                                                      if it has one, and its files that the result has no place for,
-                                                      its own undo record among them
+                                                       if it has one, and its files that the result has no place for,
+                                                       its own undo record among them
     adaptkit-adapters/1/...                           with --embed-adapter, the adapters themselves
 
 Together with the merged weight and the adapter's change this restores the original; see ``reference.undo``.
@@ -20,11 +21,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from adaptkit.checkpoint.journal import Output
 from adaptkit.errors import IntegrityError
 from adaptkit.numerics import residual
 from adaptkit.numerics.arrays import Array, Values
@@ -105,9 +105,14 @@ def as_bytes(content: bytes) -> Array:
     return np.frombuffer(bytearray(content), np.uint8)
 
 
-def write_record(output: Output, name: str, tensors: Mapping[str, Values]) -> None:
-    """Write one file of the record and note it in the journal."""
-    output.write_tensors(name, tensors, listed=False)
+def file_key(name: str) -> str:
+    """Under which a small file is kept: names of tensors have no slash, and names of files no colon."""
+    return name.replace("/", ":")
+
+
+def file_name(key: str) -> str:
+    """Undo ``file_key``."""
+    return key if key == ADDED else key.replace(":", "/")
 
 
 def added_files(names: Iterable[str]) -> Array:

@@ -1,8 +1,11 @@
 """Write a safetensors file front to back, hashing while writing."""
 
 import contextlib
+import glob
 import hashlib
 import os
+import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -19,6 +22,9 @@ from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
 
+_HALF = re.compile(r"\.(?P<name>.+?)(\.(?P<process>\d{1,9})\.\d+)?\.partial")
+"""The name of a file that is to replace another; the number of a process was not always in it."""
+
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     """Write a small file and make sure that it is on the disk."""
@@ -30,16 +36,36 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a small file in the place of what is there; whatever happens, one of both is there and whole."""
-    unfinished = path.with_name(f".{path.name}.partial")
+    """Put a small file in the place of what is there; whatever happens, one of both is there and whole.
+
+    So it is where several write at once: each has a file of its own, and clears those that a kill left.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _write_through(unfinished, content)
             os.replace(unfinished, path)
+            for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                if (half := _HALF.fullmatch(other.name)) and not _is_running(int(half["process"] or 0)):
+                    other.unlink(missing_ok=True)
             sync_folder(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def replaced_name(name: str) -> str:
+    """What ``replace_file`` was to make of a half file that a kill left; any other name as it is."""
+    half = _HALF.fullmatch(name)
+    return half["name"] if half else name
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is somebody else's
+    return True
 
 
 def make_folder(folder: Path) -> None:

@@ -47,4 +47,5 @@ def part_of(manifest: Manifest, files: Sequence[FileRecord], parts: Sequence[str
 
 
 def _is_in(record: FileRecord, part: str) -> bool:
-    return "/" not in record.path and any(fnmatchcase(record.path, pattern) for pattern in PARTS[part])
+    patterns = [pattern for pattern in PARTS[part] if pattern.count("/") == record.path.count("/")]
+    return any(fnmatchcase(record.path, pattern) for pattern in patterns)

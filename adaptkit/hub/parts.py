@@ -2,12 +2,12 @@
 
 PARTS = {
     "adapter": ("adapter_config.json", "adapter_model*.safetensors", "adaptkit-compensation.safetensors"),
-    "config": ("config.json", "generation_config.json", "adapter_config.json"),
+    "config": ("config.json", "generation_config.json", "adapter_config.json", "*.py"),
     "tokenizer": (
         *("tokeniz*", "special_tokens_map*", "added_tokens*", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
-        *("tekken.json", "chat_template.json", "*.jinja"),
+        *("tekken.json", "chat_template.json", "*.jinja", "additional_chat_templates/*.jinja"),
     ),
     "weights": ("*.safetensors", "*.safetensors.index.json"),
-    "card": ("README.md", "LICENSE*", "NOTICE*"),
+    "card": ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 }
-"""Name of a part -> patterns of its files, all of them in the artifact's own folder."""
+"""Name of a part -> patterns of its files, in the artifact's own folder unless a pattern names another."""

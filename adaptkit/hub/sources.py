@@ -15,7 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, SIDE_NAMES
+from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import NetworkError, UsageError
@@ -37,9 +37,11 @@ __all__ = [
 ]
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
-_WANTED = [*sorted(f"*{suffix}" for suffix in READ_SUFFIXES), *sorted(SIDE_NAMES), CARD_NAME]
+_BY_SUFFIX = [f"*{suffix}" for suffix in sorted({*READ_SUFFIXES, CODE_SUFFIX})]
+_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME]
 # Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
-_UNWANTED = ["*/*", "consolidated*.safetensors"]
+_UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
+_UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
 _SILENT = "the Hub stopped answering, and its client went on with an older or only a part of it"
 
 

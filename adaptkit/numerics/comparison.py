@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spectrum import effective_rank
 
 SAMPLED_ROWS = 64
@@ -118,13 +118,10 @@ def sampled_rows(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))[:SAMPLED_ROWS].sort().values
 
 
-def is_equal(first: LowRank, second: LowRank) -> bool:
-    """Whether two changes have factors of the same values, whatever their types, and the same scaling."""
-    return (
-        first.scaling == second.scaling
-        and torch.equal(first.lora_a, second.lora_a)
-        and torch.equal(first.lora_b, second.lora_b)
-    )
+def difference_norm(first: LowRank, second: LowRank) -> float:
+    """‖Δ₁ − Δ₂‖. Expanding the square would lose all digits where the two are nearly equal."""
+    core_1, core_2 = _cores(first, second)
+    return float(torch.linalg.matrix_norm(core_1 - core_2))
 
 
 def _cores(first: LowRank, second: LowRank) -> tuple[Tensor, Tensor]:

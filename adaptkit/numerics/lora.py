@@ -95,14 +95,13 @@ def transposed(term: LowRank) -> LowRank:
     return LowRank(term.b.T, term.a.T, term.scaling)
 
 
-def concatenate(terms: Sequence[LowRank]) -> LowRank:
-    """One change of rank Σ ranks that equals the sum, with scaling 1.
-
-    The scalings move into B in float64 and are rounded once to float32; where they are powers of two nothing is lost.
-    """
-    lora_a = torch.cat([term.lora_a.float() for term in terms])
-    lora_b = torch.cat([(term.lora_b.double() * term.scaling).float() for term in terms], dim=1)
-    return LowRank(lora_a, lora_b, 1.0)
+def is_equal(first: LowRank, second: LowRank) -> bool:
+    """Whether two changes have factors of the same values, whatever their types, and the same scaling."""
+    return (
+        first.scaling == second.scaling
+        and torch.equal(first.lora_a, second.lora_a)
+        and torch.equal(first.lora_b, second.lora_b)
+    )
 
 
 def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float]:
@@ -118,18 +117,3 @@ def norm(term: LowRank) -> float:
     """The Frobenius norm of Δ."""
     nothing = LowRank(term.a[:0], term.b[:, :0], 0.0)
     return math.sqrt(max(0.0, inner_products(term, nothing)[0]))
-
-
-def difference_norm(first: LowRank, second: LowRank) -> float:
-    """‖Δ₁ − Δ₂‖ from the triangular factors of [s₁B₁, −s₂B₂] and [A₁; A₂].
-
-    Expanding the square would lose all digits where the two are nearly equal.
-    """
-    alike = torch.equal(first.lora_a, second.lora_a) and torch.equal(first.lora_b, second.lora_b)
-    if alike and first.scaling == second.scaling:
-        return 0.0  # exactly, which rounding below would spoil
-    lora_b = torch.cat([first.lora_b.double() * first.scaling, second.lora_b.double() * -second.scaling], dim=1)
-    lora_a = torch.cat([first.lora_a.double(), second.lora_a.double()])
-    _, r_b = torch.linalg.qr(lora_b, mode="r")
-    _, r_a = torch.linalg.qr(lora_a.T, mode="r")
-    return float(torch.linalg.matrix_norm(r_b @ r_a.T))

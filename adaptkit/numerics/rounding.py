@@ -105,7 +105,7 @@ def compensated_nf4(
     _loops.round_rows(
         weight.float().contiguous().clone().numpy(), factor.float().contiguous().numpy(),
         normalized_importance(weight, importance), block_size, dynamic_map().numpy(), nested, np.float32(offset),
-        REACH if again else 0, True, _loops.room_for_rows(block_size), nested_codes, scales, codes,
+        REACH if again else 0, _loops.room_for_rows(block_size), nested_codes, scales, codes,
     )  # fmt: skip
     if isinstance(constants, DoubleQuantized):
         constants = replace(constants, codes=torch.from_numpy(nested_codes))

@@ -78,7 +78,7 @@ def check_size(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise UsageError("give either a rank or a share of the energy", hint="--rank 16, or --energy 0.99")
     if rank is not None and rank < 1:
-        raise UsageError(f"rank {rank}: must be at least 1")
+        raise UsageError(f"rank {rank}: must be at least 1", hint="16 is a usual rank")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"energy {energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the square norm")
 
@@ -88,13 +88,8 @@ def rank_for_energy(sigma: Tensor, energy: float) -> int:
 
     Args:
         sigma: (k,) descending.
-        energy: in (0, 1]; 1 keeps all that is not zero to rounding.
-
-    Raises:
-        UsageError: not in that range.
+        energy: in (0, 1], see ``check_size``; 1 keeps all that is not zero to rounding.
     """
-    if not 0 < energy <= 1:
-        raise UsageError(f"energy {energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the square norm")
     if energy == 1:
         top = float(sigma[0]) if sigma.numel() else 0.0
         return max(1, int((sigma > top * sigma.numel() * torch.finfo(torch.float64).eps).sum()))

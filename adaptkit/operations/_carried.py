@@ -73,8 +73,8 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
         ours = {record.path for record in adapter.manifest.files} if adapter.manifest else set()
         # Where nobody says that it was made, a configuration of generation is a copy that trainers leave there.
         kept = {GENERATION_NAME} & ours
-        paths = [path for path in side_files(adapter.root) if path.name in kept or is_of_tokenizer(path.name)]
-        own = {path.name: read_small(path) for path in paths}
+        beside = side_files(adapter.root)
+        own = {name: read_small(path) for name, path in beside.items() if name in kept or is_of_tokenizer(name)}
         for name, content in own.items():
             other = brought.setdefault(name, (content, adapter))
             if other[0] != content:

@@ -136,9 +136,15 @@ def write_shards(
     share = [shard for position, shard in enumerate(shards) if part is None or part.holds(position)]
     total = sum(group.nbytes for _, groups in share for group in groups)
     names = {file: [file, *(beside.names(file) if beside else [])] for file, _ in share}
-    todo = [shard for shard in share if not output.finished(*names[shard[0]])]
-    done = total - sum(group.nbytes for _, groups in todo for group in groups)
+    done, todo = 0, []
     progress(done, total)
+    checked = in_order(lambda shard: output.is_whole(*names[shard[0]]), share, threads)
+    for shard, _ in zip(share, checked, strict=True):
+        if output.finished(*names[shard[0]]):
+            done += sum(group.nbytes for group in shard[1])
+            progress(done, total)
+        else:
+            todo.append(shard)
     ahead = (numbered for _, groups in todo for group in groups for numbered in _with_last(jobs(group)))
     results = in_order(lambda job: (job[0], job[1]()), ahead, threads)
     with contextlib.closing(results):  # so that no job runs on after an error

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_small, side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -116,6 +116,7 @@ def dequantize(
             f"{source}: holds no quantized weights", hint="this reads what adaptkit and bitsandbytes (4 bits) write"
         )
     check_output(output, force, [source])
+    check_side_files(source)
     parts = {name: quantized.part_names(checkpoint, name) for name in names}
     inside = {part for found in parts.values() for part in found} - set(names)
     groups = [_group(checkpoint, name, name in parts, options) for name in checkpoint.tensors if name not in inside]
@@ -145,8 +146,8 @@ def dequantize(
         checkpoint.require_state(state)
         write_index(out, shards)
         out.write_json(CONFIG_NAME, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
-        for path in side_files(source):
-            out.write(path.name, read_small(path))
+        for name, content in checkpoint.side_contents().items():
+            out.write(name, content)
         manifest = _manifest(out, checkpoint, recorded)
         out.publish(manifest)
     bytes_after = sum(group.nbytes for group in groups)

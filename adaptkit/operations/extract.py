@@ -149,15 +149,15 @@ def _write(
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
     tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
     write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
-    files = [path for path in side_files(plan.tuned.root) if is_of_tokenizer(path.name)]
-    if all(_same_bytes(path, plan.base.root / path.name) for path in files):
-        files = []
+    files = {name: path for name, path in side_files(plan.tuned.root).items() if is_of_tokenizer(name)}
+    if all(_same_bytes(path, plan.base.root / name) for name, path in files.items()):
+        files = {}
     generation = plan.tuned.root / GENERATION_NAME
     if generation.is_file() and not _same_bytes(generation, plan.base.root / GENERATION_NAME):
-        files.append(generation)
-    for path in files:
-        out.write(path.name, read_small(path))
-    return tuple(path.name for path in files)
+        files[GENERATION_NAME] = generation
+    for name, path in files.items():
+        out.write(name, read_small(path))
+    return tuple(files)
 
 
 def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], saved: Saved, recorded: dict[str, Any]) -> Manifest:

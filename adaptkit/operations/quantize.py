@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder
@@ -76,8 +76,10 @@ def quantize(
 
         check_apart(output, init)
         check_output(init, force or is_waiting(init, output), [source])
+    checkpoint = Checkpoint(source)
+    check_side_files(source)
     tokens = _read_tokens(source, options.calibration)
-    run = _Run(Checkpoint(source), output, options, force, init, tokens, progress, calibration_progress)
+    run = _Run(checkpoint, output, options, force, init, tokens, progress, calibration_progress)
     return _plan_and_run(run, dry_run)
 
 

@@ -18,7 +18,7 @@ from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import file_digests, fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
-from adaptkit.checkpoint.layout import READ_SUFFIXES, SIDE_NAMES, resolve_inside
+from adaptkit.checkpoint.layout import READ_SUFFIXES, resolve_inside, side_files
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -194,10 +194,10 @@ def _folder(path: Path, hashes: Hashes, progress: Progress = no_progress) -> tup
             )
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
         return manifest.sha256, sum(record.size for record in manifest.files), found
-    read = [p for p in sorted(path.iterdir()) if p.suffix in READ_SUFFIXES or p.name in SIDE_NAMES]
-    read = [p for p in read if not p.name.startswith("consolidated")]  # another format's copy of the same weights
-    read = [p for p in read if not p.name.startswith(".") and not p.is_dir()]
-    files = dict(zip((p.name for p in read), _sha256_of(read, hashes, progress), strict=True))
+    found_files = {p.name: p for p in path.iterdir() if p.suffix in READ_SUFFIXES and not p.is_dir()} | side_files(path)
+    others = (".", "consolidated")  # the latter are another format's copy of the same weights
+    read = {name: file for name, file in sorted(found_files.items()) if not name.startswith(others)}
+    files = dict(zip(read, _sha256_of(list(read.values()), hashes, progress), strict=True))
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     root = hashes.root(digest, lambda: _tensors_root(path, progress))
     return digest, sum((path / name).stat().st_size for name in files), {"files": files, "tensors_root": root}

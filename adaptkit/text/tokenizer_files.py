@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.layout import read_json, side_files
+from adaptkit.checkpoint.layout import TEMPLATES_FOLDER, read_json, side_files
 from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import REFUSALS, quiet_transformers
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template
 
 TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
-_WITHIN_JSON, _MORE = "chat_template.json", "additional_chat_templates"
+_WITHIN_JSON = "chat_template.json"
 TEMPLATES = {TEMPLATE_NAME, _WITHIN_JSON}
-"""Files that hold a chat template and nothing else."""
+"""Files that hold the chat template and nothing else; others lie in a folder of their own."""
 _VOCABULARY = r"tokenizer\.json|tekken\.json|vocab.*|.*\.(model|tiktoken)"
-_TOKENIZER = re.compile(rf"{_VOCABULARY}|tokeniz.*|special_tokens_map.*|added_tokens.*|merges\.txt|chat_template\..*")
+_TOKENIZER = re.compile(
+    rf"{_VOCABULARY}|tokeniz.*|special_tokens_map.*|added_tokens.*|merges\.txt|chat_template\..*|{TEMPLATES_FOLDER}/.*"
+)
 
 
 def is_vocabulary(name: str) -> bool:
@@ -30,9 +32,14 @@ def is_of_tokenizer(name: str) -> bool:
     return _TOKENIZER.fullmatch(name) is not None
 
 
+def is_template(name: str) -> bool:
+    """Whether a small file is a chat template and nothing else."""
+    return name in TEMPLATES or name.startswith(f"{TEMPLATES_FOLDER}/")
+
+
 def brings_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer; an adapter's own takes the place of the base's, all of it."""
-    return any(is_vocabulary(path.name) for path in side_files(folder))
+    return any(map(is_vocabulary, side_files(folder)))
 
 
 def templates_in(
@@ -57,8 +64,8 @@ def templates_in(
     path = folder / TEMPLATE_NAME
     if path.is_file() or path.is_symlink():  # one that leads nowhere is told
         found["default"] = (TEMPLATE_NAME, read_text(path))
-    for path in sorted((folder / _MORE).glob("*.jinja")):
-        found[path.stem] = (f"{_MORE}/{path.name}", read_text(path))
+    for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja")):
+        found[path.stem] = (f"{TEMPLATES_FOLDER}/{path.name}", read_text(path))
     return found
 
 

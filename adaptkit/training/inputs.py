@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
+from adaptkit.checkpoint.layout import GENERATION_NAME, check_side_files, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
@@ -113,6 +113,8 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
             hint="leave it out; checkpointing: sqrt keeps fewer of them",
         )
     dtype = choose_dtype(config.compute_dtype, device)
+    if config.method == "full":
+        check_side_files(base)  # which lie beside what is made, too
     config = replace(config, compute_dtype=name_of(dtype))
     require_trackers(config)
     if output is not None:
@@ -182,8 +184,8 @@ def _side_files(base: Path, start: Adapter | None, template: str | None, end: in
     """See ``Inputs.side_files``."""
     found = {}
     if start is not None and brings_tokenizer(start.root):
-        paths = [path for path in side_files(start.root) if is_of_tokenizer(path.name)]
-        found = {path.name: read_small(path) for path in paths}
+        beside = side_files(start.root)
+        found = {name: read_small(path) for name, path in beside.items() if is_of_tokenizer(name)}
     if template is not None:
         found[TEMPLATE_NAME] = template.encode()
     if end is not None:

@@ -145,9 +145,10 @@ def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -
                         raise NonFiniteError(f"{spec.name}: NaN, or too large for {spec.dtype}")
                 writer.write(spec.name, value)
         out.add(writer.record, writer.tensors)
-    for path in (checkpoint.root / CONFIG_NAME, checkpoint.root / INDEX_NAME, *side_files(checkpoint.root)):
-        if path.is_file() and path.name not in without:
-            out.copy(path, path.name)
+    own = {CONFIG_NAME: checkpoint.root / CONFIG_NAME, INDEX_NAME: checkpoint.root / INDEX_NAME}
+    for name, path in (own | side_files(checkpoint.root)).items():
+        if path.is_file() and name not in without:
+            out.copy(path, name)
 
 
 def _part(value: Tensor, slice_: Slice) -> Tensor:

@@ -28,7 +28,15 @@ from adaptkit.checkpoint.layout import read_json, write_json
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.checkpoint.writer import DiskError, TensorWriter, disk_errors, replace_file, sync_folder, write_file
+from adaptkit.checkpoint.writer import (
+    DiskError,
+    TensorWriter,
+    disk_errors,
+    replace_file,
+    replaced_name,
+    sync_folder,
+    write_file,
+)
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, OutputExistsError, UsageError
 from adaptkit.training.distributed import World
 from adaptkit.training.history import METRICS_NAME
@@ -220,7 +228,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _is_beginning(name: str) -> bool:
     """Whether a run has a file of this name, whole or half, before it has a checkpoint; half a checkpoint is none."""
-    known = name.removeprefix(".").removesuffix(".partial") in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
+    known = replaced_name(name) in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
     return known or (name.startswith("checkpoint-") and name.endswith(".partial"))
 
 

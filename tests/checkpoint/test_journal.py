@@ -1,6 +1,8 @@
 """An output appears whole or not at all, once, and never in place of something that is not adaptkit's."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from adaptkit.checkpoint import _journal_file
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.part import Part
@@ -226,7 +230,7 @@ def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", "deeper/notes.txt", "link"])
+@pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", ".gitattributes", "deeper/notes.txt", "link"])
 def test_force_removes_no_file_that_somebody_put_into_an_output(tmp_path, name):
     final = tmp_path / "out"
     make(final)
@@ -337,6 +341,87 @@ def test_a_second_writer_is_told_and_disturbs_nothing(tmp_path):
         assert tree(tmp_path) == before
         holder.kill()
     make(final)  # a dead process holds no lock
+
+
+def is_locked(path):
+    """As another machine asks, which sees locks of regular files only."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+@pytest.mark.parametrize("before", ["nothing", "the same", "another plan", "an empty journal"])
+def test_other_machines_see_that_somebody_writes(tmp_path, before):
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    if before != "nothing":
+        with Output(tmp_path / "out", ["other"] if before == "another plan" else PLAN) as output:
+            add(output, "a", b"first")
+        if before == "an empty journal":
+            journal.write_text("")
+    with Output(tmp_path / "out", PLAN) as output:
+        assert is_locked(journal)
+        assert output.finished("a") == (before == "the same")
+    assert not is_locked(journal)
+
+
+@pytest.mark.parametrize(
+    ("journal", "part"),
+    [
+        ("adaptkit-journal-1-of-2.jsonl", None),
+        *((JOURNAL_NAME, part) for part in (None, Part(1, 2), Part(2, 2))),
+    ],
+)
+def test_what_another_machine_is_writing_is_left_alone(tmp_path, journal, part):
+    with Output(tmp_path / "out", PLAN, part=Part(1, 2)) as output:
+        add(output, "a", b"first")
+    path = tmp_path / "out.partial" / journal
+    path.touch()
+    before = tree(tmp_path)
+    with path.open("r+b") as elsewhere:
+        fcntl.flock(elsewhere, fcntl.LOCK_EX)
+        for force in (False, True):
+            with (
+                pytest.raises(ConflictError, match="another process is writing it"),
+                Output(tmp_path / "out", PLAN, force, part=part),
+            ):
+                pass
+        assert tree(tmp_path) == before
+    with Output(tmp_path / "out", PLAN, part=part):  # now it is not
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_disk_without_locks_is_told_and_left_as_it_was(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UsageError, match="nothing can be locked on its disk") as caught:
+        make(tmp_path / "out")
+    assert "another disk" in caught.value.hint
+    assert tree(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_finished_is_read_when_it_is_asked_for_and_once(tmp_path, monkeypatch):
+    with Output(tmp_path / "out", PLAN) as output:
+        add(output, "a", b"first")
+        add(output, "b", b"second")
+    (tmp_path / "out.partial" / "b").write_bytes(b"SECOND")
+    read = []
+    monkeypatch.setattr(_journal_file, "file_sha256", lambda path: [read.append(path.name), file_sha256(path)][1])
+    with Output(tmp_path / "out", PLAN) as output:
+        assert read == []
+        assert [output.is_whole(name) for name in ("a", "b", "c")] == [True, False, False]
+        assert output.files == []
+        assert [output.finished(name) for name in ("a", "b", "c")] == [True, False, False]
+        assert [record.path for record in output.files] == ["a"]
+    assert read == ["a", "b"]
 
 
 def test_what_is_no_part_of_the_artifact_is_not_published(tmp_path):

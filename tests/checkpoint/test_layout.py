@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from adaptkit.checkpoint.layout import (
     INDEX_NAME,
+    check_side_files,
     index_bytes,
     name_of,
     read_config,
@@ -136,7 +137,7 @@ def test_weights_that_are_there_twice_are_refused(llama, llama_sharded, copy_of)
 
 def test_side_files_are_what_travels_and_nothing_else(tmp_path):
     travels = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt", "tokenizer.json"]
-    travels += ["spiece.model", "vocab.tiktoken", "NOTICE"]
+    travels += ["spiece.model", "vocab.tiktoken", "NOTICE", "LICENSE-MODEL", "LICENCE.md", "USE_POLICY.md"]
     stays = ["config.json", "model.safetensors", "model.safetensors.index.json", "adaptkit-manifest.json", ".env"]
     stays += ["pytorch_model.bin", "optimizer.json", "trainer_state.json", "modeling_x.py", "adapter_config.json"]
     stays += [".hidden.json", "pytorch_model.bin.index.json", "training_args.bin"]
@@ -144,7 +145,38 @@ def test_side_files_are_what_travels_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("{}")
     (tmp_path / "folder.json").mkdir()
     os.mkfifo(tmp_path / "pipe.json")
-    assert [path.name for path in side_files(tmp_path)] == sorted(travels)
+    assert side_files(tmp_path) == {name: tmp_path / name for name in travels}
+    assert list(side_files(tmp_path)) == sorted(travels)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_code_that_a_configuration_names_travels(tmp_path, name):
+    for file in ("modeling_x.py", "configuration_x.py", "helpers.py"):
+        (tmp_path / file).write_text("raise RuntimeError('run')")
+    (tmp_path / "deeper.py").mkdir()
+    (tmp_path / name).write_text('{"auto_mapping": {}}')
+    assert [file for file in side_files(tmp_path) if file.endswith(".py")] == []
+    (tmp_path / name).write_text('{"auto_map": {"AutoModel": "modeling_x.Model"}}')
+    code = [file for file in side_files(tmp_path) if file.endswith(".py")]
+    assert code == ["configuration_x.py", "helpers.py", "modeling_x.py"]
+
+
+def test_more_chat_templates_travel_in_their_folder(tmp_path):
+    for name in ("additional_chat_templates/tool_use.jinja", "additional_chat_templates/x.txt", "more/y.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{{ messages }}")
+    found = side_files(tmp_path)
+    assert found == {found_name: tmp_path / found_name for found_name in ["additional_chat_templates/tool_use.jinja"]}
+
+
+@pytest.mark.parametrize("names", [("LICENSE.txt", "license.txt"), ("Config.json",), ("a.json", "A.json")])
+def test_small_files_whose_names_differ_only_in_case_are_refused(tmp_path, names):
+    (tmp_path / "config.json").write_text("{}")
+    check_side_files(tmp_path)
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="differ only in case"):
+        check_side_files(tmp_path)
 
 
 def test_json_files_are_deterministic_and_come_back(tmp_path):

@@ -177,6 +177,12 @@ def test_a_number_that_is_not_json_cannot_be_written():
         replace(MANIFEST, operation={"x": float("nan")}).to_bytes()
 
 
+@pytest.mark.parametrize("paths", [("a", "a"), ("LICENSE.txt", "license.txt"), ("Adaptkit-Manifest.json",)])
+def test_what_nobody_could_read_cannot_be_described(paths):
+    with pytest.raises(ValueError, match="a path appears twice"):
+        Manifest("checkpoint", {"name": "x", "options": {}}, tuple(FileRecord(path, 0, "0" * 64) for path in paths))
+
+
 def test_a_folder_without_a_manifest_says_so(tmp_path):
     assert read_manifest(tmp_path) is None
     with pytest.raises(IntegrityError, match=MANIFEST_NAME):

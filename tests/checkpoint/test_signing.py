@@ -105,8 +105,20 @@ def test_a_locked_key_opens_with_its_password(keys, tmp_path):
         with pytest.raises(UsageError, match="needs its password") as caught:
             sign_manifest(CONTENT, Signer(private, password))
         assert "wrong" not in str(caught.value)
-    with pytest.raises(UsageError, match="password"):
+        assert "openssl" not in caught.value.hint  # which, obeyed, would make another key in the place of this one
+    with pytest.raises(UsageError, match="has no password") as caught:
         sign_manifest(CONTENT, Signer(keys["p256"][0], b"secret"))
+    assert "openssl" not in caught.value.hint
+
+
+def test_how_to_make_a_key_is_told_with_names_that_nothing_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for there, name in ((None, "key"), ("key.pem", "key-2"), ("key-2.pub", "key-3")):
+        if there:
+            (tmp_path / there).write_text("mine")
+        with pytest.raises(UsageError, match="no key that can be read") as caught:
+            sign_manifest(CONTENT, Signer(tmp_path / "absent.pem"))
+        assert f"-out {name}.pem; openssl ec -in {name}.pem -pubout -out {name}.pub" in caught.value.hint
 
 
 def test_another_key_and_another_manifest_are_refused(keys, signed):

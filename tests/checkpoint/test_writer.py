@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import writer
 from adaptkit.checkpoint.header import TensorSpec, read_header
 from adaptkit.checkpoint.manifest import FileRecord
-from adaptkit.checkpoint.writer import DiskError, TensorWriter, copy_file, write_file
+from adaptkit.checkpoint.writer import DiskError, TensorWriter, copy_file, replace_file, replaced_name, write_file
 from adaptkit.errors import CheckpointError, UnsafeInputError
 
 SPECS = [TensorSpec("b", "F32", (6, 3)), TensorSpec("a", "BF16", (5,)), TensorSpec("none", "F16", (0, 2))]
@@ -55,6 +56,37 @@ def test_a_file_keeps_the_header_of_another(tmp_path):
         for spec in specs:
             writer.write(spec.name, TENSORS[spec.name])
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_whoever_replaces_a_file_at_the_same_time_leaves_one_of_both_whole(tmp_path):
+    path, contents, seen = tmp_path / "x.json", [bytes([number]) * (200_000 + number) for number in range(4)], []
+
+    def replace(content):
+        for _ in range(40):
+            replace_file(path, content)
+            seen.append(path.read_bytes())
+
+    threads = [threading.Thread(target=replace, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 160
+    assert set(seen) <= set(contents)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_half_files_that_kills_left_are_cleared_and_no_others(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = [f".x.json.{process}.7.partial" for process in (gone.pid, os.getppid(), 0)]
+    others = [".x.json.notes.partial", f".y.json.{gone.pid}.7.partial"]
+    for name in [*names, *others]:
+        (tmp_path / name).write_text("half")
+    replace_file(tmp_path / "x.json", b"{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", *names[1:], *others}
+    assert {replaced_name(name) for name in names} == {replaced_name(".x.json.partial")} == {"x.json"}
+    assert replaced_name("x.json") == "x.json"
 
 
 def test_a_tensor_that_is_not_contiguous_is_written_in_its_own_order(tmp_path):

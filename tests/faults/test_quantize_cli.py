@@ -13,9 +13,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint._journal_file import append_line
 from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
-from adaptkit.checkpoint.lines import append_line
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError, TensorWriter

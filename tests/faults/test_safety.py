@@ -31,7 +31,7 @@ JOINS = {
     # names of kernels, and digests
     "kept.py": {"folder / self._name", "folder / f'{self._name}.{os.getpid()}.{threading.get_ident()}'"},
     # names of entries of a folder that was listed
-    "operations/extract.py": {"plan.base.root / path.name"},
+    "operations/extract.py": {"plan.base.root / name"},
     "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is what the user's recipe says
     # names in a tree of the Hub, among which ``list_tree`` refuses what leaves its folder; and nothing is read there
     "hub/sources.py": {"folder / path"},

@@ -254,6 +254,21 @@ def test_a_source_on_the_hub_becomes_a_folder_of_its_checkpoint_files(cli: Any, 
     assert cli("verify", path).code == 0
 
 
+def test_of_a_repository_that_others_made_all_that_operations_read_is_fetched(
+    cli: Any, make_artifact: Callable[..., Path]
+) -> None:
+    read = ["modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja"]
+    unread = ["onnx/config.json", "onnx/x.py", "LICENSES/x", "pytorch_model.bin", "onnx/model.safetensors"]
+    made = make_artifact(files=dict.fromkeys([*read, *unread], "{}"))
+    code = (
+        f"from huggingface_hub import HfApi\nHfApi().create_repo('me/model')\nprint('{{}}')\n"
+        f"HfApi().upload_folder(repo_id='me/model', folder_path={str(made)!r}, ignore_patterns=['adaptkit-*'])"
+    )
+    assert cli(code=code).code == 0
+    path = Path(cli(code=RESOLVE % "me/model").report["path"])
+    assert {name for name in [*read, *unread] if (path / name).exists()} == set(read)
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", "course.jsonl"])
 def test_what_was_damaged_on_the_way_is_not_taken_from_the_cache(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path, name: str

@@ -58,6 +58,27 @@ def test_a_part_holds_the_published_bytes_and_says_that_it_is_a_part(
     assert fetched == names | {MANIFEST_NAME}
 
 
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        ("config", {"modeling_x.py", "tokenization_x.py", CONFIG}),
+        ("tokenizer", {"tokenization_x.py", "additional_chat_templates/tool.jinja"}),
+        ("card", {"LICENSE-MODEL", "USE_POLICY.md", "README.md"}),
+    ],
+)
+def test_code_licences_and_templates_belong_to_parts(
+    cli: Any, make_artifact: Callable[..., Path], tmp_path: Path, only: str, names: set[str]
+) -> None:
+    files = ["modeling_x.py", "tokenization_x.py", "LICENSE-MODEL", "USE_POLICY.md", "other/x.py"]
+    made = make_artifact(files=dict.fromkeys([*files, "additional_chat_templates/tool.jinja"], "x"))
+    cli("publish", made, "me/model")
+    assert cli("pull", "me/model", "-o", "part", "--only", only).code == 0
+    found = (tmp_path / "part").rglob("*")
+    there = {path.relative_to(tmp_path / "part").as_posix() for path in found if path.is_file()}
+    assert there == names | {MANIFEST_NAME}
+    assert cli("verify", "part").code == 0
+
+
 def test_all_parts_together_are_the_artifact_itself(cli: Any, artifact: Path, tmp_path: Path) -> None:
     sent = cli("publish", artifact, "me/model").report
     assert cli("pull", "me/model", "-o", "all", "--only", "adapter", "--only", "card").code == 0

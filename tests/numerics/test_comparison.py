@@ -13,10 +13,9 @@ from adaptkit.numerics.comparison import (
     Tally,
     compare,
     effective_rank_with_tail,
-    is_equal,
     sampled_rows,
 )
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spectrum import effective_rank
 
 

@@ -91,8 +91,8 @@ def test_everything_else_is_kept_bit_by_bit(llama, quantized):
         *(f"model.layers.{n}.{norm}_layernorm.weight" for n in (0, 1) for norm in ("input", "post_attention")),
     }
     assert all(torch.equal(source[name], made[name]) and source[name].dtype == made[name].dtype for name in kept)
-    assert {name: tree(quantized)[name] for name in (p.name for p in side_files(llama))} == {
-        path.name: path.read_bytes() for path in side_files(llama)
+    assert {name: tree(quantized)[name] for name in side_files(llama)} == {
+        name: path.read_bytes() for name, path in side_files(llama).items()
     }
     config = json.loads((quantized / "config.json").read_text())
     assert config.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4"

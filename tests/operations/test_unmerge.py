@@ -23,7 +23,9 @@ from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, IntegrityError, OutputExistsError, UnsafeInputError, UsageError
+from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 
@@ -50,6 +52,30 @@ def test_files_are_identical_to_those_of_the_base(tmp_path, adapter, second_adap
     assert report.identical
     assert report.restored == 14
     verify(tmp_path / "out")
+
+
+def test_code_licences_and_more_templates_come_along_and_back(tmp_path, llama, adapter, copy_of):
+    base, brings = copy_of(llama), copy_of(adapter, "brings")
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_x.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (brings / "tokenizer.json").write_text("{}")  # takes the place of the base's tokenizer, all of it
+    more = ("modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja")
+    (base / "additional_chat_templates").mkdir()
+    for name in more:
+        (base / name).write_text(name)
+    before = {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
+    for number, given in enumerate((adapter, brings)):
+        made, out = tmp_path / f"merged-{number}", tmp_path / f"out-{number}"
+        merge(base, [given], made)
+        assert [name for name in more if not (made / name).exists()] == ([more[-1]] if given is brings else [])
+        unmerge(made, [given], out)
+        assert {p.relative_to(out) for p in out.rglob("*") if p.is_file()} == before | {Path(MANIFEST)}
+        assert all((out / name).read_bytes() == (base / name).read_bytes() for name in before)
+        verify(made)
+        verify(out)
+    quantize(base, tmp_path / "nf4")
+    dequantize(tmp_path / "nf4", tmp_path / "plain")
+    assert all((tmp_path / folder / name).read_text() == name for folder in ("nf4", "plain") for name in more)
 
 
 def test_gpt2_too(tmp_path, gpt2):
@@ -170,6 +196,38 @@ def test_another_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of
     with pytest.raises(BaseMismatchError, match=r"has the tensors of .* another adapter_config\.json"):
         unmerge(merged, [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def resaved(folder, **changes):
+    """As another version of peft writes what it read: sets in another order, and keys that say nothing."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = config["target_modules"][::-1]
+    path.write_text(json.dumps(config | {"lora_dropout": 0.5, "megatron_core": "megatron.core"} | changes))
+    return folder
+
+
+def test_an_adapter_that_was_saved_again_is_the_same(second_adapter, llama, copy_of, tmp_path):
+    merge(llama, [second_adapter], tmp_path / "merged")
+    changes = {"exclude_modules": ["x"], "qalora_group_size": 16, "arrow_config": None, "ensure_weight_tying": False}
+    unmerge(tmp_path / "merged", [resaved(copy_of(second_adapter), **changes)], tmp_path / "out")
+    assert_same_files(tmp_path / "out", llama)
+
+
+def test_a_merge_that_knows_its_adapter_as_older_versions_did_is_taken_apart(llama, second_adapter, copy_of, tmp_path):
+    folder, made = resaved(copy_of(second_adapter)), tmp_path / "merged"
+    merge(llama, [folder], made)
+    ignored = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    known = json.dumps([{key: value for key, value in config.items() if key not in ignored}, {}], sort_keys=True)
+    manifest = require_manifest(made)
+    options = manifest.operation["options"]
+    older = options | {"adapters": [hashlib.sha256(known.encode()).hexdigest()]}
+    assert older != options
+    manifest = replace(manifest, operation=manifest.operation | {"options": older})
+    (made / MANIFEST).write_bytes(manifest.to_bytes())
+    unmerge(made, [folder], tmp_path / "out")
+    assert_same_files(tmp_path / "out", llama)
 
 
 def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
@@ -373,7 +431,13 @@ def test_two_adapters_with_equal_tensors_and_other_scalings_may_be_given_in_any_
     assert_same_files(tmp_path / "out", llama)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "..", WEIGHTS, MANIFEST, "adaptkit-x", ".hidden"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../evil", "/tmp/evil", "a/b", "..", WEIGHTS, MANIFEST, "adaptkit-x", ".hidden"),
+        *("a:b", "additional_chat_templates:..:x", "additional_chat_templates:", "additional_chat_templates:a:b"),
+    ],
+)
 def test_a_record_that_would_write_other_files_is_refused_even_if_its_hash_is_right(tmp_path, llama, name):
     """A record that a stranger made: the hashes are right, the names of files are not."""
     with quiet():

@@ -75,6 +75,16 @@ def test_every_changed_file_is_named(folder):
     refuses(folder, r"config\.json changed.*tokenizer\.json changed")
 
 
+def test_of_many_problems_the_first_are_named_and_the_others_counted(folder):
+    for number in range(7):
+        (folder / f"extra-{number}.txt").write_text("")
+    refuses(folder, r"extra-4\.txt is not in the manifest; and 2 more$")
+    for path in folder.iterdir():
+        path.unlink() if path.name.startswith("extra") else path.name == MANIFEST or flip(path, 3)
+    several = len(list(folder.iterdir())) - 1
+    refuses(folder, rf"; and {several - 5} more$")
+
+
 def test_files_of_the_same_size_that_changed_places_are_found(tmp_path, folder):
     shards = sorted(folder.glob("*.safetensors"))
     sizes = {}
@@ -95,7 +105,9 @@ def test_a_truncated_and_a_longer_file_are_found_by_size(folder):
     refuses(folder, r"tokenizer\.json has")
 
 
-@pytest.mark.parametrize("name", ["extra.txt", ".hidden", "deeper/x.py", ".github/workflows/x.yml", ".gitattributes"])
+@pytest.mark.parametrize(
+    "name", ["extra.txt", ".hidden", "deeper/x.py", ".github/workflows/x.yml", "deeper/.gitattributes"]
+)
 def test_an_extra_file_is_found(folder, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("")
@@ -109,6 +121,16 @@ def test_what_download_tools_leave_behind_does_not_count(folder):
     (folder / "deeper" / ".cache").mkdir(parents=True)
     (folder / "deeper" / ".cache" / "x").write_text("")
     refuses(folder, "is not in the manifest")
+
+
+def test_what_git_and_the_hub_keep_beside_an_artifact_does_not_count(folder):
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    (folder / ".git" / "objects").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    verify(folder)
+    shutil.rmtree(folder / ".git")
+    (folder / ".git").write_text("gitdir: ../.git/modules/model\n")  # as a submodule has it
+    verify(folder)
 
 
 def test_a_missing_file_is_found(folder):

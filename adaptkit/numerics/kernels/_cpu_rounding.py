@@ -21,9 +21,7 @@ PANEL = 64
 
 
 @jit
-def _choose_scales(
-    w, left, first_block, importance, block_size, levels, nested, offset, reach, signed, room, codes, scales
-):
+def _choose_scales(w, left, first_block, importance, block_size, levels, nested, offset, reach, room, codes, scales):
     """The nested codes of the blocks of a row that begin in the panel, for the weights as they are by now."""
     x, _, lanes = room
     for start in range(left, min(left + PANEL, w.size), block_size):
@@ -34,7 +32,7 @@ def _choose_scales(
         h = importance[start : start + block_size]
         largest = scale_block(w[start : start + block_size], x)
         first = np.int64(codes[block])
-        code = best_code(x, h, largest, levels, group, offset, first, reach, signed, lanes)
+        code = best_code(x, h, largest, levels, group, offset, first, reach, True, lanes)
         codes[block] = code
         scales[block] = np.float32(levels[code] * group) + offset
 
@@ -71,9 +69,7 @@ def room_for_rows(block_size: int) -> tuple[Any, Array]:
 
 
 @jit
-def round_rows(
-    work, factor, importance, block_size, levels, nested, offset, reach, signed, room, nested_codes, scales, codes
-):
+def round_rows(work, factor, importance, block_size, levels, nested, offset, reach, room, nested_codes, scales, codes):
     """Round every row of ``work``, which is overwritten.
 
     ``room`` is for a block and its importance, and for the errors of a panel, (ROWS, PANEL) float32.
@@ -90,7 +86,7 @@ def round_rows(
                 if reach > 0:
                     _choose_scales(
                         work[row], left, first // block_size, importance, block_size,
-                        levels, nested, offset, reach, signed, of_a_block, nested_codes, scales,
+                        levels, nested, offset, reach, of_a_block, nested_codes, scales,
                     )  # fmt: skip
                 _round_panel(work[row], left, right, first, scales, block_size, factor, codes[row], errors[row - top])
             if right < columns:

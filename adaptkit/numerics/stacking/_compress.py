@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.errors import NonFiniteError
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.spectrum import Spectrum, energy_kept, rank_for_energy, svd
+from adaptkit.numerics.spectrum import Spectrum, check_size, energy_kept, rank_for_energy, svd
 from adaptkit.numerics.stacking._core import numerical_rank
 from adaptkit.numerics.stacking._method import Length
 
@@ -31,14 +31,8 @@ class Limit:
     energy: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.energy is not None:
-            raise UsageError("a rank and an energy were both given", hint="give --rank or --energy")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"rank {self.rank}: must be at least 1", hint="16 is a usual rank")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(
-                f"energy {self.energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the square norm"
-            )
+        if self.rank is not None or self.energy is not None:
+            check_size(self.rank, self.energy)
 
     def choose(self, sigma: Tensor, default: int) -> int:
         """The rank to keep.
@@ -91,7 +85,8 @@ def compress(result: LowRank | Spectrum | Tensor, terms: Sequence[LowRank], leng
     if isinstance(result, Tensor):
         return _compress_dense(result, scale, length, limit, terms)
     if isinstance(result, LowRank) and length == "as given" and limit == Limit():
-        return Compressed(result, lora.norm(result), 1.0)
+        given = LowRank(result.lora_a.float(), result.lora_b.float(), result.scaling)
+        return Compressed(given, lora.norm(given), 1.0)
     if isinstance(result, LowRank):
         _check_size(result.lora_a, result.lora_b)
     spectrum = svd(result) if isinstance(result, LowRank) else result

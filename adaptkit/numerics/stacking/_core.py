@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.stacking._method import NoOptions
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -67,6 +68,11 @@ def concatenated(terms: Sequence[LowRank]) -> LowRank:
     lora_a = torch.cat([term.lora_a.double() for term in terms])
     lora_b = torch.cat([term.lora_b.double() * term.scaling for term in terms], dim=1)
     return LowRank(lora_a, lora_b, 1.0)
+
+
+def add_up(terms: Sequence[LowRank], options: NoOptions, module: str) -> LowRank:
+    """The sum of the changes, for methods that differ in how much of it they keep; see ``Method.combine``."""
+    return concatenated(terms)
 
 
 def nonzero(term: LowRank) -> bool:

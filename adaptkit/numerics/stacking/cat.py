@@ -4,15 +4,7 @@ The factors stay what they were but for the scalings, which move into B and are 
 ``--rank`` or ``--energy`` make other factors of them.
 """
 
-from collections.abc import Sequence
+from adaptkit.numerics.stacking._core import add_up
+from adaptkit.numerics.stacking._method import Method
 
-from adaptkit.numerics.lora import LowRank, concatenate
-from adaptkit.numerics.stacking._method import Method, NoOptions
-
-
-def combine(terms: Sequence[LowRank], options: NoOptions, module: str) -> LowRank:
-    """Concatenate; see ``lora.concatenate``."""
-    return concatenate(terms)
-
-
-METHOD = Method(combine, source="LoRA Soups (arXiv:2410.13025), CAT, with the scalings moved into B", length="as given")
+METHOD = Method(add_up, source="LoRA Soups (arXiv:2410.13025), CAT, with the scalings moved into B", length="as given")

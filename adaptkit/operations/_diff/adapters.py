@@ -12,8 +12,8 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
-from adaptkit.numerics.comparison import Overlap, compare, is_equal
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.comparison import Overlap, compare
+from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
 from adaptkit.operations._diff.groups import (

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, side_files
 from adaptkit.errors import CheckpointError, IntegrityError
-from adaptkit.text.tokenizer_files import TEMPLATE_KEY, TEMPLATES, TOKENIZER_CONFIG, templates_in
+from adaptkit.text.tokenizer_files import TEMPLATE_KEY, TOKENIZER_CONFIG, is_template, templates_in
 
 TOKENIZER_NAME = "tokenizer.json"
 FOLDERS = ("adaptkit-adapters", "adaptkit-undo")
@@ -98,7 +98,7 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
     templates = _differ_in_templates(*(templates_in(root, _document, _text) for root in (first, second)))
     values: list[ValueDifference] = []
     files: list[FileDifference] = []
-    for name in sorted({*found[0], *found[1]} - TEMPLATES):
+    for name in sorted(name for name in {*found[0], *found[1]} if not is_template(name)):
         one, two = (paths.get(name) for paths in found)
         digests = [None if path is None else _sha256(path) for path in (one, two)]
         if digests[0] == digests[1]:
@@ -136,8 +136,7 @@ def _without_templates(first: dict[str, Any], second: dict[str, Any], told: bool
 
 def _beside(root: Path) -> dict[str, Path]:
     """What is compared, by name; a folder of undo records or embedded adapters is one thing."""
-    found = {path.name: path for path in side_files(root)}
-    return found | {f"{name}/": root / name for name in FOLDERS if (root / name).is_dir()}
+    return side_files(root) | {f"{name}/": root / name for name in FOLDERS if (root / name).is_dir()}
 
 
 def _sha256(path: Path) -> str:

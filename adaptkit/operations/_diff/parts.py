@@ -8,8 +8,8 @@ from torch import Tensor
 from adaptkit.checkpoint._adapter_parts import TokenRows
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.numerics import lora
-from adaptkit.numerics.comparison import is_equal
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.comparison import difference_norm
+from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_in_files, differ_in_memory
 
 
@@ -82,7 +82,7 @@ def _differ_in_change(name: str, role: str, first: LowRank, second: LowRank) -> 
     """A low-rank change that is told in one line: how it began is no part of what an adapter does."""
     alike = first.shape == second.shape
     norms = (lora.norm(first), lora.norm(second))
-    distance = lora.difference_norm(first, second) if alike else None
+    distance = difference_norm(first, second) if alike else None
     return TensorDifference(
         name=name,
         role=role,

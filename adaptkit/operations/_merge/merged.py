@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import undo
-from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
+from adaptkit.checkpoint.adapter import Adapter, adapter_identity, older_identity, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
-from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, read_small, resolve_inside
+from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, TEMPLATES_FOLDER, read_small, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
@@ -123,7 +123,7 @@ class MergedModel:
         """Small files of the base that the result has not, or has changed; and the list of those that it added."""
         if undo.FILES_NAME not in self.digests:
             return {}
-        return {name: tensor.tobytes() for name, tensor in self.read_all(undo.FILES_NAME).items()}
+        return {undo.file_name(key): tensor.tobytes() for key, tensor in self.read_all(undo.FILES_NAME).items()}
 
     def restored_files(self) -> dict[str, bytes]:
         """The base's small files, by name, without a model card: no merge writes one, so that here is publish's.
@@ -138,7 +138,7 @@ class MergedModel:
                     f"{self.root}: the undo record holds a file {name!r}, which no base has", hint=_AGAIN
                 )
         ours = {*self.checkpoint.headers, *self.lost_files, *added, CARD_NAME}
-        kept = [name for name in self.digests if name not in ours and "/" not in name]
+        kept = [name for name in self.digests if name not in ours and "/" not in _beside_shards(name)]
         found = {name: self.small_file(name) for name in kept}
         return found | {name: content for name, content in self.lost_files.items() if name != undo.ADDED}
 
@@ -198,7 +198,7 @@ class MergedModel:
         ordered = []
         for parent, identity in zip(recorded, identities, strict=True):
             same = [a for a in waiting if tensors_root(a.records) == parent.tensors_root]
-            found = next((a for a in same if adapter_identity(a) == identity), None)
+            found = next((a for a in same if identity in (adapter_identity(a), older_identity(a))), None)
             if found is None and same:
                 raise BaseMismatchError(
                     f"{same[0].root}: has the tensors of an adapter that was merged, but another adapter_config.json",
@@ -251,10 +251,16 @@ def open_merged(root: Path) -> MergedModel:
     return MergedModel(root, manifest, checkpoint, has_record)
 
 
+def _beside_shards(name: str) -> str:
+    """A small file's name without the one folder that such a file may lie in."""
+    return name.removeprefix(f"{TEMPLATES_FOLDER}/")
+
+
 def _is_small_file(name: str) -> bool:
     """Whether a name that a record gives to a file is one that travels with weights, and nothing else."""
-    plain = name.isprintable() and not set(name) & set("/\\:") and not name.startswith((".", "~", "adaptkit-"))
-    return plain and name != MANIFEST_NAME and not name.endswith(".safetensors")
+    own = _beside_shards(name)
+    plain = name.isprintable() and not set(own) & set("/\\:") and not own.startswith((".", "~", "adaptkit-"))
+    return plain and own not in ("", MANIFEST_NAME) and not name.endswith(".safetensors")
 
 
 def target_names(manifest: Manifest, tensors: Container[str]) -> dict[str, str | None]:

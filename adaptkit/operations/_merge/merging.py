@@ -132,7 +132,7 @@ class Merging:
     def write(self, file: str) -> None:
         """Write the undo record that belongs to a shard."""
         self._records[undo.HEADER] = undo.as_bytes(self.checkpoint.headers[file].raw)
-        undo.write_record(self._out, self.names(file)[0], self._records)
+        self._out.write_tensors(self.names(file)[0], self._records, listed=False)
         self._records = {}
 
     def _plan_shards(self) -> list[tuple[str, list[Group]]]:
@@ -218,8 +218,9 @@ class Merging:
         if not self.options.undo:
             return
         if lost or added:
-            tensors = {name: undo.as_bytes(content) for name, content in lost.items()}
-            undo.write_record(out, undo.FILES_NAME, tensors | {undo.ADDED: undo.added_files(added)})
+            tensors = {undo.file_key(name): undo.as_bytes(content) for name, content in lost.items()}
+            tensors[undo.ADDED] = undo.added_files(added)
+            out.write_tensors(undo.FILES_NAME, tensors, listed=False)
         if self.base.manifest is not None:
             kept = {*contents, *(file for file, _ in self.shards), *lost}
             known = {record.path: record.sha256 for record in self.base.manifest.files if record.path not in kept}

@@ -8,14 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, read_json, read_small, side_files
+from adaptkit.checkpoint.layout import (
+    CODE_SUFFIX,
+    CONFIG_NAME,
+    GENERATION_NAME,
+    INDEX_NAME,
+    check_side_files,
+    read_json,
+    read_small,
+)
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._carried import tokenizer_files
 from adaptkit.operations._merge.edits import Edits
 from adaptkit.text.chat_template import TEMPLATE_NAME
-from adaptkit.text.tokenizer_files import TEMPLATES, TOKENIZER_CONFIG, is_of_tokenizer, is_vocabulary, template_beside
+from adaptkit.text.tokenizer_files import (
+    TEMPLATES,
+    TOKENIZER_CONFIG,
+    is_of_tokenizer,
+    is_template,
+    is_vocabulary,
+    template_beside,
+)
 
 
 @dataclass
@@ -54,7 +69,8 @@ def plan_side_files(
         IntegrityError: a file of the base is not the one of its manifest.
     """
     root = checkpoint.root
-    before = {path.name: read_small(path) for path in side_files(root)}
+    check_side_files(root)
+    before = checkpoint.side_contents()
     before[CONFIG_NAME] = read_small(root / CONFIG_NAME)
     _check_unchanged(root, manifest, before)
     files = SideFiles(dict(before))
@@ -66,13 +82,14 @@ def plan_side_files(
         files.contents[GENERATION_NAME] = generation
         files.told.append(f"{GENERATION_NAME}: the adapter's")
     if any(map(is_vocabulary, brought)):
-        for name in [name for name in files.contents if is_of_tokenizer(name) and name not in brought]:
-            del files.contents[name]
+        for name in [name for name in before if is_of_tokenizer(name) and name not in brought]:
+            if not name.endswith(CODE_SUFFIX):  # which the model's own may import
+                del files.contents[name]
         files.told.append(f"tokenizer: the one of {min(str(adapter.root) for _, adapter in brought.values())}")
         files.contents |= {name: content for name, (content, _) in brought.items()}
     elif templates := _templates(brought):
         files.told.append("chat template: the adapter's")
-        for name in TEMPLATES & set(files.contents):
+        for name in TEMPLATES & set(files.contents) if TEMPLATES & set(templates) else ():
             del files.contents[name]
         files.contents |= templates
     files.lost = {name: content for name, content in before.items() if files.contents.get(name) != content}
@@ -81,11 +98,11 @@ def plan_side_files(
 
 
 def _templates(brought: Mapping[str, tuple[bytes, Adapter]]) -> dict[str, bytes]:
-    """The chat template of adapters that bring no tokenizer, by name of its file; some have it in a configuration."""
-    found = {name: content for name, (content, _) in brought.items() if name in TEMPLATES}
-    if not found and TOKENIZER_CONFIG in brought:
+    """The chat templates of adapters that bring no tokenizer, by name of the file; some have it in a configuration."""
+    found = {name: content for name, (content, _) in brought.items() if is_template(name)}
+    if not TEMPLATES & set(found) and TOKENIZER_CONFIG in brought:
         template = template_beside(brought[TOKENIZER_CONFIG][1].root)
-        found = {} if template is None else {TEMPLATE_NAME: template.encode()}
+        found |= {} if template is None else {TEMPLATE_NAME: template.encode()}
     return found
 
 

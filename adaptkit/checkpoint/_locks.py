@@ -1,0 +1,63 @@
+"""Locks on files, by which whoever writes an output is told from everybody else."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from adaptkit.checkpoint.writer import disk_errors
+from adaptkit.errors import ConflictError, UsageError
+
+
+class Locks:
+    """Those that one output holds.
+
+    Args:
+        final: the output, for messages.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self._final = final
+        self._held: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def take(self, path: Path, *, shared: bool = False, flags: int = os.O_RDONLY) -> None:
+        """Lock a file or folder, unless that is held already.
+
+        Args:
+            path: of it.
+            shared: let others share the lock.
+            flags: to open it with. Over a network a lock that is not shared needs a file open for writing.
+
+        Raises:
+            ConflictError: another process has it, or has just moved it away.
+            UsageError: its file system has no locks.
+            DiskError: it cannot be opened.
+        """
+        with disk_errors(path):
+            handle = os.open(path, flags, 0o666)
+        if any(os.path.samestat(os.fstat(handle), os.fstat(held)) for held in self._held):
+            os.close(handle)
+            return
+        self._held.append(handle)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ConflictError(f"{self._final}: another process is writing it", hint="wait for that one") from (
+                    error
+                )
+            raise UsageError(
+                f"{self._final}: nothing can be locked on its disk ({error.strerror}), so two runs that write it could "
+                "not be told apart",
+                hint="choose an -o on another disk, or see that this one has locks (flock)",
+            ) from error
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+            raise ConflictError(f"{self._final}: another process has just finished it")
+
+    def let_go(self, first: int = 0) -> None:
+        """Give back all locks but the first ones."""
+        while len(self._held) > first:
+            os.close(self._held.pop())
