@@ -131,15 +131,15 @@ def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> s
         ConflictError: a name of two commits.
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
-    what = what or (f"{repo_id}@{revision}" if revision else repo_id)
     if revision and not is_commit(revision):
-        refs = hub.ask(what, lambda api: api.list_repo_refs(repo_id))
+        refs = hub.ask(what or repo_id, lambda api: api.list_repo_refs(repo_id))
         found = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
         if len(found) > 1:
             raise ConflictError(
                 f"{repo_id}: {revision} is both a branch and a tag there, of different commits",
                 hint=f"name the commit: {' or '.join(sorted(found))}",
             )
+    what = what or (f"{repo_id}@{revision}" if revision else repo_id)
     commit = str(hub.ask(what, lambda api: model_info(api, repo_id, revision)).sha)
     if not is_commit(commit) or (is_commit(revision or "") and commit != revision):
         raise NetworkError(f"{what}: the Hub answers with commit {commit!r}", hint="try again later")
