@@ -19,12 +19,12 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, marks, remove
+from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, clear_all_but, made_for_a_while, marks, remove
 from adaptkit.checkpoint._journal_file import Finished, Journal, append_line, read_journal
 from adaptkit.checkpoint._locks import Locks
 from adaptkit.checkpoint.header import TensorSpec, check_regular
@@ -32,15 +32,7 @@ from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder, replaced_folder
-from adaptkit.checkpoint.writer import (
-    DiskError,
-    TensorWriter,
-    copy_file,
-    disk_errors,
-    make_folder,
-    sync_folder,
-    write_file,
-)
+from adaptkit.checkpoint.writer import TensorWriter, copy_file, make_folder, require_free, sync_folder, write_file
 from adaptkit.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
@@ -181,24 +173,11 @@ class Output:
         there = sum(done.record.size for done in self._finished.values())
         cut_off = (p.lstat() for p in self.folder.rglob("*") if str(p.relative_to(self.folder)) not in self._finished)
         needed = nbytes - there - sum(512 * state.st_blocks for state in cut_off)
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise DiskError(
-                f"{self.final}: needs {needed:,} more bytes, but its disk has {free:,} free",
-                hint="free some space, or choose another -o",
-            )
+        require_free(self.folder, needed, f"{self.final}: needs", "free some space, or choose another -o")
 
-    @contextlib.contextmanager
-    def scratch_folder(self) -> Iterator[Path]:
-        """A folder to work in: empty when the block begins, whatever a killed run left, and gone however it ends."""
-        folder = self.folder / SCRATCH_NAME
-        with disk_errors(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def scratch_folder(self) -> AbstractContextManager[Path]:
+        """A folder to work in, for a block: see ``made_for_a_while``."""
+        return made_for_a_while(self.folder / SCRATCH_NAME)
 
     def write_tensors(
         self,
@@ -249,12 +228,7 @@ class Output:
         own = {MANIFEST_NAME: manifest.to_bytes()} | ({SIGNATURE_NAME: signature} if signature is not None else {})
         keep = {record.path for record in manifest.files}
         keep |= {write_file(self.folder, name, content).path for name, content in own.items()}
-        for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
-            if path.is_symlink() or not path.is_dir():
-                if path.relative_to(self.folder).as_posix() not in keep:
-                    path.unlink()
-            elif not any(path.iterdir()):
-                path.rmdir()
+        clear_all_but(self.folder, keep)
         for path in (self.folder, *(found for found in self.folder.rglob("*") if found.is_dir())):
             sync_folder(path)
         check_output(self.final, self._force)

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -198,6 +199,24 @@ def _write_through(path: Path, content: bytes) -> None:
 
 class DiskError(AdaptkitError):
     """The disk refused a write."""
+
+
+def require_free(folder: Path, nbytes: int, what: str, hint: str) -> None:
+    """Refuse to begin what a disk has no room for.
+
+    Args:
+        folder: on it; need not be there yet.
+        nbytes: that will be written.
+        what: needs them, and the verb.
+        hint: what to do.
+
+    Raises:
+        DiskError: says how many are free.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if nbytes > free:
+        raise DiskError(f"{what} {nbytes:,} more bytes, but its disk has {free:,} free", hint=hint)
 
 
 class disk_errors:  # noqa: N801 - reads as a statement

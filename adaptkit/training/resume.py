@@ -34,6 +34,7 @@ from adaptkit.checkpoint.writer import (
     disk_errors,
     replace_file,
     replaced_name,
+    require_free,
     sync_folder,
     write_file,
 )
@@ -138,13 +139,8 @@ def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
         DiskError: says how much is missing.
     """
     needed = checkpoint_bytes * max(1, keep + 1 - len(checkpoints(folder)))
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise DiskError(
-            f"{folder}: its checkpoints need {needed:,} more bytes, but its disk has {free:,} free",
-            hint="free some space, keep fewer with --keep-checkpoints 1, or choose another -o",
-        )
+    hint = "free some space, keep fewer with --keep-checkpoints 1, or choose another -o"
+    require_free(folder, needed, f"{folder}: its checkpoints need", hint)
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
