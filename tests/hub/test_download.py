@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from local_hub import Fault, LocalHub
 
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
 from adaptkit.errors import UsageError
 from adaptkit.hub.sources import resolve_source
 from adaptkit.operations.merge import merge
@@ -170,8 +170,11 @@ def _edit(artifact: Path, edit: Callable[[Manifest], Manifest]) -> None:
     ["../outside.txt", "/etc/passwd", "a\\b", "C:x", "adaptkit-journal.jsonl", ".cache", ".download/x"],
 )
 def test_a_hostile_path_in_the_manifest_is_refused(cli: Any, artifact: Path, tmp_path: Path, path: str) -> None:
-    record = FileRecord(path, 1, hashlib.sha256(b"x").hexdigest())
-    _edit(artifact, lambda manifest: dataclasses.replace(manifest, files=(*manifest.files, record)))
+    manifest = artifact / MANIFEST_NAME
+    document = json.loads(manifest.read_bytes())
+    document["files"].append({"path": path, "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
+    document["files"].sort(key=lambda record: record["path"])
+    manifest.write_bytes(json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     cli(code=RAW_COMMIT % str(artifact))
     done = cli("pull", "me/model", "-o", "pulled")
     assert done.code == 5, done.stdout
@@ -418,7 +421,7 @@ def test_a_release_says_what_its_sources_are_waiting_for(cli: Any, artifact: Pat
     os.close(ours)
     os.close(theirs)
     said = told.decode()
-    assert "me/model@main: the Hub answered 503" in said
+    assert "me/model: the Hub answered 503" in said
     assert "trying again" in said
     assert "lora: me/model@main " in said.partition("lora: me/model@main, commit")[0]  # the bar
     assert "100%" in said.partition("lora: me/model@main, commit")[0]

@@ -80,8 +80,8 @@ def test_a_run_that_chose_other_layers_is_not_gone_on_with(bases, instructions, 
 
     build = run.build
 
-    def older(inputs, world):
-        return build(replace(inputs, config=replace(inputs.config, targets=("*", "shared_expert_gate"))), world, (1, 8))
+    def older(inputs, *others):
+        return build(replace(inputs, config=replace(inputs.config, targets=("*", "shared_expert_gate"))), *others)
 
     monkeypatch.setattr(run, "build", older)
     with pytest.raises(Stop):
