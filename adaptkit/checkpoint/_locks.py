@@ -41,10 +41,10 @@ class Locks:
         if any(os.path.samestat(os.fstat(handle), os.fstat(held)) for held in self._held):
             os.close(handle)
             return
-        self._held.append(handle)
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
+            os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ConflictError(f"{self._final}: another process is writing it", hint="wait for that one") from (
                     error
@@ -54,6 +54,7 @@ class Locks:
                 "not be told apart",
                 hint="choose an -o on another disk, or see that this one has locks (flock)",
             ) from error
+        self._held.append(handle)
         if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
             raise ConflictError(f"{self._final}: another process has just finished it")
 

@@ -22,7 +22,7 @@ import xxhash
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
-from adaptkit.checkpoint.adapter_config import check_config, deciding, is_adapter, is_saved, names_tied
+from adaptkit.checkpoint.adapter_config import check_config, is_adapter, is_saved, names_tied
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import FLOATS
@@ -50,7 +50,6 @@ __all__ = [
     "Adapter",
     "TokenRows",
     "adapter_identity",
-    "older_identity",
     "read_adapter",
     "require_plain",
     "write_adapter",
@@ -58,8 +57,8 @@ __all__ = [
 
 _PIECE_ELEMENTS = 1 << 20
 _DECISIVE = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
-_LEFT_OUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-"""All that the identities of adapters in older manifests leave out of ``adapter_config.json``."""
+_SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+"""Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
 
 
 @dataclass(frozen=True)
@@ -218,15 +217,7 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
 
 def adapter_identity(adapter: Adapter) -> str:
     """sha256 over what decides an adapter's changes beside its tensors: configuration, and what it began with."""
-    return _identity(adapter, deciding(adapter.config))
-
-
-def older_identity(adapter: Adapter) -> str:
-    """As ``adapter_identity``, as manifests have it that were written before peft's ways to say the same were one."""
-    return _identity(adapter, {key: value for key, value in adapter.config.items() if key not in _LEFT_OUT})
-
-
-def _identity(adapter: Adapter, config: Mapping[str, Any]) -> str:
+    config = {key: value for key, value in adapter.config.items() if key not in _SAYS_NOTHING}
     begun = {
         name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
         for name, term in adapter.compensation.items()

@@ -4,7 +4,6 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
@@ -26,12 +25,12 @@ _UNSUPPORTED = (
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "revision", "task_type",
+    "qalora_group_size", "revision", "target_modules", "task_type",
 }  # fmt: skip
 """Keys that say nothing about the change, or only what the tensors show anyway."""
 _USED = {
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save", "r",
-    "rank_pattern", "target_modules", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
+    "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 _FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 """How A and B began; ``init_lora_weights`` says whether that matters."""
@@ -39,13 +38,6 @@ KNOWN_KEYS = {*_UNSUPPORTED, *_HARMLESS, *_USED, *_FINISHED, "runtime_config"}
 """The keys of peft 0.21's LoraConfig."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
-_UNORDERED = ("modules_to_save", "target_modules", "target_parameters")
-"""Of names; peft writes the sets that it has of them in any order."""
-_WRITTEN: Mapping[str, Any] = MappingProxyType({
-    "alpha_pattern": {}, "bias": "none", "fan_in_fan_out": False, "lora_dropout": 0.0, "modules_to_save": None,
-    "peft_type": "LORA", "rank_pattern": {}, "use_dora": False, "use_rslora": False,
-})  # fmt: skip
-"""What ``write_adapter`` says of an adapter that is not special, and who leaves it out means."""
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"
 _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
@@ -92,16 +84,6 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names", hint=_ONE_SAVE)
-
-
-def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides what an adapter does, in one form, whichever tool saved it and how often.
-
-    Manifests hold a hash of it: for what ``write_adapter`` makes, it has to stay as it is.
-    """
-    found = {key: value for key, value in config.items() if value and key not in _HARMLESS | _FINISHED}
-    lists = {key: sorted(found[key], key=str) for key in _UNORDERED if isinstance(found.get(key), list)}
-    return {**_WRITTEN, **found, **lists}
 
 
 class Scalings:
@@ -237,17 +219,3 @@ def _saved(config: Mapping[str, Any]) -> list[str]:
 def values_by_pattern(config: Mapping[str, Any], key: str) -> FirstMatch:
     """What a configuration says of modules by PEFT's rule: the first pattern that matches the end of a path counts."""
     return FirstMatch(config.get(key) or {}, after=".")
-
-
-def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What a mapping says of a module by PEFT's rule: the first regular expression that matches the end of its path.
-
-    Args:
-        patterns: regular expressions, and what they stand for.
-        module: dotted path.
-        default: where none matches.
-
-    Raises:
-        re.error: a pattern is malformed, or none that ``patterns`` can match.
-    """
-    return FirstMatch(patterns, after=".").value(module, default)

@@ -28,6 +28,7 @@ _SCALARS = {
     ),
 }
 """What a plain word is unless it is text, and how it begins."""
+_WORDS = {"yes", "no", "on", "off"}
 _TAG = "tag:yaml.org,2002:"
 _REPLACED = {_TAG + kind for kind in (*_SCALARS, "timestamp")}
 
@@ -95,6 +96,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
         if event.tag is not None:
             raise yaml.MarkedYAMLError(problem="tags are not supported", problem_mark=mark)
+        is_plain = isinstance(event, yaml.ScalarEvent) and event.style is None
+        if is_plain and index is not None and event.value.lower() in _WORDS:  # a key has no index
+            problem = (
+                f"{event.value} is true or false to some readers: write one of these, or '{event.value}' in quotes"
+            )
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -114,6 +114,7 @@ def convert(value: Any, hint: Any, place: Place) -> Any:
         return hint(value)
     advice = f"write it in quotes: '{value}'" if hint is str and isinstance(value, int | float) else ""
     advice = advice or (f"write [{value}]" if origin is tuple and isinstance(value, str | int | float) else "")
+    advice = advice or ("write true or false" if hint is bool else "")
     raise place.error(f"is {_shown(value)}; expected {_expected(hint)}", hint=advice)
 
 

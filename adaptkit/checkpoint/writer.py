@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -23,8 +24,10 @@ from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
 
-_HALF = re.compile(r"\.(?P<name>.+?)(\.(?P<process>\d{1,9})\.\d+)?\.partial")
+_HALF = re.compile(r"\.(?P<name>.+?)(\.\d{1,9}\.\d+)?\.partial")
 """The name of a file that is to replace another; the number of a process was not always in it."""
+_LEFT_SECONDS = 3600
+"""After which whoever wrote a small file, on whatever machine, was killed."""
 
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
@@ -48,8 +51,9 @@ def replace_file(path: Path, content: bytes) -> None:
             _write_through(unfinished, content)
             os.replace(unfinished, path)
             for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-                if (half := _HALF.fullmatch(other.name)) and not _is_running(int(half["process"] or 0)):
-                    other.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # whoever wrote it has just finished
+                    if replaced_name(other.name) == path.name and time.time() - other.stat().st_mtime > _LEFT_SECONDS:
+                        other.unlink()
             sync_folder(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -59,14 +63,6 @@ def replaced_name(name: str) -> str:
     """What ``replace_file`` was to make of a half file that a kill left; any other name as it is."""
     half = _HALF.fullmatch(name)
     return half["name"] if half else name
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # else it is somebody else's
-    return True
 
 
 def make_folder(folder: Path) -> None:

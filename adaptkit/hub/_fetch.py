@@ -145,8 +145,7 @@ def fetch_files(
         DiskError: there is no room for them.
     """
     total, done, there = sum(record.size for record in records), 0, 0
-    begun = sum(512 * path.lstat().st_blocks for path in (out.folder / DOWNLOADS).rglob("*"))
-    out.require_space(total - begun)
+    out.require_space(total)
 
     def arrived(count: int) -> None:
         nonlocal there

@@ -49,6 +49,8 @@ def read_hub_rows(
                                hint="try again, or give a file") from error  # fmt: skip
         except OSError as error:
             status = _status(error)
+            if status is None and isinstance(error, datasets.exceptions.DatasetsError):  # nothing that can be read
+                raise DataError(f"{whole}: cannot be read ({error})", hint="give a file instead") from error
             if status is None and error.errno is not None:  # the disk's
                 raise
             raise _refusal(name, status) from error

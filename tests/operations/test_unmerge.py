@@ -198,38 +198,6 @@ def test_another_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of
     assert not (tmp_path / "out").exists()
 
 
-def resaved(folder, **changes):
-    """As another version of peft writes what it read: sets in another order, and keys that say nothing."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["target_modules"] = config["target_modules"][::-1]
-    path.write_text(json.dumps(config | {"lora_dropout": 0.5, "megatron_core": "megatron.core"} | changes))
-    return folder
-
-
-def test_an_adapter_that_was_saved_again_is_the_same(second_adapter, llama, copy_of, tmp_path):
-    merge(llama, [second_adapter], tmp_path / "merged")
-    changes = {"exclude_modules": ["x"], "qalora_group_size": 16, "arrow_config": None, "ensure_weight_tying": False}
-    unmerge(tmp_path / "merged", [resaved(copy_of(second_adapter), **changes)], tmp_path / "out")
-    assert_same_files(tmp_path / "out", llama)
-
-
-def test_a_merge_that_knows_its_adapter_as_older_versions_did_is_taken_apart(llama, second_adapter, copy_of, tmp_path):
-    folder, made = resaved(copy_of(second_adapter)), tmp_path / "merged"
-    merge(llama, [folder], made)
-    ignored = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-    config = json.loads((folder / "adapter_config.json").read_text())
-    known = json.dumps([{key: value for key, value in config.items() if key not in ignored}, {}], sort_keys=True)
-    manifest = require_manifest(made)
-    options = manifest.operation["options"]
-    older = options | {"adapters": [hashlib.sha256(known.encode()).hexdigest()]}
-    assert older != options
-    manifest = replace(manifest, operation=manifest.operation | {"options": older})
-    (made / MANIFEST).write_bytes(manifest.to_bytes())
-    unmerge(made, [folder], tmp_path / "out")
-    assert_same_files(tmp_path / "out", llama)
-
-
 def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
     with pytest.raises(BaseMismatchError, match="tensors_root"):
         unmerge(merged, [second_adapter], tmp_path / "out")

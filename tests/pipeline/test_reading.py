@@ -48,6 +48,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
     options = recipe.steps["adapter"].options
     assert isinstance(options, TrainConfig)
     assert (options.rank, options.alpha) == (4, 32.0)
+    assert options.base == "."  # the keys of steps hold it: another one, and every release would train anew
     assert recipe.steps["adapter"].inputs == {"train": ("small",), "data": ("rows",)}
     assert recipe.before(recipe.steps["release"]) == ["merged", "judged", "loads"]
     assert [step.name for step in recipe.until("adapter")] == ["small", "adapter"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import undo
-from adaptkit.checkpoint.adapter import Adapter, adapter_identity, older_identity, read_adapter
+from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
 from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, TEMPLATES_FOLDER, read_small, resolve_inside
@@ -198,7 +198,7 @@ class MergedModel:
         ordered = []
         for parent, identity in zip(recorded, identities, strict=True):
             same = [a for a in waiting if tensors_root(a.records) == parent.tensors_root]
-            found = next((a for a in same if identity in (adapter_identity(a), older_identity(a))), None)
+            found = next((a for a in same if adapter_identity(a) == identity), None)
             if found is None and same:
                 raise BaseMismatchError(
                     f"{same[0].root}: has the tensors of an adapter that was merged, but another adapter_config.json",

@@ -105,14 +105,14 @@ class Merging:
     def check_base(self) -> None:
         """Refuse a base of which ``unmerge`` could not give back each file that its manifest lists.
 
-        Its shards, and its own undo record, are compared as they are read.
+        Its shards, and what else holds tensors, are compared as they are read.
 
         Raises:
             IntegrityError: names a file that changed, or is not there.
         """
         root, listed = self.checkpoint.root, self.base.manifest.files if self.base.manifest else ()
         for record in listed if self.recorded["undo"] else ():
-            compare = size_problem if record.path.startswith(f"{undo.FOLDER}/") else file_problem
+            compare = size_problem if record.path.endswith(".safetensors") else file_problem
             if record.path not in self.checkpoint.headers and (problem := compare(root, record)):
                 raise IntegrityError(f"{root}: {problem}", hint="get it again, or remove the manifest")
 

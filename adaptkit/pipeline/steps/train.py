@@ -44,12 +44,12 @@ def _run(work: Work) -> Outcome:
 
 
 def _complete(values: dict[str, Any], inputs: Any) -> dict[str, Any]:
-    """The names stand for the paths that they will have."""
-    stand_ins: dict[str, Any] = {"base": inputs["train"][0], "data": list(inputs["data"])}
+    """What inputs will fill; folders have one name for all, since the key of a step holds what they are."""
+    stand_ins: dict[str, Any] = {"base": ".", "data": list(inputs["data"])}
     if "held_out_data" in inputs:
         stand_ins["held_out_data"] = list(inputs["held_out_data"])
     if "init" in inputs:
-        stand_ins["init"] = inputs["init"][0]
+        stand_ins["init"] = "."
     return values | stand_ins
 
 

@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.adapter_config import by_pattern
+from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.networks.architecture import empty_network, is_linear, language_part
@@ -170,7 +171,7 @@ def new_adapter(
         seed: of A.
         exclude: shell patterns of what gets none all the same.
         rslora: scaling is alpha / √rank (arXiv:2312.03732).
-        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.adapter_config.by_pattern``.
+        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.patterns``.
         alpha_pattern: by PEFT's patterns, other alphas.
         dora: train the lengths of the weights' rows too (arXiv:2402.09353).
 
@@ -233,13 +234,21 @@ class AdapterShape:
         Raises:
             UsageError: the rank is above the matrix's size.
         """
-        rank = int(by_pattern(self.rank_pattern, name, self.rank))
+        rank = int(self._ranks.value(name, self.rank))
         if rank > min(matrix):
             raise UsageError(
                 f"rank {rank} is above that of {name}, which is {matrix[0]} x {matrix[1]}",
                 hint=f"a smaller rank, or for this one alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
             )
-        return rank, scaling(float(by_pattern(self.alpha_pattern, name, self.alpha)), rank, self.rslora)
+        return rank, scaling(float(self._alphas.value(name, self.alpha)), rank, self.rslora)
+
+    @cached_property
+    def _ranks(self) -> FirstMatch:
+        return FirstMatch(self.rank_pattern, after=".")
+
+    @cached_property
+    def _alphas(self) -> FirstMatch:
+        return FirstMatch(self.alpha_pattern, after=".")
 
     def require_use(self, setting: str, names: Sequence[str]) -> None:
         """Refuse a pattern that speaks of nothing.
@@ -252,7 +261,9 @@ class AdapterShape:
             UsageError: a pattern matches none of them.
         """
         patterns: Mapping[str, float] = getattr(self, setting)
-        unused = [pattern for pattern in patterns if not any(by_pattern({pattern: 1}, n, 0) for n in names)]
+        first = FirstMatch({pattern: pattern for pattern in patterns}, after=".")
+        left = set(patterns).difference(first.value(name, None) for name in names)
+        unused = [p for p in patterns if p in left and not any(matches_whole(p, name, after=".") for name in names)]
         if unused:
             raise UsageError(
                 f"{setting}: {unused[0]!r} matches nothing that has an adapter",
