@@ -199,8 +199,9 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
     message, hint = redact(message), redact(hint)
-    rank = os.environ.get("RANK", "0") if "train" in sys.argv[1:2] else "0"  # torchrun's
-    if "--json" in sys.argv[1:] and rank == "0":  # one document, however many processes there are
+    rank = os.environ.get("RANK", "0")  # torchrun's
+    has_speaker = rank != "0" and sys.argv[1:2] == ["train"]  # one document, however many processes there are
+    if "--json" in sys.argv[1:] and not has_speaker:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
         _say(json.dumps({"error": error}), sys.stdout)
     else:
