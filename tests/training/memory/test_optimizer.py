@@ -134,11 +134,13 @@ def test_8_bit_adamw_learns_what_32_bit_adamw_learns():
     assert losses[8] == pytest.approx(losses[32], rel=0.15)
 
 
+@pytest.mark.parametrize("sizes", [(512, 256), (256, 512)], ids=["smaller", "larger"])
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_state_that_is_loaded_into_other_pages_goes_on_to_the_same_bits(bits, tmp_path):
+def test_a_state_that_is_loaded_into_other_pages_goes_on_to_the_same_bits(bits, sizes, tmp_path):
     expected = run(900, PagedState(900, BLOCK, None, CPU, bits=bits), [None] * len(RATES))
     halves = [
-        PagedState(900, size, budget, CPU, tmp_path / f"{size}", bits) for size, budget in ((512, 1), (256, 5000))
+        PagedState(900, size, budget, CPU, tmp_path / f"{size}", bits)
+        for size, budget in zip(sizes, (1, 5000), strict=True)
     ]
     values, gradients = torch.randn(900, generator=torch.Generator().manual_seed(99)), torch.zeros(900)
     for step, rate in enumerate(RATES):
