@@ -403,6 +403,17 @@ def test_offline_the_cache_is_what_was_asked_for(cli: Any, artifact: Path, hub: 
         assert len(hub.requests) == requests
 
 
+def _written(theirs: int, ours: int) -> str:
+    """All that was written to one end of a terminal or pipe, read from the other; closes both."""
+    os.write(theirs, b"END\n")
+    told = b""
+    while b"END" not in told:
+        told += os.read(ours, 4096)
+    os.close(ours)
+    os.close(theirs)
+    return told.decode().partition("END")[0]
+
+
 def test_a_release_says_what_its_sources_are_waiting_for(cli: Any, artifact: Path, tmp_path: Path) -> None:
     """Its own bar on a terminal, and lines anywhere."""
     cli("publish", artifact, "me/model")
@@ -414,13 +425,7 @@ def test_a_release_says_what_its_sources_are_waiting_for(cli: Any, artifact: Pat
     own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "adaptkit", "run", "r.yaml"]
     subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, env=os.environ | own, check=True)
-    os.write(theirs, b"END\n")
-    told = b""
-    while b"END" not in told:
-        told += os.read(ours, 4096)
-    os.close(ours)
-    os.close(theirs)
-    said = told.decode()
+    said = _written(theirs, ours)
     assert "me/model: the Hub answered 503" in said
     assert "trying again" in said
     assert "lora: me/model@main " in said.partition("lora: me/model@main, commit")[0]  # the bar
@@ -461,13 +466,7 @@ def test_what_is_fetched_for_a_command_is_shown_as_everything_else_is(
             command, stdout=subprocess.PIPE, stderr=theirs, env=environment | {"HF_HOME": str(tmp_path / home)},
             check=True,
         )  # fmt: skip
-        os.write(theirs, b"END\n")
-        told = b""
-        while b"END" not in told:
-            told += os.read(ours, 4096)
-        os.close(ours)
-        os.close(theirs)
-        said = told.decode().removesuffix("\n").removesuffix("\r").removesuffix("END")
+        said = _written(theirs, ours)
         assert ("fetch" in said) == (shown and terminal), said
         assert "Fetching" not in said
         assert "it/s" not in said
