@@ -14,6 +14,7 @@ transformers' eager attention rounds them.
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,16 +52,17 @@ class _Attention(torch.autograd.Function):
         output = query.new_empty(batch, queries, heads, value.shape[-1])
         by_key_heads = output.view(batch, queries, key.shape[1], -1, value.shape[-1])
         grouped, key, value = _grouped(query, key.shape[1]), key.contiguous(), value.contiguous()
+        factor = np.float32(scale)  # a float64 would make all that the kernels compute float64
         ctx.blocks, ctx.log_sums = spans.blocks(heads, key.shape[1]), []
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
             sums = torch.empty(scores.shape[:2]).numpy()
             room = torch.empty(scores.shape[2]).numpy()
-            softmax_block(float_bits(scores), block.first, block.last, scale, sums, room)
+            softmax_block(float_bits(scores), block.first, block.last, factor, sums, room)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)
         ctx.save_for_backward(grouped, key, value, output)
-        ctx.scale = scale
+        ctx.factor = factor
         return output
 
     @staticmethod
@@ -78,7 +80,7 @@ class _Attention(torch.autograd.Function):
             k, v = block.of_keys(key), block.of_keys(value)
             scores, changes = torch.bmm(q, k.transpose(1, 2)), torch.bmm(y, v.transpose(1, 2))
             bits = float_bits(scores), float_bits(changes)
-            gradient_block(*bits, block.first, block.last, ctx.scale, sums, mean.contiguous().numpy())
+            gradient_block(*bits, block.first, block.last, ctx.factor, sums, mean.contiguous().numpy())
             block.of_keys(grad_value).add_(torch.bmm(scores.transpose(1, 2), y))
             block.of_keys(grad_key).add_(torch.bmm(changes.transpose(1, 2), q))
             block.put(torch.bmm(changes, k), grad_query)

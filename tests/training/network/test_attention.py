@@ -5,6 +5,7 @@ import tiny
 import torch
 import transformers
 
+from adaptkit.numerics.kernels._cpu_attention import gradient_block, softmax_block
 from adaptkit.training.network import attention, spans
 from adaptkit.training.network.attention import attend, use_own_attention
 from adaptkit.training.network.model import load_model
@@ -112,6 +113,15 @@ def test_bfloat16_is_as_near_as_transformers_own_arithmetic():
 
     for own, theirs in zip(errors(attend(*inputs, 0.2, runs)), errors(eager(*inputs)), strict=True):
         assert own < 1.3 * theirs < 0.02
+
+
+def test_its_kernels_compute_in_float32():
+    query = torch.randn(1, 2, 9, 8).bfloat16().requires_grad_()
+    attend(query, query, query, 0.3, causal_spans(1, 9)).float().sum().backward()
+    for kernel in (softmax_block, gradient_block):
+        kinds = [kind for entry in kernel._entries for kind in entry if isinstance(kind, str)]
+        assert kinds
+        assert set(kinds) == {"f"}  # of the numbers among its arguments
 
 
 def test_masks_of_one_run_a_query_are_understood_and_others_refused():
