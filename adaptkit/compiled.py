@@ -53,10 +53,14 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it, while other threads go on."""
+        entry, cells = self._prepare(arguments)
+        return entry(cells)
+
+    def _prepare(self, arguments: tuple[Any, ...]) -> tuple["_Entry", list[Any]]:
+        """The machine code for arguments of such kinds, and what is passed of them."""
         cells: list[Any] = []
         kinds = tuple([_kind(argument, cells) for argument in arguments])
-        entry = self._entries.get(kinds) or self._load(kinds)
-        return entry(cells)
+        return self._entries.get(kinds) or self._load(kinds), cells
 
     def _load(self, kinds: tuple[Kind, ...]) -> "_Entry":
         with _lock:
@@ -175,21 +179,25 @@ class _Entry:
     Args:
         kinds: of the arguments.
         content: a line that says what it is called and what it gives, and an object file.
+
+    Attributes:
+        address: of the function.
+        pack: makes bytes of what is passed of the arguments.
     """
 
     def __init__(self, kinds: tuple[Kind, ...], content: bytes) -> None:
         head, _, code = content.partition(b"\n")
         name, self._many, *letters = head.decode().split(" ")
         formats = "".join(form for kind in kinds for form in _formats(kind))
-        self._pack = struct.Struct(formats).pack
+        self.pack = struct.Struct(formats).pack
         self._results = struct.Struct("".join(f"{letter}{8 - struct.calcsize(letter)}x" for letter in letters))
-        self._engine, address = _load_object(code, name)
+        self._engine, self.address = _load_object(code, name)
         pointer = ctypes.c_void_p
-        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, pointer, pointer)(address)
+        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, pointer, pointer)(self.address)
         _check_layout()
 
     def __call__(self, cells: list[Any]) -> Any:
-        packed: Any = self._pack(*cells)
+        packed: Any = self.pack(*cells)
         if self._results.size:
             packed = ctypes.create_string_buffer(packed, max(len(packed), self._results.size))
         status = self._function(_unused, _unused, packed)
@@ -225,6 +233,16 @@ def _load_object(code: bytes, name: str) -> tuple[Any, int]:
 
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine, engine.get_function_address(name)
+
+
+def load_text(text: str, name: str) -> tuple[Any, int]:
+    """Compile a module in LLVM's language into this process; what keeps it there, and where a function is."""
+    from llvmlite import binding
+
+    machine = _machine()
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(text), machine)
     engine.finalize_object()
     return engine, engine.get_function_address(name)
 

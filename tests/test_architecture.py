@@ -14,7 +14,10 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {"errors", "discovery", "lazy", "cache", "kept", "compiled", "child", "heap", "torch_compiler", "triton_needs"}
+GROUND = {
+    *{"errors", "discovery", "lazy", "cache", "kept", "compiled", "team", "child", "heap"},
+    *{"torch_compiler", "triton_needs"},
+}
 ON_THE_GROUND = {
     "__init__": set(),
     "errors": set(),
@@ -28,6 +31,7 @@ ON_THE_GROUND = {
     "kept": {"cache"},
     "compiled": {"kept", "compiler"},
     "compiler": {"compiled", "kept", "errors"},
+    "team": {"compiled"},
 }
 MAY_IMPORT = {
     "numerics": GROUND,

@@ -218,9 +218,9 @@ import sys
 import numpy as np
 from adaptkit.numerics.kernels import _cpu_attention, _cpu_layers
 def attend():
-    scores, room = np.ones((1, 2, 8), np.uint16), np.zeros(8, np.float32)
+    scores, room = np.ones((2, 8), np.uint16), np.zeros((1, 8), np.float32)
     span = np.zeros(2, np.int32), np.full(2, 8, np.int32)
-    _cpu_attention.softmax_block(scores, *span, np.float32(1), np.zeros((1, 2), np.float32), room)
+    _cpu_attention.softmax_block(scores, *span, np.float32(1), np.zeros(2, np.float32), room)
 def gates():
     gate, up, grad = np.random.default_rng(0).normal(size=(3, 1 << 16)).astype(np.float32)
     bits = [side.view(np.uint32) for side in (gate, up, grad, np.zeros_like(gate), np.zeros_like(gate))]

@@ -10,11 +10,14 @@ import numpy as np
 
 from adaptkit.compiled import jit
 from adaptkit.numerics.kernels._cpu_instructions import fma
+from adaptkit.team import shared
 
 
-@jit
-def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps, step_size):
+@shared("p")
+def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps, step_size, part):
     """All arrays are float32 of one length, all numbers float32; p, m and v are changed."""
+    p, g = p[part.first : part.last], g[part.first : part.last]
+    m, v = m[part.first : part.last], v[part.first : part.last]
     for i in range(p.size):
         gradient, first = g[i], m[i]
         if weight < np.float32(0.5):  # settled before the loop; torch's lerp begins at the nearer end

@@ -7,8 +7,9 @@ attends to columns ``first <= column < last``; the other columns of the block be
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import INLINED, compiled, inlined, jit
+from adaptkit.compiled import INLINED, compiled, inlined
 from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
+from adaptkit.team import shared
 
 _REORDERED = {"reassoc", "nnan", "nsz"}
 """The sum of a row may be taken in any order, so that the compiler makes vectors of it."""
@@ -68,69 +69,67 @@ def _exponentials(row, largest):
     return total
 
 
-@jit
-def softmax_block(scores, first, last, scale, log_sums, room):
+@shared("scores")
+def softmax_block(scores, first, last, scale, log_sums, room, part):
     """Turn scores into probabilities in place, and keep the logarithm of each row's sum of exponentials.
 
     Args:
-        scores: (heads, rows, columns) bits, products of queries and keys.
-        first: (rows,) int32, the first column that a row attends to.
+        scores: (heads · rows, columns) bits, products of queries and keys.
+        first: (rows,) int32, the first column that a row attends to; the same for every head.
         last: (rows,) int32, one past the last; a row without columns gets zeros, one with a score that is not finite
             gets NaN: the maximum and the exponential of this module would hide it.
         scale: float32, of the scores.
-        log_sums: (heads, rows) float32, written.
-        room: (columns,) float32, for a row at work.
+        log_sums: (heads · rows,) float32, written.
+        room: (threads, columns) float32, for the row that a thread is at.
+        part: of the rows.
     """
-    heads, rows, _ = scores.shape
-    for head in range(heads):
-        for i in range(rows):
-            row, start, end = scores[head, i], first[i], last[i]
-            row[:start] = 0
-            row[end:] = 0
-            log_sums[head, i] = 0.0
-            if start < end:
-                seen, work = row[start:end], room[: end - start]
-                largest = _scale(scores, seen, scale, work)
-                if np.isnan(largest):
-                    log_sums[head, i] = np.nan
-                    seen[:] = rounded(scores, np.float32(np.nan))
-                    continue
-                total = _exponentials(work, largest)
-                factor = np.float32(1.0) / total
-                for j in range(seen.size):
-                    seen[j] = rounded(scores, work[j] * factor)
-                log_sums[head, i] = largest + np.float32(np.log(total))
+    for r in range(part.first, part.last):
+        row, start, end = scores[r], first[r % first.size], last[r % first.size]
+        row[:start] = 0
+        row[end:] = 0
+        log_sums[r] = 0.0
+        if start < end:
+            seen, work = row[start:end], room[part.thread, : end - start]
+            largest = _scale(scores, seen, scale, work)
+            if np.isnan(largest):
+                log_sums[r] = np.nan
+                seen[:] = rounded(scores, np.float32(np.nan))
+                continue
+            total = _exponentials(work, largest)
+            factor = np.float32(1.0) / total
+            for j in range(seen.size):
+                seen[j] = rounded(scores, work[j] * factor)
+            log_sums[r] = largest + np.float32(np.log(total))
 
 
-@jit
-def gradient_block(scores, gradients, first, last, scale, log_sums, means):
+@shared("scores")
+def gradient_block(scores, gradients, first, last, scale, log_sums, means, part):
     """Turn scores into probabilities again, and gradients of probabilities into those of scores, both in place.
 
     Args:
-        scores: (heads, rows, columns) bits.
-        gradients: (heads, rows, columns) bits.
+        scores: (heads · rows, columns) bits.
+        gradients: (heads · rows, columns) bits.
         first: as for ``softmax_block``.
         last: as for ``softmax_block``.
         scale: as for ``softmax_block``.
-        log_sums: (heads, rows) float32, what ``softmax_block`` kept.
-        means: (heads, rows) float32, the gradient's mean under each row's probabilities.
+        log_sums: (heads · rows,) float32, what ``softmax_block`` kept.
+        means: (heads · rows,) float32, the gradient's mean under each row's probabilities.
+        part: of the rows.
     """
-    heads, rows, _ = scores.shape
-    for head in range(heads):
-        for i in range(rows):
-            row, change, start, end = scores[head, i], gradients[head, i], first[i], last[i]
-            log_sum, mean = log_sums[head, i], means[head, i]
-            row[:start] = 0
-            row[end:] = 0
-            change[:start] = 0
-            change[end:] = 0
-            seen, seen_change = row[start:end], change[start:end]
-            for j in range(seen.size):
-                power = value(scores, seen[j]) * scale - log_sum
-                probability = exponential(power if power < np.float32(0.0) else np.float32(0.0))
-                difference = value(gradients, seen_change[j]) - mean
-                seen[j] = rounded(scores, probability)
-                seen_change[j] = rounded(gradients, probability * difference * scale)
+    for r in range(part.first, part.last):
+        row, change, start, end = scores[r], gradients[r], first[r % first.size], last[r % first.size]
+        log_sum, mean = log_sums[r], means[r]
+        row[:start] = 0
+        row[end:] = 0
+        change[:start] = 0
+        change[end:] = 0
+        seen, seen_change = row[start:end], change[start:end]
+        for j in range(seen.size):
+            power = value(scores, seen[j]) * scale - log_sum
+            probability = exponential(power if power < np.float32(0.0) else np.float32(0.0))
+            difference = value(gradients, seen_change[j]) - mean
+            seen[j] = rounded(scores, probability)
+            seen_change[j] = rounded(gradients, probability * difference * scale)
 
 
 @compiled(fastmath=_REORDERED, **INLINED)
@@ -141,14 +140,15 @@ def _product(x, row, y, other):
     return total
 
 
-@jit
-def row_products(x, y, products):
+@shared("x")
+def row_products(x, y, products, part):
     """The products of the rows of two matrices.
 
     Args:
         x: (rows, size) bits.
         y: (rows, size) bits of the same type.
         products: (rows,) float32, written.
+        part: of the rows.
     """
-    for r in range(x.shape[0]):
+    for r in range(part.first, part.last):
         products[r] = _product(x, x[r], y, y[r])

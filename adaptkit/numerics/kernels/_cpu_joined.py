@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.compiled import inlined, jit
+from adaptkit.compiled import inlined
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, plain, rounded
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
+from adaptkit.numerics.kernels._reference_blocks import GROUP
+from adaptkit.team import shared
 
 
 class PackedRows(NamedTuple):
@@ -56,10 +58,10 @@ def _place(b, scale, left, first, out, row):
         inside[k] = rounded(out, plain(b[k] * scale))
 
 
-@jit
-def _widen(weight, absmax, b, scale, first, out):
-    half, block = weight.block_size // 2, 0
-    for r in range(out.shape[0]):
+@shared("out")
+def _widen(weight, absmax, b, scale, first, out, part):
+    half, block = weight.block_size // 2, part.first * (weight.width // weight.block_size)
+    for r in range(part.first, part.last):
         row = out[r]
         for start in range(0, weight.width, weight.block_size):
             codes = weight.codes[block * half : (block + 1) * half]
@@ -68,10 +70,14 @@ def _widen(weight, absmax, b, scale, first, out):
         _place(b[r], scale, weight.width, first, out, row)
 
 
-@jit
-def _widen_nested(weight, absmax, b, scale, first, out):
-    decode_groups(weight.constants, weight.nested, weight.offset, weight.nested_levels, absmax)
-    _widen(weight, absmax, b, scale, first, out)
+@shared("out")
+def _widen_nested(weight, absmax, b, scale, first, out, part):
+    """A group of constants that two parts have something of is decoded for each of them, to the same numbers."""
+    count = weight.width // weight.block_size
+    start, stop = part.first * count // GROUP * GROUP, part.last * count
+    nested = weight.nested[start // GROUP : -(-stop // GROUP)]
+    decode_groups(weight.constants[start:stop], nested, weight.offset, weight.nested_levels, absmax[start:stop])
+    _widen(weight, absmax, b, scale, first, out, part)
 
 
 def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Tensor) -> None:
@@ -91,10 +97,10 @@ def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Ten
         _widen(weight, weight.constants, *factor)
 
 
-@jit
-def _beside(x, inner, out):
+@shared("x")
+def _beside(x, inner, out, part):
     width, ranks = x.shape[1], inner.shape[1]
-    for r in range(out.shape[0]):
+    for r in range(part.first, part.last):
         row, first, second = out[r], x[r], inner[r]
         for j in range(width):
             row[j] = first[j]
@@ -119,9 +125,9 @@ def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
     return out
 
 
-@jit
-def _round(x, out):
-    for r in range(x.shape[0]):
+@shared("x")
+def _round(x, out, part):
+    for r in range(part.first, part.last):
         row, written = x[r], out[r]
         for i in range(row.size):
             written[i] = rounded(out, plain(row[i]))
@@ -144,9 +150,9 @@ def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-@jit
-def _add(total, x, scale):
-    for r in range(total.shape[0]):
+@shared("total")
+def _add(total, x, scale, part):
+    for r in range(part.first, part.last):
         for i in range(total.shape[1]):
             total[r, i] += any_value(x, x[r, i]) * scale
 

@@ -7,9 +7,10 @@ rounded where transformers rounds.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import INLINED, compiled, inlined, jit
+from adaptkit.compiled import INLINED, compiled, inlined
 from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import rounded, value
+from adaptkit.team import shared
 
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 
@@ -23,8 +24,8 @@ def _squares(row):
     return total
 
 
-@jit
-def norm_forward(x, weight, eps, plus_one, scales, y):
+@shared("x")
+def norm_forward(x, weight, eps, plus_one, scales, y, part):
     """Divide rows by their root mean square, and multiply by a weight.
 
     Args:
@@ -35,8 +36,9 @@ def norm_forward(x, weight, eps, plus_one, scales, y):
             multiplied by the weight (Llama).
         scales: (rows,) float32, written: what each row is multiplied by.
         y: (rows, size) bits, written.
+        part: of the rows.
     """
-    for r in range(x.shape[0]):
+    for r in range(part.first, part.last):
         row, out = x[r], y[r]
         scale = _ONE / np.sqrt(_squares(row) / np.float32(row.size) + eps)
         scales[r] = scale
@@ -57,8 +59,8 @@ def _projection(row, change, weight, one):
     return total
 
 
-@jit
-def norm_backward(x, weight, plus_one, scales, grad, grad_x):
+@shared("x")
+def norm_backward(x, weight, plus_one, scales, grad, grad_x, part):
     """The gradient by x; the weight is a constant.
 
     Args:
@@ -68,9 +70,10 @@ def norm_backward(x, weight, plus_one, scales, grad, grad_x):
         scales: (rows,) float32, from the forward pass.
         grad: (rows, size) bits.
         grad_x: (rows, size) bits, written.
+        part: of the rows.
     """
     one = _ONE if plus_one else _ZERO
-    for r in range(x.shape[0]):
+    for r in range(part.first, part.last):
         row, change, out, scale = x[r], grad[r], grad_x[r], scales[r]
         mean = _projection(row, change, weight, one) / np.float32(row.size) * scale * scale
         for i in range(row.size):
@@ -84,17 +87,20 @@ def _sigmoid(x):
     return (_ONE if x >= _ZERO else e) / (_ONE + e)
 
 
-@jit
-def gate_forward(gate, up, y):
+@shared("gate")
+def gate_forward(gate, up, y, part):
     """SiLU of the gate, rounded, times up: all (N,) bits of one type."""
+    gate, up, y = gate[part.first : part.last], up[part.first : part.last], y[part.first : part.last]
     for i in range(gate.size):
         x = value(gate, gate[i])
         y[i] = rounded(y, value(y, rounded(y, x * _sigmoid(x))) * value(up, up[i]))
 
 
-@jit
-def gate_backward(gate, up, grad, grad_gate, grad_up):
+@shared("gate")
+def gate_backward(gate, up, grad, grad_gate, grad_up, part):
     """The gradients by gate and up: all (N,) bits of one type."""
+    gate, up, grad = gate[part.first : part.last], up[part.first : part.last], grad[part.first : part.last]
+    grad_gate, grad_up = grad_gate[part.first : part.last], grad_up[part.first : part.last]
     for i in range(gate.size):
         x, change = value(gate, gate[i]), value(grad, grad[i])
         sigmoid = _sigmoid(x)

@@ -6,9 +6,10 @@ Logits are bits of bfloat16 or float32 (see ``_cpu_float``); everything between 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import INLINED, compiled, inlined, jit
+from adaptkit.compiled import INLINED, compiled, inlined
 from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
+from adaptkit.team import shared
 
 _PIECE = 1024
 """Exponentials whose sum is taken in float32, in any order."""
@@ -39,31 +40,31 @@ def _piece_sum(logits, piece, largest):
     return total
 
 
-@jit
-def cross_entropy(logits, wanted, keep):
-    """The sum of the rows' losses, in nats; NaN if a row has a NaN, or no largest number.
+@shared("logits")
+def cross_entropy(logits, wanted, keep, losses, part):
+    """The rows' losses.
 
     Args:
-        logits: (rows, vocabulary) bits; if ``keep``, overwritten with the gradient of the sum.
+        logits: (rows, vocabulary) bits; if ``keep``, overwritten with the gradient of the losses' sum.
         wanted: (rows,) int64, the right column of each.
         keep: whether the gradient is wanted.
+        losses: (rows,) float64, written, in nats; NaN if a row has a NaN, or no largest number.
+        part: of the rows.
     """
-    loss = 0.0
-    for r in range(wanted.size):
+    for r in range(part.first, part.last):
         row = logits[r]
         largest, right = _largest(logits, row), value(logits, row[wanted[r]])
         if largest != largest:
-            loss = np.nan
+            losses[r] = np.nan
             if keep:
                 row[:] = rounded(logits, np.float32(np.nan))
             continue
         total = 0.0
         for start in range(0, row.size, _PIECE):
             total += _piece_sum(logits, row[start : start + _PIECE], largest)
-        loss += np.log(total) + (np.float64(largest) - np.float64(right))
+        losses[r] = np.log(total) + (np.float64(largest) - np.float64(right))
         if keep:
             factor = np.float32(1.0 / total)
             for i in range(row.size):
                 row[i] = rounded(logits, exponential(value(logits, row[i]) - largest) * factor)
             row[wanted[r]] = rounded(logits, exponential(right - largest) * factor - np.float32(1.0))
-    return loss

@@ -1,8 +1,9 @@
 """Rotary positions, one pass over all heads of all tokens; tensors are bits (see ``_cpu_float``)."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from adaptkit.compiled import inlined, jit
+from adaptkit.compiled import inlined
 from adaptkit.numerics.kernels._cpu_float import rounded, value
+from adaptkit.team import shared
 
 
 @inlined
@@ -11,8 +12,8 @@ def _sum(out, x, cos, y, sin):
     return rounded(out, value(out, rounded(out, x * cos)) + value(out, rounded(out, y * sin)))
 
 
-@jit
-def rotate(x, cos, sin, back, out):
+@shared("x")
+def rotate(x, cos, sin, back, out, part):
     """Rotate pairs of elements by angles, or gradients by those rotated back: the transposed matrices.
 
     Args:
@@ -21,9 +22,10 @@ def rotate(x, cos, sin, back, out):
         sin: (period, dim) bits.
         back: whether to take the transposed matrices.
         out: (tokens, heads, dim) bits, written.
+        part: of the tokens.
     """
     half = x.shape[2] // 2
-    for t in range(x.shape[0]):
+    for t in range(part.first, part.last):
         row = t % cos.shape[0]
         c1, c2, s1, s2 = cos[row, :half], cos[row, half:], sin[row, :half], sin[row, half:]
         for head in range(x.shape[1]):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.team import keeps_up, team_size
 from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
 NAME = "adaptkit"
@@ -56,9 +57,9 @@ class _Attention(torch.autograd.Function):
         ctx.blocks, ctx.log_sums = spans.blocks(heads, key.shape[1]), []
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
-            sums = torch.empty(scores.shape[:2]).numpy()
-            room = torch.empty(scores.shape[2]).numpy()
-            softmax_block(float_bits(scores), block.first, block.last, factor, sums, room)
+            rows = scores.view(-1, scores.shape[2])
+            sums, room = torch.empty(len(rows)).numpy(), torch.empty(team_size(), rows.shape[1]).numpy()
+            softmax_block(float_bits(rows), block.first, block.last, factor, sums, room)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)
         ctx.save_for_backward(grouped, key, value, output)
@@ -79,8 +80,8 @@ class _Attention(torch.autograd.Function):
             q, y, mean = (block.of_queries(side) for side in (query, change, means))
             k, v = block.of_keys(key), block.of_keys(value)
             scores, changes = torch.bmm(q, k.transpose(1, 2)), torch.bmm(y, v.transpose(1, 2))
-            bits = float_bits(scores), float_bits(changes)
-            gradient_block(*bits, block.first, block.last, ctx.factor, sums, mean.contiguous().numpy())
+            bits = (float_bits(side.view(-1, side.shape[2])) for side in (scores, changes))
+            gradient_block(*bits, block.first, block.last, ctx.factor, sums, mean.reshape(-1).numpy())
             block.of_keys(grad_value).add_(torch.bmm(scores.transpose(1, 2), y))
             block.of_keys(grad_key).add_(torch.bmm(changes.transpose(1, 2), q))
             block.put(torch.bmm(changes, k), grad_query)
@@ -96,7 +97,7 @@ def _grouped(side: Tensor, key_heads: int) -> Tensor:
 def use_own_attention(network: Any) -> None:
     """Make a transformers model on a CPU take this attention wherever it computes the same; elsewhere sdpa stays.
 
-    With more than two threads it stays everywhere, since the passes between the products take one here.
+    Where torch has many threads and the passes between the products can have but one, it stays everywhere.
 
     Args:
         network: transformers' model; one whose attention is not sdpa stays as it is, and one whose layers do something
@@ -107,7 +108,7 @@ def use_own_attention(network: Any) -> None:
 
     if any(_asks_for_sdpa(module) for module in network.modules()):
         return
-    if network.config._attn_implementation == "sdpa" and torch.get_num_threads() <= 2:
+    if network.config._attn_implementation == "sdpa" and keeps_up(torch.get_num_threads()):
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)

@@ -20,6 +20,7 @@ from adaptkit.networks.memory import rows_at_a_time
 from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_loss import cross_entropy
+from adaptkit.team import keeps_up
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.network.linear import LoraLinear
@@ -204,7 +205,9 @@ def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
         () float32.
     """
     if _has_kernel(logits):
-        return torch.tensor(cross_entropy(float_bits(logits), wanted.numpy(), keep), dtype=torch.float32)
+        losses = torch.empty(len(logits), dtype=torch.float64)
+        cross_entropy(float_bits(logits), wanted.numpy(), keep, losses.numpy())
+        return losses.sum().float()
     if works_in_place(logits.device) and logits.is_contiguous():
         from adaptkit.numerics.kernels import _gpu_entropy
 
@@ -225,9 +228,9 @@ def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    """Whether one pass by one thread is faster than torch's several by all."""
+    """Whether one pass is faster than torch's several."""
     is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
-    return logits.device.type == "cpu" and is_known and torch.get_num_threads() <= 2
+    return logits.device.type == "cpu" and is_known and keeps_up(torch.get_num_threads())
 
 
 def works_in_place(device: torch.device) -> bool:
