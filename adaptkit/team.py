@@ -131,7 +131,7 @@ def team_size() -> int:
 
 
 def keeps_up(threads: int) -> bool:
-    """Whether one pass of a kernel's is faster than several of torch's in so many threads: it has them all, or few do."""
+    """Whether a kernel is faster in one pass than torch in several by so many threads: they are its own, or few."""
     return threads <= 2 or team_size() == threads
 
 
