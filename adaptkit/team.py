@@ -18,58 +18,8 @@ from adaptkit.compiled import Kernel, load_text
 _LEAST = 1 << 14
 """Elements that are worth a thread."""
 
-_SHARE = """
-declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
-
-define void @share(ptr %data) {
-    %number.of = load ptr, ptr %data
-    %place.1 = getelementptr i64, ptr %data, i64 1
-    %count.of = load ptr, ptr %place.1
-    %place.2 = getelementptr i64, ptr %data, i64 2
-    %kernel = load ptr, ptr %place.2
-    %place.3 = getelementptr i64, ptr %data, i64 3
-    %rows = load i64, ptr %place.3
-    %place.4 = getelementptr i64, ptr %data, i64 4
-    %size = load i64, ptr %place.4
-    %failed = getelementptr i64, ptr %data, i64 5
-    %cells = getelementptr i64, ptr %data, i64 6
-
-    %number.32 = call i32 %number.of()
-    %number = zext i32 %number.32 to i64
-    %count.32 = call i32 %count.of()
-    %count = zext i32 %count.32 to i64
-    %before = mul i64 %rows, %number
-    %first = udiv i64 %before, %count
-    %with = add i64 %before, %rows
-    %last = udiv i64 %with, %count
-
-    %own = alloca i64, i64 %size
-    %unused = alloca i64
-    %bytes = mul i64 %size, 8
-    call void @llvm.memcpy.p0.p0.i64(ptr %own, ptr %cells, i64 %bytes, i1 false)
-    %end = getelementptr i64, ptr %own, i64 %size
-    %place.thread = getelementptr i64, ptr %end, i64 -3
-    store i64 %number, ptr %place.thread
-    %place.first = getelementptr i64, ptr %end, i64 -2
-    store i64 %first, ptr %place.first
-    %place.last = getelementptr i64, ptr %end, i64 -1
-    store i64 %last, ptr %place.last
-    %status = call i32 %kernel(ptr %unused, ptr %unused, ptr %own)
-    %fine = icmp eq i32 %status, 0
-    br i1 %fine, label %done, label %bad
-bad:
-    %wide = zext i32 %status to i64
-    store i64 %wide, ptr %failed
-    br label %done
-done:
-    ret void
-}
-"""
-"""What every thread of a team runs: the kernel, for its part of the rows, with cells of its own.
-
-The data are addresses of two functions of OpenMP's and of the kernel, the rows, the number of cells, a place for what a
-kernel says that failed, and the cells, of which the last three are a ``Part``.
-"""
+_HEAD = 6
+"""Numbers before the cells; see ``_share``."""
 
 
 class Part(NamedTuple):
@@ -111,8 +61,8 @@ class Shared(Kernel):
             return
         number, count, run = _openmp()
         packed = entry.pack(*cells)
-        head = struct.pack("6Q", number, count, entry.address, rows, len(packed) // 8, 0)
-        data = ctypes.create_string_buffer(head + packed, len(head) + len(packed))
+        head = struct.pack(f"{_HEAD}Q", number, count, entry.address, rows, len(packed) // 8, 0)
+        data = ctypes.create_string_buffer(head + packed * threads, len(head) + len(packed) * threads)
         run(_share()[1], data, threads, 0)
         (status,) = struct.unpack_from("Q", data, len(head) - 8)
         if status:
@@ -154,5 +104,36 @@ _FUNCTIONS = "omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"
 
 @functools.cache
 def _share() -> tuple[Any, int]:
-    """What keeps ``_SHARE`` in this process, and where it is."""
-    return load_text(_SHARE, "share")
+    """What every thread of a team runs: the kernel, with cells of its own. And what keeps that in this process, first.
+
+    It is given an array of 64-bit numbers: addresses of two functions of OpenMP's and of the kernel, the rows, how many
+    cells a thread has, a place for what a kernel says that failed, and each thread's cells, the last three a ``Part``.
+    """
+    from llvmlite import ir
+
+    whole, number = ir.IntType(64), ir.IntType(32)
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [whole.as_pointer()]), "share")
+    builder = ir.IRBuilder(function.append_basic_block())
+
+    def at(place: Any) -> Any:
+        return builder.gep(function.args[0], [place])
+
+    def called(place: int, *arguments: Any) -> Any:
+        kind = ir.FunctionType(number, [argument.type for argument in arguments])
+        address = builder.inttoptr(builder.load(at(whole(place))), kind.as_pointer())
+        return builder.zext(builder.call(address, arguments), whole)
+
+    thread, count = called(0), called(1)
+    rows, size = (builder.load(at(whole(place))) for place in (3, 4))
+    own = builder.add(whole(_HEAD), builder.mul(thread, size))
+    next_first = builder.mul(rows, builder.add(thread, whole(1)))
+    part = thread, builder.udiv(builder.mul(rows, thread), count), builder.udiv(next_first, count)
+    for place, value in zip((-3, -2, -1), part, strict=True):
+        builder.store(value, at(builder.add(builder.add(own, size), whole(place))))
+    unused = builder.alloca(whole)
+    status = called(2, unused, unused, at(own))
+    with builder.if_then(builder.icmp_unsigned("!=", status, whole(0))):
+        builder.store(status, at(whole(5)))
+    builder.ret_void()
+    return load_text(str(module), "share")
