@@ -18,16 +18,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.checkpoint.quantized import QuantizedWeight
-from adaptkit.numerics.formats._double_quant import DoubleQuantized
-from adaptkit.numerics.kernels._cpu_joined import PackedRows, beside, can_decode_rows, stacked, widen
+from adaptkit.numerics.kernels._cpu_joined import beside, stacked, widen
 from adaptkit.training.network.accumulation import give
 from adaptkit.training.network.groups import Joined, Multiplication, groups
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.packed_rows import packed_rows
 from adaptkit.training.network.remade import source_of
 
 _ALIGNED = 32
@@ -54,8 +52,7 @@ def join_layers(network: Any) -> None:
 def _can_join(layer: LoraLinear) -> bool:
     if layer.lora_a is None or layer.magnitude is not None or not isinstance(layer.base, PackedWeight):
         return False
-    weight = layer.base.quantized()
-    return weight.encoding.numerics.levels is not None and can_decode_rows(weight.shape[-1], weight.block_size)
+    return packed_rows(layer.base.quantized()) is not None
 
 
 class _Member:
@@ -67,7 +64,7 @@ class _Member:
 
     def __init__(self, layer: LoraLinear) -> None:
         self._layer = weakref.ref(layer)
-        self._rows: PackedRows | None = None
+        self._rows: Any = None
 
     @property
     def layer(self) -> Any:
@@ -77,32 +74,12 @@ class _Member:
     def widen(self, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Make [W | 0 | s B | 0], (out, columns), with B from the ``first``-th column on."""
         layer = self.layer
-        rows = self._rows or _packed_rows(layer.base.quantized())
+        rows: Any = self._rows or packed_rows(layer.base.quantized())
         self._rows = None if layer.base.is_divided else rows
         matrix = torch.empty((len(lora_b), columns), dtype=dtype)
         widen(rows, lora_b, layer.scaling, first, matrix)
         layer.base.was_decoded()
         return matrix
-
-
-def _packed_rows(weight: QuantizedWeight) -> PackedRows:
-    nested, offset, constants = torch.empty(0), 0.0, weight.constants
-    if isinstance(constants, DoubleQuantized):
-        nested, offset = constants.nested_absmax, constants.offset
-    return PackedRows(
-        codes=_as_numpy(weight.codes),
-        constants=_as_numpy(constants.codes if isinstance(constants, DoubleQuantized) else constants),
-        nested=_as_numpy(nested),
-        offset=np.float32(offset),
-        nested_levels=_as_numpy(weight.levels),
-        width=weight.shape[-1],
-        block_size=weight.block_size,
-        levels=np.array(weight.encoding.numerics.levels, np.float32),
-    )
-
-
-def _as_numpy(part: Tensor) -> Any:
-    return part.reshape(-1).contiguous().numpy()
 
 
 def _product(members: tuple[_Member, ...], x: Tensor) -> tuple[Tensor, ...]:

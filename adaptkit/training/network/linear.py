@@ -23,6 +23,7 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.accumulation import give
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.narrow import narrowed
+from adaptkit.training.network.packed_rows import decoded
 from adaptkit.training.network.remade import source_of
 from adaptkit.training.network.whole import TrainedWeight
 
@@ -73,7 +74,7 @@ class PackedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in its shape, in ``dtype``."""
-        weight: Tensor = self.quantized().dequantize(dtype)
+        weight = decoded(self.quantized(), dtype)
         self.was_decoded()
         return weight
 

@@ -1,0 +1,45 @@
+"""Frozen weights decoded by all threads have the bits that the format's definition gives, whatever their rows."""
+
+import pytest
+import torch
+from packing import encode
+
+from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.encoding import Encoding
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.numerics.kernels._cpu_lookup import PERMUTATION
+from adaptkit.training.network.packed_rows import decoded, packed_rows
+
+needs_instruction = pytest.mark.skipif(PERMUTATION is None, reason="this processor decodes weights as a whole")
+
+
+@pytest.fixture(params=[1, 3], ids=["alone", "a team"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def packed(shape, encoding):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parts = encode(TensorSpec("x.weight", "BF16", shape), weight, encoding)
+    return quantized.decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "name", "block_size", "by_rows"),
+    [
+        pytest.param((301, 576), "nf4", 64, True, marks=needs_instruction),
+        pytest.param((77, 1024), "fp4", 128, True, marks=needs_instruction),
+        pytest.param((3, 50, 192), "nf4", 64, True, marks=needs_instruction),
+        ((128, 96), "nf4", 64, False),
+        ((64, 256), "int8", 64, False),
+    ],
+)
+def test_every_weight_is_what_the_definition_gives(threads, shape, name, block_size, by_rows, double_quant, dtype):
+    weight = packed(shape, Encoding(name, block_size, double_quant and name != "int8"))
+    assert (packed_rows(weight) is not None) == by_rows
+    assert torch.equal(decoded(weight, dtype), weight.dequantize(dtype))
