@@ -1,28 +1,33 @@
 """Kernels whose rows are divided among torch's threads: they give the bits that one gives, and all take part."""
 
+import ctypes
+import os
 import pkgutil
+import struct
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from adaptkit import team
 from adaptkit.numerics import kernels
 from adaptkit.numerics.kernels import _cpu_adamw, _cpu_attention, _cpu_joined, _cpu_layers, _cpu_loss, _cpu_rotary
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.team import Shared, team_size
+from adaptkit.training.network import attention, loss
 
 ROWS, WIDTH = 301, 1024
 THREADS = (2, 3, 7)
 
 
-def several_threads():
-    torch.set_num_threads(2)
-    return team_size() == 2
-
-
-needs_team = pytest.mark.skipif(not several_threads(), reason="torch's threads are not of GNU's OpenMP here")
+needs_team = pytest.mark.skipif(team._openmp() is None, reason="torch's threads are not of GNU's OpenMP here")
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +41,8 @@ def matrix(rows=ROWS, width=WIDTH, seed=0):
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def bits(tensor):
-    return float_bits(tensor)
-
-
 def flat(seed):
-    return bits(matrix(seed=seed).view(-1))
+    return float_bits(matrix(seed=seed).view(-1))
 
 
 def floats(seed):
@@ -90,44 +91,64 @@ NUMBERS = [np.float32(number) for number in (0.999, 0.1, 0.99, 0.01, 1.5, 1e-8, 
 
 CASES = {
     _cpu_layers.norm_forward: lambda: (
-        bits(matrix()),
-        bits(matrix(1)[0]),
+        float_bits(matrix()),
+        float_bits(matrix(1)[0]),
         np.float32(1e-5),
         False,
         empty(ROWS),
-        bits(matrix(seed=2)),
+        float_bits(matrix(seed=2)),
     ),
     _cpu_layers.norm_backward: lambda: (
-        *(bits(matrix()), bits(matrix(1)[0]), True, floats(3)[:ROWS], bits(matrix(seed=1)), bits(matrix(seed=2))),
+        *(
+            float_bits(matrix()),
+            float_bits(matrix(1)[0]),
+            True,
+            floats(3)[:ROWS],
+            float_bits(matrix(seed=1)),
+            float_bits(matrix(seed=2)),
+        ),
     ),
     _cpu_layers.gate_forward: lambda: (flat(0), flat(1), flat(2)),
     _cpu_layers.gate_backward: lambda: tuple(map(flat, range(5))),
     _cpu_rotary.rotate: lambda: (
-        *(bits(matrix().view(ROWS, 16, 64)), bits(matrix(77, 64, 1)), bits(matrix(77, 64, 2)), True),
-        bits(matrix(seed=3).view(ROWS, 16, 64)),
+        *(float_bits(matrix().view(ROWS, 16, 64)), float_bits(matrix(77, 64, 1)), float_bits(matrix(77, 64, 2)), True),
+        float_bits(matrix(seed=3).view(ROWS, 16, 64)),
     ),
-    _cpu_attention.softmax_block: lambda: (bits(matrix()), *spans(), np.float32(0.3), empty(ROWS), empty(8, WIDTH)),
+    _cpu_attention.softmax_block: lambda: (
+        float_bits(matrix()),
+        *spans(),
+        np.float32(0.3),
+        empty(ROWS),
+        empty(8, WIDTH),
+    ),
     _cpu_attention.gradient_block: lambda: (
-        *(bits(matrix()), bits(matrix(seed=1)), *spans(), np.float32(0.3), floats(2)[:ROWS], floats(3)[:ROWS]),
+        *(
+            float_bits(matrix()),
+            float_bits(matrix(seed=1)),
+            *spans(),
+            np.float32(0.3),
+            floats(2)[:ROWS],
+            floats(3)[:ROWS],
+        ),
     ),
-    _cpu_attention.row_products: lambda: (bits(matrix()), bits(matrix(seed=1)), empty(ROWS)),
-    _cpu_loss.cross_entropy: lambda: (bits(matrix()), np.arange(ROWS), True, empty(ROWS, dtype=np.float64)),
+    _cpu_attention.row_products: lambda: (float_bits(matrix()), float_bits(matrix(seed=1)), empty(ROWS)),
+    _cpu_loss.cross_entropy: lambda: (float_bits(matrix()), np.arange(ROWS), True, empty(ROWS, dtype=np.float64)),
     _cpu_adamw.update: lambda: (*map(floats, range(4)), *NUMBERS),
     _cpu_joined._beside: lambda: (
-        bits(matrix()),
-        bits(matrix(width=20, seed=1)),
+        float_bits(matrix()),
+        float_bits(matrix(width=20, seed=1)),
         empty(ROWS, WIDTH + 32, dtype=np.uint16),
     ),
     _cpu_joined._round: lambda: (matrix().float().numpy(), empty(ROWS, WIDTH, dtype=np.uint16)),
-    _cpu_joined._add: lambda: (matrix().float().numpy(), bits(matrix(seed=1)), np.float32(0.3)),
+    _cpu_joined._add: lambda: (matrix().float().numpy(), float_bits(matrix(seed=1)), np.float32(0.3)),
     _cpu_joined._widen: lambda: widening(nested=False),
     _cpu_joined._widen_nested: lambda: widening(nested=True),
 }
-"""Arguments of every shared kernel, made anew; ``room`` of a softmax comes last but for what it leaves."""
+"""What makes the arguments of every shared kernel."""
 
 
 def written(kernel, count):
-    """What a kernel leaves in its arguments."""
+    """What a kernel leaves in its arguments, but in the room that softmax has for rows at work, its last."""
     torch.set_num_threads(count)
     arguments = CASES[kernel]()
     before = [array.copy() for array in arguments if isinstance(array, np.ndarray)]
@@ -161,6 +182,14 @@ def test_as_many_threads_take_part_as_torch_has(count):
 
 
 @needs_team
+def test_as_many_threads_take_part_as_are_asked_for():
+    torch.set_num_threads(7)
+    *arguments, room = CASES[_cpu_attention.softmax_block]()
+    _cpu_attention.softmax_block(*arguments, room, threads=2)
+    assert [bool(row.any()) for row in room] == [True] * 2 + [False] * 6
+
+
+@needs_team
 def test_few_elements_are_not_divided():
     torch.set_num_threads(7)
     *arguments, room = CASES[_cpu_attention.softmax_block]()
@@ -176,3 +205,129 @@ def test_without_the_library_one_thread_does_it_all(monkeypatch):
     _cpu_attention.softmax_block(*arguments, room)
     assert not room[1:].any()
     assert arguments[4].all()
+
+
+def process(script, **variables):
+    """How another process ends, and what it says."""
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    found = subprocess.run(command, env=environment, text=True, capture_output=True, check=False, timeout=120)
+    return found.returncode, found.stdout, found.stderr
+
+
+KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))
+
+
+def run_noting(rows, useful, status=0):
+    """What the parts of a team are given; a kernel that says its status."""
+    noted = []
+
+    def note(result, failure, cells):
+        noted.append(tuple(cells[:5]))
+        return status
+
+    kernel = KERNEL(note)
+    team.run(ctypes.cast(kernel, ctypes.c_void_p).value, struct.pack("5q", 11, -22, 0, 0, 0), rows, useful)
+    return sorted(noted)
+
+
+@needs_team
+@given(rows=st.integers(1, 1 << 40), useful=st.integers(1, 6), more=st.integers(0, 3))
+@settings(max_examples=50)
+def test_parts_follow_each_other_from_the_first_row_to_the_last(rows, useful, more):
+    torch.set_num_threads(useful + more)
+    *known, thread, first, last = zip(*run_noting(rows, useful), strict=True)
+    assert known == [(11,) * useful, (-22,) * useful]
+    assert thread == tuple(range(useful))
+    assert (0, *last) == (*first, rows)
+    assert max(last[i] - first[i] for i in thread) - min(last[i] - first[i] for i in thread) <= 1
+
+
+@needs_team
+def test_a_library_may_give_fewer_threads_than_torch_has():
+    script = "import torch, test_team; torch.set_num_threads(4); print(test_team.run_noting(10, 4))"
+    environment = os.environ | {
+        "OMP_THREAD_LIMIT": "2",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    found = subprocess.run([sys.executable, "-c", script], env=environment, text=True, capture_output=True, check=True)
+    assert found.stdout.strip() == "[(11, -22, 0, 0, 5), (11, -22, 1, 5, 10)]"
+
+
+@needs_team
+def test_a_part_that_fails_is_told():
+    torch.set_num_threads(3)
+    with pytest.raises(SystemError, match=r"failed \(7\)"):
+        run_noting(10, 3, status=7)
+
+
+RACE = """
+import threading
+import torch
+import test_team
+torch.set_num_threads(2)
+start = threading.Barrier(4)
+def work():
+    start.wait()
+    for _ in range(50):
+        test_team._cpu_layers.gate_forward(*test_team.CASES[test_team._cpu_layers.gate_forward]())
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("fine")
+"""
+
+FORK = """
+import os
+import torch
+import test_team
+torch.set_num_threads(2)
+kernel = test_team._cpu_layers.gate_forward
+arguments = test_team.CASES[kernel]()  # torch's own operations would wait for threads that a child does not have
+kernel(*arguments)
+child = os.fork()
+if child == 0:
+    assert test_team.team_size() == 1
+    kernel(*arguments)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+
+@needs_team
+@pytest.mark.parametrize("script", [RACE, FORK], ids=["threads that begin at once", "a fork"])
+def test_it_works_in(script):
+    assert process(script) == (0, "fine\n", "")
+
+
+@needs_team
+def test_torch_s_threads_live_on():
+    torch.set_num_threads(3)
+    side = torch.ones(300, 300)
+
+    def threads_made():
+        _ = side @ side
+        before = set(os.listdir("/proc/self/task"))
+        for kernel in (_cpu_joined._add, _cpu_layers.gate_forward):
+            arguments = CASES[kernel]()
+            kernel(*(part[: 40 * len(part) // ROWS] if isinstance(part, np.ndarray) else part for part in arguments))
+            _ = side @ side
+        return set(os.listdir("/proc/self/task")) - before
+
+    assert not threads_made()
+
+
+@pytest.mark.parametrize(("count", "has_library", "expected"), [(2, False, True), (3, False, False), (3, True, True)])
+def test_attention_and_loss_are_ours_where_they_keep_up(count, has_library, expected, llama, monkeypatch):
+    if has_library and team._openmp() is None:
+        pytest.skip("torch's threads are not of GNU's OpenMP here")
+    torch.set_num_threads(count)
+    if not has_library:
+        monkeypatch.setattr(team, "_openmp", lambda: None)
+    network = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    attention.use_own_attention(network)
+    assert (network.config._attn_implementation == attention.NAME) == expected
+    assert loss._has_kernel(torch.zeros(3, 5)) == expected

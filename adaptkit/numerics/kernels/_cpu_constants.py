@@ -47,11 +47,11 @@ def encode_constants(absmax: AnyValues, lookup: AnyValues, levels: AnyValues) ->
 
 
 @jit
-def decode_groups(codes, nested, offset, levels, absmax):
-    """``decode_constants`` of arrays, into ``absmax``: (M,) float32."""
-    for group in range(nested.size):
+def decode_groups(codes, nested, offset, levels, start, stop, absmax):
+    """``decode_constants`` of arrays, from constant ``start`` to ``stop`` - 1, into ``absmax``: (M,) float32."""
+    for group in range(start // GROUP, (stop + GROUP - 1) // GROUP):
         scale = nested[group]
-        for i in range(group * GROUP, min((group + 1) * GROUP, codes.size)):
+        for i in range(max(start, group * GROUP), min(stop, (group + 1) * GROUP)):
             absmax[i] = levels[codes[i]] * scale + offset
 
 
@@ -59,5 +59,5 @@ def decode_constants(codes: AnyValues, nested_absmax: AnyValues, offset: float, 
     """See ``reference.decode_constants``."""
     flat, nested, table = (np.ascontiguousarray(as_array(values)) for values in (codes, nested_absmax, levels))
     absmax = empty(flat.size, np.float32)
-    decode_groups(flat.reshape(-1), nested, np.float32(offset), table, absmax)
+    decode_groups(flat.reshape(-1), nested, np.float32(offset), table, 0, flat.size, absmax)
     return like(codes, absmax)

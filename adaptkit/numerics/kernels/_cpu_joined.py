@@ -16,7 +16,6 @@ from adaptkit.compiled import inlined
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, plain, rounded
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
-from adaptkit.numerics.kernels._reference_blocks import GROUP
 from adaptkit.team import shared
 
 
@@ -72,11 +71,9 @@ def _widen(weight, absmax, b, scale, first, out, part):
 
 @shared("out")
 def _widen_nested(weight, absmax, b, scale, first, out, part):
-    """A group of constants that two parts have something of is decoded for each of them, to the same numbers."""
-    count = weight.width // weight.block_size
-    start, stop = part.first * count // GROUP * GROUP, part.last * count
-    nested = weight.nested[start // GROUP : -(-stop // GROUP)]
-    decode_groups(weight.constants[start:stop], nested, weight.offset, weight.nested_levels, absmax[start:stop])
+    blocks = weight.width // weight.block_size
+    nested = weight.nested, weight.offset, weight.nested_levels
+    decode_groups(weight.constants, *nested, part.first * blocks, part.last * blocks, absmax)
     _widen(weight, absmax, b, scale, first, out, part)
 
 

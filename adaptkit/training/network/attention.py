@@ -54,12 +54,12 @@ class _Attention(torch.autograd.Function):
         by_key_heads = output.view(batch, queries, key.shape[1], -1, value.shape[-1])
         grouped, key, value = _grouped(query, key.shape[1]), key.contiguous(), value.contiguous()
         factor = np.float32(scale)  # a float64 would make all that the kernels compute float64
-        ctx.blocks, ctx.log_sums = spans.blocks(heads, key.shape[1]), []
+        ctx.blocks, ctx.log_sums, threads = spans.blocks(heads, key.shape[1]), [], team_size()
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
             rows = scores.view(-1, scores.shape[2])
-            sums, room = torch.empty(len(rows)).numpy(), torch.empty(team_size(), rows.shape[1]).numpy()
-            softmax_block(float_bits(rows), block.first, block.last, factor, sums, room)
+            sums, room = torch.empty(len(rows)).numpy(), torch.empty(threads, rows.shape[1]).numpy()
+            softmax_block(float_bits(rows), block.first, block.last, factor, sums, room, threads=threads)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)
         ctx.save_for_backward(grouped, key, value, output)
@@ -108,7 +108,7 @@ def use_own_attention(network: Any) -> None:
 
     if any(_asks_for_sdpa(module) for module in network.modules()):
         return
-    if network.config._attn_implementation == "sdpa" and keeps_up(torch.get_num_threads()):
+    if network.config._attn_implementation == "sdpa" and keeps_up():
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -205,9 +206,9 @@ def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
         () float32.
     """
     if _has_kernel(logits):
-        losses = torch.empty(len(logits), dtype=torch.float64)
-        cross_entropy(float_bits(logits), wanted.numpy(), keep, losses.numpy())
-        return losses.sum().float()
+        losses = np.empty(len(logits))
+        cross_entropy(float_bits(logits), wanted.numpy(), keep, losses)
+        return torch.tensor(losses.sum(), dtype=torch.float32)
     if works_in_place(logits.device) and logits.is_contiguous():
         from adaptkit.numerics.kernels import _gpu_entropy
 
@@ -230,7 +231,7 @@ def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
 def _has_kernel(logits: Tensor) -> bool:
     """Whether one pass is faster than torch's several."""
     is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
-    return logits.device.type == "cpu" and is_known and keeps_up(torch.get_num_threads())
+    return logits.device.type == "cpu" and is_known and keeps_up()
 
 
 def works_in_place(device: torch.device) -> bool:
