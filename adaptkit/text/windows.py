@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """The names that configurations have for the longest sequence."""
 _BYTES_PER_TOKEN, _LEAST_BYTES = 16, 4096
+_BEHIND = 16
+"""Tokens behind those that are wanted which have to be the same, too, in a longer beginning of a text."""
 
 
 def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: int | None = None) -> Tensor:
@@ -155,16 +157,16 @@ def _first_tokens(tokenizer: Any, file: Path, limit: int) -> list[int]:
     """The first tokens of a long text, all of a short one, as if it were tokenized whole.
 
     A text's beginning has other tokens than the text has where it was cut, and before that only as far back as tokens
-    hang together, which is rarely further than a word. So it is cut before white space, and its tokens count up to
-    where those of a longer beginning are the same.
+    hang together, which is rarely further than a word. So it is cut before white space, and its tokens count if those
+    of a longer beginning are the same, and some behind them.
     """
-    text = ""
+    text, compared = "", limit + _BEHIND
     known: list[int] = []
     for piece, is_whole in read_pieces(file, max(_LEAST_BYTES, _BYTES_PER_TOKEN * limit)):
         text += piece
         beginning = text if is_whole else "".join(text.rsplit(None, 1)[:-1])
         ids = _tokens(tokenizer, beginning, True)
-        if is_whole or (len(known) >= limit and ids[:limit] == known[:limit]):
+        if is_whole or (len(known) >= compared and ids[:compared] == known[:compared]):
             return ids
         known = ids
     return known
