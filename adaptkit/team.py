@@ -31,8 +31,8 @@ from adaptkit.compiled import Kernel, load_text
 _HEAD = ("number", "count", "kernel", "rows", "useful", "size", "failed")
 _FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
 
-_LEAST = 1 << 14
-"""Elements that are worth a thread."""
+_WORTH, _LEAST = 1 << 18, 1 << 14
+"""Elements that are worth a team, and a thread of one: where others want the processors, a team waits for its last."""
 
 _lock = threading.Lock()
 _made: list[tuple[Any, int]] = []
@@ -77,7 +77,7 @@ class Shared(Kernel):
         array = arguments[self._divided]
         rows = len(array)
         entry, cells = self._prepare((*arguments, Part(0, 0, rows)))
-        useful = min(rows, array.size // _LEAST)
+        useful = min(rows, array.size // _LEAST) if array.size >= _WORTH else 1
         if useful > 1:
             useful = min(useful, team_size() if threads is None else threads)
         if useful > 1:
