@@ -76,7 +76,7 @@ def decode_4bit(
     Returns:
         (count,) weights of ``dtype``.
     """
-    levels = torch.tensor(book.levels, dtype=torch.float32, device=codes.device)
+    levels = torch.tensor(book.levels, dtype=torch.float32).to(codes.device, non_blocking=True)  # the host goes on
     byte = torch.arange(256, device=codes.device)
     pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)  # one look-up gives both weights of a byte
     values = pairs.index_select(0, codes.reshape(-1).int()).view(-1)[:count]

@@ -92,7 +92,9 @@ class JoinedWeight:
         if nested:
             offsets = [float(weight.constants.offset) for weight in weights]
             blocks = [weight.count // weight.block_size for weight in weights]
-            places = _starts(blocks), _starts([-(-count // GROUP) for count in blocks])
+            groups = [-(-count // GROUP) for count in blocks]
+            places = _starts(blocks), _starts(groups)
+            self._each = blocks, groups, offsets  # as the host has them: it never waits for the device
             self._offsets = torch.tensor(offsets, dtype=torch.float32, device=codes.device)
             self._places = torch.tensor(places, dtype=torch.int64, device=codes.device)
             constants = DoubleQuantized(constants, _joined(bases, "nested_absmax"), float("nan"))  # each has its offset
@@ -107,9 +109,20 @@ class JoinedWeight:
             return found
         known = constants.codes, constants.nested_absmax, self._offsets, self._places, weight.levels
         book = BOOKS[weight.encoding.format]
-        decode = getattr(kernels_for(weight.codes), "decode_parts_4bit", _decode_parts)
-        flat: Tensor = decode(weight.codes, known, weight.count, weight.block_size, book, dtype)
+        kernels: Any = kernels_for(weight.codes)
+        flat: Tensor
+        if hasattr(kernels, "decode_parts_4bit"):
+            flat = kernels.decode_parts_4bit(weight.codes, known, weight.count, weight.block_size, book, dtype)
+        else:
+            absmax = torch.cat(self._absmax(constants, weight.levels))
+            flat = kernels.decode_4bit(weight.codes, absmax, weight.count, weight.block_size, book, dtype)
         return flat.view(weight.shape)
+
+    def _absmax(self, constants: DoubleQuantized, levels: Tensor) -> list[Tensor]:
+        """The constants of each weight, decoded by themselves where no kernel decodes all at once."""
+        blocks, groups, offsets = self._each
+        parts = zip(constants.codes.split(blocks), constants.nested_absmax.split(groups), offsets, strict=True)
+        return [kernels_for(codes).decode_constants(codes, nested, offset, levels) for codes, nested, offset in parts]
 
 
 def _joined(bases: Sequence[PackedWeight], name: str) -> Tensor:
@@ -124,24 +137,6 @@ def _joined(bases: Sequence[PackedWeight], name: str) -> Tensor:
 
 def _starts(counts: Sequence[int]) -> list[int]:
     return [sum(counts[:index]) for index in range(len(counts))]
-
-
-def _decode_parts(
-    codes: Tensor, constants: tuple[Tensor, ...], count: int, block_size: int, book: Any, dtype: torch.dtype
-) -> Tensor:
-    """``gpu.decode_parts_4bit`` where there is no such kernel: part by part."""
-    small, nested, offsets, places, levels = constants
-    kernels: Any = kernels_for(codes)
-    blocks, nests = (
-        [slice(one, two) for one, two in zip(starts, [*starts[1:], end], strict=True)]
-        for starts, end in zip(places.tolist(), (small.numel(), nested.numel()), strict=True)
-    )
-    absmax = [
-        kernels.decode_constants(small[block], nested[nest], offset, levels)
-        for block, nest, offset in zip(blocks, nests, offsets.tolist(), strict=True)
-    ]
-    flat: Tensor = kernels.decode_4bit(codes, torch.cat(absmax), count, block_size, book, dtype)
-    return flat
 
 
 def _alone(layer: Callable[[], Any], x: Tensor, dropped: Tensor) -> Tensor:

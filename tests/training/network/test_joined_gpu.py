@@ -4,17 +4,21 @@ All of it but the kernel runs on a CPU too; results and gradients are in ``test_
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from packing import encode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.numerics.formats._double_quant import DoubleQuantized
+from adaptkit.numerics.kernels import reference
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
@@ -79,6 +83,23 @@ def test_all_rows_are_decoded_to_the_bits_of_each_and_are_held_once(format_name,
     storages = {base.codes.untyped_storage().data_ptr() for base in bases}
     assert len(storages) == 1
     assert bases[0].codes.untyped_storage().nbytes() == sum(base.codes.nbytes for base in bases)
+
+
+def test_where_triton_is_missing_the_host_asks_the_gpu_for_no_value(monkeypatch):
+    """A wait for every weight that is decoded would keep a GPU idle; tensors without values have none to give."""
+    monkeypatch.setattr(joined_gpu, "kernels_for", lambda codes: reference)
+    joined = JoinedWeight([base_of("nf4", rows, rows) for rows in (300, 7)])
+    mode, weight = FakeTensorMode(), joined._weight
+    with mode:
+        unknown = mode.from_tensor
+        joined._offsets, joined._places = unknown(joined._offsets), unknown(joined._places)
+        small, nested, offset = weight.constants.codes, weight.constants.nested_absmax, weight.constants.offset
+        constants = DoubleQuantized(unknown(small), unknown(nested), offset)
+        joined._weight = replace(
+            weight, codes=unknown(weight.codes), constants=constants, levels=unknown(weight.levels)
+        )
+        found = joined.dequantize(torch.bfloat16)
+    assert found.shape == (307, 64)
 
 
 def test_names_values_and_files_stay_what_they_were(packed):
