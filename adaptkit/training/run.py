@@ -32,7 +32,6 @@ from adaptkit.training.preparation import batches_of, begin_libraries, build, ch
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
-from adaptkit.training.shortage import tells_shortage
 from adaptkit.training.trackers import Tracker
 from adaptkit.training.uninterrupted import uninterrupted
 
@@ -246,24 +245,25 @@ class Run:
                 self._remember_best()
         self._tell(line)
 
-    @tells_shortage("as prompts were answered", hint="a smaller --micro-batch-size or --sample-tokens")
     def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
-        found = generate(
-            self.model,
-            self._inputs.tokenizer,
-            [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts],
-            max_new_tokens=self._config.sample_tokens,
-            batch_size=self._at_once,
-            padding=self._padding,
+        asked = [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts]
+        options = {"max_new_tokens": self._config.sample_tokens, "batch_size": self._at_once, "padding": self._padding}
+        found = self._pressure.make_room(
+            "as prompts were answered",
+            "a smaller --micro-batch-size or --sample-tokens",
+            lambda: generate(self.model, self._inputs.tokenizer, asked, **options),
         )
         return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
 
-    @tells_shortage("as held-out samples were measured", hint="a smaller --micro-batch-size or --max-length")
     def _held_out_loss(self) -> float:
         everything = self._inputs.held_out
         divided = self._world.size > 1 and not self._config.shard_base  # else all need each other for every batch
         mine = everything[self._world.rank :: self._world.size] if divided else everything
-        loss = mean_loss(self.model, mine, self._at_once, self._padding) if mine else 0.0
+        loss = self._pressure.make_room(
+            "as held-out samples were measured",
+            "a smaller --micro-batch-size or --max-length",
+            lambda: mean_loss(self.model, mine, self._at_once, self._padding) if mine else 0.0,
+        )
         if not divided:
             return self._world.share(loss)  # of unlike devices each has its own last bit, but all must stop together
         summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))

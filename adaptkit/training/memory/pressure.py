@@ -3,6 +3,7 @@
     a batch runs out of memory    all pages go to host memory, and the batch is computed once more, from its beginning
     later batches as large        begin with the pages gone
     smaller ones                  the pages come back, up to the budget
+    a measurement, an answer      as a batch; the pages come back with the next one that is small enough
 
 Computing a batch is a function of seed and step, so that trying again changes no bit. It begins again from the first
 micro-batch of the step, since the one that failed may have added half of its gradients. Processes that share a base
@@ -11,16 +12,33 @@ exchange its layers while they compute, so that none of them can begin again alo
 
 import gc
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from adaptkit.errors import UsageError
 from adaptkit.training.memory.paging import Pages
 from adaptkit.training.network.pinned import HostMemory
-from adaptkit.training.shortage import is_out_of_memory, shortage
+from adaptkit.training.shortage import is_out_of_memory, shortage, tells_shortage
 
 Result = TypeVar("Result")
+
+_SMALLER = "a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What may run out of memory.
+
+    Attributes:
+        where: it does: a phrase.
+        hint: what would take less.
+        tokens: of the largest micro-batch, if it is a batch.
+    """
+
+    where: str
+    hint: str
+    tokens: int | None = None
 
 
 class Pressure:
@@ -51,11 +69,27 @@ class Pressure:
         Raises:
             UsageError: there is nothing to give way, or it did not help.
         """
+        task = _Task(f"in a micro-batch of {tokens} tokens", _SMALLER, tokens)
         if any(memory.is_short for memory in self._memories):
             self._memories = []
             self._note("warning: the system pins no more host memory, so that copies to and from the GPU wait")
-        if self._limit is not None:
-            self._hold(0 if tokens >= self._limit else self._budget_bytes, tokens)
+        self._hold(0 if self._limit is not None and tokens >= self._limit else self._budget_bytes, task)
+        return self._compute(compute, task)
+
+    def make_room(self, where: str, hint: str, compute: Callable[[], Result]) -> Result:
+        """Compute what is no batch; pages that leave for it come back with the next batch.
+
+        Args:
+            where: memory may run out: a phrase.
+            hint: what would take less.
+            compute: can be called again.
+
+        Raises:
+            UsageError: there is nothing to give way, or it did not help.
+        """
+        return self._compute(compute, _Task(where, hint))
+
+    def _compute(self, compute: Callable[[], Result], task: "_Task") -> Result:
         try:
             return compute()
         except RuntimeError as error:
@@ -65,22 +99,18 @@ class Pressure:
         # Only here, where nothing refers to the failed computation any more, is its memory free.
         gc.collect()
         if not self._pages.can_shrink or not self._is_alone:
-            raise self._hopeless(tokens, reason)
-        self._limit = min(tokens, self._limit or tokens)
-        self._hold(0, tokens)
+            raise shortage(task.where, reason, task.hint)
+        if task.tokens is not None:
+            self._limit = min(task.tokens, self._limit or task.tokens)
+        self._hold(0, task)
         self._pages.counters.retries += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._note(f"warning: out of memory at {tokens} tokens; moved optimizer state away, and tried again")
-        try:
+        self._note(f"warning: out of memory {task.where}; moved optimizer state away, and tried again")
+        with tells_shortage(task.where, task.hint):
             return compute()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error)
-        raise self._hopeless(tokens, reason)
 
-    def _hold(self, budget_bytes: int | None, tokens: int) -> None:
+    def _hold(self, budget_bytes: int | None, task: "_Task") -> None:
         reason = ""
         if self._pages.budget_bytes == budget_bytes:
             return
@@ -92,8 +122,4 @@ class Pressure:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error)
-        raise self._hopeless(tokens, reason)
-
-    def _hopeless(self, tokens: int, reason: str) -> UsageError:
-        hint = "a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit"
-        return shortage(f"in a micro-batch of {tokens} tokens", reason, hint)
+        raise shortage(task.where, reason, task.hint)

@@ -43,6 +43,22 @@ def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_small
     assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
 
 
+def test_pages_leave_for_what_is_no_batch_too_and_come_back_with_the_next_batch(tmp_path):
+    notes = []
+    held = state(tmp_path)
+    pages = held.pages
+    pressure = Pressure(pages, notes.append)
+    measured = lambda: torch.empty(MORE_THAN_THERE_IS) if pages.resident else "measured"  # noqa: E731
+    assert pressure.make_room("as it was measured", "a hint", measured) == "measured"
+    assert (pages.resident, pages.counters.retries) == (0, 1)
+    assert notes == ["warning: out of memory as it was measured; moved optimizer state away, and tried again"]
+    assert pressure.relieve(1000, lambda: pages.resident) == 10
+    with pytest.raises(UsageError, match="out of memory as it was measured") as caught:
+        pressure.make_room("as it was measured", "a hint", lambda: torch.empty(MORE_THAN_THERE_IS))
+    assert caught.value.hint == "a hint"
+    assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
+
+
 def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path, monkeypatch):
     held = state(tmp_path)
     pages = held.pages
@@ -126,3 +142,34 @@ def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
     assert (len(calls), report.paging["retries"]) == (4 * 2 + 2, 1)
     assert any("out of memory" in note for note in notes)
     assert report.tensors_root == plain.tensors_root
+
+
+def test_measurements_and_answers_that_are_short_of_memory_make_room_and_change_no_byte(
+    llama_nf4, instructions, tmp_path, monkeypatch
+):
+    config = TrainConfig(
+        base=str(llama_nf4), data=(str(instructions),), rank=4, steps=4, batch_size=4, eval_every=2, page_kib=4,
+        compute_dtype="float32", save_every=0, held_out=0.2, sample_prompts=("hello",), sample_every=2, device="cpu",
+    )  # fmt: skip
+    plain = train(config, tmp_path / "plain", note=lambda line: None)
+
+    def short_once(compute):
+        """Of memory, at its second call."""
+        calls = []
+
+        def call(*arguments, **named):
+            calls.append(arguments)
+            return torch.empty(MORE_THAN_THERE_IS) if len(calls) == 2 else compute(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(run_module, "mean_loss", short_once(run_module.mean_loss))
+    monkeypatch.setattr(run_module, "generate", short_once(run_module.generate))
+    notes = []
+    report = train(config, tmp_path / "short", note=notes.append)
+    told = [note.partition(";")[0] for note in notes if "out of memory" in note]
+    assert told == [f"warning: out of memory as {what}" for what in ("held-out samples were measured",
+                                                                     "prompts were answered")]  # fmt: skip
+    assert report.paging["retries"] == 2
+    assert report.tensors_root == plain.tensors_root
+    assert (report.held_out_before, report.held_out_after) == (plain.held_out_before, plain.held_out_after)
