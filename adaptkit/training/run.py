@@ -93,7 +93,7 @@ class Run:
             note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
-        self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME)
+        self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME, note)
         pages, shelf = self.optimizer.state.pages, self.activations.shelf
         self._pressure = Pressure(pages, note, [shelf.memory] if shelf else [], not inputs.config.shard_base)
         self.tokens_per_second = 0.0

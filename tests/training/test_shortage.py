@@ -1,5 +1,7 @@
 """Wherever memory runs out, the error is one line that says where, with what would take less."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from adaptkit.training.evaluation.comparison import compare
 from adaptkit.training.evaluation.evaluate import evaluate
 from adaptkit.training.evaluation.report import EvaluateOptions
 from adaptkit.training.loop import train
+from adaptkit.training.memory import moments, paging
 from adaptkit.training.memory.optimizer import PagedAdamW
 from adaptkit.training.shortage import tells_shortage
 
@@ -45,6 +48,27 @@ def test_training_says_where_and_what_takes_less(config, tmp_path, monkeypatch, 
         train(config, tmp_path / "out", note=lambda line: None)
     assert caught.value.message == f"out of memory {where} (CUDA out of memory. Tried to allocate 2.00 GiB.)"
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("pages_mib", [None, 0.05])
+def test_optimizer_state_that_finds_no_room_beside_the_base_waits_in_host_memory(
+    config, tmp_path, monkeypatch, pages_mib
+):
+    config = replace(config, steps=3, page_kib=4, optimizer_pages_mib=pages_mib, sample_prompts=())
+    plain = train(config, tmp_path / "plain")
+
+    class Pages(paging.Pages):
+        def __init__(self, count, page_bytes, budget_bytes, *others):
+            if budget_bytes != 0:
+                torch.empty(1 << 60)
+            super().__init__(count, page_bytes, budget_bytes, *others)
+
+    monkeypatch.setattr(moments, "Pages", Pages)
+    notes = []
+    report = train(config, tmp_path / "short", note=notes.append)
+    assert "warning: out of memory beside the base; optimizer state waits in host memory" in notes
+    assert (plain.paging["resident"] > 0, report.paging["resident"]) == (True, 0)
+    assert report.tensors_root == plain.tensors_root
 
 
 def test_so_does_a_dry_run(config, tmp_path, monkeypatch):

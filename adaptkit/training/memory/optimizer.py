@@ -1,6 +1,8 @@
 """AdamW over one flat vector of parameters, its state in pages."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from adaptkit.numerics.adamw import AdamW
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.moments import PagedState, page_elements
 from adaptkit.training.memory.parameters import Group, Trainable
+from adaptkit.training.shortage import is_out_of_memory
 
 STATE_BITS = {"adamw": 32, "adamw8bit": 8}
 """Bits of a moment, by the optimizer's name."""
@@ -91,17 +94,28 @@ class PagedAdamW:
         return {"paging": after | moved} if after["resident"] < after["pages"] else {}
 
 
-def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path) -> PagedAdamW:
-    """The optimizer of a run.
+def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: Callable[[str], None]) -> PagedAdamW:
+    """The optimizer of a run. Pages that the device has no room for are not resident, whatever was asked for.
 
     Args:
         trainable: what it changes, on its device.
         config: says how large pages are and how many may be resident.
         file: backs the pages that are not resident, on a CPU.
+        note: told, in a line for people, if there is no room.
     """
     bits = STATE_BITS[config.optimizer]
     page_kib = config.page_kib or PAGE_KIB[trainable.values.device.type]
     budget = None if config.optimizer_pages_mib is None else int(config.optimizer_pages_mib * 2**20)
     values, elements = trainable.values, page_elements(page_kib * 1024, bits)
-    state = PagedState(values.numel(), elements, budget, values.device, file, bits)
+    make = partial(PagedState, values.numel(), elements, device=values.device, file=file, bits=bits)
+    try:
+        state = make(budget)
+    except RuntimeError as error:
+        if budget == 0 or not is_out_of_memory(error):
+            raise
+        state = None
+    if state is None:  # only here, where nothing refers to the pages that were made, is their memory free
+        gc.collect()
+        note("warning: out of memory beside the base; optimizer state waits in host memory")
+        state = make(0)
     return PagedAdamW(values, trainable.gradients, trainable.groups, state, config.weight_decay)
