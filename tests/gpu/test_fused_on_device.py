@@ -12,6 +12,7 @@ from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import load_model, new_adapter
 from adaptkit.training.network.unread import mark_unread
+from adaptkit.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -56,7 +57,7 @@ def test_it_computes_what_transformers_computes(folder, dtype, monkeypatch):
     rotations.clear()
     for one, two in zip(step(model.network), expected, strict=True):
         assert float((one - two).norm()) <= ERROR[dtype] * float(two.norm())
-    assert len(rotations) == model.network.config.num_hidden_layers
+    assert len(rotations) == (0 if what_triton_lacks() else model.network.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("policy", ["layer", "segments:1"])

@@ -12,6 +12,7 @@ from adaptkit.numerics import formats
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax, quantize_absmax
 from adaptkit.numerics.kernels import kernels_for
+from adaptkit.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -21,6 +22,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
+@pytest.mark.skipif(bool(what_triton_lacks()), reason="needs Triton")
 def test_the_kernels_for_a_gpu_are_triton():
     assert kernels_for(torch.device("cuda")).__name__.endswith(".gpu")
 

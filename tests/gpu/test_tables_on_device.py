@@ -8,9 +8,13 @@ from adaptkit.networks import tables
 from adaptkit.numerics.kernels import _gpu_layers
 from adaptkit.training.network.model import load_model, new_adapter
 from adaptkit.training.network.tables import keep_in_host_memory
+from adaptkit.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
+
+if what_triton_lacks():
+    pytest.skip("needs Triton", allow_module_level=True)
 
 GPU = torch.device("cuda")
 

@@ -1,0 +1,128 @@
+"""Puts ``device.cpp`` under ``torch.cuda``, as a plugin of pytest or by an import before that of torch.
+
+STAND_IN_LIBRARY names the compiled library. Triton's kernels are left out, since there is no device that runs them.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import sys
+from types import SimpleNamespace
+
+LIBRARY = os.environ["STAND_IN_LIBRARY"]
+if "torch" in sys.modules:
+    raise ImportError("torch asks once, when it is imported, whether there is a device")
+ctypes.CDLL(LIBRARY, ctypes.RTLD_GLOBAL)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+_SPEC = importlib.util.spec_from_file_location("_device", LIBRARY)
+device = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(device)
+
+
+class Stream:
+    """As ``torch.cuda.Stream``."""
+
+    def __init__(self, device_=None, priority=0, number=None):
+        self.number = device.new_stream() if number is None else number
+
+    def wait_stream(self, other):
+        other.record_event().wait(self)
+
+    def wait_event(self, event):
+        event.wait(self)
+
+    def record_event(self):
+        event = Event()
+        event.record(self)
+        return event
+
+    def synchronize(self):
+        device.wait_for(self.number)
+
+
+class Event:
+    """As ``torch.cuda.Event``; one that was never recorded is waited for in no time."""
+
+    def __init__(self, **options):
+        self._event = device.Event()
+
+    def record(self, stream=None):
+        self._event.record((stream or current_stream()).number)
+
+    def wait(self, stream=None):
+        self._event.block((stream or current_stream()).number)
+
+    def synchronize(self):
+        self._event.wait()
+
+
+def current_stream(device_=None):
+    return Stream(number=device.current_stream())
+
+
+@contextlib.contextmanager
+def on_stream(stream):
+    before = device.set_stream(stream.number)
+    try:
+        yield
+    finally:
+        device.set_stream(before)
+
+
+def _install():
+    numbers = torch.Generator()  # CUDA's own
+    properties = SimpleNamespace(
+        name="stand-in", major=9, minor=0, total_memory=device.total(), multi_processor_count=1
+    )
+    answers = {
+        "is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 1, "current_device": 0,
+        "get_device_name": "stand-in", "get_device_capability": (9, 0), "get_device_properties": properties,
+        "is_current_stream_capturing": False,
+        **dict.fromkeys(("_lazy_init", "_sleep", "empty_cache", "init", "set_device"), None),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+
+    def allocated(_=None):
+        return device.allocated()
+
+    def peak(_=None):
+        return device.peak()
+
+    functions = {
+        "Stream": Stream, "Event": Event, "current_stream": current_stream, "stream": on_stream,
+        "default_stream": lambda _=None: Stream(number=0), "device": contextlib.nullcontext,
+        "synchronize": lambda _=None: device.wait_for_all(),
+        "set_sync_debug_mode": lambda mode: device.tell_waits(mode == "warn"),
+        "memory_allocated": allocated, "memory_reserved": allocated,
+        "max_memory_allocated": peak, "max_memory_reserved": peak,
+        "memory_stats": lambda _=None: {"active_bytes.all.current": allocated(), "active_bytes.all.peak": peak()},
+        "reset_peak_memory_stats": lambda _=None: device.reset_peak(),
+        "mem_get_info": lambda _=None: (device.left(), device.total()),
+        "set_per_process_memory_fraction": lambda share, _=None: device.limit(int(share * device.total())),
+        "get_rng_state": lambda _=None: numbers.get_state(), "manual_seed": numbers.manual_seed,
+        "set_rng_state": lambda state, _=None: numbers.set_state(state), "manual_seed_all": numbers.manual_seed,
+    }  # fmt: skip
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
+    torch.cuda.default_generators = (numbers,)
+    torch.Tensor.cuda = lambda tensor, *_, **options: tensor.to("cuda", **options)
+
+
+_install()
+
+from adaptkit import triton_needs  # noqa: E402
+
+triton_needs.what_triton_lacks = lambda: "a device"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_used_without_waiting():
+    device.misuse()
+    yield
+    device.wait_for_all()
+    assert sorted(set(device.misuse())) == []

@@ -1,0 +1,107 @@
+"""On a GPU every kind of training learns what it learns on a CPU, and the host waits for it seldom."""
+
+import json
+import warnings
+
+import pytest
+import tiny
+import torch
+
+from adaptkit.operations.quantize import quantize
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.loop import train
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+PAGED = {"optimizer_pages_mib": 0.02, "page_kib": 4}
+OFFLOADED = {"checkpointing": "sqrt", "offload_checkpoints": True}
+OPTIONS = {
+    "rslora": {"rslora": True, "lora_plus_ratio": 4.0},
+    "dora": {"dora": True},
+    "samples of like length": {"group_by_length": True},
+    "packed rows": {"pack": True, "max_length": 128},
+    "whole modules": {"modules_to_save": ("norm",)},
+    "the head": {"modules_to_save": ("lm_head",)},
+    "tokens": {"trainable_tokens": ("<|im_start|>",)},
+    "without checkpoints": {"checkpointing": "none"},
+    "all weights": {"method": "full", "optimizer": "adamw8bit"} | PAGED,
+    "8 bits in pages": {"optimizer": "adamw8bit"} | PAGED,
+    "answers and measurements": {"eval_every": 1, "sample_prompts": ("hello",), "sample_every": 2, "sample_tokens": 3},
+    "all that waits": PAGED | OFFLOADED,
+}
+NETWORKS = ["mistral", "qwen2", "gemma", "phi3", "mixtral", "bloom", "mamba", "llama4_text", "gemma3"]
+
+
+@pytest.fixture
+def config(instructions):
+    return {
+        "data": (str(instructions),), "rank": 4, "steps": 3, "batch_size": 4, "micro_batch_size": 2, "save_every": 0,
+        "learning_rate": 2e-3, "warmup": 0.0, "compute_dtype": "float32",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def base(made):
+    """Makes a network once, quantized or plain; the path of its folder."""
+
+    def path(name, layers=2, packed=True):
+        plain, quantized = made / f"{name}-{layers}-on-gpu", made / f"{name}-{layers}-on-gpu-nf4"
+        if not plain.exists():
+            if name == "llama":
+                tiny.write_llama(plain, layers=layers)
+            else:
+                (tiny.write_family if name in tiny.FAMILIES else tiny.write_architecture)(plain, name)
+            quantize(plain, quantized)
+        return str(quantized if packed else plain)
+
+    return path
+
+
+def losses(config, output, device):
+    train(TrainConfig(**config, device=device), output, note=lambda line: None)
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines for key in ("loss", "held_out_loss") if key in line]
+
+
+def agrees_with_a_cpu(config, tmp_path):
+    found = losses(config, tmp_path / "gpu", "cuda")
+    config.pop("offload_checkpoints", None)  # where a CPU has them already
+    expected = losses(config, tmp_path / "cpu", "cpu")
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert len(found) > 3
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_learn_what_they_learn_on_a_cpu(base, config, option, tmp_path):
+    has_adapter = OPTIONS[option].get("method") != "full"
+    if not has_adapter:
+        config.pop("rank")
+    agrees_with_a_cpu(config | {"base": base("llama", packed=has_adapter)} | OPTIONS[option], tmp_path)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_learn_what_they_learn_on_a_cpu(base, config, name, tmp_path):
+    agrees_with_a_cpu(config | {"base": base(name)} | PAGED | OFFLOADED, tmp_path)
+
+
+def waits(config, output):
+    """How often the host waited for the device, by the steps of a run."""
+    counted = []
+    for steps in (1, 3):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                losses(config | {"steps": steps, "held_out": 0.0}, output / str(steps), "cuda")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counted.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert counted[0] > 0
+    return (counted[1] - counted[0]) / 2
+
+
+def test_the_host_waits_for_a_step_as_often_whatever_its_layers(base, config, tmp_path):
+    """For the losses, the norm, and in transformers for the mask of both micro-batches."""
+    found = [waits(config | {"base": base("llama", layers)}, tmp_path / str(layers)) for layers in (2, 6)]
+    assert found[0] == found[1] <= 4
