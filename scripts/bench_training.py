@@ -104,7 +104,9 @@ class AdaptkitStep:
         save_activations(model.network, config, (1, length), place)
         trainable = Trainable.of(model)
         self._gradients = Gradients(model, trainable.gradients, config, World(place))
-        self.optimizer = make_optimizer(trainable, config, base.parent / "bench-pages.bin", print)
+        self.optimizer = make_optimizer(
+            trainable, config, base.parent / "bench-pages.bin", lambda line: print(line, file=sys.stderr)
+        )
         ids, labels = tokens(length, share, vocabulary)
         self.batch = Batch(ids, labels, torch.ones_like(ids))
         self._answers = int((labels[:, 1:] != -100).sum())

@@ -89,13 +89,13 @@ def waits(config, output):
     """How often the host waited for the device, by the steps of a run."""
     counted = []
     for steps in (1, 3):
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
                 losses(config | {"steps": steps, "held_out": 0.0}, output / str(steps), "cuda")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         counted.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
     assert counted[0] > 0
     return (counted[1] - counted[0]) / 2

@@ -71,6 +71,21 @@ def test_optimizer_state_that_finds_no_room_beside_the_base_waits_in_host_memory
     assert report.tensors_root == plain.tensors_root
 
 
+@pytest.mark.parametrize("change", [{"page_kib": 1 << 20}, {"optimizer_pages_mib": 0.001}], ids=["all", "budget"])
+def test_one_page_that_finds_no_room_is_not_tried_again(config, tmp_path, monkeypatch, change):
+    made = []
+
+    def no_room(*arguments, **named):
+        made.append(arguments)
+        full()
+
+    monkeypatch.setattr(moments, "Pages", no_room)
+    notes = []
+    with pytest.raises(UsageError, match="out of memory beside the base"):
+        train(replace(config, **change), tmp_path / "out", note=notes.append)
+    assert (len(made), notes) == (1, [])
+
+
 def test_so_does_a_dry_run(config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "load_model", full)
     with pytest.raises(UsageError, match="out of memory as the model was loaded"):

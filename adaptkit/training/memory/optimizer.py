@@ -102,6 +102,9 @@ def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: 
         config: says how large pages are and how many may be resident.
         file: backs the pages that are not resident, on a CPU.
         note: told, in a line for people, if there is no room.
+
+    Raises:
+        RuntimeError: there is no room for a page either.
     """
     bits = STATE_BITS[config.optimizer]
     page_kib = config.page_kib or PAGE_KIB[trainable.values.device.type]
@@ -111,11 +114,12 @@ def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: 
     try:
         state = make(budget)
     except RuntimeError as error:
-        if budget == 0 or not is_out_of_memory(error):
+        needs_one_page = values.numel() <= elements or (budget is not None and budget <= page_kib * 1024)
+        if needs_one_page or not is_out_of_memory(error):
             raise
         state = None
     if state is None:  # only here, where nothing refers to the pages that were made, is their memory free
         gc.collect()
-        note("warning: out of memory beside the base; optimizer state waits in host memory")
         state = make(0)
+        note("warning: out of memory beside the base; optimizer state waits in host memory")
     return PagedAdamW(values, trainable.gradients, trainable.groups, state, config.weight_decay)

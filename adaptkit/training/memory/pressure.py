@@ -3,7 +3,7 @@
     a batch runs out of memory    all pages go to host memory, and the batch is computed once more, from its beginning
     later batches as large        begin with the pages gone
     smaller ones                  the pages come back, up to the budget
-    a measurement, an answer      as a batch; the pages come back with the next one that is small enough
+    a measurement, answers        the same; the pages come back when it is done, and leave before the next of its kind
 
 Computing a batch is a function of seed and step, so that trying again changes no bit. It begins again from the first
 micro-batch of the step, since the one that failed may have added half of its gradients. Processes that share a base
@@ -31,7 +31,7 @@ class _Task:
     """What may run out of memory.
 
     Attributes:
-        where: it does: a phrase.
+        where: that is: a phrase.
         hint: what would take less.
         tokens: of the largest micro-batch, if it is a batch.
     """
@@ -42,13 +42,13 @@ class _Task:
 
 
 class Pressure:
-    """Watches for batches that run out of memory.
+    """Watches for batches, and tasks between them, that run out of memory.
 
     Args:
         pages: of optimizer state, give way.
         note: told, in a line for people, when it does; and once if copies to and from host memory have to wait.
         others: further host memory that a device copies from.
-        is_alone: whether a batch can be computed once more without other processes.
+        is_alone: whether a process can compute something once more without the others.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Pressure:
         self._memories = [pages.memory, *others]
         self._budget_bytes = self._pages.budget_bytes
         self._limit: int | None = None
+        self._short: set[str] = set()
 
     def relieve(self, tokens: int, compute: Callable[[], Result]) -> Result:
         """Compute a batch; if it runs out of memory, make room and compute it once more.
@@ -77,7 +78,7 @@ class Pressure:
         return self._compute(compute, task)
 
     def make_room(self, where: str, hint: str, compute: Callable[[], Result]) -> Result:
-        """Compute what is no batch; pages that leave for it come back with the next batch.
+        """Compute what is no batch; pages that leave for it come back when it is done, if there is room then.
 
         Args:
             where: memory may run out: a phrase.
@@ -87,9 +88,14 @@ class Pressure:
         Raises:
             UsageError: there is nothing to give way, or it did not help.
         """
-        return self._compute(compute, _Task(where, hint))
+        task, before = _Task(where, hint), self._pages.budget_bytes
+        if where in self._short:
+            self._hold(0, task)
+        result = self._compute(compute, task)
+        self._hold(before, task)
+        return result
 
-    def _compute(self, compute: Callable[[], Result], task: "_Task") -> Result:
+    def _compute(self, compute: Callable[[], Result], task: _Task) -> Result:
         try:
             return compute()
         except RuntimeError as error:
@@ -100,7 +106,9 @@ class Pressure:
         gc.collect()
         if not self._pages.can_shrink or not self._is_alone:
             raise shortage(task.where, reason, task.hint)
-        if task.tokens is not None:
+        if task.tokens is None:
+            self._short.add(task.where)
+        else:
             self._limit = min(task.tokens, self._limit or task.tokens)
         self._hold(0, task)
         self._pages.counters.retries += 1
@@ -110,7 +118,7 @@ class Pressure:
         with tells_shortage(task.where, task.hint):
             return compute()
 
-    def _hold(self, budget_bytes: int | None, task: "_Task") -> None:
+    def _hold(self, budget_bytes: int | None, task: _Task) -> None:
         reason = ""
         if self._pages.budget_bytes == budget_bytes:
             return

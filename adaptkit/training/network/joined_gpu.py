@@ -94,7 +94,7 @@ class JoinedWeight:
             blocks = [weight.count // weight.block_size for weight in weights]
             groups = [-(-count // GROUP) for count in blocks]
             places = _starts(blocks), _starts(groups)
-            self._each = blocks, groups, offsets  # as the host has them: it never waits for the device
+            self._parts = blocks, groups, offsets  # as the host has them: it never waits for the device
             self._offsets = torch.tensor(offsets, dtype=torch.float32, device=codes.device)
             self._places = torch.tensor(places, dtype=torch.int64, device=codes.device)
             constants = DoubleQuantized(constants, _joined(bases, "nested_absmax"), float("nan"))  # each has its offset
@@ -114,13 +114,13 @@ class JoinedWeight:
         if hasattr(kernels, "decode_parts_4bit"):
             flat = kernels.decode_parts_4bit(weight.codes, known, weight.count, weight.block_size, book, dtype)
         else:
-            absmax = torch.cat(self._absmax(constants, weight.levels))
+            absmax = torch.cat(self._decoded_constants(constants, weight.levels))
             flat = kernels.decode_4bit(weight.codes, absmax, weight.count, weight.block_size, book, dtype)
         return flat.view(weight.shape)
 
-    def _absmax(self, constants: DoubleQuantized, levels: Tensor) -> list[Tensor]:
-        """The constants of each weight, decoded by themselves where no kernel decodes all at once."""
-        blocks, groups, offsets = self._each
+    def _decoded_constants(self, constants: DoubleQuantized, levels: Tensor) -> list[Tensor]:
+        """Of each weight by itself, where no kernel decodes all at once."""
+        blocks, groups, offsets = self._parts
         parts = zip(constants.codes.split(blocks), constants.nested_absmax.split(groups), offsets, strict=True)
         return [kernels_for(codes).decode_constants(codes, nested, offset, levels) for codes, nested, offset in parts]
 

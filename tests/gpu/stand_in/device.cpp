@@ -10,8 +10,11 @@
 //     memory        is counted, runs out at a limit, begins as NaN, and must not go back to the allocator of its stream
 //                   while another stream may still use it.
 //
+//     numbers       random ones are drawn from the device's own generator.
+//
 // Shows control flow, devices, types, values, allocations, waits and missing waits; nothing of time, of CUDA's kernels,
-// or of an allocator's fragments.
+// or of an allocator's fragments. Streams that share a tensor's memory but not its elements are noted all the same, and
+// copies that overlap in pinned memory are told apart by where they begin.
 
 #include <torch/extension.h>
 
@@ -20,6 +23,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -61,6 +65,13 @@ static void tick(int stream) {  // an operation is queued: behind all that the h
   if ((int)clocks[stream].size() <= stream) clocks[stream].resize(stream + 1, 0);
   clocks[stream][stream]++;
 }
+
+static Clock now() {  // what the current stream knows
+  Lock lock(mutex);
+  return clocks[current];
+}
+
+static uint64_t stamp() { return seen(now(), current); }
 
 static void note(const std::string& text) {
   Lock lock(mutex);
@@ -126,11 +137,11 @@ static c10::Storage storage_of(c10::DataPtr pointer, size_t nbytes) {
 static c10::Storage on_gpu(const c10::Storage& memory, const std::string& by, bool is_new) {
   Lock lock(mutex);
   size_t nbytes = (memory.nbytes() + 511) / 512 * 512;
-  if (allocated + nbytes > most)
+  if (nbytes && allocated + nbytes > most)
     C10_THROW_ERROR(OutOfMemoryError, c10::str("CUDA out of memory. Tried to allocate ", nbytes, " bytes."));
   auto block = new Block;
   block->nbytes = nbytes, block->home = block->writer = current, block->memory = memory;
-  block->written = {seen(clocks[current], current), by};
+  block->written = {stamp(), by};
   peak = std::max(peak, allocated += nbytes);
   if (is_new) std::memset(memory.mutable_data(), 0xFF, memory.nbytes());
   return storage_of({memory.mutable_data(), block, &free_block, GPU}, memory.nbytes());
@@ -160,8 +171,12 @@ static bool overlap(const Pending& copy, const char* place, size_t nbytes) {
 }
 
 static void settle(const Pending& copy) {
-  if (copy.arrives) std::memcpy(copy.place, copy.bytes.data(), copy.bytes.size());
-  else if (std::memcmp(copy.place, copy.bytes.data(), copy.bytes.size()))
+  auto is_unknown = [](char byte) { return byte == (char)0xFF; };
+  if (copy.arrives) {
+    if (!std::all_of(copy.place, copy.place + copy.bytes.size(), is_unknown))
+      note("pinned memory was written while a copy might still have had to arrive there");
+    std::memcpy(copy.place, copy.bytes.data(), copy.bytes.size());
+  } else if (std::memcmp(copy.place, copy.bytes.data(), copy.bytes.size()))
     note("pinned memory changed while a copy might still have had to read it");
 }
 
@@ -175,7 +190,7 @@ static void settle_where(Which which, bool may_arrive = true) {
   }
 }
 
-static void wait(const Clock& clock) {  // the host, for what a stream knows
+static void wait(Clock clock) {  // the host, for what a stream knows
   if (tells_waits) TORCH_WARN("called a synchronizing CUDA operation");
   Lock lock(mutex);
   join(host_clock, clock);
@@ -209,6 +224,7 @@ struct PinnedAllocator final : c10::Allocator {
     Lock lock(mutex);
     size_t whole = (std::max<size_t>(nbytes, 1) + 4095) / 4096 * 4096;
     auto pointer = (char*)std::aligned_alloc(4096, whole);
+    if (!pointer) C10_THROW_ERROR(OutOfMemoryError, "CUDA error: out of memory");
     std::memset(pointer, 0xFF, whole);
     pinned[pointer] = whole;
     return {pointer, pointer, &free_pinned, Device(DeviceType::CPU)};
@@ -253,6 +269,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
+static at::Generator& generator() {
+  static auto made = at::detail::createCPUGenerator();
+  return made;
+}
+
 struct Hooks final : at::CUDAHooksInterface {
   Hooks(at::CUDAHooksArgs) {}
   void init() const override {}
@@ -266,7 +287,7 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
   bool isPinnedPtr(const void* pointer) const override { return is_pinned(pointer); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return generator(); }
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
   void deviceSynchronize(c10::DeviceIndex) const override { wait_for_all(); }
 };
@@ -338,8 +359,22 @@ class Views {  // of the device's tensors, for one call of a CPU kernel; there a
 
 using Names = std::set<std::string>;
 static const Names NEW{"empty", "empty_strided"};
-static const Names WAITING{"_local_scalar_dense", "equal", "masked_select", "nonzero", "repeat_interleave", "_unique2"};
-static const Names TAKES_INDICES_FROM_HOST{"index", "index_put_", "_index_put_impl_", "_unsafe_index"};
+static const Names WAITING{"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_consecutive"};
+
+static void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  bool draws = op.hasTag(at::Tag::nondeterministic_seeded);
+  auto host = at::detail::getDefaultCPUGenerator();
+  at::Tensor before;
+  if (draws) before = host.get_state(), host.set_state(generator().get_state());
+  try {
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  } catch (const c10::Error& error) {
+    if (draws) host.set_state(before);
+    if (std::string(error.what()).find("DefaultCPUAllocator: can't allocate") == std::string::npos) throw;
+    C10_THROW_ERROR(OutOfMemoryError, "CUDA out of memory.");
+  }
+  if (draws) generator().set_state(host.get_state()), host.set_state(before);
+}
 
 static void compute(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
   auto& schema = op.schema();
@@ -373,7 +408,7 @@ static void compute(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::S
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> list;
       for (std::optional<at::Tensor> tensor : value.toOptionalTensorList())
-        list.push_back(tensor ? std::make_optional(host(*tensor, writes)) : std::nullopt);
+        list.push_back(!tensor ? std::nullopt : std::make_optional(tensor->is_cpu() ? *tensor : host(*tensor, writes)));
       value = list;
     } else if (value.isDevice() && value.toDevice().is_cuda()) {
       value = Device(DeviceType::CPU), is_here = true;
@@ -381,14 +416,9 @@ static void compute(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::S
       value = views.host(value.toStorage()), is_here = true;
     }
   }
-  TORCH_CHECK(!is_here || stranger.empty() || TAKES_INDICES_FROM_HOST.count(name),
+  TORCH_CHECK(!is_here || stranger.empty(),
               "Expected all tensors to be on the same device, but ", name, " got one of ", stranger, " on the CPU");
-  try {
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
-  } catch (const c10::Error& error) {
-    if (std::string(error.what()).find("DefaultCPUAllocator: can't allocate") == std::string::npos) throw;
-    C10_THROW_ERROR(OutOfMemoryError, "CUDA out of memory.");
-  }
+  run(op, stack);
   views.adopt();
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size() && is_here; i++) {
     auto& value = (*stack)[i];
@@ -400,7 +430,7 @@ static void compute(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::S
       value = list;
     }
   }
-  if (WAITING.count(name)) wait(clocks[current]);
+  if (WAITING.count(name)) wait(now());
 }
 
 static at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_blocking) {
@@ -412,12 +442,14 @@ static at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_
   };
   auto access = [&](const at::Tensor& tensor, bool writes) {
     if (!tensor.numel()) return;
+    Lock lock(mutex);
     auto block = tensor.is_cuda() ? block_of(tensor.storage()) : is_late(tensor) ? &copied[(char*)tensor.data_ptr()] : nullptr;
     if (block) touch(*block, writes, "copy");
   };
   access(source, false);
   access(target, true);
-  auto behind = [&](const Pending& copy) { return seen(clocks[current], copy.stream) >= copy.clock; };
+  auto known = now();
+  auto behind = [&](const Pending& copy) { return seen(known, copy.stream) >= copy.clock; };
   auto place = (char*)(to ? source : target).data_ptr();
   auto nbytes = (to ? source : target).nbytes();
   if (to && !from)  // what was queued before has arrived when this is read
@@ -425,20 +457,20 @@ static at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_
   auto result = to ? views.host(target) : target;
   auto given = from ? views.host(source) : source;
   if (from && is_late(target)) {
-    settle_where([&](const Pending& copy) { return !copy.arrives && behind(copy) && overlap(copy, place, nbytes); });
+    settle_where([&](const Pending& copy) { return behind(copy) && overlap(copy, place, nbytes); });
     auto arriving = at::empty_like(result, result.options().pinned_memory(false)).copy_(given);
     auto start = (char*)arriving.data_ptr();
     std::memset(place, 0xFF, nbytes);
     Lock lock(mutex);
-    pending.push_back({current, seen(clocks[current], current), true, place, {start, start + nbytes}});
+    pending.push_back({current, stamp(), true, place, {start, start + nbytes}});
     return target;
   }
   result.copy_(given);
   if (to && !from && is_late(source)) {
     Lock lock(mutex);
-    pending.push_back({current, seen(clocks[current], current), false, place, {place, place + nbytes}});
+    pending.push_back({current, stamp(), false, place, {place, place + nbytes}});
   } else if (to != from && !(to && non_blocking)) {
-    wait(clocks[current]);
+    wait(known);
   }
   return target;
 }
@@ -446,11 +478,6 @@ static at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_
 static at::Tensor histc(const at::Tensor& values, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
   auto host = values.to(at::kCPU, at::kFloat);  // the CPU counts no integers
   return at::histc(host, bins, low, high).to(values.options());
-}
-
-static void record_stream(at::Tensor& tensor, Stream stream) {
-  Lock lock(mutex);
-  if (auto block = block_of(tensor.storage())) block->recorded.insert((int)stream.id());
 }
 
 static int64_t plain_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
@@ -462,7 +489,6 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFun
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", copy_);
   m.impl("histc", histc);
-  m.impl("record_stream", record_stream);
   m.impl("_fused_sdp_choice", plain_attention);
   for (auto name : {"convolution", "convolution_backward", "_convolution"})  // else they choose a way of CUDA's
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute>());
@@ -483,7 +509,7 @@ PYBIND11_MODULE(_device, m) {
   m.def("new_stream", [] { Lock lock(mutex); clocks.emplace_back(host_clock); return clocks.size() - 1; });
   m.def("current_stream", [] { return current; });
   m.def("set_stream", [](int stream) { return std::exchange(current, stream); });
-  m.def("wait_for", [](int stream) { Lock lock(mutex); wait(Clock(clocks[stream])); });
+  m.def("wait_for", [](int stream) { Lock lock(mutex); wait(clocks[stream]); });
   m.def("wait_for_all", wait_for_all);
   m.def("tell_waits", [](bool tells) { tells_waits = tells; });
   m.def("allocated", [] { return allocated; });
@@ -491,6 +517,11 @@ PYBIND11_MODULE(_device, m) {
   m.def("reset_peak", [] { peak = allocated; });
   m.def("total", [] { return total; });
   m.def("limit", [](size_t nbytes) { most = nbytes; });
-  m.def("left", [] { return most - allocated; });
+  m.def("left", [] { return std::max(most, allocated) - allocated; });
+  m.def("generator", [] { return generator(); });
+  m.def("record_stream", [](const at::Tensor& tensor, int stream) {
+    Lock lock(mutex);
+    if (auto block = block_of(tensor.storage())) block->recorded.insert(stream);
+  });
   m.def("misuse", [] { Lock lock(mutex); return std::exchange(misuse, {}); });
 }

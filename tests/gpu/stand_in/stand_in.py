@@ -5,9 +5,11 @@ STAND_IN_LIBRARY names the compiled library. Triton's kernels are left out, sinc
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import sys
+import warnings
 from types import SimpleNamespace
 
 LIBRARY = os.environ["STAND_IN_LIBRARY"]
@@ -43,6 +45,11 @@ class Stream:
     def synchronize(self):
         device.wait_for(self.number)
 
+    def __eq__(self, other):
+        return isinstance(other, Stream) and other.number == self.number
+
+    __hash__ = None
+
 
 class Event:
     """As ``torch.cuda.Event``; one that was never recorded is waited for in no time."""
@@ -73,8 +80,13 @@ def on_stream(stream):
         device.set_stream(before)
 
 
+def _set_sync_debug_mode(mode):
+    warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)  # as torch does
+    device.tell_waits({"default": False, "warn": True}[mode])
+
+
 def _install():
-    numbers = torch.Generator()  # CUDA's own
+    numbers = device.generator()
     properties = SimpleNamespace(
         name="stand-in", major=9, minor=0, total_memory=device.total(), multi_processor_count=1
     )
@@ -97,7 +109,7 @@ def _install():
         "Stream": Stream, "Event": Event, "current_stream": current_stream, "stream": on_stream,
         "default_stream": lambda _=None: Stream(number=0), "device": contextlib.nullcontext,
         "synchronize": lambda _=None: device.wait_for_all(),
-        "set_sync_debug_mode": lambda mode: device.tell_waits(mode == "warn"),
+        "set_sync_debug_mode": _set_sync_debug_mode,
         "memory_allocated": allocated, "memory_reserved": allocated,
         "max_memory_allocated": peak, "max_memory_reserved": peak,
         "memory_stats": lambda _=None: {"active_bytes.all.current": allocated(), "active_bytes.all.peak": peak()},
@@ -110,6 +122,7 @@ def _install():
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
     torch.cuda.default_generators = (numbers,)
+    torch.Tensor.record_stream = lambda tensor, stream: device.record_stream(tensor, stream.number)
     torch.Tensor.cuda = lambda tensor, *_, **options: tensor.to("cuda", **options)
 
 
@@ -122,7 +135,7 @@ triton_needs.what_triton_lacks = lambda: "a device"
 
 @pytest.fixture(autouse=True)
 def nothing_is_used_without_waiting():
-    device.misuse()
     yield
+    gc.collect()  # what is freed may still be in use
     device.wait_for_all()
     assert sorted(set(device.misuse())) == []

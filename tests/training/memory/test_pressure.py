@@ -43,15 +43,23 @@ def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_small
     assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
 
 
-def test_pages_leave_for_what_is_no_batch_too_and_come_back_with_the_next_batch(tmp_path):
+def test_pages_leave_for_what_is_no_batch_too_and_come_back_when_it_is_done(tmp_path):
     notes = []
     held = state(tmp_path)
     pages = held.pages
     pressure = Pressure(pages, notes.append)
-    measured = lambda: torch.empty(MORE_THAN_THERE_IS) if pages.resident else "measured"  # noqa: E731
-    assert pressure.make_room("as it was measured", "a hint", measured) == "measured"
-    assert (pages.resident, pages.counters.retries) == (0, 1)
+    resident = []
+
+    def measure():
+        resident.append(pages.resident)
+        return torch.empty(MORE_THAN_THERE_IS) if pages.resident else "measured"
+
+    for _ in range(3):
+        assert pressure.make_room("as it was measured", "a hint", measure) == "measured"
+        assert (pages.resident, pages.counters.retries) == (10, 1)
+    assert resident == [10, 0, 0, 0]
     assert notes == ["warning: out of memory as it was measured; moved optimizer state away, and tried again"]
+    assert pressure.make_room("elsewhere", "a hint", lambda: pages.resident) == 10
     assert pressure.relieve(1000, lambda: pages.resident) == 10
     with pytest.raises(UsageError, match="out of memory as it was measured") as caught:
         pressure.make_room("as it was measured", "a hint", lambda: torch.empty(MORE_THAN_THERE_IS))
@@ -171,5 +179,9 @@ def test_measurements_and_answers_that_are_short_of_memory_make_room_and_change_
     assert told == [f"warning: out of memory as {what}" for what in ("held-out samples were measured",
                                                                      "prompts were answered")]  # fmt: skip
     assert report.paging["retries"] == 2
+    assert [report.paging["resident"], report.memory["optimizer"]] == [
+        plain.paging["resident"],
+        plain.memory["optimizer"],
+    ]
     assert report.tensors_root == plain.tensors_root
     assert (report.held_out_before, report.held_out_after) == (plain.held_out_before, plain.held_out_after)
