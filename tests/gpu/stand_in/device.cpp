@@ -1,12 +1,12 @@
 // A CUDA device that is none: torch's CUDA tensors in host memory, computed by torch's CPU kernels, with CUDA's rules.
 //
-//     operator      its CUDA tensors are seen as CPU tensors of the same memory, the CPU's kernel runs, and what it made
-//                   becomes a CUDA tensor. A CPU tensor beside CUDA tensors is an error, as on a device.
-//     stream        everything runs at once, and what a device may do later or earlier is held against a clock: a stream
-//                   knows of other streams, and the host of all, only what they waited for (vector clocks). An access
-//                   that comes after another one by luck alone is noted as misuse.
-//     pinned        a copy to pinned memory arrives when the host waits for it; until then all bits there are ones, which
-//                   is NaN. What a copy from pinned memory may still have to read must not change before that.
+//     operator      its CUDA tensors are seen as CPU tensors of the same memory, the CPU's kernel runs, and what it
+//                   made becomes a CUDA tensor. A CPU tensor beside CUDA tensors is an error, as on a device.
+//     stream        everything runs at once, and what a device may do later or earlier is held against a clock: a
+//                   stream knows of other streams, and the host of all, only what they waited for (vector clocks). An
+//                   access that comes after another one by luck alone is noted as misuse.
+//     pinned        a copy to pinned memory arrives when the host waits for it; until then all bits there are ones,
+//                   which is NaN. What a copy from pinned memory may still have to read must not change before that.
 //     memory        is counted, runs out at a limit, begins as NaN, and must not go back to the allocator of its stream
 //                   while another stream may still use it.
 //
@@ -101,8 +101,9 @@ static void touch(Block& block, bool writes, const std::string& by) {
   Lock lock(mutex);
   auto& clock = clocks[current];
   auto found = [&](const Access& other, int stream, const char* did) {
-    if (stream != current && seen(clock, stream) < other.clock)
-      note(by + (writes ? " writes" : " reads") + " what another stream " + did + " (" + other.by + "), without waiting");
+    if (stream == current || seen(clock, stream) >= other.clock) return;
+    auto does = writes ? " writes" : " reads";
+    note(by + does + " what another stream " + did + " (" + other.by + "), without waiting");
   };
   if (block.writer >= 0) found(block.written, block.writer, "wrote");
   if (!writes) {
@@ -229,7 +230,9 @@ struct PinnedAllocator final : c10::Allocator {
     pinned[pointer] = whole;
     return {pointer, pointer, &free_pinned, Device(DeviceType::CPU)};
   }
-  void copy_data(void* target, const void* source, size_t nbytes) const override { std::memcpy(target, source, nbytes); }
+  void copy_data(void* target, const void* source, size_t nbytes) const override {
+    std::memcpy(target, source, nbytes);
+  }
 };
 static PinnedAllocator pinned_allocator;
 
@@ -359,7 +362,8 @@ class Views {  // of the device's tensors, for one call of a CPU kernel; there a
 
 using Names = std::set<std::string>;
 static const Names NEW{"empty", "empty_strided"};
-static const Names WAITING{"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_consecutive"};
+static const Names WAITING{
+    "_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_consecutive"};
 
 static void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   bool draws = op.hasTag(at::Tag::nondeterministic_seeded);
@@ -443,7 +447,8 @@ static at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_
   auto access = [&](const at::Tensor& tensor, bool writes) {
     if (!tensor.numel()) return;
     Lock lock(mutex);
-    auto block = tensor.is_cuda() ? block_of(tensor.storage()) : is_late(tensor) ? &copied[(char*)tensor.data_ptr()] : nullptr;
+    auto block = tensor.is_cuda() ? block_of(tensor.storage()) : nullptr;
+    if (is_late(tensor)) block = &copied[(char*)tensor.data_ptr()];
     if (block) touch(*block, writes, "copy");
   };
   access(source, false);
@@ -480,8 +485,8 @@ static at::Tensor histc(const at::Tensor& values, int64_t bins, const at::Scalar
   return at::histc(host, bins, low, high).to(values.options());
 }
 
-static int64_t plain_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                               double, bool, std::optional<double>, bool) {
+static int64_t plain_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const std::optional<at::Tensor>&, double, bool, std::optional<double>, bool) {
   return 0;  // by products and a softmax: a CPU has not CUDA's other ways
 }
 
