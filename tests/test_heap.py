@@ -1,4 +1,4 @@
-"""Freed memory: kept for the next buffer, and given back when that is asked for."""
+"""Freed memory: kept for the next buffer, and given back when that is asked for. Code of products: few are kept."""
 
 import os
 import subprocess
@@ -37,3 +37,31 @@ def test_freed_memory_is_kept_until_it_is_returned():
     held, kept, left = map(float, done.stdout.split())
     assert held - kept < 10
     assert held - left > 70
+
+
+PRODUCTS = """
+import torch
+for rows in [*range(11, 111), 11, 110]:
+    torch.ones(rows, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
+"""
+
+
+@pytest.mark.parametrize(
+    ("begun", "setting", "again"),
+    [
+        ("", None, 2),
+        ("from adaptkit.heap import keep_few_products; keep_few_products()", None, 1),
+        ("from adaptkit.heap import keep_few_products; keep_few_products()", "500", 2),
+    ],
+    ids=["oneDNN by itself", "few", "as the user wants"],
+)
+def test_the_code_of_few_products_is_kept(begun, setting, again):
+    """The last one's, of a hundred, and no longer the first one's."""
+    environment = os.environ | {"ONEDNN_VERBOSE": "profile_create"}
+    environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    environment |= {} if setting is None else {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": setting}
+    command = [sys.executable, "-c", begun + PRODUCTS]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    if ",matmul," not in told:
+        pytest.skip("torch computes such products without oneDNN here")
+    assert told.count("create:cache_hit,cpu,matmul,") == again
