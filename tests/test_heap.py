@@ -65,3 +65,19 @@ def test_the_code_of_few_products_is_kept(begun, setting, again):
     if ",matmul," not in told:
         pytest.skip("torch computes such products without oneDNN here")
     assert told.count("create:cache_hit,cpu,matmul,") == again
+
+
+def test_the_command_line_keeps_few():
+    """Every command does, before it loads torch."""
+    code = """
+import os, sys
+from adaptkit.cli.main import main
+sys.argv = ["adaptkit", "--version"]
+try:
+    main()
+finally:
+    print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "torch" in sys.modules)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "64 False"
