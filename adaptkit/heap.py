@@ -19,12 +19,15 @@ def keep_freed_memory() -> None:
 
 
 def keep_few_products() -> None:
-    """Let oneDNN keep the code of few products; must come before the first one, and leaves to the user what he set.
+    """Let oneDNN keep the code of few products, and torch the plans that it was made from.
 
-    It keeps 1024, of a fifth of a megabyte, and every length of a batch has some thirty of its own, which its layers
-    share. Those of lengths that come again are made again, in half a millisecond each.
+    Must come before the first product, and leaves to the user what he set.
+
+    Each keeps 1024, of a quarter of a megabyte, and every length of a batch has some thirty of its own, which its
+    layers share. Those of lengths that come again are made again, in half a millisecond each.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KEPT_PRODUCTS))
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, and of what torch calls it by
+        os.environ.setdefault(cache, str(_KEPT_PRODUCTS))
 
 
 def return_freed_memory() -> None:
