@@ -4,6 +4,7 @@ A question is a row's conversation up to its last answer; rows that ask the same
 references. Examples (few-shot prompting) are whole conversations that come before it as turns of the same chat.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,21 +73,28 @@ def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple
 def read_shots(
     files: Sequence[Path], count: int, seed: int, questions: Sequence[Question] = (), layout: str | None = None
 ) -> tuple[Conversation, ...]:
-    """Choose examples by the seed, none of which is one of the questions.
+    """Choose examples by the seed, none of which gives an answer to one of the questions away.
+
+    That is one that asks the same, on its way to another question too, or the beginning of a question: the answers
+    that a question holds are measured as well. Examples come without the system's message, so what that says is no
+    difference.
 
     Raises:
         DataError: an unreadable file or row, or fewer examples than asked for.
     """
-    taken = {json.dumps(question.messages, sort_keys=True) for question in questions}
+    asked = [_beginnings(question.messages) for question in questions]
+    wholes, beginnings = {keys[-1] for keys in asked if keys}, {key for keys in asked for key in keys}
     found: dict[str, Conversation] = {}
     for where, row in _rows(files):
         example = _conversation(row, where, layout)
         if example.tools or any(CALLS in message for message in example.messages):
             raise DataError(f"{where}: calls tools, and examples cannot", hint="give --shots-from rows without tools")
-        turns = [message for message in example.messages if message["role"] != "system"]
-        key = json.dumps(turns[:-1], sort_keys=True)
-        if key not in taken:
-            found.setdefault(key, tuple(turns))
+        turns = tuple(message for message in example.messages if message["role"] != "system")
+        keys = _beginnings(turns[:-1])
+        if not keys:
+            raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
+        if keys[-1] not in beginnings and wholes.isdisjoint(keys):
+            found.setdefault(keys[-1], turns)
     if len(found) < count:
         raise DataError(
             f"{', '.join(map(str, files))}: {len(found)} examples that are no questions themselves, {count} are wanted",
@@ -94,6 +102,16 @@ def read_shots(
         )
     conversations = list(found.values())
     return tuple(conversations[number] for number in order(len(conversations), seed)[:count])
+
+
+def _beginnings(messages: Sequence[Message]) -> list[str]:
+    """A key for each beginning of a conversation, whatever the system says; the last is for all of it."""
+    said, keys = hashlib.sha256(), []
+    for message in messages:
+        if message["role"] != "system":
+            said.update(json.dumps(message, sort_keys=True).encode())
+            keys.append(said.hexdigest())
+    return keys
 
 
 def with_shots(messages: Sequence[Message], shots: Sequence[Conversation]) -> list[Message]:

@@ -87,6 +87,30 @@ def test_examples_are_never_one_of_the_questions(tmp_path):
         read_shots([path], 7, 0, questions)
 
 
+SYSTEM = {"role": "system", "content": "be brief"}
+LONGER = [user("one"), said("1"), user("two"), said("2")]
+
+
+@pytest.mark.parametrize(
+    ("question", "example"),
+    [
+        ([SYSTEM, user("one")], [SYSTEM, user("one"), said("1")]),
+        ([user("one")], [SYSTEM, user("one"), said("1")]),
+        ([user("one")], LONGER),
+        (LONGER[:-1], LONGER[:2]),
+    ],
+    ids=["of a system", "with another system", "that goes on", "that a question begins with"],
+)
+def test_an_example_never_gives_the_answer_to_a_question_away(question, example, tmp_path):
+    """Examples come without their system's message, and a question's earlier answers carry loss, too."""
+    others = [{"messages": [user(f"ask {number}"), said("answer"), *LONGER]} for number in range(3)]
+    path = write(tmp_path / "rows.jsonl", [{"messages": example}, *others])
+    found = read_shots([path], 3, 0, [Question(tuple(question), ("1",))])
+    assert sorted(shot[0]["content"] for shot in found) == ["ask 0", "ask 1", "ask 2"]
+    with pytest.raises(DataError, match="3 examples that are no questions themselves, 4 are wanted"):
+        read_shots([path], 4, 0, [Question(tuple(question), ("1",))])
+
+
 def test_examples_come_after_the_system_message_as_turns_of_the_chat():
     system, shots = {"role": "system", "content": "be brief"}, [(user("1"), said("one")), (user("2"), said("two"))]
     assert with_shots([system, user("3")], shots) == [system, *shots[0], *shots[1], user("3")]
