@@ -116,3 +116,10 @@ def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
     if template is not None:
         tokenizer.chat_template = check_template(template, str(adapter))
     return tokenizer
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text: one token, or none."""
+    text = "a"
+    marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [int(token) for token in marked[: marked.index(plain[0])]]

@@ -11,7 +11,7 @@ from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.text.conversation import Conversation, read_example, render
 from adaptkit.text.rows import SUFFIXES, read_pieces, read_rows, read_text
-from adaptkit.text.tokenizer_files import load_tokenizer
+from adaptkit.text.tokenizer_files import first_tokens, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +61,10 @@ def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: i
     for ids, ends_itself in _texts(files, tokenizer, limit):
         if ids:
             stream += ids if ended else [*end, *ids]
-            ended = ends_itself
+            ended = ends_itself or ids[-1:] == end  # some tokenizers end every text
         if limit is not None and len(stream) >= limit:
             break
-    begin = tokenizer("", verbose=False)["input_ids"][:1]
-    windows = _cut(stream, window, [int(token) for token in begin])
+    windows = _cut(stream, window, first_tokens(tokenizer))
     if not windows or len(windows[0]) < 2:
         raise DataError(f"{', '.join(map(str, files)) or 'no files'}: hold no text", hint="give text to read")
     return torch.tensor(windows[:wanted])

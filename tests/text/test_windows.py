@@ -89,6 +89,21 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(beginning, tmp_path)
     assert windows[:, 1:].reshape(-1).tolist() == content[: len(windows) * 31]
 
 
+def test_a_tokenizer_that_ends_every_text_begins_no_window_with_that_end_and_ends_none_twice(copy_of, llama, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    folder = copy_of(llama)
+    tokenizer = load_tokenizer(folder)
+    end, number = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
+    tokenizer.save_pretrained(folder)
+    rows = [{"text": "whales under water"}, {"text": "kites"}, {"text": "clocks in old books"}]
+    expected = [token for row in rows for token in tokenizer(row["text"])["input_ids"]]
+    assert expected.count(number) == 3
+    windows = read_tokens([write(tmp_path, "rows.jsonl", *rows)], folder, window=4)
+    assert windows.reshape(-1).tolist() == expected[: windows.numel()]
+
+
 @given(texts=st.lists(st.text(), min_size=1, max_size=5), window=st.integers(2, 60), limit=st.integers(2, 200))
 def test_no_token_is_lost_or_moved_and_the_limit_holds(llama, tmp_path_factory, tokenizer, texts, window, limit):
     path = write(tmp_path_factory.mktemp("texts"), "rows.jsonl", *({"text": text} for text in texts))

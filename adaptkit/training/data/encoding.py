@@ -17,6 +17,7 @@ from typing import Any
 
 from adaptkit.errors import DataError, UsageError
 from adaptkit.text.conversation import Conversation, Example, Message, Tools, is_text, render
+from adaptkit.text.tokenizer_files import first_tokens
 from adaptkit.training.data.answers import (
     Answer,
     alone_with,
@@ -82,7 +83,7 @@ class Encoder:
             raise UsageError(f"{type(tokenizer).__name__} is no fast tokenizer", hint="add its tokenizer.json")
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
-        self._begin = array("i", _first_tokens(tokenizer))
+        self._begin = array("i", first_tokens(tokenizer))
         self._cuts = _joins(tokenizer)
 
     def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[Encoded]:
@@ -253,7 +254,7 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools =
     """The tokens of a conversation, up to where the model answers."""
     (text,) = render([Conversation(messages, True, tools)], tokenizer)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    return ids if tokenizer.chat_template is not None else [*_first_tokens(tokenizer), *ids]
+    return ids if tokenizer.chat_template is not None else [*first_tokens(tokenizer), *ids]
 
 
 def after_answer(tokenizer: Any) -> tuple[str, str]:
@@ -273,13 +274,6 @@ def after_answer(tokenizer: Any) -> tuple[str, str]:
     if not longer.startswith(text[:begun]):
         return after, after
     return after, after[: shared(after, longer[begun:])]
-
-
-def _first_tokens(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before a text: one token, or none."""
-    text = "a"
-    marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [int(token) for token in marked[: marked.index(plain[0])]]
 
 
 def _joins(tokenizer: Any) -> bool:
