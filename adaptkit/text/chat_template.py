@@ -73,6 +73,18 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
     tokenizer.chat_template = "".join(lines) + template
 
 
+def known_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]) -> dict[str, str | float | bool]:
+    """Those of the variables that a tokenizer's chat template asks for.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not values or tokenizer.chat_template is None:
+        return {}
+    asked = _variables_in(template_of(tokenizer), "the chat template cannot be read") - _OURS
+    return {name: value for name, value in values.items() if name in asked}
+
+
 def template_of(tokenizer: Any, tools: Any = None) -> str:
     """The template of conversations with or without tools; some tokenizers have one for each.
 

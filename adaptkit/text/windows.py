@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder, text_config
 from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
+from adaptkit.text.chat_template import known_template_kwargs, set_template_kwargs
 from adaptkit.text.conversation import Conversation, read_example, render
 from adaptkit.text.rows import SUFFIXES, read_pieces, read_rows, read_text
 from adaptkit.text.tokenizer_files import first_tokens, load_tokenizer
@@ -23,7 +24,14 @@ _BEHIND = 16
 """Tokens behind those that are wanted which have to be the same, too, in a longer beginning of a text."""
 
 
-def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: int | None = None) -> Tensor:
+def read_tokens(
+    files: Sequence[Path],
+    root: Path,
+    *,
+    window: int,
+    max_tokens: int | None = None,
+    template_kwargs: Mapping[str, str | float | bool] | None = None,
+) -> Tensor:
     """Tokenize text files with a checkpoint's tokenizer and cut them into windows.
 
     The rows of a file of ``text.rows`` hold ``text``, or a conversation in a layout of ``text.conversation``, which
@@ -37,6 +45,7 @@ def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: i
         window: tokens in a window; at least 2.
         max_tokens: make no more windows than this many tokens fill, one at least. Files are read little further than
             these need; a row is read whole.
+        template_kwargs: variables of chat templates; those that this one asks for count.
 
     Returns:
         (windows, window) int64. What is left over at the end and fills no window is dropped, unless it is all there
@@ -54,6 +63,7 @@ def read_tokens(files: Sequence[Path], root: Path, *, window: int, max_tokens: i
         window = min(window, max_tokens)
     wanted = None if max_tokens is None else max_tokens // window
     tokenizer = load_tokenizer(root)
+    set_template_kwargs(tokenizer, known_template_kwargs(tokenizer, template_kwargs or {}))
     stream: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     ended = True

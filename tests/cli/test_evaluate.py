@@ -172,12 +172,13 @@ def test_the_chat_template_gets_the_variables_that_it_got_in_training(llama, cop
     model = copy_of(llama)
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").write_text("{% if quick %}Hurry! {% endif %}" + template)
-    command = ["evaluate", "--base", model, "--data", instructions, "--device", "cpu", "--json"]
+    command = ["evaluate", "--base", model, "--data", instructions, "--text", instructions, "--device", "cpu", "--json"]
     slow, quick = (json.loads(run_cli(*command, *more).stdout) for more in ((), ("--chat-template-kwargs", "quick=1")))
     assert slow["answer_tokens"] == quick["answer_tokens"]
     assert slow["loss"] != quick["loss"]
     (model / "chat_template.jinja").write_text("Hurry! " + template)
-    assert json.loads(run_cli(*command).stdout)["loss"] == quick["loss"]
+    told = json.loads(run_cli(*command).stdout)
+    assert (told["loss"], told["text"]) == (quick["loss"], quick["text"])
 
 
 def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(llama, adapter, instructions, run_cli):

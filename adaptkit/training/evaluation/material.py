@@ -156,7 +156,13 @@ class _Reader:
             dataset = load_data(self._data, self._tokenizer, self._max_length, **rows)
         windows = None
         if self._text:
-            windows = read_tokens(self._text, self._base, window=options.window, max_tokens=options.max_tokens)
+            windows = read_tokens(
+                self._text,
+                self._base,
+                window=options.window,
+                max_tokens=options.max_tokens,
+                template_kwargs=options.chat_template_kwargs,
+            )
         prompts = [self._prompt(_question(prompt), shots) for prompt in options.prompts]
         for prompt, (ids, _) in zip(options.prompts, prompts, strict=True):
             check_prompt(self._base, prompt, len(ids), options.max_new_tokens)
