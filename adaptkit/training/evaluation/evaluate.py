@@ -138,6 +138,8 @@ def measure(
     loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
     text = None if material.windows is None else measure_text(model, material.windows, reference)
     _require_numbers(base, {"the answers": loss, "the text": text.loss if text else None})
+    if text is not None and reference is not None:
+        _require_numbers(reference.checkpoint.root, {"the text": text.reference_loss})
     total = sum(parameter.numel() for parameter in empty_network(model.checkpoint).parameters())
     report = EvaluateReport(
         base=str(base),

@@ -126,7 +126,7 @@ def test_a_token_that_the_model_does_not_know_is_refused(llama, copy_of, tmp_pat
         evaluate(folder, None, (), EvaluateOptions(**FLOAT32), text=[tmp_path / "new.txt"])
 
 
-@pytest.mark.parametrize("measured", ["data", "text"])
+@pytest.mark.parametrize("measured", ["data", "text", "reference"])
 @pytest.mark.parametrize("matrix", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"])
 def test_a_model_that_gives_no_numbers_is_not_reported_as_one_that_does(
     llama, copy_of, instructions, prose, measured, matrix
@@ -139,8 +139,9 @@ def test_a_model_that_gives_no_numbers_is_not_reported_as_one_that_does(
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     options = EvaluateOptions(window=64, max_tokens=128, device="cpu")
     given = {"data": [instructions]} if measured == "data" else {"text": [prose]}
-    with pytest.raises(NonFiniteError, match="is nan"):
-        evaluate(base, options=options, **given)
+    model, reference = (llama, base) if measured == "reference" else (base, None)
+    with pytest.raises(NonFiniteError, match=f"{base}: its loss .* is nan"):
+        evaluate(model, options=options, reference=reference, **given)
 
 
 def test_the_table_shows_text_and_what_was_left_out(llama, instructions, prose, run_cli):
