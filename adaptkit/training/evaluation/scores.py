@@ -29,10 +29,10 @@ class Scores:
 
     Attributes:
         bleu: 0 to 100.
-        nist: at least 0, without an upper end; None where every answer is too short for it.
+        nist: at least 0, without an upper end; None where no answer, or no reference, has a word.
         meteor: 0 to 1.
         rouge_l: 0 to 1.
-        cider: 0 to 10; None for a single question, whose words are all equally rare.
+        cider: 0 to 10; None for a single question, whose words are all equally rare, and where no reference has one.
         meteor_variant: which matches METEOR counted.
         signature: sacrebleu's, of BLEU, and the versions of the other packages.
     """
@@ -117,7 +117,7 @@ def _nist(answers: Sequence[list[str]], references: Sequence[Sequence[list[str]]
     from nltk.translate.nist_score import corpus_nist
 
     order = min(_NIST_ORDER, max(len(words) for words in answers))
-    return float(corpus_nist(references, answers, n=order)) if order else None
+    return float(corpus_nist(references, answers, n=order)) if order and _have_words(references) else None
 
 
 def _meteor(answers: Sequence[list[str]], references: Sequence[Sequence[list[str]]]) -> tuple[float, str]:
@@ -170,8 +170,13 @@ def _cider(answers: Sequence[list[str]], references: Sequence[Sequence[list[str]
     """None for one question: the logarithm of the number of questions weighs every n-gram with zero."""
     from pycocoevalcap.cider.cider import Cider
 
-    if len(answers) < 2:
+    if len(answers) < 2 or not _have_words(references):
         return None
     found = {number: [" ".join(words)] for number, words in enumerate(answers)}
     expected = {number: [" ".join(words) for words in of_one] for number, of_one in enumerate(references)}
     return float(Cider().compute_score(expected, found)[0])
+
+
+def _have_words(references: Sequence[Sequence[list[str]]]) -> bool:
+    """Sacrebleu's tokenizer takes some texts, as ``<skipped>``, for none."""
+    return any(words for of_one in references for words in of_one)

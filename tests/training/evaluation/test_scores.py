@@ -65,6 +65,13 @@ def test_empty_answers_and_single_questions_have_scores_where_a_score_means_some
         score(["a"], [[]])
 
 
+def test_references_that_have_no_word_are_no_crash():
+    """They are text, and sacrebleu's tokenizer leaves nothing of them."""
+    found = score(["a b", ""], [["<skipped>"], ["<skipped>"]])
+    assert (found.bleu, found.nist, found.meteor, found.cider) == (0, None, 0, None)
+    assert score(["a b", "c"], [["<skipped>"], ["c d"]]).nist is not None
+
+
 SYNONYMS = """
 from adaptkit.training.evaluation.scores import score
 found = score(["quick car now"], [["quick auto now"]])
