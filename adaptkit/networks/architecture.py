@@ -194,6 +194,13 @@ def _class_named(name: str, config: Any) -> Any:
     return found if fits and isinstance(config, found.config_class or ()) else None
 
 
+def _give_no_advice(input_ids: Any, attention_mask: Any) -> None:
+    """Where a model as GPT-2 would advise to pass a mask, since its end token pads, too: there is one where it matters.
+
+    Tokens at the end, as in training, are padding that no other token sees.
+    """
+
+
 def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) -> Any:
     """Make a model of a checkpoint's configuration on the meta device.
 
@@ -212,6 +219,7 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
                 network = build(config)
             if network is not None:
                 network.tie_weights()  # which transformers 5.0 leaves to whoever loads weights
+                network.base_model.warn_if_padding_and_no_attention_mask = _give_no_advice
             return network
         except (*REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is

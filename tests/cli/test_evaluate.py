@@ -191,6 +191,12 @@ def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(lla
     assert second.startswith("llama + adapter")
 
 
+def test_a_model_whose_end_token_pads_too_brings_no_advice_of_transformers(gpt2, instructions, run_cli):
+    """GPT-2's looks for that token at both ends of its input."""
+    done = run_cli("evaluate", "--base", gpt2, "--data", instructions, "--text", instructions, "--window", 64)
+    assert (done.code, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_names_and_answers_stay_text(hostile):
     answers = [Answer(hostile + " + a", ({"role": "user", "content": hostile},), hostile, (hostile,))]
