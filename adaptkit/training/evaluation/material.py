@@ -110,7 +110,7 @@ def read_material(
         check_window(reference, options.window)
     wanted: Sequence[Question] = ()
     if options.generate or (data and options.shots):
-        wanted = read_questions(data, options.layout)
+        wanted = read_questions(data, options.layout, to_score=options.generate)
     shots = read_shots(options.shots_from, options.shots, options.seed, wanted, options.layout) if options.shots else ()
     asked = choose(wanted, options.samples, options.seed) if options.generate else ()
     readers = [_Reader(model, data, text, options) for model in models]

@@ -38,8 +38,14 @@ class Question:
     tools: Tools = ()
 
 
-def read_questions(files: Sequence[Path], layout: str | None = None) -> tuple[Question, ...]:
+def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score: bool = True) -> tuple[Question, ...]:
     """Group the rows of data files by what they ask, in the order of first appearance.
+
+    Args:
+        files: of rows.
+        layout: of the rows; None to find out for each.
+        to_score: whether answers are to be scored against theirs, which an empty one or a call cannot be; their loss
+            can be measured.
 
     Raises:
         DataError: an unreadable file, a row without question or answer (with file and line), or no rows.
@@ -51,9 +57,9 @@ def read_questions(files: Sequence[Path], layout: str | None = None) -> tuple[Qu
         *before, answer = example.messages
         if not before:
             raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
-        if CALLS in answer:
+        if to_score and CALLS in answer:
             raise DataError(f"{where}: the answer calls a tool, which no score compares", hint="measure its loss alone")
-        if not answer["content"].strip():
+        if to_score and not answer["content"].strip():
             raise DataError(f"{where}: the answer is empty", hint="every row needs a reference answer")
         key = json.dumps([before, example.tools], sort_keys=True)
         asked.setdefault(key, (tuple(before), example.tools))

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from transformers import AutoModelForCausalLM
 
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.evaluation.comparison import compare
@@ -117,6 +117,16 @@ def test_questions_that_do_not_fit_every_context_are_left_out_for_all(llama, gpt
     assert [(r.generated.questions, r.generated.too_long) for r in found.models] == [(2, 1), (2, 1)]
     assert [(r.samples, r.truncated, r.dropped) for r in found.models] == [(3, 0, 0), (2, 0, 1)]
     assert compare([llama], data=[path], options=options).models[0].generated.questions == 3
+
+
+def test_an_answer_that_no_score_compares_has_a_loss_with_examples_as_without(llama, instructions, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"ask {n}", "output": n * "x"}) + "\n" for n in (0, 1)))
+    options = {"shots": 2, "shots_from": (instructions,), **FLOAT32}
+    without, with_shots = compare([llama], data=[path], options=EvaluateOptions(**options)).models
+    assert (without.samples, without.answer_tokens) == (with_shots.samples, with_shots.answer_tokens) == (2, 3)
+    with pytest.raises(DataError, match="line 1: the answer is empty"):
+        compare([llama], data=[path], options=EvaluateOptions(generate=True, **options))
 
 
 @pytest.mark.parametrize(
