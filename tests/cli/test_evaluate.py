@@ -181,6 +181,23 @@ def test_the_chat_template_gets_the_variables_that_it_got_in_training(llama, cop
     assert (told["loss"], told["text"]) == (quick["loss"], quick["text"])
 
 
+def test_text_of_other_tokens_is_told(llama, gpt2, copy_of, run_cli, tmp_path):
+    """Even where there are as many: the other tokenizer begins texts with a token."""
+    from tokenizers.processors import TemplateProcessing
+
+    other, begin = copy_of(llama), "<|im_start|>"
+    tokenizer = load_tokenizer(other)
+    marks = [(begin, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=marks)
+    tokenizer.save_pretrained(other)
+    (tmp_path / "prose.txt").write_text("the rivers in the north are quiet and the metals at night are not. " * 12)
+    more = ("--base", llama, "--text", tmp_path / "prose.txt", "--window", 32, "--max-tokens", 64)
+    for base, told in ((other, True), (gpt2, False)):
+        done = run_cli("evaluate", "--base", base, *more)
+        assert (done.code, done.stderr) == (0, "")
+        assert ("perplexities of text are of different tokens" in done.stdout) is told
+
+
 def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(llama, adapter, instructions, run_cli):
     done = run_cli("evaluate", "--base", llama, "--adapter", adapter, "--compare", "--data", instructions)
     assert (done.code, done.stderr) == (0, "")

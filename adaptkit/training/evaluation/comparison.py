@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
 from adaptkit.training.evaluation.evaluate import check_request, load, measure, read_own
@@ -40,10 +42,12 @@ class Comparison:
     Attributes:
         models: every base, then every base with examples, then every adapter on its base, each in the order given.
         forgetting: for each model but the first that was made from another of them; empty without text.
+        same_text: whether the text is the same tokens for all; perplexities of others cannot be compared.
     """
 
     models: tuple[EvaluateReport, ...]
     forgetting: tuple[Forgetting, ...]
+    same_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ def compare(
         material = (examples if subject.shots else materials)[subject.asked]
         reports.append(measure(subject.base, subject.adapter, material, options, other, on_answer))
     progress(len(subjects), len(subjects))
-    return Comparison(tuple(reports), _forgetting(subjects, reports))
+    windows = [material.windows for material in materials.values() if material.windows is not None]
+    same_text = all(torch.equal(windows[0], other) for other in windows)
+    return Comparison(tuple(reports), _forgetting(subjects, reports), same_text)
 
 
 def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -> list[_Subject]:
