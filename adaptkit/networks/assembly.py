@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.naming import Place, places
+
+_GET_AGAIN = "get the checkpoint again, with the config.json that belongs to it"
 
 
 def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -103,7 +106,7 @@ class Assembly:
         if name not in self.sources:
             raise CheckpointError(
                 f"{self.checkpoint.root}: has no {name}, which {type(self.network).__name__} needs",
-                hint="get the checkpoint again, with the config.json that belongs to it",
+                hint=_GET_AGAIN,
             )
         return self._places[self.sources[name][0]]
 
@@ -207,7 +210,7 @@ class Assembly:
 
     def _checked(self, name: str, expected: Sequence[int]) -> Tensor:
         value = self.read(name)
-        check_shape(name, value.shape, expected)
+        check_shape(self.checkpoint.root, name, value.shape, expected)
         return value
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
@@ -240,14 +243,22 @@ def _compute_buffers(network: Any, held: Container[str]) -> None:
                 raise CheckpointError(f"{type(network).__name__} does not say what {name} holds, and no file does")
 
 
-def check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+def check_shape(root: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
     """Compare a tensor's shape with the one that the architecture gives it.
+
+    Args:
+        root: folder of the checkpoint.
+        name: of the tensor.
+        found: its shape.
+        expected: the architecture's.
 
     Raises:
         CheckpointError: they differ.
     """
     if tuple(found) != tuple(expected):
-        raise CheckpointError(f"{name} is {list(found)} in the file; the architecture expects {list(expected)}")
+        raise CheckpointError(
+            f"{root}: {name} is {list(found)} in the file; the architecture expects {list(expected)}", hint=_GET_AGAIN
+        )
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

@@ -268,8 +268,10 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
     (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a " * 600, "output": "b"}) + "\n")
     (tmp_path / "text.txt").write_text("words " * 50)
     (tmp_path / "two.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "text": "a b"}) + "\n")
-    other = tiny.write_llama(tmp_path / "other", seed=5)
+    other, wider = tiny.write_llama(tmp_path / "other", seed=5), tiny.write_llama(tmp_path / "wider", seed=6)
     of_another = certified(adapter, other)
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
     monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest keeps its own
     cases = [
         (["--data", tmp_path / "empty.jsonl"], 5, "there are no rows"),
@@ -291,6 +293,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--data", tmp_path / "two.jsonl"], 5, "more than one layout"),
         (["--prompt", "words " * 400], 2, "too long for"),
         (["--data", instructions, "--html", tmp_path], 2, "is a directory"),
+        (["--data", instructions, "--base", wider], 5, f"{wider}: model.embed_tokens.weight is [301, 64]"),
     ]  # fmt: skip
     for arguments, code, message in cases:
         monkeypatch.setattr("sys.argv", ["adaptkit", "evaluate", "--base", str(llama), *map(str, arguments)])

@@ -281,11 +281,11 @@ def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
             weight = PlainWeight(weight.weight.T)
     if isinstance(weight, ExpertList):
         raise CheckpointError(f"{weight_name}: is quantized in pieces", hint="quantize it as one matrix")
-    check_shape(weight_name, weight.shape, expected)
+    check_shape(assembly.checkpoint.root, weight_name, weight.shape, expected)
     bias = None
     if module.bias is not None:
         bias = assembly.read(bias_name)
-        check_shape(bias_name, bias.shape, module.bias.shape)
+        check_shape(assembly.checkpoint.root, bias_name, bias.shape, module.bias.shape)
     return LoraLinear(weight, bias, module.weight.dtype, name)
 
 
@@ -297,7 +297,7 @@ def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -
             assembly.load(parameter, dtype, device)
             continue
         stack = read_weight(assembly, name)
-        check_shape(name, stack.shape, parameter.shape)
+        check_shape(assembly.checkpoint.root, name, stack.shape, parameter.shape)
         parent, _, child = name.rpartition(".")
         stacks.setdefault(parent, {})[child] = stack
     for parent, found in stacks.items():
