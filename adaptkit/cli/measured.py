@@ -72,6 +72,7 @@ def remarks(comparison: "Comparison") -> list[str]:
         said.append("losses are means over different numbers of answer tokens: tokenizers or cuts differ")
     if not comparison.same_text:
         said.append("perplexities of text are of different tokens, and no measure of one another: tokenizers differ")
+    said += models[0].unused_remarks
     for remark, names in _left_out(comparison).items():
         said.append(f"{remark} ({'each model' if len(names) == len(models) > 1 else ', '.join(names)})")
     generated = next((report.generated for report in models if report.generated), None)

@@ -181,6 +181,22 @@ def test_the_chat_template_gets_the_variables_that_it_got_in_training(llama, cop
     assert (told["loss"], told["text"]) == (quick["loss"], quick["text"])
 
 
+def test_columns_that_are_not_used_and_a_template_that_is_not_there_are_told(llama, copy_of, run_cli, tmp_path):
+    """As in training: a name that is misspelled leaves the context out."""
+    bare, rows = copy_of(llama), tmp_path / "rows.jsonl"
+    (bare / "chat_template.jinja").unlink()
+    rows.write_text(json.dumps({"instruction": "ask", "contxt": "of rivers", "output": "yes"}) + "\n")
+    unused, lines = f"{rows}: not used: contxt", "there is no chat template: messages are lines that follow each other"
+    for more, told in ((["--base", llama], False), (["--base", bare], True), (["--base", llama, "--base", bare], True)):
+        done = run_cli("evaluate", *more, "--data", rows, "--html", tmp_path / "page.html")
+        assert (done.code, done.stderr) == (0, "")
+        notes = [line.split(None, 1)[1] for line in done.stdout.splitlines() if line.startswith("note")]
+        assert unused in notes
+        assert any(note.startswith(lines) for note in notes) is told
+    rows.write_text(json.dumps({"text": "of rivers"}) + "\n")
+    assert "note" not in run_cli("evaluate", "--base", bare, "--data", rows).stdout
+
+
 def test_text_of_other_tokens_is_told(llama, gpt2, copy_of, run_cli, tmp_path):
     """Even where there are as many: the other tokenizer begins texts with a token."""
     from tokenizers.processors import TemplateProcessing

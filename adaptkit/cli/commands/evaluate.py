@@ -132,6 +132,7 @@ def _rows(report: "EvaluateReport") -> list[Row]:
     if report.loss is not None:
         rows.append(("loss", f"{_loss(report.loss, report.perplexity)} over {report.answer_tokens} answer tokens"))
         rows.append(("samples", _samples(report)))
+        rows += [("note", remark) for remark in report.unused_remarks]
     if report.text is not None:
         rows += _text_rows(report.text)
     if report.generated is not None:

@@ -134,7 +134,7 @@ def measure(
 ) -> EvaluateReport:
     """Measure one model on what was read for it; see ``evaluate``."""
     model = load(base, options, adapter)
-    samples = material.dataset.samples if material.dataset else ()
+    samples, sources = (material.dataset.samples, material.dataset.sources) if material.dataset else ((), ())
     loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
     text = None if material.windows is None else measure_text(model, material.windows, reference)
     _require_numbers(base, {"the answers": loss, "the text": text.loss if text else None})
@@ -160,6 +160,8 @@ def measure(
         answers={},
         own_template=material.own_template and bool(samples or options.prompts),
         trained_template=_other_template(base, adapter, options) if samples or options.prompts else None,
+        without_template=material.tokenizer.chat_template is None and (material.talks or bool(options.prompts)),
+        unused={source.name: source.unused for source in sources if source.unused},
     )
     return _with_answers(report, model, material, options, on_answer)
 

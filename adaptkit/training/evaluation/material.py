@@ -80,6 +80,11 @@ class Material:
     question_prompts: tuple[tuple[int, ...], ...]
     too_long: int
 
+    @property
+    def talks(self) -> bool:
+        """Whether there are conversations in the data."""
+        return self.dataset is not None and (bool(self.shots) or self.dataset.talks)
+
 
 def read_material(
     models: Sequence[Asked],

@@ -138,6 +138,8 @@ class EvaluateReport:
         answers: prompt -> answer.
         own_template: whether prompts went through a chat template that came with the adapter, and is not the base's.
         trained_template: the ``chat_template_kwargs`` of the model's training run, if prompts are others now.
+        without_template: whether there is no chat template, so that messages are lines that follow each other.
+        unused: columns that no layout has, of the files of the data that have some.
     """
 
     base: str
@@ -158,6 +160,8 @@ class EvaluateReport:
     answers: dict[str, str]
     own_template: bool = False
     trained_template: dict[str, Any] | None = None
+    without_template: bool = False
+    unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def template_remark(self) -> str | None:
@@ -167,7 +171,17 @@ class EvaluateReport:
             given = " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(self.trained_template.items()))
             named = f"chat_template_kwargs {given}" if given else "no chat_template_kwargs"
             remarks.append(f"trained with {named}, unlike measured")
+        if self.without_template:
+            remarks.append("there is no chat template: messages are lines that follow each other")
         return "; ".join(remarks) or None
+
+    @property
+    def unused_remarks(self) -> list[str]:
+        """What is to be said of columns that nothing was made of, for each file that has some."""
+        return [
+            f"{file}: not used: {', '.join(name or 'a column without a name' for name in names)}"
+            for file, names in self.unused.items()
+        ]
 
     @property
     def label(self) -> str:
