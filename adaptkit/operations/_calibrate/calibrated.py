@@ -98,7 +98,7 @@ def calibrate(
         for layer in layer_moments(checkpoint, tokens, second_moments=compensate, progress=progress):
             wanted = {
                 plans[f"{module}.weight"]: moments
-                for module, moments in layer.moments.items()
+                for module, moments in layer.items()
                 if f"{module}.weight" in plans and plans[f"{module}.weight"].encoding is not None
             }
             if wanted:

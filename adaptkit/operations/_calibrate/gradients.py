@@ -39,13 +39,11 @@ class LayerGradients:
     """What one layer's linears have to do with the prediction.
 
     Attributes:
-        prefix: the layer's dotted path.
         gradient_square: by the linear's dotted path in the files, (out,) float32: E[g²] over the tokens that it saw,
             in nats² by the squared unit of its output. A linear that no token reached is absent.
         inputs: by the same paths, what entered the linear, as ``layer_moments`` measures it.
     """
 
-    prefix: str
     gradient_square: Mapping[str, Tensor]
     inputs: Mapping[str, InputMoments]
 
@@ -95,7 +93,7 @@ def layer_gradients(
             grads = [_top(replay, batch, outputs.get(count - 1, batch), generator) for batch in range(batches)]
         for name, square in collector.mean_squares().items():
             entered = {name: inputs.moments()[name]}
-            yield LayerGradients(name, replay.as_in_files({name: square}), replay.as_in_files(entered))
+            yield LayerGradients(replay.as_in_files({name: square}), replay.as_in_files(entered))
         taken_over: list[dict[Place, list[Tensor]]] = [{} for _ in range(batches)]
         for index in reversed(range(count)):
             collector, inputs = _Collector(), Collector(products=False)
@@ -106,7 +104,7 @@ def layer_gradients(
                     grads[batch] = _back(replay, index, batch, before, grads[batch], owed)
                     progress((2 * count - 1 - index) * batches + batch + 1, 2 * count * batches)
             squares, entered = collector.mean_squares(), inputs.moments()
-            yield LayerGradients(replay.prefixes[index], replay.as_in_files(squares), replay.as_in_files(entered))
+            yield LayerGradients(replay.as_in_files(squares), replay.as_in_files(entered))
 
 
 class _Outputs:

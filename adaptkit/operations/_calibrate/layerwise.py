@@ -24,27 +24,10 @@ class InputMoments:
     Attributes:
         mean_square: (in,) float32, E[x²], summed in float64.
         second_moment: (in, in) float32, E[x xᵀ]; None if it was not asked for.
-        tokens: how many there were; fewer than all for an expert that a router chooses.
     """
 
     mean_square: Tensor
     second_moment: Tensor | None
-    tokens: int
-
-
-@dataclass(frozen=True)
-class LayerMoments:
-    """The moments of one layer's linears.
-
-    Attributes:
-        prefix: the layer's dotted path: ``model.layers.0``.
-        moments: by the linear's dotted path in the files, which may lack a prefix, or hold in several matrices what
-            the network has in one. Linears that read the same tensor share one ``InputMoments``; one that no token
-            reached is absent.
-    """
-
-    prefix: str
-    moments: Mapping[str, InputMoments]
 
 
 def layer_moments(
@@ -53,7 +36,7 @@ def layer_moments(
     *,
     second_moments: bool = False,
     progress: Progress = no_progress,
-) -> Iterator[LayerMoments]:
+) -> Iterator[dict[str, InputMoments]]:
     """Run a 16- or 32-bit checkpoint over tokens, and measure what enters its linear layers.
 
     Args:
@@ -63,7 +46,9 @@ def layer_moments(
         progress: told how many batches of layers are done, of how many.
 
     Yields:
-        The layers in their order, then every linear outside them (an untied head) under its own path.
+        The moments of each layer's linears, in the order of the layers, then of every linear outside them (an untied
+        head): by dotted path in the files, which may lack a prefix, or hold in several matrices what the network has in
+        one. Linears that read the same tensor share one ``InputMoments``; one that no token reached is absent.
 
     Raises:
         UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
@@ -74,15 +59,15 @@ def layer_moments(
     count = len(replay.prefixes)
     outputs: list[Any] = [None] * len(replay.batches)
     with replay.outside():
-        for index, prefix in enumerate(replay.prefixes):
+        for index in range(count):
             collector = Collector(second_moments)
             with replay.layer(index), collector.watching(replay.linears(index)), torch.no_grad():
                 for batch, before in enumerate(outputs):
                     outputs[batch] = replay.run(index, batch, before)
                     progress(index * len(outputs) + batch + 1, count * len(outputs))
-            yield LayerMoments(prefix, replay.as_in_files(collector.moments()))
+            yield replay.as_in_files(collector.moments())
         for name, moments in _outside(replay, outputs, second_moments).items():
-            yield LayerMoments(name, replay.as_in_files({name: moments}))
+            yield replay.as_in_files({name: moments})
 
 
 def _outside(replay: Replay, outputs: list[Any], second_moments: bool) -> dict[str, InputMoments]:
@@ -160,7 +145,7 @@ class Collector:
         for name, sums in seen.items():
             if id(sums) not in done:
                 mean_square = sums.mean_square(f"what enters {name}")
-                done[id(sums)] = InputMoments(mean_square, sums.mean_product(), sums.tokens)
+                done[id(sums)] = InputMoments(mean_square, sums.mean_product())
         return {name: done[id(sums)] for name, sums in seen.items()}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
