@@ -164,14 +164,14 @@ def measure_ours(folder: Path, size: Size, device: Device, rounds: int) -> dict[
         device=device.name, vocabulary=size.vocabulary, page_kib=size.page_kib,
     )  # fmt: skip
     found = _steps(step, device, rounds)
-    state, seconds = step.optimizer.state, {"resident": [], "paged": []}
-    whole = state.pages.count * state.pages.page_bytes
+    pages, seconds = step.optimizer.state.pages, {"resident": [], "paged": []}
+    whole = pages.count * pages.page_bytes
     for _ in range(3):
         for kind, budget in (("resident", None), ("paged", int(QUARTER * whole))):
-            state.pages.set_budget(budget)
+            pages.set_budget(budget)
             step()
             seconds[kind] += [device.seconds(step) for _ in range(max(2, rounds // 3))]
-    return found | {kind: statistics.median(times) for kind, times in seconds.items()} | {"pages": state.metrics()}
+    return found | {kind: statistics.median(times) for kind, times in seconds.items()} | {"pages": pages.metrics()}
 
 
 def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> dict[str, Any]:

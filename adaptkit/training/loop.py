@@ -186,7 +186,7 @@ def _report(output: Path, inputs: Inputs, run: Run, kept: int, manifest: Manifes
         checkpointing=str(run.activations.checkpointing),
         compute_dtype=inputs.config.compute_dtype,
         memory=run.memory(),
-        paging=run.optimizer.state.metrics(),
+        paging=run.optimizer.state.pages.metrics(),
         tokens_per_second=run.tokens_per_second,
         tensors_root=manifest.tensors_root,
         manifest_sha256=manifest.sha256,

@@ -144,8 +144,8 @@ class Run:
 
     def memory(self) -> dict[str, int | None]:
         """Bytes that were predicted, by part and in all, and by how much the process's memory grew at its highest."""
-        state, count = self.optimizer.state, self.trainable.values.numel()
-        return memory_report(self.model.network, count, state.metrics(), self.activations, self._peak)
+        pages, count = self.optimizer.state.pages, self.trainable.values.numel()
+        return memory_report(self.model.network, count, pages.metrics(), self.activations, self._peak)
 
     def chosen(self) -> list[Chosen]:
         """The adapter to publish, and then the one to keep beside it, if that is another."""

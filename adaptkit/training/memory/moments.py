@@ -118,10 +118,6 @@ class PagedState:
             start, count = start + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def metrics(self) -> dict[str, int]:
-        """See ``Pages.metrics``."""
-        return self.pages.metrics()
-
     def _span(self, page: int) -> slice:
         return slice(page * self._elements, min((page + 1) * self._elements, self.count))
 

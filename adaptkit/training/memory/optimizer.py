@@ -30,8 +30,6 @@ class PagedAdamW:
         groups: cover them, in order; say what the learning rate is multiplied by, and whether weights decay.
         state: the moments of N parameters.
         weight_decay: decoupled from the gradient.
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
     """
 
     def __init__(
@@ -41,11 +39,9 @@ class PagedAdamW:
         groups: Sequence[Group],
         state: PagedState,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
     ) -> None:
         self._parameters, self._gradients, self._groups = parameters, gradients, groups
-        self.state, self._weight_decay, self._betas, self._eps = state, weight_decay, betas, eps
+        self.state, self._weight_decay = state, weight_decay
         self.steps = 0
 
     def clip(self, max_norm: float) -> float:
@@ -64,15 +60,9 @@ class PagedAdamW:
             The page table, and what moved in this step, under ``paging``; nothing if everything is resident.
         """
         self.steps += 1
-        before = self.state.metrics()
+        before = self.state.pages.metrics()
         rules = [
-            AdamW(
-                learning_rate * group.rate,
-                self.steps,
-                self._weight_decay if group.decay else 0.0,
-                self._betas,
-                self._eps,
-            )
+            AdamW(learning_rate * group.rate, self.steps, self._weight_decay if group.decay else 0.0)
             for group in self._groups
         ]
         waiting: list[tuple[list[Tensor], ...]] = [([], [], [], []) for _ in rules]
@@ -89,7 +79,7 @@ class PagedAdamW:
                     rule.update(*vectors)
                     for vector in vectors:
                         vector.clear()
-        after = self.state.metrics()
+        after = self.state.pages.metrics()
         moved = {name: after[name] - before[name] for name in ("faults", "write_backs")}
         return {"paging": after | moved} if after["resident"] < after["pages"] else {}
 
