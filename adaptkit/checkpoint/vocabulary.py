@@ -104,7 +104,12 @@ def is_usual_table(module: str) -> bool:
 
 def is_rare_table(module: str) -> bool:
     """The same for names that could be something else's, too: only if a checkpoint has none of the usual ones."""
-    return bool(_RARE_TABLE.search(module)) and not _NUMBERED.search(module)
+    return bool(_RARE_TABLE.search(module)) and not is_in_layers(module)
+
+
+def is_in_layers(path: str) -> bool:
+    """Whether a dotted path goes through a number, as those of what layers have do."""
+    return bool(_NUMBERED.search(path))
 
 
 def is_head(module: str) -> bool:

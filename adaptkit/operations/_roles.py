@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.layout import class_names
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.vocabulary import is_usual_head
+from adaptkit.checkpoint.vocabulary import is_in_layers, is_usual_head
 from adaptkit.lazy import torch
 from adaptkit.networks.architecture import (
     empty_network,
@@ -32,7 +32,6 @@ from adaptkit.operations._vocabulary import find_vocabulary
 if TYPE_CHECKING:
     from torch import nn
 
-_NUMBERED = re.compile(r"(^|\.)\d+\.")
 _EXPERTS = re.compile(r"^(?:.*?\.)?experts(?=\.)")
 _TABLE = re.compile(r"embed|relative_attention_bias|(^|\.)(wte|wpe)(\.|$)")
 _LOOKED_UP = re.compile(
@@ -139,7 +138,7 @@ def _kind_by_name(spec: TensorSpec, module: str, model_type: str) -> str:
         (is_usual_head(module), "head"),
         (bool(_TABLE.search(module)), "embedding"),
         (is_router(module), "router"),
-        (not _NUMBERED.search(module), "outside the layers"),
+        (not is_in_layers(module), "outside the layers"),
         (model_type in _OWN_LINEAR_MODELS, "not a linear layer"),
         (bool(_FLOAT32.search(module)), "float32 by its architecture"),
         (is_conv1d(model_type, module), "conv1d"),

@@ -8,6 +8,7 @@ from typing import Any
 from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import (
+    is_in_layers,
     is_rare_table,
     is_tied_by_default,
     is_usual_head,
@@ -17,7 +18,6 @@ from adaptkit.checkpoint.vocabulary import (
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.head import asked_head
 
-_NUMBERED = re.compile(r"(^|\.)\d+\.")
 _TELLS_NO_WORDS = re.compile(
     r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For\w*Classification$|ForQuestionAnswering\w*$"
     r"|For(MultipleChoice|NextSentencePrediction)$|^(Electra|Funnel|Splinter)ForPreTraining$"
@@ -142,7 +142,7 @@ def _only_of_its_height(checkpoint: Checkpoint) -> list[str]:
     found = [
         name.removesuffix(".weight")
         for name, located in checkpoint.tensors.items()
-        if name.endswith(".weight") and not _NUMBERED.search(name)
+        if name.endswith(".weight") and not is_in_layers(name)
         if len(located.spec.shape) == 2 and located.spec.shape[0] in values
     ]
     return found if len(found) == 1 else []
