@@ -145,11 +145,10 @@ def _slices(assembly: Assembly, name: str, who: str) -> tuple[Slice, ...]:
     place = assembly.place(name)
     if not place.operations:
         return (Slice(assembly.sources[name][0]),)
-    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in place.operations]
-    if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+    if not place.is_stacked:
         raise BaseMismatchError(
             f"{who}: changes {name}, which transformers puts together from several tensors in a way not known here "
-            f"({', '.join(step for step, _ in steps)})",
+            f"({', '.join(type(step).__name__ for step in place.operations)})",
             hint="merge it with peft itself",
         )
     pieces = assembly.pieces(name)

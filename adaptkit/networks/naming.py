@@ -25,6 +25,12 @@ class Place:
     patterns: tuple[str, ...] = ()
     operations: tuple[Any, ...] = ()
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether they do nothing but stack matrices of experts, each one tensor, or some of them below each other."""
+        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in self.operations]
+        return steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+
 
 def places(network: Any, names: Iterable[str]) -> dict[str, Place]:
     """Find the places of a file's tensors; those that the model does not have are left out.

@@ -62,8 +62,7 @@ def read_weight(assembly: Assembly, name: str) -> Stack:
     place = assembly.place(name)
     if not place.operations:
         return _read_piece(assembly, assembly.sources[name][0])
-    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in place.operations]
-    if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+    if not place.is_stacked:
         raise CheckpointError(
             f"{assembly.sources[name][0]}: transformers rebuilds {name} of it while loading, which packed weights "
             "cannot take",
