@@ -1,6 +1,5 @@
 """The output layer of a model whose name no table has; see ``checkpoint.vocabulary``."""
 
-import importlib.util
 from typing import Any
 
 from adaptkit.checkpoint.reader import Checkpoint
@@ -15,7 +14,7 @@ def asked_head(checkpoint: Checkpoint) -> str:
     Raises:
         UsageError, CheckpointError: ``config.json`` describes a model that cannot be built.
     """
-    if importlib.util.find_spec("transformers") is None or why_unknown(checkpoint):
+    if why_unknown(checkpoint):
         return ""
     network = named_network(checkpoint) or empty_network(checkpoint)
     return head_path(network)
