@@ -22,11 +22,8 @@ from adaptkit.text.chat_template import HINT
 from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
 from adaptkit.text.rendering import asks_for_the_date as asks_for_the_date
-from adaptkit.text.thoughts import FIELD, NAMES, ThoughtFields, read_thoughts, words_of
-from adaptkit.text.thoughts import Message as Message
-from adaptkit.text.tool_calls import CALLS, ToolForm, calls_in, read_calls, read_given, read_tools
-from adaptkit.text.tool_calls import Tools as Tools
-from adaptkit.text.tool_calls import is_text as is_text
+from adaptkit.text.thoughts import FIELD, NAMES, Message, ThoughtFields, read_thoughts, words_of
+from adaptkit.text.tool_calls import CALLS, ToolForm, Tools, calls_in, is_text, read_calls, read_given, read_tools
 
 LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
 _QUESTIONS = LAYOUTS[:3]

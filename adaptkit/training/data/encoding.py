@@ -16,8 +16,10 @@ from operator import itemgetter
 from typing import Any
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.text.conversation import Conversation, Example, Message, Tools, is_text, render
+from adaptkit.text.conversation import Conversation, Example, render
+from adaptkit.text.thoughts import Message
 from adaptkit.text.tokenizer_files import first_tokens
+from adaptkit.text.tool_calls import Tools, is_text
 from adaptkit.training.data.answers import (
     Answer,
     alone_with,

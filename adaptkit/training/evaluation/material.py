@@ -10,8 +10,8 @@ from torch import Tensor
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import DataError, UsageError
 from adaptkit.text.chat_template import set_template_kwargs
-from adaptkit.text.conversation import is_text
 from adaptkit.text.tokenizer_files import brings_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
+from adaptkit.text.tool_calls import is_text
 from adaptkit.text.windows import (
     check_known,
     check_prompt,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.errors import DataError
-from adaptkit.text.conversation import Example, Message, Tools, read_example
+from adaptkit.text.conversation import Example, read_example
 from adaptkit.text.rows import read_rows
-from adaptkit.text.tool_calls import CALLS
+from adaptkit.text.thoughts import Message
+from adaptkit.text.tool_calls import CALLS, Tools
 from adaptkit.text.windows import check_known
 from adaptkit.training.data.dataset import Dataset, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
