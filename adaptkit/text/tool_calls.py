@@ -16,6 +16,7 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
+from adaptkit.text.thoughts import FIELD
 
 Tools = tuple[Mapping[str, Any], ...]
 """Of a row, each {"type": "function", "function": {"name", ...}}."""
@@ -183,7 +184,7 @@ def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
         calls = message.get(CALLS, ())
         found |= {_SEVERAL} if len(calls) > 1 else set()
         found |= {_BESIDE} if calls and message["content"].strip() else set()
-        found |= {_AFTER} if calls and message.get("reasoning_content") else set()
+        found |= {_AFTER} if calls and message.get(FIELD) else set()
         found |= {_ALONE} if calls else set()
         found |= {_KINDS[type(leaf)] for call in calls for leaf in _leaves(call["function"]["arguments"])} - {""}
     return found
@@ -216,7 +217,7 @@ _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _ALONE: ([_answer()], (), ("probe0", _WORD)),
     _SEVERAL: ([_answer(count=2)], (), ("probe0", "probe1", f"{_WORD}ed")),
     _BESIDE: ([_answer("murmur")], (), (_WORD, "murmur")),
-    _AFTER: ([_answer() | {"reasoning_content": "murmur"}], (), (_WORD,)),
+    _AFTER: ([_answer() | {FIELD: "murmur"}], (), (_WORD,)),
     _NUMBERS: ([_answer(number=271828)], (), ("271828",)),
     _TRUTHS: ([_answer(flag=True)], (), ("true|True",)),
     _NOTHING: ([_answer(nothing=None)], (), ("null|None",)),
