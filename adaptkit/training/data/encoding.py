@@ -241,15 +241,20 @@ class Encoder:
         return bisect_left(places, answer.said - base, key=itemgetter(0)), False
 
 
-def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of a user's message, up to where the model answers.
+def as_message(prompt: str) -> Message:
+    """A prompt as the user's message.
 
     Raises:
-        UsageError: the message is not UTF-8.
+        UsageError: it is not UTF-8.
     """
     if not is_text(prompt):
         raise UsageError(f"the prompt {prompt!r} is not UTF-8")
-    return conversation_ids([{"role": "user", "content": prompt}], tokenizer)
+    return {"role": "user", "content": prompt}
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt, up to where the model answers; see ``as_message``."""
+    return conversation_ids([as_message(prompt)], tokenizer)
 
 
 def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools = ()) -> list[int]:

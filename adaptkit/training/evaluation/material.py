@@ -8,10 +8,9 @@ from typing import Any, Self
 from torch import Tensor
 
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import DataError, UsageError
+from adaptkit.errors import DataError
 from adaptkit.text.chat_template import set_template_kwargs
 from adaptkit.text.tokenizer_files import brings_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
-from adaptkit.text.tool_calls import is_text
 from adaptkit.text.windows import (
     check_known,
     check_prompt,
@@ -21,8 +20,9 @@ from adaptkit.text.windows import (
     read_tokens,
 )
 from adaptkit.training.data.dataset import Dataset, load_data
+from adaptkit.training.data.encoding import as_message
 from adaptkit.training.evaluation.questions import (
-    Conversation,
+    Messages,
     Question,
     choose,
     load_data_with_shots,
@@ -73,7 +73,7 @@ class Material:
     own_template: bool
     dataset: Dataset | None
     windows: Tensor | None
-    shots: tuple[Conversation, ...]
+    shots: tuple[Messages, ...]
     fewer_shots: int
     prompts: tuple[tuple[int, ...], ...]
     questions: tuple[Question, ...]
@@ -148,7 +148,7 @@ class _Reader:
         room = self._room
         return room is None or len(self._prompt(question, ())[0]) <= room
 
-    def read(self, questions: tuple[Question, ...], shots: tuple[Conversation, ...], too_long: int) -> Material:
+    def read(self, questions: tuple[Question, ...], shots: tuple[Messages, ...], too_long: int) -> Material:
         """Tokenize everything."""
         options = self._options
         dataset, fewer = None, 0
@@ -168,7 +168,7 @@ class _Reader:
                 max_tokens=options.max_tokens,
                 template_kwargs=options.chat_template_kwargs,
             )
-        prompts = [self._prompt(_question(prompt), shots) for prompt in options.prompts]
+        prompts = [self._prompt(Question((as_message(prompt),), ()), shots) for prompt in options.prompts]
         for prompt, (ids, _) in zip(options.prompts, prompts, strict=True):
             check_prompt(self._base, prompt, len(ids), options.max_new_tokens)
         asked = [self._prompt(question, shots) for question in questions]
@@ -191,11 +191,5 @@ class _Reader:
     def _room(self) -> int | None:
         return None if self._context is None else self._context - self._options.max_new_tokens
 
-    def _prompt(self, question: Question, shots: Sequence[Conversation]) -> tuple[list[int], int]:
+    def _prompt(self, question: Question, shots: Sequence[Messages]) -> tuple[list[int], int]:
         return prompt_with_shots(question.messages, shots, self._tokenizer, self._room, question.tools)
-
-
-def _question(prompt: str) -> Question:
-    if not is_text(prompt):
-        raise UsageError(f"the prompt {prompt!r} is not UTF-8")
-    return Question(({"role": "user", "content": prompt},), ())

@@ -21,7 +21,7 @@ from adaptkit.training.data.dataset import Dataset, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import Sample
 
-Conversation = tuple[Message, ...]
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Question:
         references: answers that would be right, without repetitions, in file order; at least one.
     """
 
-    messages: Conversation
+    messages: Messages
     references: tuple[str, ...]
     tools: Tools = ()
 
@@ -51,7 +51,7 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
     Raises:
         DataError: an unreadable file, a row without question or answer (with file and line), or no rows.
     """
-    asked: dict[str, tuple[Conversation, Tools]] = {}
+    asked: dict[str, tuple[Messages, Tools]] = {}
     references: dict[str, dict[str, None]] = {}
     for where, row in _rows(files):
         example = _conversation(row, where, layout)
@@ -79,7 +79,7 @@ def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple
 
 def read_shots(
     files: Sequence[Path], count: int, seed: int, questions: Sequence[Question] = (), layout: str | None = None
-) -> tuple[Conversation, ...]:
+) -> tuple[Messages, ...]:
     """Choose examples by the seed, none of which gives an answer to one of the questions away.
 
     That is one that asks the same, on its way to another question too, or the beginning of a question: the answers
@@ -91,7 +91,7 @@ def read_shots(
     """
     asked = [_beginnings(question.messages) for question in questions]
     wholes, beginnings = {keys[-1] for keys in asked if keys}, {key for keys in asked for key in keys}
-    found: dict[str, Conversation] = {}
+    found: dict[str, Messages] = {}
     for where, row in _rows(files):
         example = _conversation(row, where, layout)
         if example.tools or any(CALLS in message for message in example.messages):
@@ -121,7 +121,7 @@ def _beginnings(messages: Sequence[Message]) -> list[str]:
     return keys
 
 
-def with_shots(messages: Sequence[Message], shots: Sequence[Conversation]) -> list[Message]:
+def with_shots(messages: Sequence[Message], shots: Sequence[Messages]) -> list[Message]:
     """Put examples before a conversation, after its system message if it begins with one."""
     begins = 1 if messages and messages[0]["role"] == "system" else 0
     return [*messages[:begins], *(turn for shot in shots for turn in shot), *messages[begins:]]
@@ -129,7 +129,7 @@ def with_shots(messages: Sequence[Message], shots: Sequence[Conversation]) -> li
 
 def prompt_with_shots(
     messages: Sequence[Message],
-    shots: Sequence[Conversation],
+    shots: Sequence[Messages],
     tokenizer: Any,
     longest: int | None,
     tools: Tools = (),
@@ -156,7 +156,7 @@ def prompt_with_shots(
 def load_data_with_shots(
     files: Sequence[Path],
     tokenizer: Any,
-    shots: Sequence[Conversation],
+    shots: Sequence[Messages],
     max_length: int,
     longest: int | None,
     *,
@@ -203,7 +203,7 @@ def load_data_with_shots(
     return Dataset(tuple(samples), truncated, dropped), fewer
 
 
-def _encode(encoder: Encoder, example: Example, shots: Sequence[Conversation], where: str) -> tuple[Sample, ...]:
+def _encode(encoder: Encoder, example: Example, shots: Sequence[Messages], where: str) -> tuple[Sample, ...]:
     """The samples of a conversation after examples, which carry no loss."""
     before = sum(len(shot) for shot in shots)
     messages = tuple(with_shots(example.messages, shots))
