@@ -118,6 +118,16 @@ output_options = _together(
     report_options,
 )
 
+report_file_option = click.option(
+    "--output-file",
+    type=click.Path(path_type=Path),
+    help="Write what --json prints into this file, too; a dry run does not.",
+)
+
+html_option = click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page, too."
+)
+
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Default: one per processor.")
 
 weight_option = click.option(

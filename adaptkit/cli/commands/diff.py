@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.differences import adapter_rows, checkpoint_rows
-from adaptkit.cli.options import ArtifactPath, report_options, threads_option
+from adaptkit.cli.options import ArtifactPath, html_option, report_options, threads_option
 from adaptkit.cli.output import Row, counted, percent, show, write_whole
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
@@ -28,7 +28,7 @@ _LONGEST_VALUE = 60
 @click.argument("first", type=ArtifactPath())
 @click.argument("second", type=ArtifactPath())
 @click.option("--recompute", is_flag=True, help="Read checkpoints whole, even where manifests say what is in them.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page, too.")
+@html_option
 @report_options
 @threads_option
 def command(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
-from adaptkit.cli.options import ArtifactPath, Value, report_options
+from adaptkit.cli.options import ArtifactPath, Value, html_option, report_options
 from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
 
 _FILE = click.Path(path_type=Path)
-_NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
@@ -42,7 +41,8 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--generate", is_flag=True,
               help="Answer the data's questions; score them by BLEU, NIST, METEOR, ROUGE-L and CIDEr.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), help="Answer no more questions than this, chosen by the seed.")
-@click.option("--samples-file", type=_NEW_FILE, help="Write questions, answers and references to it, a JSON line each.")
+@click.option("--samples-file", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write questions, answers and references to it, a JSON line each.")  # fmt: skip
 @click.option("--shots", type=click.IntRange(min=0), default=0, metavar="K",
               help="Measure every base with K examples before each question, too.")  # fmt: skip
 @click.option("--shots-from", type=_FILE, multiple=True, help="Choose the examples from this file. Repeatable.")
@@ -57,7 +57,7 @@ _NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
               show_default=True, help="auto: bfloat16 where the device multiplies matrices of it.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True)
-@click.option("--html", type=_NEW_FILE, help="Write the report as a page, too.")
+@html_option
 @report_options
 def command(
     bases: tuple[Path, ...],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import report_options, signer_with
+from adaptkit.cli.options import report_file_option, report_options, signer_with
 from adaptkit.cli.output import Row, check_report_file, counted, notes, show, size, write_report
 from adaptkit.cli.progress import byte_progress
 
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 @click.option("--sign-keyless", is_flag=True, help="Sign it as the identity of this CI job, or of whoever logs in.")
 @click.option("--check", is_flag=True, help="Download the commit afterwards and compare every byte.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent; write nothing.")
-@click.option(
-    "--output-file",
-    type=click.Path(path_type=Path),
-    help="Write what --json prints into this file, too; a dry run does not.",
-)
+@report_file_option
 @report_options
 def command(
     path: Path,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from adaptkit.cli.options import ArtifactPath, Share, Size, output_options, threads_option
+from adaptkit.cli.options import ArtifactPath, Share, Size, html_option, output_options, threads_option
 from adaptkit.cli.output import Row, counted, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
@@ -73,7 +73,7 @@ WORST = 3
     help="Write the K-th of N shares of the shards, perhaps on another machine; the same command without --part joins.",
 )
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page, too.")
+@html_option
 @threads_option
 def command(
     source: Path,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import report_options, signer_with
+from adaptkit.cli.options import report_file_option, report_options, signer_with
 from adaptkit.cli.output import check_place, check_report_file, counted, in_turn, say, show, write_report
 from adaptkit.cli.progress import StepBar, step_bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
@@ -34,11 +34,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Draw what would be done; write nothing.")
 @click.option("--summary", "summary_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Add a page in Markdown to it. Default: what $GITHUB_STEP_SUMMARY names, if anything.")  # fmt: skip
-@click.option(
-    "--output-file",
-    type=click.Path(path_type=Path),
-    help="Write what --json prints into this file, too; a dry run does not.",
-)
+@report_file_option
 @report_options
 def command(
     recipe: Path,
