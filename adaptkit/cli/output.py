@@ -17,6 +17,8 @@ from adaptkit.errors import DISK_HINTS, UsageError
 from adaptkit.hub.secrets import redact
 
 Row = tuple[str, str]
+WORST = 3
+"""How many a table names of many: those that lose most."""
 _BEGINNING = 1 << 20
 _KEYS = re.compile(rb'^  "(\w+)": ', re.MULTILINE)
 """Of a report as it is written: the outermost."""
@@ -180,6 +182,12 @@ def say(*lines: str) -> None:
 def silence(stream: TextIO) -> None:
     """Send what a stream still holds nowhere: Python would try once more at its end, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def span(ends: tuple[int, int]) -> str:
+    """The lowest and the highest of some numbers, for people: 8, or 4 to 8."""
+    low, high = ends
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def percent(fraction: float) -> str:

@@ -9,7 +9,7 @@ import click
 
 from adaptkit.cli.differences import adapter_rows, checkpoint_rows
 from adaptkit.cli.options import ArtifactPath, html_option, report_options, threads_option
-from adaptkit.cli.output import Row, counted, percent, show, write_whole
+from adaptkit.cli.output import Row, counted, percent, show, span, write_whole
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
 
@@ -154,7 +154,7 @@ def _lonely(kind: str, first: Sequence[str], second: Sequence[str]) -> list[Row]
 
 def _range(ranks: Iterable[int]) -> str:
     found = sorted(set(ranks))
-    return "0" if not found else f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    return span((found[0], found[-1])) if found else "0"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option
-from adaptkit.cli.output import Row, percent, show
+from adaptkit.cli.output import WORST, Row, percent, show, span
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adaptkit.operations.extract import ExtractedModule, ExtractReport, OtherTensor
-
-WORST = 3
-"""How many modules or tensors a line of the table names."""
 
 
 @click.command()
@@ -94,10 +91,9 @@ def _rows(report: "ExtractReport") -> list[Row]:
 
 
 def _low_rank(report: "ExtractReport") -> list[Row]:
-    low, high = report.ranks
     kept = f"kept {_kept(report.energy_kept)} of the change; {report.below_90} modules below 90 %"
     rows = [
-        ("low-rank", f"{len(report.modules)} modules, rank {low}" + (f" to {high}" if high != low else "")),
+        ("low-rank", f"{len(report.modules)} modules, rank {span(report.ranks)}"),
         ("parameters", f"{report.parameters:,}"),
         ("change", f"{kept}; relative error {percent(report.relative_error)}"),
     ]

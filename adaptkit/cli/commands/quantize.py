@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from adaptkit.cli.options import ArtifactPath, Share, Size, html_option, output_options, threads_option
-from adaptkit.cli.output import Row, counted, percent, show, size, write_whole
+from adaptkit.cli.output import WORST, Row, counted, percent, show, size, write_whole
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter", "bits_budget")
 """Options that mean nothing without text."""
-WORST = 3
-"""How many of the tensors with the largest errors the table names."""
 
 
 @click.command()

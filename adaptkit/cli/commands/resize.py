@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option
-from adaptkit.cli.output import Row, percent, show
+from adaptkit.cli.output import WORST, Row, percent, show, span
 
 if TYPE_CHECKING:
     from adaptkit.operations.resize import ResizeReport
-
-WORST = 3
-"""How many of the modules that lose most the table names."""
 
 
 @click.command()
@@ -38,12 +35,11 @@ def command(
 
 
 def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
-    low, high = report.ranks
     worst = sorted(report.modules, key=lambda module: (-module.relative_error, module.module))[:WORST]
     rows = [
         ("would write" if dry_run else "wrote", report.output),
         ("resized", f"{report.resized} modules; {report.unchanged} stay as they are"),
-        ("rank", f"{low}" + (f" to {high}" if high != low else "")),
+        ("rank", span(report.ranks)),
         ("parameters", f"{report.parameters_before:,} -> {report.parameters:,}"),
         ("kept", f"{percent(report.energy_kept)} of the square norm; relative error {percent(report.relative_error)}"),
     ]

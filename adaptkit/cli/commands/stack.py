@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option, weight_option
-from adaptkit.cli.output import Row, percent, show
+from adaptkit.cli.output import WORST, Row, percent, show, span
 from adaptkit.cli.progress import count_progress
 from adaptkit.discovery import names
 from adaptkit.numerics import stacking
@@ -15,8 +15,6 @@ from adaptkit.numerics import stacking
 if TYPE_CHECKING:
     from adaptkit.operations.stack import StackReport
 
-WORST = 3
-"""How many of the modules that lose most the table names."""
 _SETTINGS = ("density", "epsilon", "gamma", "lambda", "seed")
 
 
@@ -77,13 +75,12 @@ def command(
 
 
 def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
-    low, high = report.ranks
     settings = ", ".join(f"{name} {value:g}" for name, value in report.settings.items())
     partial = f"; {report.partial} not in every adapter" if report.partial else ""
     rows = [
         ("would write" if dry_run else "wrote", report.output),
         ("stacked", f"{report.adapters} adapters by {report.method}" + (f" ({settings})" if settings else "")),
-        ("modules", f"{report.modules}, rank {low}" + (f" to {high}" if high != low else "") + partial),
+        ("modules", f"{report.modules}, rank {span(report.ranks)}{partial}"),
         ("energy kept", f"{percent(report.energy_kept)} of the square norm"),
     ]
     losing = sorted((m for m in report.per_module if m.energy_kept < 1), key=lambda m: (m.energy_kept, m.module))
