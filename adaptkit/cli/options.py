@@ -152,7 +152,7 @@ def trust_in(public_key: Path | None, identity: str | None, identity_provider: s
     return Trust(public_key, identity, identity_provider)
 
 
-class Number(click.ParamType[tuple[str, float]]):
+class NamedNumber(click.ParamType[tuple[str, float]]):
     """A name and its number: q_proj=8."""
 
     name = "name=number"
@@ -168,7 +168,7 @@ class Number(click.ParamType[tuple[str, float]]):
         return self.fail(f"{value!r} is not a name and a number, such as q_proj=8", param, ctx)
 
 
-class Value(click.ParamType[tuple[str, str | float | bool]]):
+class NamedValue(click.ParamType[tuple[str, str | float | bool]]):
     """A name and its value, a text if JSON has no other scalar in it: enable_thinking=false."""
 
     name = "name=value"
@@ -242,7 +242,7 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
         return click.option(
             f"{flag}/--no-{flag[2:]}", default=None, help=help_text, cls=_SettingOption, section=rule.section
         )
-    mapped = {tuple: str, Mapping: Number() if inner[1:] == (float,) else Value()}
+    mapped = {tuple: str, Mapping: NamedNumber() if inner[1:] == (float,) else NamedValue()}
     return click.option(
         flag,
         type=types.get(name, mapped[get_origin(kind)] if inner else kind),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
-from adaptkit.cli.options import ArtifactPath, Value, html_option, report_options
+from adaptkit.cli.options import ArtifactPath, NamedValue, html_option, report_options
 from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
@@ -52,7 +52,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Of the data's rows; default: each row's own.")
-@click.option("--chat-template-kwargs", type=Value(), multiple=True,
+@click.option("--chat-template-kwargs", type=NamedValue(), multiple=True,
               help="Variable of the chat template, as in training. Repeatable.")  # fmt: skip
 @click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
               show_default=True, help="auto: bfloat16 where the device multiplies matrices of it.")  # fmt: skip
