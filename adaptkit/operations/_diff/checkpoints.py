@@ -13,6 +13,7 @@ from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
+from adaptkit.operations._diff.groups import relative
 from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
 from adaptkit.operations._pipeline import each, in_order
 
@@ -118,16 +119,12 @@ def diff_checkpoints(
         only_in_second=lonely[1],
         norms=norms,
         difference=difference,
-        relative=_relative(difference, norms) if len(measured) == len(tensors) else None,
+        relative=relative(difference, norms) if len(measured) == len(tensors) else None,
         energy=_energy(tensors),
         config=config,
         beside=beside,
         remarks=tuple(side.remark for side in sides if side.remark),
     )
-
-
-def _relative(difference: float, norms: tuple[float, float]) -> float:
-    return difference / max(norms) if max(norms) else 0.0
 
 
 def _open(root: Path, recompute: bool) -> _Side:

@@ -10,6 +10,7 @@ from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.numerics import lora
 from adaptkit.numerics.comparison import difference_norm
 from adaptkit.numerics.lora import LowRank, is_equal
+from adaptkit.operations._diff.groups import relative
 from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_in_files, differ_in_memory
 
 
@@ -92,6 +93,6 @@ def _differ_in_change(name: str, role: str, first: LowRank, second: LowRank) -> 
         compared=0,
         norms=norms,
         difference=distance,
-        relative=(distance / max(norms) if max(norms) else 0.0) if distance is not None else None,
+        relative=None if distance is None else relative(distance, norms),
         remark="" if alike else "shapes differ",
     )

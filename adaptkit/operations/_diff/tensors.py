@@ -10,6 +10,7 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.numerics.comparison import Tally, effective_rank_with_tail
 from adaptkit.numerics.randomized import Sketching, sketch_for_rank
+from adaptkit.operations._diff.groups import relative
 
 DIRECTIONS = (8, 16, 32, 64)
 """Ranks for which it is told how much of a change they hold."""
@@ -120,7 +121,6 @@ def _measured(
     norms = tally.norms if fractions else None
     if fractions and norms is None:
         remark = "; ".join(filter(None, [remark, "NaN or infinity, or too large to measure"]))
-    largest = max(norms[:2]) if norms else 0.0
     return TensorDifference(
         name=name,
         role=role,
@@ -130,7 +130,7 @@ def _measured(
         compared=tally.compared,
         norms=norms[:2] if norms else None,
         difference=norms[2] if norms else None,
-        relative=(norms[2] / largest if largest else 0.0) if norms else None,
+        relative=relative(norms[2], norms[:2]) if norms else None,
         remark=remark,
     )
 
