@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptkit.checkpoint._adapter_parts import TokenRows
-from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter import Adapter, TokenRows
 from adaptkit.numerics import lora
 from adaptkit.numerics.comparison import difference_norm
 from adaptkit.numerics.lora import LowRank, is_equal
