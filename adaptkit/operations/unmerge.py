@@ -27,7 +27,7 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
-from adaptkit.operations._merge.merged import BaseOutline, MergedModel, open_merged, target_names
+from adaptkit.operations._merge.merged_model import BaseOutline, MergedModel, open_merged, target_names
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
 

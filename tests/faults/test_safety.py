@@ -19,7 +19,7 @@ JOINS = {
     "checkpoint/journal.py": {"self.folder / self._journal"},
     "operations/_diff/files.py": {"root / name"},
     "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
-    "operations/_merge/merged.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
+    "operations/_merge/merged_model.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
     "operations/_merge/merging.py": {"adapter.root / name"},
     "operations/targets/_adapter_files.py": {"root / name"},
     "training/loop.py": {"out.folder / adapter.name"},
