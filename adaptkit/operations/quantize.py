@@ -23,11 +23,11 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import thread_count
-from adaptkit.operations._quantize.encoding import check_finite
+from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
 from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions
-from adaptkit.operations._quantize.planning import PlanChanged, Planning
 from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, Upgrade, make_report
 from adaptkit.operations._quantize.selection import skip_modules
+from adaptkit.operations._quantize.tensor_plan import check_finite
 from adaptkit.operations._shards import write_index, write_shards
 
 if TYPE_CHECKING:
@@ -109,16 +109,16 @@ def quantize_checkpoint(
 
 def _plan_and_run(run: _Run, dry_run: bool) -> QuantizeReport:
     checkpoint, output, options = run.checkpoint, run.output, run.options
-    with Planning(checkpoint, options) as planning:
+    with EarlyPlan(checkpoint, options) as early:
         if dry_run:
-            return make_report(output, planning.plan(), {})
+            return make_report(output, early.plan(), {})
         if options.calibration is not None or options.part is not None or partial_folder(output).exists():
             # Shares must agree on the plan, and a wrong one would throw away what an earlier run has done.
-            return run.finish(planning.plan(), planning)
+            return run.finish(early.plan(), early)
         try:
-            return run.finish(planning.guess(), planning)
+            return run.finish(early.guess(), early)
         except PlanChanged:
-            return run.finish(planning.plan(), planning)
+            return run.finish(early.plan(), early)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Run:
     calibration_progress: Progress
     describe: Callable[[Manifest], Manifest] | None = None
 
-    def finish(self, begun: Plan, planning: Planning) -> QuantizeReport:
+    def finish(self, begun: Plan, early: EarlyPlan) -> QuantizeReport:
         """Do all that a plan says.
 
         Raises:
@@ -157,9 +157,9 @@ class _Run:
                     "a companion adapter has nothing to make up for: what the text reaches stays in 16 bits",
                     hint="lower --bits-budget, or leave out --init-adapter",
                 )
-            self._write(out, plan, ready, lambda: planning.check(begun))
+            self._write(out, plan, ready, lambda: early.check(begun))
             self.checkpoint.require_state(state)
-            confirmed = planning.confirm(begun)
+            confirmed = early.confirm(begun)
             plan = plan if upgrades else confirmed
             report = partial(make_report, self.output, plan, out.notes, upgrades)
             if (part := options.part) is not None:

@@ -20,7 +20,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
-from adaptkit.operations._quantize.encoding import TensorPlan
+from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify

@@ -23,9 +23,9 @@ from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
 from adaptkit.operations._pipeline import each
-from adaptkit.operations._quantize.encoding import TensorPlan
 from adaptkit.operations._quantize.plan import Plan, with_encodings
 from adaptkit.operations._quantize.report import Upgrade
+from adaptkit.operations._quantize.tensor_plan import TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

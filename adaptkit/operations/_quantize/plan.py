@@ -13,8 +13,8 @@ from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations._pipeline import check_threads
-from adaptkit.operations._quantize.encoding import TensorPlan
 from adaptkit.operations._quantize.selection import Choice, Selection, matches_any, of_type, select
+from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, plan_shards
 

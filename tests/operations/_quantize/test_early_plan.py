@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from adaptkit.errors import AdaptkitError
 from dataclasses import replace
-from adaptkit.operations._quantize import planning
+from adaptkit.operations._quantize import early_plan
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
-truth, begun = planning.roles_by_name, []
+truth, begun = early_plan.roles_by_name, []
 
 def lie(checkpoint, reason):
     roles = truth(checkpoint, reason)
@@ -24,9 +24,9 @@ def lie(checkpoint, reason):
     return replace(roles, of=wrong)
 
 if sys.argv[3] == "lie":
-    planning.roles_by_name = lie
-check = planning.Planning.confirm
-planning.Planning.confirm = lambda self, plan: begun.append(len(plan.quantized())) or check(self, plan)
+    early_plan.roles_by_name = lie
+check = early_plan.EarlyPlan.confirm
+early_plan.EarlyPlan.confirm = lambda self, plan: begun.append(len(plan.quantized())) or check(self, plan)
 report = quantize(Path(sys.argv[1]), Path(sys.argv[2]), QuantizeOptions(max_shard_bytes=40_000))
 print(begun[0], begun[-1], "transformers" in sys.modules, report.read_from, sep="|")
 """

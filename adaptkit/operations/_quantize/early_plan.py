@@ -19,7 +19,7 @@ class PlanChanged(Exception):  # noqa: N818 - no error: the work begins again
     """The architecture says something else than the plan that was begun with."""
 
 
-class Planning:
+class EarlyPlan:
     """A context manager that plans while others work.
 
     Args:
