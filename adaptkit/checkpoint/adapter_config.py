@@ -218,4 +218,4 @@ def _saved(config: Mapping[str, Any]) -> list[str]:
 
 def values_by_pattern(config: Mapping[str, Any], key: str) -> FirstMatch:
     """What a configuration says of modules by PEFT's rule: the first pattern that matches the end of a path counts."""
-    return FirstMatch(config.get(key) or {}, after=".")
+    return FirstMatch(config.get(key) or {})

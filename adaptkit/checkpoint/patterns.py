@@ -55,17 +55,16 @@ def check_pattern(pattern: str) -> None:
 
 
 class FirstMatch:
-    """Which of many patterns is the first that matches a text, for many texts.
+    """Which of many patterns is the first that matches a dotted path, or what follows a dot in it, for many paths.
 
     Patterns that are a whole name, of which there may be one for every module, are looked up; others are tried in turn.
 
     Args:
         patterns: in order, and what they stand for.
-        after: see ``matches_whole``.
     """
 
-    def __init__(self, patterns: Mapping[str, Any], after: str = "") -> None:
-        self._patterns, self._after = patterns, after
+    def __init__(self, patterns: Mapping[str, Any]) -> None:
+        self._patterns = patterns
 
     def value(self, text: str, default: Any) -> Any:
         """What the first pattern that matches stands for; ``default`` if none does.
@@ -81,7 +80,7 @@ class FirstMatch:
         for number, pattern, value in others:
             if number > place:
                 break
-            if matches_whole(pattern, text, self._after):
+            if matches_whole(pattern, text, after="."):
                 return value
         return found
 

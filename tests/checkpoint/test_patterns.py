@@ -108,7 +108,7 @@ def test_of_many_patterns_the_first_that_matches_counts(listed, text):
     """Also where one is malformed that is tried before it, and of several that are the same name."""
     patterns = {pattern: number for number, pattern in enumerate(listed)}
     try:
-        found = FirstMatch(patterns, after=".").value(text, None)
+        found = FirstMatch(patterns).value(text, None)
     except re.error as error:
         found = str(error)
     assert found == of_the_first(patterns, text)
@@ -123,7 +123,7 @@ def test_what_is_too_long_is_refused_among_many_too(pattern, text):
 def test_patterns_that_are_names_are_looked_up(monkeypatch):
     """There may be one for every module, so that trying them for every module would take hours."""
     names = [f"model.layers.{number}.mlp.experts.{number}-up_proj" for number in range(20_000)]
-    first = FirstMatch({f"^{re.escape(name)}$": number for number, name in enumerate(names)}, after=".")
+    first = FirstMatch({f"^{re.escape(name)}$": number for number, name in enumerate(names)})
     monkeypatch.setattr(patterns_module, "matches_whole", None)
     assert [first.value(name, None) for name in names] == list(range(20_000))
     assert first.value("another", "none") == "none"

@@ -244,11 +244,11 @@ class AdapterShape:
 
     @cached_property
     def _ranks(self) -> FirstMatch:
-        return FirstMatch(self.rank_pattern, after=".")
+        return FirstMatch(self.rank_pattern)
 
     @cached_property
     def _alphas(self) -> FirstMatch:
-        return FirstMatch(self.alpha_pattern, after=".")
+        return FirstMatch(self.alpha_pattern)
 
     def require_use(self, setting: str, names: Sequence[str]) -> None:
         """Refuse a pattern that speaks of nothing.
@@ -261,7 +261,7 @@ class AdapterShape:
             UsageError: a pattern matches none of them.
         """
         patterns: Mapping[str, float] = getattr(self, setting)
-        first = FirstMatch({pattern: pattern for pattern in patterns}, after=".")
+        first = FirstMatch({pattern: pattern for pattern in patterns})
         left = set(patterns).difference(first.value(name, None) for name in names)
         unused = [p for p in patterns if p in left and not any(matches_whole(p, name, after=".") for name in names)]
         if unused:
