@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, side_files
@@ -16,8 +17,6 @@ from adaptkit.errors import CheckpointError, IntegrityError
 from adaptkit.text.tokenizer_files import TEMPLATE_KEY, TOKENIZER_CONFIG, is_template, templates_in
 
 TOKENIZER_NAME = "tokenizer.json"
-FOLDERS = ("adaptkit-adapters", "adaptkit-undo")
-"""Of ``checkpoint.undo``, which brings a compiler that nothing here needs."""
 _MOST_KEYED_BYTES = 4 << 20
 
 
@@ -136,7 +135,8 @@ def _without_templates(first: dict[str, Any], second: dict[str, Any], told: bool
 
 def _beside(root: Path) -> dict[str, Path]:
     """What is compared, by name; a folder of undo records or embedded adapters is one thing."""
-    return side_files(root) | {f"{name}/": root / name for name in FOLDERS if (root / name).is_dir()}
+    folders = (undo.ADAPTERS_PREFIX, f"{undo.FOLDER}/")
+    return side_files(root) | {name: root / name for name in folders if (root / name).is_dir()}
 
 
 def _sha256(path: Path) -> str:
