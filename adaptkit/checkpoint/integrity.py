@@ -118,7 +118,7 @@ def size_problem(root: Path, record: FileRecord) -> str:
     return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
-def check_tensors(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
+def check_tensors(root: Path, manifest: Manifest) -> None:
     """Compare the tensors with their fingerprints; to be asked of files whose own bytes are right.
 
     Raises:
@@ -126,7 +126,7 @@ def check_tensors(root: Path, manifest: Manifest, threads: int = 1, progress: Pr
     """
     names = _tensor_files(manifest)
     sizes = {record.path: record.size for record in manifest.files if record.path in names}
-    _compare_tensors(root, manifest.tensors, measure(root, sizes, names, threads, progress).values())
+    _compare_tensors(root, manifest.tensors, measure(root, sizes, names).values())
 
 
 def measure(
