@@ -28,6 +28,9 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 COMPENSATION_NAME = "adaptkit-compensation.safetensors"
 """Beside an adapter; see ``compensation``."""
+METRICS_NAME = "metrics.jsonl"
+PICTURE_NAME = "loss.svg"
+"""Beside what was trained: what the run measured, and its course."""
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MOST_SMALL_BYTES = 256 << 20

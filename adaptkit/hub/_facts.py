@@ -12,14 +12,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, CARD_NAME, CONFIG_NAME, read_config, resolve_inside
+from adaptkit.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    METRICS_NAME,
+    PICTURE_NAME,
+    read_config,
+    resolve_inside,
+)
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
 from adaptkit.hub._client import Hub
 from adaptkit.hub._fetch import download
 from adaptkit.hub.card import CardFacts, base_model, read_licence
-
-_METRICS_NAME, _PICTURE_NAME = "metrics.jsonl", "loss.svg"
 
 
 def card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
@@ -45,8 +51,8 @@ def card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> Ca
         config=config,
         base=base,
         licence=_licence(hub, base) if base else {},
-        figures=read_figures(resolve_inside(root, _METRICS_NAME)) if _METRICS_NAME in names else (),
-        picture=_PICTURE_NAME if _PICTURE_NAME in names else None,
+        figures=read_figures(resolve_inside(root, METRICS_NAME)) if METRICS_NAME in names else (),
+        picture=PICTURE_NAME if PICTURE_NAME in names else None,
     )
 
 

@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.layout import METRICS_NAME
 from adaptkit.checkpoint.writer import disk_errors
-
-METRICS_NAME = "metrics.jsonl"
 
 
 class History:

@@ -17,6 +17,7 @@ from pathlib import Path
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError
@@ -24,9 +25,8 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
 from adaptkit.training.device import attention_of_any_length
 from adaptkit.training.distributed import World, deterministic, join
-from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.inputs import Inputs, read_inputs
-from adaptkit.training.picture import PICTURE_NAME, can_draw, draw
+from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import records_of, write_result
 from adaptkit.training.resume import check_not_finished, check_unfinished, holds_work, remember, require_room

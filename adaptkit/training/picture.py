@@ -5,8 +5,6 @@ from importlib.util import find_spec
 
 from adaptkit.training.history import History
 
-PICTURE_NAME = "loss.svg"
-
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""

@@ -24,7 +24,7 @@ from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import JOURNAL_NAME
-from adaptkit.checkpoint.layout import read_json, write_json
+from adaptkit.checkpoint.layout import METRICS_NAME, read_json, write_json
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.checkpoint.reader import TensorFiles
@@ -40,7 +40,6 @@ from adaptkit.checkpoint.writer import (
 )
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, OutputExistsError, UsageError
 from adaptkit.training.distributed import World
-from adaptkit.training.history import METRICS_NAME
 from adaptkit.training.memory.vector import Vector
 
 PAGES_NAME = "optimizer-pages.bin"
