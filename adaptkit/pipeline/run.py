@@ -175,7 +175,7 @@ class _Run:
             if not step.how.sends:
                 self._foresight.before_work()
             for name in step.makes:
-                self._materials[name] = Material(name, None, None, 0, {})
+                self._materials[name] = Material(None, None, 0, {})
             return self._report(step, "to do" if key is not None or not self._seen(step) else "may follow", key=key)
         outputs = self._take(step, record)
         judgement = step.how.judge(step.options, record.facts)
@@ -272,7 +272,7 @@ class _Run:
         reports = []
         for name, digest in outputs.items():
             path, nbytes = self.work.output(record.key, name), self.work.nbytes(record.key, name)
-            self._materials[name] = Material(name, path, digest, nbytes, {})
+            self._materials[name] = Material(path, digest, nbytes, {})
             reports.append(OutputReport(name, str(path), nbytes, digest))
         return tuple(reports)
 

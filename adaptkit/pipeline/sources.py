@@ -35,14 +35,12 @@ class Material:
     """A source, or what a step made, as other steps read it.
 
     Attributes:
-        name: in the recipe.
         path: of the file or folder; None if it is not on this machine yet.
         digest: tells it from every other; None if that is not known yet.
         nbytes: in it.
         locked: what the lock says of it.
     """
 
-    name: str
     path: Path | None
     digest: str | None
     nbytes: int
@@ -148,7 +146,7 @@ def resolve(
     on_commit(now)
     here = download(repo, now, progress, note) if fetch else find_whole(repo, now, note)
     if here is None:
-        return Material(source.name, None, None, size_of(repo, now, note), source.written() | {"commit": now})
+        return Material(None, None, size_of(repo, now, note), source.written() | {"commit": now})
     return _material(source, here, {"commit": now}, hashes, progress)
 
 
@@ -158,7 +156,7 @@ def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashe
     else:
         (digest,), nbytes = _sha256_of([path], hashes, progress), path.stat().st_size
         found = {"sha256": digest}
-    return Material(source.name, path, digest, nbytes, {**source.written(), **more, **found})
+    return Material(path, digest, nbytes, {**source.written(), **more, **found})
 
 
 def digest_of(path: Path, hashes: Hashes) -> str:
