@@ -18,14 +18,13 @@ from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._merge.edit_checks import check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
-from adaptkit.operations._merge.expert_panels import Experts
+from adaptkit.operations._merge.expert_panels import OTHER_MODEL, Experts
 from adaptkit.operations._roles import is_conv1d
 from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
 
 Begins = Callable[[str, TensorFiles, str], bool]
 """Asked with the tensor's name, the adapter's files, and the key in them."""
-_OTHER = "this adapter is for another model"
 
 
 def plan_edits(
@@ -98,6 +97,7 @@ class _Planner:
         self._checkpoint, self._vocabulary, self._edits = checkpoint, vocabulary, edits
         self._change, self._adapter, self._number, self._weight = change, adapter, number, weight
         self._separate = "tie_word_embeddings" in edits.config
+        self._experts = Experts(checkpoint, str(adapter.root), self._spec)
 
     def plan(self) -> None:
         """Go through all parts of the adapter."""
@@ -107,11 +107,10 @@ class _Planner:
                 self._plan_module(module, term, addresses[f"{module}.weight"][0])
         for module, bias in adapter.biases.items():
             name = addresses[f"{module}.bias"][0].name
-            self._check(name, (bias.shape[0],), f"{module}.bias")
+            self._experts.check(name, (bias.shape[0],))
             self._extend(name, bias=bias)
-        experts = Experts(self._checkpoint, str(adapter.root), self._spec)
         for parameter, stack in adapter.experts.items():
-            for name, panels in experts.of_stack(parameter, stack, addresses[parameter]):
+            for name, panels in self._experts.of_stack(parameter, stack, addresses[parameter]):
                 self._extend(name, panels=panels)
         for module, tokens in adapter.tokens.items():
             if f"{module}.weight" not in repeated:
@@ -136,8 +135,7 @@ class _Planner:
     def _plan_module(self, module: str, term: LowRank, place: Slice) -> None:
         adapter, name = self._adapter, place.name
         if place.of_tensor:
-            panels = Experts(self._checkpoint, str(adapter.root), self._spec).of_one(module, term, place)
-            self._extend(name, panels=panels)
+            self._extend(name, panels=self._experts.of_one(module, term, place))
             return
         self._plan_begin(module, name)
         is_table = module in adapter.embeddings
@@ -146,7 +144,7 @@ class _Planner:
         if module in adapter.compensation:
             terms.append(adapter.compensation[module].weighted(-1.0))
         terms = [lora.transposed(t) if flip else t for t in terms]
-        self._check(name, terms[0].shape, module)
+        self._experts.check(name, terms[0].shape)
         self._extend(name, panels=(tuple(terms),))
         if module in adapter.magnitudes:
             self._extend(name, magnitude=adapter.magnitudes[module], per_column=flip or is_table)
@@ -158,7 +156,7 @@ class _Planner:
             raise BaseMismatchError(
                 f"{self._adapter.root}: rows up to {max(tokens.indices)} of {tokens.rows.shape[1]} numbers do not fit "
                 f"{name}, {list(spec.shape)}",
-                hint=_OTHER,
+                hint=OTHER_MODEL,
             )
         for output in self._outputs_of_tokens(name):
             self._put(output, tokens=tokens)
@@ -200,8 +198,7 @@ class _Planner:
                 self._replace(output, key, 0)
             return
         found = self._adapter.files.spec(key)
-        experts = Experts(self._checkpoint, str(self._adapter.root), self._spec)
-        for name, first_row in experts.rows_of(parameter, found.shape, slices):
+        for name, first_row in self._experts.rows_of(parameter, found.shape, slices):
             self._put(name, whole=Stored(self._adapter.files, key, first_row))
 
     def _replace(self, output: str, key: str, first_row: int) -> None:
@@ -219,7 +216,7 @@ class _Planner:
             raise BaseMismatchError(
                 f"{self._adapter.root}: {output} is {list(found.shape)} for the adapter, but {list(spec.shape)} "
                 f"({spec.dtype}) in {self._checkpoint.root}",
-                hint=_OTHER,
+                hint=OTHER_MODEL,
             )
         if self._weight != 1:
             raise UsageError(
@@ -293,12 +290,3 @@ class _Planner:
         """Whether two tensors of the adapter are the same, as a bias is that two modules have in common."""
         digests = self._adapter.digests
         return one.first_row == other.first_row and digests[one.key] == digests[other.key]
-
-    def _check(self, name: str, shape: tuple[int, ...], module: str) -> None:
-        spec = self._spec(name)
-        if spec.shape != shape:
-            raise BaseMismatchError(
-                f"{self._adapter.root}: {name} is {list(shape)} for the adapter, but "
-                f"{list(spec.shape)} ({spec.dtype}) in {self._checkpoint.root}",
-                hint=_OTHER,
-            )

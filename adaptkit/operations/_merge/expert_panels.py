@@ -16,7 +16,8 @@ from adaptkit.numerics.lora import LowRank
 
 Panels = tuple[tuple[LowRank, ...], ...]
 """The changes of each matrix of a tensor."""
-_OTHER = "this adapter is for another model"
+OTHER_MODEL = "this adapter is for another model"
+"""A hint."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Experts:
             raise BaseMismatchError(
                 f"{self.who}: {parameter} has {len(stack)} experts for the adapter, but {len(slices) // parts} in "
                 f"{self.checkpoint.root}",
-                hint=_OTHER,
+                hint=OTHER_MODEL,
             )
         for piece in slices:
             whole = stack[piece.expert or 0]
             rows = whole.shape[0] // parts
-            self._check(piece.name, (rows, whole.shape[1]))
+            self.check(piece.name, (rows, whole.shape[1]))
             part = whole.b[piece.part[0] * rows : (piece.part[0] + 1) * rows]
             yield piece.name, ((replace(whole, b=part),),)
 
@@ -74,7 +75,7 @@ class Experts:
         if len(spec.shape) != 3 or (place.expert or 0) >= experts or term.shape != (height // count, width):
             raise BaseMismatchError(
                 f"{self.who}: {module} is {list(term.shape)}, which is no part of {place.name}, {list(spec.shape)}",
-                hint=_OTHER,
+                hint=OTHER_MODEL,
             )
         rows = height // count
         part = as_array(term.b)
@@ -102,17 +103,17 @@ class Experts:
                 raise BaseMismatchError(
                     f"{self.who}: {parameter} is {list(shape)} for the adapter, which does not fit {piece.name}, "
                     f"{list(found)}",
-                    hint=_OTHER,
+                    hint=OTHER_MODEL,
                 )
             yield piece.name, (piece.expert or 0) * height + number * rows
 
     def _whole(self, parameter: str, stack: tuple[LowRank, ...], name: str) -> Panels:
         spec, (out, into) = self.spec(name), stack[0].shape
         if len(spec.shape) == 2 and len(stack) == 1:  # a parameter of experts that is one matrix, such as a bias
-            self._check(name, (out, into))
+            self.check(name, (out, into))
             return (stack,)
         flip = spec.shape == (len(stack), into, out) and (into != out or self._keeps_transposed(parameter))
-        self._check(name, (len(stack), into, out) if flip else (len(stack), out, into))
+        self.check(name, (len(stack), into, out) if flip else (len(stack), out, into))
         return tuple((lora.transposed(term) if flip else term,) for term in stack)
 
     def _keeps_transposed(self, parameter: str) -> bool:
@@ -126,11 +127,16 @@ class Experts:
         module = empty_network(self.checkpoint).get_submodule(parameter.rpartition(".")[0])
         return bool(getattr(module, "is_transposed", False))
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a change of another shape than the tensor's, which need not be one of experts.
+
+        Raises:
+            BaseMismatchError: names the tensor.
+        """
         spec = self.spec(name)
         if spec.shape != shape:
             raise BaseMismatchError(
                 f"{self.who}: {name} is {list(shape)} for the adapter, but {list(spec.shape)} ({spec.dtype}) in "
                 f"{self.checkpoint.root}",
-                hint=_OTHER,
+                hint=OTHER_MODEL,
             )
