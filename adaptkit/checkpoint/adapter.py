@@ -270,4 +270,4 @@ def _record(files: TensorFiles, key: str, read: dict[str, Array]) -> TensorRecor
         digest.update(bytes_of(piece))
         if piece.size == spec.count:
             read[key] = piece
-    return TensorRecord(key, ADAPTER_WEIGHTS_NAME, spec.dtype, spec.shape, digest.hexdigest())
+    return TensorRecord.of(spec, digest.hexdigest(), ADAPTER_WEIGHTS_NAME)

@@ -161,10 +161,7 @@ def measure(
         tensors = header.tensors if header else ()
         parts = [(position, spec.nbytes) for spec, position in tensors]
         size, sha256, digests = file_digests(resolve_inside(root, path), parts, told)
-        records = (
-            TensorRecord(spec.name, path, spec.dtype, spec.shape, digest)
-            for (spec, _), digest in zip(tensors, digests, strict=True)
-        )
+        records = (TensorRecord.of(spec, digest, path) for (spec, _), digest in zip(tensors, digests, strict=True))
         return Measured(FileRecord(path, size, sha256), tuple(records), malformed)
 
     largest_first = sorted(sizes, key=lambda path: -sizes[path])

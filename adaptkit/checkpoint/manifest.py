@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import adaptkit
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.header import strict_json
+from adaptkit.checkpoint.header import TensorSpec, strict_json
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.errors import CheckpointError, IntegrityError, UsageError
 
@@ -57,6 +57,11 @@ class TensorRecord:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+
+    @classmethod
+    def of(cls, spec: TensorSpec, digest: str, file: str = "") -> Self:
+        """A tensor with its fingerprint; of what an artifact is made from, no matter in which file."""
+        return cls(spec.name, file, spec.dtype, spec.shape, digest)
 
 
 @dataclass(frozen=True)

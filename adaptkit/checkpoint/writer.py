@@ -164,7 +164,7 @@ class TensorWriter:
         if self._piece_bytes > spec.nbytes:
             raise ValueError(f"{name!r} is longer than its {spec.nbytes} bytes")
         if self._piece_bytes == spec.nbytes:
-            self.tensors.append(TensorRecord(name, self._name, spec.dtype, spec.shape, self._xxh3.hexdigest()))
+            self.tensors.append(TensorRecord.of(spec, self._xxh3.hexdigest(), self._name))
             self._waiting.pop()
             self._piece_bytes = 0
             self._xxh3.reset()

@@ -209,10 +209,7 @@ def _as_it_is(job: Callable[[], Array]) -> _Decoded:
 
 def _manifest(out: Output, checkpoint: Checkpoint, recorded: dict[str, object]) -> Manifest:
     digests = {name: digest for note in out.notes.values() for name, digest in note.items()}
-    base = [
-        TensorRecord(name, "", located.spec.dtype, located.spec.shape, digests[name])
-        for name, located in checkpoint.tensors.items()
-    ]
+    base = [TensorRecord.of(located.spec, digests[name]) for name, located in checkpoint.tensors.items()]
     return Manifest(
         kind="checkpoint",
         operation={"name": "dequantize", "options": recorded},

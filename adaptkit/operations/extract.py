@@ -161,8 +161,8 @@ def _write(
 
 
 def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], saved: Saved, recorded: dict[str, Any]) -> Manifest:
-    base = [TensorRecord(f.part.name, "", f.part.spec.dtype, f.part.spec.shape, f.base_digest) for f in findings]
-    tuned = [TensorRecord(f.part.name, "", f.part.tuned.dtype, f.part.tuned.shape, f.tuned_digest) for f in findings]
+    base = [TensorRecord.of(f.part.spec, f.base_digest) for f in findings]
+    tuned = [TensorRecord.of(f.part.tuned, f.tuned_digest) for f in findings]
     whole = {part.name for part in saved.parts.values()}
     touched = [f for f in findings if (f.differs and f.part.fate != LEFT_OUT) or f.part.name in whole]
     return Manifest(

@@ -303,7 +303,7 @@ def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
 def _manifest(out: Output, plan: Plan, recorded: dict[str, Any], source: Manifest | None) -> Manifest:
     specs = {choice.spec.name: choice.spec for choice in plan.selection.choices}
     digests = {name: out.notes[name]["fingerprint"] for name in specs}
-    base = [TensorRecord(name, "", spec.dtype, spec.shape, digests[name]) for name, spec in specs.items()]
+    base = [TensorRecord.of(spec, digests[name]) for name, spec in specs.items()]
     written = {tensor.name: tensor for tensor in out.tensors}
     targets = []
     for choice in plan.quantized():

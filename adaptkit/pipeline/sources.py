@@ -208,8 +208,7 @@ def _tensors_root(path: Path, progress: Progress) -> str:
     checkpoint, records, done = Checkpoint(path), [], 0
     total = sum(found.spec.nbytes for found in checkpoint.tensors.values())
     for name, found in checkpoint.tensors.items():
-        fingerprint = fingerprint_in_pieces(checkpoint, name)
-        records.append(TensorRecord(name, "", found.spec.dtype, found.spec.shape, fingerprint))
+        records.append(TensorRecord.of(found.spec, fingerprint_in_pieces(checkpoint, name)))
         done += found.spec.nbytes
         progress(done, total)
     return tensors_root(records)

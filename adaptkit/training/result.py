@@ -162,6 +162,5 @@ def records_of(checkpoint: Checkpoint, base: Manifest | None) -> dict[str, Tenso
     """The base's tensors by name, as its manifest has them or, without one, as they are read: all of them."""
     if base is not None:
         return {record.name: record for record in base.tensors}
-    digests = {name: fingerprint_in_pieces(checkpoint, name) for name in checkpoint.tensors}
-    specs = map(checkpoint.spec, digests)
-    return {spec.name: TensorRecord(spec.name, "", spec.dtype, spec.shape, digests[spec.name]) for spec in specs}
+    specs = {name: located.spec for name, located in checkpoint.tensors.items()}
+    return {name: TensorRecord.of(spec, fingerprint_in_pieces(checkpoint, name)) for name, spec in specs.items()}

@@ -164,13 +164,9 @@ def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[d
                 digests[name] = digest
                 done += side.checkpoint.spec(name).nbytes
                 progress(done, total)
-        found.append({name: _record(side.checkpoint, name, digests[name]) for name in names})
+        tensors = side.checkpoint.tensors.items()
+        found.append({name: TensorRecord.of(at.spec, digests[name], at.file) for name, at in tensors})
     return found
-
-
-def _record(checkpoint: Checkpoint, name: str, digest: str) -> TensorRecord:
-    located = checkpoint.tensors[name]
-    return TensorRecord(name, located.file, located.spec.dtype, located.spec.shape, digest)
 
 
 def _identity(record: TensorRecord) -> tuple[str, tuple[int, ...], str]:

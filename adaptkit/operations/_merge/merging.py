@@ -239,10 +239,7 @@ class Merging:
 
     def _manifest(self, out: Output) -> Manifest:
         checkpoint = self.checkpoint
-        base = [
-            TensorRecord(name, "", located.spec.dtype, located.spec.shape, out.notes[name]["base"])
-            for name, located in checkpoint.tensors.items()
-        ]
+        base = [TensorRecord.of(at.spec, out.notes[name]["base"]) for name, at in checkpoint.tensors.items()]
         targets = [
             Target(name.removesuffix(".weight"), edit.base_shape, out.notes[name]["base"])
             for name, edit in self.edits.of.items()

@@ -38,9 +38,7 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
     digests = _digests(checkpoint, threads, progress)
     for name, digest in digests.items():
         check_fingerprint(base, name, digest)
-    records = [
-        TensorRecord(name, "", at.spec.dtype, at.spec.shape, digests[name]) for name, at in checkpoint.tensors.items()
-    ]
+    records = [TensorRecord.of(at.spec, digests[name]) for name, at in checkpoint.tensors.items()]
     parents = merge_parents(base, merging.adapters, merging.weights, records)
 
     def describe(manifest: Manifest) -> Manifest:

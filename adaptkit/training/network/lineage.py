@@ -59,7 +59,7 @@ class Weights:
     def _record(self, name: str) -> TensorRecord:
         if name not in self._records:
             spec, digest = self._checkpoint.spec(name), fingerprint_in_pieces(self._checkpoint, name)
-            self._records[name] = TensorRecord(name, "", spec.dtype, spec.shape, digest)
+            self._records[name] = TensorRecord.of(spec, digest)
         return self._records[name]
 
 
