@@ -27,7 +27,7 @@ from adaptkit.child import can_fork, start_child
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.networks import architecture, naming
 from adaptkit.operations import _roles, _vocabulary
-from adaptkit.operations._roles import Role, Roles, roles_by_name, roles_here
+from adaptkit.operations._roles import Role, Roles, roles_here
 from adaptkit.torch_compiler import leave_compiler_out
 
 _PATIENCE_SECONDS = 300
@@ -84,8 +84,6 @@ class Inquiry:
         if self._known is not None:
             return self._known
         if self._process is None or self._connection is None:
-            if importlib.util.find_spec("transformers") is None:
-                return roles_by_name(self._checkpoint, "transformers is not installed")
             return roles_here(self._checkpoint)
         if not self._connection.poll(_PATIENCE_SECONDS):
             raise CheckpointError(f"{root}: config.json keeps transformers busy for minutes")
