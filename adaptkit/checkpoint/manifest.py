@@ -149,6 +149,18 @@ class Manifest:
         """sha256 of the canonical form."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
+    def require_sha256(self, expected: str | None, where: str | Path) -> None:
+        """Refuse to be another manifest than the one that is expected, if one is.
+
+        Raises:
+            IntegrityError: it is.
+        """
+        if expected is not None and self.sha256 != expected:
+            raise IntegrityError(
+                f"{where}: the manifest's sha256 is {self.sha256}, not {expected}",
+                hint="this is another artifact than the one that you expect",
+            )
+
     @classmethod
     def from_bytes(cls, text: bytes) -> Self:
         """Parse and check a manifest.

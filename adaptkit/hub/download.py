@@ -106,7 +106,8 @@ def pull(
     commit = commit_of(hub, repo_id, options.revision)
     tree = list_tree(hub, repo_id, commit)
     manifest = _fetch_manifest(hub, repo_id, commit, tree)
-    _check_manifest(manifest, repo_id, options.manifest_sha256)
+    manifest.require_sha256(options.manifest_sha256, repo_id)
+    _check_paths(manifest, repo_id)
     signature = fetch_signature(hub, repo_id, commit, tree)
     if options.trust is not None:
         _check_signature(f"{repo_id}@{commit}", manifest, signature, options.trust)
@@ -140,16 +141,11 @@ def _fetch_manifest(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
     return Manifest.from_bytes(fetch_small(hub, repo_id, commit, MANIFEST_NAME, tree[MANIFEST_NAME]))
 
 
-def _check_manifest(manifest: Manifest, repo_id: str, expected_sha256: str | None) -> None:
-    """Refuse another artifact than the one expected, and what would get in the way of the download itself.
+def _check_paths(manifest: Manifest, repo_id: str) -> None:
+    """Refuse what would get in the way of the download itself.
 
     ``Manifest`` refuses paths out of the folder.
     """
-    if expected_sha256 is not None and manifest.sha256 != expected_sha256:
-        raise IntegrityError(
-            f"{repo_id}: the manifest's sha256 is {manifest.sha256}, not {expected_sha256}",
-            hint="this is another artifact than the one that you expect",
-        )
     paths = {PurePosixPath(record.path) for record in manifest.files}
     for path in sorted(paths):
         if path.parts[0] in (JOURNAL_NAME, DOWNLOADS, ".cache") or paths & set(path.parents):

@@ -9,7 +9,7 @@ from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
-from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.errors import UsageError
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk, check_own_targets, require_whole
 from adaptkit.operations._pipeline import check_threads, thread_count
@@ -94,11 +94,7 @@ def verify(path: Path, options: VerifyOptions | None = None, *, progress: Progre
     """
     options = options or VerifyOptions()
     manifest = require_manifest(require_folder(path))
-    if options.manifest_sha256 is not None and manifest.sha256 != options.manifest_sha256:
-        raise IntegrityError(
-            f"{path}: the manifest's sha256 is {manifest.sha256}, not {options.manifest_sha256}",
-            hint="this is another artifact than the one that you expect",
-        )
+    manifest.require_sha256(options.manifest_sha256, path)
     if options.trust is not None:
         check_signature(manifest.to_bytes(), options.signature or path / SIGNATURE_NAME, options.trust)
     threads = thread_count(options.threads)
