@@ -27,7 +27,7 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
-from adaptkit.operations._merge.merged_model import BaseOutline, MergedModel, open_merged, target_names
+from adaptkit.operations._merge.merged_model import AGAIN, BaseOutline, MergedModel, open_merged, target_names
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
 
@@ -142,9 +142,7 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
             and (name in edits.of or before.spec.shape == after.spec.shape)
         )
         if not fits:
-            raise IntegrityError(
-                f"{model.root}: the undo record does not fit at {name}", hint="get the merged model again"
-            )
+            raise IntegrityError(f"{model.root}: the undo record does not fit at {name}", hint=AGAIN)
 
 
 def _check_subtractable(merged: Path, edits: Edits, small_files: Sequence[str]) -> None:
@@ -247,11 +245,11 @@ class _Restoring:
         if not self.model.has_record:
             return [partial(self._subtract, edit, rows) for rows in fold.pieces()]
         if name not in record.tensors:
-            raise IntegrityError(f"{name}: the undo record says nothing of it", hint="get the merged model again")
+            raise IntegrityError(f"{name}: the undo record says nothing of it", hint=AGAIN)
         try:
             runs = list(cut_frames(record.read_array(name), edit))
         except IntegrityError as error:
-            raise IntegrityError(f"{name}: {error.message}", hint="get the merged model again") from error
+            raise IntegrityError(f"{name}: {error.message}", hint=AGAIN) from error
         return [partial(self._take_back, fold, rows, stream) for rows, stream in runs]
 
     def _take_back(self, fold: Fold, rows: Rows, stream: Array) -> _Run:
@@ -282,7 +280,7 @@ class _Restoring:
                 writer.write(name, run.values)
         if digest.hexdigest() != self.digests[name]:
             file = self.model.checkpoint.tensors[name].file
-            raise IntegrityError(f"{name} in {file} changed since the merge", hint="get the merged model again")
+            raise IntegrityError(f"{name} in {file} changed since the merge", hint=AGAIN)
         if edit is None or not group.specs:
             return {"same": True, "bound": 0.0}
         if matrix_of(edit.base_shape)[0] > edit.matrix[0]:

@@ -22,7 +22,8 @@ from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array
 
-_AGAIN = "get the merged model again"
+AGAIN = "get the merged model again"
+"""A hint."""
 
 
 class BaseOutline(Checkpoint):
@@ -89,7 +90,7 @@ class MergedModel:
         files = TensorFiles(self.root, [name])
         for key, located in files.tensors.items():
             if located.spec.dtype != "U8" or len(located.spec.shape) != 1:
-                raise IntegrityError(f"{name}: {key!r} is no file", hint=_AGAIN)
+                raise IntegrityError(f"{name}: {key!r} is no file", hint=AGAIN)
         return {key: files.read_array(key) for key in files.tensors}
 
     def require_unchanged(self, name: str) -> None:
@@ -100,9 +101,9 @@ class MergedModel:
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
-            raise IntegrityError(f"{self.root}: {name} is missing", hint=_AGAIN)
+            raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
         if file_sha256(path) != self.digests.get(name):
-            raise IntegrityError(f"{name} changed since the merge", hint=_AGAIN)
+            raise IntegrityError(f"{name} changed since the merge", hint=AGAIN)
 
     def small_file(self, name: str) -> bytes:
         """The content of a small file, if it is still that of the merge.
@@ -112,10 +113,10 @@ class MergedModel:
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
-            raise IntegrityError(f"{self.root}: {name} is missing", hint=_AGAIN)
+            raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
         content = read_small(path)
         if hashlib.sha256(content).hexdigest() != self.digests.get(name):
-            raise IntegrityError(f"{name} changed since the merge", hint=_AGAIN)
+            raise IntegrityError(f"{name} changed since the merge", hint=AGAIN)
         return content
 
     @cached_property
@@ -135,7 +136,7 @@ class MergedModel:
         for name in self.lost_files:
             if name != undo.ADDED and not _is_small_file(name):
                 raise IntegrityError(
-                    f"{self.root}: the undo record holds a file {name!r}, which no base has", hint=_AGAIN
+                    f"{self.root}: the undo record holds a file {name!r}, which no base has", hint=AGAIN
                 )
         ours = {*self.checkpoint.headers, *self.lost_files, *added, CARD_NAME}
         kept = [name for name in self.digests if name not in ours and "/" not in _beside_shards(name)]
@@ -161,10 +162,10 @@ class MergedModel:
             position = len(raw)
             for spec, start in header.tensors:
                 if start != position or not all(type(size) is int and size >= 0 for size in spec.shape):
-                    raise IntegrityError(f"{file}: the undo record's header is damaged", hint=_AGAIN)
+                    raise IntegrityError(f"{file}: the undo record's header is damaged", hint=AGAIN)
                 position += spec.nbytes
         except (CheckpointError, TypeError, KeyError, ValueError, IndexError) as error:
-            raise IntegrityError(f"{file}: the undo record's header is damaged ({error})", hint=_AGAIN) from error
+            raise IntegrityError(f"{file}: the undo record's header is damaged ({error})", hint=AGAIN) from error
         return header
 
     def base_manifest(self) -> Manifest | None:
@@ -194,7 +195,7 @@ class MergedModel:
         waiting = [read_adapter(path) for path in paths]
         identities = self.options.get("adapters")
         if not isinstance(identities, list) or len(identities) != len(recorded):
-            raise IntegrityError(f"{self.root}: the manifest does not say which adapters were merged", hint=_AGAIN)
+            raise IntegrityError(f"{self.root}: the manifest does not say which adapters were merged", hint=AGAIN)
         ordered = []
         for parent, identity in zip(recorded, identities, strict=True):
             same = [a for a in waiting if tensors_root(a.records) == parent.tensors_root]
@@ -240,13 +241,13 @@ def open_merged(root: Path) -> MergedModel:
     plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
     bases = [parent for parent in manifest.parents if parent.role == "base"]
     if not plain or len(bases) != 1:
-        raise IntegrityError(f"{root}: the manifest does not describe a merge", hint=_AGAIN)
+        raise IntegrityError(f"{root}: the manifest does not describe a merge", hint=AGAIN)
     checkpoint = Checkpoint(root)
     described = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
     found = {(name, at.file, at.spec.dtype, at.spec.shape) for name, at in checkpoint.tensors.items()}
     if described != found:
         differing = min(described ^ found)[0]
-        raise IntegrityError(f"{root}: {differing} is not in the shards as the manifest says", hint=_AGAIN)
+        raise IntegrityError(f"{root}: {differing} is not in the shards as the manifest says", hint=AGAIN)
     has_record = any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files)
     return MergedModel(root, manifest, checkpoint, has_record)
 
