@@ -29,6 +29,8 @@ from adaptkit.numerics.formats._double_quant import GROUP, dynamic_map
 
 BLOCK = GROUP
 """Moments that share one constant."""
+STATE_BITS = {"adamw": 32, "adamw8bit": 8}
+"""Bits of a moment, by the optimizer's name."""
 
 
 @dataclass(frozen=True)

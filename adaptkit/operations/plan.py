@@ -27,7 +27,7 @@ from adaptkit.networks.architecture import Description, empty_network, language_
 from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.networks.tables import host_tables
-from adaptkit.numerics.adamw import moment_bytes
+from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.operations._plan.network import Shape, linear_shapes, measured_layers
 
 METHODS = ("full", "lora", "qlora")
@@ -67,7 +67,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         choices = {
             "method": METHODS,
-            "optimizer": ("adamw", "adamw8bit"),
+            "optimizer": STATE_BITS,
             "compute_dtype": ("bfloat16", "float32"),
             "device": DEVICES,
         }
@@ -174,7 +174,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         weights=weights + buffers,
         trainable=4 * trainable,
         gradients=4 * trainable,
-        optimizer=moment_bytes(trainable, 8 if options.optimizer == "adamw8bit" else 32),
+        optimizer=moment_bytes(trainable, STATE_BITS[options.optimizer]),
         activations=activations,
         logits=logits_bytes(options.batch * (options.seq_len - 1), vocabulary, dtype.itemsize, options.on_gpu),
     )

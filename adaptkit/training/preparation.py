@@ -7,7 +7,7 @@ import torch
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.networks.architecture import empty_network
-from adaptkit.numerics.adamw import moment_bytes
+from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
@@ -16,7 +16,6 @@ from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import pad_id
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, save_activations
-from adaptkit.training.memory.optimizer import STATE_BITS
 from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.adamw import AdamW
+from adaptkit.numerics.adamw import STATE_BITS, AdamW
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.moments import PagedState, page_elements
 from adaptkit.training.memory.parameters import Group, Trainable
 from adaptkit.training.shortage import is_out_of_memory
 
-STATE_BITS = {"adamw": 32, "adamw8bit": 8}
-"""Bits of a moment, by the optimizer's name."""
 PAGE_KIB = {"cpu": 2048, "cuda": 4096}
 """Size of a page, by the kind of device: on a GPU a page costs the host some launches, whatever its size."""
 
