@@ -1,9 +1,8 @@
 """Examples to samples: the model's chat template, its tokenizer, and where loss is.
 
-What the template adds between a conversation up to the answer's opening and the conversation with the answer is the
-answer, its end-of-turn included. The text is tokenized in pieces that begin where answers begin, because at inference
-the prompt is tokenized by itself: in one piece, a line end that ends the prompt and one that begins the answer may
-become one token, which no prompt ends with.
+The text is tokenized in pieces that begin where answers begin (see ``answers``), because at inference the prompt is
+tokenized by itself: in one piece, a line end that ends the prompt and one that begins the answer may become one token,
+which no prompt ends with.
 """
 
 from array import array
