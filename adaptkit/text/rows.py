@@ -1,6 +1,6 @@
 """Rows of data files, each with the place it came from.
 
-    .jsonl               one JSON object a line                          file, line N
+    .jsonl, .ndjson      one JSON object a line                          file, line N
     .json                a list of objects, or {"data": [...]}           file, row N
     .csv, .tsv           a header, then cells, all of them text          file, line N
     .parquet             pyarrow reads it                                file, row N
@@ -27,8 +27,7 @@ from adaptkit.errors import DataError, UsageError
 Row = Mapping[str, Any]
 Located = tuple[str, Row]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-"""Of files that hold rows."""
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.-]+))?"
     r"(?:@(?P<revision>[\w./+-]+))?(?::(?P<split>[\w.-]+))?",
@@ -56,16 +55,22 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         rows = read_hub_rows(**(found.groupdict() if found else {}))
         return ((where, without_fills(row)) for where, row in rows)
     file = Path(source)
-    if file.suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
+    if not holds_rows(file):
+        known = ", ".join(_SUFFIXES)
         raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint="rename or convert it")
-    return dict(zip(SUFFIXES, (_lines, _document, _cells, _cells, _parquet), strict=True))[file.suffix](file)
+    readers = dict(zip(_SUFFIXES, (_lines, _lines, _document, _cells, _cells, _parquet), strict=True))
+    return readers[file.suffix.lower()](file)
+
+
+def holds_rows(file: Path | str) -> bool:
+    """Whether a name is that of a file of rows, in capitals, too."""
+    return Path(file).suffix.lower() in _SUFFIXES
 
 
 def is_on_hub(source: Path | str) -> bool:
     """Whether a source names a data set on the Hub, and no file: what exists, or ends as data files do, is a file."""
     text = str(source)
-    return not os.path.exists(text) and not text.endswith(SUFFIXES) and _HUB.fullmatch(text) is not None
+    return not os.path.exists(text) and not holds_rows(text) and _HUB.fullmatch(text) is not None
 
 
 def read_text(file: Path) -> str:
@@ -174,7 +179,7 @@ def _is_object(line: str) -> bool:
 
 def _cells(file: Path) -> Iterator[Located]:
     header: list[str] = []
-    for line, cells in _records(file, "\t" if file.suffix == ".tsv" else ","):
+    for line, cells in _records(file, "\t" if file.suffix.lower() == ".tsv" else ","):
         where = f"{file}, line {line}"
         if not header:
             header = cells

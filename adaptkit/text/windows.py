@@ -11,7 +11,7 @@ from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.text.chat_template import known_template_kwargs, set_template_kwargs
 from adaptkit.text.conversation import Conversation, read_example, render
-from adaptkit.text.rows import SUFFIXES, read_pieces, read_rows, read_text
+from adaptkit.text.rows import holds_rows, read_pieces, read_rows, read_text
 from adaptkit.text.tokenizer_files import first_tokens, load_tokenizer
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
 def _texts(files: Sequence[Path], tokenizer: Any, limit: int | None) -> Iterator[tuple[list[int], bool]]:
     """The tokens of every text, of a long one so many at least, and whether it ends with an end token of its own."""
     for file in files:
-        if file.suffix in SUFFIXES:
+        if holds_rows(file):
             for where, row in read_rows(file):
                 yield _row_tokens(row, where, tokenizer)
         elif limit is None:

@@ -19,7 +19,7 @@ ROWS = [{"instruction": "Name it, please.", "output": 'the "Rhine"\nriver'}, {"i
 
 
 def write(path, rows):
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".JSONL", ".ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
@@ -30,7 +30,7 @@ def write(path, rows):
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             table.writeheader()
             table.writerows(rows)
     return path
@@ -40,9 +40,12 @@ def write(path, rows):
     ("suffix", "places"),
     [
         (".jsonl", ["line 1", "line 2"]),
+        (".ndjson", ["line 1", "line 2"]),
+        (".JSONL", ["line 1", "line 2"]),
         (".json", ["row 1", "row 2"]),
         (".csv", ["line 2", "line 4"]),
         (".tsv", ["line 2", "line 4"]),
+        (".TSV", ["line 2", "line 4"]),
         (".parquet", ["row 1", "row 2"]),
     ],
 )
@@ -125,7 +128,11 @@ def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_pat
         ("rows.csv", b'a,b\n"1"2,3\n', ": not csv"),
         ("rows.csv", b"a,b\n1,\xff\n", ", line 2: cannot be read (invalid start byte)"),
         ("rows.parquet", b"PAR1 or not", ", after row 0: not parquet"),
-        ("rows.xlsx", b"", ": expected a data file (.jsonl, .json, .csv, .tsv, .parquet) or org/name on the Hub"),
+        (
+            "rows.xlsx",
+            b"",
+            ": expected a data file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet) or org/name on the Hub",
+        ),
     ],
 )
 def test_what_is_no_row_is_named_by_file_and_place(name, content, message, tmp_path):
@@ -161,6 +168,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
         ("org/name@refs/pr/1", True),
         ("org/name/config@main:train_sft", True),
         ("data/rows.jsonl", False),
+        ("data/rows.JSONL", False),
         ("./org/name", False),
         ("/org/name", False),
         ("name", False),

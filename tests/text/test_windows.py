@@ -194,13 +194,15 @@ def test_texts_longer_than_the_model_bring_no_warning(llama, copy_of, run_cli, t
     assert (done.code, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv"])
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".NDJSON"])
 def test_rows_are_rows_in_every_kind_of_file(suffix, llama, tmp_path):
     rows = [{"instruction": "Name it", "output": "the Rhine"}, {"instruction": "Name 2", "output": 'Rhine, "Po"'}]
     expected = read_tokens([write(tmp_path, "rows.jsonl", *rows)], llama, window=500).tolist()
     path = tmp_path / f"rows{suffix}"
     if suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
+    elif suffix == ".NDJSON":
+        write(tmp_path, path.name, *rows)
     else:
         with path.open("w", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
