@@ -213,10 +213,11 @@ def work(side: str, case: str, threads: int) -> None:
 
     if side == "adaptkit":  # as the command does
         from adaptkit.checkpoint.pages import give_back_kernel_compiler
-        from adaptkit.heap import keep_freed_memory
+        from adaptkit.heap import keep_few_products, keep_freed_memory
         from adaptkit.torch_compiler import leave_compiler_out
 
         keep_freed_memory()
+        keep_few_products()
         leave_compiler_out()
         give_back_kernel_compiler()
     import torch
