@@ -60,12 +60,7 @@ def measure_text(model: Model, windows: Tensor, reference: Model | None = None) 
     _check_vocabulary(model, windows, reference)
     sums = torch.zeros(4, dtype=torch.float64)
     for window in windows:
-        logits = _next_token_logits(model, window)
-        others = None if reference is None else _next_token_logits(reference, window)
-        for start in range(0, len(logits), POSITIONS):
-            rows = slice(start, start + POSITIONS)
-            wanted = window[1:][rows].to(logits.device)
-            sums += _text_sums(logits[rows], wanted, None if others is None else others[rows])
+        sums += _window_sums(model, window, reference)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     loss, reference_loss, divergence, same = (sums / tokens).tolist()
     report = TextReport(len(windows), tokens, loss, perplexity_of(loss))
@@ -90,6 +85,18 @@ def _check_vocabulary(model: Model, windows: Tensor, reference: Model | None) ->
             f"{reference.checkpoint.root}: knows {others} tokens, {model.checkpoint.root} knows {known}",
             hint="the reference is the checkpoint that the model was made from",
         )
+
+
+def _window_sums(model: Model, window: Tensor, reference: Model | None) -> Tensor:
+    """``_text_sums`` of a window, whose logits are gone before those of the next are made."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    logits = _next_token_logits(model, window)
+    others = None if reference is None else _next_token_logits(reference, window)
+    for start in range(0, len(logits), POSITIONS):
+        rows = slice(start, start + POSITIONS)
+        wanted = window[1:][rows].to(logits.device)
+        sums += _text_sums(logits[rows], wanted, None if others is None else others[rows])
+    return sums
 
 
 def _next_token_logits(model: Model, window: Tensor) -> Tensor:

@@ -157,6 +157,7 @@ class _Loss(torch.autograd.Function):
                 grads[0][start : start + len(part)] = found[0]
                 for grad, more in zip(grads[1:], found[1:], strict=True):
                     grad += more
+            del logits, chunk  # before the next ones are made
         ctx.grads = grads
         return total
 

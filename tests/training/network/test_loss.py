@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,8 +115,7 @@ def test_logits_that_are_scaled_or_bounded_after_the_output_layer_are_made_in_ch
     model = loaded(family(made, name, **BOUNDED[name]))
     assert not model.output_layer.is_head
     batch = batch_of((20, 13), VOCABULARY)
-    with Largest() as seen:
-        seen.vocabulary = VOCABULARY
+    with Largest(VOCABULARY) as seen:
         value = summed_loss(model, batch)
         found = gradients(model, value)
     assert seen.rows == 4
@@ -151,15 +151,21 @@ def test_nothing_is_asked_of_the_device_while_it_computes(name, llama, made, mon
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most rows that a result with the vocabulary as its last dimension had; a transpose is no result."""
+    """Remembers the most rows that results with the vocabulary as their last dimension had, one of them and all that
+    existed at a time; a transpose is no result."""
 
-    rows = 0
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows, self.rows_alive, self._made = vocabulary, 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         is_made = isinstance(result, torch.Tensor) and func is not torch.ops.aten.t.default
         if is_made and result.dim() == 2 and result.shape[-1] == self.vocabulary:
-            self.rows = max(self.rows, result.shape[0])
+            self._made[StorageWeakRef(result.untyped_storage())] = len(result)
+            self._made = {storage: rows for storage, rows in self._made.items() if not storage.expired()}
+            self.rows = max(self.rows, len(result))
+            self.rows_alive = max(self.rows_alive, sum(self._made.values()))
         return result
 
 
@@ -167,10 +173,9 @@ def test_no_more_logits_exist_than_a_chunk_has(llama, monkeypatch):
     monkeypatch.setattr(loss, "_rows", lambda hidden, head: 8)
     model = loaded(llama)
     batch = batch_of((60, 60), model.network.config.vocab_size)
-    with Largest() as seen:
-        seen.vocabulary = model.network.config.vocab_size
+    with Largest(model.network.config.vocab_size) as seen:
         summed_loss(model, batch).backward()
-    assert seen.rows == 8
+    assert (seen.rows, seen.rows_alive) == (8, 8)
 
 
 def test_hidden_states_that_stay_in_float32_reach_a_head_in_bfloat16(made):
