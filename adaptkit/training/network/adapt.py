@@ -191,7 +191,7 @@ def train_rows(
         BaseMismatchError: the model has no such module, or its rows are of another length.
     """
     name, places = f"{path}.weight", parameter_places(model)
-    if name not in places:
+    if name not in places and name not in model.whole:  # what is trained whole has left its place
         raise BaseMismatchError(f"{path}: {model.checkpoint.root} does not have it")
     if path in model.rows:
         raise UsageError(f"{name} has rows that are trained already", hint="leave out trainable_tokens")

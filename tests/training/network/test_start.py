@@ -31,10 +31,10 @@ IDS = torch.arange(2, 298).view(8, 37)
 RUN = {"rank": 4, "compute_dtype": "float32", "device": "cpu"}
 
 
-def begun(base, **settings):
+def begun(base, dtype=torch.float32, **settings):
     own = {"rank": 16} if "init" in settings else {}  # the default: nothing was said
     config = resolve_method(TrainConfig(base=str(base), data=("none",), **RUN | own | settings), Checkpoint(base))
-    model = load_model(base, torch.float32, CPU)
+    model = load_model(base, dtype, CPU)
     start = read_start(config, None)
     begin(model, config, start, load_tokenizer(base))
     return model, config, start
@@ -125,6 +125,14 @@ def test_what_means_nothing_in_the_model_is_refused_with_a_hint(llama, settings,
     with pytest.raises(UsageError, match=message) as caught:
         begun(llama, **settings)
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_table_that_is_trained_whole_are_refused_in_every_type(llama, name, dtype):
+    """In bfloat16 the whole table is no parameter of its module any more, which is no reason to blame the base."""
+    with pytest.raises(UsageError, match=r"embed_tokens\.weight is trained whole already"):
+        begun(llama, dtype, trainable_tokens=("%",), modules_to_save=(name,))
 
 
 @pytest.mark.parametrize("name", ["q_proj", "down_proj"])
