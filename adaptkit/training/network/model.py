@@ -182,7 +182,8 @@ def new_adapter(
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
     if not chosen:
         if exclude:
-            raise UsageError("every target is excluded", hint="give --exclude fewer patterns")
+            what = "every target is excluded, or trained whole"
+            raise UsageError(what, hint="give --exclude or --modules-to-save fewer patterns")
         raise UsageError("no linear layer reads text and is no router", hint="name some with --targets")
     shape = AdapterShape(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     generator = torch.Generator().manual_seed(seed)

@@ -111,7 +111,7 @@ def test_a_companion_can_become_a_dora_with_more_beside_it(llama, adapter):
         ({"alpha_pattern": {"o_proj.weight": 2}}, "alpha_pattern: 'o_proj.weight' matches nothing", "q_proj"),
         ({"modules_to_save": ("score",)}, "modules_to_save: no module is called 'score'", "lm_head"),
         ({"modules_to_save": ("",)}, "modules_to_save: no module is called ''", "lm_head"),
-        ({"modules_to_save": ("down_proj",), "targets": ("down_proj",)}, "every target is excluded", "exclude"),
+        ({"modules_to_save": ("down_proj",), "targets": ("down_proj",)}, "or trained whole", "--modules-to-save"),
         ({"bias": "all"}, "bias: all, but there are no biases", "bias: none"),
         ({"trainable_tokens": ("<|nothing|>",)}, r"'<\|nothing\|>' is no token of the vocabulary", "exact text"),
         ({"trainable_tokens": ("7",)}, "7 is the text of token 25 and the number of another", "25 for"),
