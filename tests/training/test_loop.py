@@ -188,6 +188,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, traine
     assert "checkpoint-10 is damaged" in capsys.readouterr().err
 
 
+def test_a_run_that_was_killed_after_its_last_step_tells_no_speed(config, trained, tmp_path):
+    def stop(report):
+        if report.step == report.steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "adapter", on_step=stop)
+    report = train(config, tmp_path / "adapter")
+    assert report.resumed_from == report.steps
+    assert "speed" not in dict(train_command._rows(report))
+    assert "speed" in dict(train_command._rows(trained[1]))
+
+
 def test_a_budget_says_what_it_chose_or_what_the_least_would_be(config, run_cli, tmp_path):
     arguments = ["train", "--base", config.base, "--data", config.data[0], "-o", tmp_path / "out", "--dry-run"]
     done = run_cli(*arguments, "--checkpointing", "budget:64")

@@ -126,7 +126,8 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
         yield "kept", f"the adapter after step {report.kept_step}; the last one is in last/"
     if report.skipped:
         yield "skipped", f"{report.skipped} steps whose loss or gradient was no number"
-    yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
+    if report.tokens_per_second:  # none of a run whose steps were all taken before it was killed
+        yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
     yield "activations", f"{report.compute_dtype}; {report.checkpointing}"
     measured = report.memory["measured"]
     seen = "not measured here" if measured is None else f"{size(measured)} measured"
