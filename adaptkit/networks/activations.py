@@ -123,13 +123,19 @@ def parse_policy(policy: str, layers: int) -> Checkpointing | int:
     raise ConfigError(f"checkpointing: {policy!r} is none of {POLICIES}")
 
 
-def fit_budget(budget_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = False) -> Checkpointing:
+def fit_budget(
+    budget_bytes: int,
+    sizes: Sequence[LayerSize],
+    offloaded: bool = False,
+    less: str = "a smaller micro_batch_size or max_length",
+) -> Checkpointing:
     """The checkpointing that recomputes least within a budget.
 
     Args:
         budget_bytes: for what the layers keep and need.
         sizes: of every layer, as measured.
         offloaded: whether the inputs of segments wait elsewhere.
+        less: what would need less, for people.
 
     Raises:
         UsageError: none fits; says what the least would need.
@@ -144,7 +150,7 @@ def fit_budget(budget_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = 
     needed = math.ceil(least.bytes_needed(sizes, offloaded) / 2**20)
     raise UsageError(
         f"checkpointing: budget:{budget_bytes >> 20} is not enough: the layers need at least {needed} MiB ({least})",
-        hint=f"give budget:{needed}, or a smaller micro_batch_size or max_length",
+        hint=f"give budget:{needed}, or {less}",
     )
 
 

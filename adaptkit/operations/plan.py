@@ -211,7 +211,10 @@ def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> t
     shape = options.batch, options.seq_len
     sizes = measured_layers(network, ranks, options.method == "full", shape)
     found = parse_policy(options.checkpointing, len(sizes))
-    chosen = found if isinstance(found, Checkpointing) else fit_budget(found, sizes, options.offload_checkpoints)
+    if isinstance(found, Checkpointing):
+        chosen = found
+    else:
+        chosen = fit_budget(found, sizes, options.offload_checkpoints, less="a smaller --batch or --seq-len")
     return chosen, chosen.bytes_needed(sizes, options.offload_checkpoints)
 
 

@@ -210,6 +210,7 @@ def test_a_budget_is_kept_or_refused(models):
         (["--rank", 0], 2, "rank: 0"),
         (["--targets", "nothing_*"], 2, "matches no linear layer"),
         (["--checkpointing", "layers"], 2, "budget:MIB"),
+        (["--checkpointing", "budget:1"], 2, "or a smaller --batch or --seq-len"),
         (["--method", "dora"], 2, "--method"),
     ],
 )
