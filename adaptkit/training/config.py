@@ -180,6 +180,8 @@ class TrainConfig:
                 "needs held_out and eval_every",
                 "say how often to measure: eval_every; and on what: held_out or held_out_data",
             )
+        if self.eval_every and not self.has_held_out:
+            conflict("eval_every", "needs held_out", "say what to measure on: held_out or held_out_data")
         if self.shard_base and self.checkpointing not in ("none", "layer"):
             conflict(
                 "shard_base", "goes with checkpointing: layer or none", "choose one of these, or leave out shard_base"

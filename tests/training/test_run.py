@@ -303,7 +303,13 @@ def test_a_run_that_is_cut_off_anywhere_stops_at_the_same_step(stopped, overshoo
 
 
 @pytest.mark.parametrize(
-    "change", [{"patience": 1}, {"patience": 1, "eval_every": 1, "held_out": 0.0}, {"sample_every": 1}]
+    "change",
+    [
+        {"patience": 1},
+        {"patience": 1, "eval_every": 1, "held_out": 0.0},
+        {"eval_every": 1, "held_out": 0.0},
+        {"sample_every": 1},
+    ],
 )
 def test_options_that_need_others_say_so(config, change):
     with pytest.raises(ConfigError, match=f"^{next(iter(change))}: needs "):
