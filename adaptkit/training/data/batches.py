@@ -127,7 +127,8 @@ class Batches:
         """The most rows of a micro-batch of one process alone, and the length of the longest row."""
         steps = self._epoch(0)
         rows = max(math.ceil(len(step) / math.ceil(len(step) / self._micro_batch_size)) for step in steps)
-        return rows, max(_length(row) for step in steps for row in step)
+        longest = max(len(sample.ids) for sample in self._samples)  # which a mixture may draw in a later epoch only
+        return rows, max(longest, max(_length(row) for step in steps for row in step))
 
     def _epoch(self, epoch: int) -> list[list[Row]]:
         """The rows of every step of an epoch."""

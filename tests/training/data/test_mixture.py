@@ -56,6 +56,17 @@ def test_every_step_of_an_epoch_is_there_packed_or_not(pack_length):
     assert Counter(first) == {0: mixture.counts[0], 1: mixture.counts[1]} == {0: 32, 1: 10}
 
 
+def test_the_largest_batch_is_of_what_any_epoch_draws():
+    """Checkpointing is chosen by it, and the memory predicted; here the first epoch does not draw the long sample."""
+    sizes = [(9 if s and n == 7 else 2, s) for s in (0, 1) for n in range(20)]
+    some = [Sample((1,) * size, (1,) * size, origin=s) for size, s in sizes]
+    for seed in range(9):
+        batches = Batches(some, batch_size=4, seed=seed, mixture=Mixture.of(some, [9, 1], ["a", "b"]))
+        steps = range(10 * batches.steps_per_epoch)
+        longest = max(len(sample.ids) for step in steps for (sample,) in batches.rows(step))
+        assert batches.largest() == (4, longest) == (4, 9)
+
+
 def weights_of(mixture, data):
     return TrainConfig(base="base", data=tuple(data), mixture=mixture).mixture_weights()
 
