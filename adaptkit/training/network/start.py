@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.manifest import Manifest
@@ -19,6 +21,7 @@ from adaptkit.training.network.adapt import (
     new_stack_adapters,
     parameter_places,
     saved_names,
+    stack_shape,
     train_rows,
     train_whole,
 )
@@ -144,6 +147,11 @@ def left_out(model: Model, config: TrainConfig) -> str:
         for name, layer in model.linears.items()
         if layer.lora_a is None and name not in excluded and not isinstance(layer.base, TrainedWeight)
     ]
+    told = [*filter(None, (_layers_left(model, left), _stacks_left(model) if not config.target_parameters else ""))]
+    return "; ".join(told)
+
+
+def _layers_left(model: Model, left: Sequence[str]) -> str:
     if not left:
         return ""
     kind = model.network.config.model_type
@@ -153,6 +161,18 @@ def left_out(model: Model, config: TrainConfig) -> str:
     found = {"routers": routers, "layers that peft refuses": refused, "layers outside the language model": outside}
     kinds = " and ".join(f"{count} {what}" for what, count in found.items() if count)
     return f"{kinds} get no adapter, since no target names them: {shortened(left)}"
+
+
+def _stacks_left(model: Model) -> str:
+    """Most of a model of experts is no linear layer, but in stacks; a filter of a convolution is no matrix."""
+    left = [
+        name
+        for name, module in model.stacks().items()
+        if name not in model.whole and not isinstance(module, nn.Conv1d) and min(stack_shape(module, name)[1:]) > 1
+    ]
+    if not left:
+        return ""
+    return f"{len(left)} stacks of experts' matrices get no adapter without target_parameters: {shortened(left)}"
 
 
 def cannot_be_merged(model: Model) -> str:

@@ -28,6 +28,9 @@ def config(base, instructions, **values):
 
 
 ROUTERS = "2 routers get no adapter, since no target names them: model.layers.0.mlp.shared_expert_gate, "
+STACKS = (
+    "4 stacks of experts' matrices get no adapter without target_parameters: model.layers.0.mlp.experts.down_proj, "
+)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +38,11 @@ ROUTERS = "2 routers get no adapter, since no target names them: model.layers.0.
     [
         ("qwen2_moe", {}, ROUTERS),
         ("qwen2_moe", {"exclude": ("q_proj",)}, ROUTERS),
-        ("qwen2_moe", {"targets": ("*", "shared_expert_gate")}, ""),
-        ("qwen2_moe", {"exclude": ("shared_expert_gate",)}, ""),
+        ("qwen2_moe", {"targets": ("*", "shared_expert_gate")}, STACKS),
+        ("qwen2_moe", {"exclude": ("shared_expert_gate",)}, STACKS),
+        ("qwen2_moe", {"exclude": ("shared_expert_gate",), "target_parameters": ("*.experts.*",)}, ""),
+        ("qwen2_moe", {"targets": ("q_proj",)}, ""),
+        ("qwen3_5_text", {}, ""),
         ("gemma3", {}, "14 layers outside the language model get no adapter, since no target names them: model."),
         (
             "mamba",
