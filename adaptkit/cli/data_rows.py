@@ -8,7 +8,7 @@ from adaptkit.text.rendering import DAY
 
 if TYPE_CHECKING:
     from adaptkit.training.data.dataset import SourceReport
-    from adaptkit.training.data_report import DataReport
+    from adaptkit.training.data_report import CutReport, DataReport
 
 
 def data_rows(data: "DataReport") -> Iterator[Row]:
@@ -40,11 +40,17 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
 
 def cut_rows(data: "DataReport", truncated: int, dropped: int) -> Iterator[Row]:
     """What was cut or left out, if something was."""
+    yield from _cut("samples", truncated, dropped, data)
+    if data.held_out_cut is not None:
+        yield from _cut("held-out samples", data.held_out_cut.truncated, data.held_out_cut.dropped, data.held_out_cut)
+
+
+def _cut(what: str, truncated: int, dropped: int, of: "DataReport | CutReport") -> Iterator[Row]:
     if truncated or dropped:
-        yield "cut", f"{truncated} samples to max_length; the longest has {data.longest} tokens ({data.longest_at})"
+        yield "cut", f"{truncated} {what} to max_length; the longest has {of.longest} tokens ({of.longest_at})"
     if dropped:
-        named = f" ({'; '.join(data.masked)})" if data.masked else ""
-        yield "left out", f"{dropped} samples, too long or without an answer after the cut{named}"
+        named = f" ({'; '.join(of.masked)})" if of.masked else ""
+        yield "left out", f"{dropped} {what}, too long or without an answer after the cut{named}"
 
 
 def _source(source: "SourceReport") -> str:

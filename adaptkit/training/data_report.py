@@ -4,9 +4,28 @@ import hashlib
 from dataclasses import dataclass
 
 from adaptkit.training.data.batches import Batches
-from adaptkit.training.data.dataset import SourceReport
+from adaptkit.training.data.dataset import Dataset, SourceReport
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """What became of samples that are too long.
+
+    Attributes:
+        truncated: how many were cut to the longest length.
+        dropped: how many were left out, as too long or since the cut took their whole answer.
+        longest: tokens of the longest sample, before any was cut.
+        longest_at: where it came from.
+        masked: where some of the samples came from that the cut left nothing to learn.
+    """
+
+    truncated: int
+    dropped: int
+    longest: int
+    longest_at: str
+    masked: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -16,6 +35,7 @@ class DataReport:
     Attributes:
         sources: of all samples, held-out ones among them.
         held_out_sources: of samples that are only measured.
+        held_out_cut: what became of those of them that are too long; None where they have no sources of their own.
         longest: tokens of the longest sample, before any was cut.
         longest_at: where it came from.
         masked: where some of the samples came from that the cut left nothing to learn.
@@ -34,6 +54,7 @@ class DataReport:
 
     sources: tuple[SourceReport, ...]
     held_out_sources: tuple[SourceReport, ...]
+    held_out_cut: CutReport | None
     longest: int
     longest_at: str
     masked: tuple[str, ...]
@@ -59,10 +80,11 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
             rows += 1
             for sample in row:
                 tokens[sample.origin] += len(sample.ids)
-    tokenizer, end = inputs.tokenizer, inputs.unnamed_end
+    tokenizer, end, other = inputs.tokenizer, inputs.unnamed_end, inputs.held_out_data
     return DataReport(
         sources=data.sources,
-        held_out_sources=inputs.held_out_sources,
+        held_out_sources=other.sources if other else (),
+        held_out_cut=_cut(other) if other else None,
         longest=data.longest,
         longest_at=data.longest_at,
         masked=data.masked,
@@ -78,6 +100,10 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
         rows=rows,
         epoch_tokens=tuple(tokens),
     )
+
+
+def _cut(data: Dataset) -> CutReport:
+    return CutReport(data.truncated, data.dropped, data.longest, data.longest_at, data.masked)
 
 
 def _template_from(inputs: Inputs) -> str | None:

@@ -20,7 +20,7 @@ from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_temp
 from adaptkit.text.tokenizer_files import brings_tokenizer, is_of_tokenizer, load_tokenizer, load_tokenizer_of
 from adaptkit.text.windows import check_known, check_prompt, known_tokens, longest_sequence
 from adaptkit.training.config import INITS, TrainConfig
-from adaptkit.training.data.dataset import Dataset, SourceReport, load_data, split
+from adaptkit.training.data.dataset import Dataset, load_data, split
 from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.data.ending import generation_naming, unnamed_end
 from adaptkit.training.data.mixture import Mixture
@@ -48,7 +48,7 @@ class Inputs:
         data_sha256: of the data files.
         samples: to train on.
         held_out: to measure on.
-        held_out_sources: of held-out data of its own.
+        held_out_data: where the held-out samples came from, if not from the same data.
         mixture: what an epoch draws of the samples; None is all of them.
         start: the adapter to begin with, if not fresh matrices.
     """
@@ -65,7 +65,7 @@ class Inputs:
     data_sha256: list[str]
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
-    held_out_sources: tuple[SourceReport, ...]
+    held_out_data: Dataset | None
     mixture: Mixture | None
     start: Adapter | None
 
@@ -163,7 +163,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         data_sha256=[source.sha256 for source in data.sources],
         samples=samples,
         held_out=other.samples if other else held_out,
-        held_out_sources=other.sources if other else (),
+        held_out_data=other,
         mixture=Mixture.of(samples, weights, config.data) if weights else None,
         start=start,
     )

@@ -115,6 +115,25 @@ def test_what_became_of_the_data_is_told(run_cli, llama, files):
 
 
 @pytest.mark.parametrize(
+    ("too_long", "told"),
+    [
+        ("cut", ["cut 1 held-out samples to max_length;", "left out 1 held-out samples, too long or without"]),
+        ("drop", ["cut 0 held-out samples to max_length;", "left out 2 held-out samples, too long or without"]),
+    ],
+)
+def test_what_was_cut_of_held_out_data_is_told_too(run_cli, llama, files, too_long, told):
+    """A loss on half of an answer is another loss, and the best adapter is chosen by it."""
+    rows = [{"instruction": "x " * n, "output": "y " * m} for n, m in ((1, 60), (60, 1), (1, 1))]
+    (files / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"held_out_data": files / "long.jsonl", "max_length": 60, "too_long": too_long, "steps": 1, "rank": 1}
+    for more in (["--dry-run"], []):
+        done = run_cli(*arguments(llama, files, "short.csv", **options), *more)
+        lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+        cut = [line for line in lines if line.startswith(("cut", "left out"))]
+        assert [line.startswith(start) for line, start in zip(cut, told, strict=True)] == [True, True], done.stderr
+
+
+@pytest.mark.parametrize(
     ("rows", "options", "code", "message"),
     [
         ('{"instruction": "x"}', {}, 5, "rows.jsonl, line 2: has no output or response or completion or answer"),
