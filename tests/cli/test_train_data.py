@@ -95,6 +95,14 @@ def test_programs_get_every_token(run_cli, llama, files):
     assert sample["learned"] == len(sample["stretches"][1]["ids"])
 
 
+def test_one_of_several_processes_shows_the_batch(run_cli, llama, files):
+    given = arguments(llama, files, "chat.jsonl", show_batch=True)
+    assert json.loads(run_cli(*given, "--json", RANK="0").stdout)["rows"] == 1
+    for more in ((), ("--json",)):
+        other = run_cli(*given, *more, RANK="1")
+        assert (other.code, other.stdout, other.stderr) == (0, "", "")
+
+
 def test_what_became_of_the_data_is_told(run_cli, llama, files):
     given = arguments(
         llama, files, "chat.jsonl", "text.json", "short.csv", mixture="short.csv=2", pack=True,

@@ -68,14 +68,17 @@ def command(
         config = build(TrainConfig, values, Place(document), chosen)
     written = {name: getattr(config, name) for name in ("base", "init") if name in set(values) - set(chosen)}
     config = replace(config, **{name: str(fetched(path, as_json or quiet)) for name, path in written.items()})
-    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first one speaks for all
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which speaks for all
+    if not is_first:
         as_json, quiet = False, True
     leave_compiler_out()
     give_back_kernel_compiler()
     if show_batch:
         from adaptkit.training.preview import preview
 
-        _show_batch(preview(config), as_json)
+        shown = preview(config)
+        if is_first:
+            _show_batch(shown, as_json)
         return
     if dry_run:
         from adaptkit.training.dry_run import plan_run
