@@ -117,7 +117,8 @@ def join(device: str) -> Iterator[World]:
         with _without_stdout():  # where some releases of gloo say that they are connected
             distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
-        yield World(mine, rank, size)
+        with _partners(computing=True):
+            yield World(mine, rank, size)
     finally:
         distributed.destroy_process_group()
 
@@ -188,12 +189,17 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _partners() -> Iterator[None]:
-    """Torch tells only by a RuntimeError that another process is gone."""
+def _partners(computing: bool = False) -> Iterator[None]:
+    """Torch tells only by a RuntimeError that another process is gone.
+
+    Args:
+        computing: the block computes as well, as where FSDP puts a layer together, and may have errors of its own.
+    """
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        of_others = isinstance(error, distributed.DistError) or "gloo/" in str(error)  # whose errors name their file
+        if is_out_of_memory(error) or (computing and not of_others):
             raise
         if "Duplicate GPU" in str(error):
             raise UsageError("two processes of this run have the same GPU", hint="start one for each GPU") from error

@@ -89,13 +89,14 @@ assert ended(start("sharded", 2, "--shard-base")) == [0, 0]
 assert ended(start("shares", 2)) == [0, 0]
 assert ended(start("noisy", 2, *noisy)) == [0, 0]
 
-children, metrics = start("killed", 2, *noisy), root / "killed.partial" / "metrics.jsonl"
-while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 5:
-    assert all(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for child in children)
-    time.sleep(0.001)
-os.kill(children[1], signal.SIGKILL)
-assert ended(children) == [7, -9]
-assert ended(start("killed", 2, *noisy)) == [0, 0]
+for name, how in {"killed": noisy, "parted": ["--shard-base"]}.items():
+    children, metrics = start(name, 2, *how), root / f"{name}.partial" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 5:
+        assert all(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for child in children)
+        time.sleep(0.001)
+    os.kill(children[1], signal.SIGKILL)
+    assert ended(children) == [7, -9]
+    assert ended(start(name, 2, *how)) == [0, 0]
 
 assert ended(start("broken", 2, "--learning-rate", "1e30", "--max-grad-norm", "0")) == [5, 5]
 """
@@ -181,6 +182,16 @@ def test_when_one_is_killed_the_other_says_so_and_the_same_command_ends_in_the_s
     assert "Traceback" not in first
     assert "went on from" in first
     assert tree(runs / "killed") == tree(runs / "noisy")
+
+
+def test_so_it_is_where_layers_are_exchanged_while_they_compute(runs):
+    first = (runs / "parted-0.log").read_text()
+    assert first.startswith("error: another process of this run cannot be reached")
+    assert "Traceback" not in first
+    assert "went on from" in first
+    assert tree(runs / "parted").keys() == tree(runs / "sharded").keys()
+    name = "adapter_model.safetensors"
+    assert (runs / "parted" / name).read_bytes() == (runs / "sharded" / name).read_bytes()
 
 
 def test_all_processes_stop_at_the_same_step_and_name_the_samples_of_all(runs):
