@@ -75,8 +75,9 @@ def train(
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
     check_not_finished(output, force, resume)
-    inputs = read_inputs(config, output, force)
     with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
+        # Only now, since who waits for others to join hears of no error of theirs, and no signal.
+        inputs = read_inputs(config, output, force)
         if world.is_first:
             report = _lead(inputs, output, force, resume, on_step, note, world)
         else:

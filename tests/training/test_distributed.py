@@ -58,7 +58,7 @@ def shares(name):  # how many numbers of every divided weight lie here, and in a
     return 0
 
 
-def start(name, size, *more):
+def start(name, size, *more, others=()):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,7 +71,8 @@ def start(name, size, *more):
             if size > 1:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
                                "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            code = shares(name) if name == "shares" else run(name, *more)
+            signal.alarm(300)  # rather than to wait for each other
+            code = shares(name) if name == "shares" else run(name, *more, *(others if rank else ()))
             sys.stdout.flush()
             os._exit(code)
         children.append(child)
@@ -98,6 +99,7 @@ for name, how in {"killed": noisy, "parted": ["--shard-base"]}.items():
     assert ended(children) == [7, -9]
     assert ended(start(name, 2, *how)) == [0, 0]
 
+assert ended(start("absent", 2, others=["--data", str(root / "absent.jsonl")])) == [7, 5]
 assert ended(start("broken", 2, "--learning-rate", "1e30", "--max-grad-norm", "0")) == [5, 5]
 """
 
@@ -192,6 +194,11 @@ def test_so_it_is_where_layers_are_exchanged_while_they_compute(runs):
     assert tree(runs / "parted").keys() == tree(runs / "sharded").keys()
     name = "adapter_model.safetensors"
     assert (runs / "parted" / name).read_bytes() == (runs / "sharded" / name).read_bytes()
+
+
+def test_nobody_waits_for_a_process_that_cannot_read_its_data(runs):
+    assert (runs / "absent-0.log").read_text().startswith("error: another process of this run cannot be reached")
+    assert "absent.jsonl: cannot be read" in (runs / "absent-1.log").read_text()
 
 
 def test_all_processes_stop_at_the_same_step_and_name_the_samples_of_all(runs):
