@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
@@ -29,7 +30,14 @@ from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import records_of, write_result
-from adaptkit.training.resume import check_not_finished, check_unfinished, holds_work, remember, require_room
+from adaptkit.training.resume import (
+    check_alike,
+    check_not_finished,
+    check_unfinished,
+    holds_work,
+    remember,
+    require_room,
+)
 from adaptkit.training.run import Chosen, Run
 from adaptkit.training.shortage import TRAIN_LESS, tells_shortage
 from adaptkit.training.trackers import trackers
@@ -78,8 +86,10 @@ def train(
     with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
         # Only now, since who waits for others to join hears of no error of theirs, and no signal.
         inputs = read_inputs(config, output, force)
+        identity = inputs.identity()
+        check_alike(world, identity)
         if world.is_first:
-            report = _lead(inputs, output, force, resume, on_step, note, world)
+            report = _lead(inputs, identity, output, force, resume, on_step, note, world)
         else:
             with tempfile.TemporaryDirectory(prefix="adaptkit-") as pages:
                 Run(inputs, Path(pages), lambda text: None, world).train(lambda step: None)
@@ -92,6 +102,7 @@ def train(
 
 def _lead(
     inputs: Inputs,
+    identity: Mapping[str, Any],
     output: Path,
     force: bool,
     resume: bool,
@@ -100,14 +111,13 @@ def _lead(
     world: World,
 ) -> TrainReport:
     """What the first process does, and what the only one does: see ``train``."""
-    config, identity = inputs.config, inputs.identity()
     check_unfinished(partial_folder(output), identity, force, resume)
     if inputs.manifest is not None:  # what the result will say of its base has to be true
         check_tensors(inputs.base, inputs.manifest)
     with Output(output, identity, force, keeps=holds_work) as out:
         remember(out.folder, identity)
         run = _begun(inputs, out, note, world)
-        with trackers(config, identity, run.resumed_from) as opened:
+        with trackers(inputs.config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
         run.close()
         inputs.require_base()

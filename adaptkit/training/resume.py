@@ -98,6 +98,24 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
         raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to begin")
 
 
+def check_alike(world: World, identity: Mapping[str, Any]) -> None:
+    """Refuse processes that would train different things: their gradients say nothing together.
+
+    Each reads files and options of its own, perhaps on another machine.
+
+    Raises:
+        UsageError: in all of them; names what differs.
+    """
+    mine = dict(identity)
+    if not isinstance(mine["base"], str):  # of a base without a manifest: times are another machine's
+        mine["base"] = [[file, size] for file, size, _ in mine["base"]]
+    differences = _differences(world.share(mine), mine, "{} is {!r} there and {!r} here")
+    told = [f"process {world.rank} differs from the first: {'; '.join(differences)}"] if differences else []
+    told = world.collect(told)
+    if told:
+        raise UsageError(". ".join(told), hint="give all processes of a run the same options, base and data")
+
+
 def check_not_finished(output: Path, force: bool, resume: bool) -> None:
     """Say of a run that is to go on, and whose output is there, that it came to its end.
 
@@ -272,11 +290,11 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], said: str = "{} was {!r} and is {!r}") -> list[str]:
     """What differs, for people; options by name, with both values."""
     options, others = before.get("options") or {}, {"base": "base", "data": "data", "init": "adapter to begin with"}
     found = [
-        f"{name} was {options.get(name)!r} and is {now['options'].get(name)!r}"
+        said.format(name, options.get(name), now["options"].get(name))
         for name in sorted({*options, *now["options"]})
         if options.get(name) != now["options"].get(name)
     ]

@@ -99,6 +99,7 @@ for name, how in {"killed": noisy, "parted": ["--shard-base"]}.items():
     assert ended(children) == [7, -9]
     assert ended(start(name, 2, *how)) == [0, 0]
 
+assert ended(start("unlike", 2, others=["--rank", "8", "--data", str(data)])) == [2, 2]
 assert ended(start("absent", 2, others=["--data", str(root / "absent.jsonl")])) == [7, 5]
 assert ended(start("broken", 2, "--learning-rate", "1e30", "--max-grad-norm", "0")) == [5, 5]
 """
@@ -194,6 +195,14 @@ def test_so_it_is_where_layers_are_exchanged_while_they_compute(runs):
     assert tree(runs / "parted").keys() == tree(runs / "sharded").keys()
     name = "adapter_model.safetensors"
     assert (runs / "parted" / name).read_bytes() == (runs / "sharded" / name).read_bytes()
+
+
+def test_processes_that_would_train_different_things_are_refused(runs):
+    for rank, of in enumerate(("", "process 1: ")):
+        message, hint = (runs / f"unlike-{rank}.log").read_text().splitlines()
+        assert message == f"{of}error: process 1 differs from the first: rank is 4 there and 8 here; another data"
+        assert hint == f"{of}hint: give all processes of a run the same options, base and data"
+    assert not (runs / "unlike.partial").exists()
 
 
 def test_nobody_waits_for_a_process_that_cannot_read_its_data(runs):
