@@ -98,10 +98,12 @@ def join(device: str) -> Iterator[World]:
         device: as in the configuration; on GPUs each process of a machine takes the next one.
 
     Raises:
-        UsageError: the device is not there, or there is not one for each process.
+        UsageError: the device is not there, or there is not one for each process; or the environment tells a part of
+            what torchrun does.
         NetworkError: the other processes cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    with _told_whole():
+        size = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
     mine = choose_device(device)
     if size > 1 and mine.type == "cuda":
         mine = _own_gpu(mine, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
@@ -109,7 +111,7 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(mine)
         return
-    with _partners():
+    with _partners(), _told_whole():
         store, rank, size = next(rendezvous("env://"))
         # torchrun may keep the store when it begins again, with addresses of processes that are gone.
         attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
@@ -148,6 +150,18 @@ def _own_gpu(asked: torch.device, processes: int) -> torch.device:
             hint="--device cuda: each process takes the next one; or start one process",
         )
     return asked
+
+
+@contextmanager
+def _told_whole() -> Iterator[None]:
+    """What schedulers leave out, or write otherwise, of what torchrun tells its processes is a mistake of a user's."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(
+            f"the environment does not say which of several processes this is: {error}",
+            hint="start them with torchrun; or one process, without MASTER_ADDR",
+        ) from error
 
 
 @contextmanager

@@ -172,6 +172,17 @@ def test_a_base_cannot_be_divided_by_one_process(run_cli, llama_nf4, instruction
     assert "goes with checkpointing: layer or none" in done.stderr
 
 
+def test_an_environment_that_says_half_of_what_torchrun_does_is_named(run_cli, llama_nf4, instructions, tmp_path):
+    given = ["train", "--base", llama_nf4, "--data", instructions, "-o", tmp_path / "a"]
+    for environment, missing in (({"WORLD_SIZE": "2"}, "RANK"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT")):
+        done = run_cli(*given, MASTER_ADDR="127.0.0.1", **environment)
+        assert done.code == 2
+        assert done.stderr.startswith("error: the environment does not say which of several processes this is: ")
+        assert f"{missing} expected, but not set" in done.stderr
+    done = run_cli(*given, MASTER_ADDR="127.0.0.1", WORLD_SIZE="two")
+    assert (done.code, "'two'" in done.stderr) == (2, True)
+
+
 def test_only_the_first_process_writes_and_speaks(runs):
     assert (runs / "two-0.log").read_text().startswith("wrote")
     assert (runs / "two-1.log").read_text() == ""
