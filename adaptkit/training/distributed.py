@@ -11,10 +11,12 @@ that of one process up to rounding, and without these two; with the same number 
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -111,18 +113,40 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(mine)
         return
-    with _partners(), _told_whole():
-        store, rank, size = next(rendezvous("env://"))
-        # torchrun may keep the store when it begins again, with addresses of processes that are gone.
-        attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
-        backend = "nccl" if mine.type == "cuda" else "gloo"
-        with _without_stdout():  # where some releases of gloo say that they are connected
-            distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
+    with _partners(), _told_whole(), _without_stdout():  # where some releases of gloo say that they are connected
+        rank, size = _heeding_signals(lambda: _find_partners("nccl" if mine.type == "cuda" else "gloo"))
     try:
         with _partners(computing=True):
             yield World(mine, rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+def _find_partners(backend: str) -> tuple[int, int]:
+    """Wait until all have come; returns which process this is, and how many there are."""
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun may keep the store when it begins again, with addresses of processes that are gone.
+    attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
+    return rank, size
+
+
+def _heeding_signals(wait: Callable[[], Shared]) -> Shared:
+    """Let another thread wait in torch's own code, where signals would have to wait as well.
+
+    Else torchrun has no answer to its own, when one process is gone before the others found it, and kills after half a
+    minute.
+    """
+    found: Future[Shared] = Future()
+
+    def fill() -> None:
+        try:
+            found.set_result(wait())
+        except BaseException as error:  # for the one who waits
+            found.set_exception(error)
+
+    Thread(target=fill, daemon=True).start()
+    return found.result()
 
 
 def _own_gpu(asked: torch.device, processes: int) -> torch.device:

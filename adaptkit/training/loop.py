@@ -84,7 +84,7 @@ def train(
     """
     check_not_finished(output, force, resume)
     with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
-        # Only now, since who waits for others to join hears of no error of theirs, and no signal.
+        # Only now, since who waits for others to join hears of no error of theirs.
         inputs = read_inputs(config, output, force)
         identity = inputs.identity()
         check_alike(world, identity)

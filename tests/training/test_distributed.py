@@ -6,6 +6,7 @@ Children of one helper process, which imports torch once, are told what torchrun
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,6 +182,29 @@ def test_an_environment_that_says_half_of_what_torchrun_does_is_named(run_cli, l
         assert f"{missing} expected, but not set" in done.stderr
     done = run_cli(*given, MASTER_ADDR="127.0.0.1", WORLD_SIZE="two")
     assert (done.code, "'two'" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_process_that_waits_for_others_to_join(llama_nf4, instructions, tmp_path, number, code):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "adaptkit", "train", "--base", llama_nf4, "--data", instructions,
+               "-o", tmp_path / "a", "--device", "cpu", "--json"]  # fmt: skip
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env=os.environ | told) as process:
+        try:
+            with socket.socket() as other:
+                while other.connect_ex(("127.0.0.1", port)):  # it waits soon after it listens
+                    assert process.poll() is None
+                    time.sleep(0.01)
+            time.sleep(0.5)
+            process.send_signal(number)
+            output, _ = process.communicate(timeout=25)
+        finally:
+            process.kill()
+    assert process.returncode == code
+    assert json.loads(output)["error"]["retryable"]
 
 
 def test_only_the_first_process_writes_and_speaks(runs):
