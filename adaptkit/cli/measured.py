@@ -71,7 +71,10 @@ def remarks(comparison: "Comparison") -> list[str]:
     if len({report.answer_tokens for report in models}) > 1:
         said.append("losses are means over different numbers of answer tokens: tokenizers or cuts differ")
     if not comparison.same_text:
-        said.append("perplexities of text are of different tokens, and no measure of one another: tokenizers differ")
+        said.append(
+            "perplexities of text are of different tokens, and no measure of one another: "
+            "tokenizers or chat templates differ"
+        )
     said += models[0].unused_remarks
     for remark, names in _left_out(comparison).items():
         said.append(f"{remark} ({'each model' if len(names) == len(models) > 1 else ', '.join(names)})")

@@ -119,7 +119,9 @@ def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before a text: one token, or none."""
+    """What a tokenizer puts before a text: mostly one token, or none."""
     text = "a"
     marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not plain:  # some know no Latin letters, and make nothing of them
+        return [int(token) for token in marked if token != tokenizer.eos_token_id]
     return [int(token) for token in marked[: marked.index(plain[0])]]

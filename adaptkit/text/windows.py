@@ -74,7 +74,7 @@ def read_tokens(
             ended = ends_itself or ids[-1:] == end  # some tokenizers end every text
         if limit is not None and len(stream) >= limit:
             break
-    windows = _cut(stream, window, first_tokens(tokenizer))
+    windows = _cut(stream, window, first_tokens(tokenizer)[:1])
     if not windows or len(windows[0]) < 2:
         raise DataError(f"{', '.join(map(str, files)) or 'no files'}: hold no text", hint="give text to read")
     return torch.tensor(windows[:wanted])
@@ -159,10 +159,10 @@ def _texts(files: Sequence[Path], tokenizer: Any, limit: int | None) -> Iterator
         elif limit is None:
             yield _tokens(tokenizer, read_text(file), True), False
         else:
-            yield _first_tokens(tokenizer, file, limit), False
+            yield _beginning_of(tokenizer, file, limit), False
 
 
-def _first_tokens(tokenizer: Any, file: Path, limit: int) -> list[int]:
+def _beginning_of(tokenizer: Any, file: Path, limit: int) -> list[int]:
     """The first tokens of a long text, all of a short one, as if it were tokenized whole.
 
     A text's beginning has other tokens than the text has where it was cut, and before that only as far back as tokens

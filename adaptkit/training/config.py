@@ -51,7 +51,7 @@ class TrainConfig:
         "A checkpoint: one that quantize made, or a 16-bit one. A folder, or org/name[@revision] of the Hub.",
         section="Model and data",
     )
-    data: tuple[str, ...] = setting("File (jsonl, json, csv, tsv, parquet) or data set of the Hub "
+    data: tuple[str, ...] = setting("File (jsonl, ndjson, json, csv, tsv, parquet) or data set of the Hub "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
     init: str = setting("Of the adapter's A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or an "
                         "adapter to begin with, a folder or org/name[@revision], whose rank, alpha and targets the run "

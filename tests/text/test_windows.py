@@ -104,6 +104,37 @@ def test_a_tokenizer_that_ends_every_text_begins_no_window_with_that_end_and_end
     assert windows.reshape(-1).tolist() == expected[: windows.numel()]
 
 
+def test_a_tokenizer_that_begins_a_text_with_two_tokens_leaves_room_in_the_smallest_window(copy_of, llama, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    folder = copy_of(llama)
+    tokenizer = load_tokenizer(folder)
+    both = [(tokenizer.convert_ids_to_tokens(number), number) for number in (0, 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(token for token, _ in both) + " $A", special_tokens=both
+    )
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder)("whales")["input_ids"][:2] == [0, 1]
+    windows = read_tokens([write(tmp_path, "prose.txt", PROSE)], folder, window=2)
+    assert windows.shape[1] == 2
+    assert len(windows) > 10
+
+
+def test_a_tokenizer_that_knows_no_latin_letter_reads_text(copy_of, llama, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = copy_of(llama)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.train_from_iterator(["как дела"] * 3, trainers.BpeTrainer(vocab_size=60, special_tokens=["<s>", "</s>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    assert tokenizer("a")["input_ids"] == []
+    tokenizer.save_pretrained(folder)
+    windows = read_tokens([write(tmp_path, "prose.txt", "как дела " * 20)], folder, window=8)
+    assert windows.flatten().tolist() == tokenizer("как дела " * 20)["input_ids"][: windows.numel()]
+
+
 @given(texts=st.lists(st.text(), min_size=1, max_size=5), window=st.integers(2, 60), limit=st.integers(2, 200))
 def test_no_token_is_lost_or_moved_and_the_limit_holds(llama, tmp_path_factory, tokenizer, texts, window, limit):
     path = write(tmp_path_factory.mktemp("texts"), "rows.jsonl", *({"text": text} for text in texts))

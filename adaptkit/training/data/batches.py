@@ -125,6 +125,8 @@ class Batches:
 
     def largest(self) -> tuple[int, int]:
         """The most rows of a micro-batch of one process alone, and the length of the longest row."""
+        if self._pack_length is not None and self._mixture is not None:  # no two epochs are alike
+            return min(self._micro_batch_size, self._batch_size), self._pack_length
         steps = self._epoch(0)
         rows = max(math.ceil(len(step) / math.ceil(len(step) / self._micro_batch_size)) for step in steps)
         longest = max(len(sample.ids) for sample in self._samples)  # which a mixture may draw in a later epoch only

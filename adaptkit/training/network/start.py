@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.manifest import Manifest
@@ -21,7 +19,6 @@ from adaptkit.training.network.adapt import (
     new_stack_adapters,
     parameter_places,
     saved_names,
-    stack_shape,
     train_rows,
     train_whole,
 )
@@ -164,11 +161,11 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
 
 
 def _stacks_left(model: Model) -> str:
-    """Most of a model of experts is no linear layer, but in stacks; a filter of a convolution is no matrix."""
+    """Most of a model of experts is no linear layer, but in stacks; other stacks are mostly no matrices."""
     left = [
         name
         for name, module in model.stacks().items()
-        if name not in model.whole and not isinstance(module, nn.Conv1d) and min(stack_shape(module, name)[1:]) > 1
+        if name not in model.whole and "expert" in f"{name} {type(module).__name__}".lower()
     ]
     if not left:
         return ""

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,20 @@ def test_the_largest_batch_is_of_what_any_epoch_draws():
         steps = range(10 * batches.steps_per_epoch)
         longest = max(len(sample.ids) for step in steps for (sample,) in batches.rows(step))
         assert batches.largest() == (4, longest) == (4, 9)
+
+
+def test_no_batch_of_a_packed_mixture_is_larger_than_said():
+    for seed in range(30):
+        random = torch.Generator().manual_seed(seed)
+        sizes = torch.randint(2, 12, (30,), generator=random).tolist()
+        some = [Sample((1,) * size, (1,) * size, origin=n % 2) for n, size in enumerate(sizes)]
+        mixture = Mixture.of(some, [3, 1], ["a", "b"])
+        batches = Batches(some, batch_size=4, micro_batch_size=3, seed=seed, mixture=mixture, pack_length=21)
+        rows, length = batches.largest()
+        for step in range(8 * batches.steps_per_epoch):
+            for batch in batches.micro_batches(step):
+                assert batch.ids.shape[0] <= rows
+                assert batch.ids.shape[1] <= length
 
 
 def weights_of(mixture, data):

@@ -57,7 +57,8 @@ STACKS = (
 def test_what_is_left_out_is_said(name, values, said, bases, instructions, tmp_path):
     notes = []
     settings = config(bases(name), instructions, **values)
-    assert plan_run(settings, tmp_path / "adapter").left_out.startswith(said)
+    told = plan_run(settings, tmp_path / "adapter").left_out
+    assert told.startswith(said) if said else told == ""
     assert bool(plan_run(settings, tmp_path / "adapter").left_out) == bool(said)
     train(settings, tmp_path / "adapter", note=notes.append)
     about = [note for note in notes if "no adapter" in note]
