@@ -221,7 +221,8 @@ def test_a_head_of_a_type_that_is_in_no_table_is_asked_for(model, tmp_path, monk
     monkeypatch.setattr(vocabulary, "_HEAD_OF", {})
     adapter = adapted(name, base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
     assert_merges(name, base, adapter, tmp_path / "out", untie=True)
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    for part in ("transformers", "transformers.models.auto.configuration_auto"):  # as if neither was installed
+        monkeypatch.setitem(sys.modules, part, None)
     with pytest.raises(BaseMismatchError, match=r"'biogpt' call the head .* is not known"):
         merge(base, [adapter], tmp_path / "other", MergeOptions(untie=True))
 
