@@ -1,14 +1,39 @@
 """What fits together: changes of one tensor, sizes of a vocabulary, an adapter's copy of a tensor and the base's."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.numerics import lora
 from adaptkit.operations._merge.edits import Edits, Step
 from adaptkit.operations._vocabulary import find_vocabulary
+
+OTHER_MODEL = "this adapter is for another model"
+"""A hint."""
+
+
+def check_shape(who: str, root: Path, spec: TensorSpec, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a change of another shape than the tensor's.
+
+    Args:
+        who: changes it, for messages.
+        root: of the base.
+        spec: of the tensor in the result.
+        name: of the tensor in the base.
+        shape: of the change.
+
+    Raises:
+        BaseMismatchError: names the tensor.
+    """
+    if spec.shape != shape:
+        raise BaseMismatchError(
+            f"{who}: {name} is {list(shape)} for the adapter, but {list(spec.shape)} ({spec.dtype}) in {root}",
+            hint=OTHER_MODEL,
+        )
 
 
 def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:

@@ -16,9 +16,9 @@ from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.networks.addressing import Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._merge.edit_checks import check_sums
+from adaptkit.operations._merge.edit_checks import OTHER_MODEL, check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
-from adaptkit.operations._merge.expert_panels import OTHER_MODEL, Experts
+from adaptkit.operations._merge.expert_panels import Experts
 from adaptkit.operations._roles import is_conv1d
 from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
@@ -107,7 +107,7 @@ class _Planner:
                 self._plan_module(module, term, addresses[f"{module}.weight"][0])
         for module, bias in adapter.biases.items():
             name = addresses[f"{module}.bias"][0].name
-            self._experts.check(name, (bias.shape[0],))
+            self._check(name, (bias.shape[0],))
             self._extend(name, bias=bias)
         for parameter, stack in adapter.experts.items():
             for name, panels in self._experts.of_stack(parameter, stack, addresses[parameter]):
@@ -144,7 +144,7 @@ class _Planner:
         if module in adapter.compensation:
             terms.append(adapter.compensation[module].weighted(-1.0))
         terms = [lora.transposed(t) if flip else t for t in terms]
-        self._experts.check(name, terms[0].shape)
+        self._check(name, terms[0].shape)
         self._extend(name, panels=(tuple(terms),))
         if module in adapter.magnitudes:
             self._extend(name, magnitude=adapter.magnitudes[module], per_column=flip or is_table)
@@ -225,6 +225,9 @@ class _Planner:
             )
         self._edits.config["vocab_size"] = found.shape[0]
         self._edits.of[output] = replace(self._edit(output), spec=replace(spec, shape=found.shape))
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        check_shape(str(self._adapter.root), self._checkpoint.root, self._spec(name), name, shape)
 
     def _spec(self, name: str) -> TensorSpec:
         edit = self._edits.of.get(self._outputs(name)[0])

@@ -13,11 +13,10 @@ from adaptkit.networks.architecture import empty_network, why_unknown
 from adaptkit.numerics import lora
 from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._merge.edit_checks import OTHER_MODEL, check_shape
 
 Panels = tuple[tuple[LowRank, ...], ...]
 """The changes of each matrix of a tensor."""
-OTHER_MODEL = "this adapter is for another model"
-"""A hint."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Experts:
         for piece in slices:
             whole = stack[piece.expert or 0]
             rows = whole.shape[0] // parts
-            self.check(piece.name, (rows, whole.shape[1]))
+            self._check(piece.name, (rows, whole.shape[1]))
             part = whole.b[piece.part[0] * rows : (piece.part[0] + 1) * rows]
             yield piece.name, ((replace(whole, b=part),),)
 
@@ -110,10 +109,10 @@ class Experts:
     def _whole(self, parameter: str, stack: tuple[LowRank, ...], name: str) -> Panels:
         spec, (out, into) = self.spec(name), stack[0].shape
         if len(spec.shape) == 2 and len(stack) == 1:  # a parameter of experts that is one matrix, such as a bias
-            self.check(name, (out, into))
+            self._check(name, (out, into))
             return (stack,)
         flip = spec.shape == (len(stack), into, out) and (into != out or self._keeps_transposed(parameter))
-        self.check(name, (len(stack), into, out) if flip else (len(stack), out, into))
+        self._check(name, (len(stack), into, out) if flip else (len(stack), out, into))
         return tuple((lora.transposed(term) if flip else term,) for term in stack)
 
     def _keeps_transposed(self, parameter: str) -> bool:
@@ -127,16 +126,5 @@ class Experts:
         module = empty_network(self.checkpoint).get_submodule(parameter.rpartition(".")[0])
         return bool(getattr(module, "is_transposed", False))
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a change of another shape than the tensor's, which need not be one of experts.
-
-        Raises:
-            BaseMismatchError: names the tensor.
-        """
-        spec = self.spec(name)
-        if spec.shape != shape:
-            raise BaseMismatchError(
-                f"{self.who}: {name} is {list(shape)} for the adapter, but {list(spec.shape)} ({spec.dtype}) in "
-                f"{self.checkpoint.root}",
-                hint=OTHER_MODEL,
-            )
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        check_shape(self.who, self.checkpoint.root, self.spec(name), name, shape)
