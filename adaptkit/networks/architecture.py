@@ -245,6 +245,11 @@ def is_router(path: str) -> bool:
     return bool(_ROUTER.search(path))
 
 
+def is_expert(path: str, module: nn.Module) -> bool:
+    """Whether a stack of matrices in a module is, by its dotted path, one of experts; other stacks are mostly none."""
+    return "expert" in f"{path} {type(module).__name__}".lower()
+
+
 def is_read_by_kernels(model_type: str, path: str) -> bool:
     """Whether kernels take a linear layer's weight past the layer, so that an adapter of it may be passed over.
 

@@ -1,7 +1,7 @@
 """Predict what fine-tuning a model needs, from its configuration alone: memory by part, parameters by rank.
 
     weights      full: none that are frozen; lora: as in the checkpoint; qlora: 4 bits, an 8-bit constant for 64 of
-                 them, and a float32 constant for 256 of those
+                 them, and a float32 constant for 256 of those; experts only if they are quantized too
     trainable    4 bytes a parameter: full training and adapters are held in float32
     gradients    4 bytes a parameter
     optimizer    8 bytes a parameter, or 2.03 in 8 bits
@@ -15,6 +15,7 @@ Full fine-tuning thus needs 16 bytes a parameter beside activations and logits: 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
-from adaptkit.operations._plan.network import Shape, linear_shapes, measured_layers
+from adaptkit.operations._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
+from adaptkit.operations._quantize.selection import MOE
 
 METHODS = ("full", "lora", "qlora")
 DEVICES = ("auto", "cpu", "cuda")
@@ -44,6 +46,7 @@ class PlanOptions:
         method: ``full``, ``lora`` or ``qlora``.
         rank: of the adapter.
         targets: shell patterns of module paths, as the trainer takes them.
+        moe: ``keep`` if experts are in 16 bits, as ``quantize`` leaves them, or ``quantize``.
         seq_len: tokens of a row.
         batch: rows that go through the model at a time.
         checkpointing: a policy of ``networks.activations``.
@@ -56,6 +59,7 @@ class PlanOptions:
     method: str = "qlora"
     rank: int = 16
     targets: tuple[str, ...] = ("*",)
+    moe: str = "keep"
     seq_len: int = 1024
     batch: int = 1
     checkpointing: str = "layer"
@@ -67,6 +71,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         choices = {
             "method": METHODS,
+            "moe": MOE,
             "optimizer": STATE_BITS,
             "compute_dtype": ("bfloat16", "float32"),
             "device": DEVICES,
@@ -77,6 +82,8 @@ class PlanOptions:
         for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is from 1 to {most:,}")
+        if self.moe == "quantize" and self.method != "qlora":
+            raise UsageError(f"moe: {self.method} has no experts that are quantized", hint="leave it out, or plan qlora")
         if self.offload_checkpoints and self.device == "cpu":
             raise UsageError("offload_checkpoints: a CPU has them in host memory already", hint="leave it out")
 
@@ -120,6 +127,7 @@ class PlanReport:
         memory: bytes by part; see ``networks.memory.Memory``.
         total_bytes: of all parts.
         context: tokens of a row that the model was made for; None if its configuration does not say.
+        notes: what such a run would refuse, leave out or do worse, a line each.
         ranks: what adapters of other ranks would train.
     """
 
@@ -133,6 +141,7 @@ class PlanReport:
     memory: dict[str, int]
     total_bytes: int
     context: int | None
+    notes: tuple[str, ...]
     ranks: tuple[RankRow, ...]
 
 
@@ -163,7 +172,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
             hint=f"a rank of at most {most}, or fewer --targets",
         )
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)
-    weights = 0 if full else _frozen_bytes(network, shapes, options.method == "qlora", dtype, description.dtype)
+    weights = 0 if full else _frozen_bytes(network, shapes, options, dtype, description.dtype)
     if options.on_gpu and not full:
         weights -= sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
         weights += trainable * dtype.itemsize if dtype != torch.float32 else 0
@@ -189,6 +198,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         memory=memory.parts(),
         total_bytes=memory.total,
         context=_context(network.config),
+        notes=tuple(_notes(network, description, options)),
         ranks=tuple(
             RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
             for rank in RANKS
@@ -203,13 +213,24 @@ def _context(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def _notes(network: Any, description: Description, options: PlanOptions) -> Iterator[str]:
+    context, stacks = _context(network.config), expert_stacks(network)
+    if context is not None and context < options.seq_len:
+        yield f"a row is longer than the model's context of {context:,} tokens"
+    if options.method != "qlora" and "quantization_config" in description.config:
+        yield f"this checkpoint is quantized, and {options.method} takes the 16-bit one"
+    if stacks and options.method != "full":
+        kept = " and stay in 16 bits without --moe quantize" * (options.method == "qlora" and options.moe == "keep")
+        yield f"{len(stacks)} stacks of experts' matrices get no adapter{kept}"
+
+
 def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:
     return rank * sum(sum(shapes[name]) for name in targets)
 
 
 def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> tuple[Checkpointing, int]:
     shape = options.batch, options.seq_len
-    sizes = measured_layers(network, ranks, options.method == "full", shape)
+    sizes = measured_layers(network, ranks, options.method == "full", shape, options.moe == "quantize")
     found = parse_policy(options.checkpointing, len(sizes))
     if isinstance(found, Checkpointing):
         chosen = found
@@ -219,17 +240,18 @@ def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> t
 
 
 def _frozen_bytes(
-    network: Any, shapes: dict[str, Shape], quantized: bool, dtype: torch.dtype, stored: torch.dtype
+    network: Any, shapes: dict[str, Shape], options: PlanOptions, dtype: torch.dtype, stored: torch.dtype
 ) -> int:
     """Bytes of the frozen weights: linear layers as they are stored or quantized, everything else in ``dtype``."""
+    packed = {f"{name}.weight" for name in shapes} if options.method == "qlora" else set()
+    if options.moe == "quantize":
+        packed |= set(expert_stacks(network))
     linear = {f"{name}.weight" for name in shapes} | {f"{name}.bias" for name in shapes}
     total = 0
     for name, parameter in network.named_parameters():
-        if name not in linear:
-            total += parameter.numel() * dtype.itemsize
-        elif quantized and name.endswith("weight"):
+        if name in packed:
             blocks = math.ceil(parameter.numel() / _BLOCK)
             total += math.ceil(parameter.numel() / 2) + blocks + 4 * math.ceil(blocks / _GROUP) + _LEVELS_BYTES
         else:
-            total += parameter.numel() * stored.itemsize
+            total += parameter.numel() * (stored if name in linear else dtype).itemsize
     return total

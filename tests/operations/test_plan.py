@@ -8,12 +8,12 @@ import tiny
 import torch
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.activations import LayerSize
+from adaptkit.networks.activations import Checkpointing, LayerSize
 from adaptkit.networks.architecture import Description, empty_network
 from adaptkit.networks.matching import matching_targets
 from adaptkit.operations._plan.network import linear_shapes, measured_layers
 from adaptkit.operations.plan import PlanOptions, plan
-from adaptkit.operations.quantize import quantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory import activations
 from adaptkit.training.memory.activations import Activations, layer_sizes, predicted_memory
@@ -194,6 +194,32 @@ def test_other_architectures_are_followed_too(made, family):
     assert peaks[0] > peaks[1] > 0
 
 
+@pytest.mark.parametrize("moe", ["keep", "quantize"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_predicted_in_sixteen_bits_or_in_four(made, family, moe):
+    folder, packed = made / f"plan-{family}-stacks", made / f"plan-{family}-{moe}"
+    if not folder.is_dir():
+        tiny.write_family(folder, family, fused_experts=True)
+    quantize(folder, packed, QuantizeOptions(moe=moe))
+    model = load_with_adapter(packed)
+    found = plan(folder, PlanOptions(rank=4, batch=2, seq_len=64, moe=moe, device="cpu"))
+    assert found.memory["weights"] == predicted_memory(model.network, 0, 0, Activations(None, 0, 0)).weights
+    needed = Checkpointing(2, 1).bytes_needed(layer_sizes(model.network, (2, 64), CPU))
+    assert found.memory["activations"] == pytest.approx(needed, rel=0.1)
+    (note,) = found.notes
+    assert note.startswith("4 stacks of experts' matrices get no adapter")
+    assert ("--moe quantize" in note) == (moe == "keep")
+
+
+def test_what_such_a_run_would_refuse_is_noted(models, run_cli):
+    plain, packed = models["llama"]
+    assert plan(packed, PlanOptions(seq_len=16)).notes == plan(plain, PlanOptions(method="full", seq_len=16)).notes == ()
+    for method in ("full", "lora"):
+        assert f"is quantized, and {method} takes the 16-bit one" in run_cli("plan", packed, "--method", method).stdout
+    (note,) = plan(plain, PlanOptions(seq_len=1 << 16)).notes
+    assert "longer than the model's context" in note
+
+
 def test_a_budget_is_kept_or_refused(models):
     folder = models["llama"][0]
     options = {"seq_len": 512, "batch": 64}
@@ -212,6 +238,7 @@ def test_a_budget_is_kept_or_refused(models):
         (["--checkpointing", "layers"], 2, "budget:MIB"),
         (["--checkpointing", "budget:1"], 2, "or a smaller --batch or --seq-len"),
         (["--method", "dora"], 2, "--method"),
+        (["--method", "lora", "--moe", "quantize"], 2, "or plan qlora"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(run_cli, llama, arguments, code, said):

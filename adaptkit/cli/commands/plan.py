@@ -23,6 +23,10 @@ from adaptkit.cli.output import Row, percent, show, size
 @click.option("--optimizer", type=click.Choice(("adamw", "adamw8bit")), default="adamw", show_default=True)
 @click.option("--targets", multiple=True, help="Shell pattern of module paths that get an adapter. Repeatable. [*]")
 @click.option(
+    "--moe", type=click.Choice(("keep", "quantize")), default="keep", show_default=True,
+    help="Experts, for qlora: in 16 bits, or quantized by quantize --moe quantize.",
+)  # fmt: skip
+@click.option(
     "--compute-dtype", type=click.Choice(("bfloat16", "float32")), default="bfloat16", show_default=True,
     help="Of activations, and of weights that stay as they are.",
 )  # fmt: skip
@@ -41,7 +45,6 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
     from adaptkit.operations.plan import PlanOptions, plan
 
     report = plan(model, PlanOptions(targets=targets or ("*",), **options))
-    too_long = report.context is not None and report.context < options["seq_len"]
     rows: list[Row] = [
         ("model", f"{report.architecture}, {report.parameters:,} parameters"),
         ("method", f"{report.method}, {options['compute_dtype']}"),
@@ -50,7 +53,7 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
         ("layers", report.checkpointing),
         *((name, size(count)) for name, count in report.memory.items()),
         ("in all", size(report.total_bytes)),
-        *([("note", f"a row is longer than the model's context of {report.context:,} tokens")] if too_long else []),
+        *(("note", note) for note in report.notes),
         ("", ""),
         ("rank", f"{'trainable':>15}  {'of the model':>12}  {'2 r √N':>13}"),
     ]

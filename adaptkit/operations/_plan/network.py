@@ -6,6 +6,7 @@ out. The stand-ins make and keep what the trainer's linear layers make and keep.
 
 import logging
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
-from adaptkit.networks.architecture import is_linear
+from adaptkit.networks.architecture import is_expert, is_linear
 from adaptkit.networks.assembly import find_stack
 
 Shape = tuple[int, int]
@@ -34,7 +35,19 @@ def linear_shapes(network: Any) -> dict[str, Shape]:
     return found
 
 
-def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tuple[int, int]) -> list[LayerSize]:
+def expert_stacks(network: Any) -> dict[str, nn.Parameter]:
+    """The stacked matrices of experts, (experts, rows, columns) each, by dotted path."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in network.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and is_expert(f"{path}.{name}", module)
+    }
+
+
+def measured_layers(
+    network: Any, ranks: dict[str, int], full: bool, shape: tuple[int, int], packed_experts: bool = False
+) -> list[LayerSize]:
     """What the layers of such a run would keep and need; the network is of no other use afterwards.
 
     Args:
@@ -42,11 +55,13 @@ def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tupl
         ranks: of the adapter, by linear layer; others are frozen.
         full: whether everything is trained instead: weights in float32, which a layer casts for its own use.
         shape: of a batch: rows and length.
+        packed_experts: whether experts are quantized: a layer then unpacks its own, all at a time.
 
     Raises:
         UsageError: there is no stack of layers, or its forward pass cannot be followed without memory.
     """
     layers = list(find_stack(network)[1])
+    unpacked = [sum(stack.nbytes for stack in expert_stacks(layer).values()) for layer in layers]
     _stand_in_attention(network)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         network.to_empty(device="cpu").requires_grad_(False)
@@ -62,7 +77,7 @@ def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tupl
         try:
             with warnings.catch_warnings():  # of experts, on some releases of torch; of no consequence here
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-                return measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
+                sizes = measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UsageError(
@@ -71,6 +86,9 @@ def measured_layers(network: Any, ranks: dict[str, int], full: bool, shape: tupl
             ) from error
         finally:
             told.setLevel(before)
+    if not packed_experts:
+        return sizes
+    return [replace(one, peak_bytes=one.peak_bytes + more) for one, more in zip(sizes, unpacked, strict=True)]
 
 
 def _stand_in_attention(network: Any) -> None:

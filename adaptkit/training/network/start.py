@@ -11,7 +11,7 @@ from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.networks.architecture import is_read_by_kernels, is_router
+from adaptkit.networks.architecture import is_expert, is_read_by_kernels, is_router
 from adaptkit.networks.matching import EVERYTHING, matching
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
@@ -161,12 +161,8 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
 
 
 def _stacks_left(model: Model) -> str:
-    """Most of a model of experts is no linear layer, but in stacks; other stacks are mostly no matrices."""
-    left = [
-        name
-        for name, module in model.stacks().items()
-        if name not in model.whole and "expert" in f"{name} {type(module).__name__}".lower()
-    ]
+    """Most of a model of experts is no linear layer, but in stacks."""
+    left = [name for name, module in model.stacks().items() if name not in model.whole and is_expert(name, module)]
     if not left:
         return ""
     return f"{len(left)} stacks of experts' matrices get no adapter without target_parameters: {shortened(left)}"
