@@ -83,7 +83,9 @@ class PlanOptions:
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is from 1 to {most:,}")
         if self.moe == "quantize" and self.method != "qlora":
-            raise UsageError(f"moe: {self.method} has no experts that are quantized", hint="leave it out, or plan qlora")
+            raise UsageError(
+                f"moe: {self.method} has no experts that are quantized", hint="leave it out, or plan qlora"
+            )
         if self.offload_checkpoints and self.device == "cpu":
             raise UsageError("offload_checkpoints: a CPU has them in host memory already", hint="leave it out")
 

@@ -172,6 +172,8 @@ class TrainConfig:
         self._check_adapter()
         if self.steps is not None and self.epochs is not None:
             conflict("epochs", "steps says how long already", "give one of the two")
+        if self.decay != settings(type(self))["decay"][0].default and self.schedule != "wsd":
+            conflict("decay", "is of the schedule wsd alone", "leave out decay, or choose wsd")
         if self.pack and self.group_by_length:
             conflict("group_by_length", "rows that are packed are of like length already", "leave out one of the two")
         if self.patience and not (self.has_held_out and self.eval_every):

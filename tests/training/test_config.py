@@ -58,6 +58,7 @@ def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path):
         ("rank: '4'", "rank: is '4'; expected a whole number"),
         ("rank: 0", "rank: 0 cannot be used"),
         ("mixture: {d.jsonl: two}", "mixture.d.jsonl: is 'two'; expected a number"),
+        ("decay: 0.3", "decay: is of the schedule wsd alone"),
         ("sample_every: 5", "sample_every: needs sample_prompts"),
     ):
         path.write_text(f"base: b\ndata: [d.jsonl]\n{line}\n")
