@@ -3,7 +3,8 @@
 With h the input of a layer, a what its forward pass leaves alive, and w what its passes need on top for a while:
 
     nothing checkpointed     Σ (h + a) + w
-    a checkpoint a layer     Σ h + a + w                                of one layer
+    a checkpoint a layer     Σ h + a + w                                of one layer; the last needs none, since its
+                                                                        backward pass is next
     segments of s layers     h a segment + s h + a + w                  of one layer; √n segments need least
     the last k layers whole  Σ h + the larger of Σ a of these layers and a + w of one other
 
@@ -27,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.networks.layer_call import LayerCall
 
-POLICIES = "none, layer, sqrt, segments:K or budget:MIB"
+AUTO = "auto"
+POLICIES = f"{AUTO}, none, layer, sqrt, segments:K or budget:MIB"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Checkpointing:
         if self.whole == self.layers:
             return f"all {self.layers} layers keep everything"
         kind = "a checkpoint a layer" if self.length == 1 else f"segments of {self.length} layers"
-        rest = f", the last {self.whole} keep everything" if self.whole else ""
+        rest = f", the last {self.whole} keep everything" if self.whole > 1 else ""
         return f"{kind} of {self.layers}{rest}"
 
 
@@ -101,7 +103,8 @@ def parse_policy(policy: str, layers: int) -> Checkpointing | int:
     """What a policy says.
 
     Args:
-        policy: ``none``, ``layer``, ``sqrt`` (segments of √n layers), ``segments:K`` or ``budget:MIB``.
+        policy: ``none``, ``layer``, ``sqrt`` (segments of √n layers), ``segments:K`` or ``budget:MIB``; ``auto`` is
+            ``layer`` where nothing is known of a device.
         layers: of the network.
 
     Returns:
@@ -111,13 +114,13 @@ def parse_policy(policy: str, layers: int) -> Checkpointing | int:
         ConfigError: another policy.
     """
     kind, _, number = policy.partition(":")
-    if policy in {"none", "layer"}:
-        return Checkpointing(layers, 1, layers if policy == "none" else 0)
+    if policy in {AUTO, "none", "layer"}:
+        return Checkpointing(layers, 1, layers if policy == "none" else 1)
     if policy == "sqrt":
-        return Checkpointing(layers, max(1, round(math.sqrt(layers))))
+        return Checkpointing(layers, round(math.sqrt(layers)), 1)
     if number.isascii() and number.isdecimal() and 1 <= int(number) < 1 << 40:
         if kind == "segments":
-            return Checkpointing(layers, math.ceil(layers / int(number)))
+            return Checkpointing(layers, max(1, math.ceil((layers - 1) / int(number))), 1)
         if kind == "budget":
             return int(number) << 20
     raise ConfigError(f"checkpointing: {policy!r} is none of {POLICIES}")
@@ -140,18 +143,26 @@ def fit_budget(
     Raises:
         UsageError: none fits; says what the least would need.
     """
-    count = len(sizes)
-    choices = [Checkpointing(count, 1, whole) for whole in range(count, -1, -1)]
-    choices += [Checkpointing(count, length) for length in range(2, count + 1)]
-    for choice in sorted(choices, key=lambda choice: choice.recomputed):
-        if choice.bytes_needed(sizes, offloaded) <= budget_bytes:
-            return choice
-    least = min(choices, key=lambda choice: choice.bytes_needed(sizes, offloaded))
-    needed = math.ceil(least.bytes_needed(sizes, offloaded) / 2**20)
+    found = fit_room(budget_bytes, sizes, offloaded)
+    needed = found.bytes_needed(sizes, offloaded)
+    if needed <= budget_bytes:
+        return found
+    least = math.ceil(needed / 2**20)
     raise UsageError(
-        f"checkpointing: budget:{budget_bytes >> 20} is not enough: the layers need at least {needed} MiB ({least})",
-        hint=f"give budget:{needed}, or {less}",
+        f"checkpointing: budget:{budget_bytes >> 20} is not enough: the layers need at least {least} MiB ({found})",
+        hint=f"give budget:{least}, or {less}",
     )
+
+
+def fit_room(room_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = False) -> Checkpointing:
+    """The checkpointing that recomputes least within some room; if none fits, the one that needs least."""
+    count = len(sizes)
+    choices = [Checkpointing(count, 1, whole) for whole in range(count, 0, -1)]
+    choices += [Checkpointing(count, length, 1) for length in range(2, count)]
+    fitting = [choice for choice in choices if choice.bytes_needed(sizes, offloaded) <= room_bytes]
+    if not fitting:
+        return min(choices, key=lambda choice: choice.bytes_needed(sizes, offloaded))
+    return min(fitting, key=lambda choice: choice.recomputed)
 
 
 def measure_layers(

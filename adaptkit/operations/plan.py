@@ -49,7 +49,7 @@ class PlanOptions:
         moe: ``keep`` if experts are in 16 bits, as ``quantize`` leaves them, or ``quantize``.
         seq_len: tokens of a row.
         batch: rows that go through the model at a time.
-        checkpointing: a policy of ``networks.activations``.
+        checkpointing: a policy of ``networks.activations``; of ``auto`` what it needs at least, which is ``layer``.
         optimizer: ``adamw`` or ``adamw8bit``.
         compute_dtype: ``bfloat16`` or ``float32``.
         offload_checkpoints: whether the inputs of segments wait in host memory, which is for GPUs.

@@ -141,8 +141,9 @@ class TrainConfig:
 
     optimizer: str = setting("Moments in 32 bits, or in 8 with a constant for every 256.", "adamw", choices=OPTIMIZERS,
                              section="Memory and device")  # fmt: skip
-    checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers), segments:K, or "
-                                 "budget:MIB (whatever recomputes least within it).", "layer")  # fmt: skip
+    checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers), segments:K, budget:MIB "
+                                 "(whatever recomputes least within it), or auto: on a GPU whatever recomputes least "
+                                 "in the room there is, on a CPU layer.", "auto")  # fmt: skip
     offload_checkpoints: bool = setting("Let the inputs of segments wait in host memory; on a GPU.", False)
     optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory.  "
                                                 "[default: all of it]", None, above=0, at_most=_LARGEST)  # fmt: skip
@@ -184,7 +185,7 @@ class TrainConfig:
             )
         if self.eval_every and not self.has_held_out:
             conflict("eval_every", "needs held_out", "say what to measure on: held_out or held_out_data")
-        if self.shard_base and self.checkpointing not in ("none", "layer"):
+        if self.shard_base and self.checkpointing not in ("auto", "none", "layer"):
             conflict(
                 "shard_base", "goes with checkpointing: layer or none", "choose one of these, or leave out shard_base"
             )

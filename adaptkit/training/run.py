@@ -95,7 +95,8 @@ class Run:
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME, note)
         pages, shelf = self.optimizer.state.pages, self.activations.shelf
-        self._pressure = Pressure(pages, note, [shelf.memory] if shelf else [], not inputs.config.shard_base)
+        memories, is_alone = [shelf.memory] if shelf else [], not inputs.config.shard_base
+        self._pressure = Pressure(pages, note, memories, is_alone, self.activations.shrink)
         self.tokens_per_second = 0.0
         snapshot = share_snapshot(world, newest_checkpoint(folder, note) if world.is_first else None)
         self.resumed_from = self.done = snapshot.step if snapshot else 0

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 
 from adaptkit.numerics.adamw import BLOCK, AdamW, decode, encode
@@ -120,6 +121,30 @@ def config(made, llama, instructions):
 def test_memory_options_change_no_byte_of_an_adapter(config, change, tmp_path):
     plain = train(config, tmp_path / "plain")
     assert train(replace(config, **change), tmp_path / "changed").tensors_root == plain.tensors_root
+
+
+def test_as_few_layers_are_checkpointed_as_there_is_room_for(made, config, tmp_path):
+    """A device that is filled up to some room and the tenth that stays free. No byte depends on it."""
+    quantize(tiny.write_llama(made / "gpu-deep", layers=6), made / "gpu-deep-nf4")
+    config = replace(config, base=str(made / "gpu-deep-nf4"), steps=2, pack=True, max_length=512)
+    ends = {}
+    for policy in ("layer", "none"):
+        ends[policy] = train(replace(config, checkpointing=policy), tmp_path / policy)
+    least, most = (ends[policy].memory["activations"] for policy in ("layer", "none"))
+    beside = ends["none"].memory["predicted"] - most + ends["none"].memory["trainable"]
+    found = []
+    for wanted in (2 * most, (least + most) // 2, 0):
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        ballast = torch.empty(free - total // 10 - beside - wanted, dtype=torch.uint8, device=GPU)
+        report = train(config, tmp_path / str(wanted))
+        del ballast
+        assert report.tensors_root == ends["none"].tensors_root
+        assert report.memory["activations"] <= max(wanted, least)
+        found.append(report.checkpointing)
+    assert found[0] == "all 6 layers keep everything"
+    assert found[1] in {f"a checkpoint a layer of 6, the last {whole} keep everything" for whole in (2, 3, 4, 5)}
+    assert found[2].startswith("segments of")
 
 
 def test_losses_are_those_of_a_cpu(config, tmp_path):

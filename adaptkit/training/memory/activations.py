@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.activations import Checkpointing, LayerSize, measure_layers
+from adaptkit.networks.activations import AUTO, Checkpointing, LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.memory import Memory, logits_bytes
+from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.torch_compiler import without_compiler
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import Shelf
@@ -22,7 +23,7 @@ from adaptkit.training.network.loss import works_in_place
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Activations:
     """What a network keeps of a batch.
 
@@ -32,12 +33,26 @@ class Activations:
             the network has no stack of layers, or one that cannot be followed, or is divided among processes.
         logits_bytes: of a chunk of logits.
         shelf: where inputs of layers wait in host memory, if they do.
+        network: whose layers are checkpointed when memory runs short, if they are not; None if that was not asked for.
     """
 
     checkpointing: Checkpointing
     bytes: int
     logits_bytes: int
     shelf: Shelf | None = None
+    network: Any = None
+
+    def shrink(self) -> bool:
+        """Checkpoint every layer that is not, where that is allowed; whether there was one. No gradient changes a bit.
+
+        What was predicted stays: so much was asked for.
+        """
+        before = self.checkpointing
+        if self.network is None or before.whole <= 1:
+            return False
+        self.checkpointing = Checkpointing(before.layers, 1, 1)
+        checkpoint_layers(self.network, self.checkpointing, self.shelf, before.layers - before.whole)
+        return True
 
 
 def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int], device: torch.device) -> Activations:
@@ -71,14 +86,32 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
         sizes[:] = sizes or layer_sizes(network, largest, device)
         return sizes
 
-    found = choose_checkpointing(network, config.checkpointing, measured, offloaded)
+    room = None if config.shard_base else _room(network, config, device)
+    found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room and max(0, room - logits))
     needed = 0
     if found.layers and not config.shard_base:
         with contextlib.suppress(UsageError):  # of layers that cannot be followed, which is no reason not to train
             needed = found.bytes_needed(measured(), offloaded)
     shelf = Shelf(device) if offloaded else None
     checkpoint_layers(network, found, shelf)
-    return Activations(found, needed, logits, shelf)
+    return Activations(found, needed, logits, shelf, network if config.checkpointing == AUTO else None)
+
+
+def _room(network: Any, config: TrainConfig, device: torch.device) -> int | None:
+    """What a GPU has left for activations and logits; None on a CPU, whose memory is there for other programs, too.
+
+    A tenth of the memory stays free, for what kernels take for themselves and for what lies between tensors.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, but no tensor's
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    moments = moment_bytes(trained, STATE_BITS[config.optimizer])
+    if config.optimizer_pages_mib is not None:
+        moments = min(moments, int(config.optimizer_pages_mib * 2**20))
+    room: int = free + unused - total // 10 - 8 * trained - moments  # parameters in one vector, and their gradients
+    return room
 
 
 def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> list[LayerSize]:

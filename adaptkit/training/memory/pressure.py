@@ -1,6 +1,8 @@
-"""Room for long batches: pages of optimizer state leave the device when a batch runs out of memory.
+"""Room for long batches: layers keep less, and pages of optimizer state leave the device, when memory runs out.
 
-    a batch runs out of memory    all pages go to host memory, and the batch is computed once more, from its beginning
+    a batch runs out of memory    layers that keep everything, though nobody asked for it, are checkpointed from here
+                                  on; if there is none, or that is not enough, all pages go to host memory. Then the
+                                  batch is computed once more, from its beginning
     later batches as large        begin with the pages gone
     smaller ones                  the pages come back, up to the budget
     a measurement, answers        the same; the pages come back when it is done, and leave before the next of its kind
@@ -11,7 +13,7 @@ exchange its layers while they compute, so that none of them can begin again alo
 """
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ import torch
 
 from adaptkit.training.memory.paging import Pages
 from adaptkit.training.network.pinned import HostMemory
-from adaptkit.training.shortage import is_out_of_memory, shortage, tells_shortage
+from adaptkit.training.shortage import is_out_of_memory, shortage
 
 Result = TypeVar("Result")
 
@@ -49,12 +51,18 @@ class Pressure:
         note: told, in a line for people, when it does; and once if copies to and from host memory have to wait.
         others: further host memory that a device copies from.
         is_alone: whether a process can compute something once more without the others.
+        keep_less: lets a batch keep less than it did; whether it could.
     """
 
     def __init__(
-        self, pages: Pages, note: Callable[[str], None], others: Iterable[HostMemory] = (), is_alone: bool = True
+        self,
+        pages: Pages,
+        note: Callable[[str], None],
+        others: Iterable[HostMemory] = (),
+        is_alone: bool = True,
+        keep_less: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._pages, self._note, self._is_alone = pages, note, is_alone
+        self._pages, self._note, self._is_alone, self._keep_less = pages, note, is_alone, keep_less
         self._memories = [pages.memory, *others]
         self._budget_bytes = self._pages.budget_bytes
         self._limit: int | None = None
@@ -96,27 +104,37 @@ class Pressure:
         return result
 
     def _compute(self, compute: Callable[[], Result], task: _Task) -> Result:
-        try:
-            return compute()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error)
-        # Only here, where nothing refers to the failed computation any more, is its memory free.
-        gc.collect()
-        if not self._pages.can_shrink or not self._is_alone:
-            raise shortage(task.where, reason, task.hint)
-        if task.tokens is None:
-            self._short.add(task.where)
-        else:
-            self._limit = min(task.tokens, self._limit or task.tokens)
-        self._hold(0, task)
-        self._pages.counters.retries += 1
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._note(f"warning: out of memory {task.where}; moved optimizer state away, and tried again")
-        with tells_shortage(task.where, task.hint):
-            return compute()
+        ways = self._ways(task)
+        while True:
+            try:
+                return compute()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)
+            # Only here, where nothing refers to the failed computation any more, is its memory free.
+            gc.collect()
+            done = next(ways, "")
+            if not done:
+                raise shortage(task.where, reason, task.hint)
+            self._pages.counters.retries += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._note(f"warning: out of memory {task.where}; {done}, and tried again")
+
+    def _ways(self, task: _Task) -> Iterator[str]:
+        """Make room in one way after the other, and say what was done."""
+        if not self._is_alone:
+            return
+        if task.tokens is not None and self._keep_less():
+            yield "checkpointed all layers"
+        if self._pages.can_shrink:
+            if task.tokens is None:
+                self._short.add(task.where)
+            else:
+                self._limit = min(task.tokens, self._limit or task.tokens)
+            self._hold(0, task)
+            yield "moved optimizer state away"
 
     def _hold(self, budget_bytes: int | None, task: _Task) -> None:
         reason = ""

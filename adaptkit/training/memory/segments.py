@@ -11,6 +11,7 @@ With segments of √n layers both sums of inputs grow as √n (Chen et al., arXi
 layer is alive at a time, which flat segments do not give. ``networks.activations`` has the arithmetic.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import (
+    AUTO,
     Checkpointing,
     LayerSize,
     fit_budget,
+    fit_room,
     parse_policy,
 )
 from adaptkit.networks.assembly import find_stack
@@ -33,15 +36,20 @@ from adaptkit.training.network.unread import left_out
 
 
 def choose_checkpointing(
-    network: nn.Module, policy: str, measure: Callable[[], list[LayerSize]], offloaded: bool = False
+    network: nn.Module,
+    policy: str,
+    measure: Callable[[], list[LayerSize]],
+    offloaded: bool = False,
+    room: int | None = None,
 ) -> Checkpointing:
     """What a policy means for a network.
 
     Args:
         network: of any kind if nothing is checkpointed, else with a stack of layers.
         policy: see ``networks.activations.parse_policy``.
-        measure: gives the sizes of the layers; asked only where there is a budget to keep to.
+        measure: gives the sizes of the layers; asked only where there is a budget or a room to keep to.
         offloaded: whether the inputs of segments will wait in host memory.
+        room: bytes that ``auto`` may fill, if that is known.
 
     Raises:
         ConfigError: no such policy.
@@ -50,14 +58,19 @@ def choose_checkpointing(
     try:
         _, layers = find_stack(network)
     except UsageError as error:
-        if policy == "none":
+        if policy in {AUTO, "none"}:
             return Checkpointing(0, 1)
         raise UsageError(error.message, hint="checkpointing: none") from error
     found = parse_policy(policy, len(layers))
+    if policy == AUTO and room is not None:
+        with contextlib.suppress(UsageError):  # of layers that cannot be followed
+            return fit_room(room, measure(), offloaded)
     return found if isinstance(found, Checkpointing) else fit_budget(found, measure(), offloaded)
 
 
-def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: Shelf | None = None) -> None:
+def checkpoint_layers(
+    network: nn.Module, checkpointing: Checkpointing, shelf: Shelf | None = None, done: int = 0
+) -> None:
     """Make a network's layers keep only what is said. Takes effect wherever gradients are recorded.
 
     Nor do the packed weights of those layers stay resident between the passes.
@@ -66,12 +79,13 @@ def checkpoint_layers(network: nn.Module, checkpointing: Checkpointing, shelf: S
         network: to change.
         checkpointing: what ``choose_checkpointing`` gave.
         shelf: where the inputs of segments wait; None: where they are.
+        done: of how many layers that is said already.
     """
     checked = checkpointing.layers - checkpointing.whole
-    if checked == 0:
+    if checked <= done:
         return
     current: list[_Segment] = []
-    for index, layer in enumerate(find_stack(network)[1][:checked]):
+    for index, layer in list(enumerate(find_stack(network)[1][:checked]))[done:]:
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
         place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf)
         layer.forward = _checkpointed(layer, layer.forward, place)

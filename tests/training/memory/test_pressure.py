@@ -7,6 +7,7 @@ from adaptkit.errors import UsageError
 from adaptkit.training import run as run_module
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
+from adaptkit.training.memory import activations
 from adaptkit.training.memory.moments import PagedState
 from adaptkit.training.memory.pressure import Pressure
 
@@ -65,6 +66,27 @@ def test_pages_leave_for_what_is_no_batch_too_and_come_back_when_it_is_done(tmp_
         pressure.make_room("as it was measured", "a hint", lambda: torch.empty(MORE_THAN_THERE_IS))
     assert caught.value.hint == "a hint"
     assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("needed", [1, 2])
+def test_layers_keep_less_before_pages_leave(tmp_path, needed):
+    pages, done, notes = state(tmp_path).pages, [], []
+
+    def keep_less():
+        done.append(True)
+        return len(done) == 1
+
+    def compute():
+        return torch.empty(MORE_THAN_THERE_IS) if len(done) + (pages.resident == 0) < needed else "done"
+
+    pressure = Pressure(pages, notes.append, keep_less=keep_less)
+    assert pressure.make_room("as it was measured", "a hint", lambda: "no batch keeps anything")
+    assert not done
+    assert pressure.relieve(60, compute) == "done"
+    assert [note.partition("; ")[2] for note in notes] == [
+        "checkpointed all layers, and tried again", "moved optimizer state away, and tried again",
+    ][:needed]  # fmt: skip
+    assert (pages.resident, pages.counters.retries) == (10 if needed == 1 else 0, needed)
 
 
 def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path, monkeypatch):
@@ -126,8 +148,9 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
     assert pressure._pages.counters.retries == 0
 
 
+@pytest.mark.parametrize("room", [None, 1 << 40])
 def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
-    llama_nf4, instructions, tmp_path, monkeypatch
+    llama_nf4, instructions, tmp_path, monkeypatch, room
 ):
     config = TrainConfig(
         base=str(llama_nf4), data=(str(instructions),), rank=4, steps=4, batch_size=4, micro_batch_size=2,
@@ -145,10 +168,13 @@ def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
         return value
 
     monkeypatch.setattr(run_module.Gradients, "_add", short)
+    monkeypatch.setattr(activations, "_room", lambda *_: room)  # a GPU's: then all layers keep everything at first
     notes = []
     report = train(config, tmp_path / "short", note=notes.append)
     assert (len(calls), report.paging["retries"]) == (4 * 2 + 2, 1)
-    assert any("out of memory" in note for note in notes)
+    (told,) = [note for note in notes if "out of memory" in note]
+    assert ("checkpointed all layers" if room else "moved optimizer state away") in told
+    assert report.checkpointing == "a checkpoint a layer of 2"
     assert report.tensors_root == plain.tensors_root
 
 

@@ -59,7 +59,8 @@ def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(float(grad.abs().sum()) > 0 for grad in expected.values())
     assert random_found == random_after
-    assert count == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0))
+    # of the six layers before the last, which keeps everything
+    assert count == {"layer": 6, "sqrt": 2, "segments:1": 1, "segments:2": 2, "segments:4": 3, "segments:7": 6}[policy]
 
 
 @pytest.mark.parametrize("policy", ["none", *POLICIES])
@@ -94,7 +95,7 @@ def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmente
     for checkpointing in ("segments:3", Checkpointing(7, 2, whole=2)):
         found, count, random_found = gradients(deep_nf4, checkpointing, 0.1, twice=True, shelf=shelf)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert (random_found, count) == (random_after, 3)
+        assert (random_found, count) == (random_after, 3), checkpointing
 
 
 def saved_bytes(folder, policy):
@@ -111,7 +112,7 @@ def saved_bytes(folder, policy):
 def test_checkpointing_saves_less_for_the_backward_pass(deep_nf4):
     everything = saved_bytes(deep_nf4, "none")
     for policy in ("layer", "sqrt"):
-        assert saved_bytes(deep_nf4, policy) < everything / 10
+        assert saved_bytes(deep_nf4, policy) < everything / 7 + everything / 30  # a layer, and the others' inputs
 
 
 def kept_inputs(folder, policy):
@@ -136,7 +137,7 @@ def test_only_the_inputs_of_segments_are_kept(deep_nf4):
 
 
 def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
-    assert checkpoint(nn.Linear(2, 2), "none") == 0
+    assert checkpoint(nn.Linear(2, 2), "none") == checkpoint(nn.Linear(2, 2), "auto") == 0
     with pytest.raises(UsageError, match="no stack") as caught:
         checkpoint(nn.Linear(2, 2), "layer")
     assert "none" in caught.value.hint
@@ -283,14 +284,14 @@ def test_layers_that_do_not_return_hidden_states_first_are_refused():
             return {"hidden": hidden}
 
     network = Stack(0.0)
-    network.layers = nn.ModuleList([Odd()])
+    network.layers = nn.ModuleList([Odd(), Odd()])
     checkpoint(network, "layer")
     with pytest.raises(UsageError, match="hidden states first"):
         network(torch.ones(2, 6))
 
 
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 7), ("sqrt", 7), (Checkpointing(7, 2, 3), 4)])
+@pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 6), ("sqrt", 6), (Checkpointing(7, 2, 3), 4)])
 def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, policy, checked, joined, monkeypatch):
     given = []
     monkeypatch.setattr(pages, "give_back", lambda start, size: given.append((start, size)))
