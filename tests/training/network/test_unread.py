@@ -3,10 +3,10 @@
 import pytest
 import tiny
 import torch
+from checkpointed import checkpoint_every_layer
 from transformers import CONFIG_MAPPING
 
 from adaptkit.operations.quantize import quantize
-from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear
@@ -88,14 +88,14 @@ def test_gradients_are_the_same_bits(folder, name, policy, dropout):
     expected = gradients(ready(folder(name), targets, dropout))
     model = ready(folder(name), targets, dropout)
     mark_unread(model.network)
-    checkpoint_layers(model.network, choose_checkpointing(model.network, policy, list))
+    checkpoint_every_layer(model.network, policy)
     assert all(torch.equal(one, two) for one, two in zip(gradients(model), expected, strict=True))
 
 
 def test_nothing_is_multiplied_there_when_a_layer_runs_again(folder, monkeypatch):
     model = ready(folder("llama"), fused=False)
     mark_unread(model.network)
-    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
+    checkpoint_every_layer(model.network, "layer")
     decoded = []
 
     def watched(path, decode):
@@ -142,7 +142,7 @@ def test_what_only_more_tokens_make_use_of_is_read(name, tmp_path, monkeypatch):
     expected = gradients(ready(base), ids)
     model = ready(base)
     mark_unread(model.network)
-    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
+    checkpoint_every_layer(model.network, "layer")
     for one, two in zip(gradients(model, ids), expected, strict=True):
         assert one is two is None or torch.equal(one, two)
     assert not [path for path in unread(model) if "down_proj" not in path]
