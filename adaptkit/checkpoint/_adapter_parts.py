@@ -19,6 +19,7 @@ from adaptkit.checkpoint.adapter_config import (
     unused_saved,
 )
 from adaptkit.checkpoint.manifest import TensorRecord
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.vocabulary import is_head, is_table
 from adaptkit.errors import AdapterError
@@ -115,7 +116,7 @@ class Parts:
             return None
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
-            self._refuse(f"{key} is {list(spec.shape)}; expected {dims} dimension{'s' if dims > 1 else ''}")
+            self._refuse(f"{key} is {list(spec.shape)}; expected {counted(dims, 'dimension')}")
         read = self._read.pop(key, None)
         return self._files.read_array(key) if read is None else read.reshape(spec.shape)
 
@@ -161,8 +162,8 @@ class Parts:
             self._refuse(f"{module} has no lora_magnitude_vector, though use_dora is set")
         if magnitude is not None and (not wanted or magnitude.shape[0] != count):
             self._refuse(
-                f"{module}.lora_magnitude_vector has {magnitude.shape[0]} numbers for {count} rows"
-                f"{'' if wanted else ', and use_dora is not set'}"
+                f"{module}.lora_magnitude_vector has {counted(magnitude.shape[0], 'number')} "
+                f"for {counted(count, 'row')}{'' if wanted else ', and use_dora is not set'}"
             )
         if magnitude is not None:
             self.magnitudes[module] = as_tensor(magnitude)
@@ -171,7 +172,7 @@ class Parts:
         if rank < 1 or lora_a.shape[0] != rows or lora_b.shape[1] != rows:
             self._refuse(
                 f"{module}: the configuration says rank {rank or self._config.get('r')!r}, lora_A has "
-                f"{lora_a.shape[0]} rows and lora_B {lora_b.shape[1]} columns"
+                f"{counted(lora_a.shape[0], 'row')} and lora_B {counted(lora_b.shape[1], 'column')}"
             )
 
     def _stack_of(self, name: str) -> tuple[str, list[str]]:
@@ -202,7 +203,7 @@ class Parts:
             rows = self._take(part.module, part.role, 2)
             if rows is None or rows.shape[0] != len(indices):
                 found = 0 if rows is None else rows.shape[0]
-                self._refuse(f"{part.module} has {found} trained rows for {len(indices)} tokens")
+                self._refuse(f"{part.module} has {counted(found, 'trained row')} for {counted(len(indices), 'token')}")
             self.tokens[part.module] = TokenRows(indices, as_tensor(rows))
         missing = untrained_tokens(self._config, list(self.tokens))
         if missing:

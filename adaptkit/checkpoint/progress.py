@@ -10,10 +10,28 @@ def no_progress(done: int, total: int) -> None:
     """Show nothing."""
 
 
-def counted(count: int, noun: str) -> str:
-    """How many there are of something, for people: 1 shard, 1,200 shards, 2 batches."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{count:,} {noun if count == 1 else plural}"
+_OF_ONE = {"are": "is", "have": "has"}
+
+
+def counted(count: int, noun: str, verb: str = "") -> str:
+    """How many there are of something, for people, and what they do: 1 shard, 1,200 shards, 1 row has, 2 rows have.
+
+    Args:
+        count: how many.
+        noun: for one of them.
+        verb: for many of them, if something is said of them.
+    """
+    if count != 1:
+        return f"{count:,} {_with_s(noun)} {verb}".rstrip()
+    return f"1 {noun} {_OF_ONE.get(verb) or _with_s(verb)}" if verb else f"1 {noun}"
+
+
+def _with_s(word: str) -> str:
+    """Many of a noun, or what one does of a verb."""
+    for end, instead in (("ix", "ices"), ("ry", "ries"), ("ch", "ches")):
+        if word.endswith(end):
+            return word.removesuffix(end) + instead
+    return f"{word}s"
 
 
 def size(count: float) -> str:

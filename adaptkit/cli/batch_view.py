@@ -25,7 +25,7 @@ def batch_lines(preview: "Preview", colour: bool) -> Iterator[str]:
     """What to print of a batch."""
     for number, sample in enumerate(preview.samples):
         is_new = number == 0 or preview.samples[number - 1].row != sample.row
-        title = f"{sample.source}: {sample.tokens} tokens, {sample.learned} learned"
+        title = f"{sample.source}: {counted(sample.tokens, 'token')}, {sample.learned} learned"
         line = f"row {sample.row}  {title}" if is_new else f"  packed  {title}"
         yield click.style(line, bold=True) if colour else line
         yield "".join(_mark(part.text.translate(_VISIBLE), part.learned, colour) for part in sample.stretches).rstrip()
@@ -35,7 +35,7 @@ def batch_lines(preview: "Preview", colour: bool) -> Iterator[str]:
     how = "coloured" if colour else "in ⟦brackets⟧"
     held = f"{counted(preview.rows, 'row')} in {counted(preview.micro_batches, 'micro-batch')}"
     yield f"{held}, {counted(preview.padding, 'position')} of padding"
-    yield f"{tokens} tokens, {learned} learned ({how})"
+    yield f"{counted(tokens, 'token')}, {learned} learned ({how})"
 
 
 def _mark(text: str, learned: bool, colour: bool) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from adaptkit.cli.output import Row, percent
+from adaptkit.cli.output import Row, counted, percent
 from adaptkit.text.rendering import DAY
 
 if TYPE_CHECKING:
@@ -20,13 +20,17 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
     for source in data.held_out_sources:
         yield "held out", _source(source)
     if data.repeated:
-        yield "repeated", f"{data.repeated} held-out samples are also trained on, so their loss says little"
+        same = counted(data.repeated, "held-out sample", "are")
+        yield "repeated", f"{same} also trained on, so the loss says little"
     if data.split:
-        yield "split", f"{data.split} conversations, an answer a sample: the chat template rewrites earlier turns"
+        split = counted(data.split, "conversation")
+        yield "split", f"{split}, an answer a sample: the chat template rewrites earlier turns"
     if data.ended:
-        yield "ended", f"{data.ended} samples with the end token; the chat template puts none after an answer"
+        ended = counted(data.ended, "sample")
+        yield "ended", f"{ended} with the end token; the chat template puts none after an answer"
     if data.empty:
-        yield "empty", f"{data.empty} rows have an empty answer, and the model learns to give none ({data.empty_at})"
+        empty = counted(data.empty, "row", "have")
+        yield "empty", f"{empty} an empty answer, and the model learns to give none ({data.empty_at})"
     if data.chat_template is not None:
         yield "template", f"conversations go through that of {data.chat_template}, and what is made has it"
     if data.without_template:
@@ -40,21 +44,22 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
 
 def cut_rows(data: "DataReport", truncated: int, dropped: int) -> Iterator[Row]:
     """What was cut or left out, if something was."""
-    yield from _cut("samples", truncated, dropped, data)
+    yield from _cut("sample", truncated, dropped, data)
     if data.held_out_cut is not None:
-        yield from _cut("held-out samples", data.held_out_cut.truncated, data.held_out_cut.dropped, data.held_out_cut)
+        yield from _cut("held-out sample", data.held_out_cut.truncated, data.held_out_cut.dropped, data.held_out_cut)
 
 
 def _cut(what: str, truncated: int, dropped: int, of: "DataReport | CutReport") -> Iterator[Row]:
     if truncated or dropped:
-        yield "cut", f"{truncated} {what} to max_length; the longest has {of.longest} tokens ({of.longest_at})"
+        longest = counted(of.longest, "token")
+        yield "cut", f"{counted(truncated, what)} to max_length; the longest has {longest} ({of.longest_at})"
     if dropped:
         named = f" ({'; '.join(of.masked)})" if of.masked else ""
-        yield "left out", f"{dropped} {what}, too long or without an answer after the cut{named}"
+        yield "left out", f"{counted(dropped, what)}, too long or without an answer after the cut{named}"
 
 
 def _source(source: "SourceReport") -> str:
     layouts = ", ".join(f"{count} {name}" for name, count in source.layouts.items())
-    text = f"{source.name}: {layouts}; {source.tokens:,} tokens, {source.answer_tokens:,} learned"
+    text = f"{source.name}: {layouts}; {counted(source.tokens, 'token')}, {source.answer_tokens:,} learned"
     unused = ", ".join(name or "a column without a name" for name in source.unused)
     return f"{text}; not used: {unused}" if unused else text

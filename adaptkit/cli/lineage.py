@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from adaptkit.cli.output import counted
+
 if TYPE_CHECKING:
     from adaptkit.operations._lineage.tree import Ancestor
 
@@ -47,7 +49,7 @@ def _line(parent: "Ancestor") -> str:
     weight = f" × {parent.weight:g}" if parent.weight is not None else ""
     made = f", made by {parent.operation}" if parent.operation else ""
     where = f"{parent.path}, {parent.state}" if parent.path else parent.state
-    targets = f", {parent.targets} fingerprints agree" if parent.targets else ""
+    targets = f", {counted(parent.targets, 'fingerprint', 'agree')}" if parent.targets else ""
     return f"{parent.role}{weight}: {parent.kind} {_hash(parent)}{made}: {where}{targets}"
 
 

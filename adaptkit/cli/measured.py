@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.cli.html import Number
-from adaptkit.cli.output import percent
+from adaptkit.cli.output import counted, percent
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison, Forgetting
@@ -50,7 +50,7 @@ def short_label(report: "EvaluateReport", comparison: "Comparison") -> str:
         return name if names.count(name) == 1 else folder
 
     label = short(report.base) + (f" + {short(report.adapter)}" if report.adapter else "")
-    return label + (f", {report.shots} shots" if report.shots else "")
+    return label + (f", {counted(report.shots, 'shot')}" if report.shots else "")
 
 
 def forgetting(found: "Forgetting", comparison: "Comparison") -> str:
@@ -81,7 +81,7 @@ def remarks(comparison: "Comparison") -> list[str]:
     generated = next((report.generated for report in models if report.generated), None)
     if generated is not None:
         if generated.too_long:
-            said.append(f"{generated.too_long} questions left out: longer than a model's context")
+            said.append(f"{counted(generated.too_long, 'question')} left out: longer than a model's context")
         said.append(f"METEOR: {generated.scores.meteor_variant}; {generated.scores.signature}")
     return said
 

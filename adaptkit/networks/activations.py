@@ -93,7 +93,7 @@ class Checkpointing:
         if self.layers == 0:
             return "no layers to checkpoint"
         if self.whole == self.layers:
-            return f"all {self.layers} layers keep everything"
+            return f"all {self.layers} layers keep everything" if self.layers > 1 else "the one layer keeps everything"
         kind = "a checkpoint a layer" if self.length == 1 else f"segments of {self.length} layers"
         rest = f", the last {self.whole} keep everything" if self.whole > 1 else ""
         return f"{kind} of {self.layers}{rest}"

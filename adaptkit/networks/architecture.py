@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
@@ -289,6 +290,6 @@ def _check_counts(checkpoint: Checkpoint | Description, value: Any, key: str = "
         if value > most:
             found = len(checkpoint.tensors)
             raise CheckpointError(
-                f"{checkpoint.root}: config.json says {key} = {value}; its files hold {found} tensors",
+                f"{checkpoint.root}: config.json says {key} = {value}; its files hold {counted(found, 'tensor')}",
                 hint="give it the config.json that belongs to it",
             )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.layout import class_names
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_in_layers, is_usual_head
 from adaptkit.lazy import torch
@@ -162,12 +163,13 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
         roles[name] = role
     read_from = f"architecture {type(network).__name__} (transformers {transformers_version()})"
     if strangers:
-        read_from += f"; names and shapes for {strangers} tensors that it does not have, or has in another shape"
+        read_from += (
+            f"; names and shapes for {counted(strangers, 'tensor')} that it does not have, or has in another shape"
+        )
     lacking, named = _lacking(checkpoint, network, found)
     if lacking:
-        read_from += (
-            f"; the files lack {len(lacking)} tensors of {named}, {lacking[0]} first, and readers make up numbers"
-        )
+        absent = f"{counted(len(lacking), 'tensor')} of {named}, {lacking[0]} first"
+        read_from += f"; the files lack {absent}, and readers make up numbers"
     tied = head is not None and head.weight is network.get_input_embeddings().weight
     return Roles(roles, read_from, head_path(network) or "lm_head", tied)
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import BaseMismatchError, UsageError
 
 KEPT_KEYS = ("revision", "ensure_weight_tying")
@@ -49,7 +50,10 @@ def weights_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[f
         raise UsageError("no adapter given")
     weights = weights or (1.0,) * len(adapters)
     if len(weights) != len(adapters):
-        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters", hint="give one --weight per adapter")
+        raise UsageError(
+            f"{counted(len(weights), 'weight')} for {counted(len(adapters), 'adapter')}",
+            hint="give one --weight per adapter",
+        )
     for weight in weights:
         if not abs(weight) <= sys.float_info.max:
             raise UsageError(f"the weight {weight} is not a finite number")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, require_folder
+from adaptkit.checkpoint.progress import counted
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
@@ -95,10 +96,10 @@ def _report(
 def _examined(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
     seen = [
         "adapter_config.json",
-        f"names and shapes of {len(files.keys)} tensors in {len(files.pairs)} adapted modules",
+        f"names and shapes of {counted(len(files.keys), 'tensor')} in {counted(len(files.pairs), 'adapted module')}",
     ]
     if base is not None:
-        seen.append(f"names and shapes of {len(base.shapes)} weights of {base.root}")
+        seen.append(f"names and shapes of {counted(len(base.shapes), 'weight')} of {base.root}")
     return tuple(seen)
 
 
@@ -116,7 +117,7 @@ def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
 
 
 def _seen(files: CheckpointFiles) -> tuple[str, ...]:
-    packed = (f"states of {len(files.packed)} quantized weights",) if files.packed else ()
+    packed = (f"states of {counted(len(files.packed), 'quantized weight')}",) if files.packed else ()
     compared = (f"names and shapes of all that {files.architecture} has",) if files.architecture else ()
     return ("config.json", "names of files and tensors", *packed, *compared)
 

@@ -11,7 +11,7 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
-from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.operations._discarding import discarding
@@ -133,7 +133,7 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
         )
     if all(finding.part.fate == LEFT_OUT for finding in findings if finding.differs):
         raise UsageError(
-            f"all {sum(finding.differs for finding in findings)} tensors that differ would be left out",
+            f"all that differs would be left out: {counted(sum(finding.differs for finding in findings), 'tensor')}",
             hint="give other patterns to --target, or leave out --only-linear",
         )
     return findings

@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError, UsageError
 
 Row = Mapping[str, Any]
@@ -188,7 +189,7 @@ def _cells(file: Path) -> Iterator[Located]:
                 raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one")
         elif len(cells) != len(header):
             raise DataError(
-                f"{where}: has {len(cells)} cells, the header has {len(header)}",
+                f"{where}: has {counted(len(cells), 'cell')}, the header has {len(header)}",
                 hint="quote cells that hold commas or line ends",
             )
         else:

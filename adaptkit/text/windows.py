@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder, text_config
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.text.chat_template import known_template_kwargs, set_template_kwargs
@@ -57,7 +58,7 @@ def read_tokens(
         UsageError: the window is longer than the model allows, or there is no tokenizer.
     """
     if window < 2 or (max_tokens is not None and max_tokens < 2):
-        raise UsageError(f"a window of {window} tokens, of {max_tokens} in all: both are at least 2")
+        raise UsageError(f"a window of {counted(window, 'token')}, of {max_tokens} in all: both are at least 2")
     check_window(root, window)
     if max_tokens is not None:
         window = min(window, max_tokens)
@@ -108,7 +109,7 @@ def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
     longest = longest_sequence(root)
     if longest is not None and length + new_tokens > longest:
         raise UsageError(
-            f"the prompt {prompt[:40]!r} and {new_tokens} new tokens are too long for {root}",
+            f"the prompt {prompt[:40]!r} and {counted(new_tokens, 'new token')} are too long for {root}",
             hint=f"it reads {longest} tokens: shorten the prompt, or ask for fewer new tokens",
         )
 

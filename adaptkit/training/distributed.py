@@ -164,7 +164,7 @@ def _own_gpu(asked: torch.device, processes: int) -> torch.device:
         number = int(os.environ.get("LOCAL_RANK", "0"))
         if number >= there:
             raise UsageError(
-                f"{processes} processes on this machine need a GPU each, and there are {there}",
+                f"{processes} processes on this machine need a GPU each, and it has {there}",
                 hint=f"torchrun --nproc-per-node {there}, or --device cpu",
             )
         return torch.device("cuda", number)

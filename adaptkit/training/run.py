@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
 from adaptkit.training.data.encoding import prompt_ids
@@ -133,10 +134,11 @@ class Run:
                     self._save()
         idle = [name for name, change in self.model.changes().items() if not bool(change.lora_b.any())]
         if idle and self._world.is_first:
-            self._note(f"{len(idle)} adapters never got a gradient, and change nothing: {shortened(idle)}")
+            named = f"{counted(len(idle), 'adapter')} never got a gradient, and changed nothing"
+            self._note(f"{named}: {shortened(idle)}")
         if self.done < self.steps:
-            patience = self._config.patience
-            self._note(f"stopped early after step {self.done}: {patience} measurements brought nothing better")
+            since = counted(self._config.patience, "measurement")
+            self._note(f"stopped early after step {self.done}: {since} brought nothing better")
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -147,7 +147,7 @@ def test_the_page_says_what_the_document_says(compared):
     folder, document = compared
     tables = Parsed((folder / "page.html").read_text()).tables
     heading, *rows = tables["Models"]
-    assert [row[0] for row in rows] == ["llama", "llama, 1 shots", "llama + adapter", "llama + second-adapter"]
+    assert [row[0] for row in rows] == ["llama", "llama, 1 shot", "llama + adapter", "llama + second-adapter"]
     for row, model in zip(rows, document["models"], strict=True):
         assert row[heading.index("loss")] == f"{model['loss']:.4f}"
         assert row[heading.index("ROUGE-L")] == f"{model['generated']['scores']['rouge_l']:.4f}"
@@ -241,7 +241,7 @@ def test_names_and_answers_stay_text(hostile):
     assert set(parsed.tags) <= set(tame.tags)
     assert parsed.tags.count("script") == 1
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
-    said = parsed.tables["The first 1 of 1 questions"][1:]
+    said = parsed.tables["The first 1 of 1 question"][1:]
     assert [row[2] for row in said] == [hostile, hostile]
 
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--text", tmp_path / "text.txt", "--window", 513], 2, "longer than"),
         (["--text", tmp_path / "text.txt", "--generate"], 2, "come from data"),
         (["--data", instructions, "--shots", 2], 2, "--shots-from"),
-        (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "are wanted"),
+        (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "99 wanted"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no file can"),
         (["--data", instructions, "--generate", "--samples-file", instructions], 2, "is there already, and is no"),

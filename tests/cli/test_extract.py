@@ -79,12 +79,12 @@ def test_resize_says_what_it_kept(run_cli, tmp_path, adapter):
     done = run_cli("resize", adapter, "-o", tmp_path / "out", "--rank", 2)
     assert (done.code, done.stderr) == (0, "")
     rows = table(done.stdout)
-    assert rows["resized"] == "14 modules; 0 stay as they are"
+    assert rows["resized"] == "14 modules; 0 unchanged"
     assert rows["parameters"] == "8,192 -> 4,096"
     assert 20 < float(re.match(r"([\d.]+) % of the square norm", rows["kept"])[1]) < 100
     assert "not padded" not in rows
     wide = table(run_cli("resize", adapter, "-o", tmp_path / "wide", "--rank", 9).stdout)
-    assert wide["resized"] == "0 modules; 14 stay as they are"
+    assert wide["resized"] == "0 modules; 14 unchanged"
     assert wide["not padded"] == "14 modules have a smaller rank than that already"
     quiet = run_cli("resize", adapter, "-o", tmp_path / "wide", "--rank", 2, "--quiet", "--force")
     assert (quiet.code, quiet.stdout, quiet.stderr) == (0, "", "")

@@ -125,7 +125,7 @@ def test_what_became_of_the_data_is_told(run_cli, llama, files):
 @pytest.mark.parametrize(
     ("too_long", "told"),
     [
-        ("cut", ["cut 1 held-out samples to max_length;", "left out 1 held-out samples, too long or without"]),
+        ("cut", ["cut 1 held-out sample to max_length;", "left out 1 held-out sample, too long or without"]),
         ("drop", ["cut 0 held-out samples to max_length;", "left out 2 held-out samples, too long or without"]),
     ],
 )

@@ -343,7 +343,7 @@ def test_manifests_that_do_not_fit_and_other_bases_are_remarked(certified, adapt
     first, second = certified(adapter, llama, "first"), certified(adapter, base, "second")
     report = diff(first, second)
     assert report.same
-    assert report.remarks == ("they were trained on different bases: 1 modules, model.layers.1.mlp.up_proj first",)
+    assert report.remarks == ("they were trained on different bases: 1 module, model.layers.1.mlp.up_proj first",)
     assert None not in report.manifests
     edit(second, lambda tensors: tensors[f"{UP}.lora_A.weight"].mul_(2))
     assert any("not those of its manifest" in remark for remark in diff(first, second).remarks)

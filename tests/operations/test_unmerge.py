@@ -207,7 +207,7 @@ def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
 
 
 def test_another_number_of_adapters_is_refused(merged, adapter, tmp_path):
-    with pytest.raises(UsageError, match="1 adapters were merged"):
+    with pytest.raises(UsageError, match="has 1 adapter merged into it"):
         unmerge(merged, [adapter, adapter], tmp_path / "out")
     with pytest.raises(UsageError, match="holds no copies"):
         unmerge(merged, [], tmp_path / "out")

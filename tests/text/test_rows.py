@@ -81,7 +81,7 @@ def test_tables_are_read_row_by_row(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2
     finally:
         tracemalloc.stop()
-    with pytest.raises(DataError, match=r"line 50002: has 1 cells, the header has 2"):
+    with pytest.raises(DataError, match=r"line 50002: has 1 cell, the header has 2"):
         next(rows)
 
 
@@ -123,7 +123,7 @@ def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_pat
         ("rows.json", b'[{"a": 1},', ": not JSON"),
         ("rows.json", b'{"a": 1}\n{"a"', ", line 2: not JSON"),
         ("rows.csv", b'a,b\n1,2\n\n3,"x\ny",4\n', ", line 4: has 3 cells, the header has 2"),
-        ("rows.csv", b"a,b\n1\n", ", line 2: has 1 cells, the header has 2"),
+        ("rows.csv", b"a,b\n1\n", ", line 2: has 1 cell, the header has 2"),
         ("rows.csv", b"a,a\n1,2\n", ", line 1: two columns are named 'a'"),
         ("rows.csv", b'a,b\n"1"2,3\n', ": not csv"),
         ("rows.csv", b"a,b\n1,\xff\n", ", line 2: cannot be read (invalid start byte)"),

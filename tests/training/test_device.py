@@ -87,7 +87,7 @@ def test_every_process_takes_the_next_gpu(gpus, torchrun, asked):
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
 def test_more_processes_than_gpus_are_told_how_many_there_are(gpus, torchrun, asked):
     torchrun(2, 3)
-    with pytest.raises(UsageError, match=r"3 processes .* a GPU each, and there are 2") as caught, join(asked):
+    with pytest.raises(UsageError, match=r"3 processes .* a GPU each, and it has 2") as caught, join(asked):
         pass
     assert "--nproc-per-node 2" in caught.value.hint
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, Size, output_options, threads_option
-from adaptkit.cli.output import show, size
+from adaptkit.cli.output import counted, show, size
 from adaptkit.cli.progress import byte_progress
 
 
@@ -30,7 +30,7 @@ def command(
         report = dequantize(source, output, chosen, force=force, progress=progress)
     rows = [
         ("wrote", report.output),
-        ("dequantized", f"{report.dequantized} matrices, {size(report.bytes_after)} in all"),
+        ("dequantized", f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)} in all"),
         ("manifest sha256", report.manifest_sha256),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

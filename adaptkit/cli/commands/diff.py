@@ -124,7 +124,7 @@ def _beside(beside: "FilesDifference") -> list[Row]:
     for template in beside.templates:
         where = " and ".join(file or "absent" for file in template.files)
         changed = sum(line[:1] in "+-" and line[:3] not in ("+++", "---") for line in template.lines)
-        rows.append((f"chat template {template.name}", f"{changed} lines differ ({where})"))
+        rows.append((f"chat template {template.name}", f"{counted(changed, 'line', 'differ')} ({where})"))
     return rows
 
 
@@ -132,7 +132,7 @@ def _values(label: str, values: Sequence["ValueDifference"]) -> list[Row]:
     if not values:
         return []
     lines = [f"{v.key}: {_short(v.first)} -> {_short(v.second)}" for v in values[:SHOWN]]
-    more = [f"and {len(values) - SHOWN:,} more keys"] if len(values) > SHOWN else []
+    more = [f"and {counted(len(values) - SHOWN, 'more key')}"] if len(values) > SHOWN else []
     return [(label, "\n".join([*lines, *more]))]
 
 

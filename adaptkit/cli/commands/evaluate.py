@@ -130,7 +130,9 @@ def _rows(report: "EvaluateReport") -> list[Row]:
     if report.template_remark:
         rows.append(("note", report.template_remark))
     if report.loss is not None:
-        rows.append(("loss", f"{_loss(report.loss, report.perplexity)} over {report.answer_tokens} answer tokens"))
+        rows.append(
+            ("loss", f"{_loss(report.loss, report.perplexity)} over {counted(report.answer_tokens, 'answer token')}")
+        )
         rows.append(("samples", _samples(report)))
         rows += [("note", remark) for remark in report.unused_remarks]
     if report.text is not None:
@@ -152,7 +154,7 @@ def _samples(report: "EvaluateReport") -> str:
 
 
 def _text_rows(text: "TextReport") -> list[Row]:
-    size = f"{text.tokens} tokens of text in {counted(text.windows, 'window')}"
+    size = f"{counted(text.tokens, 'token')} of text in {counted(text.windows, 'window')}"
     rows = [("loss on text", f"{_loss(text.loss, text.perplexity)} over {size}")]
     if text.reference_loss is not None:
         rows += [
@@ -165,7 +167,7 @@ def _text_rows(text: "TextReport") -> list[Row]:
 
 def _score_rows(generated: "GenerationReport") -> list[Row]:
     scores = generated.scores
-    count = f"{generated.questions} questions with {generated.references} reference answers"
+    count = f"{counted(generated.questions, 'question')} with {counted(generated.references, 'reference answer')}"
     left_out = [
         (generated.too_long, "left out: longer than the context"),
         (generated.unfinished, "answers cut at --max-new-tokens"),

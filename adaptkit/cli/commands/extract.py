@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option
-from adaptkit.cli.output import WORST, Row, percent, show, span
+from adaptkit.cli.output import WORST, Row, counted, percent, show, span
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -67,14 +67,14 @@ def command(
 def _planned(report: "ExtractReport") -> list[Row]:
     return [
         ("would write", report.output),
-        ("would compare", f"{report.tensors} tensors, {report.candidates} of them weights of linear layers"),
+        ("would compare", f"{counted(report.tensors, 'tensor')}, {report.candidates} of them weights of linear layers"),
         ("linear layers", f"read from {report.read_from}"),
         *_warnings(report),
     ]
 
 
 def _rows(report: "ExtractReport") -> list[Row]:
-    rows = [("wrote", report.output), ("equal", f"{report.equal} of {report.tensors} tensors")]
+    rows = [("wrote", report.output), ("equal", f"{report.equal} of {counted(report.tensors, 'tensor')}")]
     if report.modules:
         rows += _low_rank(report)
     if report.placeholder:
@@ -91,16 +91,18 @@ def _rows(report: "ExtractReport") -> list[Row]:
 
 
 def _low_rank(report: "ExtractReport") -> list[Row]:
-    kept = f"kept {_kept(report.energy_kept)} of the change; {report.below_90} modules below 90 %"
+    kept = f"kept {_kept(report.energy_kept)} of the change; {counted(report.below_90, 'module')} below 90 %"
     rows = [
-        ("low-rank", f"{len(report.modules)} modules, rank {span(report.ranks)}"),
+        ("low-rank", f"{counted(len(report.modules), 'module')}, rank {span(report.ranks)}"),
         ("parameters", f"{report.parameters:,}"),
         ("change", f"{kept}; relative error {percent(report.relative_error)}"),
     ]
     if report.rounding >= 0.001:
         rows.append(("rounding", f"to the tuned weights' type is about {percent(report.rounding)} of the change"))
     if report.unreached:
-        rows.append(("not reached", f"{report.unreached} modules keep less than was asked for; see --max-rank"))
+        rows.append(
+            ("not reached", f"{counted(report.unreached, 'module', 'keep')} less than was asked for; see --max-rank")
+        )
     worst = sorted(report.modules, key=lambda module: (module.energy_kept, module.module))[:WORST]
     rows.append(("kept least", "\n".join(_line(module) for module in worst)))
     return rows
@@ -122,7 +124,7 @@ def _named(tensors: "Sequence[OtherTensor]") -> str:
     counts = ", ".join(f"{count} {why}" for why, count in sorted(kinds.items()))
     first = "\n".join(tensor.name for tensor in tensors[:WORST])
     more = f"\nand {len(tensors) - WORST} more" if len(tensors) > WORST else ""
-    return f"{len(tensors)} tensors ({counts})\n{first}{more}"
+    return f"{counted(len(tensors), 'tensor')} ({counts})\n{first}{more}"
 
 
 def _warnings(report: "ExtractReport") -> list[Row]:
@@ -130,8 +132,8 @@ def _warnings(report: "ExtractReport") -> list[Row]:
     if report.resized:
         rows.append(("vocabulary", "has another size: resize the base's embeddings before peft loads the adapter"))
     if report.experts:
-        text = f"{report.experts} matrices of single experts, which merge takes and peft takes for some models only"
-        rows.append(("experts", text))
+        found = counted(report.experts, "matrix")
+        rows.append(("experts", f"{found} of single experts, which merge takes and peft takes for some models only"))
     if report.config_differs:
         keys = ", ".join(report.config_differs)
         rows.append(("not in it", f"config.json differs in {keys}, which an adapter cannot say"))

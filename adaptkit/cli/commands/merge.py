@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option, weight_option
-from adaptkit.cli.output import percent, show
+from adaptkit.cli.output import counted, percent, show
 from adaptkit.cli.progress import byte_progress
 
 _CHANGED = "the weights that change are those that the adapters were trained on"
@@ -55,7 +55,7 @@ def command(
         verified = "the one the adapters were trained on" if report.same_base else _CHANGED
     rows = [
         ("would write" if dry_run else "wrote", report.output),
-        ("merged", f"{report.merged} of {report.tensors} tensors"),
+        ("merged", f"{report.merged} of {counted(report.tensors, 'tensor')}"),
         ("base", "compared when merging" if dry_run and report.base_verified else verified),
         *(("note", told) for told in report.told),
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from adaptkit.cli.options import output_options, trust_in
-from adaptkit.cli.output import notes, show, size
+from adaptkit.cli.output import counted, notes, show, size
 from adaptkit.cli.progress import byte_progress
 from adaptkit.hub.parts import PARTS
 
@@ -45,10 +45,12 @@ def command(
     wanted = PullOptions(revision or None, only, manifest_sha256, trust)
     with byte_progress("pull", as_json or quiet) as progress:
         report = pull(repo_id, output, wanted, force=force, progress=progress, note=notes(quiet))
-    what = f"{report.kind}, {report.files} files, {size(report.bytes)}, all verified"
+    what = f"{report.kind}, {counted(report.files, 'file')}, {size(report.bytes)}, all verified"
     rows = [("pulled", f"{report.output}: {what}")]
     if report.left_out:
-        rows.append(("left out", f"{len(report.left_out)} files; the manifest there lists only what is there"))
+        rows.append(
+            ("left out", f"{counted(len(report.left_out), 'file')}; the manifest there lists only what is there")
+        )
     whole = " of the whole artifact" if report.left_out else ""
     rows += [("commit", report.commit), ("manifest sha256", f"{report.manifest_sha256}{whole}")]
     if report.signed:

@@ -141,13 +141,11 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     kept = ", ".join(f"{count} {reason}" for reason, count in report.kept.items())
     what = f"{report.output} ({counted(report.shards, 'shard')})"
     of_all = ", all shares together" if report.part else ""
+    part = f"{report.quantized_parameters:,} of {report.parameters:,}"
     rows = [
         ("would write" if dry_run else "wrote", _share(report.part) + what),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}{of_all}"),
-        (
-            "quantized",
-            f"{report.quantized} matrices, {report.quantized_parameters:,} of {report.parameters:,} parameters{of_all}",
-        ),
+        ("quantized", f"{counted(report.quantized, 'matrix')}, {part} parameters{of_all}"),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
         ("linear layers", f"read from {report.read_from}"),
         ("kept as is", kept or "nothing"),
@@ -160,12 +158,15 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
         worst = "\n".join(f"{percent(error)} {name}" for error, name in measured[:WORST])
         rows += [("relative error", f"{percent(report.relative_error)} of the weights' norm"), ("worst", worst)]
     if report.weighted_error is not None:
-        text = f"{percent(report.weighted_error)}, by what goes through {report.calibrated} calibrated matrices"
+        text = (
+            f"{percent(report.weighted_error)}, by what goes through {counted(report.calibrated, 'calibrated matrix')}"
+        )
         rows.append(("weighted error", text))
     if report.upgrades:
         gain = sum(upgrade.gain for upgrade in report.upgrades)
         first = "\n".join(f"{upgrade.module}: {upgrade.to}" for upgrade in report.upgrades[:WORST])
-        count = f"{len({upgrade.module for upgrade in report.upgrades})} matrices in {len(report.upgrades)} steps"
+        count = counted(len({upgrade.module for upgrade in report.upgrades}), "matrix")
+        count += f" in {counted(len(report.upgrades), 'step')}"
         rows.append(("more bits for", f"{count}, {gain:.4f} nats expected gain, first\n{first}"))
     if report.companion is not None:
         rows.append(("companion", f"{report.companion}: begin with it by train --init"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option
-from adaptkit.cli.output import WORST, Row, percent, show, span
+from adaptkit.cli.output import WORST, Row, counted, percent, show, span
 
 if TYPE_CHECKING:
     from adaptkit.operations.resize import ResizeReport
@@ -38,7 +38,7 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
     worst = sorted(report.modules, key=lambda module: (-module.relative_error, module.module))[:WORST]
     rows = [
         ("would write" if dry_run else "wrote", report.output),
-        ("resized", f"{report.resized} modules; {report.unchanged} stay as they are"),
+        ("resized", f"{counted(report.resized, 'module')}; {report.unchanged} unchanged"),
         ("rank", span(report.ranks)),
         ("parameters", f"{report.parameters_before:,} -> {report.parameters:,}"),
         ("kept", f"{percent(report.energy_kept)} of the square norm; relative error {percent(report.relative_error)}"),
@@ -47,7 +47,7 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
         lines = (f"{percent(m.energy_kept)} {m.module} (rank {m.rank_before} -> {m.rank})" for m in worst)
         rows.append(("kept least", "\n".join(lines)))
     if report.below:
-        rows.append(("not padded", f"{report.below} modules have a smaller rank than that already"))
+        rows.append(("not padded", f"{counted(report.below, 'module', 'have')} a smaller rank than that already"))
     if report.base_copies:
         rows.append(("goes along", f"its copy of {', '.join(report.base_copies)}"))
     if report.tokenizer:

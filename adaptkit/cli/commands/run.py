@@ -84,7 +84,7 @@ def command(
 def _rows(report: "RunReport", dry_run: bool) -> Iterator[tuple[str, str]]:
     if dry_run:
         count = sum(step.state != "kept" for step in report.steps)
-        yield report.name, f"{count} of {len(report.steps)} steps would run"
+        yield report.name, f"{count} of {counted(len(report.steps), 'step')} would run"
         return
     done = sum(step.state == "done" for step in report.steps)
     yield (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option, weight_option
-from adaptkit.cli.output import WORST, Row, percent, show, span
+from adaptkit.cli.output import WORST, Row, counted, percent, show, span
 from adaptkit.cli.progress import count_progress
 from adaptkit.discovery import names
 from adaptkit.numerics import stacking
@@ -79,7 +79,10 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
     partial = f"; {report.partial} not in every adapter" if report.partial else ""
     rows = [
         ("would write" if dry_run else "wrote", report.output),
-        ("stacked", f"{report.adapters} adapters by {report.method}" + (f" ({settings})" if settings else "")),
+        (
+            "stacked",
+            f"{counted(report.adapters, 'adapter')} by {report.method}" + (f" ({settings})" if settings else ""),
+        ),
         ("modules", f"{report.modules}, rank {span(report.ranks)}{partial}"),
         ("energy kept", f"{percent(report.energy_kept)} of the square norm"),
     ]
@@ -87,7 +90,7 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
     if losing:
         rows.append(("kept least", "\n".join(f"{percent(m.energy_kept)} {m.module}" for m in losing[:WORST])))
     if report.zero:
-        rows.append(("zero", f"{report.zero} modules of whose changes nothing is left"))
+        rows.append(("zero", f"{counted(report.zero, 'module')} of whose changes nothing is left"))
     if len(report.base_names) > 1:
         rows.append(("base", f"is called {' and '.join(map(repr, report.base_names))}; the result names none"))
     if report.base_copies:

@@ -23,7 +23,7 @@ from adaptkit.cli.options import (
     settings_options,
     told_as_options,
 )
-from adaptkit.cli.output import Row, say, show, size
+from adaptkit.cli.output import Row, counted, say, show, size
 from adaptkit.cli.progress import training_progress
 from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
@@ -124,19 +124,21 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
         yield "went on from", f"step {report.resumed_from}"
     if report.held_out_before is not None and report.held_out_after is not None:
         yield "held-out loss", f"{report.held_out_before:.4f} -> {report.held_out_after:.4f}"
-    yield "trained", f"{report.trainable_parameters:,} parameters, {report.steps} steps, {report.samples} samples"
+    went = f"{counted(report.steps, 'step')}, {counted(report.samples, 'sample')}"
+    yield "trained", f"{report.trainable_parameters:,} parameters, {went}"
     if report.kept_step != report.steps:
         yield "kept", f"the adapter after step {report.kept_step}; the last one is in last/"
     if report.skipped:
-        yield "skipped", f"{report.skipped} steps whose loss or gradient was no number"
+        yield "skipped", f"{counted(report.skipped, 'step')} whose loss or gradient was no number"
     if report.tokens_per_second:  # none of a run whose steps were all taken before it was killed
         yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
     yield "activations", f"{report.compute_dtype}; {report.checkpointing}"
     measured = report.memory["measured"]
     seen = "not measured here" if measured is None else f"{size(measured)} measured"
     yield "memory", f"{size(report.memory['predicted'] or 0)} predicted, {seen}"
-    paging = "{slots} of {pages} pages resident, {faults} faults, {write_backs} write-backs"
-    yield "optimizer state", paging.format(**report.paging)
+    paging = report.paging
+    moved = f"{counted(paging['faults'], 'fault')}, {counted(paging['write_backs'], 'write-back')}"
+    yield "optimizer state", f"{paging['slots']} of {counted(paging['pages'], 'page')} resident, {moved}"
     yield from data_rows(report.data)
     yield from cut_rows(report.data, report.truncated, report.dropped)
     yield "manifest sha256", report.manifest_sha256

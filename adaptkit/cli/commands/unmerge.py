@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from adaptkit.cli.options import ArtifactPath, output_options, threads_option
-from adaptkit.cli.output import show
+from adaptkit.cli.output import counted, show
 from adaptkit.cli.progress import byte_progress
 
 
@@ -42,13 +42,13 @@ def command(
         found = f"identical: all {report.tensors} tensors have the base's fingerprints"
     else:
         found = (
-            f"approximate: {report.same_tensors} of {report.restored} restored tensors are the base's; "
+            f"approximate: {report.same_tensors} of {counted(report.restored, 'restored tensor')} as in the base; "
             f"any other weight is at most {report.error_bound:.3g} off"
         )
     rows = [
         ("wrote", report.output),
         ("unmerge", found),
-        ("restored", f"{report.restored} tensors"),
+        ("restored", counted(report.restored, "tensor")),
         ("tensors root", report.tensors_root),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

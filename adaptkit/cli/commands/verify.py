@@ -7,7 +7,7 @@ import click
 
 from adaptkit.cli.lineage import tree
 from adaptkit.cli.options import ArtifactPath, report_options, threads_option, trust_in
-from adaptkit.cli.output import Row, show, size
+from adaptkit.cli.output import Row, counted, show, size
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def command(
 
 def _rows(report: "VerifyReport") -> list[Row]:
     rows = [
-        ("verified", f"{report.path}: {report.kind}, exactly {report.files} files, {size(report.bytes)}"),
+        ("verified", f"{report.path}: {report.kind}, exactly {counted(report.files, 'file')}, {size(report.bytes)}"),
         ("tensors", f"{report.tensors} match their fingerprints"),
     ]
     if report.signed_by is not None:

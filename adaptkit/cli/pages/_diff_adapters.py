@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from adaptkit.cli.differences import adapter_rows
 from adaptkit.cli.grid import starred
 from adaptkit.cli.html import Html, Number, facts, figure, page, paragraph, section, side_by_side, table
+from adaptkit.cli.output import counted
 from adaptkit.cli.pages._parts import (
     beside,
     curves_by_type,
@@ -41,7 +42,7 @@ def adapters_page(report: "AdapterDiffReport") -> str:
         *others,
         *names("Other tensors", report.tensors_only_in_first, report.tensors_only_in_second),
         *beside(report.config, report.beside, uncounted=True),
-        section(f"All {len(report.modules):,} modules", _modules(report.modules), collapsed=True),
+        section(f"All {counted(len(report.modules), 'module')}", _modules(report.modules), collapsed=True),
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.cli.differences import checkpoint_rows
 from adaptkit.cli.html import Html, facts, figure, page, paragraph, section, side_by_side
+from adaptkit.cli.output import counted
 from adaptkit.cli.pages._parts import beside, curves_by_type, folder_name, largest_types, maps, names, tensors
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _DIRECTIONS = "16"
 
 def checkpoints_page(report: "CheckpointDiffReport") -> str:
     """One HTML document, self-contained."""
-    heading = f"All {len(report.tensors):,} tensors that differ"
+    heading = f"All {counted(len(report.tensors), 'tensor')} that differ{'s' if len(report.tensors) == 1 else ''}"
     return page(
         f"{folder_name(report.first)} and {folder_name(report.second)}",
         facts(_summary(report)),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from adaptkit.cli import figures
 from adaptkit.cli.grid import grids, starred
 from adaptkit.cli.html import Html, Number, facts, figure, paragraph, section, table
-from adaptkit.cli.output import percent
+from adaptkit.cli.output import counted, percent
 
 if TYPE_CHECKING:
     from adaptkit.operations._diff.files import FilesDifference, ValueDifference
@@ -36,7 +36,8 @@ def maps(
     made = grids(values)
     left_out = sum(grid.left_out for grid in made)
     if left_out:
-        caption += f" {left_out:,} smaller values of modules without a layer number are in the table alone."
+        are = "is" if left_out == 1 else "are"
+        caption += f" {counted(left_out, 'smaller value')} of modules without a layer number {are} in the table alone."
     shown = signed if diverging else three_digits
     return figure(caption, *(figures.heat_map(grid, what, limits, shown, diverging=diverging) for grid in made))
 

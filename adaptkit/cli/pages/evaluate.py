@@ -41,14 +41,14 @@ def _summary(comparison: "Comparison") -> list[tuple[str, str]]:
     first: EvaluateReport = comparison.models[0]
     rows = [("models", f"{len(comparison.models)}")]
     if first.loss is not None:
-        rows.append(("samples", f"{first.samples:,} with {first.answer_tokens:,} answer tokens"))
+        rows.append(("samples", f"{first.samples:,} with {counted(first.answer_tokens, 'answer token')}"))
     if first.text is not None:
-        rows.append(("text", f"{first.text.tokens:,} tokens in {counted(first.text.windows, 'window')}"))
+        rows.append(("text", f"{counted(first.text.tokens, 'token')} in {counted(first.text.windows, 'window')}"))
         if first.text.reference is not None:
             rows.append(("reference", first.text.reference))
     if first.generated is not None:
         count = f"{first.generated.questions:,}"
-        rows.append(("questions", f"{count} with {first.generated.references:,} reference answers"))
+        rows.append(("questions", f"{count} with {counted(first.generated.references, 'reference answer')}"))
     return rows
 
 
@@ -66,5 +66,5 @@ def _answers(answers: Sequence["Answer"], names: dict[str, str]) -> Html:
     for question, found in list(asked.items())[:_SHOWN_QUESTIONS]:
         rows += [(question[-1], names[answer.model], answer.answer) for answer in found]
         rows += [(question[-1], "reference", reference) for reference in found[0].references]
-    heading = f"The first {min(_SHOWN_QUESTIONS, len(asked))} of {len(asked):,} questions"
+    heading = f"The first {min(_SHOWN_QUESTIONS, len(asked))} of {counted(len(asked), 'question')}"
     return section(heading, table(("question", "who", "answer"), rows), collapsed=True)

@@ -32,7 +32,7 @@ def quantize_page(report: "QuantizeReport") -> str:
         *([_worst(quantized, calibrated)] if quantized else []),
         *([_upgrades(report)] if report.upgrades else []),
         _kept(report),
-        section(f"All {len(report.tensors):,} tensors", _tensors(report.tensors, calibrated), collapsed=True),
+        section(f"All {counted(len(report.tensors), 'tensor')}", _tensors(report.tensors, calibrated), collapsed=True),
     )
 
 
@@ -42,16 +42,18 @@ def _summary(report: "QuantizeReport") -> list[tuple[str, str]]:
     rows = [
         ("output", f"{report.output} ({counted(report.shards, 'shard')})"),
         ("size", f"{size(report.bytes_before)} → {size(report.bytes_after)} ({ratio:.2f} × smaller)"),
-        ("quantized", f"{report.quantized:,} tensors with {percent(part)} of {report.parameters:,} parameters"),
+        (
+            "quantized",
+            f"{counted(report.quantized, 'tensor')} with {percent(part)} of {report.parameters:,} parameters",
+        ),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
         ("linear layers", f"read from {report.read_from}"),
     ]
     if report.relative_error is not None:
         rows.append(("relative error", f"{percent(report.relative_error)} of the norm of all that was quantized"))
     if report.weighted_error is not None:
-        text = (
-            f"{percent(report.weighted_error)}, inputs weighted by their mean square, over {report.calibrated} tensors"
-        )
+        calibrated = counted(report.calibrated, "tensor")
+        text = f"{percent(report.weighted_error)}, inputs weighted by their mean square, over {calibrated}"
         rows.append(("weighted error", text))
     if report.companion is not None:
         rows.append(("companion adapter", report.companion))
@@ -74,7 +76,7 @@ def _pictures(tensors: Sequence["TensorReport"]) -> list[Html]:
         )
         spread = figures.histogram(list(relative.values()), "relative error, %", "tensors")
         made.append(section("Relative error", _maps(relative, "relative error, %", caption)))
-        made.append(section("How it is spread", figure(f"All {len(relative):,} quantized tensors.", spread)))
+        made.append(section("How it is spread", figure(f"All {counted(len(relative), 'quantized tensor')}.", spread)))
     if weighted:
         caption = "The same, each weight counted by the mean square of the input that it multiplies."
         made.insert(1, section("Weighted error", _maps(weighted, "weighted error, %", caption)))

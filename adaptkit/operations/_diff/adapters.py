@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
+from adaptkit.checkpoint.progress import counted
 from adaptkit.numerics.comparison import Overlap, compare
 from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
@@ -202,7 +203,7 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
     one, two = (_trained_on(adapter) for adapter in (first, second))
     other = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])
     if other:
-        yield f"they were trained on different bases: {len(other):,} modules, {other[0]} first"
+        yield f"they were trained on different bases: {counted(len(other), 'module')}, {other[0]} first"
 
 
 def _trained_on(adapter: Adapter) -> dict[str, str]:

@@ -13,6 +13,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, side_files
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import CheckpointError, IntegrityError
 from adaptkit.text.tokenizer_files import TEMPLATE_KEY, TOKENIZER_CONFIG, is_template, templates_in
 
@@ -204,7 +205,7 @@ def _counted(mine: Any, other: Any) -> str:
     if mine == other:
         return "the same"
     entries = [_entries(part) for part in (mine, other)]
-    told = f"{len(entries[0]):,} entries, {len(entries[0] - entries[1]):,} of them not in the other"
+    told = f"{counted(len(entries[0]), 'entry')}, {len(entries[0] - entries[1]):,} of them not in the other"
     if not isinstance(mine, list) or not isinstance(other, list):
         return told
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False)))

@@ -9,7 +9,7 @@ from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord
-from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError
 from adaptkit.operations._lineage.parents import Candidate, Candidates
 
@@ -212,6 +212,6 @@ def require_whole(path: Path, ancestors: Sequence[Ancestor], candidates: Candida
     told += [f"{a.short} is {a.state} ({a.path})" for a in line.values() if a.short not in named]
     told += candidates.broken
     raise IntegrityError(
-        f"{path}: {len(bad)} of {len(line)} ancestors cannot be vouched for: {'; '.join(told)}",
+        f"{path}: {len(bad)} of {counted(len(line), 'ancestor')} cannot be vouched for: {'; '.join(told)}",
         hint=f"name the folders that hold them with --parents; `adaptkit inspect {path} --lineage` shows all hashes",
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.addressing import Slice
@@ -52,8 +53,8 @@ class Experts:
         parts = slices[0].part[1]
         if len(slices) != len(stack) * parts:
             raise BaseMismatchError(
-                f"{self.who}: {parameter} has {len(stack)} experts for the adapter, but {len(slices) // parts} in "
-                f"{self.checkpoint.root}",
+                f"{self.who}: {parameter} has {counted(len(stack), 'expert')} for the adapter, "
+                f"but {len(slices) // parts} in {self.checkpoint.root}",
                 hint=OTHER_MODEL,
             )
         for piece in slices:

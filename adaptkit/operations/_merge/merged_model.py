@@ -189,7 +189,7 @@ class MergedModel:
         paths = list(given) or self._embedded(len(recorded))
         if len(recorded) != len(paths):
             raise UsageError(
-                f"{self.root}: {len(recorded)} adapters were merged, {len(paths)} given",
+                f"{self.root}: has {counted(len(recorded), 'adapter')} merged into it, {len(paths)} given",
                 hint="give each with --adapter",
             )
         waiting = [read_adapter(path) for path in paths]

@@ -8,7 +8,7 @@ from pathlib import Path
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord
-from adaptkit.checkpoint.progress import Progress
+from adaptkit.checkpoint.progress import Progress, counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._merge.base import check_fingerprint, is_theirs, merge_parents
 from adaptkit.operations._merge.merging import Merging
@@ -64,7 +64,8 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
         for name in view.folds
     ]
     left = sorted(set(view.folds) - stored)
-    told = (*plain.told, *([f"{len(left)} changed tensors stay in 16 bits: {left[0]}, …"] if left else []))
+    stay = f"{counted(len(left), 'changed tensor', 'stay')} in 16 bits, {left[0]} first" if left else ""
+    told = (*plain.told, *([stay] if stay else []))
     same = is_theirs(base, parents[0].tensors_root, merging.adapters)
     return replace(
         with_changes(replace(plain, told=told, undo_bits=0.0), changes),

@@ -10,6 +10,7 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.part import Part
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations._pipeline import check_threads
@@ -44,7 +45,9 @@ class Calibration:
         if not self.files:
             raise UsageError("calibration needs text", hint="give --calibrate FILE")
         if self.window < 2 or self.tokens < 2:
-            raise UsageError(f"calibration on {self.tokens} tokens in windows of {self.window}: at least 2 each")
+            raise UsageError(
+                f"calibration on {counted(self.tokens, 'token')} in windows of {self.window}: at least 2 each"
+            )
         if self.init_rank is not None and self.init_rank < 1:
             raise UsageError(f"a companion adapter of rank {self.init_rank}: at least 1")
         if self.bits_budget is not None and not 4 < self.bits_budget < 16:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 from adaptkit.checkpoint.adapter_config import CHANGES_BASE, KNOWN_KEYS
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.numerics.scaling import scaling
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
@@ -125,7 +126,7 @@ def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     if wrong:
         first = min(wrong, key=lambda pair: pair.module)
         a, b = first.a, first.b
-        more = f", and so in {len(wrong) - 1} more modules" if len(wrong) > 1 else ""
+        more = f", and so in {counted(len(wrong) - 1, 'more module')}" if len(wrong) > 1 else ""
         yield Finding(
             "error",
             f"{first.module}: rank {first.asked} by adapter_config.json, but A is {_shape(a)} and B {_shape(b)}{more}",
@@ -159,7 +160,7 @@ def on_base(files: AdapterFiles, base: BaseShapes | None, missing: str, other: s
     unlike = [pair for pair in pairs if pair.module not in sizes and not _fits_base(files, base, pair)]
     if unlike:
         first = min(unlike, key=lambda pair: pair.module)
-        more = f", and {len(unlike) - 1} more modules do not fit" if len(unlike) > 1 else ""
+        more = f", and so with {counted(len(unlike) - 1, 'more module')}" if len(unlike) > 1 else ""
         yield Finding(
             "error",
             f"{first.module} is {list(base.shape(first.module) or ())} in {base.root}, but B · A is "

@@ -1,13 +1,13 @@
 """Turn a quantized checkpoint back into a plain one."""
 
-from adaptkit.checkpoint.progress import size
+from adaptkit.checkpoint.progress import counted, size
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
     report = dequantize(work.path("dequantize"), work.output, work.options, progress=work.progress)
-    return Outcome(f"{report.dequantized} matrices, {size(report.bytes_after)}", {})
+    return Outcome(f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)}", {})
 
 
 KIND = StepKind(inputs=(Input("dequantize", required=True),), options=DequantizeOptions, run=_run)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.typed import nearest
 from adaptkit.errors import UsageError
 from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work, makes_nothing
@@ -112,7 +113,7 @@ def _run(work: Work) -> Outcome:
     for name in ("loss", "text.loss", "generated.scores.rouge_l"):
         if facts.get(name) is not None:
             return Outcome(f"{name} {facts[name]:.4f}", facts)
-    return Outcome(f"{len(report.answers)} answers", facts)
+    return Outcome(counted(len(report.answers), "answer"), facts)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

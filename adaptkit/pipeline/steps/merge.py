@@ -1,6 +1,7 @@
 """Fold adapters into a 16-bit checkpoint."""
 
 from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.operations.merge import MergeOptions, merge
@@ -21,7 +22,7 @@ def _run(work: Work) -> Outcome:
         progress=work.progress,
     )
     facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}
-    return Outcome(f"{report.merged} of {report.tensors} tensors changed", facts)
+    return Outcome(f"{report.merged} of {counted(report.tensors, 'tensor')} changed", facts)
 
 
 KIND = StepKind(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from adaptkit.checkpoint.progress import size
+from adaptkit.checkpoint.progress import counted, size
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.hub.foresight import foresee
 from adaptkit.hub.publish import PublishOptions, PublishReport, publish
@@ -64,7 +64,7 @@ def _target(report: PublishReport) -> str:
 
 
 def _sent(report: PublishReport) -> str:
-    files = f"{len(report.files_added)} files, {size(report.bytes_sent)} sent"
+    files = f"{counted(len(report.files_added), 'file')}, {size(report.bytes_sent)} sent"
     return "there already" if report.already_there else files
 
 

@@ -1,12 +1,14 @@
 """Combine adapters into one."""
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.operations.stack import StackOptions, stack
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
     report = stack(work.paths["stack"], work.output, work.options, progress=work.progress)
-    figure = f"{report.adapters} adapters by {report.method}, {100 * report.energy_kept:.3g} % of the square norm kept"
+    stacked = f"{counted(report.adapters, 'adapter')} by {report.method}"
+    figure = f"{stacked}, {100 * report.energy_kept:.3g} % of the square norm kept"
     return Outcome(figure, {"modules": report.modules, "ranks": list(report.ranks), "energy_kept": report.energy_kept})
 
 

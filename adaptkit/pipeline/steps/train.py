@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 from adaptkit.training.config import INITS, TrainConfig
@@ -38,7 +39,7 @@ def _run(work: Work) -> Outcome:
 
     report = train(config, work.output, on_step=tell, note=work.note)
     before, after = report.held_out_before, report.held_out_after
-    figure = f"{report.steps} steps" if after is None else f"held-out loss {before:.4f} -> {after:.4f}"
+    figure = counted(report.steps, "step") if after is None else f"held-out loss {before:.4f} -> {after:.4f}"
     facts = {"steps": report.steps, "held_out_before": before, "held_out_after": after, "samples": report.samples}
     return Outcome(figure, facts)
 

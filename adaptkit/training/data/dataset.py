@@ -122,7 +122,7 @@ def load_data(
     encoder = Encoder(tokenizer, loss_on)
     reports = [_read(source, number, layout, encoder, tally) for number, source in enumerate(sources)]
     if not tally.samples:
-        reason = f"all {tally.dropped} samples are too long, or lose their answer, at max_length {max_length}"
+        reason = f"every sample, {tally.dropped} in all, is too long, or loses its answer, at max_length {max_length}"
         raise DataError(
             f"{', '.join(map(str, sources))}: {reason if tally.dropped else 'there are no rows'}",
             hint="raise max_length" if tally.dropped else "give rows to learn from",

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import set_template_kwargs
@@ -123,7 +124,8 @@ def read_material(
     questions = tuple(question for question in asked if all(reader.has_room(question) for reader in everyone))
     if asked and not questions:
         raise DataError(
-            f"all {len(asked)} questions, with {options.max_new_tokens} new tokens, are longer than a model's context",
+            f"every question, {len(asked)} in all, with {counted(options.max_new_tokens, 'new token')} is longer than "
+            "a model's context",
             hint="lower --max-new-tokens, or give other data",
         )
     return [reader.read(questions, shots, len(asked) - len(questions)) for reader in readers]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, read_example
 from adaptkit.text.rows import read_rows
@@ -104,7 +105,7 @@ def read_shots(
             found.setdefault(keys[-1], turns)
     if len(found) < count:
         raise DataError(
-            f"{', '.join(map(str, files))}: {len(found)} examples that are no questions themselves, {count} are wanted",
+            f"{', '.join(map(str, files))}: {counted(len(found), 'example')} beside the questions, {count} wanted",
             hint="lower --shots, or give more --shots-from files",
         )
     conversations = list(found.values())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.training.config import COMPUTE_DTYPES
@@ -186,5 +187,5 @@ class EvaluateReport:
     @property
     def label(self) -> str:
         """The model in a few words."""
-        shots = f", {self.shots} shot{'s' if self.shots > 1 else ''}" if self.shots else ""
+        shots = f", {counted(self.shots, 'shot')}" if self.shots else ""
         return (f"{self.base} + {self.adapter}" if self.adapter else self.base) + shots

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.training.memory.paging import Pages
 from adaptkit.training.network.pinned import HostMemory
 from adaptkit.training.shortage import is_out_of_memory, shortage
@@ -78,7 +79,7 @@ class Pressure:
         Raises:
             UsageError: there is nothing to give way, or it did not help.
         """
-        task = _Task(f"in a micro-batch of {tokens} tokens", _SMALLER, tokens)
+        task = _Task(f"in a micro-batch of {counted(tokens, 'token')}", _SMALLER, tokens)
         if any(memory.is_short for memory in self._memories):
             self._memories = []
             self._note("warning: the system pins no more host memory, so that copies to and from the GPU wait")

@@ -8,6 +8,7 @@ from typing import Any
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
@@ -165,7 +166,10 @@ def _stacks_left(model: Model) -> str:
     left = [name for name, module in model.stacks().items() if name not in model.whole and is_expert(name, module)]
     if not left:
         return ""
-    return f"{len(left)} stacks of experts' matrices get no adapter without target_parameters: {shortened(left)}"
+    return (
+        f"{counted(len(left), 'stack')} of experts' matrices get{'s' if len(left) == 1 else ''} no adapter without "
+        f"target_parameters: {shortened(left)}"
+    )
 
 
 def cannot_be_merged(model: Model) -> str:
@@ -176,7 +180,7 @@ def cannot_be_merged(model: Model) -> str:
     names = [name for name, layer in model.linears.items() if layer.lora_bias is not None and layer.bias is None]
     if not names:
         return ""
-    why = f"{len(names)} of its layers have no bias that could take up B's"
+    why = f"{len(names)} of its layers {'has' if len(names) == 1 else 'have'} no bias that could take up B's"
     return f"the adapter cannot be merged: {why}: {shortened(names)}"
 
 

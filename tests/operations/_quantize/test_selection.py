@@ -268,14 +268,14 @@ def test_a_model_that_transformers_does_not_know_is_read_by_names(families, copy
 def test_tensors_that_the_architecture_lacks_are_read_by_names_and_counted(families, copy_of):
     extra = {"model.layers.2.mtp.proj.weight": torch.ones(64, 64)}
     selection = select(changed(families / "llama", copy_of, lambda tensors: tensors | extra))
-    assert "; names and shapes for 1 tensors that it does not have" in selection.read_from
+    assert "; names and shapes for 1 tensor that it does not have" in selection.read_from
     assert "model.layers.2.mtp.proj" in {choice.module for choice in selection.choices if not choice.kept_because}
 
 
 def test_tensors_that_the_files_lack_are_counted(families, copy_of):
     lost = "model.layers.1.mlp.down_proj.weight"
     selection = select(changed(families / "llama", copy_of, lambda tensors: tensors.pop(lost) is None or tensors))
-    assert f"; the files lack 1 tensors of LlamaForCausalLM, {lost} first" in selection.read_from
+    assert f"; the files lack 1 tensor of LlamaForCausalLM, {lost} first" in selection.read_from
     whole = {folder.name: select(Checkpoint(folder)).read_from for folder in families.iterdir()}
     assert not [name for name, read_from in whole.items() if "lack" in read_from]
 
@@ -293,7 +293,7 @@ def test_what_is_no_language_model_lacks_no_head_of_one(name, tmp_path):
     tensors = load_file(base / "model.safetensors")
     lost = next(name for name in sorted(tensors) if "layers.1." in name or "layer.1." in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, base / "model.safetensors")
-    assert f"; the files lack 1 tensors of {name}, {lost} first" in select(Checkpoint(base)).read_from
+    assert f"; the files lack 1 tensor of {name}, {lost} first" in select(Checkpoint(base)).read_from
 
 
 def test_a_float_of_another_type_stays_and_says_so(families, copy_of):

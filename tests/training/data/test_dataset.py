@@ -112,7 +112,7 @@ def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
         load_data([write(tmp_path)], tokenizer, 99)
     with pytest.raises(DataError, match=r"line 1: there is nothing to learn"):
         load_data([write(tmp_path, {"text": ""})], tokenizer, 99)
-    with pytest.raises(DataError, match="all 1 samples are too long, or lose their answer, at max_length 10"):
+    with pytest.raises(DataError, match="every sample, 1 in all, is too long, or loses its answer, at max_length 10"):
         load_data([write(tmp_path, LONG_QUESTION)], tokenizer, 10)
 
 
