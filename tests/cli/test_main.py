@@ -178,11 +178,14 @@ def test_with_json_one_of_several_processes_prints_the_document(run_cli, tmp_pat
     assert "does not exist" in json.loads(alone.stdout)["error"]["message"]
 
 
-def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, llama, tmp_path):
+def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, llama, instructions, tmp_path):
     done = run_cli("quantize", llama, "-o", tmp_path / "one", "--json")
     assert json.loads(done.stdout)["quantized"] == 14
     assert done.stderr == ""
     assert run_cli("quantize", llama, "-o", tmp_path / "two", "--quiet").stdout == ""
+    seen = ("train", "--base", llama, "--data", instructions, "-o", tmp_path / "x", "--show-batch")
+    for command in (seen, ("inspect", tmp_path / "two", "--mermaid")):
+        assert run_cli(*command, "--quiet").stdout == ""
     assert (tmp_path / "two" / "config.json").is_file()
 
 

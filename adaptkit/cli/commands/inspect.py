@@ -34,6 +34,8 @@ def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bo
     if lineage or as_mermaid or parents:
         with byte_progress("inspect", as_json or quiet) as progress:
             report = replace(report, lineage=trace(path, parents, progress))
+    if as_mermaid and quiet:
+        return
     if as_mermaid:
         say(mermaid(f"{report.kind}\nmanifest {str(report.manifest_sha256)[:16]}…\n{report.path}", report.lineage))
         return

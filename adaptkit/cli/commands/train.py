@@ -78,7 +78,7 @@ def command(
 
         shown = preview(config)
         if is_first:
-            _show_batch(shown, as_json)
+            _show_batch(shown, as_json, quiet)
         return
     if dry_run:
         from adaptkit.training.dry_run import plan_run
@@ -93,11 +93,11 @@ def command(
     show(report, _rows(report), as_json=as_json, quiet=quiet)
 
 
-def _show_batch(batch: "Preview", as_json: bool) -> None:
+def _show_batch(batch: "Preview", as_json: bool, quiet: bool) -> None:
     if as_json:
         show(batch, (), as_json=True, quiet=False)
-        return
-    say(*batch_lines(batch, has_colour()))
+    elif not quiet:
+        say(*batch_lines(batch, has_colour()))
 
 
 def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
