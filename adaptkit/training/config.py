@@ -53,7 +53,7 @@ class TrainConfig:
     )
     data: tuple[str, ...] = setting("File (jsonl, ndjson, json, csv, tsv, parquet) or data set of the Hub "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
-    init: str = setting("Of the adapter's A: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or an "
+    init: str = setting("How A begins: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or an "
                         "adapter to begin with, a folder or org/name[@revision], whose rank, alpha and targets the run "
                         "has then.",
                         "kaiming")  # fmt: skip

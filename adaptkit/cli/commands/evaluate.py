@@ -46,9 +46,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--shots", type=click.IntRange(min=0), default=0, metavar="K",
               help="Measure every base with K examples before each question, too.")  # fmt: skip
 @click.option("--shots-from", type=_FILE, multiple=True, help="Choose the examples from this file. Repeatable.")
-@click.option("--seed", type=int, default=0, help="Of the choice of questions and of examples.")
+@click.option("--seed", type=int, default=0, show_default=True,
+              help="Of the choice of questions and of examples.")  # fmt: skip
 @click.option("--prompt", "prompts", multiple=True, help="Show the answer to it. Repeatable.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Of the data's rows; default: each row's own.")

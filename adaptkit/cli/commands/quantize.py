@@ -40,8 +40,14 @@ _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter",
     metavar="FILE",
     help="Text, or a file of rows as for train: choose constants and codes by what goes through the model. Repeatable.",
 )
-@click.option("--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True)
-@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
+    help="With --calibrate: how many tokens of the text are read.",
+)  # fmt: skip
+@click.option(
+    "--window", type=click.IntRange(min=2), default=512, show_default=True,
+    help="With --calibrate: tokens of a sequence.",
+)  # fmt: skip
 @click.option(
     "--compensate/--no-compensate",
     default=True,
