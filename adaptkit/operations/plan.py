@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.networks.architecture import Description, empty_network, language_part
@@ -222,8 +223,8 @@ def _notes(network: Any, description: Description, options: PlanOptions) -> Iter
     if options.method != "qlora" and "quantization_config" in description.config:
         yield f"this checkpoint is quantized, and {options.method} takes the 16-bit one"
     if stacks and options.method != "full":
-        kept = " and stay in 16 bits without --moe quantize" * (options.method == "qlora" and options.moe == "keep")
-        yield f"{len(stacks)} stacks of experts' matrices get no adapter{kept}"
+        kept = ", and in 16 bits without --moe quantize" * (options.method == "qlora" and options.moe == "keep")
+        yield f"no adapter for {counted(len(stacks), 'stack')} of experts' matrices{kept}"
 
 
 def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:
