@@ -45,10 +45,9 @@ def _rounded(x, kind: tl.constexpr):
 
 @triton.jit
 def _bfloat16_bits(bits):
-    size = bits & 0x7FFFFFFF
-    result = (size + 0x7FFF + ((size >> 16) & 1)) >> 16
-    result = tl.where(size > 0x7F800000, 0x7FC0, result)
-    return (result | ((bits >> 16) & 0x8000)).to(tl.uint16)
+    x = bits.to(tl.float32, bitcast=True)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # the sign stays: only a NaN's digits reach it
+    return (tl.where(x == x, rounded, (bits & 0x80000000) | 0x7FC00000) >> 16).to(tl.uint16)
 
 
 @triton.jit
