@@ -135,7 +135,8 @@ class _Linear(torch.autograd.Function):
             share.addmm_(flat, weight.dequantize(x.dtype).T)
         else:
             y = x.new_full((*x.shape[:-1], len(b)), stand_in)
-        ctx.make, kept = source_of(dropped)
+        # What is unread is added to a layer's output, where the backward pass of one that runs again begins.
+        ctx.make, kept = source_of(dropped, is_next=stand_in is not None)
         ctx.save_for_backward(inner, lora_a, lora_b, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
         return y

@@ -46,15 +46,28 @@ class Recipe:
         self._readers += 1
         return self
 
+    def hold(self, result: Tensor) -> None:
+        """Do not let go of the tensor before somebody has asked for it."""
+        self._made = result.detach()
+
     def forget(self) -> None:
         """Nobody needs it any more."""
         self._made = None
 
 
-def source_of(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """What to keep of a tensor for the backward pass: a function that gives it, and what that is to be called with."""
+def source_of(x: Tensor, is_next: bool = False) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """What to keep of a tensor for the backward pass: a function that gives it, and what that is to be called with.
+
+    Args:
+        x: the tensor.
+        is_next: whether that pass begins with who asks, so that letting go of the tensor would free nothing.
+    """
     recipe, inputs, versions = getattr(x, _ATTRIBUTE, (None, (), []))
-    return (recipe.read(), inputs) if recipe is not None and _versions(x, *inputs) == versions else (_itself, (x,))
+    if recipe is None or _versions(x, *inputs) != versions:
+        return _itself, (x,)
+    if is_next:
+        recipe.hold(x)
+    return recipe.read(), inputs
 
 
 def _versions(*tensors: Tensor) -> list[int]:

@@ -43,7 +43,7 @@ def test_gradients_are_to_the_bit_those_of_a_model_that_keeps_everything(dtype, 
     model = model_of(made, dtype, uses_dora, joins)
     found = gradients(model)
     for module in (linear, dora, joined):
-        monkeypatch.setattr(module, "source_of", lambda x: (lambda kept: kept, (x,)))
+        monkeypatch.setattr(module, "source_of", lambda x, is_next=False: (lambda kept: kept, (x,)))
     for one, two in zip(found, gradients(model), strict=True):
         assert torch.equal(one, two)
 
@@ -94,6 +94,14 @@ def test_it_is_held_while_somebody_will_ask_for_it():
     assert readers[2][0](*readers[2][1]) is results[0]
     assert (len(made), recipe._made) == (1, None)
     assert torch.equal(recipe(x), y)  # and made again for who asks more often
+
+
+def test_it_is_held_for_who_asks_next():
+    x, made = torch.ones(3), []
+    y = Recipe(lambda x: made.append(x) or -x).attach(-x, x)
+    make, kept = source_of(y, is_next=True)
+    assert make(*kept).data_ptr() == y.data_ptr()
+    assert (made, make._made) == ([], None)
 
 
 def test_a_tensor_that_was_changed_since_is_kept_itself():

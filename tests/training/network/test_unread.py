@@ -7,6 +7,7 @@ from checkpointed import checkpoint_every_layer
 from transformers import CONFIG_MAPPING
 
 from adaptkit.operations.quantize import quantize
+from adaptkit.training.network import fused as fused_layers
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear
@@ -106,6 +107,21 @@ def test_nothing_is_multiplied_there_when_a_layer_runs_again(folder, monkeypatch
     gradients(model)
     for path in (path for path in model.linears if "layers.1." in path):  # forward, again, and backward
         assert decoded.count(path) == (2 if path.endswith("down_proj") else 3), path
+
+
+def test_a_gate_is_made_once_when_a_layer_runs_again(folder, monkeypatch):
+    """Its product is all that the layer left out there will ask for, at once."""
+    expected = gradients(ready(folder("llama"), fused=False))
+    model = ready(folder("llama"), fused=False)
+    fuse_layers(model.network)  # layers that read the same input are not joined as on a CPU
+    mark_unread(model.network)
+    checkpoint_every_layer(model.network, "layer")
+    made, product = [], fused_layers._product
+    monkeypatch.setattr(fused_layers, "_product", lambda *sides: made.append(sides) or product(*sides))
+    found = gradients(model)
+    assert len(made) == 2 * len(model.network.model.layers)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_of_what_does_not_run_nothing_is_known(folder):
