@@ -15,6 +15,7 @@ from adaptkit.training.memory import paging
 from adaptkit.training.memory.moments import PagedState
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.optimizer import PagedAdamW
+from adaptkit.training.memory.paging import Pages
 from adaptkit.training.memory.parameters import Group
 from adaptkit.training.memory.pressure import Pressure
 
@@ -59,6 +60,22 @@ def test_updates_are_the_same_bits_with_any_budget(bits, slots, monkeypatch):
             for budgets in ([slots * page] * len(RATES), [None, slots * page, page, None, 5 * page]):
                 found, _ = updates(count, budgets, bits)
                 assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+def test_as_many_pages_as_there_is_room_for_come_before_the_next_sweep(slots, monkeypatch):
+    """While gradients are computed; in the sweep itself the GPU waits for each."""
+    pages, fetched = Pages(20, 4096, slots * 4096, GPU), []
+    get = paging._Host.get
+    monkeypatch.setattr(paging._Host, "get", lambda host, page, slot: fetched.append(page) or get(host, page, slot))
+    for _ in pages.sweep():
+        pass
+    between = fetched[20 - pages.resident :]
+    assert between == list(range(pages.resident, slots))
+    for _ in pages.sweep():
+        pass
+    torch.cuda.synchronize()  # before the pages go
+    assert fetched[20 - pages.resident : -len(between)] == list(range(pages.resident, 20))
 
 
 def test_updates_are_those_of_torch():

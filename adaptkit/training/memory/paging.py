@@ -120,8 +120,9 @@ class Pages:
             yield self._stream.begin(page)
             self._stream.write_back(page, host)
             self.counters.write_backs += 1
-        for page in range(first, min(first + ahead, self.count)):
-            self._stream.fetch(page, host)  # on their way while the next step's gradients are computed
+        if self._device.type == "cuda":
+            for page in range(first, min(first + ahead + 1, self.count)):
+                self._stream.fetch(page, host)  # on their way while the next step's gradients are computed
 
     def read(self, page: int) -> Tensor:
         """(page_bytes,) uint8, on the device if the page is resident, else on the host."""
