@@ -132,7 +132,7 @@ def _gate_gradients(gate, up, grad, gate_stride, up_stride, width, chunk: tl.con
     tl.store(up, (g * x * sigma).to(up.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["angles"])  # batches of other lengths need no other kernel
 def _rotary(
     query, key, cos, sin, to_query, to_key, query_stride, key_stride, angles,
     query_heads: tl.constexpr, key_heads: tl.constexpr, dim: tl.constexpr, half: tl.constexpr, heads: tl.constexpr,

@@ -161,3 +161,9 @@ def test_a_gpu_rotates_as_many_bytes_at_a_time(back, monkeypatch, tmp_path):
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
     assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v4.b32"}
     assert "fma.rn.f32" not in ptx
+
+
+def test_a_batch_of_another_length_is_rotated_by_the_same_kernel():
+    """Triton compiles anew for a number that is one, or a multiple of sixteen, unless it is told not to."""
+    told = {parameter.name for parameter in _gpu_layers._rotary.params if parameter.do_not_specialize}
+    assert told == {"angles"}
