@@ -20,14 +20,21 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
+from adaptkit.errors import AdaptkitError, BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics.approximate import ErrorBound, subtract
 from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
-from adaptkit.operations._merge.merged_model import AGAIN, BaseOutline, MergedModel, open_merged, target_names
+from adaptkit.operations._merge.merged_model import (
+    AGAIN,
+    BaseOutline,
+    MergedModel,
+    open_merged,
+    other_configuration,
+    target_names,
+)
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
 
@@ -94,7 +101,7 @@ def unmerge(
             f"{merged}: has no undo record",
             hint="it was merged with --no-undo: merge again from the base, or come near to it with --approximate",
         )
-    read, weights = model.adapters(adapters)
+    read, weights, resaved = model.adapters(adapters)
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
     options = model.options
@@ -109,7 +116,7 @@ def unmerge(
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
     with Output(output, plan, force) as out, discarding(out):
         out.require_space(sum(at.spec.nbytes for at in base.tensors.values()))
-        restoring = _Restoring(model, base, edits, records, originals)
+        restoring = _Restoring(model, base, edits, records, originals, resaved)
         restoring.write(out, thread_count(threads), progress)
         manifest = restoring.finish(out)
         out.publish(manifest, model.base_signature())
@@ -176,6 +183,7 @@ class _Restoring:
     edits: Edits
     records: Mapping[str, TensorFiles]
     originals: Mapping[str, str | None]
+    resaved: Sequence[Path]
     digests: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -258,7 +266,7 @@ class _Restoring:
         try:
             return _Run(merged, fold.take_back(merged, rows, stream))
         except IntegrityError as error:
-            raise IntegrityError(
+            raise self._other(
                 f"{name}: {error.message}", hint="run verify on the merged model and on the adapters"
             ) from error
 
@@ -287,7 +295,11 @@ class _Restoring:
             writer.write(name, self._record(name).read_array(undo.rest_name(name)))
         same = writer.tensors[-1].xxh3_128 == self.originals[name]
         if self.model.has_record and not same:
-            raise IntegrityError(
+            raise self._other(
                 f"{name}: the undo record or the adapter is not the one of this merge", hint="run verify on both"
             )
         return {"same": same, "bound": bound}
+
+    def _other(self, found: str, hint: str) -> AdaptkitError:
+        """The error where the adapter does not lead back to the base: its configuration's fault, if that is another."""
+        return other_configuration(self.resaved[0]) if self.resaved else IntegrityError(found, hint=hint)

@@ -198,6 +198,30 @@ def test_another_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of
     assert not (tmp_path / "out").exists()
 
 
+def saved_again(folder):
+    """As peft writes what it has read: sets in another order, and keys that say nothing."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = config["target_modules"][::-1]
+    changes = {"lora_dropout": 0.5, "exclude_modules": ["x"], "arrow_config": None, "ensure_weight_tying": False}
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_an_adapter_that_was_saved_again_is_the_same(second_adapter, llama, copy_of, tmp_path):
+    merge(llama, [second_adapter], tmp_path / "merged")
+    report = unmerge(tmp_path / "merged", [saved_again(copy_of(second_adapter))], tmp_path / "out")
+    assert report.identical
+    assert_same_files(tmp_path / "out", llama)
+
+
+def test_without_a_record_nothing_shows_that_an_adapter_that_was_saved_again_is_the_same(
+    second_adapter, llama, copy_of, tmp_path
+):
+    merge(llama, [second_adapter], tmp_path / "merged", MergeOptions(undo=False))
+    with pytest.raises(BaseMismatchError, match=r"another adapter_config\.json"):
+        unmerge(tmp_path / "merged", [saved_again(copy_of(second_adapter))], tmp_path / "out", approximate=True)
+
+
 def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
     with pytest.raises(BaseMismatchError, match="tensors_root"):
         unmerge(merged, [second_adapter], tmp_path / "out")

@@ -178,8 +178,14 @@ class MergedModel:
         name = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
         return self.small_file(name) if name in self.digests else None
 
-    def adapters(self, given: Sequence[Path]) -> tuple[list[Adapter], list[float]]:
+    def adapters(self, given: Sequence[Path]) -> tuple[list[Adapter], list[float], list[Path]]:
         """The adapters of the merge in their order, with their weights: those given, or the copies in the folder.
+
+        Returns:
+            adapters: in the order of the merge.
+            weights: one for each.
+            resaved: folders of those that have the tensors and another configuration. It may say the same, as after
+                peft has saved an adapter again: what becomes of the weights tells, if there is a record.
 
         Raises:
             UsageError: another number of them, or none and no copies.
@@ -196,24 +202,24 @@ class MergedModel:
         identities = self.options.get("adapters")
         if not isinstance(identities, list) or len(identities) != len(recorded):
             raise IntegrityError(f"{self.root}: the manifest does not say which adapters were merged", hint=AGAIN)
-        ordered = []
+        ordered, resaved = [], []
         for parent, identity in zip(recorded, identities, strict=True):
             same = [a for a in waiting if tensors_root(a.records) == parent.tensors_root]
-            found = next((a for a in same if adapter_identity(a) == identity), None)
-            if found is None and same:
-                raise BaseMismatchError(
-                    f"{same[0].root}: has the tensors of an adapter that was merged, but another adapter_config.json",
-                    hint="get the adapter again, all of it",
-                )
-            if found is None:
+            exact = [a for a in same if adapter_identity(a) == identity]
+            if same and not exact:
+                if not self.has_record:
+                    raise other_configuration(same[0].root)
+                resaved.append(same[0].root)
+            if not same:
                 raise BaseMismatchError(
                     f"{self.root}: was merged with an adapter whose tensors_root is {parent.tensors_root[:16]}…, "
                     "which none of those given has",
                     hint="inspect the adapter to see its own",
                 )
+            found = (exact or same)[0]
             waiting.remove(found)
             ordered.append(found)
-        return ordered, [parent.weight if parent.weight is not None else 1.0 for parent in recorded]
+        return ordered, [parent.weight if parent.weight is not None else 1.0 for parent in recorded], resaved
 
     def _embedded(self, count: int) -> list[Path]:
         names = [name for name in self.digests if name.startswith(undo.ADAPTERS_PREFIX)]
@@ -225,6 +231,14 @@ class MergedModel:
         for name in names:
             self.require_unchanged(name)
         return [self.root / undo.ADAPTERS_PREFIX / str(number) for number in range(1, count + 1)]
+
+
+def other_configuration(adapter: Path) -> BaseMismatchError:
+    """The error for an adapter of which only the tensors are those of the merge."""
+    return BaseMismatchError(
+        f"{adapter}: has the tensors of an adapter that was merged, but another adapter_config.json",
+        hint="get the adapter again, all of it",
+    )
 
 
 def open_merged(root: Path) -> MergedModel:
