@@ -255,6 +255,8 @@ MISCONFIGURED = {
     "a saved module that is not there": {"modules_to_save": ["lm_head"]},
     "dora without magnitudes": {"use_dora": True},
     "lora_bias without biases": {"lora_bias": True},
+    "patterns that are null": {"rank_pattern": None},
+    "alphas that are null": {"alpha_pattern": None},
     "tokens that are not there": {"trainable_token_indices": [1, 2]},
     "a type of the future": {"peft_type": "FUTURE"},
     "no type": {"peft_type": "remove"},

@@ -53,6 +53,8 @@ def values(files: AdapterFiles) -> Iterator[Finding]:
         (not _are_patterns([config.get("exclude_modules")]), "exclude_modules", "re.error", "a valid pattern"),
         (not _are_patterns(config.get("modules_to_save")), "modules_to_save", "re.error", "names of modules"),
         (isinstance(config.get("layers_to_transform"), str), "layers_to_transform", "TypeError", "a list of numbers"),
+        (config.get("rank_pattern", {}) is None, "rank_pattern", "AttributeError", "{}"),
+        (config.get("alpha_pattern", {}) is None, "alpha_pattern", "AttributeError", "{}"),
         (isinstance(config.get("target_parameters"), str), "target_parameters", "TypeError", "a list of names"),
         (isinstance(config.get("modules_to_save"), str), "modules_to_save", "TypeError", "a list of names"),
         (
