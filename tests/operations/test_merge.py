@@ -470,6 +470,20 @@ def test_one_effect_is_enough(tmp_path, qwen, features):
     merge(qwen, [folder], tmp_path / "out")
 
 
+def test_a_row_of_zeros_that_dora_cannot_scale_is_told_once(tmp_path, llama, copy_of):
+    name, base = "model.layers.0.self_attn.q_proj", copy_of(llama)
+    tensors = load_file(base / WEIGHTS)
+    tensors[f"{name}.weight"][3] = 0
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    with quiet():
+        folder = tiny.write_peft_adapter(tmp_path / "a", llama, use_dora=True)
+    edit_adapter(folder, lambda t: t[f"base_model.model.{name}.lora_B.weight"][3].zero_())
+    with pytest.raises(NonFiniteError, match="a row of the changed weight is zero") as caught:
+        merge(base, [folder], tmp_path / "out")
+    assert caught.value.message.count(name) == 1
+    assert caught.value.hint
+
+
 def test_of_several_adapters_the_one_that_changes_nothing_is_named(tmp_path, llama, adapter, copy_of):
     empty = copy_of(adapter, "empty")
     edit_adapter(empty, lambda t: [t[key].zero_() for key in t if "lora_A" in key])

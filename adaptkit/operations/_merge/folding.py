@@ -163,7 +163,10 @@ def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> E
     if step.magnitude is not None and lengths is not None:
         gain = step.magnitude.double() / lengths
         if not bool(torch.isfinite(gain).all()):
-            raise NonFiniteError(f"{edit.spec.name}: a row of the changed weight is zero, so DoRA cannot scale it")
+            raise NonFiniteError(
+                "a row of the changed weight is zero, so DoRA cannot scale it",
+                hint="peft computes NaN there, too: is this the right base?",
+            )
         gain = gain[None] if step.per_column else gain[rows.start : rows.start + rows.count, None]
     instead: Tensor | None = None
     where: Tensor | None = None
