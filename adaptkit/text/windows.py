@@ -90,7 +90,8 @@ def check_window(root: Path, window: int) -> None:
     longest = longest_sequence(require_folder(root))
     if longest is not None and window > longest:
         raise UsageError(
-            f"windows of {window} tokens are longer than {root} allows", hint=f"it reads at most {longest}"
+            f"windows of {window} tokens are longer than {root} allows",
+            hint=f"it reads {longest} at most: --window {longest}",
         )
 
 

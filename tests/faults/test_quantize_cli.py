@@ -309,8 +309,9 @@ def test_a_companion_of_a_base_that_lost_nothing_is_refused(text, tmp_path):
 
 
 def test_windows_longer_than_the_reference_allows_are_refused(llama, gpt2, text, tmp_path):
-    with pytest.raises(UsageError, match=r"longer than .*gpt2 allows"):
+    with pytest.raises(UsageError, match=r"longer than .*gpt2 allows") as caught:
         evaluate(llama, text=[text], reference=gpt2)
+    assert caught.value.hint.endswith("--window 128")
 
 
 @pytest.fixture(scope="module")
