@@ -87,9 +87,9 @@ def read_header(path: Path) -> Header:
             pass  # the library judges lengths, offsets, overlaps and trailing bytes
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path.name}: not a readable safetensors file ({error})", hint="download or copy the file again"
+            f"{path}: not a readable safetensors file ({error})", hint="download or copy the file again"
         ) from error
-    return parse_header(raw, path.name)
+    return parse_header(raw, str(path))
 
 
 def _as_ours(raw: bytes, file_bytes: int) -> Header | None:
@@ -144,7 +144,7 @@ def check_regular(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path.name}: {error.strerror}", hint=f"looked in {path.parent}") from error
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path.name}: not a regular file")
+        raise CheckpointError(f"{path}: not a regular file")
 
 
 def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, Any]:

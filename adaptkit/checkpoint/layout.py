@@ -95,7 +95,7 @@ def read_small(path: Path) -> bytes:
     size = path.stat().st_size
     if size > _MOST_SMALL_BYTES:
         raise CheckpointError(
-            f"{path.name}: {size:,} bytes, more than such a file can have", hint="get it again, or remove it"
+            f"{path}: {size:,} bytes, more than such a file can have", hint="get it again, or remove it"
         )
     return path.read_bytes()
 

@@ -162,8 +162,8 @@ class Manifest:
             )
 
     @classmethod
-    def from_bytes(cls, text: bytes) -> Self:
-        """Parse and check a manifest.
+    def from_bytes(cls, text: bytes, where: str | Path = MANIFEST_NAME) -> Self:
+        """Parse and check a manifest; ``where`` it is, for messages.
 
         Raises:
             IntegrityError: not canonical, unknown fields or schema, or a root that does not match the tensors.
@@ -172,7 +172,7 @@ class Manifest:
             document = strict_json(text, MANIFEST_NAME)
             if document.get("schema") != SCHEMA:
                 raise IntegrityError(
-                    f"{MANIFEST_NAME}: schema {document.get('schema')!r} is unknown", hint="a newer adaptkit made it?"
+                    f"{where}: schema {document.get('schema')!r} is unknown", hint="a newer adaptkit made it?"
                 )
             root = document.pop("tensors_root", None)
             parts: dict[str, Any] = {
@@ -183,10 +183,10 @@ class Manifest:
             manifest = cls(**document)
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
         except (CheckpointError, TypeError, KeyError, ValueError, AttributeError) as error:
-            raise IntegrityError(f"{MANIFEST_NAME}: malformed ({error})") from error
+            raise IntegrityError(f"{where}: malformed ({error})") from error
         if not canonical:
             raise IntegrityError(
-                f"{MANIFEST_NAME}: changed after it was written", hint="get the artifact again from where it came from"
+                f"{where}: changed after it was written", hint="get the artifact again from where it came from"
             )
         return manifest
 
@@ -199,7 +199,7 @@ def read_manifest(root: Path) -> Manifest | None:
         CheckpointError: there is something of its name that is no file.
     """
     path = root / MANIFEST_NAME
-    return Manifest.from_bytes(read_small(path)) if os.path.lexists(path) else None
+    return Manifest.from_bytes(read_small(path), path) if os.path.lexists(path) else None
 
 
 def check_sha256(text: str | None) -> None:

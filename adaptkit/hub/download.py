@@ -138,7 +138,9 @@ def _fetch_manifest(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
             f"{repo_id}@{commit}: there is no {MANIFEST_NAME}, so nothing says what it should hold",
             hint=f"give {repo_id} itself to the command that reads it, or download it with `hf download {repo_id}`",
         )
-    return Manifest.from_bytes(fetch_small(hub, repo_id, commit, MANIFEST_NAME, tree[MANIFEST_NAME]))
+    return Manifest.from_bytes(
+        fetch_small(hub, repo_id, commit, MANIFEST_NAME, tree[MANIFEST_NAME]), f"{repo_id}@{commit}: {MANIFEST_NAME}"
+    )
 
 
 def _check_paths(manifest: Manifest, repo_id: str) -> None:

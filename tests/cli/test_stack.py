@@ -110,3 +110,21 @@ def test_the_documented_options_and_defaults_are_those_of_the_methods():
         assert dict(re.findall(r"`--(\w+)` ([\d.]+)", options)) == {k: f"{v:g}" for k, v in defaults.items()}, name
         assert set(re.findall(r"\d{4}\.\d{5}", source)) <= set(re.findall(r"\d{4}\.\d{5}", method.source)), name
         assert rank.strip() == {"as given": "sum", "largest": "largest", "sum": "sum"}[method.length], name
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", b"cut off"),
+        ("adaptkit-manifest.json", b"{}"),
+        ("adaptkit-manifest.json", b'{"schema":2}'),
+    ],
+)
+def test_of_several_adapters_the_one_with_a_damaged_file_is_named(
+    name, content, run_cli, adapter, second_adapter, copy_of, tmp_path
+):
+    damaged = copy_of(second_adapter)
+    (damaged / name).write_bytes(content)
+    done = run_cli("stack", adapter, damaged, "--method", "linear", "-o", tmp_path / "out")
+    assert done.code in {3, 5}
+    assert f"error: {damaged / name}: " in done.stderr
