@@ -44,6 +44,7 @@ def holds_token(source: Path | bytes, limit_bytes: int | None = None) -> bool:
         limit_bytes: how much of it is text, from its start; all if None.
     """
     secrets, rest = [secret.encode() for secret in _known()], b""
+    overlap = max([_OVERLAP_BYTES, *map(len, secrets)])  # the identity of a job is longer
     with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         left = sys.maxsize if limit_bytes is None else limit_bytes
         while piece := file.read(min(_PIECE_BYTES, left)):
@@ -51,7 +52,7 @@ def holds_token(source: Path | bytes, limit_bytes: int | None = None) -> bool:
             window = rest + piece
             if _IN_A_FILE.search(window) or any(secret in window for secret in secrets):
                 return True
-            rest = window[-_OVERLAP_BYTES:]
+            rest = window[-overlap:]
     return False
 
 

@@ -19,7 +19,7 @@ from local_hub import LocalHub, RefusalError
 from adaptkit.cli import commands
 from adaptkit.cli.main import cli as program
 from adaptkit.discovery import names
-from adaptkit.hub.secrets import redact
+from adaptkit.hub.secrets import holds_token, redact
 
 PLANTED = "hf_plantedInTheEnvironment" + "Qx7" * 5
 LOGIN = "hf_plantedInTheFileOfTheLogin" + "Zr5" * 4
@@ -192,3 +192,13 @@ def test_what_is_redacted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text:
 def test_who_has_no_home_has_no_login_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN_PATH", "~nobody-of-this-name/token")
     assert redact("as it is") == "as it is"
+
+
+@pytest.mark.parametrize("before", [(1 << 20) - 1400, (1 << 20) - 700, (1 << 20) - 1])
+def test_a_long_token_is_found_wherever_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: int) -> None:
+    """The identity of a job has a thousand characters and more, and files are read piece by piece."""
+    identity = "eyJ" + "x7Q" * 500
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", identity)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(" " * before + identity + " " * (1 << 20))
+    assert holds_token(file)
