@@ -483,6 +483,12 @@ def test_an_error_of_an_operation_names_the_step(recipe, edit):
     assert "16-bit" in caught.value.hint
 
 
+def test_a_place_that_cannot_be_written_to_is_changed_by_an_option_that_a_run_has(recipe, release):
+    with pytest.raises(UsageError, match=r"small: .*would change its own input") as caught:
+        run(recipe, RunOptions(work=release / "model" / "work"))
+    assert caught.value.hint == "choose another --work"
+
+
 def test_two_runs_do_not_share_a_work_folder(recipe, release):
     def start_another(step):
         if step.name == "plain":
