@@ -118,6 +118,16 @@ def test_an_existing_output_is_left_alone(quantized, copy_of):
         dequantize(quantized, out)
 
 
+@pytest.mark.parametrize(("had", "comes"), [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")])
+def test_the_type_is_the_weights_own_or_bfloat16_for_float32(tmp_path, had, comes):
+    quantize(tiny.write_llama(tmp_path / "model", dtype=had), tmp_path / "q")
+    dequantize(tmp_path / "q", tmp_path / "out")
+    kept, made = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "out"))
+    names = quantized_names(Checkpoint(tmp_path / "q"))
+    assert {made[name].dtype for name in names} == {getattr(torch, comes)}
+    assert all(made[name].dtype == weight.dtype for name, weight in kept.items() if name not in names)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_what_transformers_saved_comes_out_in_any_type(llama, tmp_path, dtype, format):

@@ -13,7 +13,11 @@ from adaptkit.cli.progress import byte_progress
 @click.command()
 @click.argument("source", type=ArtifactPath())
 @output_options
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: what each weight had.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Default: each weight's own, bfloat16 for float32.",
+)
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 @threads_option
 def command(
