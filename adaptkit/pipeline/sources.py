@@ -22,6 +22,7 @@ from adaptkit.checkpoint.layout import READ_SUFFIXES, resolve_inside, side_files
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of
 from adaptkit.pipeline.recipe import Source
@@ -87,9 +88,7 @@ class Hashes:
 
     def save(self) -> None:
         """Remember them."""
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._known))
-        partial.replace(self._file)
+        replace_file(self._file, json.dumps(self._known).encode())
 
 
 def resolve(

@@ -13,6 +13,7 @@ import pytest
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
     CheckpointError,
     ConfigError,
@@ -487,6 +488,13 @@ def test_a_place_that_cannot_be_written_to_is_changed_by_an_option_that_a_run_ha
     with pytest.raises(UsageError, match=r"small: .*would change its own input") as caught:
         run(recipe, RunOptions(work=release / "model" / "work"))
     assert caught.value.hint == "choose another --work"
+
+
+def test_hashes_that_cannot_be_kept_are_named(recipe, release):
+    (release / ".adaptkit" / "hashes.json").mkdir(parents=True)
+    with pytest.raises(DiskError, match=r"^hashes\.json: cannot write: "):
+        run(recipe)
+    assert [path.name for path in (release / ".adaptkit").iterdir()] == ["hashes.json"]
 
 
 def test_two_runs_do_not_share_a_work_folder(recipe, release):
