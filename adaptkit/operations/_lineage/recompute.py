@@ -176,7 +176,8 @@ def recompute_all(
         try:
             done[str(path)] = recompute(path, manifest, parents, threads)
         except AdaptkitError as error:
-            raise type(error)(f"when making {path} again: {error.message}", error.hint) from error
+            hint = error.hint.replace("choose another -o", "let TMPDIR name a folder on a disk with more space")
+            raise type(error)(f"when making {path} again: {error.message}", hint) from error
 
     again(path, manifest, parents)
     return tuple(done.items())

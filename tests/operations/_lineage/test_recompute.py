@@ -2,11 +2,12 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
-from adaptkit.checkpoint.writer import write_file
+from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import IntegrityError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import VerifyOptions, verify
@@ -29,3 +30,12 @@ def test_a_card_is_no_forgery_and_another_file_is_one(llama, tmp_path):
     add(tmp_path / "nf4", "NOTICE.txt")
     with pytest.raises(IntegrityError, match=r"NOTICE\.txt differs"):
         verify(tmp_path / "nf4", options)
+
+
+def test_without_room_the_temporary_folder_is_what_to_change(llama, tmp_path, monkeypatch):
+    base = shutil.copytree(llama, tmp_path / "base")
+    quantize(base, tmp_path / "nf4")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=0))
+    with pytest.raises(DiskError) as caught:
+        verify(tmp_path / "nf4", VerifyOptions(parents=(base,), recompute=True))
+    assert caught.value.hint == "free some space, or let TMPDIR name a folder on a disk with more space"
