@@ -75,7 +75,8 @@ def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
     what = f"{differing[0]} differs" if differing else "the same files, but another manifest"
     raise IntegrityError(
         f"{path}: {manifest.operation.get('name')} of the same parents gives something else: {what}",
-        hint="it was not made from these alone in the way that its manifest says, or by another version of adaptkit",
+        hint="it was not made from these alone in the way that its manifest says, or by another version of adaptkit, "
+        "or a parent is a copy with other files: --parents names the very folder",
     )
 
 

@@ -39,3 +39,11 @@ def test_without_room_the_temporary_folder_is_what_to_change(llama, tmp_path, mo
     with pytest.raises(DiskError) as caught:
         verify(tmp_path / "nf4", VerifyOptions(parents=(base,), recompute=True))
     assert caught.value.hint == "free some space, or let TMPDIR name a folder on a disk with more space"
+
+
+def test_a_copy_of_the_parent_in_other_shards_is_thought_of(llama, llama_sharded, tmp_path):
+    """Of a parent without a manifest the tensors are bound, and not in which files they lie."""
+    quantize(llama, tmp_path / "nf4")
+    with pytest.raises(IntegrityError, match="gives something else") as caught:
+        verify(tmp_path / "nf4", VerifyOptions(parents=(llama_sharded,), recompute=True))
+    assert caught.value.hint.endswith("--parents names the very folder")
