@@ -116,7 +116,7 @@ class Parts:
             return None
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
-            self._refuse(f"{key} is {list(spec.shape)}; expected {counted(dims, 'dimension')}")
+            self._refuse(f"{key} is {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of 0")
         read = self._read.pop(key, None)
         return self._files.read_array(key) if read is None else read.reshape(spec.shape)
 

@@ -114,7 +114,7 @@ class Scalings:
             ) from error
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
             raise AdapterError(
-                f"{self._root}: {module}: lora_alpha is {str(alpha)[:40]}; expected a positive number", hint=_ONE_SAVE
+                f"{self._root}: {module}: lora_alpha is {repr(alpha)[:40]}; expected a positive number", hint=_ONE_SAVE
             )
         usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
         return (rank, scaling(float(alpha), rank, bool(self._config.get("use_rslora")))) if usable else (0, 0.0)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -191,7 +192,7 @@ def test_halves_of_different_ranks_are_refused(changed):
 @pytest.mark.parametrize("alpha", [0, -1, None, "8", True, 10**400])
 def test_a_scaling_that_is_no_positive_number_is_refused(changed, alpha):
     configure(changed, lora_alpha=alpha)
-    with pytest.raises(AdapterError, match="lora_alpha"):
+    with pytest.raises(AdapterError, match=f"lora_alpha is {re.escape(repr(alpha)[:20])}"):
         read_adapter(changed)
 
 
@@ -249,6 +250,12 @@ def test_a_key_that_is_not_understood_is_refused_by_name(changed, key):
 def test_a_half_of_another_shape_or_type_is_refused(changed, tensor):
     edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": tensor}))
     with pytest.raises(AdapterError, match=r"q_proj\.lora_A\.weight"):
+        read_adapter(changed)
+
+
+def test_a_half_of_rank_zero_is_refused_as_that(changed):
+    edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(0, 64)}))
+    with pytest.raises(AdapterError, match=r"is \[0, 64\]; expected 2 dimensions, none of 0"):
         read_adapter(changed)
 
 
