@@ -140,6 +140,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
     """Whether the head's change, if there is one beside that of the embedding, is the same.
 
     With DoRA it is none: A and B are tied, but the embedding's magnitudes are those of its columns, the head's of rows.
+    Nor is it where ``alpha_pattern`` scales one of them by another number.
 
     Raises:
         AdapterError: it is not, though they are said to be tied.
@@ -152,6 +153,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
             f"the {'head' if tables else 'embedding'}",
             hint="save it again with peft",
         )
+    repeats = not scaled
     for table, head in ((table, head) for table in tables for head in heads):
         one, other = (adapter.modules.get(name.removesuffix(".weight")) for name in (table, head))
         if one and other and not (torch.equal(one.lora_a, other.lora_a) and torch.equal(one.lora_b, other.lora_b)):
@@ -159,6 +161,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
                 f"{adapter.root}: ensure_weight_tying is set, but {table} and {head} change differently",
                 hint="save it again with peft",
             )
+        repeats &= not (one and other and one.scaling != other.scaling)
         for stored in (adapter.begins, adapter.replaced):
             keys = [stored.get(name) for name in (table, head)]
             values = [None if key is None else adapter.digests[key] for key in keys]
@@ -167,7 +170,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
                     f"{adapter.root}: ensure_weight_tying is set, but {keys[0]!r} and {keys[1]!r} differ",
                     hint="save it again with peft",
                 )
-    return not scaled
+    return repeats
 
 
 def _kinds(adapter: Adapter, name: str) -> set[str]:
