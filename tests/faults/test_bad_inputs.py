@@ -11,7 +11,7 @@ from bad_inputs import ROWS
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1"
 MOST_ADDED_BYTES = 1 << 29
 """Of address space on top of what the imports take; and, a little less, of memory."""
-SECONDS = 60
+SECONDS = 300
 SOUND_AGAIN = ["NaN in a base, quantized", "merge: wrong base of the same shapes", "base: truncated"]
 FRESH = ["base: truncated", "manifest: parent folder", "verify: bit flip", "alpha NaN", "YAML that makes objects"]
 
