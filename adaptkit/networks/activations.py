@@ -3,8 +3,7 @@
 With h the input of a layer, a what its forward pass leaves alive, and w what its passes need on top for a while:
 
     nothing checkpointed     Σ (h + a) + w
-    a checkpoint a layer     Σ h + a + w                                of one layer; the last needs none, since its
-                                                                        backward pass is next
+    a checkpoint a layer     Σ h + a + w                                of one layer
     segments of s layers     h a segment + s h + a + w                  of one layer; √n segments need least
     the last k layers whole  Σ h + the larger of Σ a of these layers and a + w of one other
 
@@ -95,7 +94,7 @@ class Checkpointing:
         if self.whole == self.layers:
             return f"all {self.layers} layers keep everything" if self.layers > 1 else "the one layer keeps everything"
         kind = "a checkpoint a layer" if self.length == 1 else f"segments of {self.length} layers"
-        rest = f", the last {self.whole} keep everything" if self.whole > 1 else ""
+        rest = f", the last {self.whole} keep{'s' if self.whole == 1 else ''} everything" if self.whole else ""
         return f"{kind} of {self.layers}{rest}"
 
 
@@ -115,12 +114,12 @@ def parse_policy(policy: str, layers: int) -> Checkpointing | int:
     """
     kind, _, number = policy.partition(":")
     if policy in {AUTO, "none", "layer"}:
-        return Checkpointing(layers, 1, layers if policy == "none" else 1)
+        return Checkpointing(layers, 1, layers if policy == "none" else 0)
     if policy == "sqrt":
-        return Checkpointing(layers, round(math.sqrt(layers)), 1)
+        return Checkpointing(layers, max(1, round(math.sqrt(layers))))
     if number.isascii() and number.isdecimal() and 1 <= int(number) < 1 << 40:
         if kind == "segments":
-            return Checkpointing(layers, max(1, math.ceil((layers - 1) / int(number))), 1)
+            return Checkpointing(layers, math.ceil(layers / int(number)))
         if kind == "budget":
             return int(number) << 20
     raise ConfigError(f"checkpointing: {policy!r} is none of {POLICIES}")
@@ -157,8 +156,8 @@ def fit_budget(
 def fit_room(room_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = False) -> Checkpointing:
     """The checkpointing that recomputes least within some room; if none fits, the one that needs least."""
     count = len(sizes)
-    choices = [Checkpointing(count, 1, whole) for whole in range(count, 0, -1)]
-    choices += [Checkpointing(count, length, 1) for length in range(2, count)]
+    choices = [Checkpointing(count, 1, whole) for whole in range(count, -1, -1)]
+    choices += [Checkpointing(count, length) for length in range(2, count + 1)]
     fitting = [choice for choice in choices if choice.bytes_needed(sizes, offloaded) <= room_bytes]
     if not fitting:
         return min(choices, key=lambda choice: choice.bytes_needed(sizes, offloaded))

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 import torch
-from checkpointed import checkpoint_every_layer
 
 from adaptkit.operations.quantize import quantize
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import rotary
 from adaptkit.training.network.fused import fuse_on_gpu
 from adaptkit.training.network.joined_gpu import join_on_gpu
@@ -68,7 +68,7 @@ def test_checkpointed_gradients_are_those_of_layers_that_keep_everything(folder,
         fuse_on_gpu(model.network)
         join_on_gpu(model.network)
         mark_unread(model.network)
-        checkpoint_every_layer(model.network, how)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, how, list))
         found.append(step(model.network))
     unread = [part for part in model.network.modules() if isinstance(part, LoraLinear) and part.is_unread]
     assert len(unread) == model.network.config.num_hidden_layers

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from checkpointed import checkpoint_every_layer
 from transformers import AutoConfig
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -15,6 +14,7 @@ from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.loading import load_adapter
@@ -83,7 +83,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
             layer.lora_b.data.normal_(std=0.02, generator=torch.Generator().manual_seed(number))
         fuse_layers(model.network)
         join_layers(model.network)
-        checkpoint_every_layer(model.network, policy)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, policy, None))
         model.network.train()
         torch.manual_seed(0)
         model.network(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum().backward()

@@ -48,9 +48,9 @@ class Activations:
         What was predicted stays: so much was asked for.
         """
         before = self.checkpointing
-        if self.network is None or before.whole <= 1:
+        if self.network is None or not before.whole:
             return False
-        self.checkpointing = Checkpointing(before.layers, 1, 1)
+        self.checkpointing = Checkpointing(before.layers, 1)
         checkpoint_layers(self.network, self.checkpointing, self.shelf, before.layers - before.whole)
         return True
 

@@ -59,8 +59,7 @@ def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(float(grad.abs().sum()) > 0 for grad in expected.values())
     assert random_found == random_after
-    # of the six layers before the last, which keeps everything
-    assert count == {"layer": 6, "sqrt": 2, "segments:1": 1, "segments:2": 2, "segments:4": 3, "segments:7": 6}[policy]
+    assert count == {"layer": 7, "sqrt": 3}.get(policy, int(policy.partition(":")[2] or 0))
 
 
 @pytest.mark.parametrize("policy", ["none", *POLICIES])
@@ -112,7 +111,7 @@ def saved_bytes(folder, policy):
 def test_checkpointing_saves_less_for_the_backward_pass(deep_nf4):
     everything = saved_bytes(deep_nf4, "none")
     for policy in ("layer", "sqrt"):
-        assert saved_bytes(deep_nf4, policy) < everything / 7 + everything / 30  # a layer, and the others' inputs
+        assert saved_bytes(deep_nf4, policy) < everything / 10
 
 
 def kept_inputs(folder, policy):
@@ -284,14 +283,14 @@ def test_layers_that_do_not_return_hidden_states_first_are_refused():
             return {"hidden": hidden}
 
     network = Stack(0.0)
-    network.layers = nn.ModuleList([Odd(), Odd()])
+    network.layers = nn.ModuleList([Odd()])
     checkpoint(network, "layer")
     with pytest.raises(UsageError, match="hidden states first"):
         network(torch.ones(2, 6))
 
 
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 6), ("sqrt", 6), (Checkpointing(7, 2, 3), 4)])
+@pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 7), ("sqrt", 7), (Checkpointing(7, 2, 3), 4)])
 def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, policy, checked, joined, monkeypatch):
     given = []
     monkeypatch.setattr(pages, "give_back", lambda start, size: given.append((start, size)))

@@ -7,7 +7,6 @@ import peft_adapters
 import pytest
 import tiny
 import torch
-from checkpointed import checkpoint_every_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,6 +24,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch, collate
 from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
@@ -213,7 +213,7 @@ def test_gradients_are_those_of_the_formula_on_the_dequantized_model(bases, name
     ids = IDS[:2]
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     torch.func.functional_call(plain, values, kwargs=inputs).loss.backward()
-    checkpoint_every_layer(model.network, checkpointing)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, checkpointing, measure=None))
     model.network.train()(**inputs).loss.backward()
     trained = [p for p in model.network.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(parameter) for _, parameter in leaves}
@@ -357,7 +357,7 @@ def test_checkpointing_with_dropout_changes_no_bit_of_a_gradient(bases, name):
     case, gradients = CASES[name], []
     for checkpointing in ("none", "layer", "sqrt"):
         model, _ = begun(bases / f"{case.family}-nf4", case.settings | {"dropout": 0.3})
-        checkpoint_every_layer(model.network, checkpointing)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, checkpointing, measure=None))
         torch.manual_seed(11)
         model.network.train()(IDS[:2], labels=IDS[:2], use_cache=False).loss.backward()
         gradients.append({n: p.grad for n, p in model.network.named_parameters() if p.requires_grad})

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from checkpointed import checkpoint_every_layer
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
@@ -20,6 +19,7 @@ from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.experts import ExpertList, read_weight
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 from adaptkit.training.network.model import load_model, new_adapter
@@ -79,7 +79,7 @@ def gradients(folder, policy, implementation):
     generator = torch.Generator().manual_seed(0)
     for _, layer in sorted(model.adapted().items()):
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
-    checkpoint_every_layer(model.network, policy)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, policy, measure=None))
     model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
 
@@ -130,7 +130,7 @@ def test_the_pages_of_packed_experts_go_where_layers_are_checkpointed(folders, f
     given = set()
     monkeypatch.setattr(pages, "give_back", lambda start, size: given.add((start, size)))
     model = load_model(folders[family].packed, torch.float32, CPU)
-    checkpoint_every_layer(model.network, "layer")
+    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", measure=None))
     model.network.eval()(IDS, use_cache=False)
     codes = [matrix.codes for matrix in packed_matrices(model.network)]
     assert codes

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from checkpointed import checkpoint_every_layer
 from packing import encode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from adaptkit.numerics.kernels import reference
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import joined_gpu, linear
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
@@ -192,7 +192,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed, policy, dropout):
     for chosen in ("none", policy):
         model = loaded(packed, dropout=dropout)
         join_on_gpu(model.network)
-        checkpoint_every_layer(model.network, chosen)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, chosen, None))
         found.append(gradients_of_all(model))
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 

@@ -3,13 +3,13 @@
 import pytest
 import tiny
 import torch
-from checkpointed import checkpoint_every_layer
 
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.activations import layer_sizes
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model, new_adapter
@@ -123,7 +123,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
     for policy in ("none", "layer", "sqrt"):
         model = loaded(packed)
         keep_narrow(model.network, BFLOAT16, join_on_gpu(model.network))
-        checkpoint_every_layer(model.network, policy)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, policy, None))
         model.network.train()(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
         found.append([parameter.grad for parameter in model.network.parameters() if parameter.requires_grad])
     for other in found[1:]:

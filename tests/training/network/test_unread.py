@@ -3,10 +3,10 @@
 import pytest
 import tiny
 import torch
-from checkpointed import checkpoint_every_layer
 from transformers import CONFIG_MAPPING
 
 from adaptkit.operations.quantize import quantize
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import fused as fused_layers
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
@@ -89,14 +89,14 @@ def test_gradients_are_the_same_bits(folder, name, policy, dropout):
     expected = gradients(ready(folder(name), targets, dropout))
     model = ready(folder(name), targets, dropout)
     mark_unread(model.network)
-    checkpoint_every_layer(model.network, policy)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, policy, list))
     assert all(torch.equal(one, two) for one, two in zip(gradients(model), expected, strict=True))
 
 
 def test_nothing_is_multiplied_there_when_a_layer_runs_again(folder, monkeypatch):
     model = ready(folder("llama"), fused=False)
     mark_unread(model.network)
-    checkpoint_every_layer(model.network, "layer")
+    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
     decoded = []
 
     def watched(path, decode):
@@ -115,7 +115,7 @@ def test_a_gate_is_made_once_when_a_layer_runs_again(folder, monkeypatch):
     model = ready(folder("llama"), fused=False)
     fuse_layers(model.network)  # layers that read the same input are not joined as on a CPU
     mark_unread(model.network)
-    checkpoint_every_layer(model.network, "layer")
+    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
     made, product = [], fused_layers._product
     monkeypatch.setattr(fused_layers, "_product", lambda *sides: made.append(sides) or product(*sides))
     found = gradients(model)
@@ -158,7 +158,7 @@ def test_what_only_more_tokens_make_use_of_is_read(name, tmp_path, monkeypatch):
     expected = gradients(ready(base), ids)
     model = ready(base)
     mark_unread(model.network)
-    checkpoint_every_layer(model.network, "layer")
+    checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
     for one, two in zip(gradients(model, ids), expected, strict=True):
         assert one is two is None or torch.equal(one, two)
     assert not [path for path in unread(model) if "down_proj" not in path]
