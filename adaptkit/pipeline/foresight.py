@@ -90,8 +90,7 @@ def named_after(step: Step) -> Iterator[None]:
         error.message = f"{step.name}: {error.message}"
         error.args = (error.message,)
         error.hint = _OPTION.sub(lambda found: _key_of(found[1], step), error.hint)
-        # Where a step's output goes is the run's affair.
-        error.hint = error.hint.replace("an -o", "a --work").replace("another -o", "another --work")
+        error.hint = error.hint.replace("another -o", "another --work")  # where outputs of a run go
         raise
 
 

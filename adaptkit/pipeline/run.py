@@ -73,6 +73,9 @@ class _Run:
         self._folder = recipe.path.parent
         root = options.work if options.work is not None else self._folder / WORK_NAME
         self.work = WorkFolder(root, options.verify)
+        for source in recipe.sources.values():
+            if source.path is not None and self.work.is_inside(self._folder / source.path):
+                raise source.place.at("path").error(f"holds the work folder {root}", hint="choose another --work")
         self._hashes = Hashes(self.work.root / "hashes.json", fresh=options.verify)
         self._materials: dict[str, Material] = {}
         self._lock = Lock(recipe, options.locked)

@@ -485,9 +485,23 @@ def test_an_error_of_an_operation_names_the_step(recipe, edit):
 
 
 def test_a_place_that_cannot_be_written_to_is_changed_by_an_option_that_a_run_has(recipe, release):
-    with pytest.raises(UsageError, match=r"small: .*would change its own input") as caught:
-        run(recipe, RunOptions(work=release / "model" / "work"))
-    assert caught.value.hint == "choose another --work"
+    (key,) = {step.key[:12] for step in run(recipe, dry_run=True).steps if step.name == "small"}
+    aside = release / ".adaptkit" / key / "small.partial"
+    aside.mkdir(parents=True)
+    (aside / "theirs.txt").write_text("not adaptkit's")
+    with pytest.raises(ConflictError, match=r"^small: ") as caught:
+        run(recipe)
+    assert caught.value.hint.endswith("choose another --work")
+
+
+@pytest.mark.parametrize("inside", [".", "work"])
+def test_a_work_folder_in_a_source_is_refused_before_anything_is_written_there(recipe, release, inside):
+    before = sorted((release / "model").rglob("*"))
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=r"sources\.\w+\.path: holds the work folder") as caught:
+            run(recipe, RunOptions(work=release / "model" / inside), dry_run=dry_run)
+        assert caught.value.hint == "choose another --work"
+    assert sorted((release / "model").rglob("*")) == before
 
 
 def test_hashes_that_cannot_be_kept_are_named(recipe, release):
