@@ -20,7 +20,7 @@ from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
-from adaptkit.pipeline.sources import Hashes, Material, digest_of, resolve
+from adaptkit.pipeline.sources import Hashes, Material, check_apart, digest_of, resolve
 from adaptkit.pipeline.steps._kind import Work
 from adaptkit.pipeline.work import WORK_NAME, Record, WorkFolder
 
@@ -73,9 +73,7 @@ class _Run:
         self._folder = recipe.path.parent
         root = options.work if options.work is not None else self._folder / WORK_NAME
         self.work = WorkFolder(root, options.verify)
-        for source in recipe.sources.values():
-            if source.path is not None and self.work.is_inside(self._folder / source.path):
-                raise source.place.at("path").error(f"holds the work folder {root}", hint="choose another --work")
+        check_apart(recipe.sources.values(), self._folder, root)
         self._hashes = Hashes(self.work.root / "hashes.json", fresh=options.verify)
         self._materials: dict[str, Material] = {}
         self._lock = Lock(recipe, options.locked)

@@ -8,7 +8,7 @@ change are remembered in the work folder.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,17 @@ class Hashes:
     def save(self) -> None:
         """Remember them."""
         replace_file(self._file, json.dumps(self._known).encode())
+
+
+def check_apart(sources: Iterable[Source], folder: Path, work: Path) -> None:
+    """Refuse a work folder in a source, which would change with every step.
+
+    Raises:
+        ConfigError: names the source.
+    """
+    for source in sources:
+        if source.path is not None and work.resolve().is_relative_to((folder / source.path).resolve()):
+            raise source.place.at("path").error(f"holds the work folder {work}", hint="choose another --work")
 
 
 def resolve(

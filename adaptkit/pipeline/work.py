@@ -61,10 +61,6 @@ class WorkFolder:
         self.root = root
         self._verify = verify
 
-    def is_inside(self, place: Path) -> bool:
-        """Whether what steps leave would change what another place holds."""
-        return self.root.resolve().is_relative_to(place.resolve())
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out while the block runs.
