@@ -91,15 +91,15 @@ def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for report in comparison.models:
         counts = (
-            (report.truncated, f"samples {CUT}"),
-            (report.dropped, "samples dropped since the cut took their answer"),
-            (report.fewer_shots, "samples, questions or prompts with room for fewer examples"),
-            (report.generated.unfinished if report.generated else 0, "answers cut at --max-new-tokens"),
-            (report.generated.empty if report.generated else 0, "empty answers"),
+            (report.truncated, "sample", f" {CUT}"),
+            (report.dropped, "sample", " dropped since the cut took the answer"),
+            (report.fewer_shots, "time", " room for fewer examples than --shots"),
+            (report.generated.unfinished if report.generated else 0, "answer", " cut at --max-new-tokens"),
+            (report.generated.empty if report.generated else 0, "empty answer", ""),
         )
-        for count, what in counts:
+        for count, what, why in counts:
             if count:
-                found.setdefault(f"{count:,} {what}", []).append(short_label(report, comparison))
+                found.setdefault(f"{counted(count, what)}{why}", []).append(short_label(report, comparison))
         if report.template_remark:
             found.setdefault(report.template_remark, []).append(short_label(report, comparison))
     return found

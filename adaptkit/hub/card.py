@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.progress import counted
 from adaptkit.hub._remote import REPO_ID
 
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
@@ -115,7 +116,7 @@ def _facts(manifest: Manifest, facts: CardFacts) -> str:
     rows = [
         ("Made by", f"{manifest.tool['name']} {manifest.tool['version']}, `{manifest.operation['name']}`"),
         ("Tensors", f"{len(manifest.tensors)} ({dtypes}), {elements:,} elements"),
-        ("Size", f"{sum(record.size for record in manifest.files):,} bytes in {len(manifest.files)} files"),
+        ("Size", f"{sum(record.size for record in manifest.files):,} bytes in {counted(len(manifest.files), 'file')}"),
         ("Tensors root", f"`{manifest.tensors_root}`"),
     ]
     if manifest.kind == "adapter":

@@ -171,13 +171,14 @@ def _text_rows(text: "TextReport") -> list[Row]:
 def _score_rows(generated: "GenerationReport") -> list[Row]:
     scores = generated.scores
     count = f"{counted(generated.questions, 'question')} with {counted(generated.references, 'reference answer')}"
-    left_out = [
-        (generated.too_long, "left out: longer than the context"),
-        (generated.unfinished, "answers cut at --max-new-tokens"),
-        (generated.empty, "empty answers"),
+    told = [
+        count,
+        *([f"{generated.too_long:,} left out: longer than the context"] if generated.too_long else []),
+        *([f"{counted(generated.unfinished, 'answer')} cut at --max-new-tokens"] if generated.unfinished else []),
+        *([counted(generated.empty, "empty answer")] if generated.empty else []),
     ]
     return [
-        ("answered", "; ".join([count, *(f"{number} {what}" for number, what in left_out if number)])),
+        ("answered", "; ".join(told)),
         ("BLEU", f"{scores.bleu:.2f}"),
         ("NIST", "–" if scores.nist is None else f"{scores.nist:.3f}"),
         ("METEOR", f"{scores.meteor:.4f} ({scores.meteor_variant})"),
