@@ -301,7 +301,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--text", tmp_path / "text.txt", "--window", 513], 2, "longer than"),
         (["--text", tmp_path / "text.txt", "--generate"], 2, "come from data"),
         (["--data", instructions, "--shots", 2], 2, "--shots-from"),
-        (["--data", instructions, "--max-tokens", 64], 2, "needs --text"),
+        (["--data", instructions, "--max-tokens", 64], 2, "there is no text"),
         (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "99 wanted"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no file can"),

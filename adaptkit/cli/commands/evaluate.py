@@ -85,8 +85,6 @@ def command(
     from adaptkit.training.evaluation.report import EvaluateOptions
 
     chosen = EvaluateOptions(**options | {"chat_template_kwargs": dict(options["chat_template_kwargs"])})
-    if chosen.max_tokens is not None and not text:
-        raise click.UsageError("--max-tokens needs --text")
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate, html)
     leave_compiler_out()

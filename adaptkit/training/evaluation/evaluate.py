@@ -94,6 +94,8 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
         raise UsageError("nothing to evaluate", hint="give --data FILE, --text FILE or --prompt TEXT")
     if reference is not None and not text:
         raise UsageError("a reference is compared on text", hint="give --text FILE")
+    if options.max_tokens is not None and not text:
+        raise UsageError("max_tokens: there is no text", hint="give --text FILE")
     if options.generate and not data:
         raise UsageError("the questions to answer, and their answers, come from data", hint="give --data FILE")
     if options.shots and not data and not options.prompts:

@@ -112,6 +112,8 @@ def test_a_reference_of_another_vocabulary_or_without_text_is_refused(llama, cop
         evaluate(llama, None, (), options, text=[prose], reference=smaller)
     with pytest.raises(UsageError, match="compared on text"):
         evaluate(llama, None, (), EvaluateOptions(prompts=("x",)), reference=llama)
+    with pytest.raises(UsageError, match="max_tokens: there is no text"):
+        evaluate(llama, None, (), EvaluateOptions(prompts=("x",), max_tokens=64))
     with pytest.raises(UsageError, match="nothing to evaluate"):
         evaluate(llama)
 
@@ -137,7 +139,7 @@ def test_a_model_that_gives_no_numbers_is_not_reported_as_one_that_does(
     tensors = load_file(base / "model.safetensors")
     tensors[f"model.{matrix}.weight"][0, 0] = torch.nan
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    options = EvaluateOptions(window=64, max_tokens=128, device="cpu")
+    options = EvaluateOptions(window=64, max_tokens=None if measured == "data" else 128, device="cpu")
     given = {"data": [instructions]} if measured == "data" else {"text": [prose]}
     model, reference = (llama, base) if measured == "reference" else (base, None)
     with pytest.raises(NonFiniteError, match=f"{base}: its loss .* is nan"):
