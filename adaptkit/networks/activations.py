@@ -94,8 +94,8 @@ class Checkpointing:
         if self.whole == self.layers:
             return f"all {self.layers} layers keep everything" if self.layers > 1 else "the one layer keeps everything"
         kind = "a checkpoint a layer" if self.length == 1 else f"segments of {self.length} layers"
-        rest = f", the last {self.whole} keep{'s' if self.whole == 1 else ''} everything" if self.whole else ""
-        return f"{kind} of {self.layers}{rest}"
+        last = "one keeps" if self.whole == 1 else f"{self.whole} keep"
+        return f"{kind} of {self.layers}" + (f", the last {last} everything" if self.whole else "")
 
 
 def parse_policy(policy: str, layers: int) -> Checkpointing | int:

@@ -35,6 +35,22 @@ def test_other_policies_are_refused(policy):
         parse_policy(policy, 30)
 
 
+@pytest.mark.parametrize(
+    ("checkpointing", "said"),
+    [
+        (Checkpointing(0, 1), "no layers to checkpoint"),
+        (Checkpointing(1, 1, 1), "the one layer keeps everything"),
+        (Checkpointing(6, 1, 6), "all 6 layers keep everything"),
+        (Checkpointing(6, 1), "a checkpoint a layer of 6"),
+        (Checkpointing(6, 1, 1), "a checkpoint a layer of 6, the last one keeps everything"),
+        (Checkpointing(6, 1, 2), "a checkpoint a layer of 6, the last 2 keep everything"),
+        (Checkpointing(6, 3), "segments of 3 layers of 6"),
+    ],
+)
+def test_what_is_checkpointed_is_said_in_words(checkpointing, said):
+    assert str(checkpointing) == said
+
+
 def sizes(count=16, h=1, a=20, w=5):
     return [LayerSize(h * MIB, a * MIB, (a + w) * MIB)] * count
 
