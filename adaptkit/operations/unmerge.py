@@ -302,4 +302,4 @@ class _Restoring:
 
     def _other(self, found: str, hint: str) -> AdaptkitError:
         """The error where the adapter does not lead back to the base: its configuration's fault, if that is another."""
-        return other_configuration(self.resaved[0]) if self.resaved else IntegrityError(found, hint=hint)
+        return other_configuration(self.resaved) if self.resaved else IntegrityError(found, hint=hint)

@@ -214,6 +214,19 @@ def test_an_adapter_that_was_saved_again_is_the_same(second_adapter, llama, copy
     assert_same_files(tmp_path / "out", llama)
 
 
+def test_of_several_that_were_saved_again_all_are_named_if_one_says_something_else(
+    adapter, second_adapter, llama, copy_of, tmp_path
+):
+    merge(llama, [adapter, second_adapter], tmp_path / "merged")
+    folders = [copy_of(folder, f"again-{folder.name}") for folder in (adapter, second_adapter)]
+    for folder, changes in zip(folders, ({"lora_dropout": 0.5}, {"lora_alpha": 30}), strict=True):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(BaseMismatchError, match=r"another adapter_config\.json") as caught:
+        unmerge(tmp_path / "merged", folders, tmp_path / "out")
+    assert all(str(folder) in caught.value.message for folder in folders)
+
+
 def test_without_a_record_nothing_shows_that_an_adapter_that_was_saved_again_is_the_same(
     second_adapter, llama, copy_of, tmp_path
 ):

@@ -208,7 +208,7 @@ class MergedModel:
             exact = [a for a in same if adapter_identity(a) == identity]
             if same and not exact:
                 if not self.has_record:
-                    raise other_configuration(same[0].root)
+                    raise other_configuration([same[0].root])
                 resaved.append(same[0].root)
             if not same:
                 raise BaseMismatchError(
@@ -233,10 +233,11 @@ class MergedModel:
         return [self.root / undo.ADAPTERS_PREFIX / str(number) for number in range(1, count + 1)]
 
 
-def other_configuration(adapter: Path) -> BaseMismatchError:
-    """The error for an adapter of which only the tensors are those of the merge."""
+def other_configuration(adapters: Sequence[Path]) -> BaseMismatchError:
+    """The error for adapters of which only the tensors are those of the merge, all or one of them."""
     return BaseMismatchError(
-        f"{adapter}: has the tensors of an adapter that was merged, but another adapter_config.json",
+        f"{' or '.join(map(str, adapters))}: has the tensors of an adapter that was merged, but another "
+        "adapter_config.json",
         hint="get the adapter again, all of it",
     )
 
