@@ -44,7 +44,7 @@ class PagingCounters:
         faults: pages copied from host to a streaming slot, for a sweep.
         write_backs: pages copied from a streaming slot to host, after their visit.
         evictions: pages that lost their residence.
-        retries: what ran out of memory, mostly batches, and was tried again after evictions.
+        retries: what ran out of memory, mostly batches, and was tried again with more room; not only that of pages.
     """
 
     faults: int = 0
