@@ -40,7 +40,8 @@ class DequantizeOptions:
     """How to dequantize.
 
     Attributes:
-        dtype: bfloat16, float16 or float32; None is the type that each weight had, bfloat16 for float32.
+        dtype: bfloat16, float16 or float32; None is the type recorded with each weight: of float32 ``quantize``
+            records bfloat16.
         max_shard_bytes: no shard grows larger, unless one tensor is.
         threads: number of pieces decoded at a time; one per processor if None. Not part of the result.
     """

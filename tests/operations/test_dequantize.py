@@ -56,12 +56,13 @@ def test_without_double_quantization_they_are_so_to_the_bit(llama, tmp_path):
         assert torch.equal(plain[name], bnb.functional.dequantize_4bit(*packed))
 
 
-def test_what_transformers_saved_is_read_too(llama, tmp_path):
-    """transformers quantizes and saves; adaptkit decodes to the weights that bitsandbytes sees."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_transformers_saved_is_read_too(llama, tmp_path, dtype):
+    """transformers quantizes and saves; adaptkit decodes to the weights that bitsandbytes sees, in their type."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, device_map="cpu", dtype=dtype)
     expected = {
         f"{name}.weight": bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         for name, layer in model.named_modules()
@@ -71,6 +72,7 @@ def test_what_transformers_saved_is_read_too(llama, tmp_path):
     dequantize(tmp_path / "theirs", tmp_path / "out")
     plain = load_file(tmp_path / "out" / "model.safetensors")
     assert len(expected) == 14
+    assert {plain[name].dtype for name in expected} == {dtype}
     assert all(torch.equal(plain[name], weight) for name, weight in expected.items())
 
 

@@ -16,7 +16,7 @@ from adaptkit.cli.progress import byte_progress
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Default: each weight's own, bfloat16 for float32.",
+    help="Default: each weight's own; quantize records float32 as bfloat16.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 @threads_option
