@@ -25,7 +25,7 @@ import torch
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
-from adaptkit.networks.architecture import Description, empty_network, language_part
+from adaptkit.networks.architecture import Description, empty_network, is_router, language_part
 from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.networks.tables import host_tables
@@ -246,7 +246,8 @@ def _frozen_bytes(
     network: Any, shapes: dict[str, Shape], options: PlanOptions, dtype: torch.dtype, stored: torch.dtype
 ) -> int:
     """Bytes of the frozen weights: linear layers as they are stored or quantized, everything else in ``dtype``."""
-    packed = {f"{name}.weight" for name in shapes} if options.method == "qlora" else set()
+    is_packed = options.method == "qlora"
+    packed = {f"{name}.weight" for name in shapes if is_packed and not is_router(name)}
     if options.moe == "quantize":
         packed |= set(expert_stacks(network))
     linear = {f"{name}.weight" for name in shapes} | {f"{name}.bias" for name in shapes}

@@ -195,7 +195,7 @@ def test_other_architectures_are_followed_too(made, family):
 
 
 @pytest.mark.parametrize("moe", ["keep", "quantize"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_experts_are_predicted_in_sixteen_bits_or_in_four(made, family, moe):
     folder, packed = made / f"plan-{family}-stacks", made / f"plan-{family}-{moe}"
     if not folder.is_dir():
