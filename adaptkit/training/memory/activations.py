@@ -81,15 +81,13 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     sizes: list[LayerSize] = []
 
     def measured() -> list[LayerSize]:
-        if config.shard_base:  # measuring stops in the middle of a pass, which the other processes would wait for
-            raise UsageError("checkpointing: a budget cannot be kept to with shard_base", hint="use layer or sqrt")
         sizes[:] = sizes or layer_sizes(network, largest, device)
         return sizes
 
     room = None if config.shard_base else _room(network, config, device)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room and max(0, room - logits))
     needed = 0
-    if found.layers and not config.shard_base:
+    if found.layers and not config.shard_base:  # measuring ends in the middle of a pass, for which others would wait
         with contextlib.suppress(UsageError):  # of layers that cannot be followed, which is no reason not to train
             needed = found.bytes_needed(measured(), offloaded)
     shelf = Shelf(device) if offloaded else None
