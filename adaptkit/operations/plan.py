@@ -223,8 +223,9 @@ def _notes(network: Any, description: Description, options: PlanOptions) -> Iter
     if options.method != "qlora" and "quantization_config" in description.config:
         yield f"this checkpoint is quantized, and {options.method} takes the 16-bit one"
     if stacks and options.method != "full":
-        kept = ", and in 16 bits without --moe quantize" * (options.method == "qlora" and options.moe == "keep")
-        yield f"no adapter for {counted(len(stacks), 'stack')} of experts' matrices{kept}"
+        stay = options.method == "qlora" and options.moe == "keep"
+        also = ", and 16 bits for them without --moe quantize" if stay else ""
+        yield f"no adapter for {counted(len(stacks), 'stack')} of experts' matrices{also}"
 
 
 def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:
@@ -246,10 +247,9 @@ def _frozen_bytes(
     network: Any, shapes: dict[str, Shape], options: PlanOptions, dtype: torch.dtype, stored: torch.dtype
 ) -> int:
     """Bytes of the frozen weights: linear layers as they are stored or quantized, everything else in ``dtype``."""
-    is_packed = options.method == "qlora"
-    packed = {f"{name}.weight" for name in shapes if is_packed and not is_router(name)}
-    if options.moe == "quantize":
-        packed |= set(expert_stacks(network))
+    packed = set(expert_stacks(network)) if options.moe == "quantize" else set()
+    if options.method == "qlora":
+        packed |= {f"{name}.weight" for name in shapes if not is_router(name)}
     linear = {f"{name}.weight" for name in shapes} | {f"{name}.bias" for name in shapes}
     total = 0
     for name, parameter in network.named_parameters():

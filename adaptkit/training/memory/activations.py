@@ -84,8 +84,8 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
         sizes[:] = sizes or layer_sizes(network, largest, device)
         return sizes
 
-    room = None if config.shard_base else _room(network, config, device)
-    found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room and max(0, room - logits))
+    room = _room(network, config, device, logits)
+    found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)
     needed = 0
     if found.layers and not config.shard_base:  # measuring ends in the middle of a pass, for which others would wait
         with contextlib.suppress(UsageError):  # of layers that cannot be followed, which is no reason not to train
@@ -95,12 +95,13 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     return Activations(found, needed, logits, shelf, network if config.checkpointing == AUTO else None)
 
 
-def _room(network: Any, config: TrainConfig, device: torch.device) -> int | None:
-    """What a GPU has left for activations and logits; None on a CPU, whose memory is there for other programs, too.
+def _room(network: Any, config: TrainConfig, device: torch.device, logits: int) -> int | None:
+    """What a GPU has left for activations, below zero if too little is there for the rest.
 
-    A tenth of the memory stays free, for what kernels take for themselves and for what lies between tensors.
+    None where layers are not measured, and on a CPU, whose memory is there for other programs, too. A tenth of the
+    memory stays free, for what kernels take for themselves and for what lies between tensors.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or config.shard_base:
         return None
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, but no tensor's
@@ -108,7 +109,8 @@ def _room(network: Any, config: TrainConfig, device: torch.device) -> int | None
     moments = moment_bytes(trained, STATE_BITS[config.optimizer])
     if config.optimizer_pages_mib is not None:
         moments = min(moments, int(config.optimizer_pages_mib * 2**20))
-    room: int = free + unused - total // 10 - 8 * trained - moments  # parameters in one vector, and their gradients
+    beside = 8 * trained + moments + logits  # parameters in one vector, and their gradients
+    room: int = free + unused - total // 10 - beside
     return room
 
 

@@ -156,9 +156,13 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
     routers = sum(is_router(name) for name in left)
     refused = sum(is_read_by_kernels(kind, name) for name in left)
     outside = len(left) - routers - refused
-    found = {"routers": routers, "layers that peft refuses": refused, "layers outside the language model": outside}
-    kinds = " and ".join(f"{count} {what}" for what, count in found.items() if count)
-    return f"{kinds} get no adapter, since no target names them: {shortened(left)}"
+    found = (
+        (routers, "router", ""),
+        (refused, "layer", " that peft refuses"),
+        (outside, "layer", " outside the language model"),
+    )
+    kinds = " and ".join(f"{counted(count, noun)}{which}" for count, noun, which in found if count)
+    return f"no adapter, since no target says so, for {kinds}: {shortened(left)}"
 
 
 def _stacks_left(model: Model) -> str:
@@ -166,10 +170,8 @@ def _stacks_left(model: Model) -> str:
     left = [name for name, module in model.stacks().items() if name not in model.whole and is_expert(name, module)]
     if not left:
         return ""
-    return (
-        f"{counted(len(left), 'stack')} of experts' matrices get{'s' if len(left) == 1 else ''} no adapter without "
-        f"target_parameters: {shortened(left)}"
-    )
+    stacks = counted(len(left), "stack")
+    return f"no adapter without target_parameters for {stacks} of experts' matrices: {shortened(left)}"
 
 
 def cannot_be_merged(model: Model) -> str:

@@ -11,6 +11,7 @@ from adaptkit.checkpoint import pages
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.memory import segments
+from adaptkit.training.memory.activations import Activations
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.joined import join_layers
@@ -29,13 +30,13 @@ POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments
 IDS = torch.arange(40).reshape(2, 20) % 50 + 3
 
 
-def gradients(folder, policy, dropout, twice=False, shelf=None):
+def gradients(folder, policy, dropout, twice=False, shelf=None, by=checkpoint):
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), 2, 4.0, "kaiming", dropout, seed=0)
     for number, layer in enumerate(model.adapted().values()):
         generator = torch.Generator().manual_seed(number)
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
-    count = checkpoint(model.network, policy, shelf)
+    count = by(model.network, policy, shelf)
     model.network.train()
     torch.manual_seed(11)
     for _ in range(2 if twice else 1):
@@ -97,11 +98,11 @@ def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmente
         assert (random_found, count) == (random_after, 3), checkpointing
 
 
-def saved_bytes(folder, policy):
+def saved_bytes(folder, policy, by=checkpoint):
     """What autograd saves in the forward pass through the layers."""
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
-    checkpoint(model.network, policy)
+    by(model.network, policy)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
         model.network.train().model(input_ids=IDS, use_cache=False)
@@ -112,6 +113,38 @@ def test_checkpointing_saves_less_for_the_backward_pass(deep_nf4):
     everything = saved_bytes(deep_nf4, "none")
     for policy in ("layer", "sqrt"):
         assert saved_bytes(deep_nf4, policy) < everything / 10
+
+
+@pytest.mark.parametrize("whole", [7, 3])
+def test_what_kept_everything_keeps_its_inputs_when_memory_runs_short(deep_nf4, unsegmented, whole):
+    everything, least = (saved_bytes(deep_nf4, policy) for policy in ("none", "layer"))
+    expected, _, _ = unsegmented(0.1)
+
+    def ready(network, *, allowed=True):
+        kept = Activations(Checkpointing(7, 1, whole), 0, 0, None, network if allowed else None)
+        checkpoint_layers(network, kept.checkpointing)
+        return kept
+
+    def shrunk(network, policy, shelf=None):
+        kept = ready(network)
+        assert kept.shrink()
+        assert not kept.shrink()
+        return str(kept.checkpointing)
+
+    found, said, _ = gradients(deep_nf4, "", 0.1, twice=True, by=shrunk)
+    assert said == "a checkpoint a layer of 7"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert saved_bytes(deep_nf4, "", by=shrunk) == least < everything * whole / 7
+    assert not ready(load_model(deep_nf4, torch.float32, torch.device("cpu")).network, allowed=False).shrink()
+
+
+def test_what_cannot_be_measured_has_a_checkpoint_a_layer(deep_nf4):
+    def measure():
+        raise UsageError("this network cannot be followed")
+
+    network = load_model(deep_nf4, torch.float32, torch.device("cpu")).network
+    assert choose_checkpointing(network, "auto", measure, room=1 << 40) == Checkpointing(7, 1)
+    assert choose_checkpointing(network, "auto", measure) == Checkpointing(7, 1)
 
 
 def kept_inputs(folder, policy):

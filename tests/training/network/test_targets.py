@@ -27,9 +27,9 @@ def config(base, instructions, **values):
     return TrainConfig(base=str(base), data=(str(instructions),), **usual | values)
 
 
-ROUTERS = "2 routers get no adapter, since no target names them: model.layers.0.mlp.shared_expert_gate, "
+ROUTERS = "no adapter, since no target says so, for 2 routers: model.layers.0.mlp.shared_expert_gate, "
 STACKS = (
-    "4 stacks of experts' matrices get no adapter without target_parameters: model.layers.0.mlp.experts.down_proj, "
+    "no adapter without target_parameters for 4 stacks of experts' matrices: model.layers.0.mlp.experts.down_proj, "
 )
 
 
@@ -43,11 +43,11 @@ STACKS = (
         ("qwen2_moe", {"exclude": ("shared_expert_gate",), "target_parameters": ("*.experts.*",)}, ""),
         ("qwen2_moe", {"targets": ("q_proj",)}, ""),
         ("qwen3_5_text", {}, ""),
-        ("gemma3", {}, "14 layers outside the language model get no adapter, since no target names them: model."),
+        ("gemma3", {}, "no adapter, since no target says so, for 14 layers outside the language model: model."),
         (
             "mamba",
             {},
-            "2 layers that peft refuses get no adapter, since no target names them: backbone.layers.0.mixer.",
+            "no adapter, since no target says so, for 2 layers that peft refuses: backbone.layers.0.mixer.",
         ),
         ("mamba", {"targets": ("*", "out_proj")}, ""),
         ("bloom", {"modules_to_save": ("dense",)}, ""),
