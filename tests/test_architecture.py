@@ -15,10 +15,11 @@ from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
 GROUND = {
-    *{"errors", "discovery", "lazy", "cache", "kept", "compiled", "team", "child", "heap"},
+    *{"errors", "discovery", "lazy", "cache", "kept", "compiled", "team", "child", "heap", "paths"},
     *{"torch_compiler", "triton_needs"},
 }
 ON_THE_GROUND = {
+    "paths": set(),
     "__init__": set(),
     "errors": set(),
     "lazy": set(),

@@ -27,6 +27,7 @@ from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError
+from adaptkit.paths import optional
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MAX_SIGNATURE_BYTES = 1 << 20
@@ -50,6 +51,7 @@ class Signer:
     identity_token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "private_key", optional(self.private_key))
         if self.private_key is not None and self.identity_token is not None:
             raise UsageError("sign with a key or with an identity, not both", hint="leave one of them out")
         if self.password is not None and self.private_key is None:
@@ -71,6 +73,7 @@ class Trust:
     identity_provider: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "public_key", optional(self.public_key))
         keyless = (self.identity is not None, self.identity_provider is not None)
         if (self.public_key is not None) == any(keyless) or any(keyless) != all(keyless):
             raise UsageError(
@@ -295,9 +298,7 @@ def _keyless_errors() -> Iterator[None]:
     try:
         yield
     except (NoAnswer, TUFError, requests.RequestException) as error:
-        raise NetworkError("Sigstore's services do not answer", hint="try again, or use a key, which needs none") from (
-            error
-        )
+        raise NetworkError("Sigstore's services do not answer", hint="try again, or use a key, without them") from error
     except (IdentityError, IssuerError) as error:
         raise AuthenticationError("the identity token is not accepted", hint="get a new one") from error
     except Error as error:

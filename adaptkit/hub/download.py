@@ -20,6 +20,7 @@ from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
 from adaptkit.hub._remote import RemoteFile, check_repo_id, commit_of, list_tree
 from adaptkit.hub._selection import part_of, select
 from adaptkit.hub._signature import fetch_signature
+from adaptkit.paths import AnyPath
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PullReport:
 
 def pull(
     repo_id: str,
-    output: Path,
+    output: AnyPath,
     options: PullOptions | None = None,
     *,
     force: bool = False,
@@ -99,6 +100,7 @@ def pull(
         DiskError: its disk has no room for it.
         AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
     """
+    output = Path(output)
     options = options or PullOptions()
     check_repo_id(repo_id)
     check_output(output, force)

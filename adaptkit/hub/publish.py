@@ -29,6 +29,7 @@ from adaptkit.hub._remote import Repository, check_repo_id, differences, is_comm
 from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.secrets import redact
+from adaptkit.paths import AnyPath
 
 _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
 
@@ -107,7 +108,7 @@ class PublishReport:
 
 
 def publish(
-    path: Path,
+    path: AnyPath,
     repo_id: str,
     options: PublishOptions | None = None,
     *,
@@ -133,6 +134,7 @@ def publish(
         NetworkError: no answer; run it again.
         UsageError: not a folder, an unusable name, or a pull request to a repository that is absent.
     """
+    path = Path(path)
     options = options or PublishOptions()
     check_repo_id(repo_id)
     manifest = require_manifest(require_folder(path))

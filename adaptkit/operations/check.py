@@ -14,6 +14,7 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles, read_adapte
 from adaptkit.operations.targets._base_shapes import BaseShapes, read_base_shapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles, read_checkpoint_files
 from adaptkit.operations.targets._target import Finding, Target
+from adaptkit.paths import AnyPath, optional
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class CheckReport:
     unknown: tuple[str, ...]
 
 
-def check(path: Path, targets: Sequence[str] = (), base: Path | None = None) -> CheckReport:
+def check(path: AnyPath, targets: Sequence[str] = (), base: AnyPath | None = None) -> CheckReport:
     """Judge an adapter or a checkpoint by its configuration, names and shapes; no weight is read.
 
     Args:
@@ -66,6 +67,8 @@ def check(path: Path, targets: Sequence[str] = (), base: Path | None = None) -> 
         UsageError: not a folder, no such target, or a base for something that is no adapter.
         CheckpointError: neither an adapter nor a checkpoint, or a file that cannot be read at all.
     """
+    path = Path(path)
+    base = optional(base)
     require_folder(path)
     chosen = list(dict.fromkeys(targets)) or names(registry)
     loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]

@@ -31,6 +31,7 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
+from adaptkit.paths import AnyPath
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -86,8 +87,8 @@ class _Decoded:
 
 
 def dequantize(
-    source: Path,
-    output: Path,
+    source: AnyPath,
+    output: AnyPath,
     options: DequantizeOptions | None = None,
     *,
     force: bool = False,
@@ -109,6 +110,7 @@ def dequantize(
         NonFiniteError: a weight is NaN, or too large for its type; names the tensor.
         OutputExistsError: the output exists.
     """
+    source, output = Path(source), Path(output)
     options = options or DequantizeOptions()
     checkpoint = Checkpoint(source)
     names = quantized.quantized_names(checkpoint)

@@ -9,13 +9,14 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters
 from adaptkit.operations._diff.checkpoints import CheckpointDiffReport, diff_checkpoints
 from adaptkit.operations._pipeline import check_threads, thread_count
+from adaptkit.paths import AnyPath
 
 __all__ = ["AdapterDiffReport", "CheckpointDiffReport", "diff"]
 
 
 def diff(
-    first: Path,
-    second: Path,
+    first: AnyPath,
+    second: AnyPath,
     *,
     recompute: bool = False,
     threads: int | None = None,
@@ -38,6 +39,7 @@ def diff(
         AdapterError: one of them is not a LoRA adapter that can be read.
         CheckpointError: one of them is not a checkpoint.
     """
+    first, second = Path(first), Path(second)
     check_threads(threads)
     kinds = [is_adapter(require_folder(path)) for path in (first, second)]
     if kinds[0] != kinds[1]:

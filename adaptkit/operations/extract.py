@@ -37,6 +37,7 @@ from adaptkit.operations._extract.report import (
 from adaptkit.operations._extract.saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
 from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._pipeline import each, thread_count
+from adaptkit.paths import AnyPath
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
@@ -48,9 +49,9 @@ _OF_NO_ACCOUNT = {
 
 
 def extract(
-    tuned: Path,
-    base: Path,
-    output: Path,
+    tuned: AnyPath,
+    base: AnyPath,
+    output: AnyPath,
     options: ExtractOptions,
     *,
     force: bool = False,
@@ -80,6 +81,7 @@ def extract(
 
     Source: Halko, Martinsson and Tropp (arXiv:0909.4061); see ``numerics.randomized`` for the variant.
     """
+    tuned, base, output = Path(tuned), Path(base), Path(output)
     sources = (Checkpoint(tuned), Checkpoint(base))
     states = [source.state() for source in sources]
     check_output(output, force, [tuned, base])

@@ -21,6 +21,7 @@ from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._roles import expert_count
+from adaptkit.paths import AnyPath, several
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class InspectReport:
     lineage: tuple[Ancestor, ...] = ()
 
 
-def inspect(path: Path) -> InspectReport:
+def inspect(path: AnyPath) -> InspectReport:
     """Describe a folder from headers, quantization states and manifest; only an adapter's weights are read.
 
     Raises:
@@ -63,6 +64,7 @@ def inspect(path: Path) -> InspectReport:
         CheckpointError, AdapterError: malformed, or neither a checkpoint nor an adapter.
         IntegrityError: the manifest is malformed.
     """
+    path = Path(path)
     require_folder(path)
     manifest = read_manifest(path)
     found = _adapter(path) if is_adapter(path) else _checkpoint(Checkpoint(path))
@@ -84,7 +86,9 @@ def inspect(path: Path) -> InspectReport:
     )
 
 
-def trace(path: Path, parents: Sequence[Path], progress: Progress = no_progress) -> tuple[Ancestor, ...]:
+def trace(
+    path: AnyPath, parents: AnyPath | Sequence[AnyPath], progress: Progress = no_progress
+) -> tuple[Ancestor, ...]:
     """Find out what an artifact was made from, by hashes; what has no manifest is read for that, nothing else is.
 
     Args:
@@ -96,6 +100,8 @@ def trace(path: Path, parents: Sequence[Path], progress: Progress = no_progress)
         UsageError: a folder holds no artifacts.
         IntegrityError: the artifact has no manifest, or a malformed one.
     """
+    path = Path(path)
+    parents = several(parents)
     manifest = require_manifest(require_folder(path))
     return Walk(gather(parents, thread_count(None), progress), check=False).ancestors(path, manifest)
 

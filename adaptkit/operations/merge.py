@@ -22,14 +22,15 @@ from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
 from adaptkit.operations._terms import weights_of
+from adaptkit.paths import AnyPath, several
 
 __all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
 
 
 def merge(
-    base: Path,
-    adapters: Sequence[Path],
-    output: Path,
+    base: AnyPath,
+    adapters: AnyPath | Sequence[AnyPath],
+    output: AnyPath,
     options: MergeOptions | None = None,
     *,
     force: bool = False,
@@ -55,6 +56,8 @@ def merge(
         IntegrityError: the base or an adapter is not the one of its manifest, or changed meanwhile.
         OutputExistsError: the output exists.
     """
+    base, output = Path(base), Path(output)
+    adapters = several(adapters)
     options = options or MergeOptions()
     _check_order(base, adapters)
     read = [read_adapter(path) for path in adapters]

@@ -32,6 +32,7 @@ from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.operations._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
 from adaptkit.operations._quantize.selection import MOE
+from adaptkit.paths import AnyPath
 
 METHODS = ("full", "lora", "qlora")
 DEVICES = ("auto", "cpu", "cuda")
@@ -148,7 +149,7 @@ class PlanReport:
     ranks: tuple[RankRow, ...]
 
 
-def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
+def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     """Predict memory and trainable parameters of a fine-tuning run.
 
     Args:
@@ -159,6 +160,7 @@ def plan(model: Path, options: PlanOptions | None = None) -> PlanReport:
         UsageError: transformers does not know the architecture, a target matches nothing, or a budget is too small.
         CheckpointError: the configuration cannot be read or is beyond reason.
     """
+    model = Path(model)
     options = options or PlanOptions()
     description = Description.read(model)
     dtype = getattr(torch, options.compute_dtype)

@@ -29,6 +29,7 @@ from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, U
 from adaptkit.operations._quantize.selection import skip_modules
 from adaptkit.operations._quantize.tensor_plan import check_finite
 from adaptkit.operations._shards import write_index, write_shards
+from adaptkit.paths import AnyPath, optional
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +40,13 @@ __all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorRe
 
 
 def quantize(
-    source: Path,
-    output: Path,
+    source: AnyPath,
+    output: AnyPath,
     options: QuantizeOptions | None = None,
     *,
     force: bool = False,
     dry_run: bool = False,
-    companion: Path | None = None,
+    companion: AnyPath | None = None,
     progress: Progress = no_progress,
     calibration_progress: Progress = no_progress,
 ) -> QuantizeReport:
@@ -68,18 +69,17 @@ def quantize(
 
     Source: QLoRA (arXiv:2305.14314); bytes as bitsandbytes 0.50 makes them.
     """
-    options = options or QuantizeOptions()
-    init = _companion_folder(output, companion, options)
+    source, output, options = Path(source), Path(output), options or QuantizeOptions()
     check_output(output, force, [source])
-    if init is not None:
+    if (init := _companion_folder(output, optional(companion), options)) is not None:
         from adaptkit.operations._calibrate.companion import check_apart, is_waiting
 
         check_apart(output, init)
         check_output(init, force or is_waiting(init, output), [source])
     checkpoint = Checkpoint(source)
     check_side_files(source)
-    tokens = _read_tokens(source, options.calibration)
-    run = _Run(checkpoint, output, options, force, init, tokens, progress, calibration_progress)
+    read = _read_tokens(source, options.calibration)
+    run = _Run(checkpoint, output, options, force, init, read, progress, calibration_progress)
     return _plan_and_run(run, dry_run)
 
 

@@ -18,6 +18,7 @@ from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._terms import KEPT_KEYS
+from adaptkit.paths import AnyPath
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ResizeReport:
 
 
 def resize(
-    adapter: Path, output: Path, options: ResizeOptions, *, force: bool = False, dry_run: bool = False
+    adapter: AnyPath, output: AnyPath, options: ResizeOptions, *, force: bool = False, dry_run: bool = False
 ) -> ResizeReport:
     """Write an adapter whose modules have the wanted rank, or keep the wanted share of their square norm.
 
@@ -120,6 +121,7 @@ def resize(
         AdapterError: malformed, or it does something else than adding low-rank changes.
         OutputExistsError: the output exists.
     """
+    adapter, output = Path(adapter), Path(output)
     read = read_adapter(adapter)
     require_plain(read, "resize")
     if read.compensation:

@@ -22,6 +22,7 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import expected_fingerprints, weights_of
+from adaptkit.paths import AnyPath, several
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class StackReport:
 
 
 def stack(
-    adapters: Sequence[Path],
-    output: Path,
+    adapters: AnyPath | Sequence[AnyPath],
+    output: AnyPath,
     options: StackOptions | None = None,
     *,
     force: bool = False,
@@ -163,6 +164,8 @@ def stack(
         NonFiniteError: the result is too large for float32.
         OutputExistsError: the output exists.
     """
+    output = Path(output)
+    adapters = several(adapters)
     options = options or StackOptions()
     if len(adapters) < 2:
         raise UsageError("stacking takes at least two adapters", hint="give their folders one after the other")

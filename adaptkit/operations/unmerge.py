@@ -37,6 +37,7 @@ from adaptkit.operations._merge.merged_model import (
 )
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
+from adaptkit.paths import AnyPath, several
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class UnmergeReport:
 
 
 def unmerge(
-    merged: Path,
-    adapters: Sequence[Path],
-    output: Path,
+    merged: AnyPath,
+    adapters: AnyPath | Sequence[AnyPath],
+    output: AnyPath,
     *,
     approximate: bool = False,
     threads: int | None = None,
@@ -94,6 +95,8 @@ def unmerge(
         UsageError: changes that cannot be subtracted.
         OutputExistsError: the output exists.
     """
+    merged, output = Path(merged), Path(output)
+    adapters = several(adapters)
     model = open_merged(merged)
     check_output(output, force, [merged, *adapters])
     if not model.has_record and not approximate:

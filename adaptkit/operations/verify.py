@@ -13,6 +13,7 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk, check_own_targets, require_whole
 from adaptkit.operations._pipeline import check_threads, thread_count
+from adaptkit.paths import AnyPath, optional, several
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class VerifyOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "signature", optional(self.signature))
+        object.__setattr__(self, "parents", None if self.parents is None else several(self.parents))
         check_threads(self.threads)
         check_sha256(self.manifest_sha256)
         if self.signature is not None and self.trust is None:
@@ -79,7 +82,7 @@ class VerifyReport:
     recomputed: tuple[tuple[str, str], ...] = ()
 
 
-def verify(path: Path, options: VerifyOptions | None = None, *, progress: Progress = no_progress) -> VerifyReport:
+def verify(path: AnyPath, options: VerifyOptions | None = None, *, progress: Progress = no_progress) -> VerifyReport:
     """Check every byte of an artifact, and if asked of everything that it was made from.
 
     Args:
@@ -92,6 +95,7 @@ def verify(path: Path, options: VerifyOptions | None = None, *, progress: Progre
             is missing or another than it should be; names it.
         UsageError: a folder or a key cannot be read.
     """
+    path = Path(path)
     options = options or VerifyOptions()
     manifest = require_manifest(require_folder(path))
     manifest.require_sha256(options.manifest_sha256, path)

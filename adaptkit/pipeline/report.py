@@ -7,6 +7,7 @@ from typing import Any
 
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Signer
+from adaptkit.paths import optional
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Facts
 
@@ -30,6 +31,9 @@ class RunOptions:
     verify: bool = False
     until: str | None = None
     signer: Signer | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "work", optional(self.work))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import GateError, IntegrityError, UsageError
+from adaptkit.paths import AnyPath
 from adaptkit.pipeline.foresight import Foresight, named_after
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
@@ -28,7 +29,7 @@ __all__ = ["Listener", "OutputReport", "RunOptions", "RunReport", "SourceReport"
 
 
 def run(
-    recipe: Path, options: RunOptions | None = None, *, dry_run: bool = False, listener: Listener | None = None
+    recipe: AnyPath, options: RunOptions | None = None, *, dry_run: bool = False, listener: Listener | None = None
 ) -> RunReport:
     """Make what a recipe describes, and write its lock.
 
@@ -45,6 +46,7 @@ def run(
         ConflictError: another run is at work in the same folder.
         AdaptkitError: whatever a step's operation raises, with the step's name before it.
     """
+    recipe = Path(recipe)
     options = options or RunOptions()
     read = read_recipe(recipe)
     steps = read.until(options.until) if options.until is not None else list(read.steps.values())

@@ -22,6 +22,7 @@ from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError
+from adaptkit.paths import AnyPath
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
 from adaptkit.training.device import attention_of_any_length
@@ -53,7 +54,7 @@ def to_stderr(text: str) -> None:
 @tells_shortage("beside the base", hint=TRAIN_LESS)
 def train(
     config: TrainConfig,
-    output: Path,
+    output: AnyPath,
     *,
     force: bool = False,
     resume: bool = False,
@@ -82,6 +83,7 @@ def train(
 
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
+    output = Path(output)
     check_not_finished(output, force, resume)
     with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
         # Only now, since who waits for others to join hears of no error of theirs.

@@ -8,6 +8,7 @@ import torch
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
+from adaptkit.paths import AnyPath, optional, several
 from adaptkit.training.evaluation.evaluate import check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
@@ -66,13 +67,13 @@ class _Subject:
 
 
 def compare(
-    bases: Sequence[Path],
-    adapters: Sequence[Path] = (),
-    data: Sequence[Path] = (),
+    bases: AnyPath | Sequence[AnyPath],
+    adapters: AnyPath | Sequence[AnyPath] = (),
+    data: AnyPath | Sequence[AnyPath] = (),
     options: EvaluateOptions | None = None,
     *,
-    text: Sequence[Path] = (),
-    reference: Path | None = None,
+    text: AnyPath | Sequence[AnyPath] = (),
+    reference: AnyPath | None = None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
@@ -98,6 +99,11 @@ def compare(
         DataError: data or text cannot be used.
         IntegrityError: a base, an adapter or the reference is not what its manifest says.
     """
+    bases = several(bases)
+    adapters = several(adapters)
+    data = several(data)
+    text = several(text)
+    reference = optional(reference)
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
     if not bases:

@@ -12,6 +12,7 @@ from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.networks.architecture import empty_network
+from adaptkit.paths import AnyPath, optional, several
 from adaptkit.text.windows import known_tokens
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
@@ -33,13 +34,13 @@ from adaptkit.training.shortage import tells_shortage
 
 
 def evaluate(
-    base: Path,
-    adapter: Path | None = None,
-    data: Sequence[Path] = (),
+    base: AnyPath,
+    adapter: AnyPath | None = None,
+    data: AnyPath | Sequence[AnyPath] = (),
     options: EvaluateOptions | None = None,
     *,
-    text: Sequence[Path] = (),
-    reference: Path | None = None,
+    text: AnyPath | Sequence[AnyPath] = (),
+    reference: AnyPath | None = None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> EvaluateReport:
     """Measure a model, with or without an adapter.
@@ -60,6 +61,11 @@ def evaluate(
         DataError: data or text cannot be used.
         IntegrityError: base, adapter or reference is not what its manifest says.
     """
+    base = Path(base)
+    adapter = optional(adapter)
+    data = several(data)
+    text = several(text)
+    reference = optional(reference)
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
     read = None if adapter is None else read_own(adapter)

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
+from adaptkit.paths import several
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.evaluation.perplexity import TextReport
@@ -53,6 +54,7 @@ class EvaluateOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shots_from", several(self.shots_from))
         for name, least in (
             ("samples", 1),
             ("shots", 0),

@@ -1,0 +1,69 @@
+"""The public functions, called as people call them in a notebook: with text for paths."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+import adaptkit
+
+
+def test_text_stands_for_a_path_in_every_function(llama, adapter, tmp_path):
+    """A release from one end to the other; the same calls with ``Path``s are what all other tests make."""
+    base, own, out = str(llama), str(adapter), str(tmp_path)
+    rows = str(tiny.write_instructions(tmp_path / "rows.jsonl", rows=8))
+    calibration = adaptkit.Calibration(files=rows, tokens=64, window=16, init_rank=2)
+    adaptkit.quantize(base, f"{out}/nf4", adaptkit.QuantizeOptions(calibration=calibration), companion=f"{out}/begun")
+    adaptkit.dequantize(f"{out}/nf4", f"{out}/plain")
+    config = adaptkit.TrainConfig(base=f"{out}/nf4", data=[rows], steps=1, rank=2)
+    adaptkit.train(config, f"{out}/trained", note=lambda text: None)
+    assert adaptkit.merge(base, own, f"{out}/merged").merged
+    assert adaptkit.unmerge(f"{out}/merged", own, f"{out}/back").identical
+    adaptkit.extract(f"{out}/back", f"{out}/merged", f"{out}/extracted", adaptkit.ExtractOptions(rank=4))
+    adaptkit.resize(own, f"{out}/resized", adaptkit.ResizeOptions(rank=1))
+    adaptkit.stack([own, own], f"{out}/stacked")
+    assert adaptkit.diff(own, own).same
+    assert adaptkit.check(own, ["peft"], base).kind == "adapter"
+    assert adaptkit.inspect(own).kind == "adapter"
+    assert adaptkit.plan(base).architecture == "LlamaForCausalLM"
+    found = adaptkit.verify(f"{out}/merged", adaptkit.VerifyOptions(parents=[base, own]))
+    assert {ancestor.state for ancestor in found.parents} == {"verified"}
+    others = str(tiny.write_instructions(tmp_path / "others.jsonl", rows=8, seed=1))
+    options = adaptkit.EvaluateOptions(shots=1, shots_from=others)
+    assert adaptkit.evaluate(f"{out}/nf4", f"{out}/trained", rows).loss > 0
+    assert len(adaptkit.compare(base, (), rows, options, text=rows, reference=base).models) == 2
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: release\nsources:\n  base: {path: back}\nsteps:\n  nf4: {quantize: base}\n")
+    adaptkit.run(str(recipe), adaptkit.RunOptions(work=f"{out}/work"))
+    assert list((tmp_path / "work").glob("*/nf4/config.json"))
+
+
+def test_one_path_is_a_sequence_of_one(llama, adapter, tmp_path):
+    """Text is a sequence too, of letters."""
+    options = adaptkit.MergeOptions(undo=False)
+    for name, adapters in ("text", str(adapter)), ("path", adapter), ("list", [str(adapter)]), ("tuple", (adapter,)):
+        adaptkit.merge(str(llama), adapters, tmp_path / name, options)
+    one, *others = (
+        Path(tmp_path, name, "model.safetensors").read_bytes() for name in ("text", "path", "list", "tuple")
+    )
+    assert others == [one] * 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: adaptkit.inspect("no/such"),
+        lambda: adaptkit.verify("no/such"),
+        lambda: adaptkit.merge("no/such", "nor/this", "out"),
+        lambda: adaptkit.quantize("no/such", "out"),
+        lambda: adaptkit.publish("no/such", "org/name"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_named(call):
+    with pytest.raises(adaptkit.AdaptkitError, match="does not exist"):
+        call()
+
+
+def test_who_signs_and_who_is_trusted_are_public():
+    assert adaptkit.Signer(private_key="key.pem").private_key == Path("key.pem")
+    assert adaptkit.Trust(public_key="key.pub").public_key == Path("key.pub")
