@@ -3,13 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.typed import declared
@@ -34,6 +35,10 @@ class ArtifactPath(click.ParamType[Path]):
             self.fail("an empty path names nothing", param, ctx)
         asked = ctx.params if ctx else {}
         return self._found(str(value), bool(asked.get("as_json") or asked.get("quiet")))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """See ``click.ParamType``."""
+        return _as_a_file(ctx, param, incomplete)
 
     def _found(self, text: str, is_silent: bool) -> Path:
         return fetched(text, is_silent)
@@ -61,6 +66,15 @@ class ConfigPath(ArtifactPath):
         from adaptkit.hub.sources import resolve_config
 
         return resolve_config(text, notes(is_silent))
+
+
+def one_of(choices: Iterable[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Complete a value that has been begun in a shell, of an option that is checked by what it is for."""
+    return lambda context, option, begun: [choice for choice in choices if choice.startswith(begun)]
+
+
+def _as_a_file(context: click.Context, option: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(begun, type="file")]  # which there are, the shell knows
 
 
 def _is_on_the_hub(text: str) -> bool:
@@ -242,12 +256,14 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
         return click.option(
             f"{flag}/--no-{flag[2:]}", default=None, help=help_text, cls=_SettingOption, section=rule.section
         )
+    is_text = kind is str or inner == (str, ...)
     mapped = {tuple: str, Mapping: NamedNumber() if inner[1:] == (float,) else NamedValue()}
     return click.option(
         flag,
         type=types.get(name, mapped[get_origin(kind)] if inner else kind),
         multiple=bool(inner),
         metavar=f"[{'|'.join(rule.choices)}]" if rule.choices else None,
+        shell_complete=one_of(rule.choices) if rule.choices else _as_a_file if name not in types and is_text else None,
         help=help_text,
         cls=_SettingOption,
         section=rule.section,

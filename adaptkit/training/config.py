@@ -195,8 +195,9 @@ class TrainConfig:
                 "method full has no frozen weights",
                 "leave out shard_base, or choose method lora or qlora",
             )
-        if self.sample_every and not self.sample_prompts:
-            conflict("sample_every", "needs sample_prompts", "say what to answer: sample_prompts")
+        for name in ("sample_every", "sample_tokens"):
+            if getattr(self, name) != settings(type(self))[name][0].default and not self.sample_prompts:
+                conflict(name, "needs sample_prompts", "say what to answer: sample_prompts")
 
     def _check_adapter(self) -> None:
         """Refuse settings of the adapter that do not go together.

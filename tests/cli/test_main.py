@@ -187,6 +187,8 @@ def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, l
     for command in (seen, ("inspect", tmp_path / "two", "--mermaid")):
         assert run_cli(*command, "--quiet").stdout == ""
     assert (tmp_path / "two" / "config.json").is_file()
+    both = run_cli(*seen, "--dry-run")
+    assert (both.code, both.stdout, "choose one" in both.stderr) == (2, "", True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")

@@ -60,6 +60,7 @@ def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path):
         ("mixture: {d.jsonl: two}", "mixture.d.jsonl: is 'two'; expected a number"),
         ("decay: 0.3", "decay: is of the schedule wsd alone"),
         ("sample_every: 5", "sample_every: needs sample_prompts"),
+        ("sample_tokens: 5", "sample_tokens: needs sample_prompts"),
     ):
         path.write_text(f"base: b\ndata: [d.jsonl]\n{line}\n")
         document = read_document(path)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, output_options, threads_option, weight_option
+from adaptkit.cli.options import ArtifactPath, one_of, output_options, threads_option, weight_option
 from adaptkit.cli.output import WORST, Row, counted, percent, show, span
 from adaptkit.cli.progress import count_progress
 from adaptkit.discovery import names
@@ -34,7 +34,8 @@ class _WithMethods(click.Command):
 @click.command(cls=_WithMethods)
 @click.argument("adapters", nargs=-1, required=True, type=ArtifactPath())
 @output_options
-@click.option("--method", default="cat", show_default=True, help="How the adapters are combined; see below.")
+@click.option("--method", default="cat", show_default=True, shell_complete=one_of(names(stacking)),
+              help="How the adapters are combined; see below.")  # fmt: skip
 @weight_option
 @click.option("--rank", type=click.IntRange(min=1), help="Largest rank of a module of the result.")
 @click.option("--energy", type=float, metavar="SHARE", help="Keep this share of each module's square norm: 0.99.")

@@ -60,6 +60,8 @@ def command(
     --resume, --dry-run, --show-batch, --json and --quiet; the command line wins. A run that was killed or interrupted
     goes on when the same command is given again.
     """
+    if show_batch and dry_run:
+        raise click.UsageError("--show-batch and --dry-run print different things; choose one")
     document = read_document(config_file) if config_file else Document(Path("options"), {}, {})
     values, chosen = document.values, given(TrainConfig, options)
     if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's

@@ -1,0 +1,42 @@
+"""What a shell offers when its user presses Tab; the shell's own part is click's."""
+
+import pytest
+from click.shell_completion import ShellComplete
+
+from adaptkit.cli.main import cli
+from adaptkit.training.config import METHODS, OPTIMIZERS
+
+
+def offered(words: str) -> list[tuple[str, str]]:
+    """Kind and value of each completion of the last word."""
+    *before, begun = words.split(" ")
+    found = ShellComplete(cli, {}, "adaptkit", "_ADAPTKIT_COMPLETE").get_completions(before, begun)
+    return [(item.type, item.value) for item in found]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "merge my", "merge base my", "quantize my", "diff a my", "plan my", "verify my", "run my", "evaluate --base my",
+        "evaluate --adapter my", "evaluate --data my", "train --base my", "train --init my", "train --data my",
+        "train --chat-template my", "train -o my", "stack -o my",
+    ],
+)  # fmt: skip
+def test_a_path_is_completed_by_the_shell(words):
+    assert [kind for kind, _ in offered(words)] in (["file"], ["dir"]), words
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("train --method ", METHODS),
+        ("train --optimizer adamw8", OPTIMIZERS[1:]),
+        ("stack --method dare", ("dare", "dare_ties")),
+        ("quantize --format n", ("nf4",)),
+        ("qu", ("quantize",)),
+        ("train --rank ", ()),
+        ("train --rank-pattern ", ()),
+    ],
+)
+def test_what_has_choices_offers_them(words, values):
+    assert offered(words) == [("plain", value) for value in values]
