@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
@@ -83,6 +84,8 @@ class Model:
         """The modules that hold stacked matrices of experts, by the parameter's dotted path, sorted."""
         found = {}
         for path, module in self.network.named_modules():
+            if isinstance(module, _ConvNd):  # whose filters have three dimensions, too
+                continue
             held: dict[str, Any] = dict(module.named_parameters(recurse=False))
             if isinstance(module, PackedModule):
                 held |= module.packed.items()

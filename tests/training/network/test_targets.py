@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from adaptkit.errors import ConflictError
+from adaptkit.errors import ConflictError, UsageError
 from adaptkit.operations.check import check
 from adaptkit.training import run
 from adaptkit.training.config import TrainConfig
@@ -64,6 +64,11 @@ def test_what_is_left_out_is_said(name, values, said, bases, instructions, tmp_p
     about = [note for note in notes if "no adapter" in note]
     assert len(about) == bool(said)
     assert all(note.startswith(said) for note in about)
+
+
+def test_filters_of_convolutions_are_no_stacks_of_experts(bases, instructions, tmp_path):
+    with pytest.raises(UsageError, match=r"'\*' matches no stack of experts' matrices"):
+        plan_run(config(bases("mamba"), instructions, target_parameters=("*",)), tmp_path / "adapter")
 
 
 def test_adapters_that_text_never_reaches_are_named(bases, instructions, tmp_path):
