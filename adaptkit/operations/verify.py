@@ -9,7 +9,7 @@ from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
-from adaptkit.errors import UsageError
+from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk, check_own_targets, require_whole
 from adaptkit.operations._pipeline import check_threads, thread_count
@@ -100,6 +100,8 @@ def verify(path: AnyPath, options: VerifyOptions | None = None, *, progress: Pro
     manifest = require_manifest(require_folder(path))
     manifest.require_sha256(options.manifest_sha256, path)
     if options.trust is not None:
+        if options.signature is None and not (path / SIGNATURE_NAME).is_file():
+            raise IntegrityError(f"{path}: is not signed", hint="do not trust it, or name its --signature")
         check_signature(manifest.to_bytes(), options.signature or path / SIGNATURE_NAME, options.trust)
     threads = thread_count(options.threads)
     candidates = gather(options.parents or (), threads, progress)

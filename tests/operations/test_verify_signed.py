@@ -90,8 +90,7 @@ def test_anything_else_ends_in_one_line(run_cli, copied, case):
     elif case == "cut":
         (folder / SIGNATURE_NAME).write_bytes((folder / SIGNATURE_NAME).read_bytes()[:200])
     elif case == "none":
-        (folder / SIGNATURE_NAME).unlink()
-        code = 2
+        (folder / SIGNATURE_NAME).unlink()  # 3, as of pull: whoever took it away must not look like a slip of ours
     else:
         arguments[-1] = copied / "absent.pub"
         code = 2
