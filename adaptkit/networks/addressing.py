@@ -35,6 +35,8 @@ _PREFIXES = (
     ("model.language_model.", "language_model.model."),
 )
 """What the model says at the beginning of a name, and what the files say there."""
+OTHER_MODEL = "this adapter is for another model, or for one with another head, such as a classifier's"
+"""A hint."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
             hint="is this the right base? If its files use other names than the model: pip install 'adaptkit[train]'",
         )
     if why_unknown(checkpoint):
-        raise BaseMismatchError(lacks, hint="this adapter is for another model")
+        raise BaseMismatchError(lacks, hint=OTHER_MODEL)
     from adaptkit.networks.assembly import Assembly  # here, since it waits for torch
 
     assembly = Assembly(empty_network(checkpoint), checkpoint)
@@ -122,7 +124,7 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
         else:
             raise BaseMismatchError(
                 f"{who}: changes {name}, which {checkpoint.root} does not have",
-                hint="this adapter is for another model",
+                hint=OTHER_MODEL,
             )
     told_by = f"names mapped as transformers does for {type(assembly.network).__name__}"
     return Addresses(found, told_by, frozenset(uses))

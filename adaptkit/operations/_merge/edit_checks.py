@@ -8,12 +8,10 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.lazy import torch
+from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.numerics import lora
 from adaptkit.operations._merge.edits import Edits, Step
 from adaptkit.operations._vocabulary import find_vocabulary
-
-OTHER_MODEL = "this adapter is for another model"
-"""A hint."""
 
 
 def check_shape(who: str, root: Path, spec: TensorSpec, name: str, shape: tuple[int, ...]) -> None:

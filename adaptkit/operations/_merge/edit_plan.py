@@ -13,10 +13,10 @@ from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
-from adaptkit.networks.addressing import Slice
+from adaptkit.networks.addressing import OTHER_MODEL, Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._merge.edit_checks import OTHER_MODEL, check_shape, check_sums
+from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
 from adaptkit.operations._roles import is_conv1d

@@ -9,12 +9,12 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
-from adaptkit.networks.addressing import Slice
+from adaptkit.networks.addressing import OTHER_MODEL, Slice
 from adaptkit.networks.architecture import empty_network, why_unknown
 from adaptkit.numerics import lora
 from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._merge.edit_checks import OTHER_MODEL, check_shape
+from adaptkit.operations._merge.edit_checks import check_shape
 
 Panels = tuple[tuple[LowRank, ...], ...]
 """The changes of each matrix of a tensor."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.networks.matching import matching
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, StackLora, adapt_stack
@@ -114,7 +115,7 @@ def train_whole(
         if name in model.whole:
             continue
         if name not in places:
-            raise BaseMismatchError(f"{name}: {model.checkpoint.root} does not have it")
+            raise BaseMismatchError(f"{name}: {model.checkpoint.root} does not have it", hint=OTHER_MODEL)
         place = places[name]
         if hasattr(place.module, "trained_rows"):
             raise UsageError(f"{name} has rows that are trained already", hint="leave it out of modules_to_save")
@@ -192,7 +193,7 @@ def train_rows(
     """
     name, places = f"{path}.weight", parameter_places(model)
     if name not in places and name not in model.whole:  # what is trained whole has left its place
-        raise BaseMismatchError(f"{path}: {model.checkpoint.root} does not have it")
+        raise BaseMismatchError(f"{path}: {model.checkpoint.root} does not have it", hint=OTHER_MODEL)
     if path in model.rows:
         raise UsageError(f"{name} has rows that are trained already", hint="leave out trainable_tokens")
     if name in model.whole or places[name].is_packed or model.assembly.is_quantized(name):
