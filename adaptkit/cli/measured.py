@@ -53,6 +53,11 @@ def short_label(report: "EvaluateReport", comparison: "Comparison") -> str:
     return label + (f", {counted(report.shots, 'shot')}" if report.shots else "")
 
 
+def answer_to(prompt: str, report: "EvaluateReport") -> str:
+    """What a model said, and whether it would have gone on."""
+    return report.answers[prompt] + (" … (cut at --max-new-tokens)" if prompt in report.cut_answers else "")
+
+
 def forgetting(found: "Forgetting", comparison: "Comparison") -> str:
     """A line: how a model's perplexity on general text changed."""
     by_label = {report.label: short_label(report, comparison) for report in comparison.models}

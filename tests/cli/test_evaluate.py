@@ -97,6 +97,22 @@ def test_the_document_has_a_report_for_every_model_and_what_was_forgotten(compar
     assert {"bleu", "nist", "meteor", "rouge_l", "cider"} <= document["models"][3]["generated"]["scores"].keys()
 
 
+def test_an_answer_that_the_limit_ended_is_told_from_one_that_the_model_ended(llama, run_cli, tmp_path):
+    """A random model goes on for ever; with every token an end it says nothing."""
+    silent = shutil.copytree(llama, tmp_path / "silent")
+    ends = json.loads((llama / "config.json").read_text())["vocab_size"]
+    (silent / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(ends))}))
+    mark = "… (cut at --max-new-tokens)"
+    for base, cut in (llama, ["hello"]), (silent, []):
+        asked = ["evaluate", "--base", base, "--prompt", "hello", "--max-new-tokens", 3]
+        document = json.loads(run_cli(*asked, "--json").stdout)
+        assert document["cut_answers"] == cut
+        assert mark not in document["answers"]["hello"]
+        for more in (), ("--compare",):
+            assert (mark in run_cli(*asked, *more, "--html", tmp_path / "page.html").stdout) == bool(cut)
+            assert (mark in (tmp_path / "page.html").read_text()) == bool(cut)
+
+
 def test_the_file_of_answers_has_every_model_s_answer_to_every_question(compared, instructions):
     folder, document = compared
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.measured import CUT, columns, forgetting, remarks, short_label
+from adaptkit.cli.measured import CUT, answer_to, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, NamedValue, html_option, report_options
 from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
@@ -118,7 +118,7 @@ def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[
     rows += [("note", remark) for remark in remarks(comparison)]
     for prompt in comparison.models[0].answers:
         rows.append(("prompt", " ".join(prompt.split())))
-        rows += [(short_label(report, comparison), report.answers[prompt]) for report in comparison.models]
+        rows += [(short_label(report, comparison), answer_to(prompt, report)) for report in comparison.models]
     return cells, rows
 
 
@@ -140,8 +140,8 @@ def _rows(report: "EvaluateReport") -> list[Row]:
         rows += _text_rows(report.text)
     if report.generated is not None:
         rows += _score_rows(report.generated)
-    for prompt, said in report.answers.items():
-        rows += [("prompt", " ".join(prompt.split())), ("answer", said)]
+    for prompt in report.answers:
+        rows += [("prompt", " ".join(prompt.split())), ("answer", answer_to(prompt, report))]
     return rows
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adaptkit.cli.html import Html, Number, facts, page, paragraph, section, table
-from adaptkit.cli.measured import columns, forgetting, remarks, short_label
+from adaptkit.cli.measured import answer_to, columns, forgetting, remarks, short_label
 from adaptkit.cli.output import counted
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def evaluate_page(comparison: "Comparison", answers: Sequence["Answer"] = ()) ->
     if comparison.forgetting:
         lines = [forgetting(found, comparison) for found in comparison.forgetting]
         parts.append(section("Perplexity of general text, before and after", *map(paragraph, lines)))
-    said = [(short_label(r, comparison), p, a) for r in comparison.models for p, a in r.answers.items()]
+    said = [(short_label(r, comparison), p, answer_to(p, r)) for r in comparison.models for p in r.answers]
     if said:
         rows = [(prompt, name, answer) for name, prompt, answer in said]
         parts.append(section("Answers to prompts", table(("prompt", "model", "answer"), rows)))

@@ -214,7 +214,12 @@ def _with_answers(
         )
 
     said = say(material.prompts)
-    report = replace(report, answers={p: found.text for p, found in zip(options.prompts, said, strict=True)})
+    answered = dict(zip(options.prompts, said, strict=True))
+    report = replace(
+        report,
+        answers={prompt: found.text for prompt, found in answered.items()},
+        cut_answers=tuple(prompt for prompt, found in answered.items() if not found.ended),
+    )
     if not options.generate:
         return report
     found = say(material.question_prompts)

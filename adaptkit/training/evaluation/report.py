@@ -139,6 +139,7 @@ class EvaluateReport:
         text: what was measured on text; None without it.
         generated: what was generated on the data's questions; None if nothing was.
         answers: prompt -> answer.
+        cut_answers: the prompts whose answers the limit of new tokens ended.
         own_template: whether prompts went through a chat template that came with the adapter, and is not the base's.
         trained_template: the ``chat_template_kwargs`` of the model's training run, if prompts are others now.
         without_template: whether there is no chat template, so that messages are lines that follow each other.
@@ -161,6 +162,7 @@ class EvaluateReport:
     text: TextReport | None
     generated: GenerationReport | None
     answers: dict[str, str]
+    cut_answers: tuple[str, ...] = ()
     own_template: bool = False
     trained_template: dict[str, Any] | None = None
     without_template: bool = False
