@@ -31,7 +31,7 @@ from adaptkit.paths import optional
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MAX_SIGNATURE_BYTES = 1 << 20
-_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What ``model-signing`` raises of a bundle that is none, or not the expected one."""
 
 

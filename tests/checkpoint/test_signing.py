@@ -170,7 +170,7 @@ def test_a_forged_bundle_is_refused(keys, signed, name):
             check_signature(content, signed, Trust(keys["p256"][1]))
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"[]", b"null", b"\xff", b"{" * 5000, b" " * (2 << 20)])
+@pytest.mark.parametrize("content", [b"", b"x", b"[]", b"null", b"\xff", b"{" * 5000, b"[" * 100_000, b" " * (2 << 20)])
 def test_what_is_no_bundle_is_refused(keys, tmp_path, content):
     (tmp_path / "x.sig").write_bytes(content)
     with pytest.raises(IntegrityError):
