@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 
@@ -662,6 +663,19 @@ def test_added_tokens(make, untied):
     (folder / "added_tokens.json").write_text(json.dumps({"<old>": size - 1, "<new>": size}))
     assert "<new>" in words(verdicts(folder, untied)["sglang"])
     assert "sglang" not in taken(folder, untied)
+
+
+@pytest.mark.parametrize("kind", ["text", "nested", "pipe", "folder"])
+def test_added_tokens_that_nobody_can_read_are_none(make, kind):
+    folder = make()
+    path = folder / "added_tokens.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("tokens" if kind == "text" else "[" * 100_000)
+    assert verdicts(folder)["sglang"].findings == ()
 
 
 def test_the_base_tells_modules_and_shapes(make, untied, tmp_path, gpt2):

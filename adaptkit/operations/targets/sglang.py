@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from adaptkit.checkpoint.layout import read_small
+from adaptkit.errors import CheckpointError
 from adaptkit.operations.targets import _checkpoint_rules, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -239,8 +241,8 @@ def _added_tokens(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Find
 def _read_added(path: Path) -> dict[str, int]:
     """Token -> number; empty if there is no such file, or one that SGLang ignores, too."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_small(path))
+    except (CheckpointError, OSError, ValueError, RecursionError):
         return {}
     pairs = found.items() if isinstance(found, dict) else ()
     return {token: number for token, number in pairs if isinstance(number, int)}
