@@ -196,7 +196,7 @@ class NamedValue(click.ParamType[tuple[str, str | float | bool]]):
             return self.fail(f"{value!r} is not a name and a value, such as enable_thinking=false", param, ctx)
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return name, text
         return name, found if isinstance(found, str | bool) or _is_finite(found) else text
 

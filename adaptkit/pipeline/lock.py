@@ -153,7 +153,7 @@ def _require_ours(path: Path) -> None:
         return
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if found not in ([], {}) and not (isinstance(found, dict) and {"schema", "tool", "sources", "steps"} & set(found)):
         raise UsageError(f"{path}: is no lock of adaptkit's", hint="call the recipe something else, or move that file")

@@ -63,7 +63,7 @@ class Hashes:
             known = {} if fresh else json.loads(file.read_text())
             if isinstance(known.get("files"), dict) and isinstance(known.get("roots"), dict):
                 self._known = known
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             pass  # it only saves time
 
     def sha256(self, path: Path, told: Callable[[int], None] = lambda count: None) -> str:

@@ -139,7 +139,7 @@ class WorkFolder:
     def _read(self, step: Step, key: str) -> Record | None:
         try:
             record = Record(**json.loads(self._path(step, key).read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
         fits = isinstance(record.outputs, dict | None) and isinstance(record.facts, dict)
         return record if fits and (record.kind, record.key) == (step.kind, key) else None

@@ -47,13 +47,17 @@ def test_the_first_batch_is_shown_with_what_is_learned_in_brackets(run_cli, llam
 def test_variables_of_the_chat_template_are_set(run_cli, llama, copy_of, files):
     model = copy_of(llama)
     template = (model / "chat_template.jinja").read_text()
-    (model / "chat_template.jinja").write_text("{% if not enable_thinking %}Hurry!{% endif %}{{ mood }}" + template)
+    (model / "chat_template.jinja").write_text(
+        "{% if not enable_thinking %}Hurry!{% endif %}{{ (mood ~ '')[:9] }}" + template
+    )
     given = arguments(model, files, "chat.jsonl", show_batch=True)
     assert "\nHurry!<|im_start|>system" in run_cli(*given).stdout
     chosen = [*given, "--chat-template-kwargs", "enable_thinking=true", "--chat-template-kwargs", "mood=so=so 1"]
     assert "\nso=so 1<|im_start|>system" in run_cli(*chosen).stdout
     (files / "train.yaml").write_text("chat_template_kwargs: {enable_thinking: true, mood: 7}")
     assert "\n7<|im_start|>system" in run_cli(*given, "--config", files / "train.yaml").stdout
+    nested = "mood=" + "[" * 100_000
+    assert "\nHurry![[[[[[[[[<|im_start|>system" in run_cli(*given, "--chat-template-kwargs", nested).stdout
     for text, said in (("mod=1", "does not ask for 'mod'"), ("enable_thinking", "is not a name and a value")):
         refused = run_cli(*given, "--chat-template-kwargs", text)
         assert (refused.code, refused.stdout) == (2, "")

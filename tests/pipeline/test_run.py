@@ -258,7 +258,10 @@ def test_what_was_whole_when_the_run_was_killed_is_kept(release, recipe):
     assert outputs(report) == outputs(first)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}', {"facts": None}, {"outputs": 3}])
+NOTHING_SAID = [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}', b"[" * 100_000, {"facts": None}, {"outputs": 3}]
+
+
+@pytest.mark.parametrize("content", NOTHING_SAID, ids=lambda content: repr(content)[:20])
 def test_a_record_that_says_nothing_costs_only_its_step(release, recipe, content):
     first = run(recipe)
     record = (release / outputs(first)["lighter"].path).with_suffix(".json")
@@ -406,7 +409,10 @@ def test_a_lock_that_says_more_than_was_found_is_refused(recipe, release, keys, 
         run(recipe, RunOptions(locked=True))
 
 
-@pytest.mark.parametrize("content", ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}', "12345\n", '["a"]'])
+OTHER_LOCKS = ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}', "12345\n", '["a"]', "[" * 100_000]
+
+
+@pytest.mark.parametrize("content", OTHER_LOCKS, ids=lambda content: content[:20])
 def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
     (release / "recipe.lock").write_text(content)
     with pytest.raises(UsageError, match=r"recipe\.lock: is no lock of adaptkit's"):
