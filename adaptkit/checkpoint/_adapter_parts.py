@@ -71,7 +71,7 @@ class Parts:
     ) -> None:
         self._root, self._config, self._files, self._read = root, config, files, read
         self._left, self._scalings = dict(parts), Scalings(root, config)
-        self._digests = {record.name: (record.xxh3_128, record.dtype, record.shape) for record in records}
+        self._digests = {record.name: record.content for record in records}
         self.modules: dict[str, LowRank] = {}
         self.embeddings: set[str] = set()
         self.magnitudes: dict[str, Tensor] = {}

@@ -103,8 +103,8 @@ class Adapter:
 
     @cached_property
     def digests(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-        """By name of a tensor, what two must have in common to be the same: fingerprint, type and shape."""
-        return {record.name: (record.xxh3_128, record.dtype, record.shape) for record in self.records}
+        """By name of a tensor, its ``TensorRecord.content``."""
+        return {record.name: record.content for record in self.records}
 
     @property
     def ties_weights(self) -> bool:

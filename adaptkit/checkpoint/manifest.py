@@ -63,6 +63,11 @@ class TensorRecord:
         """A tensor with its fingerprint; of what an artifact is made from, no matter in which file."""
         return cls(spec.name, file, spec.dtype, spec.shape, digest)
 
+    @property
+    def content(self) -> tuple[str, str, tuple[int, ...]]:
+        """What two must have in common to be the same: fingerprint, type and shape."""
+        return self.xxh3_128, self.dtype, self.shape
+
 
 @dataclass(frozen=True)
 class Parent:

@@ -1,7 +1,7 @@
 """Compare two checkpoints: tensors by fingerprint, those that differ by their values, then what lies beside them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,14 +94,14 @@ def diff_checkpoints(
     one, two = (side.checkpoint for side in sides)
     records = _records(sides, threads, progress)
     shared = sorted(one.tensors.keys() & two.tensors.keys())
-    unlike = [name for name in shared if _identity(records[0][name]) != _identity(records[1][name])]
+    unlike = [name for name in shared if records[0][name].content != records[1][name].content]
     tensors = _measure(one, two, unlike, threads, progress)
     config = tuple(differ_in_values(CONFIG_NAME, one.config, two.config))
     beside = differ_in_files_beside(first, second)
     lonely = [tuple(sorted(a.tensors.keys() - b.tensors.keys())) for a, b in ((one, two), (two, one))]
-    measured = [t for t in tensors if t.norms is not None]
-    norms = (_together(t.norms[0] for t in measured if t.norms), _together(t.norms[1] for t in measured if t.norms))
-    difference = _together(t.difference or 0.0 for t in measured)
+    measured = [t.norms for t in tensors if t.norms is not None]
+    norms = (math.hypot(*(norm for norm, _ in measured)), math.hypot(*(norm for _, norm in measured)))
+    difference = math.hypot(*(t.difference for t in tensors if t.difference is not None))
     equal = set(shared) - set(unlike)
     return CheckpointDiffReport(
         kind="checkpoint",
@@ -169,10 +169,6 @@ def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[d
     return found
 
 
-def _identity(record: TensorRecord) -> tuple[str, tuple[int, ...], str]:
-    return record.dtype, record.shape, record.xxh3_128
-
-
 def _measure(
     first: Checkpoint, second: Checkpoint, names: Sequence[str], threads: int, progress: Progress
 ) -> tuple[TensorDifference, ...]:
@@ -196,10 +192,6 @@ def _energy(tensors: Sequence[TensorDifference]) -> dict[str, float]:
     if not square:
         return {}
     return {str(rank): sum(c.energy[str(rank)] * weight for c, weight in changes) / square for rank in DIRECTIONS}
-
-
-def _together(norms: Iterator[float]) -> float:
-    return math.hypot(*norms)
 
 
 def _basis(side: _Side) -> str:
