@@ -45,7 +45,6 @@ class Inputs:
         unnamed_end: the token that ends answers, if the base does not name it.
         side_files: small files that lie beside what is made, or take the place of the base's, by name.
         data: every sample, and what happened on the way.
-        data_sha256: of the data files.
         samples: to train on.
         held_out: to measure on.
         held_out_data: where the held-out samples came from, if not from the same data.
@@ -62,7 +61,6 @@ class Inputs:
     unnamed_end: int | None
     side_files: Mapping[str, bytes]
     data: Dataset
-    data_sha256: list[str]
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
     held_out_data: Dataset | None
@@ -160,7 +158,6 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         unnamed_end=end,
         side_files=_side_files(base, start, template, end),
         data=data,
-        data_sha256=[source.sha256 for source in data.sources],
         samples=samples,
         held_out=other.samples if other else held_out,
         held_out_data=other,

@@ -159,7 +159,8 @@ def _write(
 
 
 def _write_result(out: Output, inputs: Inputs, run: Run, records: Records) -> Manifest:
-    known = inputs.config, inputs.manifest, records, inputs.start, inputs.data_sha256, inputs.side_files
+    data = [source.sha256 for source in inputs.data.sources]
+    known = inputs.config, inputs.manifest, records, inputs.start, data, inputs.side_files
     return write_result(out, run.model, *known)
 
 

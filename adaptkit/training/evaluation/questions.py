@@ -183,7 +183,6 @@ def load_data_with_shots(
     for where, row in _rows(files):
         example = _conversation(row, where, layout)
         alone = _encode(encoder, example, (), where)
-        left_out, whole = 0, alone
         for left_out in range(len(shots) + 1):
             whole = _encode(encoder, example, shots[left_out:], where)
             if longest is None or all(len(sample.ids) <= longest for sample in whole):

@@ -157,7 +157,7 @@ def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> 
     """
     for name in stacks:
         del module._parameters[name]
-    properties = {name: property(_reader(name, dtype)) for name in stacks}
+    properties = {name: property(_reader(name)) for name in stacks}
     if isinstance(module, PackedModule):
         module.packed.update(stacks)
         module.__class__ = type(type(module).__name__, (type(module),), properties)
@@ -234,12 +234,11 @@ def _restore(kept: Any) -> Tensor:
     return stack.as_strided(size, stride, offset)
 
 
-def _reader(name: str, dtype: torch.dtype) -> Callable[[Any], Tensor]:
+def _reader(name: str) -> Callable[[Any], Tensor]:
     def read(module: Any) -> Tensor:
         stack: Tensor | None = module._unpacked.get(name)
         if stack is None:  # asked for outside the forward pass
-            change = module.change_of(name)
-            stack = _unpack(module.packed[name], change, dtype)
+            stack = _unpack(module.packed[name], module.change_of(name), module._compute_dtype)
         return stack
 
     return read
