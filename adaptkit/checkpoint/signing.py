@@ -30,7 +30,7 @@ from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError
 from adaptkit.paths import optional
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
-_MAX_SIGNATURE_BYTES = 1 << 20
+MAX_SIGNATURE_BYTES = 1 << 20
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What ``model-signing`` raises of a bundle that is none, or not the expected one."""
 
@@ -204,7 +204,7 @@ def _read_signature(path: Path) -> bytes:
     if not os.path.lexists(path):
         raise UsageError(f"{path}: there is no signature", hint="name its file with --signature")
     check_regular(path)
-    if path.stat().st_size > _MAX_SIGNATURE_BYTES:
+    if path.stat().st_size > MAX_SIGNATURE_BYTES:
         raise IntegrityError(f"{path}: is too large for a signature", hint="get it again")
     return path.read_bytes()
 

@@ -5,14 +5,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME
-from adaptkit.checkpoint.signing import Signer, Trust, check_signature, sign_manifest
+from adaptkit.checkpoint.signing import MAX_SIGNATURE_BYTES, Signer, Trust, check_signature, sign_manifest
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
 from adaptkit.hub._fetch import fetch_small
 from adaptkit.hub._remote import Content, RemoteFile
 from adaptkit.hub._staging import in_memory
-
-_MAX_BYTES = 1 << 20
 
 
 def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> bytes | None:
@@ -24,7 +22,7 @@ def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
     remote = tree.get(SIGNATURE_NAME)
     if remote is None:
         return None
-    if remote.size > _MAX_BYTES:
+    if remote.size > MAX_SIGNATURE_BYTES:
         raise IntegrityError(
             f"{repo_id}@{commit}: {SIGNATURE_NAME} is too large for a signature", hint="do not trust it"
         )
