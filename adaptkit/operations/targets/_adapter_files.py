@@ -183,7 +183,7 @@ class AdapterFiles:
             alpha = self._alphas.value(module, alpha)
         except (re.error, TypeError, AttributeError):
             return rank, None, None
-        if not _is_number(rank) or not _is_number(alpha):
+        if not is_positive(rank) or not is_positive(alpha):
             return rank, alpha, None
         try:
             return rank, alpha, scaling(float(alpha), rank, bool(self.config.get("use_rslora")))
@@ -228,5 +228,6 @@ def _parameter(module: str) -> str:
     return f"{inner}.down_proj" if inner == module else f"{inner}.gate_up_proj"
 
 
-def _is_number(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above zero."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -9,7 +9,7 @@ from adaptkit.checkpoint.adapter_config import CHANGES_BASE, KNOWN_KEYS
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.numerics.scaling import scaling
-from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
+from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, is_positive
 from adaptkit.operations.targets._base_shapes import BaseShapes, is_single_expert
 from adaptkit.operations.targets._target import Finding, some
 
@@ -90,7 +90,7 @@ def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """Rank and alpha that are no positive numbers, or patterns that are no patterns."""
     wrong = [pair for pair in files.pairs if pair.scaling is None]
     config = files.config
-    plain = is_rank(config.get("r")) and _is_positive(config.get("lora_alpha"))
+    plain = is_rank(config.get("r")) and is_positive(config.get("lora_alpha"))
     if wrong or not plain:
         where = f" (for {some([pair.module for pair in wrong])})" if wrong and plain else ""
         yield Finding(
@@ -302,13 +302,9 @@ def _is_head(pair: Pair) -> bool:
     return is_usual_head(pair.module) and not pair.embedding
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
 def is_rank(value: Any) -> bool:
     """Whether it is a whole number above zero."""
-    return isinstance(value, int) and _is_positive(value)
+    return isinstance(value, int) and is_positive(value)
 
 
 def _shape(key: Any, axis: int | None = None) -> str:
