@@ -138,8 +138,7 @@ def program() -> None:
 def _leave_whole(ended: list[int]) -> None:
     try:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+            stream.flush()
     except (OSError, ValueError):
         return  # Python says so, in its own way
     if ended and not hasattr(sys, "last_value"):  # of an error that nobody caught
@@ -149,6 +148,9 @@ def _leave_whole(ended: list[int]) -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # whoever started this has closed it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
@@ -211,10 +213,8 @@ def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -
     return exit_code
 
 
-def _say(text: str, stream: TextIO | None) -> None:
+def _say(text: str, stream: TextIO) -> None:
     """Print at once; where nobody reads, the exit code is what is left to tell."""
-    if stream is None:
-        return
     try:
         print(text, file=stream, flush=True)
     except OSError:

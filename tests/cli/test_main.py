@@ -203,6 +203,13 @@ def test_where_nothing_can_be_printed_the_code_tells_how_it_ended(llama, folder,
     assert (done.returncode, done.stderr.splitlines()) == (code, lines)
 
 
+@pytest.mark.parametrize("stream", ["0<&-", "1>&-", "2>&-"])
+def test_a_stream_that_was_closed_is_one_that_nobody_reads(llama, tmp_path, stream):
+    command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", llama, "-o", tmp_path / "out"]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {stream}', "sh", *command], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_dry_run_writes_nothing(run_cli, llama, adapter, tmp_path):
     for arguments in (["quantize", llama], ["merge", llama, adapter]):
         done = run_cli(*arguments, "-o", tmp_path / "out", "--dry-run")
