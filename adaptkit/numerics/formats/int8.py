@@ -8,9 +8,6 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics.arrays import DType, Values
 from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_blocks_finite
 from adaptkit.numerics.kernels import kernels_for
-from adaptkit.numerics.kernels.reference import int8_factors as scales
-
-__all__ = ["FORMAT", "dequantize", "quantize", "scales"]
 
 
 def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:

@@ -10,7 +10,6 @@ from adaptkit.numerics.kernels._reference_blocks import (
     encode_4bit,
     encode_8bit,
     encode_constants,
-    int8_factors,
 )
 from adaptkit.numerics.kernels._reference_exact import (
     add_rounded,
@@ -25,10 +24,8 @@ from adaptkit.numerics.kernels._reference_exact import (
     undo_residual,
     unmerge_rows,
 )
-from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 
 __all__ = [
-    "NF4_LEVELS",
     "add_rounded",
     "addition_sums",
     "decode_4bit",
@@ -38,7 +35,6 @@ __all__ = [
     "encode_8bit",
     "encode_constants",
     "from_ordinal",
-    "int8_factors",
     "low_rank_delta",
     "merge_rows",
     "ordinal",
