@@ -187,7 +187,7 @@ class Manifest:
                 document[name] = tuple(typed(record(**entry)) for entry in document[name])
             manifest = cls(**document)
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
-        except (CheckpointError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except (CheckpointError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise IntegrityError(f"{where}: malformed ({error})") from error
         if not canonical:
             raise IntegrityError(

@@ -1,5 +1,6 @@
 """A manifest is canonical: one set of facts has one form, and any other form is refused."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -170,6 +171,13 @@ def test_a_manifest_of_another_structure_is_refused(name):
 def test_another_form_of_the_same_facts_is_refused(text):
     with pytest.raises(IntegrityError):
         Manifest.from_bytes(text)
+
+
+@pytest.mark.parametrize("depth", [100, 700, 100_000])
+def test_what_nests_beyond_reason_is_read_or_refused(depth):
+    text = MANIFEST.to_bytes().replace(b'"options":{', b'"options":{"deep":' + b"[" * depth + b"]" * depth + b",")
+    with contextlib.suppress(IntegrityError):
+        assert Manifest.from_bytes(text).to_bytes() == text
 
 
 def test_a_number_that_is_not_json_cannot_be_written():
