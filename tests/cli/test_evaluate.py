@@ -99,11 +99,14 @@ def test_the_document_has_a_report_for_every_model_and_what_was_forgotten(compar
 
 def test_an_answer_that_the_limit_ended_is_told_from_one_that_the_model_ended(llama, run_cli, tmp_path):
     """A random model goes on for ever; with every token an end it says nothing."""
-    silent = shutil.copytree(llama, tmp_path / "silent")
-    ends = json.loads((llama / "config.json").read_text())["vocab_size"]
-    (silent / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(ends))}))
+    silent, mute = (shutil.copytree(llama, tmp_path / name) for name in ("silent", "mute"))
+    config = json.loads((llama / "config.json").read_text())
+    every = {"eos_token_id": list(range(config["vocab_size"]))}
+    (silent / "generation_config.json").write_text(json.dumps(every))
+    (mute / "generation_config.json").unlink()
+    (mute / "config.json").write_text(json.dumps(config | every))
     mark = "… (cut at --max-new-tokens)"
-    for base, cut in (llama, ["hello"]), (silent, []):
+    for base, cut in (llama, ["hello"]), (silent, []), (mute, []):
         asked = ["evaluate", "--base", base, "--prompt", "hello", "--max-new-tokens", 3]
         document = json.loads(run_cli(*asked, "--json").stdout)
         assert document["cut_answers"] == cut

@@ -3,8 +3,8 @@
 That is so up to rounding: in bfloat16 two tokens that are nearly as likely may change places with the size of a batch.
 
 Prompts of one batch are padded at the left, where the mask hides the padding and positions do not count it. An answer
-ends at the first token that ends a turn: the tokenizer's end token, those of ``generation_config.json``, or what the
-chat template puts right after an answer, which is another token in some models.
+ends at the first token that ends a turn: the tokenizer's end token, those of ``generation_config.json`` (where there is
+none, of ``config.json``), or what the chat template puts right after an answer, which is another token in some models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.layout import GENERATION_NAME
 from adaptkit.networks.architecture import quiet_transformers
 from adaptkit.training.data.ending import named_ends, turn_end
 from adaptkit.training.network.model import Model
@@ -34,9 +33,7 @@ class Generated:
 
 def stop_tokens(model: Model, tokenizer: Any) -> list[int]:
     """Every token that ends an answer, sorted."""
-    root = model.checkpoint.root
-    named = named_ends(root) if (root / GENERATION_NAME).is_file() else []
-    found = {tokenizer.eos_token_id, turn_end(tokenizer), *named}
+    found = {tokenizer.eos_token_id, turn_end(tokenizer), *named_ends(model.checkpoint.root)}
     return sorted(token for token in found if isinstance(token, int))
 
 
