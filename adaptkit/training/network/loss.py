@@ -181,7 +181,9 @@ def _shape(head: Any) -> tuple[int, int]:
 
 def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:
     """The parameters that the output layer's result depends on and that are trained; most runs train none."""
-    if not torch.is_grad_enabled() or not (model.rows or any(p.requires_grad for p in output.head.parameters())):
+    beside = (*model.network.children(), output.head)  # in BERT another layer and a norm come before the output layer
+    parts = (part.parameters() for part in beside if part is not model.network.base_model)
+    if not torch.is_grad_enabled() or not (model.rows or any(p.requires_grad for side in parts for p in side)):
         return []
     found: list[Tensor] = []
     nodes = [output(rows[:1].detach()).grad_fn]

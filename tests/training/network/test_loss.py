@@ -200,6 +200,19 @@ def test_a_head_that_reads_something_narrower_than_the_hidden_states_is_run_with
     assert float(summed_loss(model, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "electra"])
+def test_an_adapter_between_the_body_and_the_output_layer_gets_its_gradient(name, made):
+    model = loaded(family(made, name, is_decoder=True))
+    between = [n for n in model.adapted() if not n.startswith(f"{model.network.base_model_prefix}.")]
+    factors = [factor for n in between for factor in (model.linears[n].lora_a, model.linears[n].lora_b)]
+    assert factors
+    batch = batch_of((20, 13), VOCABULARY)
+    expected = torch.autograd.grad(plain_loss(model, batch), factors)
+    found = torch.autograd.grad(summed_loss(model, batch), factors)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 5000)])
