@@ -79,8 +79,10 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
     changes = model.changes()
     experts = stack_changes(model)
     extra: dict[str, Any] = {"lora_dropout": config.dropout, "fan_in_fan_out": model.stores_transposed}
-    if changes and set(changes) == set(model.linears):  # says the same as every path, and is how people write it
-        extra["target_modules"] = sorted({name.rpartition(".")[2] for name in changes})
+    ends = {name.rpartition(".")[2] for name in changes}
+    named = {path for path, _ in model.network.named_modules() if path.rpartition(".")[2] in ends}
+    if changes and named == set(changes):  # says the same as every path, and is how people write it
+        extra["target_modules"] = sorted(ends)
     saved = {name: whole.value() for name, whole in model.whole.items()}
     biases = {n for n in saved if n.endswith(".bias") and f"{n.removesuffix('.bias')}.weight" not in saved}
     if set(saved) - biases:

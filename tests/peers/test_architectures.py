@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
@@ -72,6 +73,21 @@ def test_a_trained_adapter_merged_is_what_it_was_trained_as(base, tmp_path):
     trained, merged = logits(model.network), in_transformers(tmp_path / "merged")
     assert difference(merged, trained) < 1e-4
     assert difference(trained, before) > 1e-2
+
+
+def test_peft_finds_no_module_that_has_a_targets_last_name_and_no_adapter(tmp_path):
+    """Gemma 3n has a list of linear layers, which are called 0, 1 and 2, as decoder layers are."""
+    base = tiny.write_architecture(tmp_path / "base", "gemma3n_text")
+    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = TrainConfig(
+        base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
+        compute_dtype="float32",
+    )  # fmt: skip
+    train(config, tmp_path / "adapter")
+    model = load_model(base, torch.float32, torch.device("cpu"))
+    load_adapter(model, read_adapter(tmp_path / "adapter"))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert difference(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()), logits(model.network)) < 1e-5
 
 
 def test_gradients_do_not_depend_on_checkpointing(packed):
