@@ -232,15 +232,22 @@ def _compute_buffers(network: Any, held: Container[str]) -> None:
             for name, buffer in module.named_buffers(path, recurse=False)
             if buffer.is_meta and name not in held
         }
-        seen = []
-        for fill in (0, 1) if empty else ():
-            for name, buffer in empty.items():
-                module._buffers[name.rpartition(".")[2]] = torch.full_like(buffer, fill, device="cpu")
-            initializers[path](module)
-            seen.append({name: module._buffers[name.rpartition(".")[2]] for name in empty})
-        for name in empty:
-            if not torch.equal(seen[0][name], seen[1][name]):
-                raise CheckpointError(f"{type(network).__name__} does not say what {name} holds, and no file does")
+        unknown = list(empty)
+        around = path.split(".") if path else []
+        above = [".".join(around[:end]) for end in reversed(range(len(around)))]
+        for owners in ((path,), (path, *above)):  # Falcon H1's model fills a buffer of its layers
+            if not unknown:
+                break
+            seen = []
+            for fill in (0, 1):
+                for name, buffer in empty.items():
+                    module._buffers[name.rpartition(".")[2]] = torch.full_like(buffer, fill, device="cpu")
+                for owner in owners:
+                    initializers[owner](network.get_submodule(owner))
+                seen.append({name: module._buffers[name.rpartition(".")[2]] for name in empty})
+            unknown = [name for name in empty if not torch.equal(seen[0][name], seen[1][name])]
+        for name in unknown:
+            raise CheckpointError(f"{type(network).__name__} does not say what {name} holds, and no file does")
 
 
 def check_shape(root: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:

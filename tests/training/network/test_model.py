@@ -165,6 +165,20 @@ def test_a_buffer_that_the_architecture_does_not_compute_is_refused(llama, monke
         load_model(llama, torch.float32, CPU)
 
 
+def test_a_buffer_that_the_model_around_its_module_computes_is_computed(tmp_path, monkeypatch):
+    """Falcon H1's factors of what its state space layers are given, which no file holds."""
+    values = {
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
+        "head_dim": 16, "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.8],
+    }  # fmt: skip
+    monkeypatch.setitem(tiny.ARCHITECTURES, "falcon_h1", values)
+    folder, ids = tiny.write_architecture(tmp_path / "base", "falcon_h1"), torch.arange(3, 27)[None]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = load_model(folder, torch.float32, CPU).network
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, plain(ids).logits)
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
