@@ -35,6 +35,7 @@ REFUSALS = (
 """What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _KERNEL_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_STEP_MODELS = {"falcon_mamba", "jamba", "mamba"}
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """What a configuration may not decide here; an implementation can be code on the Hub."""
 
@@ -257,6 +258,14 @@ def is_read_by_kernels(model_type: str, path: str) -> bool:
     That is Mamba's output projection; peft refuses an adapter there (``_check_lora_target_modules_mamba``).
     """
     return model_type in _KERNEL_MODELS and path.rpartition(".")[2] == "out_proj"
+
+
+def is_never_called(model_type: str, path: str) -> bool:
+    """Whether an architecture multiplies by a linear layer's weight itself, so that peft's adapter of it does nothing.
+
+    That is what makes Mamba's step sizes.
+    """
+    return model_type in _STEP_MODELS and path.rpartition(".")[2] == "dt_proj"
 
 
 def _plain(value: Any) -> Any:

@@ -75,9 +75,10 @@ def test_a_trained_adapter_merged_is_what_it_was_trained_as(base, tmp_path):
     assert difference(trained, before) > 1e-2
 
 
-def test_peft_finds_no_module_that_has_a_targets_last_name_and_no_adapter(tmp_path):
-    """Gemma 3n has a list of linear layers, which are called 0, 1 and 2, as decoder layers are."""
-    base = tiny.write_architecture(tmp_path / "base", "gemma3n_text")
+@pytest.mark.parametrize("name", ["gemma3n_text", "mamba"])
+def test_peft_computes_what_was_trained(name, tmp_path):
+    """Gemma 3n calls linear layers 0, 1 and 2, as decoder layers are called; Mamba has one that is never called."""
+    base = tiny.write_architecture(tmp_path / "base", name)
     data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
     config = TrainConfig(
         base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
@@ -119,6 +120,6 @@ def test_everything_means_what_reads_text_but_routers_and_what_peft_refuses(pack
     left = set(model.linears) - set(model.adapted())
     others = {name for name in model.linears if "vision" in name or "projector" in name}
     if model.network.config.model_type == "mamba":
-        others |= {name for name in model.linears if name.endswith(".out_proj")}
+        others |= {name for name in model.linears if name.endswith((".out_proj", ".dt_proj"))}
     assert left == others | {name for name in model.linears if name.endswith((".router", ".shared_expert_gate"))}
     assert model.adapted()

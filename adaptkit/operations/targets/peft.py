@@ -8,7 +8,7 @@ index names, and nothing beside them.
 
 from collections.abc import Iterator
 
-from adaptkit.networks.architecture import is_read_by_kernels
+from adaptkit.networks.architecture import is_never_called, is_read_by_kernels
 from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_experts, _peft_tensors, _rules
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -152,6 +152,14 @@ def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     if refused:
         yield Finding(
             "error", some(refused), f"peft refuses an adapter of it, whose weight {kind}'s kernels read", files.merge()
+        )
+    passed = [pair.module for pair in files.pairs if is_never_called(kind, pair.module)]
+    if passed:
+        yield Finding(
+            "error",
+            some(passed),
+            f"peft's adapter of it does nothing: {kind} reads its weight, and never calls it",
+            files.merge(),
         )
 
 

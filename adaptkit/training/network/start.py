@@ -12,7 +12,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.networks.architecture import is_expert, is_read_by_kernels, is_router
+from adaptkit.networks.architecture import is_expert, is_never_called, is_read_by_kernels, is_router
 from adaptkit.networks.matching import EVERYTHING, matching
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
@@ -155,10 +155,12 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
     kind = model.network.config.model_type
     routers = sum(is_router(name) for name in left)
     refused = sum(is_read_by_kernels(kind, name) for name in left)
-    outside = len(left) - routers - refused
+    passed = sum(is_never_called(kind, name) for name in left)
+    outside = len(left) - routers - refused - passed
     found = (
         (routers, "router", ""),
         (refused, "layer", " that peft refuses"),
+        (passed, "layer", " whose adapter peft passes over"),
         (outside, "layer", " outside the language model"),
     )
     kinds = " and ".join(f"{counted(count, noun)}{which}" for count, noun, which in found if count)

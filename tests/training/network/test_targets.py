@@ -47,9 +47,15 @@ STACKS = (
         (
             "mamba",
             {},
-            "no adapter, since no target says so, for 2 layers that peft refuses: backbone.layers.0.mixer.",
+            "no adapter, since no target says so, for 2 layers that peft refuses and 2 layers whose adapter peft "
+            "passes over: backbone.layers.0.mixer.",
         ),
-        ("mamba", {"targets": ("*", "out_proj")}, ""),
+        (
+            "mamba",
+            {"targets": ("*", "out_proj")},
+            "no adapter, since no target says so, for 2 layers whose adapter peft passes over: backbone.layers.0.",
+        ),
+        ("mamba", {"targets": ("*", "out_proj", "dt_proj")}, ""),
         ("bloom", {"modules_to_save": ("dense",)}, ""),
         ("bloom", {"targets": ("dense",)}, ""),
     ],
