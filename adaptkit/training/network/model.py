@@ -29,7 +29,7 @@ from adaptkit.numerics.scaling import scaling
 from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
 from adaptkit.training.network.linear import LoraLinear, PlainWeight
-from adaptkit.training.network.loss import OutputLayer, find_output_layer
+from adaptkit.training.network.loss import OutputLayer, find_output_layer, require_causal
 from adaptkit.training.network.whole import TrainedRows, Whole
 
 
@@ -121,7 +121,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
 
     Raises:
         CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there.
-        UsageError: transformers does not know the architecture, or is not installed.
+        UsageError: transformers does not know the architecture, or is not installed, or tokens see those that follow.
     """
     free_former_network()
     checkpoint = MappedCheckpoint(root)
@@ -152,6 +152,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     network.requires_grad_(False)
     network.to(device).eval()
     _loaded.update(dict.fromkeys(network.modules(), sum(item.spec.nbytes for item in checkpoint.tensors.values())))
+    require_causal(network)
     if device.type == "cpu":
         use_own_attention(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=find_output_layer(network))

@@ -1,6 +1,7 @@
 """The packed model is the model that transformers loads."""
 
 import gc
+import json
 import weakref
 from pathlib import Path
 
@@ -177,6 +178,19 @@ def test_a_buffer_that_the_model_around_its_module_computes_is_computed(tmp_path
     found = load_model(folder, torch.float32, CPU).network
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "cpmant"])
+def test_a_model_whose_tokens_see_those_that_follow_is_refused(name, tmp_path, monkeypatch):
+    """Batches are padded without a mask, and the loss would be that of copying."""
+    monkeypatch.setitem(tiny.ARCHITECTURES, name, {"num_key_value_heads": 4, "dim_head": 16, "dim_ff": 128})
+    folder = tiny.write_architecture(tmp_path / "base", name)
+    with pytest.raises(UsageError, match="lets tokens see those that follow"):
+        load_model(folder, torch.float32, CPU)
+    if name == "bert":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+        load_model(folder, torch.float32, CPU)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
