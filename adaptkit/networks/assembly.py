@@ -82,6 +82,11 @@ class Assembly:
             held = [name for name in names if name in self.sources]
             self.sources.update({name: self.sources[held[0]] for name in names if held and name not in self.sources})
         self._borrowed = self.sources.keys() - own
+        self._tied = {name: names for names in self._names.values() for name in names if len(names) > 1}
+
+    def tied(self, name: str) -> list[str]:
+        """All names of a parameter; several if it is tied."""
+        return self._tied.get(name, [name])
 
     def is_borrowed(self, name: str) -> bool:
         """Whether the files have a parameter only under the name of another that is tied to it."""

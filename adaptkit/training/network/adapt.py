@@ -127,6 +127,10 @@ def train_whole(
         value = values[name] if name in values else model.assembly.read(name)
         if isinstance(place.module, LoraLinear):
             model.whole[name] = _train_linear(model, name, place, value)
+            for other in model.assembly.tied(name):  # as in Zamba, some of whose layers are the same
+                given = values.get(other, value)
+                if other != name and torch.equal(given, value) and (together or other in names):
+                    model.whole[other] = _train_linear(model, other, places[other], value, model.whole[name])
             continue
         old = place.module._parameters[place.child]
         _check_shape(name, value, tuple(old.shape))  # type: ignore[union-attr]
@@ -142,7 +146,8 @@ def train_whole(
                     at.module.padding_idx = None  # which torch gives no gradient; padding itself gets none
 
 
-def _train_linear(model: Model, name: str, place: Place, value: Tensor) -> Whole:
+def _train_linear(model: Model, name: str, place: Place, value: Tensor, tied: Whole | None = None) -> Whole:
+    """Train a weight or bias of a linear layer: one of its own, or one that is trained already."""
     layer = place.module
     if not isinstance(layer, LoraLinear):
         raise TypeError(type(layer))
@@ -150,12 +155,14 @@ def _train_linear(model: Model, name: str, place: Place, value: Tensor) -> Whole
     if place.child == "bias":
         _check_shape(name, value, (layer.base.shape[0],))
         del layer._buffers["bias"]
-        layer.bias = nn.Parameter(value)
+        layer.bias = nn.Parameter(value) if tied is None else tied.parameter
         return Whole(layer.bias)
     if layer.lora_a is not None:
         raise UsageError(f"{name}: is trained whole and has an adapter too", hint="exclude it, or save another module")
     transposed = model.stores_transposed and not _is_output(model, layer)
     layer.base = TrainedWeight(value.T.contiguous() if transposed else value)
+    if tied is not None:
+        layer.base.weight = tied.parameter
     return Whole(layer.base.weight, transposed)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
@@ -25,6 +26,7 @@ from adaptkit.training.data.batches import Batch, collate
 from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.adapt import parameter_places, train_whole
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
@@ -363,3 +365,23 @@ def test_checkpointing_with_dropout_changes_no_bit_of_a_gradient(bases, name):
         gradients.append({n: p.grad for n, p in model.network.named_parameters() if p.requires_grad})
     for others in gradients[1:]:
         assert all(torch.equal(others[n], gradient) for n, gradient in gradients[0].items())
+
+
+def test_a_linear_weight_that_layers_share_is_trained_as_one(tmp_path, monkeypatch):
+    """Zamba's attention is the same in all of its hybrid layers, and the files hold it once."""
+    values = {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 2,
+        "num_key_value_heads": 4, "attention_head_dim": 32, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    }  # fmt: skip
+    monkeypatch.setitem(tiny.ARCHITECTURES, "zamba", values)
+    base, ids = tiny.write_architecture(tmp_path / "base", "zamba"), torch.arange(3, 27)[None]
+    model = load_model(base, torch.float32, torch.device("cpu"))
+    train_whole(model, set(parameter_places(model)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for network in (model.network, plain):
+        network(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+    expected = dict(plain.named_parameters(remove_duplicate=False))
+    names = [name for name in expected if "shared_transf" in name and name.endswith("proj.weight")]
+    assert len(names) == 14
+    for name in names:
+        torch.testing.assert_close(model.whole[name].parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
