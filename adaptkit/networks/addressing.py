@@ -151,7 +151,7 @@ def _slices(assembly: Assembly, name: str, who: str) -> tuple[Slice, ...]:
         raise BaseMismatchError(
             f"{who}: changes {name}, which transformers puts together from several tensors in a way not known here "
             f"({', '.join(type(step).__name__ for step in place.operations)})",
-            hint="merge it with peft itself",
+            hint="train low-rank changes instead" if who == "training" else "merge it with peft itself",
         )
     pieces = assembly.pieces(name)
     return tuple(

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import ConfigError, NonFiniteError, UsageError
+from adaptkit.errors import BaseMismatchError, ConfigError, NonFiniteError, UsageError
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
@@ -141,3 +142,14 @@ def test_a_weight_that_its_type_cannot_hold_is_an_error(bases, tmp_path):
     with pytest.raises(NonFiniteError, match="too large for BF16"):
         written(tmp_path / "tuned", model, config)
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_weight_that_could_not_be_written_in_the_end_is_refused_in_the_beginning(tmp_path, monkeypatch):
+    """The files of HRM hold gate and up as one matrix, which its layers have as two."""
+    monkeypatch.setitem(tiny.ARCHITECTURES, "hrm_text", {"num_key_value_heads": 4, "head_dim": 16})
+    base = tiny.write_architecture(tmp_path / "base", "hrm_text")
+    data = tiny.write_instructions(tmp_path / "rows.jsonl")
+    config = TrainConfig(base=str(base), data=(str(data),), method="full", max_length=64, device="cpu")
+    with pytest.raises(BaseMismatchError, match=r"puts together .* in a way not known here") as caught:
+        plan_run(config, tmp_path / "tuned")
+    assert caught.value.hint == "train low-rank changes instead"

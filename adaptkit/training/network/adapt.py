@@ -128,8 +128,8 @@ def train_whole(
         if isinstance(place.module, LoraLinear):
             model.whole[name] = _train_linear(model, name, place, value)
             for other in model.assembly.tied(name):  # as in Zamba, some of whose layers are the same
-                given = values.get(other, value)
-                if other != name and torch.equal(given, value) and (together or other in names):
+                is_same = torch.equal(values.get(other, value), value)
+                if other != name and is_same and (together or other in names):
                     model.whole[other] = _train_linear(model, other, places[other], value, model.whole[name])
             continue
         old = place.module._parameters[place.child]

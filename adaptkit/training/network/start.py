@@ -12,6 +12,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.networks.addressing import find_addresses
 from adaptkit.networks.architecture import is_expert, is_never_called, is_read_by_kernels, is_router
 from adaptkit.networks.matching import EVERYTHING, matching
 from adaptkit.training.config import INITS, TrainConfig
@@ -108,10 +109,12 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
 
     Raises:
         UsageError: a pattern matches nothing, a token is unknown, or what shall be trained whole is quantized.
-        BaseMismatchError: the adapter to begin with does not fit the model.
+        BaseMismatchError: the adapter to begin with does not fit the model, or the base's files have no
+            place for what is trained.
     """
     if config.method == "full":
         train_whole(model, set(parameter_places(model)))
+        find_addresses(model.checkpoint, model.whole, "training")  # or there would be no place for it in the end
         return
     saved = saved_names(model, config.modules_to_save)
     if start is not None:
