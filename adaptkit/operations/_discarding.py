@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from adaptkit.checkpoint.journal import Output
 from adaptkit.errors import AdaptkitError
 
-_OF_INPUTS = (3, 4, 5)
-"""Exit codes that say that an input has to be another one before this can work."""
+_OF_INPUTS = (2, 3, 4, 5)
+"""Exit codes that say that an input, or what is asked of it, has to be another before this can work."""
 
 
 @contextmanager
 def discarding(output: Output) -> Iterator[None]:
-    """Remove an output if the block finds its input bad: nothing of it would belong to what comes instead.
+    """Remove an output if the block finds its input bad, or of no use: nothing of it would belong to what comes instead.
 
     It stays after a disk's error, an interruption or a kill, from which the same command goes on.
     """

@@ -465,6 +465,13 @@ def test_what_is_equal_is_counted_and_not_in_the_adapter(tmp_path, plain):
     assert len(report.modules) == 2
 
 
+def test_what_is_refused_after_a_look_at_the_weights_leaves_nothing(tmp_path, plain, copy_of):
+    copy, before = copy_of(plain), sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UsageError, match="hold the same weights"):
+        extract(copy, plain, tmp_path / "out", ExtractOptions(rank=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_nothing_to_extract_is_an_error(tmp_path, plain, copy_of):
     with pytest.raises(UsageError, match="hold the same weights"):
         extract(copy_of(plain), plain, tmp_path / "out", ExtractOptions(rank=2))
