@@ -84,6 +84,8 @@ class PlanOptions:
         for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is from 1 to {most:,}")
+        if not self.targets:
+            raise UsageError("targets: () cannot be used", hint="'*' is all of them")
         if self.moe == "quantize" and self.method != "qlora":
             raise UsageError(
                 f"moe: {self.method} has no experts that are quantized", hint="leave it out, or plan qlora"

@@ -247,6 +247,11 @@ def test_what_cannot_be_planned_is_one_line(run_cli, llama, arguments, code, sai
     assert (done.code, said in done.stderr, "Traceback" in done.stderr) == (code, True, False)
 
 
+def test_no_targets_are_refused():
+    with pytest.raises(UsageError, match="targets"):
+        PlanOptions(targets=())
+
+
 def test_folders_that_hold_no_model_are_refused(run_cli, tmp_path):
     assert "has no config.json" in run_cli("plan", tmp_path).stderr
     for content, code in (
