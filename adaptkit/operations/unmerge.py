@@ -14,7 +14,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.header import Header
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import resolve_inside
+from adaptkit.checkpoint.layout import require_folder, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -35,7 +35,7 @@ from adaptkit.operations._merge.merged_model import (
     other_configuration,
     target_names,
 )
-from adaptkit.operations._pipeline import thread_count
+from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
 from adaptkit.paths import AnyPath, several
 
@@ -92,12 +92,13 @@ def unmerge(
     Raises:
         IntegrityError: a tensor or record changed since the merge, or there are no records; names it.
         BaseMismatchError: other adapters than those that were merged.
-        UsageError: changes that cannot be subtracted.
+        UsageError: changes that cannot be subtracted; or not a folder, or less than one thread.
         OutputExistsError: the output exists.
     """
     merged, output = Path(merged), Path(output)
     adapters = several(adapters)
-    model = open_merged(merged)
+    check_threads(threads)
+    model = open_merged(require_folder(merged))
     check_output(output, force, [merged, *adapters])
     if not model.has_record and not approximate:
         raise IntegrityError(

@@ -124,6 +124,14 @@ def test_merges_of_merges_unwind_in_order(tmp_path, llama_sharded, adapter, seco
     assert_same_files(tmp_path / "back twice", llama_sharded)
 
 
+def test_no_folder_and_less_than_one_thread_are_refused_as_elsewhere(tmp_path, llama, adapter):
+    with pytest.raises(UsageError, match="does not exist"):
+        unmerge(tmp_path / "nowhere", [adapter], tmp_path / "out")
+    for threads in (0, -1):
+        with pytest.raises(UsageError, match=f"{threads} threads"):
+            unmerge(llama, [adapter], tmp_path / "out", threads=threads)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_do_not_change_the_bytes(tmp_path, llama_sharded, adapter, threads):
     merge(llama_sharded, [adapter], tmp_path / "merged")
