@@ -168,8 +168,9 @@ class TrainConfig:
                 refuse(self, name, "at least one, and none empty")
         if not self.targets and not self.target_parameters:
             refuse(self, "targets", "at least one")
-        if self.chat_template == "":
-            refuse(self, "chat_template")
+        for name in ("base", "init", "chat_template", "tensorboard", "wandb"):
+            if getattr(self, name) == "":
+                refuse(self, name, "an empty name names nothing")
         self._check_adapter()
         if self.steps is not None and self.epochs is not None:
             conflict("epochs", "steps says how long already", "give one of the two")

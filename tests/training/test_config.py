@@ -45,6 +45,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one():
         ("chat_template_kwargs", {"a": float("nan")}), ("chat_template_kwargs", {1: "a"}),
         ("held_out", -0.1), ("learning_rate", float("inf")), ("batch_size", 0), ("targets", []),
         ("data", [""]), ("held_out_data", ["d.jsonl", ""]),
+        ("base", ""), ("init", ""), ("chat_template", ""), ("tensorboard", ""), ("wandb", ""),
     ],
 )  # fmt: skip
 def test_an_unusable_value_is_refused_by_name(key, value):
