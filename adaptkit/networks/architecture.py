@@ -6,9 +6,11 @@ transformers is optional: it comes with the extra ``train``.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import re
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,24 +41,29 @@ _STEP_MODELS = {"falcon_mamba", "jamba", "mamba"}
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """What a configuration may not decide here; an implementation can be code on the Hub."""
 
+_ONE_AT_A_TIME = threading.RLock()
+"""While it builds a model, transformers sets torch's default type for the whole process, and then sets it back."""
+
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[Any]:
-    """transformers, without its advice on stderr.
+    """transformers, without its advice on stderr; one thread at a time has it.
 
     Raises:
         UsageError: it is not installed.
     """
     try:
-        import transformers
+        # it puts another module in its place while it loads, of which a waiting thread's `import` would not know
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise UsageError("this needs transformers", hint="pip install 'adaptkit[train]'") from error
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield transformers
-    finally:
-        transformers.logging.set_verbosity(before)
+    with _ONE_AT_A_TIME:
+        before = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            yield transformers
+        finally:
+            transformers.logging.set_verbosity(before)
 
 
 @dataclass(frozen=True)
