@@ -12,7 +12,7 @@ _OF_INPUTS = (2, 3, 4, 5)
 
 @contextmanager
 def discarding(output: Output) -> Iterator[None]:
-    """Remove an output if the block finds its input bad, or of no use: nothing of it would belong to what comes instead.
+    """Remove an output if the block finds its input bad, or of no use: nothing of it would belong to what comes next.
 
     It stays after a disk's error, an interruption or a kill, from which the same command goes on.
     """
