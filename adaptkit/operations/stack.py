@@ -58,7 +58,7 @@ class StackOptions:
             UsageError: there is no such method, it has no such option, or a value is out of its range.
         """
         options = load(stacking, self.method, "METHOD").options
-        known = {part.name.rstrip("_"): part.name for part in fields(options)}
+        known = {part.name.rstrip("_"): part for part in fields(options)}
         for name in self.settings:
             if name not in known:
                 used = ", ".join(f"--{each}" for each in known)
@@ -66,7 +66,7 @@ class StackOptions:
                     f"{self.method} does not use --{name}",
                     hint=f"beside --weight, --rank and --energy it uses {used or 'none'}",
                 )
-        return options(**{known[name]: value for name, value in self.settings.items()})
+        return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
 
     def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
         """Everything that the result depends on, for its manifest."""
@@ -78,6 +78,11 @@ class StackOptions:
             **{name.rstrip("_"): value for name, value in asdict(self.resolved()).items()},
             **{name: value for name, value in limits.items() if value is not None},
         }
+
+
+def _like(default: Any, value: float) -> Any:
+    """A number of its option's own type: a recipe's 3.0 is the command line's 3, and draws and records the same."""
+    return type(default)(value) if abs(value) < 2**53 and float(value).is_integer() else value
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every method of stacking, from adapters that peft wrote to one that peft loads."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -228,6 +229,16 @@ def test_a_seed_makes_another_result_and_is_recorded(tmp_path, parts):
     }
     assert len(roots) == 3
     assert require_manifest(tmp_path / "2").operation["options"]["seed"] == 2
+
+
+def test_a_number_is_the_same_however_it_is_written(tmp_path, parts):
+    """A recipe's numbers are floats."""
+    settings = ({"seed": 3, "density": 1}, {"seed": 3.0, "density": 1.0})
+    written = [stack(parts, tmp_path / str(n), StackOptions("dare", settings=each)) for n, each in enumerate(settings)]
+    assert written[0].manifest_sha256 == written[1].manifest_sha256
+    for seed in (1.5, 2.0**60, math.nan):
+        with pytest.raises(UsageError, match="must be a whole number"):
+            StackOptions("dare", settings={"seed": seed})
 
 
 def test_the_manifest_says_everything_that_the_result_depends_on(tmp_path, parts):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -42,13 +43,13 @@ def check_lambda(factor: float) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that is negative or has more than 63 bits.
+    """Refuse a seed that is negative, has more than 63 bits, or is no whole number.
 
     Raises:
         UsageError: says what it is.
     """
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed}: must be from 0 to 2^63 - 1", hint="0 is the default")
+    if not 0 <= seed < 2**63 or not isinstance(seed, Integral):
+        raise UsageError(f"seed {seed}: must be a whole number from 0 to 2^63 - 1", hint="0 is the default")
 
 
 def count_kept(density: float, elements: int, module: str) -> int:
