@@ -1,5 +1,6 @@
 """The public functions, called as people call them in a notebook: with text for paths."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,41 @@ def test_one_path_is_a_sequence_of_one(llama, adapter, tmp_path):
         Path(tmp_path, name, "model.safetensors").read_bytes() for name in ("text", "path", "list", "tuple")
     )
     assert others == [one] * 3
+
+
+def test_what_computes_with_a_model_is_refused_while_another_thread_does(llama, tmp_path):
+    """Its random numbers are the process's; from within, the same thread may ask."""
+    rows = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = adaptkit.TrainConfig(base=str(llama), data=[rows], steps=2, rank=2, dropout=0.5)
+    refused = []
+
+    def others(report):
+        adaptkit.evaluate(llama, data=rows)
+        calls = (
+            lambda: adaptkit.train(config, tmp_path / "second"),
+            lambda: adaptkit.evaluate(llama, data=rows),
+            lambda: adaptkit.compare(llama, data=rows),
+            lambda: adaptkit.plan(llama),
+            lambda: adaptkit.quantize(
+                llama, tmp_path / "nf4", adaptkit.QuantizeOptions(calibration=adaptkit.Calibration(rows, 64, 16))
+            ),
+        )
+        with ThreadPoolExecutor() as pool:
+            refused.extend(type(error) for error in pool.map(_error_of, calls))
+
+    adaptkit.train(config, tmp_path / "first", on_step=others, note=lambda text: None)
+    assert refused == [adaptkit.errors.ConflictError] * 10
+    assert not (tmp_path / "second").exists()
+    adaptkit.train(config, tmp_path / "again", note=lambda text: None)
+    one, two = (Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("first", "again"))
+    assert one == two
+
+
+def _error_of(call):
+    try:
+        call()
+    except adaptkit.AdaptkitError as error:
+        return error
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import torch
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
+from adaptkit.networks.alone import alone
 from adaptkit.networks.architecture import Description, empty_network, is_router, language_part
 from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes
@@ -151,6 +152,7 @@ class PlanReport:
     ranks: tuple[RankRow, ...]
 
 
+@alone()
 def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     """Predict memory and trainable parameters of a fine-tuning run.
 

@@ -7,6 +7,7 @@ import torch
 
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.place import partial_folder
+from adaptkit.networks.alone import alone
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device, make_current
@@ -67,6 +68,7 @@ class RunPlan:
     disk_bytes: int
 
 
+@alone()
 @tells_shortage("beside the base", hint=TRAIN_LESS)
 def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: bool = False) -> RunPlan:
     """Check a run as ``train`` would, up to its first step.

@@ -22,6 +22,7 @@ from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError
+from adaptkit.networks.alone import alone
 from adaptkit.paths import AnyPath
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
@@ -51,6 +52,7 @@ def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@alone()
 @tells_shortage("beside the base", hint=TRAIN_LESS)
 def train(
     config: TrainConfig,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from adaptkit.networks.alone import alone
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
@@ -63,6 +64,7 @@ class Preview:
     samples: tuple[ShownSample, ...]
 
 
+@alone()
 def preview(config: TrainConfig) -> Preview:
     """Read a run's data, and show its first batch; nothing is written, and no model loaded.
 

@@ -20,6 +20,7 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
+from adaptkit.networks.alone import alone
 from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
@@ -60,6 +61,7 @@ class Ready(TensorPlan):
         return dict(self.note)
 
 
+@alone()
 def calibrate(
     out: Output,
     checkpoint: Checkpoint,

@@ -8,6 +8,7 @@ import torch
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
+from adaptkit.networks.alone import alone
 from adaptkit.paths import AnyPath, optional, several
 from adaptkit.training.evaluation.evaluate import check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
@@ -66,6 +67,7 @@ class _Subject:
         return Asked.of(self.base, self.adapter.root if self.adapter is not None else None)
 
 
+@alone()
 def compare(
     bases: AnyPath | Sequence[AnyPath],
     adapters: AnyPath | Sequence[AnyPath] = (),

@@ -11,6 +11,7 @@ import torch
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.networks.alone import alone
 from adaptkit.networks.architecture import empty_network
 from adaptkit.paths import AnyPath, optional, several
 from adaptkit.text.windows import known_tokens
@@ -33,6 +34,7 @@ from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.shortage import tells_shortage
 
 
+@alone()
 def evaluate(
     base: AnyPath,
     adapter: AnyPath | None = None,
