@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.options import ConfigPath, report_options
-from adaptkit.cli.output import Row, percent, show, size
+from adaptkit.cli.output import Row, counted, percent, show, size
 
 
 @click.command()
@@ -45,11 +45,12 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
     from adaptkit.operations.plan import PlanOptions, plan
 
     report = plan(model, PlanOptions(targets=targets or ("*",), **options))
+    share = percent(report.trainable_parameters / report.parameters)
     rows: list[Row] = [
         ("model", f"{report.architecture}, {report.parameters:,} parameters"),
         ("method", f"{report.method}, {options['compute_dtype']}"),
         ("device", report.device),
-        ("trainable", f"{report.trainable_parameters:,} ({percent(report.trainable_parameters / report.parameters)})"),
+        ("trainable", f"{counted(report.trainable_parameters, 'parameter')} ({share})"),
         ("layers", report.checkpointing),
         *((name, size(count)) for name, count in report.memory.items()),
         ("in all", size(report.total_bytes)),
