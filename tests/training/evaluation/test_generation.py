@@ -78,7 +78,7 @@ def test_the_token_that_the_template_ends_a_turn_with_stops_though_it_is_not_the
     turn_end = tokenizer.eos_token_id
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder)
-    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text("{}")
     changed = load_tokenizer(folder)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     assert stop_tokens(model, changed) == sorted({changed.eos_token_id, turn_end})
