@@ -82,7 +82,7 @@ def remarks(comparison: "Comparison") -> list[str]:
         )
     said += models[0].unused_remarks
     for remark, names in _left_out(comparison).items():
-        said.append(f"{remark} ({'each model' if len(names) == len(models) > 1 else ', '.join(names)})")
+        said.append(f"{remark} ({'each model' if len(names) == len(models) > 1 else '; '.join(names)})")
     generated = next((report.generated for report in models if report.generated), None)
     if generated is not None:
         if generated.too_long:
