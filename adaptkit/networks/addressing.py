@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
-from adaptkit.networks.architecture import empty_network, why_unknown
+from adaptkit.networks.architecture import empty_network, named_network, why_unknown
 from adaptkit.networks.naming import places
 
 if TYPE_CHECKING:
@@ -102,11 +102,12 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
             f"{lacks} under that name",
             hint="is this the right base? If its files use other names than the model: pip install 'adaptkit[train]'",
         )
-    if why_unknown(checkpoint):
+    network = named_network(checkpoint) if why_unknown(checkpoint) else empty_network(checkpoint)
+    if network is None:
         raise BaseMismatchError(lacks, hint=OTHER_MODEL)
     from adaptkit.networks.assembly import Assembly  # here, since it waits for torch
 
-    assembly = Assembly(empty_network(checkpoint), checkpoint)
+    assembly = Assembly(network, checkpoint)
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}
     uses = set()

@@ -73,3 +73,24 @@ def test_an_architecture_that_nobody_knows_is_no_traceback(llama, copy_of):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nobodys"}))
     with pytest.raises(BaseMismatchError, match="experts"):
         find_addresses(Checkpoint(folder), ["model.layers.0.mlp.experts.down_proj"], "a")
+
+
+def test_a_model_that_hears_is_asked_for_by_the_name_of_its_class(tmp_path):
+    """transformers counts it among no language models, and its files call the tower and the text differently."""
+    import torch
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    text = {"model_type": "qwen2", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+             "num_mel_bins": 16, "max_source_positions": 20}  # fmt: skip
+    model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(text_config=text, audio_config=audio))
+    model.save_pretrained(tmp_path / "base")
+    checkpoint = Checkpoint(tmp_path / "base")
+    names = [name for name, _ in model.named_parameters() if name.endswith("q_proj.weight")]
+    assert len(names) == 2
+    found = find_addresses(checkpoint, names, "a").of
+    for name in names:
+        (place,) = found[name]
+        assert place.name != name
+        assert torch.equal(checkpoint.read(place.name), model.get_parameter(name))
