@@ -89,6 +89,9 @@ _TIED_BY_DEFAULT = """
     xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
 """
 """Types of models whose embedding is the output layer, too, where the configuration does not say."""
+_SHARES_MORE = {"luke", "neomme", "prophetnet", "t5gemma2", "zamba", "zamba2"}
+"""Types of models in which the setting that ties embedding and head ties layers or other tables, too; those whose table
+is called ``shared`` are known by that name."""
 _HEAD_OF = {kind: head for head, kinds in _HEADS.items() for kind in kinds.split()}
 
 
@@ -125,6 +128,11 @@ def is_usual_head(module: str) -> bool:
 def known_head(config: Mapping[str, Any]) -> str:
     """The dotted path of the output layer in a model of this configuration; empty if it is not known."""
     return _HEAD_OF.get(str(config.get("model_type")), "")
+
+
+def shares_more(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this configuration that unties its head would part other tensors, of which files hold one."""
+    return str(config.get("model_type")) in _SHARES_MORE
 
 
 def is_tied_by_default(config: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from adaptkit.checkpoint.vocabulary import (
     is_usual_head,
     is_usual_table,
     known_head,
+    shares_more,
 )
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.head import asked_head
@@ -107,8 +108,14 @@ def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
     """Make sure of the head's name, where it is to be a tensor of its own; may have to ask transformers.
 
     Raises:
-        BaseMismatchError: it cannot be known.
+        BaseMismatchError: it cannot be known; or it is not all that the setting which unties it would part.
     """
+    if shares_more(checkpoint.config):
+        raise BaseMismatchError(
+            f"{checkpoint.root}: a {checkpoint.config['model_type']} model shares more than embedding and head; were "
+            "these untied in config.json, numbers would be made up for the rest",
+            hint="leave embedding and head as they are",
+        )
     if vocabulary.is_known:
         return vocabulary
     head = asked_head(checkpoint)

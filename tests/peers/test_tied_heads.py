@@ -237,3 +237,30 @@ def test_a_head_that_no_name_tells_is_not_taken_for_the_embedding(model, tmp_pat
         with pytest.raises(AdaptkitError, match=r"changes proj_out\.weight"):
             merge(base, [adapter], tmp_path / "out", MergeOptions(untie=untie))
     assert not (tmp_path / "out").exists()
+
+
+ZAMBA = DECODER | {
+    "num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_head_dim": 16,
+    "attention_hidden_size": 64, "mamba_d_state": 8, "n_mamba_heads": 2, "use_mamba_kernels": False,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def test_a_head_is_not_untied_where_that_would_part_layers_too(tmp_path, monkeypatch):
+    """Files hold the layers that Zamba repeats once; transformers makes up the others if embedding and head part."""
+    import transformers
+
+    monkeypatch.setitem(MODELS, "zamba", (TEXT, "zamba", ZAMBA, "in_proj", "lm_head", "embed_tokens"))
+    base = tmp_path / "base"
+    with quiet():
+        transformers.AutoModelForCausalLM.from_config(transformers.ZambaConfig(**ZAMBA)).save_pretrained(base)
+        _, told = transformers.AutoModelForCausalLM.from_pretrained(
+            base, tie_word_embeddings=False, output_loading_info=True
+        )
+    assert any("shared_transf" in name for name in told["missing_keys"])
+    adapter = adapted("zamba", base, tmp_path / "adapter", target_modules=["in_proj", "embed_tokens"])
+    with pytest.raises(BaseMismatchError, match="a zamba model shares more than embedding and head"):
+        merge(base, [adapter], tmp_path / "out", MergeOptions(untie=True))
+    assert not (tmp_path / "out").exists()
+    alone = adapted("zamba", base, tmp_path / "alone", target_modules=["in_proj"])
+    assert_merges("zamba", base, alone, tmp_path / "out", untie=False)
