@@ -43,7 +43,7 @@ _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _BIASES = ("none", "all", "lora_only")
-_EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 """The order in which modules of experts define their parameters, and so in which peft wraps them."""
 
 

@@ -268,3 +268,46 @@ def test_a_saved_head_of_several_layers_is_read_with_its_biases(tmp_path, kind, 
     if bias == "all":
         with pytest.raises(AdapterError, match="should be the same"):
             merge(base, [adapter], tmp_path / "other")
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+STACKS = {
+    "nemotron_h": SMALL | {
+        "layers_block_type": ["moe"], "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 24, "n_group": 1, "topk_group": 1, "intermediate_size": 48,
+    },
+    "inkling_text": SMALL | {
+        "num_hidden_layers": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "intermediate_size": 48, "n_shared_experts": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_stacks_of_gate_and_up_apart_are_told_apart(tmp_path, kind):
+    """All of them square here, so that no shape tells which tensors belong to which."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def outputs(model):
+        with torch.no_grad():
+            return model.eval()(torch.arange(3, 33)[None], use_cache=False).logits
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **STACKS[kind])).save_pretrained(base)
+        stacks = [name for name, p in load(base).named_parameters() if p.dim() == 3 and "expert" in name]
+        assert len(stacks) > 1
+        model = get_peft_model(load(base), LoraConfig(r=2, target_modules=[], target_parameters=stacks))
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data += torch.randn(parameter.shape) * 0.3
+        model.save_pretrained(adapter)
+        before, wanted = outputs(load(base)), outputs(PeftModel.from_pretrained(load(base), adapter))
+        merge(base, [adapter], tmp_path / "out")
+        found = outputs(load(tmp_path / "out"))
+    assert (before - wanted).norm() > 0.01 * wanted.norm()
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
