@@ -30,7 +30,8 @@ def _encode(absmax, lookup, levels, codes, nested):
             continue
         reciprocal = one / largest
         for i in range(constants.size):
-            scaled = min(max((constants[i] - offset) * reciprocal, -one), one)
+            apart = constants[i] - offset
+            scaled = apart / largest if np.isinf(reciprocal) else min(max(apart * reciprocal, -one), one)
             code = lookup[np.int32((scaled + one) * half * top + half)]
             while levels[code] * largest + offset < 0:
                 code += 1

@@ -135,15 +135,18 @@ def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Te
         offset: the mean, a float64 sum in ascending order rounded once to float32: torch's own mean depends on the
             number of threads.
 
-    Source: QLoRA (arXiv:2305.14314), section 3, as bitsandbytes 0.50 computes it on a CPU, except for the mean, and for
-    the next larger code where a constant would decode to a negative number.
+    Source: QLoRA (arXiv:2305.14314), section 3, as bitsandbytes 0.50 computes it on a CPU, except for the mean, for
+    groups that differ by less than 3e-39, and for the next larger code where a constant would decode to a negative
+    number.
     """
     count = absmax.numel()
     offset = float(np.float32(np.cumsum(absmax.cpu().numpy(), dtype=np.float64)[-1] / count))
     padded = torch.nn.functional.pad(absmax - offset, (0, -count % GROUP)).view(-1, GROUP)
     nested = padded.abs().amax(dim=1)
-    reciprocal = torch.where(nested > 0, 1.0 / nested, torch.zeros_like(nested))
-    scaled = (padded * reciprocal.unsqueeze(1)).clamp(-1, 1).view(-1)[:count]
+    reciprocal = torch.where(nested > 0, 1.0 / nested, torch.zeros_like(nested)).unsqueeze(1)
+    # Below 3e-39 the reciprocal overflows, and 0 times it is NaN, so such a group is divided.
+    scaled = torch.where(reciprocal.isinf(), padded / nested.unsqueeze(1), padded * reciprocal)
+    scaled = scaled.clamp(-1, 1).view(-1)[:count]
     index = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32)
     codes = lookup[index]
     codes[(nested == 0).repeat_interleave(GROUP)[:count]] = 0
