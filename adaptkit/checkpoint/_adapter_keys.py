@@ -8,7 +8,8 @@ _orig_mod. module. _fsdp_wrapped_module.           left by torch.compile, data p
 <module>.lora_A.weight  .lora_B.weight             Δ = s · B A
 <module>.lora_B.bias                               added to the bias
 <module>.lora_embedding_A  .lora_embedding_B       of an embedding: Δ = s · (B A)ᵀ
-<module>.lora_magnitude_vector                     DoRA
+<module>.lora_magnitude_vector                     DoRA; of an embedding whose vocabulary was resized, the same again
+                                                   with .weight
 <module>.base_layer.weight  .base_layer.bias       what the change is added to, if it is not the base's
 <module>.token_adapter.trainable_tokens_delta      rows that replace the base's
 <module>.weight, <module>.bias                     replace the base's
@@ -30,6 +31,7 @@ _PARTS = (
     (re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight"), "lora_{}"),
     (re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.(bias)"), "lora_{}"),
     (re.compile(r"(.+)\.lora_embedding_([AB])(?:\.[^.]+)?"), "embedding_{}"),
+    (re.compile(r"(.+)\.lora_(magnitude)_vector\.weight"), "copy_{}"),
     (re.compile(r"(.+)\.lora_(magnitude)_vector(?:\.[^.]+)?(?:\.weight)?"), "{}"),
     (re.compile(r"(.+)\.token_adapter\.(trainable_tokens)_delta(?:\.[^.]+)?"), "{}"),
     (re.compile(r"(.+?)(?:\.token_adapter)?\.base_layer\.(weight|bias)"), "base_{}"),

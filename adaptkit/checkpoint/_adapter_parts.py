@@ -87,6 +87,7 @@ class Parts:
         Raises:
             AdapterError: a part is missing, does not fit, or is left over.
         """
+        self._take_copies()
         names = {part.module for part in self._left if part.role in ("lora_A", "lora_B", "embedding_A", "embedding_B")}
         stacked = {name for name in names if self._stack_of(name)[1]}
         for module in sorted(names - stacked):
@@ -210,7 +211,6 @@ class Parts:
             self._refuse(f"trainable_token_indices speaks of {missing}, but there are no trained rows of it")
 
     def _take_replaced(self) -> None:
-        self._take_copies()
         whole = [part for part in self._left if part.role in ("weight", "base_weight")]
         resized = any(is_table(part.module) for part in whole)  # peft then saves them whole, unasked, and the head too
         for part in list(self._left):
@@ -232,7 +232,7 @@ class Parts:
                 self.replaced[name] = self._left.pop(part)
 
     def _take_copies(self) -> None:
-        """What peft writes beside a tensor that takes the place of the base's: the same again, and the base's."""
+        """What peft writes beside a tensor: the same again; and the base's, where one takes its place."""
         for part, key in list(self._left.items()):
             kind, _, leaf = part.role.partition("_")
             plain = Part(part.module, leaf)

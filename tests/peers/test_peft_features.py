@@ -16,7 +16,7 @@ from peft_adapters import CASES, CONFIG, PREFIX, TOKENS, WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import AdapterError
-from adaptkit.operations.merge import merge
+from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.unmerge import unmerge
 
 LOADED = [name for name, case in CASES.items() if case.loads]
@@ -311,3 +311,34 @@ def test_stacks_of_gate_and_up_apart_are_told_apart(tmp_path, kind):
         found = outputs(load(tmp_path / "out"))
     assert (before - wanted).norm() > 0.01 * wanted.norm()
     assert (found - wanted).norm() < 5e-6 * wanted.norm()
+
+
+def test_magnitudes_that_peft_writes_twice_are_read_once(tmp_path):
+    """It does so for the embedding of a vocabulary that was resized, unless that is called ``embed_tokens``."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    def outputs(model):
+        with torch.no_grad():
+            return model.eval()(torch.arange(3, 33)[None]).logits
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(66)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_fc", "wte"], use_dora=True))
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data += torch.rand(parameter.shape) * 0.1
+        model.save_pretrained(adapter)
+        wanted = outputs(model)
+        merge(base, [adapter], tmp_path / "out", MergeOptions(untie=True))
+        found = outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    magnitudes = [key for key in load_file(adapter / WEIGHTS) if "wte.lora_magnitude_vector" in key]
+    assert len(magnitudes) == 2
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+    peft_adapters.change_tensors(adapter, lambda tensors: tensors[magnitudes[1]].add_(1.0))
+    with pytest.raises(AdapterError, match="should be the same"):
+        merge(base, [adapter], tmp_path / "other", MergeOptions(untie=True))
