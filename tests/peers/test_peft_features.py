@@ -16,6 +16,7 @@ from peft_adapters import CASES, CONFIG, PREFIX, TOKENS, WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import AdapterError
+from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.unmerge import unmerge
 
@@ -342,3 +343,29 @@ def test_magnitudes_that_peft_writes_twice_are_read_once(tmp_path):
     peft_adapters.change_tensors(adapter, lambda tensors: tensors[magnitudes[1]].add_(1.0))
     with pytest.raises(AdapterError, match="should be the same"):
         merge(base, [adapter], tmp_path / "other", MergeOptions(untie=True))
+
+
+def test_an_extracted_norm_inside_an_extracted_embedding_is_saved_with_it(tmp_path):
+    """peft does not find what is inside of one of ``modules_to_save`` if that is another of them."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def outputs(model):
+        with torch.no_grad():
+            return model.eval()(torch.arange(3, 33)[None], use_cache=False).logits
+
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("inkling_text", **STACKS["inkling_text"])
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(base)
+        for name in ("model.embed_tokens.weight", "model.embed_tokens.embed_norm.weight"):
+            model.get_parameter(name).data.mul_(1 + torch.rand(model.get_parameter(name).shape))
+        model.save_pretrained(tuned)
+        extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=2))
+        begun = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        wanted, before = outputs(AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)), outputs(begun)
+        found = outputs(PeftModel.from_pretrained(begun, tmp_path / "adapter"))
+    assert (before - wanted).norm() > 0.01 * wanted.norm()
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()

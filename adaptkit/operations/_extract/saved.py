@@ -150,6 +150,9 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
         saved.add(_head(plan, running, vocabulary))
         if module_of(vocabulary.embedding).endswith(_TIED_BY_PEFT):
             config["ensure_weight_tying"] = True
+    saved = {
+        name for name in saved if not any(name.startswith(f"{around}.") for around in saved)
+    }  # peft takes all in one
     asked = {"modules_to_save": sorted(saved)}
     inside = {part.name for part in plan.parts if is_saved(asked, running.path(part.name).rpartition(".")[0])}
     also = {name for name in inside if name not in parts}
