@@ -752,3 +752,25 @@ def test_files_of_a_language_model_that_call_themselves_a_part_of_it(named, gpt2
     both = tiny.write_peft_adapter(tmp_path / "both", gpt2, target_modules=["wte", "c_attn"], fan_in_fan_out=True)
     with pytest.raises(BaseMismatchError, match="ties its head to its embedding"):
         merge(base, [both], tmp_path / "merged")
+
+
+def test_what_the_running_model_has_in_pieces_is_refused(tmp_path):
+    """No language model, so that names tell what is linear; in peft the model has no module of the files' name."""
+    from transformers import NomicBertConfig, NomicBertForSequenceClassification
+
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    config = NomicBertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, intermediate_size=48, num_attention_heads=4
+    )
+    NomicBertForSequenceClassification(config).save_pretrained(base)
+    shutil.copytree(base, tuned)
+    tensors = load_file(base / "model.safetensors")
+    fused = next(name for name in tensors if name.endswith("Wqkv.weight"))
+    for name in (fused, fused.replace("Wqkv", "out_proj")):
+        tensors[name] += 0.1
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"Wqkv\.weight differs, but is cut up"):
+        extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=2))
+    assert not (tmp_path / "adapter").exists()
+    report = extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=2, target=("*.out_proj",)))
+    assert [module.module for module in report.modules] == [fused.removesuffix(".weight").replace("Wqkv", "out_proj")]

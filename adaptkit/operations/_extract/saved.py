@@ -90,11 +90,14 @@ class Running:
         return "FEATURE_EXTRACTION" if has_no_head(self.network) else None
 
     def module(self, part: Part) -> str:
-        """What the model calls a linear layer."""
-        place = self.places.get(part.name)
+        """What the model calls a linear layer.
+
+        Raises:
+            UsageError: it has none of its own there, but the tensor is cut up for several.
+        """
         if part.kind == "expert":
             return part.module
-        return module_of(place.parameters[0]) if place and not place.pattern else part.paths[-1]
+        return module_of(self.tensor(part.name)) if part.name in self.places else part.paths[-1]
 
     def path(self, name: str) -> str:
         """What the model calls what a tensor of the files is, or is a piece of."""
@@ -115,8 +118,8 @@ class Running:
         place = self.places.get(name)
         if place and place.pattern:
             raise UsageError(
-                f"{name} differs, but is only a piece of a parameter of the model, which an adapter cannot hold",
-                hint="leave it out, and say so, with --only-linear",
+                f"{name} differs, but is cut up or put together with others in the model, where no adapter can hold it",
+                hint="leave it out, and say so, with --target or --only-linear",
             )
         return place.parameters[0] if place else name
 
