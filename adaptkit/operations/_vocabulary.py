@@ -94,6 +94,8 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     tables = tables or [module for module in shortest_first if is_rare_table(module) and module not in heads]
     if not tables and not heads:
         tables = _only_of_its_height(checkpoint)
+    if tables and not heads and says is False:
+        heads = _only_of_its_shape(checkpoint, weights[tables[0]])
     tied = bool(tables) and (says is True if heads else not tells_no_words(checkpoint))
     return Vocabulary(
         weights[tables[0]] if tables else "",
@@ -141,6 +143,20 @@ def tells_no_words(checkpoint: Checkpoint) -> bool:
 def says_tied(config: Mapping[str, Any]) -> Any:
     """Whether head and embedding are one, in the words of a configuration; None if it does not say."""
     return config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
+
+
+def _only_of_its_shape(checkpoint: Checkpoint, table: str) -> list[str]:
+    """The module of the only other tensor outside the layers that is like the embedding: a head that is not tied to it.
+
+    Files may call it otherwise than the model does: DeepSeek-V4's ``head.weight`` is ``lm_head.weight`` there.
+    """
+    shape = checkpoint.spec(table).shape
+    found = [
+        name.removesuffix(".weight")
+        for name, located in checkpoint.tensors.items()
+        if name.endswith(".weight") and name != table and not is_in_layers(name) and located.spec.shape == shape
+    ]
+    return found if len(found) == 1 else []
 
 
 def _only_of_its_height(checkpoint: Checkpoint) -> list[str]:

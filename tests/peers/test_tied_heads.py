@@ -264,3 +264,27 @@ def test_a_head_is_not_untied_where_that_would_part_layers_too(tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
     alone = adapted("zamba", base, tmp_path / "alone", target_modules=["in_proj"])
     assert_merges("zamba", base, alone, tmp_path / "out", untie=False)
+
+
+DEEPSEEK = DECODER | {
+    "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1,
+    "head_dim": 16, "q_lora_rank": 12, "qk_rope_head_dim": 8, "index_n_heads": 4, "index_head_dim": 16,
+    "index_topk": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_a_head_of_its_own_is_found_under_the_name_of_the_files(tmp_path, monkeypatch, end):
+    """Nothing is called ``lm_head`` in DeepSeek-V4's, so that the embedding was taken for its head, too."""
+    import transformers
+
+    monkeypatch.setitem(MODELS, "deepseek_v4", (TEXT, "deepseek_v4", DEEPSEEK, "q_b_proj", "lm_head", "embed_tokens"))
+    base = tmp_path / "base"
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model("deepseek_v4", **DEEPSEEK)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    assert "head.weight" in load_file(base / "model.safetensors")
+    adapter = adapted("deepseek_v4", base, tmp_path / "adapter", target_modules=["q_b_proj", end])
+    assert_merges("deepseek_v4", base, adapter, tmp_path / "out", untie=False)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
