@@ -96,37 +96,42 @@ def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str) -> Ad
 
 def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
     missing = next((name for name in wanted if name not in checkpoint.tensors), "")
-    lacks = f"{who}: changes {missing}, which {checkpoint.root} does not have"
     if importlib.util.find_spec("transformers") is None:
         raise BaseMismatchError(
-            f"{lacks} under that name",
+            f"{who}: changes {missing}, which {checkpoint.root} does not have under that name",
             hint="is this the right base? If its files use other names than the model: pip install 'adaptkit[train]'",
         )
-    network = named_network(checkpoint) if why_unknown(checkpoint) else empty_network(checkpoint)
-    if network is None:
-        raise BaseMismatchError(lacks, hint=OTHER_MODEL)
     from adaptkit.networks.assembly import Assembly  # here, since it waits for torch
 
-    assembly = Assembly(network, checkpoint)
+    absent = missing
+    for build in (named_network,) if why_unknown(checkpoint) else (empty_network, named_network):
+        network = build(checkpoint)  # the second sees images, too, where the first may only read (Mllama)
+        if network is not None:
+            found = _in_network(Assembly(network, checkpoint), wanted, who)
+            if isinstance(found, Addresses):
+                return found
+            absent = found
+    raise BaseMismatchError(f"{who}: changes {absent}, which {checkpoint.root} does not have", hint=OTHER_MODEL)
+
+
+def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | str:
+    """Where a model has parameters, or the first that it does not have."""
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}
     uses = set()
     for name in wanted:
         known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in assembly.sources), None)
-        held = known is not None or name in checkpoint.tensors
+        held = known is not None or name in assembly.checkpoint.tensors
         inside = None if held else _inside(assembly, name)
         if known is not None:
             found[name] = _slices(assembly, known, who)
             uses |= {name} if assembly.is_borrowed(known) else set()
-        elif name in checkpoint.tensors:  # one expert's matrix, say, where the model has a stack of them
+        elif held:  # one expert's matrix, say, where the model has a stack of them
             found[name] = (Slice(name),)
         elif inside is not None:
             found[name] = (inside,)
         else:
-            raise BaseMismatchError(
-                f"{who}: changes {name}, which {checkpoint.root} does not have",
-                hint=OTHER_MODEL,
-            )
+            return name
     told_by = f"names mapped as transformers does for {type(assembly.network).__name__}"
     return Addresses(found, told_by, frozenset(uses))
 

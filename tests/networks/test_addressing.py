@@ -94,3 +94,25 @@ def test_a_model_that_hears_is_asked_for_by_the_name_of_its_class(tmp_path):
         (place,) = found[name]
         assert place.name != name
         assert torch.equal(checkpoint.read(place.name), model.get_parameter(name))
+
+
+def test_a_tower_for_images_is_found_where_the_language_model_alone_has_none(tmp_path):
+    """Of Mllama's configuration transformers builds a model that only reads, unless it is asked by the class's name."""
+    import torch
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    text = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1],
+            "pad_token_id": 0}  # fmt: skip
+    image = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_global_layers": 1,
+             "attention_heads": 4, "image_size": 28, "patch_size": 14, "vision_output_dim": 64,
+             "intermediate_layers_indices": [0]}  # fmt: skip
+    model = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=image))
+    model.save_pretrained(tmp_path / "base")
+    checkpoint = Checkpoint(tmp_path / "base")
+    names = [name for name, _ in model.named_parameters() if name.endswith("q_proj.weight")]
+    assert {name.split(".")[1] for name in names} == {"vision_model", "language_model"}
+    found = find_addresses(checkpoint, names, "a").of
+    assert all(torch.equal(checkpoint.read(found[name][0].name), model.get_parameter(name)) for name in names)
+    with pytest.raises(BaseMismatchError, match=r"changes model\.nobodys\.weight"):
+        find_addresses(checkpoint, [*names, "model.nobodys.weight"], "a")
