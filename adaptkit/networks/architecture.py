@@ -235,11 +235,6 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
             raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, in either of transformers' two kinds; subclasses do more, and are not."""
-    return type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D"
-
-
 def language_part(network: Any) -> str:
     """The dotted path of what reads text in a network that sees images too; empty if that is the whole network."""
     inner = network.get_decoder() if hasattr(network, "get_decoder") else network

@@ -27,6 +27,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.networks.alone import alone
 from adaptkit.networks.architecture import Description, empty_network, is_router, language_part
+from adaptkit.networks.linears import is_linear
 from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.networks.tables import host_tables
@@ -171,6 +172,8 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     network = empty_network(description, dtype)
     shapes = linear_shapes(network)
     targets = sorted(matching_targets(options.targets, shapes, language_part(network), network.config.model_type))
+    if options.method == "qlora" and not any(is_linear(network.get_submodule(name)) for name in shapes):
+        raise UsageError(f"{model}: quantize packs none of its linear layers", hint="plan it with --method lora")
     parameters = sum(parameter.numel() for parameter in network.parameters())
     full = options.method == "full"
     most = min((min(shapes[name]) for name in targets), default=0)

@@ -233,6 +233,15 @@ def test_a_budget_is_kept_or_refused(models):
         plan(folder, PlanOptions(checkpointing="budget:1", **options))
 
 
+def test_linear_layers_that_quantize_leaves_alone_can_be_planned_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.ARCHITECTURES, "falcon", {})
+    folder = tiny.write_architecture(tmp_path / "falcon", "falcon")
+    with pytest.raises(UsageError, match="packs none") as caught:
+        plan(folder)
+    assert "--method lora" in caught.value.hint
+    assert plan(folder, PlanOptions(method="lora")).trainable_parameters > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -75,9 +75,13 @@ def test_a_trained_adapter_merged_is_what_it_was_trained_as(base, tmp_path):
     assert difference(trained, before) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["gemma3n_text", "mamba"])
-def test_peft_computes_what_was_trained(name, tmp_path):
-    """Gemma 3n calls linear layers 0, 1 and 2, as decoder layers are called; Mamba has one that is never called."""
+@pytest.mark.parametrize("name", ["gemma3n_text", "mamba", "falcon"])
+def test_peft_computes_what_was_trained(name, tmp_path, monkeypatch):
+    """Gemma 3n calls linear layers 0, 1 and 2, as decoder layers are called; Mamba has one that is never called.
+
+    Falcon's are a subclass, which quantize leaves alone.
+    """
+    monkeypatch.setitem(tiny.ARCHITECTURES, "falcon", {"bias": True, "alibi": True})
     base = tiny.write_architecture(tmp_path / "base", name)
     data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
     config = TrainConfig(

@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_map_only
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import empty_network, is_linear
+from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly, find_stack
+from adaptkit.networks.linears import is_linear
 
 Found = TypeVar("Found")
 Place = tuple[int, int, Any]

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
-from adaptkit.networks.architecture import is_expert, is_linear
+from adaptkit.networks.architecture import is_expert
 from adaptkit.networks.assembly import find_stack
+from adaptkit.networks.linears import acts_as_linear
 
 Shape = tuple[int, int]
 
@@ -29,7 +30,7 @@ def linear_shapes(network: Any) -> dict[str, Shape]:
     head = network.get_output_embeddings()
     found = {}
     for name, module in network.named_modules():
-        if is_linear(module) and module is not head:
+        if acts_as_linear(module) and module is not head:
             rows, columns = module.weight.shape
             found[name] = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
     return found

@@ -21,8 +21,9 @@ from torch.nn.modules.conv import _ConvNd
 from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
-from adaptkit.networks.architecture import empty_network, is_linear, language_part
+from adaptkit.networks.architecture import empty_network, language_part
 from adaptkit.networks.assembly import Assembly, check_shape
+from adaptkit.networks.linears import acts_as_linear
 from adaptkit.networks.matching import matching, matching_targets
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.scaling import scaling
@@ -140,7 +141,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     layers = {
         name: (_layer(assembly, name, module), module)
         for name, module in network.named_modules()
-        if is_linear(module) and (module is not head or assembly.is_quantized(f"{name}.weight"))
+        if acts_as_linear(module) and (module is not head or assembly.is_quantized(f"{name}.weight"))
     }
     for name, (layer, module) in layers.items():  # only now: what is cut in parts asks the network for their shapes
         parent, _, child = name.rpartition(".")

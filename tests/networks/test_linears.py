@@ -1,0 +1,55 @@
+"""What acts as a linear layer is asked of a module's class, not told by its name."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+from transformers.pytorch_utils import Conv1D
+
+from adaptkit.networks.linears import acts_as_linear, is_linear
+
+
+class Same(nn.Linear):
+    """Has the forward that it inherits."""
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+class Without(nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight)
+
+
+class Also(nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias), x
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, FalconLinear, Same])
+def test_what_multiplies_and_adds_a_bias_acts_as_a_linear_layer(kind):
+    assert acts_as_linear(kind(3, 2))
+    assert is_linear(kind(3, 2)) == (kind in (nn.Linear, Conv1D))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Twice, Without, Also, IdeficsDecoupledLinear, nn.Embedding])
+def test_what_does_more_or_less_does_not(kind):
+    assert not acts_as_linear(kind(3, 2))
+
+
+@pytest.mark.parametrize("kind", [DeepseekV4GroupedLinear, Llama4Router, PhimoeTopKRouter])
+def test_nor_do_routers_and_layers_of_groups(kind):
+    module = kind.__new__(kind)
+    nn.Linear.__init__(module, 3, 2)
+    assert not acts_as_linear(module)
