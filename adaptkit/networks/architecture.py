@@ -38,6 +38,7 @@ REFUSALS = (
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _KERNEL_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _STEP_MODELS = {"falcon_mamba", "jamba", "mamba"}
+_SHARED = {"zamba": ".shared_transf.", "zamba2": ".shared_transformer."}
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """What a configuration may not decide here; an implementation can be code on the Hub."""
 
@@ -268,6 +269,14 @@ def is_never_called(model_type: str, path: str) -> bool:
     That is what makes Mamba's step sizes.
     """
     return model_type in _STEP_MODELS and path.rpartition(".")[2] == "dt_proj"
+
+
+def is_shared_by_layers(model_type: Any, path: str) -> bool:
+    """Whether an architecture has one weight for several layers, each of which peft gives an adapter of its own.
+
+    That is Zamba's attention, with the MLP behind it.
+    """
+    return _SHARED.get(model_type, "\0") in path
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.lazy import torch
 from adaptkit.networks.addressing import Addresses, Slice, find_addresses
+from adaptkit.networks.architecture import is_shared_by_layers
 from adaptkit.operations._vocabulary import Vocabulary, says_tied, tells_no_words
 
 _SHARED = re.compile(r"(^|\.)shared\.weight$")
@@ -104,12 +105,14 @@ def _refuse_unknown(checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Ada
 
 def _refuse_uses(checkpoint: Checkpoint, adapter: Adapter, found: Addresses) -> None:
     """Refuse a change of one use of a tensor that a model has for several, other than of its head."""
-    for name in sorted(found.uses):
-        if name.endswith(".weight"):
+    for name in sorted(found.of):
+        in_layers = is_shared_by_layers(checkpoint.config.get("model_type"), name)
+        if in_layers or (name in found.uses and name.endswith(".weight")):
+            with_what = "other layers" if found.of[name][0].name == name else found.of[name][0].name
             raise AdapterError(
-                f"{adapter.root}: changes {name}, which the model has in common with {found.of[name][0].name} of "
+                f"{adapter.root}: changes {name}, which the model has in common with {with_what} of "
                 f"{checkpoint.root}; peft changes one of these uses, which no checkpoint of the model can say",
-                hint="train it without embeddings and head",
+                hint=f"train it without {'what layers share' if in_layers else 'embeddings and head'}",
             )
 
 

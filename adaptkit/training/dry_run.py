@@ -14,7 +14,7 @@ from adaptkit.training.device import choose_device, make_current
 from adaptkit.training.distributed import World
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.start import cannot_be_merged, left_out
+from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_not_finished, check_unfinished, going_on_from, require_room
 from adaptkit.training.schedule import steps_in
@@ -40,6 +40,7 @@ class RunPlan:
         trainable_parameters: in the adapter.
         left_out: what targets for every linear layer leave out, in a line; empty if nothing.
         cannot_be_merged: why not, in a line; empty if the adapter can be.
+        peft_drops: what of the adapter peft will not find, in a line; empty if it finds all.
         segments: that gradient checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: of activations and dequantized weights.
@@ -61,6 +62,7 @@ class RunPlan:
     trainable_parameters: int
     left_out: str
     cannot_be_merged: str
+    peft_drops: str
     segments: int
     checkpointing: str
     compute_dtype: str
@@ -107,7 +109,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         answer_tokens=sum(sample.answer_tokens for sample in inputs.samples),
         trainable_parameters=parameters,
         left_out=left_out(model, config),
-        cannot_be_merged=cannot_be_merged(model),
+        cannot_be_merged=cannot_be_merged(model, config),
+        peft_drops=peft_drops(model),
         segments=activations.checkpointing.segments,
         checkpointing=str(activations.checkpointing),
         compute_dtype=inputs.config.compute_dtype,

@@ -28,7 +28,7 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
-from adaptkit.training.network.start import cannot_be_merged, left_out, shortened
+from adaptkit.training.network.start import foretold, shortened
 from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
@@ -89,7 +89,7 @@ class Run:
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world, self.batches.largest())
         inputs.require_base()
-        told = (left_out(self.model, inputs.config), cannot_be_merged(self.model), slower_without(world.device))
+        told = (*foretold(self.model, inputs.config), slower_without(world.device))
         for line in filter(None, told if world.is_first else ()):
             note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)

@@ -1,5 +1,7 @@
 """Architectures that do something of their own: what is quantized, trained and merged is what transformers computes."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,14 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.errors import AdapterError
+from adaptkit.operations.check import check
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.dry_run import plan_run
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.fused import fuse_layers
@@ -94,6 +99,60 @@ def test_peft_computes_what_was_trained(name, tmp_path, monkeypatch):
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     in_peft = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     assert difference(logits(in_peft), logits(model.network)) < 1e-5
+
+
+def test_an_adapter_of_what_layers_share_is_not_merged_which_is_known_before(tmp_path, monkeypatch):
+    """Every use of Zamba's attention gets one of its own, as in peft, and the files hold the weight once."""
+    values = {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 2,
+        "num_key_value_heads": 4, "attention_head_dim": 32, "mamba_dt_rank": 4,
+    }  # fmt: skip
+    monkeypatch.setitem(tiny.ARCHITECTURES, "zamba", values)
+    base = tiny.write_architecture(tmp_path / "base", "zamba")
+    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = TrainConfig(
+        base=str(base), data=(str(data),), steps=1, max_length=64, device="cpu", batch_size=1, held_out=0
+    )
+    said = "the adapter cannot be merged: 7 of its layers have weights that other layers have, too: "
+    for more in ({"rank": 2, "exclude": ("*.shared_transf.*",)}, {"method": "full"}):
+        assert plan_run(replace(config, **more), tmp_path / "adapter").cannot_be_merged == ""
+    notes, settings = [], replace(config, rank=2, targets=("model.layers.1.shared_transf.*",))
+    assert plan_run(settings, tmp_path / "adapter").cannot_be_merged.startswith(said)
+    train(settings, tmp_path / "adapter", note=notes.append)
+    assert any(note.startswith(said) for note in notes)
+    with pytest.raises(AdapterError, match="in common with other layers") as caught:
+        merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    assert "what layers share" in caught.value.hint
+
+
+def test_what_peft_takes_for_another_module_is_told(tmp_path, monkeypatch):
+    """Of Laguna's shared experts, by a rule for the names of older checkpoints, which has a dot that matches an s."""
+    monkeypatch.setitem(tiny.ARCHITECTURES, "laguna", {**tiny.ARCHITECTURES["qwen2_moe"], "head_dim": 16})
+    base = tiny.write_architecture(tmp_path / "base", "laguna")
+    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = TrainConfig(
+        base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
+        compute_dtype="float32",
+    )  # fmt: skip
+    for name, more, is_taken in (("all", {}, False), ("some", {"exclude": ("*.shared_experts.*",)}, True)):
+        adapter, notes = tmp_path / name, []
+        settings = replace(config, **more)
+        train(settings, adapter, note=notes.append)
+        verdict = check(adapter, ["peft"], base=base).verdicts[0]
+        assert verdict.taken == is_taken
+        about = [note for note in notes if "peft" in note]
+        assert about == [plan_run(settings, tmp_path / "another").peft_drops] * (not is_taken)
+        model = load_model(base, torch.float32, torch.device("cpu"))
+        load_adapter(model, read_adapter(adapter))
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+            in_peft = PeftModel.from_pretrained(plain, adapter).eval()
+        assert (difference(logits(in_peft), logits(model.network)) < 1e-5) == is_taken
+        if not is_taken:
+            assert "mlp.shared_experts..down_proj" in verdict.findings[0].effect
+            assert "3 adapters" in about[0]
+            assert "shared_experts.down_proj" in about[0]
 
 
 def test_gradients_do_not_depend_on_checkpointing(packed):

@@ -114,6 +114,8 @@ def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
         yield "left out", plan.left_out
     if plan.cannot_be_merged:
         yield "merge", plan.cannot_be_merged
+    if plan.peft_drops:
+        yield "peft", plan.peft_drops
     yield "activations", f"{plan.compute_dtype}; {plan.checkpointing}"
     yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
     yield from data_rows(plan.data)

@@ -9,6 +9,7 @@ index names, and nothing beside them.
 from collections.abc import Iterator
 
 from adaptkit.networks.architecture import is_never_called, is_read_by_kernels
+from adaptkit.networks.naming import renamed_in_peft
 from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_experts, _peft_tensors, _rules
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -65,6 +66,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         "call model.resize_token_embeddings({entries}) before the adapter is loaded",
     )
     yield from _kernels(files, base)
+    yield from _renamed(files, base)
     yield from _tied(files, base)
     yield from _peft_experts.single(files, base, _DROPS)
     yield from _peft_experts.beside(files, base, _DROPS)
@@ -159,6 +161,20 @@ def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             "error",
             some(passed),
             f"peft's adapter of it does nothing: {kind} reads its weight, and never calls it",
+            files.merge(),
+        )
+
+
+def _renamed(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    if base is None or base.network is None:
+        return
+    there = [pair.module for pair in files.pairs if f"{pair.module}.weight" in base.tensors]
+    others = renamed_in_peft(base.network, there)
+    if others:
+        yield Finding(
+            "error",
+            some(list(others)),
+            f"peft takes it for {next(iter(others.values()))}, by transformers' rules for older names; {_DROPS}",
             files.merge(),
         )
 

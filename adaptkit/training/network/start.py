@@ -13,8 +13,15 @@ from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import find_addresses
-from adaptkit.networks.architecture import is_expert, is_never_called, is_read_by_kernels, is_router
+from adaptkit.networks.architecture import (
+    is_expert,
+    is_never_called,
+    is_read_by_kernels,
+    is_router,
+    is_shared_by_layers,
+)
 from adaptkit.networks.matching import EVERYTHING, matching
+from adaptkit.networks.naming import renamed_in_peft
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
     bias_names,
@@ -138,6 +145,11 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
         train_rows(model, path, list(dict.fromkeys(_token(text, tokenizer) for text in config.trainable_tokens)))
 
 
+def foretold(model: Model, config: TrainConfig) -> tuple[str, ...]:
+    """What is known of an adapter before it is trained, a line each, some of them empty."""
+    return left_out(model, config), cannot_be_merged(model, config), peft_drops(model)
+
+
 def left_out(model: Model, config: TrainConfig) -> str:
     """What fresh adapters for every linear layer leave out, in a line; see ``matching_targets``. Empty if nothing."""
     if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets:
@@ -179,16 +191,35 @@ def _stacks_left(model: Model) -> str:
     return f"no adapter without target_parameters for {stacks} of experts' matrices: {shortened(left)}"
 
 
-def cannot_be_merged(model: Model) -> str:
+def cannot_be_merged(model: Model, config: TrainConfig) -> str:
     """Why the base could not take up the adapter, in a line; empty if it can.
 
-    A bias of B is added to the layer's own, and a checkpoint that has none has no place for one.
+    A bias of B is added to the layer's own, and a checkpoint that has none has no place for one. Nor has it places for
+    several changes of a weight that layers share.
     """
-    names = [name for name, layer in model.linears.items() if layer.lora_bias is not None and layer.bias is None]
-    if not names:
+    if config.method == "full":
         return ""
-    why = f"{len(names)} of its layers {'has' if len(names) == 1 else 'have'} no bias that could take up B's"
-    return f"the adapter cannot be merged: {why}: {shortened(names)}"
+    no_bias = [name for name, layer in model.linears.items() if layer.lora_bias is not None and layer.bias is None]
+    trained = [*model.adapted(), *(name.rpartition(".")[0] for name in model.whole)]
+    shared = [name for name in trained if is_shared_by_layers(model.network.config.model_type, f"{name}.")]
+    told = [
+        f"{len(names)} of its layers {one if len(names) == 1 else some}: {shortened(names)}"
+        for names, one, some in (
+            (no_bias, "has no bias that could take up B's", "have no bias that could take up B's"),
+            (shared, "has a weight that other layers have, too", "have weights that other layers have, too"),
+        )
+        if names
+    ]
+    return f"the adapter cannot be merged: {'; '.join(told)}" if told else ""
+
+
+def peft_drops(model: Model) -> str:
+    """What of a finished adapter peft will not find, in a line; empty if it finds all."""
+    others = renamed_in_peft(model.network, model.adapted())
+    if not others:
+        return ""
+    named = f"peft drops {counted(len(others), 'adapter')}, which it takes for other modules'; merge does not"
+    return f"{named}: {shortened(list(others))}"
 
 
 def shortened(names: Sequence[str]) -> str:
