@@ -36,6 +36,7 @@ REFUSALS = (
 )  # fmt: skip
 """What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+_INDEXER = re.compile(r"(^|\.)indexer\.")
 _KERNEL_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _STEP_MODELS = {"falcon_mamba", "jamba", "mamba"}
 _SHARED = {"zamba": ".shared_transf.", "zamba2": ".shared_transformer."}
@@ -248,6 +249,11 @@ def language_part(network: Any) -> str:
 def is_router(path: str) -> bool:
     """Whether a module is, by its dotted path, one that chooses among experts or weighs them."""
     return bool(_ROUTER.search(path))
+
+
+def is_indexer(path: str) -> bool:
+    """Whether a module, by its dotted path, chooses what sparse attention reads, through which no gradient goes."""
+    return bool(_INDEXER.search(path))
 
 
 def is_expert(path: str, module: nn.Module) -> bool:

@@ -21,9 +21,11 @@ def acts_as_linear(module: nn.Module) -> bool:
     """Whether a module gives what a linear layer gives: of subclasses, those whose forward does nothing else.
 
     That is Falcon's, which rounds between product and bias. bitsandbytes packs none of it, so it is not ``is_linear``.
+    One that takes over its forward is torch's, inside an attention that reads the weight itself.
     """
     kind: Any = type(module)
-    return is_linear(module) or (isinstance(module, torch.nn.Linear) and _only_multiplies(kind))
+    is_other = isinstance(module, torch.nn.Linear) and kind.forward is not torch.nn.Linear.forward
+    return is_linear(module) or (is_other and _only_multiplies(kind))
 
 
 @cache

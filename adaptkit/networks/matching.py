@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import is_never_called, is_read_by_kernels, is_router
+from adaptkit.networks.architecture import is_indexer, is_never_called, is_read_by_kernels, is_router
 
 EVERYTHING = "*"
 _KIND = "linear layer below the head"
@@ -30,9 +30,9 @@ def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str
 def matching_targets(patterns: Sequence[str], names: Iterable[str], inside: str = "", model_type: str = "") -> set[str]:
     """The linear layers that get an adapter.
 
-    ``*`` is all that read text but routers, whose few rows are often fewer than a rank, and which say where tokens go,
-    and but what peft refuses or passes over. Those, and layers that see images, get one only if another pattern means
-    them.
+    ``*`` is all that read text but routers, whose few rows are often fewer than a rank, and which say where tokens go;
+    indexers, which no gradient reaches; and what peft refuses or passes over. Those, and layers that see images, get
+    one only if another pattern means them.
 
     Args:
         patterns: of the targets.
@@ -49,6 +49,6 @@ def matching_targets(patterns: Sequence[str], names: Iterable[str], inside: str 
         named = matching("target", [pattern for pattern in patterns if pattern != EVERYTHING], names, _KIND)
         begin = f"{inside}." if inside else ""
         others = {name for name in names if is_router(name) or is_read_by_kernels(model_type, name)}
-        others |= {name for name in names if is_never_called(model_type, name)}
+        others |= {name for name in names if is_indexer(name) or is_never_called(model_type, name)}
         chosen -= (others | {name for name in names if not name.startswith(begin)}) - named
     return chosen

@@ -13,10 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from adaptkit.networks.linears import acts_as_linear, is_linear
 
 
-class Same(nn.Linear):
-    """Has the forward that it inherits."""
-
-
 class Scaled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -37,7 +33,7 @@ class Also(nn.Linear):
         return torch.nn.functional.linear(x, self.weight, self.bias), x
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, FalconLinear, Same])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, FalconLinear])
 def test_what_multiplies_and_adds_a_bias_acts_as_a_linear_layer(kind):
     assert acts_as_linear(kind(3, 2))
     assert is_linear(kind(3, 2)) == (kind in (nn.Linear, Conv1D))
@@ -53,3 +49,7 @@ def test_nor_do_routers_and_layers_of_groups(kind):
     module = kind.__new__(kind)
     nn.Linear.__init__(module, 3, 2)
     assert not acts_as_linear(module)
+
+
+def test_nor_does_what_attention_reads_the_weight_of():
+    assert not acts_as_linear(nn.MultiheadAttention(4, 2).out_proj)

@@ -15,6 +15,7 @@ from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import find_addresses
 from adaptkit.networks.architecture import (
     is_expert,
+    is_indexer,
     is_never_called,
     is_read_by_kernels,
     is_router,
@@ -169,11 +170,13 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
         return ""
     kind = model.network.config.model_type
     routers = sum(is_router(name) for name in left)
+    indexers = sum(is_indexer(name) for name in left)
     refused = sum(is_read_by_kernels(kind, name) for name in left)
     passed = sum(is_never_called(kind, name) for name in left)
-    outside = len(left) - routers - refused - passed
+    outside = len(left) - routers - indexers - refused - passed
     found = (
         (routers, "router", ""),
+        (indexers, "layer", " of indexers, which no gradient reaches"),
         (refused, "layer", " that peft refuses"),
         (passed, "layer", " whose adapter peft passes over"),
         (outside, "layer", " outside the language model"),

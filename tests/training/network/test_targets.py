@@ -72,6 +72,20 @@ def test_what_is_left_out_is_said(name, values, said, bases, instructions, tmp_p
     assert all(note.startswith(said) for note in about)
 
 
+def test_indexers_of_sparse_attention_are_left_out(instructions, tmp_path, monkeypatch):
+    values = {
+        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8,
+    }  # fmt: skip
+    monkeypatch.setitem(tiny.ARCHITECTURES, "glm_moe_dsa", values)
+    base, notes = tiny.write_architecture(tmp_path / "base", "glm_moe_dsa"), []
+    train(config(base, instructions), tmp_path / "adapter", note=notes.append)
+    said = "for 6 layers of indexers, which no gradient reaches: model.layers.0.self_attn.indexer."
+    assert any(said in note for note in notes)
+    assert not any("never got a gradient" in note for note in notes)
+
+
 def test_filters_of_convolutions_are_no_stacks_of_experts(bases, instructions, tmp_path):
     with pytest.raises(UsageError, match=r"'\*' matches no stack of experts' matrices"):
         plan_run(config(bases("mamba"), instructions, target_parameters=("*",)), tmp_path / "adapter")
