@@ -68,27 +68,6 @@ def places(network: Any, names: Iterable[str]) -> dict[str, Place]:
     return found
 
 
-def renamed_in_peft(network: Any, modules: Iterable[str]) -> dict[str, str]:
-    """The modules of an adapter that peft takes for others, and what it calls them.
-
-    It gives the names in an adapter's file to transformers' rules for names of older checkpoints, of which some match
-    the model's own, too: Laguna's ``mlp.shared_expert.``, a regular expression, is in ``mlp.shared_experts.``
-
-    Args:
-        network: transformers' model.
-        modules: dotted paths in it.
-    """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    if get_checkpoint_conversion_mapping(network.config.model_type) is None:
-        return {}
-    renamings = [entry for entry in get_model_conversion_mapping(network) if isinstance(entry, WeightRenaming)]
-    half = ".lora_A.default.weight"
-    found = {name: rename_source_key(f"{name}{half}", renamings, [])[0].removesuffix(half) for name in modules}
-    return {name: other for name, other in found.items() if not name.endswith(other)}  # it takes back a lost prefix
-
-
 def absent(network: Any, found: Mapping[str, Place]) -> list[str]:
     """The parameters of a model that no tensor of the files is, under any of their names.
 

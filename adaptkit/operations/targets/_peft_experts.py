@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
+from adaptkit.networks.peft_names import DOWNS, GATES, STACKED, UPS, taken_for_experts
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _peft_config, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
@@ -15,15 +16,6 @@ from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
 _ONE = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
-_GATES, _UPS, _DOWNS = {"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}
-_AS_MIXTRAL = {"minimax", "minimax_m2", "mixtral"}
-_AS_QWEN2_MOE = {
-    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
-    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
-    "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker",
-    "sarvam_mla", "solar_open",
-}  # fmt: skip
-"""Model types whose experts peft makes stacks of, by the names of their matrices (qwen2_moe itself is not one)."""
 
 
 def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
@@ -46,7 +38,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
             "peft doubles alpha and rank when it makes stacks of them, and so scales by √2 too much",
             _rules.flat_change(files),
         )
-    elif family is not None and family not in _AS_MIXTRAL | _AS_QWEN2_MOE:
+    elif family is not None and family not in STACKED:
         effect = f"for {family} peft makes no stacks of them: it fails, or drops them without a word"
         yield Finding("error", f"{some(modules)}: one pair of matrices an expert", effect, files.merge())
     pattern = files.config.get("target_modules")
@@ -85,10 +77,9 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
 
 def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
     """Modules that are no experts and are called as these are: peft takes their targets for the stacks'."""
-    family = base.model_type if base else None
-    names = _GATES | _UPS | _DOWNS if family in _AS_MIXTRAL | _AS_QWEN2_MOE else set()
+    family = (base.model_type if base else None) or ""
     modules = [pair.module for pair in files.pairs if not pair.stacked and not _ONE.fullmatch(pair.module)]
-    taken = [module for module in modules if module.rpartition(".")[2] in names]
+    taken = taken_for_experts(family, modules)
     if taken:
         yield Finding(
             "error",
@@ -101,7 +92,7 @@ def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
 def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]], drops: str) -> Iterator[Finding]:
     """Halves of ``gate_up_proj`` without the other, and both without any ``down_proj`` in the file."""
     halves = {
-        stack: [any(s == stack and part in names for s, part in numbers) for names in (_GATES, _UPS)]
+        stack: [any(s == stack and part in names for s, part in numbers) for names in (GATES, UPS)]
         for stack, _ in numbers
     }
     alone = [stack for stack, there in halves.items() if len(set(there)) > 1]
@@ -113,7 +104,7 @@ def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]],
             files.merge(),
         )
     both = [stack for stack, there in halves.items() if all(there)]
-    if both and not any(part in _DOWNS for _, part in numbers):
+    if both and not any(part in DOWNS for _, part in numbers):
         yield Finding("error", f"{some(both)}: gate and up of the experts, and no down", drops, files.merge())
 
 

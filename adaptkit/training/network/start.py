@@ -22,7 +22,7 @@ from adaptkit.networks.architecture import (
     is_shared_by_layers,
 )
 from adaptkit.networks.matching import EVERYTHING, matching
-from adaptkit.networks.naming import renamed_in_peft
+from adaptkit.networks.peft_names import renamed_in_peft, taken_for_experts
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
     bias_names,
@@ -218,11 +218,12 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
 
 def peft_drops(model: Model) -> str:
     """What of a finished adapter peft will not find, in a line; empty if it finds all."""
-    others = renamed_in_peft(model.network, model.adapted())
+    kind, adapted = model.network.config.model_type, model.adapted()
+    others = {*renamed_in_peft(model.network, adapted), *taken_for_experts(kind, adapted)}
     if not others:
         return ""
     named = f"peft drops {counted(len(others), 'adapter')}, which it takes for other modules'; merge does not"
-    return f"{named}: {shortened(list(others))}"
+    return f"{named}: {shortened(sorted(others))}"
 
 
 def shortened(names: Sequence[str]) -> str:
