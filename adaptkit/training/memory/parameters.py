@@ -7,12 +7,13 @@ this vector beside the optimizer's state.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from adaptkit.heap import return_freed_memory
+from adaptkit.networks.architecture import is_indexer, language_part
 from adaptkit.training.network.model import Model
 
 
@@ -52,14 +53,17 @@ class Trainable:
         Args:
             model: its parameters become views.
             lora_plus_ratio: how much faster B learns than A (LoRA+, arXiv:2402.12354). As in PEFT's optimizer, what is
-                no matrix (a bias, a magnitude) goes with B. Only matrices decay.
+                no matrix (a bias, a magnitude) goes with B. Only matrices decay, and of them only those that text
+                reaches: torch's AdamW leaves alone what has no gradient.
         """
+        text = _reached_by_text(model.network)
         kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in model.network.named_parameters():
             if parameter.requires_grad:
                 is_matrix = parameter.dim() > 1
                 fast = name.endswith("lora_b") or not is_matrix
-                kinds.setdefault((lora_plus_ratio if fast else 1.0, is_matrix), []).append(parameter)
+                decays = is_matrix and id(parameter) in text and not is_indexer(name)
+                kinds.setdefault((lora_plus_ratio if fast else 1.0, decays), []).append(parameter)
         everything = [parameter for kind in kinds.values() for parameter in kind]
         count = sum(parameter.numel() for parameter in everything)
         values, start = torch.empty(count, device=everything[0].device), 0
@@ -79,3 +83,9 @@ class Trainable:
             groups.append(Group(slice(start, end), rate, decay))
             start = end
         return cls(values, gradients, tuple(groups))
+
+
+def _reached_by_text(network: Any) -> set[int]:
+    """The parameters that read text or make words, by identity: all, but where a model sees images, too."""
+    parts = network.get_submodule(language_part(network)), network.get_output_embeddings()
+    return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}

@@ -1,8 +1,10 @@
 """What is trained lies in one vector, whose groups say what learns how."""
 
+import tiny
 import torch
 
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.adapt import parameter_places, train_whole
 from adaptkit.training.network.model import load_model, new_adapter
 
 CPU = torch.device("cpu")
@@ -37,3 +39,17 @@ def test_b_learns_faster_by_the_ratio_of_lora_plus(llama_nf4):
     for name, parameter in model.network.named_parameters():
         if parameter.requires_grad:
             assert bool((parameter == (16.0 if name.endswith("lora_b") else 1.0)).all())
+
+
+def test_what_no_text_reaches_does_not_decay(tmp_path):
+    """Gemma 3's layers for images get no gradient from text, and torch's AdamW would leave them as they are."""
+    model = load_model(tiny.write_architecture(tmp_path / "gemma3", "gemma3"), torch.float32, CPU)
+    train_whole(model, set(parameter_places(model)))
+    trainable = Trainable.of(model)
+    decays = torch.zeros_like(trainable.values)
+    for group in trainable.groups:
+        decays[group.span] = group.decay
+    trainable.values.copy_(decays)
+    for name, whole in model.whole.items():
+        is_text = name.startswith("model.language_model.") or name == "lm_head.weight"
+        assert bool((whole.parameter == float(whole.parameter.dim() > 1 and is_text)).all())
