@@ -24,7 +24,7 @@ from adaptkit.lazy import torch
 from adaptkit.torch_compiler import without_compiler
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$")
 _MANY = re.compile(r"experts$|^num_labels$")
@@ -35,11 +35,6 @@ REFUSALS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
 """What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
-_INDEXER = re.compile(r"(^|\.)indexer\.")
-_KERNEL_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-_STEP_MODELS = {"falcon_mamba", "jamba", "mamba"}
-_SHARED = {"zamba": ".shared_transf.", "zamba2": ".shared_transformer."}
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """What a configuration may not decide here; an implementation can be code on the Hub."""
 
@@ -244,45 +239,6 @@ def language_part(network: Any) -> str:
     if inner is network or inner is network.base_model or not is_stack:
         return ""
     return next((path for path, module in network.named_modules() if module is inner), "")
-
-
-def is_router(path: str) -> bool:
-    """Whether a module is, by its dotted path, one that chooses among experts or weighs them."""
-    return bool(_ROUTER.search(path))
-
-
-def is_indexer(path: str) -> bool:
-    """Whether a module, by its dotted path, chooses what sparse attention reads, through which no gradient goes."""
-    return bool(_INDEXER.search(path))
-
-
-def is_expert(path: str, module: nn.Module) -> bool:
-    """Whether a stack of matrices in a module is, by its dotted path, one of experts; other stacks are mostly none."""
-    return "expert" in f"{path} {type(module).__name__}".lower()
-
-
-def is_read_by_kernels(model_type: str, path: str) -> bool:
-    """Whether kernels take a linear layer's weight past the layer, so that an adapter of it may be passed over.
-
-    That is Mamba's output projection; peft refuses an adapter there (``_check_lora_target_modules_mamba``).
-    """
-    return model_type in _KERNEL_MODELS and path.rpartition(".")[2] == "out_proj"
-
-
-def is_never_called(model_type: str, path: str) -> bool:
-    """Whether an architecture multiplies by a linear layer's weight itself, so that peft's adapter of it does nothing.
-
-    That is what makes Mamba's step sizes.
-    """
-    return model_type in _STEP_MODELS and path.rpartition(".")[2] == "dt_proj"
-
-
-def is_shared_by_layers(model_type: Any, path: str) -> bool:
-    """Whether an architecture has one weight for several layers, each of which peft gives an adapter of its own.
-
-    That is Zamba's attention, with the MLP behind it.
-    """
-    return _SHARED.get(model_type, "\0") in path
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import is_indexer, is_never_called, is_read_by_kernels, is_router
+from adaptkit.networks.kinds import is_indexer, is_never_called, is_read_by_kernels, is_router
 
 EVERYTHING = "*"
 _KIND = "linear layer below the head"
@@ -38,7 +38,7 @@ def matching_targets(patterns: Sequence[str], names: Iterable[str], inside: str 
         patterns: of the targets.
         names: dotted paths of all linear layers inside the model.
         inside: see ``architecture.language_part``.
-        model_type: of the configuration; see ``architecture.is_read_by_kernels`` and ``is_never_called``.
+        model_type: of the configuration; see ``kinds.is_read_by_kernels`` and ``is_never_called``.
 
     Raises:
         UsageError: a pattern matches none.

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.lazy import torch
 from adaptkit.networks.addressing import Addresses, Slice, find_addresses
-from adaptkit.networks.architecture import is_shared_by_layers
+from adaptkit.networks.kinds import is_shared_by_layers
 from adaptkit.operations._vocabulary import Vocabulary, says_tied, tells_no_words
 
 _SHARED = re.compile(r"(^|\.)shared\.weight$")

@@ -26,7 +26,8 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.networks.alone import alone
-from adaptkit.networks.architecture import Description, empty_network, is_router, language_part
+from adaptkit.networks.architecture import Description, empty_network, language_part
+from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes

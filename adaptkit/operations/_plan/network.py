@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
-from adaptkit.networks.architecture import is_expert
 from adaptkit.networks.assembly import find_stack
+from adaptkit.networks.kinds import is_expert
 from adaptkit.networks.linears import acts_as_linear
 
 Shape = tuple[int, int]

@@ -8,7 +8,7 @@ index names, and nothing beside them.
 
 from collections.abc import Iterator
 
-from adaptkit.networks.architecture import is_never_called, is_read_by_kernels
+from adaptkit.networks.kinds import is_never_called, is_read_by_kernels
 from adaptkit.networks.peft_names import renamed_in_peft
 from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_experts, _peft_tensors, _rules
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.heap import return_freed_memory
-from adaptkit.networks.architecture import is_indexer, language_part
+from adaptkit.networks.architecture import language_part
+from adaptkit.networks.kinds import is_indexer
 from adaptkit.training.network.model import Model
 
 

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import find_addresses
-from adaptkit.networks.architecture import (
+from adaptkit.networks.kinds import (
     is_expert,
     is_indexer,
     is_never_called,

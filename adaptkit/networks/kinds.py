@@ -1,0 +1,54 @@
+"""What a module of a model is for, by its dotted path and the model's architecture."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+_INDEXER = re.compile(r"(^|\.)indexer\.")
+_KERNEL_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_STEP_MODELS = {"falcon_mamba", "jamba", "mamba"}
+_SHARED = {"zamba": ".shared_transf.", "zamba2": ".shared_transformer."}
+
+
+def is_router(path: str) -> bool:
+    """Whether a module is, by its dotted path, one that chooses among experts or weighs them."""
+    return bool(_ROUTER.search(path))
+
+
+def is_indexer(path: str) -> bool:
+    """Whether a module, by its dotted path, chooses what sparse attention reads, through which no gradient goes."""
+    return bool(_INDEXER.search(path))
+
+
+def is_expert(path: str, module: nn.Module) -> bool:
+    """Whether a stack of matrices in a module is, by its dotted path, one of experts; other stacks are mostly none."""
+    return "expert" in f"{path} {type(module).__name__}".lower()
+
+
+def is_read_by_kernels(model_type: str, path: str) -> bool:
+    """Whether kernels take a linear layer's weight past the layer, so that an adapter of it may be passed over.
+
+    That is Mamba's output projection; peft refuses an adapter there (``_check_lora_target_modules_mamba``).
+    """
+    return model_type in _KERNEL_MODELS and path.rpartition(".")[2] == "out_proj"
+
+
+def is_never_called(model_type: str, path: str) -> bool:
+    """Whether an architecture multiplies by a linear layer's weight itself, so that peft's adapter of it does nothing.
+
+    That is what makes Mamba's step sizes.
+    """
+    return model_type in _STEP_MODELS and path.rpartition(".")[2] == "dt_proj"
+
+
+def is_shared_by_layers(model_type: Any, path: str) -> bool:
+    """Whether an architecture has one weight for several layers, each of which peft gives an adapter of its own.
+
+    That is Zamba's attention, with the MLP behind it.
+    """
+    return _SHARED.get(model_type, "\0") in path
