@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.lazy import torch
+from adaptkit.networks.architecture import REFUSALS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,5 +41,5 @@ def _only_multiplies(kind: Any) -> bool:
 
     try:
         return gives(None) and gives(bias)
-    except (AttributeError, TypeError):  # it asks for more, as routers and decoupled layers do
+    except REFUSALS:  # it asks for more, as routers and decoupled layers do, or for other shapes
         return False

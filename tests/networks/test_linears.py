@@ -33,13 +33,24 @@ class Also(nn.Linear):
         return torch.nn.functional.linear(x, self.weight, self.bias), x
 
 
+class InPairs(nn.Linear):
+    def forward(self, x):
+        return torch.bmm(x.view(-1, 2, 3), self.weight.expand(2, 3, 3))
+
+
+class OfTwo(nn.Linear):
+    def forward(self, x):
+        one, two = x
+        return torch.nn.functional.linear(one + two, self.weight, self.bias)
+
+
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D, FalconLinear])
 def test_what_multiplies_and_adds_a_bias_acts_as_a_linear_layer(kind):
     assert acts_as_linear(kind(3, 2))
     assert is_linear(kind(3, 2)) == (kind in (nn.Linear, Conv1D))
 
 
-@pytest.mark.parametrize("kind", [Scaled, Twice, Without, Also, IdeficsDecoupledLinear, nn.Embedding])
+@pytest.mark.parametrize("kind", [Scaled, Twice, Without, Also, InPairs, OfTwo, IdeficsDecoupledLinear, nn.Embedding])
 def test_what_does_more_or_less_does_not(kind):
     assert not acts_as_linear(kind(3, 2))
 
