@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
 from adaptkit.checkpoint.progress import counted
@@ -22,9 +22,6 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.torch_compiler import without_compiler
-
-if TYPE_CHECKING:
-    pass
 
 _LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$")
 _MANY = re.compile(r"experts$|^num_labels$")
