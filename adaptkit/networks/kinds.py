@@ -51,4 +51,4 @@ def is_shared_by_layers(model_type: Any, path: str) -> bool:
 
     That is Zamba's attention, with the MLP behind it.
     """
-    return _SHARED.get(model_type, "\0") in path
+    return _SHARED.get(str(model_type), "\0") in path

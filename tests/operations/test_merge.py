@@ -379,6 +379,14 @@ def test_a_change_is_not_turned_round_to_fit_another_models_matrix(tmp_path, lla
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", [["llama"], {"llama": 1}, None])
+def test_a_model_type_that_is_no_text_says_nothing(tmp_path, llama, adapter, copy_of, kind):
+    base = copy_of(llama)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    assert merge(base, [adapter], tmp_path / "merged").merged
+
+
 def test_a_quantized_base_is_refused(tmp_path, llama, adapter):
     quantize(llama, tmp_path / "quantized")
     with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*16-bit") as caught:
