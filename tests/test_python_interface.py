@@ -100,6 +100,12 @@ def test_what_is_not_there_is_named(call):
         call()
 
 
+def test_a_source_may_be_a_path_too(llama, tmp_path):
+    assert adaptkit.resolve_source(str(llama)) == adaptkit.resolve_source(llama) == llama
+    with pytest.raises(adaptkit.errors.UsageError, match="does not exist"):
+        adaptkit.resolve_source(tmp_path / "absent")
+
+
 def test_who_signs_and_who_is_trusted_are_public():
     assert adaptkit.Signer(private_key="key.pem").private_key == Path("key.pem")
     assert adaptkit.Trust(public_key="key.pub").public_key == Path("key.pub")

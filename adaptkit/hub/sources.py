@@ -23,6 +23,7 @@ from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._fetch import Silent, fetch_into_cache
 from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, commit_of, is_commit, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
+from adaptkit.paths import AnyPath
 
 __all__ = [
     "check_repo_id",
@@ -45,11 +46,11 @@ _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
 _SILENT = "the Hub stopped answering, and its client went on with an older or only a part of it"
 
 
-def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_note) -> Path:
+def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note = no_note) -> Path:
     """Turn what a command line names into a local folder.
 
     Args:
-        text: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. A local path
+        source: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. A local path
             that exists goes first.
         progress: told of bytes that arrived.
         note: told in a line for people what is waited for.
@@ -62,7 +63,7 @@ def resolve_source(text: str, progress: Progress = no_progress, note: Note = no_
         AuthenticationError, NetworkError: the Hub refused or did not answer, whatever the cache holds; offline,
             the cache does not hold it.
     """
-    path = Path(text)
+    text, path = os.fspath(source), Path(source)
     named = _named(text)
     if os.path.exists(path):  # Path.exists raises where a name is too long
         return path
