@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -116,3 +118,22 @@ def test_a_tower_for_images_is_found_where_the_language_model_alone_has_none(tmp
     assert all(torch.equal(checkpoint.read(found[name][0].name), model.get_parameter(name)) for name in names)
     with pytest.raises(BaseMismatchError, match=r"changes model\.nobodys\.weight"):
         find_addresses(checkpoint, [*names, "model.nobodys.weight"], "a")
+
+
+def test_threads_may_ask_at_once_and_leave_torch_as_it_was(llama):
+    """In a process of its own, in which transformers is not loaded yet."""
+    code = """
+import sys, torch
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.networks.architecture import empty_network
+def ask(folder):
+    return {name: p.dtype for name, p in empty_network(Checkpoint(folder)).named_parameters()}
+with ThreadPoolExecutor(6) as pool:
+    found = list(pool.map(ask, [Path(sys.argv[1])] * 24))
+assert set(found[0].values()) == {torch.bfloat16} and found == found[:1] * 24
+assert torch.get_default_dtype() == torch.float32, torch.get_default_dtype()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -261,21 +259,6 @@ def test_what_cannot_be_planned_is_one_line(run_cli, llama, arguments, code, sai
 def test_no_targets_are_refused():
     with pytest.raises(UsageError, match="targets"):
         PlanOptions(targets=())
-
-
-def test_threads_may_plan_at_once_and_leave_torch_as_it_was(llama):
-    code = """
-import sys, torch
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from adaptkit import plan
-with ThreadPoolExecutor(6) as pool:
-    reports = list(pool.map(plan, [Path(sys.argv[1])] * 12))
-assert all(report == reports[0] for report in reports)
-assert torch.get_default_dtype() == torch.float32, torch.get_default_dtype()
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_folders_that_hold_no_model_are_refused(run_cli, tmp_path):
