@@ -288,7 +288,10 @@ STACKS = {
 def test_stacks_of_gate_and_up_apart_are_told_apart(tmp_path, kind):
     """All of them square here, so that no shape tells which tensors belong to which."""
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
 
     def outputs(model):
         with torch.no_grad():
@@ -348,7 +351,10 @@ def test_magnitudes_that_peft_writes_twice_are_read_once(tmp_path):
 def test_an_extracted_norm_inside_an_extracted_embedding_is_saved_with_it(tmp_path):
     """peft does not find what is inside of one of ``modules_to_save`` if that is another of them."""
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if "inkling_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no inkling_text")
 
     def outputs(model):
         with torch.no_grad():

@@ -278,6 +278,8 @@ def test_a_head_of_its_own_is_found_under_the_name_of_the_files(tmp_path, monkey
     """Nothing is called ``lm_head`` in DeepSeek-V4's, so that the embedding was taken for its head, too."""
     import transformers
 
+    if "deepseek_v4" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no deepseek_v4")
     monkeypatch.setitem(MODELS, "deepseek_v4", (TEXT, "deepseek_v4", DEEPSEEK, "q_b_proj", "lm_head", "embed_tokens"))
     base = tmp_path / "base"
     with quiet(), torch.random.fork_rng(devices=[]):
