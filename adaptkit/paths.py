@@ -1,4 +1,4 @@
-"""Paths as callers of the public functions give them: text, or what stands for a path."""
+"""What callers of the public functions give for paths and for several of something: text, too."""
 
 from collections.abc import Iterable
 from os import PathLike
@@ -16,3 +16,8 @@ def several(paths: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
 def optional(path: AnyPath | None) -> Path | None:
     """The path, if there is one."""
     return None if path is None else Path(path)
+
+
+def texts(given: str | Iterable[str]) -> tuple[str, ...]:
+    """The texts of a sequence, or a single one."""
+    return (given,) if isinstance(given, str) else tuple(given)

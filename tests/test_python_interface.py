@@ -106,6 +106,16 @@ def test_a_source_may_be_a_path_too(llama, tmp_path):
         adaptkit.resolve_source(tmp_path / "absent")
 
 
+def test_one_text_is_a_sequence_of_one(llama):
+    """It was one of its letters: a model was asked two questions instead of "hi"."""
+    assert adaptkit.EvaluateOptions(prompts="hi").prompts == ("hi",)
+    assert adaptkit.PlanOptions(targets="q_proj").targets == ("q_proj",)
+    assert adaptkit.QuantizeOptions(skip="*.0.*").skip == ("*.0.*",)
+    assert adaptkit.ExtractOptions(rank=1, target="*.0.*").target == ("*.0.*",)
+    assert adaptkit.PullOptions(only="tokenizer").only == ("tokenizer",)
+    assert [verdict.target for verdict in adaptkit.check(llama, "peft").verdicts] == ["peft"]
+
+
 def test_who_signs_and_who_is_trusted_are_public():
     assert adaptkit.Signer(private_key="key.pem").private_key == Path("key.pem")
     assert adaptkit.Trust(public_key="key.pub").public_key == Path("key.pub")

@@ -20,7 +20,7 @@ from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
 from adaptkit.hub._remote import RemoteFile, check_repo_id, commit_of, list_tree
 from adaptkit.hub._selection import part_of, select
 from adaptkit.hub._signature import fetch_signature
-from adaptkit.paths import AnyPath
+from adaptkit.paths import AnyPath, texts
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class PullOptions:
     trust: Trust | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "only", texts(self.only))
         check_sha256(self.manifest_sha256)
 
 

@@ -14,7 +14,7 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles, read_adapte
 from adaptkit.operations.targets._base_shapes import BaseShapes, read_base_shapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles, read_checkpoint_files
 from adaptkit.operations.targets._target import Finding, Target
-from adaptkit.paths import AnyPath, optional
+from adaptkit.paths import AnyPath, optional, texts
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CheckReport:
     unknown: tuple[str, ...]
 
 
-def check(path: AnyPath, targets: Sequence[str] = (), base: AnyPath | None = None) -> CheckReport:
+def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None = None) -> CheckReport:
     """Judge an adapter or a checkpoint by its configuration, names and shapes; no weight is read.
 
     Args:
@@ -70,7 +70,7 @@ def check(path: AnyPath, targets: Sequence[str] = (), base: AnyPath | None = Non
     path = Path(path)
     base = optional(base)
     require_folder(path)
-    chosen = list(dict.fromkeys(targets)) or names(registry)
+    chosen = list(dict.fromkeys(texts(targets))) or names(registry)
     loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)

@@ -35,7 +35,7 @@ from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.operations._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
 from adaptkit.operations._quantize.selection import MOE
-from adaptkit.paths import AnyPath
+from adaptkit.paths import AnyPath, texts
 
 METHODS = ("full", "lora", "qlora")
 DEVICES = ("auto", "cpu", "cuda")
@@ -74,6 +74,7 @@ class PlanOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", texts(self.targets))
         choices = {
             "method": METHODS,
             "moe": MOE,

@@ -18,7 +18,7 @@ from adaptkit.operations._quantize.selection import Choice, Selection, matches_a
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, plan_shards
-from adaptkit.paths import several
+from adaptkit.paths import several, texts
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class QuantizeOptions:
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", texts(self.skip))
         if self.max_shard_bytes < 1:
             raise UsageError("the shard size must be positive")
         check_threads(self.threads)

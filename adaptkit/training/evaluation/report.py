@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
-from adaptkit.paths import several
+from adaptkit.paths import several, texts
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.evaluation.perplexity import TextReport
@@ -55,6 +55,7 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shots_from", several(self.shots_from))
+        object.__setattr__(self, "prompts", texts(self.prompts))
         for name, least in (
             ("samples", 1),
             ("shots", 0),

@@ -7,6 +7,7 @@ this vector beside the optimizer's state.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -59,12 +60,14 @@ class Trainable:
         """
         text = _reached_by_text(model.network)
         kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        still = set()
         for name, parameter in model.network.named_parameters():
             if parameter.requires_grad:
                 is_matrix = parameter.dim() > 1
                 fast = name.endswith("lora_b") or not is_matrix
-                decays = is_matrix and id(parameter) in text and not is_indexer(name)
-                kinds.setdefault((lora_plus_ratio if fast else 1.0, decays), []).append(parameter)
+                kinds.setdefault((lora_plus_ratio if fast else 1.0, is_matrix), []).append(parameter)
+                if not is_matrix or id(parameter) not in text or is_indexer(name):
+                    still.add(id(parameter))
         everything = [parameter for kind in kinds.values() for parameter in kind]
         count = sum(parameter.numel() for parameter in everything)
         values, start = torch.empty(count, device=everything[0].device), 0
@@ -79,10 +82,11 @@ class Trainable:
         for parameter, span in zip(everything, spans, strict=True):
             parameter.grad = gradients[span].view(parameter.shape)
         groups, start = [], 0
-        for (rate, decay), kind in kinds.items():
-            end = start + sum(parameter.numel() for parameter in kind)
-            groups.append(Group(slice(start, end), rate, decay))
-            start = end
+        for (rate, _), kind in kinds.items():
+            for decay, alike in groupby(kind, key=lambda parameter: id(parameter) not in still):
+                end = start + sum(parameter.numel() for parameter in alike)
+                groups.append(Group(slice(start, end), rate, decay))
+                start = end
         return cls(values, gradients, tuple(groups))
 
 

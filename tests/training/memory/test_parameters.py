@@ -45,7 +45,10 @@ def test_what_no_text_reaches_does_not_decay(tmp_path):
     """Gemma 3's layers for images get no gradient from text, and torch's AdamW would leave them as they are."""
     model = load_model(tiny.write_architecture(tmp_path / "gemma3", "gemma3"), torch.float32, CPU)
     train_whole(model, set(parameter_places(model)))
+    trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+    in_order = torch.cat([p.detach().flatten() for p in sorted(trained, key=lambda p: p.dim() < 2)])
     trainable = Trainable.of(model)
+    assert torch.equal(trainable.values, in_order)  # that of checkpoints, whatever decays
     decays = torch.zeros_like(trainable.values)
     for group in trainable.groups:
         decays[group.span] = group.decay
