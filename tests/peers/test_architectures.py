@@ -55,6 +55,15 @@ def difference(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
+def short_run(base, folder):
+    """Enough steps to change what a model says."""
+    data = tiny.write_instructions(folder / "rows.jsonl", rows=8)
+    return TrainConfig(
+        base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
+        compute_dtype="float32",
+    )  # fmt: skip
+
+
 def test_the_packed_model_computes_what_transformers_does_with_its_weights(packed, tmp_path):
     assert inspect(packed).details["quantized_matrices"] > 0
     dequantize(packed, tmp_path / "plain", DequantizeOptions(dtype="float32"))
@@ -65,11 +74,7 @@ def test_the_packed_model_computes_what_transformers_does_with_its_weights(packe
 
 def test_a_trained_adapter_merged_is_what_it_was_trained_as(base, tmp_path):
     """On the plain base, so that nothing but rounding lies between the two."""
-    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
-    config = TrainConfig(
-        base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
-        compute_dtype="float32",
-    )  # fmt: skip
+    config = short_run(base, tmp_path)
     train(config, tmp_path / "adapter")
     merge(base, [tmp_path / "adapter"], tmp_path / "merged")
     model = load_model(base, torch.float32, torch.device("cpu"))
@@ -88,11 +93,7 @@ def test_peft_computes_what_was_trained(name, tmp_path, monkeypatch):
     """
     monkeypatch.setitem(tiny.ARCHITECTURES, "falcon", {"bias": True, "alibi": True})
     base = tiny.write_architecture(tmp_path / "base", name)
-    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
-    config = TrainConfig(
-        base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
-        compute_dtype="float32",
-    )  # fmt: skip
+    config = short_run(base, tmp_path)
     train(config, tmp_path / "adapter")
     model = load_model(base, torch.float32, torch.device("cpu"))
     load_adapter(model, read_adapter(tmp_path / "adapter"))
@@ -148,11 +149,7 @@ def test_what_peft_takes_for_another_module_is_told(name, values, others, count,
         pytest.skip(f"this transformers has no {name}")
     monkeypatch.setitem(tiny.ARCHITECTURES, name, values)
     base = tiny.write_architecture(tmp_path / "base", name)
-    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
-    config = TrainConfig(
-        base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
-        compute_dtype="float32",
-    )  # fmt: skip
+    config = short_run(base, tmp_path)
     for number, is_taken in enumerate((False, True)):
         adapter, notes = tmp_path / f"adapter-{number}", []
         settings = replace(config, exclude=(others,) * is_taken)

@@ -1,0 +1,146 @@
+"""Adapters that peft writes otherwise than usual: what is made of them is what its running model computes."""
+
+import peft_adapters
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft_adapters import WEIGHTS
+from safetensors.torch import load_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+)
+
+from adaptkit.errors import AdapterError
+from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.unmerge import unmerge
+
+
+def load(folder, kinds=AutoModelForCausalLM):
+    return kinds.from_pretrained(folder, dtype=torch.float32)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 33)[None], use_cache=False).logits
+
+
+def randomize(model, scale):
+    """Change what is trained; magnitudes stay above zero."""
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        draw = torch.rand if parameter.dim() < 2 and bool((parameter > 0).all()) else torch.randn
+        parameter.data += draw(parameter.shape) * scale
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("kind", ["roberta", "electra"])
+def test_a_saved_head_of_several_layers_is_read_with_its_biases(tmp_path, kind, bias):
+    """peft then saves the biases that lie inside it three times: as its own, as the copy's, and as the base's."""
+    values = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_labels": 3}
+    config = AutoConfig.for_model(kind, num_attention_heads=4, embedding_size=32, pad_token_id=0, **values)
+    kinds = AutoModelForSequenceClassification
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kinds.from_config(config).save_pretrained(base)
+        lora = LoraConfig(r=2, target_modules=["query"], bias=bias, task_type="SEQ_CLS")
+        model = get_peft_model(load(base, kinds), lora)
+        randomize(model, 0.1)
+        model.save_pretrained(adapter)
+        before, wanted = outputs(load(base, kinds)), outputs(PeftModel.from_pretrained(load(base, kinds), adapter))
+        merge(base, [adapter], tmp_path / "out")
+        found = outputs(load(tmp_path / "out", kinds))
+    assert (before - wanted).norm() > 0.05 * wanted.norm()
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+    unmerge(tmp_path / "out", [adapter], tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    peft_adapters.change_tensors(
+        adapter, lambda t: [t[key].add_(1.0) for key in list(t) if key.endswith(".modules_to_save.default.dense.bias")]
+    )
+    if bias == "all":
+        with pytest.raises(AdapterError, match="should be the same"):
+            merge(base, [adapter], tmp_path / "other")
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+STACKS = {
+    "nemotron_h": SMALL | {
+        "layers_block_type": ["moe"], "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 24, "n_group": 1, "topk_group": 1, "intermediate_size": 48,
+    },
+    "inkling_text": SMALL | {
+        "num_hidden_layers": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "intermediate_size": 48, "n_shared_experts": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_stacks_of_gate_and_up_apart_are_told_apart(tmp_path, kind):
+    """All of them square here, so that no shape tells which tensors belong to which."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **STACKS[kind])).save_pretrained(base)
+        stacks = [name for name, p in load(base).named_parameters() if p.dim() == 3 and "expert" in name]
+        assert len(stacks) > 1
+        model = get_peft_model(load(base), LoraConfig(r=2, target_modules=[], target_parameters=stacks))
+        randomize(model, 0.3)
+        model.save_pretrained(adapter)
+        before, wanted = outputs(load(base)), outputs(PeftModel.from_pretrained(load(base), adapter))
+        merge(base, [adapter], tmp_path / "out")
+        found = outputs(load(tmp_path / "out"))
+    assert (before - wanted).norm() > 0.01 * wanted.norm()
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+
+
+def test_magnitudes_that_peft_writes_twice_are_read_once(tmp_path):
+    """It does so for the embedding of a vocabulary that was resized, unless that is called ``embed_tokens``."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        model = load(base)
+        model.resize_token_embeddings(66)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_fc", "wte"], use_dora=True))
+        randomize(model, 0.1)
+        model.save_pretrained(adapter)
+        wanted = outputs(model)
+        merge(base, [adapter], tmp_path / "out", MergeOptions(untie=True))
+        found = outputs(load(tmp_path / "out"))
+    magnitudes = [key for key in load_file(adapter / WEIGHTS) if "wte.lora_magnitude_vector" in key]
+    assert len(magnitudes) == 2
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+    peft_adapters.change_tensors(adapter, lambda tensors: tensors[magnitudes[1]].add_(1.0))
+    with pytest.raises(AdapterError, match="should be the same"):
+        merge(base, [adapter], tmp_path / "other", MergeOptions(untie=True))
+
+
+def test_an_extracted_norm_inside_an_extracted_embedding_is_saved_with_it(tmp_path):
+    """peft does not find what is inside of one of ``modules_to_save`` if that is another of them."""
+    if "inkling_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no inkling_text")
+
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("inkling_text", **STACKS["inkling_text"])
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(base)
+        for name in ("model.embed_tokens.weight", "model.embed_tokens.embed_norm.weight"):
+            model.get_parameter(name).data.mul_(1 + torch.rand(model.get_parameter(name).shape))
+        model.save_pretrained(tuned)
+        extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=2))
+        begun = load(base)
+        wanted, before = outputs(load(tuned)), outputs(begun)
+        found = outputs(PeftModel.from_pretrained(begun, tmp_path / "adapter"))
+    assert (before - wanted).norm() > 0.01 * wanted.norm()
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
