@@ -4,7 +4,8 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +41,31 @@ class Silent(tqdm):
         super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
 
+class _Stop(BaseException):
+    """Whoever is told of bytes raised something: no error of the client's, nor one that passes."""
+
+
+@contextmanager
+def _telling(told: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """Tell of bytes from within the client; what that raises comes out of the block as it is."""
+    raised: list[BaseException] = []
+
+    def tell(*counts: int) -> None:
+        try:
+            if not raised:
+                told(*counts)
+        except BaseException as error:
+            raised.append(error)
+        if raised:
+            raise _Stop
+
+    try:
+        yield tell
+    finally:
+        if raised:  # hf_xet goes on all the same
+            raise raised[0] from None
+
+
 def fetch_into_cache(
     hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress
 ) -> Path:
@@ -70,7 +96,7 @@ def fetch_into_cache(
             if self._is_wanted:
                 with lock:
                     self.n += int(n or 0)
-                    told(self.n, max(self.n, int(self.total or 0)))
+                    tell(self.n, max(self.n, int(self.total or 0)))
 
     def fetch(api: HfApi) -> str:
         return str(
@@ -79,7 +105,8 @@ def fetch_into_cache(
             )
         )
 
-    folder = Path(hub.ask(what, fetch))
+    with _telling(told) as tell:
+        folder = Path(hub.ask(what, fetch))
     links = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_symlink()}
     names = filter_repo_objects(links, allow_patterns=wanted, ignore_patterns=unwanted)
     _check_cached(hub, f"{repo_id}@{folder.name}", folder, {name: links[name] for name in names})
@@ -199,7 +226,7 @@ def download(
         """Hands on what it is told."""
 
         def update(self, n: float | None = 1) -> None:
-            arrived(int(n or 0))
+            tell(int(n or 0))
 
     def fetch(api: HfApi) -> Path:
         return Path(
@@ -215,7 +242,8 @@ def download(
             )
         )
 
-    return hub.ask(f"{repo_id}@{revision}: {name}" if revision else f"{repo_id}: {name}", fetch)
+    with _telling(arrived) as tell:
+        return hub.ask(f"{repo_id}@{revision}: {name}" if revision else f"{repo_id}: {name}", fetch)
 
 
 def _move_if_right(source: str, record: FileRecord, tensors: Sequence[TensorRecord], folder: Path) -> None:

@@ -573,3 +573,29 @@ def test_what_takes_a_merged_model_apart_comes_with_it(
     assert cli("verify", "me/model@v1").report["manifest_sha256"] == sent.report["manifest_sha256"]
     assert cli("unmerge", "me/model@v1", "-o", "back", "--adapter", adapter).code == 0
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+
+
+TOLD = """
+import json, os, sys
+import adaptkit
+
+sys.stderr = open(os.devnull, "w")  # hf_xet prints what it passes over
+
+calls = []
+
+def progress(done, total):
+    calls.append(done)
+    raise RuntimeError("stop here")
+
+try:
+    adaptkit.%s, progress=progress)
+except Exception as error:
+    print(json.dumps({"raised": repr(error), "calls": len(calls)}))
+"""
+
+
+@pytest.mark.parametrize("xet", [False, True])
+@pytest.mark.parametrize("call", ["pull('me/model', 'pulled'", "resolve_source('me/model'"])
+def test_what_a_callers_progress_raises_comes_out_as_it_is(cli: Any, artifact: Path, call: str, xet: bool) -> None:
+    cli("publish", artifact, "me/model", xet=xet)
+    assert cli(code=TOLD % call, xet=xet).report == {"raised": repr(RuntimeError("stop here")), "calls": 1}
