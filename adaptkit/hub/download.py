@@ -14,7 +14,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
-from adaptkit.errors import IntegrityError, UnsafeInputError
+from adaptkit.errors import IntegrityError, UnsafeInputError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
 from adaptkit.hub._remote import RemoteFile, check_repo_id, commit_of, list_tree
@@ -42,6 +42,8 @@ class PullOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "only", texts(self.only))
         check_sha256(self.manifest_sha256)
+        if self.revision == "":
+            raise UsageError("revision: is empty", hint="name a branch, tag or commit, or none for main")
 
 
 @dataclass(frozen=True)

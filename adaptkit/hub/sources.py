@@ -65,10 +65,11 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
     """
     text, path = os.fspath(source), Path(source)
     named = _named(text)
-    if os.path.exists(path):  # Path.exists raises where a name is too long
+    if os.path.exists(text):  # Path.exists raises where a name is too long, and takes none for the current folder
         return path
     if named is None:
-        raise UsageError(f"{text}: does not exist", hint="give a local folder, or org/name[@revision] on the Hub")
+        hint = "give a local folder, or org/name[@revision] on the Hub"
+        raise UsageError(f"{text or repr(text)}: does not exist", hint=hint)
     with _or_here(named[1], named[2]):
         return _fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
 

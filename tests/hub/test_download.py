@@ -559,7 +559,7 @@ def test_a_source_that_is_neither_is_a_usage_error(cli: Any, tmp_path: Path) -> 
         done = cli("inspect", name)
         assert done.code == 2
         assert "no such folder here, and on the Hub" in done.report["message"]
-    for text in (str(tmp_path / "absent"), "./me/model", "a/b/c", "me/../x", "me/model@"):
+    for text in ("", str(tmp_path / "absent"), "./me/model", "a/b/c", "me/../x", "me/model@"):
         with pytest.raises(UsageError, match="does not exist"):
             resolve_source(text)
 

@@ -15,6 +15,8 @@ from local_hub import LocalHub, Repo
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, require_manifest
+from adaptkit.errors import UsageError
+from adaptkit.hub.download import PullOptions
 from adaptkit.hub.parts import PARTS
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
@@ -225,3 +227,9 @@ def test_what_belongs_to_a_tokenizer_is_the_same_everywhere(name: str) -> None:
 def test_what_an_adapter_makes_up_for_comes_with_it() -> None:
     """Without it a merge would add all of it to weights that lack nothing."""
     assert any(fnmatch.fnmatch(COMPENSATION_NAME, pattern) for pattern in PARTS["adapter"])
+
+
+def test_an_empty_revision_is_not_taken_for_main(cli: Any) -> None:
+    with pytest.raises(UsageError, match="revision: is empty"):
+        PullOptions(revision="")
+    assert "revision: is empty" in cli("pull", "me/model@", "-o", "pulled").report["message"]
