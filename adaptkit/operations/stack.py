@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,15 @@ class StackOptions:
         """
         options = load(stacking, self.method, "METHOD").options
         known = {part.name.rstrip("_"): part for part in fields(options)}
-        for name in self.settings:
+        for name, value in self.settings.items():
             if name not in known:
                 used = ", ".join(f"--{each}" for each in known)
                 raise UsageError(
                     f"{self.method} does not use --{name}",
                     hint=f"beside --weight, --rank and --energy it uses {used or 'none'}",
                 )
+            if not isinstance(value, Real):
+                raise UsageError(f"{name} {value!r}: must be a number", hint=f"{known[name].default} is the default")
         return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
 
     def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
