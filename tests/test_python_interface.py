@@ -113,6 +113,8 @@ def test_one_text_is_a_sequence_of_one(llama):
     assert adaptkit.QuantizeOptions(skip="*.0.*").skip == ("*.0.*",)
     assert adaptkit.ExtractOptions(rank=1, target="*.0.*").target == ("*.0.*",)
     assert adaptkit.PullOptions(only="tokenizer").only == ("tokenizer",)
+    config = adaptkit.TrainConfig(base=llama, data=Path("rows.jsonl"), targets="q_proj", sample_prompts="hi")
+    assert config == adaptkit.TrainConfig(str(llama), ("rows.jsonl",), targets=["q_proj"], sample_prompts=["hi"])
     assert [verdict.target for verdict in adaptkit.check(llama, "peft").verdicts] == ["peft"]
 
 

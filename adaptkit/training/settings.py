@@ -11,7 +11,8 @@ int | float | bool]``, each with ``| None`` if it may be left open. Tuples and m
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, get_origin
 
 from adaptkit.checkpoint.typed import Place, convert
 from adaptkit.errors import ConfigError
@@ -88,11 +89,15 @@ def settings(kind: type) -> dict[str, tuple[Field[Any], Setting]]:
 def check(config: Any) -> None:
     """Give the values of a dataclass of settings the types of their fields, and hold them to their limits.
 
+    One text, or path, is a sequence of one, as for the other functions; in a file, it is written as one.
+
     Raises:
         ConfigError: one cannot be used; names it.
     """
     for name, (found, rule) in settings(type(config)).items():
-        object.__setattr__(config, name, convert(getattr(config, name), found.type, Place(keys=(name,))))
+        given = getattr(config, name)
+        value = (given,) if get_origin(found.type) is tuple and isinstance(given, str | Path) else given
+        object.__setattr__(config, name, convert(value, found.type, Place(keys=(name,))))
         if not rule.allows(getattr(config, name)):
             refuse(config, name, rule.range())
 
