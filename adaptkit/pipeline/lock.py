@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import adaptkit
-from adaptkit.checkpoint.layout import read_json, write_json
+from adaptkit.checkpoint.layout import read_json, read_small, write_json
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import CheckpointError, DriftError, UsageError
 from adaptkit.hub.sources import is_commit
@@ -146,14 +146,11 @@ class Lock:
 def _require_ours(path: Path) -> None:
     """Refuse to replace what is another program's, but not a lock that two versions were merged into."""
     try:
-        content = path.read_bytes()
+        content = read_small(path) if path.exists() else b""
+        found = json.loads(content) if content.strip() and b"<<<<<<<" not in content else {}
     except OSError:
-        return  # there is none, or writing it says what is wrong
-    if not content.strip() or b"<<<<<<<" in content:
-        return
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
+        return  # writing it says what is wrong
+    except (CheckpointError, ValueError, RecursionError):
         found = None
     if found not in ([], {}) and not (isinstance(found, dict) and {"schema", "tool", "sources", "steps"} & set(found)):
         raise UsageError(f"{path}: is no lock of adaptkit's", hint="call the recipe something else, or move that file")

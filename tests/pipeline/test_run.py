@@ -420,6 +420,15 @@ def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
     assert (release / "recipe.lock").read_text() == content
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
+@pytest.mark.parametrize("locked", [False, True])
+def test_what_is_no_file_is_no_lock(recipe, release, make, locked):
+    make(release / "recipe.lock")  # nobody would ever write into the pipe
+    with pytest.raises(UsageError, match=r"recipe\.lock: is no lock"):
+        run(recipe, RunOptions(locked=locked))
+    assert not (release / ".adaptkit").exists()
+
+
 def test_a_recipe_is_not_replaced_by_its_lock(recipe, release):
     text = recipe.read_text()
     other = recipe.rename(release / "recipe.lock")
