@@ -28,6 +28,11 @@ _COLUMNS: tuple[tuple[str, str, _Value], ...] = (
     ("ROUGE-L", ".4f", lambda r: r.generated.scores.rouge_l if r.generated else None),
     ("CIDEr", ".4f", lambda r: r.generated.scores.cider if r.generated else None),
 )
+NONE = {
+    "NIST": "none, since no answer, or no reference, has a word",
+    "CIDEr": "none, since there is but one question, or no reference has a word",
+}
+"""Why answers may be without a score."""
 
 
 def columns(comparison: "Comparison") -> list[Column]:
@@ -87,6 +92,7 @@ def remarks(comparison: "Comparison") -> list[str]:
     if generated is not None:
         if generated.too_long:
             said.append(f"{counted(generated.too_long, 'question')} left out: longer than a model's context")
+        said += [f"{score}: {why}" for score, why in NONE.items() if score not in dict(columns(comparison))]
         said.append(f"METEOR: {generated.scores.meteor_variant}; {generated.scores.signature}")
     return said
 

@@ -185,6 +185,10 @@ def test_empty_answers_are_counted(compared, llama, copy_of, instructions, run_c
     for bases in (["--base", silent], ["--base", llama, "--base", silent]):
         done = run_cli("evaluate", *bases, "--data", instructions, "--generate", "--samples", 3)
         assert (done.code, "3 empty answers" in done.stdout) == (0, True)
+    for more in (), ("--compare",):  # what cannot be computed of them is not passed over
+        done = run_cli("evaluate", "--base", silent, "--data", instructions, "--generate", "--samples", 1, *more)
+        for score in ("NIST", "CIDEr"):
+            assert re.search(rf"{score}:? +none, since ", done.stdout), done.stdout
 
 
 def test_the_chat_template_gets_the_variables_that_it_got_in_training(llama, copy_of, instructions, run_cli):

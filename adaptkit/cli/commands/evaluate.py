@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.measured import CUT, answer_to, columns, forgetting, remarks, short_label
+from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, NamedValue, html_option, report_options
 from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
@@ -178,10 +178,10 @@ def _score_rows(generated: "GenerationReport") -> list[Row]:
     return [
         ("answered", "; ".join(told)),
         ("BLEU", f"{scores.bleu:.2f}"),
-        ("NIST", "–" if scores.nist is None else f"{scores.nist:.3f}"),
+        ("NIST", NONE["NIST"] if scores.nist is None else f"{scores.nist:.3f}"),
         ("METEOR", f"{scores.meteor:.4f} ({scores.meteor_variant})"),
         ("ROUGE-L", f"{scores.rouge_l:.4f}"),
-        ("CIDEr", "–" if scores.cider is None else f"{scores.cider:.4f}"),
+        ("CIDEr", NONE["CIDEr"] if scores.cider is None else f"{scores.cider:.4f}"),
         ("computed by", scores.signature),
     ]
 
