@@ -209,7 +209,8 @@ def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -
         _say(json.dumps({"error": error}), sys.stdout)
     else:
         of = f"process {rank}: " if rank != "0" else ""
-        _say(f"{of}error: {' '.join(message.split())}" + (f"\n{of}hint: {hint}" if hint else ""), sys.stderr)
+        hint = hint and f"\n{of}hint: {' '.join(hint.splitlines())}"  # a path may have several
+        _say(f"{of}error: {' '.join(message.split())}{hint}", sys.stderr)
     return exit_code
 
 

@@ -156,6 +156,16 @@ def test_every_case_is_run(trouble):
     assert set(CASES) == set(trouble)
 
 
+def test_the_lines_of_a_path_make_no_more_lines_of_an_error(run_cli, llama, tmp_path):
+    folder = tmp_path / "one\ntwo"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent.safetensors"}}')
+    said = run_cli("inspect", folder).stderr.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["error", "hint"]
+    assert said[1].endswith("one two")
+
+
 def test_with_json_a_failure_is_one_document(run_cli, tmp_path):
     done = run_cli("verify", tmp_path / "absent", "--json")
     assert done.code == 2
