@@ -21,3 +21,9 @@ def optional(path: AnyPath | None) -> Path | None:
 def texts(given: str | Iterable[str]) -> tuple[str, ...]:
     """The texts of a sequence, or a single one."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def look_again(path: AnyPath) -> str:
+    """A hint for a path that leads nowhere."""
+    of_a_shell = str(path).startswith("~")
+    return "write the whole path: only a shell knows what ~ stands for" if of_a_shell else "check the path"

@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
+from adaptkit.paths import look_again
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -81,7 +82,7 @@ def require_folder(path: Path) -> Path:
     """
     if not os.path.isdir(path):  # Path.is_dir raises where a name is too long
         found = "is a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint="check the path")
+        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=look_again(path))
     return path
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError, UsageError
+from adaptkit.paths import look_again
 
 Row = Mapping[str, Any]
 Located = tuple[str, Row]
@@ -258,4 +259,4 @@ def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
 
 
 def _unreadable(file: Path, error: OSError) -> DataError:
-    return DataError(f"{file}: cannot be read ({error.strerror or error})", hint="check the path")
+    return DataError(f"{file}: cannot be read ({error.strerror or error})", hint=look_again(file))

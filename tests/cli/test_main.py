@@ -166,6 +166,14 @@ def test_the_lines_of_a_path_make_no_more_lines_of_an_error(run_cli, llama, tmp_
     assert said[1].endswith("one two")
 
 
+@pytest.mark.parametrize("key", ["base", "data"])
+def test_a_home_that_no_shell_wrote_out_is_said_to_be_none(key, run_cli, llama, instructions, tmp_path):
+    values = {"base": str(llama), "data": [str(instructions)]} | {key: ["~/it.jsonl"] if key == "data" else "~/it"}
+    (tmp_path / "train.json").write_text(json.dumps(values))
+    said = run_cli("train", "--config", "train.json", "-o", "out", cwd=tmp_path).stderr
+    assert said.splitlines()[1] == "hint: write the whole path: only a shell knows what ~ stands for"
+
+
 def test_with_json_a_failure_is_one_document(run_cli, tmp_path):
     done = run_cli("verify", tmp_path / "absent", "--json")
     assert done.code == 2
