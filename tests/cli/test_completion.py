@@ -19,7 +19,7 @@ def offered(words: str) -> list[tuple[str, str]]:
     [
         "merge my", "merge base my", "quantize my", "diff a my", "plan my", "verify my", "run my", "evaluate --base my",
         "evaluate --adapter my", "evaluate --data my", "train --base my", "train --init my", "train --data my",
-        "train --chat-template my", "train -o my", "stack -o my",
+        "train --held-out-data my", "train --chat-template my", "train --tensorboard my", "train -o my", "stack -o my",
     ],
 )  # fmt: skip
 def test_a_path_is_completed_by_the_shell(words):
@@ -36,6 +36,10 @@ def test_a_path_is_completed_by_the_shell(words):
         ("qu", ("quantize",)),
         ("train --rank ", ()),
         ("train --rank-pattern ", ()),
+        ("train --targets ", ()),
+        ("train --sample-prompts ", ()),
+        ("train --wandb ", ()),
+        ("evaluate --prompt ", ()),
     ],
 )
 def test_what_has_choices_offers_them(words, values):
