@@ -89,11 +89,11 @@ class Parts:
         """
         self._take_copies()
         names = {part.module for part in self._left if part.role in ("lora_A", "lora_B", "embedding_A", "embedding_B")}
-        stacked = {name for name in names if self._stack_of(name)[1]}
-        for module in sorted(names - stacked):
+        stacks = {name: self._stack_of(name) for name in names}
+        for module in sorted(name for name in names if not stacks[name][1]):
             self._take_module(module)
-        for module in sorted({self._stack_of(name)[0] for name in stacked}):
-            self._take_experts(module)
+        for module, leaves in sorted({module: leaves for module, leaves in stacks.values() if leaves}.items()):
+            self._take_experts(module, leaves)
         targets = tuple(f".{target}" for target in self._config.get("target_parameters") or ())
         changed = [f".{name}" for name in (*self.experts, *(f"{module}.weight" for module in self.modules))]
         if targets and not any(name.endswith(targets) for name in changed):
@@ -181,10 +181,11 @@ class Parts:
         module = name
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
-        return module, expert_parameters(self._root, self._config, module)
+        rank, key = self._scalings.of(f"{module}.weight")[0], self._left.get(Part(name, "lora_A"))
+        rows = self._files.spec(key).shape[0] if key else 0
+        return module, expert_parameters(self._root, self._config, module, is_stack=0 < rank < rows)
 
-    def _take_experts(self, module: str) -> None:
-        leaves = expert_parameters(self._root, self._config, module)
+    def _take_experts(self, module: str, leaves: Sequence[str]) -> None:
         for depth, leaf in enumerate(reversed(leaves)):  # the outermost wrapper is that of the last parameter
             wrapper = module + ".base_layer" * depth
             lora_a, lora_b = self._take_halves(wrapper, "lora")

@@ -120,8 +120,14 @@ class Scalings:
         return (rank, scaling(float(alpha), rank, bool(self._config.get("use_rslora")))) if usable else (0, 0.0)
 
 
-def expert_parameters(root: Path, config: Mapping[str, Any], module: str) -> list[str]:
+def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_stack: bool = False) -> list[str]:
     """The stacked parameters of a module that ``target_parameters`` names, innermost wrapper first.
+
+    Args:
+        root: the adapter's folder, for messages.
+        config: ``adapter_config.json``.
+        module: dotted path.
+        is_stack: whether a parameter ``weight`` is one, as JetMoE's experts are, and not a linear layer's.
 
     Raises:
         AdapterError: their order cannot be known.
@@ -130,7 +136,7 @@ def expert_parameters(root: Path, config: Mapping[str, Any], module: str) -> lis
     for target in config.get("target_parameters") or []:
         owner, _, leaf = target.rpartition(".")
         is_meant = f".{module}".endswith(f".{owner}") if owner else module.endswith("experts")
-        if leaf != "weight" and is_meant:
+        if (is_stack or leaf != "weight") and is_meant:
             leaves.add(leaf)
     if len(leaves) > 1 and not leaves <= set(_EXPERT_ORDER):
         raise AdapterError(

@@ -20,8 +20,8 @@ KINDS = [
     "dora", "dora_conv1d", "dora_embedding", "lora_bias", "biases_all_lora_bias", "saved_norms", "saved_mlp",
     "saved_head_phi", "saved_both_tied", "resized", "resized_phi", "resized_embedding", "tokens", "tokens_both",
     "tokens_resized", "experts_mixtral", "experts_qwen3_fused", "experts_up_only", "experts_down_only",
-    "experts_transposed", "experts_saved", "experts_one_by_one_qwen3", "router", "router_saved", "everything",
-    "everything_phi", "everything_qwen2_moe",
+    "experts_transposed", "experts_weight", "experts_saved", "experts_one_by_one_qwen3", "router", "router_saved",
+    "everything", "everything_phi", "everything_qwen2_moe",
 ]  # fmt: skip
 """Every kind of tensor, and the kinds that stand beside each other."""
 LAYER = "model.layers.0"

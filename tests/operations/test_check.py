@@ -118,8 +118,8 @@ GOOD = {
 KINDS = [
     "linear", "linear_patterns", "linear_as_parameter", "conv1d", "conv1d_with_head", "embedding",
     "embedding_tied_ensured", "head_tied", "dora_embedding", "lora_bias", "biases_all_lora_bias", "saved_mlp",
-    "saved_both_tied", "tokens_both", "experts_patterns", "experts_up_only", "experts_saved", "router", "everything",
-    "everything_phi",
+    "saved_both_tied", "tokens_both", "experts_patterns", "experts_up_only", "experts_weight", "experts_saved",
+    "router", "everything", "everything_phi",
 ]  # fmt: skip
 """What peft can write: every kind of tensor, and names that a base's files do not have."""
 

@@ -163,9 +163,17 @@ class AdapterFiles:
     def _pair(self, module: str, halves: Mapping[str, Key]) -> Pair:
         embedding = any(role.startswith("embedding") for role in halves)
         a, b = (halves.get(f"embedding {half}" if embedding else half) for half in "AB")
-        stacked = bool(_EXPERTS.search(module)) and not embedding
-        rank, alpha, factor = self._numbers(_parameter(module) if stacked else module)
+        stacked, parameter = bool(_EXPERTS.search(module)) and not embedding, _parameter(module)
+        if not stacked and self._has_stack_of_weights(module, a):
+            stacked, parameter = True, f"{module}.weight"
+        rank, alpha, factor = self._numbers(parameter if stacked else module)
         return Pair(module, a, b, embedding, stacked, rank, alpha, factor)
+
+    def _has_stack_of_weights(self, module: str, a: Key | None) -> bool:
+        """Whether the parameter ``weight`` is a stack of experts, as JetMoE's are: A is longer than a matrix has it."""
+        targets, rank = self.config.get("target_parameters"), self._numbers(f"{module}.weight")[0]
+        named = isinstance(targets, list) and any(f".{module}.weight".endswith(f".{name}") for name in targets)
+        return bool(named and a and is_positive(rank) and len(a.shape) == 2 and a.shape[0] > rank)
 
     @cached_property
     def _ranks(self) -> FirstMatch:

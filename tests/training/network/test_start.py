@@ -49,7 +49,7 @@ BEGUN = [
     "linear_patterns", "dora_rslora", "dora_conv1d", "biases_all_conv1d", "biases_lora_only", "saved_mlp", "lora_bias",
     "saved_norms",
     "saved_head_tied", "saved_both_tied", "saved_tied_ensured", "tokens_tied", "tokens_both_tied", "tokens_head_tied",
-    "experts_qwen3", "experts_down_only", "experts_transposed", "everything",
+    "experts_qwen3", "experts_down_only", "experts_transposed", "experts_weight", "everything",
 ]  # fmt: skip
 
 
