@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
@@ -85,8 +86,8 @@ class Model:
         """The modules that hold stacked matrices of experts, by the parameter's dotted path, sorted."""
         found = {}
         for path, module in self.network.named_modules():
-            if isinstance(module, _ConvNd):  # whose filters have three dimensions, too
-                continue
+            if isinstance(module, (_ConvNd, ParametrizationList)):
+                continue  # filters have three dimensions, too; the latter is of a parameter that is trained whole
             held: dict[str, Any] = dict(module.named_parameters(recurse=False))
             if isinstance(module, PackedModule):
                 held |= module.packed.items()

@@ -43,6 +43,11 @@ STACKS = (
         ("qwen2_moe", {"exclude": ("shared_expert_gate",)}, STACKS),
         ("qwen2_moe", {"exclude": ("shared_expert_gate",), "target_parameters": ("*.experts.*",)}, ""),
         ("qwen2_moe", {"targets": ("q_proj",)}, ""),
+        (
+            "qwen2_moe",
+            {"exclude": ("shared_expert_gate",), "modules_to_save": ("experts",), "compute_dtype": "bfloat16"},
+            "",
+        ),
         ("qwen3_5_text", {}, ""),
         ("gemma3", {}, "no adapter, since no target says so, for 14 layers outside the language model: model."),
         (
