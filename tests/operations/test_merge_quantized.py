@@ -176,16 +176,20 @@ def test_of_a_pulled_part_the_parent_is_found_by_all_that_it_knows(changed, tmp_
     assert "None" not in caught.value.hint
 
 
-def test_what_was_merged_and_quantized_in_one_go_was_made_from_the_merged_model(
-    tmp_path, llama, adapter, second_adapter, copy_of
-):
-    """Not from the base that was merged onto, which has most of its weights."""
+def test_what_was_merged_and_quantized_in_one_go_was_made_from_the_merged_model(tmp_path, llama, adapter, copy_of):
+    """Not from the base that was merged onto, which has most of its weights, the smallest one among them."""
     base = copy_of(llama, "a base")
-    merge(base, [second_adapter], tmp_path / "merged")
-    merge(base, [second_adapter], tmp_path / "quantized", NF4)
+    first = tiny.write_peft_adapter(tmp_path / "first", llama, seed=5, target_modules=["q_proj", "v_proj"])
+    merge(base, [first], tmp_path / "merged")
+    merge(base, [first], tmp_path / "quantized", NF4)
     assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(tmp_path / "merged")
     root = require_manifest(tmp_path / "merged").tensors_root
     shutil.rmtree(tmp_path / "merged")
+    for allow in (False, True):  # whatever an adapter was trained on, the merged model is not there
+        with pytest.raises(BaseMismatchError, match=r"in .* is not the tensor that .* was made from") as found:
+            merge(tmp_path / "quantized", [adapter], tmp_path / "again", MergeOptions(allow_base_mismatch=allow))
+        assert root in found.value.hint
+        assert "--allow" not in found.value.hint
     shutil.rmtree(base)
     with pytest.raises(CheckpointError, match="is not beside it") as caught:
         merge(tmp_path / "quantized", [adapter], tmp_path / "again")

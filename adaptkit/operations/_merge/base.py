@@ -91,13 +91,12 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
     """
     if name in base.expected and base.expected[name][0] != found:
         who = base.expected[name][1]
-        came = "made from" if base.found_for is not None and who == str(base.found_for) else "trained on"
-        raise BaseMismatchError(
-            f"{name} in {base.checkpoint.root} is not the tensor that {who} was {came}",
-            hint="merge onto the 16-bit checkpoint that was quantized and turned back, or say --allow-base-mismatch"
-            if _is_turned_back(base.manifest)
-            else "give the right base, or say --allow-base-mismatch",
-        )
+        came, hint = "trained on", "give the right base, or say --allow-base-mismatch"
+        if base.found_for is not None and who == str(base.found_for):
+            came, hint = "made from", _give_it(base)  # which no option does without
+        elif _is_turned_back(base.manifest):
+            hint = "merge onto the 16-bit checkpoint that was quantized and turned back, or say --allow-base-mismatch"
+        raise BaseMismatchError(f"{name} in {base.checkpoint.root} is not the tensor that {who} was {came}", hint=hint)
 
 
 def merge_parents(
@@ -113,7 +112,7 @@ def merge_parents(
         if base.found_for is not None:
             raise BaseMismatchError(
                 f"{base.checkpoint.root}: not all of its tensors are those that {base.found_for} was made from",
-                hint=f"give the checkpoint whose tensors root is {base.root}",
+                hint=_give_it(base),
             )
         raise IntegrityError(
             f"{base.checkpoint.root}: its tensors are not those of its manifest", hint="run verify on it"
@@ -163,6 +162,11 @@ def is_theirs(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
     named = [adapter.manifest.parents if adapter.manifest else () for adapter in adapters]
     roots = [{parent.tensors_root for parent in parents if parent.role == "base"} for parents in named]
     return all(found & {root, base.given_root} for found in roots)
+
+
+def _give_it(base: Base) -> str:
+    which = f": its tensors root is {base.root}" if base.root else ""
+    return f"give the 16-bit checkpoint that it was made from{which}"
 
 
 def _is_turned_back(manifest: Manifest | None) -> bool:
