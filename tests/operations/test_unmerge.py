@@ -23,6 +23,7 @@ from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, IntegrityError, OutputExistsError, UnsafeInputError, UsageError
+from adaptkit.hub._selection import part_of, select
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
@@ -409,6 +410,16 @@ def test_what_was_not_merged_is_refused(llama, adapter, merged, tmp_path):
     unmerge(merged, [adapter], tmp_path / "out")
     with pytest.raises(IntegrityError, match="is checkpoint, not merged"):
         unmerge(tmp_path / "out", [adapter], tmp_path / "again")
+
+
+def test_a_part_that_was_pulled_is_called_one(adapter, merged, tmp_path):
+    """Of kind merged, as the whole is; it was "merged, not merged"."""
+    manifest = require_manifest(merged)
+    part = part_of(manifest, select(manifest, ["weights", "config"]), ["weights", "config"])
+    (merged / MANIFEST).write_bytes(part.to_bytes())
+    with pytest.raises(IntegrityError, match="is a part of what was pulled") as caught:
+        unmerge(merged, [adapter], tmp_path / "out")
+    assert "--only" in caught.value.hint
 
 
 def test_an_edited_manifest_is_refused(merged, adapter, tmp_path):

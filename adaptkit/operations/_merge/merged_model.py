@@ -249,6 +249,8 @@ def open_merged(root: Path) -> MergedModel:
         IntegrityError: it is something else, or its files are not those of its manifest.
     """
     manifest = require_manifest(root)
+    if any(parent.role == "whole" for parent in manifest.parents):
+        raise IntegrityError(f"{root}: is a part of what was pulled", hint="pull all of it, without --only")
     if manifest.kind != "merged" or manifest.operation.get("name") != "merge":
         raise IntegrityError(f"{root}: is {manifest.kind}, not merged", hint="only what merge made can be unmerged")
     options = manifest.operation.get("options")
