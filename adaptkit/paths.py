@@ -1,4 +1,4 @@
-"""What callers of the public functions give for paths and for several of something: text, too."""
+"""What callers of the public functions give for paths and for several of something: text, too; and 1 for 1.0."""
 
 from collections.abc import Iterable
 from os import PathLike
@@ -27,3 +27,8 @@ def look_again(path: AnyPath) -> str:
     """A hint for a path that leads nowhere."""
     of_a_shell = str(path).startswith("~")
     return "write the whole path: only a shell knows what ~ stands for" if of_a_shell else "check the path"
+
+
+def number(given: float | None) -> float | None:
+    """The number, if there is one, as the command line gives it to manifests, where 1 and 1.0 are other bytes."""
+    return None if given is None else float(given)

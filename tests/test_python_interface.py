@@ -1,5 +1,6 @@
 """The public functions, called as people call them in a notebook: with text for paths."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,6 +49,27 @@ def test_one_path_is_a_sequence_of_one(llama, adapter, tmp_path):
         Path(tmp_path, name, "model.safetensors").read_bytes() for name in ("text", "path", "list", "tuple")
     )
     assert others == [one] * 3
+
+
+def test_whole_numbers_for_real_ones_make_the_bytes_of_the_command_line(llama, adapter, second_adapter, tmp_path):
+    """1 and 1.0 are the same number, and are not the same text in a manifest."""
+    merged = tmp_path / "merged"
+    adaptkit.merge(llama, adapter, merged)
+    for name, one in ("whole", 1), ("real", 1.0):
+        out = tmp_path / name
+        adaptkit.merge(llama, adapter, out / "merged", adaptkit.MergeOptions(weights=(one,)))
+        adaptkit.resize(adapter, out / "resized", adaptkit.ResizeOptions(energy=one))
+        adaptkit.stack(
+            [adapter, second_adapter], out / "stacked", adaptkit.StackOptions(energy=one, weights=(one, one))
+        )
+        adaptkit.extract(merged, llama, out / "found", adaptkit.ExtractOptions(energy=one, max_rank=4))
+    for path in (tmp_path / "real").glob("*/adaptkit-manifest.json"):
+        assert (tmp_path / "whole" / path.parent.name / path.name).read_bytes() == path.read_bytes(), path.parent.name
+    recorded = {
+        json.dumps(adaptkit.Calibration(files=(adapter / "adapter_config.json",), bits_budget=bits).recorded())
+        for bits in (5, 5.0)
+    }
+    assert len(recorded) == 1
 
 
 def test_what_computes_with_a_model_is_refused_while_another_thread_does(llama, tmp_path):

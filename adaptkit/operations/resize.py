@@ -18,7 +18,7 @@ from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._terms import KEPT_KEYS
-from adaptkit.paths import AnyPath
+from adaptkit.paths import AnyPath, number
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ResizeOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "energy", number(self.energy))
         check_size(self.rank, self.energy)
         check_threads(self.threads)
 

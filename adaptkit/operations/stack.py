@@ -23,7 +23,7 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import expected_fingerprints, weights_of
-from adaptkit.paths import AnyPath, several
+from adaptkit.paths import AnyPath, number, several
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class StackOptions:
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        object.__setattr__(self, "energy", number(self.energy))
         Limit(self.rank, self.energy)
         self.resolved()
 

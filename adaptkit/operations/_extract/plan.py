@@ -15,7 +15,7 @@ from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._roles import Role, Roles
 from adaptkit.operations._tying import is_shared
-from adaptkit.paths import texts
+from adaptkit.paths import number, texts
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"
 """What becomes of a tensor if it differs: A and B, a whole tensor, nothing, an error."""
@@ -54,6 +54,7 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", texts(self.target))
+        object.__setattr__(self, "energy", number(self.energy))
         check_size(self.rank, self.energy)
         check_threads(self.threads)
         if self.max_rank is not None and self.energy is None:

@@ -18,7 +18,7 @@ from adaptkit.operations._quantize.selection import Choice, Selection, matches_a
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, plan_shards
-from adaptkit.paths import several, texts
+from adaptkit.paths import number, several, texts
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", several(self.files))
+        object.__setattr__(self, "bits_budget", number(self.bits_budget))
         if not self.files:
             raise UsageError("calibration needs text", hint="give --calibrate FILE")
         if self.window < 2 or self.tokens < 2:
