@@ -175,7 +175,7 @@ class Encoder:
         Some end the text too, with another token.
         """
         try:
-            text, always = after_answer(self._tokenizer)
+            _, text, always = around_answer(self._tokenizer)
         except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
             return None
         ((tokens, places),) = self._tokenize([text])
@@ -263,23 +263,27 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools =
     return ids if tokenizer.chat_template is not None else [*first_tokens(tokenizer), *ids]
 
 
-def after_answer(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts after a conversation's last answer, and how much of it after every answer.
+def around_answer(tokenizer: Any) -> tuple[str, str, str]:
+    """What the chat template puts before an answer's words and after, and how much of the latter after every answer.
+
+    Before: after what the model is asked. After: where the conversation ends with the answer.
 
     Raises:
         DataError: it refuses a question and its answer.
     """
     word = "quokka"  # is in no template
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
-    (text,) = render([Conversation(messages, False)], tokenizer)
-    (longer,) = render([Conversation([*messages, {"role": "user", "content": "question"}], False)], tokenizer)
+    question = {"role": "user", "content": "question"}
+    messages = [question, {"role": "assistant", "content": word}]
+    parts = [([question], True), (messages, False), ([*messages, question], False)]
+    asked, text, longer = render([Conversation(some, opening) for some, opening in parts], tokenizer)
     before, found, after = text.rpartition(word)
     if not found:
-        return "", ""
+        return "", "", ""
+    within = before[len(asked) :] if before.startswith(asked) else ""
     begun = len(before) + len(word)
     if not longer.startswith(text[:begun]):
-        return after, after
-    return after, after[: shared(after, longer[begun:])]
+        return within, after, after
+    return within, after, after[: shared(after, longer[begun:])]
 
 
 def _joins(tokenizer: Any) -> bool:

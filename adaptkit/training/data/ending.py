@@ -10,23 +10,26 @@ from typing import Any
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config, text_config
 from adaptkit.errors import DataError
-from adaptkit.training.data.encoding import after_answer
+from adaptkit.training.data.encoding import around_answer
 
 _OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What transformers takes from ``config.json`` where there is no configuration of generation."""
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The first special token that the chat template puts after an answer, where training ends, too; or None."""
+    """The first special token that the chat template puts after an answer, and not within it; or None.
+
+    Kimi K3 closes thoughts, answers and messages with one token, and the turn with another.
+    """
     if tokenizer.chat_template is None:
         return None
     try:
-        text, _ = after_answer(tokenizer)
+        within, after, _ = around_answer(tokenizer)
     except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
         return None
-    after = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return next((int(token) for token in after if token in ends), None)
+    begun, ended = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (within, after))
+    return next((int(token) for token in ended if token in ends and token not in begun), None)
 
 
 def named_ends(root: Path) -> list[int]:

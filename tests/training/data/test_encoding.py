@@ -413,3 +413,29 @@ def test_all_tokens_that_a_template_ends_every_turn_with_are_learned(llama, coun
     assert learned(encode(CHAT, tokenizer), tokenizer) == "".join(
         f"{river}{''.join(ends)}" for river in ("the Rhine", "the Po")
     )
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_of_the_model_is_not_ended_by_what_is_within_it(llama, unnamed, eos):
+    """As in Kimi K3, which closes thought, answer and message with one token, and the turn with another."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": ["<|close|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.role == 'assistant' %}<|close|>think "
+        "{% endif %}{{ m.content }}<|close|>said <|close|>message <|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    sample = encode(conversation("Name a river", "the Rhine"), tokenizer)
+    labels = [label for label in sample.labels if label != IGNORED]
+    stops = stop_tokens(unnamed, tokenizer)
+    assert [token for token in labels if token in stops] == labels[-1:] == tokenizer.encode("<|im_end|>")
+
+
+def test_an_answer_of_the_model_is_ended_before_an_opening_that_is_always_there(llama, unnamed):
+    """As in the first template of Llama 3, which asks for an answer unasked."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant "
+    )
+    assert stop_tokens(unnamed, tokenizer) == sorted(tokenizer.encode("<|endoftext|><|im_end|>"))
