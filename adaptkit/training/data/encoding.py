@@ -84,6 +84,7 @@ class Encoder:
             raise UsageError(f"{type(tokenizer).__name__} is no fast tokenizer", hint="add its tokenizer.json")
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+        self._known_ends = dict[str, bool]()
         self._begin = array("i", first_tokens(tokenizer))
         self._cuts = _joins(tokenizer)
 
@@ -149,7 +150,8 @@ class Encoder:
             check_answers(messages, whole)
         if len(answers) == len(found):
             is_last = learned[-1] == len(messages) - 1
-            return [_Text(whole, answers, self._loss_on == "all", plain, is_last)]
+            text = self._ended(whole, answers[-1]) if is_last else whole
+            return [_Text(text, answers, self._loss_on == "all", plain, is_last)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
         texts = []
@@ -157,8 +159,19 @@ class Encoder:
             check_questions(messages[:turn], example.tools, before)
             if answer is None:
                 text, answer = self._as_asked(messages, example.tools, turn, before)
-            texts.append(_Text(text, (answer,), False, plain, True))
+            texts.append(_Text(self._ended(text, answer), (answer,), False, plain, True))
         return texts
+
+    def _ended(self, text: str, answer: Answer) -> str:
+        """A text without what the template puts after its last answer, if that ends with no token.
+
+        An end token comes in its place; a token may hold the last of the answer and the first of that.
+        """
+        after = text[answer.words : answer.end]
+        if after not in self._known_ends:
+            tokens = self._tokenizer(after, add_special_tokens=False)["input_ids"]
+            self._known_ends[after] = not self._ends.isdisjoint(tokens)
+        return text if self._known_ends[after] else text[: answer.said]
 
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
         """A conversation up to an answer that the template would write in another way than it asks for it."""

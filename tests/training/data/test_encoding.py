@@ -262,6 +262,23 @@ def test_a_token_never_holds_the_end_of_the_prompt_and_the_start_of_the_answer(m
     assert learned(sample, merging) == "\nOh<|im_end|>\n\nAh<|im_end|>"
 
 
+@pytest.mark.parametrize("loss_on", ["answers", "last_answer", "all"])
+def test_no_token_holds_the_end_of_the_answer_and_what_the_template_puts_after_it(tokenizer, loss_on):
+    from tokenizers import Tokenizer
+
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values["model"]["vocab"][".<"] = len(values["model"]["vocab"])
+    values["model"]["merges"].append([".", "<"])
+    merging = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(values)), eos_token="<|im_end|>")
+    merging.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    ((sample,), ended) = encode_row({"prompt": "Name a river.", "completion": "The Rhine."}, merging, loss_on=loss_on)
+    assert ended == 1
+    assert learned(sample, merging).endswith("The Rhine.<|im_end|>")
+
+
 def test_a_tokenizer_that_puts_a_space_before_every_text_is_not_given_pieces(llama):
     from tokenizers import pre_tokenizers
 
