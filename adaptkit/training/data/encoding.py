@@ -188,14 +188,15 @@ class Encoder:
         Some end the text too, with another token.
         """
         try:
-            _, text, always = around_answer(self._tokenizer)
+            _, text, always, opens = around_answer(self._tokenizer)
         except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
             return None
         ((tokens, places),) = self._tokenize([text])
         ends = [(end, token) for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends]
         of_turns = [end for end, _ in ends if end <= len(always)]
         stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
-        found = stops[:1] or of_turns[-1:] or [end for end, _ in ends[:1]]  # some write the next turn's first token too
+        # some write the next turn's first token, too
+        found = stops[:1] or of_turns[slice(1) if opens else slice(-1, None)] or [end for end, _ in ends[:1]]
         return text, len(text) - (found[0] if found else len(text))
 
     def _pieces(self, text: _Text) -> list[str]:
@@ -276,10 +277,11 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools =
     return ids if tokenizer.chat_template is not None else [*first_tokens(tokenizer), *ids]
 
 
-def around_answer(tokenizer: Any) -> tuple[str, str, str]:
+def around_answer(tokenizer: Any) -> tuple[str, str, str, bool]:
     """What the chat template puts before an answer's words and after, and how much of the latter after every answer.
 
-    Before: after what the model is asked. After: where the conversation ends with the answer.
+    Before: after what the model is asked. After: where the conversation ends with the answer. And whether it opens the
+    next answer unasked, as Llama 3's first did.
 
     Raises:
         DataError: it refuses a question and its answer.
@@ -287,16 +289,15 @@ def around_answer(tokenizer: Any) -> tuple[str, str, str]:
     word = "quokka"  # is in no template
     question = {"role": "user", "content": "question"}
     messages = [question, {"role": "assistant", "content": word}]
-    parts = [([question], True), (messages, False), ([*messages, question], False)]
-    asked, text, longer = render([Conversation(some, opening) for some, opening in parts], tokenizer)
+    parts = [([question], True), ([question], False), (messages, False), ([*messages, question], False)]
+    asked, told, text, longer = render([Conversation(some, opening) for some, opening in parts], tokenizer)
     before, found, after = text.rpartition(word)
     if not found:
-        return "", "", ""
+        return "", "", "", False
     within = before[len(asked) :] if before.startswith(asked) else ""
     begun = len(before) + len(word)
-    if not longer.startswith(text[:begun]):
-        return within, after, after
-    return within, after, after[: shared(after, longer[begun:])]
+    always = after[: shared(after, longer[begun:])] if longer.startswith(text[:begun]) else after
+    return within, after, always, asked == told
 
 
 def _joins(tokenizer: Any) -> bool:

@@ -24,7 +24,7 @@ def turn_end(tokenizer: Any) -> int | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        within, after, _ = around_answer(tokenizer)
+        within, after, *_ = around_answer(tokenizer)
     except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
         return None
     ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -448,7 +448,7 @@ def test_an_answer_of_the_model_is_not_ended_by_what_is_within_it(llama, unnamed
     assert [token for token in labels if token in stops] == labels[-1:] == tokenizer.encode("<|im_end|>")
 
 
-def test_an_answer_of_the_model_is_ended_before_an_opening_that_is_always_there(llama, unnamed):
+def test_an_answer_ends_before_an_opening_that_is_always_there(llama, unnamed):
     """As in the first template of Llama 3, which asks for an answer unasked."""
     tokenizer = load_tokenizer(llama)
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
@@ -456,3 +456,4 @@ def test_an_answer_of_the_model_is_ended_before_an_opening_that_is_always_there(
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant "
     )
     assert stop_tokens(unnamed, tokenizer) == sorted(tokenizer.encode("<|endoftext|><|im_end|>"))
+    assert learned(encode(CHAT, tokenizer), tokenizer) == "the Rhine<|im_end|>the Po<|im_end|>"
