@@ -23,7 +23,17 @@ from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
 from adaptkit.text.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.text.thoughts import FIELD, NAMES, Message, ThoughtFields, read_thoughts, words_of
-from adaptkit.text.tool_calls import CALLS, ToolForm, Tools, calls_in, is_text, read_calls, read_given, read_tools
+from adaptkit.text.tool_calls import (
+    CALLS,
+    OTHER_TOOLS,
+    ToolForm,
+    Tools,
+    calls_in,
+    is_text,
+    read_calls,
+    read_given,
+    read_tools,
+)
 
 LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
 _QUESTIONS = LAYOUTS[:3]
@@ -114,8 +124,7 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
             template nor end token.
     """
     if tokenizer.chat_template is not None:
-        forms = _forms_of(tokenizer)
-        given = [forms.given(conversation) for conversation in conversations]
+        given = [_forms_of(tokenizer, conversation.tools).given(conversation) for conversation in conversations]
         texts = apply_template(tokenizer, [some for some in given if isinstance(some, Conversation) and some.messages])
         for some in given:
             if isinstance(some, DataError):
@@ -135,11 +144,16 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
 
 
 class _Forms:
-    """How a tokenizer's template takes messages; it is asked once, and of tools only if there are some."""
+    """How a tokenizer's template takes messages; it is asked once, and of tools only if there are some.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: with a chat template.
+        among: tools that it is asked with; some tokenizers have a template for these.
+    """
+
+    def __init__(self, tokenizer: Any, among: Tools) -> None:
         def written(messages: Sequence[Message], tools: Tools = ()) -> str:
-            return next(apply_template(tokenizer, [Conversation(messages, False, tools)]))
+            return next(apply_template(tokenizer, [Conversation(messages, False, tools or among)]))
 
         self._written, self._thoughts = written, ThoughtFields(written)
         self._tools: ToolForm | None = None
@@ -156,15 +170,34 @@ class _Forms:
         return conversation._replace(messages=[self._thoughts.message(message) for message in messages])
 
 
-def _forms_of(tokenizer: Any) -> _Forms:
+def _forms_of(tokenizer: Any, tools: Tools) -> _Forms:
     template = str(tokenizer.chat_template)
     if template not in _known_forms:
         _known_forms.clear()
-        _known_forms[template] = _Forms(tokenizer)
-    return _known_forms[template]
+        _known_forms[template] = {False: _Forms(tokenizer, ())}
+        if _ends_alike_with_tools(tokenizer):
+            _known_forms[template][True] = _Forms(tokenizer, OTHER_TOOLS)
+    known = _known_forms[template]
+    return known.get(bool(tools), known[False])
 
 
-_known_forms: dict[str, _Forms] = {}
+def _ends_alike_with_tools(tokenizer: Any) -> bool:
+    """Whether there is a template of its own for conversations with tools, and it ends answers as the other does.
+
+    One that does not (Command R+'s writes instructions after every answer) is asked as if there were no tools.
+    """
+    if not isinstance(tokenizer.chat_template, dict) or "tool_use" not in tokenizer.chat_template:
+        return False
+    word = "quokka"  # is in no template
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
+    try:
+        texts = list(apply_template(tokenizer, [Conversation(messages, False, some) for some in ((), OTHER_TOOLS)]))
+    except DataError:  # of such a conversation; each row tells what it is refused for
+        return False
+    return len({text.rpartition(word)[2] for text in texts}) == 1
+
+
+_known_forms: dict[str, dict[bool, _Forms]] = {}
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ def _answer(content: str = "", count: int = 1, **arguments: Any) -> dict[str, An
 _WORD = "inkling"
 _QUESTION = {"role": "user", "content": "question"}
 _TOOL = {"name": "probe0", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}}
+OTHER_TOOLS: Tools = ({"type": "function", "function": _TOOL | {"name": "sundial"}},)
+"""What no probe calls."""
 _TOOLS, _RESULTS, _ALONE = "which tools there are", "what tools give", "calls"
 _SEVERAL, _BESIDE, _AFTER = "calls after the first", "calls beside content", "calls after thoughts"
 _NUMBERS, _TRUTHS, _NOTHING = (

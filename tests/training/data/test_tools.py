@@ -381,3 +381,22 @@ def test_rows_with_and_without_tools_are_read_from_a_file(llama, tmp_path):
     assert [source.unused for source in data.sources] == [()]
     assert [len(stretches([sample], tokenizer)) for sample in data.samples] == [2, 1, 1]
     assert len(data.samples[2].ids) > len(data.samples[1].ids)
+
+
+def test_a_template_for_tools_is_asked_how_it_takes_calls_and_not_the_one_without(llama):
+    """As in Hermes 2 Pro; its other template knows of no calls."""
+    tokenizer = tokenizer_of(llama, "chatml")
+    plain = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ '' if tools | length }}" + CHATML}
+    call = FAMILIES["chatml"][2].format(said="", json=json.dumps(ARGUMENTS, ensure_ascii=False))
+    found = stretches(encode(row(), tokenizer).samples, tokenizer)
+    assert [found[0].replace("\\u003c", "<").replace("\\u003e", ">"), found[1]] == [call, "Three metres.<|im_end|>"]
+    with pytest.raises(DataError, match="loses calls"):
+        encode(row() | {"tools": []}, tokenizer)
+    instructing = CHATML + "<|im_start|>system\nAnswer, or call a tool.<|im_end|>"
+    tokenizer.chat_template = {"default": plain, "tool_use": instructing}
+    with pytest.raises(DataError, match="loses calls"):
+        encode(row(), tokenizer)
