@@ -22,7 +22,7 @@ import xxhash
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
-from adaptkit.checkpoint.adapter_config import check_config, is_adapter, is_saved, names_tied
+from adaptkit.checkpoint.adapter_config import check_config, is_adapter, is_saved, names_tied, turns_stacks
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import FLOATS
@@ -38,6 +38,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, 
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.vocabulary import is_head, is_table
 from adaptkit.errors import AdapterError, IntegrityError
+from adaptkit.numerics import lora
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, is_equal
 
@@ -76,7 +77,8 @@ class Adapter:
         replaced: by name of the base's tensor, the key in ``files`` of what takes its place.
         begins: by name of the base's tensor, the key of what its change is added to; usually the same as the base's.
         tokens: by module, the rows of its weight that are replaced.
-        experts: by path of a stacked parameter, the change of each expert's matrix, (out, in).
+        experts: by path of a stacked parameter, the change of each expert's matrix as the files have it; for a model's
+            see ``experts_for``.
         fan_in_fan_out: whether linear layers of the base keep their weights transposed (GPT-2's Conv1D).
         compensation: by module, what it began with to make up for what quantizing its base lost; mostly empty.
         manifest: None if another tool made the adapter.
@@ -114,6 +116,20 @@ class Adapter:
         of two names; otherwise it warns, and ties nothing. Trained tokens follow rules of their own.
         """
         return bool(self.config.get("ensure_weight_tying")) and names_tied(self.root, self.config)
+
+    def experts_for(self, parameter: str, matrix: tuple[int, ...], is_transposed: bool) -> tuple[LowRank, ...]:
+        """The changes of a stack's matrices as the running model has them, whichever way peft wrote them.
+
+        Args:
+            parameter: the stack's path.
+            matrix: (out, in) of the running model's matrices; changes that fit neither way stay as they are.
+            is_transposed: what its module of experts says of itself, which decides where they are square.
+        """
+        stack = self.experts[parameter]
+        shape = stack[0].shape
+        if shape[::-1] == matrix and (shape != matrix or turns_stacks(self.config, is_transposed)):
+            return tuple(lora.transposed(term) for term in stack)
+        return stack
 
     @property
     def only_compensates(self) -> bool:
@@ -222,7 +238,8 @@ def adapter_identity(adapter: Adapter) -> str:
         name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
         for name, term in adapter.compensation.items()
     }
-    return hashlib.sha256(json.dumps([config, begun], sort_keys=True).encode()).hexdigest()
+    turned = ["turned"] if adapter.experts and turns_stacks(adapter.config, False) else []
+    return hashlib.sha256(json.dumps([config, begun, *turned], sort_keys=True).encode()).hexdigest()
 
 
 def require_plain(adapter: Adapter, doing: str) -> None:

@@ -97,7 +97,7 @@ class _Planner:
         self._checkpoint, self._vocabulary, self._edits = checkpoint, vocabulary, edits
         self._change, self._adapter, self._number, self._weight = change, adapter, number, weight
         self._separate = "tie_word_embeddings" in edits.config
-        self._experts = Experts(checkpoint, str(adapter.root), self._spec)
+        self._experts = Experts(checkpoint, adapter, self._spec)
 
     def plan(self) -> None:
         """Go through all parts of the adapter."""
@@ -109,8 +109,8 @@ class _Planner:
             name = addresses[f"{module}.bias"][0].name
             self._check(name, (bias.shape[0],))
             self._extend(name, bias=bias)
-        for parameter, stack in adapter.experts.items():
-            for name, panels in self._experts.of_stack(parameter, stack, addresses[parameter]):
+        for parameter in adapter.experts:
+            for name, panels in self._experts.of_stack(parameter, addresses[parameter]):
                 self._extend(name, panels=panels)
         for module, tokens in adapter.tokens.items():
             if f"{module}.weight" not in repeated:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
@@ -26,31 +27,35 @@ class Experts:
 
     Attributes:
         checkpoint: the base.
-        who: the adapter, for messages.
+        adapter: whose changes they are.
         spec: of a tensor of the result.
     """
 
     checkpoint: Checkpoint
-    who: str
+    adapter: Adapter
     spec: Callable[[str], TensorSpec]
 
-    def of_stack(
-        self, parameter: str, stack: tuple[LowRank, ...], slices: Sequence[Slice]
-    ) -> Iterator[tuple[str, Panels]]:
+    @property
+    def who(self) -> str:
+        """The adapter, for messages."""
+        return str(self.adapter.root)
+
+    def of_stack(self, parameter: str, slices: Sequence[Slice]) -> Iterator[tuple[str, Panels]]:
         """The change of a stacked parameter, by the names of the tensors that hold it.
 
         Args:
             parameter: the running model's.
-            stack: a change for each expert, (out, in).
             slices: where the files keep it.
 
         Raises:
             BaseMismatchError: other shapes, or another number of experts.
         """
         if slices[0].expert is None:
-            yield slices[0].name, self._whole(parameter, stack, slices[0].name)
+            yield slices[0].name, self._whole(parameter, slices[0].name)
             return
         parts = slices[0].part[1]
+        height, width = (*self.spec(slices[0].name).shape, 0, 0)[:2]
+        stack = self.adapter.experts_for(parameter, (height * parts, width), is_transposed=False)
         if len(slices) != len(stack) * parts:
             raise BaseMismatchError(
                 f"{self.who}: {parameter} has {counted(len(stack), 'expert')} for the adapter, "
@@ -107,12 +112,16 @@ class Experts:
                 )
             yield piece.name, (piece.expert or 0) * height + number * rows
 
-    def _whole(self, parameter: str, stack: tuple[LowRank, ...], name: str) -> Panels:
+    def _whole(self, parameter: str, name: str) -> Panels:
+        stack = self.adapter.experts[parameter]
         spec, (out, into) = self.spec(name), stack[0].shape
         if len(spec.shape) == 2 and len(stack) == 1:  # a parameter of experts that is one matrix, such as a bias
             self._check(name, (out, into))
             return (stack,)
-        flip = spec.shape == (len(stack), into, out) and (into != out or self._keeps_transposed(parameter))
+        flip = spec.shape == (len(stack), into, out)
+        if flip and into == out:
+            flip = self._keeps_transposed(parameter)
+            stack = self.adapter.experts_for(parameter, (out, into), flip)
         self._check(name, (len(stack), into, out) if flip else (len(stack), out, into))
         return tuple((lora.transposed(term) if flip else term,) for term in stack)
 

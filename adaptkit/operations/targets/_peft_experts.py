@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
+from adaptkit.checkpoint.adapter_config import turns_stacks
 from adaptkit.networks.peft_names import DOWNS, GATES, STACKED, UPS, taken_for_experts
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _peft_config, _rules
@@ -16,6 +17,30 @@ from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
 _ONE = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
+
+
+def turned(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    """Stacks in which peft takes A for B, since an older release wrote them.
+
+    Args:
+        files: of the adapter.
+        base: whose code decides it for the oldest; without it these are not found.
+    """
+    network = base.network if base else None
+    modules = dict(network.named_modules()) if network is not None else {}
+
+    def is_transposed(pair: Pair) -> bool:
+        module = modules.get(pair.module.replace(".base_layer", ""))
+        return module is None or bool(getattr(module, "is_transposed", False))
+
+    found = [pair.module for pair in files.pairs if pair.stacked and turns_stacks(files.config, is_transposed(pair))]
+    if found:
+        yield Finding(
+            "error",
+            f"{some(found)}: stacks as peft {files.config.get('peft_version')} wrote them",
+            "peft takes their matrices' input for the output: it fails, or computes something else if they are square",
+            files.merge(),
+        )
 
 
 def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:

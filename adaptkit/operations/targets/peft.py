@@ -68,6 +68,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _kernels(files, base)
     yield from _renamed(files, base)
     yield from _tied(files, base)
+    yield from _peft_experts.turned(files, base)
     yield from _peft_experts.single(files, base, _DROPS)
     yield from _peft_experts.beside(files, base, _DROPS)
 

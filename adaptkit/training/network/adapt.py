@@ -254,10 +254,11 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     packed = dict(module.packed.items()) if isinstance(module, PackedModule) else {}
     stack: Any = packed.get(leaf, module._parameters.get(leaf))
     count, rows, columns = stack.shape
-    return (count, columns, rows) if _is_transposed(module) else (count, rows, columns)
+    return (count, columns, rows) if is_transposed(module) else (count, rows, columns)
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module of experts says that its stacks are (experts, in, out)."""
     return bool(getattr(module, "is_transposed", False))
 
 
@@ -272,7 +273,7 @@ def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b
         lora_b: (experts, out, rank).
         factor: scaling.
     """
-    change = StackLora(lora_a, lora_b, factor, _is_transposed(module)).to(model.device)
+    change = StackLora(lora_a, lora_b, factor, is_transposed(module)).to(model.device)
     adapt_stack(module, name.rpartition(".")[2], change, model.dtype)
 
 

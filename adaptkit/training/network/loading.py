@@ -5,7 +5,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
-from adaptkit.training.network.adapt import put_stack, stack_shape, train_rows, train_whole
+from adaptkit.training.network.adapt import is_transposed, put_stack, stack_shape, train_rows, train_whole
 from adaptkit.training.network.model import Model, attach_adapter
 
 
@@ -38,8 +38,9 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
     except AdaptkitError as error:
         raise BaseMismatchError(f"{adapter.root}: {error.message}", hint=error.hint) from error
     stacks = model.stacks()
-    for name, changes in adapter.experts.items():
+    for name in adapter.experts:
         count, *matrix = stack_shape(stacks[name], name) if name in stacks else (0, 0, 0)
+        changes = adapter.experts_for(name, tuple(matrix), name in stacks and is_transposed(stacks[name]))
         if len(changes) != count or list(changes[0].shape) != matrix:
             raise BaseMismatchError(f"{adapter.root}: changes {name}, which {model.checkpoint.root} has not like that")
         a, b = (torch.stack([getattr(change, half).float() for change in changes]) for half in ("lora_a", "lora_b"))

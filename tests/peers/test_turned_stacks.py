@@ -1,0 +1,138 @@
+"""Stacks of experts that older releases of peft wrote the other way: what is made of them is the same change.
+
+The matrices of a stack are (out, in), or (in, out) where the model's own code says ``is_transposed``. Up to 0.18 peft
+took the first dimension for the input in any case, and 0.19.0 the wrong one in any case. Such adapters are written here
+by the formula of the change; the numbers are those of an adapter that today's peft writes and runs.
+"""
+
+import shutil
+from contextlib import nullcontext
+
+import peft_adapters
+import pytest
+import torch
+from peft import PeftModel
+from peft_adapters import WEIGHTS, Case
+from safetensors.torch import load_file
+
+from adaptkit.checkpoint.adapter import adapter_identity, read_adapter
+from adaptkit.errors import BaseMismatchError
+from adaptkit.operations.check import check
+from adaptkit.operations.merge import merge
+from adaptkit.operations.unmerge import unmerge
+from adaptkit.training.network.loading import load_adapter
+from adaptkit.training.network.model import load_model
+
+IDS = torch.arange(2, 298).view(8, 37)
+EXPERTS = 4
+BOTH = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+BASES = {
+    "one by one": Case(family="olmoe", lora=BOTH),
+    "stacks": Case(family="olmoe", fused=True, lora=BOTH),
+    "transposed": Case(family="gpt_oss", lora=BOTH),
+}
+CASES = [
+    ("one by one", "0.18.1", True),
+    ("one by one", "0.19.0", True),
+    ("one by one", "0.19.1", False),
+    ("stacks", "0.18.0", True),
+    ("stacks", "0.19.0", True),
+    ("stacks", "0.20.0", False),
+    ("stacks", None, False),
+    ("transposed", "0.18.1", False),
+    ("transposed", "0.19.0", True),
+    ("transposed", "0.21.2", False),
+]
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """The bases, each with the adapter that peft makes."""
+    root = tmp_path_factory.mktemp("peers")
+    with peft_adapters.quiet():
+        bases = {name: peft_adapters.write_base(root / name, case) for name, case in BASES.items()}
+        return {
+            name: (base, peft_adapters.write_adapter(root / f"{name}-adapter", BASES[name], base))
+            for name, base in bases.items()
+        }
+
+
+def stacks_of(folder):
+    return {key: t for key, t in load_file(folder / WEIGHTS).items() if ".experts." in key}
+
+
+def turn(tensors):
+    """Let A have B's place, expert by expert: A is (experts · rank, in), and in B the expert's number runs fastest."""
+    for key in [key for key in tensors if ".experts." in key and key.endswith("lora_A.weight")]:
+        other = key.replace("lora_A", "lora_B")
+        a, b = tensors[key], tensors[other]
+        tensors[key] = b.view(len(b), -1, EXPERTS).permute(2, 1, 0).reshape(-1, len(b))
+        tensors[other] = a.view(EXPERTS, -1, a.shape[1]).permute(2, 1, 0).reshape(a.shape[1], -1)
+
+
+def written(folder, adapter, version, turned):
+    shutil.copytree(adapter, folder)
+    peft_adapters.change_config(folder, peft_version=version)
+    if turned:
+        peft_adapters.change_tensors(folder, turn)
+    return folder
+
+
+def test_some_matrices_are_square_and_others_are_not(peers):
+    for _, adapter in peers.values():
+        stacks = stacks_of(adapter)
+        pairs = [(t, stacks[key.replace("lora_A", "lora_B")]) for key, t in stacks.items() if "lora_A" in key]
+        assert {a.shape[1] == b.shape[0] for a, b in pairs} == {True, False}
+
+
+@pytest.mark.parametrize(("name", "version", "turned"), CASES)
+def test_the_merged_model_has_the_same_bytes(name, version, turned, peers, tmp_path):
+    base, today = peers[name]
+    adapter = written(tmp_path / "adapter", today, version, turned)
+    merge(base, [today], tmp_path / "expected")
+    merge(base, [adapter], tmp_path / "merged")
+    plain, expected, found = (
+        (f / "model.safetensors").read_bytes() for f in (base, tmp_path / "expected", tmp_path / "merged")
+    )
+    assert found == expected != plain
+    unmerge(tmp_path / "merged", [adapter], tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == plain
+
+
+@pytest.mark.parametrize(("name", "version", "turned"), CASES)
+def test_the_running_model_computes_the_same(name, version, turned, peers, tmp_path):
+    base, today = peers[name]
+    found = []
+    for adapter in (today, written(tmp_path / "adapter", today, version, turned)):
+        model = load_model(base, torch.float32, torch.device("cpu"))
+        load_adapter(model, read_adapter(adapter))
+        with torch.no_grad():
+            found.append(model.network(IDS).logits)
+    assert torch.equal(found[0], found[1])
+
+
+def test_the_release_is_a_part_of_what_an_adapter_is_where_it_decides(peers, tmp_path):
+    _, today = peers["stacks"]
+    old = [written(tmp_path / version, today, version, False) for version in ("0.18.0", "0.18.1", "0.20.0")]
+    identities = [adapter_identity(read_adapter(folder)) for folder in (today, *old)]
+    assert identities[0] == identities[3] != identities[1] == identities[2]
+
+
+@pytest.mark.parametrize(("name", "version", "turned"), CASES)
+def test_what_todays_peft_does_with_them_is_said(name, version, turned, peers, tmp_path):
+    base, today = peers[name]
+    adapter = written(tmp_path / "adapter", today, version, turned)
+    found = [finding.found for finding in check(adapter, "peft", base).verdicts[0].findings]
+    assert any("stacks as peft" in what for what in found) == turned
+    refused = pytest.raises(RuntimeError, match="size mismatch") if turned else nullcontext()
+    with peft_adapters.quiet(), refused:
+        PeftModel.from_pretrained(peft_adapters.load_float32(base), adapter)
+
+
+def test_an_adapter_that_fits_neither_way_is_refused(peers, tmp_path):
+    base, today = peers["one by one"]
+    adapter = written(tmp_path / "adapter", today, "0.18.1", True)
+    narrow = {key: t[:, :-1] for key, t in stacks_of(adapter).items() if key.endswith("lora_A.weight")}
+    peft_adapters.change_tensors(adapter, lambda tensors: tensors.update(narrow))
+    with pytest.raises(BaseMismatchError, match="experts"):
+        merge(base, [adapter], tmp_path / "merged")
