@@ -256,14 +256,13 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
         return click.option(
             f"{flag}/--no-{flag[2:]}", default=None, help=help_text, cls=_SettingOption, section=rule.section
         )
-    is_path = rule.help.startswith(("File", "Folder"))
     mapped = {tuple: str, Mapping: NamedNumber() if inner[1:] == (float,) else NamedValue()}
     return click.option(
         flag,
         type=types.get(name, mapped[get_origin(kind)] if inner else kind),
         multiple=bool(inner),
         metavar=f"[{'|'.join(rule.choices)}]" if rule.choices else None,
-        shell_complete=one_of(rule.choices) if rule.choices else _as_a_file if is_path else None,
+        shell_complete=one_of(rule.choices) if rule.choices else None,
         help=help_text,
         cls=_SettingOption,
         section=rule.section,

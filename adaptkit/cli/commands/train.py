@@ -40,7 +40,11 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on, and fail rather than begin if there is no checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be done, but write nothing.")
 @click.option("--show-batch", is_flag=True, help="Print the first batch with what is learned marked, and do no more.")
-@settings_options(TrainConfig, base=ArtifactPath(), init=ArtifactPath())
+@settings_options(
+    TrainConfig,
+    **dict.fromkeys(("base", "init"), ArtifactPath()),
+    **dict.fromkeys(("data", "held_out_data", "chat_template", "tensorboard"), click.Path(readable=False)),
+)
 def command(
     output: Path,
     force: bool,
