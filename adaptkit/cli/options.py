@@ -201,6 +201,16 @@ class NamedValue(click.ParamType[tuple[str, str | float | bool]]):
         return name, found if isinstance(found, str | bool) or _is_finite(found) else text
 
 
+def by_name(context: click.Context, option: click.Parameter, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """What a repeated option names; a name that comes twice is refused, as a key of a file that does."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise click.BadParameter(f"{name!r} is given twice", context, option)
+        found[name] = value
+    return found
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < float("inf")
 
@@ -261,6 +271,7 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
         flag,
         type=types.get(name, mapped[get_origin(kind)] if inner else kind),
         multiple=bool(inner),
+        callback=by_name if get_origin(kind) is Mapping else None,
         metavar=f"[{'|'.join(rule.choices)}]" if rule.choices else None,
         shell_complete=one_of(rule.choices) if rule.choices else None,
         help=help_text,
@@ -295,8 +306,8 @@ def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     from adaptkit.training.settings import settings
 
     found = {}
-    for name, (setting, _) in settings(kind).items():
+    for name in settings(kind):
         value = values[name]
-        if value is not None and value != ():
-            found[name] = dict(value) if get_origin(declared(setting.type)) is Mapping else value
+        if value not in (None, (), {}):
+            found[name] = value
     return found

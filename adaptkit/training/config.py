@@ -227,19 +227,20 @@ class TrainConfig:
         """The weight of each source, in their order: that of its name, or of its file's name; 1 if it is not mentioned.
 
         Raises:
-            ConfigError: a name is no source's, or that of several.
+            ConfigError: a name is no source's, or that of several; or two are the same one's.
         """
         if self.mixture is None:
             return None
-        weights = [1.0] * len(self.data)
+        weights = dict[int, float]()
         for name, weight in self.mixture.items():
             found = [number for number, source in enumerate(self.data) if source == name]
             found = found or [number for number, source in enumerate(self.data) if Path(source).name == name]
-            if len(found) != 1:
-                problem = "is none of the data" if not found else "is the name of several"
+            if len(found) != 1 or found[0] in weights:
+                several = "is the name of several" if len(found) > 1 else "is named twice"
+                problem = several if found else "is none of the data"
                 raise ConfigError(f"mixture: {name!r} {problem}", hint=f"data: {', '.join(self.data)}")
             weights[found[0]] = float(weight)
-        return weights
+        return [weights.get(number, 1.0) for number in range(len(self.data))]
 
     @property
     def has_held_out(self) -> bool:

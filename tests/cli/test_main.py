@@ -66,6 +66,10 @@ def test_the_help_of_train_has_every_setting_once_under_a_heading(run_cli):
     }  # fmt: skip
 
 
+NAMED = ("--chat-template-kwargs", "--mixture", "--rank-pattern", "--alpha-pattern")
+"""Repeatable options that take a name and a value."""
+
+
 def broken(tmp_path, llama, adapter):
     """Command lines that must fail: arguments, exit code, a phrase of the message."""
     return {
@@ -101,6 +105,15 @@ def broken(tmp_path, llama, adapter):
         "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),
         "huge seed": (["evaluate", "--base", llama, "--prompt", "x", "--seed", "9" * 20], 2, "seed: 9999"),
         "long row": (["plan", tmp_path / "bert", "--seq-len", "1024"], 2, "cannot be followed without its weights"),
+        **{
+            f"{flag} twice": (
+                ["train", "--base", llama, "--data", "x", "-o", "out", flag, "a=1", flag, "a=2"],
+                2,
+                f"'{flag}': 'a' is given twice",
+            )
+            for flag in NAMED
+        },
+        "equal variables": (["evaluate", "--base", llama, *(NAMED[0], "a=1") * 2], 2, "'a' is given twice"),
         "no batch": (["evaluate", "--base", llama, "--prompt", "x", "--batch-size", "0"], 2, "batch-size"),
         "no command": ([], 2, "Missing command"),
         "nothing to measure": (["evaluate", "--base", llama], 2, "nothing to evaluate"),
@@ -135,7 +148,7 @@ CASES = [
     "no batch", "no command", "huge seed", "long row",
     "missing folder", "a file", "not a checkpoint", "bad block size", "bad shard size", "unknown option", "no adapter",
     "weights", "infinite weight", "another model", "one to stack", "no such method", "plain base", "no base",
-    "unknown key", "nothing to measure", "unpublishable",
+    "unknown key", "nothing to measure", "unpublishable", "equal variables", *(f"{flag} twice" for flag in NAMED),
 ]  # fmt: skip
 
 

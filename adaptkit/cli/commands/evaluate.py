@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, remarks, short_label
-from adaptkit.cli.options import ArtifactPath, NamedValue, html_option, report_options
+from adaptkit.cli.options import ArtifactPath, NamedValue, by_name, html_option, report_options
 from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
@@ -53,7 +53,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Of the data's rows; default: each row's own.")
-@click.option("--chat-template-kwargs", type=NamedValue(), multiple=True,
+@click.option("--chat-template-kwargs", type=NamedValue(), multiple=True, callback=by_name,
               help="Variable of the chat template, as in training. Repeatable.")  # fmt: skip
 @click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
               show_default=True, help="auto: bfloat16 where the device multiplies matrices of it.")  # fmt: skip
@@ -84,7 +84,7 @@ def command(
     from adaptkit.training.evaluation.evaluate import evaluate
     from adaptkit.training.evaluation.report import EvaluateOptions
 
-    chosen = EvaluateOptions(**options | {"chat_template_kwargs": dict(options["chat_template_kwargs"])})
+    chosen = EvaluateOptions(**options)
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate, html)
     leave_compiler_out()
