@@ -47,7 +47,8 @@ def check_template(text: str, where: str) -> str:
 def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool] | None) -> None:
     """Give a chat template variables that it asks for, as transformers' and vLLM's ``chat_template_kwargs`` do.
 
-    They become the template's first lines, so that whoever renders with this tokenizer has them.
+    They become the template's first lines, so that whoever renders with this tokenizer has them; those of each, where
+    there are several.
 
     Args:
         tokenizer: of a checkpoint.
@@ -61,16 +62,18 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
         return
     if tokenizer.chat_template is None:
         raise UsageError("chat_template_kwargs: the tokenizer has no chat template")
-    template = template_of(tokenizer)
-    asked = _variables_in(template, "the chat template cannot be read") - _OURS
+    asked = _asked_by(tokenizer)
     for name in values:
         if name not in asked:
             raise UsageError(
                 f"chat_template_kwargs: the chat template does not ask for {name!r}",
                 hint=f"it asks for {', '.join(sorted(asked))}" if asked else "it asks for none",
             )
-    lines = (f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
-    tokenizer.chat_template = "".join(lines) + template
+    lines = "".join(f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
+    own = tokenizer.chat_template
+    tokenizer.chat_template = (
+        {name: lines + text for name, text in own.items()} if isinstance(own, dict) else lines + own
+    )
 
 
 def known_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]) -> dict[str, str | float | bool]:
@@ -81,7 +84,7 @@ def known_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | boo
     """
     if not values or tokenizer.chat_template is None:
         return {}
-    asked = _variables_in(template_of(tokenizer), "the chat template cannot be read") - _OURS
+    asked = _asked_by(tokenizer)
     return {name: value for name, value in values.items() if name in asked}
 
 
@@ -95,6 +98,12 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
         return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         raise DataError(f"the tokenizer has no chat template for a conversation ({error})", hint=HINT) from error
+
+
+def _asked_by(tokenizer: Any) -> set[str]:
+    """What the templates of conversations with and without tools ask for."""
+    used = {template_of(tokenizer, tools) for tools in (None, ())}
+    return {name for text in used for name in _variables_in(text, "the chat template cannot be read")} - _OURS
 
 
 def _variables_in(template: str, problem: str) -> set[str]:

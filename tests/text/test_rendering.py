@@ -16,6 +16,7 @@ from adaptkit.text import rendering
 from adaptkit.text.chat_template import set_template_kwargs
 from adaptkit.text.conversation import read_example, render
 from adaptkit.text.tokenizer_files import load_tokenizer
+from adaptkit.text.tool_calls import OTHER_TOOLS
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 
 ASKED = [{"role": "user", "content": "Name a river"}]
@@ -310,6 +311,20 @@ def test_variables_are_what_transformers_hands_to_the_template(llama, values):
     assert expected != tokenizer.apply_chat_template(CHAT, tokenize=False)
     set_template_kwargs(tokenizer, values)
     assert list(render([rendering.Conversation(CHAT, False)], tokenizer)) == [expected]
+
+
+def test_variables_reach_every_template_of_a_tokenizer_that_has_one_for_tools(llama):
+    tokenizer = load_tokenizer(llama)
+    for asking in (("default",), ("tool_use",), ("default", "tool_use")):
+        names = ("default", "tool_use", "rag")
+        tokenizer.chat_template = {name: f"{name}{{{{ mood }}}}" if name in asking else name for name in names}
+        set_template_kwargs(tokenizer, {"mood": " is good"})
+        asked = [rendering.Conversation(CHAT, False, tools) for tools in ((), OTHER_TOOLS)]
+        expected = [f"{name} is good" if name in asking else name for name in names[:2]]
+        assert list(rendering.apply_template(tokenizer, asked)) == expected
+    tokenizer.chat_template = {"default": "a", "rag": "{{ mood }}"}
+    with pytest.raises(UsageError, match="does not ask for 'mood'"):
+        set_template_kwargs(tokenizer, {"mood": " is good"})
 
 
 def test_a_variable_that_the_template_does_not_ask_for_is_refused(llama):
