@@ -99,7 +99,7 @@ def load_tokenizer(root: Path) -> Any:
 
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
-    """A base's tokenizer, or that of an adapter that brings one, with the chat template that an adapter brings.
+    """A base's tokenizer, or that of an adapter that brings one, with the chat templates that an adapter brings.
 
     Args:
         base: folder of a checkpoint.
@@ -112,9 +112,9 @@ def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
     if adapter is None:
         return load_tokenizer(base)
     tokenizer = load_tokenizer(adapter if brings_tokenizer(adapter) else base)
-    template = template_beside(adapter)
-    if template is not None:
-        tokenizer.chat_template = check_template(template, str(adapter))
+    found = {name: check_template(text, str(adapter)) for name, (_, text) in templates_in(adapter).items()}
+    if "default" in found:
+        tokenizer.chat_template = found if len(found) > 1 else found["default"]
     return tokenizer
 
 

@@ -16,8 +16,14 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import parse_policy
-from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs
-from adaptkit.text.tokenizer_files import brings_tokenizer, is_of_tokenizer, load_tokenizer, load_tokenizer_of
+from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of
+from adaptkit.text.tokenizer_files import (
+    brings_tokenizer,
+    is_of_tokenizer,
+    is_template,
+    load_tokenizer,
+    load_tokenizer_of,
+)
 from adaptkit.text.windows import check_known, check_prompt, known_tokens, longest_sequence
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, load_data, split
@@ -156,7 +162,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         tokenizer=tokenizer,
         chat_template=template,
         unnamed_end=end,
-        side_files=_side_files(base, start, template, end),
+        side_files=_side_files(config, start, template, end),
         data=data,
         samples=samples,
         held_out=other.samples if other else held_out,
@@ -174,19 +180,21 @@ def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | N
         tokenizer.chat_template = check_template(read_template(Path(config.chat_template)), config.chat_template)
     is_given = config.chat_template is not None or start is not None
     own = load_tokenizer(base).chat_template if is_given else tokenizer.chat_template
-    return tokenizer, None if tokenizer.chat_template in (own, None) else str(tokenizer.chat_template)
+    return tokenizer, None if tokenizer.chat_template in (own, None) else template_of(tokenizer)
 
 
-def _side_files(base: Path, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:
+def _side_files(config: TrainConfig, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:
     """See ``Inputs.side_files``."""
     found = {}
-    if start is not None and brings_tokenizer(start.root):
-        beside = side_files(start.root)
-        found = {name: read_small(path) for name, path in beside.items() if is_of_tokenizer(name)}
+    if start is not None and (template is not None or brings_tokenizer(start.root)):
+        belongs = is_of_tokenizer if brings_tokenizer(start.root) else is_template
+        found = {name: read_small(path) for name, path in side_files(start.root).items() if belongs(name)}
+    if config.chat_template is not None:
+        found = {name: content for name, content in found.items() if not is_template(name)}
     if template is not None:
         found[TEMPLATE_NAME] = template.encode()
     if end is not None:
-        found[GENERATION_NAME] = generation_naming(base, end)
+        found[GENERATION_NAME] = generation_naming(Path(config.base), end)
     return found
 
 

@@ -21,7 +21,7 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.networks.addressing import Slice, find_addresses
 from adaptkit.numerics.finite import all_finite
 from adaptkit.text.chat_template import TEMPLATE_NAME
-from adaptkit.text.tokenizer_files import TEMPLATES
+from adaptkit.text.tokenizer_files import is_template
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.network.adapt import stack_changes
 from adaptkit.training.network.model import Model
@@ -54,7 +54,7 @@ def write_result(
     """
     is_full = config.method == "full"
     if is_full:
-        write_checkpoint(out, model, without={*side_files, *(TEMPLATES if TEMPLATE_NAME in side_files else ())})
+        write_checkpoint(out, model, without=side_files)
     else:
         _write_adapter(out, model, config)
     for name, content in side_files.items():
@@ -128,7 +128,7 @@ def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -
     Args:
         out: the folder being written.
         model: every parameter of it trained whole.
-        without: small files of the base that it does not get.
+        without: small files of the base that it does not get; with one chat template, none of the others.
 
     Raises:
         NonFiniteError: a weight is no number, or too large for its type.
@@ -149,7 +149,8 @@ def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -
         out.add(writer.record, writer.tensors)
     own = {CONFIG_NAME: checkpoint.root / CONFIG_NAME, INDEX_NAME: checkpoint.root / INDEX_NAME}
     for name, path in (own | side_files(checkpoint.root)).items():
-        if path.is_file() and name not in without:
+        is_replaced = name in without or (is_template(name) and TEMPLATE_NAME in without)
+        if path.is_file() and not is_replaced:
             out.copy(path, name)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -111,6 +112,48 @@ def test_a_file_that_held_the_bases_template_is_not_left_beside_another(run_cli,
     assert run_cli(*given).code == 0
     assert not (tmp_path / "full/chat_template.json").exists()
     assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template == TEMPLATE
+
+
+def templates_of(folder):
+    return AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_a_template_for_tools_goes_with_the_one_beside_it_and_with_no_other(run_cli, llama, rows, tmp_path):
+    named = AutoTokenizer.from_pretrained(llama)
+    named.chat_template = {
+        "default": named.chat_template,
+        "tool_use": "{{ tools | tojson }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}",
+    }
+    named.save_pretrained(tmp_path / "named")
+    call = {"role": "assistant", "tool_calls": [{"name": "depth", "arguments": {"of": "Rhine"}}]}
+    calling = {"tools": [{"name": "depth"}], "messages": [ROWS[0]["messages"][0], call]}
+    rows.write_text(json.dumps(calling) + "\n")
+    assert run_cli(*train(llama, rows, "refused")).code == 5, "the base's own knows of no tools"
+    (tmp_path / "plain.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert run_cli(*train(llama, tmp_path / "plain.jsonl", "a")).code == 0
+    for path in (tmp_path / "named").rglob("*.*"):  # as other trainers leave them beside an adapter
+        target = tmp_path / "a" / path.relative_to(tmp_path / "named")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    (tmp_path / "a/adaptkit-manifest.json").unlink()
+
+    measured = ["evaluate", "--data", rows, "--device", "cpu", "--base", llama, "--adapter"]
+    assert run_cli(*measured, tmp_path / "a").code == 0
+    done = run_cli(*train(llama, rows, "b", "--init", tmp_path / "a"))
+    assert done.code == 0, done.stderr
+    assert templates_of(tmp_path / "b") == named.chat_template
+    assert run_cli("merge", llama, tmp_path / "b", "-o", tmp_path / "merged").code == 0
+    assert templates_of(tmp_path / "merged") == named.chat_template
+
+    rows.write_text(json.dumps(ROWS[0]) + "\n")
+    mine, base = ("--chat-template", tmp_path / "mine.jinja"), tmp_path / "merged"
+    for name, more in (("c", ()), ("d", ("--init", tmp_path / "a")), ("full", ("--method", "full"))):
+        done = run_cli(*train(base, rows, name, *mine, *more))
+        assert done.code == 0, done.stderr
+    assert run_cli("merge", base, tmp_path / "c", "-o", tmp_path / "e").code == 0
+    assert [templates_of(tmp_path / name) for name in ("d", "full", "e")] == [TEMPLATE] * 3
 
 
 def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run_cli, untemplated, rows, tmp_path):

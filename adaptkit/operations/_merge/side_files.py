@@ -89,7 +89,7 @@ def plan_side_files(
         files.contents |= {name: content for name, (content, _) in brought.items()}
     elif templates := _templates(brought):
         files.told.append("chat template: the adapter's")
-        for name in TEMPLATES & set(files.contents) if TEMPLATES & set(templates) else ():
+        for name in list(filter(is_template, files.contents)) if TEMPLATES & set(templates) else ():
             del files.contents[name]
         files.contents |= templates
     files.lost = {name: content for name, content in before.items() if files.contents.get(name) != content}
