@@ -19,6 +19,7 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
+from adaptkit.text.parts import joined
 from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
 from adaptkit.text.rendering import asks_for_the_date as asks_for_the_date
@@ -268,15 +269,18 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
         raise DataError(f"{where} has the role {role!r}", hint=f"roles: {', '.join(_ROLES)}")
     is_answer = _ROLES[role] == "assistant"
     others: dict[str, Any] = {}
+    unread = frozenset[str]()
     if role == "function_call":  # ShareGPT's
         content, others = "", {CALLS: calls_in(content, f"{where}, its value")}
-    elif is_answer:
-        others = {CALLS: read_calls(message, where)}
     elif _ROLES[role] == "tool":
         content, others = read_given(message, where)
-    content = "" if content is None and others.get(CALLS) else content
+    else:
+        content, unread = joined(content, where)
+        others = {CALLS: read_calls(message, where)} if is_answer else {}
+    content = "" if content in (None, []) and others.get(CALLS) else content
     if not is_text(content):
-        raise DataError(f"{where} has no text ({type(content).__name__})", hint="content and value are strings")
+        found = "half a character" if isinstance(content, str) else type(content).__name__
+        raise DataError(f"{where} has no text ({found})", hint="content and value are strings, or parts of text")
     weight = message.get("weight")
     if weight not in (None, 0, 1):
         raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
@@ -288,7 +292,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
         raise DataError(f"{where}: {error.message}", error.hint) from error
     if not is_text(thoughts):
         raise DataError(f"{where}: its thoughts are no text (half a character)", hint="they are a string")
-    return _Turn(_ROLES[role], str(content), is_answer and weight != 0, {FIELD: thoughts} | others, ignored)
+    return _Turn(_ROLES[role], str(content), is_answer and weight != 0, {FIELD: thoughts} | others, ignored | unread)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
+from adaptkit.text.parts import are_of_text, joined
 from adaptkit.text.thoughts import FIELD
 
 Tools = tuple[Mapping[str, Any], ...]
@@ -79,12 +80,13 @@ def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, str]]:
-    """What a tool's message says, objects as their JSON text, and which call it answers.
+    """What a tool's message says, parts of text joined, objects as their JSON text, and which call it answers.
 
     Raises:
         DataError: it holds what is no text.
     """
     content = message.get("content", message.get("value"))
+    content = joined(content, where)[0] if are_of_text(content) else content
     others = {name: message[name] for name in _GIVEN if isinstance(message.get(name), str)}
     _check([content, others], where)
     return (_json(content) if isinstance(content, dict | list) else content), others

@@ -6,6 +6,8 @@ import re
 from datetime import date
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import read_example
@@ -14,6 +16,12 @@ ASKED = {"role": "user", "content": "Name it\n\na river"}
 ANSWERED = {"role": "assistant", "content": "the Rhine"}
 CHAT = [ASKED, ANSWERED]
 DEEP = [{"name": "f", "parameters": functools.reduce(lambda inner, _: {"a": inner}, range(500), {})}]
+
+
+def parts_of(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
 SHARED = [{"from": "human", "value": "Name it\n\na river"}, {"from": "gpt", "value": "the Rhine"}]
 
 
@@ -44,7 +52,7 @@ SAID = '{"name": "depth", "arguments": {"of": "Rhine"}}'
 
 
 @pytest.mark.parametrize(
-    ("answer", "given"),
+    ("answer", "back"),
     [
         ({"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "3"}),
         ({"role": "assistant", "tool_calls": [CALL["function"]]}, {"role": "tool", "content": "3"}),
@@ -58,8 +66,8 @@ SAID = '{"name": "depth", "arguments": {"of": "Rhine"}}'
         ({**ASSISTANT, "tool_calls": [CALL], "function_call": CALL["function"]}, {"role": "tool", "content": "3"}),
     ],
 )  # fmt: skip
-def test_calls_of_tools_are_the_same_however_they_are_written(answer, given):
-    example = read_example({"messages": [ASKED, answer, given, ANSWERED]}, "here")
+def test_calls_of_tools_are_the_same_however_they_are_written(answer, back):
+    example = read_example({"messages": [ASKED, answer, back, ANSWERED]}, "here")
     assert list(example.messages) == [
         ASKED,
         ASSISTANT | {"tool_calls": [CALL]},
@@ -82,8 +90,8 @@ def test_tools_are_the_rows(tools):
 
 
 def test_an_object_that_a_tool_gives_is_its_json_text():
-    given = {"role": "tool", "content": {"depth": [3, "Köln"]}}
-    example = read_example({"messages": [ASKED, ASSISTANT | {"tool_calls": [CALL]}, given, ANSWERED]}, "here")
+    back = {"role": "tool", "content": {"depth": [3, "Köln"]}}
+    example = read_example({"messages": [ASKED, ASSISTANT | {"tool_calls": [CALL]}, back, ANSWERED]}, "here")
     assert example.messages[2] == {"role": "tool", "content": '{"depth": [3, "Köln"]}'}
 
 
@@ -94,15 +102,37 @@ def test_no_calls_are_none():
 
 
 def test_what_templates_want_of_calls_and_results_goes_along():
-    call, given = (
+    call, back = (
         CALL | {"id": "abcdefghi"},
         {"role": "tool", "content": "3", "tool_call_id": "abcdefghi", "name": "depth"},
     )
     answer = ASSISTANT | {"tool_calls": [call | {"index": 0}], "reasoning_content": "how deep?"}
-    example = read_example({"messages": [ASKED, answer, given | {"ok": 1}, ANSWERED]}, "here")
+    example = read_example({"messages": [ASKED, answer, back | {"ok": 1}, ANSWERED]}, "here")
     assert example.messages[1] == ASSISTANT | {"tool_calls": [call], "reasoning_content": "how deep?"}
-    assert example.messages[2] == given
+    assert example.messages[2] == back
     assert example.ignored == {"ok"}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]),
+                          st.lists(st.text(st.characters(codec="utf-8")), min_size=1))))  # fmt: skip
+def test_parts_of_text_are_the_text_of_them(turns):
+    turns = [*turns, ("assistant", ["<think>a</think>", "the ", "Rhine"])]
+    for key, role_key in (("content", "role"), ("value", "from")):
+        in_parts = [{role_key: role, key: parts_of(*said)} for role, said in turns]
+        whole = [{role_key: role, key: "".join(said)} for role, said in turns]
+        assert read_example({"messages": in_parts}, "here") == read_example({"messages": whole}, "here")
+        in_parts = [{role_key: "user", key: "x"}, *in_parts]
+        assert read_example({"prompt": in_parts[:-1], "completion": in_parts[-1:]}, "here").messages[-1] == {
+            "role": "assistant", "content": "<think>a</think>the Rhine"
+        }  # fmt: skip
+
+
+def test_what_parts_have_beside_their_text_is_told_and_no_parts_beside_calls_are_no_content():
+    marked = [part | {"cache_control": {}, "image": None} for part in parts_of("the ", "Rhine")]
+    assert read_example({"messages": [ASKED, ANSWERED | {"content": marked}]}, "here").ignored == {"cache_control"}
+    image = [{"type": "image", "image": "x"}]  # whatever a tool gives is what it gave
+    row = {"messages": [ASKED, {**ASSISTANT, "content": [], "tool_calls": [CALL]}, {"role": "tool", "content": image}]}
+    assert [message["content"] for message in read_example(row, "here").messages[1:]] == ["", json.dumps(image)]
 
 
 def test_plain_text_is_no_conversation():
@@ -173,7 +203,18 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"messages": [ASKED, {"role": "critic", "content": "x"}]}, "message 2 of messages has the role 'critic'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 of messages has the role ['user']"),
         ({"messages": [{"content": "x"}]}, "message 1 of messages has the role None"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "message 1 of messages has no text (list)"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+         "message 1 of messages: part 1 of its content is no text (NoneType)"),
+        ({"messages": [{"role": "user", "content": [*parts_of("a"), {"type": "image_url", "image_url": {}}]}]},
+         "message 1 of messages: part 2 of its content is no text (image_url)"),
+        ({"messages": [ASKED, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}]},
+         "message 2 of messages: part 1 of its content is no text (refusal)"),
+        ({"prompt": [{"role": "user", "content": ["a"]}], "completion": [ANSWERED]},
+         "message 1 of prompt: part 1 of its content is no text (str)"),
+        ({"messages": [ASKED, {"role": "assistant", "content": []}]}, "message 2 of messages has no text (list)"),
+        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "message 2 of messages has no text (NoneType)"),
+        ({"messages": [ASKED, ANSWERED | {"content": parts_of("a", "\ud800")}]},
+         "message 2 of messages has no text (half a character)"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]}, "message 2 of messages: a call of a tool has no name"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": "{"}]}, "message 2 of messages: tool_calls: is no JSON"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": {"name": "f"}}]},
