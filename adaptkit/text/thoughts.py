@@ -45,6 +45,12 @@ def words_of(message: Message) -> str:
     return _in_content(message[FIELD], said) if FIELD in message else said.strip()
 
 
+def without_thoughts(content: str) -> str:
+    """A content without the thoughts that are in it."""
+    inline = _IN_CONTENT.fullmatch(content)
+    return inline[2].strip() if inline else content
+
+
 class ThoughtFields:
     """Where one chat template looks for thoughts.
 

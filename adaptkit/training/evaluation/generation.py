@@ -15,6 +15,7 @@ import torch
 
 from adaptkit.networks.architecture import quiet_transformers
 from adaptkit.training.data.ending import named_ends, turn_end
+from adaptkit.training.evaluation.final import Marks
 from adaptkit.training.network.model import Model
 
 
@@ -23,7 +24,7 @@ class Generated:
     """One answer.
 
     Attributes:
-        text: without special tokens, and without white space around it.
+        text: without thoughts, special tokens, and white space around it.
         ended: whether the model ended it; otherwise the limit of new tokens did.
     """
 
@@ -59,14 +60,14 @@ def generate(
     Returns:
         The answers, in the order of the prompts.
     """
-    stops = stop_tokens(model, tokenizer)
+    stops, marks = stop_tokens(model, tokenizer), Marks.of(tokenizer)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, Generated] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         tails = _decode([prompts[number] for number in chosen], model, stops, max_new_tokens, padding)
         for number, (tail, ended) in zip(chosen, tails, strict=True):
-            answers[number] = Generated(str(tokenizer.decode(tail, skip_special_tokens=True)).strip(), ended)
+            answers[number] = Generated(marks.answer_in(tail, tokenizer), ended)
     return [answers[number] for number in range(len(prompts))]
 
 

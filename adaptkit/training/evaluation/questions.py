@@ -15,7 +15,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, read_example
 from adaptkit.text.rows import read_rows
-from adaptkit.text.thoughts import Message
+from adaptkit.text.thoughts import Message, without_thoughts
 from adaptkit.text.tool_calls import CALLS, Tools
 from adaptkit.text.windows import check_known
 from adaptkit.training.data.dataset import Dataset, order
@@ -32,7 +32,7 @@ class Question:
     Attributes:
         messages: the last is not the assistant's.
         tools: that it may call.
-        references: answers that would be right, without repetitions, in file order; at least one.
+        references: answers that would be right, without thoughts and repetitions, in file order; at least one.
     """
 
     messages: Messages
@@ -61,11 +61,12 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
             raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
         if to_score and CALLS in answer:
             raise DataError(f"{where}: the answer calls a tool, which no score compares", hint="measure its loss alone")
-        if to_score and not answer["content"].strip():
+        said = without_thoughts(answer["content"])
+        if to_score and not said.strip():
             raise DataError(f"{where}: the answer is empty", hint="every row needs a reference answer")
         key = json.dumps([before, example.tools], sort_keys=True)
         asked.setdefault(key, (tuple(before), example.tools))
-        references.setdefault(key, {})[answer["content"]] = None
+        references.setdefault(key, {})[said] = None
     if not asked:
         raise DataError(f"{', '.join(map(str, files))}: there are no rows", hint="give other data")
     return tuple(Question(messages, tuple(references[key]), tools) for key, (messages, tools) in asked.items())

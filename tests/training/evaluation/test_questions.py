@@ -40,7 +40,7 @@ def test_rows_that_ask_the_same_are_one_question_with_all_their_answers(tmp_path
     ])  # fmt: skip
     second = write(tmp_path / "b.jsonl", [
         {"prompt": "define\n\nnoun", "completion": "z"},
-        {"prompt": "define\n\nnoun", "completion": "x"},
+        {"prompt": "define\n\nnoun", "completion": "<think>\na thought\n</think>\n\nx"},
         {"messages": [user("a"), said("other"), user("c"), said("e")]},
     ])  # fmt: skip
     assert read_questions([first, second]) == (

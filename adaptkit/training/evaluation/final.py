@@ -1,0 +1,76 @@
+"""What a model says in the end: its answer, without its thoughts and what the chat template puts around an answer.
+
+Which marks those are the template itself shows: gpt-oss's puts ``<|channel|>final<|message|>`` between thoughts and an
+answer, others ``</think>``. Special tokens alone tell nothing of it, since there are words among them.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaptkit.errors import DataError
+from adaptkit.text.conversation import Conversation, render
+from adaptkit.text.thoughts import FIELD
+from adaptkit.training.data.encoding import around_answer
+
+_UNTOLD = "</think>"
+"""What ends thoughts where the template has none of its own, or leaves them out of what is there."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What stands around an answer's words.
+
+    Attributes:
+        opening: of an answer without thoughts, after what the model is asked; may be empty.
+        end: of thoughts.
+        closing: the token that comes after the words, if they end with one; it need not end the turn.
+    """
+
+    opening: str = ""
+    end: str = _UNTOLD
+    closing: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Marks":
+        """Those of a tokenizer's chat template."""
+        if tokenizer.chat_template is None:
+            return cls()
+        words, thoughts = "quokka", "lemur"  # are in no template
+        answer = {"role": "assistant", "content": words, FIELD: thoughts}
+        try:
+            opening, after, *_ = around_answer(tokenizer)
+            (text,) = render([Conversation([{"role": "user", "content": "question"}, answer], False)], tokenizer)
+        except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
+            return cls()
+        _, found, end = text.rpartition(words)[0].rpartition(thoughts)
+        end = end if found and end.strip() else _UNTOLD
+        end = opening if opening.strip() and end.endswith(opening) else end
+        closing = next(iter(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), None)
+        return cls(
+            _as_decoded(opening, tokenizer).lstrip(),
+            _as_decoded(end, tokenizer).strip(),
+            closing if closing in tokenizer.added_tokens_decoder else None,
+        )
+
+    def answer_in(self, tokens: Sequence[int], tokenizer: Any) -> str:
+        """The text of an answer in a model's tokens, without special ones; all of it where thoughts have no end."""
+        begun, rest, is_open = "", list(tokens), False
+        if self.opening and str(tokenizer.decode(rest)).lstrip().startswith(self.opening):
+            begun, rest, is_open = *_after(self.opening, rest, tokenizer), True
+        if not (is_open and self.end == self.opening) and self.end in tokenizer.decode(rest):
+            begun, rest, is_open = *_after(self.end, rest, tokenizer), True
+        if is_open and self.closing in rest:
+            rest = rest[: rest.index(self.closing)]
+        return (begun + str(tokenizer.decode(rest, skip_special_tokens=True))).strip()
+
+
+def _after(mark: str, tokens: list[int], tokenizer: Any) -> tuple[str, list[int]]:
+    """What follows a mark: the rest of the token that it ends in, and the tokens after that."""
+    cut = bisect_left(range(len(tokens)), True, key=lambda count: mark in tokenizer.decode(tokens[:count]))
+    return str(tokenizer.decode(tokens[:cut])).partition(mark)[2], tokens[cut:]
+
+
+def _as_decoded(mark: str, tokenizer: Any) -> str:
+    return str(tokenizer.decode(tokenizer(mark, add_special_tokens=False, verbose=False)["input_ids"]))
