@@ -176,26 +176,10 @@ def _forms_of(tokenizer: Any, tools: Tools) -> _Forms:
     if template not in _known_forms:
         _known_forms.clear()
         _known_forms[template] = {False: _Forms(tokenizer, ())}
-        if _ends_alike_with_tools(tokenizer):
+        if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
             _known_forms[template][True] = _Forms(tokenizer, OTHER_TOOLS)
     known = _known_forms[template]
     return known.get(bool(tools), known[False])
-
-
-def _ends_alike_with_tools(tokenizer: Any) -> bool:
-    """Whether there is a template of its own for conversations with tools, and it ends answers as the other does.
-
-    One that does not (Command R+'s writes instructions after every answer) is asked as if there were no tools.
-    """
-    if not isinstance(tokenizer.chat_template, dict) or "tool_use" not in tokenizer.chat_template:
-        return False
-    word = "quokka"  # is in no template
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
-    try:
-        texts = list(apply_template(tokenizer, [Conversation(messages, False, some) for some in ((), OTHER_TOOLS)]))
-    except DataError:  # of such a conversation; each row tells what it is refused for
-        return False
-    return len({text.rpartition(word)[2] for text in texts}) == 1
 
 
 _known_forms: dict[str, dict[bool, _Forms]] = {}

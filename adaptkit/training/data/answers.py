@@ -72,7 +72,9 @@ def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> End
         said = len(text) - len(closing[0])
         return Ends(said, said, len(text) - closing[1])
     if CALLS in message:
-        return Ends(end_of_words(message[CALLS], text), len(text.rstrip()), len(text))
+        after = closing[0][len(closing[0]) - closing[1] :] if closing is not None else ""
+        turn = text.removesuffix(after)
+        return Ends(end_of_words(message[CALLS], turn), len(turn.rstrip()), len(turn))
     last = lines(words_of(message))[-1]
     at = text.rfind(last)
     said = len(text) if at < 0 else at + len(last)
@@ -168,7 +170,7 @@ def answer_as_asked(
             f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {HINT}",
         )
     check_calls(messages, turn, said)
-    lead = _lead(said, content)
+    lead = _lead(said, content) if content or CALLS not in messages[turn] else _overlap(opening, said)
     if lead.strip() and mark.endswith(lead.strip()):  # both end the thought
         said = said[len(lead) :]
     _check_thoughts(before, said, messages, turn)
@@ -240,3 +242,8 @@ def _lead(said: str, content: str) -> str:
         return whole[: len(whole) - len(content)] if content else said
     found = _LEADING_TAGS.match(said)
     return found[0] if found else ""
+
+
+def _overlap(text: str, other: str) -> str:
+    """What one text ends with and the other begins with."""
+    return next(text[place:] for place in range(len(text) + 1) if other.startswith(text[place:]))

@@ -9,7 +9,6 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -85,6 +84,7 @@ class Encoder:
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
         self._known_ends = dict[str, bool]()
+        self._known_closings = dict[bool, tuple[str, int] | None]()
         self._begin = array("i", first_tokens(tokenizer))
         self._cuts = _joins(tokenizer)
 
@@ -139,7 +139,7 @@ class Encoder:
         for turn in learned:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
-            ends = ends_of(messages[turn], through, self._closing)
+            ends = ends_of(messages[turn], through, self._closing(example.tools))
             found.append((find_answer(messages, turn, before, through, ends), through, before))
         answers = tuple(
             answer for answer, through, _ in found if answer is not None and whole.startswith(through[: answer.end])
@@ -178,17 +178,21 @@ class Encoder:
         alone = alone_with(messages, turn)
         parts = Conversation(alone[:-1], True, tools), Conversation(alone, False, tools)
         asked, answered = render(parts, self._tokenizer)
-        ends = ends_of(messages[turn], answered, self._closing)
+        ends = ends_of(messages[turn], answered, self._closing(tools))
         return answer_as_asked(messages, turn, before, asked, answered, ends)
 
-    @cached_property
-    def _closing(self) -> tuple[str, int] | None:
+    def _closing(self, tools: Tools) -> tuple[str, int] | None:
         """What the template puts after the last answer, and its characters after the last token that ends any turn.
 
-        Some end the text too, with another token.
+        Some end the text too, with another token; some write what they want next where there are tools, whichever.
         """
+        if bool(tools) not in self._known_closings:
+            self._known_closings[bool(tools)] = self._closing_with(tools)
+        return self._known_closings[bool(tools)]
+
+    def _closing_with(self, tools: Tools) -> tuple[str, int] | None:
         try:
-            _, text, always, opens = around_answer(self._tokenizer)
+            _, text, always, opens = around_answer(self._tokenizer, tools)
         except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
             return None
         ((tokens, places),) = self._tokenize([text])
@@ -277,7 +281,7 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools =
     return ids if tokenizer.chat_template is not None else [*first_tokens(tokenizer), *ids]
 
 
-def around_answer(tokenizer: Any) -> tuple[str, str, str, bool]:
+def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, bool]:
     """What the chat template puts before an answer's words and after, and how much of the latter after every answer.
 
     Before: after what the model is asked. After: where the conversation ends with the answer. And whether it opens the
@@ -290,7 +294,7 @@ def around_answer(tokenizer: Any) -> tuple[str, str, str, bool]:
     question = {"role": "user", "content": "question"}
     messages = [question, {"role": "assistant", "content": word}]
     parts = [([question], True), ([question], False), (messages, False), ([*messages, question], False)]
-    asked, told, text, longer = render([Conversation(some, opening) for some, opening in parts], tokenizer)
+    asked, told, text, longer = render([Conversation(some, opening, tools) for some, opening in parts], tokenizer)
     before, found, after = text.rpartition(word)
     if not found:
         return "", "", "", False

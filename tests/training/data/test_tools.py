@@ -8,7 +8,7 @@ from adaptkit.errors import DataError
 from adaptkit.text.conversation import read_example
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.dataset import load_data
-from adaptkit.training.data.encoding import Encoder
+from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import IGNORED
 
 CHATML = (  # Hermes' and Qwen's way
@@ -396,7 +396,27 @@ def test_a_template_for_tools_is_asked_how_it_takes_calls_and_not_the_one_withou
     assert [found[0].replace("\\u003c", "<").replace("\\u003e", ">"), found[1]] == [call, "Three metres.<|im_end|>"]
     with pytest.raises(DataError, match="loses calls"):
         encode(row() | {"tools": []}, tokenizer)
-    instructing = CHATML + "<|im_start|>system\nAnswer, or call a tool.<|im_end|>"
-    tokenizer.chat_template = {"default": plain, "tool_use": instructing}
-    with pytest.raises(DataError, match="loses calls"):
-        encode(row(), tokenizer)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_what_a_template_for_tools_writes_after_every_answer_is_not_learned(llama, is_alone):
+    """As Command R+'s, which ends no call, and cannot be asked without tools."""
+    tokenizer = tokenizer_of(llama, "chatml")
+    plain, instructions = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "Answer, or call depth of:"
+    template = (
+        "{{ tools[0].function.name.strip() }}{% for m in messages %}<|user|><|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls %}<|call|>{{ c.function.name }}{{ c.function.arguments | tojson }}\n]\n{% endfor %}"
+        "{{ '<|im_end|>' if not m.tool_calls }}{% endfor %}<|user|><|im_start|>system\n" + instructions + "<|im_end|>"
+        "{% if add_generation_prompt %}<|user|><|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.chat_template = template if is_alone else {"default": plain, "tool_use": template}
+    *asked, given, answer = row(arguments={"of": "Rhine"})["messages"]
+    said = {"role": "assistant", "content": "Which river?"}
+    conversation = [*row()["messages"][:1], said, *asked, given, answer]
+    samples = encode({"messages": conversation, "tools": [TOOL]}, tokenizer).samples
+    assert stretches(samples, tokenizer) == [
+        "Which river?<|im_end|>", '<|call|>depth{"of": "Rhine"}\n]<|im_end|>', "Three metres.<|im_end|>"
+    ]  # fmt: skip
+    for sample, turn in zip(samples, (1, 3, 5), strict=True):
+        prompt = conversation_ids(read_example({"messages": conversation}, "here").messages[:turn], tokenizer, TOOLS)
+        assert list(sample.ids[: len(prompt)]) == prompt
