@@ -8,7 +8,7 @@ which no prompt ends with.
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -151,6 +151,7 @@ class Encoder:
         if len(answers) == len(found):
             is_last = learned[-1] == len(messages) - 1
             text = self._ended(whole, answers[-1]) if is_last else whole
+            answers = tuple(self._closed(whole, answer) for answer in answers)
             return [_Text(text, answers, self._loss_on == "all", plain, is_last)]
         if self._loss_on == "all":
             return [_Text(whole, (), True, plain, False)]
@@ -167,11 +168,19 @@ class Encoder:
 
         An end token comes in its place; a token may hold the last of the answer and the first of that.
         """
-        after = text[answer.words : answer.end]
+        return text if self._has_end(text[answer.words : answer.end]) else text[: answer.said]
+
+    def _closed(self, text: str, answer: Answer) -> Answer:
+        """An answer with the end token that the template puts after it once the next message comes, as Apertus's."""
+        end = self._tokenizer.eos_token
+        follows = bool(end) and text.startswith(end, answer.end) and not self._has_end(text[answer.words : answer.end])
+        return replace(answer, end=answer.end + len(end)) if follows else answer
+
+    def _has_end(self, after: str) -> bool:
         if after not in self._known_ends:
             tokens = self._tokenizer(after, add_special_tokens=False)["input_ids"]
             self._known_ends[after] = not self._ends.isdisjoint(tokens)
-        return text if self._known_ends[after] else text[: answer.said]
+        return self._known_ends[after]
 
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
         """A conversation up to an answer that the template would write in another way than it asks for it."""

@@ -116,6 +116,10 @@ def learned(sample, tokenizer):
     return tokenizer.decode([label for label in sample.labels if label != IGNORED])
 
 
+CLOSED_LATE = (  # puts an answer's end before the next message: Apertus, Hy3
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '</s>' if not loop.first }}<|user|>{{ m.content }}"
+    "<|assistant|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 CHAT = conversation("Name a river", "the Rhine", "And another", "the Po")
 
 
@@ -457,3 +461,15 @@ def test_an_answer_ends_before_an_opening_that_is_always_there(llama, unnamed):
     )
     assert stop_tokens(unnamed, tokenizer) == sorted(tokenizer.encode("<|endoftext|><|im_end|>"))
     assert learned(encode(CHAT, tokenizer), tokenizer) == "the Rhine<|im_end|>the Po<|im_end|>"
+
+
+def test_an_answer_that_ends_once_the_next_message_comes_is_learned_with_its_end(families):
+    tokenizer = families["alpaca"]
+    own, tokenizer.chat_template = tokenizer.chat_template, CLOSED_LATE
+    try:
+        ((sample,), ended) = encode_row({"messages": CHAT}, tokenizer)
+        assert (learned(sample, tokenizer), ended) == ("the Rhine</s>the Po</s>", 1)
+        tokenizer.chat_template = CLOSED_LATE.replace("'</s>'", "'<|end|>'")  # no end token: who knows whose it is
+        assert learned(encode(CHAT, tokenizer), tokenizer) == "the Rhinethe Po</s>"
+    finally:
+        tokenizer.chat_template = own
