@@ -4,6 +4,7 @@
     .json                a list of objects, or {"data": [...]}           file, row N
     .csv, .tsv           a header, then cells, all of them text          file, line N
     .parquet             pyarrow reads it                                file, row N
+    .jsonl.gz            each but parquet, compressed by gzip            as without
     org/name             a data set of the Hub, by way of datasets       name, row N
     org/name/config@revision:split                                       the last three may be left out
 
@@ -13,10 +14,12 @@ readers that guess types lose all three.
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -30,6 +33,9 @@ Row = Mapping[str, Any]
 Located = tuple[str, Row]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_PACKED = ".gz"
+_BROKEN = (OSError, EOFError, zlib.error)
+"""What reading raises, of a file that is compressed, too."""
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.-]+))?"
     r"(?:@(?P<revision>[\w./+-]+))?(?::(?P<split>[\w.-]+))?",
@@ -57,16 +63,28 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         rows = read_hub_rows(**(found.groupdict() if found else {}))
         return ((where, without_fills(row)) for where, row in rows)
     file = Path(source)
-    if not holds_rows(file):
+    kind = _kind(file)
+    if kind is None:
         known = ", ".join(_SUFFIXES)
         raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint="rename or convert it")
     readers = dict(zip(_SUFFIXES, (_lines, _lines, _document, _cells, _cells, _parquet), strict=True))
-    return readers[file.suffix.lower()](file)
+    return readers[kind](file)
 
 
 def holds_rows(file: Path | str) -> bool:
     """Whether a name is that of a file of rows, in capitals, too."""
-    return Path(file).suffix.lower() in _SUFFIXES
+    return _kind(file) is not None
+
+
+def _kind(file: Path | str) -> str | None:
+    """The last part of a data file's name, or the last but one of a compressed one's; None of any other."""
+    inner, packed = os.path.splitext(str(file).lower())
+    kind = os.path.splitext(inner)[1] if packed == _PACKED else packed
+    return kind if kind in _SUFFIXES and (packed, kind) != (_PACKED, ".parquet") else None
+
+
+def _opened(file: Path) -> io.BufferedIOBase:
+    return gzip.open(file) if file.suffix.lower() == _PACKED else file.open("rb")
 
 
 def is_on_hub(source: Path | str) -> bool:
@@ -100,14 +118,14 @@ def read_pieces(file: Path, size: int) -> Iterator[tuple[str, bool]]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     mark, line, is_last = "\ufeff", 1, False
     try:
-        with file.open("rb") as opened:
+        with _opened(file) as opened:
             while not is_last:
                 raw = opened.read(size)
                 is_last = size < 0 or len(raw) < size
                 text = decoder.decode(raw, is_last).removeprefix(mark)
                 yield text, is_last
                 mark, line, size = "", line + text.count("\n"), 2 * size
-    except OSError as error:
+    except _BROKEN as error:
         raise _unreadable(file, error) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(file, line + error.object[: error.start].count(b"\n"), error) from error
@@ -129,10 +147,10 @@ def _text_lines(file: Path) -> Iterator[str]:
     """Lines end with line feeds only: JSON strings may hold the other separators as they are."""
     number = 0
     try:
-        with file.open("rb") as lines:
+        with _opened(file) as lines:
             for number, line in enumerate(lines, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except OSError as error:
+    except _BROKEN as error:
         raise _unreadable(file, error) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(file, number, error) from error
@@ -181,7 +199,7 @@ def _is_object(line: str) -> bool:
 
 def _cells(file: Path) -> Iterator[Located]:
     header: list[str] = []
-    for line, cells in _records(file, "\t" if file.suffix.lower() == ".tsv" else ","):
+    for line, cells in _records(file, "\t" if _kind(file) == ".tsv" else ","):
         where = f"{file}, line {line}"
         if not header:
             header = cells
@@ -258,5 +276,5 @@ def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
     return DataError(f"{file}, line {line}: cannot be read ({error.reason})", hint="save it as UTF-8")
 
 
-def _unreadable(file: Path, error: OSError) -> DataError:
-    return DataError(f"{file}: cannot be read ({error.strerror or error})", hint=look_again(file))
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})", hint=look_again(file))

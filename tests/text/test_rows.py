@@ -1,6 +1,7 @@
 """Rows come out of every kind of file as they went in, and what is wrong is named by file and line or row."""
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -52,6 +53,21 @@ def write(path, rows):
 def test_rows_come_out_as_they_went_in_with_their_places(suffix, places, tmp_path):
     path = write(tmp_path / f"rows{suffix}", ROWS)
     assert list(read_rows(path)) == [(f"{path}, {place}", row) for place, row in zip(places, ROWS, strict=True)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson", ".csv", ".TSV"])
+def test_a_compressed_file_has_the_rows_and_places_of_the_other(suffix, tmp_path):
+    path, many = tmp_path / f"rows{suffix}", [row | {"number": str(n)} for n in range(2000) for row in ROWS]
+    content = write(path, many).read_bytes()
+    rows = [(where.removeprefix(str(path)), row) for where, row in read_rows(path)]
+    packed = tmp_path / f"packed{suffix}.{'GZ' if suffix.isupper() else 'gz'}"
+    packed.write_bytes(gzip.compress(content))
+    assert [(where.removeprefix(str(packed)), row) for where, row in read_rows(packed)] == rows
+    assert not is_on_hub(f"org/{packed.name}")
+    for damaged in (packed.read_bytes()[:-9], content, packed.read_bytes()[:40] + bytes(99) + content):
+        packed.write_bytes(damaged)
+        with pytest.raises(DataError, match=re.escape(f"{packed}: cannot be read (")):
+            list(read_rows(packed))
 
 
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=6))
@@ -128,6 +144,9 @@ def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_pat
         ("rows.csv", b'a,b\n"1"2,3\n', ": not csv"),
         ("rows.csv", b"a,b\n1,\xff\n", ", line 2: cannot be read (invalid start byte)"),
         ("rows.parquet", b"PAR1 or not", ", after row 0: not parquet"),
+        ("rows.parquet.gz", b"", ": expected a data file"),
+        ("rows.jsonl.zst", b"", ": expected a data file"),
+        (".gz", b"", ": expected a data file"),
         (
             "rows.xlsx",
             b"",
