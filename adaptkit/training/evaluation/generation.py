@@ -2,7 +2,8 @@
 
 That is so up to rounding: in bfloat16 two tokens that are nearly as likely may change places with the size of a batch.
 
-Prompts of one batch are padded at the left, where the mask hides the padding and positions do not count it. An answer
+Prompts of one batch are padded at the left, where the mask hides the padding and positions do not count it. Some models
+count it all the same, or mix the rows of a batch: they are asked before, and get one prompt at a time. An answer
 ends at the first token that ends a turn: the tokenizer's end token, those of ``generation_config.json`` (where there is
 none, of ``config.json``), or what the chat template puts right after an answer, which is another token in some models.
 """
@@ -12,11 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptkit.networks.architecture import quiet_transformers
 from adaptkit.training.data.ending import named_ends, turn_end
 from adaptkit.training.evaluation.final import Marks
 from adaptkit.training.network.model import Model
+
+_STEPS = 3
+"""Tokens that are made to see whether a batch changes them: the first is of the prompt, the others of the cache."""
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Of the deviation of the logits. In bfloat16 rounding alone makes a twentieth of it; what padding shifts, a fifth."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ def generate(
         tokenizer: of the model.
         prompts: tokens of each, at least one; those of like length go together.
         max_new_tokens: of an answer.
-        batch_size: prompts at a time.
+        batch_size: prompts at a time, if the model takes several.
         padding: the token to pad with; hidden from the model.
 
     Returns:
@@ -63,6 +70,9 @@ def generate(
     stops, marks = stop_tokens(model, tokenizer), Marks.of(tokenizer)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, Generated] = {}
+    steps = min(_STEPS, max_new_tokens)
+    if min(batch_size, len(order)) > 1 and not _takes_batches(model, prompts[order[-1]], steps, padding):
+        batch_size = 1
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         tails = _decode([prompts[number] for number in chosen], model, stops, max_new_tokens, padding)
@@ -71,11 +81,40 @@ def generate(
     return [answers[number] for number in range(len(prompts))]
 
 
-@torch.no_grad()
 def _decode(
     prompts: Sequence[Sequence[int]], model: Model, stops: Sequence[int], max_new_tokens: int, padding: int
 ) -> Iterator[tuple[list[int], bool]]:
     """The new tokens of each prompt before the one that ends them, and whether there was one."""
+    tails, _ = _continue(model, prompts, max_new_tokens, padding, eos_token_id=list(stops) or None)
+    for row in tails.tolist():
+        end = next((place for place, token in enumerate(row) if token in stops), None)
+        yield row[:end], end is not None
+
+
+def _takes_batches(model: Model, prompt: Sequence[int], steps: int, padding: int) -> bool:
+    """Whether a prompt's beginning is continued beside the longer whole as it is alone.
+
+    It is not where positions are counted from the padding on, as in BART's decoder, or where what a layer remembers is
+    made of the padding too, as in RecurrentGemma, or of other rows, as in transformers' RWKV.
+    """
+    padded = (len(prompt) // 2 - 1) | 1  # an odd number, since some layers put tokens together by fours
+    part = prompt[: len(prompt) - padded] or prompt
+    (alone,), first = _continue(model, [part], steps, padding, output_logits=True)
+    (_, beside), second = _continue(model, [prompt, part], steps, padding, output_logits=True)
+    for step, (one, other) in enumerate(zip(first, second, strict=True)):
+        expected, found = one[0].float(), other[1].float()
+        if float((found - expected).std()) > _TOLERANCES[model.dtype] * float(expected.std()):
+            return False
+        if alone[step] != beside[step]:  # what follows is of other tokens
+            break
+    return True
+
+
+@torch.no_grad()
+def _continue(
+    model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, padding: int, **more: Any
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The tokens that follow each prompt, likeliest by likeliest, and each step's logits if these are asked for."""
     model.network.eval()
     device = next(model.network.parameters()).device
     length = max(map(len, prompts))
@@ -88,12 +127,11 @@ def _decode(
         output = model.network.generate(
             ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens,
             do_sample=False,
             use_cache=True,
-            eos_token_id=list(stops) or None,
             pad_token_id=padding,
+            return_dict_in_generate=True,
+            **more,
         )
-    for row in output[:, length:].tolist():
-        end = next((place for place, token in enumerate(row) if token in stops), None)
-        yield row[:end], end is not None
+    return output.sequences[:, length:], output.logits or ()

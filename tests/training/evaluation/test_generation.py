@@ -52,6 +52,28 @@ def test_answers_in_a_batch_are_those_of_a_loop_without_cache_or_padding(family,
     assert len({answer.text for answer in found}) > 1  # the question has some bearing on the answer
 
 
+SHIFTED = {
+    "minimax": {"head_dim": 16, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]},
+    "rwkv": {"attention_hidden_size": 64, "context_length": 512},
+    "whisper": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128,
+                "max_target_positions": 512},
+}  # fmt: skip
+"""Architectures whose states are made of padding too, or that count it, or mix the rows of a batch."""
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_a_model_that_padding_or_other_rows_change_answers_one_prompt_at_a_time(name, made, monkeypatch):
+    monkeypatch.setitem(tiny.ARCHITECTURES, name, SHIFTED[name] | {"tie_word_embeddings": False})
+    folder = tiny.write_architecture(made / f"shifted-{name}", name)
+    tokenizer = load_tokenizer(folder)
+    prompts = prompts_of(tokenizer)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    found = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=3, padding=0)
+    for prompt, answer in zip(prompts, found, strict=True):
+        tokens, _ = by_hand(folder, prompt, 8, stop_tokens(model, tokenizer))
+        assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
 def test_an_answer_ends_at_any_token_that_ends_a_turn(llama, copy_of):
     """The model is made to say a chosen token always, by an output bias of its embedding's direction."""
     folder = copy_of(llama)
