@@ -114,7 +114,10 @@ def _takes_batches(model: Model, prompt: Sequence[int], steps: int, padding: int
 def _continue(
     model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, padding: int, **more: Any
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """The tokens that follow each prompt, likeliest by likeliest, and each step's logits if these are asked for."""
+    """The tokens that follow each prompt, likeliest by likeliest, and each step's logits if these are asked for.
+
+    What else a configuration says of generation, as BART's of the last token, is forgotten.
+    """
     model.network.eval()
     device = next(model.network.parameters()).device
     length = max(map(len, prompts))
@@ -123,7 +126,8 @@ def _continue(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
-    with quiet_transformers():
+    with quiet_transformers() as transformers:
+        model.network.generation_config = transformers.GenerationConfig()
         output = model.network.generate(
             ids.to(device),
             attention_mask=mask.to(device),

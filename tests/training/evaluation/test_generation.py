@@ -74,6 +74,31 @@ def test_a_model_that_padding_or_other_rows_change_answers_one_prompt_at_a_time(
         assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("said", [{"output_attentions": True}, {"output_hidden_states": True}])
+def test_what_a_configuration_says_of_the_models_output_changes_no_answer(llama, copy_of, said):
+    """It is transformers' default for what generation gives, too, which was no tensor then."""
+    folder, texts = copy_of(llama), []
+    tokenizer = load_tokenizer(folder)
+    for more in ({}, said):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | more))
+        model = load_model(folder, torch.float32, torch.device("cpu"))
+        texts.append(generate(model, tokenizer, prompts_of(tokenizer), max_new_tokens=6, batch_size=3, padding=0))
+    assert texts[0] == texts[1]
+
+
+def test_the_limit_of_new_tokens_forces_no_end(made, monkeypatch):
+    """BART's configuration has a token that transformers would make the last one."""
+    values = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
+    monkeypatch.setitem(tiny.ARCHITECTURES, "marian", values | {"forced_eos_token_id": 2})
+    folder = tiny.write_architecture(made / "forced", "marian")
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    prompts = prompts_of(tokenizer)[:1]
+    (found,) = generate(model, tokenizer, prompts, max_new_tokens=4, batch_size=1, padding=0)
+    assert (stop_tokens(model, tokenizer), found.ended) == ([2], False)
+
+
 def test_an_answer_ends_at_any_token_that_ends_a_turn(llama, copy_of):
     """The model is made to say a chosen token always, by an output bias of its embedding's direction."""
     folder = copy_of(llama)
