@@ -1,6 +1,5 @@
 """On a GPU pages, shelves and retries change no bit, and memory is what was planned."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -23,12 +22,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 GPU = torch.device("cuda")
+PAGE = 1 << 13  # elements; copies of it take less time than what ``slowed`` adds
 RATES = [1e-3, 2e-3, 5e-4, 1e-3, 3e-3]
 
 
 def updates(count, budgets, bits):
     values = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(GPU)
-    gradients, state = torch.zeros(count, device=GPU), PagedState(count, 1 << 16, budgets[0], GPU, bits=bits)
+    gradients, state = torch.zeros(count, device=GPU), PagedState(count, PAGE, budgets[0], GPU, bits=bits)
     optimizer = PagedAdamW(values, gradients, [Group(slice(0, count))], state, 0.01)
     for step, (rate, budget) in enumerate(zip(RATES, budgets, strict=True)):
         state.pages.set_budget(budget)
@@ -51,7 +51,7 @@ def slowed(function):
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 12])
 def test_updates_are_the_same_bits_with_any_budget(bits, slots, monkeypatch):
     """Whatever of fetching, updating and writing back is slow."""
-    count = 20 * (1 << 16) - 1000
+    count = 20 * PAGE - 1000
     expected, whole = updates(count, [None] * len(RATES), bits)
     page = whole.pages.page_bytes
     for holder, name in ((paging._Host, "get"), (paging._Host, "put"), (AdamW, "update")):
@@ -79,7 +79,7 @@ def test_as_many_pages_as_there_is_room_for_come_before_the_next_sweep(slots, mo
 
 
 def test_updates_are_those_of_torch():
-    count = 3 * (1 << 16)
+    count = 3 * PAGE
     found, _ = updates(count, [None] * len(RATES), 32)
     parameter = torch.nn.Parameter(torch.randn(count, generator=torch.Generator().manual_seed(1)).to(GPU))
     optimizer = torch.optim.AdamW([parameter], weight_decay=0.01, fused=True)
@@ -97,7 +97,7 @@ def active_bytes(kind):
 
 def test_a_shelf_gives_back_what_was_put_on_it_and_frees_the_gpu_however_far_it_is_behind():
     """With the GPU asleep the host is always ahead; nothing waits for it before the end."""
-    shelf, size = Shelf(GPU), 1 << 24
+    shelf, size = Shelf(GPU), 1 << 22
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -125,6 +125,12 @@ def config(made, llama, instructions):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def plain_roots():
+    """What is in adapters by the configuration; nothing that these tests change is to change it."""
+    return {}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -135,15 +141,16 @@ def config(made, llama, instructions):
     ],
     ids=["paged", "offloaded", "none", "budget"],
 )
-def test_memory_options_change_no_byte_of_an_adapter(config, change, tmp_path):
-    plain = train(config, tmp_path / "plain")
-    assert train(replace(config, **change), tmp_path / "changed").tensors_root == plain.tensors_root
+def test_memory_options_change_no_byte_of_an_adapter(config, change, tmp_path, plain_roots):
+    if config not in plain_roots:
+        plain_roots[config] = train(config, tmp_path / "plain").tensors_root
+    assert train(replace(config, **change), tmp_path / "changed").tensors_root == plain_roots[config]
 
 
 def test_as_few_layers_are_checkpointed_as_there_is_room_for(made, config, tmp_path):
     """A device that is filled up to some room and the tenth that stays free. No byte depends on it."""
     quantize(tiny.write_llama(made / "gpu-deep", layers=6), made / "gpu-deep-nf4")
-    config = replace(config, base=str(made / "gpu-deep-nf4"), steps=2, pack=True, max_length=512)
+    config = replace(config, base=str(made / "gpu-deep-nf4"), steps=2, pack=True, max_length=256)
     ends = {}
     for policy in ("layer", "none"):
         ends[policy] = train(replace(config, checkpointing=policy), tmp_path / policy)
@@ -164,17 +171,6 @@ def test_as_few_layers_are_checkpointed_as_there_is_room_for(made, config, tmp_p
     assert found[2].startswith("segments of")
 
 
-def test_losses_are_those_of_a_cpu(config, tmp_path):
-    config = replace(config, compute_dtype="float32", dropout=0.0)
-    losses = []
-    for device in ("cuda:0", "cpu"):
-        train(replace(config, device=device), tmp_path / device.partition(":")[0])
-        lines = (tmp_path / device.partition(":")[0] / "metrics.jsonl").read_text().splitlines()
-        losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
-    assert len(losses[0]) == config.steps
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
 @pytest.mark.parametrize("signed", [True, False])
 def test_moments_in_8_bits_are_those_of_a_cpu(signed):
     count = 100 * BLOCK + 17
@@ -193,14 +189,14 @@ def test_moments_in_8_bits_are_those_of_a_cpu(signed):
 
 def test_a_batch_that_runs_out_of_memory_finishes_after_evictions():
     """The device is filled up to what the resident pages leave; torch's own allocator runs out."""
-    count = 64 << 20
-    state = PagedState(count, 1 << 18, None, GPU)  # 512 MiB
+    count = 16 << 20
+    state = PagedState(count, 1 << 18, None, GPU)  # 128 MiB
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(free - (256 << 20), dtype=torch.uint8, device=GPU)
+    ballast = torch.empty(free - (64 << 20), dtype=torch.uint8, device=GPU)
     notes = []
     pressure = Pressure(state.pages, notes.append)
-    result = pressure.relieve(1, lambda: torch.ones(400 << 20, dtype=torch.uint8, device=GPU))
+    result = pressure.relieve(1, lambda: torch.ones(100 << 20, dtype=torch.uint8, device=GPU))
     assert (int(result[-1]), len(notes), state.pages.counters.retries) == (1, 1, 1)
     del ballast
 

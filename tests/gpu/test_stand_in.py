@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 
 HERE = Path(__file__).parent
 STAND_IN, ROOT = HERE / "stand_in", HERE.parents[1]
 SUITES = sorted(path.name for path in HERE.glob("test_*_on_device.py"))
 
 INCLUDED = Path(sysconfig.get_paths()["include"])
+
+IMPORTS = "import stand_in, pytest, torch, adaptkit.training.loop, transformers.models.llama.modeling_llama"
 
 pytestmark = [
     pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="this torch has a CUDA of its own"),
@@ -31,7 +34,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def forks(tmp_path_factory):
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     library = shared / "_device.so"
@@ -39,8 +42,8 @@ def environment(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles for all
         if not library.exists():
             compile_to(library)
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    return inherited | {"STAND_IN_LIBRARY": str(library), "PYTHONPATH": f"{ROOT}:{STAND_IN}"}
+    with Forks(IMPORTS, os.environ | {"STAND_IN_LIBRARY": str(library), "PYTHONPATH": f"{ROOT}:{STAND_IN}"}) as run:
+        yield run
 
 
 def compile_to(library):
@@ -48,26 +51,22 @@ def compile_to(library):
     includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", INCLUDED]
     begun = library.with_suffix(".begun")
     command = [
-        "g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", STAND_IN / "device.cpp", "-o", begun,
-        *(f"-I{folder}" for folder in includes), f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}",
-        *(f"-l{name}" for name in ("torch", "torch_cpu", "c10", "torch_python")),
+        "g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", "-DAT_PER_OPERATOR_HEADERS", STAND_IN / "device.cpp",
+        "-o", begun, *(f"-I{folder}" for folder in includes), f"-L{torch_folder / 'lib'}",
+        f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     begun.rename(library)
 
 
-def python(environment, *arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600
-    )
-
-
 @pytest.mark.parametrize("suite", SUITES)
-def test_what_needs_a_gpu_passes(environment, suite):
+def test_what_needs_a_gpu_passes(forks, suite, monkeypatch):
     """Its tests, each with nothing used that was not waited for."""
-    done = python(
-        environment, "-m", "pytest", "-q", "-p", "stand_in", "-p", "no:cacheprovider", "-n", "0", HERE / suite
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    code = "import pytest, stand_in, sys; sys.exit(pytest.main(sys.argv[1:], plugins=[stand_in]))"
+    done = forks(
+        code, "-q", "-p", "no:cacheprovider", "-n", "0", "-W", "ignore::pytest.PytestAssertRewriteWarning", HERE / suite
     )
     needs_triton = suite == "test_tables_on_device.py"
     assert done.returncode == (5 if needs_triton else 0), done.stdout[-5000:] + done.stderr  # 5: none was run
@@ -104,29 +103,29 @@ def copy(target, source):
 """
 
 
-def run(environment, lines):
+def run(forks, lines):
     ended = "\ntorch.cuda.synchronize()\nprint(*stand_in.device.misuse(), sep='\\n')"
-    done = python(environment, "-c", PREPARED + lines + ended)
+    done = forks(PREPARED + lines + ended)
     return done.stdout.strip() + done.stderr
 
 
 @pytest.mark.parametrize("what", MISUSE)
-def test_misuse_is_noticed(environment, what):
+def test_misuse_is_noticed(forks, what):
     lines, told = MISUSE[what]
-    assert told in run(environment, lines)
+    assert told in run(forks, lines)
 
 
 @pytest.mark.parametrize("what", WAITED)
-def test_whoever_waits_is_told_nothing(environment, what):
-    assert run(environment, WAITED[what]) == ""
+def test_whoever_waits_is_told_nothing(forks, what):
+    assert run(forks, WAITED[what]) == ""
 
 
-def test_a_copy_to_pinned_memory_arrives_when_the_host_waits(environment):
+def test_a_copy_to_pinned_memory_arrives_when_the_host_waits(forks):
     lines = "copy(host, device)\nprint(host.tolist())\ndone.synchronize()\nprint(host.tolist())"
-    assert run(environment, lines).splitlines() == ["[nan, nan, nan]", "[1.0, 1.0, 1.0]"]
+    assert run(forks, lines).splitlines() == ["[nan, nan, nan]", "[1.0, 1.0, 1.0]"]
 
 
-def test_memory_runs_out_at_its_limit_and_is_no_number_at_first(environment):
+def test_memory_runs_out_at_its_limit_and_is_no_number_at_first(forks):
     lines = """
 print(torch.empty(2, device='cuda').tolist())
 torch.cuda.set_per_process_memory_fraction(2**20 / torch.cuda.mem_get_info()[1])
@@ -135,10 +134,10 @@ try:
 except torch.OutOfMemoryError as error:
     print(str(error)[:18])
 """
-    assert run(environment, lines).splitlines() == ["[nan, nan]", "CUDA out of memory"]
+    assert run(forks, lines).splitlines() == ["[nan, nan]", "CUDA out of memory"]
 
 
-def test_random_numbers_are_the_devices_own(environment):
+def test_random_numbers_are_the_devices_own(forks):
     lines = """
 state, drawn = torch.cuda.get_rng_state(), []
 for draw in range(2):
@@ -149,4 +148,4 @@ before = torch.get_rng_state()
 torch.rand(3, device='cuda', generator=torch.Generator('cuda').manual_seed(1))
 print(torch.equal(*drawn), torch.equal(before, torch.get_rng_state()), 0 < int(drawn[0].count_nonzero()) < 50)
 """
-    assert run(environment, lines) == "True True True"
+    assert run(forks, lines) == "True True True"

@@ -16,11 +16,15 @@
 // or of an allocator's fragments. Streams that share a tensor's memory but not its elements are noted all the same, and
 // copies that overlap in pinned memory are told apart by where they begin.
 
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/histc.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <algorithm>
