@@ -42,7 +42,8 @@ def forks(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles for all
         if not library.exists():
             compile_to(library)
-    with Forks(IMPORTS, os.environ | {"STAND_IN_LIBRARY": str(library), "PYTHONPATH": f"{ROOT}:{STAND_IN}"}) as run:
+    variables = {"STAND_IN_LIBRARY": str(library), "PYTHONPATH": f"{ROOT}:{STAND_IN}"}
+    with Forks(IMPORTS, environment=os.environ | variables) as run:
         yield run
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from forks import Forks
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.reader import Checkpoint
@@ -15,6 +16,12 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._inquiry import Inquiry, _question
 from adaptkit.operations._roles import roles_here
 
+IMPORTS = "import torch, adaptkit.checkpoint.reader, adaptkit.operations._inquiry"
+TRANSFORMERS = """
+from adaptkit.torch_compiler import leave_compiler_out
+leave_compiler_out()
+import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+"""
 ASK = """
 import json, sys
 from pathlib import Path
@@ -45,16 +52,25 @@ with Inquiry(Checkpoint(Path(sys.argv[1]))) as inquiry:
 """
 
 
-def run(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@pytest.fixture(scope="module")
+def run():
+    """Runs code where transformers is not loaded, and takes no time to load."""
+    with Forks(IMPORTS, TRANSFORMERS) as forks:
+        yield lambda *words: _succeeded(forks(*words)).stdout
+
+
+def _succeeded(done):
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_the_answer_is_the_one_given_here(llama, copy_of, tmp_path):
     mixtral, broken = tiny.write_family(tmp_path / "mixtral", "mixtral"), copy_of(llama)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "2"}))
-    (found, *others), loaded = json.loads(run(ASK, llama, mixtral, broken))
+    command = [sys.executable, "-c", ASK, llama, mixtral, broken]
+    done = _succeeded(subprocess.run(command, capture_output=True, text=True))
+    (found, *others), loaded = json.loads(done.stdout)
     for folder, answer in zip((llama, mixtral), (found, others[0]), strict=True):
         roles = roles_here(Checkpoint(folder))
         of = {name: [role.kind, role.is_linear, list(role.paths)] for name, role in roles.of.items()}
@@ -65,7 +81,7 @@ def test_the_answer_is_the_one_given_here(llama, copy_of, tmp_path):
     assert not loaded
 
 
-def test_whoever_leaves_before_the_answer_leaves_no_process(llama):
+def test_whoever_leaves_before_the_answer_leaves_no_process(run, llama):
     number = int(run(LEAVE, llama))
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
@@ -98,13 +114,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "answers"
 
 
-def test_an_answer_is_known_the_next_time_and_is_the_same(llama, copy_of, cache):
+def test_an_answer_is_known_the_next_time_and_is_the_same(run, llama, copy_of, cache):
     first, second, elsewhere = (json.loads(run(KNOW, folder)) for folder in (llama, llama, copy_of(llama)))
     assert [first[0], second[0], elsewhere[0]] == [True, False, False]
     assert first[1] == second[1] == elsewhere[1]
 
 
-def test_another_configuration_or_other_tensors_are_asked_for_anew(llama, llama_sharded, gpt2, copy_of, cache):
+def test_another_configuration_or_other_tensors_are_asked_for_anew(run, llama, llama_sharded, gpt2, copy_of, cache):
     assert json.loads(run(KNOW, llama))[0]
     assert not json.loads(run(KNOW, llama_sharded))[0]  # the same tensors in other files
     assert json.loads(run(KNOW, gpt2))[0]
@@ -124,7 +140,7 @@ def test_another_configuration_or_other_tensors_are_asked_for_anew(llama, llama_
     ],
     ids=["adaptkit", "the code that is asked", "transformers"],
 )
-def test_the_same_question_to_somebody_else_is_another_one(llama, cache, change):
+def test_the_same_question_to_somebody_else_is_another_one(run, llama, cache, change):
     assert json.loads(run(KNOW, llama))[0]
     assert json.loads(run(f"from adaptkit.operations import _inquiry; {change}\n{KNOW}", llama))[0]
     assert len(list(cache.iterdir())) == 2
@@ -139,7 +155,7 @@ def test_the_code_of_the_architecture_is_part_of_the_question(llama):
     assert all(path.is_file() for path in rules)
 
 
-def test_tensors_of_other_shapes_are_asked_for_anew(llama, copy_of, cache):
+def test_tensors_of_other_shapes_are_asked_for_anew(run, llama, copy_of, cache):
     assert json.loads(run(KNOW, llama))[0]
     changed = copy_of(llama)
     (file,) = changed.glob("*.safetensors")
@@ -164,7 +180,7 @@ path.write_text(before)
 """
 
 
-def test_the_answer_for_a_configuration_that_changed_meanwhile_is_not_kept(llama, copy_of, cache):
+def test_the_answer_for_a_configuration_that_changed_meanwhile_is_not_kept(run, llama, copy_of, cache):
     folder = copy_of(llama)
     assert "nonsense" in run(CHANGE, folder)
     takes_long, answer = json.loads(run(KNOW, folder))
@@ -173,7 +189,7 @@ def test_the_answer_for_a_configuration_that_changed_meanwhile_is_not_kept(llama
 
 
 @pytest.mark.parametrize("failure", ["OSError", "ValueError", "AdaptkitError"])
-def test_a_question_that_cannot_be_made_is_asked_without(llama, cache, failure):
+def test_a_question_that_cannot_be_made_is_asked_without(run, llama, cache, failure):
     broken = f"""
 from adaptkit.errors import AdaptkitError
 from adaptkit.operations import _inquiry
@@ -194,7 +210,7 @@ _inquiry.file_sha256 = fail
         lambda answer: {"error": "usage", "message": "no", "hint": ""},
     ],
 )
-def test_a_kept_answer_that_something_happened_to_is_asked_for_again(llama, cache, damage):
+def test_a_kept_answer_that_something_happened_to_is_asked_for_again(run, llama, cache, damage):
     found = json.loads(run(KNOW, llama))
     (kept,) = cache.iterdir()
     kept.write_text(json.dumps(damage(json.loads(kept.read_text()))))
@@ -202,7 +218,7 @@ def test_a_kept_answer_that_something_happened_to_is_asked_for_again(llama, cach
     assert json.loads(run(KNOW, llama)) == [False, found[1]]
 
 
-def test_a_refusal_is_not_kept(llama, copy_of, cache):
+def test_a_refusal_is_not_kept(run, llama, copy_of, cache):
     broken = copy_of(llama)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "2"}))
@@ -210,7 +226,7 @@ def test_a_refusal_is_not_kept(llama, copy_of, cache):
     assert not cache.exists()
 
 
-def test_an_unreleased_transformers_is_always_asked(llama, cache):
+def test_an_unreleased_transformers_is_always_asked(run, llama, cache):
     code = """
 from pathlib import Path
 from adaptkit.operations import _inquiry
