@@ -16,11 +16,11 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._inquiry import Inquiry, _question
 from adaptkit.operations._roles import roles_here
 
-IMPORTS = "import torch, adaptkit.checkpoint.reader, adaptkit.operations._inquiry"
-TRANSFORMERS = """
-from adaptkit.torch_compiler import leave_compiler_out
-leave_compiler_out()
-import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+IMPORTS = """
+import torch, adaptkit.checkpoint.reader, adaptkit.operations._inquiry
+from hidden import hide_transformers
+
+hide_transformers()
 """
 ASK = """
 import json, sys
@@ -55,7 +55,7 @@ with Inquiry(Checkpoint(Path(sys.argv[1]))) as inquiry:
 @pytest.fixture(scope="module")
 def run():
     """Runs code where transformers is not loaded, and takes no time to load."""
-    with Forks(IMPORTS, TRANSFORMERS) as forks:
+    with Forks(IMPORTS) as forks:
         yield lambda *words: _succeeded(forks(*words)).stdout
 
 
