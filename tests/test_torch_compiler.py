@@ -3,10 +3,8 @@
 Most tests are a process of their own, since a module is loaded once in a process.
 """
 
-import subprocess
-import sys
-
 import pytest
+from forks import Forks
 
 INSIDE = "torch._dynamo.convert_frame"
 BEGIN = "from adaptkit.torch_compiler import leave_compiler_out; leave_compiler_out()"
@@ -18,11 +16,16 @@ model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(8)[None]
 """
 
 
-def run(code, begin=BEGIN):
-    code = f"import sys\n{begin}\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+@pytest.fixture(scope="module")
+def run():
+    """Runs code in a process that has what transformers needs before it loads the compiler."""
+    imports = "import torch.distributed.tensor, transformers.models.auto.configuration_auto, accelerate, sys"
+    with Forks(f"{imports}; assert 'torch._dynamo' not in sys.modules") as forks:
+        yield lambda code, begin=BEGIN: succeeds(forks(f"import sys\n{begin}\n{code}"))
+
+
+def succeeds(done):
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def arguments(command, llama, instructions, tmp_path):
@@ -41,11 +44,11 @@ def test_commands_that_compute_with_models_load_no_compiler(run_cli, command, ll
     assert not any(name.startswith("torch._dynamo") for name in loaded)
 
 
-def test_a_model_computes_without_it():
+def test_a_model_computes_without_it(run):
     run(f"{MODEL}\nmodel(ids).logits.sum().backward()\nassert '{INSIDE}' not in sys.modules")
 
 
-def test_without_this_transformers_loads_the_compiler():
+def test_without_this_transformers_loads_the_compiler(run):
     run(f"import transformers.modeling_utils; assert '{INSIDE}' in sys.modules", begin="")
 
 
@@ -60,7 +63,7 @@ def test_without_this_transformers_loads_the_compiler():
         "import torch; assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2)).tolist() == [2, 2]",
     ],
 )
-def test_who_uses_the_compiler_has_it(use):
+def test_who_uses_the_compiler_has_it(run, use):
     run(
         f"import transformers.modeling_utils\nassert '{INSIDE}' not in sys.modules\n{use}\n"
         f"import torch; assert '{INSIDE}' in sys.modules and torch._dynamo is sys.modules['torch._dynamo']"
@@ -68,7 +71,7 @@ def test_who_uses_the_compiler_has_it(use):
 
 
 @pytest.mark.parametrize("name", ["config", "exc", "utils", "eval_frame", "_trace_wrapped_higher_order_op"])
-def test_its_modules_are_there_once(name):
+def test_its_modules_are_there_once(run, name):
     """Whichever of them is asked for first, the compiler's own modules use the same one."""
     run(
         f"import transformers.modeling_utils\nimport torch._dynamo.{name} as mine\nimport torch, gc, types\n"
@@ -79,7 +82,7 @@ def test_its_modules_are_there_once(name):
     )
 
 
-def test_a_compiled_model_computes_the_same():
+def test_a_compiled_model_computes_the_same(run):
     run(
         f"{MODEL}\ncompiled = torch.compile(model, backend='eager')\n"
         "assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)\n"
@@ -87,7 +90,7 @@ def test_a_compiled_model_computes_the_same():
     )
 
 
-def test_an_exported_model_computes_the_same():
+def test_an_exported_model_computes_the_same(run):
     run(
         "import torch\n"
         "layer, x = torch.nn.Linear(3, 2), torch.ones(1, 3)\n"
@@ -95,7 +98,7 @@ def test_an_exported_model_computes_the_same():
     )
 
 
-def test_marks_are_none_before_the_compiler_is_there_and_its_own_afterwards():
+def test_marks_are_none_before_the_compiler_is_there_and_its_own_afterwards(run):
     run(
         "import torch\n"
         "def f(): return 1\n"
@@ -111,7 +114,7 @@ def test_marks_are_none_before_the_compiler_is_there_and_its_own_afterwards():
     )
 
 
-def test_threads_that_load_it_at_once_all_have_the_whole_module():
+def test_threads_that_load_it_at_once_all_have_the_whole_module(run):
     run(
         "import threading, torch\n"
         "gate, seen = threading.Barrier(8), []\n"
@@ -129,11 +132,11 @@ def test_threads_that_load_it_at_once_all_have_the_whole_module():
     )
 
 
-def test_a_library_keeps_an_ordinary_torch():
+def test_a_library_keeps_an_ordinary_torch(run):
     run(f"import adaptkit.cli.main, transformers.modeling_utils; assert '{INSIDE}' in sys.modules", begin="")
 
 
-def test_twice_is_once_and_too_late_is_nothing():
+def test_twice_is_once_and_too_late_is_nothing(run):
     run("import torch; mark = torch.compiler.disable; leave_compiler_out(); assert torch.compiler.disable is mark")
     run(
         "import torch._dynamo\n"
@@ -147,7 +150,7 @@ def test_twice_is_once_and_too_late_is_nothing():
 WINDOW = "import torch\nfrom adaptkit.torch_compiler import without_compiler\n"
 
 
-def test_the_meta_device_does_without_it():
+def test_the_meta_device_does_without_it(run):
     run(
         f"{WINDOW}with without_compiler(), torch.device('meta'):\n"
         "    x = torch.nn.Linear(3, 3)(1.0 / torch.arange(3, dtype=torch.float))\n"
@@ -165,7 +168,7 @@ def test_the_meta_device_does_without_it():
         "raise ValueError",
     ],
 )
-def test_meanwhile_it_can_be_used_too(use):
+def test_meanwhile_it_can_be_used_too(run, use):
     run(
         f"{WINDOW}try:\n    with without_compiler():\n        {use}\nexcept ValueError: pass\n"
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2)).tolist() == [2, 2]\n"
@@ -176,7 +179,7 @@ def test_meanwhile_it_can_be_used_too(use):
     )
 
 
-def test_where_it_is_not_left_out_nothing_changes():
+def test_where_it_is_not_left_out_nothing_changes(run):
     run(
         f"{WINDOW}with without_compiler():\n    assert 'torch._dynamo' not in sys.modules\n"
         f"    torch.arange(3.0, device='meta') + 1\nassert '{INSIDE}' in sys.modules\n",
@@ -184,7 +187,7 @@ def test_where_it_is_not_left_out_nothing_changes():
     )
 
 
-def test_a_divided_base_has_it_loaded_before_memory_is_measured(llama):
+def test_a_divided_base_has_it_loaded_before_memory_is_measured(run, llama):
     code = (
         "import torch\nfrom pathlib import Path\nfrom adaptkit.training.preparation import begin_libraries\n"
         f"begin_libraries(Path({str(llama)!r}), torch.device('cpu'), shard_base={{}})\n"
