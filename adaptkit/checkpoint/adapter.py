@@ -22,7 +22,14 @@ import xxhash
 from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
-from adaptkit.checkpoint.adapter_config import check_config, is_adapter, is_saved, names_tied, turns_stacks
+from adaptkit.checkpoint.adapter_config import (
+    age_of_patterns,
+    check_config,
+    is_adapter,
+    is_saved,
+    names_tied,
+    turns_stacks,
+)
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import FLOATS
@@ -238,8 +245,9 @@ def adapter_identity(adapter: Adapter) -> str:
         name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
         for name, term in adapter.compensation.items()
     }
-    turned = ["turned"] if adapter.experts and turns_stacks(adapter.config, False) else []
-    return hashlib.sha256(json.dumps([config, begun, *turned], sort_keys=True).encode()).hexdigest()
+    meant = ["turned"] if adapter.experts and turns_stacks(adapter.config, False) else []
+    meant += filter(None, [age_of_patterns(adapter.config)])
+    return hashlib.sha256(json.dumps([config, begun, *meant], sort_keys=True).encode()).hexdigest()
 
 
 def require_plain(adapter: Adapter, doing: str) -> None:

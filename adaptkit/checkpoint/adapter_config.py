@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
-from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
+from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
 
@@ -98,6 +98,7 @@ class Scalings:
         self._root, self._config = root, config
         self._ranks = values_by_pattern(config, "rank_pattern")
         self._alphas = values_by_pattern(config, "alpha_pattern")
+        self._age = age_of_patterns(config)
 
     def of(self, module: str) -> tuple[int, float]:
         """The rank that the configuration gives a module (or parameter), and what its B A is multiplied by.
@@ -106,9 +107,8 @@ class Scalings:
             AdapterError: either is no positive number, or a pattern is malformed.
         """
         try:
-            rank = self._ranks.value(module, self._config.get("r"))
-            alpha = self._alphas.value(module, self._config.get("lora_alpha"))
-        except (re.error, AttributeError) as error:
+            rank, alpha = self._numbers(module)
+        except (re.error, AttributeError, TypeError) as error:
             raise AdapterError(
                 f"{self._root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE
             ) from error
@@ -118,6 +118,45 @@ class Scalings:
             )
         usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
         return (rank, scaling(float(alpha), rank, bool(self._config.get("use_rslora")))) if usable else (0, 0.0)
+
+    def _numbers(self, module: str) -> tuple[Any, Any]:
+        """Rank and alpha by the rule of the release of peft that wrote the patterns."""
+        rank, alpha = self._config.get("r"), self._config.get("lora_alpha")
+        if not self._age:
+            return self._ranks.value(module, rank), self._alphas.value(module, alpha)
+        ranks, alphas = (self._config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
+        both = [*ranks, *alphas] if self._age == "joint" else None
+        of_rank, of_alpha = (
+            next((pattern for pattern in both or patterns if matches_behind_dot(pattern, module)), module)
+            for patterns in (ranks, alphas)
+        )
+        return ranks.get(of_rank, rank), alphas.get(of_alpha, alpha)
+
+
+def release(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The release of peft that wrote a configuration: of 0.19.1, (19, 1). What no peft wrote means what today's does.
+
+    Up to 0.17 it is not named, but every release writes all the keys that it knows, and some brought new ones. Of those
+    that wrote the same keys, or mean the same, this is the last.
+    """
+    version = re.match(r"0\.(\d+)\.(\d+)", str(config.get("peft_version")))
+    if version:
+        return int(version[1]), int(version[2])
+    if "layers_pattern" not in config or "ensure_weight_tying" in config:
+        return sys.maxsize, 0
+    return (17, 0) if "trainable_token_indices" in config else (14, 0) if "lora_bias" in config else (13, 0)
+
+
+def age_of_patterns(config: Mapping[str, Any]) -> str:
+    r"""The rule by which a configuration's patterns for rank and alpha are meant; empty for today's, and without any.
+
+    Up to 0.14 peft matched ``.*\.{pattern}$``, which is not ``(.*\.)?({pattern})$``, and looked up a module that no
+    pattern matched among them by its name (``behind dots``). Up to 0.13 one pattern was taken for both, the first of
+    those for ranks, then of those for alphas; what had no such pattern was the default (``joint``).
+    """
+    if not (config.get("rank_pattern") or config.get("alpha_pattern")) or release(config) >= (15, 0):
+        return ""
+    return "behind dots" if release(config) >= (14, 0) else "joint"
 
 
 def turns_stacks(config: Mapping[str, Any], is_transposed: bool) -> bool:

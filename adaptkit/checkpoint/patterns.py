@@ -27,6 +27,8 @@ _ASSERTS = {_constants.ASSERT, _constants.ASSERT_NOT}
 _REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT}
 _NAME = re.compile(r"\^((?:[\w-]|\\\W)+)\$")
 """A pattern that matches one text alone: what is between ^ and $, where a backslash makes any sign a plain one."""
+_PLAIN = re.compile(r"[\w.-]+")
+"""A pattern of signs that stand for one sign each, themselves or, the dot, any."""
 
 
 def matches_whole(pattern: str, text: str, after: str = "") -> bool:
@@ -43,6 +45,23 @@ def matches_whole(pattern: str, text: str, after: str = "") -> bool:
     _check_name(text)
     begins = {0} | {i + len(after) for i in range(len(text)) if after and text.startswith(after, i)}
     return len(text) in _ends(_parsed(pattern), text, begins)
+
+
+def matches_behind_dot(pattern: str, text: str) -> bool:
+    r"""Whether ``.*\.`` and a pattern and ``$`` match, put together as text, so that ``a|b`` are two of them.
+
+    Args:
+        pattern: see ``matches_whole``.
+        text: of printable characters.
+
+    Raises:
+        re.error: see ``matches_whole``.
+    """
+    if _PLAIN.fullmatch(pattern):  # of which there may be one for every module
+        tail = text[-len(pattern) :]
+        return text[: -len(pattern)].endswith(".") and all(a in (".", b) for a, b in zip(pattern, tail, strict=True))
+    _check_name(text)
+    return bool(_ends(_parsed(rf".*\.{pattern}$"), text, {0}))
 
 
 def check_pattern(pattern: str) -> None:

@@ -45,6 +45,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         return
     yield from _peft_config.values(files)
     yield from _peft_config.numbers(files)
+    yield from _peft_config.meant_otherwise(files)
     yield from _rules.unknown_keys(files, "peft ignores keys that it does not know, with a warning")
     yield from _names(files)
     yield from _rules.halves(files, "peft keeps the initial value of the other half, which is random or zero")

@@ -1,0 +1,129 @@
+"""Patterns for ranks and alphas mean what the release of peft that wrote them took them for.
+
+The rules are written here as those releases have them; their adapters name no release, but have the keys of theirs.
+"""
+
+import itertools
+import json
+import re
+
+import peft_adapters
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from peft_adapters import CONFIG
+
+from adaptkit.checkpoint.adapter import adapter_identity, read_adapter
+from adaptkit.checkpoint.adapter_config import Scalings
+from adaptkit.checkpoint.layout import read_json
+from adaptkit.operations.check import check
+from adaptkit.operations.merge import merge
+from adaptkit.operations.unmerge import unmerge
+
+OF_13 = {"layers_pattern": None, "loftq_config": {}, "use_dora": False}
+OF_14 = OF_13 | {"eva_config": None, "exclude_modules": None, "lora_bias": False}
+OF_15 = OF_14 | {"corda_config": None, "trainable_token_indices": None}
+OF_18 = OF_15 | {"ensure_weight_tying": False}
+MODULES = ["lm_head", "model.embed_tokens"] + [
+    f"model.layers.{layer}.{name}" for layer in (0, 1, 10) for name in ("attn.q_proj", "attn.v_proj", "mlp.up")
+]
+PATTERNS = [
+    "q_proj", "v_proj", "q_proj|v_proj", "up|q_proj", r".*\.up", ".*head", "lm_head", "^lm_head", r"layers\.1\..*",
+    "layers.1.mlp.up", "model.layers.0.attn.q_proj", "^model.layers.0.attn.q_proj$", r"(q|v)_proj", ".", "roj",
+    r"layers\.\d+\.mlp\.up",
+]  # fmt: skip
+
+
+def of_13(config, module):
+    both = [*config["rank_pattern"], *config["alpha_pattern"]]
+    key = next((key for key in both if re.match(rf".*\.{key}$", module)), module)
+    return config["rank_pattern"].get(key, config["r"]), config["alpha_pattern"].get(key, config["lora_alpha"])
+
+
+def of_14(config, module):
+    def value(name, default):
+        patterns = config[name]
+        return patterns.get(next((key for key in patterns if re.match(rf".*\.{key}$", module)), module), default)
+
+    return value("rank_pattern", config["r"]), value("alpha_pattern", config["lora_alpha"])
+
+
+def of_today(config, module):
+    def value(name, default):
+        patterns = config[name]
+        return next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), default)
+
+    return value("rank_pattern", config["r"]), value("alpha_pattern", config["lora_alpha"])
+
+
+RULES = [
+    (OF_13, of_13),
+    (OF_14, of_14),
+    (OF_15, of_today),
+    (OF_18, of_today),  # somebody took the release out
+    ({}, of_today),  # no peft wrote it
+    (OF_18 | {"peft_version": "0.18.1"}, of_today),
+    ({"peft_version": "0.14.0"}, of_14),  # somebody says so
+    ({"peft_version": "0.13.2"}, of_13),
+    ({"peft_version": "0.15.0.dev0"}, of_today),
+]
+
+
+def values(numbers):
+    patterns = st.lists(st.sampled_from(PATTERNS), unique=True, max_size=len(numbers))
+    return patterns.map(lambda keys: dict(zip(keys, numbers, strict=False)))
+
+
+@given(st.sampled_from(RULES), values([1, 2, 3, 4]), values([5, 7, 11, 13]))
+def test_rank_and_scaling_are_those_of_the_release(rule, ranks, alphas):
+    keys, meant = rule
+    config = {"r": 8, "lora_alpha": 17, "rank_pattern": ranks, "alpha_pattern": alphas} | keys
+    scalings = Scalings("adapter", config)
+    for module in MODULES:
+        rank, alpha = meant(config, module)
+        assert scalings.of(module) == (rank, alpha / rank)
+
+
+def test_the_rules_differ():
+    ranks, alphas = {"layers.1.attn.q_proj": 1}, {"q_proj|up": 5}
+    config = {"r": 8, "lora_alpha": 17, "rank_pattern": ranks, "alpha_pattern": alphas}
+    found = [[rule(config, module) for module in MODULES] for rule in (of_13, of_14, of_today)]
+    assert all(a != b for a, b in itertools.combinations(found, 2))
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """A base, and an adapter with patterns as 0.13 wrote it and as today's peft does."""
+    base = tiny.write_llama(tmp_path / "base")
+    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 9}}
+    case = peft_adapters.Case(lora=patterns)
+    folders = [peft_adapters.write_adapter(tmp_path / name, case, base) for name in ("old", "today")]
+    kept = {k: value for k, value in read_json(folders[0] / CONFIG).items() if k not in {*OF_18, "peft_version"}}
+    (folders[0] / CONFIG).write_text(json.dumps(kept | OF_13), encoding="utf-8")
+    return base, *folders
+
+
+def test_an_older_adapter_is_another_than_one_of_the_same_words_today(adapters):
+    _, old, today = adapters
+    found = [[term.scaling for term in read_adapter(folder).modules.values()] for folder in (old, today)]
+    assert found == [[9 / 4, 6 / 2], [9 / 4, 9 / 2]]
+    assert adapter_identity(read_adapter(old)) != adapter_identity(read_adapter(today))
+
+
+def test_an_older_adapter_comes_out_again(adapters, tmp_path):
+    base, old, today = adapters
+    for adapter in (old, today):
+        merge(base, [adapter], tmp_path / f"{adapter.name}-merged")
+    unmerge(tmp_path / "old-merged", [old], tmp_path / "back")
+    plain, merged, other, back = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("base", "old-merged", "today-merged", "back")
+    )
+    assert plain == back
+    assert merged != other
+
+
+def test_what_todays_peft_makes_of_it_is_said(adapters):
+    base, old, today = adapters
+    said = [[f.found for f in check(folder, "peft", base).verdicts[0].findings] for folder in (old, today)]
+    assert [any("as peft up to 0.14 matched them" in what for what in found) for found in said] == [True, False]
