@@ -163,15 +163,13 @@ def turns_stacks(config: Mapping[str, Any], is_transposed: bool) -> bool:
     """Whether A of a stack of experts is as wide as their matrices (out, in) are high, and B as high as they are wide.
 
     So peft wrote them up to 0.18 where the model's code does not say that its stacks are transposed, and 0.19.0 in any
-    case; where matrices are square, shapes do not tell. What names no version is taken for one of today's.
+    case; where matrices are square, shapes do not tell.
 
     Args:
         config: ``adapter_config.json``.
         is_transposed: what the running model's module of experts says of itself.
     """
-    version = re.match(r"0\.(\d+)\.(\d+)", str(config.get("peft_version")))
-    release = tuple(map(int, version.groups())) if version else (19, 1)
-    return release == (19, 0) or (release < (19, 0) and not is_transposed)
+    return release(config) == (19, 0) or (release(config) < (19, 0) and not is_transposed)
 
 
 def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_stack: bool = False) -> list[str]:

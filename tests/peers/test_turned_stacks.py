@@ -5,6 +5,7 @@ took the first dimension for the input in any case, and 0.19.0 the wrong one in 
 by the formula of the change; the numbers are those of an adapter that today's peft writes and runs.
 """
 
+import json
 import shutil
 from contextlib import nullcontext
 
@@ -12,10 +13,11 @@ import peft_adapters
 import pytest
 import torch
 from peft import PeftModel
-from peft_adapters import WEIGHTS, Case
+from peft_adapters import CONFIG, WEIGHTS, Case
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import adapter_identity, read_adapter
+from adaptkit.checkpoint.layout import read_json
 from adaptkit.errors import BaseMismatchError
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import merge
@@ -25,6 +27,7 @@ from adaptkit.training.network.model import load_model
 
 IDS = torch.arange(2, 298).view(8, 37)
 EXPERTS = 4
+NEW_IN_18 = {"alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "peft_version"}
 BOTH = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 BASES = {
     "one by one": Case(family="olmoe", lora=BOTH),
@@ -39,6 +42,9 @@ CASES = [
     ("stacks", "0.19.0", True),
     ("stacks", "0.20.0", False),
     ("stacks", None, False),
+    ("one by one", "0.17", True),
+    ("stacks", "0.17", True),
+    ("transposed", "0.17", False),
     ("transposed", "0.18.1", False),
     ("transposed", "0.19.0", True),
     ("transposed", "0.21.2", False),
@@ -73,6 +79,10 @@ def turn(tensors):
 def written(folder, adapter, version, turned):
     shutil.copytree(adapter, folder)
     peft_adapters.change_config(folder, peft_version=version)
+    if version == "0.17":  # which does not say so
+        config = read_json(folder / CONFIG)
+        kept = {key: value for key, value in config.items() if key not in NEW_IN_18}
+        (folder / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
     if turned:
         peft_adapters.change_tensors(folder, turn)
     return folder

@@ -37,7 +37,7 @@ def turned(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     if found:
         yield Finding(
             "error",
-            f"{some(found)}: stacks as peft {files.config.get('peft_version')} wrote them",
+            f"{some(found)}: stacks as peft {files.config.get('peft_version') or '0.17'} wrote them",
             "peft takes their matrices' input for the output: it fails, or computes something else if they are square",
             files.merge(),
         )
