@@ -224,10 +224,12 @@ def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> str:
 def names_tied(root: Path, config: Mapping[str, Any]) -> bool:
     """Whether ``modules_to_save`` or ``target_modules`` names an embedding or head as peft ties it.
 
+    Up to 0.18 it tied what is saved whole, and nothing else.
+
     Raises:
         AdapterError: ``target_modules`` is a pattern that cannot be matched.
     """
-    targets = config.get("target_modules") or []
+    targets = (config.get("target_modules") if release(config) >= (19, 0) else None) or []
     names = [*_saved(config), *(targets if isinstance(targets, list) else [])]
     if any(name.rpartition(".")[2] in _TIED_BY_PEFT for name in names if isinstance(name, str)):
         return True

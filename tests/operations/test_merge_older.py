@@ -1,0 +1,26 @@
+"""Adapters of older releases of peft that mean something else by the same words, or lack what was trained.
+
+What those releases write is made from what today's does.
+"""
+
+import peft_adapters
+import pytest
+import tiny
+from peft_adapters import Case
+
+from adaptkit.errors import BaseMismatchError
+from adaptkit.operations.merge import MergeOptions, merge
+
+TABLE = {"target_modules": ["embed_tokens", "q_proj"]}
+
+
+def test_0_18_tied_no_changes_of_embeddings_whatever_was_asked_for(tmp_path):
+    base = tiny.write_llama(tmp_path / "base", tied=True)
+    adapter = peft_adapters.write_adapter(tmp_path / "adapter", Case(tied=True, lora=TABLE), base)
+    merge(base, [adapter], tmp_path / "expected", MergeOptions(untie=True))
+    peft_adapters.change_config(adapter, peft_version="0.18.1", ensure_weight_tying=True)
+    with pytest.raises(BaseMismatchError, match="would no longer be the same"):
+        merge(base, [adapter], tmp_path / "merged")
+    merge(base, [adapter], tmp_path / "merged", MergeOptions(untie=True))
+    expected, found = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "merged"))
+    assert expected == found
