@@ -7,6 +7,7 @@ import peft_adapters
 import pytest
 import tiny
 from peft_adapters import Case
+from safetensors.torch import load_file
 
 from adaptkit.errors import BaseMismatchError
 from adaptkit.operations.merge import MergeOptions, merge
@@ -24,3 +25,22 @@ def test_0_18_tied_no_changes_of_embeddings_whatever_was_asked_for(tmp_path):
     merge(base, [adapter], tmp_path / "merged", MergeOptions(untie=True))
     expected, found = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "merged"))
     assert expected == found
+
+
+def test_biases_that_older_releases_left_out_are_spoken_of(tmp_path):
+    case = peft_adapters.CASES["biases_lora_only"]  # of which one module has a bias, and the other has none
+    base = peft_adapters.write_base(tmp_path / "base", case)
+    adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
+    report = merge(base, [adapter], tmp_path / "whole")
+    assert not any("bias" in line for line in report.told)
+
+    def lose(tensors):
+        for key in [key for key in tensors if key.endswith(".bias")]:
+            del tensors[key]
+
+    peft_adapters.change_tensors(adapter, lose)
+    (said,) = [line for line in merge(base, [adapter], tmp_path / "merged").told if "bias" in line]
+    assert "q_proj" in said
+    assert "o_proj" not in said
+    plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert all(plain[key].equal(found[key]) for key in plain if key.endswith(".bias"))
