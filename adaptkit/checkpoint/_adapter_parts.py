@@ -218,7 +218,7 @@ class Parts:
             kind = part.role.removeprefix("base_")
             name = f"{part.module}.{kind}"
             wrapped = part.role.startswith("base_")
-            unasked = resized and not wrapped and (is_table(part.module) or is_head(part.module))
+            unasked = resized and (is_table(part.module) or is_head(part.module))
             trained = kind == "bias" and self._config.get("bias", "none") != "none"
             copies = kind in ("weight", "bias") and wrapped and not trained
             if copies and (part.module in self.modules or part.module in self.tokens):

@@ -3,6 +3,7 @@
 What those releases write is made from what today's does.
 """
 
+import peft
 import peft_adapters
 import pytest
 import tiny
@@ -44,3 +45,20 @@ def test_biases_that_older_releases_left_out_are_spoken_of(tmp_path):
     assert "o_proj" not in said
     plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     assert all(plain[key].equal(found[key]) for key in plain if key.endswith(".bias"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_only_another_adapter_of_the_model_changed_stays_as_it_is(tied, tmp_path):
+    base = tiny.write_llama(tmp_path / "base", tied=tied)
+    with peft_adapters.quiet():
+        usual = {"r": 4, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+        model = peft.get_peft_model(peft_adapters.load_float32(base), peft.LoraConfig(**usual | TABLE))
+        model.save_pretrained(tmp_path / "alone")
+        model.add_adapter("other", peft.LoraConfig(**usual | {"target_modules": ["lm_head"]}))
+        model.save_pretrained(tmp_path / "beside", selected_adapters=["default"])
+    assert any("lm_head.base_layer" in key for key in peft_adapters.keys_of(tmp_path / "beside"))
+    merged = []
+    for name in ("alone", "beside"):
+        merge(base, [tmp_path / name], tmp_path / f"{name}-merged", MergeOptions(untie=tied))
+        merged.append((tmp_path / f"{name}-merged" / "model.safetensors").read_bytes())
+    assert merged[0] == merged[1]
