@@ -65,6 +65,11 @@ __all__ = [
 
 _PIECE_ELEMENTS = 1 << 20
 _DECISIVE = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
+_PICKLE_NAME = "adapter_model.bin"
+_UNPICKLE = (  # and not with peft, which would write the configuration anew, by which older releases mean other things
+    'in that folder, python -c "import torch, safetensors.torch as s; '
+    f"s.save_file(torch.load('{_PICKLE_NAME}', 'cpu', weights_only=True), '{ADAPTER_WEIGHTS_NAME}')\""
+)
 _SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
 
@@ -196,9 +201,10 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
     config = read_json(root / ADAPTER_CONFIG_NAME)
     check_config(root, config)
     if not (root / ADAPTER_WEIGHTS_NAME).exists():
-        pickled = " (a pickled .bin is not loaded: save it again with peft)" if list(root.glob("*.bin")) else ""
+        is_pickled = (root / _PICKLE_NAME).is_file()
         raise AdapterError(
-            f"{root}: there is no {ADAPTER_WEIGHTS_NAME}{pickled}", hint="get the adapter again, all of it"
+            f"{root}: there is no {ADAPTER_WEIGHTS_NAME}{' (a pickled .bin is not loaded)' if is_pickled else ''}",
+            hint=_UNPICKLE if is_pickled else "get the adapter again, all of it",
         )
     files = TensorFiles(root, [ADAPTER_WEIGHTS_NAME])
     if not files.tensors:

@@ -4,6 +4,9 @@ import json
 import math
 import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -274,6 +277,18 @@ def test_a_pickle_is_refused_and_not_loaded(changed):
     (changed / "adapter_model.bin").rename(changed / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
         read_adapter(changed)
+
+
+def test_the_hint_for_a_pickle_makes_the_same_adapter_of_it(changed):
+    before = read_adapter(changed)
+    torch.save(load_file(changed / "adapter_model.safetensors"), changed / "adapter_model.bin")
+    (changed / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(changed)
+    python, *rest = shlex.split(caught.value.hint.removeprefix("in that folder, "))
+    assert python == "python"
+    subprocess.run([sys.executable, *rest], cwd=changed, check=True)
+    assert read_adapter(changed).digests == before.digests
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):

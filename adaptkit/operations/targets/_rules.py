@@ -37,7 +37,7 @@ def weights(files: AdapterFiles, reader: str) -> Iterator[Finding]:
             f"{files.pickle} is a pickle",
             f"{reader} loads it with torch.load(weights_only=True); adaptkit loads no pickles, so the names in it are "
             "not checked here",
-            "load it with peft and save_pretrained it again, which writes safetensors",
+            f"adaptkit inspect {files.root} has a command that makes safetensors of it",
         )
     elif not files.keys:
         yield Finding(
