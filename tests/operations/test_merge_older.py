@@ -62,3 +62,16 @@ def test_a_head_that_only_another_adapter_of_the_model_changed_stays_as_it_is(ti
         merge(base, [tmp_path / name], tmp_path / f"{name}-merged", MergeOptions(untie=tied))
         merged.append((tmp_path / f"{name}-merged" / "model.safetensors").read_bytes())
     assert merged[0] == merged[1]
+
+
+@pytest.mark.parametrize("lora", [TABLE, {"trainable_token_indices": peft_adapters.TOKENS}])
+def test_what_was_trained_without_gemma_3s_scale_is_spoken_of(lora, tmp_path):
+    case = Case(family="gemma3_text", tied=True, lora=lora)
+    base = peft_adapters.write_base(tmp_path / "base", case)
+    adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
+    said = []
+    for version in ("0.17.1", "0.18.0"):
+        peft_adapters.change_config(adapter, peft_version=version)
+        report = merge(base, [adapter], tmp_path / version, MergeOptions(untie=True))
+        said.append(any("embed_tokens without the √hidden_size" in line for line in report.told))
+    assert said == [True, False]

@@ -19,10 +19,10 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
+from adaptkit.operations._merge.older import older
 from adaptkit.operations._roles import is_conv1d
 from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
-from adaptkit.operations.targets._target import some
 
 Begins = Callable[[str, TensorFiles, str], bool]
 """Asked with the tensor's name, the adapter's files, and the key in them."""
@@ -120,19 +120,7 @@ class _Planner:
             if parameter not in repeated:
                 self._plan_replaced(parameter, key, addresses[parameter])
         self._check_saved()
-        self._tell_lost_biases()
-
-    def _tell_lost_biases(self) -> None:
-        """Say which biases may have been trained and are in no file."""
-        adapter, addresses, there = self._adapter, self._change.addresses, self._checkpoint.tensors
-        modules = adapter.modules if adapter.config.get("bias") == "lora_only" else ()
-        owners = {m: addresses[f"{m}.weight"][0].name.rpartition(".")[0] for m in modules if f"{m}.weight" in addresses}
-        lost = [m for m in owners if f"{owners[m]}.bias" in there and f"{m}.bias" not in adapter.replaced]
-        if lost:
-            self._edits.told.append(
-                f"{adapter.root}: bias is lora_only, but there is none of {some(lost)}: peft 0.7 to 0.20 left trained "
-                "biases out of the file; the base's stay"
-            )
+        self._edits.told += older(self._checkpoint, adapter, addresses)
 
     def _check_saved(self) -> None:
         """Refuse an adapter that lacks a part of what ``modules_to_save`` names."""
