@@ -123,7 +123,8 @@ def test_an_older_adapter_comes_out_again(adapters, tmp_path):
     assert merged != other
 
 
-def test_what_todays_peft_makes_of_it_is_said(adapters):
+@pytest.mark.parametrize("target", ["peft", "vllm", "sglang", "gguf"])
+def test_what_programs_of_today_make_of_it_is_said(target, adapters):
     base, old, today = adapters
-    said = [[f.found for f in check(folder, "peft", base).verdicts[0].findings] for folder in (old, today)]
+    said = [[f.found for f in check(folder, target, base).verdicts[0].findings] for folder in (old, today)]
     assert [any("as peft up to 0.14 matched them" in what for what in found) for found in said] == [True, False]

@@ -8,9 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from adaptkit.checkpoint.adapter_config import Scalings, age_of_patterns
 from adaptkit.checkpoint.patterns import matches_whole
-from adaptkit.errors import AdapterError
 from adaptkit.operations.targets import _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._target import Finding, some
@@ -123,23 +121,6 @@ def numbers(files: AdapterFiles) -> Iterator[Finding]:
     endless = [pair.module for pair in files.pairs if _is_number(pair.alpha) and not math.isfinite(pair.alpha)]
     if endless:
         yield Finding("error", f"alpha of {some(endless)} is not finite", "peft computes NaN with it", _rules.ONE_SAVE)
-
-
-def meant_otherwise(files: AdapterFiles) -> Iterator[Finding]:
-    """Patterns for rank and alpha by which an older release meant something else."""
-    scalings = Scalings(files.root, files.config)
-    pairs = [pair for pair in files.pairs if pair.scaling is not None] if age_of_patterns(files.config) else []
-    try:
-        found = [pair.module for pair in pairs if scalings.of(pair.module) != (pair.asked, pair.scaling)]
-    except AdapterError:  # of numbers that are none, or patterns
-        return
-    if found:
-        yield Finding(
-            "error",
-            f"rank or alpha of {some(found)}: rank_pattern and alpha_pattern as peft up to 0.14 matched them",
-            "peft matches them otherwise: it fails, or scales what was learned there otherwise",
-            files.merge(),
-        )
 
 
 def _small(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:

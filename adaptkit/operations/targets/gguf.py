@@ -9,7 +9,7 @@ with the base and skips norms. ``conversion/base.py`` (before that ``convert_hf_
 import re
 from collections.abc import Iterator
 
-from adaptkit.operations.targets import _checkpoint_rules, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _older, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
@@ -26,6 +26,7 @@ _TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two a
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.weights(files, "convert_lora_to_gguf.py")
     yield from _configuration(files, base)
+    yield from _older.meant_otherwise(files, "llama.cpp")
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.layout import read_small
 from adaptkit.errors import CheckpointError
-from adaptkit.operations.targets import _checkpoint_rules, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _older, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
@@ -35,6 +35,7 @@ _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.weights(files, "SGLang")
     yield from _configuration(files)
+    yield from _older.meant_otherwise(files, "SGLang")
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "SGLang fails, or leaves the module as it is, without a word")

@@ -9,7 +9,7 @@ initial adapters that change the base is as new, and bitsandbytes left vLLM for 
 import re
 from collections.abc import Iterator
 
-from adaptkit.operations.targets import _checkpoint_rules, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _older, _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
@@ -33,6 +33,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.halves(files, "vLLM fails when it scales the half that is missing")
     yield from convolutions(files, "vLLM")
     yield from _rules.ranks(files, "vLLM does not compare them and scales by the rank of the configuration")
+    yield from _older.meant_otherwise(files, "vLLM")
     yield from _patterns(files)
     yield from _largest_rank(files)
     yield from _tables(files, base)
