@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter_config import is_saved, release
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.lazy import torch
@@ -132,7 +133,10 @@ def _change_alike(
     if all(kind == {"replaced"} for kind in kinds) and tables:
         values = {adapter.digests[adapter.replaced[name]] for name in (*tables, *heads)}
         shape = adapter.files.spec(adapter.replaced[tables[0]]).shape
-        return len(values) == 1 and (bool(heads) or shape != checkpoint.spec(vocabulary.embedding).shape)
+        resized = shape != checkpoint.spec(vocabulary.embedding).shape
+        apart = is_saved(adapter.config, tables[0].removesuffix(".weight")) and release(adapter.config) < (14, 0)
+        # a head that is apart and not there was resized by itself, and lost: peft up to 0.11 did not write it
+        return len(values) == 1 and (bool(heads) or (resized and not apart))
     if all(kind == {"tokens"} for kind in kinds) and tables:
         tokens = [adapter.tokens[name.removesuffix(".weight")] for name in (*tables, *heads)]
         return all(t.indices == tokens[0].indices and t.rows.equal(tokens[0].rows) for t in tokens)

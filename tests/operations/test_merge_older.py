@@ -75,3 +75,14 @@ def test_what_was_trained_without_gemma_3s_scale_is_spoken_of(lora, tmp_path):
         report = merge(base, [adapter], tmp_path / version, MergeOptions(untie=True))
         said.append(any("embed_tokens without the √hidden_size" in line for line in report.told))
     assert said == [True, False]
+
+
+def test_a_resized_head_that_older_releases_lost_is_not_the_embedding(tmp_path):
+    case = peft_adapters.CASES["resized_saved_embedding_tied"]
+    base = peft_adapters.write_base(tmp_path / "base", case)
+    adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
+    peft_adapters.change_tensors(adapter, lambda tensors: tensors.pop("base_model.model.lm_head.weight"))
+    peft_adapters.change_config(adapter, peft_version="0.11.1")
+    for untie in (False, True):
+        with pytest.raises(BaseMismatchError):
+            merge(base, [adapter], tmp_path / "merged", MergeOptions(untie=untie))
