@@ -15,11 +15,11 @@ from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
 GROUND = {
-    *{"errors", "discovery", "lazy", "cache", "kept", "compiled", "team", "child", "heap", "paths"},
+    *{"errors", "discovery", "lazy", "cache", "kept", "compiled", "team", "child", "heap", "arguments"},
     *{"torch_compiler", "triton_needs"},
 }
 ON_THE_GROUND = {
-    "paths": set(),
+    "arguments": set(),
     "__init__": set(),
     "errors": set(),
     "lazy": set(),

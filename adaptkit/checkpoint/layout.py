@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from adaptkit.arguments import look_again
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
-from adaptkit.paths import look_again
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"

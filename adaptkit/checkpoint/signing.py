@@ -23,11 +23,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from adaptkit.arguments import optional
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError
-from adaptkit.paths import optional
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 MAX_SIGNATURE_BYTES = 1 << 20

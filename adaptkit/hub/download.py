@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
+from adaptkit.arguments import AnyPath, texts
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
@@ -20,7 +21,6 @@ from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
 from adaptkit.hub._remote import RemoteFile, check_repo_id, commit_of, list_tree
 from adaptkit.hub._selection import part_of, select
 from adaptkit.hub._signature import fetch_signature
-from adaptkit.paths import AnyPath, texts
 
 
 @dataclass(frozen=True)

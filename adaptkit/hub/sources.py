@@ -15,6 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -23,7 +24,6 @@ from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._fetch import Silent, fetch_into_cache
 from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, commit_of, is_commit, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
-from adaptkit.paths import AnyPath
 
 __all__ = [
     "check_repo_id",

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptkit.arguments import AnyPath, optional, texts
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, require_folder
 from adaptkit.checkpoint.progress import counted
@@ -14,7 +15,6 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles, read_adapte
 from adaptkit.operations.targets._base_shapes import BaseShapes, read_base_shapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles, read_checkpoint_files
 from adaptkit.operations.targets._target import Finding, Target
-from adaptkit.paths import AnyPath, optional, texts
 
 
 @dataclass(frozen=True)

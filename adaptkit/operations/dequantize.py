@@ -11,6 +11,7 @@ from typing import NoReturn
 import numpy as np
 import xxhash
 
+from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
@@ -31,7 +32,6 @@ from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
-from adaptkit.paths import AnyPath
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -9,7 +10,6 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters
 from adaptkit.operations._diff.checkpoints import CheckpointDiffReport, diff_checkpoints
 from adaptkit.operations._pipeline import check_threads, thread_count
-from adaptkit.paths import AnyPath
 
 __all__ = ["AdapterDiffReport", "CheckpointDiffReport", "diff"]
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small, side_files
@@ -37,7 +38,6 @@ from adaptkit.operations._extract.report import (
 from adaptkit.operations._extract.saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
 from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._pipeline import each, thread_count
-from adaptkit.paths import AnyPath
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]

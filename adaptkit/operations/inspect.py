@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptkit.arguments import AnyPath, several
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
@@ -21,7 +22,6 @@ from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._roles import expert_count
-from adaptkit.paths import AnyPath, several
 
 
 @dataclass(frozen=True)

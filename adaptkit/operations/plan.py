@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from adaptkit.arguments import AnyPath, texts
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
@@ -35,7 +36,6 @@ from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.operations._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
 from adaptkit.operations._quantize.selection import MOE
-from adaptkit.paths import AnyPath, texts
 
 METHODS = ("full", "lora", "qlora")
 DEVICES = ("auto", "cpu", "cuda")

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.arguments import AnyPath, optional
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -29,7 +30,6 @@ from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, U
 from adaptkit.operations._quantize.selection import skip_modules
 from adaptkit.operations._quantize.tensor_plan import check_finite
 from adaptkit.operations._shards import write_index, write_shards
-from adaptkit.paths import AnyPath, optional
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaptkit.arguments import AnyPath, number
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -18,7 +19,6 @@ from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._terms import KEPT_KEYS
-from adaptkit.paths import AnyPath, number
 
 
 @dataclass(frozen=True)

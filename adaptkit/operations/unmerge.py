@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from adaptkit.arguments import AnyPath, several
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.header import Header
@@ -37,7 +38,6 @@ from adaptkit.operations._merge.merged_model import (
 )
 from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
-from adaptkit.paths import AnyPath, several
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptkit.arguments import AnyPath, optional, several
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
@@ -13,7 +14,6 @@ from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk, check_own_targets, require_whole
 from adaptkit.operations._pipeline import check_threads, thread_count
-from adaptkit.paths import AnyPath, optional, several
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import GateError, IntegrityError, UsageError
-from adaptkit.paths import AnyPath
 from adaptkit.pipeline.foresight import Foresight, named_after
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path

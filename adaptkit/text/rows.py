@@ -25,9 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from adaptkit.arguments import look_again
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError, UsageError
-from adaptkit.paths import look_again
 
 Row = Mapping[str, Any]
 Located = tuple[str, Row]

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from adaptkit.arguments import number, texts
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
@@ -15,7 +16,6 @@ from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._roles import Role, Roles
 from adaptkit.operations._tying import is_shared
-from adaptkit.paths import number, texts
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"
 """What becomes of a tensor if it differs: A and B, a whole tensor, nothing, an error."""

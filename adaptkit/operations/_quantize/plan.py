@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaptkit.arguments import number, several, texts
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
@@ -18,7 +19,6 @@ from adaptkit.operations._quantize.selection import Choice, Selection, matches_a
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, plan_shards
-from adaptkit.paths import number, several, texts
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from adaptkit.arguments import AnyPath, optional, several
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
 from adaptkit.networks.alone import alone
-from adaptkit.paths import AnyPath, optional, several
 from adaptkit.training.evaluation.evaluate import check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport

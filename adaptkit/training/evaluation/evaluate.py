@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from adaptkit.arguments import AnyPath, optional, several
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.networks.alone import alone
 from adaptkit.networks.architecture import empty_network
-from adaptkit.paths import AnyPath, optional, several
 from adaptkit.text.windows import known_tokens
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample

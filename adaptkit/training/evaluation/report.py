@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptkit.arguments import several, texts
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
-from adaptkit.paths import several, texts
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.evaluation.perplexity import TextReport

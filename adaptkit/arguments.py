@@ -1,4 +1,4 @@
-"""What callers of the public functions give for paths and for several of something: text, too; and 1 for 1.0."""
+"""What callers give to the public functions: text for paths, one for several, 1 for 1.0; a hint for a wrong path."""
 
 from collections.abc import Iterable
 from os import PathLike
