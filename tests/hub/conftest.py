@@ -22,15 +22,18 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target
 from adaptkit.numerics.lora import LowRank
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
 
-from local_hub import LocalHub
+from local_hub import LocalHub  # noqa: E402 - it is a script, found through the path above
 
 TOKEN = "hf_plantedTokenForTests0123"
 SERVER = """
 import json, os, sys
-import adaptkit.checkpoint.adapter, adaptkit.checkpoint.integrity, yaml
+import adaptkit.checkpoint.adapter, adaptkit.checkpoint.integrity, command_line, yaml
 from adaptkit.cli.main import main
+
+command_line.load("hub")
 
 for line in sys.stdin:
     job = json.loads(line)
@@ -117,7 +120,7 @@ def server() -> Iterator["subprocess.Popen[str]"]:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
     }
-    pipe = subprocess.PIPE
+    environment["PYTHONPATH"], pipe = f"{ROOT}:{ROOT / 'fixtures'}", subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment) as run:
         yield run
         assert run.stdin is not None
