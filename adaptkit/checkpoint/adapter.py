@@ -23,6 +23,7 @@ from adaptkit.checkpoint._adapter_keys import name_parts
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
 from adaptkit.checkpoint.adapter_config import (
+    Scalings,
     age_of_patterns,
     check_config,
     is_adapter,
@@ -251,9 +252,20 @@ def adapter_identity(adapter: Adapter) -> str:
         name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
         for name, term in adapter.compensation.items()
     }
-    meant = ["turned"] if adapter.experts and turns_stacks(adapter.config, False) else []
-    meant += filter(None, [age_of_patterns(adapter.config)])
-    return hashlib.sha256(json.dumps([config, begun, *meant], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([config, begun, *_meant_otherwise(adapter)], sort_keys=True).encode()).hexdigest()
+
+
+def _meant_otherwise(adapter: Adapter) -> list[str]:
+    """What the release of peft that wrote an adapter took otherwise than today's, where that makes another change."""
+    config, names = adapter.config, (*adapter.experts, *adapter.modules)
+    is_square = any(len(set(stack[0].shape)) == 1 for stack in adapter.experts.values())
+    found = ["turned"] if is_square and turns_stacks(config, False) else []
+    then, now = (Scalings(adapter.root, config, age) for age in (None, ""))
+    try:
+        is_same = all(then.of(name) == now.of(name) for name in names)
+    except AdapterError:  # today's rule meets a pattern or a number that is none
+        is_same = False
+    return found if is_same else [*found, age_of_patterns(config)]
 
 
 def require_plain(adapter: Adapter, doing: str) -> None:

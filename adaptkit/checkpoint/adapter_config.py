@@ -92,13 +92,14 @@ class Scalings:
     Args:
         root: the adapter's folder, for messages.
         config: ``adapter_config.json``.
+        age: the rule by which its patterns are taken, if not by that of the release that wrote them.
     """
 
-    def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, config: Mapping[str, Any], age: str | None = None) -> None:
         self._root, self._config = root, config
         self._ranks = values_by_pattern(config, "rank_pattern")
         self._alphas = values_by_pattern(config, "alpha_pattern")
-        self._age = age_of_patterns(config)
+        self._age = age_of_patterns(config) if age is None else age
 
     def of(self, module: str) -> tuple[int, float]:
         """The rank that the configuration gives a module (or parameter), and what its B A is multiplied by.

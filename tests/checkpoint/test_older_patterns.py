@@ -111,6 +111,18 @@ def test_an_older_adapter_is_another_than_one_of_the_same_words_today(adapters):
     assert adapter_identity(read_adapter(old)) != adapter_identity(read_adapter(today))
 
 
+def test_an_older_adapter_is_the_same_as_today_where_its_patterns_mean_the_same(adapters):
+    """So that what was merged, or begun, before releases were told apart is still known by it."""
+    _, old, _ = adapters
+    name = "model.layers.1.self_attn.q_proj"
+    config = read_json(old / CONFIG) | {"rank_pattern": {name: 2}, "alpha_pattern": {name: 9}}
+    found = set()
+    for version in ("0.13.2", "0.14.0", "0.18.0"):
+        (old / CONFIG).write_text(json.dumps(config | {"peft_version": version}), encoding="utf-8")
+        found.add(adapter_identity(read_adapter(old)))
+    assert len(found) == 1
+
+
 def test_an_older_adapter_comes_out_again(adapters, tmp_path):
     base, old, today = adapters
     for adapter in (old, today):

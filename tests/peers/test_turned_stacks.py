@@ -76,6 +76,11 @@ def turn(tensors):
         tensors[other] = a.view(EXPERTS, -1, a.shape[1]).permute(2, 1, 0).reshape(a.shape[1], -1)
 
 
+def without_the_square(tensors):
+    for key in [key for key in tensors if ".experts.base_layer." in key]:
+        del tensors[key]
+
+
 def written(folder, adapter, version, turned):
     shutil.copytree(adapter, folder)
     peft_adapters.change_config(folder, peft_version=version)
@@ -126,6 +131,18 @@ def test_the_release_is_a_part_of_what_an_adapter_is_where_it_decides(peers, tmp
     old = [written(tmp_path / version, today, version, False) for version in ("0.18.0", "0.18.1", "0.20.0")]
     identities = [adapter_identity(read_adapter(folder)) for folder in (today, *old)]
     assert identities[0] == identities[3] != identities[1] == identities[2]
+
+
+def test_it_is_none_where_the_shapes_decide(peers, tmp_path):
+    """So that what was merged, or begun, before releases were told apart is still known by it."""
+    _, today = peers["stacks"]
+    found = set()
+    for version in ("0.18.0", "0.20.0"):
+        folder = written(tmp_path / version, today, version, False)
+        peft_adapters.change_config(folder, target_parameters=["mlp.experts.down_proj"])
+        peft_adapters.change_tensors(folder, without_the_square)
+        found.add(adapter_identity(read_adapter(folder)))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(("name", "version", "turned"), CASES)
