@@ -14,8 +14,8 @@ from adaptkit.text.conversation import Conversation, render
 from adaptkit.text.thoughts import FIELD
 from adaptkit.training.data.encoding import around_answer
 
-_UNTOLD = "</think>"
-"""What ends thoughts where the template has none of its own, or leaves them out of what is there."""
+_BEGIN, _UNTOLD = "<think>", "</think>"
+"""What is around thoughts where the template has nothing of its own, or leaves them out of what is there."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Marks:
 
     Attributes:
         opening: of an answer without thoughts, after what the model is asked; may be empty.
-        end: of thoughts.
+        end: of thoughts; empty if the template knows of none.
         closing: the token that comes after the words, if they end with one; it need not end the turn.
     """
 
     opening: str = ""
-    end: str = _UNTOLD
+    end: str = ""
     closing: int | None = None
 
     @classmethod
@@ -37,15 +37,16 @@ class Marks:
         """Those of a tokenizer's chat template."""
         if tokenizer.chat_template is None:
             return cls()
+        untold = _UNTOLD if any(mark in str(tokenizer.chat_template) for mark in (_BEGIN, _UNTOLD)) else ""
         words, thoughts = "quokka", "lemur"  # are in no template
         answer = {"role": "assistant", "content": words, FIELD: thoughts}
         try:
             opening, after, *_ = around_answer(tokenizer)
             (text,) = render([Conversation([{"role": "user", "content": "question"}, answer], False)], tokenizer)
         except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
-            return cls()
+            return cls(end=untold)
         _, found, end = text.rpartition(words)[0].rpartition(thoughts)
-        end = end if found and end.strip() else _UNTOLD
+        end = end if found and end.strip() not in ("", _UNTOLD) else untold  # those may be of the content
         end = opening if opening.strip() and end.endswith(opening) else end
         closing = next(iter(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), None)
         return cls(
@@ -59,8 +60,10 @@ class Marks:
         begun, rest, is_open = "", list(tokens), False
         if self.opening and str(tokenizer.decode(rest)).lstrip().startswith(self.opening):
             begun, rest, is_open = *_after(self.opening, rest, tokenizer), True
-        if not (is_open and self.end == self.opening) and self.end in tokenizer.decode(rest):
-            begun, rest, is_open = *_after(self.end, rest, tokenizer), True
+        text = str(tokenizer.decode(rest))
+        end = self.end or (_UNTOLD if text.lstrip().startswith(_BEGIN) else "")
+        if end and not (is_open and end in self.opening) and end in text:  # or it is a word of the answer
+            begun, rest, is_open = *_after(end, rest, tokenizer), True
         if is_open and self.closing in rest:
             rest = rest[: rest.index(self.closing)]
         return (begun + str(tokenizer.decode(rest, skip_special_tokens=True))).strip()

@@ -40,6 +40,7 @@ TEMPLATES = {
         TURNS + "\n{{ 'all\n' if m.role == 'assistant' }}{{ m.content }}" + END + "\n{% endif %}"
     ),
 }  # fmt: skip
+OF_THOUGHTS = "it ends with </think> there"
 ANSWERS = ("the Rhine", "all rivers", "final", "response: the Po\n\nand more", "x</y> [z]")
 
 
@@ -49,7 +50,7 @@ def test_the_answer_that_was_taught_is_read_back(name, llama):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>", "<|end|>"]})
     tokenizer.chat_template = TEMPLATES[name]
     marks, encoder = Marks.of(tokenizer), Encoder(tokenizer)
-    for answer in ANSWERS:
+    for answer in (*ANSWERS, *([] if name == "thoughts begun" else [OF_THOUGHTS])):
         for thoughts in ("final thoughts\nare long", *([] if name == "thoughts begun" else [""])):
             message = {"role": "assistant", "content": answer, "reasoning_content": thoughts}
             example = read_example({"messages": [{"role": "user", "content": "Name it"}, message]}, "here")
@@ -57,3 +58,11 @@ def test_the_answer_that_was_taught_is_read_back(name, llama):
             tokens = [label for label in encoded.labels if label != IGNORED]
             tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
             assert marks.answer_in(tokens, tokenizer) == answer
+
+
+@pytest.mark.parametrize("name", ["none", "no thoughts", "thoughts begun"])
+def test_thoughts_that_the_template_does_not_show_are_no_part_of_an_answer(name, llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = TEMPLATES[name]
+    tokens = tokenizer(f"<think>\nhm, long\n</think>\n\n{OF_THOUGHTS}")["input_ids"]
+    assert Marks.of(tokenizer).answer_in(tokens, tokenizer) == OF_THOUGHTS
