@@ -44,8 +44,10 @@ def test_answers_in_a_batch_are_those_of_a_loop_without_cache_or_padding(family,
     tokenizer = load_tokenizer(folder)
     prompts = prompts_of(tokenizer)
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    stops = stop_tokens(model, tokenizer)
+    stops, rows, made_by = stop_tokens(model, tokenizer), [], model.network.generate
+    model.network.generate = lambda ids, **options: (rows.append(len(ids)), made_by(ids, **options))[1]
     found = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3, padding=0)
+    assert rows[-2:] == [3, 2]
     for prompt, answer in zip(prompts, found, strict=True):
         tokens, ended = by_hand(folder, prompt, 12, stops)
         assert (answer.text, answer.ended) == (tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended)
