@@ -5,6 +5,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
+from adaptkit.errors import UsageError
+
 AnyPath: TypeAlias = str | PathLike[str]
 
 
@@ -30,5 +32,12 @@ def look_again(path: AnyPath) -> str:
 
 
 def number(given: float | None) -> float | None:
-    """The number, if there is one, as the command line gives it to manifests, where 1 and 1.0 are other bytes."""
-    return None if given is None else float(given)
+    """The number, if there is one, as the command line gives it to manifests, where 1 and 1.0 are other bytes.
+
+    Raises:
+        UsageError: it is none, or too large for one.
+    """
+    try:
+        return None if given is None else float(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"{repr(given)[:40]}: must be a number ({error})") from error

@@ -19,7 +19,7 @@ GROUND = {
     *{"torch_compiler", "triton_needs"},
 }
 ON_THE_GROUND = {
-    "arguments": set(),
+    "arguments": {"errors"},
     "__init__": set(),
     "errors": set(),
     "lazy": set(),

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 import adaptkit
+from adaptkit.errors import UsageError
 
 
 def test_text_stands_for_a_path_in_every_function(llama, adapter, tmp_path):
@@ -49,6 +50,13 @@ def test_one_path_is_a_sequence_of_one(llama, adapter, tmp_path):
         Path(tmp_path, name, "model.safetensors").read_bytes() for name in ("text", "path", "list", "tuple")
     )
     assert others == [one] * 3
+
+
+@pytest.mark.parametrize("energy", ["much", [], 10**400], ids=["text", "list", "too large"])
+@pytest.mark.parametrize("options", ["ResizeOptions", "StackOptions", "ExtractOptions"])
+def test_what_is_no_number_is_refused_as_on_the_command_line(options, energy):
+    with pytest.raises(UsageError, match="must be a number"):
+        getattr(adaptkit, options)(energy=energy)
 
 
 def test_whole_numbers_for_real_ones_make_the_bytes_of_the_command_line(llama, adapter, second_adapter, tmp_path):
