@@ -143,7 +143,7 @@ def release(config: Mapping[str, Any]) -> tuple[int, int]:
     version = re.match(r"0\.(\d+)\.(\d+)", str(config.get("peft_version")))
     if version:
         return int(version[1]), int(version[2])
-    if "layers_pattern" not in config or "ensure_weight_tying" in config:
+    if config.get("peft_version") or "layers_pattern" not in config or "ensure_weight_tying" in config:
         return sys.maxsize, 0
     return (17, 0) if "trainable_token_indices" in config else (14, 0) if "lora_bias" in config else (13, 0)
 

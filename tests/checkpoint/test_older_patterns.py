@@ -67,6 +67,7 @@ RULES = [
     ({"peft_version": "0.14.0"}, of_14),  # somebody says so
     ({"peft_version": "0.13.2"}, of_13),
     ({"peft_version": "0.15.0.dev0"}, of_today),
+    (OF_14 | {"peft_version": "1.0.0"}, of_today),  # its keys may be others
 ]
 
 
