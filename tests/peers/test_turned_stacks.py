@@ -20,6 +20,7 @@ from adaptkit.checkpoint.adapter import adapter_identity, read_adapter
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.errors import BaseMismatchError
 from adaptkit.operations.check import check
+from adaptkit.operations.diff import diff
 from adaptkit.operations.merge import merge
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.training.network.loading import load_adapter
@@ -143,6 +144,18 @@ def test_it_is_none_where_the_shapes_decide(peers, tmp_path):
         peft_adapters.change_tensors(folder, without_the_square)
         found.add(adapter_identity(read_adapter(folder)))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_diff_says_that_it_compares_the_files(turned, peers, tmp_path):
+    """It has no base; the same numbers are another change where matrices are square."""
+    _, today = peers["stacks"]
+    old, new = (written(tmp_path / version, today, version, turned) for version in ("0.18.1", "0.20.0"))
+    assert diff(today, new, threads=1).same != turned
+    found = diff(today, old, threads=1)
+    assert not found.same
+    assert any("as the files have them" in remark for remark in found.remarks)
+    assert not diff(old, old, threads=1).remarks
 
 
 @pytest.mark.parametrize(("name", "version", "turned"), CASES)

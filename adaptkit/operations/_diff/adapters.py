@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.adapter_config import turns_stacks
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.progress import counted
@@ -101,6 +102,7 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
     lonely = [tuple(sorted(held[i].keys() - held[1 - i].keys())) for i in (0, 1)]
     beside = differ_in_files_beside(first, second)
     turned = one.fan_in_fan_out != two.fan_in_fan_out or one.embeddings != two.embeddings
+    turned = turned or (_of_other_ways(one, two) and any(len(set(s[0].shape)) == 1 for s in one.experts.values()))
     return AdapterDiffReport(
         kind="adapter",
         first=str(first),
@@ -192,7 +194,18 @@ def _config(adapter: Adapter) -> Mapping[str, Any]:
     }
 
 
+def _of_other_ways(first: Adapter, second: Adapter) -> bool:
+    """Whether the releases of peft that wrote two adapters may take input and output of stacks for each other's."""
+    both = bool(first.experts and second.experts)
+    return both and turns_stacks(first.config, False) != turns_stacks(second.config, False)
+
+
 def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
+    if _of_other_ways(first, second):
+        yield (
+            "stacks of experts are compared as the files have them: of the two releases of peft that wrote them, one "
+            "takes output for input where the model's code does not say that its stacks are transposed"
+        )
     if first.magnitudes or second.magnitudes:
         yield "DoRA: the figures are those of Δ alone; its magnitudes scale the rows of W + Δ"
     for adapter in (first, second):
