@@ -238,7 +238,7 @@ def other_configuration(adapters: Sequence[Path]) -> BaseMismatchError:
     return BaseMismatchError(
         f"{' or '.join(map(str, adapters))}: has the tensors of an adapter that was merged, but another "
         "adapter_config.json",
-        hint="get the adapter again, all of it",
+        hint="get the adapter again, all of it; or, if peft up to 0.18 wrote it, take the adaptkit that merged it",
     )
 
 
