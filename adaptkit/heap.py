@@ -7,15 +7,22 @@ from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
+_MOST_BYTES = (1 << 30) - 1
+"""Of which twice as many fit the C library's int."""
 _KEPT_PRODUCTS = 64
 
 
-def keep_freed_memory() -> None:
-    """Let the next buffer have the last one's memory: glibc would return megabytes, and fetch and clear them again."""
+def keep_freed_memory(largest: int = _KEPT_BYTES) -> None:
+    """Let the next buffer have the last one's memory: glibc would return megabytes, and fetch and clear them again.
+
+    Args:
+        largest: bytes of the largest buffer that comes again and again.
+    """
     mallopt = _function("mallopt")
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
+        kept = min(max(largest, _KEPT_BYTES), _MOST_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, kept)
+        mallopt(_M_TRIM_THRESHOLD, 2 * kept)
 
 
 def keep_few_products() -> None:

@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.heap import keep_freed_memory
 from adaptkit.networks.architecture import empty_network, language_part
 from adaptkit.networks.assembly import Assembly, check_shape
 from adaptkit.networks.linears import acts_as_linear
@@ -30,7 +31,7 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.scaling import scaling
 from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
-from adaptkit.training.network.linear import LoraLinear, PlainWeight
+from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 from adaptkit.training.network.loss import OutputLayer, find_output_layer, require_causal
 from adaptkit.training.network.whole import TrainedRows, Whole
 
@@ -156,8 +157,15 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     _loaded.update(dict.fromkeys(network.modules(), sum(item.spec.nbytes for item in checkpoint.tensors.values())))
     require_causal(network)
     if device.type == "cpu":
+        keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # a decoded weight may have an adapter beside it
         use_own_attention(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=find_output_layer(network))
+
+
+def _decoded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """Size of the largest weight that every pass decodes."""
+    frozen = (part for part in network.modules() if isinstance(part, (PackedWeight, PlainWeight, ExpertList)))
+    return max((math.prod(weight.shape) * dtype.itemsize for weight in frozen), default=0)
 
 
 def new_adapter(
