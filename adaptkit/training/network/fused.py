@@ -70,6 +70,8 @@ def fuse_layers(network: nn.Module) -> None:
 
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_FEW = 8
+"""Rows of what stands in for a weight: decoding all of a model's would take longer than a step of its training."""
 
 
 def _norm_parts(module: nn.Module) -> tuple[Tensor | None, float]:
@@ -122,14 +124,37 @@ def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
 
 @torch.no_grad()
 def _is_gated(module: Any) -> bool:
-    """Whether a module is down(silu(gate(x)) · up(x))."""
+    """Whether a module is down(silu(gate(x)) · up(x)), whatever its weights: a few others stand in for them."""
     if not hasattr(module.gate_proj, "base") or not _takes_one(module):
         return False
-    x = _probe(module.gate_proj.base.shape[1], torch.float32).to(module.gate_proj.device)
-    expected = module.down_proj(functional.silu(module.gate_proj(x)) * module.up_proj(x))
+    device, size = module.gate_proj.device, module.gate_proj.base.shape[1]
+    x = _probe(size, torch.float32).to(device)
+    shapes = ((size, _FEW), (size, _FEW), (_FEW, size))
+    gate, up, down = (_stand_in(*shape, seed).to(device) for seed, shape in enumerate(shapes))
+    expected = down(functional.silu(gate(x)) * up(x))
     devices = [x.device] if x.is_cuda else []
-    with _training(module), torch.random.fork_rng(devices):  # some drop a part of what they give
-        return torch.equal(module(x), expected)
+    linears = dict(zip(_GATED, (gate, up, down), strict=False))
+    with _training(module), _exchanged(module, linears), torch.random.fork_rng(devices):  # some drop a part
+        found = _asked(module, x)
+    return found is not None and torch.equal(found, expected)
+
+
+def _stand_in(columns: int, rows: int, seed: int) -> nn.Linear:
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    linear.weight = nn.Parameter(weight / columns**0.5, requires_grad=False)
+    return linear
+
+
+@contextmanager
+def _exchanged(module: Any, parts: dict[str, nn.Linear]) -> Iterator[None]:
+    """Let a module have other parts of these names."""
+    before = {name: module._modules[name] for name in parts}
+    module._modules.update(parts)
+    try:
+        yield
+    finally:
+        module._modules.update(before)
 
 
 @contextmanager

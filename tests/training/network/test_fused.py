@@ -184,3 +184,46 @@ def test_an_inner_layer_that_drops_a_part_of_its_output_is_left_alone(made):
     assert "forward" in vars(second)
     assert torch.equal(torch.get_rng_state(), before)
     assert [m.training for m in model.network.modules()] == modes
+
+
+class OtherGate(nn.Module):
+    """A gated layer with a formula of its own."""
+
+    def __init__(self, layer, formula):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            getattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
+        )
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(self, x)
+
+
+FORMULAS = {
+    "as in Llama": (lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x)), True),
+    "the other side": (lambda m, x: m.down_proj(m.act_fn(m.up_proj(x)) * m.gate_proj(x)), False),
+    "one side only": (lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.gate_proj(x)), False),
+    "clipped": (lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x).clamp(max=7)) * m.up_proj(x).clamp(-7, 7)), False),
+    "one more": (lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * (m.up_proj(x) + 1)), False),
+    "scaled": (lambda m, x: m.down_proj(m.act_fn(1.702 * m.gate_proj(x)) * m.up_proj(x)), False),
+    "of its size": (lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)).view(-1, 96) * m.up_proj(x)), False),
+}
+
+
+@pytest.mark.parametrize(("formula", "is_known"), FORMULAS.values(), ids=FORMULAS)
+def test_only_the_gate_that_is_known_is_replaced(formula, is_known, made):
+    layer = next(m for m in loaded(made, "llama").network.modules() if type(m).__name__ == "LlamaMLP")
+    network = nn.Sequential(OtherGate(layer, formula))
+    fuse_layers(network)
+    assert ("forward" in vars(network[0])) == is_known
+    assert network[0].up_proj is layer.up_proj
+
+
+def test_no_weight_is_decoded_to_see_what_a_gate_computes(made):
+    """In float32, of a large model that takes longer than a step."""
+    layer = next(m for m in loaded(made, "llama").network.modules() if type(m).__name__ == "LlamaMLP")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(layer, name).multiply = None
+    fuse_layers(layer)
+    assert "forward" in vars(layer)
