@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import tiny
 import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -30,8 +31,8 @@ import adaptkit.training.loop
 from adaptkit.cli.main import main
 
 warnings.simplefilter("ignore")  # newer Pythons warn of forks
-base, data, root = map(Path, sys.argv[1:4])
-options = sys.argv[4:]
+base, data, root, *unlike = map(Path, sys.argv[1:6])
+options = sys.argv[6:]
 noisy = ["--dropout", "0.1", "--neftune-alpha", "5"]
 
 
@@ -88,6 +89,9 @@ assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
 assert ended(start("one", 1)) == [0]
 assert ended(start("two", 2)) == [0, 0]
 assert ended(start("sharded", 2, "--shard-base")) == [0, 0]
+for other in unlike:
+    for name, how in {other.name: [], f"{other.name}-sharded": ["--shard-base"]}.items():
+        assert ended(start(name, 2, "--base", str(other), "--steps", "2", *how)) == [0, 0]
 assert ended(start("shares", 2)) == [0, 0]
 assert ended(start("noisy", 2, *noisy)) == [0, 0]
 
@@ -107,10 +111,11 @@ assert ended(start("broken", 2, "--learning-rate", "1e30", "--max-grad-norm", "0
 
 
 @pytest.fixture(scope="module")
-def runs(llama_nf4, instructions, tmp_path_factory):
+def runs(llama_nf4, gpt2, instructions, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
+    without_body = tiny.write_architecture(tmp_path_factory.mktemp("bases") / "llama4", "llama4_text")
     done = subprocess.run(
-        [sys.executable, "-c", HELPER, llama_nf4, instructions, root, *OPTIONS],
+        [sys.executable, "-c", HELPER, llama_nf4, instructions, root, gpt2, without_body, *OPTIONS],
         capture_output=True,
         text=True,
         timeout=600,
@@ -153,6 +158,13 @@ def test_a_divided_base_trains_the_same_bits(runs):
     for mine, theirs in zip(metrics(runs / "sharded"), metrics(runs / "two"), strict=True):
         assert mine == theirs or mine["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-6)
     assert (runs / "sharded-0.log").read_text().startswith("wrote")  # and no warning before it
+
+
+@pytest.mark.parametrize("base", ["gpt2", "llama4"])
+def test_so_does_one_of_transposed_weights_and_one_without_a_model_inside(runs, base):
+    """GPT-2's weights are (in, out) in their file; Llama 4's text model is its own body, and gives logits."""
+    name = "adapter_model.safetensors"
+    assert (runs / f"{base}-sharded" / name).read_bytes() == (runs / base / name).read_bytes()
 
 
 def test_every_process_holds_its_share_of_the_frozen_weights(runs):

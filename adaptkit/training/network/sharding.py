@@ -34,24 +34,30 @@ def shard_frozen(network: Any, world: World) -> None:
             hint="start several: torchrun --nproc-per-node 2 -m adaptkit train ...",
         )
     path, layers = find_stack(network)
-    weights = [module for module in layers.modules() if isinstance(module, PackedWeight | PlainWeight)]
-    if not weights:
+    if not any(isinstance(module, PackedWeight | PlainWeight) for module in layers.modules()):
         raise UsageError(f"shard_base: the layers in {path} have no linear layers that could be divided")
-    for weight in weights:
-        for name in ("codes", "absmax", "weight"):  # the other constants are some bytes
-            part = dict(weight.named_buffers()).get(name)
-            part = None if part is None else _as_floats(part)
-            if part is not None:
-                delattr(weight, name)
-                weight.register_parameter(name, nn.Parameter(part, requires_grad=False))
-    mine = {id(p) for weight in weights for p in weight.parameters(recurse=False)}
-    others = {parameter for parameter in network.parameters() if id(parameter) not in mine}
+    others = set(network.parameters())  # what is frozen is no parameter yet
     network.base_model.register_forward_hook(_give_no_view)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for layer in layers:
+        for module in layer.modules():
+            _make_divisible(module)
         fully_shard(layer, mesh=mesh, ignored_params=others)
     fully_shard(network.base_model, mesh=mesh, ignored_params=others)
     network.to(world.device)
+
+
+def _make_divisible(module: nn.Module) -> None:
+    """Make parameters of what FSDP is to divide of a module, if it is a frozen weight."""
+    if not isinstance(module, PackedWeight | PlainWeight):
+        return
+    for name in ("codes", "absmax", "weight"):  # the other constants are some bytes
+        part = dict(module.named_buffers()).get(name)
+        part = None if part is None else _as_floats(part)
+        if part is not None:
+            delattr(module, name)
+            # A Conv1D's weight is a view of the file's, the other way round, and such FSDP does not take.
+            module.register_parameter(name, nn.Parameter(part.contiguous(), requires_grad=False))
 
 
 def _as_floats(part: Tensor) -> Tensor | None:
@@ -70,6 +76,7 @@ def _as_floats(part: Tensor) -> Tensor | None:
 
 def _give_no_view(module: nn.Module, args: Any, output: Any) -> Any:
     """FSDP warns of outputs that are views, whose hooks an operation in place would lose."""
-    if output.last_hidden_state._base is not None:
-        output.last_hidden_state = output.last_hidden_state.clone()
+    for name, value in output.items():  # hidden states; logits of a network that has no other model inside
+        if isinstance(value, Tensor) and value._base is not None:
+            output[name] = value.clone()
     return output
