@@ -104,8 +104,7 @@ def join(device: str) -> Iterator[World]:
             what torchrun does.
         NetworkError: the other processes cannot be reached.
     """
-    with _told_whole():
-        size = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    size = told_size()
     mine = choose_device(device)
     if size > 1 and mine.type == "cuda":
         mine = _own_gpu(mine, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
@@ -120,6 +119,16 @@ def join(device: str) -> Iterator[World]:
             yield World(mine, rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+def told_size() -> int:
+    """How many processes torchrun says that there are; one where it says nothing.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    with _told_whole():
+        return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
 def _find_partners(backend: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from adaptkit.networks.alone import alone
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device, make_current
-from adaptkit.training.distributed import World
+from adaptkit.training.distributed import World, told_size
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
@@ -90,7 +90,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         device = torch.device("cpu")
     make_current(device)
     batches = batches_of(inputs)
-    model, activations = build(inputs, World(device), batches.largest())
+    model, activations = build(inputs, World(device), batches.largest(told_size()))
     parameters = Trainable.of(model).values.numel()
     steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)

@@ -87,7 +87,7 @@ class Run:
         begin_libraries(inputs.base, world.device, inputs.config.shard_base)
         free_former_network()
         self._peak = PeakMemory(world.device)
-        self.model, self.activations = build(inputs, world, self.batches.largest())
+        self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
         inputs.require_base()
         told = (*foretold(self.model, inputs.config), slower_without(world.device))
         for line in filter(None, told if world.is_first else ()):

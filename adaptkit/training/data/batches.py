@@ -123,12 +123,13 @@ class Batches:
         parts = [mine[start:end] for start, end in _cuts(len(mine), count)]
         return [collate(part, self._padding) if part else self._blank() for part in parts]
 
-    def largest(self) -> tuple[int, int]:
-        """The most rows of a micro-batch of one process alone, and the length of the longest row."""
+    def largest(self, world: int = 1) -> tuple[int, int]:
+        """The most rows of a micro-batch of any of so many processes, and the length of the longest row."""
         if self._pack_length is not None and self._mixture is not None:  # no two epochs are alike
-            return min(self._micro_batch_size, self._batch_size), self._pack_length
+            return min(self._micro_batch_size, math.ceil(self._batch_size / world)), self._pack_length
         steps = self._epoch(0)
-        rows = max(math.ceil(len(step) / math.ceil(len(step) / self._micro_batch_size)) for step in steps)
+        shares = {math.ceil(len(step) / world) for step in steps}
+        rows = max(math.ceil(share / math.ceil(share / self._micro_batch_size)) for share in shares)
         longest = max(len(sample.ids) for sample in self._samples)  # which a mixture may draw in a later epoch only
         return rows, max(longest, max(_length(row) for step in steps for row in step))
 

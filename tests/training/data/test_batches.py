@@ -64,6 +64,14 @@ def test_processes_share_a_step_whatever_their_number(count, plan, world, step):
     assert sum(int(batch.mask.sum()) for batch in real) == batches.tokens(step)
 
 
+@given(counts, plans, st.integers(1, 5))
+def test_the_largest_batch_is_of_what_a_process_gets(count, plan, world):
+    """Checkpointing is chosen by it, and the memory predicted."""
+    batches = Batches(samples(count), **plan)
+    parts = [batches.micro_batches(n, 0, world) for n in range(batches.steps_per_epoch)]
+    assert batches.largest(world)[0] == max(len(batch.ids) for part in parts for batch in part)
+
+
 @given(counts, plans, st.lists(st.integers(0, 99), min_size=1, max_size=5))
 def test_a_step_does_not_depend_on_the_steps_that_were_asked_for_before(count, plan, before):
     asked, fresh = Batches(samples(count), **plan), Batches(samples(count), **plan)
