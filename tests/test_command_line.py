@@ -51,5 +51,6 @@ def test_many_run_at_once_and_have_streams_and_variables_of_their_own(run_cli, m
     assert [(done.code, done.stdout, done.stderr) for done in found] == [
         (alone[name].code, alone[name].stdout, alone[name].stderr) for name in names
     ]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("RANK", "3")
     assert run_cli("verify", "absent", cwd=GOLDEN).stderr.startswith("process 3: error: ")

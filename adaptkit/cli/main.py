@@ -16,7 +16,7 @@ import click
 
 from adaptkit import __version__
 from adaptkit.cli import commands
-from adaptkit.cli.output import silence
+from adaptkit.cli.output import silence, told_rank
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.heap import keep_few_products, keep_freed_memory
@@ -202,7 +202,7 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
     message, hint = redact(message), redact(hint)
-    rank = os.environ.get("RANK", "0")  # torchrun's
+    rank = told_rank()
     has_speaker = rank != "0" and sys.argv[1:2] == ["train"]  # one document, however many processes there are
     if "--json" in sys.argv[1:] and not has_speaker:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}

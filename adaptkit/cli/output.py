@@ -84,6 +84,11 @@ def notes(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: print(f"note: {redact(text)}", file=sys.stderr, flush=True))
 
 
+def told_rank() -> str:
+    """Which of torchrun's processes this is, in whose name the first one speaks; 0 where there is but one."""
+    return os.environ.get("RANK", "0") if "MASTER_ADDR" in os.environ else "0"
+
+
 def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[bytes], bool] | None = None) -> None:
     """Refuse a place for a file that a command writes when its work is done, before that begins.
 

@@ -125,10 +125,15 @@ def told_size() -> int:
     """How many processes torchrun says that there are; one where it says nothing.
 
     Raises:
-        UsageError: it is no number.
+        UsageError: it is no number, or this one is none of them, which the others would wait for in vain.
     """
+    if "MASTER_ADDR" not in os.environ:
+        return 1
     with _told_whole():
-        return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK is {rank}, and WORLD_SIZE {size}")
+    return size
 
 
 def _find_partners(backend: str) -> tuple[int, int]:

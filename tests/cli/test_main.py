@@ -200,13 +200,13 @@ def test_with_json_a_failure_is_one_document(run_cli, tmp_path):
 
 def test_with_json_one_of_several_processes_prints_the_document(run_cli, tmp_path):
     asked = "train", "--base", "b", "--data", "d", "--rank", 0, "-o", tmp_path / "out", "--json"
-    ends = [run_cli(*asked, RANK=rank) for rank in ("0", "1")]
+    ends = [run_cli(*asked, MASTER_ADDR="127.0.0.1", RANK=rank) for rank in ("0", "1")]
     assert [done.code for done in ends] == [2, 2]
     assert "--rank: 0 cannot be used" in json.loads(ends[0].stdout)["error"]["message"]
     assert ends[1].stdout == ""
     assert ends[1].stderr.startswith("process 1: error: ")
-    alone = run_cli("verify", tmp_path / "absent", "--json", RANK="1")  # has no others that speak for it
-    assert "does not exist" in json.loads(alone.stdout)["error"]["message"]
+    alone = run_cli("verify", tmp_path / "absent", "--json", MASTER_ADDR="127.0.0.1", RANK="1")
+    assert "does not exist" in json.loads(alone.stdout)["error"]["message"]  # it has no others that speak for it
 
 
 def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, llama, instructions, tmp_path):

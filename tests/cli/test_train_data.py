@@ -103,7 +103,7 @@ def test_one_of_several_processes_shows_the_batch(run_cli, llama, files):
     given = arguments(llama, files, "chat.jsonl", show_batch=True)
     assert json.loads(run_cli(*given, "--json", RANK="0").stdout)["rows"] == 1
     for more in ((), ("--json",)):
-        other = run_cli(*given, *more, RANK="1")
+        other = run_cli(*given, *more, MASTER_ADDR="127.0.0.1", RANK="1")
         assert (other.code, other.stdout, other.stderr) == (0, "", "")
 
 

@@ -192,8 +192,19 @@ def test_an_environment_that_says_half_of_what_torchrun_does_is_named(run_cli, l
         assert done.code == 2
         assert done.stderr.startswith("error: the environment does not say which of several processes this is: ")
         assert f"{missing} expected, but not set" in done.stderr
+    for size, rank in (("2", "2"), ("2", "-1"), ("-1", "0"), ("1", "1")):
+        done = run_cli(*given, MASTER_ADDR="127.0.0.1", MASTER_PORT="1", WORLD_SIZE=size, RANK=rank)
+        assert done.code == 2
+        assert f"RANK is {rank}, and WORLD_SIZE {size}" in done.stderr
     done = run_cli(*given, MASTER_ADDR="127.0.0.1", WORLD_SIZE="two")
     assert (done.code, "'two'" in done.stderr) == (2, True)
+
+
+def test_a_process_that_torchrun_did_not_start_speaks_for_itself(run_cli, llama_nf4, instructions, tmp_path):
+    given = ["train", "--base", llama_nf4, "--data", instructions, "-o", tmp_path / "a", "--dry-run", "--json"]
+    done = run_cli(*given, RANK="1")
+    assert json.loads(done.stdout)["samples"] > 0
+    assert json.loads(run_cli(*given, "--rank", "0", RANK="1").stdout)["error"]["code"] == "config"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,6 +1,5 @@
 """``adaptkit train``."""
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +22,7 @@ from adaptkit.cli.options import (
     settings_options,
     told_as_options,
 )
-from adaptkit.cli.output import Row, counted, say, show, size
+from adaptkit.cli.output import Row, counted, say, show, size, told_rank
 from adaptkit.cli.progress import training_progress
 from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
@@ -74,7 +73,7 @@ def command(
         config = build(TrainConfig, values, Place(document), chosen)
     written = {name: getattr(config, name) for name in ("base", "init") if name in set(values) - set(chosen)}
     config = replace(config, **{name: str(fetched(path, as_json or quiet)) for name, path in written.items()})
-    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which speaks for all
+    is_first = told_rank() == "0"
     if not is_first:
         as_json, quiet = False, True
     leave_compiler_out()
