@@ -38,6 +38,8 @@ KNOWN_KEYS = {*_UNSUPPORTED, *_HARMLESS, *_USED, *_FINISHED, "runtime_config"}
 """The keys of peft 0.21's LoraConfig."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
+LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Those of peft 0.21 that do not."""
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"
 _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
@@ -74,7 +76,12 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
     if isinstance(begun, str) and begun.lower().startswith(CHANGES_BASE):
         raise AdapterError(
             f"{root}: began with {begun}, which changes the base's weights: it does not belong to the original base",
-            hint="save it with peft's path_initial_model_for_weight_conversion",
+            hint=without_changed_base(begun),
+        )
+    if isinstance(begun, str) and begun and begun.lower() not in LEAVES_BASE:
+        raise AdapterError(
+            f"{root}: init_lora_weights is {begun!r}, which is not known: it may have changed the base's weights",
+            hint="say true there if it left them alone, or merge with the tool that wrote it",
         )
     if config.get("bias", "none") not in _BIASES:
         raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}", hint=_ONE_SAVE)
@@ -84,6 +91,13 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names", hint=_ONE_SAVE)
+
+
+def without_changed_base(begun: str) -> str:
+    """What to do with an adapter that began in one of the ways of ``CHANGES_BASE``; peft converts all but LoftQ's."""
+    if begun.lower().startswith("loftq"):
+        return "merge it with peft itself, which changes the base in the same way again"
+    return "save it with peft's path_initial_model_for_weight_conversion"
 
 
 class Scalings:

@@ -158,6 +158,22 @@ def test_an_adapter_that_belongs_to_a_changed_base_is_refused(changed, begun):
         read_adapter(changed)
 
 
+@pytest.mark.parametrize("begun", ["milora", "lora-ga", "lora_one"])
+def test_a_beginning_that_is_not_known_is_refused(changed, begun):
+    """ms-swift writes lora-ga, which changes the base; forks of peft have others that do."""
+    configure(changed, init_lora_weights=begun)
+    with pytest.raises(AdapterError, match=f"{begun}.*may have changed the base"):
+        read_adapter(changed)
+
+
+@pytest.mark.parametrize(("begun", "advice"), [("pissa", "path_initial_model"), ("loftq", "merge it with peft")])
+def test_the_advice_for_a_changed_base_is_what_peft_can_do(changed, begun, advice):
+    configure(changed, init_lora_weights=begun)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(changed)
+    assert advice in caught.value.hint
+
+
 def test_pissa_really_changes_the_base(tmp_path, llama):
     """Why the refusal above is needed: the adapter's delta belongs to weights that are in no file."""
     from peft import LoraConfig, get_peft_model
@@ -173,7 +189,7 @@ def test_pissa_really_changes_the_base(tmp_path, llama):
         read_adapter(tmp_path / "a")
 
 
-@pytest.mark.parametrize("begun", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("begun", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
 def test_an_initial_adapter_that_leaves_the_base_alone_is_read(changed, begun):
     configure(changed, init_lora_weights=begun)
     assert len(read_adapter(changed).modules) == 14

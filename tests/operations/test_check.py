@@ -583,6 +583,14 @@ def test_what_the_configuration_says_counts(config, refusing, make):
     assert set(verdicts(folder)) - taken(folder) == refusing
 
 
+def test_a_beginning_that_is_not_known_is_told_by_all(make):
+    folder = make()
+    configure(folder, init_lora_weights="milora")
+    assert taken(folder) == set(verdicts(folder)) - {"peft"}
+    for verdict in verdicts(folder).values():
+        assert "init_lora_weights is 'milora'" in words(verdict)
+
+
 def test_a_key_of_the_future_is_a_warning(make):
     folder = make()
     configure(folder, future_config={"x": 1})

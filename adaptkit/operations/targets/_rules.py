@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
-from adaptkit.checkpoint.adapter_config import CHANGES_BASE, KNOWN_KEYS
+from adaptkit.checkpoint.adapter_config import CHANGES_BASE, KNOWN_KEYS, LEAVES_BASE, without_changed_base
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.numerics.scaling import scaling
@@ -75,7 +75,14 @@ def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
             "error",
             f"init_lora_weights is {how!r} in adapter_config.json",
             effect,
-            "save it with peft's path_initial_model_for_weight_conversion",
+            without_changed_base(how),
+        )
+    elif isinstance(how, str) and how and how.lower() not in LEAVES_BASE:
+        yield Finding(
+            "warning",
+            f"init_lora_weights is {how!r} in adapter_config.json, which is not known",
+            "if it changed the base's weights, the adapter does not fit the base",
+            "learn what it means; true says that it left them alone",
         )
 
 
