@@ -14,6 +14,7 @@ import xxhash
 from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
+from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
@@ -115,8 +116,11 @@ def dequantize(
     checkpoint = Checkpoint(source)
     names = quantized.quantized_names(checkpoint)
     if not names:
+        method = quantization_found(checkpoint)
         raise CheckpointError(
-            f"{source}: holds no quantized weights", hint="this reads what adaptkit and bitsandbytes (4 bits) write"
+            f"{source}: "
+            + (f"is quantized with {method}, which is not read" if method else "holds no quantized weights"),
+            hint="this reads what adaptkit and bitsandbytes (4 bits) write",
         )
     check_output(output, force, [source])
     check_side_files(source)

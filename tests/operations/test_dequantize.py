@@ -114,6 +114,14 @@ def test_what_is_not_quantized_is_refused(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_quantized_by_another_method_is_said_to_be(llama, copy_of, tmp_path):
+    folder = copy_of(llama)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is quantized with gptq, which is not read"):
+        dequantize(folder, tmp_path / "out")
+
+
 def test_an_existing_output_is_left_alone(quantized, copy_of):
     out = copy_of(quantized)
     with pytest.raises(OutputExistsError):

@@ -517,6 +517,17 @@ def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path, plain, tune
             extract(*pair, tmp_path / "out", ExtractOptions(rank=2))
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_what_can_be_dequantized_is_advised_to_be(tmp_path, plain, tuned, copy_of, ours):
+    other = copy_of(tuned, "other")
+    config = json.loads((other / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (other / "config.json").write_text(json.dumps(config))
+    quantize(tuned, tmp_path / "nf4")
+    with pytest.raises(CheckpointError) as caught:
+        extract(tmp_path / "nf4" if ours else other, plain, tmp_path / "out", ExtractOptions(rank=2))
+    assert ("dequantize" in caught.value.hint) == ours
+
+
 @pytest.mark.parametrize("where", ["tuned", "base"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [f"{UP}.weight", "model.norm.weight"])

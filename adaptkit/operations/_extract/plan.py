@@ -8,6 +8,7 @@ from typing import Any
 from adaptkit.arguments import number, texts
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
+from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.randomized import Sketching
@@ -157,7 +158,8 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
         if method is not None:
             raise CheckpointError(
                 f"{checkpoint.root}: quantized with {method}: the difference would be that of the rounding to few bits",
-                hint="give the 16-bit checkpoint, or dequantize first if that is all there is",
+                hint="give the 16-bit checkpoint"
+                + (", or dequantize first if that is all there is" if quantized_names(checkpoint) else ""),
             )
     _check_names(tuned, base)
     _check_specs(tuned, base, "dtype", {})

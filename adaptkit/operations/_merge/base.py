@@ -206,7 +206,9 @@ def _in_files(
 def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Checkpoint, dict[str, tuple[str, str]]]:
     """The checkpoint that a quantized one was made from, and what its weights must be."""
     root = quantized.root
-    why = f"{root}: quantized with {quantization_found(quantized)}; rounding to 4 bits would erase most of the adapter"
+    why = (
+        f"{root}: quantized with {quantization_found(quantized)}; rounding to few bits would erase most of the adapter"
+    )
     if manifest is None:
         raise CheckpointError(why, hint="merge onto the 16-bit checkpoint that it was made from")
     parent, wanted = _parent_root(manifest), _said(manifest, root)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
+from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.heap import keep_freed_memory
@@ -123,7 +125,8 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         device: where it will run.
 
     Raises:
-        CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there.
+        CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there; or
+            quantized by a method that is none of ours.
         UsageError: transformers does not know the architecture, or is not installed, or tokens see those that follow.
     """
     free_former_network()
@@ -131,6 +134,12 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     assembly = Assembly(empty_network(checkpoint, compute_dtype), checkpoint)
     network = assembly.network
     unknown = assembly.unknown()
+    method = quantization_found(checkpoint) if unknown and not quantized_names(checkpoint) else None
+    if method is not None:
+        raise CheckpointError(
+            f"{root}: is quantized with {method}, which cannot be run here",
+            hint="give the 16-bit checkpoint that it was made from",
+        )
     if unknown:
         raise CheckpointError(
             f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}",

@@ -153,6 +153,20 @@ def test_a_bias_that_is_missing_or_unknown_is_refused(llama, gpt2, copy_of):
         load_model(added, torch.float32, CPU)
 
 
+@pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "gptq"}}])
+def test_a_checkpoint_of_another_method_is_refused_as_that(llama, copy_of, config):
+    def quantized(tensors):
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 128, dtype=torch.int32)
+        tensors["model.layers.0.mlp.up_proj.g_idx"] = torch.zeros(64, dtype=torch.int32)
+
+    folder = rewritten(copy_of(llama), quantized)
+    says = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(says))
+    with pytest.raises(CheckpointError, match=r"(?i)is quantized with gptq, which cannot be run here"):
+        load_model(folder, torch.float32, CPU)
+
+
 def test_a_weight_of_another_shape_is_refused(llama, copy_of):
     name = "model.layers.1.mlp.up_proj.weight"
     changed = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(64, 64)}))
