@@ -40,6 +40,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
 LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Those of peft 0.21 that do not."""
+WEIGHTS_BESIDE = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
+"""Where trainers put what they trained besides an adapter: LLaVA's and those after it, LongLoRA, ms-swift."""
 _ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"
 _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
@@ -54,6 +56,11 @@ def is_adapter(root: Path) -> bool:
     return (root / ADAPTER_CONFIG_NAME).is_file()
 
 
+def weights_beside(root: Path) -> str:
+    """The name of a file beside an adapter that holds the rest of what was trained; empty if there is none."""
+    return next((name for name in WEIGHTS_BESIDE if (root / name).exists()), "")
+
+
 def check_config(root: Path, config: Mapping[str, Any]) -> None:
     """Refuse an adapter whose configuration says anything that this package does not understand.
 
@@ -63,6 +70,11 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{root}: a {kind} adapter, which is not supported", hint="only LORA adapters are")
+    if beside := weights_beside(root):
+        raise AdapterError(
+            f"{root}: {beside} beside it holds further weights that were trained, which are not read",
+            hint="merge it with the tool that wrote it, or take a copy without that file for the adapter alone",
+        )
     for key in _UNSUPPORTED:
         if config.get(key):
             raise AdapterError(f"{root}: uses {key}, which is not supported", hint="merge it with peft itself")

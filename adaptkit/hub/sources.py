@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from adaptkit.arguments import AnyPath
+from adaptkit.checkpoint.adapter_config import WEIGHTS_BESIDE
 from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -39,7 +40,7 @@ __all__ = [
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
 _BY_SUFFIX = [f"*{suffix}" for suffix in sorted({*READ_SUFFIXES, CODE_SUFFIX})]
-_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME]
+_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *WEIGHTS_BESIDE]  # the last to be refused
 # Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
 _UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
 _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath, optional, texts
-from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.adapter_config import is_adapter, weights_beside
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, require_folder
 from adaptkit.checkpoint.progress import counted
 from adaptkit.discovery import load, names
@@ -112,6 +112,8 @@ def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
         unknown.insert(0, "whether the base has these modules in these shapes (give --base)")
     elif any(pair.stacked for pair in files.pairs):
         unknown.insert(0, "whether stacks of experts fit the base")
+    if beside := weights_beside(files.root):
+        unknown.insert(0, f"what is in {beside}, which none of them reads")
     if files.pickle:
         unknown.insert(0, f"what is in {files.pickle}")
     if str(files.config.get("peft_type")).upper() != "LORA":

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import adapter as adapter_module
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
-from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.adapter_config import WEIGHTS_BESIDE, is_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
@@ -305,6 +306,18 @@ def test_the_hint_for_a_pickle_makes_the_same_adapter_of_it(changed):
     assert python == "python"
     subprocess.run([sys.executable, *rest], cwd=changed, check=True)
     assert read_adapter(changed).digests == before.digests
+
+
+@pytest.mark.parametrize("name", WEIGHTS_BESIDE)
+def test_weights_that_a_trainer_put_beside_are_not_passed_over(changed, name):
+    (changed / name).write_bytes(b"a pickle, or not")
+    with pytest.raises(AdapterError, match=f"{name} beside it holds further weights"):
+        read_adapter(changed)
+
+
+def test_a_value_head_beside_is_of_no_language_model(changed):
+    shutil.copy(changed / "adapter_model.safetensors", changed / "value_head.safetensors")
+    assert len(read_adapter(changed).modules) == 14
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):

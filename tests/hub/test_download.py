@@ -261,6 +261,7 @@ def test_of_a_repository_that_others_made_all_that_operations_read_is_fetched(
     cli: Any, make_artifact: Callable[..., Path]
 ) -> None:
     read = ["modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja"]
+    read += ["trainable_params.bin"]  # beside an adapter it is refused
     unread = ["onnx/config.json", "onnx/x.py", "LICENSES/x", "pytorch_model.bin", "onnx/model.safetensors"]
     made = make_artifact(files=dict.fromkeys([*read, *unread], "{}"))
     code = (

@@ -583,6 +583,13 @@ def test_what_the_configuration_says_counts(config, refusing, make):
     assert set(verdicts(folder)) - taken(folder) == refusing
 
 
+def test_weights_that_no_program_reads_are_told(make):
+    folder = make()
+    assert not any("which none of them reads" in text for text in check(folder).unknown)
+    (folder / "non_lora_trainables.bin").write_bytes(b"")
+    assert "what is in non_lora_trainables.bin, which none of them reads" in check(folder).unknown
+
+
 def test_a_beginning_that_is_not_known_is_told_by_all(make):
     folder = make()
     configure(folder, init_lora_weights="milora")
