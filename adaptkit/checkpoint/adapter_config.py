@@ -68,6 +68,11 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
         AdapterError: names the key.
     """
     kind = config.get("peft_type")
+    if kind is None:
+        raise AdapterError(
+            f"{root}: peft_type is None in {ADAPTER_CONFIG_NAME}: it is no adapter of peft's, but perhaps of MLX's",
+            hint="merge it with the tool that wrote it, or convert it to peft's names first",
+        )
     if kind != "LORA":
         raise AdapterError(f"{root}: a {kind} adapter, which is not supported", hint="only LORA adapters are")
     if beside := weights_beside(root):

@@ -320,6 +320,14 @@ def test_a_value_head_beside_is_of_no_language_model(changed):
     assert len(read_adapter(changed).modules) == 14
 
 
+def test_an_adapter_in_mlx_layout_is_not_said_to_be_no_lora(changed):
+    config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (changed / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="no adapter of peft's") as caught:
+        read_adapter(changed)
+    assert "LORA" not in caught.value.hint
+
+
 def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):
     with pytest.raises(AdapterError, match="not an adapter"):
         read_adapter(llama)
