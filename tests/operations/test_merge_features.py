@@ -460,6 +460,26 @@ def test_an_embedding_whose_base_differs_is_never_passed_over(tmp_path, judged, 
         assert_rounded_once(tensors_of(tmp_path / "out"), exact, judgement.files)
 
 
+@pytest.mark.parametrize("loaded", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_embeddings_base_in_a_type_that_the_model_was_loaded_in_is_the_bases(
+    tmp_path, judged, copy_of, loaded, saved
+):
+    """A base in bfloat16 is loaded in float16 on older GPUs, and peft makes float32 of it before training."""
+    case, _ = judged("embedding_rslora")
+    base, adapter, name = copy_of(case.base, "loaded"), copy_of(case.adapter), "model.embed_tokens"
+    files = {path: load_file(path) for path in base.glob("*.safetensors")}
+    path = next(path for path, tensors in files.items() if f"{name}.weight" in tensors)
+    files[path][f"{name}.weight"][::3] *= 2.0**-22  # below what float16 has digits for
+    save_file(files[path], path, metadata={"format": "pt"})
+    copy = files[path][f"{name}.weight"].to(loaded).to(saved)
+    peft_adapters.change_tensors(adapter, lambda t: t.update({f"{PREFIX}{name}.base_layer.weight": copy}))
+    merge(base, [adapter], tmp_path / "out")
+    peft_adapters.change_tensors(adapter, lambda t: t.pop(f"{PREFIX}{name}.base_layer.weight"))
+    merge(base, [adapter], tmp_path / "other")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "other")
+
+
 def test_an_adapter_without_its_embeddings_base_uses_the_bases(tmp_path, judged, copy_of, plain):
     """As peft wrote it before it saved embeddings along."""
     case, _ = judged("embedding_rslora")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
@@ -101,14 +102,19 @@ def check_quantizable(edits: Edits) -> None:
 
 
 def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> bool:
-    """Whether a tensor of an adapter is the base's, up to the adapter's coarser type; read piece by piece."""
+    """Whether a tensor of an adapter is the base's, up to a coarser type; read piece by piece.
+
+    That is the adapter's own; or one in which the model was loaded before peft's ``prepare_model_for_kbit_training``
+    made float32 of it, as a base in bfloat16 is in float16 where a GPU has no bfloat16.
+    """
     ours, theirs = checkpoint.spec(name), files.spec(key)
     if ours.shape != theirs.shape:
         return False
-    step = 1 << 20
+    step, through = 1 << 20, {DTYPES[theirs.dtype], torch.float16, torch.bfloat16}
     for start in range(0, ours.count, step):
         count = min(step, ours.count - start)
         one, other = checkpoint.read_flat(name, start, count), files.read_flat(key, start, count)
-        if not torch.equal(one.to(other.dtype), other):
+        through = {dtype for dtype in through if torch.equal(one.to(dtype).to(other.dtype), other)}
+        if not through:
             return False
     return True
