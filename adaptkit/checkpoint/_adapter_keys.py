@@ -42,6 +42,9 @@ _PARTS = (
     (re.compile(r"(.+)\.([^.]+)"), "{}"),
 )
 
+_QUANTIZED = re.compile(r"(.+)\.base_layer\.(?:weight\.quant_state\..+|SCB)")
+"""What bitsandbytes keeps beside a weight; peft saves it with a head that was quantized."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -68,6 +71,11 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
     """
     parts: dict[Part, str] = {}
     for key in keys:
+        if copy := _QUANTIZED.fullmatch(key):
+            raise AdapterError(
+                f"{root}: holds the quantized weights that {copy[1].removeprefix(_PREFIX)} was trained on",
+                hint="save it with peft's save_embedding_layers=False, and merge it onto the 16-bit checkpoint",
+            )
         part = _part(key)
         if part is None:
             raise AdapterError(

@@ -273,6 +273,15 @@ def test_a_half_of_another_shape_or_type_is_refused(changed, tensor):
         read_adapter(changed)
 
 
+@pytest.mark.parametrize("part", ["weight.quant_state.bitsandbytes__nf4", "SCB"])
+def test_a_copy_of_a_quantized_head_is_refused_as_that(changed, part):
+    codes = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)  # bytes of codes that a float type stores
+    head = {"lm_head.base_layer.weight": codes, f"lm_head.base_layer.{part}": torch.ones(4, dtype=torch.uint8)}
+    edit(changed, lambda t: t.update({f"base_model.model.{name}": tensor for name, tensor in head.items()}))
+    with pytest.raises(AdapterError, match="quantized weights that lm_head was trained on"):
+        read_adapter(changed)
+
+
 def test_a_half_of_rank_zero_is_refused_as_that(changed):
     edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(0, 64)}))
     with pytest.raises(AdapterError, match=r"is \[0, 64\]; expected 2 dimensions, none of 0"):
