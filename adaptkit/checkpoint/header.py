@@ -192,7 +192,10 @@ def _spec(name: str, entry: Any, where: str) -> TensorSpec:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets")
     if entry["dtype"] not in ITEM_BYTES:
-        raise CheckpointError(f"{where}: tensor {name!r} has type {entry['dtype']!r}, which is not supported")
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has type {entry['dtype']!r}, which is not supported",
+            hint="if it is quantized, as MLX's models are with U32, give the checkpoint that it was made from",
+        )
     shape, nbytes = tuple(entry["shape"]), ITEM_BYTES[entry["dtype"]]
     for size in shape:  # one by one: the product of very many takes hours
         nbytes *= max(1, size)

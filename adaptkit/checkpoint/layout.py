@@ -171,6 +171,11 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
             f"{root}: weights are pickles ({pickles[0]}), which adaptkit does not load",
             hint="convert first: load it with transformers and save_pretrained(..., safe_serialization=True)",
         )
+    if gguf := min((path.name for path in root.glob("*.gguf")), default=""):
+        raise CheckpointError(
+            f"{root}: weights are GGUF ({gguf}), which adaptkit does not read",
+            hint="give the checkpoint that it was made from",
+        )
     raise CheckpointError(
         f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}",
         hint="give the folder that holds config.json",

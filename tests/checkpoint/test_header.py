@@ -188,3 +188,11 @@ def test_json_that_readers_disagree_about_is_refused(text):
 @given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers(-9, 9) | st.text(), st.lists), max_size=4))
 def test_ordinary_json_is_read_as_it_is(value):
     assert strict_json(json.dumps(value).encode(), "x") == value
+
+
+def test_the_codes_of_mlx_are_refused_with_the_way_out(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"lm_head.weight": torch.zeros(4, 8, dtype=torch.uint32)}, path)
+    with pytest.raises(CheckpointError, match="U32") as caught:
+        read_header(path)
+    assert "the checkpoint that it was made from" in caught.value.hint

@@ -92,6 +92,14 @@ def test_pickles_are_refused_with_the_way_out(tmp_path):
     assert "safe_serialization" in caught.value.hint
 
 
+def test_gguf_is_refused_as_that_and_not_for_a_wrong_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"GGUF \(model-Q4_K_M\.gguf\)") as caught:
+        weight_files(tmp_path)
+    assert "config.json" not in caught.value.hint
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="is a file"):
