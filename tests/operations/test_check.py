@@ -738,6 +738,20 @@ def test_heads_that_vllm_takes(make, untied, copy_of):
         assert levels(verdicts(head, base)["vllm"], "lm_head with a vocabulary") == level
 
 
+@pytest.mark.parametrize("method", ["modelopt", "bitnet"])
+def test_codes_of_other_methods_are_not_taken_for_the_shapes_of_weights(make, untied, copy_of, method):
+    base = copy_of(untied)
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        codes = (rows, columns // 2) if method == "modelopt" else (rows // 4, columns)
+        tensors[name], tensors[f"{name}_scale"] = torch.zeros(codes, dtype=torch.uint8), torch.ones(1)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    (base / "config.json").write_text(json.dumps(config))
+    assert verdicts(make(), base, ["peft"])["peft"].taken
+
+
 def test_a_quantized_base_has_the_shapes_of_its_weights(make, untied, tmp_path):
     quantize(untied, tmp_path / "nf4")
     found = verdicts(make(), tmp_path / "nf4")

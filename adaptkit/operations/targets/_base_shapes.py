@@ -170,12 +170,12 @@ def read_base_shapes(root: Path, adapter: Mapping[str, Any], modules: tuple[str,
         UsageError, CheckpointError: not a checkpoint, or a broken one.
     """
     checkpoint = Checkpoint(root)
+    quantization = quantization_found(checkpoint)
     shapes = {
         name.removesuffix(_SUFFIX): located.spec.shape
         for name, located in checkpoint.tensors.items()
-        if name.endswith(_SUFFIX)
+        if name.endswith(_SUFFIX) and not (quantization and located.spec.dtype == "U8")  # several codes a byte
     }
-    quantization = quantization_found(checkpoint)
     return BaseShapes(
         checkpoint,
         quantization,
