@@ -22,6 +22,8 @@ _UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
+_NEVER_MERGED = ("use_qalora", "alora_invocation_tokens", "arrow_config", "layer_replication")
+"""Of these, what peft has no merged weights of; in replicated layers one weight would be changed several times."""
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version",
@@ -82,7 +84,10 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
         )
     for key in _UNSUPPORTED:
         if config.get(key):
-            raise AdapterError(f"{root}: uses {key}, which is not supported", hint="merge it with peft itself")
+            hint = "run it with peft itself" + (
+                ", which cannot merge it" if key in _NEVER_MERGED else ", or merge it there"
+            )
+            raise AdapterError(f"{root}: uses {key}, which is not supported", hint=hint)
     unknown = {key for key, value in config.items() if value} - _HARMLESS - _USED - _FINISHED
     if unknown:
         raise AdapterError(

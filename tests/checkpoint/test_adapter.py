@@ -122,6 +122,29 @@ def test_an_unsupported_feature_is_refused_by_name(changed, feature):
         read_adapter(changed)
 
 
+@pytest.mark.parametrize(("feature", "merges"), [("kasa_config", True), ("use_bdlora", True), ("arrow_config", False)])
+def test_peft_is_advised_for_what_it_can_do(changed, feature, merges):
+    configure(changed, **{feature: UNSUPPORTED[feature]})
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(changed)
+    assert ("cannot merge it" in caught.value.hint) != merges
+
+
+def test_peft_really_refuses_to_merge_activated_adapters(tmp_path, llama):
+    """Why the hint is not to merge it there."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=4, alora_invocation_tokens=[3, 4], target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+    with pytest.raises(NotImplementedError):
+        model.merge_and_unload()
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(tmp_path / "a")
+    assert "cannot merge it" in caught.value.hint
+
+
 ABSENT = {
     "use_dora": True,
     "trainable_token_indices": [0],
