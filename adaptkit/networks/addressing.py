@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.architecture import empty_network, named_network, why_unknown
-from adaptkit.networks.naming import places
+from adaptkit.networks.naming import Place, places
 
 if TYPE_CHECKING:
     from adaptkit.networks.assembly import Assembly
@@ -118,11 +118,20 @@ def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | 
     """Where a model has parameters, or the first that it does not have."""
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}
-    uses = set()
+    uses, taken = set(), dict[str, str]()
+    older = places(assembly.network, wanted)
     for name in wanted:
-        known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in assembly.sources), None)
+        place = older.get(name)
+        today = place.parameters if place is not None and not place.pattern else ()  # of an older release's name
+        names = (name, prefix + name, name.removeprefix(prefix), *today)
+        known = next((n for n in names if n in assembly.sources), None)
         held = known is not None or name in assembly.checkpoint.tensors
-        inside = None if held else _inside(assembly, name)
+        inside = None if held else _inside(assembly, name, place)
+        if known is not None and (other := taken.setdefault(known, name)) != name:
+            raise BaseMismatchError(
+                f"{who}: changes {other} and {name}, which are the same parameter of {type(assembly.network).__name__}",
+                hint="save one adapter at a time",
+            )
         if known is not None:
             found[name] = _slices(assembly, known, who)
             uses |= {name} if assembly.is_borrowed(known) else set()
@@ -136,10 +145,9 @@ def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | 
     return Addresses(found, told_by, frozenset(uses))
 
 
-def _inside(assembly: Assembly, name: str) -> Slice | None:
+def _inside(assembly: Assembly, name: str, place: Place | None) -> Slice | None:
     """Find one expert's matrix, as files used to name it, in a stack that the files hold whole."""
     expert = re.search(r"\.experts\.(\d+)\.", name)
-    place = places(assembly.network, [name]).get(name)
     if expert is None or place is None or not place.pattern or len(place.parameters) != 1:
         return None
     stack = place.parameters[0]

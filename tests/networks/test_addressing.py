@@ -137,3 +137,25 @@ assert torch.get_default_dtype() == torch.float32, torch.get_default_dtype()
 """
     done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("writer", ["transformers 4", "transformers 5"])
+def test_modules_that_transformers_4_called_otherwise_are_found_by_these_names(tmp_path, writer):
+    """It had a ``vision_model`` in LLaVA's tower, in its files and with ``model.`` before it in the running model."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    base = tiny.write_llava(tmp_path / "base", older=writer == "transformers 4")
+    checkpoint = Checkpoint(base)
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    inside = {"vision_tower.vision_model.encoder": "vision_tower.encoder", "language_model": "language_model"}
+    layer = "layers.0.self_attn.q_proj.weight"
+    names = {f"model.{said}.{layer}": f"model.{today}.{layer}" for said, today in inside.items()}
+    found = find_addresses(checkpoint, names, "a").of
+    for name, today in names.items():
+        assert torch.equal(checkpoint.read(found[name][0].name), model.get_parameter(today))
+    wrong = "model.vision_tower.vision_model.encoder.layers.9.self_attn.q_proj.weight"
+    with pytest.raises(BaseMismatchError, match=re.escape(f"changes {wrong}")):
+        find_addresses(checkpoint, [*names, wrong], "a")
+    with pytest.raises(BaseMismatchError, match="the same parameter"):
+        find_addresses(checkpoint, {*names, *names.values()}, "a")
