@@ -32,17 +32,18 @@ class Place:
         return steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
-def places(network: Any, names: Iterable[str]) -> dict[str, Place]:
+def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None = None) -> dict[str, Place]:
     """Find the places of a file's tensors; those that the model does not have are left out.
 
     Args:
         network: transformers' model, on the meta device or not, before its layers are replaced.
         names: of tensors.
+        known: what its parameters are called, after all.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    known = network.state_dict()
+    known = network.state_dict() if known is None else known
     mapping = get_model_conversion_mapping(network)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -1,11 +1,23 @@
 """Put an adapter that was read from files into a model, with everything that it is."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
-from adaptkit.training.network.adapt import is_transposed, put_stack, stack_shape, train_rows, train_whole
+from adaptkit.networks.naming import Place, places
+from adaptkit.training.network.adapt import (
+    is_transposed,
+    parameter_places,
+    put_stack,
+    stack_shape,
+    train_rows,
+    train_whole,
+)
 from adaptkit.training.network.model import Model, attach_adapter
 
 
@@ -21,7 +33,9 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
         AdapterError: it does something that is not supported; names it.
         BaseMismatchError: it does not fit the model.
     """
-    _check_supported(model, adapter)
+    older = _older_names(model, adapter)
+    adapter = _in_todays_names(adapter, older)
+    _check_supported(model, adapter, older)
     attach_adapter(model, adapter.modules, str(adapter.root), dropout)
     for name, magnitude in adapter.magnitudes.items():
         model.linears[name].attach_magnitude(magnitude)
@@ -47,11 +61,40 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
         put_stack(model, stacks[name], name, a, b, changes[0].scaling)
 
 
-def _check_supported(model: Model, adapter: Adapter) -> None:
+def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:
+    """By module that the model does not have, where its weight is if an older transformers called it so."""
+    known = parameter_places(model)
+    weights = {f"{module}.weight" for module in (*adapter.modules, *adapter.tokens)}
+    weights |= {f"{name.rpartition('.')[0]}.weight" for name in (*adapter.replaced, *adapter.begins)}
+    found = places(model.network, sorted(weights - known.keys()), known)
+    return {name.removesuffix(".weight"): place for name, place in found.items()}
+
+
+def _in_todays_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter:
+    moved = {n: p.parameters[0].removesuffix(".weight") for n, p in older.items() if not p.pattern}
+
+    def today(name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        return moved[name] if name in moved else f"{moved[module]}.{kind}" if module in moved else name
+
+    renamed: dict[str, Any] = {}
+    for part in ("modules", "magnitudes", "biases", "tokens", "replaced", "begins") if moved else ():
+        before = getattr(adapter, part)
+        renamed[part] = {today(name): value for name, value in before.items()}
+        if len(renamed[part]) < len(before):
+            raise AdapterError(
+                f"{adapter.root}: has changes of one module by the names of several releases of transformers",
+                hint="save one adapter at a time",
+            )
+    return replace(adapter, embeddings=frozenset(map(today, adapter.embeddings)), **renamed)
+
+
+def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place]) -> None:
     """Refuse what no model here can be given.
 
     Raises:
         AdapterError: names it.
+        BaseMismatchError: the same, of what files have as one matrix of many, and the running model in a stack.
     """
     head = next((name for name in adapter.modules if name not in model.linears and name.endswith("head")), None)
     others = {
@@ -66,6 +109,13 @@ def _check_supported(model: Model, adapter: Adapter) -> None:
         if name is not None:
             raise AdapterError(
                 f"{adapter.root}: has {what} ({name}), which cannot be run here", hint="merge it into its base instead"
+            )
+    known, kind = parameter_places(model), type(model.network).__name__
+    for name in sorted(adapter.modules.keys() - model.linears.keys()):
+        if name in older or f"{name}.weight" in known:
+            raise BaseMismatchError(
+                f"{adapter.root}: changes {name}, for which {kind} has no linear layer of its own",
+                hint="merge it into its base instead",
             )
 
 
