@@ -8,6 +8,7 @@ from collections.abc import Callable
 import peft_adapters
 import peft_formulas
 import pytest
+import tiny
 import torch
 from peft_adapters import CASES, OF_EVERY_KIND, PREFIX, WEIGHTS
 from peft_formulas import HEAD, rounded_once, tensors_of
@@ -630,3 +631,27 @@ def test_every_level_of_the_configuration_that_has_a_value_gets_the_new_one(tmp_
     where = {"top": found, "text_config": found["text_config"]}
     assert {level: part[key] for level, part in where.items() if key in part} == expected
     assert found["text_config"]["other"] == 1
+
+
+def test_a_head_of_its_own_is_told_to_every_release_of_transformers(tmp_path):
+    """Release 5 asks the whole configuration whether a head is tied, 4 that of the text, whose class may say so."""
+    base, adapter = tiny.write_llava(tmp_path / "base", older=False), tmp_path / "adapter"
+    tensors = load_file(base / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    config["text_config"].pop("tie_word_embeddings", None)
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    adapter.mkdir()
+    rows = len(tensors["language_model.model.embed_tokens.weight"])
+    halves = {"lora_A": torch.randn(2, 64), "lora_B": torch.randn(rows, 2)}
+    save_file(
+        {f"{PREFIX}lm_head.{half}.weight": v for half, v in halves.items()}, adapter / "adapter_model.safetensors"
+    )
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["lm_head"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    merge(base, [adapter], tmp_path / "merged", MergeOptions(untie=True))
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert written["text_config"]["tie_word_embeddings"] is False

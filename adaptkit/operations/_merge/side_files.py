@@ -140,11 +140,16 @@ def _check_unchanged(root: Path, manifest: Manifest | None, contents: Mapping[st
 
 
 def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
-    """The configuration with other values, in the order that it had; where a model's text part has them, there too."""
+    """The configuration with other values, in the order that it had; where a model's text part has them, there too.
+
+    That a head is tied transformers 5 reads from the whole, and 4 from the part, whose class may say it unasked.
+    """
     text = config.get("text_config")
     nested = text if isinstance(text, dict) else {}
-    inside = {key: value for key, value in changes.items() if key in nested}
-    outside = {key: value for key, value in changes.items() if key in config or key not in inside}
+    inside = {
+        key: value for key, value in changes.items() if key in nested or (nested and key == "tie_word_embeddings")
+    }
+    outside = {key: value for key, value in changes.items() if key in config or key not in nested}
     return _as_before({**config, **outside} | ({"text_config": nested | inside} if inside else {}))
 
 
