@@ -1,9 +1,10 @@
-"""What callers give to the public functions: text for paths, one for several, 1 for 1.0; a hint for a wrong path."""
+"""What callers give to functions: text for paths, one for several, numbers of any kind; a hint for a wrong path."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 from adaptkit.errors import UsageError
 
@@ -31,13 +32,49 @@ def look_again(path: AnyPath) -> str:
     return "write the whole path: only a shell knows what ~ stands for" if of_a_shell else "check the path"
 
 
-def number(given: float | None) -> float | None:
-    """The number, if there is one, as the command line gives it to manifests, where 1 and 1.0 are other bytes.
+def typed_fields(options: Any) -> None:
+    """Give numbers, and yes or no, among options, a frozen dataclass, the types of their fields, as a command does.
+
+    Manifests tell 1 from 1.0, and cannot tell what is numpy's.
 
     Raises:
-        UsageError: it is none, or too large for one.
+        UsageError: one is something else, too large, or has a fraction where none can be.
     """
-    try:
-        return None if given is None else float(given)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"{repr(given)[:40]}: must be a number ({error})") from error
+    for name, hint in get_type_hints(type(options)).items():
+        given = getattr(options, name)
+        if given is None or hint not in _CONVERT:
+            continue
+        convert, kind = _CONVERT[hint]
+        try:
+            object.__setattr__(options, name, convert(given))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UsageError(f"{name}: {repr(given)[:40]} must be {kind} ({error})") from error
+
+
+def _whole(given: int) -> int:
+    found = int(given)
+    if found != given:
+        raise ValueError("text, or a fraction")
+    return found
+
+
+def _flag(given: bool) -> bool:
+    found = bool(given)
+    if found != given:  # "no" would be true
+        raise ValueError("something else")
+    return found
+
+
+def _reals(given: Any) -> tuple[float, ...]:
+    return (float(given),) if isinstance(given, str | Real) else tuple(map(float, given))
+
+
+_CONVERT: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_flag, "true or false"),
+    int: (_whole, "a whole number"),
+    int | None: (_whole, "a whole number"),
+    float: (float, "a number"),
+    float | None: (float, "a number"),
+    tuple[float, ...]: (_reals, "numbers"),
+}
+"""By the type of a field, what gives a value that type, and what the value must be."""

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -57,6 +58,57 @@ def test_one_path_is_a_sequence_of_one(llama, adapter, tmp_path):
 def test_what_is_no_number_is_refused_as_on_the_command_line(options, energy):
     with pytest.raises(UsageError, match="must be a number"):
         getattr(adaptkit, options)(energy=energy)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        ("ResizeOptions", {"rank": "1"}, "a whole number"),
+        ("ResizeOptions", {"rank": 2.5}, "a whole number"),
+        ("ExtractOptions", {"rank": 2, "seed": 0.5}, "a whole number"),
+        ("ExtractOptions", {"rank": 2, "oversampling": float("inf")}, "a whole number"),
+        ("PlanOptions", {"rank": "4"}, "a whole number"),
+        ("VerifyOptions", {"threads": "2"}, "a whole number"),
+        ("QuantizeOptions", {"double_quant": "no"}, "true or false"),
+        ("MergeOptions", {"undo": "false"}, "true or false"),
+        ("MergeOptions", {"weights": ("much",)}, "numbers"),
+    ],
+)
+def test_what_has_another_type_is_refused_by_name(options, given, expected):
+    """Some ended in a TypeError, after work or before, and "no" was true."""
+    with pytest.raises(UsageError, match=rf"{list(given)[-1]}: .* must be {expected}"):
+        getattr(adaptkit, options)(**given)
+
+
+def test_numbers_of_numpy_make_the_bytes_of_the_command_line(llama, adapter, second_adapter, tmp_path):
+    """They ended in "not JSON serializable"."""
+    for name, whole, flag in ("python", int, bool), ("numpy", np.int64, np.bool_):
+        out, both = tmp_path / name, [adapter, second_adapter]
+        half = np.float32(0.3) if name == "numpy" else float(np.float32(0.3))
+        weights = np.array([1, half]) if name == "numpy" else (1, half)
+        adaptkit.merge(llama, both, out / "merged", adaptkit.MergeOptions(weights, untie=flag(False)))
+        adaptkit.resize(adapter, out / "resized", adaptkit.ResizeOptions(rank=whole(2), threads=whole(1)))
+        settings = {"density": half, "seed": whole(3)}
+        adaptkit.stack(both, out / "stacked", adaptkit.StackOptions("dare", weights, whole(2), settings=settings))
+        found = adaptkit.ExtractOptions(rank=whole(2), seed=whole(1), only_linear=flag(True))
+        adaptkit.extract(out / "merged", llama, out / "found", found)
+        quantized = adaptkit.QuantizeOptions(block_size=whole(32), max_shard_bytes=1e5 if name == "numpy" else 100000)
+        adaptkit.quantize(llama, out / "nf4", quantized)
+    manifests = sorted((tmp_path / "python").glob("*/adaptkit-manifest.json"))
+    assert len(manifests) == 5
+    for path in manifests:
+        assert (tmp_path / "numpy" / path.parent.name / path.name).read_bytes() == path.read_bytes(), path.parent.name
+
+
+class _Path:
+    """A path of another library, whose text is not what ``str`` gives."""
+
+    def __fspath__(self):
+        return "rows.jsonl"
+
+
+def test_any_path_is_one_in_a_configuration():
+    assert adaptkit.TrainConfig(base=_Path(), data=_Path()) == adaptkit.TrainConfig("rows.jsonl", ("rows.jsonl",))
 
 
 def test_whole_numbers_for_real_ones_make_the_bytes_of_the_command_line(llama, adapter, second_adapter, tmp_path):

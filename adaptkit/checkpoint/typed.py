@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -111,7 +112,7 @@ def convert(value: Any, hint: Any, place: Place) -> Any:
         keys = {key: convert(key, str, place) for key in value}
         return {keys[key]: convert(item, inner[1], place.at(key)) for key, item in value.items()}
     if origin is None and hint is not None and _fits(value, hint):
-        return hint(value)
+        return hint(fspath(value) if isinstance(value, PathLike) else value)
     advice = f"write it in quotes: '{value}'" if hint is str and isinstance(value, int | float) else ""
     advice = advice or (f"write [{value}]" if origin is tuple and isinstance(value, str | int | float) else "")
     advice = advice or ("write true or false" if hint is bool else "")
@@ -127,7 +128,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Real) and _is_finite(value)
     if hint is int:
         return isinstance(value, Integral)
-    return isinstance(value, str | Path if hint in (str, Path) else hint)
+    return isinstance(value, str | PathLike if hint in (str, Path) else hint)
 
 
 def _is_finite(value: Real) -> bool:

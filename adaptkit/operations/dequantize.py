@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy as np
 import xxhash
 
-from adaptkit.arguments import AnyPath
+from adaptkit.arguments import AnyPath, typed_fields
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.foreign import quantization_found
@@ -53,6 +53,7 @@ class DequantizeOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.max_shard_bytes < 1:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, texts
+from adaptkit.arguments import AnyPath, texts, typed_fields
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
@@ -74,6 +74,7 @@ class PlanOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         object.__setattr__(self, "targets", texts(self.targets))
         choices = {
             "method": METHODS,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, number
+from adaptkit.arguments import AnyPath, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -36,7 +36,7 @@ class ResizeOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "energy", number(self.energy))
+        typed_fields(self)
         check_size(self.rank, self.energy)
         check_threads(self.threads)
 

@@ -7,7 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, number, several
+from adaptkit.arguments import AnyPath, several, typed_fields
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -48,8 +48,8 @@ class StackOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         check_threads(self.threads)
-        object.__setattr__(self, "energy", number(self.energy))
         Limit(self.rank, self.energy)
         self.resolved()
 
@@ -86,7 +86,8 @@ class StackOptions:
 
 def _like(default: Any, value: float) -> Any:
     """A number of its option's own type: a recipe's 3.0 is the command line's 3, and draws and records the same."""
-    return type(default)(value) if abs(value) < 2**53 and float(value).is_integer() else value
+    fits = isinstance(default, float) or float(value).is_integer()
+    return type(default)(value) if abs(value) < 2**53 and fits else value
 
 
 @dataclass(frozen=True)

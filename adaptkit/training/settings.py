@@ -11,7 +11,7 @@ int | float | bool]``, each with ``| None`` if it may be left open. Tuples and m
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
+from os import PathLike
 from typing import Any, NoReturn, get_origin
 
 from adaptkit.checkpoint.typed import Place, convert
@@ -96,7 +96,7 @@ def check(config: Any) -> None:
     """
     for name, (found, rule) in settings(type(config)).items():
         given = getattr(config, name)
-        value = (given,) if get_origin(found.type) is tuple and isinstance(given, str | Path) else given
+        value = (given,) if get_origin(found.type) is tuple and isinstance(given, str | PathLike) else given
         object.__setattr__(config, name, convert(value, found.type, Place(keys=(name,))))
         if not rule.allows(getattr(config, name)):
             refuse(config, name, rule.range())

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from adaptkit.arguments import number, texts
+from adaptkit.arguments import texts, typed_fields
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.quantized import quantized_names
@@ -55,7 +55,7 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", texts(self.target))
-        object.__setattr__(self, "energy", number(self.energy))
+        typed_fields(self)
         check_size(self.rank, self.energy)
         check_threads(self.threads)
         if self.max_rank is not None and self.energy is None:

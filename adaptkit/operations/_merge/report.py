@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from adaptkit.arguments import typed_fields
 from adaptkit.errors import UsageError
 from adaptkit.operations._pipeline import check_threads
 
@@ -35,6 +36,7 @@ class MergeOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         if self.format not in FORMATS:
             raise UsageError(f"format: {self.format!r} is none of {', '.join(FORMATS)}")
         if self.format != "keep" and self.embed_adapter:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import number, several, texts
+from adaptkit.arguments import several, texts, typed_fields
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
@@ -44,7 +44,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", several(self.files))
-        object.__setattr__(self, "bits_budget", number(self.bits_budget))
+        typed_fields(self)
         if not self.files:
             raise UsageError("calibration needs text", hint="give --calibrate FILE")
         if self.window < 2 or self.tokens < 2:
@@ -90,6 +90,7 @@ class QuantizeOptions:
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         object.__setattr__(self, "skip", texts(self.skip))
         if self.max_shard_bytes < 1:
             raise UsageError("the shard size must be positive")

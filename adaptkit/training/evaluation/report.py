@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import several, texts
+from adaptkit.arguments import several, texts, typed_fields
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.text.conversation import LAYOUTS
@@ -54,6 +54,7 @@ class EvaluateOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         object.__setattr__(self, "shots_from", several(self.shots_from))
         object.__setattr__(self, "prompts", texts(self.prompts))
         for name, least in (
