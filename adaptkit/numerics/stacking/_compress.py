@@ -15,7 +15,7 @@ from adaptkit.numerics.stacking._method import Length
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _DENSE_RESOLUTION = 2.0**-24
-"""Singular values below this share drown in the rounding of their squares in float64; float32 would not hold them."""
+"""Singular values below this share of ‖Δ‖ drown in the rounding of their squares in float64."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def _compress_dense(delta: Tensor, scale: float, length: Length, limit: Limit, t
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     values, vectors = torch.linalg.eigh(tall.T @ tall)
     sigma = values.flip(0).clamp(min=0).sqrt()
-    sigma = sigma[sigma > _DENSE_RESOLUTION * scale]
+    sigma = sigma[: numerical_rank(sigma, scale)]
+    sigma = sigma[sigma > _DENSE_RESOLUTION * sigma.norm()]
     if not sigma.numel():
         return _nothing(terms[0].shape)
     kept = limit.choose(sigma, _default(length, terms))

@@ -85,6 +85,17 @@ def test_what_cancels_is_nothing_and_no_noise(make, form):
         assert not made.term.lora_b.any()
 
 
+def test_what_is_left_of_changes_that_nearly_cancel_is_kept_as_any_other_result(make, form):
+    """What worked on elements lost what was small beside the changes, and kept less than the energy asked for."""
+    small = make(20, 30, 5)
+    parts = LowRank(small.lora_a, small.lora_b * torch.tensor([1, 0.3, 0.1, 0.05, 0.02]), 1.0)
+    large = make(20, 30, 5, 1e6, 2)
+    for limit in (Limit(), Limit(rank=5), Limit(energy=0.999999)):
+        made = compress(form(parts), [large, large.weighted(-1.0)], "sum", limit)
+        assert made.term.rank == 5
+        assert made.energy == pytest.approx(1.0, rel=1e-12)
+
+
 def test_the_factors_are_of_the_same_size_and_their_signs_are_fixed(make, form):
     change = make(12, 10, 3)
     made = compress(form(change), [change], "sum", Limit()).term
