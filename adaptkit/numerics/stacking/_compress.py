@@ -84,11 +84,11 @@ def compress(result: LowRank | Spectrum | Tensor, terms: Sequence[LowRank], leng
     scale = float(sum(lora.norm(term) for term in terms))
     if isinstance(result, Tensor):
         return _compress_dense(result, scale, length, limit, terms)
+    if isinstance(result, LowRank):
+        _check_size(result.lora_a, result.lora_b)
     if isinstance(result, LowRank) and length == "as given" and limit == Limit():
         given = LowRank(result.lora_a.float(), result.lora_b.float(), result.scaling)
         return Compressed(given, lora.norm(given), 1.0)
-    if isinstance(result, LowRank):
-        _check_size(result.lora_a, result.lora_b)
     spectrum = svd(result) if isinstance(result, LowRank) else result
     _check_size(spectrum.sigma)
     sigma = spectrum.sigma[: numerical_rank(spectrum.sigma, scale)]

@@ -110,6 +110,8 @@ def test_what_float32_cannot_hold_is_refused(make, form, size):
     huge = LowRank(change.lora_a, torch.full_like(change.lora_b, 1.0).double() * size, 1.0)
     with pytest.raises(NonFiniteError, match="too large for float32"):
         compress(form(huge), [change], "sum", Limit(rank=1))
+    with pytest.raises(NonFiniteError, match="too large for float32"):  # not only when it is written
+        compress(form(huge), [change], "as given", Limit())
 
 
 @pytest.mark.parametrize("limit", [{"rank": 0}, {"rank": 4, "energy": 0.9}, {"energy": 0.0}, {"energy": float("nan")}])
