@@ -17,6 +17,7 @@ JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
     # names of our own
     "checkpoint/journal.py": {"self.folder / self._journal"},
+    "checkpoint/adapter_config.py": {"root / name"},
     "operations/_diff/files.py": {"root / name"},
     "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
     "operations/_merge/merged_model.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},

@@ -17,9 +17,10 @@ from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.networks.matching import matching
 from adaptkit.numerics.lora import LowRank
+from adaptkit.training.network.adapter_shape import AdapterShape
 from adaptkit.training.network.experts import PackedModule, StackLora, adapt_stack
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
-from adaptkit.training.network.model import AdapterShape, Model
+from adaptkit.training.network.model import Model
 from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, hold, replace_rows
 
 

@@ -32,9 +32,10 @@ from adaptkit.training.network.adapt import (
     train_rows,
     train_whole,
 )
+from adaptkit.training.network.adapter_shape import AdapterShape
 from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
-from adaptkit.training.network.model import AdapterShape, Model, new_adapter
+from adaptkit.training.network.model import Model, new_adapter
 from adaptkit.training.network.whole import TrainedWeight
 from adaptkit.training.settings import refuse
 
