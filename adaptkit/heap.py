@@ -37,6 +37,14 @@ def keep_few_products() -> None:
         os.environ.setdefault(cache, str(_KEPT_PRODUCTS))
 
 
+def take_large_pages() -> None:
+    """Let torch ask for pages of 2 MB where a buffer has some of them: a page costs the system much the same to give.
+
+    Must come before torch takes its first memory, and leaves to the user what he set.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def return_freed_memory() -> None:
     """Give the system back what is free, such as what many small blocks left, in which nothing large finds room."""
     trim = _function("malloc_trim")

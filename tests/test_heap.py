@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,10 +114,10 @@ sys.argv = ["adaptkit", "--version"]
 try:
     main()
 finally:
-    print(*(os.environ[cache] for cache in {CACHES}), "torch" in sys.modules)
+    print(*(os.environ[cache] for cache in {CACHES}), os.environ["THP_MEM_ALLOC_ENABLE"], "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=without_caches())
-    assert done.stdout.splitlines()[-1] == "64 64 False"
+    assert done.stdout.splitlines()[-1] == "64 64 1 False"
 
 
 PASSES = """
@@ -147,3 +148,28 @@ def test_a_pass_takes_no_fresh_memory_for_large_weights(tmp_path):
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
     done = subprocess.run([sys.executable, "-c", PASSES, tmp_path], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 40
+
+
+LARGE = """
+import re, sys
+from adaptkit.heap import take_large_pages
+if sys.argv[1] == "large":
+    take_large_pages()
+import torch
+blocks = [torch.zeros(50_000_000, dtype=torch.uint8) for _ in range(4)]
+print(sum(int(kib) for kib in re.findall(r"AnonHugePages: *(\\d+)", open("/proc/self/smaps").read())) // 1024)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="this system gives no large pages",
+)
+def test_large_buffers_have_large_pages():
+    def megabytes(which):
+        environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+        command = [sys.executable, "-c", LARGE, which]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    assert megabytes("large") > 100

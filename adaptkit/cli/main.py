@@ -19,7 +19,7 @@ from adaptkit.cli import commands
 from adaptkit.cli.output import silence, told_rank
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
-from adaptkit.heap import keep_few_products, keep_freed_memory
+from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
 from adaptkit.hub.secrets import redact
 
 INTERRUPTED = 130
@@ -156,6 +156,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
     keep_freed_memory()
     keep_few_products()
+    take_large_pages()
     sys.setswitchinterval(_SWITCH_SECONDS)
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, max(old, _OLD_COLLECTIONS))

@@ -170,9 +170,9 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
 
 
 def _decoded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
-    """Size of the largest weight that every pass decodes."""
-    frozen = (part for part in network.modules() if isinstance(part, (PackedWeight, PlainWeight, ExpertList)))
-    return max((math.prod(weight.shape) * dtype.itemsize for weight in frozen), default=0)
+    """Size of the largest matrix that every pass decodes; what is free between stacks of experts would add up."""
+    weights = (part for part in network.modules() if isinstance(part, (PackedWeight, PlainWeight)))
+    return max((math.prod(weight.shape) * dtype.itemsize for weight in weights if len(weight.shape) == 2), default=0)
 
 
 def new_adapter(
