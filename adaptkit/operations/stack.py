@@ -234,11 +234,12 @@ def _combiner(plan: Stackable, options: StackOptions) -> Callable[[str], Compres
     """A function from a module's name to what its changes become."""
     method: Method = load(stacking, options.method, "METHOD")
     settings, limit = options.resolved(), Limit(options.rank, options.energy)
+    largest = max(term.rank for terms in plan.modules.values() for term in terms)
 
     def work(name: str) -> Compressed:
         terms = plan.modules[name]
         try:
-            return compress(method.combine(terms, settings, name), terms, method.length, limit)
+            return compress(method.combine(terms, settings, name), terms, method.length, limit, largest)
         except NonFiniteError as error:
             raise NonFiniteError(f"{name}: {error.message}", error.hint) from error
 

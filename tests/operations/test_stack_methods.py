@@ -69,10 +69,15 @@ def matches(pattern, module):
 def through_peft(base, folder):
     """Module -> what peft adds to its weight, in float32."""
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    return deltas(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder))
+
+
+def deltas(model):
+    """The same of a model that peft has made."""
+    from peft.tuners.lora import LoraLayer
+
     return {
         name.removeprefix(PREFIX): layer.get_delta_weight("default").detach().double()
         for name, layer in model.named_modules()
@@ -194,12 +199,31 @@ def test_readers_that_know_one_scaling_read_it_right(tmp_path, parts, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "ranks"), [("cat", (6, 12)), ("linear", (6, 12)), ("svd", (4, 6)), ("ties", (6, 12))]
+    ("method", "ranks"), [("cat", (6, 12)), ("linear", (6, 12)), ("svd", (6, 6)), ("ties", (6, 12))]
 )
 def test_unless_told_ranks_are_those_of_the_method(tmp_path, parts, method, ranks):
     report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS))
     assert report.ranks == ranks
     assert (report.energy_kept == pytest.approx(1.0, abs=1e-12)) is (method in {"cat", "linear"})
+
+
+def test_unless_told_svd_has_the_rank_and_the_result_of_peft(tmp_path, llama):
+    """Modules in which the adapters have smaller ranks lost what the rank of another module had room for."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    parts = [
+        tiny.write_peft_adapter(tmp_path / str(seed), llama, rank=2, seed=seed, rank_pattern={"up_proj": rank})
+        for seed, rank in ((7, 5), (8, 3))
+    ]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), parts[0], "0")
+    model.load_adapter(parts[1], "1")
+    model.add_weighted_adapter(["0", "1"], [1.0, -0.5], "default", "svd")
+    report = stack(parts, tmp_path / "out", StackOptions("svd", (1.0, -0.5)))
+    assert report.ranks == (4, 5)  # the sum of 2 and 2, and of 5 and 3 the largest
+    found = dense(tmp_path / "out")
+    for module, change in deltas(model).items():
+        assert torch.allclose(found[module], change, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -70,7 +70,9 @@ class Compressed:
         return not (bool(self.term.lora_a.any()) and bool(self.term.lora_b.any()))
 
 
-def compress(result: LowRank | Spectrum | Tensor, terms: Sequence[LowRank], length: Length, limit: Limit) -> Compressed:
+def compress(
+    result: LowRank | Spectrum | Tensor, terms: Sequence[LowRank], length: Length, limit: Limit, largest: int = 0
+) -> Compressed:
     """Keep the largest singular values of a result.
 
     Args:
@@ -78,13 +80,16 @@ def compress(result: LowRank | Spectrum | Tensor, terms: Sequence[LowRank], leng
         terms: one per adapter, weighted.
         length: what to keep if ``limit`` says nothing.
         limit: what to keep.
+        largest: rank of the adapters in the modules beside this one.
 
     Raises:
         NonFiniteError: it is too large for float32.
     """
     scale = float(sum(lora.norm(term) for term in terms))
+    ranks = [term.rank for term in terms]
+    default = max(largest, *ranks) if length == "largest" else sum(ranks)
     if isinstance(result, Tensor):
-        return _compress_dense(result, scale, length, limit, terms)
+        return _compress_dense(result, scale, default, limit)
     if isinstance(result, LowRank):
         _check_size(result.lora_a, result.lora_b)
     if isinstance(result, LowRank) and length == "as given" and limit == Limit():
@@ -94,25 +99,25 @@ def compress(result: LowRank | Spectrum | Tensor, terms: Sequence[LowRank], leng
     _check_size(spectrum.sigma)
     sigma = spectrum.sigma[: numerical_rank(spectrum.sigma, scale)]
     if not sigma.numel():
-        return _nothing(terms[0].shape)
-    kept = limit.choose(sigma, _default(length, terms))
+        return _nothing(*terms[0].shape)
+    kept = limit.choose(sigma, default)
     return Compressed(spectrum.truncated(kept), float(sigma.norm()), energy_kept(sigma, kept))
 
 
-def _compress_dense(delta: Tensor, scale: float, length: Length, limit: Limit, terms: Sequence[LowRank]) -> Compressed:
+def _compress_dense(delta: Tensor, scale: float, default: int, limit: Limit) -> Compressed:
     """The same from singular vectors of one side, faster than an SVD of Δ.
 
     Δ is projected on the leading ones, and what that keeps is measured, not inferred.
     """
     _check_size(delta)
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
-    default, norm = _default(length, terms), float(delta.norm())
+    norm = float(delta.norm())
     found = leading(tall, limit.rank or default) if limit.energy is None else None
     sigma, vectors = found or _all(tall)
     sigma = sigma[: numerical_rank(sigma, scale)]
     sigma = sigma[sigma > _DENSE_RESOLUTION * norm]
     if not sigma.numel():
-        return _nothing(terms[0].shape)
+        return _nothing(*delta.shape)
     kept = limit.choose(sigma, default)
     basis = vectors[:, :kept]
     spectrum = svd(LowRank(basis.T, tall @ basis, 1.0))
@@ -127,14 +132,9 @@ def _all(tall: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
-def _nothing(shape: tuple[int, int]) -> Compressed:
+def _nothing(out: int, columns: int) -> Compressed:
     """A change of zero, of rank 1, for PEFT knows no smaller rank."""
-    return Compressed(LowRank(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1), 1.0), 0.0, 1.0)
-
-
-def _default(length: Length, terms: Sequence[LowRank]) -> int:
-    ranks = [term.rank for term in terms]
-    return max(ranks) if length == "largest" else sum(ranks)
+    return Compressed(LowRank(torch.zeros(1, columns), torch.zeros(out, 1), 1.0), 0.0, 1.0)
 
 
 def _check_size(*factors: Tensor) -> None:

@@ -13,8 +13,8 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import Spectrum
 
 Length = Literal["as given", "largest", "sum"]
-"""The rank of a result if nobody asks for one: that of the factors as the method returns them, the largest of the
-adapters' ranks, or the sum of their ranks; the last two at most what loses nothing."""
+"""The rank of a result if nobody asks for one: that of the factors as the method returns them, the largest that any
+adapter has in any module, or the sum of their ranks in this one; the last two at most what loses nothing."""
 
 
 @dataclass(frozen=True)

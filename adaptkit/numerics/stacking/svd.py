@@ -1,7 +1,8 @@
 """The weighted sum of the changes, cut off at the rank of its largest part.
 
-The sum of ``cat``, decomposed in factored form. Without ``--rank`` or ``--energy`` the largest of the adapters' ranks
-is kept, as in peft, whose result ours equals up to rounding; at full rank the sum is exact.
+The sum of ``cat``, decomposed in factored form. Without ``--rank`` or ``--energy`` every module gets the largest rank
+that any adapter has in any module, as in peft, whose result ours equals up to rounding: what serves that rank serves it
+everywhere. At full rank the sum is exact.
 """
 
 from adaptkit.numerics.stacking._core import add_up
