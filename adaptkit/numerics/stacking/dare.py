@@ -1,7 +1,10 @@
 """DARE: drop elements at random, scale up the rest so that nothing changes on average, and add up.
 
-Each element of w_t Δ_t is kept with probability ``density`` and then divided by it; the sum over the adapters follows,
-which is peft's and mergekit's ``dare_linear``. The paper speaks of the drop rate, 1 − density.
+Each element of w_t Δ_t is kept with probability ``density`` and then divided by it; the sum over the adapters follows.
+The paper speaks of the drop rate, 1 − density.
+
+Variant: peft's ``dare_linear_svd``; its ``dare_linear`` drops elements of A and of B. mergekit's ``dare_linear`` does
+not divide by the density: it scales what is kept of each matrix to the Σ|δ| that the whole had.
 
 The more is dropped, the less is the result of low rank: the noise has (1 − density) / density times the energy of what
 it is added to. The energy kept says how much of it a rank can hold.

@@ -1,7 +1,9 @@
 """DARE instead of the trimming of TIES: drop at random and rescale, elect signs, average those that have them.
 
-Steps 2 and 3 are those of ``ties``, variant included: signs elected after weighting, mean by count. peft and mergekit
-call the same thing ``dare_ties``.
+Steps 2 and 3 are those of ``ties``, variant included: signs elected after weighting, mean by count.
+
+Variant: with equal weights peft's ``dare_ties_svd``; its ``dare_ties`` does the same to A and to B. mergekit's
+``dare_ties`` scales as in ``dare``, and adds up what it elects: it takes a mean only with ``normalize: true``.
 """
 
 from collections.abc import Sequence

@@ -7,8 +7,8 @@ In each row of w_t Δ_t the elements are ranked by magnitude, 0 to in − 1. The
 and divided by it, so that nothing changes on average. Steps 2 and 3 are those of ``ties``, variant included.
 
 Variant: MAGPRUNE of the paper, ranked by row and rescaled by each element's own probability as its authors' code does
-(mergekit now rescales by a norm). ``epsilon`` is half the width of the window of probabilities, as in mergekit; the
-paper's ε is the whole.
+(mergekit now rescales by a norm, see ``dare``). ``epsilon`` is half the width of the window of probabilities, as in
+mergekit; the paper's ε is the whole.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """The weighted sum of the changes, at the smallest rank that holds it. Exact.
 
 Task arithmetic adds what the adapters do, Σ w_t Δ_t. It does not add their A matrices and their B matrices, as peft's
-``linear`` does, which gives (Σ √w B)(Σ √w A): another matrix, with products of every A with every B in it.
+``linear`` does, which gives (Σ √w B)(Σ √w A): another matrix, with products of every A with every B in it. mergekit
+calls the sum ``task_arithmetic``; its ``linear`` divides by Σ w.
 The sum is that of ``cat``; where adapters share directions, or ranks add up to more than the weight has, it is shorter.
 """
 

@@ -4,11 +4,12 @@
     2  calculate  η_t = Σ τ̂_t² / Σ_t Σ τ̂_t², a coefficient for each adapter and module
     3  erase      elements whose sign is not that of Σ_t τ̂_t; a sum of 0 counts as positive
 
-The result is λ · Σ η_t τ̂_t / Σ η_t over the elements that are left. An adapter without the module counts in the
-variance, as a change of zero.
+The result is λ · Σ η_t τ̂_t / Σ η_t over the elements that are left. An adapter of weight 0, or
+without the module, counts in the variance, as a change of zero.
 
 Variant: mergekit's, which came from the authors; its ``select_topk`` is ``density``, and 1 (its default) selects
-everything. mergekit has no weights here; ours are in the τ_t = w_t Δ_t.
+everything. mergekit has no weights here; ours are in the τ_t = w_t Δ_t. It takes equal η_t where the mean squares of
+all τ̂_t add up to less than 1e-6, as those of many adapters do; here η_t is what the paper says, however small they are.
 """
 
 from collections.abc import Sequence
