@@ -17,6 +17,8 @@ from adaptkit.networks.architecture import language_part
 from adaptkit.networks.naming import Place, places
 
 _GET_AGAIN = "get the checkpoint again, with the config.json that belongs to it"
+_ONCE_SAVED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
+"""Buffers that older releases of transformers saved with every layer; today's computes them and leaves these unread."""
 
 
 def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -94,7 +96,7 @@ class Assembly:
 
     def unknown(self) -> list[str]:
         """The tensors that the network has no place for, sorted, but for what transformers knows to be left over."""
-        patterns = self.network._keys_to_ignore_on_load_unexpected or ()
+        patterns = (*_ONCE_SAVED, *(self.network._keys_to_ignore_on_load_unexpected or ()))
         left = sorted(set(self.checkpoint.tensors) - self._parts - set(self._places))
         return [name for name in left if not any(re.search(pattern, name) for pattern in patterns)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, LlamaPreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaPreTrainedModel
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
@@ -151,6 +151,30 @@ def test_a_bias_that_is_missing_or_unknown_is_refused(llama, gpt2, copy_of):
     added = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(128)}))
     with pytest.raises(CheckpointError, match=r"does not know the tensor model\.layers\.0\.mlp\.up_proj\.bias"):
         load_model(added, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("llama", "model.layers.{}.self_attn"),
+        ("gpt2", "transformer.h.{}.attn"),
+        ("gpt_neox", "gpt_neox.layers.{}.attention"),
+    ],
+)
+def test_buffers_that_older_transformers_saved_are_left_over(name, layer, tmp_path):
+    """Causal masks, what they mask with, positions and rotary frequencies: Pythia's files hold them, and Llama 1's."""
+    values = tiny._DECODER | {"vocab_size": 301, "pad_token_id": 0}
+    config = AutoConfig.for_model(name, **values)
+    folder = tiny._save(tmp_path / name, lambda: AutoModelForCausalLM.from_config(config), "float32", 1, 0)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+    mask = torch.ones(512, 512, dtype=torch.bool).tril()[None, None]
+    masks = {} if name == "llama" else {"bias": mask, "masked_bias": torch.tensor(-1e9)}
+    buffers = masks | ({} if name == "gpt2" else {"rotary_emb.inv_freq": torch.rand(8)})
+    older = {f"{layer.format(number)}.{key}": value.clone() for number in range(2) for key, value in buffers.items()}
+    rewritten(folder, lambda tensors: tensors.update(older, **{"embeddings.position_ids": torch.arange(512)[None]}))
+    assert torch.allclose(logits(load_model(folder, torch.float32, CPU).network), expected, atol=1e-5)
+    quantize(folder, tmp_path / "nf4")
+    assert len(load_model(tmp_path / "nf4", torch.float32, CPU).linears) > 0
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "gptq"}}])
