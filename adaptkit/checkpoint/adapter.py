@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from adaptkit.checkpoint._adapter_keys import name_parts
+from adaptkit.checkpoint._adapter_lacking import require_configured, require_weights
 from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
 from adaptkit.checkpoint.adapter_config import (
     Scalings,
     age_of_patterns,
     check_config,
-    is_adapter,
     is_saved,
     names_tied,
     turns_stacks,
@@ -66,11 +66,6 @@ __all__ = [
 
 _PIECE_ELEMENTS = 1 << 20
 _DECISIVE = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
-_PICKLE_NAME = "adapter_model.bin"
-_UNPICKLE = (  # and not with peft, which would write the configuration anew, by which older releases mean other things
-    'in that folder, python -c "import torch, safetensors.torch as s; '
-    f"s.save_file(torch.load('{_PICKLE_NAME}', 'cpu', weights_only=True), '{ADAPTER_WEIGHTS_NAME}')\""
-)
 _SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
 
@@ -194,19 +189,10 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
         CheckpointError: a malformed file.
         IntegrityError: it changed while it was read, or what lies beside its tensors is not what its manifest says.
     """
-    require_folder(root)
-    if not is_adapter(root):
-        raise AdapterError(
-            f"{root}: not an adapter: there is no {ADAPTER_CONFIG_NAME}", hint="give the adapter's folder"
-        )
+    require_configured(require_folder(root))
     config = read_json(root / ADAPTER_CONFIG_NAME)
     check_config(root, config)
-    if not (root / ADAPTER_WEIGHTS_NAME).exists():
-        is_pickled = (root / _PICKLE_NAME).is_file()
-        raise AdapterError(
-            f"{root}: there is no {ADAPTER_WEIGHTS_NAME}{' (a pickled .bin is not loaded)' if is_pickled else ''}",
-            hint=_UNPICKLE if is_pickled else "get the adapter again, all of it",
-        )
+    require_weights(root)
     files = TensorFiles(root, [ADAPTER_WEIGHTS_NAME])
     if not files.tensors:
         raise AdapterError(f"{root}: the adapter holds no tensors", hint="get the adapter again, or train it again")

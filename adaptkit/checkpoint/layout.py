@@ -35,6 +35,8 @@ PICTURE_NAME = "loss.svg"
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MOST_SMALL_BYTES = 256 << 20
+_NAMED = 3
+"""How many folders a hint names."""
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """Begin the names of files that say what may be done with a model."""
@@ -169,17 +171,32 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     if pickles:
         raise CheckpointError(
             f"{root}: weights are pickles ({pickles[0]}), which adaptkit does not load",
-            hint="convert first: load it with transformers and save_pretrained(..., safe_serialization=True)",
+            hint="convert first: with transformers, from_pretrained(..., dtype='auto') and "
+            "save_pretrained(..., safe_serialization=True); then copy the tokenizer's files",
         )
     if gguf := min((path.name for path in root.glob("*.gguf")), default=""):
         raise CheckpointError(
             f"{root}: weights are GGUF ({gguf}), which adaptkit does not read",
             hint="give the checkpoint that it was made from",
         )
+    others = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES))
     raise CheckpointError(
-        f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}",
-        hint="give the folder that holds config.json",
+        f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {others[0]}' if others else ''}",
+        hint=f"get the index of shards as {INDEX_NAME}, or call a single file that transformers wrote {SINGLE_NAME}"
+        if others
+        else look_below(root, "give the folder that holds config.json", models=True),
     )
+
+
+def look_below(root: Path, otherwise: str, models: bool) -> str:
+    """A hint: the adapters inside a folder that is none, and models if these will do; trainers save into such."""
+    found = sorted(
+        path.name
+        for path in root.iterdir()
+        if os.path.isfile(path / ADAPTER_CONFIG_NAME) or (models and os.path.isfile(path / CONFIG_NAME))
+    )
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"give one that is inside it: {', '.join(found[:_NAMED])}{more}" if found else otherwise
 
 
 def side_files(root: Path) -> dict[str, Path]:

@@ -328,9 +328,19 @@ def test_a_pickle_is_refused_and_not_loaded(changed):
         read_adapter(changed)
 
 
-def test_the_hint_for_a_pickle_makes_the_same_adapter_of_it(changed):
+def in_shards(tensors, folder):
+    for number, part in enumerate((dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])), 1):
+        save_file(part, folder / f"adapter_model-0000{number}-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda tensors, folder: torch.save(tensors, folder / "adapter_model.bin"), in_shards],
+    ids=["bin", "shards"],
+)
+def test_the_hint_for_a_pickle_or_shards_makes_the_same_adapter_of_it(changed, write):
     before = read_adapter(changed)
-    torch.save(load_file(changed / "adapter_model.safetensors"), changed / "adapter_model.bin")
+    write(load_file(changed / "adapter_model.safetensors"), changed)
     (changed / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError) as caught:
         read_adapter(changed)
@@ -338,6 +348,16 @@ def test_the_hint_for_a_pickle_makes_the_same_adapter_of_it(changed):
     assert python == "python"
     subprocess.run([sys.executable, *rest], cwd=changed, check=True)
     assert read_adapter(changed).digests == before.digests
+
+
+def test_adapters_inside_the_folder_are_named(changed, tmp_path):
+    """TRL saves ``train`` and ``reference`` like that, and trainers their checkpoints."""
+    outer = tmp_path / "outer"
+    for name in ("train", "reference"):
+        shutil.copytree(changed, outer / name)
+    with pytest.raises(AdapterError, match="not an adapter") as caught:
+        read_adapter(outer)
+    assert caught.value.hint == "give one that is inside it: reference, train"
 
 
 @pytest.mark.parametrize("name", WEIGHTS_BESIDE)

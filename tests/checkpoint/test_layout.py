@@ -100,6 +100,27 @@ def test_gguf_is_refused_as_that_and_not_for_a_wrong_folder(tmp_path):
     assert "config.json" not in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors"]
+)
+def test_weights_of_another_name_are_told_from_a_wrong_folder(name, tmp_path):
+    for file in ("config.json", name, "adaptkit-undo-00001-of-00001.safetensors"):
+        (tmp_path / file).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=f"neither model.safetensors nor .*, but {name}") as caught:
+        weight_files(tmp_path)
+    assert "config.json" not in caught.value.hint
+
+
+def test_checkpoints_inside_the_folder_are_named(tmp_path):
+    for number, file in ((9, "config.json"), (10, "adapter_config.json"), (11, "config.json"), (12, "config.json")):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / file).write_text("{}")
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(CheckpointError, match="not a checkpoint") as caught:
+        weight_files(tmp_path)
+    assert caught.value.hint == "give one that is inside it: checkpoint-10, checkpoint-11, checkpoint-12 and 1 more"
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="is a file"):

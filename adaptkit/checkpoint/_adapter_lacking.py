@@ -1,0 +1,48 @@
+"""A folder that lacks a file of an adapter's, and what to do about the files that are there instead."""
+
+from pathlib import Path
+
+from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, look_below
+from adaptkit.errors import AdapterError
+
+_PICKLE_NAME = "adapter_model.bin"
+_SHARDS = "adapter_model-*.safetensors"
+_UNPICKLE = (  # and not with peft, which would write the configuration anew, by which older releases mean other things
+    'in that folder, python -c "import torch, safetensors.torch as s; '
+    f"s.save_file(torch.load('{_PICKLE_NAME}', 'cpu', weights_only=True), '{ADAPTER_WEIGHTS_NAME}')\""
+)
+_JOIN = (
+    'in that folder, python -c "import glob, safetensors.torch as s; '
+    f"s.save_file({{k: t for f in glob.glob('{_SHARDS}') for k, t in s.load_file(f).items()}}, "
+    f"'{ADAPTER_WEIGHTS_NAME}')\""
+)
+
+
+def require_configured(root: Path) -> None:
+    """Refuse a folder without an adapter's configuration.
+
+    Raises:
+        AdapterError: names adapters that lie inside it.
+    """
+    if not is_adapter(root):
+        raise AdapterError(
+            f"{root}: not an adapter: there is no {ADAPTER_CONFIG_NAME}",
+            hint=look_below(root, "give the adapter's folder", models=False),
+        )
+
+
+def require_weights(root: Path) -> None:
+    """Refuse an adapter without the one file of safetensors that peft reads.
+
+    Raises:
+        AdapterError: says how a pickle or shards become that.
+    """
+    if (root / ADAPTER_WEIGHTS_NAME).exists():
+        return
+    found, hint = "", "get the adapter again, all of it"
+    if (root / _PICKLE_NAME).is_file():
+        found, hint = " (a pickled .bin is not loaded)", _UNPICKLE
+    elif any(root.glob(_SHARDS)):
+        found, hint = f", but it is cut into shards ({_SHARDS}), which peft does not read either", _JOIN
+    raise AdapterError(f"{root}: there is no {ADAPTER_WEIGHTS_NAME}{found}", hint=hint)
