@@ -57,6 +57,15 @@ class Candidate:
         """Whether it is an adapter, and no model."""
         return (self.path / ADAPTER_CONFIG_NAME).is_file()
 
+    def is_the_adapter(self, identity: object) -> bool:
+        """Whether it is the adapter of an ``adapter_identity``."""
+        from adaptkit.checkpoint.adapter import adapter_identity, read_adapter  # here, since it waits for numpy
+
+        try:
+            return adapter_identity(read_adapter(self.path)) == identity
+        except AdaptkitError:
+            return False
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -70,7 +79,7 @@ class Candidates:
     folders: tuple[Candidate, ...] = ()
     broken: tuple[str, ...] = ()
 
-    def find(self, parent: Parent, line: frozenset[Path]) -> Candidate | None:
+    def find(self, parent: Parent, line: frozenset[Path], identity: object = None) -> Candidate | None:
         """The folder that holds a parent.
 
         One with the very manifest is taken first; then one with the same tensors, since publishing adds a model card
@@ -79,6 +88,7 @@ class Candidates:
         Args:
             parent: as its child names it.
             line: real paths of the child and of what was made from it, none of which can be its own parent.
+            identity: ``adapter_identity``, by which one of several with the same tensors is chosen; None if not known.
         """
         left = [folder for folder in self.folders if folder.path.resolve() not in line]
         if parent.manifest_sha256 is not None:
@@ -87,11 +97,16 @@ class Candidates:
                     return folder
         described = [folder for folder in left if folder.manifest is not None]
         plain = [folder for folder in left if folder.manifest is None]
+        same: list[Candidate] = []
         for folder in [*described, *plain] if parent.manifest_sha256 is not None else [*plain, *described]:
             wanted = folder.manifest is not None or folder.is_adapter == (parent.role in ("adapter", "init"))
             if wanted and folder.root == parent.tensors_root:
-                return folder
-        return None
+                same.append(folder)
+                if identity is None:
+                    break
+        if len(same) > 1:
+            same.sort(key=lambda folder: not folder.is_the_adapter(identity))
+        return same[0] if same else None
 
 
 def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_progress) -> Candidates:

@@ -80,11 +80,16 @@ class Walk:
         return self._parents(manifest, frozenset({path.resolve()}))
 
     def _parents(self, child: Manifest, line: frozenset[Path]) -> tuple[Ancestor, ...]:
-        return tuple(self._parent(child, parent, line) for parent in child.parents)
+        said = child.operation.get("options", {}).get("adapters")  # of a merge: the adapters' identities
+        identities = iter(said if isinstance(said, list) else ())
+        return tuple(
+            self._parent(child, parent, line, next(identities, None) if parent.role == "adapter" else None)
+            for parent in child.parents
+        )
 
-    def _parent(self, child: Manifest, parent: Parent, line: frozenset[Path]) -> Ancestor:
+    def _parent(self, child: Manifest, parent: Parent, line: frozenset[Path], identity: object) -> Ancestor:
         told = Ancestor(parent.role, parent.kind, parent.tensors_root, parent.manifest_sha256, parent.weight)
-        found = self._candidates.find(parent, line)
+        found = self._candidates.find(parent, line, identity)
         if found is None:
             return replace(told, state=NEVER_WRITTEN if _was_never_written(child, parent) else MISSING)
         manifest = found.manifest

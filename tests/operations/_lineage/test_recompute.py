@@ -1,14 +1,17 @@
 """What made an artifact is run again: of what was published, too, which has a model card more."""
 
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import IntegrityError
+from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import VerifyOptions, verify
 
@@ -47,3 +50,17 @@ def test_a_copy_of_the_parent_in_other_shards_is_thought_of(llama, llama_sharded
     with pytest.raises(IntegrityError, match="gives something else") as caught:
         verify(tmp_path / "nf4", VerifyOptions(parents=(llama_sharded,), recompute=True))
     assert caught.value.hint.endswith("--parents names the very folder")
+
+
+def test_of_two_parents_with_the_same_tensors_the_one_that_was_merged_is_taken(llama, adapter, copy_of, tmp_path):
+    twins = [copy_of(adapter, name) for name in ("first", "second")]
+    config = json.loads((adapter / ADAPTER_CONFIG_NAME).read_text())
+    (twins[1] / ADAPTER_CONFIG_NAME).write_text(json.dumps(config | {"lora_alpha": 3}))
+    merge(llama, twins, tmp_path / "both")
+    for number, twin in enumerate(twins):
+        merge(llama, [twin], tmp_path / f"merged-{number}")
+    for merged, used in (("merged-0", twins[:1]), ("merged-1", twins[1:]), ("both", twins)):
+        for order in (twins, twins[::-1]):
+            report = verify(tmp_path / merged, VerifyOptions(parents=(llama, *order), recompute=True))
+            assert [parent.path for parent in report.parents[1:]] == [str(path) for path in used]
+            assert report.recomputed[-1][1] == "same bytes again"
