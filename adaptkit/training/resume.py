@@ -4,7 +4,7 @@
     checkpoint-<step>/state.safetensors   float32 vectors: parameters, moments, the best parameters if they are others
     checkpoint-<step>/metrics.jsonl       everything that was measured so far
     checkpoint-<step>/checkpoint.json     step, further values, the sha256 of both files, and its own; written last
-    optimizer-pages.bin                   the optimizer's state, where it does not all lie in memory; not gone on from
+    optimizer-pages.bin                   of the optimizer, as older versions left it; not gone on from
 
 The order of the data and all randomness are functions of seed and step, so this is all that a run consists of.
 """

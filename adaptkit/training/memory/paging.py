@@ -61,7 +61,7 @@ class Pages:
         page_bytes: size of each.
         budget_bytes: how much may be on the device; one page always is. None: everything.
         device: where pages are used.
-        file: backs the host side on a CPU; made anew. None: ordinary memory.
+        file: backs the host side on a CPU, without a name once it is open. None: ordinary memory.
 
     Attributes:
         budget_bytes: as it was given last.
@@ -195,6 +195,7 @@ class _Host:
             with disk_errors(path):
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 weakref.finalize(self, os.close, self._file)
+                path.unlink()  # nobody else opens it, and of a process that is killed nothing is left
                 _reserve(self._file, count * page_bytes)
             return
         pages = max(1, _PIECE // page_bytes)

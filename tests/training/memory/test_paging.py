@@ -1,5 +1,8 @@
 """Pages keep their bytes wherever they are, and the counters say what moved."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -38,7 +41,20 @@ def test_what_is_written_in_a_sweep_is_there_in_the_next(budget, backed, tmp_pat
         page[:] = number
     assert [set(page.tolist()) for page in pages.sweep()] == [{number} for number in range(10)]
     assert [set(pages.read(page).tolist()) for page in range(10)] == [{number} for number in range(10)]
-    assert (tmp_path / "pages.bin").exists() == (backed and pages.resident < 10)
+
+
+def test_what_backs_pages_is_a_file_of_which_nothing_is_left_when_its_process_is_killed(tmp_path):
+    """A process other than the first has it in a temporary folder, which nobody looks into again."""
+
+    def held():
+        return [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+    (tmp_path / "pages.bin").write_bytes(b"of one that was killed before")
+    pages = Pages(10, 80, 170, CPU, tmp_path / "pages.bin")
+    sweeps(pages, 2)
+    assert f"{tmp_path}/pages.bin (deleted)" in held()
+    assert list(tmp_path.iterdir()) == []
+    assert pages.read(9).tolist() == [2] * 80
 
 
 def test_pages_that_lose_or_gain_their_place_keep_their_bytes(tmp_path):
