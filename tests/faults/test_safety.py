@@ -16,6 +16,7 @@ FOLDERS = re.compile(r"(root|folder|path|final)$")
 JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
     # names of our own
+    "checkpoint/adapter_config.py": {"root / name"},
     "checkpoint/journal.py": {"self.folder / self._journal"},
     "checkpoint/adapter_config.py": {"root / name"},
     "operations/_diff/files.py": {"root / name"},
