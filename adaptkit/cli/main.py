@@ -204,7 +204,8 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
     message, hint = redact(message), redact(hint)
     rank = told_rank()
-    has_speaker = rank != "0" and sys.argv[1:2] == ["train"]  # one document, however many processes there are
+    # One document, however many processes there are.
+    has_speaker = rank != "0" and sys.argv[1:2] in (["train"], ["evaluate"])
     if "--json" in sys.argv[1:] and not has_speaker:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
         _say(json.dumps({"error": error}), sys.stdout)

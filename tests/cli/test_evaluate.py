@@ -150,6 +150,18 @@ def test_answers_and_page_are_written_though_nobody_reads_the_table(llama, instr
     assert page.read_text().endswith("</html>\n")
 
 
+def test_of_several_processes_the_first_one_tells(llama, instructions, run_cli, tmp_path):
+    given = ["evaluate", "--base", llama, "--data", instructions, "--generate", "--samples", 1, "--max-new-tokens", 1]
+    for rank in ("0", "1"):
+        torchrun = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": rank}
+        done = run_cli(*given, "--json", "--samples-file", tmp_path / f"samples-{rank}", **torchrun)
+        assert done.code == 0, done.stderr
+        assert bool(done.stdout) == (tmp_path / f"samples-{rank}").exists() == (rank == "0")
+    failed = run_cli("evaluate", "--base", tmp_path / "absent", "--data", instructions, "--json", **torchrun)
+    assert (failed.code, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("process 1: error: ")
+
+
 def test_the_layout_that_is_asked_for_counts(llama, run_cli, tmp_path):
     (tmp_path / "two.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "text": "a c b"}) + "\n")
     (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")

@@ -11,7 +11,7 @@ import click
 
 from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, NamedValue, by_name, html_option, report_options
-from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, write_whole
+from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, told_rank, write_whole
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
@@ -85,6 +85,8 @@ def command(
     from adaptkit.training.evaluation.report import EvaluateOptions
 
     chosen = EvaluateOptions(**options)
+    if told_rank() != "0":  # each of torchrun's processes measures everything, and the first one tells
+        as_json, quiet, samples_file, html = False, True, None, None
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate, html)
     leave_compiler_out()
