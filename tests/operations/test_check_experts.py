@@ -97,6 +97,29 @@ def test_peft_makes_stacks_of_single_experts_only_as_the_verdict_says(case, fami
     assert verdict.taken == loads
 
 
+@pytest.mark.parametrize(("name", "loads"), [("gate", False), ("shared_expert_gate", True)])
+def test_peft_has_no_layer_for_routers(name, loads, tmp_path):
+    """Those of transformers 5; under 4 they were linear layers, as what weighs the shared expert still is."""
+    from peft import PeftModel
+
+    base = tiny.write_family(tmp_path / "base", "qwen2_moe", dtype="float32")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    module, rows = f"base_model.model.model.layers.1.mlp.{name}", 1 if loads else 4
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, 64), f"{module}.lora_B.weight": torch.ones(rows, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "bias": "none"}
+    values |= {"base_model_name_or_path": str(base), "target_modules": [f"1.mlp.{name}"]}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    (verdict,) = [verdict for verdict in check(folder, base=base).verdicts if verdict.target == "peft"]
+    assert verdict.taken == loads
+    if loads:
+        PeftModel.from_pretrained(model(base), folder)
+        return
+    with pytest.raises(ValueError, match=r"Router.* is not supported"):
+        PeftModel.from_pretrained(model(base), folder)
+
+
 @pytest.mark.parametrize("parts", ["gate up down", "down"])
 def test_a_dense_layer_beside_experts_is_not_reached(parts, moe, tmp_path):
     """peft takes the names of its modules for those of the experts' stacks."""

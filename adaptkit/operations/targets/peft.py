@@ -8,7 +8,9 @@ index names, and nothing beside them.
 
 from collections.abc import Iterator
 
+from adaptkit.lazy import torch
 from adaptkit.networks.kinds import is_never_called, is_read_by_kernels
+from adaptkit.networks.linears import is_linear
 from adaptkit.networks.peft_names import renamed_in_peft
 from adaptkit.operations.targets import _checkpoint_rules, _older, _peft_config, _peft_experts, _peft_tensors, _rules
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles
@@ -67,6 +69,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         "call model.resize_token_embeddings({entries}) before the adapter is loaded",
     )
     yield from _kernels(files, base)
+    yield from _wrapped_by_none(files, base)
     yield from _renamed(files, base)
     yield from _tied(files, base)
     yield from _peft_experts.turned(files, base)
@@ -163,6 +166,25 @@ def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             "error",
             some(passed),
             f"peft's adapter of it does nothing: {kind} reads its weight, and never calls it",
+            files.merge(),
+        )
+
+
+def _wrapped_by_none(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    """Modules of kinds that peft's LoRA has no layer for, as the routers of transformers 5."""
+    if base is None or base.network is None:
+        return
+    nn = torch.nn
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    named = [pair.module for pair in files.pairs if not pair.stacked and f"{pair.module}.weight" in base.tensors]
+    by_modules = [module for module in named if not _peft_config.is_parameter(files.config, module)]
+    there = {module: base.network.get_submodule(module) for module in by_modules}
+    others = {m: type(at).__name__ for m, at in there.items() if not isinstance(at, kinds) and not is_linear(at)}
+    if others:
+        yield Finding(
+            "error",
+            some(list(others)),
+            f"peft fails: Target module {next(iter(others.values()))} is not supported",
             files.merge(),
         )
 
