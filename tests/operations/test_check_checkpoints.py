@@ -46,6 +46,22 @@ def test_a_safetensors_file_that_is_no_weights(llama, llama_sharded, adapter, co
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("metadata", [{}, {"metadata": {}}, {"metadata": {"total_size": "7", "by": "hand"}}])
+def test_transformers_wants_metadata_in_an_index(metadata, llama_sharded, copy_of):
+    from transformers import AutoModelForCausalLM
+
+    folder = copy_of(llama_sharded)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]} | metadata))
+    if taken(folder) == {"gguf", "peft", "sglang", "vllm"}:
+        AutoModelForCausalLM.from_pretrained(folder)
+        return
+    assert taken(folder) == {"gguf", "sglang", "vllm"}
+    assert "has no metadata" in words(verdicts(folder)["peft"])
+    with pytest.raises(KeyError, match="metadata"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("options", "takers"),
     [

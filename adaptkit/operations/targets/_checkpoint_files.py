@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.layout import INDEX_NAME
+from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.naming import absent, places, shape_in
@@ -49,6 +49,7 @@ class CheckpointFiles:
         says_so: whether ``config.json`` names a method.
         packed: weights in the layout of bitsandbytes or of adaptkit.
         has_index: whether an index says which files hold the weights.
+        is_bare: whether that index has no metadata.
         beside: names of safetensors files in the folder that do not.
         has_tokenizer: whether there is one.
         architecture: transformers' class, whose model was compared with the files; empty if none was.
@@ -62,6 +63,7 @@ class CheckpointFiles:
     says_so: bool
     packed: tuple[Packed, ...]
     has_index: bool
+    is_bare: bool
     beside: tuple[str, ...]
     has_tokenizer: bool
     architecture: str
@@ -84,6 +86,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
     checkpoint = Checkpoint(root)
     quantization = quantization_found(checkpoint)
     packed = tuple(_packed(checkpoint)) if quantization else ()
+    has_index = (root / INDEX_NAME).is_file()
     architecture, lacking, misshapen = _beside_model(checkpoint, packed, quantization)
     return CheckpointFiles(
         root=root,
@@ -91,7 +94,8 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         quantization=quantization,
         says_so=checkpoint.quantization_method is not None,
         packed=packed,
-        has_index=(root / INDEX_NAME).is_file(),
+        has_index=has_index,
+        is_bare=has_index and "metadata" not in read_json(root / INDEX_NAME),
         beside=tuple(sorted(path.name for path in root.glob("*.safetensors") if path.name not in checkpoint.headers)),
         has_tokenizer=brings_tokenizer(root),
         architecture=architecture,

@@ -8,6 +8,7 @@ index names, and nothing beside them.
 
 from collections.abc import Iterator
 
+from adaptkit.checkpoint.layout import INDEX_NAME
 from adaptkit.lazy import torch
 from adaptkit.networks.kinds import is_never_called, is_read_by_kernels
 from adaptkit.networks.linears import is_linear
@@ -222,6 +223,13 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             "quant_method is bitsandbytes in config.json",
             "transformers leaves it to bitsandbytes",
             "pip install bitsandbytes",
+        )
+    if files.is_bare:
+        yield Finding(
+            "error",
+            f"{INDEX_NAME} has no metadata",
+            "transformers fails: KeyError: 'metadata'",
+            'add "metadata": {} to it',
         )
     four_bit = [packed for packed in files.packed if packed.format != "int8" and not packed.is_stack]
     uneven = [packed.name for packed in four_bit if packed.shape[-1] % packed.block_size]
