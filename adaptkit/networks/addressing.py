@@ -130,7 +130,7 @@ def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | 
         if known is not None and (other := taken.setdefault(known, name)) != name:
             raise BaseMismatchError(
                 f"{who}: changes {other} and {name}, which are the same parameter of {type(assembly.network).__name__}",
-                hint="save one adapter at a time",
+                hint="save one adapter at a time; of a stack, merge the adapters themselves in one go",
             )
         if known is not None:
             found[name] = _slices(assembly, known, who)

@@ -84,7 +84,7 @@ def _in_todays_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter:
         if len(renamed[part]) < len(before):
             raise AdapterError(
                 f"{adapter.root}: has changes of one module by the names of several releases of transformers",
-                hint="save one adapter at a time",
+                hint="save one adapter at a time; of a stack, merge the adapters themselves in one go",
             )
     return replace(adapter, embeddings=frozenset(map(today, adapter.embeddings)), **renamed)
 
