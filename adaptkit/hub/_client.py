@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelInfo, get_session
 
 import adaptkit
 from adaptkit.errors import NetworkError
-from adaptkit.hub._errors import hub_errors, is_passing, retry_after_s
+from adaptkit.hub._errors import hub_errors, is_passing, retry_after_s, setting_errors
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0)
 """Between tries."""
@@ -103,5 +103,12 @@ def model_info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelIn
 
 
 def connect(note: Note = no_note) -> Hub:
-    """Make a client."""
-    return Hub(HfApi(library_name=adaptkit.__name__, library_version=adaptkit.__version__), note)
+    """Make a client.
+
+    Raises:
+        UsageError: none can be made with the address, the proxies and the certificates that the environment names.
+    """
+    api = HfApi(library_name=adaptkit.__name__, library_version=adaptkit.__version__)
+    with setting_errors(api.endpoint):
+        get_session()
+    return Hub(api, note)

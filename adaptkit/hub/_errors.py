@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from huggingface_hub.errors import (
@@ -39,12 +40,14 @@ from adaptkit.errors import (
 )
 from adaptkit.hub.secrets import redact
 
+_InvalidURL = import_module(TransportError.__module__).InvalidURL  # which has no parent among the others
 _NONSENSE = (LookupError, TypeError, AttributeError)
 """What the client raises when it looks into an answer for what is not there: it takes any JSON for a good one."""
 _TRANSLATED = (TransportError, OSError, ValueError, RuntimeError, OIDCError, *_NONSENSE)
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
 """In a RuntimeError of hf_xet, which has no field for it."""
 LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
+_SETTINGS = "see to HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, whichever is set"
 _AGAIN = "run the same command again; nothing is done twice"
 _PASSING = {408, 425, 429}
 
@@ -64,6 +67,21 @@ def hub_errors(what: str) -> Iterator[None]:
         raise _translated(error, what) from error
 
 
+@contextmanager
+def setting_errors(endpoint: str) -> Iterator[None]:
+    """Translate the errors of making a client from the environment inside the block.
+
+    Args:
+        endpoint: the Hub's address.
+    """
+    try:
+        if not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"its address is {endpoint!r}")
+        yield
+    except (*_TRANSLATED, ImportError, _InvalidURL) as error:  # that of an import: socksio, for a SOCKS proxy
+        raise UsageError(f"the Hub cannot be asked: {_line(error)}", hint=_SETTINGS) from error
+
+
 def _translated(error: BaseException, what: str) -> AdaptkitError:
     if isinstance(error, HfHubHTTPError):
         return _of_status(error, what)
@@ -75,6 +93,8 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         isinstance(error, PermissionError) and error.errno is None
     ):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)  # the second is hf_xet's
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":  # of a header, and the others are
+        return AuthenticationError(f"{what}: the token holds characters that no token has", hint=LOGIN)
     if _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):

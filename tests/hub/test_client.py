@@ -1,0 +1,34 @@
+"""What the environment gives the client, and what the client raises."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"ALL_PROXY": "socks5://me:planted-secret@127.0.0.1:9"},  # without socksio
+        {"HTTP_PROXY": "ftp://127.0.0.1:9"},
+        {"HTTP_PROXY": "http://127.0.0.1:port"},
+        {"SSL_CERT_FILE": "/nowhere"},
+        {"HF_ENDPOINT": "localhost:9"},
+    ],
+    ids=lambda setting: next(iter(setting.items())),
+)
+def test_settings_that_no_client_can_be_made_with_are_a_usage_error(cli: Any, artifact: Path, setting: Any) -> None:
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": str(cli.folder / "home"), "NO_PROXY": "", "no_proxy": ""}
+    for command in (["publish", "artifact", "me/model"], ["pull", "me/model", "-o", "out"], ["inspect", "me/model"]):
+        code, stdout, stderr = cli.run(command, own | setting)
+        assert (code, stdout) == (2, ""), stderr
+        assert stderr.startswith("error: the Hub cannot be asked: ")
+        assert next(iter(setting)) in stderr
+        assert "planted-secret" not in stderr
+    assert cli.hub.requests == []
+
+
+def test_a_token_that_can_be_none_is_an_authentication_error(cli: Any, artifact: Path) -> None:
+    done = cli("publish", artifact, "me/model", token="hf_\N{LATIN SMALL LETTER E WITH ACUTE}" + "x" * 30)
+    assert done.code == 6
+    assert "HF_TOKEN" in done.report["hint"]
