@@ -25,9 +25,9 @@ Access. Without tokens the hub is open to everyone. With tokens, writes and read
 `Authorization: Bearer TOKEN`: 401 without a known token, 403 for a write with a read token.
 
 Faults. `METHOD:PATH_REGEX:KIND[:COUNT]` meets the next COUNT (default 1, -1 for ever) requests whose raw path and query
-the regex finds; METHOD may be `*`. KIND is an HTTP status, one with the seconds of its Retry-After (`503+2`), `drop`
-(hang up before acting), `lost` (act, then hang up), `truncate` (announce the whole body, send half), `corrupt` (same
-size, its middle byte flipped) or `nonsense` (act, then answer with JSON that means nothing).
+the regex finds; METHOD may be `*`. KIND is an HTTP status, one with seconds to wait (`503+2` in Retry-After, `429+2`
+in RateLimit), `drop` (hang up before acting), `lost` (act, then hang up), `truncate` (announce the whole body, send
+half), `corrupt` (same size, its middle byte flipped) or `nonsense` (act, then answer with JSON that means nothing).
 
 Not here: datasets and spaces, merging or closing pull requests, diffs, deleting and moving repositories, duplicating
 LFS files between them, LFS download through the batch API, checking README metadata, .gitignore.
@@ -603,7 +603,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.fault and self.fault[0].isdigit():
             status, _, wait_s = self.fault.partition("+")
-            raise RefusalError(int(status), "injected fault", headers={"Retry-After": wait_s} if wait_s else None)
+            header = {"RateLimit": f'"api";r=0;t={wait_s}'} if status == "429" else {"Retry-After": wait_s}
+            raise RefusalError(int(status), "injected fault", headers=header if wait_s else None)
         method = "GET" if self.command == "HEAD" else self.command
         for wanted, pattern, endpoint in ROUTES:
             if wanted == method and (match := pattern.fullmatch(self.path_only)):

@@ -1,7 +1,7 @@
 """The client, and patience with the Hub.
 
 What may be asked twice is asked again after a while when the Hub fails in passing: half a second, then twice as long
-each time, or what its ``Retry-After`` says. The client does the same for some of its requests; a call in which it was
+each time, or what its answer says. The client does the same for some of its requests; a call in which it was
 patient already is not repeated. A commit is never simply asked for again, see ``_commit``.
 """
 

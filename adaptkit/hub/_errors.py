@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 
 # What failed connections raise: httpx's for huggingface_hub 1, httpx2's for huggingface_hub 2.
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
@@ -136,9 +137,14 @@ def status_of(error: AdaptkitError) -> int | None:
 
 
 def retry_after_s(error: AdaptkitError) -> float:
-    """How many seconds the Hub asked to wait; 0 if it did not."""
+    """How many seconds the Hub asked to wait; 0 if it did not. Who asked too often is told by ``RateLimit`` instead."""
     response = _response(error)
-    asked = "" if response is None else response.headers.get("Retry-After", "")
+    if response is None:
+        return 0.0
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    asked = response.headers.get("Retry-After", "")
     return float(asked) if asked.isdecimal() else 0.0
 
 

@@ -57,7 +57,7 @@ ROWS = (
     Row(f"GET:{INFO}:409", CONFLICT, "answered 409"),
     *(Row(f"GET:{INFO}:{kind}", OK, AGAIN, "complete") for kind in ("429", "500", "503", "drop", "lost", "truncate")),
     *(Row(f"GET:{INFO}:{kind}:-1", NETWORK) for kind in ("429", "500", "503", "drop", "nonsense")),
-    Row(f"GET:{INFO}:503+1", OK, "trying again in 1 s", "complete"),
+    *(Row(f"GET:{INFO}:{status}+1", OK, "trying again in 1 s", "complete") for status in (503, 429)),
     Row(f"GET:{INFO}:429+3600", NETWORK, "answered 429"),  # nobody waits that long
     Row(f"GET:{REFS}:500", OK, AGAIN, "complete"),
     Row(f"GET:{TREE}:nonsense:-1", NETWORK, "malformed"),
