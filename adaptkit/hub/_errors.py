@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     OIDCError,
+    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
@@ -128,6 +129,11 @@ def is_passing(error: AdaptkitError) -> bool:
     return isinstance(error, NetworkError) and not any(
         isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)
     )
+
+
+def is_no_repository(error: AdaptkitError) -> bool:
+    """Whether the Hub has no such repository, as far as it says."""
+    return status_of(error) == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error))
 
 
 def status_of(error: AdaptkitError) -> int | None:

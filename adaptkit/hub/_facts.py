@@ -8,9 +8,11 @@ What a training run measured is in ``metrics.jsonl``:
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urljoin
 
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
@@ -24,8 +26,10 @@ from adaptkit.checkpoint.layout import (
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
 from adaptkit.hub._client import Hub
+from adaptkit.hub._errors import is_no_repository
 from adaptkit.hub._fetch import download
 from adaptkit.hub.card import CardFacts, base_model, read_licence
+from adaptkit.hub.secrets import redact
 
 
 def card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
@@ -44,28 +48,44 @@ def card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> Ca
     names = {record.path for record in manifest.files}
     config_name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
     config = read_config(resolve_inside(root, config_name)) if config_name in names else {}
-    base = base or base_model(config)
-    if base is None:
-        hub.note("the card names no base model: nothing in the artifact does; --base-model ORG/NAME does")
+    named = base_model(config)
+    called = base or named
+    licence = _licence(hub, called, names, is_sure=base is not None) if called else None
+    if licence is None:
+        why = f"there is no {named} on the Hub, as {config_name} calls it" if named else "nothing in the artifact does"
+        hub.note(f"the card names no base model: {why}; --base-model ORG/NAME does")
+    elif manifest.kind == "adapter" and named is None:
+        found = config.get("base_model_name_or_path")  # 'gpt2' is one of old, and found
+        hub.note(f"{config_name} calls the base {found!r}, by which peft may not find it on the Hub")
     return CardFacts(
         config=config,
-        base=base,
-        licence=_licence(hub, base) if base else {},
+        base=None if licence is None else called,
+        licence=licence or {},
         figures=read_figures(resolve_inside(root, METRICS_NAME)) if METRICS_NAME in names else (),
         picture=PICTURE_NAME if PICTURE_NAME in names else None,
     )
 
 
-def _licence(hub: Hub, base: str) -> dict[str, str | list[str]]:
+def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict[str, str | list[str]] | None:
+    """What the base's card says of its licence, for an artifact of these files; None if there is no such base.
+
+    A folder's path may look like a repository's name, so one that the Hub does not know is none unless it is sure.
+    """
     with TemporaryDirectory(prefix="adaptkit-base-") as folder:
         try:
-            card = download(hub, base, None, CARD_NAME, Path(folder)).read_text(errors="replace")
+            card = download(hub, base, None, CARD_NAME, Path(folder)).read_text("utf-8", "replace")
         except (UsageError, AuthenticationError) as error:
+            if not is_sure and isinstance(error, UsageError) and is_no_repository(error):
+                return None
             hub.note(f"the card names no licence: {error.message}")
             return {}
     licence = read_licence(card)
     if not licence:
         hub.note(f"the card names no licence: that of {base} does not either")
+    link = licence.get("license_link")
+    if isinstance(link, str) and link.removeprefix("./") not in names:
+        # It may be a file of the base's, which this artifact does not have.
+        licence["license_link"] = urljoin(redact(f"{hub.api.endpoint}/{base}/blob/main/"), link)
     return licence
 
 

@@ -80,7 +80,7 @@ def relation(manifest: Manifest) -> str | None:
 
 def read_licence(card: str) -> dict[str, str | list[str]]:
     """The front matter of somebody's card that is about the licence; empty if there is none that can be read."""
-    found = re.match(r"---\r?\n(.{0,65536}?)\r?\n---\s*(?:\n|$)", card, re.DOTALL)
+    found = re.match(r"\ufeff?\s*---\r?\n(.{0,65536}?)\r?\n---\s*(?:\n|$)", card, re.DOTALL)
     try:
         front = yaml.safe_load(found[1]) if found else None
     except (yaml.YAMLError, RecursionError, ValueError):

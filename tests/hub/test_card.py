@@ -104,7 +104,8 @@ def test_the_licence_of_the_base_is_passed_on_and_nothing_else_of_its_card() -> 
         "license_name": "free-for-ducks",
         "license_link": "https://example.org/ducks",
     }
-    assert read_licence(BASE_CARD) == expected
+    for begin in ("", "\ufeff", "\n\n"):
+        assert read_licence(begin + BASE_CARD) == expected
 
 
 @pytest.mark.parametrize(
@@ -160,10 +161,10 @@ def test_figures_are_those_of_the_file_and_a_line_that_is_none_is_refused(tmp_pa
             read_figures(path)
 
 
-def publish_base(cli: Any, folder: Path) -> None:
+def publish_base(cli: Any, folder: Path, card: str = BASE_CARD) -> None:
     """Put a base with a card on the hub, as its makers would."""
     (folder / "base").mkdir()
-    (folder / "base" / "README.md").write_text(BASE_CARD)
+    (folder / "base" / "README.md").write_text(card)
     code = "from huggingface_hub import HfApi; import json; api = HfApi(); api.create_repo('org/base');"
     cli(code=f"{code} print(json.dumps(api.upload_folder(repo_id='org/base', folder_path='base').oid and {{}}))")
 
@@ -195,7 +196,9 @@ def test_a_base_that_nothing_names_is_named_by_an_option_and_missed_aloud(
     artifact = make_artifact(base="a-folder")
     silent = cli("publish", artifact, "me/model", "--dry-run")
     assert "--base-model" in silent.stderr
-    assert cli("publish", artifact, "me/model", "--base-model", "org/base").code == 0
+    done = cli("publish", artifact, "me/model", "--base-model", "org/base")
+    assert done.code == 0
+    assert "adapter_config.json calls the base 'a-folder', by which peft may not find it" in done.stderr
     front = front_matter(card_on(hub, repository))
     assert (front["base_model"], front["license"]) == ("org/base", "other")
     assert cli("publish", artifact, "me/model", "--base-model", "not a name").code == 2
@@ -237,3 +240,25 @@ def test_quantized_and_merged_models_travel_with_their_cards(
     only = cli("pull", "me/quantized", "-o", "config", "--only", "config", "--only", "tokenizer")
     assert only.code == 0, only.stdout
     assert cli("plan", "config").code == 0
+
+
+def test_a_link_to_a_file_of_the_base_leads_there_if_the_artifact_has_no_such_file(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, tmp_path: Path
+) -> None:
+    publish_base(cli, tmp_path, BASE_CARD.replace("https://example.org/ducks", "LICENSE.md"))
+    for name, files, expected in (
+        ("without", {}, f"{hub.url}/org/base/blob/main/LICENSE.md"),
+        ("with", {"LICENSE.md": "quack\n"}, "LICENSE.md"),
+    ):
+        assert cli("publish", make_artifact(name, files=files), "me/model").code == 0
+        assert front_matter(card_on(hub, repository))["license_link"] == expected
+
+
+def test_a_name_that_the_hub_does_not_know_may_be_a_folders_and_is_no_base_unless_it_was_given(
+    cli: Any, artifact: Path, hub: LocalHub, repository: Any
+) -> None:
+    done = cli("publish", artifact, "me/model")
+    assert "there is no org/base on the Hub" in done.stderr
+    assert not {"base_model", "base_model_relation"} & set(front_matter(card_on(hub, repository)))
+    assert cli("publish", artifact, "me/model", "--base-model", "org/base").code == 0
+    assert front_matter(card_on(hub, repository))["base_model"] == "org/base"
