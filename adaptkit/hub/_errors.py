@@ -10,7 +10,9 @@
 The client wraps some of these: a failed upload in a RuntimeError, a failed download in a LocalEntryNotFoundError.
 """
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +49,7 @@ _NONSENSE = (LookupError, TypeError, AttributeError)
 """What the client raises when it looks into an answer for what is not there: it takes any JSON for a good one."""
 _TRANSLATED = (TransportError, OSError, ValueError, RuntimeError, OIDCError, *_NONSENSE)
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
+_XET_SYSTEM = re.compile(r"\(os error (\d+)\)")
 """In a RuntimeError of hf_xet, which has no field for it."""
 LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
 _SETTINGS = "see to HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, whichever is set"
@@ -99,13 +102,20 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         return AuthenticationError(f"{what}: the token holds characters that no token has", hint=LOGIN)
     if _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
+    system = _XET_SYSTEM.search(str(error))
+    if system and int(system[1]) in {*DISK_HINTS, errno.ENOTDIR}:
+        return _of_disk(what, int(system[1]), None)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-        hint = f"{DISK_HINTS.get(error.errno, 'see to the disk')}, and run it again"
-        return DiskError(f"{what}: cannot write here: {error.strerror}", hint=hint)
+        return _of_disk(what, error.errno, error.filename)
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return UsageError(f"{what}: {_line(error)}")
     said = "malformed" if isinstance(error, _NONSENSE) else _line(error)
     return NetworkError(f"{what}: no usable answer from the Hub: {said}", hint=_AGAIN)
+
+
+def _of_disk(what: str, number: int, path: object) -> AdaptkitError:
+    hint = f"{DISK_HINTS.get(number, 'see to the disk')}, and run it again; the client keeps its own files in HF_HOME"
+    return DiskError(f"{what}: cannot write {path or 'here'}: {os.strerror(number)}", hint=hint)
 
 
 def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_hub import LocalHub
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,22 @@ def test_a_token_that_can_be_none_is_an_authentication_error(cli: Any, artifact:
     done = cli("publish", artifact, "me/model", token="hf_\N{LATIN SMALL LETTER E WITH ACUTE}" + "x" * 30)
     assert done.code == 6
     assert "HF_TOKEN" in done.report["hint"]
+
+
+@pytest.mark.parametrize("without_xet", ["0", "1"])
+def test_a_home_of_the_client_that_cannot_be_is_an_error_of_the_disk_and_none_of_the_network(
+    cli: Any, artifact: Path, hub: LocalHub, without_xet: str
+) -> None:
+    sent = cli("publish", artifact, "me/model", xet=True)
+    assert sent.code == 0
+    (cli.folder / "file").touch()
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cli.folder / "file" / "home"), "HF_TOKEN": "reader"}
+    for command in (["inspect", "me/model"], ["pull", "me/model", "-o", "out"]):
+        code, _, stderr = cli.run(command, own | {"HF_HUB_DISABLE_XET": without_xet})
+        if (command[0], without_xet) == ("pull", "1"):  # which keeps nothing there but what Xet wants
+            assert code == 0, stderr
+            continue
+        assert code == 1, stderr
+        assert "trying again" not in stderr
+        assert "Not a directory" in stderr
+        assert "HF_HOME" in stderr
