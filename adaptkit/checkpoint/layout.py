@@ -167,18 +167,7 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
         return files, weight_map
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME], None
-    pickles = sorted(p.name for p in root.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if pickles:
-        raise CheckpointError(
-            f"{root}: weights are pickles ({pickles[0]}), which adaptkit does not load",
-            hint="convert first: with transformers, from_pretrained(..., dtype='auto') and "
-            "save_pretrained(..., safe_serialization=True); then copy the tokenizer's files",
-        )
-    if gguf := min((path.name for path in root.glob("*.gguf")), default=""):
-        raise CheckpointError(
-            f"{root}: weights are GGUF ({gguf}), which adaptkit does not read",
-            hint="give the checkpoint that it was made from",
-        )
+    refuse_other_weights(root, (path.name for path in root.iterdir()))
     others = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES))
     raise CheckpointError(
         f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {others[0]}' if others else ''}",
@@ -197,6 +186,30 @@ def look_below(root: Path, otherwise: str, models: bool) -> str:
     )
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return f"give one that is inside it: {', '.join(found[:_NAMED])}{more}" if found else otherwise
+
+
+def refuse_other_weights(where: object, names: Iterable[str]) -> None:
+    """Refuse weights of a format that is not read.
+
+    Args:
+        where: a folder, or a repository, for the error.
+        names: of the files in it, none of which is a checkpoint's.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    names = sorted(names)
+    if pickle := next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), ""):
+        raise CheckpointError(
+            f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
+            hint="convert first: with transformers, from_pretrained(..., dtype='auto') and "
+            "save_pretrained(..., safe_serialization=True); then copy the tokenizer's files",
+        )
+    if gguf := next((name for name in names if name.endswith(".gguf")), ""):
+        raise CheckpointError(
+            f"{where}: weights are GGUF ({gguf}), which adaptkit does not read",
+            hint="give the checkpoint that it was made from",
+        )
 
 
 def side_files(root: Path) -> dict[str, Path]:

@@ -17,8 +17,8 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 
 from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.adapter_config import WEIGHTS_BESIDE
-from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
-from adaptkit.checkpoint.manifest import read_manifest
+from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES, refuse_other_weights
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
@@ -57,7 +57,8 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
         note: told in a line for people what is waited for.
 
     Raises:
-        UsageError: neither.
+        UsageError: neither, or there is nothing in it that is read.
+        CheckpointError: its weights are of a format that is not read.
         ConflictError: the revision is a branch and a tag, of different commits.
         IntegrityError: something was damaged on the way, or the manifest is malformed.
         UnsafeInputError: the Hub lists a path that no repository has.
@@ -88,11 +89,14 @@ def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, p
         progress: told of bytes that arrived.
 
     Raises:
-        UsageError: there is no such revision.
-        ConflictError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: as ``resolve_source``.
+        UsageError: there is no such revision, or nothing in it that is read.
+        CheckpointError, ConflictError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: as of
+            ``resolve_source``.
     """
     commit = _asked_commit(hub, what, repo_id, revision)
     tree = list_tree(hub, repo_id, commit) if commit is not None else {}
+    if commit is not None:
+        _check_weights(f"{repo_id}@{commit}", tree)
     folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -104,12 +108,28 @@ def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, p
     return folder
 
 
+def _check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
+    """Refuse a commit that holds nothing to read, or weights of another format, which nobody fetches to look at."""
+    beside = [path for path in tree if "/" not in path]
+    if not any(path.endswith(".safetensors") for path in beside):
+        refuse_other_weights(what, beside)
+        below = min((path for path in tree if path.endswith(".safetensors")), default="")
+        if below and MANIFEST_NAME not in tree:
+            hint = f"`hf download` it, and give its folder {below.rpartition('/')[0]}"
+            raise UsageError(f"{what}: holds weights in folders alone, as {below}", hint=hint)
+    if not _wanted(tree):
+        raise UsageError(f"{what}: holds nothing that adaptkit reads", hint="check the name and the revision")
+
+
 def _missing_files(folder: Path, tree: Mapping[str, RemoteFile]) -> list[str]:
     """What a folder lacks of the files of a commit that operations read."""
     manifest = read_manifest(folder)
     listed = {record.path for record in manifest.files} & set(tree) if manifest is not None else set()
-    wanted = filter_repo_objects(tree, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-    return sorted(path for path in {*wanted, *listed} if not (folder / path).exists())
+    return sorted(path for path in {*_wanted(tree), *listed} if not (folder / path).exists())
+
+
+def _wanted(tree: Mapping[str, RemoteFile]) -> list[str]:
+    return list(filter_repo_objects(tree, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
 
 
 def resolve_config(text: str, note: Note = no_note) -> Path:

@@ -273,6 +273,31 @@ def test_of_a_repository_that_others_made_all_that_operations_read_is_fetched(
     assert {name for name in [*read, *unread] if (path / name).exists()} == set(read)
 
 
+@pytest.mark.parametrize(
+    ("files", "code", "says"),
+    [
+        (["README.md", "config.json", "model-Q4.gguf"], 5, "weights are GGUF (model-Q4.gguf)"),
+        (["config.json", "pytorch_model.bin"], 5, "weights are pickles (pytorch_model.bin)"),
+        (["README.md", "fp16/model.safetensors"], 2, "weights in folders alone, as fp16/model.safetensors"),
+        (["model.onnx"], 2, "nothing that adaptkit reads"),
+        ([], 2, "nothing that adaptkit reads"),
+    ],
+)
+def test_of_a_repository_without_weights_to_read_is_said_what_it_holds(
+    cli: Any, tmp_path: Path, files: list[str], code: int, says: str
+) -> None:
+    make = "from huggingface_hub import HfApi, CommitOperationAdd as Add\napi = HfApi()\napi.create_repo('me/model')\n"
+    make += f"adds = [Add(name, b'{{}}') for name in {files}]\nprint('{{}}')\n"
+    make += "adds and api.create_commit('me/model', adds, commit_message='x')"
+    assert cli(code=make).code == 0
+    for command in (("inspect", "me/model"), ("quantize", "me/model", "-o", "out")):
+        done = cli(*command)
+        assert done.code == code, done.stdout
+        assert done.report["message"].startswith("me/model@")
+        assert says in done.report["message"]
+        assert "allow_patterns" not in done.stderr
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", "course.jsonl"])
 def test_what_was_damaged_on_the_way_is_not_taken_from_the_cache(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path, name: str
