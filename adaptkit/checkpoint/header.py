@@ -83,6 +83,10 @@ def read_header(path: Path) -> Header:
         ours = _as_ours(raw, file_bytes)
         if ours is not None:
             return ours
+        if raw.startswith(b"version https://git-lfs"):
+            raise CheckpointError(
+                f"{path}: is a pointer of Git LFS, not the file itself", hint="run `git lfs pull` where it was cloned"
+            )
         with safe_open(path, framework="np"):
             pass  # the library judges lengths, offsets, overlaps and trailing bytes
     except (SafetensorError, OSError) as error:
