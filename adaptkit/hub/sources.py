@@ -36,6 +36,7 @@ __all__ = [
     "resolve_config",
     "resolve_source",
     "size_of",
+    "tell_of_parts",
 ]
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
@@ -105,7 +106,20 @@ def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, p
         fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)
     if commit not in (None, folder.name) or _missing_files(folder, tree):
         raise NetworkError(f"{what}: {_SILENT}", hint="run the same command again")
+    if commit is None:
+        tell_of_parts(repo_id, folder, hub.note)
     return folder
+
+
+def tell_of_parts(repo_id: str, folder: Path, note: Note) -> None:
+    """Say of a cached commit that it may be a part, if nothing there tells what is all of it.
+
+    That is a manifest, or the list that the client keeps when it fetches more than a file.
+    """
+    if read_manifest(folder) is None and not (folder.parents[1] / "trees" / f"{folder.name}.json").exists():
+        note(
+            f"{repo_id}@{folder.name}: nothing in the cache says whether it holds all files, or lacks a tokenizer, say"
+        )
 
 
 def _check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:

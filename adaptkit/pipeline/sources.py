@@ -24,7 +24,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import IntegrityError
-from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of
+from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of, tell_of_parts
 from adaptkit.pipeline.recipe import Source
 
 _FRESH_SECONDS = 2.0
@@ -151,6 +151,8 @@ def resolve(
                 f"huggingface_hub's cache holds only a part of {source}: {absent[0]} is missing",
                 hint="run once without --offline",
             )
+        if not files:
+            tell_of_parts(repo, found, note)
         return _material(source, found, {"commit": found.name}, hashes, progress)
     now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision, note)
     on_commit(now)

@@ -429,6 +429,31 @@ def test_offline_the_cache_is_what_was_asked_for(cli: Any, artifact: Path, hub: 
         assert len(hub.requests) == requests
 
 
+def test_offline_it_is_said_that_the_cache_may_hold_a_part(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    code = f"""
+import huggingface_hub as hub
+hub.create_repo("me/model")
+for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+    hub.upload_file(path_or_fileobj=b"{{}}" if "tok" in name else {str(artifact)!r} + "/" + name,
+                    path_in_repo=name, repo_id="me/model")
+for name in ("adapter_config.json", "adapter_model.safetensors"):
+    hub.hf_hub_download("me/model", name)
+print("{{}}")
+"""
+    assert cli(code=code).code == 0
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "reader"}
+    (tmp_path / "recipe.yaml").write_text(
+        "{name: x, sources: {a: {repo: me/model, revision: main}}, steps: {s: {resize: a, rank: 1}}}"
+    )
+    for command, offline in ((["inspect", "me/model"], "1"), (["run", "recipe.yaml", "--offline"], "0")):
+        done, _, stderr = cli.run(command, own | {"HF_HUB_OFFLINE": offline})
+        assert done == 0, stderr
+        assert stderr.count("nothing in the cache says whether it holds all files") == 1
+    assert cli(code=RESOLVE % "me/model").code == 0
+    done, _, stderr = cli.run(["inspect", "me/model"], own | {"HF_HUB_OFFLINE": "1"})
+    assert (done, stderr) == (0, "")
+
+
 def _written(theirs: int, ours: int) -> str:
     """All that was written to one end of a terminal or pipe, read from the other; closes both."""
     os.write(theirs, b"END\n")
