@@ -18,7 +18,6 @@ JOINS = {
     # names of our own
     "checkpoint/adapter_config.py": {"root / name"},
     "checkpoint/journal.py": {"self.folder / self._journal"},
-    "checkpoint/adapter_config.py": {"root / name"},
     "operations/_diff/files.py": {"root / name"},
     "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
     "operations/_merge/merged_model.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
