@@ -45,6 +45,8 @@ CODE_SUFFIX = ".py"
 READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
 """Operations read no other files of a checkpoint's or an adapter's folder than of these suffixes and ``side_files``."""
 _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
+_STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+"""Begin the names of pickles that trainers put beside weights, or beside folders with some."""
 _NAMES_CODE = b'"auto_map"'
 
 
@@ -167,7 +169,7 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
         return files, weight_map
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME], None
-    refuse_other_weights(root, (path.name for path in root.iterdir()))
+    refuse_other_weights(root, (p.name for p in root.iterdir() if not p.name.startswith(_NOT_SIDE_PREFIXES)))
     others = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES))
     raise CheckpointError(
         f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {others[0]}' if others else ''}",
@@ -198,11 +200,13 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: there are some.
     """
-    names = sorted(names)
+    names = sorted(name for name in names if not name.startswith(_STATES))
     if pickle := next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), ""):
         raise CheckpointError(
             f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
-            hint="convert first: with transformers, from_pretrained(..., dtype='auto') and "
+            hint="`hf download` it and give that folder, of which it is said how the adapter is converted"
+            if pickle.startswith("adapter_")
+            else "convert first: with transformers, from_pretrained(..., dtype='auto') and "
             "save_pretrained(..., safe_serialization=True); then copy the tokenizer's files",
         )
     if gguf := next((name for name in names if name.endswith(".gguf")), ""):

@@ -92,6 +92,19 @@ def test_pickles_are_refused_with_the_way_out(tmp_path):
     assert "safe_serialization" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "adapter_model.bin"]
+)
+def test_what_trainers_put_beside_is_not_taken_for_the_weights(tmp_path, name):
+    """An adapter, or a folder of checkpoints, was said to be a model to convert."""
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        weight_files(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pickles \(pytorch_model\.bin\)"):
+        weight_files(tmp_path)
+
+
 def test_gguf_is_refused_as_that_and_not_for_a_wrong_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")

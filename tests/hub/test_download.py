@@ -278,6 +278,8 @@ def test_of_a_repository_that_others_made_all_that_operations_read_is_fetched(
     [
         (["README.md", "config.json", "model-Q4.gguf"], 5, "weights are GGUF (model-Q4.gguf)"),
         (["config.json", "pytorch_model.bin"], 5, "weights are pickles (pytorch_model.bin)"),
+        (["adapter_config.json", "adapter_model.bin", "training_args.bin"], 5, "pickles (adapter_model.bin)"),
+        (["checkpoint-9/adapter_model.safetensors", "training_args.bin"], 2, "alone, as checkpoint-9/adapter_model"),
         (["README.md", "fp16/model.safetensors"], 2, "weights in folders alone, as fp16/model.safetensors"),
         (["model.onnx"], 2, "nothing that adaptkit reads"),
         ([], 2, "nothing that adaptkit reads"),
@@ -295,6 +297,7 @@ def test_of_a_repository_without_weights_to_read_is_said_what_it_holds(
         assert done.code == code, done.stdout
         assert done.report["message"].startswith("me/model@")
         assert says in done.report["message"]
+        assert ("transformers" in done.report["hint"]) == ("pytorch_model.bin" in files)
         assert "allow_patterns" not in done.stderr
 
 
