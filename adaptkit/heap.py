@@ -7,6 +7,8 @@ from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
+_ALWAYS_BYTES = 32 << 20
+"""What an older glibc takes at the most."""
 _MOST_BYTES = (1 << 30) - 1
 """Of which twice as many fit the C library's int."""
 _KEPT_PRODUCTS = 64
@@ -21,7 +23,8 @@ def keep_freed_memory(largest: int = _KEPT_BYTES) -> None:
     mallopt = _function("mallopt")
     if mallopt is not None:
         kept = min(max(largest, _KEPT_BYTES), _MOST_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, kept)
+        if not mallopt(_M_MMAP_THRESHOLD, kept):
+            mallopt(_M_MMAP_THRESHOLD, _ALWAYS_BYTES)  # else the next line, alone, would fix it at 128 kB
         mallopt(_M_TRIM_THRESHOLD, 2 * kept)
 
 
