@@ -42,7 +42,7 @@ def typed_fields(options: Any) -> None:
     """
     for name, hint in get_type_hints(type(options)).items():
         given = getattr(options, name)
-        if given is None or hint not in _CONVERT:
+        if hint not in _CONVERT or (given is None and hint not in (bool, int, float)):
             continue
         convert, kind = _CONVERT[hint]
         try:

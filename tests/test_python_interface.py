@@ -72,6 +72,8 @@ def test_what_is_no_number_is_refused_as_on_the_command_line(options, energy):
         ("QuantizeOptions", {"double_quant": "no"}, "true or false"),
         ("MergeOptions", {"undo": "false"}, "true or false"),
         ("MergeOptions", {"weights": ("much",)}, "numbers"),
+        ("QuantizeOptions", {"block_size": None}, "a whole number"),
+        ("MergeOptions", {"undo": None}, "true or false"),
     ],
 )
 def test_what_has_another_type_is_refused_by_name(options, given, expected):
