@@ -19,7 +19,7 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
     """Name the method that a checkpoint is quantized with, or return None if it is not.
 
     ``config.json`` is believed if it names one; where it is silent the tensors tell: the names that a method gives
-    to its parts, 8-bit floats, or a GGUF file beside them.
+    to its parts, or 8-bit floats.
     """
     if checkpoint.quantization_method is not None:
         return checkpoint.quantization_method
@@ -31,4 +31,4 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
         return "MXFP4"
     if any(located.spec.dtype.startswith("F8_") for located in checkpoint.tensors.values()):
         return "compressed-tensors" if any(name.endswith(".weight_scale") for name in names) else "fp8"
-    return "GGUF" if any(checkpoint.root.glob("*.gguf")) else None
+    return None

@@ -54,11 +54,11 @@ def test_the_configuration_is_believed_first(tmp_path):
     assert quantization_found(Checkpoint(folder_of(tmp_path, MADE["GPTQ"], config))) == "hqq"
 
 
-def test_a_gguf_file_beside_the_weights_gives_it_away(tmp_path):
+def test_a_gguf_file_beside_the_weights_says_nothing_of_them(tmp_path):
+    """Repositories hold a model in both forms, of which only one is fetched."""
     folder = folder_of(tmp_path, {f"{LINEAR}.weight": FLOATS})
-    assert quantization_found(Checkpoint(folder)) is None
     (folder / "model-q4_k_m.gguf").write_bytes(b"GGUF")
-    assert quantization_found(Checkpoint(folder)) == "GGUF"
+    assert quantization_found(Checkpoint(folder)) is None
 
 
 def test_a_plain_checkpoint_is_not_taken_for_quantized(llama, gpt2):
