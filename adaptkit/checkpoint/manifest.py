@@ -186,6 +186,8 @@ class Manifest:
             for name, record in parts.items():
                 document[name] = tuple(typed(record(**entry)) for entry in document[name])
             manifest = cls(**document)
+            if not isinstance(manifest.operation.get("options", {}), dict):
+                raise TypeError("operation.options is no object")
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
         except (CheckpointError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise IntegrityError(f"{where}: malformed ({error})") from error

@@ -139,6 +139,7 @@ STRUCTURE = {
     "a path outside": lambda d: d["files"][0].update(path="../x"),
     "a backslash": lambda d: d["files"][0].update(path="a\\b"),
     "a newline": lambda d: d["files"][0].update(path="a\nb"),
+    "options that are no object": lambda d: d["operation"].update(options=[1]),
     "NaN": lambda d: d["operation"].update(x=float("nan")),
     "infinity": lambda d: d["operation"].update(x=float("inf")),
 }
