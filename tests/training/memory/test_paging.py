@@ -46,13 +46,15 @@ def test_what_is_written_in_a_sweep_is_there_in_the_next(budget, backed, tmp_pat
 def test_what_backs_pages_is_a_file_of_which_nothing_is_left_when_its_process_is_killed(tmp_path):
     """A process other than the first has it in a temporary folder, which nobody looks into again."""
 
+    open_files = Path("/proc/self/fd")  # of Linux
+
     def held():
-        return [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return [os.readlink(link) for link in open_files.iterdir() if link.is_symlink()]
 
     (tmp_path / "pages.bin").write_bytes(b"of one that was killed before")
     pages = Pages(10, 80, 170, CPU, tmp_path / "pages.bin")
     sweeps(pages, 2)
-    assert f"{tmp_path}/pages.bin (deleted)" in held()
+    assert not open_files.exists() or f"{tmp_path}/pages.bin (deleted)" in held()
     assert list(tmp_path.iterdir()) == []
     assert pages.read(9).tolist() == [2] * 80
 
