@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -80,7 +81,7 @@ def setting_errors(endpoint: str) -> Iterator[None]:
         endpoint: the Hub's address.
     """
     try:
-        if not endpoint.startswith(("http://", "https://")):
+        if not constants.HF_HUB_OFFLINE and not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"its address is {endpoint!r}")
         yield
     except (*_TRANSLATED, ImportError, _InvalidURL) as error:  # that of an import: socksio, for a SOCKS proxy
