@@ -2,7 +2,8 @@
 
 A block of random columns, and what MᵀM makes of it again and again, span a space that soon holds the leading singular
 vectors (block Krylov: Musco and Musco, arXiv:1504.05477). Here some eight products each way are enough, whatever the
-size, where a dense decomposition needs as many as the matrix has columns.
+size, where a dense decomposition needs as many as the matrix has columns. ``randomized`` takes a matrix that exists in
+blocks only, and as many passes as it is told.
 """
 
 import torch

@@ -43,12 +43,10 @@ def test_it_is_what_a_dense_decomposition_finds(sigma, count):
     assert kept == pytest.approx((expected**2).sum(), rel=1e-11)
 
 
-def test_of_noise_it_finds_as_much_or_gives_up():
-    """The hardest: no gap anywhere."""
+def test_of_noise_it_gives_up():
+    """Without a gap anywhere it has not found all when it has to stop, and what it has is not passed off as that."""
     matrix = torch.randn(700, 600, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = leading(matrix, 12)
-    expected = np.linalg.svd(matrix.numpy(), compute_uv=False)[:12]
-    assert found is None or float(found[0].square().sum()) == pytest.approx((expected**2).sum(), rel=1e-8)
+    assert leading(matrix, 12) is None
 
 
 def test_zero_has_values_of_zero():

@@ -117,6 +117,8 @@ def free_former_network() -> None:
 def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> Model:
     """Build a checkpoint's model with packed weights; every linear layer inside it becomes a ``LoraLinear``.
 
+    On a CPU the process keeps memory for a decoded weight from then on, see ``heap``.
+
     Args:
         root: folder of a quantized or plain checkpoint.
         compute_dtype: of activations, norms and embeddings.

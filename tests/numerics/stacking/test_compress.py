@@ -40,6 +40,19 @@ def test_a_rank_keeps_the_best_approximation_and_its_energy(make, whole, form, o
     assert made.energy == pytest.approx(np.linalg.norm(expected) ** 2 / np.linalg.norm(matrix) ** 2, rel=1e-12)
 
 
+@pytest.mark.parametrize("size", [(700, 600), (600, 700)], ids=["tall", "wide"])
+@pytest.mark.parametrize("decay", [0.0, 0.02, 0.4], ids=["noise", "slow", "steep"])
+def test_of_a_large_matrix_a_rank_keeps_the_best_approximation_too(size, decay, whole):
+    """Whether its leading singular values alone are found, or all of them."""
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(size, dtype=torch.float64, generator=generator)
+    matrix *= torch.exp(-decay * torch.arange(size[1], dtype=torch.float64))
+    term = LowRank(torch.ones(1, size[1]), torch.ones(size[0], 1), 1.0)
+    made, expected = compress(matrix, [term], "sum", Limit(rank=6)), best(matrix.numpy(), 6)
+    assert np.abs(whole(made.term) - expected).max() < 1e-6 * np.abs(matrix.numpy()).max()
+    assert made.energy == pytest.approx(np.linalg.norm(expected) ** 2 / np.linalg.norm(matrix) ** 2, rel=1e-10)
+
+
 @pytest.mark.parametrize(("out", "into", "rank"), SHAPES)
 @pytest.mark.parametrize("energy", [0.2, 0.8, 0.99, 1.0])
 def test_an_energy_keeps_the_smallest_rank_that_has_it(make, whole, form, out, into, rank, energy):
