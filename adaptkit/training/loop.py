@@ -123,7 +123,6 @@ def _lead(
         run = _begun(inputs, out, note, world)
         with trackers(inputs.config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
-        run.close()
         inputs.require_base()
         kept, *others = run.chosen()
         records = records_of(run.model.checkpoint, inputs.manifest)

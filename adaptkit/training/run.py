@@ -158,10 +158,6 @@ class Run:
             found.append(Chosen("best", best, self._best))
         return sorted(found, key=lambda adapter: adapter.name != self._config.keep)
 
-    def close(self) -> None:
-        """Remove what only a run that goes on needs."""
-        (self._folder / PAGES_NAME).unlink(missing_ok=True)
-
     def _is_finished(self) -> bool:
         return self.done >= self.steps or 0 < self._config.patience <= self.history.since_best
 

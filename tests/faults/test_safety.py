@@ -131,7 +131,7 @@ def test_few_modules_remove_anything():
             found.add(module)
     assert found == {
         "checkpoint/_clearing.py", "checkpoint/journal.py", "checkpoint/writer.py", "kept.py", "hub/_fetch.py",
-        "pipeline/work.py", "training/loop.py", "training/memory/paging.py", "training/resume.py", "training/run.py",
+        "pipeline/work.py", "training/loop.py", "training/memory/paging.py", "training/resume.py",
     }  # fmt: skip
 
 
