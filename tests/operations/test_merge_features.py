@@ -613,7 +613,7 @@ def test_the_number_of_weights_is_that_of_the_adapters(tmp_path, judged, name, w
 @pytest.mark.parametrize("name", ["resized", next(iter(UNTIED))])
 @pytest.mark.parametrize("levels", [["top"], ["text_config"], ["top", "text_config"], []], ids=str)
 def test_every_level_of_the_configuration_that_has_a_value_gets_the_new_one(tmp_path, judged, copy_of, name, levels):
-    """A model that reads more than text may say its vocabulary's size twice."""
+    """A model that reads more than text may say its vocabulary's size twice; its text is told of an untied head."""
     case, _ = judged(name)
     base = copy_of(case.base, "base")
     config = json.loads((base / "config.json").read_text())
@@ -627,7 +627,7 @@ def test_every_level_of_the_configuration_that_has_a_value_gets_the_new_one(tmp_
     merge(base, [case.adapter], tmp_path / "out", options_for(case.case))
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = {"top": new} if "top" in levels or not levels else {}
-    expected |= {"text_config": new} if "text_config" in levels else {}
+    expected |= {"text_config": new} if "text_config" in levels or new is False else {}
     where = {"top": found, "text_config": found["text_config"]}
     assert {level: part[key] for level, part in where.items() if key in part} == expected
     assert found["text_config"]["other"] == 1
