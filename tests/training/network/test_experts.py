@@ -1,5 +1,6 @@
 """Packed experts compute what transformers computes with the dequantized ones, and nothing keeps them unpacked."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.experts import ExpertList, read_weight
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import _decoded_bytes, load_model, new_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -190,3 +191,11 @@ def test_packed_experts_that_transformers_would_rebuild_are_refused_by_name(fold
         assembly._places[file_name] = replace(place, operations=(*place.operations, Transpose(1, 2)))
     with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight: transformers rebuilds .*experts\.down_proj"):
         read_weight(assembly, name)
+
+
+def test_freed_memory_is_kept_for_matrices_and_not_for_stacks(folders):
+    """Of which what is free between two of unlike sizes would add up to a large one more."""
+    network = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU).network
+    packed = [part for part in network.modules() if isinstance(part, PackedWeight)]
+    sizes = {len(part.shape): 4 * math.prod(part.shape) for part in sorted(packed, key=lambda p: math.prod(p.shape))}
+    assert _decoded_bytes(network, torch.float32) == sizes[2] < sizes[3]
