@@ -10,7 +10,8 @@ Steps are timed one by one, after some that compile and allocate; medians are co
 allocated on the device from the loaded model on. State in managed memory is not in it, and all of adaptkit's is.
 
     speed     tokens a second, and peak memory
-    paging    the same steps in turn with all pages resident and with a quarter of them
+    paging    runs of such steps in turn with all pages resident and with a quarter of them; as in a run, what a step
+              leaves to be copied may still be on its way when the next one begins
     long      a sequence whose step does not fit the memory that it is given, until the optimizer's pages give way
 """
 
@@ -25,8 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -149,32 +151,37 @@ class Device:
         return time.perf_counter() - started
 
 
-def measure_peer(folder: Path, size: Size, device: Device, rounds: int) -> dict[str, Any]:
+def measure_peer(folder: Path, size: Size, device: Device, rounds: int) -> Iterator[dict[str, Any]]:
     """Seconds a step and peak bytes of transformers + peft + bitsandbytes."""
     step = bench_training.peft_step(
         folder / "plain", size.length, 1.0, True, True, device=device.name, vocabulary=size.vocabulary
     )
-    return _steps(step, device, rounds)
+    yield _steps(step, device, rounds)
 
 
-def measure_ours(folder: Path, size: Size, device: Device, rounds: int) -> dict[str, Any]:
-    """The same of adaptkit, and seconds a step with a quarter of the pages, in turn with steps that have them all."""
+def measure_ours(folder: Path, size: Size, device: Device, rounds: int) -> Iterator[dict[str, Any]]:
+    """The same of adaptkit; then seconds a step with a quarter of the pages, in turn with steps that have them all."""
     step = bench_training.AdaptkitStep(
         folder / "nf4", size.length, 1.0, "layer",
         device=device.name, vocabulary=size.vocabulary, page_kib=size.page_kib,
     )  # fmt: skip
-    found = _steps(step, device, rounds)
+    yield _steps(step, device, rounds)
     pages, seconds = step.optimizer.state.pages, {"resident": [], "paged": []}
-    whole = pages.count * pages.page_bytes
+    whole, count = pages.count * pages.page_bytes, max(2, rounds // 2)
+
+    def some() -> None:
+        for _ in range(count):
+            step()
+
     for _ in range(3):
         for kind, budget in (("resident", None), ("paged", int(QUARTER * whole))):
             pages.set_budget(budget)
             step()
-            seconds[kind] += [device.seconds(step) for _ in range(max(2, rounds // 3))]
-    return found | {kind: statistics.median(times) for kind, times in seconds.items()} | {"pages": pages.metrics()}
+            seconds[kind].append(device.seconds(some) / count)
+    yield {kind: statistics.median(times) for kind, times in seconds.items()} | {"pages": pages.metrics()}
 
 
-def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> dict[str, Any]:
+def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> Iterator[dict[str, Any]]:
     """Whether a step fails where the optimizer's state leaves too little memory, and is taken once that gives way."""
     import torch
 
@@ -205,7 +212,7 @@ def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> dict[
     notes: list[str] = []
     loss = Pressure(pages, notes.append).relieve(size.long_length, step.collect)
     step.optimizer.step(bench_training.RATE)
-    return {
+    yield {
         "limit": limit, "state": state_bytes, "failed": failed, "finished": math.isfinite(loss),
         "same": loss == expected, "retries": pages.counters.retries, "notes": notes,
     }  # fmt: skip
@@ -220,6 +227,7 @@ def _steps(step: Callable[[], float], device: Device, rounds: int) -> dict[str, 
 
 
 MEASUREMENTS = {"ours": measure_ours, "peer": measure_peer, "long": measure_long}
+"""By name; each gives what it has measured as soon as it has."""
 
 
 class Clock:
@@ -238,7 +246,7 @@ class Clock:
 
 
 def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Measure something in a process of its own; says what went wrong under ``error``."""
+    """Measure something in a process of its own; what went wrong is under ``error``, beside what it had measured."""
     job = {"what": what, "folder": str(folder), "size": asdict(size), "device": device, "rounds": rounds}
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if clock.left() < 10:
@@ -248,61 +256,84 @@ def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Cl
             [sys.executable, __file__, "--work", json.dumps(job)],
             capture_output=True, text=True, timeout=clock.left(), env=environment,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"error": "the time was up"}
+    except subprocess.TimeoutExpired as late:
+        return _told((late.stdout or b"").decode()) | {"error": "the time was up"}
+    found = _told(done.stdout)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        return {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+        found["error"] = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]
+    return found
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
+def _told(output: str) -> dict[str, Any]:
+    """What such a process had printed, a line for each part."""
+    found: dict[str, Any] = {}
+    for line in output.splitlines():
+        if line.startswith(_PART):
+            found |= json.loads(line.removeprefix(_PART))
+    return found
+
+
+_PART = "measured: "
+
+
+def work(job: dict[str, Any]) -> None:
     """What such a process does; adaptkit's steps with the attention that ``adaptkit train`` chooses."""
     from adaptkit.training.device import attention_of_any_length
 
     size, is_peer = Size(**job["size"]), job["what"] == "peer"
     with contextlib.nullcontext() if is_peer else attention_of_any_length():
-        return MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"])
+        for part in MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"]):
+            print(_PART + json.dumps(part), flush=True)
 
 
-def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> dict[str, dict[str, Any]]:
-    """Measure everything for one size; its bases are removed afterwards."""
-    folder = root / size.name.replace(" ", "-")
+def make_bases(folder: Path, size: Size, device: str, clock: Clock) -> str:
+    """Write the base and its quantized counterpart; what went wrong, or nothing."""
+    quantize = [sys.executable, "-m", "adaptkit", "quantize", str(folder / "plain"), "-o", str(folder / "nf4")]
+    try:
+        make_base(folder / "plain", size, device)
+        subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL, timeout=max(1.0, clock.left()))
+    except subprocess.TimeoutExpired:
+        return "the time was up"
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(error, file=sys.stderr)
+        return f"no base, {(str(error).splitlines() or [''])[0][-200:]}"
+    return ""
+
+
+def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> Iterator[dict[str, dict[str, Any]]]:
+    """Measure everything for one size, and give all that is known each time; its bases are removed afterwards."""
+    folder, found = root / size.name.replace(" ", "-"), {}
     try:
         started = time.monotonic()
-        make_base(folder / "plain", size, device)
-        quantize = [sys.executable, "-m", "adaptkit", "quantize", str(folder / "plain"), "-o", str(folder / "nf4")]
-        try:
-            subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL, timeout=max(1.0, clock.left()))
-        except subprocess.TimeoutExpired:
-            return {what: {"error": "the time was up"} for what in MEASUREMENTS if what != "long" or size.long_length}
+        failed = make_bases(folder, size, device, clock)
         print(f"{size.name}: bases made in {time.monotonic() - started:.0f} s", file=sys.stderr)
-        found = {}
         for what in MEASUREMENTS:
             if what != "long" or size.long_length:
                 started = time.monotonic()
-                found[what] = run(what, folder, size, device, rounds, clock)
+                found[what] = {"error": failed} if failed else run(what, folder, size, device, rounds, clock)
                 print(f"{size.name}: {what} in {time.monotonic() - started:.0f} s", file=sys.stderr)
-        return found
+                yield found
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def lines(size: Size, found: dict[str, dict[str, Any]]) -> list[str]:
     """The table's rows for one size."""
-    ours, peer = found["ours"], found["peer"]
+    ours, peer = found.get("ours", {}), found.get("peer", {})
     rows = []
     for name, side in (("adaptkit", ours), ("transformers + peft + bitsandbytes", peer)):
         if "error" in side:
-            rows.append(f"| {size.name} | {name} | not measured: {side['error']} | | |")
-        else:
+            further = "nothing else" if "seconds" in side else "not"
+            rows.append(f"| {size.name} | {name} | {further} measured: {side['error']} | | |")
+        if "seconds" in side:
             rate = size.length / side["seconds"]
             rows.append(f"| {size.name} | {name} | {rate:,.0f} tokens/s, {side['peak'] / 2**20:,.0f} MiB | | |")
-    if "error" not in ours and "error" not in peer:
+    if "seconds" in ours and "seconds" in peer:
         speed, memory = peer["seconds"] / ours["seconds"], ours["peak"] / peer["peak"]
         rows.append(_row(size, "tokens/s, ratio", f"{speed:.2f}", f"at least {SPEED}", speed >= SPEED))
         rows.append(_row(size, "peak memory, ratio", f"{memory:.2f}", f"at most {MEMORY}", memory <= MEMORY))
-    if "error" not in ours:
+    if "paged" in ours:
         share = ours["paged"] / ours["resident"] - 1
         pages = f"{ours['pages']['resident']} of {ours['pages']['pages']} pages resident"
         rows.append(_row(size, f"paging, {pages}", f"{share:+.1%} of a step", f"under {PAGING:.0%}", share < PAGING))
@@ -328,16 +359,32 @@ def _row(size: Size, what: str, value: str, wanted: str, met: bool) -> str:
 
 def table(device: str, found: dict[str, list[str]]) -> str:
     """Everything that was measured, in Markdown."""
-    import bitsandbytes
-    import peft
     import torch
-    import transformers
 
     place = "CPU" if device == "cpu" else torch.cuda.get_device_name()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    head = [f"{place}; {versions}, bitsandbytes {bitsandbytes.__version__}", "",
+    head = [f"{place}; {', '.join(map(_version, LIBRARIES))}", "",
             "| base | what | measured | wanted | met |", "|---|---|---|---|---|"]  # fmt: skip
     return "\n".join([*head, *(row for rows in found.values() for row in rows)]) + "\n"
+
+
+LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"
+
+
+def place_of_bases() -> str | None:
+    """A folder in memory, if there is much of it, where a disk could take minutes; None: where temporary files are."""
+    folder = "/dev/shm"
+    return folder if os.path.isdir(folder) and shutil.disk_usage(folder).free > MEMORY_BYTES else None
+
+
+MEMORY_BYTES = 32 << 30
+"""The larger base takes 22 GB."""
 
 
 def main() -> None:
@@ -351,7 +398,7 @@ def main() -> None:
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        print(json.dumps(work(json.loads(options.work))))
+        work(json.loads(options.work))
         return
     import torch
 
@@ -359,12 +406,13 @@ def main() -> None:
         print("bench_gpu: torch sees no CUDA device here, so nothing was measured", file=sys.stderr)
         sys.exit(2)
     clock, found = Clock(options.seconds), {}
-    with tempfile.TemporaryDirectory(prefix="adaptkit-bench-") as root:
+    with tempfile.TemporaryDirectory(prefix="adaptkit-bench-", dir=place_of_bases()) as root:
         for size in TINY if options.tiny else SIZES:
-            found[size.name] = lines(size, compare(size, options.device, options.rounds, Path(root), clock))
-            text = table(options.device, found)
-            if options.out:  # at once, since the time may be up before the next size is done
-                options.out.write_text(text)
+            for measured in compare(size, options.device, options.rounds, Path(root), clock):
+                found[size.name] = lines(size, measured)
+                text = table(options.device, found)
+                if options.out:  # at once: whatever happens to the rest, this is known
+                    options.out.write_text(text)
     print(text, end="")
 
 

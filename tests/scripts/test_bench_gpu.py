@@ -36,16 +36,16 @@ def test_both_sides_train_the_same_model_on_the_same_tokens(bases):
 
 
 def test_pages_are_timed_with_a_quarter_of_them_resident(bases):
-    found = bench_gpu.measure_ours(bases, TINY, CPU, 3)
+    first, found = bench_gpu.measure_ours(bases, TINY, CPU, 3)
     pages = found["pages"]
     assert pages["slots"] == pages["pages"] // 4 > 0
     assert pages["faults"] > 0
-    assert min(found["seconds"], found["resident"], found["paged"], found["peak"]) > 0
+    assert min(first["seconds"], first["peak"], found["resident"], found["paged"]) > 0
 
 
 def test_a_sequence_that_fits_is_said_to_fit(bases):
     """A CPU gives what there is, so nothing runs out; what is left of the scenario is the same."""
-    found = bench_gpu.measure_long(bases, TINY, CPU, 3)
+    (found,) = bench_gpu.measure_long(bases, TINY, CPU, 3)
     assert (found["failed"], found["finished"], found["same"], found["retries"]) == (False, True, True, 0)
     assert bench_gpu.lines(TINY, {"ours": {"error": "x"}, "peer": {"error": "x"}, "long": found})[-1].endswith("| no |")
 
@@ -72,6 +72,48 @@ def test_what_failed_is_named_and_the_rest_is_still_there(tmp_path):
     rows = bench_gpu.lines(TINY, {"ours": found, "peer": late})
     assert len(rows) == 2
     assert rows[1] == "| tiny | transformers + peft + bitsandbytes | not measured: the time was up | | |"
+
+
+def test_what_was_measured_before_a_failure_or_the_end_of_the_time_is_kept(tmp_path, monkeypatch):
+    script = tmp_path / "half.py"
+    script.write_text(
+        "import sys, time\n"
+        "print('a library says hello')\n"
+        'print(\'measured: {"seconds": 0.5, "peak": 1048576}\', flush=True)\n'
+        "time.sleep(60) if 'wait' in sys.argv[2] else sys.exit('no more')\n"
+    )
+    monkeypatch.setattr(bench_gpu, "__file__", str(script))
+    known = {"seconds": 0.5, "peak": 1 << 20}
+    failed = bench_gpu.run("ours", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(100))
+    assert failed == known | {"error": "no more"}
+    assert bench_gpu.run("wait", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(13)) == known | {"error": "the time was up"}
+    rows = bench_gpu.lines(TINY, {"ours": failed, "peer": {"seconds": 1.0, "peak": 2 << 20}})
+    assert [row.split("|")[-2].strip() for row in rows] == ["", "", "", "yes", "yes"]
+    assert "nothing else measured: no more" in rows[0]
+
+
+def test_every_figure_is_given_as_soon_as_it_is_known(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_gpu, "make_bases", lambda *_: "")
+    monkeypatch.setattr(bench_gpu, "run", lambda what, *_: asked.append(what) or {"error": what})
+    known = [list(found) for found in map(dict, bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9)))]
+    assert known == [asked[:1], asked[:2], asked]
+    assert asked == ["ours", "peer", "long"]
+
+
+def test_a_base_that_cannot_be_made_is_told_for_each_figure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench_gpu, "make_base", full)
+    found = list(bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9)))[-1]
+    assert {side["error"] for side in found.values()} == {"no base, [Errno 28] No space left on device"}
+    assert len(bench_gpu.lines(TINY, found)) == 3
+
+
+def test_a_library_that_is_not_there_is_named_in_the_table(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "LIBRARIES", ("torch", "no-such-library"))
+    assert "no no-such-library" in bench_gpu.table("cpu", {"tiny": ["| row |"]})
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing():
