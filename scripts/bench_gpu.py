@@ -335,7 +335,7 @@ def lines(size: Size, found: dict[str, dict[str, Any]]) -> list[str]:
         rows.append(_row(size, "peak memory, ratio", f"{memory:.2f}", f"at most {MEMORY}", memory <= MEMORY))
     if "paged" in ours:
         share = ours["paged"] / ours["resident"] - 1
-        pages = f"{ours['pages']['resident']} of {ours['pages']['pages']} pages resident"
+        pages = f"{ours['pages']['slots']} of {ours['pages']['pages']} pages on the device"
         rows.append(_row(size, f"paging, {pages}", f"{share:+.1%} of a step", f"under {PAGING:.0%}", share < PAGING))
     if "long" in found:
         rows.append(_long_row(size, found["long"]))

@@ -148,7 +148,7 @@ class TrainConfig:
     optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory.  "
                                                 "[default: all of it]", None, above=0, at_most=_LARGEST)  # fmt: skip
     page_kib: int | None = setting(
-        "Size of a page of optimizer state.  [default: 2048 on a CPU, 4096 on a GPU]",
+        "Size of a page of optimizer state.  [default: 2048 on a CPU, 8192 on a GPU]",
         None,
         at_least=1,
         at_most=1 << 20,

@@ -51,14 +51,14 @@ def test_a_sequence_that_fits_is_said_to_fit(bases):
 
 
 def test_the_table_says_what_was_met():
-    ours = {"seconds": 0.1, "peak": 3 << 20, "resident": 0.1, "paged": 0.104, "pages": {"resident": 3, "pages": 19}}
+    ours = {"seconds": 0.1, "peak": 3 << 20, "resident": 0.1, "paged": 0.104, "pages": {"slots": 3, "pages": 19}}
     peer = {"seconds": 0.16, "peak": 4 << 20}
     long = {"limit": 1 << 30, "failed": True, "finished": True, "same": True}
     met = bench_gpu.lines(TINY, {"ours": ours, "peer": peer, "long": long})
     assert [row.split("|")[-2].strip() for row in met] == ["", "", "yes", "yes", "yes", "yes"]
     assert "| 1.60 | at least 1.5 |" in met[2]
     assert "| 0.75 | at most 0.8 |" in met[3]
-    assert "3 of 19 pages resident | +4.0% of a step" in met[4]
+    assert "3 of 19 pages on the device | +4.0% of a step" in met[4]
     missed = bench_gpu.lines(TINY, {"ours": ours | {"paged": 0.12}, "peer": {"seconds": 0.12, "peak": 3 << 20}})
     assert [row.split("|")[-2].strip() for row in missed] == ["", "", "no", "no", "no"]
 

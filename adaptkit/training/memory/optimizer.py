@@ -15,8 +15,9 @@ from adaptkit.training.memory.moments import PagedState, page_elements
 from adaptkit.training.memory.parameters import Group, Trainable
 from adaptkit.training.shortage import is_out_of_memory
 
-PAGE_KIB = {"cpu": 2048, "cuda": 4096}
-"""Size of a page, by the kind of device: on a GPU a page costs the host some launches, whatever its size."""
+PAGE_KIB = {"cpu": 2048, "cuda": 8192}
+"""Size of a page, by the kind of device: on a GPU a page costs the host some launches, whatever its size, a tenth of a
+millisecond; to copy it should take longer than that, or the bus waits for the host."""
 
 
 class PagedAdamW:
