@@ -11,12 +11,14 @@ Source: FlashAttention's recomputation (arXiv:2205.14135); scores are rounded to
 transformers' eager attention rounds them.
 """
 
+import contextlib
 import inspect
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.numerics.kernels._cpu_float import float_bits
@@ -130,7 +132,11 @@ def _forward(
 
     spans = _spans(module, query, key, attention_mask, options)
     if spans is None:
-        result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        # transformers' masks are of bool here. Others a layer makes of its hidden states (Doge), and torch has another
+        # kernel for one with a gradient, which it has in only one of the passes through a layer with a checkpoint.
+        is_made = attention_mask is not None and attention_mask.is_floating_point() and query.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if is_made else contextlib.nullcontext():
+            result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return result
     scale = options.get("scaling")
     return attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, spans), None

@@ -224,3 +224,15 @@ def test_a_model_that_masks_under_the_name_of_sdpa_only_keeps_it(name, tmp_path,
     found = load_model(folder, torch.float32, torch.device("cpu")).network.eval()
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, plain(ids).logits)
+
+
+def test_a_mask_with_a_gradient_gives_the_bits_of_one_without():
+    """As in a layer that makes its mask itself: when it has a checkpoint, its first pass is one without gradients."""
+    generator = torch.Generator().manual_seed(7)
+    query, key, value = torch.randn(3, 2, 4, 40, 16, generator=generator)
+    made = torch.randn(2, 4, 40, 40, generator=generator)
+    module = torch.nn.Module()
+    expected, _ = attention._forward(module, query, key, value, made, scaling=0.25)
+    found, _ = attention._forward(module, query, key, value, made.requires_grad_(), scaling=0.25)
+    assert torch.equal(found, expected)
+    assert found.requires_grad
