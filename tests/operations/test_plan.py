@@ -34,8 +34,8 @@ def models(made, llama, gpt2):
     return {name: (folder, made / f"plan-{name}-nf4") for name, folder in found.items()}
 
 
-def load_with_adapter(folder, targets=("*",)):
-    model = load_model(folder, torch.bfloat16, CPU)
+def load_with_adapter(folder, targets=("*",), dtype=torch.bfloat16):
+    model = load_model(folder, dtype, CPU)
     new_adapter(model, targets, 4, 8.0, "kaiming", 0.0, seed=0)
     return model
 
@@ -194,15 +194,15 @@ def test_other_architectures_are_followed_too(made, family):
     assert peaks[0] > peaks[1] > 0
 
 
-@pytest.mark.parametrize("moe", ["keep", "quantize"])
+@pytest.mark.parametrize(("moe", "dtype"), [("keep", "bfloat16"), ("quantize", "bfloat16"), ("keep", "float32")])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_experts_are_predicted_in_sixteen_bits_or_in_four(made, family, moe):
-    folder, packed = made / f"plan-{family}-stacks", made / f"plan-{family}-{moe}"
+def test_experts_are_predicted_in_sixteen_bits_or_in_four(made, tmp_path, family, moe, dtype):
+    folder, packed = made / f"plan-{family}-stacks", tmp_path / "packed"
     if not folder.is_dir():
         tiny.write_family(folder, family, fused_experts=True)
     quantize(folder, packed, QuantizeOptions(moe=moe))
-    model = load_with_adapter(packed)
-    found = plan(folder, PlanOptions(rank=4, batch=2, seq_len=64, moe=moe, device="cpu"))
+    model = load_with_adapter(packed, dtype=getattr(torch, dtype))
+    found = plan(folder, PlanOptions(rank=4, batch=2, seq_len=64, moe=moe, compute_dtype=dtype, device="cpu"))
     assert found.memory["weights"] == predicted_memory(model.network, 0, 0, Activations(None, 0, 0)).weights
     needed = Checkpointing(2, 1).bytes_needed(layer_sizes(model.network, (2, 64), CPU))
     assert found.memory["activations"] == pytest.approx(needed, rel=0.1)

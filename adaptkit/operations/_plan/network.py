@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
@@ -64,7 +65,7 @@ def measured_layers(
     layers = list(find_stack(network)[1])
     unpacked = [sum(stack.nbytes for stack in expert_stacks(layer).values()) for layer in layers]
     _stand_in_attention(network)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Groups():
         network.to_empty(device="cpu").requires_grad_(False)
         for name, (rows, columns) in linear_shapes(network).items():
             parent, _, child = name.rpartition(".")
@@ -90,6 +91,15 @@ def measured_layers(
     if not packed_experts:
         return sizes
     return [replace(one, peak_bytes=one.peak_bytes + more) for one, more in zip(sizes, unpacked, strict=True)]
+
+
+class _Groups(TorchFunctionMode):
+    """Products of experts' stacks, as one that makes and keeps as much: of fake ones torch takes bfloat16 alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is getattr(torch, "_grouped_mm", None) and args[0].dtype != torch.bfloat16:
+            return args[0] @ args[1][0]
+        return func(*args, **(kwargs or {}))
 
 
 def _stand_in_attention(network: Any) -> None:
