@@ -172,7 +172,9 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
     )
     for pattern in options.target:
         if not any(_matches(part.paths, pattern) for part in parts):
-            raise UsageError(f"--target {pattern!r} matches no module", hint="patterns match whole paths: '*.q_proj'")
+            example = next((part for part in parts if part.kind in ("linear", "conv1d")), parts[0])
+            hint = f"patterns match whole paths, as {example.paths[0]!r}"
+            raise UsageError(f"--target {pattern!r} matches no module", hint=hint)
     return Plan(tuned, base, parts, roles)
 
 

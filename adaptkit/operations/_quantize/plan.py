@@ -203,7 +203,9 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
             )
     for pattern in options.skip:
         if not matches_any(selection, pattern):
-            raise UsageError(f"--skip {pattern!r} matches no module", hint="patterns match whole paths: '*.down_proj'")
+            example = next((choice for choice in selection.choices if choice.is_linear), selection.choices[0])
+            hint = f"patterns match whole paths, as {example.module!r}"
+            raise UsageError(f"--skip {pattern!r} matches no module", hint=hint)
     if all(choice.kept_because for choice in selection.choices):
         nothing = f"{checkpoint.root}: nothing to quantize"
         other = next((c.spec for c in selection.choices if c.kept_because == of_type(c.spec)), None)
