@@ -12,6 +12,9 @@ _BY_NAME = (
     (re.compile(r"(^|\.)qweight$"), "GPTQ or AWQ"),
     (re.compile(r"(^|\.)weight_packed$"), "compressed-tensors"),
     (re.compile(r"(^|\.)weight_scale_inv$"), "fp8"),
+    (re.compile(r"(^|\.)W_q$"), "HQQ"),
+    (re.compile(r"(^|\.)weight(\._data)?\._data$"), "quanto"),
+    (re.compile(r"(^|\.)_weight_qdata$"), "torchao"),
 )
 
 

@@ -18,6 +18,9 @@ MADE = {
     "adaptkit (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight.quant_state.adaptkit__int8": BYTES},
     "fp8": {f"{LINEAR}.weight": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}.weight_scale_inv": FLOATS},
     "compressed-tensors": {f"{LINEAR}.weight_packed": BYTES.int(), f"{LINEAR}.weight_scale": FLOATS},
+    "HQQ": {f"{LINEAR}.{part}": BYTES for part in ("W_q", "nbits", "scale", "zero", "shape")},
+    "quanto": {f"{LINEAR}.weight._data": BYTES.to(torch.int8), f"{LINEAR}.weight._scale": FLOATS},
+    "torchao": {f"{LINEAR}._weight_qdata": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}._weight_scale": FLOATS},
     "MXFP4": {f"model.layers.0.mlp.experts.down_proj_{part}": BYTES for part in ("blocks", "scales")},
 }
 
@@ -32,6 +35,12 @@ def folder_of(path, tensors, config=None):
 @pytest.mark.parametrize("method", MADE)
 def test_the_parts_of_a_method_give_it_away(tmp_path, method):
     assert quantization_found(Checkpoint(folder_of(tmp_path, MADE[method]))) == method
+
+
+def test_quanto_s_4_bits_give_it_away(tmp_path):
+    parts = {"_data._data": BYTES, "_scale": FLOATS, "_shift": FLOATS}
+    folder = folder_of(tmp_path, {f"{LINEAR}.weight.{part}": tensor for part, tensor in parts.items()})
+    assert quantization_found(Checkpoint(folder)) == "quanto"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
