@@ -206,6 +206,9 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
             f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
             hint="`hf download` it and give that folder, of which it is said how the adapter is converted"
             if pickle.startswith("adapter_")
+            # HQQ's file, which transformers does not load either.
+            else "it is quantized, by HQQ: give the checkpoint that it was made from"
+            if pickle == "qmodel.pt"
             else "convert first: with transformers, from_pretrained(..., dtype='auto') and "
             "save_pretrained(..., safe_serialization=True); then copy the tokenizer's files",
         )

@@ -92,6 +92,14 @@ def test_pickles_are_refused_with_the_way_out(tmp_path):
     assert "safe_serialization" in caught.value.hint
 
 
+def test_hqq_s_pickle_is_named_as_what_it_is(tmp_path):
+    """The hint was to save it again by transformers, which does not find such a file."""
+    (tmp_path / "qmodel.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"qmodel\.pt") as caught:
+        weight_files(tmp_path)
+    assert caught.value.hint == "it is quantized, by HQQ: give the checkpoint that it was made from"
+
+
 @pytest.mark.parametrize(
     "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "adapter_model.bin"]
 )
