@@ -285,7 +285,7 @@ class Run:
     def _tell(self, line: dict[str, Any]) -> None:
         """Tell the trackers; what is wrong with one of them undoes no step."""
         for tracker in self._trackers:
-            tracker.add(line)
+            tracker(line)
 
     def _save(self) -> None:
         vectors = {"parameters": Vector.of(self.trainable.values)} | self.optimizer.state.vectors()

@@ -5,20 +5,16 @@ Both are optional. They get the lines of ``metrics.jsonl``: numbers as scalars, 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 from adaptkit.errors import UsageError
 from adaptkit.training.config import TrainConfig
 
-
-class Tracker(Protocol):
-    """Told of every line, in order."""
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Take a line of the metrics."""
+Tracker = Callable[[dict[str, Any]], None]
+"""Told of every line of the metrics, in order."""
 
 
 def require_trackers(config: TrainConfig) -> None:
@@ -50,17 +46,6 @@ def trackers(config: TrainConfig, identity: Mapping[str, Any], begun: int) -> It
         yield opened
 
 
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def add(self, line: dict[str, Any]) -> None:
-        for name, value in _numbers(line).items():
-            self._writer.add_scalar(name, value, line["step"])
-        for prompt, answer in line.get("answers", {}).items():
-            self._writer.add_text(prompt, answer, line["step"])
-
-
 @contextmanager
 def _tensorboard(folder: str, begun: int) -> Iterator[Tracker]:
     from torch.utils.tensorboard import SummaryWriter
@@ -70,16 +55,14 @@ def _tensorboard(folder: str, begun: int) -> Iterator[Tracker]:
     except OSError as error:
         raise UsageError(f"tensorboard: {folder}: {error.strerror}", hint="name another folder") from error
     with opened as writer:
-        yield _TensorBoard(writer)
 
+        def add(line: dict[str, Any]) -> None:
+            for name, value in _numbers(line).items():
+                writer.add_scalar(name, value, line["step"])
+            for prompt, answer in line.get("answers", {}).items():
+                writer.add_text(prompt, answer, line["step"])
 
-class _Wandb:
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def add(self, line: dict[str, Any]) -> None:
-        texts = {f"answer to {prompt!r}": answer for prompt, answer in line.get("answers", {}).items()}
-        self._run.log(_numbers(line) | texts, step=line["step"])
+        yield add
 
 
 @contextmanager
@@ -95,7 +78,12 @@ def _wandb(config: TrainConfig, identity: Mapping[str, Any]) -> Iterator[Tracker
         reason = " ".join(str(error).split())
         raise UsageError(f"wandb: {reason}", hint="wandb login, or WANDB_MODE=offline") from error
     with opened as run:
-        yield _Wandb(run)
+
+        def add(line: dict[str, Any]) -> None:
+            texts = {f"answer to {prompt!r}": answer for prompt, answer in line.get("answers", {}).items()}
+            run.log(_numbers(line) | texts, step=line["step"])
+
+        yield add
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

@@ -527,14 +527,13 @@ def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
 
 
 def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
-    class Broken:
-        def add(self, line):
-            if line["step"] == 3:
-                raise OSError("the tracker's disk is full")
+    def add(line):
+        if line["step"] == 3:
+            raise OSError("the tracker's disk is full")
 
     @contextmanager
     def broken(*_):
-        yield [Broken()]
+        yield [add]
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "trackers", broken)
