@@ -16,7 +16,7 @@ from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import pad_id
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, save_activations
-from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
+from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.model import Model, load_model
@@ -80,7 +80,7 @@ def make_fast(model: Model) -> None:
         join_layers(network)
     else:
         keep_in_host_memory(network, model.dtype)
-        fuse_on_gpu(network)
+        fuse_layers(network, on_gpu=True)
         keep_narrow(network, model.dtype, join_on_gpu(network))
 
 

@@ -7,7 +7,7 @@ import torch
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import rotary
-from adaptkit.training.network.fused import fuse_on_gpu
+from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import load_model, new_adapter
@@ -52,7 +52,7 @@ def test_it_computes_what_transformers_computes(folder, dtype, monkeypatch):
     model, rotations = adapted(folder, dtype), []
     apply = rotary._Rotary.apply
     monkeypatch.setattr(rotary._Rotary, "apply", lambda *args: rotations.append(args) or apply(*args))
-    fuse_on_gpu(model.network)
+    fuse_layers(model.network, on_gpu=True)
     join_on_gpu(model.network)
     rotations.clear()
     for one, two in zip(step(model.network), expected, strict=True):
@@ -65,7 +65,7 @@ def test_checkpointed_gradients_are_those_of_layers_that_keep_everything(folder,
     found = []
     for how in ("none", policy):
         model = adapted(folder, torch.bfloat16)
-        fuse_on_gpu(model.network)
+        fuse_layers(model.network, on_gpu=True)
         join_on_gpu(model.network)
         mark_unread(model.network)
         checkpoint_layers(model.network, choose_checkpointing(model.network, how, list))

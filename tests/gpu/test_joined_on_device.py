@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaptkit.operations.quantize import quantize
-from adaptkit.training.network.fused import fuse_on_gpu
+from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import load_model, new_adapter
@@ -37,7 +37,7 @@ def test_results_and_gradients_stay_what_they_were(made, llama, dtype, dropout):
     new_adapter(model, ("*",), 4, 8.0, "normal", dropout, 0, rank_pattern={"q_proj": 3})
     for number, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator(GPU).manual_seed(number))
-    fuse_on_gpu(model.network)
+    fuse_layers(model.network, on_gpu=True)
     before, decoded = step(model.network), decoded_weights(model)
     join_on_gpu(model.network)
     assert sum("multiply" in vars(layer) for layer in model.linears.values()) == 10

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer between its matrix products, on a CPU, in one pass each and with little to keep.
+"""The parts of a decoder layer between its matrix products, in one pass each and with little to keep.
 
 A module is recognized by what it computes, not by its name: it is asked for its output on a probe, and only one that
 gives to the bit what the formula gives is replaced. Its forward pass then keeps its input; torch's own keeps three or
@@ -26,47 +26,36 @@ from adaptkit.training.network.remade import Recipe
 from adaptkit.training.network.rotary import fuse_rotary
 
 
-def fuse_on_gpu(network: nn.Module) -> None:
-    """Replace the forward passes of the norms and gates of a model on a GPU whose parts are frozen.
-
-    Norms with w for a factor are torch's own kernel then: transformers' take six launches and go through memory in
-    float32; this one takes one, and rounds once. Gates and rotary positions are Triton's.
-    """
-    fuse_rotary(network)
-    for module in network.modules():
-        weight, eps = _norm_parts(module)
-        if weight is not None and not weight.requires_grad and _which(module, weight, eps) is False:
-            module.forward = _own_norm(weight, eps)
-        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED) and _can_gate(module):
-            module.forward = _gated(module)
-
-
-def _can_gate(module: Any) -> bool:
-    on_gpu = all(tensor.is_cuda for tensor in (*module.parameters(), *module.buffers()))
-    return on_gpu and has_triton("cuda") and _is_gated(module)
-
-
-def _own_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return functional.rms_norm(x, (len(weight),), weight.to(x.dtype), eps)
-
-    return forward
-
-
-def fuse_layers(network: nn.Module) -> None:
-    """Replace the forward passes of the norms and gates of a model on a CPU whose parts are frozen.
+def fuse_layers(network: nn.Module, on_gpu: bool = False) -> None:
+    """Replace the forward passes of the norms and gates of a model whose parts are frozen.
 
     And what its attention does to queries and keys: see ``rotary``.
+
+    On a GPU norms with w for a factor are torch's own kernel then: transformers' take six launches and go through
+    memory in float32; this one takes one, and rounds once. Gates are Triton's there.
     """
     fuse_rotary(network)
     for module in network.modules():
         weight, eps = _norm_parts(module)
         if weight is not None and not weight.requires_grad:
             plus_one = _which(module, weight, eps)
-            if plus_one is not None:
+            if plus_one is not None and not on_gpu:
                 module.forward = _norm(weight, eps, plus_one)
-        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED) and _is_gated(module):
+            elif plus_one is False:
+                module.forward = _torch_norm(weight, eps)
+        elif _is_gated(module) and (not on_gpu or _has_kernel(module)):
             module.forward = _gated(module)
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    return has_triton("cuda") and all(tensor.is_cuda for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _torch_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return functional.rms_norm(x, (len(weight),), weight.to(x.dtype), eps)
+
+    return forward
 
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -125,6 +114,8 @@ def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
 @torch.no_grad()
 def _is_gated(module: Any) -> bool:
     """Whether a module is down(silu(gate(x)) · up(x)), whatever its weights: a few others stand in for them."""
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
+        return False
     if not hasattr(module.gate_proj, "base") or not _takes_one(module):
         return False
     device, size = module.gate_proj.device, module.gate_proj.base.shape[1]

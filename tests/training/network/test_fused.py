@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adaptkit.training.network.fused import fuse_layers, fuse_on_gpu
+from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.model import load_model, new_adapter
 
 REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 0), "phi": (0, 0), "mixtral": (5, 0)}
@@ -71,7 +71,7 @@ def test_torchs_own_norm_computes_the_same(family, norms, made):
     """It is for GPUs, and there is a slower one for a CPU."""
     model = loaded(made, family)
     before = run(model)
-    fuse_on_gpu(model.network)
+    fuse_layers(model.network, on_gpu=True)
     assert fused(model.network) == (norms, 0)
     for one, two in zip(run(model), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
