@@ -5,7 +5,9 @@ With dropout the inputs X' of their adapters differ, and each layer is by itself
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,18 +54,31 @@ def groups(network: Any, layers: Sequence[LoraLinear]) -> Iterator[list[LoraLine
             yield group
 
 
-class Joined(Generic[Member]):
-    """A group of layers, and what they give for the input that one of them was called with last.
+def join(
+    layers: Sequence[LoraLinear],
+    members: Sequence[Member],
+    compute: Callable[[tuple[Member, ...], Tensor], Sequence[Tensor]],
+    alone: Callable[[Member, Tensor, Tensor], Tensor],
+) -> None:
+    """Replace ``LoraLinear.multiply`` of layers that are given the same input.
 
     Args:
-        members: of the group.
+        layers: to change.
+        members: what stands for each of them, and does not keep it: the layer keeps all of these.
         compute: what each of them gives for an input.
+        alone: what one of them gives for an input, and for the same after dropout.
     """
+    joined = _Joined(tuple(members), compute)
+    for index, (layer, member) in enumerate(zip(layers, members, strict=True)):
+        replaced: Any = layer
+        replaced.multiply = _Multiplication(joined, index, partial(alone, member))
 
-    def __init__(
-        self, members: Sequence[Member], compute: Callable[[tuple[Member, ...], Tensor], Sequence[Tensor]]
-    ) -> None:
-        self.members, self._compute = tuple(members), compute
+
+class _Joined:
+    """A group of layers, and what they give for the input that one of them was called with last."""
+
+    def __init__(self, members: tuple[Any, ...], compute: Callable[[Any, Tensor], Sequence[Tensor]]) -> None:
+        self.members, self._compute = members, compute
         self._input: Callable[[], Tensor | None] = lambda: None
         self._state: tuple[int | None, bool] = (None, False)
         self._waiting: dict[int, Tensor] = {}
@@ -85,30 +100,21 @@ class Joined(Generic[Member]):
         self._waiting = {}
 
 
-class Multiplication:
-    """What takes the place of a layer's ``multiply``.
+@dataclass(frozen=True)
+class _Multiplication:
+    """What takes the place of a layer's ``multiply``: its place in a group, and how it multiplies by itself."""
 
-    Args:
-        joined: the group.
-        index: of the layer in it.
-        alone: what the layer gives for an input, and for the same after dropout.
-    """
-
-    def __init__(self, joined: Joined[Any], index: int, alone: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._joined, self._index, self._alone = joined, index, alone
+    joined: _Joined
+    index: int
+    alone: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """See ``LoraLinear.multiply``."""
-        return self._joined.take(self._index, x) if dropped is x else self._alone(x, dropped)
-
-    def forget(self) -> None:
-        """See ``Joined.forget``."""
-        self._joined.forget()
+        return self.joined.take(self.index, x) if dropped is x else self.alone(x, dropped)
 
 
 def forget(network: nn.Module) -> None:
     """After a pass that failed: nothing of it stays in a network's joined layers."""
     for module in network.modules():
         multiply = vars(module).get("multiply")
-        if isinstance(multiply, Multiplication):
-            multiply.forget()
+        if isinstance(multiply, _Multiplication):
+            multiply.joined.forget()

@@ -15,7 +15,6 @@ differ, and each is by itself.
 
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from adaptkit.numerics.kernels._cpu_joined import beside, stacked, widen
 from adaptkit.training.network.accumulation import give
-from adaptkit.training.network.groups import Joined, Multiplication, groups
+from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.packed_rows import packed_rows
 from adaptkit.training.network.remade import source_of
@@ -43,10 +42,7 @@ def join_layers(network: Any) -> None:
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
     for group in groups(network, layers):
-        joined = Joined([_Member(layer) for layer in group], _product)
-        for index, layer in enumerate(group):
-            replaced: Any = layer
-            replaced.multiply = Multiplication(joined, index, partial(_alone, joined.members[index]))
+        join(group, [_Member(layer) for layer in group], lambda members, x: multiplied(members, x, x), _alone)
 
 
 def _can_join(layer: LoraLinear) -> bool:
@@ -80,10 +76,6 @@ class _Member:
         widen(rows, lora_b, layer.scaling, first, matrix)
         layer.base.was_decoded()
         return matrix
-
-
-def _product(members: tuple[_Member, ...], x: Tensor) -> tuple[Tensor, ...]:
-    return multiplied(members, x, x)
 
 
 def _alone(member: _Member, x: Tensor, dropped: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from adaptkit.numerics.formats._double_quant import GROUP, DoubleQuantized
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import BOOKS
 from adaptkit.training.network.accumulation import give
-from adaptkit.training.network.groups import Joined, Multiplication, groups
+from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.narrow import narrowed, narrowed_below
 from adaptkit.training.network.remade import source_of
@@ -47,11 +47,8 @@ def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
         bases: list[Any] = [layer.base for layer in group]
         if len(group) > 1 and _are_alike(bases) and joined_bases.isdisjoint(bases):
             joined_bases.update(bases)
-            joined = Joined([weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)))
+            join(group, [weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)), _alone)
             together.append([layer.lora_a for layer in group if layer.lora_a is not None])
-            for index, layer in enumerate(group):
-                replaced: Any = layer
-                replaced.multiply = Multiplication(joined, index, partial(_alone, joined.members[index]))
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # of the parts that were copied
     return together

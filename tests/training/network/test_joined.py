@@ -222,7 +222,7 @@ def test_layers_give_what_they_would_alone_however_they_are_called(join, name):
 
     before = found()
     join(twins)
-    joined = getattr(twins.one.multiply, "_joined", None)
+    joined = getattr(twins.one.multiply, "joined", None)
     assert (len(joined.members) if joined else 1) == size
     for one, two in zip(found(), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
@@ -259,7 +259,7 @@ def test_nothing_waits_once_all_layers_were_called(join):
     join(twins)
     x = torch.randn(3, 64)
     twins.one(x), twins.two(x)
-    assert twins.one.multiply._joined._waiting == {}
+    assert twins.one.multiply.joined._waiting == {}
 
 
 def test_no_rows_give_no_rows(join):
