@@ -8,6 +8,7 @@ until the layer's backward pass is over.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -189,15 +190,17 @@ class PackedModule(nn.Module):
 
     @contextmanager
     def _stacks(self) -> Iterator[None]:
-        kept = {}
-        for name, stack in self.packed.items():
+        kept, stacks = {}, dict[str, Any](self.packed.items())
+        for name, stack in stacks.items():
             change = self.change_of(name)
             if change is not None and torch.is_grad_enabled():
                 value = _Changed.apply(change.lora_a, change.lora_b, stack, change, self._compute_dtype)  # type: ignore[no-untyped-call]
             else:
-                value = _unpack(stack, change, self._compute_dtype)  # type: ignore[arg-type]
+                value = _unpack(stack, change, self._compute_dtype)
             self._unpacked[name] = value
-            kept[value.untyped_storage().data_ptr()] = _Again(stack, change, self._compute_dtype)
+            # unpacked when the backward pass first needs it, and dropped with the graph's last reference
+            again = cache(torch.no_grad()(partial(_unpack, stack, change, self._compute_dtype)))
+            kept[value.untyped_storage().data_ptr()] = again
 
         def keep(saved: Tensor) -> Any:
             again = kept.get(saved.untyped_storage().data_ptr())
@@ -212,25 +215,11 @@ class PackedModule(nn.Module):
             self._unpacked.clear()
 
 
-class _Again:
-    """A stack that the backward pass unpacks when it first needs it; the graph's last reference drops it."""
-
-    def __init__(self, stack: Any, change: StackLora | None, dtype: torch.dtype) -> None:
-        self.stack, self.change, self.dtype = stack, change, dtype
-        self.value: Tensor | None = None
-
-    def unpacked(self) -> Tensor:
-        if self.value is None:
-            with torch.no_grad():
-                self.value = _unpack(self.stack, self.change, self.dtype)
-        return self.value
-
-
 def _restore(kept: Any) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     again, size, stride, offset = kept
-    stack: Tensor = again.unpacked()
+    stack: Tensor = again()
     return stack.as_strided(size, stride, offset)
 
 
