@@ -235,7 +235,28 @@ def language_part(network: Any) -> str:
     is_stack = any(isinstance(module, torch.nn.ModuleList) for module in inner.modules())  # ModernBERT: its head
     if inner is network or inner is network.base_model or not is_stack:
         return ""
-    return next((path for path, module in network.named_modules() if module is inner), "")
+    return path_of(network, inner)
+
+
+def head_path(network: Any) -> str:
+    """The dotted path of a model's output layer; empty if it has none."""
+    return path_of(network, network.get_output_embeddings())
+
+
+def path_of(network: Any, module: Any) -> str:
+    """The dotted path of a module in a network; empty if it is not there."""
+    return next((path for path, found in network.named_modules() if found is module), "")
+
+
+def asked_head(checkpoint: Checkpoint) -> str:
+    """The dotted path of a checkpoint's output layer by transformers; empty if that is absent, or does not know it.
+
+    It is for models whose output layer's name no table has; see ``checkpoint.vocabulary``. Loads transformers.
+
+    Raises:
+        UsageError, CheckpointError: ``config.json`` describes a model that cannot be built.
+    """
+    return "" if why_unknown(checkpoint) else head_path(named_network(checkpoint) or empty_network(checkpoint))
 
 
 def _plain(value: Any) -> Any:

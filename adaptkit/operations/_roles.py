@@ -18,8 +18,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_in_layers, is_usual_head
 from adaptkit.lazy import torch
-from adaptkit.networks.architecture import empty_network, named_network, transformers_version, why_unknown
-from adaptkit.networks.head import head_path
+from adaptkit.networks.architecture import empty_network, head_path, named_network, transformers_version, why_unknown
 from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.naming import Place, absent, places, shape_in

@@ -17,7 +17,7 @@ from adaptkit.checkpoint.vocabulary import (
     shares_more,
 )
 from adaptkit.errors import BaseMismatchError
-from adaptkit.networks.head import asked_head
+from adaptkit.networks.architecture import asked_head
 
 _TELLS_NO_WORDS = re.compile(
     r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For\w*Classification$|ForQuestionAnswering\w*$"

@@ -7,7 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from adaptkit.checkpoint import vocabulary
 from adaptkit.checkpoint.vocabulary import is_table, is_tied_by_default, known_head
-from adaptkit.networks.head import head_path
+from adaptkit.networks.architecture import head_path
 
 AUTO = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSpeechSeq2Seq)
 UNCOMMON = [kind for head, kinds in vocabulary._HEADS.items() if head != "lm_head" for kind in kinds.split()]

@@ -22,8 +22,7 @@ import torch
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import empty_network, has_no_head, named_network, why_unknown
-from adaptkit.networks.head import head_path
+from adaptkit.networks.architecture import empty_network, has_no_head, head_path, named_network, why_unknown
 from adaptkit.networks.naming import Place, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of

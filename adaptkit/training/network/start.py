@@ -13,6 +13,7 @@ from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import find_addresses
+from adaptkit.networks.architecture import path_of
 from adaptkit.networks.kinds import (
     is_expert,
     is_indexer,
@@ -142,8 +143,7 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
         saved |= bias_names(model, config.bias)
     train_whole(model, saved)
     if config.trainable_tokens:
-        embedding = model.network.get_input_embeddings()
-        path = next(name for name, module in model.network.named_modules() if module is embedding)
+        path = path_of(model.network, model.network.get_input_embeddings())
         train_rows(model, path, list(dict.fromkeys(_token(text, tokenizer) for text in config.trainable_tokens)))
 
 
