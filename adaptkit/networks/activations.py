@@ -85,7 +85,8 @@ class Checkpointing:
             return kept + workspace
         starts = [size.input_bytes for size in checked[:: self.length]]
         held = sum(sorted(starts)[-2:] if offloaded else starts)
-        inputs = max(sum(size.input_bytes for size in part[1:]) for part in _parts(checked, self.length))
+        segments = (checked[start : start + self.length] for start in range(0, len(checked), self.length))
+        inputs = max(sum(size.input_bytes for size in segment[1:]) for segment in segments)
         return held + max(kept + workspace, inputs + max(size.peak_bytes for size in checked))
 
     def __str__(self) -> str:
@@ -290,7 +291,3 @@ class Alive(TorchDispatchMode):
         self._found = {key: found for key, found in self._found.items() if not found[0].expired()}
         self._most = sum(size for _, size in self._found.values())
         return self._most
-
-
-def _parts(sizes: Sequence[LayerSize], length: int) -> list[Sequence[LayerSize]]:
-    return [sizes[start : start + length] for start in range(0, len(sizes), length)]
