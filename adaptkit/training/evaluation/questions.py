@@ -6,8 +6,9 @@ references. Examples (few-shot prompting) are whole conversations that come befo
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
     """
     asked: dict[str, tuple[Messages, Tools]] = {}
     references: dict[str, dict[str, None]] = {}
-    for where, row in _rows(files):
-        example = _conversation(row, where, layout)
+    for where, example in _conversations(files, layout):
         *before, answer = example.messages
         if not before:
             raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
@@ -94,8 +94,7 @@ def read_shots(
     asked = [_beginnings(question.messages) for question in questions]
     wholes, beginnings = {keys[-1] for keys in asked if keys}, {key for keys in asked for key in keys}
     found: dict[str, Messages] = {}
-    for where, row in _rows(files):
-        example = _conversation(row, where, layout)
+    for where, example in _conversations(files, layout):
         if example.tools or any(CALLS in message for message in example.messages):
             raise DataError(f"{where}: calls tools, and examples cannot", hint="give --shots-from rows without tools")
         turns = tuple(message for message in example.messages if message["role"] != "system")
@@ -181,8 +180,7 @@ def load_data_with_shots(
     """
     encoder = Encoder(tokenizer)
     samples, truncated, dropped, fewer = [], 0, 0, 0
-    for where, row in _rows(files):
-        example = _conversation(row, where, layout)
+    for where, example in _conversations(files, layout):
         alone = _encode(encoder, example, (), where)
         for left_out in range(len(shots) + 1):
             whole = _encode(encoder, example, shots[left_out:], where)
@@ -213,13 +211,10 @@ def _encode(encoder: Encoder, example: Example, shots: Sequence[Messages], where
     return encoded.samples
 
 
-def _conversation(row: Mapping[str, Any], where: str, layout: str | None) -> Example:
-    example = read_example(row, where, layout)
-    if example.text is not None:
-        raise DataError(f"{where}: plain text asks nothing", hint="give conversations, or --text")
-    return replace(example, messages=example.messages[: example.learned[-1] + 1])
-
-
-def _rows(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for file in files:
-        yield from read_rows(file)
+def _conversations(files: Sequence[Path], layout: str | None) -> Iterator[tuple[str, Example]]:
+    """The conversations in rows, up to the last answer that is learned, each with the place it came from."""
+    for where, row in chain.from_iterable(map(read_rows, files)):
+        example = read_example(row, where, layout)
+        if example.text is not None:
+            raise DataError(f"{where}: plain text asks nothing", hint="give conversations, or --text")
+        yield where, replace(example, messages=example.messages[: example.learned[-1] + 1])
