@@ -52,9 +52,9 @@ class SourceReport:
     unused: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
-    """Samples, and what happened on the way.
+    """Samples, and what happened on the way; filled row by row.
 
     Attributes:
         samples: in the order of their rows.
@@ -71,9 +71,9 @@ class Dataset:
         dated: whether the chat template asks for the date, and is told the same one every day.
     """
 
-    samples: tuple[Sample, ...]
-    truncated: int
-    dropped: int
+    samples: list[Sample] = field(default_factory=list)
+    truncated: int = 0
+    dropped: int = 0
     sources: tuple[SourceReport, ...] = ()
     longest: int = 0
     longest_at: str = ""
@@ -87,7 +87,7 @@ class Dataset:
     @property
     def talks(self) -> bool:
         """Whether there are conversations, and not text alone."""
-        return _talks(self.sources)
+        return any(set(source.layouts) - {"text"} for source in self.sources)
 
 
 def load_data(
@@ -118,33 +118,17 @@ def load_data(
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    tally = _Tally(max_length, too_long, context, known)
-    encoder = Encoder(tokenizer, loss_on)
-    reports = [_read(source, number, layout, encoder, tally) for number, source in enumerate(sources)]
-    if not tally.samples:
-        reason = f"every sample, {tally.dropped} in all, is too long, or loses its answer, at max_length {max_length}"
+    taker = _Taker(max_length, too_long, context, known)
+    encoder, data = Encoder(tokenizer, loss_on), taker.data
+    data.sources = tuple(_read(source, number, layout, encoder, taker) for number, source in enumerate(sources))
+    if not data.samples:
+        reason = f"every sample, {data.dropped} in all, is too long, or loses its answer, at max_length {max_length}"
         raise DataError(
-            f"{', '.join(map(str, sources))}: {reason if tally.dropped else 'there are no rows'}",
-            hint="raise max_length" if tally.dropped else "give rows to learn from",
+            f"{', '.join(map(str, sources))}: {reason if data.dropped else 'there are no rows'}",
+            hint="raise max_length" if data.dropped else "give rows to learn from",
         )
-    return Dataset(
-        samples=tuple(tally.samples),
-        truncated=tally.truncated,
-        dropped=tally.dropped,
-        sources=tuple(reports),
-        longest=tally.longest,
-        longest_at=tally.longest_at,
-        masked=tuple(tally.masked),
-        split=tally.split,
-        ended=tally.ended,
-        empty=tally.empty,
-        empty_at=tally.empty_at,
-        dated=asks_for_the_date(tokenizer) and _talks(reports),
-    )
-
-
-def _talks(sources: Iterable[SourceReport]) -> bool:
-    return any(set(source.layouts) - {"text"} for source in sources)
+    data.dated = asks_for_the_date(tokenizer) and data.talks
+    return data
 
 
 def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -177,38 +161,29 @@ def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 
 @dataclass
-class _Tally:
-    """Samples that were taken, and counts of what happened to the others."""
+class _Taker:
+    """Takes samples as they may be, and counts what happens to the others."""
 
     max_length: int
     too_long: str
     context: int | None
     known: int | None
-    samples: list[Sample] = field(default_factory=list)
-    longest: int = 0
-    longest_at: str = ""
-    truncated: int = 0
-    dropped: int = 0
-    masked: list[str] = field(default_factory=list)
-    split: int = 0
-    ended: int = 0
-    empty: int = 0
-    empty_at: str = ""
+    data: Dataset = field(default_factory=Dataset)
 
     def look_at(self, example: Example, learned: Sequence[int], where: str) -> None:
         """Count a row that has an empty answer, and learns it."""
         said = [example.messages[number] for number in learned]
         if any(not message["content"].strip() and CALLS not in message for message in said):
-            self.empty += 1
-            self.empty_at = self.empty_at or where
+            self.data.empty += 1
+            self.data.empty_at = self.data.empty_at or where
 
     def add(self, sample: Sample) -> Sample | None:
         """Take a sample, as long as it may be, or leave it out."""
         length = len(sample.ids)
         if sample.answer_tokens == 0:
             raise DataError(f"{sample.source}: there is nothing to learn", hint="every row needs an answer, or text")
-        if length > self.longest:
-            self.longest, self.longest_at = length, sample.source
+        if length > self.data.longest:
+            self.data.longest, self.data.longest_at = length, sample.source
         if length > self.max_length:
             if self.too_long == "error":
                 raise DataError(
@@ -216,26 +191,26 @@ class _Tally:
                     hint="raise it, or give too_long: cut or drop",
                 )
             if self.too_long == "drop":
-                self.dropped += 1
+                self.data.dropped += 1
                 return None
             ids, labels = sample.ids[: self.max_length], sample.labels[: self.max_length]
             sample = Sample(ids, labels, sample.source, sample.origin)
             if sample.answer_tokens == 0:
-                self.dropped += 1
-                self.masked += [sample.source] * (len(self.masked) < _NAMED)
+                self.data.dropped += 1
+                self.data.masked = (*self.data.masked, sample.source)[:_NAMED]
                 return None
-            self.truncated += 1
+            self.data.truncated += 1
         if self.context is not None and len(sample.ids) > self.context:
             raise DataError(
                 f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {self.context}",
                 hint=f"max_length: {self.context}",
             )
         check_known(sample.ids, self.known, sample.source)
-        self.samples.append(sample)
+        self.data.samples.append(sample)
         return sample
 
 
-def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, tally: _Tally) -> SourceReport:
+def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, taker: _Taker) -> SourceReport:
     """Read one source."""
     layouts: Counter[str] = Counter()
     used: set[str] = set()
@@ -248,7 +223,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             if digest is not None:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             example = read_example(row, where, layout)
-            tally.look_at(example, encoder.learned(example), where)
+            taker.look_at(example, encoder.learned(example), where)
             layouts[example.layout] += 1
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)
@@ -257,10 +232,10 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
 
     for some in _batched(examples(), _TOGETHER):
         for encoded in encoder.encode(some):
-            tally.split += len(encoded.samples) > 1
-            tally.ended += encoded.ended
+            taker.data.split += len(encoded.samples) > 1
+            taker.data.ended += encoded.ended
             for sample in encoded.samples:
-                taken = tally.add(Sample(sample.ids, sample.labels, sample.source, number))
+                taken = taker.add(Sample(sample.ids, sample.labels, sample.source, number))
                 if taken is not None:
                     samples += 1
                     tokens += len(taken.ids)

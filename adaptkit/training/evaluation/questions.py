@@ -199,7 +199,7 @@ def load_data_with_shots(
                 dropped += 1
     if not samples:
         raise DataError(f"{', '.join(map(str, files))}: no row keeps an answer", hint="raise max_length")
-    return Dataset(tuple(samples), truncated, dropped), fewer
+    return Dataset(samples, truncated, dropped), fewer
 
 
 def _encode(encoder: Encoder, example: Example, shots: Sequence[Messages], where: str) -> tuple[Sample, ...]:
