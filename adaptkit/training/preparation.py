@@ -11,7 +11,6 @@ from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
-from adaptkit.training.data.packing import check_packing
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import pad_id
 from adaptkit.training.inputs import Inputs
@@ -25,6 +24,7 @@ from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import begin
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
+from adaptkit.training.network.visibility import check_packing
 from adaptkit.training.schedule import steps_in
 from adaptkit.training.shortage import tells_shortage
 

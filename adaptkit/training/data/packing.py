@@ -1,20 +1,6 @@
-"""Packing: several samples in one sequence, kept apart by their positions.
-
-transformers tells the samples of a sequence by positions that begin again, and lets none attend to another, as long as
-it gets no mask: ``sdpa`` and ``eager`` attention through a mask that it makes, in sequences of any number; flash
-attention for one sequence at a time, by lengths. What does not attend (convolutions, states) sees other samples.
-"""
+"""Packing: several samples in one sequence, which ``network.visibility`` makes sure that a model keeps apart."""
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-
-from adaptkit.errors import UsageError
-
-_PROBE_TOKENS = 6
-_TOLERANCE = 0.02
-"""Of the deviation of the logits: other samples change the rounding of some layers, and no more."""
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -47,30 +33,3 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         with_room[room - length].append(row)
         rooms |= 1 << room - length
     return rows
-
-
-@torch.no_grad()
-def check_packing(network: Any) -> None:
-    """Make sure that a model keeps packed samples apart: nothing may change for one when another does.
-
-    Args:
-        network: transformers' model.
-
-    Raises:
-        UsageError: something does.
-    """
-    device = next(network.parameters()).device
-    known = network.get_input_embeddings().weight.shape[0]
-    first, other, second = (torch.arange(start, start + _PROBE_TOKENS) % known for start in (0, known // 2, known // 3))
-    positions = torch.arange(_PROBE_TOKENS).repeat(2)[None].to(device)
-    one, two = (
-        network(
-            input_ids=torch.cat([before, second])[None].to(device), position_ids=positions, use_cache=False
-        ).logits[0, _PROBE_TOKENS:].float()
-        for before in (first, other)
-    )  # fmt: skip
-    if float((one - two).abs().max()) > _TOLERANCE * float(one.std()):
-        raise UsageError(
-            f"{type(network).__name__} does not keep packed samples apart",
-            hint="pack: false, group_by_length: true",
-        )

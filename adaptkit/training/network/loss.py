@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.errors import UsageError
 from adaptkit.networks.memory import rows_at_a_time
 from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
@@ -29,8 +28,6 @@ from adaptkit.training.network.linear import LoraLinear
 
 _BLOCK_BYTES = 2 * 2**20
 """Of logits in float32, on a CPU: what its cache holds."""
-_TOLERANCE = 0.02
-"""Of the deviation of the logits: rounding may differ."""
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
@@ -59,26 +56,6 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     chosen = hidden[row, column]
     total: Tensor = _Loss.apply(chosen, wanted, output, *_trained(model, output, chosen))  # type: ignore[no-untyped-call]
     return total
-
-
-@torch.no_grad()
-def require_causal(network: Any) -> None:
-    """Make sure that no token sees what it is to foretell: the second one may change nothing for the first.
-
-    Raises:
-        UsageError: it does, as in BERT, which is no decoder unless it is told to be one.
-    """
-    said = {getattr(module, "is_causal", None) for module in network.modules()} - {None}
-    if said == {True}:  # of all its attention; to ask a large model takes seconds
-        return
-    known = network.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[known // 3, known // 2], [known // 3, known // 4]], device=network.device)
-    one, two = network(input_ids=ids, use_cache=False).logits[:, 0].float()
-    if float((one - two).abs().max()) > _TOLERANCE * float(one.std()):
-        raise UsageError(
-            f"{type(network).__name__} lets tokens see those that follow, which it would have to foretell",
-            hint='take a model that reads from left to right; some do with "is_decoder": true in their config.json',
-        )
 
 
 class OutputLayer:

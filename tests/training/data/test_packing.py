@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches, collate
-from adaptkit.training.data.packing import check_packing, pack
+from adaptkit.training.data.packing import pack
 from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.visibility import check_packing
 
 CPU = torch.device("cpu")
 
