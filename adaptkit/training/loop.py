@@ -30,6 +30,7 @@ from adaptkit.training.device import attention_of_any_length
 from adaptkit.training.distributed import World, deterministic, join
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.picture import can_draw, draw
+from adaptkit.training.preparation import checkpoint_bytes
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import records_of, write_result
 from adaptkit.training.resume import (
@@ -137,7 +138,8 @@ def _begun(inputs: Inputs, out: Output, note: Callable[[str], None], world: Worl
     """The run; one that is refused here leaves nothing behind."""
     try:
         run = Run(inputs, out.folder, note, world)
-        require_room(out.folder, run.checkpoint_bytes, inputs.config.keep_checkpoints)
+        needed = checkpoint_bytes(inputs.config, run.trainable.values.numel())
+        require_room(out.folder, needed, inputs.config.keep_checkpoints)
     except AdaptkitError:
         with contextlib.suppress(OSError):  # the reason is worth more than a clean disk
             out.discard()

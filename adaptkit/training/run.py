@@ -22,14 +22,14 @@ from adaptkit.training.evaluation.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.memory.activations import PeakMemory, memory_report
+from adaptkit.training.memory.activations import PeakMemory, predicted_memory
 from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import foretold, shortened
-from adaptkit.training.preparation import batches_of, begin_libraries, build, checkpoint_bytes, total_steps
+from adaptkit.training.preparation import batches_of, begin_libraries, build, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
@@ -140,15 +140,11 @@ class Run:
             since = counted(self._config.patience, "measurement")
             self._note(f"stopped early after step {self.done}: {since} brought nothing better")
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint."""
-        return checkpoint_bytes(self._config, self.trainable.values.numel())
-
     def memory(self) -> dict[str, int | None]:
-        """Bytes that were predicted, by part and in all, and by how much the process's memory grew at its highest."""
+        """What was predicted, by part and in all, and what was measured: see ``TrainReport.memory``."""
         pages, count = self.optimizer.state.pages, self.trainable.values.numel()
-        return memory_report(self.model.network, count, pages.metrics(), self.activations, self._peak)
+        expected = predicted_memory(self.model.network, count, pages.slots * pages.page_bytes, self.activations)
+        return expected.parts() | {"predicted": expected.total, "measured": self._peak.growth()}
 
     def chosen(self) -> list[Chosen]:
         """The adapter to publish, and then the one to keep beside it, if that is another."""

@@ -186,12 +186,3 @@ class PeakMemory:
 
 def _kib(name: str) -> int:
     return int(next(line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith(name)))
-
-
-def memory_report(
-    network: Any, trainable: int, pages: dict[str, int], activations: Activations, peak: PeakMemory
-) -> dict[str, int | None]:
-    """What was predicted, by part and in all, and what was measured: see ``TrainReport.memory``."""
-    resident = pages["slots"] * pages["page_bytes"]
-    expected = predicted_memory(network, trainable, resident, activations)
-    return expected.parts() | {"predicted": expected.total, "measured": peak.growth()}
