@@ -75,16 +75,14 @@ class Inputs:
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on must agree in with the one that it goes on from."""
+        template = self.chat_template
         return {
             "options": self.config.decisive(),
             "base": self.manifest.sha256 if self.manifest else self.state,
             "data": [_digest(self.samples), _digest(self.held_out)],
             "init": [tensors_root(self.start.records), adapter_identity(self.start)] if self.start else None,
-        } | self._template_identity()
-
-    def _template_identity(self) -> dict[str, str]:
-        given = self.chat_template
-        return {} if given is None else {"chat_template": hashlib.sha256(given.encode()).hexdigest()}
+            **({} if template is None else {"chat_template": hashlib.sha256(template.encode()).hexdigest()}),
+        }
 
     def require_base(self) -> None:
         """Refuse to go on with a base that changed since it was checked: its weights are read all the time.
