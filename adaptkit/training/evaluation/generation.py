@@ -119,7 +119,6 @@ def _continue(
     What else a configuration says of generation, as BART's of the last token, is forgotten.
     """
     model.network.eval()
-    device = next(model.network.parameters()).device
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), padding)
     mask = torch.zeros_like(ids)
@@ -129,8 +128,8 @@ def _continue(
     with quiet_transformers() as transformers:
         model.network.generation_config = transformers.GenerationConfig()
         output = model.network.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=new_tokens,
             do_sample=False,
             use_cache=True,

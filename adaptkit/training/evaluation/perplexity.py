@@ -102,8 +102,7 @@ def _window_sums(model: Model, window: Tensor, reference: Model | None) -> Tenso
 def _next_token_logits(model: Model, window: Tensor) -> Tensor:
     """(window - 1, vocabulary), in the compute dtype."""
     model.network.eval()
-    device = next(model.network.parameters()).device
-    logits: Tensor = model.network(input_ids=window[None].to(device), use_cache=False).logits
+    logits: Tensor = model.network(input_ids=window[None].to(model.device), use_cache=False).logits
     return logits[0, :-1]
 
 
