@@ -219,28 +219,6 @@ def _without_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Let torch use only operations that give the same bits every time while the block runs.
-
-    An operation for which it has none is a RuntimeError that names it.
-    """
-    before, space = torch.get_deterministic_debug_mode(), "CUBLAS_WORKSPACE_CONFIG"
-    memory: Any = torch.utils.deterministic
-    fills = memory.fill_uninitialized_memory
-    if wanted:
-        # Or torch writes NaN into all that is made empty, weights that are about to be decoded too.
-        memory.fill_uninitialized_memory = False
-        os.environ.setdefault(space, ":4096:8")  # cuBLAS reads it once, when it begins
-        # Its sister would tell the compiler, too, and so load it; nothing is compiled here.
-        torch.set_deterministic_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
-        memory.fill_uninitialized_memory = fills
-
-
-@contextmanager
 def _partners(computing: bool = False) -> Iterator[None]:
     """Torch tells only by a RuntimeError that another process is gone.
 

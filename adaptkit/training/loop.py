@@ -26,8 +26,8 @@ from adaptkit.errors import AdaptkitError
 from adaptkit.networks.alone import alone
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
-from adaptkit.training.device import attention_of_any_length
-from adaptkit.training.distributed import World, deterministic, join
+from adaptkit.training.device import attention_of_any_length, deterministic
+from adaptkit.training.distributed import World, join
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.preparation import checkpoint_bytes

@@ -29,7 +29,8 @@ from adaptkit.training import dry_run, loop, result
 from adaptkit.training import inputs as inputs_module
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
-from adaptkit.training.distributed import World, deterministic
+from adaptkit.training.device import deterministic
+from adaptkit.training.distributed import World
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
 from adaptkit.training.gradients import Gradients
