@@ -87,7 +87,8 @@ class AdaptkitStep:
         from adaptkit.training.memory.activations import save_activations
         from adaptkit.training.memory.optimizer import make_optimizer
         from adaptkit.training.memory.parameters import Trainable
-        from adaptkit.training.network.model import load_model, new_adapter
+        from adaptkit.training.network.fresh import AdapterShape, new_adapter
+        from adaptkit.training.network.model import load_model
         from adaptkit.training.network.unread import mark_unread
         from adaptkit.training.preparation import begin_libraries, make_fast
 
@@ -97,7 +98,7 @@ class AdaptkitStep:
         place = torch.device(device)
         begin_libraries(base, place, shard_base=False)
         self.model = model = load_model(base, choose_dtype("auto", place), place)
-        new_adapter(model, ("*",), rank, 2.0 * rank, "kaiming", 0.0, 0)
+        new_adapter(model, ("*",), AdapterShape(rank, 2.0 * rank), "kaiming", 0.0, 0)
         make_fast(model)
         if policy != "none":
             mark_unread(model.network)

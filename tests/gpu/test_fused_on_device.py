@@ -7,10 +7,11 @@ import torch
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import rotary
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.triton_needs import what_triton_lacks
 
@@ -32,7 +33,7 @@ def folder(request, made):
 
 def adapted(folder, dtype):
     model = load_model(folder, dtype, GPU)
-    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
     for number, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator(GPU).manual_seed(number))
     return model

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from adaptkit.operations.quantize import quantize
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import PackedWeight
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -34,7 +35,7 @@ def test_results_and_gradients_stay_what_they_were(made, llama, dtype, dropout):
     if not (made / "joined-on-gpu").exists():
         quantize(llama, made / "joined-on-gpu")
     model = load_model(made / "joined-on-gpu", dtype, GPU)
-    new_adapter(model, ("*",), 4, 8.0, "normal", dropout, 0, rank_pattern={"q_proj": 3})
+    new_adapter(model, ("*",), AdapterShape(4, 8.0, rank_pattern={"q_proj": 3}), "normal", dropout, 0)
     for number, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator(GPU).manual_seed(number))
     fuse_layers(model.network, on_gpu=True)

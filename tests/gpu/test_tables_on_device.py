@@ -6,7 +6,8 @@ import torch
 
 from adaptkit.networks import tables
 from adaptkit.numerics.kernels import _gpu_layers
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.triton_needs import what_triton_lacks
 
@@ -40,7 +41,7 @@ def test_a_model_computes_the_same_without_its_table(architecture, made, monkeyp
 
     def run(moved):
         model = load_model(folder, torch.bfloat16, GPU)
-        new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+        new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
         if moved:
             keep_in_host_memory(model.network, torch.bfloat16)
             assert model.network.get_input_embeddings().weight.is_pinned()

@@ -19,7 +19,8 @@ from adaptkit.training.memory import activations
 from adaptkit.training.memory.activations import Activations, layer_sizes, predicted_memory
 from adaptkit.training.memory.moments import PagedState
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def models(made, llama, gpt2):
 
 def load_with_adapter(folder, targets=("*",), dtype=torch.bfloat16):
     model = load_model(folder, dtype, CPU)
-    new_adapter(model, targets, 4, 8.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, targets, AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     return model
 
 
@@ -66,7 +67,7 @@ def test_on_a_gpu_logits_are_a_larger_chunk_and_adapters_have_copies(models, dty
     shape = {"rank": 4, "batch": rows, "seq_len": length, "compute_dtype": str(dtype).removeprefix("torch.")}
     found = {device: plan(models["llama"][0], PlanOptions(device=device, **shape)) for device in ("cpu", "cuda")}
     model = load_model(models["llama"][1], dtype, CPU)
-    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     config = TrainConfig(base="base", data=("data",), checkpointing="layer")
     monkeypatch.setattr(activations, "layer_sizes", lambda network, *_: [LayerSize(0, 0, 0)] * 2)
     for device, in_place in (("cpu", False), ("cuda", True)):

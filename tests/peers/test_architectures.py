@@ -21,10 +21,11 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.loading import load_adapter
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 
 IDS = torch.arange(3, 27)[None]
 
@@ -171,7 +172,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
     found = []
     for policy in ("none", "layer", "sqrt"):
         model = load_model(packed, torch.float32, torch.device("cpu"))
-        new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, 0)
+        new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, 0)
         for number, layer in enumerate(model.adapted().values()):
             layer.lora_b.data.normal_(std=0.02, generator=torch.Generator().manual_seed(number))
         fuse_layers(model.network)
@@ -191,7 +192,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
 
 def test_everything_means_what_reads_text_but_routers_and_what_peft_refuses(packed):
     model = load_model(packed, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, 0)
+    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, 0)
     left = set(model.linears) - set(model.adapted())
     others = {name for name in model.linears if "vision" in name or "projector" in name}
     if model.network.config.model_type == "mamba":

@@ -5,7 +5,6 @@ whole        parameters that take the place of the base's (``modules_to_save``, 
 rows         rows of the vocabulary (``trainable_token_indices``)
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL
-from adaptkit.networks.matching import matching
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.network.adapter_shape import AdapterShape
 from adaptkit.training.network.experts import PackedModule, StackLora, adapt_stack
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.model import Model
@@ -221,27 +218,6 @@ def train_rows(
         if is_tied and (together or place is places[name]):
             replace_rows(place.module, trained)
     model.rows[path] = trained
-
-
-def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShape, seed: int) -> None:
-    """Give stacked matrices of experts fresh adapters: for every expert an A, random, and a B, zero.
-
-    Args:
-        model: to change.
-        patterns: shell patterns of the parameters' paths, or of their last parts.
-        shape: rank and scaling.
-        seed: of A.
-
-    Raises:
-        UsageError: a pattern matches none, or the rank is above a matrix's size.
-    """
-    stacks = model.stacks()
-    generator = torch.Generator().manual_seed(seed)
-    for name in sorted(matching("target parameter", patterns, stacks, "stack of experts' matrices")):
-        count, out_features, in_features = stack_shape(stacks[name], name)
-        rank, factor = shape.of(name, (out_features, in_features))
-        lora_a = (torch.rand(count, rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
-        put_stack(model, stacks[name], name, lora_a, torch.zeros(count, out_features, rank), factor)
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:

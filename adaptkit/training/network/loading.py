@@ -10,6 +10,7 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
 from adaptkit.networks.naming import Place, places
+from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.adapt import (
     is_transposed,
     parameter_places,
@@ -18,7 +19,7 @@ from adaptkit.training.network.adapt import (
     train_rows,
     train_whole,
 )
-from adaptkit.training.network.model import Model, attach_adapter
+from adaptkit.training.network.model import Model
 
 
 def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
@@ -59,6 +60,21 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
             raise BaseMismatchError(f"{adapter.root}: changes {name}, which {model.checkpoint.root} has not like that")
         a, b = (torch.stack([getattr(change, half).float() for change in changes]) for half in ("lora_a", "lora_b"))
         put_stack(model, stacks[name], name, a, b, changes[0].scaling)
+
+
+def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dropout: float = 0.0) -> None:
+    """Give a model existing low-rank changes of linear layers.
+
+    Raises:
+        BaseMismatchError: the adapter changes a module that the model lacks, or of another shape.
+    """
+    for name, change in changes.items():
+        if name not in model.linears:
+            raise BaseMismatchError(f"{where}: changes {name}, which {model.checkpoint.root} does not have")
+        try:
+            model.linears[name].attach(change, dropout)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(f"{where}: {name}: {error.message}") from error
 
 
 def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:

@@ -7,7 +7,7 @@ transformers builds the architecture on the meta device, without memory; its lin
 import gc
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,14 +21,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
-from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.errors import CheckpointError
 from adaptkit.heap import keep_freed_memory
-from adaptkit.networks.architecture import empty_network, language_part
+from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly, check_shape
 from adaptkit.networks.linears import acts_as_linear
-from adaptkit.networks.matching import matching, matching_targets
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.network.adapter_shape import AdapterShape
 from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
@@ -176,67 +174,6 @@ def _decoded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
     """Size of the largest matrix that every pass decodes; what is free between stacks of experts would add up."""
     weights = (part for part in network.modules() if isinstance(part, (PackedWeight, PlainWeight)))
     return max((math.prod(weight.shape) * dtype.itemsize for weight in weights if len(weight.shape) == 2), default=0)
-
-
-def new_adapter(
-    model: Model, targets: Sequence[str], rank: int, alpha: float, init: str, dropout: float, seed: int,
-    *, exclude: Sequence[str] = (), rslora: bool = False, rank_pattern: Mapping[str, float] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None, dora: bool = False,
-) -> None:  # fmt: skip
-    """Give every layer that matches a pattern a fresh adapter: A random, B zero.
-
-    Args:
-        model: to change.
-        targets: shell patterns of module paths, or of their last parts; see ``matching_targets``.
-        rank: of the matrices.
-        alpha: scaling is alpha / rank.
-        init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
-        dropout: of the adapters' input.
-        seed: of A.
-        exclude: shell patterns of what gets none all the same.
-        rslora: scaling is alpha / √rank (arXiv:2312.03732).
-        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.patterns``.
-        alpha_pattern: by PEFT's patterns, other alphas.
-        dora: train the lengths of the weights' rows too (arXiv:2402.09353).
-
-    Raises:
-        UsageError: a pattern matches no layer, none is left, or a rank is above a layer's size.
-    """
-    chosen = matching_targets(targets, model.linears, language_part(model.network), model.network.config.model_type)
-    chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
-    if not chosen:
-        if exclude:
-            what = "every target is excluded, or trained whole"
-            raise UsageError(what, hint="give --exclude or --modules-to-save fewer patterns")
-        raise UsageError("no linear layer reads text and is no router", hint="name some with --targets")
-    shape = AdapterShape(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
-    generator = torch.Generator().manual_seed(seed)
-    for name in sorted(chosen):
-        layer = model.linears[name]
-        out_features, in_features = layer.base.shape
-        own_rank, factor = shape.of(name, (out_features, in_features))
-        if init == "normal":
-            lora_a = torch.randn(own_rank, in_features, generator=generator) / own_rank
-        else:
-            lora_a = (torch.rand(own_rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
-        layer.attach(LowRank(lora_a, torch.zeros(out_features, own_rank), factor), dropout)
-        if dora:
-            layer.attach_magnitude()
-
-
-def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dropout: float = 0.0) -> None:
-    """Give a model existing low-rank changes of linear layers.
-
-    Raises:
-        BaseMismatchError: the adapter changes a module that the model lacks, or of another shape.
-    """
-    for name, change in changes.items():
-        if name not in model.linears:
-            raise BaseMismatchError(f"{where}: changes {name}, which {model.checkpoint.root} does not have")
-        try:
-            model.linears[name].attach(change, dropout)
-        except BaseMismatchError as error:
-            raise BaseMismatchError(f"{where}: {name}: {error.message}") from error
 
 
 def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:

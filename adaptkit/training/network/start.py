@@ -27,16 +27,15 @@ from adaptkit.networks.peft_names import renamed_in_peft, taken_for_experts
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
     bias_names,
-    new_stack_adapters,
     parameter_places,
     saved_names,
     train_rows,
     train_whole,
 )
-from adaptkit.training.network.adapter_shape import AdapterShape
+from adaptkit.training.network.fresh import AdapterShape, new_adapter, new_stack_adapters
 from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
-from adaptkit.training.network.model import Model, new_adapter
+from adaptkit.training.network.model import Model
 from adaptkit.training.network.whole import TrainedWeight
 from adaptkit.training.settings import refuse
 
@@ -238,11 +237,8 @@ def _begin_fresh(model: Model, config: TrainConfig, saved: set[str]) -> None:
     )
     whole = sorted(path for path in model.linears if f"{path}.weight" in saved)
     if config.targets:
-        new_adapter(
-            model, config.targets, config.rank, config.alpha, config.init, config.dropout, config.seed,
-            exclude=(*config.exclude, *whole), rslora=config.rslora, rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern, dora=config.dora,
-        )  # fmt: skip
+        begun = config.init, config.dropout, config.seed
+        new_adapter(model, config.targets, shape, *begun, exclude=(*config.exclude, *whole), dora=config.dora)
     if config.target_parameters:
         new_stack_adapters(model, config.target_parameters, shape, config.seed)
     adapted = [*model.adapted(), *(name for name in model.stacks() if config.target_parameters)]

@@ -5,7 +5,8 @@ import torch
 
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.adapt import parameter_places, train_whole
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
+from adaptkit.training.network.model import load_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 23).view(1, 20)
@@ -13,7 +14,7 @@ IDS = torch.arange(3, 23).view(1, 20)
 
 def test_parameters_are_views_of_one_vector_and_the_backward_pass_fills_the_other(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
-    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     before = {name: p.detach().clone() for name, p in model.network.named_parameters() if p.requires_grad}
     trainable = Trainable.of(model)
     assert trainable.values.numel() == sum(p.numel() for p in before.values())
@@ -28,7 +29,7 @@ def test_parameters_are_views_of_one_vector_and_the_backward_pass_fills_the_othe
 
 def test_b_learns_faster_by_the_ratio_of_lora_plus(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
-    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     (alone,) = Trainable.of(model).groups
     assert (alone.rate, alone.decay) == (1.0, True)
     trainable = Trainable.of(model, lora_plus_ratio=16.0)

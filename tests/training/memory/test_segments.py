@@ -14,9 +14,10 @@ from adaptkit.training.memory import segments
 from adaptkit.training.memory.activations import Activations
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import PackedWeight
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 
 
 def checkpoint(network, policy, shelf=None):
@@ -32,7 +33,7 @@ IDS = torch.arange(40).reshape(2, 20) % 50 + 3
 
 def gradients(folder, policy, dropout, twice=False, shelf=None, by=checkpoint):
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 2, 4.0, "kaiming", dropout, seed=0)
+    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", dropout, seed=0)
     for number, layer in enumerate(model.adapted().values()):
         generator = torch.Generator().manual_seed(number)
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
@@ -68,7 +69,7 @@ def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout)
 def test_no_more_gradients_are_asked_for_than_without_checkpointing(deep_nf4, policy, targets, first):
     """Layers multiply otherwise, and on some processors round otherwise, where their input needs a gradient, too."""
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
-    new_adapter(model, targets, 2, 4.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, targets, AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     checkpoint(model.network, policy)
     asked = {}
 
@@ -101,7 +102,7 @@ def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmente
 def saved_bytes(folder, policy, by=checkpoint):
     """What autograd saves in the forward pass through the layers."""
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     by(model.network, policy)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
@@ -152,7 +153,7 @@ def kept_inputs(folder, policy):
     import weakref
 
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     inputs = []
     for layer in model.network.model.layers:
         layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
@@ -180,7 +181,7 @@ def test_nothing_but_the_graph_keeps_a_segment(deep_nf4):
     import weakref
 
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     checkpoint(model.network, "sqrt")
     inputs = []
     for layer in model.network.model.layers:
@@ -328,7 +329,7 @@ def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, 
     given = []
     monkeypatch.setattr(pages, "give_back", lambda start, size: given.append((start, size)))
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 2, 4.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     if joined:
         join_layers(model.network)
     assert not given

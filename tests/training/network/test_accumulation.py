@@ -8,9 +8,10 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.network import joined
 from adaptkit.training.network.accumulation import adding_up, give
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear, PlainWeight
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 
 
 def loaded(made):
@@ -19,7 +20,7 @@ def loaded(made):
         tiny.write_family(folder, "llama")
         quantize(folder, folder.with_name("accumulated-nf4"))
     model = load_model(folder.with_name("accumulated-nf4"), torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 6.0, "normal", 0.0, 0)
+    new_adapter(model, ("*",), AdapterShape(4, 6.0), "normal", 0.0, 0)
     for number, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     join_layers(model.network)

@@ -22,8 +22,9 @@ from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.experts import ExpertList, read_weight
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
-from adaptkit.training.network.model import _decoded_bytes, load_model, new_adapter
+from adaptkit.training.network.model import _decoded_bytes, load_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -76,7 +77,7 @@ def test_experts_that_stay_plain_are_loaded_too(folders, family):
 def gradients(folder, policy, implementation):
     model = load_model(folder, torch.float32, CPU)
     model.network.set_experts_implementation(implementation)
-    new_adapter(model, ("*_proj",), 4, 8.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("*_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     generator = torch.Generator().manual_seed(0)
     for _, layer in sorted(model.adapted().items()):
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
@@ -108,7 +109,7 @@ def test_gradients_are_those_through_the_dequantized_experts(
 def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatch):
     model = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU)
     model.network.set_experts_implementation(implementation)
-    new_adapter(model, ("q_proj",), 4, 8.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     unpacked, dequantize_really = [], PackedWeight.dequantize
 
     def watched(weight, dtype):

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 
 REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 0), "phi": (0, 0), "mixtral": (5, 0)}
 """Norms and gates: qwen3 norms queries and keys too, gemma's gate is no SiLU, phi has neither, mixtral has stacks."""
@@ -18,7 +19,7 @@ def loaded(made, family, dtype=torch.float32):
     if not folder.exists():
         tiny.write_family(folder, family)
     model = load_model(folder, dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
         layer.lora_b.data.normal_(std=0.1, generator=generator)

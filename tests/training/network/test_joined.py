@@ -21,10 +21,11 @@ from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined import _can_join, _Member, join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 
 LLAMA = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
 GROUPS = {
@@ -51,7 +52,7 @@ def loaded(made, family, dtype=torch.float32, dropout=0.0):
         tiny.write_gpt2(folder) if family == "gpt2" else tiny.write_family(folder, family)
         quantize(folder, folder.with_name(f"{folder.name}-nf4"))
     model = load_model(folder.with_name(f"{folder.name}-nf4"), dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 8.0, "normal", dropout, 0, rank_pattern=RANKS[family])
+    new_adapter(model, ("*",), AdapterShape(4, 8.0, rank_pattern=RANKS[family]), "normal", dropout, 0)
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
         layer.lora_b.data.normal_(std=0.1, generator=generator)

@@ -24,9 +24,10 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import joined_gpu, linear
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow
 
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
@@ -34,7 +35,7 @@ IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 
 def loaded(packed, targets=("*",), dropout=0.0, dtype=torch.float32, **options):
     model = load_model(packed, dtype, torch.device("cpu"))
-    new_adapter(model, targets, 4, 8.0, "normal", dropout, 0, **options)
+    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0, **options)
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
         layer.lora_b.data.normal_(std=0.1, generator=generator)

@@ -11,8 +11,9 @@ from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import loss
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.loss import summed_loss
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 
 VOCABULARY = 320
 
@@ -41,7 +42,7 @@ def gradients(model, value):
 
 def loaded(folder, whole=()):
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
         layer.lora_b.data.normal_(std=0.1, generator=generator)
@@ -142,7 +143,7 @@ def test_nothing_is_asked_of_the_device_while_it_computes(name, llama, made, mon
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
     folder = llama if name == "llama" else family(made, name, **BOUNDED[name])
     model = load_model(folder, torch.bfloat16, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 8.0, "normal", 0.1, 0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.1, 0)
     network = model.network.to("meta").train()
     checkpoint_layers(network, Checkpointing(2, 2))
     batch = batch_of((20, 13), network.config.vocab_size)

@@ -21,8 +21,10 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.device import choose_device
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import model
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.linear import PackedWeight
-from adaptkit.training.network.model import attach_adapter, load_model, new_adapter
+from adaptkit.training.network.loading import attach_adapter
+from adaptkit.training.network.model import load_model
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 33, 71, 100, 7, 12, 64]])
@@ -73,10 +75,10 @@ def test_an_adapter_gives_the_logits_of_peft(llama, adapter):
 def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
     before = logits(model.network)
-    new_adapter(model, ("*",), 4, 8.0, "kaiming", 0.0, seed=3)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=3)
     assert torch.equal(logits(model.network), before)
     again = load_model(llama_nf4, torch.float32, CPU)
-    new_adapter(again, ("*",), 4, 8.0, "kaiming", 0.0, seed=3)
+    new_adapter(again, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=3)
     for name, layer in model.adapted().items():
         assert torch.equal(layer.lora_a, again.linears[name].lora_a)
         bound = layer.base.shape[1] ** -0.5
@@ -87,14 +89,14 @@ def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(llama_nf4):
 
 def test_the_normal_start_has_the_deviation_one_over_rank(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
-    new_adapter(model, ("*",), 8, 8.0, "normal", 0.0, seed=0)
+    new_adapter(model, ("*",), AdapterShape(8, 8.0), "normal", 0.0, seed=0)
     values = torch.cat([layer.lora_a.detach().reshape(-1) for layer in model.adapted().values()])
     assert float(values.std()) == pytest.approx(1 / 8, rel=0.05)
 
 
 def test_targets_choose_layers_by_last_part_or_path(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
-    new_adapter(model, ("q_proj", "model.layers.1.mlp.*"), 2, 4.0, "kaiming", 0.0, seed=0)
+    new_adapter(model, ("q_proj", "model.layers.1.mlp.*"), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     expected = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     expected |= {f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")}
     assert set(model.adapted()) == expected
@@ -106,7 +108,7 @@ def test_targets_choose_layers_by_last_part_or_path(llama_nf4):
 def test_a_target_that_matches_nothing_is_refused(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
     with pytest.raises(UsageError, match="'c_attn' matches no linear layer") as caught:
-        new_adapter(model, ("q_proj", "c_attn"), 2, 4.0, "kaiming", 0.0, seed=0)
+        new_adapter(model, ("q_proj", "c_attn"), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     assert "down_proj" in caught.value.hint
 
 

@@ -10,9 +10,10 @@ from adaptkit.training.loop import train
 from adaptkit.training.memory.activations import layer_sizes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.loss import summed_loss
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow, narrowed, narrowed_below
 
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
@@ -21,7 +22,9 @@ BFLOAT16 = torch.bfloat16
 
 def loaded(packed, **options):
     model = load_model(packed, BFLOAT16, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0, rank_pattern={"q_proj": 3, "down_proj": 5}, **options)
+    new_adapter(
+        model, ("*",), AdapterShape(4, 8.0, rank_pattern={"q_proj": 3, "down_proj": 5}), "normal", 0.0, 0, **options
+    )
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
         layer.lora_b.data.normal_(std=0.1, generator=generator)

@@ -7,9 +7,10 @@ import tiny
 import torch
 
 from adaptkit.training.network import dora, joined, linear, remade
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.remade import Recipe, source_of
 
 
@@ -18,7 +19,7 @@ def model_of(made, dtype, uses_dora=False, joins=False):
     if not folder.exists():
         tiny.write_family(folder, "llama")
     model = load_model(folder, dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0, dora=uses_dora)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0, dora=uses_dora)
     for index, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
     fuse_layers(model.network)

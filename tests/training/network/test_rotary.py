@@ -10,7 +10,8 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from adaptkit.training.network import rotary
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.rotary import fuse_rotary
 
 TYPES = [torch.bfloat16, torch.float32]
@@ -55,7 +56,7 @@ def adapted(made, family, dtype):
     if not folder.exists():
         tiny.write_family(folder, family)
     model = load_model(folder, dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
     for number, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     return model

@@ -9,7 +9,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from adaptkit.networks import tables
 from adaptkit.networks.tables import host_tables
 from adaptkit.training.network.adapt import train_rows, train_whole
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.tables import hold_in_host_memory, keep_in_host_memory
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_a_cpu_keeps_its_tables(made):
 def test_logits_and_gradients_are_the_same_to_the_bit(made, dtype):
     def run(moved):
         model = loaded(made, dtype=dtype)
-        new_adapter(model, ("*",), 4, 8.0, "normal", 0.0, 0)
+        new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
         if moved:
             move(model.network, dtype)
         logits = model.network.train()(input_ids=IDS, use_cache=False).logits
@@ -95,7 +96,7 @@ def test_what_a_class_does_with_the_rows_is_done():
 def test_rows_that_are_trained_are_trained_beside_it(made):
     def run(moved):
         model = loaded(made)
-        new_adapter(model, ("q_proj",), 4, 8.0, "normal", 0.0, 0)
+        new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "normal", 0.0, 0)
         train_rows(model, "model.embed_tokens", [3, int(IDS[0, 0])])
         if moved:
             move(model.network)

@@ -8,10 +8,11 @@ from transformers import CONFIG_MAPPING
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import fused as fused_layers
+from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear
-from adaptkit.training.network.model import load_model, new_adapter
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.unread import left_out, mark_unread
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 def ready(folder, targets=("*",), dropout=0.0, fused=True, dora=False):
     """With an adapter whose B is not zero."""
     model = load_model(folder, torch.float32, CPU)
-    new_adapter(model, targets, 4, 8.0, "normal", dropout, 0, dora=dora)
+    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0, dora=dora)
     for number, layer in enumerate(model.adapted().values()):
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     if fused:

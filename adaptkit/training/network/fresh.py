@@ -1,0 +1,150 @@
+"""Fresh adapters: which layers and stacks get one, of which rank and scaling, and what its A begins as."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
+from adaptkit.errors import UsageError
+from adaptkit.networks.architecture import language_part
+from adaptkit.networks.matching import matching, matching_targets
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.scaling import scaling
+from adaptkit.training.network.adapt import put_stack, stack_shape
+from adaptkit.training.network.model import Model
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Rank and scaling of a run's adapters.
+
+    Attributes:
+        rank: of the matrices.
+        alpha: scaling is alpha / rank.
+        rslora: scaling is alpha / √rank (arXiv:2312.03732).
+        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.patterns``.
+        alpha_pattern: by PEFT's patterns, other alphas.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    rank_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str, matrix: tuple[int, int]) -> tuple[int, float]:
+        """Rank and scaling of one module or parameter.
+
+        Args:
+            name: dotted path.
+            matrix: its (out, in).
+
+        Raises:
+            UsageError: the rank is above the matrix's size.
+        """
+        rank = int(self._ranks.value(name, self.rank))
+        if rank > min(matrix):
+            raise UsageError(
+                f"rank {rank} is above that of {name}, which is {matrix[0]} x {matrix[1]}",
+                hint=f"a smaller rank, or for this one alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
+            )
+        return rank, scaling(float(self._alphas.value(name, self.alpha)), rank, self.rslora)
+
+    @cached_property
+    def _ranks(self) -> FirstMatch:
+        return FirstMatch(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> FirstMatch:
+        return FirstMatch(self.alpha_pattern)
+
+    def require_use(self, setting: str, names: Sequence[str]) -> None:
+        """Refuse a pattern that speaks of nothing.
+
+        Args:
+            setting: rank_pattern or alpha_pattern.
+            names: of everything that has an adapter.
+
+        Raises:
+            UsageError: a pattern matches none of them.
+        """
+        patterns: Mapping[str, float] = getattr(self, setting)
+        first = FirstMatch({pattern: pattern for pattern in patterns})
+        left = set(patterns).difference(first.value(name, None) for name in names)
+        unused = [p for p in patterns if p in left and not any(matches_whole(p, name, after=".") for name in names)]
+        if unused:
+            raise UsageError(
+                f"{setting}: {unused[0]!r} matches nothing that has an adapter",
+                hint="a key is the end of a module's path, such as q_proj or layers.0.mlp.up_proj",
+            )
+
+
+def new_adapter(
+    model: Model,
+    targets: Sequence[str],
+    shape: AdapterShape,
+    init: str,
+    dropout: float,
+    seed: int,
+    *,
+    exclude: Sequence[str] = (),
+    dora: bool = False,
+) -> None:
+    """Give every layer that matches a pattern a fresh adapter: A random, B zero.
+
+    Args:
+        model: to change.
+        targets: shell patterns of module paths, or of their last parts; see ``matching_targets``.
+        shape: rank and scaling.
+        init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
+        dropout: of the adapters' input.
+        seed: of A.
+        exclude: shell patterns of what gets none all the same.
+        dora: train the lengths of the weights' rows too (arXiv:2402.09353).
+
+    Raises:
+        UsageError: a pattern matches no layer, none is left, or a rank is above a layer's size.
+    """
+    chosen = matching_targets(targets, model.linears, language_part(model.network), model.network.config.model_type)
+    chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
+    if not chosen:
+        if exclude:
+            what = "every target is excluded, or trained whole"
+            raise UsageError(what, hint="give --exclude or --modules-to-save fewer patterns")
+        raise UsageError("no linear layer reads text and is no router", hint="name some with --targets")
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(chosen):
+        layer = model.linears[name]
+        out_features, in_features = layer.base.shape
+        rank, factor = shape.of(name, (out_features, in_features))
+        if init == "normal":
+            lora_a = torch.randn(rank, in_features, generator=generator) / rank
+        else:
+            lora_a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+        layer.attach(LowRank(lora_a, torch.zeros(out_features, rank), factor), dropout)
+        if dora:
+            layer.attach_magnitude()
+
+
+def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShape, seed: int) -> None:
+    """Give stacked matrices of experts fresh adapters: for every expert an A, random, and a B, zero.
+
+    Args:
+        model: to change.
+        patterns: shell patterns of the parameters' paths, or of their last parts.
+        shape: rank and scaling.
+        seed: of A.
+
+    Raises:
+        UsageError: a pattern matches none, or the rank is above a matrix's size.
+    """
+    stacks = model.stacks()
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(matching("target parameter", patterns, stacks, "stack of experts' matrices")):
+        count, out_features, in_features = stack_shape(stacks[name], name)
+        rank, factor = shape.of(name, (out_features, in_features))
+        lora_a = (torch.rand(count, rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+        put_stack(model, stacks[name], name, lora_a, torch.zeros(count, out_features, rank), factor)
