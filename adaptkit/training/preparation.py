@@ -20,11 +20,11 @@ from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
+from adaptkit.training.network.probing import check_packing
 from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import begin
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
-from adaptkit.training.network.visibility import check_packing
 from adaptkit.training.schedule import steps_in
 from adaptkit.training.shortage import tells_shortage
 

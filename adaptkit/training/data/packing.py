@@ -1,4 +1,4 @@
-"""Packing: several samples in one sequence, which ``network.visibility`` makes sure that a model keeps apart."""
+"""Packing: several samples in one sequence, which ``network.probing`` makes sure that a model keeps apart."""
 
 from collections.abc import Sequence
 

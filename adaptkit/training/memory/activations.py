@@ -14,11 +14,11 @@ from adaptkit.networks.activations import AUTO, Checkpointing, LayerSize, measur
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
-from adaptkit.torch_compiler import without_compiler
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.loss import works_in_place
+from adaptkit.training.network.probing import as_in_training
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -127,11 +127,8 @@ def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> l
     if context and shape[1] > context:  # samples packed into a row: positions begin again in each
         inputs["position_ids"] = (torch.arange(shape[1], device=device) % context).expand(shape)
     layers: list[nn.Module] = list(find_stack(network)[1])
-    was_training = network.training
-    with without_compiler(), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        sizes = measure_layers(layers, lambda: network.train().base_model(**inputs, use_cache=False), network.buffers())
-    network.train(was_training)
-    return sizes
+    with as_in_training(network):
+        return measure_layers(layers, lambda: network.base_model(**inputs, use_cache=False), network.buffers())
 
 
 def predicted_memory(network: Any, trainable: int, optimizer: int, activations: Activations) -> Memory:

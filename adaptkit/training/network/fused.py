@@ -22,6 +22,7 @@ from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.probing import exchanged, forked_random
 from adaptkit.training.network.remade import Recipe
 from adaptkit.training.network.rotary import fuse_rotary
 
@@ -123,9 +124,8 @@ def _is_gated(module: Any) -> bool:
     shapes = ((size, _FEW), (size, _FEW), (_FEW, size))
     gate, up, down = (_stand_in(*shape, seed).to(device) for seed, shape in enumerate(shapes))
     expected = down(functional.silu(gate(x)) * up(x))
-    devices = [x.device] if x.is_cuda else []
     linears = dict(zip(_GATED, (gate, up, down), strict=False))
-    with _training(module), _exchanged(module, linears), torch.random.fork_rng(devices):  # some drop a part
+    with _training(module), exchanged(module, linears), forked_random(device):  # some drop a part
         found = _asked(module, x)
     return found is not None and torch.equal(found, expected)
 
@@ -135,17 +135,6 @@ def _stand_in(columns: int, rows: int, seed: int) -> nn.Linear:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     linear.weight = nn.Parameter(weight / columns**0.5, requires_grad=False)
     return linear
-
-
-@contextmanager
-def _exchanged(module: Any, parts: dict[str, nn.Linear]) -> Iterator[None]:
-    """Let a module have other parts of these names."""
-    before = {name: module._modules[name] for name in parts}
-    module._modules.update(parts)
-    try:
-        yield
-    finally:
-        module._modules.update(before)
 
 
 @contextmanager

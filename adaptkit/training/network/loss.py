@@ -8,8 +8,6 @@ nothing left to do but to scale.
 Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), on rows that carry loss only.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from adaptkit.team import keeps_up
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.probing import exchanged
 
 _BLOCK_BYTES = 2 * 2**20
 """Of logits in float32, on a CPU: what its cache holds."""
@@ -82,7 +81,9 @@ class OutputLayer:
             if isinstance(head, nn.Linear):
                 hidden = hidden.to(head.weight.dtype)  # Mamba's are float32 in any case
             return head(hidden)  # type: ignore[no-any-return]
-        with _given(self._network, hidden[None]):
+        body = self._network.base_model_prefix
+        given = _Given(self._network._modules[body], hidden[None])
+        with exchanged(self._network, {body: given}):
             ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._network(input_ids=ids, use_cache=False).logits
         return logits[0]
@@ -105,19 +106,9 @@ def find_output_layer(network: Any) -> OutputLayer | None:
     return head if torch.equal(logits, head(hidden)) else run
 
 
-@contextmanager
-def _given(network: Any, hidden: Tensor) -> Iterator[None]:
-    """Let a network take these hidden states, (1, rows, dim), for what its body gives, which does not run."""
-    name = network.base_model_prefix
-    body = network._modules[name]
-    network._modules[name] = _Given(body, hidden)
-    try:
-        yield
-    finally:
-        network._modules[name] = body
-
-
 class _Given(nn.Module):
+    """In the place of a network's body, which does not run: gives these hidden states, (1, rows, dim)."""
+
     def __init__(self, body: nn.Module, hidden: Tensor) -> None:
         super().__init__()
         self.__dict__.update(body=body, hidden=hidden)  # neither is a part of this

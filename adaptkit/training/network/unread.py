@@ -24,8 +24,8 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import kind_of
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.layer_call import LayerCall
-from adaptkit.torch_compiler import without_compiler
 from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.probing import as_in_training, forked_random
 
 _NUMBERS = (math.nan, math.inf, -math.inf, 0.0)
 
@@ -55,13 +55,10 @@ def mark_unread(network: Any) -> None:
         layers[index].register_forward_pre_hook(lambda _, *given, index=index: ask(index, *given), with_kwargs=True)
         for index in dict.fromkeys(first)
     ]
-    was_training = network.training
     try:
-        with without_compiler(), torch.no_grad(), torch.random.fork_rng(_gpus(network.device)):
-            ids = torch.arange(2, device=network.device)[None]
-            network.train()(input_ids=ids, use_cache=False)
+        with as_in_training(network):
+            network(input_ids=torch.arange(2, device=network.device)[None], use_cache=False)
     finally:
-        network.train(was_training)
         for hook in hooks:
             hook.remove()
     told: dict[LoraLinear, list[bool]] = {}  # by all the layers that it is in
@@ -107,7 +104,7 @@ def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
 
 def _gradients(layer: nn.Module, call: LayerCall, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """The output, and gradients by what the layer is given and what is trained in it; with the same random numbers."""
-    with torch.enable_grad(), torch.random.fork_rng(_gpus(given[0].device)):
+    with torch.enable_grad(), forked_random(given[0].device):
         leaves = [side.clone().requires_grad_() for side in given]
         output, *more = call(leaves[0], leaves[1:])
         outputs = [side for side in (output, *more) if side.requires_grad]
@@ -123,10 +120,6 @@ def _with_gradient(value: Any) -> Any:
 
 def _linears(layer: nn.Module) -> dict[str, LoraLinear]:
     return {path: part for path, part in layer.named_modules() if isinstance(part, LoraLinear)}
-
-
-def _gpus(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
 
 
 def _equal(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:

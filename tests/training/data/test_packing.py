@@ -15,7 +15,7 @@ from adaptkit.training.data.packing import pack
 from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
-from adaptkit.training.network.visibility import check_packing
+from adaptkit.training.network.probing import check_packing
 
 CPU = torch.device("cpu")
 

@@ -1,20 +1,51 @@
-"""Which tokens a model's tokens see, found out by asking it: what changes for one when another does.
+"""What a network does, found out by running it on a few tokens; and how that leaves no trace.
 
 transformers tells the samples of a packed sequence by positions that begin again, and lets none attend to another, as
 long as it gets no mask: ``sdpa`` and ``eager`` attention through a mask that it makes, in sequences of any number;
 flash attention for one sequence at a time, by lengths. What does not attend (convolutions, states) sees other samples.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.errors import UsageError
+from adaptkit.torch_compiler import without_compiler
 
 _PROBE_TOKENS = 6
 _TOLERANCE = 0.02
 """Of the deviation of the logits: other tokens change the rounding of some layers, and no more."""
+
+
+def forked_random(device: torch.device) -> Any:
+    """A context in which random numbers are drawn, on the host and on a device, that are drawn again after it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def as_in_training(network: Any) -> Iterator[None]:
+    """Let a network run as it does in training while the block runs, but for gradients."""
+    was_training = network.training
+    try:
+        with without_compiler(), torch.no_grad(), forked_random(network.device):
+            network.train()
+            yield
+    finally:
+        network.train(was_training)
+
+
+@contextmanager
+def exchanged(module: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let a module have other parts of these names while the block runs."""
+    before = {name: module._modules[name] for name in parts}
+    module._modules.update(parts)
+    try:
+        yield
+    finally:
+        module._modules.update(before)
 
 
 @torch.no_grad()
