@@ -20,7 +20,7 @@ def uninterrupted() -> Iterator[None]:
     for number, handler in handlers.items():
         if callable(handler):  # neither ignored nor the system's own
             signal.signal(number, lambda number, frame: arrived.append(number))
-    left = signal.setitimer(signal.ITIMER_REAL, 0)[0] if hasattr(signal, "setitimer") else 0
+    left = signal.setitimer(signal.ITIMER_REAL, 0)[0]
     try:
         yield
     finally:
