@@ -157,7 +157,7 @@ def _train_linear(model: Model, name: str, place: Place, value: Tensor, tied: Wh
         return Whole(layer.bias)
     if layer.lora_a is not None:
         raise UsageError(f"{name}: is trained whole and has an adapter too", hint="exclude it, or save another module")
-    transposed = model.stores_transposed and not _is_output(model, layer)
+    transposed = model.stores_transposed and layer is not model.network.get_output_embeddings()
     layer.base = TrainedWeight(value.T.contiguous() if transposed else value)
     if tied is not None:
         layer.base.weight = tied.parameter
@@ -169,10 +169,6 @@ def _is_of_tokens(module: nn.Module, network: Any) -> TypeGuard[nn.Embedding]:
     tokens = network.get_input_embeddings()
     are_embeddings = isinstance(module, nn.Embedding) and isinstance(tokens, nn.Embedding)
     return are_embeddings and module.num_embeddings == tokens.num_embeddings
-
-
-def _is_output(model: Model, layer: nn.Module) -> bool:
-    return layer is model.network.get_output_embeddings()
 
 
 def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
