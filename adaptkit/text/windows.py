@@ -134,6 +134,13 @@ def known_tokens(root: Path) -> int | None:
     return None
 
 
+def pad_id(tokenizer: Any, base: Path) -> int:
+    """The token to pad with; masks tell what is padding, so any does where there is none, or the model has no row."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    known = known_tokens(base)
+    return 0 if pad is None or (known is not None and pad >= known) else int(pad)
+
+
 def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
     """Refuse tokens that a model does not know.
 

@@ -9,10 +9,10 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.networks.architecture import empty_network
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.numerics.kernels import kernels_for
+from adaptkit.text.windows import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World
-from adaptkit.training.evaluation.evaluate import pad_id
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, save_activations
 from adaptkit.training.network.fused import fuse_layers

@@ -14,10 +14,11 @@ from torch import Tensor
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
+from adaptkit.text.windows import pad_id
 from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.device import slower_without
 from adaptkit.training.distributed import World
-from adaptkit.training.evaluation.evaluate import mean_loss, pad_id
+from adaptkit.training.evaluation.evaluate import mean_loss
 from adaptkit.training.evaluation.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
@@ -242,7 +243,7 @@ class Run:
 
     def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
         asked = [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts]
-        options = {"max_new_tokens": self._config.sample_tokens, "batch_size": self._at_once, "padding": self._padding}
+        options = {"max_new_tokens": self._config.sample_tokens, "batch_size": self._at_once}
         found = self._pressure.make_room(
             "as prompts were answered",
             "a smaller --micro-batch-size or --sample-tokens",

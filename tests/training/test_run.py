@@ -25,6 +25,7 @@ from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputEx
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
+from adaptkit.text.windows import pad_id
 from adaptkit.training import dry_run, loop, result
 from adaptkit.training import inputs as inputs_module
 from adaptkit.training.config import TrainConfig
@@ -32,7 +33,7 @@ from adaptkit.training.data.batches import Batches
 from adaptkit.training.device import deterministic
 from adaptkit.training.distributed import World
 from adaptkit.training.dry_run import plan_run
-from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
+from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.loop import train

@@ -14,7 +14,7 @@ from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.networks.alone import alone
 from adaptkit.networks.architecture import empty_network
-from adaptkit.text.windows import known_tokens
+from adaptkit.text.windows import pad_id
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, make_current, name_of
@@ -212,7 +212,6 @@ def _with_answers(
             prompts,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
-            padding=pad_id(material.tokenizer, Path(report.base)),
         )
 
     said = say(material.prompts)
@@ -237,13 +236,6 @@ def _with_answers(
         scores=score([answer.text for answer in found], references),
     )
     return replace(report, generated=generated)
-
-
-def pad_id(tokenizer: Any, base: Path) -> int:
-    """The token to pad with; masks tell what is padding, so any does where there is none, or the model has no row."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    known = known_tokens(base)
-    return 0 if pad is None or (known is not None and pad >= known) else int(pad)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.networks.architecture import quiet_transformers
+from adaptkit.text.windows import pad_id
 from adaptkit.training.data.ending import named_ends, turn_end
 from adaptkit.training.evaluation.final import Marks
 from adaptkit.training.network.model import Model
@@ -52,7 +53,6 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
-    padding: int,
 ) -> list[Generated]:
     """Answer prompts, likeliest token by likeliest token.
 
@@ -62,7 +62,6 @@ def generate(
         prompts: tokens of each, at least one; those of like length go together.
         max_new_tokens: of an answer.
         batch_size: prompts at a time, if the model takes several.
-        padding: the token to pad with; hidden from the model.
 
     Returns:
         The answers, in the order of the prompts.
@@ -70,7 +69,7 @@ def generate(
     stops, marks = stop_tokens(model, tokenizer), Marks.of(tokenizer)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, Generated] = {}
-    steps = min(_STEPS, max_new_tokens)
+    steps, padding = min(_STEPS, max_new_tokens), pad_id(tokenizer, model.checkpoint.root)
     if min(batch_size, len(order)) > 1 and not _takes_batches(model, prompts[order[-1]], steps, padding):
         batch_size = 1
     for start in range(0, len(order), batch_size):

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from adaptkit.errors import BaseMismatchError, IntegrityError, NonFiniteError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.text.tokenizer_files import load_tokenizer
+from adaptkit.text.windows import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.dataset import load_data
 from adaptkit.training.evaluation.comparison import compare
-from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate, pad_id
+from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
 
 

@@ -46,7 +46,7 @@ def test_answers_in_a_batch_are_those_of_a_loop_without_cache_or_padding(family,
     model = load_model(folder, torch.float32, torch.device("cpu"))
     stops, rows, made_by = stop_tokens(model, tokenizer), [], model.network.generate
     model.network.generate = lambda ids, **options: (rows.append(len(ids)), made_by(ids, **options))[1]
-    found = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3, padding=0)
+    found = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
     assert rows[-2:] == [3, 2]
     for prompt, answer in zip(prompts, found, strict=True):
         tokens, ended = by_hand(folder, prompt, 12, stops)
@@ -70,7 +70,7 @@ def test_a_model_that_padding_or_other_rows_change_answers_one_prompt_at_a_time(
     tokenizer = load_tokenizer(folder)
     prompts = prompts_of(tokenizer)
     model = load_model(folder, torch.float32, torch.device("cpu"))
-    found = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=3, padding=0)
+    found = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=3)
     for prompt, answer in zip(prompts, found, strict=True):
         tokens, _ = by_hand(folder, prompt, 8, stop_tokens(model, tokenizer))
         assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -85,7 +85,7 @@ def test_what_a_configuration_says_of_the_models_output_changes_no_answer(llama,
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | more))
         model = load_model(folder, torch.float32, torch.device("cpu"))
-        texts.append(generate(model, tokenizer, prompts_of(tokenizer), max_new_tokens=6, batch_size=3, padding=0))
+        texts.append(generate(model, tokenizer, prompts_of(tokenizer), max_new_tokens=6, batch_size=3))
     assert texts[0] == texts[1]
 
 
@@ -97,7 +97,7 @@ def test_the_limit_of_new_tokens_forces_no_end(made, monkeypatch):
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     prompts = prompts_of(tokenizer)[:1]
-    (found,) = generate(model, tokenizer, prompts, max_new_tokens=4, batch_size=1, padding=0)
+    (found,) = generate(model, tokenizer, prompts, max_new_tokens=4, batch_size=1)
     assert (stop_tokens(model, tokenizer), found.ended) == ([2], False)
 
 
@@ -108,14 +108,14 @@ def test_an_answer_ends_at_any_token_that_ends_a_turn(llama, copy_of):
     model = load_model(folder, torch.float32, torch.device("cpu"))
     assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]
     prompts = prompts_of(tokenizer)[:2]
-    (free, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2, padding=0)
+    (free, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
     assert not free.ended
     tokens, _ = by_hand(folder, prompts[0], 6, [])
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, tokens[3]]}))
     stops = stop_tokens(model, tokenizer)
     assert stops == sorted({tokenizer.eos_token_id, 2, tokens[3]})
-    (cut, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2, padding=0)
+    (cut, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
     first = tokens.index(tokens[3])
     assert (cut.text, cut.ended) == (tokenizer.decode(tokens[:first], skip_special_tokens=True).strip(), True)
 
