@@ -169,18 +169,13 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
     if not left:
         return ""
     kind = model.network.config.model_type
-    routers = sum(is_router(name) for name in left)
-    indexers = sum(is_indexer(name) for name in left)
-    refused = sum(is_read_by_kernels(kind, name) for name in left)
-    passed = sum(is_never_called(kind, name) for name in left)
-    outside = len(left) - routers - indexers - refused - passed
-    found = (
-        (routers, "router", ""),
-        (indexers, "layer", " of indexers, which no gradient reaches"),
-        (refused, "layer", " that peft refuses"),
-        (passed, "layer", " whose adapter peft passes over"),
-        (outside, "layer", " outside the language model"),
-    )
+    found = [
+        (sum(map(is_router, left)), "router", ""),
+        (sum(map(is_indexer, left)), "layer", " of indexers, which no gradient reaches"),
+        (sum(is_read_by_kernels(kind, name) for name in left), "layer", " that peft refuses"),
+        (sum(is_never_called(kind, name) for name in left), "layer", " whose adapter peft passes over"),
+    ]
+    found.append((len(left) - sum(count for count, *_ in found), "layer", " outside the language model"))
     kinds = " and ".join(f"{counted(count, noun)}{which}" for count, noun, which in found if count)
     return f"no adapter, since no target says so, for {kinds}: {shortened(left)}"
 
