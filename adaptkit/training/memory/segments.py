@@ -32,7 +32,7 @@ from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.layer_call import LayerCall
 from adaptkit.training.memory.offload import Shelf
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
-from adaptkit.training.network.unread import left_out
+from adaptkit.training.network.unread import standing_in
 
 
 def choose_checkpointing(
@@ -168,7 +168,7 @@ class _Layer(torch.autograd.Function):
         # As many gradients as without checkpointing: there are other products for fewer, which round otherwise.
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_(ctx.needs_input_grad[0])
         _set_random(ctx.segment.random[ctx.index], device)
-        with torch.enable_grad(), left_out(ctx.segment.unread[ctx.index]):
+        with torch.enable_grad(), standing_in(ctx.segment.unread[ctx.index]):
             call = ctx.segment.calls[ctx.index]
             others = [other.detach().requires_grad_() for other in call.others]
             outputs = call(hidden, others)

@@ -70,7 +70,7 @@ def mark_unread(network: Any) -> None:
 
 
 @contextmanager
-def left_out(linears: Sequence[LoraLinear], number: float = 0.0) -> Iterator[None]:
+def standing_in(linears: Sequence[LoraLinear], number: float = 0.0) -> Iterator[None]:
     """Let linear layers give a number in every place of their results; gradients go through them as before."""
     for linear in linears:
         linear.stand_in = number
@@ -90,7 +90,7 @@ def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
 
     def is_unread(some: Sequence[LoraLinear]) -> bool:
         for number in _NUMBERS:
-            with left_out(some, number):
+            with standing_in(some, number):
                 output, gradients = _gradients(layer, call, given)
             if math.isnan(number) and not bool(output.isnan().all()):
                 return False

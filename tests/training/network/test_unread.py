@@ -13,7 +13,7 @@ from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import load_model
-from adaptkit.training.network.unread import left_out, mark_unread
+from adaptkit.training.network.unread import mark_unread, standing_in
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 45).view(2, 21)
@@ -217,7 +217,7 @@ def test_what_it_gives_for_a_while_is_the_number_everywhere(folder):
         linear = model.linears["model.layers.0.mlp.down_proj"]
         x = torch.randn(3, linear.base.shape[1])
         before = linear(x)
-        with left_out([linear], 2.5):
+        with standing_in([linear], 2.5):
             assert torch.equal(linear(x), torch.full_like(before, 2.5))
         assert torch.equal(linear(x), before)
 
