@@ -89,9 +89,7 @@ def new_adapter(
     init: str,
     dropout: float,
     seed: int,
-    *,
     exclude: Sequence[str] = (),
-    dora: bool = False,
 ) -> None:
     """Give every layer that matches a pattern a fresh adapter: A random, B zero.
 
@@ -103,7 +101,6 @@ def new_adapter(
         dropout: of the adapters' input.
         seed: of A.
         exclude: shell patterns of what gets none all the same.
-        dora: train the lengths of the weights' rows too (arXiv:2402.09353).
 
     Raises:
         UsageError: a pattern matches no layer, none is left, or a rank is above a layer's size.
@@ -125,8 +122,6 @@ def new_adapter(
         else:
             lora_a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
         layer.attach(LowRank(lora_a, torch.zeros(out_features, rank), factor), dropout)
-        if dora:
-            layer.attach_magnitude()
 
 
 def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShape, seed: int) -> None:

@@ -128,16 +128,13 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
     saved = saved_names(model, config.modules_to_save)
     if start is not None:
         load_adapter(model, start, config.dropout)
-        if config.dora:
-            for layer in model.adapted().values():
-                if layer.magnitude is None:
-                    layer.attach_magnitude()
     else:
         _begin_fresh(model, config, saved)
-    if config.lora_bias:
-        for layer in model.adapted().values():
-            if layer.lora_bias is None:
-                layer.attach_bias()
+    for layer in model.adapted().values():
+        if config.dora and layer.magnitude is None:
+            layer.attach_magnitude()
+        if config.lora_bias and layer.lora_bias is None:
+            layer.attach_bias()
     if config.bias != "none":
         saved |= bias_names(model, config.bias)
     train_whole(model, saved)
@@ -232,8 +229,8 @@ def _begin_fresh(model: Model, config: TrainConfig, saved: set[str]) -> None:
     )
     whole = sorted(path for path in model.linears if f"{path}.weight" in saved)
     if config.targets:
-        begun = config.init, config.dropout, config.seed
-        new_adapter(model, config.targets, shape, *begun, exclude=(*config.exclude, *whole), dora=config.dora)
+        exclude = (*config.exclude, *whole)
+        new_adapter(model, config.targets, shape, config.init, config.dropout, config.seed, exclude)
     if config.target_parameters:
         new_stack_adapters(model, config.target_parameters, shape, config.seed)
     adapted = [*model.adapted(), *(name for name in model.stacks() if config.target_parameters)]

@@ -33,11 +33,13 @@ from adaptkit.training.network.narrow import keep_narrow
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
-def loaded(packed, targets=("*",), dropout=0.0, dtype=torch.float32, **options):
+def loaded(packed, targets=("*",), dropout=0.0, dtype=torch.float32, dora=False):
     model = load_model(packed, dtype, torch.device("cpu"))
-    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0, **options)
+    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0)
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
+        if dora:
+            layer.attach_magnitude()
         layer.lora_b.data.normal_(std=0.1, generator=generator)
     return model
 

@@ -20,13 +20,13 @@ IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 BFLOAT16 = torch.bfloat16
 
 
-def loaded(packed, **options):
+def loaded(packed, dora=False):
     model = load_model(packed, BFLOAT16, torch.device("cpu"))
-    new_adapter(
-        model, ("*",), AdapterShape(4, 8.0, rank_pattern={"q_proj": 3, "down_proj": 5}), "normal", 0.0, 0, **options
-    )
+    new_adapter(model, ("*",), AdapterShape(4, 8.0, rank_pattern={"q_proj": 3, "down_proj": 5}), "normal", 0.0, 0)
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
+        if dora:
+            layer.attach_magnitude()
         layer.lora_b.data.normal_(std=0.1, generator=generator)
     return model
 

@@ -19,8 +19,10 @@ def model_of(made, dtype, uses_dora=False, joins=False):
     if not folder.exists():
         tiny.write_family(folder, "llama")
     model = load_model(folder, dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0, dora=uses_dora)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
     for index, layer in enumerate(model.adapted().values()):
+        if uses_dora:
+            layer.attach_magnitude()
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
     fuse_layers(model.network)
     if joins:

@@ -37,8 +37,10 @@ def folder(tmp_path_factory):
 def ready(folder, targets=("*",), dropout=0.0, fused=True, dora=False):
     """With an adapter whose B is not zero."""
     model = load_model(folder, torch.float32, CPU)
-    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0, dora=dora)
+    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0)
     for number, layer in enumerate(model.adapted().values()):
+        if dora:
+            layer.attach_magnitude()
         layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     if fused:
         fuse_layers(model.network)
