@@ -154,7 +154,10 @@ class _Forms:
 
     def __init__(self, tokenizer: Any, among: Tools) -> None:
         def written(messages: Sequence[Message], tools: Tools = ()) -> str:
-            return next(apply_template(tokenizer, [Conversation(messages, False, tools or among)]))
+            try:
+                return next(apply_template(tokenizer, [Conversation(messages, False, tools or among)]))
+            except DataError:  # of such messages; each row tells what it is refused for
+                return ""
 
         self._written, self._thoughts = written, ThoughtFields(written)
         self._tools: ToolForm | None = None

@@ -55,15 +55,12 @@ class ThoughtFields:
     """Where one chat template looks for thoughts.
 
     Args:
-        render: a conversation to the text that the template makes of it.
+        render: a conversation to the text that the template makes of it; to nothing where it refuses it.
     """
 
     def __init__(self, render: Callable[[Sequence[Message]], str]) -> None:
         def written(**answer: str) -> str:
-            try:
-                return render([_QUESTION, {"role": "assistant", **answer}])
-            except DataError:  # of such a message; each row tells what it is refused for
-                return ""
+            return render([_QUESTION, {"role": "assistant", **answer}])
 
         names = NAMES if written(content=_ANSWER) else ()  # a template that loops is waited for once
         self._names = tuple(name for name in names if _THOUGHT in written(content=_ANSWER, **{name: _THOUGHT}))

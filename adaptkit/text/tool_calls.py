@@ -124,7 +124,7 @@ class ToolForm:
     Arguments are an object or its text, beside empty content or none: transformers asks for the first of these.
 
     Args:
-        render: a conversation with tools to the text that the template makes of it.
+        render: a conversation with tools to the text that the template makes of it; to nothing where it refuses it.
         prepare: a message to what the template takes but for its calls.
     """
 
@@ -170,11 +170,7 @@ class ToolForm:
         return self._answers[kind]
 
     def _written(self, messages: Sequence[dict[str, Any]], tools: Tools = ()) -> str:
-        """Empty where the template refuses it: each row tells what it is refused for."""
-        try:
-            return self._render([_QUESTION, *map(self.message, messages)], tools)
-        except DataError:
-            return ""
+        return self._render([_QUESTION, *map(self.message, messages)], tools)
 
 
 def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
