@@ -273,10 +273,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
         raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
     known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
-    try:
-        thoughts = read_thoughts(message, str(content)) if is_answer else ""
-    except DataError as error:
-        raise DataError(f"{where}: {error.message}", error.hint) from error
+    thoughts = read_thoughts(message, str(content), where) if is_answer else ""
     if not is_text(thoughts):
         raise DataError(f"{where}: its thoughts are no text (half a character)", hint="they are a string")
     return _Turn(_ROLES[role], str(content), is_answer and weight != 0, {FIELD: thoughts} | others, ignored | unread)

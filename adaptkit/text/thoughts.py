@@ -22,7 +22,7 @@ _QUESTION = {"role": "user", "content": "question"}
 _THOUGHT, _ANSWER = "inkling", "answer"
 
 
-def read_thoughts(message: Mapping[str, Any], content: str) -> str:
+def read_thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
     """The thoughts in the fields of a message in data; empty if there are none, or they are in the content too.
 
     Raises:
@@ -31,11 +31,12 @@ def read_thoughts(message: Mapping[str, Any], content: str) -> str:
     given = {name: message[name] for name in NAMES if message.get(name)}
     for name, thoughts in given.items():
         if not isinstance(thoughts, str):
-            raise DataError(f"{name} is no text ({type(thoughts).__name__})", hint=f"{name} is a string")
+            raise DataError(f"{where}: {name} is no text ({type(thoughts).__name__})", hint=f"{name} is a string")
     inline = _IN_CONTENT.fullmatch(content)
     found = {thoughts.strip() for thoughts in (*given.values(), inline[1] if inline else "")} - {""}
     if len(found) > 1 or (found and inline and not inline[1].strip()):
-        raise DataError("has thoughts in more than one place", hint=f"leave them in one: content, {', '.join(given)}")
+        hint = f"leave them in one: content, {', '.join(given)}"
+        raise DataError(f"{where}: has thoughts in more than one place", hint)
     return "" if inline else "".join(found)
 
 
