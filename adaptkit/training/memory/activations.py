@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,7 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
         logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, in_place)
     if device.type == "cuda" and not in_place:  # the whole chunk in float32 beside it; a CPU does that in small blocks
         logits += logits * 4 // dtype.itemsize
-    sizes: list[LayerSize] = []
-
-    def measured() -> list[LayerSize]:
-        sizes[:] = sizes or layer_sizes(network, largest, device)
-        return sizes
-
+    measured = cache(partial(layer_sizes, network, largest, device))
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)
     needed = 0
