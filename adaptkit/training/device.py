@@ -20,12 +20,13 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UsageError: the device is not there, or the name is that of none.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+    found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]+))?", name)
+    if found is None:
         raise UsageError(f"device {name!r}: is none", hint="cpu, cuda, cuda:1 for the second GPU, or auto")
-    gpu = re.fullmatch(r"cuda(?::([0-9]+))?", name) if torch.cuda.is_available() else None
-    if name not in {"auto", "cpu"} and not (gpu and int(gpu[1] or 0) < torch.cuda.device_count()):
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and int(found[1] or 0) >= gpus:
         raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
 
 
 def make_current(device: torch.device) -> None:
