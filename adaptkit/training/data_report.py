@@ -11,15 +11,7 @@ from adaptkit.training.inputs import Inputs
 
 @dataclass(frozen=True)
 class CutReport:
-    """What became of samples that are too long.
-
-    Attributes:
-        truncated: how many were cut to the longest length.
-        dropped: how many were left out, as too long or since the cut took their whole answer.
-        longest: tokens of the longest sample, before any was cut.
-        longest_at: where it came from.
-        masked: where some of the samples came from that the cut left nothing to learn.
-    """
+    """What became of samples that are too long, in the words of ``Dataset``."""
 
     truncated: int
     dropped: int
@@ -30,20 +22,12 @@ class CutReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a run's data are.
+    """What a run's data are: what is not said here is as in ``Dataset``.
 
     Attributes:
         sources: of all samples, held-out ones among them.
         held_out_sources: of samples that are only measured.
         held_out_cut: what became of those of them that are too long; None where they have no sources of their own.
-        longest: tokens of the longest sample, before any was cut.
-        longest_at: where it came from.
-        masked: where some of the samples came from that the cut left nothing to learn.
-        split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
-        ended: samples that were given an end token, since the chat template puts none after an answer.
-        empty: rows with an answer that is empty, and is learned.
-        empty_at: where the first of them came from.
-        dated: whether the chat template asks for the date, and is told the same one every day.
         chat_template: whose the conversations went through, if it is not the model's: a file or an adapter's folder.
         without_template: whether there are conversations, and no chat template.
         unnamed_end: the token that ends answers, if the base's configuration does not name it.
