@@ -5,7 +5,6 @@ factors of an adapter that takes longer than computing it. While a pass adds up 
 does both in one pass over what it has, and gives autograd nothing.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,20 +12,19 @@ from torch import Tensor, nn
 
 from adaptkit.numerics.kernels._cpu_joined import add_scaled
 
-_pass = threading.local()
-_gpu = {"adds": False}
-"""Where backward passes on a GPU find it: autograd runs them in a thread of the device's."""
+_adds = False
+"""Of the process, which runs one backward pass at a time (see ``alone``): on a GPU in a thread of the device's."""
 
 
 @contextmanager
 def adding_up() -> Iterator[None]:
-    """Let layers add to the ``grad`` of their parameters, while this thread runs a backward pass to all of them."""
-    before = getattr(_pass, "adds", False), _gpu["adds"]
-    _pass.adds = _gpu["adds"] = True
+    """Let layers add to the ``grad`` of their parameters, while a backward pass runs to all of them."""
+    global _adds
+    before, _adds = _adds, True
     try:
         yield
     finally:
-        _pass.adds, _gpu["adds"] = before
+        _adds = before
 
 
 def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
@@ -40,10 +38,9 @@ def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | 
     Returns:
         What autograd is to be given: nothing if the gradient was added.
     """
-    on_cpu = parameter.device.type == "cpu"
-    if parameter.grad is None or not (getattr(_pass, "adds", False) if on_cpu else _gpu["adds"]):
+    if parameter.grad is None or not _adds:
         return grad.to(parameter.dtype).mul(scale)
-    if on_cpu:
+    if parameter.device.type == "cpu":
         add_scaled(parameter.grad, grad, scale)
     else:
         parameter.grad.add_(grad, alpha=scale)  # reads the narrow type itself
