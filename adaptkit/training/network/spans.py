@@ -3,15 +3,14 @@
 The layers of a network ask the same, or in turn one of two or three things, so answers are kept.
 """
 
-import weakref
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _ROWS = 256
 """Queries in a block."""
@@ -108,16 +107,15 @@ def mask_spans(mask: Tensor) -> Spans | None:
     """
     if mask.is_inference():  # nobody would say that it was changed
         return _runs(mask)
-    for asked, version, answer in tuple(_answers):
-        if asked() is mask and version == mask._version:
-            return answer
-    answer = _runs(mask)
-    _answers.append((weakref.ref(mask), mask._version, answer))
+    version, answer = _answers.get(mask, (None, None))
+    if version != mask._version:
+        answer = _runs(mask)
+        _answers[mask] = mask._version, answer
     return answer
 
 
-_answers: deque[tuple[weakref.ref[Tensor], int, Spans | None]] = deque(maxlen=4)
-"""Masks that were asked about last, their versions, and the answers."""
+_answers: MutableMapping[Tensor, tuple[int | None, Spans | None]] = WeakTensorKeyDictionary()
+"""By mask that was asked about: its version then, and the answer."""
 
 
 def _runs(mask: Tensor) -> Spans | None:
