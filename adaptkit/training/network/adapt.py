@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.network.experts import PackedModule, StackLora, adapt_stack
-from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.experts import PackedModule, StackLora, pack
+from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, hold, replace_rows
 
@@ -246,8 +246,13 @@ def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b
         lora_b: (experts, out, rank).
         factor: scaling.
     """
-    change = StackLora(lora_a, lora_b, factor, is_transposed(module)).to(model.device)
-    adapt_stack(module, name.rpartition(".")[2], change, model.dtype)
+    leaf = name.rpartition(".")[2]
+    plain = module._parameters.get(leaf)
+    if plain is not None:
+        pack(module, {leaf: PlainWeight(plain.detach())}, model.dtype)
+    if not isinstance(module, PackedModule):
+        raise TypeError(f"{leaf} is no stack of {type(module).__name__}")
+    module.changes[leaf] = StackLora(lora_a, lora_b, factor, is_transposed(module)).to(model.device)
 
 
 def stack_changes(model: Model) -> dict[str, tuple[LowRank, ...]]:

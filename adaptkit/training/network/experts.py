@@ -131,23 +131,6 @@ def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype) -> Tenso
     return value if change is None else change.add_to(value, in_place=not isinstance(stack, PlainWeight))
 
 
-def adapt_stack(module: nn.Module, name: str, change: StackLora, dtype: torch.dtype) -> None:
-    """Give a stack of a module's a low-rank change.
-
-    Args:
-        module: of experts.
-        name: of the stacked parameter, packed or plain.
-        change: of it.
-        dtype: that the module computes in.
-    """
-    plain = module._parameters.get(name)
-    if plain is not None:
-        pack(module, {name: PlainWeight(plain.detach())}, dtype)
-    if not isinstance(module, PackedModule):
-        raise TypeError(f"{name} is no stack of {type(module).__name__}")
-    module.changes[name] = change
-
-
 def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
     """Replace 3-D parameters of a module by packed stacks.
 
