@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from adaptkit.checkpoint.adapter_config import turns_stacks
 from adaptkit.networks.peft_names import DOWNS, GATES, STACKED, UPS, taken_for_experts
 from adaptkit.operations._roles import expert_count
-from adaptkit.operations.targets import _peft_config, _rules
+from adaptkit.operations.targets import _peft_config, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
@@ -61,7 +61,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
             "error",
             f"use_rslora in adapter_config.json, and one pair of matrices an expert: {some(modules)}",
             "peft doubles alpha and rank when it makes stacks of them, and so scales by √2 too much",
-            _rules.flat_change(files),
+            _scalings.flat_change(files),
         )
     elif family is not None and family not in STACKED:
         effect = f"for {family} peft makes no stacks of them: it fails, or drops them without a word"

@@ -1,19 +1,16 @@
 """What several programs trip over; each says itself what it then does."""
 
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from adaptkit.checkpoint.adapter_config import CHANGES_BASE, KNOWN_KEYS, LEAVES_BASE, without_changed_base
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
-from adaptkit.numerics.scaling import scaling
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, is_positive
 from adaptkit.operations.targets._base_shapes import BaseShapes, is_single_expert
 from adaptkit.operations.targets._target import Finding, some
 
-_LOW_RANK = ("A", "B", "embedding A", "embedding B", "wrapped weight")
 ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|embed_in|word_embeddings)(\.token_adapter)?$")
 VARIANTS = {
@@ -51,6 +48,13 @@ def weights(files: AdapterFiles, reader: str) -> Iterator[Finding]:
 def is_lora(files: AdapterFiles) -> bool:
     """Whether the configuration says LoRA, in whatever case."""
     return str(files.config.get("peft_type", "")).upper() == "LORA"
+
+
+def kind(files: AdapterFiles, effect: str) -> Iterator[Finding]:
+    """A kind of adapter that is none of LoRA's."""
+    if not is_lora(files):
+        found = f"peft_type is {files.config.get('peft_type')!r} in adapter_config.json"
+        yield Finding("error", found, effect, files.merge_elsewhere())
 
 
 def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: str) -> Iterator[Finding]:
@@ -114,6 +118,14 @@ def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     alone = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half and not (pair.a and pair.b)]
     if alone:
         yield Finding("error", f"{some(alone)} without the other half of its pair", effect, ONE_SAVE)
+
+
+def convolutions(files: AdapterFiles, program: str) -> Iterator[Finding]:
+    """Modules whose A and B are those of a convolution."""
+    found = [pair.module for pair in files.pairs if pair.is_convolution]
+    if found:
+        effect = f"{program} has it for matrices alone"
+        yield Finding("error", f"LoRA of convolutions: {some(found)}", effect, files.merge_elsewhere())
 
 
 def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:
@@ -216,43 +228,6 @@ def single_experts(files: AdapterFiles) -> list[str]:
 def is_table(module: str) -> bool:
     """Whether a module has, by its name, an entry for every word of a vocabulary."""
     return bool(_TABLE.search(module))
-
-
-def flat_change(files: AdapterFiles) -> str:
-    """How to get rid of rsLoRA and patterns: another α where one number will do, else a merged model."""
-    low_rank = all(key.role in _LOW_RANK for key in files.keys) and all(pair.rank for pair in files.pairs)
-    if files.is_flat and low_rank:
-        return f"adaptkit resize {files.root} -o OUT --rank {files.pairs[0].rank}, which changes nothing but α"
-    return files.merge()
-
-
-def flat_scaling(alpha: Any, rank: Any, rslora: Any = False) -> float | None:
-    """What a program multiplies by that knows one rank and one alpha; None if these are no numbers for that."""
-    if not is_rank(rank) or not isinstance(alpha, int | float):
-        return None
-    try:
-        return scaling(float(alpha), rank, bool(rslora))
-    except OverflowError:  # a whole number that no float holds
-        return None
-
-
-def scaled_wrongly(files: AdapterFiles, used: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Modules that a program would scale by another factor than peft does.
-
-    Args:
-        files: of the adapter.
-        used: the program's factor by module.
-
-    Returns:
-        (module, peft's factor, the program's).
-    """
-    found = []
-    for pair in files.pairs:
-        if pair.scaling is not None and pair.module in used:
-            meant, wrong = pair.scaling, used[pair.module]
-            if not math.isclose(meant, wrong, rel_tol=1e-6):
-                found.append((pair.module, meant, wrong))
-    return found
 
 
 def _trained_on(files: AdapterFiles) -> str:

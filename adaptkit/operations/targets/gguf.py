@@ -9,11 +9,10 @@ with the base and skips norms. ``conversion/base.py`` (before that ``convert_hf_
 import re
 from collections.abc import Iterator
 
-from adaptkit.operations.targets import _checkpoint_rules, _older, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._convolutions import convolutions
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._target import Finding, Target, some
 
@@ -26,11 +25,11 @@ _TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two a
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.weights(files, "convert_lora_to_gguf.py")
     yield from _configuration(files, base)
-    yield from _older.meant_otherwise(files, "llama.cpp")
+    yield from _scalings.meant_otherwise(files, "llama.cpp")
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")
-    yield from convolutions(files, "llama.cpp")
+    yield from _rules.convolutions(files, "llama.cpp")
     yield from _rules.ranks(
         files, "convert_lora_to_gguf.py fails where A and B differ; llama.cpp scales by the rank of the tensors"
     )
@@ -45,13 +44,9 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 
 def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    if not _rules.is_lora(files):
-        yield Finding(
-            "error",
-            f"peft_type is {files.config.get('peft_type')!r} in adapter_config.json",
-            "convert_lora_to_gguf.py does not look at it, and fails on tensors that LoRA does not have",
-            files.merge_elsewhere(),
-        )
+    yield from _rules.kind(
+        files, "convert_lora_to_gguf.py does not look at it, and fails on tensors that LoRA does not have"
+    )
     yield from _rules.numbers(files, "convert_lora_to_gguf.py fails without lora_alpha, or writes what is wrong")
     yield from _rules.variants(
         files,
@@ -79,8 +74,8 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
 
 def _scaling(files: AdapterFiles) -> Iterator[Finding]:
     alpha = files.config.get("lora_alpha")
-    used = {pair.module: _rules.flat_scaling(alpha, pair.rank) for pair in files.pairs}
-    wrong = _rules.scaled_wrongly(files, {module: factor for module, factor in used.items() if factor is not None})
+    used = {pair.module: _scalings.flat_scaling(alpha, pair.rank) for pair in files.pairs}
+    wrong = _scalings.scaled_wrongly(files, used)
     if wrong:
         _, meant, factor = wrong[0]
         why = "use_rslora" if files.config.get("use_rslora") else "alpha_pattern"
@@ -88,7 +83,7 @@ def _scaling(files: AdapterFiles) -> Iterator[Finding]:
             "error",
             f"{why} in adapter_config.json scales {some([name for name, _, _ in wrong])} by {meant:g}",
             f"llama.cpp scales by lora_alpha over the tensor's rank, here {factor:g}, without a word",
-            _rules.flat_change(files),
+            _scalings.flat_change(files),
         )
 
 

@@ -13,7 +13,7 @@ from adaptkit.lazy import torch
 from adaptkit.networks.kinds import is_never_called, is_read_by_kernels
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.peft_names import renamed_in_peft
-from adaptkit.operations.targets import _checkpoint_rules, _older, _peft_config, _peft_experts, _peft_tensors, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_experts, _peft_tensors, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
@@ -48,7 +48,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         return
     yield from _peft_config.values(files)
     yield from _peft_config.numbers(files)
-    yield from _older.meant_otherwise(files, "peft")
+    yield from _scalings.meant_otherwise(files, "peft")
     yield from _rules.unknown_keys(files, "peft ignores keys that it does not know, with a warning")
     yield from _names(files)
     yield from _rules.halves(files, "peft keeps the initial value of the other half, which is random or zero")

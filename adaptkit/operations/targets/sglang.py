@@ -13,11 +13,10 @@ from pathlib import Path
 
 from adaptkit.checkpoint.layout import read_small
 from adaptkit.errors import CheckpointError
-from adaptkit.operations.targets import _checkpoint_rules, _older, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._convolutions import convolutions
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._target import Finding, Target, some
 
@@ -35,11 +34,11 @@ _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.weights(files, "SGLang")
     yield from _configuration(files)
-    yield from _older.meant_otherwise(files, "SGLang")
+    yield from _scalings.meant_otherwise(files, "SGLang")
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "SGLang fails, or leaves the module as it is, without a word")
-    yield from convolutions(files, "SGLang")
+    yield from _rules.convolutions(files, "SGLang")
     yield from _rules.ranks(files, "SGLang fails when it copies the tensors into buffers of the configuration's rank")
     yield from _fused(files, base)
     yield from _experts(files)
@@ -58,13 +57,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 def _configuration(files: AdapterFiles) -> Iterator[Finding]:
     config = files.config
-    if not _rules.is_lora(files):
-        yield Finding(
-            "error",
-            f"peft_type is {config.get('peft_type')!r} in adapter_config.json",
-            "SGLang refuses all but LORA",
-            files.merge_elsewhere(),
-        )
+    yield from _rules.kind(files, "SGLang refuses all but LORA")
     targets = config.get("target_modules")
     if not isinstance(targets, list) and targets not in _ALL:
         modules = sorted({pair.module.rpartition(".")[2] for pair in files.pairs})
@@ -99,10 +92,10 @@ def _configuration(files: AdapterFiles) -> Iterator[Finding]:
 
 def _scaling(files: AdapterFiles) -> Iterator[Finding]:
     rank = files.config.get("r")
-    flat = _rules.flat_scaling(files.config.get("lora_alpha"), rank)
+    flat = _scalings.flat_scaling(files.config.get("lora_alpha"), rank)
     if flat is None:
         return
-    wrong = _rules.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
+    wrong = _scalings.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
     if wrong:
         _, meant, used = wrong[0]
         why = "use_rslora" if files.config.get("use_rslora") else "alpha_pattern or rank_pattern"
@@ -110,7 +103,7 @@ def _scaling(files: AdapterFiles) -> Iterator[Finding]:
             "error",
             f"{why} in adapter_config.json scales {some([name for name, _, _ in wrong])} by {meant:g}",
             f"SGLang scales everything by lora_alpha / r = {used:g}, without a word",
-            _rules.flat_change(files),
+            _scalings.flat_change(files),
         )
     other = [pair.module for pair in files.pairs if pair.rank and pair.rank == pair.asked and pair.rank != rank]
     if other:

@@ -9,11 +9,10 @@ initial adapters that change the base is as new, and bitsandbytes left vLLM for 
 import re
 from collections.abc import Iterator
 
-from adaptkit.operations.targets import _checkpoint_rules, _older, _rules
+from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._convolutions import convolutions
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._target import Finding, Target, some
 
@@ -31,9 +30,9 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _configuration(files, base)
     yield from _names(files)
     yield from _rules.halves(files, "vLLM fails when it scales the half that is missing")
-    yield from convolutions(files, "vLLM")
+    yield from _rules.convolutions(files, "vLLM")
     yield from _rules.ranks(files, "vLLM does not compare them and scales by the rank of the configuration")
-    yield from _older.meant_otherwise(files, "vLLM")
+    yield from _scalings.meant_otherwise(files, "vLLM")
     yield from _patterns(files)
     yield from _largest_rank(files)
     yield from _tables(files, base)
@@ -50,14 +49,8 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 
 def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    if not _rules.is_lora(files):
-        yield Finding(
-            "error",
-            f"peft_type is {files.config.get('peft_type')!r} in adapter_config.json",
-            "vLLM does not look at it, and fails on keys or tensors that LoRA does not have",
-            files.merge_elsewhere(),
-        )
-    elif "target_modules" not in files.config:
+    yield from _rules.kind(files, "vLLM does not look at it, and fails on keys or tensors that LoRA does not have")
+    if _rules.is_lora(files) and "target_modules" not in files.config:
         yield Finding(
             "error",
             "target_modules is missing in adapter_config.json",
@@ -118,17 +111,15 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
 
 def _patterns(files: AdapterFiles) -> Iterator[Finding]:
     config = files.config
-    flat = _rules.flat_scaling(config.get("lora_alpha"), config.get("r"), config.get("use_rslora"))
-    if flat is None:
-        return
-    wrong = _rules.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
+    flat = _scalings.flat_scaling(config.get("lora_alpha"), config.get("r"), config.get("use_rslora"))
+    wrong = _scalings.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
     if wrong:
         _, meant, used = wrong[0]
         yield Finding(
             "warning",
             f"rank_pattern or alpha_pattern scales {some([name for name, _, _ in wrong])} by {meant:g}",
             f"vLLM heeds patterns from 0.32 on; older ones scale by {used:g} without a word",
-            f"use vLLM 0.32 or newer, or {_rules.flat_change(files)}",
+            f"use vLLM 0.32 or newer, or {_scalings.flat_change(files)}",
         )
 
 
