@@ -38,9 +38,9 @@ _FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 """How A and B began; ``init_lora_weights`` says whether that matters."""
 KNOWN_KEYS = {*_UNSUPPORTED, *_HARMLESS, *_USED, *_FINISHED, "runtime_config"}
 """The keys of peft 0.21's LoraConfig."""
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
-LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Those of peft 0.21 that do not."""
 WEIGHTS_BESIDE = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
 """Where trainers put what they trained besides an adapter: LLaVA's and those after it, LongLoRA, ms-swift."""
@@ -94,13 +94,13 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
             f"{root}: adapter_config.json has the key {min(unknown)!r}, whose meaning is not known",
             hint="remove it if it changes nothing, or merge with the tool that wrote it",
         )
-    begun = config.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(CHANGES_BASE):
+    begun: Any = config.get("init_lora_weights")
+    if changes_base(begun):
         raise AdapterError(
             f"{root}: began with {begun}, which changes the base's weights: it does not belong to the original base",
             hint=without_changed_base(begun),
         )
-    if isinstance(begun, str) and begun and begun.lower() not in LEAVES_BASE:
+    if changes_base(begun) is None:
         raise AdapterError(
             f"{root}: init_lora_weights is {begun!r}, which is not known: it may have changed the base's weights",
             hint="say true there if it left them alone, or merge with the tool that wrote it",
@@ -115,8 +115,15 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names", hint=_ONE_SAVE)
 
 
+def changes_base(begun: Any) -> bool | None:
+    """Whether peft changed the base where ``init_lora_weights`` says this; None if it is not known."""
+    if not isinstance(begun, str) or not begun or begun.lower() in _LEAVES_BASE:
+        return False
+    return True if begun.lower().startswith(_CHANGES_BASE) else None
+
+
 def without_changed_base(begun: str) -> str:
-    """What to do with an adapter that began in one of the ways of ``CHANGES_BASE``; peft converts all but LoftQ's."""
+    """What to do with an adapter for which peft changed the base; it converts all but LoftQ's."""
     if begun.lower().startswith("loftq"):
         return "merge it with peft itself, which changes the base in the same way again"
     return "save it with peft's path_initial_model_for_weight_conversion"
@@ -133,8 +140,8 @@ class Scalings:
 
     def __init__(self, root: Path, config: Mapping[str, Any], age: str | None = None) -> None:
         self._root, self._config = root, config
-        self._ranks = values_by_pattern(config, "rank_pattern")
-        self._alphas = values_by_pattern(config, "alpha_pattern")
+        self._ranks = FirstMatch(config.get("rank_pattern") or {})
+        self._alphas = FirstMatch(config.get("alpha_pattern") or {})
         self._age = age_of_patterns(config) if age is None else age
 
     def of(self, module: str) -> tuple[int, float]:
@@ -209,7 +216,7 @@ def turns_stacks(config: Mapping[str, Any], is_transposed: bool) -> bool:
     return release(config) == (19, 0) or (release(config) < (19, 0) and not is_transposed)
 
 
-def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_stack: bool = False) -> list[str]:
+def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_stack: bool) -> list[str]:
     """The stacked parameters of a module that ``target_parameters`` names, innermost wrapper first.
 
     Args:
@@ -311,8 +318,3 @@ def token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) 
 
 def _saved(config: Mapping[str, Any]) -> list[str]:
     return config.get(_SAVED) or []
-
-
-def values_by_pattern(config: Mapping[str, Any], key: str) -> FirstMatch:
-    """What a configuration says of modules by PEFT's rule: the first pattern that matches the end of a path counts."""
-    return FirstMatch(config.get(key) or {})

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.adapter_config import values_by_pattern
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 from adaptkit.checkpoint.patterns import FirstMatch
@@ -177,11 +176,11 @@ class AdapterFiles:
 
     @cached_property
     def _ranks(self) -> FirstMatch:
-        return values_by_pattern(self.config, "rank_pattern")
+        return FirstMatch(self.config.get("rank_pattern") or {})
 
     @cached_property
     def _alphas(self) -> FirstMatch:
-        return values_by_pattern(self.config, "alpha_pattern")
+        return FirstMatch(self.config.get("alpha_pattern") or {})
 
     def _numbers(self, module: str) -> tuple[Any, Any, float | None]:
         """Rank, alpha and scaling by peft's rules: the first pattern that matches the path's end, else the default."""

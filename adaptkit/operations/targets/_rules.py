@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
-from adaptkit.checkpoint.adapter_config import CHANGES_BASE, KNOWN_KEYS, LEAVES_BASE, without_changed_base
+from adaptkit.checkpoint.adapter_config import KNOWN_KEYS, changes_base, without_changed_base
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, is_positive
@@ -73,15 +73,15 @@ def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: st
 
 def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """An initialization that changes the base, whose adapter does not belong to the base as it is published."""
-    how = files.config.get("init_lora_weights")
-    if isinstance(how, str) and how.lower().startswith(CHANGES_BASE):
+    how: Any = files.config.get("init_lora_weights")
+    if changes_base(how):
         yield Finding(
             "error",
             f"init_lora_weights is {how!r} in adapter_config.json",
             effect,
             without_changed_base(how),
         )
-    elif isinstance(how, str) and how and how.lower() not in LEAVES_BASE:
+    elif changes_base(how) is None:
         yield Finding(
             "warning",
             f"init_lora_weights is {how!r} in adapter_config.json, which is not known",
