@@ -19,7 +19,7 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
-from adaptkit.operations._merge.older import older
+from adaptkit.operations._merge.unlike_peft import trained_otherwise
 from adaptkit.operations._roles import is_conv1d
 from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
@@ -120,7 +120,7 @@ class _Planner:
             if parameter not in repeated:
                 self._plan_replaced(parameter, key, addresses[parameter])
         self._check_saved()
-        self._edits.told += older(self._checkpoint, adapter, addresses)
+        self._edits.told += trained_otherwise(self._checkpoint, adapter, addresses)
 
     def _check_saved(self) -> None:
         """Refuse an adapter that lacks a part of what ``modules_to_save`` names."""

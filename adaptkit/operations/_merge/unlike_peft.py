@@ -1,16 +1,19 @@
-"""What older releases of peft left out of an adapter's file or computed otherwise: merged is not as trained."""
+"""Where what is merged is not what peft trained, or not what it would merge; a sentence for each such thing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.adapter_config import release
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.networks.addressing import Slice
+from adaptkit.operations.targets import _peft_config
 from adaptkit.operations.targets._target import some
 
 
-def older(checkpoint: Checkpoint, adapter: Adapter, addresses: Mapping[str, tuple[Slice, ...]]) -> Iterator[str]:
-    """A sentence for each such thing.
+def trained_otherwise(
+    checkpoint: Checkpoint, adapter: Adapter, addresses: Mapping[str, tuple[Slice, ...]]
+) -> Iterator[str]:
+    """What older releases of peft left out of an adapter's file, or computed otherwise.
 
     Args:
         checkpoint: the base.
@@ -34,3 +37,17 @@ def older(checkpoint: Checkpoint, adapter: Adapter, addresses: Mapping[str, tupl
             "multiplies it; merge takes it as today's peft does. An alpha_pattern of alpha / √hidden_size makes a "
             "low-rank change what it was"
         )
+
+
+def untargeted(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """What adapters hold and their configuration does not ask for, so that peft itself would leave it out."""
+    for adapter in adapters:
+        config = adapter.config
+        if config.get("target_modules") in (None, _peft_config.SHORTHAND) or adapter.ties_weights:
+            continue  # peft asks the architecture, or adds what is tied
+        found = _peft_config.untargeted(config, adapter.modules)
+        if found:
+            yield (
+                f"{adapter.root}: adapter_config.json does not ask for {some(found)}, which peft would leave out; "
+                "it is in the file, and merged"
+            )
