@@ -48,13 +48,11 @@ class Folded:
 
     Attributes:
         raw: of the base, as its file holds it.
-        values: of the result, an array or a tensor.
-        merged: what the addition did.
+        merged: of the result, and what the addition did.
         frame: what undoing it needs; empty if it was not asked for.
     """
 
     raw: Array
-    values: Values
     merged: MergedRows
     frame: bytes
 
@@ -82,7 +80,7 @@ class Fold:
             NonFiniteError: the base is not finite, or the sum overflows; names the tensor, and the index in the base.
         """
         held = self._base_rows(rows)
-        raw = _read(checkpoint, self.edit.source, self.edit.base_shape, held)
+        raw = read_rows(checkpoint, self.edit.source, held)
         try:
             terms = self._terms(rows) if self.edit.is_plain else None
             if terms is not None:
@@ -98,7 +96,7 @@ class Fold:
             check_finite(raw.reshape(-1), held.start * raw.shape[1], self.edit.base_shape, self.edit.spec.name)
             raise NonFiniteError(f"{self.edit.spec.name}: {error.message}", error.hint) from error
         frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
-        return Folded(raw, merged.weight, merged, frame)
+        return Folded(raw, merged, frame)
 
     def take_back(self, values: Array, rows: Rows, stream: Array) -> Values:
         """Restore rows of the base; fewer than there are of the result, if the result has more.
@@ -212,14 +210,15 @@ def _changed(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Tens
     effect = step_effect(step, edit, rows, None)
     weight = effect.instead
     if weight is None or effect.where is not None:
-        raw = as_tensor(_read(checkpoint, edit.source, edit.base_shape, rows)).double()
+        raw = as_tensor(read_rows(checkpoint, edit.source, rows)).double()
         weight = raw if effect.where is None or weight is None else torch.where(effect.where, weight, raw)
     return weight if effect.delta is None else weight + effect.delta
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Array:
     """Read a run of rows of a tensor as a matrix."""
-    return _read(checkpoint, name, checkpoint.spec(name).shape, rows)
+    columns = matrix_of(checkpoint.spec(name).shape)[1]
+    return checkpoint.read_flat_array(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
 
 
 def cut_frames(record: Array, edit: Edit) -> Iterator[tuple[Rows, Array]]:
@@ -242,11 +241,6 @@ def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Cal
     """What to do for an edit, in order."""
     runs = fold.pieces(RUN_BYTES if with_undo else _WIDE_RUN_BYTES)
     return [partial(fold.apply, checkpoint, rows, with_undo) for rows in runs]
-
-
-def _read(checkpoint: Checkpoint, name: str, shape: Sequence[int], rows: Rows) -> Array:
-    columns = matrix_of(shape)[1]
-    return checkpoint.read_flat_array(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
 
 
 def _first(gain: Tensor | None, count: int) -> Tensor | None:

@@ -182,7 +182,7 @@ class Merging:
         moved, sums = 0, [0.0, 0.0, 0.0]
         for result in results:
             digest.update(bytes_of(result.raw))
-            writer.write(name, result.values)
+            writer.write(name, result.merged.weight)
             frames.append(result.frame)
             moved += result.merged.moved
             for place, value in enumerate(

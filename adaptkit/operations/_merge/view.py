@@ -56,7 +56,7 @@ class MergedView(Checkpoint):
         itemsize, columns = ITEM_BYTES[located.spec.dtype], fold.edit.matrix[1]
         first, last = offset // itemsize, (offset + size) // itemsize
         start, stop = first // columns, -(-last // columns)
-        runs = [fold.apply(self.base, rows, False).values for rows in _within_panels(fold.edit, start, stop)]
+        runs = [fold.apply(self.base, rows, False).merged.weight for rows in _within_panels(fold.edit, start, stop)]
         flat = np.concatenate([as_array(run).reshape(-1) for run in runs]) if runs else np.empty(0, np.uint8)
         return flat[first - start * columns : last - start * columns].view(np.uint8)
 
