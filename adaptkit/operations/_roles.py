@@ -228,6 +228,6 @@ def expert_count(config: Mapping[str, Any]) -> int | None:
     return next((count for count in said if isinstance(count, int)), None)
 
 
-def stores_transposed(checkpoint: Checkpoint, module: str) -> bool:
-    """Whether a module's weight is (in, out) in the plain checkpoint: the Conv1D of the GPT-2 family."""
-    return is_conv1d(str(checkpoint.config.get("model_type")), module)
+def stores_transposed(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a weight is (in, out) in the plain checkpoint: that of the Conv1D of the GPT-2 family."""
+    return is_conv1d(str(checkpoint.config.get("model_type")), name.removesuffix(".weight"))

@@ -167,12 +167,8 @@ def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: Dequa
     if not is_quantized:
         return Group(name, (checkpoint.spec(name),))
     weight = quantized.read_constants(checkpoint, name)  # all of it, so that what does not fit is found now
-    shape = weight.shape[::-1] if _is_transposed(checkpoint, name) else weight.shape
+    shape = weight.shape[::-1] if stores_transposed(checkpoint, name) else weight.shape
     return Group(name, (TensorSpec(name, dtype_name(options.dtype or weight.dtype), shape),))
-
-
-def _is_transposed(checkpoint: Checkpoint, name: str) -> bool:
-    return stores_transposed(checkpoint, name.removesuffix(".weight"))
 
 
 def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _Decoded]]:
@@ -196,7 +192,7 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _De
         found = decoded(Piece(0, spec.count))
         return _Decoded(np.ascontiguousarray(found.values.reshape(weight.shape).T), found.raw)
 
-    if _is_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
+    if stores_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
         return [decoded_whole]
     return [partial(decoded, piece) for piece in cut(spec, weight.block_size * GROUP)]
 

@@ -58,7 +58,7 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
     made = Checkpoint(output)
     stored = {tensor.name for tensor in report.tensors if tensor.format}
     changes = [
-        quantized_change(view, made, name, encoding, stores_transposed(checkpoint, name.removesuffix(".weight")))
+        quantized_change(view, made, name, encoding, stores_transposed(checkpoint, name))
         if name in stored
         else plain_change(view, name)
         for name in view.folds

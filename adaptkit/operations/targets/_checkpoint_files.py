@@ -10,7 +10,7 @@ from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.naming import absent, places, shape_in
-from adaptkit.operations._roles import is_conv1d
+from adaptkit.operations._roles import stores_transposed
 from adaptkit.text.tokenizer_files import brings_tokenizer
 
 
@@ -130,10 +130,8 @@ def _beside_model(
     except UsageError:  # a configuration that it cannot build: what other programs make of it is not known
         return "", (), ()
     shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
-    kind = str(checkpoint.config.get("model_type"))
     for weight in packed:  # of a Conv1D, too, as (out, in)
-        is_turned = is_conv1d(kind, weight.name.removesuffix(".weight"))
-        shapes[weight.name] = weight.shape[::-1] if is_turned else weight.shape
+        shapes[weight.name] = weight.shape[::-1] if stores_transposed(checkpoint, weight.name) else weight.shape
     found = places(network, shapes)
     wanted = {name: shape_in(network, place) for name, place in found.items()}
     misshapen = tuple(
