@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,17 @@ class Plan:
     checkpoint: Checkpoint
     selection: Selection
     tensors: dict[str, TensorPlan]
-    groups: dict[str, Group]
-    shards: Shards
     max_shard_bytes: int
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """By name of a tensor, what it becomes."""
+        return {name: tensor.group() for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def shards(self) -> Shards:
+        """In which files these lie."""
+        return plan_shards(list(self.groups.values()), self.max_shard_bytes)
 
     def quantized(self) -> list[Choice]:
         """The tensors that do not stay as they are."""
@@ -167,10 +176,9 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles | N
         choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else options.encoding, choice.transposed)
         for choice in selection.choices
     }
-    groups = {name: tensor.group() for name, tensor in tensors.items()}
-    _check_names(checkpoint, groups)
-    most = options.max_shard_bytes
-    return Plan(checkpoint, selection, tensors, groups, plan_shards(list(groups.values()), most), most)
+    plan = Plan(checkpoint, selection, tensors, options.max_shard_bytes)
+    _check_names(checkpoint, plan.groups)
+    return plan
 
 
 WORTH_16_BITS = "worth its 16 bits"
@@ -184,14 +192,7 @@ def with_encodings(plan: Plan, encodings: Mapping[str, Encoding | None]) -> Plan
         for choice in plan.selection.choices
     )
     tensors = {name: replace(t, encoding=encodings.get(name, t.encoding)) for name, t in plan.tensors.items()}
-    groups = {name: tensor.group() for name, tensor in tensors.items()}
-    return replace(
-        plan,
-        selection=replace(plan.selection, choices=choices),
-        tensors=tensors,
-        groups=groups,
-        shards=plan_shards(list(groups.values()), plan.max_shard_bytes),
-    )
+    return replace(plan, selection=replace(plan.selection, choices=choices), tensors=tensors)
 
 
 def _check_selection(checkpoint: Checkpoint, selection: Selection, options: QuantizeOptions) -> None:
