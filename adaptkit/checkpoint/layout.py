@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptkit.arguments import look_again
 from adaptkit.checkpoint.header import check_regular, strict_json
+from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
 
 CONFIG_NAME = "config.json"
@@ -35,8 +36,6 @@ PICTURE_NAME = "loss.svg"
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MOST_SMALL_BYTES = 256 << 20
-_NAMED = 3
-"""How many folders a hint names."""
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """Begin the names of files that say what may be done with a model."""
@@ -186,8 +185,7 @@ def look_below(root: Path, otherwise: str, models: bool) -> str:
         for path in root.iterdir()
         if os.path.isfile(path / ADAPTER_CONFIG_NAME) or (models and os.path.isfile(path / CONFIG_NAME))
     )
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"give one that is inside it: {', '.join(found[:_NAMED])}{more}" if found else otherwise
+    return f"give one that is inside it: {first_few(found)}" if found else otherwise
 
 
 def refuse_other_weights(where: object, names: Iterable[str]) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from adaptkit.checkpoint._clearing import is_aside
 from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import ConflictError, IntegrityError, OutputExistsError, UsageError
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _LONGEST_NAME = 255  # bytes, on every usual file system
-_NAMED = 3
-"""How many of a user's files are named that lie in an output."""
 
 
 def partial_folder(final: Path) -> Path:
@@ -80,9 +79,7 @@ def _check_replaceable(final: Path) -> None:
         ) from error
     others = sorted(present_names(final) - {record.path for record in manifest.files})
     if others:
-        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         raise OutputExistsError(
-            f"{final}: holds files that adaptkit did not make, so --force does not replace it: "
-            f"{', '.join(others[:_NAMED])}{more}",
+            f"{final}: holds files that adaptkit did not make, so --force does not replace it: {first_few(others)}",
             hint="move them elsewhere, or choose another -o",
         )

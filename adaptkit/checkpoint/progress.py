@@ -1,6 +1,6 @@
-"""How whoever does something long tells whoever waits for it, and how much that is."""
+"""How whoever does something long tells whoever waits for it; and counts, sizes and names in words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Progress = Callable[[int, int], None]
 """Told how much is done, of how much; in bytes unless the function that takes it says otherwise."""
@@ -32,6 +32,12 @@ def _with_s(word: str) -> str:
         if word.endswith(end):
             return word.removesuffix(end) + instead
     return f"{word}s"
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def size(count: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from adaptkit.arguments import texts, typed_fields
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
+from adaptkit.checkpoint.progress import first_few
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
@@ -23,8 +24,6 @@ LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "imposs
 
 _VOCABULARY = ("embedding", "head")
 _LARGEST_RANK = 256
-_NAMED = 3
-"""How many tensors a message names."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _check_names(tuned: Checkpoint, base: Checkpoint) -> None:
         missing = [name for name in one.tensors if name not in other.tensors]
         if missing:
             raise BaseMismatchError(
-                f"{other.root}: lacks {_some(missing)}, which {one.root} has",
+                f"{other.root}: lacks {first_few(missing)}, which {one.root} has",
                 hint="give the very checkpoint that was tuned, saved in the same layout",
             )
 
@@ -197,7 +196,7 @@ def _check_specs(tuned: Checkpoint, base: Checkpoint, what: str, roles: Mapping[
             differ.append(f"{name} ({shown[0]}, not {shown[1]})")
     if differ:
         raise BaseMismatchError(
-            f"{tuned.root}: has another {what} than {base.root} in {_some(differ)}",
+            f"{tuned.root}: has another {what} than {base.root} in {first_few(differ)}",
             hint="save both in one type first" if what == "dtype" else "this is another model",
         )
 
@@ -231,8 +230,3 @@ def _part(spec: TensorSpec, tuned: TensorSpec, role: Role, options: ExtractOptio
 
 def _matches(paths: Sequence[str], pattern: str) -> bool:
     return any(fnmatchcase(path, pattern) for path in paths)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    return shown + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
