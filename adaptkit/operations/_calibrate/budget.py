@@ -67,31 +67,19 @@ def spend(
         )
     if not out.finished(_NAME):
         ways = _ways(out, checkpoint, linears, tokens, threads, progress)
-        steps = [asdict(step) for step in allocate(ways, budget - _fixed(linears, ways))]
+        # What was not measured, since no token reached it or it lies before the layers, stays as planned.
+        fixed = sum(tensor.group().nbytes for name, tensor in linears.items() if name not in ways)
+        steps = [asdict(step) for step in allocate(ways, budget - fixed)]
         record = write_file(out.folder, _NAME, json.dumps(steps).encode())
         out.add(record, [], {_NAME: steps})
-    steps = out.notes[_NAME]
-    chosen: dict[str, Encoding | None] = {
-        step["name"]: _encodings(linears[step["name"]])[step["choice"]] for step in steps
-    }
-    upgrades = [
-        Upgrade(
-            module=step["name"].removesuffix(".weight"),
-            to=_words(_encodings(linears[step["name"]])[step["choice"]]),
-            extra_bytes=step["extra_bytes"],
-            gain=step["gain"],
-        )
-        for step in steps
-    ]
+    chosen: dict[str, Encoding | None] = {}
+    upgrades = []
+    for step in out.notes[_NAME]:
+        name = step["name"]
+        encoding = chosen[name] = _encodings(linears[name])[step["choice"]]
+        to = f"blocks of {encoding.block_size}" if encoding else "16 bits"
+        upgrades.append(Upgrade(name.removesuffix(".weight"), to, step["extra_bytes"], step["gain"]))
     return with_encodings(plan, chosen), upgrades
-
-
-def _fixed(linears: Mapping[str, TensorPlan], ways: Mapping[str, list[Way]]) -> int:
-    """Bytes of linears that were not measured, since no token reached them or they lie before the layers.
-
-    They stay as planned.
-    """
-    return sum(tensor.group().nbytes for name, tensor in linears.items() if name not in ways)
 
 
 def _encodings(tensor: TensorPlan) -> list[Encoding | None]:
@@ -100,10 +88,6 @@ def _encodings(tensor: TensorPlan) -> list[Encoding | None]:
         raise ValueError(f"{tensor.spec.name} is not to be quantized")
     smaller = [replace(tensor.encoding, block_size=SMALL_BLOCK)] if tensor.encoding.block_size > SMALL_BLOCK else []
     return [tensor.encoding, *smaller, None]
-
-
-def _words(encoding: Encoding | None) -> str:
-    return f"blocks of {encoding.block_size}" if encoding else "16 bits"
 
 
 def _ways(
