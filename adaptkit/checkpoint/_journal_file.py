@@ -72,14 +72,20 @@ def read_journal(path: Path, repair: bool) -> Journal | None:
     Raises:
         ConflictError: it is damaged.
     """
-    lines = _read_lines(path, repair)
-    if not lines:
-        return None
+    text = read_small(path)
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text and repair:
+        os.truncate(path, len(whole))
     try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line holds no object")
+        if not lines:
+            return None
         first, *others = lines
         key, inputs = first["key"], {str(where): state for where, state in first.get("inputs", ())}
         return Journal(str(key), inputs, tuple(_finished(path.parent, line) for line in others))
-    except (KeyError, TypeError, ValueError, AdaptkitError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, AdaptkitError) as error:
         raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to begin anew") from error
 
 
@@ -90,26 +96,3 @@ def _finished(folder: Path, line: Mapping[str, Any]) -> Finished:
     if not isinstance(notes, dict):
         raise TypeError(f"notes is {notes!r}")
     return Finished(record, tuple(typed(TensorRecord(**tensor)) for tensor in line["tensors"]), notes)
-
-
-def _read_lines(path: Path, repair: bool) -> list[dict[str, Any]]:
-    """The complete lines of a file.
-
-    Args:
-        path: of the file.
-        repair: remove from it what a kill or a full disk cut off.
-
-    Raises:
-        ConflictError: a line is no JSON object.
-    """
-    text = read_small(path)
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text and repair:
-        os.truncate(path, len(whole))
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line holds no object")
-        return lines
-    except (ValueError, RecursionError) as error:
-        raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to begin anew") from error
