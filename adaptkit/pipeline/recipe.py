@@ -20,7 +20,7 @@ from typing import Any
 
 from adaptkit.checkpoint.typed import Place, nearest
 from adaptkit.errors import UsageError
-from adaptkit.pipeline.steps._kind import Input, StepKind
+from adaptkit.pipeline.steps._kind import Input, Inputs, StepKind
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Step:
     kind: str
     how: StepKind
     options: Any
-    inputs: Mapping[str, tuple[str, ...]]
+    inputs: Inputs
     needs: tuple[str, ...]
     makes: tuple[str, ...]
     written: Mapping[str, Any]

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from adaptkit.arguments import optional
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -129,10 +128,6 @@ class RunReport:
     seconds: float
 
 
-def _ignore(_: Any) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Listener:
     """Who is told what a run does.
@@ -148,11 +143,11 @@ class Listener:
         ended: a step that was done, or kept.
     """
 
-    begun: Callable[[Recipe], None] = _ignore
-    sought: Callable[[Source], None] = _ignore
+    begun: Callable[[Recipe], None] = lambda _: None
+    sought: Callable[[Source], None] = lambda _: None
     source_progress: Progress = no_progress
-    found: Callable[[SourceReport], None] = _ignore
-    started: Callable[[Step], None] = _ignore
+    found: Callable[[SourceReport], None] = lambda _: None
+    started: Callable[[Step], None] = lambda _: None
     progress: Progress = no_progress
-    note: Callable[[str], None] = _ignore
-    ended: Callable[[StepReport], None] = _ignore
+    note: Callable[[str], None] = lambda _: None
+    ended: Callable[[StepReport], None] = lambda _: None

@@ -10,6 +10,8 @@ from adaptkit.checkpoint.signing import Signer
 
 Facts = dict[str, Any]
 """What is remembered of a step besides its artifacts: what JSON can hold."""
+Inputs = Mapping[str, tuple[str, ...]]
+"""By key of a step, the names of sources and of what steps make."""
 
 
 @dataclass(frozen=True)
@@ -75,26 +77,6 @@ class Outcome:
     facts: Facts
 
 
-def _as_they_are(values: dict[str, Any], inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    return values
-
-
-def _fits(options: Any, inputs: Mapping[str, tuple[str, ...]]) -> None:
-    return None
-
-
-def _one(options: Any) -> tuple[str, ...]:
-    return ("",)
-
-
-def _passes(options: Any, facts: Facts) -> str:
-    return ""
-
-
-def _never(options: Any) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class StepKind:
     """A kind of step.
@@ -106,7 +88,7 @@ class StepKind:
         refused: options that a recipe cannot set, and why.
         complete: puts stand-ins into the options for what inputs will fill.
         check: refuses options and inputs that do not go together, by a UsageError.
-        makes: what is added to the step's name for each artifact that it makes.
+        makes: what is added to the step's name for each artifact that it makes; kinds that look, or send, make none.
         gates: whether it is a gate, which has to be passed before anything is published.
         judge: of a gate: what stands against going on, given what was measured; empty if nothing does.
         uncounted: options that change nothing that is made or measured.
@@ -118,11 +100,11 @@ class StepKind:
     options: type[Any]
     run: Callable[[Work], Outcome]
     refused: Mapping[str, str] = field(default_factory=dict)
-    complete: Callable[[dict[str, Any], Mapping[str, tuple[str, ...]]], dict[str, Any]] = _as_they_are
-    check: Callable[[Any, Mapping[str, tuple[str, ...]]], None] = _fits
-    makes: Callable[[Any], tuple[str, ...]] = _one
-    gates: Callable[[Any], bool] = _never
-    judge: Callable[[Any, Facts], str] = _passes
+    complete: Callable[[dict[str, Any], Inputs], dict[str, Any]] = lambda values, inputs: values
+    check: Callable[[Any, Inputs], None] = lambda options, inputs: None
+    makes: Callable[[Any], tuple[str, ...]] = lambda options: ("",)
+    gates: Callable[[Any], bool] = lambda options: False
+    judge: Callable[[Any, Facts], str] = lambda options, facts: ""
     uncounted: frozenset[str] = frozenset({"threads"})
     foresee: Callable[[Any, Signer, Callable[[str], None]], None] | None = None
     rehearse: Callable[[Work], str] | None = None
@@ -131,8 +113,3 @@ class StepKind:
     def sends(self) -> bool:
         """Whether it reaches out to the Hub."""
         return self.foresee is not None
-
-
-def makes_nothing(options: Any) -> tuple[str, ...]:
-    """For kinds that look, or send, and make no artifact."""
-    return ()

@@ -7,7 +7,7 @@ from adaptkit.discovery import names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
 from adaptkit.operations.check import check
-from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work, makes_nothing
+from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ KIND = StepKind(
     inputs=(Input("check", required=True), Input("base")),
     options=CheckOptions,
     run=_run,
-    makes=makes_nothing,
+    makes=lambda options: (),
     gates=lambda options: True,
     judge=_judge,
 )

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.typed import nearest
 from adaptkit.errors import UsageError
-from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work, makes_nothing
+from adaptkit.pipeline.steps._kind import Facts, Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.evaluation.evaluate import check_request, evaluate
 from adaptkit.training.evaluation.report import EvaluateOptions, EvaluateReport
 
@@ -70,11 +70,11 @@ def _figures(kind: type[Any], prefix: str = "") -> Iterator[str]:
             yield prefix + part.name
 
 
-def _complete(values: dict[str, Any], inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     return values | ({"shots_from": list(inputs["shots_from"])} if "shots_from" in inputs else {})
 
 
-def _check(options: EvaluateStep, inputs: Mapping[str, tuple[str, ...]]) -> None:
+def _check(options: EvaluateStep, inputs: Inputs) -> None:
     """Refuse before anything runs what could not be measured in the end.
 
     Raises:
@@ -148,7 +148,7 @@ KIND = StepKind(
     run=_run,
     complete=_complete,
     check=_check,
-    makes=makes_nothing,
+    makes=lambda options: (),
     gates=lambda options: bool(options.require),
     judge=_judge,
     uncounted=frozenset({"require"}),

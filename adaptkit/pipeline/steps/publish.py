@@ -8,7 +8,7 @@ from adaptkit.checkpoint.signing import Signer
 from adaptkit.hub.foresight import foresee
 from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 from adaptkit.hub.sources import check_repo_id
-from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work, makes_nothing
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ KIND = StepKind(
     options=PublishStep,
     run=_run,
     refused={"signer": "write sign: true, and give the key to the command: --sign KEY"},
-    makes=makes_nothing,
+    makes=lambda options: (),
     foresee=_foresee,
     rehearse=_rehearse,
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from adaptkit.checkpoint.progress import size
 from adaptkit.operations.quantize import QuantizeOptions, quantize
-from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 
 _FILES = "calibration.files"
 
@@ -25,7 +25,7 @@ def _makes(options: QuantizeOptions) -> tuple[str, ...]:
     return ("", "-init") if companion else ("",)
 
 
-def _complete(values: dict[str, Any], inputs: Any) -> dict[str, Any]:
+def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     if _FILES in inputs:
         values["calibration"] = {**values["calibration"], "files": ["."]}
     return values

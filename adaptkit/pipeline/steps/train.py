@@ -1,12 +1,11 @@
 """Train an adapter, or with ``method: full`` every weight."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
-from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.report import StepReport
@@ -44,7 +43,7 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, facts)
 
 
-def _complete(values: dict[str, Any], inputs: Any) -> dict[str, Any]:
+def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     """What inputs will fill; folders have one name for all, since the key of a step holds what they are."""
     stand_ins: dict[str, Any] = {"base": ".", "data": list(inputs["data"])}
     if "held_out_data" in inputs:
@@ -54,7 +53,7 @@ def _complete(values: dict[str, Any], inputs: Any) -> dict[str, Any]:
     return values | stand_ins
 
 
-def _check(options: TrainConfig, inputs: Mapping[str, tuple[str, ...]]) -> None:
+def _check(options: TrainConfig, inputs: Inputs) -> None:
     for name in options.mixture or ():
         if name not in inputs["data"]:
             raise UsageError(f"mixture: {name!r} is none of the data", hint=f"data: {', '.join(inputs['data'])}")
