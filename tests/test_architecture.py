@@ -50,7 +50,6 @@ INSIDE_OPERATIONS = {
     "_calibrate": {"_quantize"},
     "_diff": set(),
     "_extract": set(),
-    "_inspect": set(),
     "_lineage": set(),
     "_merge": {"_quantize", "_lineage"},
     "_plan": set(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord, typed
 from adaptkit.checkpoint.writer import disk_errors, sync_folder
@@ -30,8 +31,7 @@ class Finished:
 
     def seems_in(self, folder: Path) -> bool:
         """Whether a file of its size is there."""
-        written = resolve_inside(folder, self.record.path)
-        return written.is_file() and written.stat().st_size == self.record.size
+        return not size_problem(folder, self.record)
 
     def is_in(self, folder: Path) -> bool:
         """Whether the file is there as it was written, whatever happened since; reads all of it."""

@@ -2,22 +2,22 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptkit.arguments import AnyPath, several
-from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint import undo
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import require_folder
-from adaptkit.checkpoint.manifest import read_manifest, require_manifest
-from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
+from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.operations._inspect.adapter import counts, describe_adapter
-from adaptkit.operations._inspect.merged import describe_merged
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._pipeline import thread_count
@@ -68,7 +68,7 @@ def inspect(path: AnyPath) -> InspectReport:
     require_folder(path)
     manifest = read_manifest(path)
     found = _adapter(path) if is_adapter(path) else _checkpoint(Checkpoint(path))
-    merged = describe_merged(path, manifest) if manifest and manifest.operation.get("name") == "merge" else {}
+    merged = _describe_merged(path, manifest) if manifest and manifest.operation.get("name") == "merge" else {}
     return InspectReport(
         path=str(path),
         kind=manifest.kind if manifest else found.kind,
@@ -122,7 +122,7 @@ def _adapter(path: Path) -> _Found:
         dtypes=Counter(record.dtype for record in adapter.records),
         parameters=adapter.trained_parameters,
         nbytes=sum(located.spec.nbytes for located in adapter.files.tensors.values()),
-        details=describe_adapter(adapter),
+        details=_describe_adapter(adapter),
     )
 
 
@@ -152,9 +152,9 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
             "quantized_stacks": sum(len(outline.shape) == 3 for outline in outlines.values()) or None,
             "quantized_parameters": inside,
             "bits_per_quantized_parameter": round(8 * sum(specs[part].nbytes for part in parts) / inside, 3),
-            "formats": counts(encoding.format for encoding in encodings),
-            "block_sizes": counts(encoding.block_size for encoding in encodings),
-            "constants": counts("nested" if encoding.double_quant else "float32" for encoding in encodings),
+            "formats": _counts(encoding.format for encoding in encodings),
+            "block_sizes": _counts(encoding.block_size for encoding in encodings),
+            "constants": _counts("nested" if encoding.double_quant else "float32" for encoding in encodings),
         }
     return _Found(
         kind="quantized" if method else "checkpoint",
@@ -163,3 +163,72 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
         nbytes=sum(spec.nbytes for spec in specs.values()),
         details=details,
     )
+
+
+def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Facts of an adapter, in the order in which people read them; None for what it does not have."""
+    terms = [*adapter.modules.values(), *(term for stack in adapter.experts.values() for term in stack)]
+    config = adapter.config
+    return {
+        "modules": len(adapter.modules),
+        "ranks": _counts(term.rank for term in terms),
+        "scalings": _counts(str(term.scaling) for term in terms),
+        "rslora": bool(config.get("use_rslora")),
+        "targets": _counts(_last(module) for module in (*adapter.modules, *adapter.experts)),
+        "embeddings": len(adapter.embeddings) or None,
+        "dora_magnitudes": len(adapter.magnitudes) or None,
+        "added_biases": len(adapter.biases) or None,
+        "replaced_tensors": _counts(_ending(name) for name in adapter.replaced) or None,
+        "replaced_rows": {module: len(rows.indices) for module, rows in sorted(adapter.tokens.items())} or None,
+        "expert_stacks": _counts(len(stack) for stack in adapter.experts.values()) or None,
+        "own_copies_of_the_base": len(adapter.begins) or None,
+        "compensated_modules": len(adapter.compensation) or None,
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        "task_type": config.get("task_type"),
+        "peft_version": config.get("peft_version"),
+    }
+
+
+def _counts(values: Iterable[str | int]) -> dict[str, int]:
+    """How often each is there; the keys are strings, as JSON has them."""
+    return {str(value): count for value, count in sorted(Counter(values).items())}
+
+
+def _last(path: str) -> str:
+    """What kind of module it is: the last part of its path."""
+    return path.rpartition(".")[2]
+
+
+def _ending(name: str) -> str:
+    """A tensor's module and its own last part: ``norm.weight``."""
+    return ".".join(name.split(".")[-2:])
+
+
+def _describe_merged(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """Facts of a merged model; nothing is hashed, which is what ``verify`` is for.
+
+    Raises:
+        UnsafeInputError: the manifest names a file outside the folder.
+    """
+    adapters = sum(parent.role == "adapter" for parent in manifest.parents)
+    if manifest.kind != "merged":
+        return {"merged_adapters": adapters, "unmerge": f"no: it was {manifest.kind} after the merge"}
+    record = [file for file in manifest.files if file.path.startswith(f"{undo.FOLDER}/")]
+    copies = [file for file in manifest.files if file.path.startswith(undo.ADAPTERS_PREFIX)]
+    return {
+        "merged_adapters": adapters,
+        "changed_tensors": len(manifest.targets),
+        "undo_record_bytes": sum(file.size for file in record) or None,
+        "adapter_copies": len({file.path.split("/")[1] for file in copies}) or None,
+        "unmerge": _can_be_unmerged(root, adapters, record, copies),
+    }
+
+
+def _can_be_unmerged(root: Path, adapters: int, record: Sequence[FileRecord], copies: Sequence[FileRecord]) -> str:
+    missing = [file.path for file in (*record, *copies) if size_problem(root, file)]
+    if missing:
+        return f"no: {min(missing)} is missing or of another size"
+    needs = "needs nothing else" if copies else f"needs the {counted(adapters, 'adapter')}"
+    if not record:
+        return f"only approximately, since it was merged without an undo record; {needs}"
+    return f"to the bit; {needs}"

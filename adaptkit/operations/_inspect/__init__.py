@@ -1,1 +1,0 @@
-"""What ``inspect`` tells of kinds of folders."""
