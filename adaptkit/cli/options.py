@@ -38,7 +38,7 @@ class ArtifactPath(click.ParamType[Path]):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """See ``click.ParamType``."""
-        return _as_a_file(ctx, param, incomplete)
+        return [CompletionItem(incomplete, type="file")]  # which there are, the shell knows
 
     def _found(self, text: str, is_silent: bool) -> Path:
         return fetched(text, is_silent)
@@ -71,10 +71,6 @@ class ConfigPath(ArtifactPath):
 def one_of(choices: Iterable[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     """Complete a value that has been begun in a shell, of an option that is checked by what it is for."""
     return lambda context, option, begun: [choice for choice in choices if choice.startswith(begun)]
-
-
-def _as_a_file(context: click.Context, option: click.Parameter, begun: str) -> list[CompletionItem]:
-    return [CompletionItem(begun, type="file")]  # which there are, the shell knows
 
 
 def _is_on_the_hub(text: str) -> bool:
