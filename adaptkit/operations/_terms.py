@@ -40,8 +40,8 @@ def expected_fingerprints(
     return expected
 
 
-def weights_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[float, ...]:
-    """One finite weight for each of at least one adapter: 1 if none is given, and 1.0 for 1, since manifests tell them.
+def weights_of(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> tuple[float, ...]:
+    """One finite weight for each of at least one adapter: 1 if none is given.
 
     Raises:
         UsageError: says which it is.
@@ -57,4 +57,4 @@ def weights_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[f
     for weight in weights:
         if not abs(weight) <= sys.float_info.max:
             raise UsageError(f"the weight {weight} is not a finite number")
-    return tuple(float(weight) for weight in weights)
+    return weights
