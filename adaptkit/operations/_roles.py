@@ -94,7 +94,7 @@ def roles_here(checkpoint: Checkpoint) -> Roles:
     return roles_by_name(checkpoint, unknown) if unknown else _from_architecture(checkpoint)
 
 
-def is_conv1d(model_type: str, module: str) -> bool:
+def _is_conv1d(model_type: str, module: str) -> bool:
     """Whether a module is, by its name, one of the GPT-2 family's that keep their weight as (in, out)."""
     return model_type in CONV1D_MODELS and bool(_CONV1D.search(module))
 
@@ -136,7 +136,7 @@ def _kind_by_name(spec: TensorSpec, module: str, model_type: str) -> str:
         (not is_in_layers(module), "outside the layers"),
         (model_type in _OWN_LINEAR_MODELS, "not a linear layer"),
         (bool(_FLOAT32.search(module)), "float32 by its architecture"),
-        (is_conv1d(model_type, module), "conv1d"),
+        (_is_conv1d(model_type, module), "conv1d"),
     )
     return next((kind for applies, kind in rules if applies), "linear")
 
@@ -229,5 +229,5 @@ def expert_count(config: Mapping[str, Any]) -> int | None:
 
 
 def stores_transposed(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a weight is (in, out) in the plain checkpoint: that of the Conv1D of the GPT-2 family."""
-    return is_conv1d(str(checkpoint.config.get("model_type")), name.removesuffix(".weight"))
+    """Whether a weight, or a module's, is (in, out) in the plain checkpoint: that of the Conv1D of the GPT-2 family."""
+    return _is_conv1d(str(checkpoint.config.get("model_type")), name.removesuffix(".weight"))

@@ -20,7 +20,7 @@ from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
 from adaptkit.operations._merge.unlike_peft import trained_otherwise
-from adaptkit.operations._roles import is_conv1d
+from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
 
@@ -170,7 +170,7 @@ class _Planner:
         does not, since peft sets it by whichever layer came last. In others a turned matrix is another model's.
         """
         kind = self._checkpoint.config.get("model_type")
-        turned = is_conv1d(str(kind), module)
+        turned = stores_transposed(self._checkpoint, module)
         if term.shape[0] == term.shape[1]:
             return turned
         may_be = turned or self._adapter.fan_in_fan_out or not isinstance(kind, str)
