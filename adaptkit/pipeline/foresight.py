@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError
@@ -40,7 +39,7 @@ class Foresight:
         for step in self._steps:
             if step.how.foresee is not None:
                 with self._told(step):
-                    step.how.foresee(step.options, self._signer, partial(self._note, step))
+                    step.how.foresee(step.options, self._signer, self._listener.note_of(step))
 
     def before_sending(self, sendings: Iterable[tuple[Step, Work]]) -> None:
         """Before the first of several steps that send, ask whether a later one would be refused.
@@ -76,9 +75,6 @@ class Foresight:
             if not self._dry_run:
                 raise
             self._listener.note(f"warning: it would be refused: {error.message}")
-
-    def _note(self, step: Step, text: str) -> None:
-        self._listener.note(f"{step.name}: {text}")
 
 
 @contextmanager

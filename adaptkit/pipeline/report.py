@@ -151,3 +151,7 @@ class Listener:
     progress: Progress = no_progress
     note: Callable[[str], None] = lambda _: None
     ended: Callable[[StepReport], None] = lambda _: None
+
+    def note_of(self, step: Step) -> Callable[[str], None]:
+        """``note``, for what a step has to say."""
+        return lambda text: self.note(f"{step.name}: {text}")

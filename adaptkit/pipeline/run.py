@@ -191,9 +191,6 @@ class _Run:
             if key is not None:
                 yield step, self._work_of(step, key)
 
-    def _note(self, step: Step, text: str) -> None:
-        self._listener.note(f"{step.name}: {text}")
-
     def _seen(self, step: Step) -> bool:
         """Whether a step of this name was done before, with whatever inputs."""
         return any(self.work.root.glob(f"*/{step.name}.json"))
@@ -263,7 +260,7 @@ class _Run:
             options=step.options,
             output=self.work.output(key, step.name),
             progress=self._listener.progress,
-            note=partial(self._note, step),
+            note=self._listener.note_of(step),
             signer=self._signer,
         )
 
