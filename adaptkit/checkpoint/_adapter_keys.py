@@ -25,7 +25,7 @@ from pathlib import Path
 
 from adaptkit.errors import AdapterError
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARTS = (
     (re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight"), "lora_{}"),
@@ -73,7 +73,7 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
     for key in keys:
         if copy := _QUANTIZED.fullmatch(key):
             raise AdapterError(
-                f"{root}: holds the quantized weights that {copy[1].removeprefix(_PREFIX)} was trained on",
+                f"{root}: holds the quantized weights that {copy[1].removeprefix(PREFIX)} was trained on",
                 hint="save it with peft's save_embedding_layers=False, and merge it onto the 16-bit checkpoint",
             )
         part = _part(key)
@@ -93,8 +93,8 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
 
 def _part(key: str) -> Part | None:
     name = _without_wrappers(key)
-    while name.startswith(_PREFIX):
-        name = _without_wrappers(name[len(_PREFIX) :])
+    while name.startswith(PREFIX):
+        name = _without_wrappers(name[len(PREFIX) :])
     for pattern, role in _PARTS:
         match = pattern.fullmatch(name)
         if match:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.checkpoint._adapter_keys import PREFIX
 from adaptkit.checkpoint._adapter_parts import TokenRows
 from adaptkit.checkpoint.adapter_config import stack_order
 from adaptkit.checkpoint.journal import Output
@@ -21,8 +22,6 @@ from adaptkit.numerics.scaling import scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_PREFIX = "base_model.model."
 
 
 def write_adapter(
@@ -87,20 +86,20 @@ def write_adapter(
         halves = transposed(term) if is_table else term
         names = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
         for name, half in zip(names, (halves.lora_a, halves.lora_b), strict=True):
-            tensors[f"{_PREFIX}{module}.{name}"] = half.detach().float().cpu().contiguous()
+            tensors[f"{module}.{name}"] = half.detach().float().cpu().contiguous()
     for name, tensor in (saved or {}).items():
         module, _, kind = name.rpartition(".")
         wrapped = kind == "bias" and module in modules
-        tensors[f"{_PREFIX}{module}.base_layer.bias" if wrapped else f"{_PREFIX}{name}"] = tensor.detach().cpu()
+        tensors[f"{module}.base_layer.bias" if wrapped else name] = tensor.detach().cpu()
     for name, tensor in (copies or {}).items():
         module, _, kind = name.rpartition(".")
-        tensors[f"{_PREFIX}{module}.base_layer.{kind}"] = tensor.detach().cpu()
+        tensors[f"{module}.base_layer.{kind}"] = tensor.detach().cpu()
     for module, magnitude in (magnitudes or {}).items():
-        tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = magnitude.detach().float().cpu()
+        tensors[f"{module}.lora_magnitude_vector"] = magnitude.detach().float().cpu()
     for module, bias in (lora_biases or {}).items():
-        tensors[f"{_PREFIX}{module}.lora_B.bias"] = bias.detach().float().cpu()
+        tensors[f"{module}.lora_B.bias"] = bias.detach().float().cpu()
     for module, chosen in tokens.items():
-        tensors[f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"] = chosen.rows.detach().float().cpu()
+        tensors[f"{module}.token_adapter.trainable_tokens_delta"] = chosen.rows.detach().float().cpu()
     tensors |= _stacked(experts)
     _write_tensors(output, tensors)
 
@@ -140,7 +139,7 @@ def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Tensor]:
             changes = experts[f"{module}.{leaf}"]
             lora_a = torch.cat([change.lora_a.detach().float().cpu() for change in changes])
             lora_b = torch.stack([change.lora_b.detach().float().cpu() for change in changes], dim=2)
-            wrapper = f"{_PREFIX}{module}{'.base_layer' * depth}"
+            wrapper = f"{module}{'.base_layer' * depth}"
             tensors[f"{wrapper}.lora_A.weight"] = lora_a
             tensors[f"{wrapper}.lora_B.weight"] = lora_b.flatten(1)
     return tensors
@@ -149,8 +148,8 @@ def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Tensor]:
 def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not all_finite(tensor):
-            raise NonFiniteError(f"{name}: NaN, or too large for float32", hint="use smaller weights")
-    output.write_tensors(WEIGHTS_NAME, tensors)
+            raise NonFiniteError(f"{PREFIX}{name}: NaN, or too large for float32", hint="use smaller weights")
+    output.write_tensors(WEIGHTS_NAME, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()})
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

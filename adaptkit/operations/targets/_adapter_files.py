@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint._adapter_keys import PREFIX
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 from adaptkit.checkpoint.patterns import FirstMatch
 from adaptkit.numerics.scaling import scaling
 
-PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _ROLES = (
     (re.compile(r"(.+)\.lora_A\.weight"), "A"),

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from adaptkit.checkpoint._adapter_keys import PREFIX
 from adaptkit.operations.targets import _rules
-from adaptkit.operations.targets._adapter_files import PREFIX, AdapterFiles, Key
+from adaptkit.operations.targets._adapter_files import AdapterFiles, Key
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
