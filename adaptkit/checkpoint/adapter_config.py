@@ -12,16 +12,9 @@ from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
 
 _UNSUPPORTED = (
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "layer_replication",
-    "megatron_config",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-)
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config",
+    "velora_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
 _NEVER_MERGED = ("use_qalora", "alora_invocation_tokens", "arrow_config", "layer_replication")
 """Of these, what peft has no merged weights of; in replicated layers one weight would be changed several times."""
 _HARMLESS = {
@@ -84,10 +77,8 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
         )
     for key in _UNSUPPORTED:
         if config.get(key):
-            hint = "run it with peft itself" + (
-                ", which cannot merge it" if key in _NEVER_MERGED else ", or merge it there"
-            )
-            raise AdapterError(f"{root}: uses {key}, which is not supported", hint=hint)
+            merge = "which cannot merge it" if key in _NEVER_MERGED else "or merge it there"
+            raise AdapterError(f"{root}: uses {key}, which is not supported", hint=f"run it with peft itself, {merge}")
     unknown = {key for key, value in config.items() if value} - _HARMLESS - _USED - _FINISHED
     if unknown:
         raise AdapterError(
