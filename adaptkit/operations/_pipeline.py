@@ -4,8 +4,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces
+from adaptkit.checkpoint.progress import Progress
+from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 
 Item = TypeVar("Item")
@@ -34,6 +38,18 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
         finally:
             for future in running:
                 future.cancel()
+
+
+def fingerprints(checkpoint: Checkpoint, threads: int, progress: Progress) -> dict[str, str]:
+    """The fingerprints of all tensors by name; ``progress`` is told of bytes read."""
+    names, found, done = list(checkpoint.tensors), {}, 0
+    total = sum(checkpoint.spec(name).nbytes for name in names)
+    digests = in_order(partial(fingerprint_in_pieces, checkpoint), names, threads)
+    for name, digest in zip(names, digests, strict=True):
+        found[name] = digest
+        done += checkpoint.spec(name).nbytes
+        progress(done, total)
+    return found
 
 
 def check_threads(threads: int | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.hashing import file_digests, fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.hashing import file_digests, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
 from adaptkit.checkpoint.layout import READ_SUFFIXES, resolve_inside, side_files
@@ -25,6 +25,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of, tell_of_parts
+from adaptkit.operations._pipeline import fingerprints
 from adaptkit.pipeline.recipe import Source
 
 _FRESH_SECONDS = 2.0
@@ -217,10 +218,6 @@ def _tensors_root(path: Path, progress: Progress) -> str:
     """As a manifest names a parent that has none itself."""
     if is_adapter(path):
         return tensors_root(read_adapter(path).records)
-    checkpoint, records, done = Checkpoint(path), [], 0
-    total = sum(found.spec.nbytes for found in checkpoint.tensors.values())
-    for name, found in checkpoint.tensors.items():
-        records.append(TensorRecord.of(found.spec, fingerprint_in_pieces(checkpoint, name)))
-        done += found.spec.nbytes
-        progress(done, total)
-    return tensors_root(records)
+    checkpoint = Checkpoint(path)
+    digests = fingerprints(checkpoint, 1, progress)
+    return tensors_root(TensorRecord.of(found.spec, digests[name]) for name, found in checkpoint.tensors.items())

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress
@@ -15,7 +15,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
 from adaptkit.operations._diff.groups import relative
 from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
-from adaptkit.operations._pipeline import each, in_order
+from adaptkit.operations._pipeline import each, fingerprints
 
 BY_MANIFEST, COMPUTED = "manifest", "computed"
 
@@ -153,19 +153,14 @@ def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
 def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[dict[str, TensorRecord]]:
     """Fingerprints of both, read from the files where no manifest knows them."""
     total = sum(t.spec.nbytes for side in sides if side.recorded is None for t in side.checkpoint.tensors.values())
-    done, found = 0, []
+    before, found = 0, []
     for side in sides:
-        names = list(side.checkpoint.tensors)
-        digests = side.recorded or {}
-        if side.recorded is None:
-            for name, digest in zip(
-                names, in_order(partial(fingerprint_in_pieces, side.checkpoint), names, threads), strict=True
-            ):
-                digests[name] = digest
-                done += side.checkpoint.spec(name).nbytes
-                progress(done, total)
-        tensors = side.checkpoint.tensors.items()
-        found.append({name: TensorRecord.of(at.spec, digests[name], at.file) for name, at in tensors})
+        tensors, digests = side.checkpoint.tensors, side.recorded
+        if digests is None:
+            told = partial(lambda before, done, _: progress(before + done, total), before)
+            digests = fingerprints(side.checkpoint, threads, told)
+            before += sum(at.spec.nbytes for at in tensors.values())
+        found.append({name: TensorRecord.of(at.spec, digests[name], at.file) for name, at in tensors.items()})
     return found
 
 

@@ -2,11 +2,9 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord
 from adaptkit.checkpoint.progress import Progress, counted
 from adaptkit.checkpoint.reader import Checkpoint
@@ -14,7 +12,7 @@ from adaptkit.operations._merge.base import check_fingerprint, is_theirs, merge_
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, plain_change, quantized_change
-from adaptkit.operations._pipeline import in_order, thread_count
+from adaptkit.operations._pipeline import fingerprints, thread_count
 from adaptkit.operations._quantize.plan import QuantizeOptions
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations.quantize import quantize_checkpoint
@@ -35,7 +33,7 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
     """
     base, checkpoint, plain = merging.base, merging.checkpoint, merging.report(output)
     state, threads = checkpoint.state(), thread_count(merging.options.threads)
-    digests = _digests(checkpoint, threads, progress)
+    digests = fingerprints(checkpoint, threads, progress)
     for name, digest in digests.items():
         check_fingerprint(base, name, digest)
     records = [TensorRecord.of(at.spec, digests[name]) for name, at in checkpoint.tensors.items()]
@@ -74,14 +72,3 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
         tensors_root=report.tensors_root,
         manifest_sha256=report.manifest_sha256,
     )
-
-
-def _digests(checkpoint: Checkpoint, threads: int, progress: Progress) -> dict[str, str]:
-    names, found, done = list(checkpoint.tensors), {}, 0
-    total = sum(checkpoint.spec(name).nbytes for name in names)
-    digests = in_order(partial(fingerprint_in_pieces, checkpoint), names, threads)
-    for name, digest in zip(names, digests, strict=True):
-        found[name] = digest
-        done += checkpoint.spec(name).nbytes
-        progress(done, total)
-    return found
