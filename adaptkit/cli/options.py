@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.typed import declared
 from adaptkit.cli.output import notes
 from adaptkit.cli.progress import byte_progress
@@ -95,17 +96,17 @@ class Size(click.ParamType[int]):
             return self.fail(f"{value!r} is not a size such as 5GB or 500MB", param, ctx)
 
 
-class Share(click.ParamType[tuple[int, int]]):
+class Share(click.ParamType[Part]):
     """One of several equal shares: 2/4."""
 
     name = "share"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
         """See ``click.ParamType``."""
         found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value))
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
             return self.fail(f"{value!r} is not a share such as 1/4 to 4/4", param, ctx)
-        return int(found[1]), int(found[2])
+        return Part(int(found[1]), int(found[2]))
 
 
 def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:

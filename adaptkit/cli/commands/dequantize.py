@@ -18,20 +18,17 @@ from adaptkit.cli.progress import byte_progress
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Default: each weight's own; quantize records float32 as bfloat16.",
 )
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
+@click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @threads_option
-def command(
-    source: Path, output: Path, force: bool, as_json: bool, quiet: bool, max_shard_size: int, **options: Any
-) -> None:
+def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Turn the quantized checkpoint SOURCE back into a plain one.
 
     It is one of adaptkit's, or a 4-bit one of bitsandbytes.
     """
     from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 
-    chosen = DequantizeOptions(max_shard_bytes=max_shard_size, **options)
     with byte_progress("dequantize", as_json or quiet) as progress:
-        report = dequantize(source, output, chosen, force=force, progress=progress)
+        report = dequantize(source, output, DequantizeOptions(**options), force=force, progress=progress)
     rows = [
         ("wrote", report.output),
         ("dequantized", f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)} in all"),

@@ -69,7 +69,7 @@ _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter",
     metavar="BITS",
     help="With --calibrate: spend more bits where they save most, up to this average a quantized weight, such as 4.5.",
 )
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
+@click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @click.option(
     "--part",
     type=Share(),
@@ -85,10 +85,8 @@ def command(
     force: bool,
     as_json: bool,
     quiet: bool,
-    max_shard_size: int,
     dry_run: bool,
     html: Path | None,
-    part: tuple[int, int] | None,
     calibrate: tuple[Path, ...],
     calibration_tokens: int,
     window: int,
@@ -104,7 +102,7 @@ def command(
     """
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.quantize import quantize_page
-    from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
+    from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
 
     source_of = click.get_current_context().get_parameter_source
     given = [name for name in _OF_CALIBRATION if source_of(name) is not ParameterSource.DEFAULT]
@@ -113,7 +111,6 @@ def command(
         raise UsageError(
             f"--{option.replace('_', '-')} is for calibration only", hint="give text to calibrate on: --calibrate FILE"
         )
-    share = Part(*part) if part else None
     calibration = None
     if calibrate:
         calibration = Calibration(
@@ -124,7 +121,7 @@ def command(
             bits_budget=bits_budget,
             compensate=compensate,
         )
-    chosen = QuantizeOptions(max_shard_bytes=max_shard_size, part=share, calibration=calibration, **options)
+    chosen = QuantizeOptions(calibration=calibration, **options)
     prepare(html)
     hidden = as_json or quiet
     with byte_progress("quantize", hidden) as progress, count_progress("calibrate", hidden) as calibration_progress:

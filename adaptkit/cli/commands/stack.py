@@ -15,8 +15,6 @@ from adaptkit.numerics import stacking
 if TYPE_CHECKING:
     from adaptkit.operations.stack import StackReport
 
-_SETTINGS = ("density", "epsilon", "gamma", "lambda", "seed")
-
 
 class _WithMethods(click.Command):
     """Its help lists the methods by the first line of each one's file, and imports none: that would take torch."""
@@ -67,8 +65,7 @@ def command(
     """
     from adaptkit.operations.stack import StackOptions, stack
 
-    given = {name: settings[name if name in settings else f"{name}_"] for name in _SETTINGS}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name.rstrip("_"): value for name, value in sorted(settings.items()) if value is not None}
     options = StackOptions(method, weights, rank, energy, chosen, threads)
     with count_progress("stack", as_json or quiet) as progress:
         report = stack(adapters, output, options, force=force, dry_run=dry_run, progress=progress)
