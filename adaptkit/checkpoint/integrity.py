@@ -34,7 +34,7 @@ class Measured:
     malformed: str = ""
 
 
-def check_artifact(root: Path, manifest: Manifest, threads: int = 1, progress: Progress = no_progress) -> None:
+def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progress = no_progress) -> None:
     """Compare everything: names, sizes, then bytes and tensors in one go.
 
     Args:

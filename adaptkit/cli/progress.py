@@ -81,7 +81,7 @@ class TrainingProgress:
 
 
 @contextmanager
-def training_progress(hidden: bool = False, quiet: bool = False) -> Iterator[TrainingProgress]:
+def training_progress(hidden: bool, quiet: bool) -> Iterator[TrainingProgress]:
     """Show step, loss, tokens per second and time left of a training run while the block runs; notes stay.
 
     Args:
@@ -165,7 +165,7 @@ class StepBar:
 
 
 @contextmanager
-def step_bar(hidden: bool = False) -> Iterator[StepBar]:
+def step_bar(hidden: bool) -> Iterator[StepBar]:
     """A ``StepBar`` that is taken away when the block ends, however it does."""
     bar = StepBar(hidden)
     try:

@@ -5,13 +5,13 @@ from contextlib import suppress
 
 from adaptkit.checkpoint.signing import check_signer
 from adaptkit.errors import AuthenticationError, UsageError
-from adaptkit.hub._client import Hub, Note, connect, no_note
+from adaptkit.hub._client import Hub, Note, connect
 from adaptkit.hub._errors import LOGIN
 from adaptkit.hub._remote import check_repo_id, look_up
 from adaptkit.hub.publish import PublishOptions, refuse_absent
 
 
-def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note = no_note) -> None:
+def foresee(repo_id: str, options: PublishOptions, note: Note) -> None:
     """Refuse what ``publish`` would refuse if there were an artifact that the repository does not hold yet.
 
     Whether a repository that is absent may be made under that name is not known before it is.
@@ -27,7 +27,6 @@ def foresee(repo_id: str, options: PublishOptions | None = None, *, note: Note =
         NetworkError: no answer; run it again.
         UsageError: an unusable name or key, or a pull request to a repository that is absent.
     """
-    options = options or PublishOptions()
     check_repo_id(repo_id)
     if options.signer is not None:
         check_signer(options.signer)

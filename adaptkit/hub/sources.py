@@ -197,7 +197,7 @@ def _named(text: str) -> re.Match[str] | None:
     return None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
 
 
-def find_commit(repo_id: str, revision: str, note: Note = no_note) -> str:
+def find_commit(repo_id: str, revision: str, note: Note) -> str:
     """Ask the Hub which commit a branch or tag stands for; ``note`` is told what is waited for, as in all of these.
 
     Raises:
@@ -207,13 +207,13 @@ def find_commit(repo_id: str, revision: str, note: Note = no_note) -> str:
     return commit_of(connect(note), repo_id, revision)
 
 
-def size_of(repo_id: str, commit: str, note: Note = no_note) -> int:
+def size_of(repo_id: str, commit: str, note: Note) -> int:
     """The bytes of a commit's files at its root."""
     tree = list_tree(connect(note), repo_id, commit)
     return sum(file.size for path, file in tree.items() if "/" not in path)
 
 
-def download(repo_id: str, commit: str, progress: Progress = no_progress, note: Note = no_note) -> Path:
+def download(repo_id: str, commit: str, progress: Progress, note: Note) -> Path:
     """A commit's files, in huggingface_hub's cache; what is there already is not fetched again.
 
     Raises:
@@ -223,7 +223,7 @@ def download(repo_id: str, commit: str, progress: Progress = no_progress, note: 
     return _fetch_repository(connect(note), f"{repo_id}@{commit}", repo_id, commit, progress)
 
 
-def find_whole(repo_id: str, commit: str, note: Note = no_note) -> Path | None:
+def find_whole(repo_id: str, commit: str, note: Note) -> Path | None:
     """What huggingface_hub's cache holds of a commit, if nothing of it would have to be fetched.
 
     Raises:

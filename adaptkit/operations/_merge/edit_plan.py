@@ -33,7 +33,7 @@ def plan_edits(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     begins: Begins,
-    untie: bool = False,
+    untie: bool,
 ) -> Edits:
     """Say what adapters do to each tensor of a checkpoint.
 

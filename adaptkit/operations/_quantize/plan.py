@@ -146,13 +146,13 @@ class Plan:
         return sum(group.nbytes for group in self.groups.values())
 
 
-def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles | None = None) -> Plan:
+def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) -> Plan:
     """Decide for every tensor, and refuse what cannot be done.
 
     Args:
         checkpoint: the source.
         options: how.
-        roles: what its tensors are, if that is known already.
+        roles: what its tensors are.
 
     Raises:
         CheckpointError: the source is quantized already, or has nothing to quantize.

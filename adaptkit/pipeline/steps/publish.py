@@ -29,7 +29,7 @@ class PublishStep(PublishOptions):
 
 
 def _foresee(options: PublishStep, signer: Signer, note: Callable[[str], None]) -> None:
-    foresee(options.repo, _signed_by(options, signer), note=note)
+    foresee(options.repo, _signed_by(options, signer), note)
 
 
 def _signed_by(options: PublishStep, signer: Signer) -> PublishStep:
