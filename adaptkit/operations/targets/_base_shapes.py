@@ -16,6 +16,7 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.networks.architecture import empty_network, named_network, why_unknown
 from adaptkit.operations._roles import CONV1D_MODELS
 from adaptkit.operations._vocabulary import find_vocabulary
 
@@ -95,12 +96,6 @@ class BaseShapes:
     @cached_property
     def network(self) -> Any:
         """The model that the adapter is for, without weights; None if transformers does not know it."""
-        from adaptkit.networks.architecture import (  # here, since they wait for torch
-            empty_network,
-            named_network,
-            why_unknown,
-        )
-
         if find_spec("transformers") is None:
             return None
         named = named_network(self.checkpoint, self.classes)
@@ -193,6 +188,6 @@ def _classes(adapter: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _decoded(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    from adaptkit.checkpoint.quantized import quantized_names, read_outline
+    from adaptkit.checkpoint.quantized import quantized_names, read_outline  # here, since they wait for numpy
 
     return {name.removesuffix(_SUFFIX): read_outline(checkpoint, name).shape for name in quantized_names(checkpoint)}

@@ -9,6 +9,7 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.networks.architecture import empty_network, named_network, why_unknown
 from adaptkit.networks.naming import absent, places, shape_in
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.text.tokenizer_files import brings_tokenizer
@@ -105,7 +106,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
 
 
 def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
-    from adaptkit.checkpoint.quantized import quantized_names, read_outline  # here, since they wait for torch
+    from adaptkit.checkpoint.quantized import quantized_names, read_outline  # here, since they wait for numpy
 
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)
@@ -117,12 +118,6 @@ def _beside_model(
     checkpoint: Checkpoint, packed: Sequence[Packed], quantization: str | None
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """The class of the model that transformers builds for a checkpoint, and where the files differ from it."""
-    from adaptkit.networks.architecture import (  # here, since they wait for torch
-        empty_network,
-        named_network,
-        why_unknown,
-    )
-
     if why_unknown(checkpoint) or (quantization and not packed):  # tensors of methods that only others know
         return "", (), ()
     try:
