@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from adaptkit.cli.batch_view import batch_lines
+from adaptkit.cli.training_view import batch_lines
 from adaptkit.training.preview import Preview, ShownSample, Stretch
 
 CHAT = {"conversations": [{"from": "human", "value": "Name a river"}, {"from": "gpt", "value": "the Rhine"}], "id": 7}

@@ -11,8 +11,6 @@ import click
 from adaptkit.checkpoint.document import Document, read_document
 from adaptkit.checkpoint.pages import give_back_kernel_compiler
 from adaptkit.checkpoint.typed import Place, build
-from adaptkit.cli.batch_view import batch_lines, has_colour
-from adaptkit.cli.data_rows import cut_rows, data_rows
 from adaptkit.cli.options import (
     ArtifactPath,
     InSections,
@@ -24,6 +22,7 @@ from adaptkit.cli.options import (
 )
 from adaptkit.cli.output import Row, counted, say, show, size, told_rank
 from adaptkit.cli.progress import training_progress
+from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
 from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
 
