@@ -1,4 +1,4 @@
-"""What a card says beside what the manifest does: from the artifact's files, and the licence from its base's card.
+"""The card that publishing adds: what it says is in the artifact's files, and the licence in its base's card.
 
 What a training run measured is in ``metrics.jsonl``:
 
@@ -9,6 +9,7 @@ What a training run measured is in ``metrics.jsonl``:
 import json
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,16 +24,48 @@ from adaptkit.checkpoint.layout import (
     read_config,
     resolve_inside,
 )
-from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest
 from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
 from adaptkit.hub._client import Hub
 from adaptkit.hub._errors import is_no_repository
 from adaptkit.hub._fetch import download
-from adaptkit.hub.card import CardFacts, base_model, read_licence
+from adaptkit.hub._staging import Artifact, gather, has_card, in_memory
+from adaptkit.hub.card import CardFacts, base_model, make_card, read_licence
 from adaptkit.hub.secrets import redact
 
 
-def card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
+def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_sign: bool) -> Artifact:
+    """Add a card to an artifact that has none, and bring the signature that its folder has.
+
+    Args:
+        hub: where the card of the base is.
+        path: the artifact's folder.
+        manifest: its manifest.
+        base: name of the base on the Hub, for the card.
+        will_sign: whether what is published is signed; the folder's signature then stays behind.
+
+    Raises:
+        UsageError: there is a card already, which a base cannot be added to; or a signature, which a card would break.
+    """
+    signature = path / SIGNATURE_NAME
+    if has_card(manifest):
+        if base is not None:
+            raise UsageError(f"{path}: has a card of its own, which --base-model does not change", hint="leave it out")
+        artifact = gather(path, manifest)
+    elif signature.is_file() and not will_sign:
+        raise UsageError(
+            f"{path}: is signed without a model card, which publishing adds to its manifest",
+            hint="sign what is published: --sign KEY; or remove adaptkit-manifest.sig",
+        )
+    else:
+        artifact = gather(path, manifest, make_card(manifest, _card_facts(hub, path, manifest, base)))
+    if signature.is_file() and not will_sign:
+        signed = in_memory(SIGNATURE_NAME, signature.read_bytes())
+        artifact = replace(artifact, contents=(*artifact.contents, signed))
+    return artifact
+
+
+def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
     """Gather what the card of an artifact says.
 
     Args:

@@ -1,16 +1,44 @@
 """The signature of what is published, and the one that is on the Hub already."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adaptkit.checkpoint.manifest import SIGNATURE_NAME
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from adaptkit.checkpoint.signing import MAX_SIGNATURE_BYTES, Signer, Trust, check_signature, sign_manifest
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
 from adaptkit.hub._fetch import fetch_small
-from adaptkit.hub._remote import Content, RemoteFile
-from adaptkit.hub._staging import in_memory
+from adaptkit.hub._remote import Content, RemoteFile, differences
+from adaptkit.hub._staging import Artifact, in_memory
+
+
+def with_signature(
+    hub: Hub, repo_id: str, head: str | None, tree: Mapping[str, RemoteFile], artifact: Artifact, signer: Signer | None
+) -> Artifact:
+    """Sign the manifest; without a signer keep the signature on the Hub if it can be one of this manifest.
+
+    Args:
+        hub: where the signature is.
+        repo_id: org/name.
+        head: commit to build on; None for an empty repository.
+        tree: its files.
+        artifact: with the manifest as published.
+        signer: who signs, if anybody does.
+    """
+    named = {content.record.path: content for content in artifact.contents}
+    if SIGNATURE_NAME in named:
+        return artifact
+    is_for_this = MANIFEST_NAME in tree and not differences(tree, [named[MANIFEST_NAME]])[0]
+    there = fetch_signature(hub, repo_id, head, tree) if head and is_for_this else None
+    if signer is not None:
+        signature = _signature_of(artifact.manifest.to_bytes(), signer, there)
+    elif there is not None:
+        signature = in_memory(SIGNATURE_NAME, there)
+    else:
+        return artifact
+    return replace(artifact, contents=(*artifact.contents, signature))
 
 
 def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> bytes | None:
@@ -29,7 +57,7 @@ def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
     return fetch_small(hub, repo_id, commit, SIGNATURE_NAME, remote)
 
 
-def signature_of(manifest: bytes, signer: Signer, there: bytes | None) -> Content:
+def _signature_of(manifest: bytes, signer: Signer, there: bytes | None) -> Content:
     """Sign a manifest; but keep the signature on the Hub if it is the same signer's, since no two are alike.
 
     Args:

@@ -25,8 +25,9 @@ from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._commit import Landed, Target, find, send
-from adaptkit.hub._prepare import with_card, with_signature
+from adaptkit.hub._facts import with_card
 from adaptkit.hub._remote import Repository, check_repo_id, differences, is_commit, list_tree, look_up
+from adaptkit.hub._signature import with_signature
 from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.secrets import redact
