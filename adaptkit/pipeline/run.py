@@ -8,7 +8,6 @@ sends what the Hub does not have.
 
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +86,7 @@ class _Run:
         began = time.monotonic()
         self._listener.begun(self._recipe)
         sources = tuple(self._find_sources())
-        reports = []
-        for step in self._steps:
-            reports.append(self._plan(step) if self._dry_run else self._do(step))
+        steps = tuple(self._plan(step) if self._dry_run else self._do(step) for step in self._steps)
         state = "kept"
         if self._options.locked and not self._dry_run and self._options.until is None:
             self._lock.require_whole()
@@ -102,7 +99,7 @@ class _Run:
             lock=str(lock_path(self._recipe.path)),
             lock_state=state,
             sources=sources,
-            steps=tuple(reports),
+            steps=steps,
             seconds=time.monotonic() - began,
         )
 
@@ -118,10 +115,8 @@ class _Run:
                     self._take(step, record)
 
     def _find_sources(self) -> list[SourceReport]:
-        reports = []
         try:
-            for source in self._recipe.sources.values():
-                reports.append(self._find_source(source))
+            reports = [self._find_source(source) for source in self._recipe.sources.values()]
         finally:
             if not self._dry_run:
                 self._hashes.save()  # whatever stands against going on: reading a source again may take hours
@@ -139,7 +134,7 @@ class _Run:
             fetch=not self._dry_run,
             commit=self._lock.commit(source),
             files=self._lock.files(source),
-            on_commit=partial(self._note_commit, source.name),
+            on_commit=lambda commit: self._lock.add(commit, "sources", source.name, "commit"),
             progress=self._listener.source_progress,
             note=self._listener.note,
         )
@@ -156,9 +151,6 @@ class _Run:
         )
         self._listener.found(report)
         return report
-
-    def _note_commit(self, source: str, commit: str) -> None:
-        self._lock.add(commit, "sources", source, "commit")
 
     def _check_inputs(self, step: Step) -> None:
         for taken, name in step.takes():
