@@ -185,15 +185,13 @@ def _share(interference: float, measured: Sequence[ModuleDifference]) -> float |
 
 def _overlap(overlaps: Iterable[OverlapReport | None]) -> tuple[float | None, float | None]:
     """Root mean square over all angles, and over what it would be for random subspaces."""
-    found = [(overlap, len(overlap.cosines)) for overlap in overlaps if overlap is not None]
-    angles = sum(count for _, count in found)
+    found = [(len(overlap.cosines), overlap) for overlap in overlaps if overlap is not None]
+    angles = sum(count for count, _ in found)
     if not angles:
         return None, None
-    means = [sum(count * value**2 for count, value in part) / angles for part in (
-        [(count, overlap.rms) for overlap, count in found],
-        [(count, overlap.random) for overlap, count in found],
-    )]  # fmt: skip
-    return math.sqrt(means[0]), math.sqrt(means[1])
+    rms = sum(count * overlap.rms**2 for count, overlap in found) / angles
+    random = sum(count * overlap.random**2 for count, overlap in found) / angles
+    return math.sqrt(rms), math.sqrt(random)
 
 
 def _both(of_side: Callable[[int], float]) -> Pair:

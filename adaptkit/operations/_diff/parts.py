@@ -40,10 +40,9 @@ def held_by(adapter: Adapter) -> dict[str, Held]:
     """Everything else, by name."""
     found = {f"{module}.lora_magnitude_vector": Held("DoRA magnitude", m) for module, m in adapter.magnitudes.items()}
     found |= {f"{module}.lora_B.bias": Held("bias", bias) for module, bias in adapter.biases.items()}
-    for role, keys in (("replaced tensor", adapter.replaced), ("begins with", adapter.begins)):
-        suffix = " of the base" if keys is adapter.begins else ""
+    for role, of, keys in (("replaced tensor", "", adapter.replaced), ("begins with", " of the base", adapter.begins)):
         found |= {
-            f"{n}{suffix}": Held(role, Source(adapter.files, key), adapter.digests[key][0]) for n, key in keys.items()
+            f"{n}{of}": Held(role, Source(adapter.files, key), adapter.digests[key][0]) for n, key in keys.items()
         }
     found |= {f"{module} (trained tokens)": Held("token rows", rows) for module, rows in adapter.tokens.items()}
     began = adapter.compensation.items()
