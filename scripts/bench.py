@@ -94,7 +94,7 @@ import collections, pathlib, statistics, time, torch
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.numerics import lora
 from adaptkit.operations._diff.adapters import differ_in_module
-from adaptkit.operations._pipeline import each
+from adaptkit.operations._threads import each
 one, two = (read_adapter(pathlib.Path(path)).modules for path in ({first!r}, {second!r}))
 
 def dense(module, spectra):

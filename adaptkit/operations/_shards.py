@@ -18,7 +18,7 @@ from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.operations._pipeline import in_order
+from adaptkit.operations._threads import in_order
 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array

@@ -30,9 +30,9 @@ from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
+from adaptkit.operations._threads import check_threads, thread_count
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -9,7 +9,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
 from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters
 from adaptkit.operations._diff.checkpoints import CheckpointDiffReport, diff_checkpoints
-from adaptkit.operations._pipeline import check_threads, thread_count
+from adaptkit.operations._threads import check_threads, thread_count
 
 __all__ = ["AdapterDiffReport", "CheckpointDiffReport", "diff"]
 

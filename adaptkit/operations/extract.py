@@ -37,7 +37,7 @@ from adaptkit.operations._extract.report import (
 )
 from adaptkit.operations._extract.saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
 from adaptkit.operations._extract.tensors import Finding, examine
-from adaptkit.operations._pipeline import each, thread_count
+from adaptkit.operations._threads import each, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]

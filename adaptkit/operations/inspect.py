@@ -20,8 +20,8 @@ from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outl
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
-from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._roles import expert_count
+from adaptkit.operations._threads import thread_count
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
 from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions
 from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, Upgrade, make_report
 from adaptkit.operations._quantize.selection import skip_modules
 from adaptkit.operations._quantize.tensor_plan import check_finite
 from adaptkit.operations._shards import write_index, write_shards
+from adaptkit.operations._threads import thread_count
 
 if TYPE_CHECKING:
     from torch import Tensor

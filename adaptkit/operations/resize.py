@@ -17,8 +17,8 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
 from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._terms import KEPT_KEYS
+from adaptkit.operations._threads import check_threads, each, thread_count
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import Carried, carried
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._pipeline import check_threads, each, thread_count
 from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import expected_fingerprints, weights_of
+from adaptkit.operations._threads import check_threads, each, thread_count
 
 
 @dataclass(frozen=True)

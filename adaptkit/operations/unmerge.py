@@ -36,8 +36,8 @@ from adaptkit.operations._merge.merged_model import (
     other_configuration,
     target_names,
 )
-from adaptkit.operations._pipeline import check_threads, thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
+from adaptkit.operations._threads import check_threads, thread_count
 
 
 @dataclass(frozen=True)

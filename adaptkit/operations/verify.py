@@ -13,7 +13,7 @@ from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk, check_own_targets, require_whole
-from adaptkit.operations._pipeline import check_threads, thread_count
+from adaptkit.operations._threads import check_threads, thread_count
 
 
 @dataclass(frozen=True)

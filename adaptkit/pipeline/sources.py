@@ -25,7 +25,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of, tell_of_parts
-from adaptkit.operations._pipeline import fingerprints
+from adaptkit.operations._threads import fingerprints
 from adaptkit.pipeline.recipe import Source
 
 _FRESH_SECONDS = 2.0

@@ -22,10 +22,10 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
-from adaptkit.operations._pipeline import each
 from adaptkit.operations._quantize.plan import Plan, with_encodings
 from adaptkit.operations._quantize.report import Upgrade
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
+from adaptkit.operations._threads import each
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,8 +26,8 @@ from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
-from adaptkit.operations._pipeline import each
 from adaptkit.operations._quantize.tensor_plan import Encoded, TensorPlan
+from adaptkit.operations._threads import each
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,7 +30,7 @@ from adaptkit.operations._diff.groups import (
 )
 from adaptkit.operations._diff.parts import changes_of, differ_in_part, held_by
 from adaptkit.operations._diff.tensors import TensorDifference
-from adaptkit.operations._pipeline import each
+from adaptkit.operations._threads import each
 
 _UNORDERED = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 

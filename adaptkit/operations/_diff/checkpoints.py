@@ -15,7 +15,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
 from adaptkit.operations._diff.groups import relative
 from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
-from adaptkit.operations._pipeline import each, fingerprints
+from adaptkit.operations._threads import each, fingerprints
 
 BY_MANIFEST, COMPUTED = "manifest", "computed"
 

@@ -15,8 +15,8 @@ from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.numerics.randomized import Sketching
 from adaptkit.numerics.spectrum import check_size
 from adaptkit.operations._inquiry import find_roles
-from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._roles import Role, Roles
+from adaptkit.operations._threads import check_threads
 from adaptkit.operations._tying import is_shared
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"

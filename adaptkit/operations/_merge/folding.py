@@ -21,7 +21,7 @@ from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.numerics.exact import MergedRows, Prepared
 from adaptkit.numerics.finite import check_finite
 from adaptkit.operations._merge.edits import Edit, Step, matrix_of
-from adaptkit.operations._pipeline import in_order
+from adaptkit.operations._threads import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,8 +33,8 @@ from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths,
 from adaptkit.operations._merge.report import MergeOptions, MergeReport, change_of, with_changes
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.unlike_peft import untargeted
-from adaptkit.operations._pipeline import thread_count
 from adaptkit.operations._shards import Group, reading, write_shards
+from adaptkit.operations._threads import thread_count
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ from adaptkit.operations._merge.base import check_fingerprint, is_theirs, merge_
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, plain_change, quantized_change
-from adaptkit.operations._pipeline import fingerprints, thread_count
 from adaptkit.operations._quantize.plan import QuantizeOptions
 from adaptkit.operations._roles import stores_transposed
+from adaptkit.operations._threads import fingerprints, thread_count
 from adaptkit.operations.quantize import quantize_checkpoint
 
 

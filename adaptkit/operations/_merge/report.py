@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from adaptkit.arguments import typed_fields
 from adaptkit.errors import UsageError
-from adaptkit.operations._pipeline import check_threads
+from adaptkit.operations._threads import check_threads
 
 FORMATS = ("keep", "nf4")
 LITTLE_KEPT = 0.9

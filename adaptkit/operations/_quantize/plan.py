@@ -15,11 +15,11 @@ from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.operations._pipeline import check_threads
 from adaptkit.operations._quantize.selection import Choice, Selection, matches_any, of_type, select
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, plan_shards
+from adaptkit.operations._threads import check_threads
 
 
 @dataclass(frozen=True)

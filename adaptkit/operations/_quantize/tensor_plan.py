@@ -20,8 +20,8 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.numerics import finite
 from adaptkit.numerics.arrays import AnyValues, Array, as_array, like
 from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
-from adaptkit.operations._pipeline import in_order
 from adaptkit.operations._shards import Group, Piece, cut, reading
+from adaptkit.operations._threads import in_order
 
 
 @dataclass(frozen=True)
