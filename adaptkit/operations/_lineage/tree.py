@@ -17,15 +17,10 @@ VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "at hand", "not a
 
 
 @dataclass(frozen=True)
-class Ancestor:
-    """A parent, or a parent's parent.
+class Ancestor(Parent):
+    """A parent, or a parent's parent, as its child names it and as it was found.
 
     Attributes:
-        role: of what it was to its child: base, adapter, merged, tuned or init.
-        kind: of artifact; of one without a manifest, ``adapter`` or ``checkpoint``.
-        tensors_root: binds its tensors.
-        manifest_sha256: of its manifest as the child names it; None if it had none.
-        weight: with which an adapter was merged or stacked.
         state: ``verified``, ``wrong``, or ``not at hand``; ``at hand`` if nothing but its hash was to be compared;
             ``never written`` for a merged model that was quantized in the same go.
         problem: what is wrong; empty if nothing is.
@@ -36,11 +31,6 @@ class Ancestor:
         parents: its own.
     """
 
-    role: str
-    kind: str
-    tensors_root: str
-    manifest_sha256: str | None = None
-    weight: float | None = None
     state: str = MISSING
     problem: str = ""
     path: str | None = None
@@ -88,7 +78,7 @@ class Walk:
         )
 
     def _parent(self, child: Manifest, parent: Parent, line: frozenset[Path], identity: object) -> Ancestor:
-        told = Ancestor(parent.role, parent.kind, parent.tensors_root, parent.manifest_sha256, parent.weight)
+        told = Ancestor(**vars(parent))
         found = self._candidates.find(parent, line, identity)
         if found is None:
             return replace(told, state=NEVER_WRITTEN if _was_never_written(child, parent) else MISSING)
