@@ -174,11 +174,11 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "ranks": _counts(term.rank for term in terms),
         "scalings": _counts(str(term.scaling) for term in terms),
         "rslora": bool(config.get("use_rslora")),
-        "targets": _counts(_last(module) for module in (*adapter.modules, *adapter.experts)),
+        "targets": _counts(module.rpartition(".")[2] for module in (*adapter.modules, *adapter.experts)),
         "embeddings": len(adapter.embeddings) or None,
         "dora_magnitudes": len(adapter.magnitudes) or None,
         "added_biases": len(adapter.biases) or None,
-        "replaced_tensors": _counts(_ending(name) for name in adapter.replaced) or None,
+        "replaced_tensors": _counts(".".join(name.split(".")[-2:]) for name in adapter.replaced) or None,  # norm.weight
         "replaced_rows": {module: len(rows.indices) for module, rows in sorted(adapter.tokens.items())} or None,
         "expert_stacks": _counts(len(stack) for stack in adapter.experts.values()) or None,
         "own_copies_of_the_base": len(adapter.begins) or None,
@@ -192,16 +192,6 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
 def _counts(values: Iterable[str | int]) -> dict[str, int]:
     """How often each is there; the keys are strings, as JSON has them."""
     return {str(value): count for value, count in sorted(Counter(values).items())}
-
-
-def _last(path: str) -> str:
-    """What kind of module it is: the last part of its path."""
-    return path.rpartition(".")[2]
-
-
-def _ending(name: str) -> str:
-    """A tensor's module and its own last part: ``norm.weight``."""
-    return ".".join(name.split(".")[-2:])
 
 
 def _describe_merged(root: Path, manifest: Manifest) -> dict[str, Any]:

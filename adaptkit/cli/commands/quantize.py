@@ -143,10 +143,11 @@ def command(
 def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     kept = ", ".join(f"{count} {reason}" for reason, count in report.kept.items())
     what = f"{report.output} ({counted(report.shards, 'shard')})"
+    share = f"share {report.part[0]} of {report.part[1]} of " if report.part else ""
     of_all = ", all shares together" if report.part else ""
     part = f"{report.quantized_parameters:,} of {report.parameters:,}"
     rows = [
-        ("would write" if dry_run else "wrote", _share(report.part) + what),
+        ("would write" if dry_run else "wrote", share + what),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}{of_all}"),
         ("quantized", f"{counted(report.quantized, 'matrix')}, {part} parameters{of_all}"),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
@@ -178,7 +179,3 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     if report.part is not None:
         rows.append(("next", "when all shares are there, run this without --part to join them"))
     return rows
-
-
-def _share(part: tuple[int, int] | None) -> str:
-    return f"share {part[0]} of {part[1]} of " if part else ""
