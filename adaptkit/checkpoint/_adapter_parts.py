@@ -101,9 +101,7 @@ class Parts:
         self._take_tokens()
         self._take_replaced()
         for part, key in self._left.items():
-            self._refuse(
-                f"the tensor {key!r} is none that the configuration speaks of ({part.role} of {part.module})",
-            )
+            self._refuse(f"the tensor {key!r} is none that the configuration speaks of ({part.role} of {part.module})")
         missing = unused_saved(self._config, [name.rpartition(".")[0] for name in self.replaced])
         if missing:
             self._refuse(f"modules_to_save names {missing!r}, but there is no tensor of it")

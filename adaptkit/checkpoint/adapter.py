@@ -55,14 +55,7 @@ if TYPE_CHECKING:
 
     from adaptkit.numerics.arrays import Array
 
-__all__ = [
-    "Adapter",
-    "TokenRows",
-    "adapter_identity",
-    "read_adapter",
-    "require_plain",
-    "write_adapter",
-]
+__all__ = ["Adapter", "TokenRows", "adapter_identity", "read_adapter", "require_plain", "write_adapter"]
 
 _PIECE_ELEMENTS = 1 << 20
 _DECISIVE = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}

@@ -300,10 +300,7 @@ def token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) 
         given = given[max(names, key=len)] if names else None
     fits = isinstance(given, list) and all(type(index) is int and index >= 0 for index in given)
     if not fits or not given or len(set(given)) != len(given):
-        raise AdapterError(
-            f"{root}: trainable_token_indices does not say which rows {key!r} replaces",
-            hint=_ONE_SAVE,
-        )
+        raise AdapterError(f"{root}: trainable_token_indices does not say which rows {key!r} replaces", hint=_ONE_SAVE)
     return tuple(given)
 
 

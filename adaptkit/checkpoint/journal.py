@@ -180,12 +180,7 @@ class Output:
         return made_for_a_while(self.folder / SCRATCH_NAME)
 
     def write_tensors(
-        self,
-        name: str,
-        tensors: "Mapping[str, Values]",
-        *,
-        listed: bool = True,
-        notes: Mapping[str, Any] | None = None,
+        self, name: str, tensors: "Mapping[str, Values]", *, listed: bool = True, notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write a safetensors file, wide types first so that all are aligned, and note that it is complete.
 

@@ -35,14 +35,7 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
 from adaptkit.checkpoint.writer import DiskError
-from adaptkit.errors import (
-    DISK_HINTS,
-    AdaptkitError,
-    AuthenticationError,
-    ConflictError,
-    NetworkError,
-    UsageError,
-)
+from adaptkit.errors import DISK_HINTS, AdaptkitError, AuthenticationError, ConflictError, NetworkError, UsageError
 from adaptkit.hub.secrets import redact
 
 _InvalidURL = import_module(TransportError.__module__).InvalidURL  # which has no parent among the others

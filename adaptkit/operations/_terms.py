@@ -34,8 +34,7 @@ def expected_fingerprints(
             known, by = expected.setdefault(target.module, (target.base_xxh3_128, str(adapter.root)))
             if known != target.base_xxh3_128:
                 raise BaseMismatchError(
-                    f"{by} and {adapter.root} were trained on different bases: {target.module} differs",
-                    hint=hint,
+                    f"{by} and {adapter.root} were trained on different bases: {target.module} differs", hint=hint
                 )
     return expected
 

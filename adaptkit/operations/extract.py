@@ -16,15 +16,7 @@ from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._extract.plan import (
-    IMPOSSIBLE,
-    LEFT_OUT,
-    SAVED,
-    ExtractOptions,
-    Part,
-    Plan,
-    make_plan,
-)
+from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, SAVED, ExtractOptions, Part, Plan, make_plan
 from adaptkit.operations._extract.report import (
     LITTLE,
     ExtractedModule,

@@ -93,8 +93,7 @@ def _check_order(base: Path, adapters: Sequence[Path]) -> None:
     others = [path for path in adapters if (path / CONFIG_NAME).is_file() and not is_adapter(path)]
     if is_adapter(base) and others:
         raise UsageError(
-            f"{base} is an adapter and {others[0]} a checkpoint: the base comes first",
-            hint=f"merge {others[0]} {base}",
+            f"{base} is an adapter and {others[0]} a checkpoint: the base comes first", hint=f"merge {others[0]} {base}"
         )
 
 

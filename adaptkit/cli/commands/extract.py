@@ -40,14 +40,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Plan and validate only; no weight is read.")
 @threads_option
 def command(
-    tuned: Path,
-    base: Path,
-    output: Path,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    dry_run: bool,
-    **options: Any,
+    tuned: Path, base: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any
 ) -> None:
     """Find the adapter that turns the checkpoint BASE into TUNED.
 

@@ -87,10 +87,7 @@ def _rows(report: "RunReport", dry_run: bool) -> Iterator[tuple[str, str]]:
         yield report.name, f"{count} of {counted(len(report.steps), 'step')} would run"
         return
     done = sum(step.state == "done" for step in report.steps)
-    yield (
-        report.name,
-        f"{counted(done, 'step')} done, {len(report.steps) - done} kept, {report.seconds:.1f} s",
-    )
+    yield (report.name, f"{counted(done, 'step')} done, {len(report.steps) - done} kept, {report.seconds:.1f} s")
     words = {"kept": "as it was; nothing differs"}
     yield "lock", f"{report.lock}: {words.get(report.lock_state, report.lock_state)}"
     for output in (output for step in report.steps for output in step.outputs):

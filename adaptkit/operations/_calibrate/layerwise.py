@@ -31,11 +31,7 @@ class InputMoments:
 
 
 def layer_moments(
-    checkpoint: Checkpoint,
-    tokens: Tensor,
-    *,
-    second_moments: bool = False,
-    progress: Progress = no_progress,
+    checkpoint: Checkpoint, tokens: Tensor, *, second_moments: bool = False, progress: Progress = no_progress
 ) -> Iterator[dict[str, InputMoments]]:
     """Run a 16- or 32-bit checkpoint over tokens, and measure what enters its linear layers.
 

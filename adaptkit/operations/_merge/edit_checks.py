@@ -73,8 +73,7 @@ def check_effects(adapters: Sequence[Adapter], weights: Sequence[float], edits: 
         steps = (step for edit in edits.of.values() for step in edit.steps if step.adapter == number)
         if weight and not any(map(_changes_something, steps)):
             raise UsageError(
-                f"{adapter.root}: changes nothing: all that it adds is zero",
-                hint="train it first, or leave it out",
+                f"{adapter.root}: changes nothing: all that it adds is zero", hint="train it first, or leave it out"
             )
 
 

@@ -29,11 +29,7 @@ Begins = Callable[[str, TensorFiles, str], bool]
 
 
 def plan_edits(
-    checkpoint: Checkpoint,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    begins: Begins,
-    untie: bool,
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], begins: Begins, untie: bool
 ) -> Edits:
     """Say what adapters do to each tensor of a checkpoint.
 

@@ -76,10 +76,7 @@ def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     how: Any = files.config.get("init_lora_weights")
     if changes_base(how):
         yield Finding(
-            "error",
-            f"init_lora_weights is {how!r} in adapter_config.json",
-            effect,
-            without_changed_base(how),
+            "error", f"init_lora_weights is {how!r} in adapter_config.json", effect, without_changed_base(how)
         )
     elif changes_base(how) is None:
         yield Finding(

@@ -100,10 +100,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
     rest = [name for name in others if name not in norms]
     if rest:
         yield Finding(
-            "error",
-            some(rest),
-            "convert_lora_to_gguf.py stops: it is neither lora_A nor lora_B",
-            files.merge(),
+            "error", some(rest), "convert_lora_to_gguf.py stops: it is neither lora_A nor lora_B", files.merge()
         )
     if files.keys and not others and (files.config.get("use_dora") or files.saved):
         yield Finding(

@@ -5,13 +5,7 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
-    report = extract(
-        work.path("extract"),
-        work.path("base"),
-        work.output,
-        work.options,
-        progress=work.progress,
-    )
+    report = extract(work.path("extract"), work.path("base"), work.output, work.options, progress=work.progress)
     return Outcome(f"{report.parameters:,} parameters", {"relative_error": report.relative_error})
 
 
