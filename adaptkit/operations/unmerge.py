@@ -13,7 +13,6 @@ import xxhash
 from adaptkit.arguments import AnyPath, several
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
-from adaptkit.checkpoint.header import Header
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import require_folder, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, parent_of
@@ -195,16 +194,9 @@ class _Restoring:
 
     def write(self, out: Output, threads: int, progress: Progress) -> None:
         """Write the shards."""
-        checkpoint = self.model.checkpoint
-        shards = []
-        for file in sorted(checkpoint.headers):
-            groups = []
-            for spec, _ in checkpoint.headers[file].tensors:
-                known = spec.name in self.base.tensors
-                groups.append(Group(spec.name, (self.base.spec(spec.name),) if known else ()))
-            shards.append((file, groups))
-        headers: dict[str, Header] = self.base.headers
-        raw = {file: header.raw for file, header in headers.items()}
+        merged = sorted(self.model.checkpoint.headers.items())
+        shards = [(file, [self._group(spec.name) for spec, _ in header.tensors]) for file, header in merged]
+        raw = {file: header.raw for file, header in self.base.headers.items()}
         write_shards(out, shards, self._jobs, self._assemble, threads, progress, raw)
 
     def finish(self, out: Output) -> Manifest:
@@ -241,6 +233,9 @@ class _Restoring:
         """Whether the tensors are those that the merge began with."""
         base = next(parent for parent in self.model.manifest.parents if parent.role == "base")
         return tensors_root(out.tensors) == base.tensors_root
+
+    def _group(self, name: str) -> Group:
+        return Group(name, (self.base.spec(name),) if name in self.base.tensors else ())
 
     def _record(self, name: str) -> TensorFiles:
         return self.records[self.model.checkpoint.tensors[name].file]
