@@ -767,6 +767,15 @@ def test_a_tied_head(make, llama, untied):
     assert verdicts(folder, untied)["gguf"].findings == ()
 
 
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_llama_cpp_has_one_tensor_for_a_tied_embedding_and_its_head(module, make, llama, untied):
+    """Asked of llama.cpp: it refuses the head, and aborts on the embedding when it computes the head."""
+    folder = make(llama, target_modules=[module, "q_proj", "v_proj"])
+    assert [f.level for f in verdicts(folder)["gguf"].findings] == ["warning"]
+    assert [f.level for f in verdicts(folder, llama)["gguf"].findings] == ["error"]
+    assert verdicts(folder, untied)["gguf"].findings == ()
+
+
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
 def test_pickles_are_taken_but_not_looked_into(name, make):
     folder = make()

@@ -136,6 +136,15 @@ def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             "llama.cpp has no output tensor of its own where the head is the embedding, and then refuses the adapter",
             files.merge() if head else f"give --base to find out; if it is: {files.merge()}",
         )
+    tables = [pair.module for pair in files.pairs if pair.embedding and _rules.is_table(pair.module)]
+    if tables and (base is None or base.is_tied):  # the head then has the embedding's A, which is turned round
+        yield Finding(
+            "warning" if base is None else "error",
+            f"{some(tables)} is changed{', and the base has it in common with the head' if base else ''}",
+            "llama.cpp loads the adapter, and the process ends at the first token (GGML_ASSERT) where the head is the "
+            "embedding",
+            files.merge() if base else f"give --base to find out; if it is: {files.merge()}",
+        )
 
 
 def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
