@@ -557,6 +557,14 @@ def test_ranks_that_vllm_takes(rank, flag, make):
     assert ("resize" in words(verdict)) == (rank > 16)
 
 
+def test_vllm_counts_ranks_that_no_module_has(make):
+    folder = make(rank_pattern={"k_proj": 2})
+    assert levels(verdicts(folder)["vllm"], "vLLM takes ranks") == set()
+    for rank, level in ((64, "warning"), (1024, "error")):
+        configure(folder, rank_pattern={"k_proj": 2, "nowhere": rank})
+        assert levels(verdicts(folder)["vllm"], f"rank {rank}") == {level}
+
+
 @pytest.mark.parametrize(
     ("config", "refusing"),
     [

@@ -125,9 +125,9 @@ def _patterns(files: AdapterFiles) -> Iterator[Finding]:
 
 def _largest_rank(files: AdapterFiles) -> Iterator[Finding]:
     known = [pair.rank for pair in files.pairs if pair.rank]
-    asked = [pair.asked for pair in files.pairs if isinstance(pair.asked, int)]
-    configured = files.config.get("r")
-    largest = max([*known, *asked, configured if isinstance(configured, int) else 0])
+    pattern = files.config.get("rank_pattern")
+    asked = [files.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]  # whoever has them
+    largest = max([0, *known, *(rank for rank in asked if isinstance(rank, int))])
     if largest > _RANKS[-1]:
         yield Finding(
             "error",
