@@ -739,6 +739,10 @@ def test_heads_that_vllm_takes(make, untied, copy_of):
     configure(classifier, modules_to_save=["score"], task_type="SEQ_CLS")
     assert levels(verdicts(classifier)["vllm"], "classification head") == {"warning"}
     assert taken(classifier) == {"peft", "vllm"}
+    rewrite(classifier, lambda t: t | {"base_model.model.score.bias": torch.ones(3)})  # as BERT's has, peft saves both
+    assert "vllm" in taken(classifier)
+    rewrite(classifier, lambda t: t | {"base_model.model.model.layers.0.mlp.up_proj.bias": torch.ones(3)})
+    assert levels(verdicts(classifier)["vllm"], "up_proj.bias") == {"error"}
     head, base = make(name="head", target_modules=["lm_head", "q_proj", "v_proj"]), copy_of(untied)
     config = json.loads((base / "config.json").read_text())
     for size, level in ((258_048, set()), (258_049, {"error"})):

@@ -75,7 +75,7 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
             "vLLM's GPT-2 takes no adapters",
             files.merge(),
         )
-    biases = files.named("bias")
+    biases = [key.name for key in files.keys if key.role == "bias" and not _is_head(key.module)]
     if files.config.get("bias", "none") != "none" or biases:
         what = some(biases) if biases else f"bias is {files.config['bias']!r} in adapter_config.json"
         yield Finding("error", what, "vLLM refuses trained biases", files.merge())
@@ -83,7 +83,7 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
 
 def _names(files: AdapterFiles) -> Iterator[Finding]:
     whole = [key for key in files.keys if key.role == "weight"]
-    heads = [key.name for key in whole if key.module.rpartition(".")[2] in _HEADS]
+    heads = [key.name for key in whole if _is_head(key.module)]
     rest = [key.name for key in whole if key.name not in heads]
     if heads:
         yield Finding(
@@ -107,6 +107,11 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
             "vLLM refuses names that it cannot read (… is unsupported LoRA weight)",
             f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
         )
+
+
+def _is_head(module: str) -> bool:
+    """Whether vLLM puts the module, bias and all, in the place of its classification head."""
+    return module.rpartition(".")[2] in _HEADS
 
 
 def _patterns(files: AdapterFiles) -> Iterator[Finding]:
