@@ -601,9 +601,16 @@ def test_weights_that_no_program_reads_are_told(make):
 def test_a_beginning_that_is_not_known_is_told_by_all(make):
     folder = make()
     configure(folder, init_lora_weights="milora")
-    assert taken(folder) == set(verdicts(folder)) - {"peft"}
+    assert taken(folder) == set(verdicts(folder)) - {"peft", "vllm"}
     for verdict in verdicts(folder).values():
         assert "init_lora_weights is 'milora'" in words(verdict)
+
+
+def test_vllm_refuses_beginnings_that_change_the_base_when_it_is_loaded(make):
+    folder = make()
+    for begun, phrase in (("olora", "vLLM refuses"), ("lora_ga", "vLLM takes it"), ("milora", "vLLM refuses")):
+        configure(folder, init_lora_weights=begun)
+        assert levels(verdicts(folder)["vllm"], phrase) == {"error"}
 
 
 def test_a_key_of_the_future_is_a_warning(make):

@@ -71,8 +71,14 @@ def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: st
             yield Finding("error", f"{key} in adapter_config.json", effect.format(what=VARIANTS[key]), change)
 
 
-def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
-    """An initialization that changes the base, whose adapter does not belong to the base as it is published."""
+def begun(files: AdapterFiles, effect: str, refusal: str = "") -> Iterator[Finding]:
+    """An initialization that changes the base, whose adapter does not belong to the base as it is published.
+
+    Args:
+        files: of the adapter.
+        effect: what the program does with it.
+        refusal: what it does with one that is not known, if it refuses that.
+    """
     how: Any = files.config.get("init_lora_weights")
     if changes_base(how):
         yield Finding(
@@ -80,9 +86,9 @@ def begun(files: AdapterFiles, effect: str) -> Iterator[Finding]:
         )
     elif changes_base(how) is None:
         yield Finding(
-            "warning",
+            "error" if refusal else "warning",
             f"init_lora_weights is {how!r} in adapter_config.json, which is not known",
-            "if it changed the base's weights, the adapter does not fit the base",
+            refusal or "if it changed the base's weights, the adapter does not fit the base",
             "learn what it means; true says that it left them alone",
         )
 

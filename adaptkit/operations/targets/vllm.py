@@ -49,8 +49,9 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 
 def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    config = files.config
     yield from _rules.kind(files, "vLLM does not look at it, and fails on keys or tensors that LoRA does not have")
-    if _rules.is_lora(files) and "target_modules" not in files.config:
+    if _rules.is_lora(files) and "target_modules" not in config:
         yield Finding(
             "error",
             "target_modules is missing in adapter_config.json",
@@ -64,11 +65,12 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
     yield from _rules.variants(
         files, rest, "vLLM does not know {what} and computes plain LoRA", files.merge_elsewhere()
     )
-    yield from _rules.begun(
-        files, "vLLM refuses initial adapters that change the base (before 0.32 it took them, wrongly)"
-    )
+    refuses = "vLLM refuses initial adapters that change the base (before 0.32 it took them, wrongly)"
+    takes = "vLLM takes it as any other, and adds it to a base that it does not fit"
+    is_lora_ga = str(config.get("init_lora_weights")).lower() == "lora_ga"  # peft changes the base in training alone
+    yield from _rules.begun(files, takes if is_lora_ga else refuses, "vLLM refuses what it does not know, from 0.32 on")
     yield from _rules.unknown_keys(files, "vLLM ignores keys that it does not know")
-    if files.config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
+    if config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
         yield Finding(
             "error",
             "fan_in_fan_out in adapter_config.json, or a base of GPT-2's kind",
@@ -76,8 +78,8 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
             files.merge(),
         )
     biases = [key.name for key in files.keys if key.role == "bias" and not _is_head(key.module)]
-    if files.config.get("bias", "none") != "none" or biases:
-        what = some(biases) if biases else f"bias is {files.config['bias']!r} in adapter_config.json"
+    if config.get("bias", "none") != "none" or biases:
+        what = some(biases) if biases else f"bias is {config['bias']!r} in adapter_config.json"
         yield Finding("error", what, "vLLM refuses trained biases", files.merge())
 
 
