@@ -97,6 +97,32 @@ def test_peft_makes_stacks_of_single_experts_only_as_the_verdict_says(case, fami
     assert verdict.taken == loads
 
 
+@pytest.mark.parametrize("case", SINGLE)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_vllm_puts_all_experts_of_a_layer_together(case, family, moe, tmp_path):
+    """As its ``PackedLoRALayerWeights.pack_moe`` asserts: w1, w2 and w3 of every expert."""
+    folder = write_single_experts(tmp_path / "adapter", moe[family], family, **SINGLE[case])
+    layers = [name.split(".")[4] for name in load_file(folder / "adapter_model.safetensors") if "lora_A" in name]
+    (verdict,) = check(folder, ["vllm"], moe[family]).verdicts
+    assert verdict.taken == all(layers.count(layer) == 4 * 3 for layer in set(layers))
+
+
+def test_vllm_wants_experts_of_one_rank(moe, tmp_path):
+    folder = write_single_experts(tmp_path / "adapter", moe["mixtral"], "mixtral")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"rank_pattern": {r"0\.w1": 2}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in [name for name in tensors if "experts.0.w1.lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        tensors[name], tensors[other] = tensors[name][:2].contiguous(), tensors[other][:, :2].contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    for base in (None, moe["mixtral"]):
+        (verdict,) = check(folder, ["vllm"], base).verdicts
+        assert [finding.found for finding in verdict.findings if finding.level == "error"] == [
+            "model.layers.0.block_sparse_moe.experts and 1 more: experts of several ranks"
+        ]
+
+
 @pytest.mark.parametrize(("name", "loads"), [("gate", False), ("shared_expert_gate", True)])
 def test_peft_has_no_layer_for_routers(name, loads, tmp_path):
     """Those of transformers 5; under 4 they were linear layers, as what weighs the shared expert still is."""

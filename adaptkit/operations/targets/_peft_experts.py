@@ -16,7 +16,8 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
-_ONE = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
+ONE_EXPERT = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
+"""A matrix of one of several experts."""
 
 
 def turned(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
@@ -51,7 +52,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
         base: without it every model is taken to have stacks.
         drops: what peft does with what it drops.
     """
-    found = [(pair, match) for pair in files.pairs if (match := _ONE.fullmatch(pair.module))]
+    found = [(pair, match) for pair in files.pairs if (match := ONE_EXPERT.fullmatch(pair.module))]
     modules = [pair.module for pair, _ in found]
     if not found or not _has_stacks(base, modules):
         return
@@ -103,7 +104,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
 def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
     """Modules that are no experts and are called as these are: peft takes their targets for the stacks'."""
     family = (base.model_type if base else None) or ""
-    modules = [pair.module for pair in files.pairs if not pair.stacked and not _ONE.fullmatch(pair.module)]
+    modules = [pair.module for pair in files.pairs if not pair.stacked and not ONE_EXPERT.fullmatch(pair.module)]
     taken = taken_for_experts(family, modules)
     if taken:
         yield Finding(
