@@ -107,6 +107,16 @@ def test_vllm_puts_all_experts_of_a_layer_together(case, family, moe, tmp_path):
     assert verdict.taken == all(layers.count(layer) == 4 * 3 for layer in set(layers))
 
 
+@pytest.mark.parametrize(("parts", "level"), [("gate up", None), ("gate down", None), ("up down", "error")])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_sglang_wants_an_experts_gate_with_its_up(parts, level, family, moe, tmp_path):
+    """It makes up for an up that is not there with zeros; an up alone is called as nothing that it has."""
+    folder = write_single_experts(tmp_path / "adapter", moe[family], family, parts=parts)
+    for base, found in ((moe[family], level), (None, level and "warning")):  # a model may have no gate
+        (verdict,) = check(folder, ["sglang"], base).verdicts
+        assert [f.level for f in verdict.findings if "without gate_proj" in f.found] == ([found] if found else [])
+
+
 def test_vllm_wants_experts_of_one_rank(moe, tmp_path):
     folder = write_single_experts(tmp_path / "adapter", moe["mixtral"], "mixtral")
     config = json.loads((folder / "adapter_config.json").read_text()) | {"rank_pattern": {r"0\.w1": 2}}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.layout import read_small
 from adaptkit.errors import CheckpointError
+from adaptkit.networks.peft_names import GATES, UPS
 from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -172,12 +173,13 @@ def _fused(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     blocks: dict[str, set[str]] = defaultdict(set)
     for pair in files.pairs:
         block, _, leaf = pair.module.rpartition(".")
-        if _LAYER.search(f"{pair.module}.") and "experts" not in block:
-            blocks[block].add(leaf)
+        if _LAYER.search(f"{pair.module}."):  # of single experts, too, whose w1 and w3 SGLang calls gate and up
+            blocks[block].add("gate_proj" if leaf in GATES else "up_proj" if leaf in UPS else leaf)
     for needed, has in (("v_proj", {"q_proj"}), ("q_proj", {"k_proj", "v_proj"}), ("gate_proj", {"up_proj"})):
         alone = [block for block, leaves in blocks.items() if leaves & has and needed not in leaves]
         if base is not None:
-            alone = [block for block in alone if base.shape(f"{block}.{needed}")]
+            names = GATES if needed == "gate_proj" else {needed}
+            alone = [block for block in alone if any(base.shape(f"{block}.{name}") for name in names)]
         if alone:
             sure = needed != "gate_proj" or base is not None  # a layer without a gate has up_proj alone, rightly
             yield Finding(
