@@ -99,12 +99,14 @@ def test_peft_makes_stacks_of_single_experts_only_as_the_verdict_says(case, fami
 
 @pytest.mark.parametrize("case", SINGLE)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_vllm_puts_all_experts_of_a_layer_together(case, family, moe, tmp_path):
-    """As its ``PackedLoRALayerWeights.pack_moe`` asserts: w1, w2 and w3 of every expert."""
+def test_vllm_and_llama_cpp_put_all_experts_of_a_layer_together(case, family, moe, tmp_path):
+    """vLLM's ``PackedLoRALayerWeights.pack_moe`` asserts that all are there, llama.cpp's converter counts them."""
     folder = write_single_experts(tmp_path / "adapter", moe[family], family, **SINGLE[case])
     layers = [name.split(".")[4] for name in load_file(folder / "adapter_model.safetensors") if "lora_A" in name]
-    (verdict,) = check(folder, ["vllm"], moe[family]).verdicts
-    assert verdict.taken == all(layers.count(layer) == 4 * 3 for layer in set(layers))
+    whole = all(layers.count(layer) == 4 * 3 for layer in set(layers))
+    gguf, vllm = check(folder, ["gguf", "vllm"], moe[family]).verdicts
+    assert vllm.taken == whole
+    assert gguf.taken == (whole and "alpha" not in SINGLE[case])
 
 
 @pytest.mark.parametrize(("parts", "level"), [("gate up", None), ("gate down", None), ("up down", "error")])
@@ -117,7 +119,8 @@ def test_sglang_wants_an_experts_gate_with_its_up(parts, level, family, moe, tmp
         assert [f.level for f in verdict.findings if "without gate_proj" in f.found] == ([found] if found else [])
 
 
-def test_vllm_wants_experts_of_one_rank(moe, tmp_path):
+@pytest.mark.parametrize("target", ["gguf", "vllm"])
+def test_experts_of_several_ranks_cannot_be_put_together(target, moe, tmp_path):
     folder = write_single_experts(tmp_path / "adapter", moe["mixtral"], "mixtral")
     config = json.loads((folder / "adapter_config.json").read_text()) | {"rank_pattern": {r"0\.w1": 2}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -127,7 +130,7 @@ def test_vllm_wants_experts_of_one_rank(moe, tmp_path):
         tensors[name], tensors[other] = tensors[name][:2].contiguous(), tensors[other][:, :2].contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
     for base in (None, moe["mixtral"]):
-        (verdict,) = check(folder, ["vllm"], base).verdicts
+        (verdict,) = check(folder, [target], base).verdicts
         assert [finding.found for finding in verdict.findings if finding.level == "error"] == [
             "model.layers.0.block_sparse_moe.experts and 1 more: experts of several ranks"
         ]

@@ -72,13 +72,7 @@ def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: st
 
 
 def begun(files: AdapterFiles, effect: str, refusal: str = "") -> Iterator[Finding]:
-    """An initialization that changes the base, whose adapter does not belong to the base as it is published.
-
-    Args:
-        files: of the adapter.
-        effect: what the program does with it.
-        refusal: what it does with one that is not known, if it refuses that.
-    """
+    """An initialization that changes the base, or one that is not known, which a program with a ``refusal`` refuses."""
     how: Any = files.config.get("init_lora_weights")
     if changes_base(how):
         yield Finding(

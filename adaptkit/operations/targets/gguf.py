@@ -14,6 +14,7 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._rules import VARIANTS
+from adaptkit.operations.targets._single_experts import all_or_none
 from adaptkit.operations.targets._target import Finding, Target, some
 
 _METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
@@ -34,6 +35,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         files, "convert_lora_to_gguf.py fails where A and B differ; llama.cpp scales by the rank of the tensors"
     )
     yield from _modules(files, base)
+    yield from all_or_none(files, base, "convert_lora_to_gguf.py fails when it makes one tensor of them")
     yield from _rules.on_base(
         files,
         base,

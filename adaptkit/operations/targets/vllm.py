@@ -7,17 +7,14 @@ initial adapters that change the base is as new, and bitsandbytes left vLLM for 
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 
-from adaptkit.networks.peft_names import DOWNS, GATES, UPS
-from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
-from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
+from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._peft_experts import ONE_EXPERT
 from adaptkit.operations.targets._rules import VARIANTS
+from adaptkit.operations.targets._single_experts import all_or_none
 from adaptkit.operations.targets._target import Finding, Target, some
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -41,7 +38,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _largest_rank(files)
     yield from _tables(files, base)
     yield from _experts(files)
-    yield from _single_experts(files, base)
+    yield from all_or_none(files, base, "vLLM fails when it puts them together")
     missing = (
         "vLLM refuses the adapter, or, where another module ends in the same name, drops the tensors without a word"
     )
@@ -196,32 +193,6 @@ def _experts(files: AdapterFiles) -> Iterator[Finding]:
             "vLLM takes them where its model keeps experts in stacks, and refuses them elsewhere unless it is told",
             "serve it with --enable-mixed-moe-lora-format and is_3d_lora_weight=True in the LoRA request",
         )
-
-
-def _single_experts(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Experts that are adapted one by one, which vLLM puts together: all of a layer, or none."""
-    stacks: defaultdict[str, dict[tuple[int, int], Pair]] = defaultdict(dict)
-    for pair in files.pairs:
-        match = ONE_EXPERT.fullmatch(pair.module)
-        for kind, names in enumerate((GATES, UPS, DOWNS)):
-            if match and match["part"] in names:
-                stacks[match["stack"]][int(match["number"]), kind] = pair
-    said = expert_count(base.config) if base else None
-    lacking, uneven = [], []
-    for stack, pairs in stacks.items():
-        count = said or 1 + max(number for number, _ in pairs)
-        has_gate = base is not None and any(base.shape(f"{stack}.0.{name}") for name in GATES)
-        kinds = {kind for _, kind in pairs}
-        if len(pairs) < count * len(kinds | {1, 2} | ({0} if has_gate else set())):  # some models have no gate
-            lacking.append(stack)
-        if len({(kind, pair.rank) for (_, kind), pair in pairs.items()}) > len(kinds):
-            uneven.append(stack)
-    for found, what in (
-        (lacking, "pairs for some of the experts, or of their gate, up and down"),
-        (uneven, "experts of several ranks"),
-    ):
-        if found:
-            yield Finding("error", f"{some(found)}: {what}", "vLLM fails when it puts them together", files.merge())
 
 
 def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:

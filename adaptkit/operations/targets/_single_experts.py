@@ -1,0 +1,43 @@
+"""Experts that are adapted one by one, for programs that put those of a layer together."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from adaptkit.networks.peft_names import DOWNS, GATES, UPS
+from adaptkit.operations._roles import expert_count
+from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
+from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._peft_experts import ONE_EXPERT
+from adaptkit.operations.targets._target import Finding, some
+
+
+def all_or_none(files: AdapterFiles, base: BaseShapes | None, effect: str) -> Iterator[Finding]:
+    """Layers of which some experts, or some of their matrices, have no pair, or another rank than the others.
+
+    Args:
+        files: of the adapter.
+        base: without it there are as many experts as the files count, and a gate if the files have one.
+        effect: what the program does.
+    """
+    stacks: defaultdict[str, dict[tuple[int, int], Pair]] = defaultdict(dict)
+    for pair in files.pairs:
+        match = ONE_EXPERT.fullmatch(pair.module)
+        for kind, names in enumerate((GATES, UPS, DOWNS)):
+            if match and match["part"] in names:
+                stacks[match["stack"]][int(match["number"]), kind] = pair
+    said = expert_count(base.config) if base else None
+    lacking, uneven = [], []
+    for stack, pairs in stacks.items():
+        count = said or 1 + max(number for number, _ in pairs)
+        has_gate = base is not None and any(base.shape(f"{stack}.0.{name}") for name in GATES)
+        kinds = {kind for _, kind in pairs}
+        if len(pairs) < count * len(kinds | {1, 2} | ({0} if has_gate else set())):  # some models have no gate
+            lacking.append(stack)
+        if len({(kind, pair.rank) for (_, kind), pair in pairs.items()}) > len(kinds):
+            uneven.append(stack)
+    for found, what in (
+        (lacking, "pairs for some of the experts, or of their gate, up and down"),
+        (uneven, "experts of several ranks"),
+    ):
+        if found:
+            yield Finding("error", f"{some(found)}: {what}", effect, files.merge())
