@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import peft
 import peft_adapters
@@ -791,8 +793,13 @@ def test_llama_cpp_has_one_tensor_for_a_tied_embedding_and_its_head(module, make
     """Asked of llama.cpp: it refuses the head, and aborts on the embedding when it computes the head."""
     folder = make(llama, target_modules=[module, "q_proj", "v_proj"])
     assert [f.level for f in verdicts(folder)["gguf"].findings] == ["warning"]
-    assert [f.level for f in verdicts(folder, llama)["gguf"].findings] == ["error"]
+    (finding,) = verdicts(folder, llama)["gguf"].findings
+    assert finding.level == "error"
     assert verdicts(folder, untied)["gguf"].findings == ()
+    command = finding.change.partition(",")[0]
+    words = command.replace("BASE", str(llama)).replace("MERGED", str(folder.with_name("merged"))).split()
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    assert (done.returncode, words[:2]) == (0, ["adaptkit", "merge"]), done.stderr
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])

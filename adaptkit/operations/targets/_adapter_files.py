@@ -145,9 +145,9 @@ class AdapterFiles:
         """Whether all modules have one rank and one scaling."""
         return len({(pair.rank, pair.scaling) for pair in self.pairs}) == 1
 
-    def merge(self) -> str:
+    def merge(self, options: str = "") -> str:
         """The command that makes a model of it that needs no adapter."""
-        return f"adaptkit merge BASE {self.root} -o MERGED, and give it MERGED"
+        return f"adaptkit merge BASE {self.root} -o MERGED{options}, and give it MERGED"
 
     def merge_elsewhere(self) -> str:
         """What to do with what adaptkit does not read either."""

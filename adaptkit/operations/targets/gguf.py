@@ -130,13 +130,13 @@ def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             "llama.cpp refuses what does not fit, and takes square ones wrongly",
             files.merge(),
         )
-    head = _rules.tied_head(files, base)
+    head, merge_apart = _rules.tied_head(files, base), files.merge(" --untie")
     if head is not None or (base is None and any(pair.module.endswith("lm_head") for pair in files.pairs)):
         yield Finding(
             "warning" if head is None else "error",
             f"{head or 'lm_head'} is changed{', and the base has it in common with the embedding' if head else ''}",
             "llama.cpp has no output tensor of its own where the head is the embedding, and then refuses the adapter",
-            files.merge() if head else f"give --base to find out; if it is: {files.merge()}",
+            merge_apart if head else f"give --base to find out; if it is: {merge_apart}",
         )
     tables = [pair.module for pair in files.pairs if pair.embedding and _rules.is_table(pair.module)]
     if tables and (base is None or base.is_tied):  # the head then has the embedding's A, which is turned round
@@ -145,7 +145,7 @@ def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             f"{some(tables)} is changed{', and the base has it in common with the head' if base else ''}",
             "llama.cpp loads the adapter, and the process ends at the first token (GGML_ASSERT) where the head is the "
             "embedding",
-            files.merge() if base else f"give --base to find out; if it is: {files.merge()}",
+            merge_apart if base else f"give --base to find out; if it is: {merge_apart}",
         )
 
 
