@@ -5,7 +5,8 @@
     prompt         {"prompt", "completion"}             or input, which follows the question, and system. A prompt
                                                         and its completion may be lists of messages.
     messages       {"messages": [{"role", "content"}, ...]}         also from and value; "weight": 0 on an answer
-    conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss; thoughts may be apart, as
+    conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss, as "loss": false and
+                                                                    "train": false do; thoughts may be apart, as
                                                                     reasoning_content, reasoning or thinking; calls of
                                                                     tools are too, and the tools are the row's
     text           {"text"}
@@ -19,6 +20,7 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
+from adaptkit.text.learning_marks import MARKS, is_marked_out
 from adaptkit.text.parts import joined
 from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
@@ -40,7 +42,7 @@ LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "te
 _QUESTIONS = LAYOUTS[:3]
 _ANSWERS = ("output", "response", "completion", "answer")
 _CONTEXTS = ("context", "input")
-_MESSAGE_KEYS = {"role", "from", "content", "value", "weight"}
+_MESSAGE_KEYS = {"role", "from", "content", "value"}
 _ROLES = {
     **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
     **{"function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"},
@@ -268,15 +270,14 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     if not is_text(content):
         found = "half a character" if isinstance(content, str) else type(content).__name__
         raise DataError(f"{where} has no text ({found})", hint="content and value are strings, or parts of text")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise DataError(f"{where} has the weight {weight!r}", hint="0 takes an answer out of the loss, 1 leaves it in")
+    is_learned = not is_marked_out(message, where) and is_answer
     known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
+    known |= {mark for mark in MARKS if is_answer or not message.get(mark)}
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
     thoughts = read_thoughts(message, str(content), where) if is_answer else ""
     if not is_text(thoughts):
         raise DataError(f"{where}: its thoughts are no text (half a character)", hint="they are a string")
-    return _Turn(_ROLES[role], str(content), is_answer and weight != 0, {FIELD: thoughts} | others, ignored | unread)
+    return _Turn(_ROLES[role], str(content), is_learned, {FIELD: thoughts} | others, ignored | unread)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

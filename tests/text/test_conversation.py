@@ -169,6 +169,31 @@ def test_answers_in_a_prompt_or_of_weight_zero_are_not_learned():
     assert read_example(weighted, "here").learned == (3, 5)
 
 
+MARKS = [{"weight": 0}, {"weight": 1}, {"loss": False}, {"loss": True}, {"train": False}, {"train": True}]
+
+
+@given(st.lists(st.lists(st.sampled_from([*MARKS, {"loss": None, "train": None, "weight": None}]), max_size=3)))
+def test_marks_of_other_trainers_take_answers_out_of_the_loss_and_never_contradict_each_other(answers):
+    messages, learned = [], []
+    for marks in answers:
+        said = {key: value for mark in marks for key, value in mark.items()}
+        values = {bool(value) for value in said.values() if value is not None}
+        if len(values) > 1:
+            with pytest.raises(DataError, match=r"message 2 of messages has .*contradict each other"):
+                read_example({"messages": [ASKED, ANSWERED | said]}, "here")
+            continue
+        messages += [ASKED, ANSWERED | said]
+        learned += [len(messages) - 1] * (False not in values)
+    example = read_example({"messages": [*messages, ASKED, ANSWERED]}, "here")
+    assert (example.learned, example.ignored) == ((*learned, len(messages) + 1), frozenset())
+
+
+def test_a_question_that_is_marked_to_be_learned_is_not_and_that_is_told():
+    for mark in MARKS:
+        example = read_example({"messages": [ASKED | mark, ANSWERED]}, "here")
+        assert (example.learned, example.ignored) == ((1,), {name for name, value in mark.items() if value})
+
+
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
@@ -200,6 +225,8 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"messages": [ASKED]}, "no message is the assistant's to learn"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no message is the assistant's to learn"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages has the weight 0.5"),
+        ({"messages": [ASKED, ANSWERED | {"loss": "false"}]}, "message 2 of messages has the loss 'false'"),
+        ({"messages": [ASKED, ANSWERED | {"train": []}]}, "message 2 of messages has the train []"),
         ({"messages": [ASKED, {"role": "critic", "content": "x"}]}, "message 2 of messages has the role 'critic'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 of messages has the role ['user']"),
         ({"messages": [{"content": "x"}]}, "message 1 of messages has the role None"),

@@ -117,10 +117,10 @@ def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
 
 
 def test_what_messages_have_beside_what_is_read_is_told(tokenizer, tmp_path):
-    answer = {"role": "assistant", "content": "fine", "train": False, "name": None, "thinking": "so"}
+    answer = {"role": "assistant", "content": "fine", "mood": False, "name": None, "thinking": "so"}
     path = write(tmp_path, {"messages": [{"role": "user", "content": "well?", "id": 7}, answer], "source": "me"})
     (report,) = load_data([path], tokenizer, 99).sources
-    assert report.unused == ("source", "id of messages", "train of messages")
+    assert report.unused == ("source", "id of messages", "mood of messages")
 
 
 def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):

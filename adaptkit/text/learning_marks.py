@@ -1,0 +1,28 @@
+"""What rows of many trainers say of which answers are to be learned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptkit.errors import DataError
+
+MARKS = ("weight", "loss", "train")
+"""Of a message; OpenAI's, ms-swift's and axolotl's."""
+
+
+def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
+    """Whether a message is taken out of the loss.
+
+    Raises:
+        DataError: what says so is neither 0, 1, false nor true, or two say different things.
+    """
+    given = {name: message[name] for name in MARKS if message.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise DataError(
+                f"{where} has the {name} {value!r}",
+                hint="0 or false takes an answer out of the loss, 1 or true leaves it in",
+            )
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"{name} {value!r}" for name, value in given.items())
+        raise DataError(f"{where} has {said}, which contradict each other", hint="leave one of them")
+    return 0 in given.values()
