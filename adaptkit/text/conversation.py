@@ -2,8 +2,9 @@
 
     instruction    {"instruction", "output"}            a question and an answer. The answer's column may also be named
     question       {"question", "answer"}               output, response, completion or answer. Beside them: context
-    prompt         {"prompt", "completion"}             or input, which follows the question, and system. A prompt
-                                                        and its completion may be lists of messages.
+    prompt         {"prompt", "completion"}             or input, which follows the question, and system; beside
+                                                        an instruction, history of earlier turns. A prompt and
+                                                        its completion may be lists of messages.
     messages       {"messages": [{"role", "content"}, ...]}         also from and value; "weight": 0 on an answer
     conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss, as "loss": false and
                                                                     "train": false do; thoughts may be apart, as
@@ -238,7 +239,20 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
         before = [replace(turn, learned=False) for turn in _turns(row, layout, where)]
         return before + _turns(row, answers[0], where), columns - set(_CONTEXTS)
     question = "\n\n".join(_text(row, name, where) for name in (layout, *contexts))
-    return [_Turn("user", question), _Turn("assistant", _text(row, answers[0], where), True)], columns
+    earlier: list[_Turn] = []
+    if layout == "instruction" and "history" in row:
+        earlier, columns = _earlier(row["history"], where), {*columns, "history"}
+    return [*earlier, _Turn("user", question), _Turn("assistant", _text(row, answers[0], where), True)], columns
+
+
+def _earlier(history: Any, where: str) -> list[_Turn]:
+    """The turns before a question, as LLaMA-Factory has them beside instructions; it learns these answers, too."""
+    pairs = [] if history == "" else history
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_text, pair)) for pair in pairs
+    ):
+        raise DataError(f"{where}: history is no list of earlier turns", hint='[["question", "answer"], ...]')
+    return [turn for asked, said in pairs for turn in (_Turn("user", asked), _Turn("assistant", said, True))]
 
 
 def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:

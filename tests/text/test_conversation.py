@@ -194,6 +194,23 @@ def test_a_question_that_is_marked_to_be_learned_is_not_and_that_is_told():
         assert (example.learned, example.ignored) == ((1,), {name for name, value in mark.items() if value})
 
 
+PAIRS = st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2))
+
+
+@given(PAIRS, st.booleans())
+def test_the_history_of_an_instruction_is_earlier_turns_all_of_them_learned(history, has_system):
+    system = {"system": "Be brief."} if has_system else {}
+    row = {"instruction": "x", "input": "", "output": "y", "history": history} | system
+    turns = [{"role": "system", "content": "Be brief."}] * has_system
+    for asked, said in [*history, ["x", "y"]]:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    example, whole = read_example(row, "here"), read_example({"messages": turns}, "here")
+    assert (example.messages, example.learned) == (whole.messages, whole.learned)
+    assert example.columns == row.keys()
+    none = [read_example(row | {"history": nothing}, "here").messages for nothing in ([], "", None)]
+    assert none == [example.messages[:has_system] + example.messages[-2:]] * 3
+
+
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
@@ -218,6 +235,11 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"instruction": "x", "output": 5}, "output is no text (int)"),
         ({"instruction": "x", "output": "half: \ud800"}, "output is no text (half a character)"),
         ({"instruction": "x", "context": 5, "output": "y"}, "context is no text (int)"),
+        *(
+            ({"instruction": "x", "output": "y", "history": history}, "history is no list of earlier turns")
+            for history in ('[["a", "b"]]', {"a": "b"}, ["a", "b"], [["a"]], [["a", "b", "c"]], [["a", None]], CHAT,
+                            ["ab"], [["a", "\ud800"]], 0)
+        ),
         ({"text": ["a"]}, "text is no text (list)"),
         ({"messages": "x"}, "messages must be a list of {role, content}"),
         ({"messages": []}, "messages must be a list"),
