@@ -21,7 +21,7 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
-from adaptkit.text.learning_marks import MARKS, is_marked_out
+from adaptkit.text.learning_marks import MARKS, check_wanted, is_marked_out
 from adaptkit.text.parts import joined
 from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
@@ -99,6 +99,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         if messages[0].role == "system":
             raise DataError(f"{where}: has a column and a message for the system", hint="remove one of them")
         messages, columns = [_Turn("system", _text(row, "system", where)), *messages], {*columns, "system"}
+    check_wanted(row, where, layout, messages[-1].role)
     tools = read_tools(row["tools"], where) if "tools" in row else ()
     learned = tuple(number for number, turn in enumerate(messages) if turn.learned)
     if not learned:

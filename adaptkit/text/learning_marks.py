@@ -9,6 +9,28 @@ MARKS = ("weight", "loss", "train")
 """Of a message; OpenAI's, ms-swift's and axolotl's."""
 
 
+_PREFERENCE = ("chosen", "rejected")
+
+
+def check_wanted(row: Mapping[str, Any], where: str, layout: str, last_role: str) -> None:
+    """Refuse a conversation whose answer is somewhere else than in it.
+
+    Args:
+        row: without columns that are None.
+        where: it came from.
+        layout: of the conversation.
+        last_role: of it; rows whose conversation has the chosen answer, too, are read.
+
+    Raises:
+        DataError: as it says.
+    """
+    if last_role != "assistant" and all(name in row for name in _PREFERENCE):
+        raise DataError(
+            f"{where}: {layout} has no answer at its end, beside chosen and rejected",
+            hint=f"put the chosen answer at the end of {layout}; there is no learning from preferences",
+        )
+
+
 def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
     """Whether a message is taken out of the loss.
 

@@ -211,6 +211,21 @@ def test_the_history_of_an_instruction_is_earlier_turns_all_of_them_learned(hist
     assert none == [example.messages[:has_system] + example.messages[-2:]] * 3
 
 
+@pytest.mark.parametrize("layout", ["messages", "conversations"])
+@given(turns=st.lists(st.sampled_from([ASKED, ANSWERED, SHARED[0], SHARED[1], {"role": "tool", "content": "3"}])),
+       chosen=st.sampled_from([ANSWERED, SHARED[1], [ANSWERED], "the Rhine"]))  # fmt: skip
+def test_a_preference_whose_answers_are_beside_the_conversation_is_refused(layout, turns, chosen):
+    row = {layout: [ASKED, ANSWERED, *turns], "chosen": chosen, "rejected": chosen, "prompt": "Name it"}
+    if row[layout][-1] in (ANSWERED, SHARED[1]):  # the chosen one is at its end, as in UltraFeedback
+        assert read_example(row, "here") == read_example({layout: row[layout]}, "here")
+        return
+    with pytest.raises(DataError, match=f"^here: {layout} has no answer at its end, beside chosen and re") as raised:
+        read_example(row, "here")
+    assert f"put the chosen answer at the end of {layout}" in raised.value.hint
+    for name in ("chosen", "rejected"):  # which says nothing of an answer
+        assert read_example(row | {name: None}, "here").learned
+
+
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
