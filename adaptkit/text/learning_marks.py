@@ -8,12 +8,13 @@ from adaptkit.errors import DataError
 MARKS = ("weight", "loss", "train")
 """Of a message; OpenAI's, ms-swift's and axolotl's."""
 
-
 _PREFERENCE = ("chosen", "rejected")
+_UNWANTED = ("label", "kto_tag")
+"""TRL's and LLaMA-Factory's: booleans. Texts and numbers under these names are classes of something else."""
 
 
 def check_wanted(row: Mapping[str, Any], where: str, layout: str, last_role: str) -> None:
-    """Refuse a conversation whose answer is somewhere else than in it.
+    """Refuse a conversation whose answer is somewhere else than in it, or is not wanted.
 
     Args:
         row: without columns that are None.
@@ -28,6 +29,12 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, last_role: str
         raise DataError(
             f"{where}: {layout} has no answer at its end, beside chosen and rejected",
             hint=f"put the chosen answer at the end of {layout}; there is no learning from preferences",
+        )
+    unwanted = next((name for name in _UNWANTED if row.get(name) is False), None)
+    if unwanted is not None:
+        raise DataError(
+            f"{where}: its {unwanted} is false, which marks an answer that is not wanted",
+            hint=f"leave such rows out; rename the column if its {unwanted} says something else",
         )
 
 

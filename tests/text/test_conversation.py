@@ -226,6 +226,19 @@ def test_a_preference_whose_answers_are_beside_the_conversation_is_refused(layou
         assert read_example(row | {name: None}, "here").learned
 
 
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@given(row=st.sampled_from([{"messages": CHAT}, {"conversations": SHARED}, {"prompt": "x", "completion": "y"},
+                            {"prompt": [ASKED], "completion": [ANSWERED]}, {"instruction": "x", "output": "y"}]),
+       label=st.booleans() | st.none() | st.sampled_from([0, 1, 0.0, "false", "True", ""]))  # fmt: skip
+def test_an_answer_that_is_marked_as_unwanted_is_refused_and_a_class_is_a_column(name, row, label):
+    if label is False:
+        with pytest.raises(DataError, match=f"^here: its {name} is false, which marks an answer that is not wanted"):
+            read_example(row | {name: label}, "here")
+    else:
+        assert read_example(row | {name: label}, "here") == read_example(row, "here")
+    assert read_example({"text": "x", name: label}, "here").text == "x"  # which answers nothing
+
+
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
