@@ -1,4 +1,4 @@
-"""What rows of many trainers say of which answers are to be learned."""
+"""What rows of many trainers say of which answers are to be learned, and after which prompt."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,11 @@ MARKS = ("weight", "loss", "train")
 _PREFERENCE = ("chosen", "rejected")
 _UNWANTED = ("label", "kto_tag")
 """TRL's and LLaMA-Factory's: booleans. Texts and numbers under these names are classes of something else."""
+_VARIABLES = "chat_template_kwargs"
 
 
 def check_wanted(row: Mapping[str, Any], where: str, layout: str, last_role: str) -> None:
-    """Refuse a conversation whose answer is somewhere else than in it, or is not wanted.
+    """Refuse a conversation whose answer is somewhere else than in it, or is not wanted, or whose prompt is another.
 
     Args:
         row: without columns that are None.
@@ -29,6 +30,11 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, last_role: str
         raise DataError(
             f"{where}: {layout} has no answer at its end, beside chosen and rejected",
             hint=f"put the chosen answer at the end of {layout}; there is no learning from preferences",
+        )
+    if row.get(_VARIABLES):
+        raise DataError(
+            f"{where}: has {_VARIABLES} of its own, and the chat template gets the same for all rows",
+            hint="remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows",
         )
     unwanted = next((name for name in _UNWANTED if row.get(name) is False), None)
     if unwanted is not None:

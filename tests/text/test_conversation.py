@@ -239,6 +239,18 @@ def test_an_answer_that_is_marked_as_unwanted_is_refused_and_a_class_is_a_column
     assert read_example({"text": "x", name: label}, "here").text == "x"  # which answers nothing
 
 
+@given(st.dictionaries(st.text(), st.booleans() | st.text()))
+def test_variables_of_the_chat_template_in_a_row_are_refused_if_there_are_some(variables):
+    row = {"prompt": "x", "completion": "y", "chat_template_kwargs": variables}
+    if variables:
+        with pytest.raises(DataError, match=r"^here: has chat_template_kwargs of its own") as raised:
+            read_example(row, "here")
+        assert "--chat-template-kwargs NAME=VALUE" in raised.value.hint
+    else:
+        assert read_example(row, "here").messages[-1]["content"] == "y"
+    assert read_example({"text": "x", "chat_template_kwargs": variables}, "here").text == "x"  # goes through none
+
+
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
