@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -69,8 +69,11 @@ def _cut(what: str, truncated: int, dropped: int, of: "DataReport | CutReport") 
 def _source(source: "SourceReport") -> str:
     layouts = ", ".join(f"{count} {name}" for name, count in source.layouts.items())
     text = f"{source.name}: {layouts}; {counted(source.tokens, 'token')}, {source.answer_tokens:,} learned"
-    unused = ", ".join(name or "a column without a name" for name in source.unused)
-    return f"{text}; not used: {unused}" if unused else text
+    return f"{text}; {_not_used(source.unused)}" if source.unused else text
+
+
+def _not_used(columns: Sequence[str]) -> str:
+    return f"not used: {', '.join(name or 'a column without a name' for name in columns)}"
 
 
 def has_colour() -> bool:
@@ -93,6 +96,7 @@ def batch_lines(preview: "Preview", colour: bool) -> Iterator[str]:
     held = f"{counted(preview.rows, 'row')} in {counted(preview.micro_batches, 'micro-batch')}"
     yield f"{held}, {counted(preview.padding, 'position')} of padding"
     yield f"{counted(tokens, 'token')}, {learned} learned ({how})"
+    yield from (f"{source}: {_not_used(names)}".translate(_VISIBLE) for source, names in preview.unused.items())
 
 
 def _mark(text: str, learned: bool, colour: bool) -> str:

@@ -1,7 +1,7 @@
 """The first batch of a run as the model gets it: every token, what carries loss, and where samples begin."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -56,12 +56,14 @@ class Preview:
         rows: in all of them.
         padding: positions that hold no token.
         samples: in their order.
+        unused: columns that no layout has, of the sources that have some.
     """
 
     micro_batches: int
     rows: int
     padding: int
     samples: tuple[ShownSample, ...]
+    unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @alone()
@@ -79,7 +81,8 @@ def preview(config: TrainConfig) -> Preview:
         samples += _samples(batch, inputs.tokenizer, row)
         row += len(batch.ids)
     padding = sum(int((batch.mask == 0).sum()) for batch in batches)
-    return Preview(len(batches), row, padding, tuple(samples))
+    unused = {source.name: source.unused for source in inputs.data.sources if source.unused}
+    return Preview(len(batches), row, padding, tuple(samples), unused)
 
 
 def _samples(batch: Batch, tokenizer: Any, before: int) -> Iterator[ShownSample]:

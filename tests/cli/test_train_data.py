@@ -44,6 +44,20 @@ def test_the_first_batch_is_shown_with_what_is_learned_in_brackets(run_cli, llam
     assert sorted(path.name for path in files.iterdir()) == ["chat.jsonl", "short.csv", "text.json"]
 
 
+def test_the_first_batch_comes_with_what_is_not_used(run_cli, llama, files):
+    """Whoever looks at what the model will get wants to know what it will not."""
+    asked, answered = CHAT["conversations"]
+    (files / "more.jsonl").write_text(json.dumps({"conversations": [asked | {"mo\x1bod": 1}, answered], "": 2}) + "\n")
+    given = arguments(llama, files, "chat.jsonl", "text.json", "more.jsonl", show_batch=True)
+    shown = run_cli(*given).stdout.splitlines()
+    assert shown[-2:] == [
+        f"{files}/chat.jsonl: not used: id",
+        f"{files}/more.jsonl: not used: a column without a name, mo␛od of messages",
+    ]
+    unused = json.loads(run_cli(*given, "--json").stdout)["unused"]
+    assert unused == {f"{files}/chat.jsonl": ["id"], f"{files}/more.jsonl": ["", "mo\x1bod of messages"]}
+
+
 def test_variables_of_the_chat_template_are_set(run_cli, llama, copy_of, files):
     model = copy_of(llama)
     template = (model / "chat_template.jinja").read_text()
