@@ -123,6 +123,19 @@ def test_what_messages_have_beside_what_is_read_is_told(tokenizer, tmp_path):
     assert report.unused == ("source", "id of messages", "mood of messages")
 
 
+def test_a_template_that_writes_what_is_said_alone_gives_prompts_and_completions_as_they_are(llama, tmp_path):
+    """Which is what TRL makes of strings, and what docs/data.md says."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    prompts, completions = ("a", "a\n", " a. b: ", "\n\na\n", " "), ("a", " a", "\nb a.", "\n\n b\n\na")
+    rows = [{"prompt": prompt, "completion": completion} for prompt in prompts for completion in completions]
+    samples = load_data([write(tmp_path, *rows)], tokenizer, 99).samples
+    for row, sample in zip(rows, samples, strict=True):
+        learned = [token for token, label in zip(sample.ids, sample.labels, strict=True) if label == token]
+        assert tokenizer.decode(sample.ids) == row["prompt"] + row["completion"] + tokenizer.eos_token
+        assert tokenizer.decode(learned) == row["completion"] + tokenizer.eos_token
+
+
 def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ raise_exception('no system prompt here') }}"
