@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
+from adaptkit.checkpoint.mlx import way_from_mlx
 from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
@@ -62,11 +63,12 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
     Raises:
         AdapterError: names the key.
     """
-    kind = config.get("peft_type")
+    kind, way = config.get("peft_type"), way_from_mlx(root, config)
     if kind is None:
+        whose = "one of MLX's" if way else "no adapter of peft's"
         raise AdapterError(
-            f"{root}: peft_type is None in {ADAPTER_CONFIG_NAME}: it is no adapter of peft's, but perhaps of MLX's",
-            hint="merge it with the tool that wrote it, or convert it to peft's names first",
+            f"{root}: peft_type is None in {ADAPTER_CONFIG_NAME}: it is {whose}",
+            hint=way or "merge it with the tool that wrote it, or convert it to peft's names first",
         )
     if kind != "LORA":
         raise AdapterError(f"{root}: a {kind} adapter, which is not supported", hint="only LORA adapters are")

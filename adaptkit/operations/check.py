@@ -7,6 +7,7 @@ from pathlib import Path
 from adaptkit.arguments import AnyPath, optional, texts
 from adaptkit.checkpoint.adapter_config import is_adapter, weights_beside
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, require_folder
+from adaptkit.checkpoint.mlx import way_from_mlx
 from adaptkit.checkpoint.progress import counted
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
@@ -75,7 +76,8 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)
         shapes = read_base_shapes(base, files.config, tuple(pair.module for pair in files.pairs)) if base else None
-        verdicts = [_verdict(name, target, target.adapter(files, shapes)) for name, target in loaded]
+        other = _of_mlx(files)
+        verdicts = [_verdict(name, target, other or target.adapter(files, shapes)) for name, target in loaded]
         return _report(path, "adapter", verdicts, _examined(files, shapes), _unknown(files, shapes))
     if base is not None:
         raise UsageError(f"{path}: not an adapter, so it has no base", hint="leave out --base")
@@ -88,6 +90,13 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
 def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
     ordered = tuple(sorted(findings, key=lambda finding: finding.level))  # "error" comes before "warning"
     return Verdict(name, target.reader, all(finding.level != "error" for finding in ordered), ordered)
+
+
+def _of_mlx(files: AdapterFiles) -> tuple[Finding, ...]:
+    """The one thing to be said of an adapter of MLX's, which none of the programs is made for."""
+    way = way_from_mlx(files.root, files.config)
+    found = "adapter_config.json is of MLX's, with lora_parameters and no peft_type"
+    return (Finding("error", found, "it takes adapters in peft's layout alone", way),) if way else ()
 
 
 def _report(

@@ -375,9 +375,13 @@ def test_a_value_head_beside_is_of_no_language_model(changed):
 def test_an_adapter_in_mlx_layout_is_not_said_to_be_no_lora(changed):
     config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
     (changed / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match="no adapter of peft's") as caught:
+    with pytest.raises(AdapterError, match=r"peft_type is None in adapter_config\.json: it is one of MLX's") as caught:
         read_adapter(changed)
     assert "LORA" not in caught.value.hint
+    assert f"mlx_lm.fuse --model BASE --adapter-path {changed}" in caught.value.hint
+    (changed / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match=r"peft_type is None in adapter_config\.json: it is no adapter of peft's$"):
+        read_adapter(changed)
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):

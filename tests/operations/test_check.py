@@ -919,3 +919,34 @@ def test_a_head_in_the_files_is_tied_where_transformers_and_merge_tie_it(tmp_pat
     assert ("in common with the embedding" in words(verdicts(folder, base)["gguf"])) == tied
     with pytest.raises(BaseMismatchError, match="ties its head") if tied else contextlib.nullcontext():
         merge(base, [folder], tmp_path / "merged")
+
+
+def test_an_adapter_of_mlx_gets_one_finding_whose_two_ways_both_hold(tmp_path, untied):
+    """Its configuration and its tensors, as mlx-lm 0.32 writes them, and what the hint makes of them."""
+    generator, name, rank, scale = torch.Generator().manual_seed(0), "model.layers.0.mlp.up_proj", 8, 20.0
+    weight = load_file(untied / "model.safetensors")[f"{name}.weight"].float()
+    out, into = weight.shape
+    a, b = (torch.randn(shape, generator=generator) / 10 for shape in ((into, rank), (rank, out)))
+    mlx, converted = tmp_path / "mlx", tmp_path / "converted"
+    for folder, named in (
+        (mlx, {"adapters.safetensors": {f"{name}.lora_a": a, f"{name}.lora_b": b}}),
+        (converted, {PLAIN_NAME: {f"{UP}.lora_A.weight": a.T.contiguous(), f"{UP}.lora_B.weight": b.T.contiguous()}}),
+    ):
+        folder.mkdir()
+        for file, tensors in named.items():
+            save_file(tensors, folder / file)
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": rank, "scale": scale}}
+    (mlx / "adapter_config.json").write_text(json.dumps(config))
+    for verdict in check(mlx, base=untied).verdicts:
+        (finding,) = verdict.findings
+        assert (verdict.taken, finding.level) == (False, "error")
+        with pytest.raises(AdaptkitError, match="one of MLX's") as refused:
+            merge(untied, [mlx], tmp_path / "merged")
+        assert finding.change == refused.value.hint
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank}
+    (converted / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["up_proj"]}))
+    assert verdicts(converted, untied)["peft"].taken
+    merge(untied, [converted], tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"].float()
+    fused = weight + (scale * b.T) @ a.T  # as mlx_lm.fuse does
+    assert torch.allclose(merged, fused, rtol=1e-2, atol=1e-2)
