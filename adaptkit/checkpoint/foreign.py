@@ -4,10 +4,11 @@ import re
 
 from adaptkit.checkpoint.reader import Checkpoint
 
+_INT8 = "bitsandbytes (LLM.int8())"
 _BY_NAME = (
     (re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), "bitsandbytes (4 bits)"),
     (re.compile(r"\.quant_state\.adaptkit__int8$"), "adaptkit (int8)"),
-    (re.compile(r"(^|\.)SCB$"), "bitsandbytes (int8)"),
+    (re.compile(r"(^|\.)SCB$"), _INT8),
     (re.compile(r"(^|\.)g_idx$"), "GPTQ"),
     (re.compile(r"(^|\.)qweight$"), "GPTQ or AWQ"),
     (re.compile(r"(^|\.)weight_packed$"), "compressed-tensors"),
@@ -24,8 +25,11 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
     ``config.json`` is believed if it names one; where it is silent the tensors tell: the names that a method gives
     to its parts, or 8-bit floats.
     """
-    if checkpoint.quantization_method is not None:
-        return checkpoint.quantization_method
+    method = checkpoint.quantization_method
+    if method == "bitsandbytes" and checkpoint.config["quantization_config"].get("load_in_8bit"):
+        return _INT8  # of its methods the one that is not read here
+    if method is not None:
+        return method
     for pattern, method in _BY_NAME:
         if any(pattern.search(name) for name in checkpoint.tensors):
             return method

@@ -8,13 +8,18 @@ from safetensors.torch import save_file
 
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import AdaptkitError
+from adaptkit.operations.check import check
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.network.start import resolve_method
 
 LINEAR = "model.layers.0.mlp.up_proj"
 BYTES, FLOATS = torch.ones(64, 8, dtype=torch.uint8), torch.ones(64)
 MADE = {
     "GPTQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros", "g_idx")} | {f"{LINEAR}.scales": FLOATS},
     "GPTQ or AWQ": {f"{LINEAR}.{part}": BYTES.int() for part in ("qweight", "qzeros")} | {f"{LINEAR}.scales": FLOATS},
-    "bitsandbytes (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.SCB": FLOATS},
+    "bitsandbytes (LLM.int8())": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.SCB": FLOATS},
     "adaptkit (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight.quant_state.adaptkit__int8": BYTES},
     "fp8": {f"{LINEAR}.weight": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}.weight_scale_inv": FLOATS},
     "compressed-tensors": {f"{LINEAR}.weight_packed": BYTES.int(), f"{LINEAR}.weight_scale": FLOATS},
@@ -50,6 +55,21 @@ def test_bitsandbytes_own_state_gives_it_away(tmp_path, kind):
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type=kind)
     state = torch.nn.ModuleDict({"up_proj": layer}).to("cpu").state_dict()
     assert quantization_found(Checkpoint(folder_of(tmp_path, state))) == "bitsandbytes (4 bits)"
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_the_8_bits_of_bitsandbytes_are_named_where_they_are_refused(tmp_path, says_so):
+    """Its 4 bits are read, so its name alone would mislead."""
+    quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+    config = {"model_type": "llama"} | ({"quantization_config": quantization} if says_so else {})
+    folder = folder_of(tmp_path / "base", MADE["bitsandbytes (LLM.int8())"], config)
+    named = r"quantized with bitsandbytes \(LLM\.int8\(\)\), which "
+    with pytest.raises(AdaptkitError, match=f"{named}is not read"):
+        dequantize(folder, tmp_path / "out")
+    with pytest.raises(AdaptkitError, match=f"{named}cannot be trained here"):
+        resolve_method(TrainConfig(base=str(folder), data=["x.jsonl"]), Checkpoint(folder))
+    (verdict,) = check(folder, "vllm").verdicts
+    assert ("quant_method is bitsandbytes in config.json" in {finding.found for finding in verdict.findings}) == says_so
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -85,7 +85,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         UsageError, CheckpointError: not a checkpoint, or a broken one.
     """
     checkpoint = Checkpoint(root)
-    quantization = quantization_found(checkpoint)
+    quantization = checkpoint.quantization_method or quantization_found(checkpoint)
     packed = tuple(_packed(checkpoint)) if quantization else ()
     has_index = (root / INDEX_NAME).is_file()
     architecture, lacking, misshapen = _beside_model(checkpoint, packed, quantization)
