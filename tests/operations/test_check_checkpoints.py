@@ -203,3 +203,45 @@ def test_nothing_is_missed_in_transposed_matrices(gpt2, tmp_path):
     quantize(gpt2, tmp_path / "nf4")
     assert "gguf" in taken(gpt2)
     assert "peft" in taken(tmp_path / "nf4")
+
+
+FP8 = {"strategy": "channel", "type": "float", "num_bits": 8, "group_size": None}
+INT4 = {"strategy": "group", "type": "int", "num_bits": 4, "group_size": 128}
+NVFP4 = "nvfp4-pack-quantized"
+
+
+@pytest.mark.parametrize(
+    ("form", "groups", "unread"),
+    [
+        ("float-quantized", [{"weights": FP8}], ""),
+        ("float-quantized", [{"weights": FP8 | {"strategy": "block"}}], ""),
+        ("int-quantized", [{"weights": FP8 | {"type": "int"}}], ""),
+        ("naive-quantized", [{"weights": FP8}], ""),
+        ("pack-quantized", [{"weights": INT4}], ""),
+        (NVFP4, [{"weights": INT4}, {"weights": INT4}], ""),
+        ("mixed-precision", [{"format": NVFP4}, {"format": NVFP4}], ""),
+        ("float-quantized", [{"weights": FP8 | {"strategy": "tensor"}}], "float-quantized of 8-bit floats by tensor"),
+        ("int-quantized", [{"weights": INT4}], "int-quantized of 4-bit ints by group"),
+        ("pack-quantized", [{"weights": INT4 | {"strategy": "channel"}}], "pack-quantized of 4-bit ints by channel"),
+        ("float-quantized", [{"weights": FP8}] * 2, "float-quantized with 2 config_groups"),
+        ("mixed-precision", [{"format": NVFP4}, {"format": "float-quantized"}], "mixed-precision with 2 config_groups"),
+        ("mxfp4-pack-quantized", [{"weights": INT4}], "mxfp4-pack-quantized of 4-bit ints by group"),
+        ("marlin-24", [{"weights": INT4}], "marlin-24 of 4-bit ints by group"),
+        ("pack-quantized", [], "pack-quantized with 0 config_groups"),
+    ],
+)
+def test_llama_cpp_reads_some_formats_of_compressed_tensors(form, groups, unread, llama, adapter, copy_of):
+    """Compared with what conversion/base.py of llama-cpp-python 0.3.36 raises, for all products of these values."""
+    base = copy_of(llama)
+    named = {f"group_{number}": group for number, group in enumerate(groups)}
+    quantization = {"quant_method": "compressed-tensors", "format": form, "config_groups": named}
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": quantization}
+    (base / "config.json").write_text(json.dumps(config))
+    for found in (check(base, "gguf"), check(adapter, "gguf", base)):
+        said = words(found.verdicts[0])
+        assert ("compressed-tensors' " in said) == bool(unread)
+        assert unread in said
+    config |= {"architectures": ["KimiK3ForConditionalGeneration"]}
+    (base / "config.json").write_text(json.dumps(config))
+    is_kimis = form == "mxfp4-pack-quantized"
+    assert ("compressed-tensors' " in words(check(base, "gguf").verdicts[0])) == (bool(unread) and not is_kimis)

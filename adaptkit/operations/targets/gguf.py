@@ -7,8 +7,10 @@ with the base and skips norms. ``conversion/base.py`` (before that ``convert_hf_
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from adaptkit.checkpoint.layout import class_names
 from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -18,6 +20,8 @@ from adaptkit.operations.targets._single_experts import all_or_none
 from adaptkit.operations.targets._target import Finding, Target, some
 
 _METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
+_NVFP4 = "nvfp4-pack-quantized"
+_BY_CHANNEL = {"float-quantized", "int-quantized", "naive-quantized"}
 _PLAIN = {"A", "B", "embedding A", "embedding B", "wrapped weight"}
 _NORM = re.compile(r"_layernorm|\.norm")
 _TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two are told by their tensors
@@ -65,13 +69,15 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
             "convert_lora_to_gguf.py needs the base's config.json",
             "convert it with --base FOLDER",
         )
-    if base is not None and base.quantization is not None and base.quantization not in _METHODS:
-        yield Finding(
-            "error",
-            f"{base.root} is quantized ({base.quantization})",
-            "convert_lora_to_gguf.py fails on its config.json: quant method is not yet supported",
-            "convert with --base of the 16-bit checkpoint that it was made from",
-        )
+    if base is not None and base.quantization is not None:
+        unread = base.quantization if base.quantization not in _METHODS else _unread(base.config)
+        if unread:
+            yield Finding(
+                "error",
+                f"{base.root} is quantized ({unread})",
+                "convert_lora_to_gguf.py fails on its config.json: not yet supported",
+                "convert with --base of the 16-bit checkpoint that it was made from",
+            )
 
 
 def _scaling(files: AdapterFiles) -> Iterator[Finding]:
@@ -160,10 +166,41 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             if files.packed
             else "convert the 16-bit checkpoint that it was made from",
         )
+    unread = _unread(files.config)
+    if unread:
+        yield Finding(
+            "error",
+            f"config.json has {unread}",
+            f"convert_hf_to_gguf.py fails: it reads one config group of {', '.join(sorted(_BY_CHANNEL))} by channel or "
+            f"block, one of pack-quantized integers by group, and {_NVFP4}",
+            "convert the 16-bit checkpoint that it was made from",
+        )
     yield from _checkpoint_rules.model(
         files, "llama.cpp refuses the file that is made: missing tensor", "llama.cpp refuses the file: wrong shape"
     )
     yield from _checkpoint_rules.tokenizer(files, "convert_hf_to_gguf.py fails without one", "copy the base's into it")
+
+
+def _unread(config: Mapping[str, Any]) -> str:
+    """What the converters do not read of compressed-tensors, one method with many formats; empty if nothing."""
+    given = config.get("quantization_config")
+    if not isinstance(given, dict) or given.get("quant_method") != "compressed-tensors":
+        return ""
+    form, named = given.get("format"), given.get("config_groups")
+    groups = [group for group in named.values() if isinstance(group, dict)] if isinstance(named, dict) else []
+    mixed = form == "mixed-precision" and groups and all(group.get("format") == _NVFP4 for group in groups)
+    of_kimi = form == "mxfp4-pack-quantized" and "KimiK3ForConditionalGeneration" in class_names(config)
+    if form == _NVFP4 or mixed or of_kimi:
+        return ""
+    if len(groups) != 1:
+        return f"compressed-tensors' {form} with {len(groups)} config_groups"
+    weights = groups[0].get("weights")
+    of = weights if isinstance(weights, dict) else {}
+    by_channel = form in _BY_CHANNEL and of.get("strategy") in ("channel", "block") and of.get("group_size") is None
+    in_groups = form == "pack-quantized" and of.get("strategy") == "group" and of.get("type", "int") == "int"
+    if by_channel or in_groups:
+        return ""
+    return f"compressed-tensors' {form} of {of.get('num_bits')}-bit {of.get('type')}s by {of.get('strategy')}"
 
 
 TARGET = Target("llama.cpp's converters of autumn 2026", _adapter, _checkpoint)
