@@ -100,7 +100,9 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
             raise DataError(f"{where}: has a column and a message for the system", hint="remove one of them")
         messages, columns = [_Turn("system", _text(row, "system", where)), *messages], {*columns, "system"}
     check_wanted(row, where, layout, messages[-1].role)
-    tools = read_tools(row["tools"], where) if "tools" in row else ()
+    is_older = layout == "messages" and isinstance(row.get("functions"), list) and not row.get("tools")  # OpenAI's
+    offered = {"functions" if is_older else "tools"} & row.keys()
+    tools = tuple(tool for name in offered for tool in read_tools(row[name], where, name))
     learned = tuple(number for number, turn in enumerate(messages) if turn.learned)
     if not learned:
         raise DataError(f"{where}: no message is the assistant's to learn", hint="the assistant has to answer")
@@ -109,7 +111,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         tuple(turn.message for turn in messages),
         tools,
         learned,
-        columns=frozenset({*columns, *(["tools"] if "tools" in row else [])}),
+        columns=frozenset({*columns, *offered}),
         ignored=frozenset[str]().union(*(turn.ignored for turn in messages)),
     )
 

@@ -1,6 +1,6 @@
 """Tools in conversations: what data have of them, what a chat template takes, and what has to be in its text.
 
-    row        "tools": functions, each with its JSON schema; a list, or the JSON text of one
+    row        "tools": functions, each with its JSON schema; a list, or the JSON text of one; or "functions", a list
     assistant  "tool_calls": [{"type": "function", "function": {"name", "arguments"}}, ...], with content or without;
                also {"name", "arguments"} alone, or one as "function_call"; arguments are an object or its JSON text
     tool       what a call gave: its content, with its name and tool_call_id if there are such
@@ -31,21 +31,22 @@ _FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True
 """Whether arguments are text, and what no content is; transformers (5.24) leaves out what is None."""
 
 
-def read_tools(value: Any, where: str) -> Tools:
+def read_tools(value: Any, where: str, column: str = "tools") -> Tools:
     """The tools of a row.
 
     Raises:
         DataError: it is no list of functions.
     """
     if isinstance(value, str):
-        value = _parsed(value, f"{where}: tools") if value.strip() else None
+        value = _parsed(value, f"{where}: {column}") if value.strip() else None
     value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError(f"{where}: tools is no list of functions", hint='each is {"name", "description", "parameters"}')
+        hint = 'each is {"name", "description", "parameters"}'
+        raise DataError(f"{where}: {column} is no list of functions", hint=hint)
     found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
     for tool in found:
         _named(tool["function"], f"{where}: a tool")
-        _check(tool, f"{where}: tools")
+        _check(tool, f"{where}: {column}")
     return tuple(found)
 
 

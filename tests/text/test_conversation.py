@@ -89,6 +89,21 @@ def test_tools_are_the_rows(tools):
         assert read_example({"messages": CHAT, "tools": none}, "here").tools == ()
 
 
+@given(st.sampled_from([{}, {"tools": None}, {"tools": []}]), st.booleans())
+def test_functions_beside_messages_are_its_tools_as_openai_had_them_first(more, is_wrapped):
+    functions = [{"type": "function", "function": FUNCTION} if is_wrapped else FUNCTION]
+    row = {"messages": CHAT, "functions": functions, "parallel_tool_calls": False} | more
+    example = read_example(row, "here")
+    assert example.tools == ({"type": "function", "function": FUNCTION},)
+    assert "functions" in example.columns
+    with pytest.raises(DataError, match="functions is no list of functions"):
+        read_example(row | {"functions": ["def depth(): ..."]}, "here")
+    other = {"instruction": "x", "output": "y", "functions": ["def depth(): ..."]}  # a column of something else
+    assert (read_example(other, "here").tools, read_example(other, "here").columns) == ((), {"instruction", "output"})
+    with_both = read_example(row | {"tools": functions}, "here")
+    assert (with_both.tools, "functions" in with_both.columns) == (example.tools, False)
+
+
 def test_an_object_that_a_tool_gives_is_its_json_text():
     back = {"role": "tool", "content": {"depth": [3, "Köln"]}}
     example = read_example({"messages": [ASKED, ASSISTANT | {"tool_calls": [CALL]}, back, ANSWERED]}, "here")
