@@ -95,10 +95,11 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         messages, columns = _asked(row, layout, where)
     else:
         messages, columns = _turns(row, layout, where), {layout}
-    if row.get("system", "") != "":
+    system = "system" if row.get("system", "") != "" or messages[0].role == "system" else "system_prompt"
+    if row.get(system, "") != "":
         if messages[0].role == "system":
             raise DataError(f"{where}: has a column and a message for the system", hint="remove one of them")
-        messages, columns = [_Turn("system", _text(row, "system", where)), *messages], {*columns, "system"}
+        messages, columns = [_Turn("system", _text(row, system, where)), *messages], {*columns, system}
     check_wanted(row, where, layout, messages[-1].role)
     is_older = layout == "messages" and isinstance(row.get("functions"), list) and not row.get("tools")  # OpenAI's
     offered = {"functions" if is_older else "tools"} & row.keys()

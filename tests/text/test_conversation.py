@@ -164,6 +164,12 @@ def test_the_columns_that_were_used_are_told():
     "row",
     [
         {"system": "Be brief.", "instruction": "x", "output": "y"},
+        {"system_prompt": "Be brief.", "question": "x", "response": "y", "id": "flan.1"},  # OpenOrca's
+        {"system": "Be brief.", "system_prompt": "of another kind", "instruction": "x", "output": "y"},
+        {"system": "", "system_prompt": "Be brief.", "messages": [{"from": "user", "value": "x"},
+                                                                  {"from": "gpt", "value": "y"}]},
+        {"system_prompt": "a copy of it", "messages": [{"from": "system", "value": "Be brief."},
+                                                       {"from": "user", "value": "x"}, {"from": "gpt", "value": "y"}]},
         {"system": "Be brief.", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
         {"messages": [{"from": "system", "value": "Be brief."}, {"from": "user", "value": "x"},
                       {"from": "gpt", "value": "y"}]},
