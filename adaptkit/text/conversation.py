@@ -100,7 +100,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         if messages[0].role == "system":
             raise DataError(f"{where}: has a column and a message for the system", hint="remove one of them")
         messages, columns = [_Turn("system", _text(row, system, where)), *messages], {*columns, system}
-    check_wanted(row, where, layout, messages[-1].role)
+    check_wanted(row, where, layout, [turn.message for turn in messages])
     is_older = layout == "messages" and isinstance(row.get("functions"), list) and not row.get("tools")  # OpenAI's
     offered = {"functions" if is_older else "tools"} & row.keys()
     tools = tuple(tool for name in offered for tool in read_tools(row[name], where, name))

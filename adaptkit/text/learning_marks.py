@@ -1,9 +1,10 @@
 """What rows of many trainers say of which answers are to be learned, and after which prompt."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptkit.errors import DataError
+from adaptkit.text.thoughts import Message
 
 MARKS = ("weight", "loss", "train")
 """Of a message; OpenAI's, ms-swift's and axolotl's."""
@@ -12,21 +13,23 @@ _PREFERENCE = ("chosen", "rejected")
 _UNWANTED = ("label", "kto_tag")
 """TRL's and LLaMA-Factory's: booleans. Texts and numbers under these names are classes of something else."""
 _VARIABLES = "chat_template_kwargs"
+_PLACED = [(f"<{kind}>", column) for kind in ("image", "video", "audio") for column in (kind, f"{kind}s")]
+"""What LLaVA, LLaMA-Factory and ms-swift write into a text where something comes in, and the column that has it."""
 
 
-def check_wanted(row: Mapping[str, Any], where: str, layout: str, last_role: str) -> None:
+def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequence[Message]) -> None:
     """Refuse a conversation whose answer is somewhere else than in it, or is not wanted, or whose prompt is another.
 
     Args:
         row: without columns that are None.
         where: it came from.
         layout: of the conversation.
-        last_role: of it; rows whose conversation has the chosen answer, too, are read.
+        messages: of it; rows whose conversation has the chosen answer, too, are read.
 
     Raises:
         DataError: as it says.
     """
-    if last_role != "assistant" and all(name in row for name in _PREFERENCE):
+    if messages[-1]["role"] != "assistant" and all(name in row for name in _PREFERENCE):
         raise DataError(
             f"{where}: {layout} has no answer at its end, beside chosen and rejected",
             hint=f"put the chosen answer at the end of {layout}; there is no learning from preferences",
@@ -36,6 +39,12 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, last_role: str
             f"{where}: has {_VARIABLES} of its own, and the chat template gets the same for all rows",
             hint="remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows",
         )
+    for mark, column in _PLACED:
+        if row.get(column) and any(mark in message["content"] for message in messages):
+            raise DataError(
+                f"{where}: has {mark} in a text, and what belongs there in {column}, which is not read",
+                hint="leave conversations with images and the like out of the data",
+            )
     unwanted = next((name for name in _UNWANTED if row.get(name) is False), None)
     if unwanted is not None:
         raise DataError(

@@ -272,6 +272,18 @@ def test_variables_of_the_chat_template_in_a_row_are_refused_if_there_are_some(v
     assert read_example({"text": "x", "chat_template_kwargs": variables}, "here").text == "x"  # goes through none
 
 
+@given(st.sampled_from(["image", "video", "audio"]), st.sampled_from(["", "s"]), st.booleans(),
+       st.sampled_from(["a.png", ["a.png"], {"bytes": b"x"}, None, [], ""]))  # fmt: skip
+def test_what_is_to_be_seen_where_a_text_marks_it_is_refused_and_a_column_alone_is_not(kind, plural, marked, value):
+    asked = {"from": "human", "value": f"<{kind}>\nName it" if marked else "Name it"}
+    for row in ({"conversations": [asked, SHARED[1]]}, {"instruction": asked["value"], "output": "the Rhine"}):
+        if marked and value:
+            with pytest.raises(DataError, match=f"^here: has <{kind}> in a text, and what belongs there in {kind}"):
+                read_example(row | {f"{kind}{plural}": value}, "here")
+        else:
+            assert read_example(row | {f"{kind}{plural}": value}, "here") == read_example(row, "here")
+
+
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
