@@ -8,6 +8,8 @@ from adaptkit.text.thoughts import Message
 
 MARKS = ("weight", "loss", "train")
 """Of a message; OpenAI's, ms-swift's and axolotl's."""
+_SPANS = "train_detail"
+"""Axolotl's, of characters."""
 
 _PREFERENCE = ("chosen", "rejected")
 _UNWANTED = ("label", "kto_tag")
@@ -57,7 +59,7 @@ def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
     """Whether a message is taken out of the loss.
 
     Raises:
-        DataError: what says so is neither 0, 1, false nor true, or two say different things.
+        DataError: what says so is neither 0, 1, false nor true, two say different things, or one speaks of parts.
     """
     given = {name: message[name] for name in MARKS if message.get(name) is not None}
     for name, value in given.items():
@@ -69,4 +71,9 @@ def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
     if len(set(given.values())) > 1:
         said = " and ".join(f"{name} {value!r}" for name, value in given.items())
         raise DataError(f"{where} has {said}, which contradict each other", hint="leave one of them")
+    if message.get(_SPANS):
+        raise DataError(
+            f"{where} has {_SPANS}, and parts of a message cannot be taken out of the loss",
+            hint='remove it; "train": false takes out all of the answer',
+        )
     return 0 in given.values()

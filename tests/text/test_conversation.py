@@ -322,6 +322,8 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages has the weight 0.5"),
         ({"messages": [ASKED, ANSWERED | {"loss": "false"}]}, "message 2 of messages has the loss 'false'"),
         ({"messages": [ASKED, ANSWERED | {"train": []}]}, "message 2 of messages has the train []"),
+        ({"messages": [ASKED, ANSWERED | {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}]},
+         "message 2 of messages has train_detail, and parts of a message cannot be taken out of the loss"),
         ({"messages": [ASKED, {"role": "critic", "content": "x"}]}, "message 2 of messages has the role 'critic'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 of messages has the role ['user']"),
         ({"messages": [{"content": "x"}]}, "message 1 of messages has the role None"),
