@@ -219,7 +219,7 @@ def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -
 def _say(text: str, stream: TextIO) -> None:
     """Print at once; where nobody reads, the exit code is what is left to tell."""
     try:
-        print(text, file=stream, flush=True)
+        print(f"{text}\n", end="", file=stream, flush=True)  # in one piece, which no other process writes into
     except OSError:
         silence(stream)
 

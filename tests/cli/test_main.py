@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,16 @@ def test_where_nothing_can_be_printed_the_code_tells_how_it_ended(llama, folder,
         )  # fmt: skip
     lines = ["error: stdout: cannot be written: No space left on device"] if code == 1 and not options else []
     assert (done.returncode, done.stderr.splitlines()) == (code, lines)
+
+
+def test_an_error_and_its_hint_leave_in_one_write(tmp_path):
+    """What several processes write to one stream must not meet in the middle of a line."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # which gives what was written, write by write
+    with ours, theirs:
+        command = [sys.executable, "-m", "adaptkit", "inspect", tmp_path / "absent"]
+        assert subprocess.run(command, stderr=theirs, check=False).returncode == 2
+        lines = ours.recv(1 << 16, socket.MSG_DONTWAIT).decode()
+    assert re.fullmatch(r"error: .+\nhint: .+\n", lines)
 
 
 @pytest.mark.parametrize("stream", ["0<&-", "1>&-", "2>&-"])
