@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from adaptkit.errors import CheckpointError
+from adaptkit.errors import DISK_HINTS, CheckpointError
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -90,9 +90,8 @@ def read_header(path: Path) -> Header:
         with safe_open(path, framework="np"):
             pass  # the library judges lengths, offsets, overlaps and trailing bytes
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error})", hint="download or copy the file again"
-        ) from error
+        hint = DISK_HINTS.get(getattr(error, "errno", None) or 0, "download or copy the file again")
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})", hint=hint) from error
     return parse_header(raw, str(path))
 
 

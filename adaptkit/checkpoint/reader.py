@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.header import Header, TensorSpec, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, side_files, weight_files
-from adaptkit.errors import CheckpointError, IntegrityError
+from adaptkit.errors import DISK_HINTS, CheckpointError, IntegrityError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ class TensorFiles:
         try:
             found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, *self._beside])]
         except OSError as error:
-            raise IntegrityError(f"{error.filename}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
+            raise _unreadable(error.filename, error) from error
         return [[file, status.st_size, status.st_mtime_ns] for file, status in found]
 
     def require_state(self, state: list[list[Any]]) -> None:
@@ -120,7 +120,7 @@ class TensorFiles:
             finally:
                 os.close(handle)
         except OSError as error:
-            raise IntegrityError(f"{located.file}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
+            raise _unreadable(located.file, error) from error
         return buffer
 
 
@@ -202,7 +202,7 @@ class MappedCheckpoint(Checkpoint):
                 whole = np.memmap(self._paths[located.file], np.uint8, mode="c")
                 self._maps[located.file] = whole
         except OSError as error:
-            raise IntegrityError(f"{located.file}: cannot be read: {error.strerror}", hint=_KEEP_STILL) from error
+            raise _unreadable(located.file, error) from error
         if start + size > len(whole):
             raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_KEEP_STILL)
         return whole[start : start + size]
@@ -224,6 +224,10 @@ class MappedCheckpoint(Checkpoint):
     def _maps(self) -> dict[str, Any]:
         """By file name."""
         return {}
+
+
+def _unreadable(file: str, error: OSError) -> IntegrityError:
+    return IntegrityError(f"{file}: cannot be read: {error.strerror}", DISK_HINTS.get(error.errno or 0, _KEEP_STILL))
 
 
 def _dtype(spec: TensorSpec) -> "np.dtype[Any]":

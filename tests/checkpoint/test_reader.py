@@ -1,15 +1,17 @@
 """What is read is what safetensors reads, and folders whose parts disagree are refused."""
 
+import errno
 import json
 import os
+import resource
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.layout import INDEX_NAME
-from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
-from adaptkit.errors import CheckpointError, IntegrityError, UnsafeInputError
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint, TensorFiles
+from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError, IntegrityError, UnsafeInputError
 
 
 def same(one, two):
@@ -145,6 +147,25 @@ def test_a_file_that_shrinks_after_it_was_opened_is_noticed(mixed):
     os.truncate(folder / "model.safetensors", last.position + last.spec.nbytes - 1)
     with pytest.raises(IntegrityError, match="ends inside tensor"):
         checkpoint.read(last.spec.name)
+
+
+def test_a_file_that_cannot_be_opened_is_said_to_be_no_worse_than_that(mixed):
+    """Nobody need download it again."""
+    _, folder = mixed
+    readers, limits = [Checkpoint(folder), MappedCheckpoint(folder)], resource.getrlimit(resource.RLIMIT_NOFILE)
+    reads = [lambda: Checkpoint(folder), *(lambda reader=reader: reader.read("rows") for reader in readers)]
+    raised = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        for read in reads:
+            with pytest.raises(AdaptkitError) as caught:
+                read()
+            raised.append(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for error in raised:
+        assert "Too many open files" in error.message
+        assert error.hint == DISK_HINTS[errno.EMFILE]
 
 
 def test_a_folder_without_tensors_is_refused(tmp_path):
