@@ -13,7 +13,7 @@ from typing import Any
 
 from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.errors import GateError, IntegrityError, UsageError
+from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
 from adaptkit.pipeline.foresight import Foresight, named_after
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
@@ -205,7 +205,11 @@ class _Run:
             self.work.begin(step, key)
             with named_after(step):
                 outcome = step.how.run(self._work_of(step, key))
-            self._require_unchanged(step)
+            try:
+                self._require_unchanged(step)
+            except (AdaptkitError, OSError):
+                self.work.begin(step, key)  # or what it made would be found here when the source is as it was again
+                raise
             record = self.work.finish(step, key, outcome.figure, outcome.facts)
         outputs, seconds = self._take(step, record), time.monotonic() - began
         judgement = step.how.judge(step.options, record.facts)

@@ -146,6 +146,17 @@ def test_a_source_that_changes_during_its_own_step_is_not_taken_for_what_it_was(
     assert "merged" in done(run(recipe, until))
 
 
+def test_what_was_made_of_a_source_that_had_changed_is_not_taken_once_that_is_as_it_was(release, recipe):
+    template, until = release / "model" / "chat_template.jinja", RunOptions(until="small")
+    before = template.read_bytes()
+    with pytest.raises(IntegrityError, match="small: the source base changed while the run was at work"):
+        run(recipe, until, listener=Listener(progress=lambda done, total: template.write_bytes(before + b" ")))
+    template.write_bytes(before)
+    report = run(recipe, until)
+    assert "small" in done(report)
+    assert (Path(report.steps[-1].outputs[0].path) / template.name).read_bytes() == before
+
+
 def test_only_what_depends_on_a_change_is_done_again(recipe, edit):
     run(recipe)
     edit("rank: 2", "rank: 3")
