@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import select
 import signal
 import sys
 import traceback
@@ -101,8 +102,17 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Unwind no further, whatever it waits for."""
+    """Unwind no further, whatever it waits for, were it a reader of what it says."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _unwaiting(getattr(sys, name)))
     os._exit(_say_stopped(number))
+
+
+def _unwaiting(stream: TextIO) -> TextIO:
+    """Another stream to the same file, since this one may be in the middle of a write; to none if it takes nothing."""
+    number = stream.fileno()
+    takes = bool(select.select([], [number], [], 0)[1])
+    return open(number if takes else os.devnull, "w", errors="backslashreplace", closefd=not takes)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

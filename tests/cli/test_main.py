@@ -1,5 +1,6 @@
 """The command line: help without torch, one-line errors, documented exit codes."""
 
+import contextlib
 import json
 import os
 import re
@@ -319,6 +320,28 @@ program.main()
         command = [sys.executable, "-c", program, word, "absent"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (130, f"error: interrupted\n{hint}")
+
+
+def test_a_reader_that_has_stopped_keeps_nobody_who_leaves():
+    """The first signal says its word once the reader goes on; the next one, and time, do without."""
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writes, b" ")
+    os.set_blocking(writes, True)
+    code = (
+        "import os, signal, sys; from adaptkit.cli import main\n"
+        "main._UNWINDING_SECONDS, sys.argv = 0.2, ['adaptkit', 'merge', '--json']\n"
+        "main._run = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "main.main()\n"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdout=writes, stderr=subprocess.PIPE, timeout=60)
+    finally:
+        os.close(reads)
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (143, b"")
 
 
 def test_a_file_that_ends_too_soon_is_no_interruption(tmp_path):
