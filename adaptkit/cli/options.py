@@ -120,29 +120,35 @@ def _together(*options: Callable[[Function], Function]) -> Callable[[Function], 
 
 report_options = _together(  # known before any path is, which may have to be fetched
     click.option("--json", "as_json", is_flag=True, is_eager=True, help="Print one JSON document on stdout."),
-    click.option("--quiet", is_flag=True, is_eager=True, help="Print nothing but errors."),
+    click.option("--quiet", is_flag=True, is_eager=True, help="Print only errors."),
 )
 
 output_options = _together(
-    click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make."),
-    click.option("--force", is_flag=True, help="Replace an output that adaptkit made."),
+    click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder."),
+    click.option("--force", is_flag=True, help="Overwrite an existing output made by adaptkit."),
     report_options,
 )
 
 report_file_option = click.option(
     "--output-file",
     type=click.Path(path_type=Path),
-    help="Write what --json prints into this file, too; a dry run does not.",
+    help="Also write the --json document to this file; not in a dry run.",
 )
 
 html_option = click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page, too."
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as an HTML page."
 )
 
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="Default: one per processor.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Number of threads. Default: one per processor."
+)
 
 weight_option = click.option(
-    "--weight", "weights", type=float, multiple=True, help="One per adapter, in their order. Default: 1 each."
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    help="Weight of each adapter, in order. Repeatable. Default: 1 each.",
 )
 
 
