@@ -48,118 +48,119 @@ class TrainConfig:
     """A training run. What a field means is said beside it."""
 
     base: str = setting(
-        "A checkpoint: one that quantize made, or a 16-bit one. A folder, or org/name[@revision] of the Hub.",
+        "Base checkpoint: 16-bit, or quantized by adaptkit. A folder, or org/name[@revision] on the Hub.",
         section="Model and data",
     )
-    data: tuple[str, ...] = setting("File (jsonl, ndjson, json, csv, tsv, parquet) or data set of the Hub "
+    data: tuple[str, ...] = setting("File (jsonl, ndjson, json, csv, tsv, parquet) or Hub data set "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
-    init: str = setting("How A begins: kaiming (uniform, as PEFT) or normal (deviation 1 / rank); or an "
-                        "adapter to begin with, a folder or org/name[@revision], whose rank, alpha and targets the run "
-                        "has then.",
+    init: str = setting("Initialization of A: kaiming (uniform, as in PEFT) or normal (standard deviation 1 / rank); "
+                        "or an adapter to start from, a folder or org/name[@revision], which determines rank, alpha "
+                        "and targets.",
                         "kaiming")  # fmt: skip
-    method: str = setting("auto is qlora on a base that adaptkit quantized, and lora on a 16-bit one; full trains "
-                          "every weight, and writes a checkpoint.", "auto", choices=METHODS)  # fmt: skip
+    method: str = setting("auto: qlora on a base that adaptkit quantized, lora on a 16-bit one; full: train every "
+                          "weight and write a checkpoint.", "auto", choices=METHODS)  # fmt: skip
 
-    rank: int = setting("Of the adapter's matrices.", 16, at_least=1, at_most=1 << 16, section="Adapter")
+    rank: int = setting("Rank of the adapter's matrices.", 16, at_least=1, at_most=1 << 16, section="Adapter")
     alpha: float = setting("The adapter's change is scaled by alpha / rank.", 32.0, above=0, at_most=_LARGEST)
-    targets: tuple[str, ...] = setting("Shell pattern of module paths that get an adapter; * is every linear layer "
-                                       "that reads text, without routers and the output layer.", ("*",))  # fmt: skip
-    exclude: tuple[str, ...] = setting("Shell pattern of module paths that get none all the same.", ())
-    target_parameters: tuple[str, ...] = setting("Shell pattern of stacked experts' matrices that get an adapter, such "
+    targets: tuple[str, ...] = setting("Shell pattern of module paths that get an adapter; * matches every linear "
+                                       "layer that processes text, except routers and the output layer.",
+                                       ("*",))  # fmt: skip
+    exclude: tuple[str, ...] = setting("Shell pattern of module paths to exclude from targets.", ())
+    target_parameters: tuple[str, ...] = setting("Shell pattern of stacked expert matrices that get an adapter, such "
                                                  "as *.experts.*.", ())  # fmt: skip
-    dropout: float = setting("Of the adapter's input.", 0.0, at_least=0, below=1)
+    dropout: float = setting("Dropout on the adapter's input.", 0.0, at_least=0, below=1)
     rslora: bool = setting("Scale by alpha / √rank instead (rsLoRA).", False)
-    dora: bool = setting("Train the lengths of the weights' rows too (DoRA).", False)
-    rank_pattern: Mapping[str, float] | None = setting("Other ranks, by the end of a module's path (a regular "
-                                                       "expression, as in PEFT).", None, at_least=1,
+    dora: bool = setting("Also train the norms of the weights' rows (DoRA).", False)
+    rank_pattern: Mapping[str, float] | None = setting("Rank of matching modules: a regular expression for the end of "
+                                                       "the path, as in PEFT.", None, at_least=1,
                                                        at_most=1 << 16)  # fmt: skip
-    alpha_pattern: Mapping[str, float] | None = setting("Other alphas, the same way.", None, above=0,
+    alpha_pattern: Mapping[str, float] | None = setting("Alpha of matching modules, in the same way.", None, above=0,
                                                         at_most=_LARGEST)  # fmt: skip
-    lora_plus_ratio: float = setting("How much faster B learns than A; LoRA+ suggests 16.", 1.0, above=0,
+    lora_plus_ratio: float = setting("Learning rate of B relative to A; LoRA+ suggests 16.", 1.0, above=0,
                                      at_most=_LARGEST)  # fmt: skip
-    lora_bias: bool = setting("Give B a bias too; only for layers that have one, or it cannot be merged.", False)
-    bias: str = setting("Biases that are trained; lora_only: those of the layers with an adapter.", "none",
+    lora_bias: bool = setting("Also train a bias on B; can be merged only into layers that have a bias.", False)
+    bias: str = setting("Biases to train; lora_only: those of layers with an adapter.", "none",
                         choices=BIASES)  # fmt: skip
-    modules_to_save: tuple[str, ...] = setting("End of the path of a module that is trained whole, such as lm_head or "
+    modules_to_save: tuple[str, ...] = setting("Module to train in full, by the end of its path, such as lm_head or "
                                                "norm.", ())  # fmt: skip
-    trainable_tokens: tuple[str, ...] = setting("Token, by its text or number, whose row of the embedding is trained.",
-                                                ())  # fmt: skip
+    trainable_tokens: tuple[str, ...] = setting("Token, by its text or ID, whose embedding row is trained.", ())
 
-    layout: str | None = setting("Of the rows.  [default: each row's own]", None, choices=LAYOUTS, section="Samples")
-    chat_template: str | None = setting("File of another chat template than the model's (Jinja); it will lie beside "
-                                        "the adapter, and merge takes it along.", None)  # fmt: skip
+    layout: str | None = setting("Layout of the rows.  [default: detected for each row]", None, choices=LAYOUTS,
+                                 section="Samples")  # fmt: skip
+    chat_template: str | None = setting("Jinja file to use instead of the model's chat template; it is saved with the "
+                                        "adapter, and merge takes it along.", None)  # fmt: skip
     chat_template_kwargs: Mapping[str, str | int | float | bool] | None = setting(
         "Variables of the chat template, such as enable_thinking=false.", None
     )
-    loss_on: str = setting("Tokens that are learned; plain text is learned whole.", "answers", choices=LOSS_ON)
-    max_length: int = setting("Tokens of a sample.", 1024, at_least=2)
-    too_long: str = setting("What becomes of longer samples.", "cut", choices=TOO_LONG)
-    mixture: Mapping[str, float] | None = setting("How much of each data file an epoch draws, relative to the others; "
-                                                  "1 where nothing is said.", None, above=0,
-                                                  at_most=_LARGEST)  # fmt: skip
-    pack: bool = setting("Put samples together in rows of max_length tokens; a step then has batch_size rows.", False)
-    held_out: float = setting("Fraction of the rows that is measured instead of trained on; none with held_out_data.",
-                              0.1, at_least=0, below=1)  # fmt: skip
-    held_out_data: tuple[str, ...] = setting("File or data set that is measured instead.", ())
+    loss_on: str = setting("Tokens to learn; plain text is always learned in full.", "answers", choices=LOSS_ON)
+    max_length: int = setting("Maximum tokens per sample.", 1024, at_least=2)
+    too_long: str = setting("What to do with longer samples.", "cut", choices=TOO_LONG)
+    mixture: Mapping[str, float] | None = setting("Weight of a data file in an epoch, relative to the others; 1 if "
+                                                  "not given.", None, above=0, at_most=_LARGEST)  # fmt: skip
+    pack: bool = setting("Pack samples into rows of max_length tokens; a step then has batch_size rows.", False)
+    held_out: float = setting("Fraction of the rows to evaluate on instead of training on; ignored with "
+                              "held_out_data.", 0.1, at_least=0, below=1)  # fmt: skip
+    held_out_data: tuple[str, ...] = setting("File or Hub data set to evaluate on instead.", ())
 
-    steps: int | None = setting("Optimizer steps.  [default: as many as the epochs take]", None, at_least=1,
+    steps: int | None = setting("Optimizer steps.  [default: determined by epochs]", None, at_least=1,
                                at_most=_MOST, section="Steps")  # fmt: skip
     epochs: float | None = setting("Passes over the data, instead of steps.  [default: 1]", None, above=0,
                                    at_most=1e6)  # fmt: skip
-    batch_size: int = setting("Samples in a step.", 8, at_least=1, at_most=_MOST)
-    micro_batch_size: int | None = setting("Samples that go through the model at a time.  [default: the whole batch]",
-                                           None, at_least=1, at_most=_MOST)  # fmt: skip
-    group_by_length: bool = setting("Put samples of like length into one step, which pads little.", False)
-    on_non_finite: str = setting("When the loss or a gradient is no number: stop, or skip the step and count it.",
+    batch_size: int = setting("Samples per step.", 8, at_least=1, at_most=_MOST)
+    micro_batch_size: int | None = setting("Samples per forward pass.  [default: the whole batch]", None, at_least=1,
+                                           at_most=_MOST)  # fmt: skip
+    group_by_length: bool = setting("Group samples of similar length into steps, to reduce padding.", False)
+    on_non_finite: str = setting("If the loss or a gradient is NaN or infinite: stop, or skip the step and count it.",
                                  "stop", choices=("stop", "skip"))  # fmt: skip
-    seed: int = setting("Of the initial A, the order of samples, dropout and the held-out choice.", 0, at_least=-_SEEDS,
-                        at_most=_SEEDS)  # fmt: skip
+    seed: int = setting("Seed of A's initialization, sample order, dropout and the held-out split.", 0,
+                        at_least=-_SEEDS, at_most=_SEEDS)  # fmt: skip
 
-    eval_every: int = setting("Steps between measurements of the held-out loss; 0: only before and after.", 0,
+    eval_every: int = setting("Steps between evaluations of the held-out loss; 0: only before and after training.", 0,
                               at_least=0, section="Measurements and checkpoints")  # fmt: skip
-    patience: int = setting("Measurements without a better held-out loss after which the run ends; 0: it goes on.",
-                            0, at_least=0)  # fmt: skip
-    keep: str = setting("The adapter to publish: that of the best held-out loss, or the last; the other lies beside "
-                        "it.", "best", choices=("best", "last"))  # fmt: skip
-    save_every: int = setting("Steps between checkpoints; 0: none but at the end, or when interrupted.", 50, at_least=0)
-    keep_checkpoints: int = setting("Checkpoints that stay; older ones are removed.", 2, at_least=1)
+    patience: int = setting("Stop after this many evaluations without a better held-out loss; 0: never.", 0,
+                            at_least=0)  # fmt: skip
+    keep: str = setting("Adapter to publish: the one with the best held-out loss, or the last; the other is saved "
+                        "beside it.", "best", choices=("best", "last"))  # fmt: skip
+    save_every: int = setting("Steps between checkpoints; 0: only at the end or on interruption.", 50, at_least=0)
+    keep_checkpoints: int = setting("Number of checkpoints to keep; older ones are deleted.", 2, at_least=1)
 
-    learning_rate: float = setting("At its highest.", 2e-4, above=0, at_most=_LARGEST, section="Optimizer")
-    schedule: str = setting("Of the rate, after the warm-up.", "constant", choices=SCHEDULES)
-    decay: float = setting("Fraction of the steps in which the rate of wsd falls.", 0.2, above=0, at_most=1)
-    warmup: float = setting("Fraction of the steps in which the rate rises.", 0.03, at_least=0, below=1)
-    weight_decay: float = setting("AdamW's.", 0.0, at_least=0, at_most=_LARGEST)
-    max_grad_norm: float = setting("Gradients are scaled down to this norm; 0 leaves them.", 1.0, at_least=0)
-    neftune_alpha: float = setting("Noise on the embeddings while training (NEFTune); 5 is usual, 0 is none.", 0.0,
+    learning_rate: float = setting("Peak learning rate.", 2e-4, above=0, at_most=_LARGEST, section="Optimizer")
+    schedule: str = setting("Learning rate schedule after the warm-up.", "constant", choices=SCHEDULES)
+    decay: float = setting("Fraction of the steps over which wsd decays the learning rate.", 0.2, above=0, at_most=1)
+    warmup: float = setting("Fraction of the steps used for learning rate warm-up.", 0.03, at_least=0, below=1)
+    weight_decay: float = setting("Weight decay of AdamW.", 0.0, at_least=0, at_most=_LARGEST)
+    max_grad_norm: float = setting("Clip gradients to this norm; 0: no clipping.", 1.0, at_least=0)
+    neftune_alpha: float = setting("NEFTune noise on the embeddings during training; 5 is usual, 0 is off.", 0.0,
                                    at_least=0, at_most=_LARGEST)  # fmt: skip
 
-    sample_prompts: tuple[str, ...] = setting("Prompt to answer during the run.", (), section="Answers and trackers")
-    sample_every: int = setting("Steps between answers to them; 0: only after the last.", 0, at_least=0)
-    sample_tokens: int = setting("Longest answer.", 64, at_least=1)
-    tensorboard: str | None = setting("Folder for TensorBoard.", None)
-    wandb: str | None = setting("Project of Weights & Biases.", None)
+    sample_prompts: tuple[str, ...] = setting("Prompt to answer during training.", (), section="Answers and trackers")
+    sample_every: int = setting("Steps between answers to the prompts; 0: only after the last step.", 0, at_least=0)
+    sample_tokens: int = setting("Maximum tokens per answer.", 64, at_least=1)
+    tensorboard: str | None = setting("Folder for TensorBoard logs.", None)
+    wandb: str | None = setting("Weights & Biases project.", None)
 
-    optimizer: str = setting("Moments in 32 bits, or in 8 with a constant for every 256.", "adamw", choices=OPTIMIZERS,
-                             section="Memory and device")  # fmt: skip
-    checkpointing: str = setting("Of activations: none, layer, sqrt (segments of √n layers), segments:K, budget:MIB "
-                                 "(whatever recomputes least within it), or auto: on a GPU whatever recomputes least "
-                                 "in the room there is, on a CPU layer.", "auto")  # fmt: skip
-    offload_checkpoints: bool = setting("Let the inputs of segments wait in host memory; on a GPU.", False)
-    optimizer_pages_mib: float | None = setting("Optimizer state that is resident; the rest waits in host memory.  "
-                                                "[default: all of it]", None, above=0, at_most=_LARGEST)  # fmt: skip
+    optimizer: str = setting("adamw: 32-bit moments; adamw8bit: 8-bit moments, with a constant for every 256.",
+                             "adamw", choices=OPTIMIZERS, section="Memory and device")  # fmt: skip
+    checkpointing: str = setting("Activation checkpointing: none, layer, sqrt (segments of √n layers), segments:K, "
+                                 "budget:MIB (the least recomputation within the budget), or auto: on a GPU the least "
+                                 "recomputation that fits in memory, on a CPU layer.", "auto")  # fmt: skip
+    offload_checkpoints: bool = setting("Keep the inputs of segments in host memory; GPU only.", False)
+    optimizer_pages_mib: float | None = setting("MiB of optimizer state to keep resident; the rest is paged to host "
+                                                "memory, or on a CPU to a file.  [default: all of it]", None, above=0,
+                                                at_most=_LARGEST)  # fmt: skip
     page_kib: int | None = setting(
-        "Size of a page of optimizer state.  [default: 2048 on a CPU, 8192 on a GPU]",
+        "Size of a page of optimizer state, in KiB.  [default: 2048 on a CPU, 8192 on a GPU]",
         None,
         at_least=1,
         at_most=1 << 20,
     )
-    compute_dtype: str = setting("Of activations and dequantized weights; auto is bfloat16 where the device "
-                                 "multiplies matrices of it.", "auto",
+    compute_dtype: str = setting("Dtype of activations and dequantized weights; auto: bfloat16 if the device "
+                                 "multiplies bfloat16 matrices, else float32.", "auto",
                                  choices=COMPUTE_DTYPES)  # fmt: skip
     device: str = setting("cpu, cuda, or auto.", "auto")
-    shard_base: bool = setting("Divide the frozen weights among the processes that torchrun starts (FSDP2).", False)
-    deterministic: bool = setting("On a GPU only operations that give the same bits every time, so that a run "
-                                  "that goes on ends in the same bytes; on a CPU it does anyway.", False)  # fmt: skip
+    shard_base: bool = setting("Shard the frozen weights across the processes that torchrun starts (FSDP2).", False)
+    deterministic: bool = setting("On a GPU, use only deterministic operations, so that a resumed run produces the "
+                                  "same bytes; runs on a CPU always do.", False)  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class Config:
-        rank: int = setting("Of the adapter's matrices.", 16, at_least=1)
+        rank: int = setting("Rank of the adapter's matrices.", 16, at_least=1)
 
 A field's type is one of int, float, str, bool, ``tuple[str, ...]``, ``Mapping[str, float]`` or ``Mapping[str, str |
 int | float | bool]``, each with ``| None`` if it may be left open. Tuples and mappings are repeatable options

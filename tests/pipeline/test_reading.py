@@ -60,7 +60,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("rank: 4", "rnak: 4", "line 7: steps.adapter.rnak: unknown key", "did you mean 'rank'?"),
         ("rank: 4", "rank: '4'", "line 7: steps.adapter.rank: is '4'; expected a whole number", ""),
         ("rank: 4", "rank: true", "line 7: steps.adapter.rank: is true; expected a whole number", ""),
-        ("rank: 4", "rank: 0", "line 7: steps.adapter.rank: 0 cannot be used", "rank: Of the adapter's matrices."),
+        ("rank: 4", "rank: 0", "line 7: steps.adapter.rank: 0 cannot be used", "rank: Rank of the adapter's matrices."),
         ("rank: 4", "alpha: .nan", "line 7: steps.adapter.alpha: is nan; expected a number", ""),
         ("rank: 4", "targets: q_proj", "steps.adapter.targets: is 'q_proj'; expected a list", "write [q_proj]"),
         ("rank: 4", "wandb: x", "line 7: steps.adapter.wandb: cannot be set in a recipe", "it reaches out"),

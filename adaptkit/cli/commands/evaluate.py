@@ -28,35 +28,43 @@ _FILE = click.Path(path_type=Path)
 @click.option("--base", "bases", type=ArtifactPath(), multiple=True, required=True,
               help="Checkpoint, quantized or not. Repeatable.")  # fmt: skip
 @click.option("--adapter", "adapters", type=ArtifactPath(), multiple=True,
-              help="Measure its base with this adapter. Repeatable.")  # fmt: skip
+              help="Adapter to evaluate on its base. Repeatable.")  # fmt: skip
 @click.option("--compare", "compared", is_flag=True,
-              help="Measure the base without its adapter, too. Always so with several models.")  # fmt: skip
-@click.option("--data", type=_FILE, multiple=True, help="Rows with answers, as for train. Repeatable.")
+              help="Also evaluate the base without its adapter. Implied by several models.")  # fmt: skip
+@click.option("--data", type=_FILE, multiple=True, help="File of rows with answers, as for train. Repeatable.")
 @click.option(
-    "--text", type=_FILE, multiple=True, help="Text, or rows as for train, to measure perplexity on. Repeatable."
+    "--text", type=_FILE, multiple=True, help="File to measure perplexity on: text, or rows as for train. Repeatable."
 )
-@click.option("--reference", type=ArtifactPath(), help="Also measure the divergence from this checkpoint on the text.")
-@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of text at a time.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Read no more text than this.")
+@click.option(
+    "--reference", type=ArtifactPath(), help="Also measure the KL divergence from this checkpoint on the text."
+)
+@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window of text.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Maximum number of text tokens.")
 @click.option("--generate", is_flag=True,
               help="Answer the data's questions; score them by BLEU, NIST, METEOR, ROUGE-L and CIDEr.")  # fmt: skip
-@click.option("--samples", type=click.IntRange(min=1), help="Answer no more questions than this, chosen by the seed.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), help="Maximum number of questions to answer, chosen by the seed."
+)
 @click.option("--samples-file", type=click.Path(path_type=Path, dir_okay=False),
-              help="Write questions, answers and references to it, a JSON line each.")  # fmt: skip
+              help="Write questions, answers and references to this file, one JSON object per line.")  # fmt: skip
 @click.option("--shots", type=click.IntRange(min=0), default=0, metavar="K",
-              help="Measure every base with K examples before each question, too.")  # fmt: skip
-@click.option("--shots-from", type=_FILE, multiple=True, help="Choose the examples from this file. Repeatable.")
+              help="Also evaluate every base with K examples before each question.")  # fmt: skip
+@click.option("--shots-from", type=_FILE, multiple=True, help="File to take the examples from. Repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True,
-              help="Of the choice of questions and of examples.")  # fmt: skip
-@click.option("--prompt", "prompts", multiple=True, help="Show the answer to it. Repeatable.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
-@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a sample.")
+              help="Seed for choosing questions and examples.")  # fmt: skip
+@click.option("--prompt", "prompts", multiple=True, help="Prompt to answer. Repeatable.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum tokens per answer."
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Maximum tokens per sample."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--layout", type=click.Choice(LAYOUTS), help="Of the data's rows; default: each row's own.")
+@click.option("--layout", type=click.Choice(LAYOUTS), help="Layout of the rows. Default: detected for each row.")
 @click.option("--chat-template-kwargs", type=NamedValue(), multiple=True, callback=by_name,
-              help="Variable of the chat template, as in training. Repeatable.")  # fmt: skip
+              help="Variable of the chat template, as for train. Repeatable.")  # fmt: skip
 @click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-              show_default=True, help="auto: bfloat16 where the device multiplies matrices of it.")  # fmt: skip
+              show_default=True, help="auto: bfloat16 if the device multiplies bfloat16 matrices.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True)
 @html_option
 @report_options
@@ -73,10 +81,10 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure models: losses, and what they say to questions.
+    """Evaluate models: losses, and answers to questions.
 
-    With several bases, an adapter is measured on the one that its manifest names, or else on the one that has the
-    weights that it was trained on.
+    With several bases, an adapter is evaluated on the base that its manifest names, or else on the one that has the
+    weights it was trained on.
     """
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.evaluate import evaluate_page

@@ -12,35 +12,37 @@ from adaptkit.cli.output import Row, counted, percent, show, size
 @click.command()
 @click.argument("model", type=ConfigPath())
 @click.option("--method", type=click.Choice(("full", "lora", "qlora")), default="qlora", show_default=True)
-@click.option("--rank", type=int, default=16, show_default=True, help="Of the adapter.")
-@click.option("--seq-len", type=int, default=1024, show_default=True, help="Tokens of a row.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Rows that go through the model at a time.")
+@click.option("--rank", type=int, default=16, show_default=True, help="Rank of the adapter.")
+@click.option("--seq-len", type=int, default=1024, show_default=True, help="Tokens per row.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Rows per forward pass.")
 @click.option(
     "--checkpointing", default="layer", show_default=True,
-    help="Of activations: none, layer, sqrt, segments:K or budget:MIB.",
+    help="Activation checkpointing: none, layer, sqrt, segments:K or budget:MIB.",
 )  # fmt: skip
-@click.option("--offload-checkpoints", is_flag=True, help="The inputs of segments wait in host memory.")
+@click.option("--offload-checkpoints", is_flag=True, help="Keep the inputs of segments in host memory.")
 @click.option("--optimizer", type=click.Choice(("adamw", "adamw8bit")), default="adamw", show_default=True)
-@click.option("--targets", multiple=True, help="Shell pattern of module paths that get an adapter. Repeatable. [*]")
+@click.option(
+    "--targets", multiple=True, help="Shell pattern of module paths that get an adapter. Repeatable. [default: *]"
+)
 @click.option(
     "--moe", type=click.Choice(("keep", "quantize")), default="keep", show_default=True,
-    help="Experts, for qlora: in 16 bits, or quantized by quantize --moe quantize.",
+    help="With qlora, experts: in 16 bits, or quantized by quantize --moe quantize.",
 )  # fmt: skip
 @click.option(
     "--compute-dtype", type=click.Choice(("bfloat16", "float32")), default="bfloat16", show_default=True,
-    help="Of activations, and of weights that stay as they are.",
+    help="Dtype of activations and of unquantized weights.",
 )  # fmt: skip
 @click.option(
     "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True,
-    help="auto: a GPU if there is one here, or if checkpoints are offloaded.",
+    help="auto: a GPU if this machine has one, or with --offload-checkpoints.",
 )  # fmt: skip
 @report_options
 def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Predict the memory and parameters of fine-tuning MODEL.
 
-    MODEL is a folder or its config.json, or org/name[@revision] on the Hub, of which nothing else is downloaded.
+    MODEL is a folder, its config.json, or org/name[@revision] on the Hub, from which only config.json is downloaded.
 
-    Memory is told by part, and trainable parameters by rank.
+    Prints memory by part and trainable parameters by rank.
     """
     from adaptkit.operations.plan import PlanOptions, plan
 

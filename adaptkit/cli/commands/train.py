@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @click.command(cls=InSections)
 @output_options
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML or JSON file of these options.")
-@click.option("--resume", is_flag=True, help="Go on, and fail rather than begin if there is no checkpoint.")
-@click.option("--dry-run", is_flag=True, help="Check everything and show what would be done, but write nothing.")
-@click.option("--show-batch", is_flag=True, help="Print the first batch with what is learned marked, and do no more.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML or JSON file with these options.")
+@click.option("--resume", is_flag=True, help="Resume; fail if there is no checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show what would be done; write nothing.")
+@click.option("--show-batch", is_flag=True, help="Print the first batch, with the learned tokens marked, and exit.")
 @settings_options(
     TrainConfig,
     **dict.fromkeys(("base", "init"), ArtifactPath()),
@@ -54,13 +54,13 @@ def command(
     show_batch: bool,
     **options: Any,
 ) -> None:
-    """Train an adapter on a quantized checkpoint, or a 16-bit one.
+    """Train an adapter on a quantized or 16-bit checkpoint.
 
-    QLoRA on the first, LoRA on the second; --method full trains every weight of a 16-bit one.
+    QLoRA on a quantized one, LoRA on a 16-bit one; --method full trains every weight of a 16-bit one.
 
     Every option is also a key of the --config file (dashes as underscores), except --output, --force, --config,
-    --resume, --dry-run, --show-batch, --json and --quiet; the command line wins. A run that was killed or interrupted
-    goes on when the same command is given again.
+    --resume, --dry-run, --show-batch, --json and --quiet; the command line wins. The same command resumes an
+    interrupted run.
     """
     if show_batch and dry_run:
         raise click.UsageError("--show-batch and --dry-run print different things; choose one")
