@@ -16,14 +16,14 @@ from adaptkit.cli.progress import byte_progress
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Default: each weight's own; quantize records float32 as bfloat16.",
+    help="Default: the one recorded for each weight; quantize records float32 as bfloat16.",
 )
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @threads_option
 def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Turn the quantized checkpoint SOURCE back into a plain one.
+    """Convert the quantized checkpoint SOURCE back to a plain one.
 
-    It is one of adaptkit's, or a 4-bit one of bitsandbytes.
+    SOURCE was quantized by adaptkit, or to 4 bits by bitsandbytes.
     """
     from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 

@@ -22,59 +22,59 @@ _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter",
 @click.argument("source", type=ArtifactPath())
 @output_options
 @click.option("--format", default="nf4", show_default=True, type=click.Choice(["nf4", "fp4", "int8"]))
-@click.option("--block-size", default=64, show_default=True, help="Weights sharing one constant; a power of two.")
+@click.option("--block-size", default=64, show_default=True, help="Weights per constant; a power of two.")
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Leave modules in 16 bits: '*.down_proj'. Repeatable.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Modules to keep in 16 bits: '*.down_proj'. Repeatable.")
 @click.option("--include-head", is_flag=True, help="Quantize the output layer too.")
 @click.option(
     "--moe",
     default="keep",
     show_default=True,
     type=click.Choice(["keep", "quantize"]),
-    help="Experts: bitsandbytes cannot load them quantized, adaptkit's trainer can.",
+    help="Experts; only adaptkit, not bitsandbytes, loads them quantized.",
 )
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Text, or a file of rows as for train: choose constants and codes by what goes through the model. Repeatable.",
+    help="Text, or rows as for train: choose constants and codes by the model's activations on it. Repeatable.",
 )
 @click.option(
     "--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
-    help="With --calibrate: how many tokens of the text are read.",
+    help="With --calibrate: maximum number of tokens.",
 )  # fmt: skip
 @click.option(
     "--window", type=click.IntRange(min=2), default=512, show_default=True,
-    help="With --calibrate: tokens of a sequence.",
+    help="With --calibrate: tokens per sequence.",
 )  # fmt: skip
 @click.option(
     "--compensate/--no-compensate",
     default=True,
     show_default=True,
-    help="With --calibrate: each column makes up for what those before it lost. Slower, closer.",
+    help="With --calibrate: each column compensates the error of those before it. Slower, closer.",
 )
 @click.option(
     "--init-adapter",
     type=click.IntRange(min=1),
     metavar="RANK",
-    help="With --calibrate: make an adapter, too, that makes up for much of the loss; train --init begins with it.",
+    help="With --calibrate: also write an adapter that offsets much of the loss, for train --init.",
 )
 @click.option(
-    "--init-adapter-output", type=click.Path(path_type=Path), help="That adapter's folder.  [default: <output>-init]"
+    "--init-adapter-output", type=click.Path(path_type=Path), help="Folder of that adapter.  [default: <output>-init]"
 )
 @click.option(
     "--bits-budget",
     type=float,
     metavar="BITS",
-    help="With --calibrate: spend more bits where they save most, up to this average a quantized weight, such as 4.5.",
+    help="With --calibrate: spend bits where they help most, up to this average per quantized weight, such as 4.5.",
 )
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @click.option(
     "--part",
     type=Share(),
     metavar="K/N",
-    help="Write the K-th of N shares of the shards, perhaps on another machine; the same command without --part joins.",
+    help="Write only the K-th of N shares of the shards; the same command without --part joins them.",
 )
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
 @html_option
@@ -98,7 +98,7 @@ def command(
 ) -> None:
     """Quantize the checkpoint SOURCE to NF4, FP4 or int8.
 
-    transformers with bitsandbytes, vLLM and unsloth load NF4 and FP4; int8 is for adaptkit alone.
+    transformers with bitsandbytes, vLLM and unsloth load NF4 and FP4; only adaptkit loads int8.
     """
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.quantize import quantize_page
