@@ -21,31 +21,30 @@ if TYPE_CHECKING:
 @click.argument("tuned", type=ArtifactPath())
 @click.argument("base", type=ArtifactPath())
 @output_options
-@click.option("--rank", type=click.IntRange(min=1), help="Of every low-rank change.")
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter's matrices.")
 @click.option(
-    "--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead, such as 0.99."
+    "--energy", type=float, metavar="SHARE", help="Instead of --rank: share of each squared norm to keep, such as 0.99."
 )
-@click.option("--max-rank", type=click.IntRange(min=1), help="With --energy: no rank is larger. [default: 256]")
+@click.option("--max-rank", type=click.IntRange(min=1), help="With --energy: the largest rank. [default: 256]")
 @click.option(
-    "--target", multiple=True, metavar="PATTERN", help="Only modules with such a path: '*.q_proj'. Repeatable."
+    "--target",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only modules whose path matches, such as '*.q_proj'. Repeatable.",
 )
-@click.option("--only-linear", is_flag=True, help="Leave out embeddings, head, norms and biases that differ.")
-@click.option(
-    "--oversampling", type=click.IntRange(min=0), default=10, show_default=True, help="Columns beyond the rank."
-)
-@click.option(
-    "--iterations", type=click.IntRange(min=1), default=3, show_default=True, help="Passes that sharpen the result."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random columns.")
-@click.option("--dry-run", is_flag=True, help="Plan and validate only; no weight is read.")
+@click.option("--only-linear", is_flag=True, help="Leave out differing embeddings, heads, norms and biases.")
+@click.option("--oversampling", type=click.IntRange(min=0), default=10, show_default=True, help="Extra sketch columns.")
+@click.option("--iterations", type=click.IntRange(min=1), default=3, show_default=True, help="Subspace iterations.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sketch.")
+@click.option("--dry-run", is_flag=True, help="Plan and validate only, without reading weights.")
 @threads_option
 def command(
     tuned: Path, base: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any
 ) -> None:
-    """Find the adapter that turns the checkpoint BASE into TUNED.
+    """Extract the adapter that turns the checkpoint BASE into TUNED.
 
-    What linear layers gained becomes low-rank matrices; whatever else differs is in the adapter whole. The report says
-    what is lost.
+    The changes of linear layers become low-rank matrices; other tensors that differ are stored in full. The report
+    says what is lost.
     """
     from adaptkit.operations.extract import ExtractOptions, extract
 

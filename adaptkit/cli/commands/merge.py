@@ -23,12 +23,14 @@ _LOST = "the rest is below half of the weights' last digit: train on, or use the
     default="keep",
     show_default=True,
     type=click.Choice(["keep", "nf4"]),
-    help="nf4: merge on the 16-bit weights and quantize the result.",
+    help="keep: the base's types; nf4: merge into the 16-bit weights and quantize the result.",
 )
-@click.option("--undo/--no-undo", default=True, show_default=True, help="Write what makes unmerge exact.")
-@click.option("--embed-adapter", is_flag=True, help="Put copies of the adapters into the result, for unmerge.")
-@click.option("--untie", is_flag=True, help="Give the head a tensor of its own where it would differ.")
-@click.option("--allow-base-mismatch", is_flag=True, help="Merge onto a base the adapter was not trained on.")
+@click.option(
+    "--undo/--no-undo", default=True, show_default=True, help="Write the undo record that makes unmerge exact."
+)
+@click.option("--embed-adapter", is_flag=True, help="Store copies of the adapters in the output, for unmerge.")
+@click.option("--untie", is_flag=True, help="Untie the head from the embedding if the merge makes them differ.")
+@click.option("--allow-base-mismatch", is_flag=True, help="Merge into a base that the adapter was not trained on.")
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
 @threads_option
 def command(
@@ -41,10 +43,10 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Fold ADAPTERS into the 16-bit checkpoint BASE.
+    """Merge ADAPTERS into the 16-bit checkpoint BASE.
 
-    The change is summed exactly and rounded once; the base's shards, types and tokenizer are kept. Of a quantized BASE
-    the checkpoint that it was made from is taken, if it lies beside it.
+    The changes are summed exactly and rounded once; the base's shards, types and tokenizer are kept. If BASE is
+    quantized, the checkpoint that it was made from is used, provided that it is in the same parent folder.
     """
     from adaptkit.operations.merge import LITTLE_KEPT, MergeOptions, merge
 

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("adapter", type=ArtifactPath())
 @output_options
-@click.option("--rank", type=click.IntRange(min=1), help="Of every module that has more.")
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of every module that has a larger one.")
 @click.option(
-    "--energy", type=float, metavar="SHARE", help="Keep this share of each square norm instead, such as 0.99."
+    "--energy", type=float, metavar="SHARE", help="Instead of --rank: share of each squared norm to keep, such as 0.99."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be lost, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Report what would be lost; write nothing.")
 @threads_option
 def command(
     adapter: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any
 ) -> None:
-    """Give ADAPTER a smaller rank.
+    """Reduce the rank of ADAPTER.
 
-    Each module becomes the best approximation of what it was; one whose rank is small enough already stays as it is.
+    Each module becomes its best approximation; modules whose rank is already small enough are unchanged.
     """
     from adaptkit.operations.resize import ResizeOptions, resize
 

@@ -33,16 +33,18 @@ class _WithMethods(click.Command):
 @click.argument("adapters", nargs=-1, required=True, type=ArtifactPath())
 @output_options
 @click.option("--method", default="cat", show_default=True, shell_complete=one_of(names(stacking)),
-              help="How the adapters are combined; see below.")  # fmt: skip
+              help="How to combine the adapters; see below.")  # fmt: skip
 @weight_option
-@click.option("--rank", type=click.IntRange(min=1), help="Largest rank of a module of the result.")
-@click.option("--energy", type=float, metavar="SHARE", help="Keep this share of each module's square norm: 0.99.")
-@click.option("--density", type=float, metavar="SHARE", help="Of the elements that a method keeps.")
-@click.option("--epsilon", type=float, help="della: how much likelier the largest elements are kept.")
-@click.option("--gamma", type=float, metavar="SHARE", help="breadcrumbs: of the largest elements, which are dropped.")
-@click.option("--lambda", "lambda_", type=float, metavar="FACTOR", help="Factor of the result. [1]")
-@click.option("--seed", type=click.IntRange(min=0), help="Of methods that drop elements at random. [0]")
-@click.option("--dry-run", is_flag=True, help="Say what would be lost, and write nothing.")
+@click.option("--rank", type=click.IntRange(min=1), help="Maximum rank of the result.")
+@click.option("--energy", type=float, metavar="SHARE", help="Share of each module's squared norm to keep: 0.99.")
+@click.option("--density", type=float, metavar="SHARE", help="Share of elements to keep.")
+@click.option(
+    "--epsilon", type=float, help="della: keep probabilities are density ± epsilon, largest for the largest elements."
+)
+@click.option("--gamma", type=float, metavar="SHARE", help="breadcrumbs: share of elements to drop, the largest.")
+@click.option("--lambda", "lambda_", type=float, metavar="FACTOR", help="Scale of the result. [default: 1]")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of methods that drop elements at random. [default: 0]")
+@click.option("--dry-run", is_flag=True, help="Report what would be lost; write nothing.")
 @threads_option
 def command(
     adapters: tuple[Path, ...],
@@ -60,8 +62,8 @@ def command(
 ) -> None:
     """Combine ADAPTERS into one adapter.
 
-    Each adapter's change is multiplied by its weight before the method sees it. A method's own options have its
-    defaults; one that it does not use is refused.
+    Each adapter's change is multiplied by its weight before the method is applied. Defaults of other options depend on
+    the method; options that it does not use are rejected.
     """
     from adaptkit.operations.stack import StackOptions, stack
 

@@ -17,9 +17,9 @@ from adaptkit.cli.progress import byte_progress
     "adapters",
     type=ArtifactPath(),
     multiple=True,
-    help="That was merged. Repeatable. Default: the copies that merge --embed-adapter made.",
+    help="Adapter that was merged. Repeatable. Default: the copies stored by merge --embed-adapter.",
 )
-@click.option("--approximate", is_flag=True, help="Without an undo record, subtract and say how far off that may be.")
+@click.option("--approximate", is_flag=True, help="Without an undo record: subtract, and report the error bound.")
 @threads_option
 def command(
     merged: Path,
@@ -31,7 +31,7 @@ def command(
     approximate: bool,
     threads: int | None,
 ) -> None:
-    """Take adapters out of MERGED, back to its base's very bytes."""
+    """Remove adapters from MERGED, restoring its base bit for bit."""
     from adaptkit.operations.unmerge import unmerge
 
     with byte_progress("unmerge", as_json or quiet) as progress:

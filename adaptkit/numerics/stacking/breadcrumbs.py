@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: drop each adapter's largest elements and its smallest ones, and add up what lies between.
+"""Model Breadcrumbs: drop the largest and the smallest elements of each adapter, and sum the rest.
 
 Of the N elements of w_t Δ_t, sorted by magnitude, the ⌊gamma · N⌋ largest are dropped, and so many of the smallest
 that ⌊density · N⌋ are left; equal ones at either end stay together. The sum over the adapters times λ (the paper's α)

@@ -1,4 +1,4 @@
-"""Concatenation: A matrices one under the other, B matrices side by side. Exact; ranks add up.
+"""Concatenation: stack A matrices vertically and B matrices horizontally. Exact; ranks add up.
 
 The factors stay what they were but for the scalings, which move into B and are rounded to float32 once. Only
 ``--rank`` or ``--energy`` make other factors of them.

@@ -1,4 +1,4 @@
-"""DARE: drop elements at random, scale up the rest so that nothing changes on average, and add up.
+"""DARE: drop elements at random, rescale the rest to preserve the expectation, and sum.
 
 Each element of w_t Δ_t is kept with probability ``density`` and then divided by it; the sum over the adapters follows.
 The paper speaks of the drop rate, 1 − density.

@@ -1,4 +1,4 @@
-"""DARE instead of the trimming of TIES: drop at random and rescale, elect signs, average those that have them.
+"""TIES with DARE instead of trimming: drop at random and rescale, elect signs, average elements that have them.
 
 Steps 2 and 3 are those of ``ties``, variant included: signs elected after weighting, mean by count.
 

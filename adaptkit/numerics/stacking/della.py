@@ -1,4 +1,4 @@
-"""DELLA: drop elements at random, small ones more often, scale up the rest, elect signs, average those that have them.
+"""DELLA: drop elements at random, small ones more often, rescale, elect signs, average elements that have them.
 
 In each row of w_t Δ_t the elements are ranked by magnitude, 0 to in − 1. The one of rank i is kept with probability
 

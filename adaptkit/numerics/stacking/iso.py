@@ -1,4 +1,4 @@
-"""Isotropic merging: add up, then give every direction of the sum the same singular value, their mean.
+"""Isotropic merging: sum, then replace the nonzero singular values of the sum by their mean.
 
     Σ_t w_t Δ_t = U diag(σ) Vᵀ,    Δ = λ · σ̄ · U Vᵀ,    σ̄ the mean of σ
 

@@ -1,4 +1,4 @@
-"""KnOTS: turn the changes into common output directions by one SVD, and apply TIES to their coordinates there.
+"""KnOTS: align the changes in a common output basis by one SVD, and apply TIES to their coordinates.
 
     [Δ_1 … Δ_T] = U Σ [V_1 … V_T]        over the columns of all changes side by side
     Δ = U · TIES(Σ V_1, …, Σ V_T)

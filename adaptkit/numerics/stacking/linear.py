@@ -1,4 +1,4 @@
-"""The weighted sum of the changes, at the smallest rank that holds it. Exact.
+"""Weighted sum of the changes, at the smallest rank that holds it. Exact.
 
 Task arithmetic adds what the adapters do, Σ w_t Δ_t. It does not add their A matrices and their B matrices, as peft's
 ``linear`` does, which gives (Σ √w B)(Σ √w A): another matrix, with products of every A with every B in it. mergekit

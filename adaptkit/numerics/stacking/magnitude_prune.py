@@ -1,4 +1,4 @@
-"""Keep each adapter's largest elements, and add them up.
+"""Keep each adapter's largest elements and sum them.
 
 The first step of TIES without its election: Σ_t of the largest ``density`` of the elements of w_t Δ_t, by magnitude,
 module by module, as peft's ``magnitude_prune_svd``. What is kept is not scaled up.

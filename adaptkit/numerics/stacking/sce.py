@@ -1,4 +1,4 @@
-"""SCE: select elements in which the adapters differ, weight each adapter by its energy there, erase minority signs.
+"""SCE: select elements where the adapters differ, weight each adapter by its energy there, erase minority signs.
 
     1  select     of the elements whose variance over the adapters is not 0 the ``density`` where it is largest
     2  calculate  η_t = Σ τ̂_t² / Σ_t Σ τ̂_t², a coefficient for each adapter and module

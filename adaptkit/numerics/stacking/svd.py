@@ -1,4 +1,4 @@
-"""The weighted sum of the changes, cut off at the rank of its largest part.
+"""Weighted sum of the changes, truncated to the largest rank of any adapter.
 
 The sum of ``cat``, decomposed in factored form. Without ``--rank`` or ``--energy`` every module gets the largest rank
 that any adapter has in any module, as in peft, whose result ours equals up to rounding: what serves that rank serves it

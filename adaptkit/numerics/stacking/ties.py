@@ -1,4 +1,4 @@
-"""TIES: keep each adapter's largest elements, elect a sign for each element, average those that have it.
+"""TIES: keep each adapter's largest elements, elect a sign per position, average elements that have it.
 
     1  trim      τ̂_t: the largest ``density`` of the elements of τ_t = w_t Δ_t, by magnitude, module by module
     2  elect     γ = the sign of Σ_t τ̂_t; a sum of 0 counts as positive

@@ -1,4 +1,4 @@
-"""TSV-Merge: take each adapter's leading singular vectors, make them orthogonal to those of the others, and add up.
+"""TSV-Merge: take each adapter's leading singular vectors, orthogonalize them across adapters, and sum.
 
     Δ_t ≈ U_t Σ_t V_tᵀ           the leading k = ⌊min(out, in) / T⌋ singular values, at least 1
     Û = [U_1 … U_T] = P D Qᵀ     nearest matrix with orthonormal columns (Procrustes): U_⊥ = P Qᵀ; the same for V
