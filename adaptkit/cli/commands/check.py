@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     "targets",
     multiple=True,
     type=click.Choice(names(registry)),
-    help="A program that is to read it. Repeatable. Default: all.",
+    help="Program to check for. Repeatable. Default: all.",
 )
-@click.option("--base", type=ArtifactPath(), help="An adapter's base: compare modules and shapes with it.")
+@click.option("--base", type=ArtifactPath(), help="Base of the adapter, to compare modules and shapes with.")
 @report_options
 def command(path: Path, targets: tuple[str, ...], base: Path | None, as_json: bool, quiet: bool) -> int:
-    """Say whether other programs would take PATH as it is.
+    """Check whether other programs load PATH correctly.
 
-    PATH is an adapter or a checkpoint. Looks at configuration, names and shapes, and says what to change.
+    PATH is an adapter or a checkpoint. Reads only configuration, names and shapes, and says what to change.
 
-    Exits with 0 if all of them take it and compute what is meant, 1 if not.
+    Exits with 0 if every program loads it and computes what is meant, 1 if not.
     """
     from adaptkit.operations.check import check
 

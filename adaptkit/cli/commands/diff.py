@@ -27,7 +27,7 @@ _LONGEST_VALUE = 60
 @click.command()
 @click.argument("first", type=ArtifactPath())
 @click.argument("second", type=ArtifactPath())
-@click.option("--recompute", is_flag=True, help="Read checkpoints whole, even where manifests say what is in them.")
+@click.option("--recompute", is_flag=True, help="Read checkpoints in full instead of trusting their manifests.")
 @html_option
 @report_options
 @threads_option
@@ -36,7 +36,7 @@ def command(
 ) -> int:
     """Compare two adapters or two checkpoints.
 
-    Exits with 0 if they are the same, 1 if they differ.
+    Exits with 0 if they are the same, with 1 if they differ.
     """
     from adaptkit.checkpoint.writer import DiskError
     from adaptkit.cli.pages import prepare

@@ -14,18 +14,18 @@ from adaptkit.cli.progress import byte_progress
 
 @click.command()
 @click.argument("path", type=ArtifactPath())
-@click.option("--lineage", is_flag=True, help="Draw what it was made from, and what that was made from.")
+@click.option("--lineage", is_flag=True, help="Draw the tree of its parents, their parents, and so on.")
 @click.option(
     "--parents",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="DIR",
-    help="Where to look for these: an artifact, or a folder of several. Repeatable.",
+    help="Where to look for parents: an artifact, or a folder of artifacts. Repeatable.",
 )
-@click.option("--mermaid", "as_mermaid", is_flag=True, help="Print the lineage as a Mermaid flow chart, nothing else.")
+@click.option("--mermaid", "as_mermaid", is_flag=True, help="Print only the lineage, as a Mermaid flow chart.")
 @report_options
 def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bool, as_json: bool, quiet: bool) -> None:
-    """Say what the folder PATH holds, and what it was made from."""
+    """Show what the folder PATH contains and what it was made from."""
     from adaptkit.operations.inspect import inspect, trace
 
     if as_mermaid and as_json:

@@ -16,19 +16,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=ArtifactPath())
-@click.option("--manifest-sha256", metavar="HASH", help="What the manifest itself must hash to.")
+@click.option("--manifest-sha256", metavar="HASH", help="Required sha256 of the manifest.")
 @click.option(
     "--parents",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="DIR",
-    help="Check what it was made from, too: an artifact, or a folder of several. Repeatable.",
+    help="Also verify its parents, found here: an artifact, or a folder of artifacts. Repeatable.",
 )
-@click.option("--recompute", is_flag=True, help="Make it, and its parents, again from their parents, and compare.")
-@click.option("--signature", type=click.Path(path_type=Path), help="File. [adaptkit-manifest.sig in PATH]")
-@click.option("--public-key", type=click.Path(path_type=Path), help="Of whoever must have signed; PEM, P-256 and up.")
-@click.option("--identity", help="Keyless: who must have signed, such as an e-mail address.")
-@click.option("--identity-provider", metavar="URL", help="Keyless: who must have vouched for that identity.")
+@click.option("--recompute", is_flag=True, help="Rebuild it and its parents from their own parents, and compare.")
+@click.option(
+    "--signature", type=click.Path(path_type=Path), help="Signature file. [default: adaptkit-manifest.sig in PATH]"
+)
+@click.option(
+    "--public-key", type=click.Path(path_type=Path), help="Require a signature by this key; PEM, P-256 and up."
+)
+@click.option("--identity", help="Require a keyless signature by this identity, such as an e-mail address.")
+@click.option("--identity-provider", metavar="URL", help="Provider of that identity.")
 @threads_option
 @report_options
 def command(
@@ -46,7 +50,7 @@ def command(
 ) -> None:
     """Check every byte of the artifact PATH against its manifest.
 
-    With --parents also what it was made from, and with a key or an identity who signed it.
+    With --parents, also checks what it was made from; with a key or an identity, who signed it.
     """
     from adaptkit.operations.verify import VerifyOptions, verify
 
