@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo")
-@click.option("--branch", default="main", show_default=True, help="Made from main if absent.")
-@click.option("--pr", "pull_request", is_flag=True, help="Ask to take the commit, in a pull request to main.")
-@click.option("--tag", help="Name the new commit.")
-@click.option("--private", is_flag=True, help="Make it private; one that exists and is public is refused.")
-@click.option("--base-model", metavar="ORG/NAME", help="For the model card; default: what the artifact names.")
+@click.option("--branch", default="main", show_default=True, help="Branch to commit to; created from main if absent.")
+@click.option(
+    "--pr", "pull_request", is_flag=True, help="Open a pull request to main instead of committing to a branch."
+)
+@click.option("--tag", help="Tag for the new commit.")
+@click.option("--private", is_flag=True, help="Create the repository as private; an existing public one is rejected.")
+@click.option("--base-model", metavar="ORG/NAME", help="Base named in the model card. Default: from the artifact.")
 @click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this key.")
-@click.option("--sign-keyless", is_flag=True, help="Sign it as the identity of this CI job, or of whoever logs in.")
+@click.option(
+    "--sign-keyless", is_flag=True, help="Sign it with the identity of the CI job, or of the user who logs in."
+)
 @click.option("--check", is_flag=True, help="Download the commit afterwards and compare every byte.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent; write nothing.")
 @report_file_option
@@ -43,10 +47,10 @@ def command(
 ) -> None:
     """Publish the artifact PATH to REPO on the Hub, in one commit.
 
-    REPO is org/name. What arrived is compared with the manifest, and what is there already is not sent again.
+    REPO is org/name. The uploaded commit is compared with the manifest; files already on the Hub are not sent again.
 
-    The token comes from the environment (HF_TOKEN), from `hf auth login`, or from the identity of a CI job
-    (HF_OIDC_RESOURCE); the password of a key from ADAPTKIT_KEY_PASSWORD.
+    The token comes from HF_TOKEN, from `hf auth login`, or from the identity of a CI job (HF_OIDC_RESOURCE); the
+    password of a key comes from ADAPTKIT_KEY_PASSWORD.
     """
     if as_json or quiet or not sys.stderr.isatty():  # of the client, which reads it when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -12,11 +12,16 @@ from adaptkit.hub.parts import PARTS
 
 @click.command()
 @click.argument("repo")
-@click.option("--only", multiple=True, type=click.Choice(list(PARTS)), help="Part of the artifact. Repeatable.")
-@click.option("--manifest-sha256", metavar="HASH", help="What the manifest itself must hash to.")
-@click.option("--public-key", type=click.Path(path_type=Path), metavar="FILE", help="Whose signature it must have.")
-@click.option("--identity", help="The same without a key: who signed, an e-mail address or a CI job's URI.")
-@click.option("--identity-provider", metavar="URL", help="Who vouches for that identity.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(list(PARTS)),
+    help="Part of the artifact to download. Repeatable. Default: all.",
+)
+@click.option("--manifest-sha256", metavar="HASH", help="Required sha256 of the manifest.")
+@click.option("--public-key", type=click.Path(path_type=Path), metavar="FILE", help="Require a signature by this key.")
+@click.option("--identity", help="Require a keyless signature by this e-mail address or CI job URI.")
+@click.option("--identity-provider", metavar="URL", help="Provider of that identity.")
 @output_options
 def command(
     repo: str,
@@ -30,11 +35,12 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Download the artifact REPO from the Hub, and verify it.
+    """Download the artifact REPO from the Hub and verify it.
 
-    REPO is org/name[@branch, tag or commit]. Nothing appears that is not what its manifest says.
+    REPO is org/name[@branch, tag or commit]. The output folder appears only if it matches the manifest.
 
-    With --only, the folder has a manifest of its own, which lists what is there and names the whole by its hash.
+    With --only, the folder gets its own manifest, which lists the downloaded files and names the whole artifact by its
+    hash.
     """
     from adaptkit.hub.download import PullOptions, pull
 

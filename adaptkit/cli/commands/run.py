@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Where steps leave what they make. Default: .adaptkit beside the recipe.")  # fmt: skip
-@click.option("--locked", is_flag=True, help="Fail if anything is not as recipe.lock says.")
-@click.option("--offline", is_flag=True, help="Fail rather than ask the Hub; nothing is published.")
-@click.option("--verify", is_flag=True, help="Read every byte of sources and of what is kept again.")
-@click.option("--until", metavar="STEP", help="Do this step and what it waits for, and no more.")
+              help="Folder for the outputs of steps. Default: .adaptkit beside the recipe.")  # fmt: skip
+@click.option("--locked", is_flag=True, help="Fail if anything differs from recipe.lock.")
+@click.option(
+    "--offline", is_flag=True, help="Do not contact the Hub; fail if a source is not cached or a step publishes."
+)
+@click.option("--verify", is_flag=True, help="Read every byte of sources and kept outputs again.")
+@click.option("--until", metavar="STEP", help="Run only this step and its dependencies.")
 @click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY",
-              help="Where a step says sign: true, sign with this key, not as the CI job or as yourself.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Draw what would be done; write nothing.")
+              help="Key for steps with sign: true. Default: the identity of the CI job or of the user.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @click.option("--summary", "summary_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="Add a page in Markdown to it. Default: what $GITHUB_STEP_SUMMARY names, if anything.")  # fmt: skip
+              help="Append a Markdown summary to this file. Default: $GITHUB_STEP_SUMMARY, if set.")  # fmt: skip
 @report_file_option
 @report_options
 def command(
@@ -46,13 +48,13 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Make the release that the file RECIPE describes.
+    """Build the release that the file RECIPE describes.
 
-    docs/release.md says how to write one.
+    docs/release.md describes the format.
 
-    Steps whose inputs and options did not change are kept; a run that was killed goes on when it is started again. What
-    everything was is written to the recipe's .lock. The Hub's token and a key's password come from the environment, as
-    for publish. Exits with 9 if a gate is not passed, and with 3 if --locked finds a difference.
+    Steps whose inputs and options did not change are kept; an interrupted run resumes when it is started again. Hashes
+    of all inputs and outputs are written to the recipe's .lock. The Hub's token and the key's password come from the
+    environment, as for publish. Exits with 9 if a gate fails, and with 3 if --locked finds a difference.
     """
     page = None if dry_run else summary_file or _from_environment()
     for place in (output_file, summary_file) if recipe.is_file() else ():
