@@ -18,7 +18,7 @@ from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord, typed
 from adaptkit.checkpoint.writer import disk_errors, sync_folder
-from adaptkit.errors import AdaptkitError, ConflictError
+from adaptkit.errors import AdaptkitError, CheckpointError, ConflictError
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_journal(path: Path, repair: bool) -> Journal | None:
-    """Read a journal; None if it does not hold a whole line.
+    """Read a journal; None if it does not hold a whole line, or a share that was refused has just taken it away.
 
     Args:
         path: of the journal.
@@ -72,7 +72,12 @@ def read_journal(path: Path, repair: bool) -> Journal | None:
     Raises:
         ConflictError: it is damaged.
     """
-    text = read_small(path)
+    try:
+        text = read_small(path)
+    except CheckpointError:
+        if path.exists():
+            raise
+        return None
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text and repair:
         os.truncate(path, len(whole))

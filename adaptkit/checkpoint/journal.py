@@ -250,6 +250,7 @@ class Output:
     def _resume(self) -> None:
         if any(path.is_symlink() for path in (self.folder, *self.folder.rglob("*"))):
             self._refuse_foreign()  # and would be written through
+        found = list(self.folder.iterdir())  # before the journals: another share's is written before all else
         mine = (self._journal,) if self.part else ()  # another share may be writing its own just now
         journals = {
             path.name: read_journal(path, repair=not mine or path.name in mine)
@@ -261,7 +262,7 @@ class Output:
             del begun[JOURNAL_NAME]  # of a run that was to join the shares, and wrote nothing
         changed = any(self._differs(name, journal) for name, journal in begun.items())
         if self.part is not None or (changed and not self._force and any(name != JOURNAL_NAME for name in begun)):
-            self._check_share(changed, begun)
+            self._check_share(changed, begun, found)
         elif changed or not begun:
             self._begin(changed)
             begun = {}
@@ -282,14 +283,14 @@ class Output:
             return journal.key != self._key or journal.inputs != dict(self._inputs)
         return journal.key != self._key or any(journal.inputs.get(path, now) != now for path, now in self._inputs)
 
-    def _check_share(self, changed: bool, begun: Mapping[str, Any]) -> None:
+    def _check_share(self, changed: bool, begun: Mapping[str, Any], found: Sequence[Path]) -> None:
         shares = [name for name in begun if not name.endswith(f"-of-{self.part.total}.jsonl" if self.part else "")]
         if changed or shares:
             raise ConflictError(
                 f"{self.folder}: holds work of a run with other options, inputs or shares",
                 hint="use the options of its shares, delete it, or begin anew without --part and with --force",
             )
-        if not begun and {path.name for path in self.folder.iterdir()} - {self._journal}:
+        if not begun and not all(path.match(JOURNAL_PATTERN) for path in found):
             self._refuse_foreign()
 
     def _refuse_foreign(self) -> None:

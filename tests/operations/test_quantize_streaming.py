@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint._journal_file import read_journal
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.part import Part
 from adaptkit.errors import BaseMismatchError, ConflictError, IntegrityError, NonFiniteError, UsageError
@@ -246,6 +247,31 @@ def test_a_share_leaves_a_foreign_folder_alone(llama, tmp_path):
     with pytest.raises(ConflictError, match="not adaptkit's"):
         share(llama, tmp_path / "out", 1, 2)
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def begun_beside(tmp_path):
+    """What is there of a share that begins at the same moment, or was killed there."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "adaptkit-journal-2-of-2.jsonl").touch()
+    return tmp_path / "out.partial"
+
+
+def test_a_share_begins_while_another_has_only_its_empty_journal(begun_beside, llama, sharded, tmp_path):
+    share(llama, tmp_path / "out", 1, 2)
+    share(llama, tmp_path / "out", 2, 2)
+    quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
+    assert tree(tmp_path / "out") == tree(sharded)
+
+
+def test_an_empty_journal_makes_no_folder_adaptkits(begun_beside, llama, tmp_path):
+    (begun_beside / "thesis.txt").touch()
+    with pytest.raises(ConflictError, match="not adaptkit's"):
+        share(llama, tmp_path / "out", 1, 2)
+
+
+def test_a_journal_that_was_just_taken_away_holds_nothing(tmp_path):
+    assert read_journal(tmp_path / "adaptkit-journal-2-of-2.jsonl", repair=False) is None
 
 
 @pytest.mark.parametrize(("number", "total"), [(0, 2), (3, 2), (-1, 2), (1, 0)])
