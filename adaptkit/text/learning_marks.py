@@ -36,7 +36,10 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequ
             f"{where}: {layout} has no answer at its end, beside chosen and rejected",
             hint=f"put the chosen answer at the end of {layout}; there is no learning from preferences",
         )
-    if row.get(_VARIABLES):
+    variables = row.get(_VARIABLES)
+    if isinstance(variables, dict):  # in parquet each has the keys of all
+        variables = [value for value in variables.values() if value is not None]
+    if variables:
         raise DataError(
             f"{where}: has {_VARIABLES} of its own, and the chat template gets the same for all rows",
             hint="remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows",

@@ -260,16 +260,17 @@ def test_an_answer_that_is_marked_as_unwanted_is_refused_and_a_class_is_a_column
     assert read_example({"text": "x", name: label}, "here").text == "x"  # which answers nothing
 
 
-@given(st.dictionaries(st.text(), st.booleans() | st.text()))
-def test_variables_of_the_chat_template_in_a_row_are_refused_if_there_are_some(variables):
-    row = {"prompt": "x", "completion": "y", "chat_template_kwargs": variables}
+@given(st.dictionaries(st.text(), st.booleans() | st.text()), st.sets(st.text()))
+def test_variables_of_the_chat_template_in_a_row_are_refused_if_there_are_some(variables, of_other_rows):
+    in_parquet = dict.fromkeys(of_other_rows) | variables  # where each has the keys of all
+    row = {"prompt": "x", "completion": "y", "chat_template_kwargs": in_parquet}
     if variables:
         with pytest.raises(DataError, match=r"^here: has chat_template_kwargs of its own") as raised:
             read_example(row, "here")
         assert "--chat-template-kwargs NAME=VALUE" in raised.value.hint
     else:
         assert read_example(row, "here").messages[-1]["content"] == "y"
-    assert read_example({"text": "x", "chat_template_kwargs": variables}, "here").text == "x"  # goes through none
+    assert read_example({"text": "x", "chat_template_kwargs": in_parquet}, "here").text == "x"  # goes through none
 
 
 @given(st.sampled_from(["image", "video", "audio"]), st.sampled_from(["", "s"]), st.booleans(),
