@@ -88,10 +88,12 @@ class Parts:
             AdapterError: a part is missing, does not fit, or is left over.
         """
         self._take_copies()
-        names = {part.module for part in self._left if part.role in ("lora_A", "lora_B", "embedding_A", "embedding_B")}
+        halves = ("lora_A", "lora_B", "embedding_A", "embedding_B")
+        names = sorted({part.module for part in self._left if part.role in halves})
         stacks = {name: self._stack_of(name) for name in names}
-        for module in sorted(name for name in names if not stacks[name][1]):
-            self._take_module(module)
+        for name in names:
+            if not stacks[name][1]:
+                self._take_module(name)
         for module, leaves in sorted({module: leaves for module, leaves in stacks.values() if leaves}.items()):
             self._take_experts(module, leaves)
         targets = tuple(f".{target}" for target in self._config.get("target_parameters") or ())
