@@ -23,6 +23,7 @@ from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from adaptkit.checkpoint.mlx import way_from_mlx
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UnsafeInputError, UsageError
 from adaptkit.numerics.lora import LowRank
 
@@ -380,6 +381,11 @@ def test_an_adapter_in_mlx_layout_is_not_said_to_be_no_lora(changed):
         read_adapter(changed)
     assert "LORA" not in caught.value.hint
     assert f"mlx_lm.fuse --model BASE --adapter-path {changed}" in caught.value.hint
+    of_peft = {"peft_type": "IA3", "lora_parameters": {"rank": 8}}
+    (changed / "adapter_config.json").write_text(json.dumps(of_peft))
+    assert way_from_mlx(changed, of_peft) == ""
+    with pytest.raises(AdapterError, match="a IA3 adapter, which is not supported"):
+        read_adapter(changed)
     (changed / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterError, match=r"peft_type is None in adapter_config\.json: it is no adapter of peft's$"):
         read_adapter(changed)

@@ -156,11 +156,12 @@ def test_a_journal_cut_off_in_its_first_line_begins_anew(tmp_path):
     assert set(tree(tmp_path / "out")) == {"a", "x.json", MANIFEST_NAME}
 
 
-def test_a_damaged_journal_is_named_and_nothing_is_lost(tmp_path):
+@pytest.mark.parametrize("damage", [bytes(50), b"[" * 100_000, b"[]", b"{}"])
+def test_a_damaged_journal_is_named_and_nothing_is_lost(tmp_path, damage):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
     journal = tmp_path / "out.partial" / JOURNAL_NAME
-    journal.write_bytes(bytes(50) + b"\n" + journal.read_bytes())
+    journal.write_bytes(damage + b"\n" + journal.read_bytes())
     before = tree(tmp_path)
     with pytest.raises(ConflictError, match=JOURNAL_NAME):
         make(tmp_path / "out")

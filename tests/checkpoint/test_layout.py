@@ -140,6 +140,10 @@ def test_checkpoints_inside_the_folder_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="not a checkpoint") as caught:
         weight_files(tmp_path)
     assert caught.value.hint == "give one that is inside it: checkpoint-10, checkpoint-11, checkpoint-12 and 1 more"
+    (tmp_path / "checkpoint-9" / "config.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        weight_files(tmp_path)
+    assert caught.value.hint == "give one that is inside it: checkpoint-10, checkpoint-11, checkpoint-12"
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

@@ -222,6 +222,7 @@ NVFP4 = "nvfp4-pack-quantized"
         ("mixed-precision", [{"format": NVFP4}, {"format": NVFP4}], ""),
         ("float-quantized", [{"weights": FP8 | {"strategy": "tensor"}}], "float-quantized of 8-bit floats by tensor"),
         ("int-quantized", [{"weights": INT4}], "int-quantized of 4-bit ints by group"),
+        ("int-quantized", [{"weights": FP8 | {"group_size": 128}}], "int-quantized of 8-bit floats by channel"),
         ("pack-quantized", [{"weights": INT4 | {"strategy": "channel"}}], "pack-quantized of 4-bit ints by channel"),
         ("float-quantized", [{"weights": FP8}] * 2, "float-quantized with 2 config_groups"),
         ("mixed-precision", [{"format": NVFP4}, {"format": "float-quantized"}], "mixed-precision with 2 config_groups"),

@@ -453,8 +453,9 @@ def test_patterns_restrict_everything_and_the_rest_is_said(tmp_path, plain, tune
     assert [tensor.name for tensor in report.saved] == ["model.norm.weight"]
     assert len(report.left_out) == report.tensors - 3
     assert {tensor.why for tensor in report.left_out} == {"no target"}
-    with pytest.raises(UsageError, match=r"'\*\.z_proj' matches no module"):
+    with pytest.raises(UsageError, match=r"'\*\.z_proj' matches no module") as caught:
         extract(tuned, plain, tmp_path / "none", ExtractOptions(rank=2, target=("*.q_proj", "*.z_proj")))
+    assert caught.value.hint == "patterns match whole paths, as 'model.layers.0.mlp.down_proj'"  # which has a rank
 
 
 def test_what_is_equal_is_counted_and_not_in_the_adapter(tmp_path, plain):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -203,6 +204,14 @@ def test_skipped_modules_stay_and_readers_are_told(llama, tmp_path):
     assert {n for n, m in model.named_modules() if type(m) is torch.nn.Linear} == skipped | {"lm_head"}
     with torch.no_grad():
         assert torch.isfinite(model(torch.arange(3, 13).view(1, 10)).logits).all()
+
+
+def test_a_pattern_that_matches_nothing_is_refused_beside_one_that_would(llama, tmp_path):
+    with pytest.raises(UsageError, match=r"--skip '\*\.z_proj' matches no module") as caught:
+        quantize(llama, tmp_path / "out", QuantizeOptions(skip=("*.z_proj",)))
+    named = re.fullmatch(r"patterns match whole paths, as '(.+_proj)'", caught.value.hint)
+    assert named is not None  # of a layer that is quantized
+    assert quantize(llama, tmp_path / "out", QuantizeOptions(skip=(named[1],))).quantized == 13
 
 
 def test_an_untied_head_stays_and_readers_are_told(tmp_path):

@@ -233,6 +233,13 @@ def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
     assert tree(folder) == expected
 
 
+def test_what_a_step_has_to_say_is_told_under_its_name(recipe):
+    notes = []
+    listener = Listener(started=lambda step: listener.note_of(step)("waits"), note=notes.append)
+    run(recipe, listener=listener)
+    assert notes == [f"{name}: waits" for name in ALL]
+
+
 def test_what_somebody_put_there_is_not_kept_by_a_run_that_was_interrupted(release, recipe):
     first = outputs(run(recipe))
     folder = release / first["merged"].path

@@ -11,7 +11,7 @@ import torch
 
 from adaptkit.errors import UsageError
 from adaptkit.training import distributed
-from adaptkit.training.device import attention_of_any_length, choose_dtype
+from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype
 from adaptkit.training.distributed import join
 from adaptkit.training.evaluation import evaluate as evaluation
 
@@ -49,6 +49,19 @@ def test_attention_of_any_length_leaves_torch_as_it_was():
     with attention_of_any_length():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_only_devices_that_are_there_are_taken(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert (choose_device("auto").type, choose_device("cpu")) == ("cuda" if count else "cpu", CPU)
+    for name, number in (("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("cuda:2", 2)):
+        if number < count:
+            assert choose_device(name) == torch.device(name)
+        else:
+            with pytest.raises(UsageError, match="not available here"):
+                choose_device(name)
 
 
 @pytest.fixture

@@ -231,6 +231,13 @@ def test_a_run_of_many_kinds_learns_and_its_result_is_read_by_everything(llama_n
     assert {verdict.taken for verdict in check(tmp_path / "adapter", ["peft"], llama).verdicts} == {True}
 
 
+def test_magnitudes_that_were_learned_are_gone_on_with(made):
+    case = peft_adapters.make(made, "dora_rslora")
+    models = [begun(case.base, init=str(case.adapter), **said)[0] for said in ({}, {"dora": True})]
+    for name, layer in models[0].adapted().items():
+        assert torch.equal(layer.magnitude, models[1].linears[name].magnitude)
+
+
 def test_lora_on_a_plain_base_names_its_tensors(llama, instructions, tmp_path):
     from adaptkit.checkpoint.hashing import fingerprint
 
