@@ -251,11 +251,12 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
 
 def _earlier(history: Any, where: str) -> list[_Turn]:
     """The turns before a question, as LLaMA-Factory has them beside instructions; it learns these answers, too."""
-    pairs = [] if history == "" else history
+    pairs = [] if history in ("", "[]") else history  # a cell of csv, too
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(map(is_text, pair)) for pair in pairs
     ):
-        raise DataError(f"{where}: history is no list of earlier turns", hint='[["question", "answer"], ...]')
+        hint = '[["question", "answer"], ...]; rename the column if it means something else'
+        raise DataError(f"{where}: history is no list of earlier turns", hint=hint)
     return [turn for asked, said in pairs for turn in (_Turn("user", asked), _Turn("assistant", said, True))]
 
 

@@ -41,7 +41,7 @@ def read_tools(value: Any, where: str, column: str = "tools") -> Tools:
         value = _parsed(value, f"{where}: {column}") if value.strip() else None
     value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        hint = 'each is {"name", "description", "parameters"}'
+        hint = f'each is {{"name", "description", "parameters"}}; rename the column {column} if it means something else'
         raise DataError(f"{where}: {column} is no list of functions", hint=hint)
     found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
     for tool in found:

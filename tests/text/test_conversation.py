@@ -228,8 +228,8 @@ def test_the_history_of_an_instruction_is_earlier_turns_all_of_them_learned(hist
     example, whole = read_example(row, "here"), read_example({"messages": turns}, "here")
     assert (example.messages, example.learned) == (whole.messages, whole.learned)
     assert example.columns == row.keys()
-    none = [read_example(row | {"history": nothing}, "here").messages for nothing in ([], "", None)]
-    assert none == [example.messages[:has_system] + example.messages[-2:]] * 3
+    none = [read_example(row | {"history": nothing}, "here").messages for nothing in ([], "", "[]", None)]
+    assert none == [example.messages[:has_system] + example.messages[-2:]] * 4
 
 
 @pytest.mark.parametrize("layout", ["messages", "conversations"])
