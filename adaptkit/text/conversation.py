@@ -242,7 +242,7 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
     if isinstance(row[layout], list) and isinstance(row[answers[0]], list):
         before = [replace(turn, learned=False) for turn in _turns(row, layout, where)]
         return before + _turns(row, answers[0], where), columns - set(_CONTEXTS)
-    question = "\n\n".join(_text(row, name, where) for name in (layout, *contexts))
+    question = "\n\n".join(filter(None, (_text(row, name, where) for name in (layout, *contexts))))
     earlier: list[_Turn] = []
     if layout == "instruction" and "history" in row:
         earlier, columns = _earlier(row["history"], where), {*columns, "history"}

@@ -31,6 +31,7 @@ SHARED = [{"from": "human", "value": "Name it\n\na river"}, {"from": "gpt", "val
         ("instruction", {"instruction": "Name it", "context": "a river", "output": "the Rhine"}),
         ("instruction", {"instruction": "Name it", "input": "a river", "output": "the Rhine"}),
         ("instruction", {"instruction": "Name it\n\na river", "input": "", "response": "the Rhine"}),
+        ("instruction", {"instruction": "", "input": "Name it\n\na river", "output": "the Rhine"}),
         ("question", {"question": "Name it\n\na river", "answer": "the Rhine"}),
         ("prompt", {"prompt": "Name it\n\na river", "completion": "the Rhine"}),
         ("prompt", {"prompt": [ASKED], "completion": [ANSWERED]}),
