@@ -6,8 +6,8 @@ from typing import Any
 from adaptkit.errors import DataError
 from adaptkit.text.thoughts import Message
 
-MARKS = ("weight", "loss", "train")
-"""Of a message; OpenAI's, ms-swift's and axolotl's."""
+MARKS = ("weight", "loss", "loss_scale", "train")
+"""Of a message; OpenAI's, ms-swift's two, and axolotl's."""
 _SPANS = "train_detail"
 """Axolotl's, of characters."""
 

@@ -191,7 +191,10 @@ def test_answers_in_a_prompt_or_of_weight_zero_are_not_learned():
     assert read_example(weighted, "here").learned == (3, 5)
 
 
-MARKS = [{"weight": 0}, {"weight": 1}, {"loss": False}, {"loss": True}, {"train": False}, {"train": True}]
+MARKS = [
+    {"weight": 0}, {"weight": 1}, {"loss": False}, {"loss": True}, {"train": False}, {"train": True},
+    {"loss_scale": 0.0}, {"loss_scale": 1.0},
+]  # fmt: skip
 
 
 @given(st.lists(st.lists(st.sampled_from([*MARKS, {"loss": None, "train": None, "weight": None}]), max_size=3)))
@@ -322,6 +325,7 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"messages": [ASKED]}, "no message is the assistant's to learn"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no message is the assistant's to learn"),
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages has the weight 0.5"),
+        ({"messages": [ASKED, ANSWERED | {"loss_scale": 0.5}]}, "message 2 of messages has the loss_scale 0.5"),
         ({"messages": [ASKED, ANSWERED | {"loss": "false"}]}, "message 2 of messages has the loss 'false'"),
         ({"messages": [ASKED, ANSWERED | {"train": []}]}, "message 2 of messages has the train []"),
         ({"messages": [ASKED, ANSWERED | {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}]},
