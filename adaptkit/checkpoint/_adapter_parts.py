@@ -161,11 +161,15 @@ class Parts:
         wanted = bool(self._config.get("use_dora"))
         if wanted and magnitude is None:
             self._refuse(f"{module} has no lora_magnitude_vector, though use_dora is set")
-        if magnitude is not None and (not wanted or magnitude.shape[0] != count):
-            self._refuse(
-                f"{module}.lora_magnitude_vector has {counted(magnitude.shape[0], 'number')} "
-                f"for {counted(count, 'row')}{'' if wanted else ', and use_dora is not set'}"
+        if magnitude is not None and not wanted:
+            raise AdapterError(
+                f"{self._root}: {module} has a lora_magnitude_vector, though use_dora is not set",
+                hint=f"{_ONE_SAVE}; torchtune leaves use_dora out and saves magnitudes of q_proj and k_proj in an "
+                "order of its own: make an adapter of the model that it merged, with adaptkit extract",
             )
+        if magnitude is not None and magnitude.shape[0] != count:
+            found = counted(magnitude.shape[0], "number")
+            self._refuse(f"{module}.lora_magnitude_vector has {found} for {counted(count, 'row')}")
         if magnitude is not None:
             self.magnitudes[module] = as_tensor(magnitude)
 
