@@ -92,10 +92,11 @@ def load_tokenizer(root: Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
         except (*REFUSALS, OSError, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")
-            raise UsageError(
-                f"{root}: has no tokenizer that transformers can load ({reason})",
-                hint="add the model's tokenizer.json and tokenizer_config.json",
-            ) from error
+            hint = "add the model's tokenizer.json and tokenizer_config.json"
+            pieces = sorted(path.name for path in root.glob("*.model"))
+            if pieces and not (root / "tokenizer.json").exists():  # transformers asks for tiktoken, whatever it is
+                hint = f"pip install sentencepiece protobuf if {pieces[0]} is SentencePiece's, or {hint}"
+            raise UsageError(f"{root}: has no tokenizer that transformers can load ({reason})", hint=hint) from error
 
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
