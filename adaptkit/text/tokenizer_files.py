@@ -83,20 +83,26 @@ def load_tokenizer(root: Path) -> Any:
     """Load a checkpoint's tokenizer; never runs code from the folder.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or one without a vocabulary, which transformers makes where that file is missing.
     """
     from huggingface_hub.errors import StrictDataclassError
 
+    hint = "add the model's tokenizer.json and tokenizer_config.json"
     with quiet_transformers() as transformers:
         try:
-            return transformers.AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(root), trust_remote_code=False, local_files_only=True
+            )
         except (*REFUSALS, OSError, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")
-            hint = "add the model's tokenizer.json and tokenizer_config.json"
             pieces = sorted(path.name for path in root.glob("*.model"))
             if pieces and not (root / "tokenizer.json").exists():  # transformers asks for tiktoken, whatever it is
                 hint = f"pip install sentencepiece protobuf if {pieces[0]} is SentencePiece's, or {hint}"
             raise UsageError(f"{root}: has no tokenizer that transformers can load ({reason})", hint=hint) from error
+        added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common's has no such list
+    if len(tokenizer) - len(added) <= 1:  # some begin with "▁" of their own
+        raise UsageError(f"{root}: its tokenizer has no vocabulary, only special tokens", hint=hint)
+    return tokenizer
 
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:

@@ -21,3 +21,17 @@ def test_a_folder_without_a_tokenizer_lacks_its_files(tmp_path):
     with pytest.raises(UsageError, match="no tokenizer that transformers can load") as caught:
         load_tokenizer(tmp_path)
     assert caught.value.hint == "add the model's tokenizer.json and tokenizer_config.json"
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "GPT2Tokenizer", "T5Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path, kind):
+    """transformers makes one that knows special tokens only, and loses every word or makes the same of each."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "</s>"}))
+    with pytest.raises(UsageError, match="tokenizer has no vocabulary") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.hint == "add the model's tokenizer.json and tokenizer_config.json"
+
+
+def test_a_tokenizer_of_bytes_needs_no_file(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    assert len(load_tokenizer(tmp_path)("two words")["input_ids"]) == len("two words") + 1
