@@ -10,7 +10,8 @@ from adaptkit.checkpoint.layout import read_small
 from adaptkit.errors import DataError, UsageError
 
 TEMPLATE_NAME = "chat_template.jinja"
-HINT = "give the model another chat template"
+HINT = "use another chat template (train: --chat-template FILE)"
+ADD_ONE = "give the model a chat template (train: --chat-template FILE)"
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 """Marks of transformers' own around answers."""
 _OURS = {
@@ -31,7 +32,7 @@ def read_template(path: Path) -> str:
     try:
         return read_small(path).decode("utf-8-sig")  # the mark of some editors is no part of a conversation
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8", hint="a chat template is a text file in Jinja") from error
+        raise DataError(f"{path}: not UTF-8", hint="save it as UTF-8; a chat template is a Jinja text file") from error
 
 
 def check_template(text: str, where: str) -> str:
@@ -40,7 +41,7 @@ def check_template(text: str, where: str) -> str:
     Raises:
         DataError: it is not.
     """
-    _variables_in(text, f"{where}: is no chat template")
+    _variables_in(text, f"{where}: invalid chat template")
     return text
 
 
@@ -61,13 +62,13 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
     if not values:
         return
     if tokenizer.chat_template is None:
-        raise UsageError("chat_template_kwargs: the tokenizer has no chat template")
+        raise UsageError("chat_template_kwargs: the tokenizer has no chat template", hint="leave them out")
     asked = _asked_by(tokenizer)
     for name in values:
         if name not in asked:
             raise UsageError(
-                f"chat_template_kwargs: the chat template does not ask for {name!r}",
-                hint=f"it asks for {', '.join(sorted(asked))}" if asked else "it asks for none",
+                f"chat_template_kwargs: the chat template does not use {name!r}",
+                hint=f"it uses: {', '.join(sorted(asked))}" if asked else "leave them out: it uses none",
             )
     lines = "".join(f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
     own = tokenizer.chat_template
@@ -97,13 +98,13 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
     try:
         return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
-        raise DataError(f"the tokenizer has no chat template for a conversation ({error})", hint=HINT) from error
+        raise DataError(f"the tokenizer has no chat template for this conversation ({error})", hint=HINT) from error
 
 
 def _asked_by(tokenizer: Any) -> set[str]:
     """What the templates of conversations with and without tools ask for."""
     used = {template_of(tokenizer, tools) for tools in (None, ())}
-    return {name for text in used for name in _variables_in(text, "the chat template cannot be read")} - _OURS
+    return {name for text in used for name in _variables_in(text, "invalid chat template")} - _OURS
 
 
 def _variables_in(template: str, problem: str) -> set[str]:

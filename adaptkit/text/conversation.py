@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaptkit.errors import DataError
-from adaptkit.text.chat_template import HINT
+from adaptkit.text.chat_template import ADD_ONE
 from adaptkit.text.learning_marks import MARKS, check_wanted, is_marked_out
 from adaptkit.text.parts import joined
 from adaptkit.text.rendering import Conversation as Conversation
@@ -30,9 +30,11 @@ from adaptkit.text.thoughts import FIELD, NAMES, Message, ThoughtFields, read_th
 from adaptkit.text.tool_calls import (
     CALLS,
     OTHER_TOOLS,
+    WHOLE,
     ToolForm,
     Tools,
     calls_in,
+    found_in,
     is_text,
     read_calls,
     read_given,
@@ -88,7 +90,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     row = {name: value for name, value in row.items() if value is not None}
     layout = layout or _layout_of(row, where)
     if layout not in row:
-        raise DataError(f"{where}: has no {layout}", hint=f"found: {_names(row)}")
+        raise DataError(f"{where}: no column {layout}", hint=f"columns: {_names(row)}")
     if layout == "text":
         return Example(layout, text=_text(row, layout, where), columns=frozenset({layout}))
     if layout in _QUESTIONS:
@@ -98,7 +100,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     system = "system" if row.get("system", "") != "" or messages[0].role == "system" else "system_prompt"
     if row.get(system, "") != "":
         if messages[0].role == "system":
-            raise DataError(f"{where}: has a column and a message for the system", hint="remove one of them")
+            raise DataError(f"{where}: has both a column {system} and a system message", hint="remove one of them")
         messages, columns = [_Turn("system", _text(row, system, where)), *messages], {*columns, system}
     check_wanted(row, where, layout, [turn.message for turn in messages])
     is_older = layout == "messages" and isinstance(row.get("functions"), list) and not row.get("tools")  # OpenAI's
@@ -106,7 +108,10 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     tools = tuple(tool for name in offered for tool in read_tools(row[name], where, name))
     learned = tuple(number for number, turn in enumerate(messages) if turn.learned)
     if not learned:
-        raise DataError(f"{where}: no message is the assistant's to learn", hint="the assistant has to answer")
+        raise DataError(
+            f"{where}: no assistant message to learn",
+            hint="add an answer, or remove the row; weight 0, or loss or train false, excludes an answer",
+        )
     return Example(
         layout,
         tuple(turn.message for turn in messages),
@@ -141,9 +146,9 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
         return
     for messages, _, tools in conversations:
         if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
-            raise DataError("the model has no chat template, and only one can tell of tools", hint=HINT)
+            raise DataError("the model has no chat template, which tools need", hint=f"leave tools out, or {ADD_ONE}")
         if messages and tokenizer.eos_token is None:
-            raise DataError("the tokenizer has neither a chat template nor an end token")
+            raise DataError("the tokenizer has neither a chat template nor an end token", hint=ADD_ONE)
         ends = {"assistant": tokenizer.eos_token}
         said = (
             (words_of(turn) if FIELD in turn else turn["content"]) + ends.get(turn["role"], "\n") for turn in messages
@@ -219,12 +224,13 @@ def _layout_of(row: Mapping[str, Any], where: str) -> str:
     found = [name for name in LAYOUTS if name in row and (answered or name not in _QUESTIONS)]
     if not found and asked != answered:
         missing = _QUESTIONS if answered else _ANSWERS
-        raise DataError(f"{where}: has no {' or '.join(missing)}", hint=f"found: {_names(row)}")
+        raise DataError(f"{where}: no column {' or '.join(missing)}", hint=f"columns: {_names(row)}")
     if not found:
-        raise DataError(f"{where}: has no known layout: {_KNOWN}", hint=f"found: {_names(row)}")
+        raise DataError(f"{where}: unknown layout; expected {_KNOWN}", hint=f"columns: {_names(row)}")
     if len(found) > 1:
         raise DataError(
-            f"{where}: has more than one layout: {' and '.join(found)}", hint=f"say which, as in layout: {found[0]}"
+            f"{where}: has columns of more than one layout: {' and '.join(found)}",
+            hint=f"choose one, such as --layout {found[0]}",
         )
     return found[0]
 
@@ -234,7 +240,7 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
     answers = [name for name in _ANSWERS if name in row]
     contexts = [name for name in _CONTEXTS if row.get(name, "") != ""]
     if not answers:
-        raise DataError(f"{where}: has no {' or '.join(_ANSWERS)}", hint=f"found: {_names(row)}")
+        raise DataError(f"{where}: no column {' or '.join(_ANSWERS)}", hint=f"columns: {_names(row)}")
     for names in (answers, contexts):
         if len(names) > 1:
             raise DataError(f"{where}: has both {names[0]} and {names[1]}", hint="remove one of the columns")
@@ -255,17 +261,18 @@ def _earlier(history: Any, where: str) -> list[_Turn]:
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(map(is_text, pair)) for pair in pairs
     ):
-        hint = '[["question", "answer"], ...]; rename the column if it means something else'
-        raise DataError(f"{where}: history is no list of earlier turns", hint=hint)
+        hint = 'write [["question", "answer"], ...], or rename the column if it means something else'
+        raise DataError(f"{where}: history is not a list of earlier turns", hint=hint)
     return [turn for asked, said in pairs for turn in (_Turn("user", asked), _Turn("assistant", said, True))]
 
 
 def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
     messages = row[column]
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        found = type(messages).__name__ if not isinstance(messages, list) else "other values" if messages else "none"
         raise DataError(
-            f"{where}: {column} must be a list of {{role, content}} or of {{from, value}}",
-            hint=f"found: {type(messages).__name__}" + (" with none of them" if isinstance(messages, list) else ""),
+            f"{where}: {column}: expected a list of messages, found {found}",
+            hint='write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}',
         )
     return [_turn(message, f"{where}: message {number} of {column}") for number, message in enumerate(messages, 1)]
 
@@ -274,7 +281,8 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"{where} has the role {role!r}", hint=f"roles: {', '.join(_ROLES)}")
+        problem = "no role" if role is None else f"unknown role {role!r}"
+        raise DataError(f"{where}: {problem}", hint=f"roles: {', '.join(_ROLES)}")
     is_answer = _ROLES[role] == "assistant"
     others: dict[str, Any] = {}
     unread = frozenset[str]()
@@ -287,22 +295,24 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
         others = {CALLS: read_calls(message, where)} if is_answer else {}
     content = "" if content in (None, []) and others.get(CALLS) else content
     if not is_text(content):
-        found = "half a character" if isinstance(content, str) else type(content).__name__
-        raise DataError(f"{where} has no text ({found})", hint="content and value are strings, or parts of text")
+        raise DataError(
+            f"{where}: expected text, found {found_in(content)}",
+            hint="write content (or value) as a string, or as a list of text parts",
+        )
     is_learned = not is_marked_out(message, where) and is_answer
     known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
     known |= {mark for mark in MARKS if is_answer or not message.get(mark)}
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
     thoughts = read_thoughts(message, str(content), where) if is_answer else ""
     if not is_text(thoughts):
-        raise DataError(f"{where}: its thoughts are no text (half a character)", hint="they are a string")
+        raise DataError(f"{where}: reasoning: expected text, found {found_in(thoughts)}", hint=WHOLE)
     return _Turn(_ROLES[role], str(content), is_learned, {FIELD: thoughts} | others, ignored | unread)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     if not is_text(row[name]):
-        found = "half a character" if isinstance(row[name], str) else type(row[name]).__name__
-        raise DataError(f"{where}: {name} is no text ({found})", hint=f"{name} is a string")
+        hint = WHOLE if isinstance(row[name], str) else f"write {name} as a string"
+        raise DataError(f"{where}: {name}: expected text, found {found_in(row[name])}", hint=hint)
     return str(row[name])
 
 

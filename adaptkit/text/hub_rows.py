@@ -35,29 +35,35 @@ def read_hub_rows(
             builder = datasets.load_dataset_builder(name, config, revision=revision)
             if type(builder).__name__ == "Cache" and not datasets.config.HF_HUB_OFFLINE:
                 raise NetworkError(
-                    f"{name}: the Hub does not give it, and what the cache holds may be another version",
-                    hint="try again; with HF_HUB_OFFLINE=1 what the cache holds is taken",
+                    f"{name}: the Hub does not provide it, and the cached copy may be another version",
+                    hint="try again, or set HF_HUB_OFFLINE=1 to use the cached copy",
                 )
             builder.download_and_prepare()
             found = builder.as_dataset(split=split)
         except datasets.exceptions.DatasetNotFoundError as error:
             if "gated" in str(error):
-                raise AuthenticationError(f"{name}: asks for its terms to be accepted", hint="hf auth login") from error
-            raise UsageError(f"{name}: is no data set on the Hub, and no file", hint="check the name") from error
+                raise AuthenticationError(
+                    f"{name}: its terms must be accepted first",
+                    hint="accept them on its page on the Hub, then run `hf auth login`",
+                ) from error
+            raise UsageError(
+                f"{name}: not found, neither as a file nor as a dataset on the Hub",
+                hint="check the name; a private dataset needs `hf auth login`",
+            ) from error
         except (ConnectionError, TimeoutError) as error:
-            raise NetworkError(f"{name}: the Hub does not answer, and no file has this name",
-                               hint="try again, or give a file") from error  # fmt: skip
+            raise NetworkError(f"{name}: no such file, and the Hub does not answer",
+                               hint="try again, or use a local file") from error  # fmt: skip
         except OSError as error:
             status = _status(error)
             if status is None and isinstance(error, datasets.exceptions.DatasetsError):  # nothing that can be read
-                raise DataError(f"{whole}: cannot be read ({error})", hint="give a file instead") from error
+                raise DataError(f"{whole}: cannot be read ({error})", hint="use a local file instead") from error
             if status is None and error.errno is not None:  # the disk's
                 raise
             raise _refusal(name, status) from error
         except ValueError as error:  # what it says of configurations and splits that are not there
-            raise UsageError(f"{whole}: {error}", hint="org/name/config@revision:split") from error
+            raise UsageError(f"{whole}: {error}", hint="write it as org/name/config@revision:split") from error
         except datasets.exceptions.DatasetsError as error:
-            raise DataError(f"{whole}: cannot be read ({error})", hint="give a file instead") from error
+            raise DataError(f"{whole}: cannot be read ({error})", hint="use a local file instead") from error
     for number, row in enumerate(found, 1):
         yield f"{whole}, row {number}", row
 
@@ -74,12 +80,12 @@ def _status(error: BaseException | None) -> int | None:
 
 def _refusal(name: str, status: int | None) -> AdaptkitError:
     if status is None:
-        return NetworkError(f"{name}: no usable answer from the Hub", hint="try again, or give a file")
+        return NetworkError(f"{name}: no usable answer from the Hub", hint="try again, or use a local file")
     said = f"{name}: the Hub answered {status}"
     if status in (401, 403):
         return AuthenticationError(said, hint="set HF_TOKEN, or run `hf auth login`, with a token that may read it")
     if status in (408, 425, 429) or status >= 500:
-        return NetworkError(said, hint="try again, or give a file")
+        return NetworkError(said, hint="try again, or use a local file")
     return UsageError(said, hint="check the name")
 
 
@@ -89,7 +95,9 @@ def _quiet_datasets() -> Iterator[Any]:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError("data sets of the Hub need datasets", hint="pip install 'adaptkit[train]'") from error
+        raise UsageError(
+            "datasets on the Hub need the package datasets", hint="pip install 'adaptkit[train]'"
+        ) from error
     shown, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

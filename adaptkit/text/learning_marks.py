@@ -33,28 +33,28 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequ
     """
     if messages[-1]["role"] != "assistant" and all(name in row for name in _PREFERENCE):
         raise DataError(
-            f"{where}: {layout} has no answer at its end, beside chosen and rejected",
-            hint=f"put the chosen answer at the end of {layout}; there is no learning from preferences",
+            f"{where}: {layout} does not end with an answer, and chosen and rejected are not read",
+            hint=f"append the chosen answer to {layout}; preference training is not supported",
         )
     variables = row.get(_VARIABLES)
     if isinstance(variables, dict):  # in parquet each has the keys of all
         variables = [value for value in variables.values() if value is not None]
     if variables:
         raise DataError(
-            f"{where}: has {_VARIABLES} of its own, and the chat template gets the same for all rows",
+            f"{where}: {_VARIABLES} cannot be set for a single row",
             hint="remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows",
         )
     for mark, column in _PLACED:
         if row.get(column) and any(mark in message["content"] for message in messages):
             raise DataError(
-                f"{where}: has {mark} in a text, and what belongs there in {column}, which is not read",
-                hint="leave conversations with images and the like out of the data",
+                f"{where}: has {mark} in its text, but {column} is not read: only text is supported",
+                hint="remove rows with images, video or audio",
             )
     unwanted = next((name for name in _UNWANTED if row.get(name) is False), None)
     if unwanted is not None:
         raise DataError(
-            f"{where}: its {unwanted} is false, which marks an answer that is not wanted",
-            hint=f"leave such rows out; rename the column if its {unwanted} says something else",
+            f"{where}: {unwanted} is false, which marks an unwanted answer",
+            hint=f"remove such rows, or rename the column if {unwanted} means something else",
         )
 
 
@@ -68,15 +68,15 @@ def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
     for name, value in given.items():
         if value not in (0, 1):
             raise DataError(
-                f"{where} has the {name} {value!r}",
-                hint="0 or false takes an answer out of the loss, 1 or true leaves it in",
+                f"{where}: invalid {name} {value!r}",
+                hint="use 0 or false to exclude an answer from the loss, 1 or true to include it",
             )
     if len(set(given.values())) > 1:
         said = " and ".join(f"{name} {value!r}" for name, value in given.items())
-        raise DataError(f"{where} has {said}, which contradict each other", hint="leave one of them")
+        raise DataError(f"{where}: {said} contradict each other", hint="remove one of them")
     if message.get(_SPANS):
         raise DataError(
-            f"{where} has {_SPANS}, and parts of a message cannot be taken out of the loss",
-            hint='remove it; "train": false takes out all of the answer',
+            f"{where}: has {_SPANS}, but parts of a message cannot be excluded from the loss",
+            hint='remove it; "train": false excludes the whole answer',
         )
     return 0 in given.values()

@@ -27,8 +27,8 @@ def joined(content: Any, where: str) -> tuple[Any, frozenset[str]]:
     for number, part in enumerate(content, 1):
         if _kind(part) != "text":
             raise DataError(
-                f"{where}: part {number} of its content is no text ({_kind(part)})",
-                hint='parts are {"type": "text", "text": ...}; leave images and the like out of the data',
+                f"{where}: part {number} of its content is not text ({_kind(part)})",
+                hint='write parts as {"type": "text", "text": ...}; remove rows with images, video or audio',
             )
     others = {str(key) for part in content for key, value in part.items() if key not in _KEYS and value is not None}
     return "".join(part["text"] for part in content), frozenset(others)

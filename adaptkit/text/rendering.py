@@ -162,7 +162,7 @@ class _Process:
             if code == 0 and not answers:
                 return None
             known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: _TOO_MUCH}
-            reason = known.get(code or 0, f"ended with code {code}")
+            reason = known.get(code or 0, f"crashed (exit code {code})")
             answers.append({"error": f"the chat template {reason}", "hint": HINT})
         return answers
 
@@ -257,5 +257,5 @@ def _render(tokenizer: Any, conversation: Conversation) -> str:
         raise DataError(f"the chat template {_TOO_MUCH}", hint=HINT) from error
     said = _length(conversation)
     if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
-        raise DataError(f"the chat template writes {len(text):,} characters for a conversation of {said:,}", hint=HINT)
+        raise DataError(f"the chat template turns {said:,} characters into {len(text):,}", hint=HINT)
     return text

@@ -139,8 +139,8 @@ def _lines(file: Path) -> Iterator[Located]:
             try:
                 row = _parse(text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error})", hint="one JSON object on each line") from error
-            yield where, _object(row, where, "one JSON object on each line")
+                raise DataError(f"{where}: not JSON ({error})", hint="write one JSON object per line") from error
+            yield where, _object(row, where, "write one JSON object per line")
 
 
 def _text_lines(file: Path) -> Iterator[str]:
@@ -164,7 +164,9 @@ def _document(file: Path) -> Iterator[Located]:
         if _is_object(text.lstrip().partition("\n")[0]):  # JSON lines under another name
             yield from _lines(file)
             return
-        raise DataError(f"{file}: not JSON ({error})", hint="a list of objects, or one object on each line") from error
+        raise DataError(
+            f"{file}: not JSON ({error})", hint="write a list of objects, or one object per line"
+        ) from error
     is_object = isinstance(document, dict) and not isinstance(document.get("data"), list)
     if is_object and "\n" not in text.strip():  # JSON lines, of which there is one
         yield from _lines(file)
@@ -172,10 +174,12 @@ def _document(file: Path) -> Iterator[Located]:
     found = document.get("data") if isinstance(document, dict) else document
     if not isinstance(found, list):
         keys = f"the keys {', '.join(document)}" if isinstance(document, dict) else type(document).__name__
-        raise DataError(f"{file}: expected a list of rows, found {keys}", hint='[{...}, ...] or {"data": [{...}, ...]}')
+        raise DataError(
+            f"{file}: expected a list of rows, found {keys}", hint='write [{...}, ...] or {"data": [{...}, ...]}'
+        )
     for number, row in enumerate(found, 1):
         where = f"{file}, row {number}"
-        yield where, _object(row, where, "a list of objects")
+        yield where, _object(row, where, "write a list of objects")
 
 
 def _parse(text: str) -> Any:
@@ -205,11 +209,11 @@ def _cells(file: Path) -> Iterator[Located]:
             header = cells
             twice = next((name for name in header if header.count(name) > 1), None)
             if twice is not None:
-                raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one")
+                raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one of them")
         elif len(cells) != len(header):
             raise DataError(
-                f"{where}: has {counted(len(cells), 'cell')}, the header has {len(header)}",
-                hint="quote cells that hold commas or line ends",
+                f"{where}: expected {counted(len(header), 'cell')}, as in the header; found {len(cells)}",
+                hint="quote cells that contain separators or line breaks",
             )
         else:
             yield where, dict(zip(header, cells, strict=True))
@@ -233,7 +237,10 @@ def _batch(records: Iterator[tuple[int, list[str]]], file: Path) -> list[tuple[i
     try:
         return list(islice(records, _BATCH_ROWS))
     except csv.Error as error:
-        raise DataError(f"{file}: not csv ({error})", hint="quote cells that hold quotes or line ends") from error
+        kind = (_kind(file) or "").removeprefix(".")
+        raise DataError(
+            f"{file}: not {kind} ({error})", hint="quote cells that contain quotes or line breaks"
+        ) from error
     finally:
         csv.field_size_limit(before)
 
@@ -243,7 +250,7 @@ def _parquet(file: Path) -> Iterator[Located]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UsageError(f"{file}: parquet needs pyarrow", hint="pip install 'adaptkit[train]'") from error
+        raise UsageError(f"{file}: Parquet needs the package pyarrow", hint="pip install 'adaptkit[train]'") from error
     try:
         opened = file.open("rb")
     except OSError as error:
@@ -256,7 +263,7 @@ def _parquet(file: Path) -> Iterator[Located]:
                     number += 1
                     yield f"{file}, row {number}", without_fills(row)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
-        raise DataError(f"{file}, after row {number}: not parquet ({error})", hint="write it again") from error
+        raise DataError(f"{file}, after row {number}: not Parquet ({error})", hint="write the file again") from error
 
 
 def without_fills(value: Any) -> Any:
@@ -273,7 +280,7 @@ def _object(row: Any, where: str, hint: str) -> Row:
 
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{file}, line {line}: cannot be read ({error.reason})", hint="save it as UTF-8")
+    return DataError(f"{file}, line {line}: not UTF-8 ({error.reason})", hint="save it as UTF-8")
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:

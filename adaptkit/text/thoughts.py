@@ -31,12 +31,13 @@ def read_thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
     given = {name: message[name] for name in NAMES if message.get(name)}
     for name, thoughts in given.items():
         if not isinstance(thoughts, str):
-            raise DataError(f"{where}: {name} is no text ({type(thoughts).__name__})", hint=f"{name} is a string")
+            other = type(thoughts).__name__
+            raise DataError(f"{where}: {name}: expected text, found {other}", hint=f"write {name} as a string")
     inline = _IN_CONTENT.fullmatch(content)
     found = {thoughts.strip() for thoughts in (*given.values(), inline[1] if inline else "")} - {""}
     if len(found) > 1 or (found and inline and not inline[1].strip()):
-        hint = f"leave them in one: content, {', '.join(given)}"
-        raise DataError(f"{where}: has thoughts in more than one place", hint)
+        hint = f"keep one of: <think> in content, {', '.join(given)}" if inline else f"keep one of: {', '.join(given)}"
+        raise DataError(f"{where}: has reasoning in more than one place", hint)
     return "" if inline else "".join(found)
 
 

@@ -98,7 +98,7 @@ def load_tokenizer(root: Path) -> Any:
             pieces = sorted(path.name for path in root.glob("*.model"))
             if pieces and not (root / "tokenizer.json").exists():  # transformers asks for tiktoken, whatever it is
                 hint = f"pip install sentencepiece protobuf if {pieces[0]} is SentencePiece's, or {hint}"
-            raise UsageError(f"{root}: has no tokenizer that transformers can load ({reason})", hint=hint) from error
+            raise UsageError(f"{root}: no tokenizer that transformers can load ({reason})", hint=hint) from error
         added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common's has no such list
     if len(tokenizer) - len(added) <= 1:  # some begin with "▁" of their own
         raise UsageError(f"{root}: its tokenizer has no vocabulary, only special tokens", hint=hint)

@@ -23,6 +23,8 @@ Tools = tuple[Mapping[str, Any], ...]
 """Of a row, each {"type": "function", "function": {"name", ...}}."""
 
 CALLS = "tool_calls"
+WHOLE = "write characters beyond U+FFFF whole, or as surrogate pairs"
+"""A hint."""
 _GIVEN = ("name", "tool_call_id")
 """What a tool's message has beside its content."""
 _DEEPEST = 64
@@ -41,8 +43,8 @@ def read_tools(value: Any, where: str, column: str = "tools") -> Tools:
         value = _parsed(value, f"{where}: {column}") if value.strip() else None
     value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        hint = f'each is {{"name", "description", "parameters"}}; rename the column {column} if it means something else'
-        raise DataError(f"{where}: {column} is no list of functions", hint=hint)
+        hint = f'write each as {{"name", "description", "parameters"}}, or rename {column} if it means something else'
+        raise DataError(f"{where}: {column} is not a list of functions", hint=hint)
     found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
     for tool in found:
         _named(tool["function"], f"{where}: a tool")
@@ -60,7 +62,7 @@ def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if isinstance(given, str):
         given = _parsed(given, f"{where}: {CALLS}") or []
     if not isinstance(given, list):
-        raise DataError(f"{where}: {CALLS} is no list", hint='each is {"function": {"name", "arguments"}}')
+        raise DataError(f"{where}: {CALLS} is not a list", hint='write each as {"function": {"name", "arguments"}}')
     calls = [_call(call, where) for call in given]
     old = [_call(message["function_call"], where)] if message.get("function_call") else []
     functions = [call["function"] for call in calls]
@@ -76,7 +78,7 @@ def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
     found = _parsed(value, where) if isinstance(value, str) else value
     calls = [_call(call, where) for call in (found if isinstance(found, list) else [found])]
     if not calls:
-        raise DataError(f"{where}: holds no call", hint='a call is {"name", "arguments"}')
+        raise DataError(f"{where}: contains no tool call", hint='write a call as {"name", "arguments"}')
     return calls
 
 
@@ -96,6 +98,11 @@ def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, s
 def is_text(value: Any) -> bool:
     """Whether this is a string that tokenizers take: JSON's escapes can write half a character."""
     return isinstance(value, str) and _HALF.search(value) is None
+
+
+def found_in(value: Any) -> str:
+    """What stands where a text should, for people."""
+    return "an unpaired surrogate" if isinstance(value, str) else type(value).__name__
 
 
 def names_of(tools: Tools) -> list[str]:
@@ -154,7 +161,9 @@ class ToolForm:
         """What the template loses of a conversation, whatever its words are; None if nothing."""
         for kind in sorted(_kinds(messages, tools)):
             if self._loses(kind):
-                return DataError(f"the chat template loses {kind}", hint=f"leave such conversations out, or {HINT}")
+                return DataError(
+                    f"the chat template leaves out {kind}", hint=f"leave such conversations out, or {HINT}"
+                )
         return None
 
     def _is_taken(self, form: tuple[bool, str | None]) -> bool:
@@ -203,12 +212,12 @@ _QUESTION = {"role": "user", "content": "question"}
 _TOOL = {"name": "probe0", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}}
 OTHER_TOOLS: Tools = ({"type": "function", "function": _TOOL | {"name": "sundial"}},)
 """What no probe calls."""
-_TOOLS, _RESULTS, _ALONE = "which tools there are", "what tools give", "calls"
-_SEVERAL, _BESIDE, _AFTER = "calls after the first", "calls beside content", "calls after thoughts"
+_TOOLS, _RESULTS, _ALONE = "the list of tools", "tool results", "tool calls"
+_SEVERAL, _BESIDE, _AFTER = "tool calls after the first", "tool calls beside content", "tool calls after reasoning"
 _NUMBERS, _TRUTHS, _NOTHING = (
-    "arguments that are numbers",
-    "arguments that are true or false",
-    "arguments that are null",
+    "tool arguments that are numbers",
+    "tool arguments that are true or false",
+    "tool arguments that are null",
 )
 _KINDS = {str: "", int: _NUMBERS, float: _NUMBERS, bool: _TRUTHS, type(None): _NOTHING}
 _GIVEN_BACK = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
@@ -228,12 +237,12 @@ _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
 
 def _call(given: Any, where: str) -> dict[str, Any]:
     function = given.get("function", given) if isinstance(given, dict) else None
-    name = _named(function, f"{where}: a call of a tool")
+    name = _named(function, f"{where}: a tool call")
     arguments = function.get("arguments", function.get("parameters")) if isinstance(function, dict) else None
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{where}: the arguments of {name}") if arguments.strip() else {}
     if not isinstance(arguments, dict | None):
-        raise DataError(f"{where}: the arguments of {name} are no object", hint="they are a JSON object, or its text")
+        raise DataError(f"{where}: the arguments of {name} are not an object", hint="write a JSON object, or its text")
     known = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
     call = {"type": "function", **known, "function": {"name": name, "arguments": arguments or {}}}
     _check(call, f"{where}: a call of {name!r}")
@@ -243,7 +252,7 @@ def _call(given: Any, where: str) -> dict[str, Any]:
 def _named(function: Any, what: str) -> str:
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{what} has no name", hint='a function is {"name", ...}')
+        raise DataError(f"{what} has no name", hint='write a function as {"name", ...}')
     return name
 
 
@@ -252,7 +261,7 @@ def _parsed(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{what}: is no JSON ({error})", hint="it is an object or a list, or the JSON text of one"
+            f"{what}: not JSON ({error})", hint="write an object or a list, or the JSON text of one"
         ) from error
 
 
@@ -277,15 +286,15 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _check(value: Any, what: str, depth: int = 0) -> None:
     """Refuse what no tokenizer and no template can take."""
     if depth > _DEEPEST:
-        raise DataError(f"{what}: nested more than {_DEEPEST} times", hint="leave such conversations out")
+        raise DataError(f"{what}: nested more than {_DEEPEST} levels deep", hint="leave such conversations out")
     if isinstance(value, dict | list):
         for inner in (*value, *(value.values() if isinstance(value, dict) else ())):
             _check(inner, what, depth + 1)
     elif isinstance(value, str):
         if not is_text(value):
-            raise DataError(f"{what}: half a character is no text", hint="JSON writes whole ones, or pairs of halves")
+            raise DataError(f"{what}: expected text, found {found_in(value)}", hint=WHOLE)
     elif type(value) not in _KINDS or (isinstance(value, float) and not math.isfinite(value)):
-        raise DataError(f"{what}: {value!r} is nothing that JSON has", hint="write it as text")
+        raise DataError(f"{what}: {value!r} is not a JSON value", hint="write it as a string")
 
 
 def _forms(word: str) -> tuple[str, ...]:

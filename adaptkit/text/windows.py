@@ -57,8 +57,9 @@ def read_tokens(
             line), or nothing to read.
         UsageError: the window is longer than the model allows, or there is no tokenizer.
     """
-    if window < 2 or (max_tokens is not None and max_tokens < 2):
-        raise UsageError(f"a window of {counted(window, 'token')}, of {max_tokens} in all: both are at least 2")
+    for name, given in (("window", window), ("max_tokens", max_tokens)):
+        if given is not None and given < 2:
+            raise UsageError(f"{name}: must be at least 2, found {given}")
     check_window(root, window)
     if max_tokens is not None:
         window = min(window, max_tokens)
@@ -77,7 +78,9 @@ def read_tokens(
             break
     windows = _cut(stream, window, first_tokens(tokenizer)[:1])
     if not windows or len(windows[0]) < 2:
-        raise DataError(f"{', '.join(map(str, files)) or 'no files'}: hold no text", hint="give text to read")
+        raise DataError(
+            f"{', '.join(map(str, files)) or 'no files'}: no text to read", hint="give files that contain text"
+        )
     return torch.tensor(windows[:wanted])
 
 
@@ -90,8 +93,8 @@ def check_window(root: Path, window: int) -> None:
     longest = longest_sequence(require_folder(root))
     if longest is not None and window > longest:
         raise UsageError(
-            f"windows of {window} tokens are longer than {root} allows",
-            hint=f"it reads {longest} at most: --window {longest}",
+            f"{root}: windows of {window} tokens are longer than the model's context of {longest}",
+            hint=f"--window {longest}",
         )
 
 
@@ -110,8 +113,9 @@ def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
     longest = longest_sequence(root)
     if longest is not None and length + new_tokens > longest:
         raise UsageError(
-            f"the prompt {prompt[:40]!r} and {counted(new_tokens, 'new token')} are too long for {root}",
-            hint=f"it reads {longest} tokens: shorten the prompt, or ask for fewer new tokens",
+            f"{root}: the prompt {prompt[:40]!r} and {counted(new_tokens, 'new token')} are longer than the model's "
+            f"context of {longest}",
+            hint="shorten the prompt, or ask for fewer new tokens",
         )
 
 
@@ -154,8 +158,8 @@ def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
     """
     if known is not None and max(ids, default=0) >= known:
         raise UsageError(
-            f"{where}: the tokenizer makes the token {max(ids)}, and the model knows {known}",
-            hint="take the tokenizer that the model was trained with, or give the model's embedding more rows",
+            f"{where}: the tokenizer produces token {max(ids)}, but the model's vocabulary has {known}",
+            hint="use the tokenizer that the model was trained with, or enlarge the model's embedding",
         )
 
 

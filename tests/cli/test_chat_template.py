@@ -241,7 +241,7 @@ def test_merge_keeps_a_template_as_it_is_and_whoever_asks_refuses_one_that_is_no
 ):
     (trained / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{% broken")
     asked = run_cli("evaluate", "--base", untemplated, "--adapter", trained, "--data", rows, "--device", "cpu")
-    assert (asked.code, "is no chat template (line 1: " in asked.stderr) == (5, True)
+    assert (asked.code, "invalid chat template (line 1: " in asked.stderr) == (5, True)
     assert run_cli("merge", untemplated, trained, "-o", tmp_path / "m").code == 0
     assert (tmp_path / "m/chat_template.jinja").read_bytes() == b"\xef\xbb\xbf{% broken"
 
@@ -249,7 +249,7 @@ def test_merge_keeps_a_template_as_it_is_and_whoever_asks_refuses_one_that_is_no
 def test_a_list_of_what_are_no_templates_is_refused_by_who_asks(run_cli, untemplated, rows, trained):
     (trained / "tokenizer_config.json").write_text('{"chat_template": ["{% for"]}')
     asked = run_cli("evaluate", "--base", untemplated, "--adapter", trained, "--data", rows, "--device", "cpu")
-    assert (asked.code, "is no chat template" in asked.stderr) == (5, True)
+    assert (asked.code, "invalid chat template" in asked.stderr) == (5, True)
 
 
 def test_a_tokenizer_beside_an_adapter_is_the_one_that_counts(run_cli, untemplated, rows, trained, tmp_path):
@@ -332,10 +332,10 @@ def test_what_is_made_names_the_end_of_its_answers_and_the_base_has_its_own_back
     ("content", "code", "said"),
     [
         (None, 5, "No such file"),
-        (b"\xff", 5, "is not UTF-8"),
-        (b"\n{% for m in %}", 5, "is no chat template (line 2: "),
-        (b"{{ " + b"(" * 3000 + b"1" + b")" * 3000 + b" }}", 5, "is no chat template ("),
-        (b"{{ " + b"1" * 5000 + b" }}", 5, "is no chat template ("),
+        (b"\xff", 5, "jinja: not UTF-8"),
+        (b"\n{% for m in %}", 5, "invalid chat template (line 2: "),
+        (b"{{ " + b"(" * 3000 + b"1" + b")" * 3000 + b" }}", 5, "invalid chat template ("),
+        (b"{{ " + b"1" * 5000 + b" }}", 5, "invalid chat template ("),
         (b"{{ messages[1].content }}", 5, "line 1: the chat template refuses the conversation"),
     ],
 )

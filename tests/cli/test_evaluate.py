@@ -327,7 +327,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
     monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest keeps its own
     cases = [
         (["--data", tmp_path / "empty.jsonl"], 5, "there are no rows"),
-        (["--data", tmp_path / "unanswered.jsonl", "--generate"], 5, "line 2: has no output"),
+        (["--data", tmp_path / "unanswered.jsonl", "--generate"], 5, "line 2: no column output"),
         (["--data", tmp_path / "long.jsonl", "--generate"], 5, "longer than a model's context"),
         (["--data", instructions, "--adapter", of_another], 4, "belongs to another base"),
         (["--data", instructions, "--adapter", of_another, "--compare"], 4, "belongs to another base"),
@@ -342,9 +342,9 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "no file can"),
         (["--data", instructions, "--generate", "--samples-file", instructions], 2, "is there already, and is no"),
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "a", "--html", tmp_path / "a"], 2, "page"),
-        (["--data", tmp_path / "two.jsonl", "--layout", "prompt"], 5, "two.jsonl, line 1: has no prompt"),
+        (["--data", tmp_path / "two.jsonl", "--layout", "prompt"], 5, "two.jsonl, line 1: no column prompt"),
         (["--data", tmp_path / "two.jsonl"], 5, "more than one layout"),
-        (["--prompt", "words " * 400], 2, "too long for"),
+        (["--prompt", "words " * 400], 2, "are longer than the model's context of "),
         (["--data", instructions, "--html", tmp_path], 2, "is a directory"),
         (["--data", instructions, "--base", wider], 5, f"{wider}: model.embed_tokens.weight is [301, 64]"),
     ]  # fmt: skip

@@ -72,7 +72,7 @@ def test_variables_of_the_chat_template_are_set(run_cli, llama, copy_of, files):
     assert "\n7<|im_start|>system" in run_cli(*given, "--config", files / "train.yaml").stdout
     nested = "mood=" + "[" * 100_000
     assert "\nHurry![[[[[[[[[<|im_start|>system" in run_cli(*given, "--chat-template-kwargs", nested).stdout
-    for text, said in (("mod=1", "does not ask for 'mod'"), ("enable_thinking", "is not a name and a value")):
+    for text, said in (("mod=1", "does not use 'mod'"), ("enable_thinking", "is not a name and a value")):
         refused = run_cli(*given, "--chat-template-kwargs", text)
         assert (refused.code, refused.stdout) == (2, "")
         assert said in refused.stderr
@@ -162,7 +162,7 @@ def test_what_was_cut_of_held_out_data_is_told_too(run_cli, llama, files, too_lo
 @pytest.mark.parametrize(
     ("rows", "options", "code", "message"),
     [
-        ('{"instruction": "x"}', {}, 5, "rows.jsonl, line 2: has no output or response or completion or answer"),
+        ('{"instruction": "x"}', {}, 5, "rows.jsonl, line 2: no column output or response or completion or answer"),
         ('{"prompt": "x", "completion": "y"}', {"mixture": "row.jsonl=2"}, 2, "'row.jsonl' is none of the data"),
     ],
 )  # fmt: skip

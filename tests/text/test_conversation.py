@@ -97,7 +97,7 @@ def test_functions_beside_messages_are_its_tools_as_openai_had_them_first(more, 
     example = read_example(row, "here")
     assert example.tools == ({"type": "function", "function": FUNCTION},)
     assert "functions" in example.columns
-    with pytest.raises(DataError, match="functions is no list of functions"):
+    with pytest.raises(DataError, match="functions is not a list of functions"):
         read_example(row | {"functions": ["def depth(): ..."]}, "here")
     other = {"instruction": "x", "output": "y", "functions": ["def depth(): ..."]}  # a column of something else
     assert (read_example(other, "here").tools, read_example(other, "here").columns) == ((), {"instruction", "output"})
@@ -204,7 +204,7 @@ def test_marks_of_other_trainers_take_answers_out_of_the_loss_and_never_contradi
         said = {key: value for mark in marks for key, value in mark.items()}
         values = {bool(value) for value in said.values() if value is not None}
         if len(values) > 1:
-            with pytest.raises(DataError, match=r"message 2 of messages has .*contradict each other"):
+            with pytest.raises(DataError, match=r"message 2 of messages: .*contradict each other"):
                 read_example({"messages": [ASKED, ANSWERED | said]}, "here")
             continue
         messages += [ASKED, ANSWERED | said]
@@ -244,9 +244,9 @@ def test_a_preference_whose_answers_are_beside_the_conversation_is_refused(layou
     if row[layout][-1] in (ANSWERED, SHARED[1]):  # the chosen one is at its end, as in UltraFeedback
         assert read_example(row, "here") == read_example({layout: row[layout]}, "here")
         return
-    with pytest.raises(DataError, match=f"^here: {layout} has no answer at its end, beside chosen and re") as raised:
+    with pytest.raises(DataError, match=f"^here: {layout} does not end with an answer, and chosen and re") as raised:
         read_example(row, "here")
-    assert f"put the chosen answer at the end of {layout}" in raised.value.hint
+    assert f"append the chosen answer to {layout}" in raised.value.hint
     for name in ("chosen", "rejected"):  # which says nothing of an answer
         assert read_example(row | {name: None}, "here").learned
 
@@ -257,7 +257,7 @@ def test_a_preference_whose_answers_are_beside_the_conversation_is_refused(layou
        label=st.booleans() | st.none() | st.sampled_from([0, 1, 0.0, "false", "True", ""]))  # fmt: skip
 def test_an_answer_that_is_marked_as_unwanted_is_refused_and_a_class_is_a_column(name, row, label):
     if label is False:
-        with pytest.raises(DataError, match=f"^here: its {name} is false, which marks an answer that is not wanted"):
+        with pytest.raises(DataError, match=f"^here: {name} is false, which marks an unwanted answer"):
             read_example(row | {name: label}, "here")
     else:
         assert read_example(row | {name: label}, "here") == read_example(row, "here")
@@ -269,7 +269,7 @@ def test_variables_of_the_chat_template_in_a_row_are_refused_if_there_are_some(v
     in_parquet = dict.fromkeys(of_other_rows) | variables  # where each has the keys of all
     row = {"prompt": "x", "completion": "y", "chat_template_kwargs": in_parquet}
     if variables:
-        with pytest.raises(DataError, match=r"^here: has chat_template_kwargs of its own") as raised:
+        with pytest.raises(DataError, match=r"^here: chat_template_kwargs cannot be set for a single row") as raised:
             read_example(row, "here")
         assert "--chat-template-kwargs NAME=VALUE" in raised.value.hint
     else:
@@ -283,7 +283,7 @@ def test_what_is_to_be_seen_where_a_text_marks_it_is_refused_and_a_column_alone_
     asked = {"from": "human", "value": f"<{kind}>\nName it" if marked else "Name it"}
     for row in ({"conversations": [asked, SHARED[1]]}, {"instruction": asked["value"], "output": "the Rhine"}):
         if marked and value:
-            with pytest.raises(DataError, match=f"^here: has <{kind}> in a text, and what belongs there in {kind}"):
+            with pytest.raises(DataError, match=f"^here: has <{kind}> in its text, but {kind}s? is not read"):
                 read_example(row | {f"{kind}{plural}": value}, "here")
         else:
             assert read_example(row | {f"{kind}{plural}": value}, "here") == read_example(row, "here")
@@ -295,7 +295,7 @@ ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an i
 def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
     with pytest.raises(DataError, match="more than one layout: instruction and text") as raised:
         read_example(ALPACA, "here")
-    assert raised.value.hint == "say which, as in layout: instruction"
+    assert raised.value.hint == "choose one, such as --layout instruction"
     assert read_example(ALPACA, "here", "instruction").messages[1]["content"] == "y"
     assert read_example(ALPACA, "here", "text").text == ALPACA["text"]
 
@@ -303,79 +303,82 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "x"}, "has no output or response or completion or answer"),
-        ({"output": "y"}, "has no instruction or question or prompt"),
-        ({"title": "x"}, "has no known layout"),
-        ({}, "has no known layout"),
-        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "has no output or"),
+        ({"instruction": "x"}, "no column output or response or completion or answer"),
+        ({"output": "y"}, "no column instruction or question or prompt"),
+        ({"title": "x"}, "unknown layout"),
+        ({}, "unknown layout"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "no column output or"),
         ({"instruction": "x", "output": "y", "response": "z"}, "has both output and response"),
         ({"instruction": "x", "output": "y", "context": "a", "input": "b"}, "has both context and input"),
-        ({"instruction": "x", "output": 5}, "output is no text (int)"),
-        ({"instruction": "x", "output": "half: \ud800"}, "output is no text (half a character)"),
-        ({"instruction": "x", "context": 5, "output": "y"}, "context is no text (int)"),
+        ({"instruction": "x", "output": 5}, "output: expected text, found int"),
+        ({"instruction": "x", "output": "half: \ud800"}, "output: expected text, found an unpaired surrogate"),
+        ({"instruction": "x", "context": 5, "output": "y"}, "context: expected text, found int"),
         *(
-            ({"instruction": "x", "output": "y", "history": history}, "history is no list of earlier turns")
+            ({"instruction": "x", "output": "y", "history": history}, "history is not a list of earlier turns")
             for history in ('[["a", "b"]]', {"a": "b"}, ["a", "b"], [["a"]], [["a", "b", "c"]], [["a", None]], CHAT,
                             ["ab"], [["a", "\ud800"]], 0)
         ),
-        ({"text": ["a"]}, "text is no text (list)"),
-        ({"messages": "x"}, "messages must be a list of {role, content}"),
-        ({"messages": []}, "messages must be a list"),
-        ({"messages": ["x"]}, "messages must be a list"),
-        ({"messages": [ASKED]}, "no message is the assistant's to learn"),
-        ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no message is the assistant's to learn"),
-        ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages has the weight 0.5"),
-        ({"messages": [ASKED, ANSWERED | {"loss_scale": 0.5}]}, "message 2 of messages has the loss_scale 0.5"),
-        ({"messages": [ASKED, ANSWERED | {"loss": "false"}]}, "message 2 of messages has the loss 'false'"),
-        ({"messages": [ASKED, ANSWERED | {"train": []}]}, "message 2 of messages has the train []"),
+        ({"text": ["a"]}, "text: expected text, found list"),
+        ({"messages": "x"}, "messages: expected a list of messages, found str"),
+        ({"messages": []}, "messages: expected a list of messages, found none"),
+        ({"messages": ["x"]}, "messages: expected a list of messages, found other values"),
+        ({"messages": [ASKED]}, "no assistant message to learn"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "no assistant message to learn"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages: invalid weight 0.5"),
+        ({"messages": [ASKED, ANSWERED | {"loss_scale": 0.5}]}, "message 2 of messages: invalid loss_scale 0.5"),
+        ({"messages": [ASKED, ANSWERED | {"loss": "false"}]}, "message 2 of messages: invalid loss 'false'"),
+        ({"messages": [ASKED, ANSWERED | {"train": []}]}, "message 2 of messages: invalid train []"),
         ({"messages": [ASKED, ANSWERED | {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}]},
-         "message 2 of messages has train_detail, and parts of a message cannot be taken out of the loss"),
-        ({"messages": [ASKED, {"role": "critic", "content": "x"}]}, "message 2 of messages has the role 'critic'"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 of messages has the role ['user']"),
-        ({"messages": [{"content": "x"}]}, "message 1 of messages has the role None"),
+         "message 2 of messages: has train_detail, but parts of a message cannot be excluded from the loss"),
+        ({"messages": [ASKED, {"role": "critic", "content": "x"}]}, "message 2 of messages: unknown role 'critic'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 of messages: unknown role ['user']"),
+        ({"messages": [{"content": "x"}]}, "message 1 of messages: no role"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-         "message 1 of messages: part 1 of its content is no text (NoneType)"),
+         "message 1 of messages: part 1 of its content is not text (NoneType)"),
         ({"messages": [{"role": "user", "content": [*parts_of("a"), {"type": "image_url", "image_url": {}}]}]},
-         "message 1 of messages: part 2 of its content is no text (image_url)"),
+         "message 1 of messages: part 2 of its content is not text (image_url)"),
         ({"messages": [ASKED, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}]},
-         "message 2 of messages: part 1 of its content is no text (refusal)"),
+         "message 2 of messages: part 1 of its content is not text (refusal)"),
         ({"prompt": [{"role": "user", "content": ["a"]}], "completion": [ANSWERED]},
-         "message 1 of prompt: part 1 of its content is no text (str)"),
-        ({"messages": [ASKED, {"role": "assistant", "content": []}]}, "message 2 of messages has no text (list)"),
-        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "message 2 of messages has no text (NoneType)"),
+         "message 1 of prompt: part 1 of its content is not text (str)"),
+        ({"messages": [ASKED, {"role": "assistant", "content": []}]},
+         "message 2 of messages: expected text, found list"),
+        ({"messages": [ASKED, {"role": "assistant", "content": None}]},
+         "message 2 of messages: expected text, found NoneType"),
         ({"messages": [ASKED, ANSWERED | {"content": parts_of("a", "\ud800")}]},
-         "message 2 of messages has no text (half a character)"),
-        ({"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]}, "message 2 of messages: a call of a tool has no name"),
-        ({"messages": [ASKED, ANSWERED | {"tool_calls": "{"}]}, "message 2 of messages: tool_calls: is no JSON"),
+         "message 2 of messages: expected text, found an unpaired surrogate"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]}, "message 2 of messages: a tool call has no name"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": "{"}]}, "message 2 of messages: tool_calls: not JSON"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": {"name": "f"}}]},
-         "message 2 of messages: tool_calls is no list"),
+         "message 2 of messages: tool_calls is not a list"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": [1]}]}]},
-         "message 2 of messages: the arguments of f are no object"),
+         "message 2 of messages: the arguments of f are not an object"),
         ({"messages": [ASKED, ANSWERED | {"function_call": {"name": "f", "arguments": "x"}}]},
-         "message 2 of messages: the arguments of f: is no JSON"),
+         "message 2 of messages: the arguments of f: not JSON"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": {"a": ["\ud800"]}}]}]},
-         "message 2 of messages: a call of 'f': half a character"),
+         "message 2 of messages: a call of 'f': expected text, found an unpaired surrogate"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "\ud800"}]}]},
-         "message 2 of messages: a call of '\\ud800': half a character"),
+         "message 2 of messages: a call of '\\ud800': expected text, found an unpaired surrogate"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "id": "\ud800"}]}]},
-         "message 2 of messages: a call of 'f': half a character"),
+         "message 2 of messages: a call of 'f': expected text, found an unpaired surrogate"),
         ({"messages": [ASKED, {"role": "tool", "content": "x", "name": "\ud800"}, ANSWERED]},
-         "message 2 of messages: half a character"),
+         "message 2 of messages: expected text, found an unpaired surrogate"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}]},
-         "message 2 of messages: a call of 'f': nan is nothing that JSON has"),
+         "message 2 of messages: a call of 'f': nan is not a JSON value"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": {"a": date(2026, 1, 1)}}]}]},
-         "message 2 of messages: a call of 'f': datetime.date(2026, 1, 1) is nothing that JSON has"),
+         "message 2 of messages: a call of 'f': datetime.date(2026, 1, 1) is not a JSON value"),
         ({"messages": [ASKED, {"role": "tool", "content": None}, ANSWERED]},
-         "message 2 of messages has no text (NoneType)"),
+         "message 2 of messages: expected text, found NoneType"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "[]"}]},
-         "message 2 of conversations, its value: holds no call"),
+         "message 2 of conversations, its value: contains no tool call"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "call f"}]},
-         "message 2 of conversations, its value: is no JSON"),
-        ({"messages": CHAT, "tools": 5}, "tools is no list of functions"),
-        ({"messages": CHAT, "tools": "["}, "tools: is no JSON"),
+         "message 2 of conversations, its value: not JSON"),
+        ({"messages": CHAT, "tools": 5}, "tools is not a list of functions"),
+        ({"messages": CHAT, "tools": "["}, "tools: not JSON"),
         ({"messages": CHAT, "tools": [{"type": "function", "function": {"description": "x"}}]}, "a tool has no name"),
         ({"messages": CHAT, "tools": DEEP}, "tools: nested more than"),
-        ({"system": "a", "messages": [{"role": "system", "content": "b"}, *CHAT]}, "has a column and a message"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}, *CHAT]},
+         "has both a column system and a system message"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_refused_by_name(row, message):
@@ -386,5 +389,5 @@ def test_a_row_that_cannot_be_used_is_refused_by_name(row, message):
 
 @pytest.mark.parametrize("layout", ["instruction", "messages", "text"])
 def test_a_layout_that_is_asked_for_has_to_be_there(layout):
-    with pytest.raises(DataError, match=f"has no {layout}"):
+    with pytest.raises(DataError, match=f"no column {layout}"):
         read_example({"title": "x"}, "here", layout)

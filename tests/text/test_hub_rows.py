@@ -113,6 +113,6 @@ def test_a_copy_of_unknown_age_is_taken_only_where_the_hub_is_not_to_be_asked(re
         file.rename(cached / file.name.replace("json-", "data-"))
     environment = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{refusing.server_port}"}
     done = python(READ, HF_HUB_OFFLINE="0", **environment)
-    assert done.stdout == "7 org/data: the Hub does not give it, and what the cache holds may be another version\n"
+    assert done.stdout == "7 org/data: the Hub does not provide it, and the cached copy may be another version\n"
     done = python(READ, HF_HUB_OFFLINE="1", **environment)
     assert done.stdout == "[{'text': 'an old one'}]\n", done.stderr

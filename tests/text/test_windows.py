@@ -144,7 +144,7 @@ def test_no_token_is_lost_or_moved_and_the_limit_holds(llama, tmp_path_factory, 
             expected += [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
     expected = expected[1:]
     if len(expected) < 2:
-        with pytest.raises(DataError, match="hold no text"):
+        with pytest.raises(DataError, match="no text to read"):
             read_tokens([path], llama, window=window)
         return
     whole = read_tokens([path], llama, window=window).reshape(-1).tolist()
@@ -159,10 +159,10 @@ def test_no_token_is_lost_or_moved_and_the_limit_holds(llama, tmp_path_factory, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"title": "no text"}, "line 2: has no known layout"),
-        ({"text": 5}, "line 2: text is no text (int)"),
-        ({"text": "half: \ud800"}, "line 2: text is no text (half a character)"),
-        ({"prompt": "no answer"}, "line 2: has no output or response or completion or answer"),
+        ({"title": "no text"}, "line 2: unknown layout"),
+        ({"text": 5}, "line 2: text: expected text, found int"),
+        ({"text": "half: \ud800"}, "line 2: text: expected text, found an unpaired surrogate"),
+        ({"prompt": "no answer"}, "line 2: no column output or response or completion or answer"),
         ("{not json", "line 2: not JSON"),
         ("[1]", "line 2: expected an object"),
     ],
@@ -189,10 +189,10 @@ def test_files_that_hold_nothing_or_no_text_are_refused(llama, tmp_path):
         ("blank.jsonl", b"{}"[:0]),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"{name}: hold no text"):
+        with pytest.raises(DataError, match=f"{name}: no text to read"):
             read_tokens([tmp_path / name], llama, window=8)
     (tmp_path / "latin.txt").write_bytes("fine\nna\u00efve".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt, line 2: cannot be read"):
+    with pytest.raises(DataError, match=r"latin\.txt, line 2: not UTF-8"):
         read_tokens([tmp_path / "latin.txt"], llama, window=8)
     for absent in (tmp_path / "absent.txt", tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(DataError, match="cannot be read"):
@@ -209,9 +209,11 @@ def test_a_window_longer_than_the_model_allows_is_refused(llama, gpt2, tmp_path)
         assert str(longest) in caught.value.hint
 
 
-@pytest.mark.parametrize("sizes", [{"window": 1}, {"window": 8, "max_tokens": 1}])
-def test_windows_that_predict_nothing_are_refused(sizes, llama, tmp_path):
-    with pytest.raises(UsageError, match="at least 2"):
+@pytest.mark.parametrize(
+    ("sizes", "wrong"), [({"window": 1}, "window"), ({"window": 8, "max_tokens": 1}, "max_tokens")]
+)
+def test_windows_that_predict_nothing_are_refused(sizes, wrong, llama, tmp_path):
+    with pytest.raises(UsageError, match=f"^{wrong}: must be at least 2, found 1$"):
         read_tokens([write(tmp_path, "prose.txt", PROSE)], llama, **sizes)
 
 
@@ -253,7 +255,7 @@ def test_no_more_of_a_text_is_read_than_is_wanted(llama, tmp_path):
     path = tmp_path / "long.txt"
     path.write_bytes(PROSE.encode() * 400 + b"\xff")
     found = read_tokens([path], llama, window=16, max_tokens=64)
-    with pytest.raises(DataError, match=r"long\.txt, line 1: cannot be read"):
+    with pytest.raises(DataError, match=r"long\.txt, line 1: not UTF-8"):
         read_tokens([path], llama, window=16)
     path.write_bytes(PROSE.encode())
     assert found.tolist() == read_tokens([path], llama, window=16)[:4].tolist()
@@ -326,7 +328,7 @@ def test_the_windows_of_a_long_text_s_beginning_are_those_of_the_whole(
         patch.setattr("adaptkit.text.windows._LEAST_BYTES", 3)
         patch.setattr("adaptkit.text.windows._BYTES_PER_TOKEN", 1)
         if len(ids) < 2:
-            with pytest.raises(DataError, match="hold no text"):
+            with pytest.raises(DataError, match="no text to read"):
                 read_tokens([path], llama, window=window, max_tokens=limit)
         else:
             assert read_tokens([path], llama, window=window, max_tokens=limit).tolist() == expected

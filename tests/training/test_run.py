@@ -188,7 +188,7 @@ def test_no_more_samples_are_measured_at_a_time_than_are_trained_on(config, tmp_
 
 @pytest.mark.parametrize("asked", [{"sample_tokens": 10_000}, {"sample_prompts": ("word " * 3000,)}])
 def test_a_sample_that_the_model_cannot_read_is_refused_before_the_first_step(config, tmp_path, asked):
-    with pytest.raises(UsageError, match="are too long for"):
+    with pytest.raises(UsageError, match="are longer than the model's context of "):
         train(replace(config, **{"sample_prompts": ("hi",), **asked}), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 
@@ -228,7 +228,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_named_before_the_f
     ):
         done = run_cli(*command)
         assert (done.code, "Traceback" in done.stderr) == (2, False)
-        assert f"the tokenizer makes the token {known}, and the model knows {known}" in done.stderr
+        assert f"the tokenizer produces token {known}, but the model's vocabulary has {known}" in done.stderr
     told = evaluate(model, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
     same = evaluate(llama, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
     assert told.loss == same.loss  # although the token to pad with is none that the model knows

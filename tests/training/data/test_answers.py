@@ -367,11 +367,11 @@ def test_the_token_that_begins_every_next_turn_is_no_part_of_the_answer(make):
 @pytest.mark.parametrize(
     ("answer", "what"),
     [
-        ({"content": "a", "thinking": 3}, r"thinking is no text \(int\)"),
-        ({"content": "a", "thinking": "\udcff"}, r"its thoughts are no text \(half a character\)"),
-        ({"content": "a", "thinking": "b", "reasoning": "c"}, "has thoughts in more than one place"),
-        ({"content": THOUGHTFUL, "reasoning": "c"}, "has thoughts in more than one place"),
-        ({"content": "<think>\n\n</think>\n\nso", "reasoning": "c"}, "has thoughts in more than one place"),
+        ({"content": "a", "thinking": 3}, r"thinking: expected text, found int"),
+        ({"content": "a", "thinking": "\udcff"}, r"reasoning: expected text, found an unpaired surrogate"),
+        ({"content": "a", "thinking": "b", "reasoning": "c"}, "has reasoning in more than one place"),
+        ({"content": THOUGHTFUL, "reasoning": "c"}, "has reasoning in more than one place"),
+        ({"content": "<think>\n\n</think>\n\nso", "reasoning": "c"}, "has reasoning in more than one place"),
     ],
 )
 def test_thoughts_that_are_no_text_or_in_two_places_are_refused(answer, what):

@@ -171,14 +171,14 @@ NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (NO_TOOLS, "loses which tools there are"),
-        (NO_CALLS, "loses calls"),
+        (NO_TOOLS, "leaves out the list of tools"),
+        (NO_CALLS, "leaves out tool calls"),
         (NO_KEYS, "leaves out a part of the calls in message 2: 'of'"),
         (
             CHATML.replace("<tool_response>{{ m.content }}", "<tool_response>"),
-            "loses what tools give",
+            "leaves out tool results",
         ),
-        (None, "only one can tell of tools"),
+        (None, "which tools need"),
     ],
 )
 @pytest.mark.parametrize("loss_on", ["answers", "all"])
@@ -304,13 +304,15 @@ def test_calls_at_once_are_all_learned_and_lists_in_arguments_too(llama):
 
 
 LOSSES = {  # template, content, thought, calls
-    "calls after the first": (CHATML.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "", "", 2),
-    "calls beside content": (CHATML.replace("in m.tool_calls", "in ([] if m.content else m.tool_calls)"), "x", "", 1),
-    "calls after thoughts": (
+    "tool calls after the first": (CHATML.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "", "", 2),
+    "tool calls beside content": (
+        CHATML.replace("in m.tool_calls", "in ([] if m.content else m.tool_calls)"), "x", "", 1,
+    ),
+    "tool calls after reasoning": (
         CHATML.replace("{% for c in m.tool_calls", "{{ m.thinking }}{% for c in ([] if m.thinking else m.tool_calls)"),
         "", f"call depth of {TEXT}", 1,
     ),
-    "arguments that are true or false": (XML.replace(" else v | tojson", ""), "", "", 1),
+    "tool arguments that are true or false": (XML.replace(" else v | tojson", ""), "", "", 1),
 }  # fmt: skip
 
 
@@ -325,7 +327,7 @@ def test_what_a_template_loses_is_found_though_its_words_are_elsewhere(llama, ki
     message = example["messages"][1]
     message |= {"weight": weight, "reasoning_content": thought}
     message["tool_calls"] *= count
-    with pytest.raises(DataError, match=f"^here: the chat template loses {kind}$") as raised:
+    with pytest.raises(DataError, match=f"^here: the chat template leaves out {kind}$") as raised:
         encode(example, tokenizer)
     assert raised.value.hint
 
@@ -342,7 +344,7 @@ def test_a_row_that_is_refused_is_the_one_that_is_named(llama):
     plain = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
     rows = [("first", read_example(plain, "first")), ("second", read_example(row(), "second"))]
     encoded = Encoder(tokenizer).encode(rows)
-    with pytest.raises(DataError, match=r"^second: the chat template loses"):
+    with pytest.raises(DataError, match=r"^second: the chat template leaves out"):
         list(encoded)
 
 
@@ -394,7 +396,7 @@ def test_a_template_for_tools_is_asked_how_it_takes_calls_and_not_the_one_withou
     call = FAMILIES["chatml"][2].format(said="", json=json.dumps(ARGUMENTS, ensure_ascii=False))
     found = stretches(encode(row(), tokenizer).samples, tokenizer)
     assert [found[0].replace("\\u003c", "<").replace("\\u003e", ">"), found[1]] == [call, "Three metres.<|im_end|>"]
-    with pytest.raises(DataError, match="loses calls"):
+    with pytest.raises(DataError, match="leaves out tool calls"):
         encode(row() | {"tools": []}, tokenizer)
 
 

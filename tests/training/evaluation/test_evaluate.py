@@ -125,7 +125,7 @@ def test_a_token_that_the_model_does_not_know_is_refused(llama, copy_of, tmp_pat
     tokenizer.add_tokens(["unheard"])
     tokenizer.save_pretrained(folder)
     (tmp_path / "new.txt").write_text("something unheard of")
-    with pytest.raises(UsageError, match="the tokenizer makes the token 301, and the model knows 301"):
+    with pytest.raises(UsageError, match="the tokenizer produces token 301, but the model's vocabulary has 301"):
         evaluate(folder, None, (), EvaluateOptions(**FLOAT32), text=[tmp_path / "new.txt"])
 
 

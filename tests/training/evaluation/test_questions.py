@@ -54,10 +54,10 @@ def test_rows_that_ask_the_same_are_one_question_with_all_their_answers(tmp_path
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "define"}, "line 2: has no output"),
+        ({"instruction": "define"}, "line 2: no column output"),
         ({"instruction": "define", "output": "  "}, "line 2: the answer is empty"),
         ({"messages": [said("hello")]}, "line 2: an answer without a question"),
-        ({"messages": [user("hello")]}, "line 2: no message is the assistant's"),
+        ({"messages": [user("hello")]}, "line 2: no assistant message"),
     ],
 )
 def test_a_row_without_question_or_reference_is_named(row, message, tmp_path):
