@@ -147,13 +147,14 @@ def check_signer(signer: Signer) -> None:
         _identity_token(signer)
 
 
-def check_signature(content: bytes, signature: Path, trust: Trust) -> None:
+def check_signature(content: bytes, signature: Path | bytes, trust: Trust, where: str = "") -> None:
     """Check that somebody who counts signed exactly this manifest.
 
     Args:
         content: of ``adaptkit-manifest.json``.
-        signature: file.
+        signature: file, or what is in one.
         trust: whose signature counts.
+        where: the signature is from, for errors, if it is no file.
 
     Raises:
         IntegrityError: it is no signature, of somebody else, or of another manifest.
@@ -161,7 +162,8 @@ def check_signature(content: bytes, signature: Path, trust: Trust) -> None:
         NetworkError: keyless, and Sigstore's services do not answer.
     """
     config = _package().verifying.Config()
-    bundle = _read_signature(signature)
+    bundle = signature if isinstance(signature, bytes) else _read_signature(signature)
+    where = where or str(signature)
     if trust.public_key is not None:
         _check_public_key(trust.public_key)
         config.use_elliptic_key_verifier(public_key=trust.public_key)
@@ -170,29 +172,28 @@ def check_signature(content: bytes, signature: Path, trust: Trust) -> None:
     with _manifest_file(content) as file, _to_stderr(), _keyless_errors():
         if trust.public_key is None:
             config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.identity_provider)
-        copy = file.with_name(SIGNATURE_NAME)
-        copy.write_bytes(bundle)
+        file.with_name(SIGNATURE_NAME).write_bytes(bundle)
         try:
-            config.verify(file, copy)
+            config.verify(file, file.with_name(SIGNATURE_NAME))
             signed = _signed_digests(bundle)
         except (*_MALFORMED, InvalidSignature) as error:
-            raise _refused(bundle, content, signature, trust) from error
+            raise _refused(bundle, content, where, trust) from error
     if signed != [sha256(content).hexdigest()]:  # whatever the signed statement says should be left out of account
-        raise _refused(bundle, content, signature, trust)
+        raise _refused(bundle, content, where, trust)
 
 
-def _refused(bundle: bytes, content: bytes, signature: Path, trust: Trust) -> IntegrityError:
+def _refused(bundle: bytes, content: bytes, where: str, trust: Trust) -> IntegrityError:
     try:
         digests = _signed_digests(bundle)
     except _MALFORMED:
-        return IntegrityError(f"{signature}: is not a signature of a manifest", hint="get it again")
+        return IntegrityError(f"{where}: is not a signature of a manifest", hint="get it again")
     if digests != [sha256(content).hexdigest()]:
         return IntegrityError(
-            f"{signature}: is for another artifact: the manifest's sha256 is {sha256(content).hexdigest()}, "
+            f"{where}: is for another artifact: the manifest's sha256 is {sha256(content).hexdigest()}, "
             f"not {', '.join(digests) or 'in it'}",
             hint="get artifact and signature from the same place, and trust neither until they agree",
         )
-    return IntegrityError(f"{signature}: is not by {trust}", hint="do not trust it, unless you gave the wrong key")
+    return IntegrityError(f"{where}: is not by {trust}", hint="do not trust it, unless you gave the wrong key")
 
 
 def _signed_digests(bundle: bytes) -> list[str]:

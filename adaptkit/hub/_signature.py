@@ -81,11 +81,10 @@ def _is_by(signature: bytes, manifest: bytes, signer: Signer) -> bool:
     key = serialization.load_pem_private_key(signer.private_key.read_bytes(), signer.password)
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     with TemporaryDirectory(prefix="adaptkit-signature-") as folder:
-        public, file = Path(folder) / "key.pub", Path(folder) / SIGNATURE_NAME
+        public = Path(folder) / "key.pub"
         public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, form))
-        file.write_bytes(signature)
         try:
-            check_signature(manifest, file, Trust(public_key=public))
+            check_signature(manifest, signature, Trust(public_key=public))
         except IntegrityError:
             return False
     return True

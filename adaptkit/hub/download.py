@@ -7,7 +7,6 @@ The client compares sizes only. ``pull`` therefore trusts nothing but the manife
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 
 from adaptkit.arguments import AnyPath, texts
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
@@ -164,10 +163,7 @@ def _check_paths(manifest: Manifest, repo_id: str) -> None:
 def _check_signature(what: str, manifest: Manifest, signature: bytes | None, trust: Trust) -> None:
     if signature is None:
         raise IntegrityError(f"{what}: is not signed", hint="do not trust it, or pull it without a key")
-    with TemporaryDirectory(prefix="adaptkit-pull-") as folder:
-        file = Path(folder) / SIGNATURE_NAME
-        file.write_bytes(signature)
-        check_signature(manifest.to_bytes(), file, trust)
+    check_signature(manifest.to_bytes(), signature, trust, f"{what}: {SIGNATURE_NAME}")
 
 
 def _check_tree(manifest: Manifest, tree: Mapping[str, RemoteFile], repo_id: str) -> None:

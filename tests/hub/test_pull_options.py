@@ -104,6 +104,14 @@ def test_a_signature_is_no_signature_of_a_part(cli: Any, artifact: Path, tmp_pat
     assert not (tmp_path / "part" / SIGNATURE_NAME).exists()
 
 
+def test_a_signature_that_is_not_right_is_named_by_its_repository(cli: Any, artifact: Path, keys: Any) -> None:
+    commit = cli("publish", artifact, "me/model", "--sign", keys("mine")[0]).report["commit"]
+    public = keys("other")[1]
+    done = cli("pull", "me/model", "-o", "pulled", "--public-key", public)
+    assert done.code == 3
+    assert done.report["message"] == f"me/model@{commit}: {SIGNATURE_NAME}: is not by the key in {public}"
+
+
 def test_a_signer_whose_name_is_empty_is_not_taken_for_no_signer(cli: Any, artifact: Path, tmp_path: Path) -> None:
     """As of variables of a shell that are not set."""
     cli("publish", artifact, "me/model")
