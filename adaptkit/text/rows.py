@@ -84,6 +84,8 @@ def _kind(file: Path | str) -> str | None:
 
 
 def _opened(file: Path) -> io.BufferedIOBase:
+    if file.is_fifo():  # it is hashed, too, and would be that of nothing, or waited for
+        raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
     return gzip.open(file) if file.suffix.lower() == _PACKED else file.open("rb")
 
 
@@ -252,7 +254,7 @@ def _parquet(file: Path) -> Iterator[Located]:
     except ImportError as error:
         raise UsageError(f"{file}: Parquet needs the package pyarrow", hint="pip install 'adaptkit[train]'") from error
     try:
-        opened = file.open("rb")
+        opened = _opened(file)
     except OSError as error:
         raise _unreadable(file, error) from error
     number = 0

@@ -170,6 +170,14 @@ def test_a_file_that_cannot_be_opened_is_named(name, tmp_path):
         list(read_rows(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv.gz", "x.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(name, tmp_path):
+    """Data is read and hashed; the second time would wait for another writer for ever."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"is a pipe, which can be read only once"):
+        list(read_rows(tmp_path / name))
+
+
 def test_a_damaged_parquet_file_is_refused(tmp_path):
     path = write(tmp_path / "rows.parquet", [{"text": f"text {number} " * 50} for number in range(2000)])
     content = bytearray(path.read_bytes())
