@@ -16,7 +16,6 @@ Canonical JSON: UTF-8, sorted keys, no spaces, no times, host names or absolute 
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -206,7 +205,11 @@ def read_manifest(root: Path) -> Manifest | None:
         CheckpointError: there is something of its name that is no file.
     """
     path = root / MANIFEST_NAME
-    return Manifest.from_bytes(read_small(path), path) if os.path.lexists(path) else None
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):  # in a folder that may not be read there may be one
+        return None
+    return Manifest.from_bytes(read_small(path), path)
 
 
 def check_sha256(text: str | None) -> None:

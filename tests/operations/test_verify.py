@@ -1,13 +1,16 @@
 """Whatever changed in an artifact is found and named."""
 
+import ctypes
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.checkpoint.manifest import Manifest, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations.merge import merge
@@ -136,6 +139,20 @@ def test_what_git_and_the_hub_keep_beside_an_artifact_does_not_count(folder):
 def test_a_missing_file_is_found(folder):
     (folder / "generation_config.json").unlink()
     refuses(folder, r"generation_config\.json is missing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root may read everything")
+def test_of_a_folder_that_may_not_be_read_nothing_is_said_to_be_missing(folder):
+    def as_others():  # root without the right to read everything, which another user never had
+        for capability in (1, 2):
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+    folder.chmod(0)
+    command = [sys.executable, "-m", "adaptkit", "verify", folder]
+    done = subprocess.run(command, preexec_fn=as_others, capture_output=True, text=True, check=False)
+    folder.chmod(0o700)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {folder / MANIFEST_NAME}: Permission denied\nhint: ")
 
 
 def test_a_renamed_file_is_both(folder):
