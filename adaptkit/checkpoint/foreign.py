@@ -16,6 +16,7 @@ _BY_NAME = (
     (re.compile(r"(^|\.)W_q$"), "HQQ"),
     (re.compile(r"(^|\.)weight(\._data)?\._data$"), "quanto"),
     (re.compile(r"(^|\.)_weight_qdata$"), "torchao"),
+    (re.compile(r"(^|\.)codebooks$"), "AQLM"),
 )
 
 
@@ -23,7 +24,7 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
     """Name the method that a checkpoint is quantized with, or return None if it is not.
 
     ``config.json`` is believed if it names one; where it is silent the tensors tell: the names that a method gives
-    to its parts, or 8-bit floats.
+    to its parts, 8-bit floats, or weights that are bytes beside a scale.
     """
     method = checkpoint.quantization_method
     if method == "bitsandbytes" and checkpoint.config["quantization_config"].get("load_in_8bit"):
@@ -36,6 +37,9 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
     names = checkpoint.tensors
     if any(name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names for name in names):
         return "MXFP4"
-    if any(located.spec.dtype.startswith("F8_") for located in checkpoint.tensors.values()):
-        return "compressed-tensors" if any(name.endswith(".weight_scale") for name in names) else "fp8"
-    return None
+    scaled = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
+    if any(located.spec.dtype.startswith("F8_") for located in names.values()):
+        return "compressed-tensors" if scaled else "fp8"
+    by_type = {"I8": "compressed-tensors", "U8": "BitNet"}
+    types = [names[weight].spec.dtype for weight in sorted(scaled & set(names))]
+    return next((by_type[dtype] for dtype in types if dtype in by_type), None)

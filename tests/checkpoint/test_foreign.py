@@ -11,6 +11,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError
 from adaptkit.operations.check import check
 from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.network.start import resolve_method
 
@@ -23,6 +24,8 @@ MADE = {
     "adaptkit (int8)": {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight.quant_state.adaptkit__int8": BYTES},
     "fp8": {f"{LINEAR}.weight": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}.weight_scale_inv": FLOATS},
     "compressed-tensors": {f"{LINEAR}.weight_packed": BYTES.int(), f"{LINEAR}.weight_scale": FLOATS},
+    "AQLM": {f"{LINEAR}.codes": BYTES.to(torch.int8), f"{LINEAR}.codebooks": FLOATS, f"{LINEAR}.scales": FLOATS},
+    "BitNet": {f"{LINEAR}.weight": BYTES, f"{LINEAR}.weight_scale": FLOATS},
     "HQQ": {f"{LINEAR}.{part}": BYTES for part in ("W_q", "nbits", "scale", "zero", "shape")},
     "quanto": {f"{LINEAR}.weight._data": BYTES.to(torch.int8), f"{LINEAR}.weight._scale": FLOATS},
     "torchao": {f"{LINEAR}._weight_qdata": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}._weight_scale": FLOATS},
@@ -70,6 +73,15 @@ def test_the_8_bits_of_bitsandbytes_are_named_where_they_are_refused(tmp_path, s
         resolve_method(TrainConfig(base=str(folder), data=["x.jsonl"]), Checkpoint(folder))
     (verdict,) = check(folder, "vllm").verdicts
     assert ("quant_method is bitsandbytes in config.json" in {finding.found for finding in verdict.findings}) == says_so
+
+
+def test_so_do_weights_of_8_bits_of_compressed_tensors(tmp_path):
+    """Some layers may be plain, so that there was something to quantize, and shapes are those of a plain checkpoint."""
+    tensors = {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight_scale": FLOATS, "lm_head.weight": FLOATS}
+    folder = folder_of(tmp_path / "base", tensors)
+    assert quantization_found(Checkpoint(folder)) == "compressed-tensors"
+    with pytest.raises(AdaptkitError, match="compressed-tensors"):
+        quantize(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
