@@ -246,3 +246,27 @@ def test_llama_cpp_reads_some_formats_of_compressed_tensors(form, groups, unread
     (base / "config.json").write_text(json.dumps(config))
     is_kimis = form == "mxfp4-pack-quantized"
     assert ("compressed-tensors' " in words(check(base, "gguf").verdicts[0])) == (bool(unread) and not is_kimis)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokenizer", "needs"),
+    [
+        ("GemmaForCausalLM", "TokenizersBackend", True),
+        ("Gemma2ForCausalLM", "TokenizersBackend", True),
+        ("Gemma3ForCausalLM", "TokenizersBackend", False),
+        ("Phi3ForCausalLM", "TokenizersBackend", True),
+        ("Phi3ForCausalLM", "GPT2Tokenizer", False),  # Phi-4, as it is published
+    ],
+)
+def test_llama_cpp_reads_some_tokenizers_from_tokenizer_model_alone(architecture, tokenizer, needs, llama, copy_of):
+    """Whoever tunes such a model, and saves its fast tokenizer, has no such file any more."""
+    base = copy_of(llama)
+    for name, change in (
+        ("config", {"architectures": [architecture]}),
+        ("tokenizer_config", {"tokenizer_class": tokenizer}),
+    ):
+        values = json.loads((base / f"{name}.json").read_text()) | change
+        (base / f"{name}.json").write_text(json.dumps(values))
+    assert ("there is no tokenizer.model" in words(check(base, "gguf").verdicts[0])) == needs
+    (base / "tokenizer.model").write_bytes(b"x")
+    assert "there is no tokenizer.model" not in words(check(base, "gguf").verdicts[0])

@@ -3,14 +3,14 @@
 ``convert_lora_to_gguf.py`` sorts an adapter's tensors by their names and writes A, B and one alpha. Of what it wrote,
 ``src/llama-adapter.h`` computes alpha / rank with each tensor's own rank, and ``src/llama-adapter.cpp`` compares shapes
 with the base and skips norms. ``conversion/base.py`` (before that ``convert_hf_to_gguf.py``) reads checkpoints, and
-``conversion/gpt2.py`` turns matrices round.
+``conversion/gpt2.py`` turns matrices round; ``conversion/gemma.py`` and ``phi.py`` read tokenizers of one kind.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adaptkit.checkpoint.layout import class_names
+from adaptkit.checkpoint.layout import class_names, read_json
 from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -22,6 +22,7 @@ from adaptkit.operations.targets._target import Finding, Target, some
 _METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
 _NVFP4 = "nvfp4-pack-quantized"
 _BY_CHANNEL = {"float-quantized", "int-quantized", "naive-quantized"}
+_OF_SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM"}
 _PLAIN = {"A", "B", "embedding A", "embedding B", "wrapped weight"}
 _NORM = re.compile(r"_layernorm|\.norm")
 _TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two are told by their tensors
@@ -179,6 +180,23 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
         files, "llama.cpp refuses the file that is made: missing tensor", "llama.cpp refuses the file: wrong shape"
     )
     yield from _checkpoint_rules.tokenizer(files, "convert_hf_to_gguf.py fails without one", "copy the base's into it")
+    yield from _vocabulary(files)
+
+
+def _vocabulary(files: CheckpointFiles) -> Iterator[Finding]:
+    """A tokenizer that is there, but not as the file of SentencePiece's that is read of some architectures."""
+    named, config = class_names(files.config)[:1], files.root / "tokenizer_config.json"
+    is_there = (files.root / "tokenizer.model").is_file()
+    if is_there or not files.has_tokenizer or not _OF_SENTENCEPIECE.intersection(named):
+        return
+    if "Phi3ForCausalLM" in named and config.is_file() and read_json(config).get("tokenizer_class") == "GPT2Tokenizer":
+        return  # Phi-4
+    yield Finding(
+        "error",
+        "there is no tokenizer.model in the folder",
+        f"convert_hf_to_gguf.py reads the vocabulary of {named[0]} from it alone, and fails without",
+        "copy the original model's into it",
+    )
 
 
 def _unread(config: Mapping[str, Any]) -> str:
