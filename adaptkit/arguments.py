@@ -29,7 +29,7 @@ def texts(given: str | Iterable[str]) -> tuple[str, ...]:
 def look_again(path: AnyPath) -> str:
     """A hint for a path that leads nowhere."""
     of_a_shell = str(path).startswith("~")
-    return "write the whole path: only a shell knows what ~ stands for" if of_a_shell else "check the path"
+    return "write the full path: only a shell expands ~" if of_a_shell else "check the path"
 
 
 def typed_fields(options: Any) -> None:
@@ -48,20 +48,20 @@ def typed_fields(options: Any) -> None:
         try:
             object.__setattr__(options, name, convert(given))
         except (TypeError, ValueError, OverflowError) as error:
-            raise UsageError(f"{name}: {repr(given)[:40]} must be {kind} ({error})") from error
+            raise UsageError(f"{name}: must be {kind}, found {repr(given)[:40]} ({error})") from error
 
 
 def _whole(given: int) -> int:
     found = int(given)
     if found != given:
-        raise ValueError("text, or a fraction")
+        raise ValueError("it is text, or has a fraction")
     return found
 
 
 def _flag(given: bool) -> bool:
     found = bool(given)
     if found != given:  # "no" would be true
-        raise ValueError("something else")
+        raise ValueError("it is neither")
     return found
 
 

@@ -224,7 +224,7 @@ def _check_layout() -> None:
     data, *axes = (ctypes.c_void_p.from_address(id(array) + place).value for place in (DATA, EXTENTS, STRIDES))
     found = [tuple((ctypes.c_ssize_t * 2).from_address(address or id(array))) for address in axes]
     if (data, *found) != (array.ctypes.data, array.shape, array.strides):
-        raise SystemError(f"numpy {np.__version__} lays out its arrays in a way that is not known")
+        raise SystemError(f"numpy {np.__version__} has an unknown array layout")
 
 
 def _load_object(code: bytes, name: str) -> tuple[Any, int]:

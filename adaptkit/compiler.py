@@ -30,12 +30,12 @@ from adaptkit.errors import UsageError
 from adaptkit.kept import Kind
 
 if numba.config.DISABLE_JIT:
-    raise UsageError("NUMBA_DISABLE_JIT is set: kernels cannot run uncompiled", hint="unset it")
+    raise UsageError("NUMBA_DISABLE_JIT is set: kernels cannot run uncompiled", hint="unset NUMBA_DISABLE_JIT")
 _features = processor_features()
 _without_avx = not numba.config.ENABLE_AVX and any(name.startswith("avx512") for name in _features or ())
 if _features is not None and (numba.config.CPU_NAME or numba.config.CPU_FEATURES is not None or _without_avx):
     raise UsageError(
-        "numba's configuration file has it compile for another processor than this one",
+        "numba's configuration file makes it compile for another processor than this one",
         hint="set NUMBA_CPU_NAME, NUMBA_CPU_FEATURES or NUMBA_ENABLE_AVX in the environment instead",
     )
 

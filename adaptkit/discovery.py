@@ -49,5 +49,5 @@ def load(package: ModuleType, name: str, attribute: str) -> Any:
     known = names(package)
     if name not in known:
         kind = package.__name__.rpartition(".")[2]
-        raise UsageError(f"{kind}: there is no {name!r}", hint=f"choose one of: {', '.join(known)}")
+        raise UsageError(f"{kind}: unknown name {name!r}", hint=f"choose one of: {', '.join(known)}")
     return getattr(import_module(f"{package.__name__}.{name}"), attribute)

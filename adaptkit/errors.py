@@ -130,11 +130,11 @@ DISK_HINTS = {
     errno.EDQUOT: "free some space",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.EIO: "see to the disk, or copy what can be read of it to another",
-    errno.EROFS: "choose a place that can be written",
-    errno.EACCES: "choose a place that may be read and written",
-    errno.EPERM: "choose a place that may be read and written",
-    errno.ENOENT: "see that nothing takes files away meanwhile, and that the temporary folder (TMPDIR) is there",
-    errno.ESTALE: "see to the network's disk",
+    errno.EIO: "check the disk, or copy what can still be read to another one",
+    errno.EROFS: "choose a location on a writable disk",
+    errno.EACCES: "check the permissions, or choose a location that you may read and write",
+    errno.EPERM: "check the permissions, or choose a location that you may read and write",
+    errno.ENOENT: "make sure that nothing deletes files meanwhile, and that the temporary folder (TMPDIR) exists",
+    errno.ESTALE: "check the network file system",
 }
 """What to do about an error of the disk, which may befall any file; others are mistakes of adaptkit's."""

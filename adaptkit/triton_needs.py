@@ -17,9 +17,9 @@ def what_triton_lacks() -> str:
     if find_spec("triton") is None:
         return "the package triton"
     if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
-        return "a C compiler (gcc or clang, or CC that names another)"
+        return "a C compiler (gcc, clang, or the one that CC names)"
     scheme = sysconfig.get_default_scheme()
     places = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)  # the former is Debian's
     if not (Path(places["include"]) / "Python.h").is_file():
-        return "Python.h (on Debian and Ubuntu of python3-dev)"
+        return "Python.h (package python3-dev on Debian and Ubuntu)"
     return ""

@@ -370,7 +370,7 @@ def test_a_disk_without_room_for_kernels_stops_nothing(package):
 def test_kernels_that_must_not_be_compiled_are_refused(package):
     code = f"from adaptkit.errors import UsageError\ntry:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
     code += "except UsageError as error: print(error.hint)"
-    assert decode(package, code, NUMBA_DISABLE_JIT="1") == "unset it"
+    assert decode(package, code, NUMBA_DISABLE_JIT="1") == "unset NUMBA_DISABLE_JIT"
 
 
 def test_where_the_package_cannot_be_written_kernels_are_kept_in_the_users_folder(package):

@@ -73,19 +73,19 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
     for key in keys:
         if copy := _QUANTIZED.fullmatch(key):
             raise AdapterError(
-                f"{root}: holds the quantized weights that {copy[1].removeprefix(PREFIX)} was trained on",
+                f"{root}: contains the quantized weights that {copy[1].removeprefix(PREFIX)} was trained on",
                 hint="save it with peft's save_embedding_layers=False, and merge it onto the 16-bit checkpoint",
             )
         part = _part(key)
         if part is None:
             raise AdapterError(
-                f"{root}: the tensor {key!r} is none that is known",
-                hint="it may be of a kind of adapter that is not supported, or not belong here",
+                f"{root}: unknown tensor {key!r}",
+                hint="it may come from an unsupported kind of adapter, or not belong to this one",
             )
         if part in parts:
             raise AdapterError(
-                f"{root}: {parts[part]!r} and {key!r} are the same part of {part.module}",
-                hint="save one adapter at a time",
+                f"{root}: {parts[part]!r} and {key!r} both hold the same part of {part.module}",
+                hint="save each adapter in a folder of its own",
             )
         parts[part] = key
     return parts

@@ -9,11 +9,11 @@ from adaptkit.errors import AdapterError
 _PICKLE_NAME = "adapter_model.bin"
 _SHARDS = "adapter_model-*.safetensors"
 _UNPICKLE = (  # and not with peft, which would write the configuration anew, by which older releases mean other things
-    'in that folder, python -c "import torch, safetensors.torch as s; '
+    'in that folder, run python -c "import torch, safetensors.torch as s; '
     f"s.save_file(torch.load('{_PICKLE_NAME}', 'cpu', weights_only=True), '{ADAPTER_WEIGHTS_NAME}')\""
 )
 _JOIN = (
-    'in that folder, python -c "import glob, safetensors.torch as s; '
+    'in that folder, run python -c "import glob, safetensors.torch as s; '
     f"s.save_file({{k: t for f in glob.glob('{_SHARDS}') for k, t in s.load_file(f).items()}}, "
     f"'{ADAPTER_WEIGHTS_NAME}')\""
 )
@@ -27,8 +27,8 @@ def require_configured(root: Path) -> None:
     """
     if not is_adapter(root):
         raise AdapterError(
-            f"{root}: not an adapter: there is no {ADAPTER_CONFIG_NAME}",
-            hint=look_below(root, "give the adapter's folder", models=False),
+            f"{root}: not an adapter: {ADAPTER_CONFIG_NAME} not found",
+            hint=look_below(root, "pass the folder that contains the adapter", models=False),
         )
 
 
@@ -40,9 +40,9 @@ def require_weights(root: Path) -> None:
     """
     if (root / ADAPTER_WEIGHTS_NAME).exists():
         return
-    found, hint = "", "get the adapter again, all of it"
+    found, hint = "", "download or copy the whole adapter again"
     if (root / _PICKLE_NAME).is_file():
-        found, hint = " (a pickled .bin is not loaded)", _UNPICKLE
+        found, hint = f" (the pickled {_PICKLE_NAME} is not loaded)", _UNPICKLE
     elif any(root.glob(_SHARDS)):
-        found, hint = f", but it is cut into shards ({_SHARDS}), which peft does not read either", _JOIN
-    raise AdapterError(f"{root}: there is no {ADAPTER_WEIGHTS_NAME}{found}", hint=hint)
+        found, hint = f", only shards ({_SHARDS}), which peft does not read either", _JOIN
+    raise AdapterError(f"{root}: {ADAPTER_WEIGHTS_NAME} not found{found}", hint=hint)

@@ -29,7 +29,7 @@ from adaptkit.numerics.lora import LowRank, transposed
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be whole and of one save"
+_ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,16 @@ class Parts:
         targets = tuple(f".{target}" for target in self._config.get("target_parameters") or ())
         changed = [f".{name}" for name in (*self.experts, *(f"{module}.weight" for module in self.modules))]
         if targets and not any(name.endswith(targets) for name in changed):
-            self._refuse(f"target_parameters is {self._config['target_parameters']}, but there is no tensor of it")
+            self._refuse(
+                f"target_parameters is {self._config['target_parameters']}, but the adapter has no tensor for it"
+            )
         self._take_tokens()
         self._take_replaced()
         for part, key in self._left.items():
-            self._refuse(f"the tensor {key!r} is none that the configuration speaks of ({part.role} of {part.module})")
+            self._refuse(f"adapter_config.json does not account for the tensor {key!r} ({part.role} of {part.module})")
         missing = unused_saved(self._config, [name.rpartition(".")[0] for name in self.replaced])
         if missing:
-            self._refuse(f"modules_to_save names {missing!r}, but there is no tensor of it")
+            self._refuse(f"modules_to_save names {missing!r}, but the adapter has no tensor for it")
 
     def _refuse(self, why: str) -> NoReturn:
         raise AdapterError(f"{self._root}: {why}", hint=_ONE_SAVE)
@@ -117,7 +119,7 @@ class Parts:
             return None
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
-            self._refuse(f"{key} is {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of 0")
+            self._refuse(f"{key} has shape {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of them 0")
         read = self._read.pop(key, None)
         return self._files.read_array(key) if read is None else read.reshape(spec.shape)
 
@@ -126,12 +128,12 @@ class Parts:
         for half, key in keys.items():
             if key is None:
                 other = keys["B" if half == "A" else "A"]
-                beside = f" beside {other!r}" if other else ""
+                beside = f" to go with {other!r}" if other else ""
                 self._refuse(f"{module} has no {'lora' if kind == 'lora' else 'lora_embedding'}_{half}{beside}")
         if all(3 <= len(self._files.spec(str(key)).shape) <= 5 for key in keys.values()):
             raise AdapterError(
-                f"{self._root}: {module} is a convolution, whose LoRA is not supported",
-                hint="merge it with peft itself",
+                f"{self._root}: {module} is a convolution; LoRA of convolutions is not supported",
+                hint="merge the adapter with peft",
             )
         lora_a, lora_b = (self._take(module, f"{kind}_{half}", 2) for half in ("A", "B"))
         if lora_a is None or lora_b is None:
@@ -150,9 +152,11 @@ class Parts:
         self._take_magnitude(module, lora_b.shape[0])
         bias = self._take(module, "lora_bias", 1)
         if bias is None and self._config.get("lora_bias") and not is_table:
-            self._refuse(f"{module} has no bias of lora_B, though lora_bias is set")
-        if bias is not None and (not self._config.get("lora_bias") or bias.shape[0] != lora_b.shape[0]):
-            self._refuse(f"{module}: lora_B.bias is {list(bias.shape)}, which does not fit")
+            self._refuse(f"{module} has no lora_B.bias, but lora_bias is set")
+        if bias is not None and not self._config.get("lora_bias"):
+            self._refuse(f"{module} has a lora_B.bias, but lora_bias is not set")
+        if bias is not None and bias.shape[0] != lora_b.shape[0]:
+            self._refuse(f"{module}: lora_B.bias has shape {list(bias.shape)}; expected [{lora_b.shape[0]}]")
         if bias is not None:
             self.biases[module] = as_tensor(bias).double() * factor
 
@@ -160,24 +164,24 @@ class Parts:
         magnitude = self._take(module, "magnitude", 1)
         wanted = bool(self._config.get("use_dora"))
         if wanted and magnitude is None:
-            self._refuse(f"{module} has no lora_magnitude_vector, though use_dora is set")
+            self._refuse(f"{module} has no lora_magnitude_vector, but use_dora is set")
         if magnitude is not None and not wanted:
             raise AdapterError(
-                f"{self._root}: {module} has a lora_magnitude_vector, though use_dora is not set",
-                hint=f"{_ONE_SAVE}; torchtune leaves use_dora out and saves magnitudes of q_proj and k_proj in an "
-                "order of its own: make an adapter of the model that it merged, with adaptkit extract",
+                f"{self._root}: {module} has a lora_magnitude_vector, but use_dora is not set",
+                hint=f"{_ONE_SAVE}; torchtune omits use_dora and saves the magnitudes of q_proj and k_proj in another "
+                "order: use adaptkit extract on the model that torchtune merged",
             )
         if magnitude is not None and magnitude.shape[0] != count:
             found = counted(magnitude.shape[0], "number")
-            self._refuse(f"{module}.lora_magnitude_vector has {found} for {counted(count, 'row')}")
+            self._refuse(f"{module}.lora_magnitude_vector has {found}; expected {count}, one for each row")
         if magnitude is not None:
             self.magnitudes[module] = as_tensor(magnitude)
 
     def _check_rank(self, module: str, rank: int, rows: int, lora_a: Array, lora_b: Array) -> None:
         if rank < 1 or lora_a.shape[0] != rows or lora_b.shape[1] != rows:
             self._refuse(
-                f"{module}: the configuration says rank {rank or self._config.get('r')!r}, lora_A has "
-                f"{counted(lora_a.shape[0], 'row')} and lora_B {counted(lora_b.shape[1], 'column')}"
+                f"{module}: adapter_config.json says rank {rank or self._config.get('r')!r}, but lora_A has "
+                f"{counted(lora_a.shape[0], 'row')} and lora_B has {counted(lora_b.shape[1], 'column')}"
             )
 
     def _stack_of(self, name: str) -> tuple[str, list[str]]:
@@ -209,11 +213,14 @@ class Parts:
             rows = self._take(part.module, part.role, 2)
             if rows is None or rows.shape[0] != len(indices):
                 found = 0 if rows is None else rows.shape[0]
-                self._refuse(f"{part.module} has {counted(found, 'trained row')} for {counted(len(indices), 'token')}")
+                self._refuse(
+                    f"{part.module} has {counted(found, 'trained row')}, but trainable_token_indices lists "
+                    f"{counted(len(indices), 'token')}"
+                )
             self.tokens[part.module] = TokenRows(indices, as_tensor(rows))
         missing = untrained_tokens(self._config, list(self.tokens))
         if missing:
-            self._refuse(f"trainable_token_indices speaks of {missing}, but there are no trained rows of it")
+            self._refuse(f"trainable_token_indices names {missing}, but the adapter has no trained rows for it")
 
     def _take_replaced(self) -> None:
         whole = [part for part in self._left if part.role in ("weight", "base_weight")]
@@ -233,7 +240,7 @@ class Parts:
                 or (kind in ("weight", "bias") and unasked)
             ):
                 if name in self.replaced or (not wrapped and kind == "weight" and part.module in self.modules):
-                    self._refuse(f"{self._left[part]!r} and another tensor both stand for {name}")
+                    self._refuse(f"{self._left[part]!r} and another tensor both hold {name}")
                 self.replaced[name] = self._left.pop(part)
 
     def _take_copies(self) -> None:
@@ -247,5 +254,5 @@ class Parts:
                 self._left[plain] = self._left.pop(part)
             elif kind == "copy":
                 if self._digests[key] != self._digests[self._left[plain]]:
-                    self._refuse(f"{key!r} and {self._left[plain]!r} should be the same, and are not")
+                    self._refuse(f"{key!r} and {self._left[plain]!r} should be identical, but differ")
                 del self._left[part]

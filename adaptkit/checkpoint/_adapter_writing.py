@@ -148,7 +148,10 @@ def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Tensor]:
 def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not all_finite(tensor):
-            raise NonFiniteError(f"{PREFIX}{name}: NaN, or too large for float32", hint="use smaller weights")
+            raise NonFiniteError(
+                f"{PREFIX}{name}: holds NaN, or numbers too large for float32",
+                hint="if you gave the adapters weights, use smaller ones",
+            )
     output.write_tensors(WEIGHTS_NAME, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()})
 
 

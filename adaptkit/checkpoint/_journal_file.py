@@ -84,14 +84,14 @@ def read_journal(path: Path, repair: bool) -> Journal | None:
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
         if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line holds no object")
+            raise ValueError("a line is not an object")
         if not lines:
             return None
         first, *others = lines
         key, inputs = first["key"], {str(where): state for where, state in first.get("inputs", ())}
         return Journal(str(key), inputs, tuple(_finished(path.parent, line) for line in others))
     except (KeyError, TypeError, ValueError, RecursionError, AdaptkitError) as error:
-        raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to begin anew") from error
+        raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to start over") from error
 
 
 def _finished(folder: Path, line: Mapping[str, Any]) -> Finished:

@@ -46,17 +46,19 @@ class Locks:
         except OSError as error:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise ConflictError(f"{self._final}: another process is writing it", hint="wait for that one") from (
+                raise ConflictError(f"{self._final}: another process is writing it", hint="wait for it to end") from (
                     error
                 )
             raise UsageError(
-                f"{self._final}: nothing can be locked on its disk ({error.strerror}), so two runs that write it could "
-                "not be told apart",
-                hint="choose an -o on another disk, or see that this one has locks (flock)",
+                f"{self._final}: files cannot be locked on its disk ({error.strerror}), so two runs that write it at "
+                "once would not notice each other",
+                hint="choose an -o on another disk, or enable file locks (flock) on this one",
             ) from error
         self._held.append(handle)
         if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-            raise ConflictError(f"{self._final}: another process has just finished it")
+            raise ConflictError(
+                f"{self._final}: another process has just finished writing it", hint="use it, or choose another -o"
+            )
 
     def let_go(self, first: int = 0) -> None:
         """Give back all locks but the first ones."""

@@ -188,7 +188,9 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
     require_weights(root)
     files = TensorFiles(root, [ADAPTER_WEIGHTS_NAME])
     if not files.tensors:
-        raise AdapterError(f"{root}: the adapter holds no tensors", hint="get the adapter again, or train it again")
+        raise AdapterError(
+            f"{root}: the adapter contains no tensors", hint="download or copy it again, or train it again"
+        )
     state = files.state()
     parts = name_parts(root, files.tensors)
     read: dict[str, Array] = {}
@@ -219,7 +221,7 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
     if not changed and (problem := adapter.changed_beside()):
         raise IntegrityError(
             f"{root}: {problem}",
-            hint=f"put it back as it was, or take a copy without {MANIFEST_NAME} for another adapter",
+            hint=f"restore it; or, to use it as it is now, copy the folder without {MANIFEST_NAME}",
         )
     return adapter
 
@@ -261,13 +263,13 @@ def require_plain(adapter: Adapter, doing: str) -> None:
         "a DoRA magnitude": adapter.magnitudes,
         "a trained bias": adapter.biases,
         "a tensor that replaces the base's": adapter.replaced,
-        "trained rows of a vocabulary": adapter.tokens,
-        "changes of stacked experts": adapter.experts,
+        "trained token rows": adapter.tokens,
+        "changes to stacked experts": adapter.experts,
     }
     for what, found in others.items():
         if found:
             raise AdapterError(
-                f"{adapter.root}: cannot {doing} {what} ({min(found)}), only low-rank changes of whole weights",
+                f"{adapter.root}: cannot {doing} {what} ({min(found)}), only low-rank changes to whole weights",
                 hint="merge it into its base instead",
             )
 
@@ -281,14 +283,17 @@ def _record(files: TensorFiles, key: str, read: dict[str, Array]) -> TensorRecor
     spec = files.spec(key)
     if spec.dtype not in FLOATS:
         raise AdapterError(
-            f"{files.root}: the tensor {key!r} ({spec.dtype}, {list(spec.shape)}) is none that is known",
-            hint=f"weights of an adapter are {', '.join(FLOATS)}",
+            f"{files.root}: the tensor {key!r} ({spec.dtype}, {list(spec.shape)}) has an unsupported type",
+            hint=f"the weights of an adapter must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}",
         )
     digest = xxhash.xxh3_128()
     for start in range(0, spec.count, _PIECE_ELEMENTS):
         piece = files.read_flat_array(key, start, min(_PIECE_ELEMENTS, spec.count - start))
         if not all_finite(piece):
-            raise AdapterError(f"{files.root}: {key} holds NaN or infinity", hint="train it again, or get it again")
+            raise AdapterError(
+                f"{files.root}: {key} holds NaN or infinity",
+                hint="download or copy the adapter again, or train it again",
+            )
         digest.update(bytes_of(piece))
         if piece.size == spec.count:
             read[key] = piece

@@ -38,7 +38,7 @@ _LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Those of peft 0.21 that do not."""
 WEIGHTS_BESIDE = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
 """Where trainers put what they trained besides an adapter: LLaVA's and those after it, LongLoRA, ms-swift."""
-_ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save"
+_ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
 _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")
@@ -65,43 +65,49 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
     """
     kind, way = config.get("peft_type"), way_from_mlx(root, config)
     if kind is None:
-        whose = "one of MLX's" if way else "no adapter of peft's"
+        what = "an MLX adapter" if way else "not a peft adapter"
         raise AdapterError(
-            f"{root}: peft_type is None in {ADAPTER_CONFIG_NAME}: it is {whose}",
-            hint=way or "merge it with the tool that wrote it, or convert it to peft's names first",
+            f"{root}: {what}: {ADAPTER_CONFIG_NAME} has no peft_type",
+            hint=way or "merge it with the tool that wrote it, or convert it to peft's format first",
         )
     if kind != "LORA":
-        raise AdapterError(f"{root}: a {kind} adapter, which is not supported", hint="only LORA adapters are")
+        raise AdapterError(f"{root}: unsupported kind of adapter: {kind}", hint="use an adapter of peft_type LORA")
     if beside := weights_beside(root):
         raise AdapterError(
-            f"{root}: {beside} beside it holds further weights that were trained, which are not read",
-            hint="merge it with the tool that wrote it, or take a copy without that file for the adapter alone",
+            f"{root}: {beside} contains further trained weights, which adaptkit does not read",
+            hint="merge it with the tool that wrote it; or, for the adapter alone, copy the folder without that file",
         )
     for key in _UNSUPPORTED:
         if config.get(key):
-            merge = "which cannot merge it" if key in _NEVER_MERGED else "or merge it there"
-            raise AdapterError(f"{root}: uses {key}, which is not supported", hint=f"run it with peft itself, {merge}")
+            way = (
+                "run it with peft, which cannot merge it either"
+                if key in _NEVER_MERGED
+                else "run or merge it with peft"
+            )
+            raise AdapterError(f"{root}: uses {key}, which is not supported", hint=way)
     unknown = {key for key, value in config.items() if value} - _HARMLESS - _USED - _FINISHED
     if unknown:
         raise AdapterError(
-            f"{root}: adapter_config.json has the key {min(unknown)!r}, whose meaning is not known",
-            hint="remove it if it changes nothing, or merge with the tool that wrote it",
+            f"{root}: adapter_config.json has the unknown key {min(unknown)!r}",
+            hint="remove the key if it changes nothing, or merge the adapter with the tool that wrote it",
         )
     begun: Any = config.get("init_lora_weights")
     if changes_base(begun):
         raise AdapterError(
-            f"{root}: began with {begun}, which changes the base's weights: it does not belong to the original base",
+            f"{root}: initialized with {begun}, which changes the base's weights: it does not fit the original base",
             hint=without_changed_base(begun),
         )
     if changes_base(begun) is None:
         raise AdapterError(
-            f"{root}: init_lora_weights is {begun!r}, which is not known: it may have changed the base's weights",
-            hint="say true there if it left them alone, or merge with the tool that wrote it",
+            f"{root}: unknown init_lora_weights {begun!r}, which may have changed the base's weights",
+            hint="set it to true if it did not, or merge the adapter with the tool that wrote it",
         )
     if config.get("bias", "none") not in _BIASES:
         raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}", hint=_ONE_SAVE)
     if config.get("use_dora") and config.get("lora_bias"):
-        raise AdapterError(f"{root}: use_dora together with lora_bias, which nobody has defined", hint="train it again")
+        raise AdapterError(
+            f"{root}: use_dora and lora_bias are both set, which is not defined", hint="train it with one of them"
+        )
     for key in (_SAVED, "target_parameters"):
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -118,8 +124,8 @@ def changes_base(begun: Any) -> bool | None:
 def without_changed_base(begun: str) -> str:
     """What to do with an adapter for which peft changed the base; it converts all but LoftQ's."""
     if begun.lower().startswith("loftq"):
-        return "merge it with peft itself, which changes the base in the same way again"
-    return "save it with peft's path_initial_model_for_weight_conversion"
+        return "merge it with peft, which changes the base in the same way again"
+    return "save it again with peft's path_initial_model_for_weight_conversion, which converts it to the original base"
 
 
 class Scalings:
@@ -229,8 +235,8 @@ def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_sta
             leaves.add(leaf)
     if len(leaves) > 1 and not leaves <= set(_EXPERT_ORDER):
         raise AdapterError(
-            f"{root}: {module}: which tensors belong to which of {', '.join(sorted(leaves))} is not known",
-            hint="merge it with peft itself",
+            f"{root}: {module}: cannot tell which tensors belong to which of {', '.join(sorted(leaves))}",
+            hint="merge the adapter with peft",
         )
     return stack_order(leaves)
 

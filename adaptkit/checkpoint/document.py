@@ -67,11 +67,13 @@ def read_document(path: Path) -> Document:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_BYTES + 1)
         if len(raw) > _LARGEST_BYTES:
-            raise ConfigError(f"{path}: larger than a megabyte", hint="is it the file that you meant?")
+            raise ConfigError(
+                f"{path}: larger than a megabyte", hint="check the path: expected a YAML or JSON file of settings"
+            )
         text, lines = raw.decode("utf-8-sig"), dict[Keys, int]()
         values = strict_json(text.encode(), str(path)) if path.suffix == ".json" else _read_yaml(text, lines)
     except OSError as error:
-        hint = "check the path: a YAML or JSON file is read here" if isinstance(error, _NOT_THERE) else ""
+        hint = "check the path: expected a YAML or JSON file" if isinstance(error, _NOT_THERE) else ""
         raise ConfigError(f"{path}: {error.strerror}", hint or DISK_HINTS.get(error.errno or 0, "")) from error
     except CheckpointError as error:
         raise ConfigError(error.message, error.hint) from error
@@ -99,7 +101,7 @@ class _Loader(yaml.SafeLoader):
         is_plain = isinstance(event, yaml.ScalarEvent) and event.style is None
         if is_plain and index is not None and event.value.lower() in _WORDS:  # a key has no index
             problem = (
-                f"{event.value} is true or false to some readers: write one of these, or '{event.value}' in quotes"
+                f"some readers take {event.value} for true or false: write one of these, or '{event.value}' in quotes"
             )
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return super().compose_node(parent, index)
@@ -110,7 +112,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "here"
-                problem = f"the key {shown} is no text; write it in quotes"
+                problem = f"the key {shown} is not text; write it in quotes"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)

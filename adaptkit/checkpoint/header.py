@@ -31,7 +31,7 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOATS = ("F32", "F16", "BF16")
 """The types that weights and adapters may have."""
 
-_REPAIR = "correct the file, or get it again"
+_REPAIR = "correct the file, or download or copy it again"
 _MAX_HEADER_BYTES = 100_000_000
 _MOST_BYTES = 1 << 63
 """Strides are counted in 64 bits, those of a tensor without elements, too."""
@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
             return ours
         if raw.startswith(b"version https://git-lfs"):
             raise CheckpointError(
-                f"{path}: is a pointer of Git LFS, not the file itself", hint="run `git lfs pull` where it was cloned"
+                f"{path}: is a Git LFS pointer, not the file itself", hint="run `git lfs pull` in the cloned repository"
             )
         with safe_open(path, framework="np"):
             pass  # the library judges lengths, offsets, overlaps and trailing bytes
@@ -145,7 +145,8 @@ def check_regular(path: Path) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise CheckpointError(f"{path.name}: {error.strerror}", hint=f"looked in {path.parent}") from error
+        hint = "check the path and its permissions, or download or copy the file again"
+        raise CheckpointError(f"{path}: {error.strerror}", hint=hint) from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: not a regular file")
 
@@ -172,7 +173,7 @@ def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, 
     def constant(word: str) -> float:
         if infinities and word != "NaN":
             return float(word)
-        raise CheckpointError(f"{where}: {word} is not JSON", hint=_REPAIR)
+        raise CheckpointError(f"{where}: {word} is not valid JSON", hint=_REPAIR)
 
     def finite(number: str) -> float:
         if not math.isfinite(float(number)):
@@ -191,17 +192,17 @@ def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, 
 def _spec(name: str, entry: Any, where: str) -> TensorSpec:
     plain = name.isprintable() and "/" not in name and "\\" not in name and unicodedata.is_normalized("NFC", name)
     if not name or not plain:
-        raise CheckpointError(f"{where}: tensor name {name!r} is empty or holds characters that names do not have")
+        raise CheckpointError(f"{where}: tensor name {name!r} is empty or has invalid characters", hint=_REPAIR)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets")
+        raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets", hint=_REPAIR)
     if entry["dtype"] not in ITEM_BYTES:
         raise CheckpointError(
             f"{where}: tensor {name!r} has type {entry['dtype']!r}, which is not supported",
-            hint="if it is quantized, as MLX's models are with U32, give the checkpoint that it was made from",
+            hint="if the model is quantized (MLX's models have U32), use the checkpoint that it was made from",
         )
     shape, nbytes = tuple(entry["shape"]), ITEM_BYTES[entry["dtype"]]
     for size in shape:  # one by one: the product of very many takes hours
         nbytes *= max(1, size)
         if nbytes >= _MOST_BYTES:
-            raise CheckpointError(f"{where}: tensor {name!r}: a shape of {len(shape)} sizes that is too large")
+            raise CheckpointError(f"{where}: tensor {name!r}: too large, with {len(shape)} dimensions", hint=_REPAIR)
     return TensorSpec(name, entry["dtype"], shape)

@@ -13,8 +13,8 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileReco
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import CheckpointError, IntegrityError
 
-_AGAIN = "get all of the artifact again; from the Hub, by adaptkit pull"
-_MOVE = "move what is not in the manifest out of the folder"
+_AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull)"
+_MOVE = "move files that are not in the manifest out of the folder"
 _NAMED = 5
 """How many of the files that are wrong are named."""
 
@@ -192,16 +192,19 @@ def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iter
             raise IntegrityError(f"{root}: {file.malformed}", hint=_AGAIN)
         for tensor in file.tensors:
             if tensor.name in found:
-                raise IntegrityError(f"{root}: tensor {tensor.name} is in {tensor.file} and {found[tensor.name].file}")
+                both = f"{tensor.file} and {found[tensor.name].file}"
+                raise IntegrityError(f"{root}: tensor {tensor.name} is in both {both}", hint=_AGAIN)
             found[tensor.name] = tensor
     for tensor in tensors:
         located = found.pop(tensor.name, None)
         if located is None or (located.file, located.dtype, located.shape) != (tensor.file, tensor.dtype, tensor.shape):
-            raise IntegrityError(f"{root}: tensor {tensor.name} is not in {tensor.file} as the manifest says")
+            raise IntegrityError(
+                f"{root}: tensor {tensor.name} is not in {tensor.file} as the manifest says", hint=_AGAIN
+            )
         if located != tensor:
-            raise IntegrityError(f"{root}: tensor {tensor.name} differs from its fingerprint")
+            raise IntegrityError(f"{root}: tensor {tensor.name} differs from its fingerprint", hint=_AGAIN)
     if found:
-        raise IntegrityError(f"{root}: tensor {min(found)} is not in the manifest")
+        raise IntegrityError(f"{root}: tensor {min(found)} is not in the manifest", hint=_AGAIN)
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -287,14 +287,16 @@ class Output:
         shares = [name for name in begun if not name.endswith(f"-of-{self.part.total}.jsonl" if self.part else "")]
         if changed or shares:
             raise ConflictError(
-                f"{self.folder}: holds work of a run with other options, inputs or shares",
-                hint="use the options of its shares, delete it, or begin anew without --part and with --force",
+                f"{self.folder}: holds unfinished work of a run with other options, inputs or shares",
+                hint="use the options of its shares, delete the folder, or start over without --part and with --force",
             )
         if not begun and not all(path.match(JOURNAL_PATTERN) for path in found):
             self._refuse_foreign()
 
     def _refuse_foreign(self) -> None:
-        raise ConflictError(f"{self.folder}: is in the way and not adaptkit's", hint="move it, or choose another -o")
+        raise ConflictError(
+            f"{self.folder}: is in the way, and adaptkit did not make it", hint="move it, or choose another -o"
+        )
 
     def _begin(self, changed: bool) -> None:
         found = list(self.folder.iterdir())
@@ -303,6 +305,6 @@ class Output:
         if changed and not self._force and self._keeps(self.folder):
             raise ConflictError(
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",
-                hint="run it with the same options to go on, or begin anew with --force",
+                hint="use the same options and inputs to resume it, or start over with --force",
             )
         clear(self.folder, but=self._journal)

@@ -47,6 +47,7 @@ _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
 _STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """Begin the names of pickles that trainers put beside weights, or beside folders with some."""
 _NAMES_CODE = b'"auto_map"'
+_GET_INDEX = "download or copy the checkpoint again"
 
 
 def resolve_inside(root: Path, name: str) -> Path:
@@ -58,13 +59,18 @@ def resolve_inside(root: Path, name: str) -> Path:
     parts = PurePosixPath(name).parts
     plain = name.isprintable() and "\\" not in name and ":" not in name and name == "/".join(parts)
     if not plain or not parts or ".." in parts or name.startswith(("/", "~")):
-        raise UnsafeInputError(f"the path {name!r} does not stay in its folder", hint="do not trust this artifact")
+        raise UnsafeInputError(
+            f"the path {name!r} is not a plain path inside its folder", hint="do not trust this artifact"
+        )
     if len(name) > _LONGEST_PATH or max(len(part.encode()) for part in parts) > _LONGEST_NAME_BYTES:
-        raise UnsafeInputError(f"the path {name[:40]!r}… of {len(name)} characters is longer than file systems allow")
+        raise UnsafeInputError(
+            f"the path {name[:40]!r}… of {len(name)} characters is longer than file systems allow",
+            hint="do not trust this artifact",
+        )
     path = root / name
     for part in [path, *path.parents][: len(parts)]:
         if part.is_symlink() and not part.is_file():
-            raise UnsafeInputError(f"{name!r} is a link to something that is not a file")
+            raise UnsafeInputError(f"{name!r} is a link, but not to a file", hint="put a file in its place")
     return path
 
 
@@ -99,7 +105,7 @@ def read_small(path: Path) -> bytes:
     size = path.stat().st_size
     if size > _MOST_SMALL_BYTES:
         raise CheckpointError(
-            f"{path}: {size:,} bytes, more than such a file can have", hint="get it again, or remove it"
+            f"{path}: {size:,} bytes is too large for such a file", hint="download or copy it again, or remove it"
         )
     return path.read_bytes()
 
@@ -148,22 +154,22 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
         UnsafeInputError: the index points outside the folder.
     """
     require_folder(root)
-    if (root / INDEX_NAME).exists():
-        weight_map = read_json(root / INDEX_NAME).get("weight_map")
+    if (index := root / INDEX_NAME).exists():
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{INDEX_NAME}: weight_map must map tensor names to files")
+            raise CheckpointError(f"{index}: weight_map must map tensor names to files", hint=_GET_INDEX)
         files = sorted(set(weight_map.values()))
         folded = Counter(file.casefold() for file in files)
         for file in files:
             resolve_inside(root, file)
             if folded[file.casefold()] > 1:
-                raise CheckpointError(f"{INDEX_NAME}: names of shards differ only in case, as {file!r} from another")
+                raise CheckpointError(f"{index}: shard {file!r} differs from another only in case", hint=_GET_INDEX)
             if "/" in file or not file.endswith(".safetensors") or file.startswith("adaptkit-"):
-                raise CheckpointError(f"{INDEX_NAME}: {file!r} is no name of a shard beside it")
+                raise CheckpointError(f"{index}: {file!r} is not the name of a shard beside it", hint=_GET_INDEX)
         if (root / SINGLE_NAME).exists() and SINGLE_NAME not in weight_map.values():
             raise CheckpointError(
-                f"{root}: holds {SINGLE_NAME} as well as {INDEX_NAME} and other shards; readers differ on these",
-                hint="remove the one that is not meant",
+                f"{root}: has {SINGLE_NAME} as well as {INDEX_NAME} with other shards; readers differ on these",
+                hint="remove the one that is not meant to be used",
             )
         return files, weight_map
     if (root / SINGLE_NAME).exists():
@@ -172,9 +178,9 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     others = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES))
     raise CheckpointError(
         f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {others[0]}' if others else ''}",
-        hint=f"get the index of shards as {INDEX_NAME}, or call a single file that transformers wrote {SINGLE_NAME}"
+        hint=f"for shards, download {INDEX_NAME}; rename a single file that transformers wrote to {SINGLE_NAME}"
         if others
-        else look_below(root, "give the folder that holds config.json", models=True),
+        else look_below(root, "pass the folder that contains config.json", models=True),
     )
 
 
@@ -185,7 +191,7 @@ def look_below(root: Path, otherwise: str, models: bool) -> str:
         for path in root.iterdir()
         if os.path.isfile(path / ADAPTER_CONFIG_NAME) or (models and os.path.isfile(path / CONFIG_NAME))
     )
-    return f"give one that is inside it: {first_few(found)}" if found else otherwise
+    return f"pass a folder inside it: {first_few(found)}" if found else otherwise
 
 
 def refuse_other_weights(where: object, names: Iterable[str]) -> None:
@@ -202,18 +208,18 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
     if pickle := next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), ""):
         raise CheckpointError(
             f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
-            hint="`hf download` it and give that folder, of which it is said how the adapter is converted"
+            hint="fetch it with `hf download` and pass that folder; the error then says how to convert it"
             if pickle.startswith("adapter_")
             # HQQ's file, which transformers does not load either.
-            else "it is quantized, by HQQ: give the checkpoint that it was made from"
+            else "it is quantized with HQQ: use the checkpoint that it was made from"
             if pickle == "qmodel.pt"
-            else "convert first: with transformers, from_pretrained(..., dtype='auto') and "
+            else "convert it with transformers: from_pretrained(..., dtype='auto') and "
             "save_pretrained(..., safe_serialization=True); then copy the tokenizer's files",
         )
     if gguf := next((name for name in names if name.endswith(".gguf")), ""):
         raise CheckpointError(
             f"{where}: weights are GGUF ({gguf}), which adaptkit does not read",
-            hint="give the checkpoint that it was made from",
+            hint="use the checkpoint that it was made from",
         )
 
 
@@ -258,7 +264,7 @@ def check_side_files(root: Path) -> None:
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise CheckpointError(
-                f"{root}: {other} and {name} differ only in case, so no artifact can hold both",
+                f"{root}: {other} and {name} differ only in case, so an artifact cannot contain both",
                 hint="rename or remove one of them",
             )
 

@@ -108,6 +108,7 @@ class Target:
 
 
 _RECORDS = (FileRecord, TensorRecord, Parent, Target)
+_AGAIN = "download or copy the artifact again"
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ class Manifest:
         """
         if expected is not None and self.sha256 != expected:
             raise IntegrityError(
-                f"{where}: the manifest's sha256 is {self.sha256}, not {expected}",
-                hint="this is another artifact than the one that you expect",
+                f"{where}: the manifest's sha256 is {self.sha256}; expected {expected}",
+                hint="this is not the artifact that you expect: check where it came from",
             )
 
     @classmethod
@@ -176,7 +177,7 @@ class Manifest:
             document = strict_json(text, MANIFEST_NAME)
             if document.get("schema") != SCHEMA:
                 raise IntegrityError(
-                    f"{where}: schema {document.get('schema')!r} is unknown", hint="a newer adaptkit made it?"
+                    f"{where}: unknown schema {document.get('schema')!r}", hint="if a newer adaptkit made it, upgrade"
                 )
             root = document.pop("tensors_root", None)
             parts: dict[str, Any] = {
@@ -186,14 +187,12 @@ class Manifest:
                 document[name] = tuple(typed(record(**entry)) for entry in document[name])
             manifest = cls(**document)
             if not isinstance(manifest.operation.get("options", {}), dict):
-                raise TypeError("operation.options is no object")
+                raise TypeError("operation.options is not an object")
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
         except (CheckpointError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            raise IntegrityError(f"{where}: malformed ({error})") from error
+            raise IntegrityError(f"{where}: malformed ({error})", hint=_AGAIN) from error
         if not canonical:
-            raise IntegrityError(
-                f"{where}: changed after it was written", hint="get the artifact again from where it came from"
-            )
+            raise IntegrityError(f"{where}: was changed after it was written", hint=_AGAIN)
         return manifest
 
 
@@ -220,8 +219,8 @@ def check_sha256(text: str | None) -> None:
     """
     if text is not None and re.fullmatch("[0-9a-f]{64}", text) is None:
         raise UsageError(
-            f"manifest_sha256: {text!r} is not a sha256, 64 of the digits 0 to 9 and a to f",
-            hint="give the one that publish, or whatever made the artifact, printed as manifest sha256",
+            f"manifest_sha256: {text!r} is not a sha256: 64 digits from 0 to 9 and a to f",
+            hint="use the manifest sha256 that publish, or the command that made the artifact, printed",
         )
 
 
@@ -233,9 +232,7 @@ def require_manifest(root: Path) -> Manifest:
     """
     manifest = read_manifest(root)
     if manifest is None:
-        raise IntegrityError(
-            f"{root.name}: there is no {MANIFEST_NAME}", hint="only artifacts that adaptkit made have one"
-        )
+        raise IntegrityError(f"{root}: {MANIFEST_NAME} not found", hint="only artifacts that adaptkit made have one")
     return manifest
 
 
@@ -251,7 +248,9 @@ def parent_of(
         kind = "adapter" if role in ("adapter", "init") else "checkpoint"
         return Parent(role, kind, tensors_root(tensors), weight=weight)
     if tensors and tensors_root(tensors) != manifest.tensors_root:
-        raise IntegrityError(f"the tensors of the {role} are not those of its manifest", hint="run verify on it")
+        raise IntegrityError(
+            f"the tensors of the {role} are not those of its manifest", hint="run adaptkit verify on it"
+        )
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
 
 

@@ -13,6 +13,7 @@ def way_from_mlx(root: Path, config: Mapping[str, Any]) -> str:
     if config.get("peft_type") is not None or "lora_parameters" not in config:
         return ""
     return (
-        f"mlx_lm.fuse --model BASE --adapter-path {root} --save-path TUNED, then adaptkit extract TUNED BASE --rank R "
-        "-o ADAPTER; or write peft's: A and B are lora_a and lora_b transposed, lora_alpha is scale * rank"
+        f"run mlx_lm.fuse --model BASE --adapter-path {root} --save-path TUNED, then adaptkit extract TUNED BASE "
+        "--rank R -o ADAPTER; or convert it to peft's format: A and B are lora_a and lora_b transposed, lora_alpha is "
+        "scale * rank"
     )

@@ -14,7 +14,7 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.total:
-            raise UsageError(f"part {self.number}/{self.total}: there is no such share", hint="from 1/N to N/N")
+            raise UsageError(f"part {self.number}/{self.total}: not a share", hint="use 1/N to N/N")
 
     def holds(self, position: int) -> bool:
         """Whether the file at a position (from 0) of the plan is in this share."""

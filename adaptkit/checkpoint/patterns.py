@@ -119,13 +119,13 @@ class FirstMatch:
 
 def _check_name(text: str) -> None:
     if len(text) > _MOST_LONG:
-        raise re.error(f"a name of {len(text)} characters")
+        raise re.error(f"the name is too long: {len(text)} characters")
 
 
 @lru_cache(maxsize=256)
 def _parsed(pattern: str) -> Sequence[Any]:
     if len(pattern) > _MOST_LONG:
-        raise re.error(f"a pattern of {len(pattern)} characters")
+        raise re.error(f"the pattern is too long: {len(pattern)} characters")
     try:
         with warnings.catch_warnings(action="ignore"):  # of what may mean something else in Pythons to come
             tree = _parser.parse(pattern)
@@ -154,7 +154,7 @@ def _check(nodes: Iterable[Any], repeats: int) -> None:
         elif kind in _REPEATS and repeats < _MOST_REPEATS_INSIDE:
             _check(detail[2], repeats + 1)
         elif kind not in _ONE and not (kind is _constants.AT and detail in _EDGES):
-            raise re.error(f"{str(kind).lower()} is not supported, or not here")
+            raise re.error(f"{str(kind).lower()} is not supported here")
 
 
 def _ends(nodes: Iterable[Any], text: str, begins: set[int]) -> set[int]:

@@ -12,6 +12,7 @@ from adaptkit.errors import ConflictError, IntegrityError, OutputExistsError, Us
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _LONGEST_NAME = 255  # bytes, on every usual file system
+_ASIDE = "move or delete it, or choose another -o"
 
 
 def partial_folder(final: Path) -> Path:
@@ -40,42 +41,45 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
             input.
     """
     if final.name in ("", ".."):
-        raise UsageError(f"{final}: has no name of its own", hint="name the folder to make: -o out")
+        raise UsageError(f"{final}: is not a name for a new folder", hint="name the folder to create, such as -o out")
     aside = replaced_folder(final)
     if len(os.fsencode(aside.name)) > _LONGEST_NAME:
-        raise UsageError(f"{final}: the name is too long", hint="name a folder whose name is shorter")
+        raise UsageError(f"{final}: the name is too long", hint="choose a shorter name")
     if os.path.lexists(final) and not force:
-        raise OutputExistsError(f"{final}: exists already", hint="choose another -o, or replace it with --force")
+        raise OutputExistsError(f"{final}: already exists", hint="choose another -o, or replace it with --force")
     whole = Path(os.path.realpath(final))
     for path in inputs:
         source = Path(os.path.realpath(path))
         for work in (partial_folder(whole), replaced_folder(whole)):
             if source.is_relative_to(work):
                 raise UsageError(
-                    f"{final}: its unfinished work would take the place of {path}", hint="choose another -o"
+                    f"{final}: its unfinished work would overwrite the input {path}", hint="choose another -o"
                 )
         inside = whole != source and whole.is_relative_to(source)
         if inside or (force and source.is_relative_to(whole)):
             raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")
     if is_unfinished(final):
         raise UsageError(
-            f"{final}: names in {_PARTIAL} and {_REPLACED} are for unfinished work", hint="choose another -o"
+            f"{final}: names that end in {_PARTIAL} or {_REPLACED} are reserved for unfinished work",
+            hint="choose another -o",
         )
     if os.path.lexists(aside) and not is_aside(aside):
-        raise ConflictError(f"{aside}: is in the way and not adaptkit's", hint="move it, or choose another -o")
+        raise ConflictError(
+            f"{aside}: is in the way, and adaptkit did not make it", hint="move it, or choose another -o"
+        )
     if os.path.lexists(final):
         _check_replaceable(final)
 
 
 def _check_replaceable(final: Path) -> None:
     if final.is_symlink() or not (final / MANIFEST_NAME).is_file():
-        raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it")
+        raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it", hint=_ASIDE)
     try:
         manifest = require_manifest(final)
     except IntegrityError as error:
         raise OutputExistsError(
-            f"{final}: nobody can tell which files in it are adaptkit's, so --force does not replace it: {error}",
-            hint="move or delete it, or choose another -o",
+            f"{final}: cannot tell which files adaptkit made, so --force does not replace it: {error}",
+            hint=_ASIDE,
         ) from error
     others = sorted(present_names(final) - {record.path for record in manifest.files})
     if others:

@@ -22,7 +22,7 @@ from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.formats._double_quant import GROUP
 
 STATE_NAME = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
-GET_AGAIN = "get the checkpoint again, or quantize the original anew"
+GET_AGAIN = "download or copy the checkpoint again, or quantize the original again"
 _OFFSET_WIDTH = 26
 """Room for the longest decimal form of a float32 read as a float64."""
 
@@ -59,10 +59,15 @@ def parse_state(name: str, parts: Mapping[str, Values]) -> Outline:
         state: dict[str, Any] = json.loads(as_array(parts[suffix]).tobytes())
         shape, block_size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
         if len(shape) not in (2, 3) or min(shape) < 1 or block_size < 1:
-            raise CheckpointError(f"{name}: {list(shape)} in blocks of {block_size} is no matrix", hint=GET_AGAIN)
+            raise CheckpointError(
+                f"{name}: shape {list(shape)} in blocks of {block_size} is not a matrix", hint=GET_AGAIN
+            )
         nested = ".nested_absmax" in parts
         if nested and int(state["nested_blocksize"]) != GROUP:
-            raise CheckpointError(f"{name}: nested constants in groups of {state['nested_blocksize']}, not {GROUP}")
+            raise CheckpointError(
+                f"{name}: nested constants are in groups of {state['nested_blocksize']}; expected {GROUP}",
+                hint="quantize the original again",
+            )
         encoding = Encoding(match[1], block_size, nested)
         dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[state["dtype"]]
         return Outline(encoding, shape, dtype, float(state["nested_offset"]) if nested else 0.0)

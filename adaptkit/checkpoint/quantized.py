@@ -255,17 +255,18 @@ def _decode(name: str, parts: Mapping[str, AnyValues], codes: AnyValues, code_by
     types = (_type_of(codes), _type_of(absmax), _type_of(levels), math.prod(levels.shape))
     code_type = "int8" if encoding.numerics.bits == 8 else "uint8"
     if types != (code_type, "uint8" if encoding.double_quant else "float32", "float32", 256):
-        raise CheckpointError(f"{name}: its parts have types that do not belong together {types}", hint=GET_AGAIN)
+        raise CheckpointError(f"{name}: its parts have types that do not fit together: {types}", hint=GET_AGAIN)
     count = math.prod(shape)
     blocks = -(-count // encoding.block_size)
     if code_bytes != (count if encoding.numerics.bits == 8 else (count + 1) // 2) or absmax.shape != (blocks,):
-        raise CheckpointError(f"{name}: {code_bytes} bytes of codes do not make {list(shape)} weights", hint=GET_AGAIN)
+        found = f"{code_bytes} bytes of codes and constants of shape {list(absmax.shape)}"
+        raise CheckpointError(f"{name}: {found} do not make {list(shape)} weights", hint=GET_AGAIN)
     constants: Any = absmax
     if encoding.double_quant:
         constants = DoubleQuantized(absmax, parts[".nested_absmax"], outline.offset)
         if math.prod(constants.nested_absmax.shape) != -(-blocks // GROUP):
             raise CheckpointError(
-                f"{name}: {blocks} constants do not make its nested groups of {GROUP}", hint=GET_AGAIN
+                f"{name}: its nested constants do not fit {blocks} constants in groups of {GROUP}", hint=GET_AGAIN
             )
     dtype = ARRAY_DTYPES[outline.dtype_name] if isinstance(codes, np.ndarray) else DTYPES[outline.dtype_name]
     return QuantizedWeight(encoding, codes, constants, shape, dtype, levels)

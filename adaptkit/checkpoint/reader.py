@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from adaptkit.numerics.arrays import Array
 
-_GET_AGAIN = "download or copy the checkpoint again: index and shards must be of one save"
-_KEEP_STILL = "run it again when the disk is well and nothing writes to that folder"
+_GET_AGAIN = "download or copy the checkpoint again: index and shards must be from the same save"
+_KEEP_STILL = "check the disk, and run the command again when nothing writes to that folder"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class TensorFiles:
             for spec, position in header.tensors:
                 if spec.name in self.tensors:
                     other = self.tensors[spec.name].file
-                    raise CheckpointError(f"tensor {spec.name!r} is in {other} and in {file}", hint=_GET_AGAIN)
+                    raise CheckpointError(
+                        f"{root}: tensor {spec.name!r} is in both {other} and {file}", hint=_GET_AGAIN
+                    )
                 self.tensors[spec.name] = Located(spec, file, position)
 
     def spec(self, name: str) -> TensorSpec:
@@ -145,15 +147,16 @@ class Checkpoint(TensorFiles):
             for name, file in weight_map.items():
                 if name not in self.tensors or self.tensors[name].file != file:
                     raise CheckpointError(
-                        f"the index says that {file} holds {name!r}, which it does not", hint=_GET_AGAIN
+                        f"{root}: the index lists {name!r} in {file}, which does not contain it", hint=_GET_AGAIN
                     )
             unlisted = sorted(set(self.tensors) - set(weight_map))
             if unlisted:
                 raise CheckpointError(
-                    f"{unlisted[0]!r} is in {self.tensors[unlisted[0]].file} but not in the index", hint=_GET_AGAIN
+                    f"{root}: {unlisted[0]!r} is in {self.tensors[unlisted[0]].file} but not in the index",
+                    hint=_GET_AGAIN,
                 )
         if not self.tensors:
-            raise CheckpointError(f"{root}: holds no tensors", hint=_GET_AGAIN)
+            raise CheckpointError(f"{root}: contains no tensors", hint=_GET_AGAIN)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Signer:
         if self.private_key is not None and self.identity_token is not None:
             raise UsageError("sign with a key or with an identity, not both", hint="leave one of them out")
         if self.password is not None and self.private_key is None:
-            raise UsageError("a password without a private key", hint="name the key too")
+            raise UsageError("a password was given without a private key", hint="give the private key too")
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ class Trust:
         keyless = (self.identity is not None, self.identity_provider is not None)
         if (self.public_key is not None) == any(keyless) or any(keyless) != all(keyless):
             raise UsageError(
-                "whose signature counts is a public key, or an identity with its provider",
-                hint="--public-key FILE, or --identity NAME --identity-provider URL",
+                "give either a public key, or an identity together with its provider",
+                hint="use --public-key FILE, or --identity NAME --identity-provider URL",
             )
         if "" in (self.identity, self.identity_provider):
-            raise UsageError("an empty identity or provider is nobody's", hint="is a variable of the shell not set?")
+            raise UsageError("the identity or its provider is empty", hint="check for a shell variable that is not set")
 
     def __str__(self) -> str:
         if self.public_key is not None:
             return f"the key in {self.public_key}"
-        return f"{self.identity}, of {self.identity_provider}"
+        return f"{self.identity} ({self.identity_provider})"
 
 
 def sign(root: Path, signer: Signer) -> Path:
@@ -186,14 +186,14 @@ def _refused(bundle: bytes, content: bytes, where: str, trust: Trust) -> Integri
     try:
         digests = _signed_digests(bundle)
     except _MALFORMED:
-        return IntegrityError(f"{where}: is not a signature of a manifest", hint="get it again")
+        return IntegrityError(f"{where}: is not the signature of a manifest", hint="download it again")
     if digests != [sha256(content).hexdigest()]:
         return IntegrityError(
             f"{where}: is for another artifact: the manifest's sha256 is {sha256(content).hexdigest()}, "
-            f"not {', '.join(digests) or 'in it'}",
-            hint="get artifact and signature from the same place, and trust neither until they agree",
+            f"but the signature is of {', '.join(digests) or 'none'}",
+            hint="get artifact and signature from the same place, and trust neither until they match",
         )
-    return IntegrityError(f"{where}: is not by {trust}", hint="do not trust it, unless you gave the wrong key")
+    return IntegrityError(f"{where}: not made by {trust}", hint="do not trust it, unless you gave the wrong key")
 
 
 def _signed_digests(bundle: bytes) -> list[str]:
@@ -203,10 +203,10 @@ def _signed_digests(bundle: bytes) -> list[str]:
 
 def _read_signature(path: Path) -> bytes:
     if not os.path.lexists(path):
-        raise UsageError(f"{path}: there is no signature", hint="name its file with --signature")
+        raise UsageError(f"{path}: signature not found", hint="name its file with --signature")
     check_regular(path)
     if path.stat().st_size > MAX_SIGNATURE_BYTES:
-        raise IntegrityError(f"{path}: is too large for a signature", hint="get it again")
+        raise IntegrityError(f"{path}: is too large for a signature", hint="download it again")
     return path.read_bytes()
 
 
@@ -220,10 +220,10 @@ def _check_private_key(path: Path, password: bytes | None) -> None:
         key = load_pem_private_key(content, password)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         if b"ENCRYPTED" in content:
-            raise UsageError(f"{path}: needs its password, and no other", "ADAPTKIT_KEY_PASSWORD holds it") from error
+            raise UsageError(f"{path}: password missing or incorrect", "set ADAPTKIT_KEY_PASSWORD") from error
         if isinstance(error, TypeError):
-            raise UsageError(f"{path}: has no password", hint="unset ADAPTKIT_KEY_PASSWORD") from error
-        raise UsageError(f"{path}: holds no private key", hint=_make_a_key()) from error
+            raise UsageError(f"{path}: needs no password", hint="unset ADAPTKIT_KEY_PASSWORD") from error
+        raise UsageError(f"{path}: contains no private key", hint=_make_a_key()) from error
     _check_curve(path, key)
 
 
@@ -234,14 +234,14 @@ def _check_public_key(path: Path) -> None:
     try:
         key = load_pem_public_key(_read_key(path))
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise UsageError(f"{path}: holds no public key", hint=_make_a_key()) from error
+        raise UsageError(f"{path}: contains no public key", hint=_make_a_key()) from error
     _check_curve(path, key)
 
 
 def _check_curve(path: Path, key: Any) -> None:
     curve = getattr(key, "curve", None)
     if curve is None or curve.name not in _CURVES:
-        raise UsageError(f"{path}: is no key on one of the curves P-256, P-384 and P-521", hint=_make_a_key())
+        raise UsageError(f"{path}: is not a key on the curve P-256, P-384 or P-521", hint=_make_a_key())
 
 
 def _read_key(path: Path) -> bytes:
@@ -249,7 +249,7 @@ def _read_key(path: Path) -> bytes:
         check_regular(path)
         return path.read_bytes()
     except (CheckpointError, OSError) as error:
-        raise UsageError(f"{path}: there is no key that can be read", hint=_make_a_key()) from error
+        raise UsageError(f"{path}: key not found, or not readable", hint=_make_a_key()) from error
 
 
 def _make_a_key() -> str:
@@ -257,7 +257,7 @@ def _make_a_key() -> str:
     names = itertools.chain(["key"], (f"key-{number}" for number in itertools.count(2)))
     name = next(n for n in names if not os.path.lexists(f"{n}.pem") and not os.path.lexists(f"{n}.pub"))
     make = f"openssl ecparam -name prime256v1 -genkey -noout -out {name}.pem"
-    return f"name another file, or make keys: {make}; openssl ec -in {name}.pem -pubout -out {name}.pub"
+    return f"name another file, or create keys: {make}; openssl ec -in {name}.pem -pubout -out {name}.pub"
 
 
 def _package() -> Any:
@@ -282,8 +282,8 @@ def _identity_token(signer: Signer) -> str:
     token = signer.identity_token or detect_credential()
     if not token and not sys.stdin.isatty():
         raise AuthenticationError(
-            "there is no identity to sign with here",
-            hint="sign with a private key; or in a CI job that may ask for an identity token (id-token: write)",
+            "no identity to sign with is available",
+            hint="sign with a private key, or in a CI job that may request an identity token (id-token: write)",
         )
     return token or ""
 
@@ -299,9 +299,9 @@ def _keyless_errors() -> Iterator[None]:
     try:
         yield
     except (NoAnswer, TUFError, requests.RequestException) as error:
-        raise NetworkError("Sigstore's services do not answer", hint="try again, or use a key, without them") from error
+        raise NetworkError("Sigstore's services do not answer", hint="try again, or use a key instead") from error
     except (IdentityError, IssuerError) as error:
-        raise AuthenticationError("the identity token is not accepted", hint="get a new one") from error
+        raise AuthenticationError("the identity token was rejected", hint="request a new one") from error
     except Error as error:
         raise IntegrityError(f"Sigstore: {' '.join(str(error).split())}", hint="do not trust it") from error
 

@@ -50,7 +50,7 @@ def check_keys(values: Any, known: Iterable[str], place: Place) -> Mapping[str, 
     """
     listed = list(known)
     if not isinstance(values, Mapping):
-        raise place.error(f"is {_shown(values)}; expected keys and values", hint=f"keys: {', '.join(listed)}")
+        raise place.error(f"is {_shown(values)}; expected keys and values", hint=f"known keys: {', '.join(listed)}")
     for key in values:
         if key not in listed:
             raise place.at(key).error("unknown key", hint=nearest(key, listed))
@@ -74,7 +74,7 @@ def build(kind: type[Any], values: Mapping[str, Any], place: Place, instead: Map
     found = {name: convert(value, hints[name], place.at(name)) for name, value in values.items()} | instead
     for field in fields(kind):
         if field.name not in found and field.default is MISSING and field.default_factory is MISSING:
-            raise place.error(f"{field.name} is missing", hint=f"{field.name}: {_expected(hints[field.name])}")
+            raise place.error(f"{field.name} is missing", hint=f"add {field.name}: {_expected(hints[field.name])}")
     try:
         return kind(**found)
     except UsageError as error:
@@ -144,7 +144,7 @@ def _expected(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_expected(choice) for choice in inner if choice is not type(None))
     if origin is tuple:
-        return f"a list, each of them {_expected(inner[0])}"
+        return f"a list, each item {_expected(inner[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"names, each with {_expected(inner[1])}"
     return names.get(hint, "keys and values")

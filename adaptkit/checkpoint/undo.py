@@ -71,15 +71,15 @@ def frames(record: Array) -> Iterator[tuple[int, Array]]:
         IntegrityError: this is no record.
     """
     if record.dtype != np.uint8 or record.ndim != 1:
-        raise IntegrityError("not an undo record (of another type)")
+        raise IntegrityError("not an undo record (wrong type)")
     position = 0
     while position < record.size:
         if position + _FRAME.size > record.size:
-            raise IntegrityError("not an undo record (cut short)")
+            raise IntegrityError("not an undo record (truncated)")
         rows, length = _FRAME.unpack(record[position : position + _FRAME.size].tobytes())
         position += _FRAME.size
         if position + length > record.size or rows == 0:
-            raise IntegrityError("not an undo record (cut short)")
+            raise IntegrityError("not an undo record (truncated)")
         yield rows, record[position : position + length]
         position += length
 

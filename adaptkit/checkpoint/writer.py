@@ -113,7 +113,7 @@ def _chunks_of(source: Path) -> Iterator[bytes]:
     try:
         yield from file_chunks(source)
     except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror}", hint="see who may read it") from error
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}", hint="check its permissions") from error
 
 
 class TensorWriter:
@@ -227,5 +227,5 @@ class disk_errors:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
             hint = DISK_HINTS.get(error.errno or 0, "")
-            hint = hint and f"{hint} and run the same command again: it goes on where it stopped"
+            hint = hint and f"{hint}; then run the same command again to resume"
             raise DiskError(f"{self._path.name}: cannot write: {error.strerror}", hint) from error

@@ -172,7 +172,7 @@ def test_an_unknown_kind_of_biases_is_refused(changed, bias):
 @pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "IA3", "PROMPT_TUNING", None])
 def test_another_kind_of_adapter_is_refused_by_name(changed, kind):
     configure(changed, peft_type=kind)
-    with pytest.raises(AdapterError, match=str(kind)):
+    with pytest.raises(AdapterError, match=kind or "has no peft_type"):
         read_adapter(changed)
 
 
@@ -229,7 +229,7 @@ def test_a_rank_that_is_not_that_of_the_tensors_is_refused(changed, rank):
 
 def test_halves_of_different_ranks_are_refused(changed):
     edit(changed, lambda t: t.update({f"{KEY}.lora_B.weight": t[f"{KEY}.lora_B.weight"][:, :3].clone()}))
-    with pytest.raises(AdapterError, match=rf"{MODULE}.*lora_B 3 columns"):
+    with pytest.raises(AdapterError, match=rf"{MODULE}.*lora_B has 3 columns"):
         read_adapter(changed)
 
 
@@ -309,7 +309,7 @@ def test_a_copy_of_a_quantized_head_is_refused_as_that(changed, part):
 
 def test_a_half_of_rank_zero_is_refused_as_that(changed):
     edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(0, 64)}))
-    with pytest.raises(AdapterError, match=r"is \[0, 64\]; expected 2 dimensions, none of 0"):
+    with pytest.raises(AdapterError, match=r"has shape \[0, 64\]; expected 2 dimensions, none of them 0"):
         read_adapter(changed)
 
 
@@ -323,7 +323,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(changed, value):
 def test_a_pickle_is_refused_and_not_loaded(changed):
     (changed / "adapter_model.safetensors").unlink()
     torch.save({}, changed / "adapter_model.bin")
-    with pytest.raises(AdapterError, match=r"pickled \.bin is not loaded"):
+    with pytest.raises(AdapterError, match=r"pickled adapter_model\.bin is not loaded"):
         read_adapter(changed)
     (changed / "adapter_model.bin").rename(changed / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
@@ -346,7 +346,7 @@ def test_the_hint_for_a_pickle_or_shards_makes_the_same_adapter_of_it(changed, w
     (changed / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError) as caught:
         read_adapter(changed)
-    python, *rest = shlex.split(caught.value.hint.removeprefix("in that folder, "))
+    python, *rest = shlex.split(caught.value.hint.removeprefix("in that folder, run "))
     assert python == "python"
     subprocess.run([sys.executable, *rest], cwd=changed, check=True)
     assert read_adapter(changed).digests == before.digests
@@ -359,13 +359,13 @@ def test_adapters_inside_the_folder_are_named(changed, tmp_path):
         shutil.copytree(changed, outer / name)
     with pytest.raises(AdapterError, match="not an adapter") as caught:
         read_adapter(outer)
-    assert caught.value.hint == "give one that is inside it: reference, train"
+    assert caught.value.hint == "pass a folder inside it: reference, train"
 
 
 @pytest.mark.parametrize("name", WEIGHTS_BESIDE)
 def test_weights_that_a_trainer_put_beside_are_not_passed_over(changed, name):
     (changed / name).write_bytes(b"a pickle, or not")
-    with pytest.raises(AdapterError, match=f"{name} beside it holds further weights"):
+    with pytest.raises(AdapterError, match=f"{name} contains further trained weights"):
         read_adapter(changed)
 
 
@@ -377,17 +377,17 @@ def test_a_value_head_beside_is_of_no_language_model(changed):
 def test_an_adapter_in_mlx_layout_is_not_said_to_be_no_lora(changed):
     config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
     (changed / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"peft_type is None in adapter_config\.json: it is one of MLX's") as caught:
+    with pytest.raises(AdapterError, match=r"an MLX adapter: adapter_config\.json has no peft_type") as caught:
         read_adapter(changed)
     assert "LORA" not in caught.value.hint
     assert f"mlx_lm.fuse --model BASE --adapter-path {changed}" in caught.value.hint
     of_peft = {"peft_type": "IA3", "lora_parameters": {"rank": 8}}
     (changed / "adapter_config.json").write_text(json.dumps(of_peft))
     assert way_from_mlx(changed, of_peft) == ""
-    with pytest.raises(AdapterError, match="a IA3 adapter, which is not supported"):
+    with pytest.raises(AdapterError, match="unsupported kind of adapter: IA3"):
         read_adapter(changed)
     (changed / "adapter_config.json").write_text("{}")
-    with pytest.raises(AdapterError, match=r"peft_type is None in adapter_config\.json: it is no adapter of peft's$"):
+    with pytest.raises(AdapterError, match=r"not a peft adapter: adapter_config\.json has no peft_type$"):
         read_adapter(changed)
 
 
@@ -397,10 +397,10 @@ def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):
     with pytest.raises(UsageError, match="does not exist"):
         read_adapter(tmp_path / "absent")
     (changed / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"there is no adapter_model\.safetensors"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors not found"):
         read_adapter(changed)
     save_file({}, changed / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="holds no tensors"):
+    with pytest.raises(AdapterError, match="contains no tensors"):
         read_adapter(changed)
 
 

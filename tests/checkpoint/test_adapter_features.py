@@ -279,8 +279,8 @@ def test_a_scaling_that_is_not_finite_is_refused(changed, tmp_path, name, alpha)
     ("name", "says", "names"),
     [
         ("linear", {"use_dora": True}, ("magnitude", Q)),
-        ("dora", {"use_dora": False}, ("magnitude", Q)),
-        ("lora_bias", {"lora_bias": False}, ("bias",)),
+        ("dora", {"use_dora": False}, (".mlp.down_proj has a lora_magnitude_vector, but use_dora is not set",)),
+        ("lora_bias", {"lora_bias": False}, ("has a lora_B.bias, but lora_bias is not set",)),
         ("linear", {"lora_bias": True}, ("bias",)),
         ("tokens", {"trainable_token_indices": None}, ("embed_tokens",)),
         ("tokens", {"trainable_token_indices": [7, 2]}, ("embed_tokens",)),
@@ -397,9 +397,9 @@ def test_convolutions_are_refused(tmp_path, dims):
     layer = getattr(torch.nn, f"Conv{dims}d")(8, 8, 3)
     model = peft.get_peft_model(torch.nn.ModuleDict({"conv": layer}), peft.LoraConfig(target_modules=["conv"]))
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="conv is a convolution, whose LoRA is not supported") as caught:
+    with pytest.raises(AdapterError, match="conv is a convolution; LoRA of convolutions is not supported") as caught:
         read_adapter(tmp_path / "adapter")
-    assert caught.value.hint == "merge it with peft itself"
+    assert caught.value.hint == "merge the adapter with peft"
 
 
 @pytest.mark.parametrize("name", ["linear", "resized", "experts_mixtral"])

@@ -201,6 +201,6 @@ def test_the_codes_of_mlx_are_refused_with_the_way_out(tmp_path):
 def test_a_pointer_of_git_lfs_is_refused_with_the_way_to_the_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n")
-    with pytest.raises(CheckpointError, match="a pointer of Git LFS") as refused:
+    with pytest.raises(CheckpointError, match="a Git LFS pointer") as refused:
         read_header(path)
     assert "git lfs pull" in refused.value.hint

@@ -48,7 +48,7 @@ HOSTILE_PATHS = [
 
 @pytest.mark.parametrize("name", HOSTILE_PATHS)
 def test_a_path_that_leaves_its_folder_or_is_written_oddly_is_refused(tmp_path, name):
-    with pytest.raises(UnsafeInputError, match="does not stay in its folder"):
+    with pytest.raises(UnsafeInputError, match="is not a plain path inside its folder"):
         resolve_inside(tmp_path, name)
 
 
@@ -97,7 +97,7 @@ def test_hqq_s_pickle_is_named_as_what_it_is(tmp_path):
     (tmp_path / "qmodel.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"qmodel\.pt") as caught:
         weight_files(tmp_path)
-    assert caught.value.hint == "it is quantized, by HQQ: give the checkpoint that it was made from"
+    assert caught.value.hint == "it is quantized with HQQ: use the checkpoint that it was made from"
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_checkpoints_inside_the_folder_are_named(tmp_path):
     (tmp_path / "logs").mkdir()
     with pytest.raises(CheckpointError, match="not a checkpoint") as caught:
         weight_files(tmp_path)
-    assert caught.value.hint == "give one that is inside it: checkpoint-10, checkpoint-11, checkpoint-12 and 1 more"
+    assert caught.value.hint == "pass a folder inside it: checkpoint-10, checkpoint-11, checkpoint-12 and 1 more"
     (tmp_path / "checkpoint-9" / "config.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         weight_files(tmp_path)
-    assert caught.value.hint == "give one that is inside it: checkpoint-10, checkpoint-11, checkpoint-12"
+    assert caught.value.hint == "pass a folder inside it: checkpoint-10, checkpoint-11, checkpoint-12"
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
@@ -258,11 +258,11 @@ def test_infinities_are_taken_in_a_configuration_and_nowhere_else(tmp_path):
     path.write_text('{"time_step_limit": [0.0, Infinity], "low": -Infinity}')
     assert read_config(path) == {"time_step_limit": [0.0, float("inf")], "low": float("-inf")}
     assert write_json(read_config(path)) == write_json({"low": float("-inf"), "time_step_limit": [0.0, float("inf")]})
-    with pytest.raises(CheckpointError, match="Infinity is not JSON"):
+    with pytest.raises(CheckpointError, match="Infinity is not valid JSON"):
         read_json(path)
     for text in ('{"x": NaN}', '{"x": 1e999}'):
         path.write_text(text)
-        with pytest.raises(CheckpointError, match=r"NaN is not JSON|too large"):
+        with pytest.raises(CheckpointError, match=r"NaN is not valid JSON|too large"):
             read_config(path)
 
 

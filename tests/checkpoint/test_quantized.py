@@ -174,6 +174,14 @@ def test_a_part_of_another_size_or_type_is_refused(suffix, change):
         decode("x.weight", parts | {suffix: change(parts[suffix])})
 
 
+def test_constants_that_do_not_fit_are_told_beside_codes_that_do():
+    parts = parts_of(double_quant=False)
+    parts[".absmax"] = parts[".absmax"][:-1]
+    said = r"3072 bytes of codes and constants of shape \[95\] do not make \[96, 64\]"
+    with pytest.raises(CheckpointError, match=said):
+        decode("weight", parts)
+
+
 def test_the_configuration_is_the_one_that_transformers_would_write():
     from transformers import BitsAndBytesConfig
 

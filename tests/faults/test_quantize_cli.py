@@ -159,7 +159,7 @@ def test_a_disk_without_room_for_one_more_file_is_named(tmp_path):
 def test_a_journal_on_a_full_disk_is_a_message_and_a_hint():
     with pytest.raises(DiskError, match="No space left") as caught:
         append_line(Path("/dev/full"), {"key": "value"})
-    assert "goes on where it stopped" in caught.value.hint
+    assert "same command again to resume" in caught.value.hint
 
 
 def test_calibration_asks_for_the_room_that_its_scratch_files_take(llama, text, tmp_path, monkeypatch):

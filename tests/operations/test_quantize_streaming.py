@@ -244,7 +244,7 @@ def test_shares_with_other_options_or_of_another_number_are_refused(llama, tmp_p
 def test_a_share_leaves_a_foreign_folder_alone(llama, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    with pytest.raises(ConflictError, match="not adaptkit's"):
+    with pytest.raises(ConflictError, match="in the way, and adaptkit did not make it"):
         share(llama, tmp_path / "out", 1, 2)
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
 
@@ -266,7 +266,7 @@ def test_a_share_begins_while_another_has_only_its_empty_journal(begun_beside, l
 
 def test_an_empty_journal_makes_no_folder_adaptkits(begun_beside, llama, tmp_path):
     (begun_beside / "thesis.txt").touch()
-    with pytest.raises(ConflictError, match="not adaptkit's"):
+    with pytest.raises(ConflictError, match="in the way, and adaptkit did not make it"):
         share(llama, tmp_path / "out", 1, 2)
 
 

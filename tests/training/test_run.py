@@ -385,7 +385,7 @@ def log_records(content):
 def test_a_folder_that_appears_meanwhile_costs_no_work(config, run_cli, tmp_path):
     """The run's checkpoints stay, and the same command takes the last step's when that folder has gone."""
     out = tmp_path / "adapter"
-    with pytest.raises(OutputExistsError, match="exists already"):
+    with pytest.raises(OutputExistsError, match="already exists"):
         train(config, out, on_step=lambda step: out.mkdir(exist_ok=True))
     out.rmdir()
     assert train(config, out).resumed_from == config.steps
