@@ -35,7 +35,9 @@ def lock_path(recipe: Path) -> Path:
     """
     lock = recipe.with_suffix(".lock")
     if lock == recipe:
-        raise UsageError(f"{recipe}: its lock would have the same name", hint="call the recipe .yaml")
+        raise UsageError(
+            f"{recipe}: its lock would have the same name", hint="rename the recipe so that it ends in .yaml"
+        )
     return lock
 
 
@@ -139,7 +141,7 @@ class Lock:
             more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
             raise DriftError(
                 f"{self._path}: {'; '.join(differences[:_SHOWN])}{more}",
-                hint="run without --locked to accept it, and look at what changed in the lock",
+                hint="run without --locked to accept this, and review what changes in the lock",
             )
 
 
@@ -153,7 +155,7 @@ def _require_ours(path: Path) -> None:
     except (CheckpointError, ValueError, RecursionError):
         found = None
     if found not in ([], {}) and not (isinstance(found, dict) and {"schema", "tool", "sources", "steps"} & set(found)):
-        raise UsageError(f"{path}: is no lock of adaptkit's", hint="call the recipe something else, or move that file")
+        raise UsageError(f"{path}: is not a lock of adaptkit", hint="rename the recipe, or move that file")
 
 
 def _read(path: Path, required: bool) -> dict[str, Any] | None:
@@ -163,18 +165,18 @@ def _read(path: Path, required: bool) -> dict[str, Any] | None:
         lock = read_json(path)
         shapes = (("name", str), ("tool", dict), ("sources", dict), ("steps", dict))
         if lock.get("schema") != SCHEMA:
-            raise CheckpointError(f"schema {lock.get('schema')!r} is unknown")
+            raise CheckpointError(f"unknown schema {lock.get('schema')!r}")
         wrong = next((name for name, kind in shapes if not isinstance(lock.get(name), kind)), None)
         if wrong is not None:
             raise CheckpointError(f"{wrong} is {lock.get(wrong)!r}")
         if not all(isinstance(entry, dict) for part in ("sources", "steps") for entry in lock[part].values()):
-            raise CheckpointError("a source or step is no object")
+            raise CheckpointError("a source or step is not an object")
     except (CheckpointError, OSError) as error:
         if not required:
             return None
         if not path.exists():
-            raise UsageError(f"{path}: does not exist", hint=again) from error
-        raise UsageError(f"{path}: is no lock ({error})", hint=again) from error
+            raise UsageError(f"{path}: lock not found", hint=again) from error
+        raise UsageError(f"{path}: is not a lock of adaptkit ({error})", hint=again) from error
     return lock
 
 
@@ -187,14 +189,14 @@ def _differences(expected: Any, found: Any, keys: tuple[str, ...]) -> Iterator[s
     """What differs, in words: the place, what is there, and what the lock has."""
     where = ".".join(key for key in keys if key != "recipe")
     if expected is _ABSENT:
-        yield f"{where} is not in it"
+        yield f"{where} is not in the lock"
     elif found is _ABSENT:
-        yield f"{where} is in it, but not here"
+        yield f"{where} is in the lock, but not here"
     elif isinstance(expected, Mapping) and isinstance(found, Mapping):
         for key in sorted({*expected, *found}):
             yield from _differences(expected.get(key, _ABSENT), found.get(key, _ABSENT), (*keys, key))
     elif expected != found:
-        yield f"{where} is {_shown(found)}, it has {_shown(expected)}"
+        yield f"{where} is {_shown(found)}, but {_shown(expected)} in the lock"
 
 
 def _shown(value: Any) -> str:

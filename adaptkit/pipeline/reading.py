@@ -30,9 +30,9 @@ def read_recipe(path: Path) -> Recipe:
     values = check_keys(document.values, ("name", "sources", "steps"), top)
     for key in ("name", "sources", "steps"):
         if not values.get(key):
-            raise top.error(f"{key} is missing", hint="a recipe has a name, sources and steps")
+            raise top.error(f"{key} is missing", hint="a recipe needs a name, sources and steps")
     if not isinstance(values["name"], str):
-        raise top.at("name").error("is no text", hint="write it in quotes")
+        raise top.at("name").error("is not text", hint="write it in quotes")
     listed = {key: _named(values[key], top.at(key)) for key in ("sources", "steps")}
     sources = {name: _source(name, entry, top.at("sources", name)) for name, entry in listed["sources"].items()}
     steps = [_step(name, entry, top.at("steps", name)) for name, entry in listed["steps"].items()]
@@ -48,10 +48,10 @@ def read_recipe(path: Path) -> Recipe:
 
 def _named(entries: Any, place: Place) -> Mapping[str, Any]:
     if not isinstance(entries, Mapping):
-        raise place.error("expected names, each with what it is", hint="base: {path: model}")
+        raise place.error("expected names, each with its settings", hint="write, for example, base: {path: model}")
     for name in entries:
         if not _NAME.fullmatch(name):
-            raise place.at(name).error("cannot be a name", hint="letters, digits, '-', '_' and '.', at most 64")
+            raise place.at(name).error("is not a valid name", hint="use at most 64 letters, digits, '-', '_' and '.'")
     return entries
 
 
@@ -61,14 +61,16 @@ def _source(name: str, entry: Any, place: Place) -> Source:
         if not isinstance(value, str) or not value:
             raise place.at(key).error(f"is {value!r}; expected text", hint=f"write it in quotes: '{value}'")
     if ("path" in values) == ("repo" in values):
-        raise place.error("expected either a path or a repo", hint="base: {repo: org/name, revision: main}")
+        raise place.error(
+            "expected either a path or a repo", hint="write, for example, base: {repo: org/name, revision: main}"
+        )
     if "path" in values:
         if "revision" in values:
-            raise place.at("revision").error("only a repo has revisions")
+            raise place.at("revision").error("only a repo has revisions", hint="remove it, or use repo instead of path")
         path = PurePosixPath(values["path"])
         if path.is_absolute() or str(path).startswith("~") or os.path.isabs(values["path"]):
             raise place.at("path").error(
-                "is a place on this machine alone", hint="write it as seen from the recipe's folder: ../models/base"
+                "must be relative to the recipe's folder", hint="write, for example, ../models/base"
             )
         return Source(name, place, path=str(path))
     try:
@@ -81,11 +83,13 @@ def _source(name: str, entry: Any, place: Place) -> Source:
 def _step(name: str, entry: Any, place: Place) -> Step:
     known = names(registry)
     if not isinstance(entry, Mapping) or not entry:
-        raise place.error("expected what to do, such as {quantize: base}", hint=f"kinds: {', '.join(known)}")
+        raise place.error(
+            "expected what to do, such as {quantize: base}", hint=f"known kinds of steps: {', '.join(known)}"
+        )
     kind = next(iter(entry))
     if kind not in known:
-        hint = f"its first key says what it does; {nearest(kind, known, 'kinds')}"
-        raise place.at(kind).error(f"{kind!r} is no kind of step", hint=hint)
+        hint = f"a step's first key says what it does; {nearest(kind, known, 'known kinds of steps')}"
+        raise place.at(kind).error(f"{kind!r} is not a kind of step", hint=hint)
     how: StepKind = load(registry, kind, "KIND")
     values = _copied(entry)
     needs = _references(Input("needs", many=True), values, place)
@@ -93,7 +97,7 @@ def _step(name: str, entry: Any, place: Place) -> Step:
     inputs = {key: found for key, found in inputs.items() if found}
     for taken in how.inputs:
         if taken.required and taken.key not in inputs:
-            raise place.error(f"{taken.key} is missing", hint=f"{taken.key}: the name of a source or step")
+            raise place.error(f"{taken.key} is missing", hint=f"add {taken.key}: the name of a source or step")
     refused = next((key for key in values if key in how.refused), None)
     if refused is not None:
         raise place.at(refused).error("cannot be set in a recipe", hint=how.refused[refused])
@@ -127,7 +131,7 @@ def _references(taken: Input, values: dict[str, Any], place: Place) -> tuple[str
     del values[last]
     twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
     if twice is not None:
-        raise place.error(f"{twice!r} is there twice")
+        raise place.error(f"{twice!r} is listed twice")
     return tuple(found)
 
 
@@ -141,16 +145,18 @@ def _check_names(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
     words = {word: step for step in steps for taken in step.how.inputs for word in taken.words}
     for source in sources.values():
         if source.name in words:
-            raise source.place.error(f"the name means something else to {words[source.name].kind}", hint="rename it")
+            raise source.place.error(f"the name has another meaning in {words[source.name].kind}", hint="rename it")
     if len(seen) < len(sources):
-        raise next(iter(sources.values())).place.error("two sources have names that differ in case only")
+        raise next(iter(sources.values())).place.error(
+            "two sources have names that differ only in case", hint="rename one of them"
+        )
     for step in steps:
         for made in {step.name, *step.makes}:
             if made.casefold() in seen:
                 other = seen[made.casefold()]
-                raise step.place.error(f"{made!r} would shadow {other}", hint="give one of them another name")
+                raise step.place.error(f"{made!r} is also the name of {other}", hint="give one of them another name")
             if made in words:
-                raise step.place.error(f"{made!r} means something else to {words[made].kind}", hint="rename it")
+                raise step.place.error(f"{made!r} has another meaning in {words[made].kind}", hint="rename it")
         seen |= {made.casefold(): f"what the step {step.name!r} makes" for made in {step.name, *step.makes}}
 
 
@@ -160,21 +166,21 @@ def _check_references(step: Step, sources: Mapping[str, Source], steps: Sequence
     for taken, name in step.takes():
         place = step.place.at(*taken.key.split("."))
         if name in every and name not in made:
-            raise place.error(f"{name!r} makes nothing", hint=f"to wait for it, write needs: [{name}]")
+            raise place.error(f"the step {name!r} makes no artifact", hint=f"to wait for it, write needs: [{name}]")
         if name not in made and name not in sources:
-            raise place.error(f"there is no {name!r}", hint=nearest(name, {*sources, *made}, "there are"))
+            raise place.error(f"no source or step named {name!r}", hint=nearest(name, {*sources, *made}))
         if taken.takes == "file" and name in made:
-            raise place.error(f"{name!r} is a folder; expected a file")
+            raise place.error(f"{name!r} is a folder; expected a file", hint="name a source that is a file")
     for name in step.needs:
         if name not in every:
-            raise step.place.at("needs").error(f"there is no step {name!r}", hint=nearest(name, every, "steps"))
+            raise step.place.at("needs").error(f"no step named {name!r}", hint=nearest(name, every, "known steps"))
 
 
 def _check_used(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
     used = {name for step in steps for _, name in step.takes()}
     unused = next((source for name, source in sources.items() if name not in used), None)
     if unused is not None:
-        raise unused.place.error("no step uses it", hint="remove it, or name it in a step")
+        raise unused.place.error("no step uses this source", hint="remove it, or name it in a step")
 
 
 def _check_targets(steps: Sequence[Step]) -> None:
@@ -188,7 +194,8 @@ def _check_targets(steps: Sequence[Step]) -> None:
             other = seen.setdefault((key, options.repo.casefold(), value), step) if value is not None else step
             if other is not step:
                 raise step.place.at(key).error(
-                    f"{options.repo} gets the {key} {value} from {other.name!r} already", hint=f"choose another {key}"
+                    f"{other.name!r} already publishes to the {key} {value} of {options.repo}",
+                    hint=f"choose another {key}",
                 )
 
 
@@ -208,7 +215,10 @@ def _ordered(recipe: Recipe) -> Iterable[Step]:
     while waiting:
         ready = next((step for step in waiting if set(recipe.before(step)) <= set(ordered)), None)
         if ready is None:
-            raise waiting[0].place.error(f"waits for itself: {' -> '.join(_cycle(recipe, waiting, ordered))}")
+            raise waiting[0].place.error(
+                f"waits for itself: {' -> '.join(_cycle(recipe, waiting, ordered))}",
+                hint="remove one of these dependencies",
+            )
         ordered[ready.name] = ready
         waiting.remove(ready)
     return ordered.values()

@@ -111,7 +111,7 @@ class Recipe:
             UsageError: there is no such step.
         """
         if name not in self.steps:
-            raise UsageError(f"{self.path}: there is no step {name!r}", hint=nearest(name, self.steps, "steps"))
+            raise UsageError(f"{self.path}: no step named {name!r}", hint=nearest(name, self.steps, "known steps"))
         wanted, waiting = {name}, [name]
         while waiting:
             found = set(self.before(self.steps[waiting.pop()])) - wanted

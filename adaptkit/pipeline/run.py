@@ -52,10 +52,10 @@ def run(
     sending = next((step for step in steps if step.how.sends), None)
     if options.offline and sending is not None:
         raise sending.place.error(
-            f"{sending.kind} needs the network", hint="leave out --offline, or end before it: --until STEP"
+            f"{sending.kind} needs the network", hint="leave out --offline, or stop before this step with --until STEP"
         )
     if options.signer is not None and not any(getattr(step.options, "sign", False) for step in steps):
-        raise UsageError(f"{recipe}: no step signs anything", hint="write sign: true in the step that publishes")
+        raise UsageError(f"{recipe}: no step signs anything", hint="add sign: true to the step that publishes")
     running = _Run(read, steps, options, dry_run, listener or Listener())
     if dry_run:
         return running.all()
@@ -174,7 +174,7 @@ class _Run:
             return self._report(step, "to do" if key is not None or not self._seen(step) else "may follow", key=key)
         outputs = self._take(step, record)
         judgement = step.how.judge(step.options, record.facts)
-        figure = f"{record.figure}; would stop here: {judgement}" if judgement else record.figure
+        figure = f"{record.figure}; the run would stop here: {judgement}" if judgement else record.figure
         return self._report(step, "kept", figure=figure, key=key, outputs=outputs, facts=record.facts)
 
     def _sendings(self) -> Iterator[tuple[Step, Work]]:
@@ -225,8 +225,8 @@ class _Run:
         self._listener.ended(report)
         if judgement:
             raise GateError(
-                f"{self._recipe.path}: the gate {step.name} is not passed: {judgement}",
-                hint="what was made so far is kept; nothing after the gate was done",
+                f"{self._recipe.path}: the gate {step.name} failed: {judgement}",
+                hint="change the model or the limits, then run it again; finished steps are kept",
             )
         return report
 
@@ -236,8 +236,8 @@ class _Run:
             material = self._materials[name]
             if material.path is not None and digest_of(material.path, self._hashes) != material.digest:
                 raise IntegrityError(
-                    f"{step.name}: the source {name} changed while the run was at work",
-                    hint="run the same command again when nothing writes to it",
+                    f"{step.name}: the source {name} changed during the run",
+                    hint="run the same command again when nothing writes to that source",
                 )
 
     def _note_plan(self, step: Step, key: str) -> None:

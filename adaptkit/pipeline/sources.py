@@ -100,7 +100,7 @@ def check_apart(sources: Iterable[Source], folder: Path, work: Path) -> None:
     """
     for source in sources:
         if source.path is not None and work.resolve().is_relative_to((folder / source.path).resolve()):
-            raise source.place.at("path").error(f"holds the work folder {work}", hint="choose another --work")
+            raise source.place.at("path").error(f"contains the work folder {work}", hint="choose another --work")
 
 
 def resolve(
@@ -139,18 +139,20 @@ def resolve(
     if source.path is not None:
         path = folder / source.path
         if not path.exists():
-            raise source.place.at("path").error("does not exist", hint=f"looked for {path}")
+            raise source.place.at("path").error("does not exist", hint=f"check the path: {path}")
         return _material(source, path, {}, hashes, progress)
     repo = str(source.repo)
     if offline:
         found = find_cached(repo, commit or source.revision)
         if found is None:
-            raise source.place.error(f"{source} is not in huggingface_hub's cache", hint="run once without --offline")
+            raise source.place.error(
+                f"{source} is not in huggingface_hub's cache", hint="run it once without --offline"
+            )
         on_commit(found.name)
         if absent := sorted(name for name in files if not (found / name).exists()):
             raise source.place.error(
-                f"huggingface_hub's cache holds only a part of {source}: {absent[0]} is missing",
-                hint="run once without --offline",
+                f"huggingface_hub's cache has only a part of {source}: {absent[0]} is missing",
+                hint="run it once without --offline",
             )
         if not files:
             tell_of_parts(repo, found, note)
@@ -200,8 +202,8 @@ def _folder(path: Path, hashes: Hashes, progress: Progress = no_progress) -> tup
         changed = [r.path for r, digest in zip(manifest.files, digests, strict=True) if digest != r.sha256]
         if changed:
             raise IntegrityError(
-                f"{path}: {changed[0]} is not what {MANIFEST_NAME} says",
-                hint="get it again; where it came from the Hub as it is, ask whoever published it to publish it again",
+                f"{path}: {changed[0]} does not match {MANIFEST_NAME}",
+                hint="download or copy it again; if it is the same on the Hub, ask the publisher to publish it again",
             )
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
         return manifest.sha256, sum(record.size for record in manifest.files), found

@@ -75,7 +75,10 @@ class WorkFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConflictError(f"{self.root}: another run is at work there", hint="wait for it") from error
+                raise ConflictError(
+                    f"{self.root}: another run is using this work folder",
+                    hint="wait for it to end, or choose another --work",
+                ) from error
             yield
         finally:
             os.close(handle)
@@ -93,14 +96,14 @@ class WorkFolder:
             found = {name: self._check(self.output(key, name)).sha256 for name in step.makes}
         except IntegrityError as error:
             if record.outputs is not None:  # else it is not finished
-                note(f"{step.name}: {error.message}; it is made again")
+                note(f"{step.name}: {error.message}; making it again")
             return None
         if record.outputs is None:
             # Nothing of it was there when the step began, and outputs appear when they are whole: the run was killed
             # just before it could say so.
             return Record(step.kind, key, found, "made before", {}) if step.makes else None
         if record.outputs != found:
-            note(f"{step.name}: is not what it was when it was made; it is made again")
+            note(f"{step.name}: has changed since it was made; making it again")
             return None
         return record
 
@@ -125,7 +128,7 @@ class WorkFolder:
 
     def _check(self, folder: Path) -> Manifest:
         if not folder.is_dir():
-            raise IntegrityError(f"{folder} is gone")
+            raise IntegrityError(f"{folder} is missing")
         manifest = require_manifest(folder)
         if self._verify:
             check_artifact(folder, manifest, os.cpu_count() or 1)
@@ -133,7 +136,7 @@ class WorkFolder:
         check_names(folder, manifest)
         for record in manifest.files:
             if resolve_inside(folder, record.path).stat().st_size != record.size:
-                raise IntegrityError(f"{folder}: {record.path} has another size than its manifest says")
+                raise IntegrityError(f"{folder}: {record.path} has a different size than its manifest says")
         return manifest
 
     def _read(self, step: Step, key: str) -> Record | None:

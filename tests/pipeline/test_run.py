@@ -127,7 +127,7 @@ def test_a_source_that_changes_while_others_are_at_work_is_not_taken_for_what_it
             content[-1] ^= 1
             weights.write_bytes(content)
 
-    with pytest.raises(IntegrityError, match=rf"{before}: the source base changed while the run was at work"):
+    with pytest.raises(IntegrityError, match=rf"{before}: the source base changed during the run"):
         run(recipe, listener=Listener(started=write))
     assert not (release / "recipe.lock").exists()
     assert before not in {path.stem for path in (release / ".adaptkit").glob("*/*.json")}
@@ -141,7 +141,7 @@ def test_a_source_that_changes_during_its_own_step_is_not_taken_for_what_it_was(
         (release / "lora" / "vocab.txt").write_text("new")
 
     until = RunOptions(until="merged")
-    with pytest.raises(IntegrityError, match="merged: the source lora changed while the run was at work"):
+    with pytest.raises(IntegrityError, match="merged: the source lora changed during the run"):
         run(recipe, until, listener=Listener(progress=write))
     assert "merged" in done(run(recipe, until))
 
@@ -149,7 +149,7 @@ def test_a_source_that_changes_during_its_own_step_is_not_taken_for_what_it_was(
 def test_what_was_made_of_a_source_that_had_changed_is_not_taken_once_that_is_as_it_was(release, recipe):
     template, until = release / "model" / "chat_template.jinja", RunOptions(until="small")
     before = template.read_bytes()
-    with pytest.raises(IntegrityError, match="small: the source base changed while the run was at work"):
+    with pytest.raises(IntegrityError, match="small: the source base changed during the run"):
         run(recipe, until, listener=Listener(progress=lambda done, total: template.write_bytes(before + b" ")))
     template.write_bytes(before)
     report = run(recipe, until)
@@ -333,12 +333,12 @@ def test_locked_is_content_with_what_it_describes(recipe, release):
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("rank: 2", "rank: 3", "steps.lighter.rank is 3, it has 2"),
-        ("{quantize: base}", "{quantize: base, block_size: 32}", "steps.small.block_size is not in it"),
-        ("  loads: {check: merged, target: [peft]}\n", "", "steps.loads is in it, but not here"),
-        ("{path: lora}", "{path: ./other}", "sources.lora.path is other, it has lora"),
-        ("name: tiny", "name: small", "name is small, it has tiny"),
-        ("peft]", "vllm]", "steps.loads.target is ['vllm'], it has ['peft']"),
+        ("rank: 2", "rank: 3", "steps.lighter.rank is 3, but 2 in the lock"),
+        ("{quantize: base}", "{quantize: base, block_size: 32}", "steps.small.block_size is not in the lock"),
+        ("  loads: {check: merged, target: [peft]}\n", "", "steps.loads is in the lock, but not here"),
+        ("{path: lora}", "{path: ./other}", "sources.lora.path is other, but lora in the lock"),
+        ("name: tiny", "name: small", "name is small, but tiny in the lock"),
+        ("peft]", "vllm]", "steps.loads.target is ['vllm'], but ['peft'] in the lock"),
     ],
 )
 def test_a_recipe_that_is_not_the_locked_one_is_refused_before_anything_is_read(recipe, release, edit, old, new, named):
@@ -355,10 +355,12 @@ def test_sources_that_are_not_the_locked_ones_are_named_by_file(recipe, release)
     run(recipe)
     config = release / "lora" / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(DriftError, match=r"sources\.lora\.files\.adapter_config\.json is \w{12}…, it has \w{12}…"):
+    with pytest.raises(
+        DriftError, match=r"sources\.lora\.files\.adapter_config\.json is \w{12}…, but \w{12}… in the lock"
+    ):
         run(recipe, RunOptions(locked=True))
     (release / "lora" / "vocab.txt").write_text("x")
-    with pytest.raises(DriftError, match=r"sources\.lora\.files\.vocab\.txt is not in it"):
+    with pytest.raises(DriftError, match=r"sources\.lora\.files\.vocab\.txt is not in the lock"):
         run(recipe, RunOptions(locked=True))
 
 
@@ -374,20 +376,20 @@ def change_lock(release, *keys, value):
 def test_an_artifact_with_other_bytes_is_named(recipe, release):
     run(recipe)
     change_lock(release, "steps", "lighter", "outputs", "lighter", value="0" * 64)
-    with pytest.raises(DriftError, match=r"steps\.lighter\.outputs\.lighter is \w{12}…, it has 000000000000…"):
+    with pytest.raises(DriftError, match=r"steps\.lighter\.outputs\.lighter is \w{12}…, but 000000000000… in the lock"):
         run(recipe, RunOptions(locked=True))
 
 
 def test_another_version_of_adaptkit_is_named(recipe, release):
     run(recipe)
     change_lock(release, "tool", "version", value="0.0.1")
-    with pytest.raises(DriftError, match=r"tool\.version is 0\.1\.0, it has 0\.0\.1"):
+    with pytest.raises(DriftError, match=r"tool\.version is 0\.1\.0, but 0\.0\.1 in the lock"):
         run(recipe, RunOptions(locked=True))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema":1}', b"<<<<<<< HEAD\n", b'{"schema":2}'])
 def test_a_lock_that_is_none_is_refused_and_can_be_written_again(recipe, release, content):
-    with pytest.raises(UsageError, match=r"recipe\.lock: does not exist"):
+    with pytest.raises(UsageError, match=r"recipe\.lock: lock not found"):
         run(recipe, RunOptions(locked=True, until="small"))
     (release / "recipe.lock").write_bytes(content)
     with pytest.raises(UsageError, match=r"recipe\.lock: "):
@@ -401,7 +403,7 @@ def test_steps_that_were_not_asked_for_are_locked_as_far_as_they_are_known(recip
     lock = lock_of(release)["steps"]
     assert set(lock) == {"lighter", "merged", "loads", "small"}, "plain is made from what is not there"
     assert "outputs" not in lock["small"]
-    with pytest.raises(DriftError, match=r"steps\.plain is not in it"):
+    with pytest.raises(DriftError, match=r"steps\.plain is not in the lock"):
         run(recipe, RunOptions(locked=True))
 
 
@@ -415,9 +417,9 @@ def test_what_an_earlier_run_made_stays_locked_when_it_is_not_asked_for(recipe, 
 @pytest.mark.parametrize(
     ("keys", "value", "named"),
     [
-        (("steps", "loads", "outputs"), {"evil": "0" * 64}, "steps.loads.outputs is in it, but not here"),
-        (("steps", "small", "more"), 1, "steps.small.more is in it, but not here"),
-        (("more",), 1, "more is in it, but not here"),
+        (("steps", "loads", "outputs"), {"evil": "0" * 64}, "steps.loads.outputs is in the lock, but not here"),
+        (("steps", "small", "more"), 1, "steps.small.more is in the lock, but not here"),
+        (("more",), 1, "more is in the lock, but not here"),
     ],
 )
 def test_a_lock_that_says_more_than_was_found_is_refused(recipe, release, keys, value, named):
@@ -433,7 +435,7 @@ OTHER_LOCKS = ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}', "12345
 @pytest.mark.parametrize("content", OTHER_LOCKS, ids=lambda content: content[:20])
 def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
     (release / "recipe.lock").write_text(content)
-    with pytest.raises(UsageError, match=r"recipe\.lock: is no lock of adaptkit's"):
+    with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit"):
         run(recipe)
     assert (release / "recipe.lock").read_text() == content
 
@@ -442,7 +444,7 @@ def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
 @pytest.mark.parametrize("locked", [False, True])
 def test_what_is_no_file_is_no_lock(recipe, release, make, locked):
     make(release / "recipe.lock")  # nobody would ever write into the pipe
-    with pytest.raises(UsageError, match=r"recipe\.lock: is no lock"):
+    with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit"):
         run(recipe, RunOptions(locked=locked))
     assert not (release / ".adaptkit").exists()
 
@@ -464,7 +466,7 @@ def test_a_gate_that_is_not_passed_stops_what_follows(recipe, release, edit):
     seen = []
     with pytest.raises(GateError) as caught:
         run(recipe, listener=Listener(ended=lambda step: seen.append((step.name, step.state))))
-    assert caught.value.message.startswith(f"{recipe}: the gate loads is not passed: gguf would not take it: ")
+    assert caught.value.message.startswith(f"{recipe}: the gate loads failed: gguf does not accept it: ")
     assert caught.value.exit_code == 9
     assert seen[-1] == ("loads", "failed")
     assert "after" not in dict(seen)
@@ -506,7 +508,7 @@ def test_a_source_with_a_manifest_is_compared_with_it(recipe, release, tmp_path)
     assert "files" not in locked
     path = release / "lora" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors is not what adaptkit-manifest\.json says"):
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors does not match adaptkit-manifest\.json"):
         run(recipe)
 
 
@@ -531,7 +533,7 @@ def test_a_place_that_cannot_be_written_to_is_changed_by_an_option_that_a_run_ha
 def test_a_work_folder_in_a_source_is_refused_before_anything_is_written_there(recipe, release, inside):
     before = sorted((release / "model").rglob("*"))
     for dry_run in (True, False):
-        with pytest.raises(ConfigError, match=r"sources\.\w+\.path: holds the work folder") as caught:
+        with pytest.raises(ConfigError, match=r"sources\.\w+\.path: contains the work folder") as caught:
             run(recipe, RunOptions(work=release / "model" / inside), dry_run=dry_run)
         assert caught.value.hint == "choose another --work"
     assert sorted((release / "model").rglob("*")) == before
@@ -547,7 +549,7 @@ def test_hashes_that_cannot_be_kept_are_named(recipe, release):
 def test_two_runs_do_not_share_a_work_folder(recipe, release):
     def start_another(step):
         if step.name == "plain":
-            with pytest.raises(ConflictError, match="another run is at work there"):
+            with pytest.raises(ConflictError, match="another run is using this work folder"):
                 run(recipe)
 
     run(recipe, listener=Listener(started=start_another))

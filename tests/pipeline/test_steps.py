@@ -99,7 +99,7 @@ def test_a_limit_that_is_changed_is_judged_by_what_was_measured(ran):
     folder, _ = ran
     path = folder / "strict.yaml"
     path.write_text(RECIPE.replace("text.kl_divergence: {max: 1}", "text.kl_divergence: {max: 0}"))
-    with pytest.raises(GateError, match=r"text\.kl_divergence is 0\.\d{4}, required is at most 0"):
+    with pytest.raises(GateError, match=r"text\.kl_divergence is 0\.\d{4}; required: at most 0"):
         run(path)
 
 

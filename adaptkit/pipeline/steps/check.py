@@ -23,7 +23,7 @@ class CheckOptions:
     def __post_init__(self) -> None:
         unknown = next((name for name in self.target if name not in names(registry)), None)
         if unknown is not None:
-            raise UsageError(f"target: there is no {unknown!r}", hint=f"known: {', '.join(names(registry))}")
+            raise UsageError(f"target: unknown target {unknown!r}", hint=f"known: {', '.join(names(registry))}")
 
 
 def _run(work: Work) -> Outcome:
@@ -34,11 +34,11 @@ def _run(work: Work) -> Outcome:
         for verdict in report.verdicts
         if not verdict.taken
     }
-    return Outcome(f"{', '.join(taken) or 'nobody'} would take it", {"taken": taken, "refusals": refusals})
+    return Outcome(f"accepted by {', '.join(taken) or 'none'}", {"taken": taken, "refusals": refusals})
 
 
 def _judge(options: Any, facts: Facts) -> str:
-    return "; ".join(f"{target} would not take it: {why}" for target, why in sorted(facts["refusals"].items()))
+    return "; ".join(f"{target} does not accept it: {why}" for target, why in sorted(facts["refusals"].items()))
 
 
 KIND = StepKind(

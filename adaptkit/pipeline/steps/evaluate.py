@@ -27,9 +27,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.min is None and self.max is None:
-            raise UsageError("gives no limit", hint="give min, max or both")
+            raise UsageError("has no limit", hint="set min, max or both")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise UsageError(f"nothing is at least {self.min:g} and at most {self.max:g}")
+            raise UsageError(f"min {self.min:g} is larger than max {self.max:g}", hint="set min to at most max")
 
     def __str__(self) -> str:
         ends = (("at least", self.min), ("at most", self.max))
@@ -55,7 +55,7 @@ class EvaluateStep(EvaluateOptions):
         known = set(_figures(EvaluateReport))
         for name in self.require:
             if name not in known:
-                raise UsageError(f"require: there is no figure {name!r}", hint=nearest(name, known))
+                raise UsageError(f"require: unknown figure {name!r}", hint=nearest(name, known))
 
 
 def _figures(kind: type[Any], prefix: str = "") -> Iterator[str]:
@@ -87,7 +87,10 @@ def _check(options: EvaluateStep, inputs: Inputs) -> None:
     for name in options.require:
         missing = [key for key in _measured_with(name) if key not in given]
         if missing:
-            raise UsageError(f"require: {name} is measured only with {' and '.join(missing)}")
+            raise UsageError(
+                f"require: {name} is measured only with {' and '.join(missing)}",
+                hint=f"add {' and '.join(missing)} to the step, or remove {name}",
+            )
 
 
 def _measured_with(figure: str) -> tuple[str, ...]:
@@ -131,7 +134,7 @@ def _judge(options: EvaluateStep, facts: Facts) -> str:
         if value is None:
             missed.append(f"{name} was not measured")
         elif not limits.allow(value):
-            missed.append(f"{name} is {value:.4f}, required is {limits}")
+            missed.append(f"{name} is {value:.4f}; required: {limits}")
     return "; ".join(missed)
 
 

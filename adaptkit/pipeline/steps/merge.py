@@ -13,7 +13,9 @@ def _run(work: Work) -> Outcome:
     base = work.path("merge")
     if quantization_found(Checkpoint(base)) is not None:
         name = work.names["merge"][0]
-        raise CheckpointError(f"{name} is quantized", hint="name the 16-bit checkpoint that it was made from")
+        raise CheckpointError(
+            f"{name} is quantized", hint="use the 16-bit checkpoint that it was made from as a source"
+        )
     report = merge(base, work.paths["adapters"], work.output, work.options, progress=work.progress)
     facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}
     return Outcome(f"{report.merged} of {counted(report.tensors, 'tensor')} changed", facts)

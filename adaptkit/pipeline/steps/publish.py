@@ -65,14 +65,14 @@ def _target(report: PublishReport) -> str:
 
 def _sent(report: PublishReport) -> str:
     files = f"{counted(len(report.files_added), 'file')}, {size(report.bytes_sent)} sent"
-    return "there already" if report.already_there else files
+    return "already there" if report.already_there else files
 
 
 KIND = StepKind(
     inputs=(Input("publish", required=True),),
     options=PublishStep,
     run=_run,
-    refused={"signer": "write sign: true, and give the key to the command: --sign KEY"},
+    refused={"signer": "write sign: true, and pass the key to the command with --sign KEY"},
     makes=lambda options: (),
     foresee=_foresee,
     rehearse=_rehearse,

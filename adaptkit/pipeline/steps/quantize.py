@@ -35,7 +35,7 @@ KIND = StepKind(
     inputs=(Input("quantize", required=True), Input(_FILES, many=True, takes="file")),
     options=QuantizeOptions,
     run=_run,
-    refused={"part": "a step makes all of it"},
+    refused={"part": "remove it: a step makes all shares"},
     complete=_complete,
     makes=_makes,
 )

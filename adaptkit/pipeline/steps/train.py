@@ -56,7 +56,9 @@ def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
 def _check(options: TrainConfig, inputs: Inputs) -> None:
     for name in options.mixture or ():
         if name not in inputs["data"]:
-            raise UsageError(f"mixture: {name!r} is none of the data", hint=f"data: {', '.join(inputs['data'])}")
+            raise UsageError(
+                f"mixture: {name!r} is not one of the data", hint=f"use the names in data: {', '.join(inputs['data'])}"
+            )
 
 
 KIND = StepKind(
@@ -64,9 +66,9 @@ KIND = StepKind(
     options=TrainConfig,
     run=_run,
     refused={
-        "base": "it stands beside train",
-        "tensorboard": "it lies outside the work folder",
-        "wandb": "it reaches out to the network",
+        "base": "remove it: the value of train is the base",
+        "tensorboard": "remove it: a step writes only to the work folder",
+        "wandb": "remove it: a step does not use this network service",
     },
     complete=_complete,
     check=_check,
