@@ -25,7 +25,7 @@ def adapter_rows(total: "GroupDifference") -> list[Row]:
         if overlap is not None and random is not None:
             rows.append((f"overlap, {side}", f"{overlap:.3f}; random subspaces {random:.3f}"))
     if total.sign_agreement is not None:
-        rows.append(("signs", f"{percent(total.sign_agreement)} agree, on 64 rows a module"))
+        rows.append(("signs", f"{percent(total.sign_agreement)} agree, on 64 rows per module"))
     if total.interference_share is not None:
         rows.append(("interference", f"{percent(total.interference_share)} of the singular values"))
     return rows
@@ -41,13 +41,13 @@ def checkpoint_rows(report: "CheckpointDiffReport") -> list[Row]:
         found = " and ".join(name or "not quantized" for name in report.quantizations)
         rows.append(("quantized", f"{found}; compared as stored, not decoded"))
     if report.tensors:
-        share = "not known, as some have no norm"
+        share = "unknown, since some have no norm"
         if report.relative is not None:
             share = f"{percent(report.relative)} of the norm of what differs"
         rows.append(("difference", share))
     if report.energy:
         shares = ", ".join(f"{percent(share)} in {rank}" for rank, share in report.energy.items())
-        rows.append(("low rank", f"at least {shares} directions a matrix, of the change's square"))
+        rows.append(("low rank", f"at least {shares} directions per matrix, of the square norm of the change"))
     return rows
 
 

@@ -39,7 +39,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"a page with pictures needs matplotlib, which cannot be imported: {error}",
+            f"--html needs matplotlib, which cannot be imported: {error}",
             hint="pip install 'adaptkit[report]', or leave out --html",
         ) from error
 

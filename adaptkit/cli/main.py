@@ -62,7 +62,7 @@ class _Commands(click.Group):
             return super().resolve_command(ctx, args)
         close = closest(args[0], names(commands))
         hint = f"did you mean {close!r}?" if close else "see adaptkit --help"
-        raise UsageError(f"there is no command {args[0]!r}", hint=hint)
+        raise UsageError(f"unknown command {args[0]!r}", hint=hint)
 
 
 @click.group(
@@ -125,7 +125,7 @@ def _say_stopped(number: int) -> int:
     """Say how to go on, and return the exit code."""
     code, word = (INTERRUPTED, "interrupted") if number == signal.SIGINT else (TERMINATED, "terminated")
     goes_on = not _KEEP_NOTHING.intersection(sys.argv[1:2])
-    return _fail(code, word, word, "the same command goes on where it stopped" if goes_on else "", True)
+    return _fail(code, word, word, "run the same command again to resume" if goes_on else "", True)
 
 
 def program() -> None:

@@ -30,7 +30,7 @@ _COLUMNS: tuple[tuple[str, str, _Value], ...] = (
 )
 NONE = {
     "NIST": "none, since no answer, or no reference, has a word",
-    "CIDEr": "none, since there is but one question, or no reference has a word",
+    "CIDEr": "none, since there is only one question, or no reference has a word",
 }
 """Why answers may be without a score."""
 
@@ -82,7 +82,7 @@ def remarks(comparison: "Comparison") -> list[str]:
         said.append("losses are means over different numbers of answer tokens: tokenizers or cuts differ")
     if not comparison.same_text:
         said.append(
-            "perplexities of text are of different tokens, and no measure of one another: "
+            "text perplexities cannot be compared, since they are over different tokens: "
             "tokenizers or chat templates differ"
         )
     said += models[0].unused_remarks
@@ -103,8 +103,8 @@ def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
     for report in comparison.models:
         counts = (
             (report.truncated, "sample", f" {CUT}"),
-            (report.dropped, "sample", " dropped since the cut took the answer"),
-            (report.fewer_shots, "time", " room for fewer examples than --shots"),
+            (report.dropped, "sample", " dropped because the cut removed the answer"),
+            (report.fewer_shots, "prompt", " with room for fewer examples than --shots"),
             (report.generated.unfinished if report.generated else 0, "answer", " cut at --max-new-tokens"),
             (report.generated.empty if report.generated else 0, "empty answer", ""),
         )

@@ -33,7 +33,7 @@ class ArtifactPath(click.ParamType[Path]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See ``click.ParamType``."""
         if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
-            self.fail("an empty path names nothing", param, ctx)
+            self.fail("the path is empty", param, ctx)
         asked = ctx.params if ctx else {}
         return self._found(str(value), bool(asked.get("as_json") or asked.get("quiet")))
 

@@ -105,12 +105,12 @@ def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[byte
     is_written_to = path.exists() and (is_ours is None or not _is_replaced(path))
     folder = Path(os.path.realpath(path)).parent
     if path.is_dir() or not (os.access(path, os.W_OK) if is_written_to else _takes_files(folder)):
-        raise UsageError(f"{option} {path}: no file can be written there", hint=f"choose another {option}")
+        raise UsageError(f"{option} {path}: cannot write a file there", hint=f"choose another {option}")
     if is_ours is not None and path.is_file():
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)
         if beginning and not is_ours(beginning):
-            raise UsageError(f"{option} {path}: is there already, and is no {what}", hint=f"choose another {option}")
+            raise UsageError(f"{option} {path}: already exists, and is not a {what}", hint=f"choose another {option}")
 
 
 def _takes_files(folder: Path) -> bool:
@@ -128,7 +128,7 @@ def check_report_file(path: Path, kind: type) -> None:
         UsageError: see ``check_place``.
     """
     first = [field.name.encode() for field in fields(kind)][:2]
-    check_place(path, "--output-file", "such report", lambda start: _KEYS.findall(start)[:2] == first)
+    check_place(path, "--output-file", "report of this command", lambda start: _KEYS.findall(start)[:2] == first)
 
 
 def in_turn(*actions: Callable[[], None]) -> None:

@@ -69,7 +69,7 @@ def _branch(name: str, below: dict[str, list[str]], seen: set[str], stem: str = 
 def _descriptions(report: "RunReport") -> Iterator[tuple[str, str]]:
     for source in report.sources:
         yield source.name, source_text(source)
-    words = {"to do": "would run", "may follow": "would run if what it is made from changes"}
+    words = {"to do": "would run", "may follow": "would run if its inputs change"}
     for step in report.steps:
         yield (
             step.name,

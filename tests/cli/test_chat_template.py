@@ -271,7 +271,7 @@ def test_extract_takes_the_end_token_along(run_cli, untemplated, rows, tmp_path)
     assert run_cli(*train(untemplated, rows, "a", "--chat-template", tmp_path / "mine.jinja")).code == 0
     assert run_cli("merge", untemplated, tmp_path / "a", "-o", tmp_path / "m").code == 0
     done = run_cli("extract", tmp_path / "m", untemplated, "-o", tmp_path / "x", "--rank", 2)
-    assert re.search("goes along .*chat_template.jinja.*, generation_config.json", done.stdout)
+    assert re.search("also copied .*chat_template.jinja.*, generation_config.json", done.stdout)
     made, found = (tmp_path / name / "generation_config.json" for name in ("a", "x"))
     assert made.read_bytes() == found.read_bytes()
     assert run_cli("merge", untemplated, tmp_path / "x", "-o", tmp_path / "again").code == 0

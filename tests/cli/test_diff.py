@@ -187,7 +187,7 @@ def test_two_kinds_are_refused_in_a_line_and_a_hint(options, run_cli, adapter, l
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(run_cli, adapter, tmp_path):
     done = run_cli("diff", adapter, tmp_path / "absent", "--html", tmp_path / "nowhere" / "page.html")
-    assert (done.code, "no file can be written there" in done.stderr) == (2, True)
+    assert (done.code, "cannot write a file there" in done.stderr) == (2, True)
 
 
 def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run_cli, adapter, second_adapter, copy_of, tmp_path):
@@ -196,7 +196,7 @@ def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run_cli, adapter, 
     before = config.read_bytes()
     done = run_cli("diff", mine, second_adapter, "--html", config)
     assert (done.code, config.read_bytes()) == (2, before)
-    assert "is no page" in done.stderr
+    assert "is not a page of adaptkit" in done.stderr
     for _ in range(2):
         assert run_cli("diff", mine, second_adapter, "--html", tmp_path / "page.html").code == 1
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
@@ -209,7 +209,7 @@ def test_a_difference_that_cannot_be_measured_is_not_said_to_be_none(run_cli, ll
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     done = run_cli("diff", folder, llama)
     assert done.code == 1
-    assert "not known" in done.stdout
+    assert "unknown, since some have no norm" in done.stdout
     assert json.loads(run_cli("diff", folder, llama, "--json").stdout)["relative"] is None
 
 
@@ -218,7 +218,7 @@ def test_an_empty_path_is_not_the_current_folder(run_cli, adapter):
     for arguments in (("diff", adapter, ""), ("plan", "")):
         done = run_cli(*arguments)
         assert done.code == 2
-        assert "empty path" in done.stderr
+        assert "path is empty" in done.stderr
 
 
 def test_what_is_too_large_for_a_number_is_null_in_the_document(adapter, copy_of, run_cli):

@@ -171,7 +171,7 @@ def test_groups_have_tables(reports):
     assert [row[0] for row in tables["By layer"][1:]] == ["model.layers.0", "model.layers.1"]
     kinds = {row[0]: row[1] for row in tables["By type of module"][1:]}
     assert kinds["model.layers.*.mlp.up_proj"] == "2"
-    assert {row[1] for row in tables["Modules of one only"][1:]} == {"first"}
+    assert {row[1] for row in tables["Modules in one only"][1:]} == {"first"}
 
 
 def test_every_tensor_that_differs_has_a_row_and_a_cell(reports):

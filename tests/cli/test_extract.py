@@ -51,7 +51,7 @@ def test_extract_says_what_it_kept(run_cli, tmp_path, pair):
     low = table(run_cli("extract", *pair, "-o", tmp_path / "low", "--rank", 1).stdout)
     kept = float(re.match(r"kept ([\d.]+) % of the change; 14 modules below 90 %", low["change"])[1])
     assert 60 < kept < 90
-    assert re.match(r"[\d.]+ % model\.layers\.\d\.\S+ \(rank 1; 99 % would take rank 3\)$", low["kept least"])
+    assert re.match(r"[\d.]+ % model\.layers\.\d\.\S+ \(rank 1; 99 % needs rank 3\)$", low["kept least"])
 
 
 def test_extract_prints_one_document_and_it_is_the_same_for_any_threads(run_cli, tmp_path, pair):
@@ -85,7 +85,7 @@ def test_resize_says_what_it_kept(run_cli, tmp_path, adapter):
     assert "not padded" not in rows
     wide = table(run_cli("resize", adapter, "-o", tmp_path / "wide", "--rank", 9).stdout)
     assert wide["resized"] == "0 modules; 14 unchanged"
-    assert wide["not padded"] == "14 modules have a smaller rank than that already"
+    assert wide["not padded"] == "14 modules have a smaller rank already"
     quiet = run_cli("resize", adapter, "-o", tmp_path / "wide", "--rank", 2, "--quiet", "--force")
     assert (quiet.code, quiet.stdout, quiet.stderr) == (0, "", "")
     assert require_manifest(tmp_path / "wide").sha256 == rows["manifest sha256"]
@@ -112,7 +112,7 @@ def failing(pair, adapter, tmp_path_factory, run_cli):
         "not finite": (["extract", folder / "nan", base, *rank], 5, "model.norm.weight holds NaN or infinity"),
         "another type": (["extract", half, base, *rank], 4, "has another dtype than"),
         "itself": (["extract", base, base, *rank], 2, "hold the same weights"),
-        "exists": (["extract", tuned, base, "-o", half, "--rank", "2"], 8, "exists already"),
+        "exists": (["extract", tuned, base, "-o", half, "--rank", "2"], 8, "already exists"),
         "resize too much": (["resize", adapter, "-o", "out", "--energy", "2"], 2, "must be above 0 and at most 1"),
         "resize no adapter": (["resize", base, *rank], 5, "not an adapter"),
     }

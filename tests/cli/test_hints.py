@@ -57,7 +57,7 @@ def test_a_run_that_is_finished_is_not_said_to_be_in_the_way(run_cli, llama, ins
         assert done.code == 8
         assert "the run that made this is finished; there is nothing to resume\nhint: " in done.stderr
         assert "--force to train anew" in done.stderr
-    assert "exists already" in run_cli(*asked).stderr
+    assert "already exists" in run_cli(*asked).stderr
 
 
 def test_a_file_of_options_that_is_not_there_has_a_hint(run_cli, tmp_path):
@@ -88,7 +88,7 @@ def test_a_plan_says_where_rows_are_longer_than_the_model_takes(run_cli, llama, 
 def test_a_mistyped_command_gets_the_nearest(run_cli, typed, hint):
     done = run_cli(typed, "x")
     assert (done.code, done.stdout) == (2, "")
-    assert done.stderr == f"error: there is no command {typed!r}\nhint: {hint}\n"
+    assert done.stderr == f"error: unknown command {typed!r}\nhint: {hint}\n"
 
 
 def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant(run_cli, tmp_path):

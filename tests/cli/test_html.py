@@ -136,7 +136,7 @@ def test_the_table_has_a_row_for_every_tensor_with_its_own_numbers():
     which = len(parsed.tables) - 1
     for index, t in enumerate(report.tensors, start=1):
         expected = {
-            "relative error": t.relative_error, "weighted error": t.weighted_error, "bits a weight": t.bits,
+            "relative error": t.relative_error, "weighted error": t.weighted_error, "bits per weight": t.bits,
             "before": t.bytes_before, "after": t.bytes_after,
         }  # fmt: skip
         for name, value in expected.items():
@@ -295,7 +295,7 @@ def test_without_matplotlib_the_hint_says_what_to_install(tmp_path):
 def test_where_no_page_can_be_written_is_found_out_before_the_work(tmp_path):
     prepare(tmp_path / "page.html")
     for path in (tmp_path, tmp_path / "absent" / "page.html"):
-        with pytest.raises(UsageError, match="no file can be written there"):
+        with pytest.raises(UsageError, match="cannot write a file there"):
             prepare(path)
     with pytest.raises(DiskError, match="cannot be written: Is a directory"):
         write_whole(tmp_path, "page")

@@ -78,8 +78,8 @@ def broken(tmp_path, llama, adapter):
         "missing folder": (["quantize", tmp_path / "absent", "-o", "out"], 2, "does not exist"),
         "a file": (["quantize", tmp_path / "file", "-o", "out"], 2, "is a file"),
         "not a checkpoint": (["quantize", tmp_path / "empty", "-o", "out"], 5, "not a checkpoint"),
-        "no name": (["quantize", llama, "-o", "."], 2, "has no name"),
-        "no name to be": (["quantize", llama, "-o", "absent/.."], 2, "has no name"),
+        "no name": (["quantize", llama, "-o", "."], 2, "is not a name for a new folder"),
+        "no name to be": (["quantize", llama, "-o", "absent/.."], 2, "is not a name for a new folder"),
         "inside its input": (["quantize", tmp_path / "small", "-o", tmp_path / "small" / "out"], 2, "its own input"),
         "name too long": (["quantize", "a" * 300, "-o", "out"], 2, "does not exist"),
         "name of a part": (["quantize", tmp_path / "stray", "-o", "out"], 5, "the name of a part of"),
@@ -92,7 +92,7 @@ def broken(tmp_path, llama, adapter):
         "another model": (["merge", tmp_path / "small", adapter, "-o", "out"], 4, "for the adapter, but"),
         "huge weight": (["stack", adapter, adapter, "-o", "out", "--weight", "1e308", "--weight", "1"], 5, "too large"),
         "one to stack": (["stack", adapter, "-o", "out"], 2, "at least two"),
-        "no such method": (["stack", adapter, adapter, "-o", "out", "--method", "magic"], 2, "there is no 'magic'"),
+        "no such method": (["stack", adapter, adapter, "-o", "out", "--method", "magic"], 2, "unknown name 'magic'"),
         "plain base": (
             ["train", "--base", llama, "--data", "x.jsonl", "-o", "out", "--method", "qlora"],
             2,
@@ -119,7 +119,7 @@ def broken(tmp_path, llama, adapter):
         "no batch": (["evaluate", "--base", llama, "--prompt", "x", "--batch-size", "0"], 2, "batch-size"),
         "no command": ([], 2, "Missing command"),
         "nothing to measure": (["evaluate", "--base", llama], 2, "nothing to evaluate"),
-        "unpublishable": (["publish", llama, "org/name"], 3, "there is no adaptkit-manifest.json"),
+        "unpublishable": (["publish", llama, "org/name"], 3, "adaptkit-manifest.json not found"),
     }
 
 
@@ -178,7 +178,7 @@ def test_the_lines_of_a_path_make_no_more_lines_of_an_error(run_cli, llama, tmp_
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent.safetensors"}}')
     said = run_cli("inspect", folder).stderr.splitlines()
     assert [line.partition(":")[0] for line in said] == ["error", "hint"]
-    assert said[1].endswith("one two")
+    assert said[0].endswith("one two/absent.safetensors: No such file or directory")
 
 
 @pytest.mark.parametrize("key", ["base", "data"])
@@ -186,7 +186,7 @@ def test_a_home_that_no_shell_wrote_out_is_said_to_be_none(key, run_cli, llama, 
     values = {"base": str(llama), "data": [str(instructions)]} | {key: ["~/it.jsonl"] if key == "data" else "~/it"}
     (tmp_path / "train.json").write_text(json.dumps(values))
     said = run_cli("train", "--config", "train.json", "-o", "out", cwd=tmp_path).stderr
-    assert said.splitlines()[1] == "hint: write the whole path: only a shell knows what ~ stands for"
+    assert said.splitlines()[1] == "hint: write the full path: only a shell expands ~"
 
 
 def test_with_json_a_failure_is_one_document(run_cli, tmp_path):
@@ -305,7 +305,7 @@ main()
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr == f"error: {word}\nhint: the same command goes on where it stopped\n"
+    assert done.stderr == f"error: {word}\nhint: run the same command again to resume\n"
 
 
 def test_what_keeps_nothing_is_not_said_to_go_on(tmp_path):
@@ -316,7 +316,7 @@ from adaptkit.cli import main as program
 program.cli.main = lambda **_: os.kill(os.getpid(), signal.SIGINT)
 program.main()
 """
-    for word, hint in (("evaluate", ""), ("merge", "hint: the same command goes on where it stopped\n")):
+    for word, hint in (("evaluate", ""), ("merge", "hint: run the same command again to resume\n")):
         command = [sys.executable, "-c", program, word, "absent"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (130, f"error: interrupted\n{hint}")
@@ -386,7 +386,7 @@ program.main()
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr == f"error: {word}\nhint: the same command goes on where it stopped\n"
+    assert done.stderr == f"error: {word}\nhint: run the same command again to resume\n"
 
 
 ENDING = """

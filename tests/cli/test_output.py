@@ -35,7 +35,7 @@ def test_only_what_is_ours_or_empty_is_replaced(tmp_path):
         path.write_bytes(content)
         check_place(path, "--file", "page", is_ours)
     path.write_bytes(b"theirs")
-    with pytest.raises(UsageError, match=r"--file .*file: is there already, and is no page"):
+    with pytest.raises(UsageError, match=r"--file .*file: already exists, and is not a page"):
         check_place(path, "--file", "page", is_ours)
     check_place(path, "--file")  # is added to
 
@@ -46,21 +46,21 @@ def test_a_report_is_told_from_other_documents(tmp_path):
     check_report_file(path, Report)
     for content in ('{"name": "one", "number": 3}', '{\n  "name": "one",\n  "version": 1\n}', "[]", "name\n"):
         path.write_text(content)
-        with pytest.raises(UsageError, match="is no such report"):
+        with pytest.raises(UsageError, match="is not a report of this command"):
             check_report_file(path, Report)
     write_report(Other("one"), path)
-    with pytest.raises(UsageError, match="is no such report"):
+    with pytest.raises(UsageError, match="is not a report of this command"):
         check_report_file(path, Report)
 
 
 def test_a_place_is_a_file_in_a_folder_that_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for place in (tmp_path, tmp_path / "absent" / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(UsageError, match="no file can be written there"):
+        with pytest.raises(UsageError, match="cannot write a file there"):
             check_place(place, "--file", "page", is_ours)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for place in (tmp_path / "file", tmp_path / "new"):
-        with pytest.raises(UsageError, match="no file can be written there"):
+        with pytest.raises(UsageError, match="cannot write a file there"):
             check_place(place, "--file", "page", is_ours)
 
 

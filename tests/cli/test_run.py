@@ -139,7 +139,7 @@ def test_the_lock_has_the_commit_and_no_place_of_this_machine(released):
 
 def test_the_summary_has_a_table_and_the_hashes(released):
     page = (released.root / "summary.md").read_text()
-    assert page.startswith("## smollm2-trivia\n\nEverything is done.\n\n| step | kind | state | seconds | result |\n")
+    assert page.startswith("## smollm2-trivia\n\nAll steps are done.\n\n| step | kind | state | seconds | result |\n")
     for name in STEPS:
         assert f"\n| {name} | " in page
     assert f"| `{released.lock['steps']['merged']['outputs']['merged']}` |" in page
@@ -155,7 +155,7 @@ def test_a_second_run_does_nothing_and_sends_nothing(copied):
     assert done.code == 0, done.stderr
     rows = table(done.stdout)
     assert [state for _, state, _ in rows.values()] == ["kept"] * 5 + ["done"]
-    assert rows["release"][2].endswith(": there already")
+    assert rows["release"][2].endswith(": already there")
     assert copied.state() == before
     assert (copied.folder / "recipe.lock").read_bytes() == lock
     changing = [path for method, path, _ in copied.hub.requests[requests:] if method not in ("GET", "HEAD")]
@@ -187,14 +187,14 @@ def test_offline_nothing_is_asked_of_anybody(copied):
     assert absent.code == 2
     assert absent.stderr.splitlines()[-2:] == [
         f"error: recipe.yaml, line 5: sources.base: {BASE}@main is not in huggingface_hub's cache",
-        "hint: run once without --offline",
+        "hint: run it once without --offline",
     ]
     home = shutil.copytree(copied.environment["HF_HOME"], copied.folder / "part", symlinks=True)
     for path in (*home.rglob("tokenizer.json"), *home.rglob("trees")):  # as a download that was cut short leaves it
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
     part = copied.run("--offline", "--until", "loads", HF_HOME=str(home))
     assert part.code == 2
-    assert f"cache holds only a part of {BASE}@main: tokenizer.json is missing" in part.stderr
+    assert f"cache has only a part of {BASE}@main: tokenizer.json is missing" in part.stderr
     assert len(copied.hub.requests) == requests
 
 
@@ -226,16 +226,21 @@ def publishing(world, new):
 
 REFUSED = [
     (f"repo: {RELEASE}, tag: v0", TOKEN, 8, f"release: {RELEASE}: the tag v0 is on "),
-    (f"repo: {RELEASE}, tag: other", TOKEN, 2, f"release: {RELEASE}: other is a branch there\n"),
+    (f"repo: {RELEASE}, tag: other", TOKEN, 2, f"release: {RELEASE}: other already names a branch\n"),
     (f"repo: {RELEASE}, private: true", TOKEN, 8, f"release: {RELEASE}: exists and is public\n"),
     (f"repo: {RELEASE}, tag: v2", "reader", 6, f"release: {RELEASE}: the Hub answered 403"),
     (f"repo: {RELEASE}", "", 6, f"release: {RELEASE}: the Hub answered 401"),
-    ("repo: demo/absent", "reader", 6, "release: demo/absent: the token may only read\n"),
+    ("repo: demo/absent", "reader", 6, "release: demo/absent: the token is read-only\n"),
     ("repo: demo/absent", "", 6, "release: demo/absent: "),
-    (f"repo: {RELEASE}, pull_request: true", "reader", 6, f"release: {RELEASE}: the token may only read\n"),
+    (f"repo: {RELEASE}, pull_request: true", "reader", 6, f"release: {RELEASE}: the token is read-only\n"),
     (f"repo: {RELEASE}, pull_request: true", "", 6, f"release: {RELEASE}: "),
-    ("repo: demo/absent, pull_request: true", TOKEN, 2, "release: demo/absent: there is no such repository to ask\n"),
-    (f"repo: {RELEASE}, sign: true", TOKEN, 2, "release: nokey.pem: there is no key that can be read\n"),
+    (
+        "repo: demo/absent, pull_request: true",
+        TOKEN,
+        2,
+        "release: demo/absent: repository not found, so no pull request can be opened\n",
+    ),
+    (f"repo: {RELEASE}, sign: true", TOKEN, 2, "release: nokey.pem: key not found, or not readable\n"),
 ]
 
 
@@ -254,13 +259,13 @@ def test_a_dry_run_says_it_too_and_draws_all_the_same(copied):
     publishing(copied, "repo: demo/absent")
     done = copied.run("--dry-run", HF_TOKEN="reader")
     assert done.code == 0
-    assert "warning: it would be refused: release: demo/absent: the token may only read\n" in done.stderr
+    assert "warning: this would be refused: release: demo/absent: the token is read-only\n" in done.stderr
     assert "merge: would run" in done.stdout
 
 
 def test_a_dry_run_says_what_would_be_sent_when_all_is_there(copied):
     done = copied.run("--dry-run", HF_TOKEN="")
-    assert f"publish: would run, {RELEASE}@v1: there already" in done.stdout
+    assert f"publish: would run, {RELEASE}@v1: already there" in done.stdout
     recipe = copied.folder / "recipe.yaml"
     text = recipe.read_text()
     recipe.write_text(text.replace("tag: v1", "tag: v2").replace(RELEASE, "demo/new"))
@@ -269,7 +274,7 @@ def test_a_dry_run_says_what_would_be_sent_when_all_is_there(copied):
     recipe.write_text(text.replace("tag: v1", "tag: other"))
     done = copied.run("--dry-run")
     assert done.code == 0
-    assert f"warning: it would be refused: release: {RELEASE}: other is a branch there" in done.stderr
+    assert f"warning: this would be refused: release: {RELEASE}: other already names a branch" in done.stderr
 
 
 def test_nothing_is_sent_if_a_later_step_would_be_refused(copied):
@@ -297,7 +302,7 @@ def test_what_is_wrong_here_is_said_before_the_hub_is_asked(copied):
 def test_who_may_not_write_can_see_that_a_release_is_what_its_recipe_makes(copied):
     done = copied.run("--locked", "--verify", HF_TOKEN="")
     assert done.code == 0, done.stderr
-    assert table(done.stdout)["release"][2].endswith(": there already")
+    assert table(done.stdout)["release"][2].endswith(": already there")
 
 
 def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
@@ -311,7 +316,7 @@ def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
 def test_a_tag_that_is_there_is_told_of_before_anything_is_done(copied):
     shutil.rmtree(copied.folder / ".adaptkit")
     done = copied.run()
-    note = f"release: {RELEASE} has the tag v1 already; what is published has to be the artifact that it is on"
+    note = f"release: {RELEASE} already has the tag v1; only the artifact it is on can be published under it"
     assert done.code == 0
     assert done.stderr.count(note) == 1
     assert done.stderr.index(note) < done.stderr.index("base-nf4: quantize")
@@ -325,11 +330,11 @@ def test_a_gate_keeps_what_is_not_good_enough_from_the_hub(copied):
     assert done.code == 9
     error, hint = done.stderr.splitlines()[-2:]
     assert re.fullmatch(
-        r"error: recipe\.yaml: the gate judged is not passed: loss is \d\.\d{4}, required is at most 0\.5", error
+        r"error: recipe\.yaml: the gate judged failed: loss is \d\.\d{4}; required: at most 0\.5", error
     )
-    assert hint.startswith("hint: what was made so far is kept")
+    assert hint.startswith("hint: change the model or the limits, then run it again; finished steps are kept")
     assert copied.state() == before
-    assert "\nStopped: recipe.yaml: the gate judged is not passed" in page.read_text()
+    assert "\nStopped: recipe.yaml: the gate judged failed" in page.read_text()
     assert "\n| judged | evaluate | failed | " in page.read_text()
     document = json.loads(copied.run("--json").stdout)
     assert document["error"]["code"] == "gate"
@@ -348,7 +353,7 @@ def test_a_summary_that_cannot_be_written_hides_nothing(copied):
     assert done.code == 9
     warning, error, _ = done.stderr.splitlines()
     assert warning == "warning: /dev/full: the summary cannot be written: No space left on device"
-    assert "the gate judged is not passed" in error
+    assert "the gate judged failed" in error
 
 
 @pytest.mark.parametrize("place", ["absent/page.md", "."])
@@ -378,18 +383,18 @@ def test_a_dry_run_is_a_tree(copied):
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     shape = [re.split(r" {2,}(?=\w|\()", line) for line in lines[: lines.index("")]]
     assert [(name, text.partition(",")[0]) for name, text in shape] == [
-        ("release", "publish: would run if what it is made from changes"),
-        ("├── merged", "merge: would run if what it is made from changes"),
+        ("release", "publish: would run if its inputs change"),
+        ("├── merged", "merge: would run if its inputs change"),
         ("│   ├── base", f"{BASE}@main"),
         ("│   └── adapter", "train: would run"),
         ("│       ├── base-nf4", "quantize: kept"),
         ("│       │   └── base", f"{BASE}@main"),
         ("│       └── questions", "data/train.jsonl"),
-        ("├── judged", "evaluate: would run if what it is made from changes"),
+        ("├── judged", "evaluate: would run if its inputs change"),
         ("│   ├── base-nf4", "(above)"),
         ("│   ├── adapter", "(above)"),
         ("│   └── unseen", "data/test.jsonl"),
-        ("└── loads", "check: would run if what it is made from changes"),
+        ("└── loads", "check: would run if its inputs change"),
         ("    └── merged", "(above)"),
     ]
     assert lines[-1] == "smollm2-trivia  5 of 6 steps would run"
@@ -430,7 +435,7 @@ def test_the_docs_show_the_recipe_that_is_tested():
         (None, "error: recipe.yaml: No such file or directory", None),
         ("a: [", "error: recipe.yaml, line 1: malformed", None),
         ("name: x\nsources: {a: {path: b}}\nsteps:\n  s: {quantise: a}\n",
-         "error: recipe.yaml, line 4: steps.s.quantise: 'quantise' is no kind of step", "did you mean 'quantize'?"),
+         "error: recipe.yaml, line 4: steps.s.quantise: 'quantise' is not a kind of step", "did you mean 'quantize'?"),
     ],
 )  # fmt: skip
 def test_bad_recipes_end_in_one_line_a_hint_and_exit_code_2(run_cli, tmp_path, text, message, hint):
@@ -451,7 +456,7 @@ def test_at_last_a_branch_that_moved_is_drift_and_without_the_lock_is_taken(copi
     moved = copied.seed(other)
     done = copied.run("--locked")
     assert done.code == 3
-    assert f"sources.base.commit is {moved[:12]}…, it has {copied.commit[:12]}…" in done.stderr
+    assert f"sources.base.commit is {moved[:12]}…, but {copied.commit[:12]}… in the lock" in done.stderr
     plan = copied.run("--dry-run")
     assert plan.code == 0
     assert "not downloaded yet" in plan.stdout

@@ -65,7 +65,7 @@ def test_a_dry_run_writes_nothing(run_cli, adapter, second_adapter, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "message", "hint"),
     [
-        (["--method", "magic"], 2, "there is no 'magic'", "breadcrumbs, cat, dare"),
+        (["--method", "magic"], 2, "unknown name 'magic'", "breadcrumbs, cat, dare"),
         (["--method", "ties", "--seed", "3"], 2, "ties does not use --seed", "--density, --lambda"),
         (["--rank", "4", "--energy", "0.9"], 2, "either a rank or", "--rank 16, or --energy"),
         (["--weight", "0", "--weight", "0"], 2, "nothing is left", "weights"),

@@ -33,7 +33,7 @@ SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 """The exit code that each leads to."""
 MEMORY = "/dev/shm"
 """A file system on which an fsync costs nothing."""
-HINT = "the same command goes on where it stopped"
+HINT = "run the same command again to resume"
 
 
 @dataclass
@@ -184,7 +184,7 @@ def _strike(ground: Range, job: Any, trial: Path, points: list[Any], seconds: fl
 
 def is_done(ended: Any) -> bool:
     """Whether a command says that its output is there, because the one before was killed after the last rename."""
-    return ended.code == 8 and "exists already" in ended.said
+    return ended.code == 8 and "already exists" in ended.said
 
 
 def _resume(ground: Range, job: Any, trial: Path, expected: Any, tally: Tally) -> None:

@@ -176,7 +176,7 @@ def test_an_interrupted_run_saves_what_it_did_and_says_how_to_go_on(killed):
     assert second[-1] > first[-1]
     log = (root / "signal.log").read_text()
     for word in ("interrupted", "terminated"):
-        assert f"error: {word}\nhint: the same command goes on where it stopped\n" in log
+        assert f"error: {word}\nhint: run the same command again to resume\n" in log
     assert "Traceback" not in log
 
 

@@ -276,6 +276,6 @@ def test_folders_that_hold_no_model_are_refused(run_cli, tmp_path):
 
 def test_the_command_prints_a_table_and_a_document(run_cli, llama):
     table = run_cli("plan", llama, "--seq-len", 64)
-    assert all(word in table.stdout for word in ("device", "activations", "in all", "2 r √N"))
+    assert all(word in table.stdout for word in ("device", "activations", "total", "2 r √N"))
     document = json.loads(run_cli("plan", llama, "--seq-len", 64, "--json").stdout)
     assert document["total_bytes"] == sum(document["memory"].values())

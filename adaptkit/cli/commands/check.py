@@ -44,10 +44,10 @@ def command(path: Path, targets: tuple[str, ...], base: Path | None, as_json: bo
 
 
 def _rows(verdict: "Verdict") -> list[Row]:
-    word = "would take it" if verdict.taken else "would not take it as it is"
+    word = "accepts it" if verdict.taken else "does not accept it as it is"
     rows, said = [(verdict.target, f"{word} ({verdict.reader})")], ""
     for finding in verdict.findings:
-        change = "the same" if finding.change == said else finding.change
+        change = "same change as above" if finding.change == said else finding.change
         rows.append((f"  {finding.level}", f"{finding.found}\n{finding.effect}\n-> {change}"))
         said = finding.change
     return rows

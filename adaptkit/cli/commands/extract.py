@@ -70,13 +70,15 @@ def _rows(report: "ExtractReport") -> list[Row]:
     if report.modules:
         rows += _low_rank(report)
     if report.placeholder:
-        rows.append(("low-rank", f"nothing; {report.placeholder} has a change of zero, since peft needs one"))
+        rows.append(
+            ("low-rank", f"nothing; {report.placeholder} gets a zero change, since peft needs at least one module")
+        )
     both = (("saved whole", report.saved), ("left out", report.left_out))
     rows += [(label, _named(tensors)) for label, tensors in both if tensors]
     if report.left_out:
         rows.append(("", f"which is {percent(report.left_out_energy)} of the square norm of all that differs"))
     if report.tokenizer:
-        rows.append(("goes along", f"of the tuned checkpoint, {', '.join(report.tokenizer)}"))
+        rows.append(("also copied", f"of the tuned checkpoint, {', '.join(report.tokenizer)}"))
     rows += _warnings(report)
     rows.append(("manifest sha256", str(report.manifest_sha256)))
     return rows
@@ -107,7 +109,7 @@ def _kept(share: float) -> str:
 
 
 def _line(module: "ExtractedModule") -> str:
-    more = f"99 % would take rank {module.rank_99}" if module.rank_99 else "99 % would take a larger rank"
+    more = f"99 % needs rank {module.rank_99}" if module.rank_99 else "99 % needs a larger rank"
     return f"{_kept(module.energy_kept)} {module.module} (rank {module.rank}; {more})"
 
 
@@ -125,8 +127,8 @@ def _warnings(report: "ExtractReport") -> list[Row]:
         rows.append(("vocabulary", "has another size: resize the base's embeddings before peft loads the adapter"))
     if report.experts:
         found = counted(report.experts, "matrix")
-        rows.append(("experts", f"{found} of single experts, which merge takes and peft takes for some models only"))
+        rows.append(("experts", f"{found} of single experts, which merge supports, and peft only for some models"))
     if report.config_differs:
         keys = ", ".join(report.config_differs)
-        rows.append(("not in it", f"config.json differs in {keys}, which an adapter cannot say"))
+        rows.append(("not included", f"config.json differs in {keys}, which an adapter cannot express"))
     return rows

@@ -55,7 +55,7 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
         ("trainable", f"{counted(report.trainable_parameters, 'parameter')} ({share})"),
         ("layers", report.checkpointing),
         *((name, size(count)) for name, count in report.memory.items()),
-        ("in all", size(report.total_bytes)),
+        ("total", size(report.total_bytes)),
         *(("note", note) for note in report.notes),
         ("", ""),
         ("rank", f"{'trainable':>15}  {'of the model':>12}  {'2 r √N':>13}"),

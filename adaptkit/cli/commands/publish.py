@@ -72,7 +72,7 @@ def _signer(key: Path | None, keyless: bool) -> "Signer | None":
     if key is None:
         return Signer() if keyless else None
     if keyless:
-        raise click.UsageError("--sign and --sign-keyless exclude each other")
+        raise click.UsageError("--sign and --sign-keyless cannot be combined")
     return signer_with(key)
 
 
@@ -80,7 +80,7 @@ def _rows(report: "PublishReport", dry_run: bool) -> list[Row]:
     what = f"{counted(len(report.files_added), 'file')}, {size(report.bytes_sent)}"
     what += f", {counted(len(report.files_deleted), 'deletion')}"
     if report.already_there:
-        what = "nothing: it is there already"
+        what = "nothing: already published"
     rows = [("would send" if dry_run else "sent", what), ("commit", report.commit or "none yet")]
     if report.tag:
         rows.append(("tag", report.tag))
@@ -90,5 +90,5 @@ def _rows(report: "PublishReport", dry_run: bool) -> list[Row]:
     if report.signed:
         rows.append(("signature", "adaptkit-manifest.sig"))
     if report.checked:
-        rows.append(("checked", "downloaded again, every byte as published"))
+        rows.append(("checked", "downloaded again; every byte matches"))
     return rows

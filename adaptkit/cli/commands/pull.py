@@ -53,10 +53,17 @@ def command(
     rows = [("pulled", f"{report.output}: {what}")]
     if report.left_out:
         rows.append(
-            ("left out", f"{counted(len(report.left_out), 'file')}; the manifest there lists only what is there")
+            ("left out", f"{counted(len(report.left_out), 'file')}; the manifest there lists only the files downloaded")
         )
     whole = " of the whole artifact" if report.left_out else ""
     rows += [("commit", report.commit), ("manifest sha256", f"{report.manifest_sha256}{whole}")]
     if report.signed:
-        rows.append(("signature", f"by {report.signed_by}" if report.signed_by else "there, not checked: --public-key"))
+        rows.append(
+            (
+                "signature",
+                f"by {report.signed_by}"
+                if report.signed_by
+                else "present, not checked: to check it, pass --public-key or --identity",
+            )
+        )
     show(report, rows, as_json=as_json, quiet=quiet)

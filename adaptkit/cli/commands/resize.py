@@ -47,11 +47,11 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
         lines = (f"{percent(m.energy_kept)} {m.module} (rank {m.rank_before} -> {m.rank})" for m in worst)
         rows.append(("kept least", "\n".join(lines)))
     if report.below:
-        rows.append(("not padded", f"{counted(report.below, 'module', 'have')} a smaller rank than that already"))
+        rows.append(("not padded", f"{counted(report.below, 'module', 'have')} a smaller rank already"))
     if report.base_copies:
-        rows.append(("goes along", f"its copy of {', '.join(report.base_copies)}"))
+        rows.append(("also copied", f"its copy of {', '.join(report.base_copies)}"))
     if report.tokenizer:
-        rows.append(("goes along", ", ".join(report.tokenizer)))
+        rows.append(("also copied", ", ".join(report.tokenizer)))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows

@@ -77,7 +77,7 @@ def command(
     if output_file and not dry_run:
         written.append(partial(write_report, report, output_file))
     if page is not None:
-        written.append(partial(_add, page, summary(watch.name, watch.sources, watch.steps, "Everything is done.")))
+        written.append(partial(_add, page, summary(watch.name, watch.sources, watch.steps, "All steps are done.")))
     if not (as_json or quiet):
         written.append(partial(say, *(tree(report) if dry_run else table(report.steps)), ""))
     in_turn(*written, partial(show, report, _rows(report, dry_run), as_json=as_json, quiet=quiet))
@@ -90,7 +90,7 @@ def _rows(report: "RunReport", dry_run: bool) -> Iterator[tuple[str, str]]:
         return
     done = sum(step.state == "done" for step in report.steps)
     yield (report.name, f"{counted(done, 'step')} done, {len(report.steps) - done} kept, {report.seconds:.1f} s")
-    words = {"kept": "as it was; nothing differs"}
+    words = {"kept": "unchanged; nothing differs from it"}
     yield "lock", f"{report.lock}: {words.get(report.lock_state, report.lock_state)}"
     for output in (output for step in report.steps for output in step.outputs):
         yield output.name, output.path

@@ -90,13 +90,13 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
     if losing:
         rows.append(("kept least", "\n".join(f"{percent(m.energy_kept)} {m.module}" for m in losing[:WORST])))
     if report.zero:
-        rows.append(("zero", f"{counted(report.zero, 'module')} of whose changes nothing is left"))
+        rows.append(("zero", f"{counted(report.zero, 'module', 'have')} no change left"))
     if len(report.base_names) > 1:
-        rows.append(("base", f"is called {' and '.join(map(repr, report.base_names))}; the result names none"))
+        rows.append(("base", f"the adapters name {' and '.join(map(repr, report.base_names))}; the result names none"))
     if report.base_copies:
-        rows.append(("goes along", f"their copy of {', '.join(report.base_copies)}"))
+        rows.append(("also copied", f"their copy of {', '.join(report.base_copies)}"))
     if report.tokenizer:
-        rows.append(("goes along", ", ".join(report.tokenizer)))
+        rows.append(("also copied", ", ".join(report.tokenizer)))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows

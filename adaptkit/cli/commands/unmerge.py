@@ -43,7 +43,7 @@ def command(
     else:
         found = (
             f"approximate: {report.same_tensors} of {counted(report.restored, 'restored tensor')} as in the base; "
-            f"any other weight is at most {report.error_bound:.3g} off"
+            f"every other weight differs by at most {report.error_bound:.3g}"
         )
     rows = [
         ("wrote", report.output),

@@ -21,4 +21,4 @@ def prepare(path: Path | None, pictures: bool = True) -> None:
         return
     if pictures:
         require_matplotlib()
-    check_place(path, "--html", "page", lambda start: start.startswith(DOCTYPE.encode()))
+    check_place(path, "--html", "page of adaptkit", lambda start: start.startswith(DOCTYPE.encode()))

@@ -65,14 +65,14 @@ def _differences(modules: Sequence["ModuleDifference"]) -> list[Html]:
     relative = {m.module: 100 * m.relative for m in modules}
     if not relative:
         return []
-    caption = "‖Δ₁ − Δ₂‖ over the larger of both norms, in per cent; unrelated changes of one size have 141."
+    caption = "‖Δ₁ − Δ₂‖ over the larger of both norms, in per cent; unrelated changes of equal size have 141."
     limits = (0.0, max(1e-9, *relative.values()))
     made = [maps(relative, "difference, %", caption, limits)]
     shared = {m.module: m.cosine for m in modules if m.columns is not None}
     if shared:
         caption = "⟨Δ₁, Δ₂⟩ / ‖Δ₁‖ ‖Δ₂‖: +1 in the same direction, 0 unrelated, −1 opposite."
         made.append(maps(shared, "cosine", caption, (-1.0, 1.0), diverging=True))
-    choose = paragraph("Choose a cell for its name and value.")
+    choose = paragraph("Select a cell for its name and value.")
     return [section("Difference and cosine", choose, side_by_side(*made))]
 
 
@@ -82,8 +82,8 @@ def _overlaps(modules: Sequence["ModuleDifference"], types: Sequence[str]) -> li
     if not known[_OUT]:
         return []
     explained = (
-        "How far the subspaces that the two write to (outputs: column spaces) and read from (inputs: row spaces) lie "
-        "in each other. Overlap is the root mean square of the cosines of their principal angles: √(r/m) for random "
+        "How much the subspaces that the two write to (outputs: column spaces) and read from (inputs: row spaces) "
+        "overlap. Overlap is the root mean square of the cosines of their principal angles: √(r/m) for random "
         "subspaces of dimension r in a space of dimension m."
     )
     times = {side: {name: o.rms / o.random for name, o in found.items()} for side, found in known.items()}

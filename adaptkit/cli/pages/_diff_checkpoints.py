@@ -55,7 +55,7 @@ def _differences(found: Sequence["TensorDifference"]) -> list[Html]:
             f"of rank {_DIRECTIONS} could hold, at least."
         )
         drawn.append(maps(energy, f"in {_DIRECTIONS} directions, %", caption, (0.0, 100.0)))
-    choose = paragraph("Choose a cell for its name and value.")
+    choose = paragraph("Select a cell for its name and value.")
     return [section("Difference, and how low-rank it is", choose, side_by_side(*drawn))] if drawn else []
 
 

@@ -37,7 +37,7 @@ def maps(
     left_out = sum(grid.left_out for grid in made)
     if left_out:
         are = "is" if left_out == 1 else "are"
-        caption += f" {counted(left_out, 'smaller value')} of modules without a layer number {are} in the table alone."
+        caption += f" {counted(left_out, 'smaller value')} of modules without a layer number {are} only in the table."
     shown = signed if diverging else three_digits
     return figure(caption, *(figures.heat_map(grid, what, limits, shown, diverging=diverging) for grid in made))
 
@@ -118,7 +118,9 @@ def beside(values: Sequence["ValueDifference"], found: "FilesDifference", uncoun
     keys = [*values, *found.values]
     if keys:
         rows = [(v.file, v.key, _value(v.first), _value(v.second)) for v in keys]
-        remark = "What the adapter's configuration does to its tensors is in the figures above; it does not count here."
+        remark = (
+            "The effect of the adapter's configuration on its tensors is in the figures above, and is not counted here."
+        )
         parts = [paragraph(remark)] if uncounted and values else []
         made.append(section("Configuration", *parts, table(("file", "key", "first", "second"), rows)))
     if found.files:
@@ -155,7 +157,7 @@ def tensors(found: Sequence["TensorDifference"], roles: bool = False) -> Html:
 def names(heading: str, first: Sequence[str], second: Sequence[str]) -> list[Html]:
     """What one of the two has alone."""
     rows = [*((name, "first") for name in first), *((name, "second") for name in second)]
-    return [section(f"{heading} of one only", table(("name", "only in"), rows))] if rows else []
+    return [section(f"{heading} in one only", table(("name", "only in"), rows))] if rows else []
 
 
 def folder_name(path: str) -> str:

@@ -46,7 +46,7 @@ def _summary(report: "QuantizeReport") -> list[tuple[str, str]]:
             "quantized",
             f"{counted(report.quantized, 'tensor')} with {percent(part)} of {report.parameters:,} parameters",
         ),
-        ("bits per weight", f"{report.bits_per_parameter:.3f} in them, constants included"),
+        ("bits per weight", f"{report.bits_per_parameter:.3f} in quantized weights, including constants"),
         ("linear layers", f"read from {report.read_from}"),
     ]
     if report.relative_error is not None:
@@ -71,19 +71,17 @@ def _pictures(tensors: Sequence["TensorReport"]) -> list[Html]:
     weighted = {t.name: 100 * t.weighted_error for t in tensors if t.weighted_error is not None}
     made = []
     if relative:
-        caption = (
-            "‖W − Q‖ / ‖W‖ of each matrix W and what its codes stand for, Q. Choose a cell for its name and value."
-        )
+        caption = "‖W − Q‖ / ‖W‖ of each matrix W and its decoded codes Q. Select a cell for its name and value."
         spread = figures.histogram(list(relative.values()), "relative error, %", "tensors")
         made.append(section("Relative error", _maps(relative, "relative error, %", caption)))
-        made.append(section("How it is spread", figure(f"All {counted(len(relative), 'quantized tensor')}.", spread)))
+        made.append(section("Distribution", figure(f"All {counted(len(relative), 'quantized tensor')}.", spread)))
     if weighted:
-        caption = "The same, each weight counted by the mean square of the input that it multiplies."
+        caption = "The same, with each weight weighted by the mean square of the input that it multiplies."
         made.insert(1, section("Weighted error", _maps(weighted, "weighted error, %", caption)))
     bits = _bits(tensors)
     if bits and max(bits.values()) - min(bits.values()) > _SAME_BITS:
-        caption = "Bits per weight with constants, in the modules of which at least one is quantized."
-        made.append(section("Bits", _maps(bits, "bits a weight", caption)))
+        caption = "Bits per weight, including constants, of types of modules with at least one quantized module."
+        made.append(section("Bits", _maps(bits, "bits per weight", caption)))
     return made
 
 
@@ -92,7 +90,7 @@ def _maps(values: Mapping[str, float], what: str, caption: str) -> Html:
     made = grids(values)
     means = [entry.mean for grid in made for entry in grid.entries.values()]
     if any(len(grid.entries) < len(grid.rows) * len(grid.columns) for grid in made):
-        caption += " Empty where there is no such tensor, or it was kept as it was."
+        caption += " Empty where there is no such tensor, or it was kept unchanged."
     return maps(values, what, caption, (min(means), max(means)))
 
 
@@ -121,22 +119,22 @@ def _upgrades(report: "QuantizeReport") -> Html:
     ]
     return section(
         "More bits where they save most",
-        paragraph("In the order in which the budget was spent; the gain is the divergence expected to be saved."),
-        table(("module", "became", "bytes more", "gain, nats a token"), rows),
+        paragraph("In the order in which the budget was spent; the gain is the expected reduction of the divergence."),
+        table(("module", "became", "extra bytes", "gain, nats per token"), rows),
     )
 
 
 def _kept(report: "QuantizeReport") -> Html:
     kept = sorted((t for t in report.tensors if not t.format), key=lambda t: (t.kept_because, t.name))
     if not kept:
-        return section("Kept as it was", paragraph("Nothing."))
+        return section("Kept unchanged", paragraph("Nothing."))
     rows = []
     for reason, group in groupby(kept, key=lambda t: t.kept_because):
         found = list(group)
         stored = sum(t.bytes_after for t in found)
         examples = ", ".join(dict.fromkeys(starred(t.name) for t in found))
         rows.append((reason, Number(len(found), f"{len(found):,}"), Number(stored, size(stored)), examples))
-    return section("Kept as it was", table(("reason", "tensors", "size", "which"), rows))
+    return section("Kept unchanged", table(("reason", "tensors", "size", "which"), rows))
 
 
 def _tensors(tensors: Sequence["TensorReport"], calibrated: bool) -> Html:
@@ -154,4 +152,4 @@ def _tensors(tensors: Sequence["TensorReport"], calibrated: bool) -> Html:
         for t in tensors
     ]
     errors = ("relative error", "weighted error") if calibrated else ("relative error",)
-    return table(("tensor", *errors, "bits a weight", "format", "shape", "before", "after"), rows)
+    return table(("tensor", *errors, "bits per weight", "format", "shape", "before", "after"), rows)

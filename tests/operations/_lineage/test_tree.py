@@ -307,7 +307,7 @@ def test_the_command_line_draws_and_refuses(run_cli, family, copied):
     done = run_cli("verify", family / "merged", "--parents", family, "--recompute")
     assert done.code == 0, done.stderr
     assert f"{family / 'small'}, verified, " in done.stdout
-    assert f"made again       {family / 'merged'}: same bytes again" in done.stdout
+    assert f"rebuilt          {family / 'merged'}: same bytes again" in done.stdout
     report = json.loads(run_cli("verify", family / "merged", "--parents", family, "--json").stdout)
     assert [parent["role"] for parent in report["parents"]] == ["base", "adapter", "adapter"]
     shutil.rmtree(copied / "base")
