@@ -180,7 +180,7 @@ class Parts:
     def _check_rank(self, module: str, rank: int, rows: int, lora_a: Array, lora_b: Array) -> None:
         if rank < 1 or lora_a.shape[0] != rows or lora_b.shape[1] != rows:
             self._refuse(
-                f"{module}: adapter_config.json says rank {rank or self._config.get('r')!r}, but lora_A has "
+                f"{module}: adapter_config.json says rank {repr(rank or self._config.get('r'))[:40]}, but lora_A has "
                 f"{counted(lora_a.shape[0], 'row')} and lora_B has {counted(lora_b.shape[1], 'column')}"
             )
 

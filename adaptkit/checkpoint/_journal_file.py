@@ -16,7 +16,7 @@ from typing import Any
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import read_small, resolve_inside
-from adaptkit.checkpoint.manifest import FileRecord, TensorRecord, typed
+from adaptkit.checkpoint.manifest import FileRecord, TensorRecord, reason, typed
 from adaptkit.checkpoint.writer import disk_errors, sync_folder
 from adaptkit.errors import AdaptkitError, CheckpointError, ConflictError
 
@@ -91,7 +91,7 @@ def read_journal(path: Path, repair: bool) -> Journal | None:
         key, inputs = first["key"], {str(where): state for where, state in first.get("inputs", ())}
         return Journal(str(key), inputs, tuple(_finished(path.parent, line) for line in others))
     except (KeyError, TypeError, ValueError, RecursionError, AdaptkitError) as error:
-        raise ConflictError(f"{path}: is damaged ({error})", hint="delete its folder to start over") from error
+        raise ConflictError(f"{path}: is damaged ({reason(error)})", hint="delete its folder to start over") from error
 
 
 def _finished(folder: Path, line: Mapping[str, Any]) -> Finished:

@@ -152,8 +152,9 @@ class Scalings:
         try:
             rank, alpha = self._numbers(module)
         except (re.error, AttributeError, TypeError) as error:
+            told = error if isinstance(error, re.error) else "expected patterns, each with a number"
             raise AdapterError(
-                f"{self._root}: rank_pattern or alpha_pattern is malformed ({error})", hint=_ONE_SAVE
+                f"{self._root}: rank_pattern or alpha_pattern is malformed ({told})", hint=_ONE_SAVE
             ) from error
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
             raise AdapterError(

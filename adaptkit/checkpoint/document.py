@@ -19,6 +19,7 @@ from adaptkit.errors import DISK_HINTS, CheckpointError, ConfigError
 
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _LARGEST_BYTES = 1 << 20
+_FORM = "check the path: expected a YAML or JSON file of settings"
 _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)", "-+0123456789"),
@@ -67,13 +68,11 @@ def read_document(path: Path) -> Document:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_BYTES + 1)
         if len(raw) > _LARGEST_BYTES:
-            raise ConfigError(
-                f"{path}: larger than a megabyte", hint="check the path: expected a YAML or JSON file of settings"
-            )
+            raise ConfigError(f"{path}: larger than a megabyte", hint=_FORM)
         text, lines = raw.decode("utf-8-sig"), dict[Keys, int]()
         values = strict_json(text.encode(), str(path)) if path.suffix == ".json" else _read_yaml(text, lines)
     except OSError as error:
-        hint = "check the path: expected a YAML or JSON file" if isinstance(error, _NOT_THERE) else ""
+        hint = _FORM if isinstance(error, _NOT_THERE) else ""
         raise ConfigError(f"{path}: {error.strerror}", hint or DISK_HINTS.get(error.errno or 0, "")) from error
     except CheckpointError as error:
         raise ConfigError(error.message, error.hint) from error
@@ -81,9 +80,9 @@ def read_document(path: Path) -> Document:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: malformed ({' '.join(str(error.problem).split())})") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())})", hint=_FORM) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, such as 'rank: 16'")
+        raise ConfigError(f"{path}: expected keys and values, such as 'rank: 16'", hint=_FORM)
     return Document(path, values, lines)
 
 

@@ -148,7 +148,7 @@ def check_regular(path: Path) -> None:
         hint = "check the path and its permissions, or download or copy the file again"
         raise CheckpointError(f"{path}: {error.strerror}", hint=hint) from error
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: not a regular file")
+        raise CheckpointError(f"{path}: not a regular file", hint="put a file in its place")
 
 
 def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, Any]:

@@ -60,17 +60,17 @@ def resolve_inside(root: Path, name: str) -> Path:
     plain = name.isprintable() and "\\" not in name and ":" not in name and name == "/".join(parts)
     if not plain or not parts or ".." in parts or name.startswith(("/", "~")):
         raise UnsafeInputError(
-            f"the path {name!r} is not a plain path inside its folder", hint="do not trust this artifact"
+            f"{root}: the path {name!r} is not a plain path inside its folder", hint="do not trust this artifact"
         )
     if len(name) > _LONGEST_PATH or max(len(part.encode()) for part in parts) > _LONGEST_NAME_BYTES:
         raise UnsafeInputError(
-            f"the path {name[:40]!r}… of {len(name)} characters is longer than file systems allow",
+            f"{root}: the path {name[:40]!r}… of {len(name)} characters is longer than file systems allow",
             hint="do not trust this artifact",
         )
     path = root / name
     for part in [path, *path.parents][: len(parts)]:
         if part.is_symlink() and not part.is_file():
-            raise UnsafeInputError(f"{name!r} is a link, but not to a file", hint="put a file in its place")
+            raise UnsafeInputError(f"{path}: is a link, but not to a file", hint="put a file in its place")
     return path
 
 

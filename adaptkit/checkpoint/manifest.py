@@ -190,7 +190,8 @@ class Manifest:
                 raise TypeError("operation.options is not an object")
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
         except (CheckpointError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            raise IntegrityError(f"{where}: malformed ({error})", hint=_AGAIN) from error
+            told = reason(error).removeprefix(f"{MANIFEST_NAME}: ")
+            raise IntegrityError(f"{where}: malformed ({told})", hint=_AGAIN) from error
         if not canonical:
             raise IntegrityError(f"{where}: was changed after it was written", hint=_AGAIN)
         return manifest
@@ -254,6 +255,15 @@ def parent_of(
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
 
 
+def reason(error: Exception) -> str:
+    """What is wrong with a document whose entries did not make records, without the names of Python's."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    unknown = re.search("unexpected keyword argument (.*)", str(error))
+    missing = re.search("missing .* arguments?: (.*)", str(error))
+    return f"unknown key {unknown[1]}" if unknown else f"missing: {missing[1]}" if missing else str(error)
+
+
 def typed(record: Any) -> Any:
     """Return the record if its fields have the types that they claim; JSON can hold anything.
 
@@ -282,7 +292,7 @@ def _check_paths(files: tuple[FileRecord, ...]) -> None:
     if len(folded) != len(paths) or folded & {MANIFEST_NAME, SIGNATURE_NAME}:
         raise ValueError("a path appears twice, or the manifest lists itself or its signature")
     for path in paths:
-        resolve_inside(Path("artifact"), path)
+        resolve_inside(Path(MANIFEST_NAME), path)
 
 
 def _plain(value: Any) -> Any:

@@ -145,6 +145,26 @@ STRUCTURE = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("an unknown field", r"manifest\.json: malformed \(unknown key 'signature'\)"),
+        ("an unknown field of a file", r"malformed \(unknown key 'mode'\)"),
+        ("no files", r"malformed \('files' is missing\)"),
+        ("no kind", r"malformed \(missing: 'kind'\)"),
+        ("a file without a digest", r"malformed \(missing: 'sha256'\)"),
+        ("NaN", r"^adaptkit-manifest\.json: malformed \(NaN is not valid JSON\)"),
+        ("a path outside", r"^adaptkit-manifest\.json: the path '\.\./x' is not a plain path"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_told_without_names_of_pythons(name, said):
+    edited = document()
+    STRUCTURE[name](edited)
+    with pytest.raises((IntegrityError, UnsafeInputError), match=said) as caught:
+        Manifest.from_bytes(canonical(edited))
+    assert caught.value.hint
+
+
 @pytest.mark.parametrize("name", sorted(STRUCTURE))
 def test_a_manifest_of_another_structure_is_refused(name):
     edited = document()
