@@ -45,9 +45,9 @@ _TRANSLATED = (TransportError, OSError, ValueError, RuntimeError, OIDCError, *_N
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
 _XET_SYSTEM = re.compile(r"\(os error (\d+)\)")
 """In a RuntimeError of hf_xet, which has no field for it."""
-LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that may do this"
-_SETTINGS = "see to HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, whichever is set"
-_AGAIN = "run the same command again; nothing is done twice"
+LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that has the permission for this"
+_SETTINGS = "check HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, if they are set"
+_AGAIN = "run the same command again; what is done is not repeated"
 _PASSING = {408, 425, 429}
 
 
@@ -75,10 +75,10 @@ def setting_errors(endpoint: str) -> Iterator[None]:
     """
     try:
         if not constants.HF_HUB_OFFLINE and not endpoint.startswith(("http://", "https://")):
-            raise ValueError(f"its address is {endpoint!r}")
+            raise ValueError(f"{endpoint!r} is not an http or https address")
         yield
     except (*_TRANSLATED, ImportError, _InvalidURL) as error:  # that of an import: socksio, for a SOCKS proxy
-        raise UsageError(f"the Hub cannot be asked: {_line(error)}", hint=_SETTINGS) from error
+        raise UsageError(f"cannot connect to the Hub: {_line(error)}", hint=_SETTINGS) from error
 
 
 def _translated(error: BaseException, what: str) -> AdaptkitError:
@@ -87,13 +87,13 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
     if isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
         return _translated(error.__cause__, what)
     if isinstance(error, OfflineModeIsEnabled):
-        return NetworkError(f"{what}: huggingface_hub is offline", hint="unset HF_HUB_OFFLINE")
+        return NetworkError(f"{what}: huggingface_hub is in offline mode", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, LocalTokenNotFoundError | OIDCError) or (
         isinstance(error, PermissionError) and error.errno is None
     ):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)  # the second is hf_xet's
     if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":  # of a header, and the others are
-        return AuthenticationError(f"{what}: the token holds characters that no token has", hint=LOGIN)
+        return AuthenticationError(f"{what}: the token contains invalid characters", hint=LOGIN)
     if _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
     system = _XET_SYSTEM.search(str(error))
@@ -108,8 +108,9 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
 
 
 def _of_disk(what: str, number: int, path: object) -> AdaptkitError:
-    hint = f"{DISK_HINTS.get(number, 'see to the disk')}, and run it again; the client keeps its own files in HF_HOME"
-    return DiskError(f"{what}: cannot write {path or 'here'}: {os.strerror(number)}", hint=hint)
+    what_to_do = DISK_HINTS.get(number, "check the disk")
+    hint = f"{what_to_do}; then run the same command again (huggingface_hub keeps its own files in HF_HOME)"
+    return DiskError(f"{what}: cannot write {path or 'a file'}: {os.strerror(number)}", hint=hint)
 
 
 def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
@@ -118,11 +119,11 @@ def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
     if status in (401, 403):
         return AuthenticationError(said, hint=LOGIN)
     if isinstance(error, RevisionNotFoundError):
-        return UsageError(said, hint="name a branch, a tag or a whole commit of this repository")
+        return UsageError(said, hint="use a branch, a tag or a full commit hash of this repository")
     if status in (404, 410):
         return UsageError(said, hint="check the name; a private repository also needs a token that may read it")
     if status in (409, 412):
-        return ConflictError(said, hint="look at what was changed there, then run the same command again")
+        return ConflictError(said, hint="check what changed in the repository, then run the same command again")
     if status in _PASSING or status >= 500:
         return NetworkError(said, hint=_AGAIN)
     return UsageError(said)

@@ -50,12 +50,14 @@ def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_s
     signature = path / SIGNATURE_NAME
     if has_card(manifest):
         if base is not None:
-            raise UsageError(f"{path}: has a card of its own, which --base-model does not change", hint="leave it out")
+            raise UsageError(
+                f"{path}: already has a model card, which --base-model does not change", hint="leave out --base-model"
+            )
         artifact = gather(path, manifest)
     elif signature.is_file() and not will_sign:
         raise UsageError(
-            f"{path}: is signed without a model card, which publishing adds to its manifest",
-            hint="sign what is published: --sign KEY; or remove adaptkit-manifest.sig",
+            f"{path}: is signed without a model card, and publishing adds one to its manifest",
+            hint="sign what is published with --sign KEY, or remove adaptkit-manifest.sig",
         )
     else:
         artifact = gather(path, manifest, make_card(manifest, _card_facts(hub, path, manifest, base)))
@@ -85,11 +87,11 @@ def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> C
     called = base or named
     licence = _licence(hub, called, names, is_sure=base is not None) if called else None
     if licence is None:
-        why = f"there is no {named} on the Hub, as {config_name} calls it" if named else "nothing in the artifact does"
-        hub.note(f"the card names no base model: {why}; --base-model ORG/NAME does")
+        why = f"{named}, as {config_name} calls it, is not on the Hub" if named else "the artifact names none"
+        hub.note(f"the model card names no base model: {why}; name it with --base-model ORG/NAME")
     elif manifest.kind == "adapter" and named is None:
         found = config.get("base_model_name_or_path")  # 'gpt2' is one of old, and found
-        hub.note(f"{config_name} calls the base {found!r}, by which peft may not find it on the Hub")
+        hub.note(f"{config_name} calls the base {found!r}, a name that peft may not find on the Hub")
     return CardFacts(
         config=config,
         base=None if licence is None else called,
@@ -110,11 +112,11 @@ def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict
         except (UsageError, AuthenticationError) as error:
             if not is_sure and isinstance(error, UsageError) and is_no_repository(error):
                 return None
-            hub.note(f"the card names no licence: {error.message}")
+            hub.note(f"the model card names no licence: {error.message}")
             return {}
     licence = read_licence(card)
     if not licence:
-        hub.note(f"the card names no licence: that of {base} does not either")
+        hub.note(f"the model card names no licence: the card of {base} names none")
     link = licence.get("license_link")
     if isinstance(link, str) and link.removeprefix("./") not in names:
         # It may be a file of the base's, which this artifact does not have.
@@ -158,7 +160,7 @@ def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
             f"{path}: line {number} is not JSON", hint="publish the folder that train wrote"
         ) from error
     if not isinstance(line, dict) or type(line.get("step")) is not int:
-        raise CheckpointError(f"{path}: line {number} names no step", hint="publish the folder that train wrote")
+        raise CheckpointError(f"{path}: line {number} has no step number", hint="publish the folder that train wrote")
     return line
 
 

@@ -131,7 +131,7 @@ def _check_cached(hub: Hub, what: str, folder: Path, links: Mapping[str, Path]) 
         for name, state in todo.items():
             if state[0] not in _hashes(links[name], state[0]):
                 _remove_cached(links[name])
-                raise IntegrityError(f"{what}: {name} was damaged on the way", hint="run the same command again")
+                raise IntegrityError(f"{what}: {name} was damaged in transit", hint="run the same command again")
             known[name] = state
     finally:
         if known != before:
@@ -199,7 +199,7 @@ def fetch_small(hub: Hub, repo_id: str, commit: str, name: str, remote: RemoteFi
     with TemporaryDirectory(prefix="adaptkit-pull-") as folder:
         content = download(hub, repo_id, commit, name, Path(folder)).read_bytes()
     if not matches(remote, in_memory(name, content)):
-        raise IntegrityError(f"{repo_id}@{commit}: {name} was damaged on the way", hint="run the same command again")
+        raise IntegrityError(f"{repo_id}@{commit}: {name} was damaged in transit", hint="run the same command again")
     return content
 
 
@@ -252,7 +252,7 @@ def _move_if_right(source: str, record: FileRecord, tensors: Sequence[TensorReco
     if problem:
         arrived.unlink(missing_ok=True)  # or the next run would find it and believe it
         raise IntegrityError(
-            f"{source}: {problem}; it was damaged on the way, or is not what was published",
+            f"{source}: {problem}; it was damaged in transit, or is not what was published",
             hint="run the same command again",
         )
     final = resolve_inside(folder, record.path)

@@ -73,10 +73,12 @@ class Repository:
                 f"{self.repo_id}: exists and is public", hint="make it private on the Hub first, or leave out --private"
             )
         if branch in self.tags:
-            raise UsageError(f"{self.repo_id}: {branch} is a tag there", hint="choose another --branch")
+            raise UsageError(f"{self.repo_id}: {branch} already names a tag", hint="choose another --branch")
         head = self.branches.get(branch) or self.branches.get("main")
         if head is None:
-            raise UsageError(f"{self.repo_id}: has no branch main to begin with", hint="commit something to it once")
+            raise UsageError(
+                f"{self.repo_id}: has no branch main to start from", hint="create main with a first commit"
+            )
         return head
 
     def check_tag(self, tag: str, branch: str, commit: str | None) -> None:
@@ -93,11 +95,11 @@ class Repository:
         """
         found = self.tags.get(tag)
         if tag in self.branches:
-            raise UsageError(f"{self.repo_id}: {tag} is a branch there", hint="choose another --tag")
+            raise UsageError(f"{self.repo_id}: {tag} already names a branch", hint="choose another --tag")
         if found is not None and found != commit:
             raise ConflictError(
-                f"{self.repo_id}: the tag {tag} is on {found}, and this artifact would be another commit of {branch}",
-                hint="choose another --tag; a tag that others may rely on is not moved",
+                f"{self.repo_id}: the tag {tag} is on {found}, but this artifact would be another commit of {branch}",
+                hint="choose another --tag: an existing tag is not moved",
             )
 
 
@@ -108,9 +110,9 @@ def check_repo_id(repo_id: str) -> None:
         UsageError: it is none.
     """
     if looks_like_a_token(repo_id):
-        raise UsageError("a token is no part of a repository's name", hint="give org/name; the token goes in HF_TOKEN")
+        raise UsageError("the repository's name contains a token", hint="use org/name, and put the token into HF_TOKEN")
     if not REPO_ID.fullmatch(repo_id):
-        raise UsageError(f"{repo_id}: not a repository", hint="name it as org/name")
+        raise UsageError(f"{repo_id}: not the name of a repository", hint="write it as org/name")
 
 
 def is_commit(revision: str) -> bool:
@@ -136,13 +138,13 @@ def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> s
         found = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
         if len(found) > 1:
             raise ConflictError(
-                f"{repo_id}: {revision} is both a branch and a tag there, of different commits",
-                hint=f"name the commit: {' or '.join(sorted(found))}",
+                f"{repo_id}: {revision} is both a branch and a tag, of different commits",
+                hint=f"use the commit instead: {' or '.join(sorted(found))}",
             )
     what = what or (f"{repo_id}@{revision}" if revision else repo_id)
     commit = str(hub.ask(what, lambda api: model_info(api, repo_id, revision)).sha)
     if not is_commit(commit) or (is_commit(revision or "") and commit != revision):
-        raise NetworkError(f"{what}: the Hub answers with commit {commit!r}", hint="try again later")
+        raise NetworkError(f"{what}: the Hub answered with the wrong commit {commit!r}", hint="try again later")
     return commit
 
 
@@ -186,11 +188,11 @@ def list_tree(hub: Hub, repo_id: str, commit: str) -> dict[str, RemoteFile]:
     tree = hub.ask(repo_id, read)
     for path, file in tree.items():
         if not _is_path(path):
-            raise UnsafeInputError(
-                f"{repo_id}: the Hub lists {path!r}, which no repository has", hint="do not trust it"
-            )
+            raise UnsafeInputError(f"{repo_id}: the Hub lists the invalid path {path!r}", hint="do not trust it")
         if type(file.size) is not int:
-            raise NetworkError(f"{repo_id}: the Hub gives {path} a size of {file.size!r}", hint="try again later")
+            raise NetworkError(
+                f"{repo_id}: the Hub gives the invalid size {file.size!r} for {path}", hint="try again later"
+            )
     return tree
 
 

@@ -25,7 +25,7 @@ def select(manifest: Manifest, parts: Sequence[str]) -> tuple[FileRecord, ...]:
         return manifest.files
     for part in parts:
         if part not in PARTS:
-            raise UsageError(f"{part!r} is no part of an artifact", hint=f"choose from {', '.join(PARTS)}")
+            raise UsageError(f"unknown part of an artifact {part!r}", hint=f"choose from {', '.join(PARTS)}")
         if not any(_is_in(record, part) for record in manifest.files):
             there = [name for name in PARTS if any(_is_in(record, name) for record in manifest.files)]
             raise UsageError(f"this {manifest.kind} has no {part}", hint=f"it has {', '.join(there)}")

@@ -60,11 +60,11 @@ def refuse_secrets(artifact: Artifact) -> None:
     for content in artifact.contents:
         path = content.record.path
         if any(part.startswith(".") for part in path.split("/")) and path != GITATTRIBUTES:
-            raise UnsafeInputError(f"{artifact.root}: {path} is hidden, and no part of any artifact", hint=_NOT_PUBLIC)
-        if _is_secret(content):
             raise UnsafeInputError(
-                f"{artifact.root}: {path} holds what looks like a token of the Hub", hint=_NOT_PUBLIC
+                f"{artifact.root}: {path} is a hidden file, which no artifact may contain", hint=_NOT_PUBLIC
             )
+        if _is_secret(content):
+            raise UnsafeInputError(f"{artifact.root}: {path} contains what looks like a Hub token", hint=_NOT_PUBLIC)
 
 
 def _is_secret(content: Content) -> bool:
@@ -107,7 +107,8 @@ def _copied(folder: Path, artifact: Artifact, content: Content) -> Content:
     problem = file_problem(folder, content.record)
     if problem:
         raise IntegrityError(
-            f"{artifact.root}: {problem} while it was being published", hint="publish it when nothing writes to it"
+            f"{artifact.root}: {problem} while it was being published",
+            hint="run the same command again when nothing writes to that folder",
         )
     return replace(content, source=copy)
 
@@ -120,8 +121,10 @@ def in_memory(name: str, content: bytes) -> Content:
 def _check_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
-        raise DiskError(f"the copy to publish from needs {needed_bytes} bytes, and {free_bytes} are free", hint=_SPACE)
+        raise DiskError(
+            f"the temporary copy to publish needs {needed_bytes:,} bytes, but only {free_bytes:,} are free", hint=_SPACE
+        )
 
 
-_SPACE = "let TMPDIR name a folder on a disk with more space"
-_NOT_PUBLIC = "remove it there, make the artifact again, and if it was a token that works, revoke it"
+_SPACE = "set TMPDIR to a folder on a disk with more space"
+_NOT_PUBLIC = "remove it from the inputs and make the artifact again; if it was a valid token, revoke it"

@@ -42,7 +42,7 @@ class PullOptions:
         object.__setattr__(self, "only", texts(self.only))
         check_sha256(self.manifest_sha256)
         if self.revision == "":
-            raise UsageError("revision: is empty", hint="name a branch, tag or commit, or none for main")
+            raise UsageError("revision: is empty", hint="use a branch, tag or commit, or leave it out for main")
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def pull(
 def _fetch_manifest(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Manifest:
     if MANIFEST_NAME not in tree:
         raise IntegrityError(
-            f"{repo_id}@{commit}: there is no {MANIFEST_NAME}, so nothing says what it should hold",
-            hint=f"give {repo_id} itself to the command that reads it, or download it with `hf download {repo_id}`",
+            f"{repo_id}@{commit}: {MANIFEST_NAME} not found, so its contents cannot be verified",
+            hint=f"pass {repo_id} directly to the command that reads it, or download it with `hf download {repo_id}`",
         )
     return Manifest.from_bytes(
         fetch_small(hub, repo_id, commit, MANIFEST_NAME, tree[MANIFEST_NAME]), f"{repo_id}@{commit}: {MANIFEST_NAME}"
@@ -156,13 +156,13 @@ def _check_paths(manifest: Manifest, repo_id: str) -> None:
     for path in sorted(paths):
         if path.parts[0] in (JOURNAL_NAME, DOWNLOADS, ".cache") or paths & set(path.parents):
             raise UnsafeInputError(
-                f"{repo_id}: the manifest lists {str(path)!r}, which no artifact has", hint="do not trust it"
+                f"{repo_id}: the manifest lists {str(path)!r}, which no artifact may contain", hint="do not trust it"
             )
 
 
 def _check_signature(what: str, manifest: Manifest, signature: bytes | None, trust: Trust) -> None:
     if signature is None:
-        raise IntegrityError(f"{what}: is not signed", hint="do not trust it, or pull it without a key")
+        raise IntegrityError(f"{what}: is not signed", hint="do not trust it, or pull it without requiring a signature")
     check_signature(manifest.to_bytes(), signature, trust, f"{what}: {SIGNATURE_NAME}")
 
 
@@ -176,4 +176,4 @@ def _check_tree(manifest: Manifest, tree: Mapping[str, RemoteFile], repo_id: str
             raise IntegrityError(f"{repo_id}: {record.path} is not the file that the manifest lists", hint=_AGAIN)
 
 
-_AGAIN = "ask whoever published it to publish it again"
+_AGAIN = "ask the publisher to publish it again"

@@ -43,7 +43,7 @@ def foresee(repo_id: str, options: PublishOptions, note: Note) -> None:
     if options.tag is not None:
         repository.check_tag(options.tag, options.branch, head)
         if options.tag in repository.tags:
-            note(f"{repo_id} has the tag {options.tag} already; what is published has to be the artifact that it is on")
+            note(f"{repo_id} already has the tag {options.tag}; only the artifact it is on can be published under it")
 
 
 def _check_token(hub: Hub, repo_id: str) -> None:
@@ -53,4 +53,4 @@ def _check_token(hub: Hub, repo_id: str) -> None:
     account = hub.ask(repo_id, lambda api: api.whoami())
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
-        raise AuthenticationError(f"{repo_id}: the token may only read", hint=LOGIN)
+        raise AuthenticationError(f"{repo_id}: the token is read-only", hint=LOGIN)

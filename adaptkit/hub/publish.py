@@ -60,13 +60,13 @@ class PublishOptions:
     def __post_init__(self) -> None:
         for kind, name in (("branch", self.branch), ("tag", self.tag)):
             if name is not None and (not _REF.fullmatch(name) or is_commit(name)):
-                raise UsageError(f"{name!r} cannot be the name of a {kind}", hint="try one like v1.0")
+                raise UsageError(f"{name!r} is not a valid {kind} name", hint="use a name such as v1.0")
         if self.tag == self.branch:
             raise UsageError(f"{self.tag!r} cannot be both branch and tag", hint="choose another --tag")
         if self.pull_request and (self.tag or self.private or self.branch != "main"):
             raise UsageError(
-                "a pull request goes to main, and has neither tag nor visibility of its own",
-                hint="tag the commit when the request is merged: publish once more with --tag",
+                "a pull request always goes to main, and cannot set a tag or the visibility",
+                hint="leave these out; to tag the commit, publish again with --tag when the request is merged",
             )
         if self.base_model is not None:
             check_repo_id(self.base_model)
@@ -185,7 +185,10 @@ def refuse_absent(repo_id: str, options: PublishOptions) -> None:
         UsageError: that was asked for.
     """
     if options.pull_request:
-        raise UsageError(f"{repo_id}: there is no such repository to ask", hint="check the name, or leave out --pr")
+        raise UsageError(
+            f"{repo_id}: repository not found, so no pull request can be opened",
+            hint="check the name, or leave out --pr",
+        )
 
 
 def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
@@ -248,7 +251,7 @@ def _commit(target: Target, repository: Repository, artifact: Artifact, report: 
         landed = send(target, contents, report.files_added, report.files_deleted, message)
         missing, extra = differences(list_tree(target.hub, target.repo_id, landed.commit), contents)
     if missing or extra:
-        told = [f"{path} is not there as it was sent" for path in missing] + [f"{path} is extra" for path in extra]
+        told = [f"{path} is not as it was sent" for path in missing] + [f"{path} should not be there" for path in extra]
         raise IntegrityError(f"{target.repo_id}@{landed.commit}: {'; '.join(told[:5])}", hint="publish it again")
     return landed
 
@@ -273,7 +276,7 @@ def _tag(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
             raise
         if found != commit:
             raise ConflictError(
-                f"{repo_id}: {commit} is published, but the tag {tag} is on {found}", hint="choose another --tag"
+                f"{repo_id}: published as {commit}, but the tag {tag} is on {found}", hint="choose another --tag"
             ) from None
 
 

@@ -45,7 +45,7 @@ _WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *WEIGHTS_
 # Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
 _UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
 _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
-_SILENT = "the Hub stopped answering, and its client went on with an older or only a part of it"
+_SILENT = "the Hub stopped answering, and huggingface_hub fell back to an older or incomplete copy"
 
 
 def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note = no_note) -> Path:
@@ -71,7 +71,7 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
     if os.path.exists(text):  # Path.exists raises where a name is too long, and takes none for the current folder
         return path
     if named is None:
-        hint = "give a local folder, or org/name[@revision] on the Hub"
+        hint = "pass a local folder, or org/name[@revision] on the Hub"
         raise UsageError(f"{text or repr(text)}: does not exist", hint=hint)
     with _or_here(named[1], named[2]):
         return _fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
@@ -118,7 +118,7 @@ def tell_of_parts(repo_id: str, folder: Path, note: Note) -> None:
     """
     if read_manifest(folder) is None and not (folder.parents[1] / "trees" / f"{folder.name}.json").exists():
         note(
-            f"{repo_id}@{folder.name}: nothing in the cache says whether it holds all files, or lacks a tokenizer, say"
+            f"{repo_id}@{folder.name}: the cache does not say whether it is complete; a tokenizer, say, may be missing"
         )
 
 
@@ -129,10 +129,10 @@ def _check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
         refuse_other_weights(what, beside)
         below = min((path for path in tree if path.endswith(".safetensors")), default="")
         if below and MANIFEST_NAME not in tree:
-            hint = f"`hf download` it, and give its folder {below.rpartition('/')[0]}"
-            raise UsageError(f"{what}: holds weights in folders alone, as {below}", hint=hint)
+            hint = f"fetch it with `hf download`, and pass its folder {below.rpartition('/')[0]}"
+            raise UsageError(f"{what}: has weights only in subfolders, such as {below}", hint=hint)
     if not _wanted(tree):
-        raise UsageError(f"{what}: holds nothing that adaptkit reads", hint="check the name and the revision")
+        raise UsageError(f"{what}: contains nothing that adaptkit reads", hint="check the name and the revision")
 
 
 def _missing_files(folder: Path, tree: Mapping[str, RemoteFile]) -> list[str]:
@@ -177,7 +177,7 @@ def _asked_commit(hub: Hub, what: str, repo_id: str, revision: str | None) -> st
 
 
 def _absent(text: str) -> str:
-    return f"{text}: no such folder here, and on the Hub"
+    return f"{text}: no such local folder, and on the Hub"
 
 
 @contextmanager
@@ -186,9 +186,9 @@ def _or_here(repo_id: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except NetworkError as error:
-        error.hint = f"check the path if a folder is meant; else {error.hint}"
+        error.hint = f"check the path if you mean a local folder; otherwise {error.hint}"
         if not constants.HF_HUB_OFFLINE and find_cached(repo_id, revision) is not None:
-            error.hint += "; HF_HUB_OFFLINE=1 takes what huggingface_hub's cache holds of it"
+            error.hint += "; or set HF_HUB_OFFLINE=1 to use the copy in huggingface_hub's cache"
         raise
 
 

@@ -198,7 +198,7 @@ def test_a_base_that_nothing_names_is_named_by_an_option_and_missed_aloud(
     assert "--base-model" in silent.stderr
     done = cli("publish", artifact, "me/model", "--base-model", "org/base")
     assert done.code == 0
-    assert "adapter_config.json calls the base 'a-folder', by which peft may not find it" in done.stderr
+    assert "adapter_config.json calls the base 'a-folder', a name that peft may not find" in done.stderr
     front = front_matter(card_on(hub, repository))
     assert (front["base_model"], front["license"]) == ("org/base", "other")
     assert cli("publish", artifact, "me/model", "--base-model", "not a name").code == 2
@@ -209,7 +209,7 @@ def test_a_card_that_the_artifact_brings_takes_no_base(cli: Any, artifact: Path,
     cli("pull", "me/model", "-o", "pulled")
     done = cli("publish", "pulled", "me/other", "--base-model", "org/base")
     assert done.code == 2
-    assert "card of its own" in done.report["message"]
+    assert "already has a model card" in done.report["message"]
 
 
 def test_a_base_that_does_not_answer_is_no_reason_for_a_card_without_its_licence(
@@ -258,7 +258,7 @@ def test_a_name_that_the_hub_does_not_know_may_be_a_folders_and_is_no_base_unles
     cli: Any, artifact: Path, hub: LocalHub, repository: Any
 ) -> None:
     done = cli("publish", artifact, "me/model")
-    assert "there is no org/base on the Hub" in done.stderr
+    assert "org/base, as adapter_config.json calls it, is not on the Hub" in done.stderr
     assert not {"base_model", "base_model_relation"} & set(front_matter(card_on(hub, repository)))
     assert cli("publish", artifact, "me/model", "--base-model", "org/base").code == 0
     assert front_matter(card_on(hub, repository))["base_model"] == "org/base"

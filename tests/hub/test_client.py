@@ -23,7 +23,7 @@ def test_settings_that_no_client_can_be_made_with_are_a_usage_error(cli: Any, ar
     for command in (["publish", "artifact", "me/model"], ["pull", "me/model", "-o", "out"], ["inspect", "me/model"]):
         code, stdout, stderr = cli.run(command, own | setting)
         assert (code, stdout) == (2, ""), stderr
-        assert stderr.startswith("error: the Hub cannot be asked: ")
+        assert stderr.startswith("error: cannot connect to the Hub: ")
         assert next(iter(setting)) in stderr
         assert "planted-secret" not in stderr
     assert cli.hub.requests == []

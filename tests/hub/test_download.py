@@ -279,8 +279,12 @@ def test_of_a_repository_that_others_made_all_that_operations_read_is_fetched(
         (["README.md", "config.json", "model-Q4.gguf"], 5, "weights are GGUF (model-Q4.gguf)"),
         (["config.json", "pytorch_model.bin"], 5, "weights are pickles (pytorch_model.bin)"),
         (["adapter_config.json", "adapter_model.bin", "training_args.bin"], 5, "pickles (adapter_model.bin)"),
-        (["checkpoint-9/adapter_model.safetensors", "training_args.bin"], 2, "alone, as checkpoint-9/adapter_model"),
-        (["README.md", "fp16/model.safetensors"], 2, "weights in folders alone, as fp16/model.safetensors"),
+        (
+            ["checkpoint-9/adapter_model.safetensors", "training_args.bin"],
+            2,
+            "only in subfolders, such as checkpoint-9/adapter_model",
+        ),
+        (["README.md", "fp16/model.safetensors"], 2, "weights only in subfolders, such as fp16/model.safetensors"),
         (["model.onnx"], 2, "nothing that adaptkit reads"),
         ([], 2, "nothing that adaptkit reads"),
     ],
@@ -310,7 +314,7 @@ def test_what_was_damaged_on_the_way_is_not_taken_from_the_cache(
     hub.faults.append(Fault("GET", f"/resolve/.*{name}", "corrupt"))
     done = cli("diff", "me/model", tmp_path / "artifact")
     assert done.code == 3
-    assert re.fullmatch(rf"me/model@[0-9a-f]{{40}}: {name} was damaged on the way", done.report["message"])
+    assert re.fullmatch(rf"me/model@[0-9a-f]{{40}}: {name} was damaged in transit", done.report["message"])
     assert not list((tmp_path / "home").rglob(name))
     assert not hub.faults
     assert cli("diff", "me/model", tmp_path / "artifact").code == 0
@@ -335,7 +339,7 @@ def test_what_is_in_the_cache_is_compared_once_and_only_if_it_is_wanted(
     weights.write_bytes(content)
     done = cli("diff", "me/model", artifact)
     assert done.code == 3
-    assert "was damaged on the way" in done.report["message"]
+    assert "was damaged in transit" in done.report["message"]
     assert cli("diff", "me/model", artifact).code == 0
 
 
@@ -377,8 +381,8 @@ def test_a_hub_that_refuses_is_not_replaced_by_the_cache(
         hub.faults.append(Fault("*", "/me/model", how, -1))
     done = cli("inspect", "me/model", url="http://127.0.0.1:9" if how == "gone" else "")
     assert done.code == code
-    assert done.report["message"].startswith("me/model: no such folder here, and on the Hub: ")
-    taken = "; HF_HUB_OFFLINE=1 takes what huggingface_hub's cache holds of it"
+    assert done.report["message"].startswith("me/model: no such local folder, and on the Hub: ")
+    taken = "; or set HF_HUB_OFFLINE=1 to use the copy in huggingface_hub's cache"
     assert done.report["hint"].endswith(taken) == (code == 7)
 
 
@@ -452,7 +456,7 @@ print("{{}}")
     for command, offline in ((["inspect", "me/model"], "1"), (["run", "recipe.yaml", "--offline"], "0")):
         done, _, stderr = cli.run(command, own | {"HF_HUB_OFFLINE": offline})
         assert done == 0, stderr
-        assert stderr.count("nothing in the cache says whether it holds all files") == 1
+        assert stderr.count("the cache does not say whether it is complete") == 1
     assert cli(code=RESOLVE % "me/model").code == 0
     done, _, stderr = cli.run(["inspect", "me/model"], own | {"HF_HUB_OFFLINE": "1"})
     assert (done, stderr) == (0, "")
@@ -587,8 +591,8 @@ def test_who_is_offline_is_told_so_at_once(cli: Any, tmp_path: Path) -> None:
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 7
         assert done.stderr.splitlines() == [
-            "error: me/model: no such folder here, and on the Hub: huggingface_hub is offline",
-            "hint: check the path if a folder is meant; else unset HF_HUB_OFFLINE",
+            "error: me/model: no such local folder, and on the Hub: huggingface_hub is in offline mode",
+            "hint: check the path if you mean a local folder; otherwise unset HF_HUB_OFFLINE",
         ]
 
 
@@ -613,7 +617,7 @@ def test_a_source_that_is_neither_is_a_usage_error(cli: Any, tmp_path: Path) -> 
     for name in ("me/absent", "me/_absent", "me/absent@a/branch--of/mine"):
         done = cli("inspect", name)
         assert done.code == 2
-        assert "no such folder here, and on the Hub" in done.report["message"]
+        assert "no such local folder, and on the Hub" in done.report["message"]
     for text in ("", str(tmp_path / "absent"), "./me/model", "a/b/c", "me/../x", "me/model@"):
         with pytest.raises(UsageError, match="does not exist"):
             resolve_source(text)

@@ -88,7 +88,7 @@ ROWS = (
     Row(f"POST:{TAG}:500:-1", NETWORK, "answered 500", "untagged"),
     Row(f"POST:{TAG}:409:-1", CONFLICT, "answered 409", "untagged"),
     # The check.
-    Row(f"GET:{RESOLVE}:corrupt", INTEGRITY, "damaged on the way", "complete", options=("--check",)),
+    Row(f"GET:{RESOLVE}:corrupt", INTEGRITY, "damaged in transit", "complete", options=("--check",)),
     Row(f"GET:{RESOLVE}:truncate", OK, "", "complete", options=("--check",)),
     Row("GET:/xet/data/:drop", OK, "", "complete", xet=True, options=("--check",)),
 )
@@ -103,9 +103,9 @@ PULLS = (
     *(Row(f"HEAD:{RESOLVE}:{kind}", OK) for kind in ("500", "503", "drop")),
     *(Row(f"GET:{RESOLVE}:{kind}", OK) for kind in ("500", "503", "drop", "truncate")),
     Row(f"GET:{RESOLVE}:500:-1", NETWORK, "answered 500"),
-    Row(f"GET:{RESOLVE}:corrupt", INTEGRITY, "damaged on the way"),
-    Row(f"GET:/resolve/.*{MANIFEST_NAME}:corrupt", INTEGRITY, "damaged on the way"),
-    Row("GET:/resolve/.*adapter_config.json:corrupt", INTEGRITY, "damaged on the way"),
+    Row(f"GET:{RESOLVE}:corrupt", INTEGRITY, "damaged in transit"),
+    Row(f"GET:/resolve/.*{MANIFEST_NAME}:corrupt", INTEGRITY, "damaged in transit"),
+    Row("GET:/resolve/.*adapter_config.json:corrupt", INTEGRITY, "damaged in transit"),
 )
 
 

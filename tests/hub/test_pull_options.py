@@ -213,10 +213,13 @@ def test_a_stray_file_is_to_be_moved_away_and_a_missing_one_to_be_got_again(cli:
     (artifact / "notes.txt").write_text("mine")
     for command in (("verify", artifact), ("publish", artifact, "me/model")):
         done = cli(*command)
-        assert (done.code, done.report["hint"]) == (3, "move what is not in the manifest out of the folder")
+        assert (done.code, done.report["hint"]) == (3, "move files that are not in the manifest out of the folder")
     (artifact / WEIGHTS).unlink()
     done = cli("verify", artifact)
-    assert (done.code, done.report["hint"]) == (3, "get all of the artifact again; from the Hub, by adaptkit pull")
+    assert (done.code, done.report["hint"]) == (
+        3,
+        "download or copy the whole artifact again (from the Hub: adaptkit pull)",
+    )
 
 
 @pytest.mark.parametrize(
