@@ -135,7 +135,7 @@ def test_a_file_of_answers_is_replaced_and_no_other(compared, llama, instruction
     assert run_cli(*command, "--samples-file", answers).code == 0
     assert len(answers.read_text().splitlines()) == 1
     refused = run_cli(*command, "--samples-file", config)
-    assert (refused.code, "is no file of answers" in refused.stderr) == (2, True)
+    assert (refused.code, "is not a file of answers" in refused.stderr) == (2, True)
     assert config.read_bytes() == (llama / "config.json").read_bytes()
 
 
