@@ -376,9 +376,9 @@ def test_magnitudes_without_use_dora_are_refused_with_what_torchtune_lacks(chang
     """Setting use_dora would not do: torchtune 0.6.1 permutes B of q_proj and k_proj for peft, not the magnitudes."""
     _, adapter = changed("dora")
     change_config(adapter, use_dora=None)
-    with pytest.raises(AdapterError, match="has a lora_magnitude_vector, though use_dora is not set") as caught:
+    with pytest.raises(AdapterError, match="has a lora_magnitude_vector, but use_dora is not set") as caught:
         read_adapter(adapter)
-    assert "make an adapter of the model that it merged, with adaptkit extract" in caught.value.hint
+    assert "use adaptkit extract on the model that torchtune merged" in caught.value.hint
 
 
 def test_dora_with_lora_bias_is_refused(changed, tmp_path):
