@@ -142,13 +142,13 @@ def normalized_importance(weight: Tensor, importance: Tensor) -> Any:
     """Importance in (0, 1] with the floor added, float32."""
     if weight.dim() != 2 or importance.shape != weight.shape[1:]:
         raise UsageError(
-            f"importance {list(importance.shape)} does not belong to a weight {list(weight.shape)}",
-            hint="it has one value for each input of the linear",
+            f"importance of shape {list(importance.shape)} does not fit a weight of shape {list(weight.shape)}",
+            hint="give one value for each input of the linear layer",
         )
     check_finite(importance)
     values = importance.double()
     if bool((values < 0).any()):
-        raise UsageError("an importance is negative", hint="it is the mean of squares")
+        raise UsageError("importance: must not be negative", hint="give the mean squares of the inputs")
     values = values + FLOOR * values.mean()
     largest = values.max()
     return (values / largest if largest > 0 else torch.ones_like(values)).float().contiguous().numpy()

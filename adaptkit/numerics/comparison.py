@@ -91,7 +91,7 @@ def compare(first: LowRank, second: LowRank) -> Comparison:
         ValueError: they are of different shapes.
     """
     if first.shape != second.shape:
-        raise ValueError(f"changes of {first.shape} and {second.shape} have nothing to compare")
+        raise ValueError(f"changes of shapes {first.shape} and {second.shape} cannot be compared")
     tolerance = max(first.shape) * torch.finfo(torch.float64).eps
     core_1, core_2 = _cores(first, second)
     u_1, sigma_1, v_1 = _decomposed(core_1, tolerance)

@@ -41,7 +41,9 @@ def companion_adapter(lost: Tensor, mean_square: Tensor, rank: int) -> tuple[Ten
     if not 1 <= rank <= min(rows, columns):
         raise UsageError(f"rank {rank}: must be from 1 to {min(rows, columns)}", hint="choose a smaller rank")
     if mean_square.shape != (columns,):
-        raise UsageError(f"second moments {list(mean_square.shape)} do not belong to a weight {[rows, columns]}")
+        raise UsageError(
+            f"second moments of shape {list(mean_square.shape)} do not fit a weight of shape {[rows, columns]}"
+        )
     moments = mean_square.double()
     mean = float(moments.mean())
     root = (moments + DAMPING * mean).sqrt() if mean > 0 else torch.ones_like(moments)

@@ -151,20 +151,23 @@ def unmerge_affine(merged: Values, change: Tensor, gain: Tensor | None, residual
 def _check_rows(weight: Values, prepared: Prepared, start_row: int) -> None:
     rows, columns = prepared.shape
     if weight.shape[1] != columns or not 0 <= start_row <= start_row + weight.shape[0] <= rows:
-        raise ValueError(f"rows {start_row} on of shape {tuple(weight.shape)} are none of {prepared.shape}")
+        raise ValueError(f"rows of shape {tuple(weight.shape)} from row {start_row} on are outside {prepared.shape}")
 
 
 def _check_used(used: int, residual: Values) -> None:
     length = int(residual.shape[0])
     if used != length:
-        raise ValueError(f"{used} weights are ambiguous, the record holds {length}")
+        raise ValueError(f"{used} weights are ambiguous, but it holds {length}")
 
 
 def _checked(weight: Values, found: RowsMerged) -> MergedRows:
     if not found.finite:
         if not all_finite(weight):
-            raise NonFiniteError("the weight holds NaN or infinity", hint="repair or re-download the base")
-        raise NonFiniteError("the weight overflows", hint="is this the right base, and the adapter's scaling right?")
+            raise NonFiniteError("the weight holds NaN or infinity", hint="download the base again")
+        raise NonFiniteError(
+            "the merged weight overflows",
+            hint="check that this is the right base, and that --weight and the adapter's lora_alpha are right",
+        )
     return MergedRows(
         weight=found.weight,
         residual=found.residual,

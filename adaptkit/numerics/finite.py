@@ -57,7 +57,7 @@ def check_finite(values: Values, start: int = 0, shape: Sequence[int] | None = N
     where = [int(index) for index in np.unravel_index(start + first, array.shape if shape is None else tuple(shape))]
     raise NonFiniteError(
         f"{name}{': ' if name else ''}the weight at {where} is {float(array.reshape(-1)[first])}",
-        hint="repair or re-download this checkpoint",
+        hint="download the checkpoint again",
     )
 
 

@@ -47,9 +47,9 @@ class Sketching:
 
     def __post_init__(self) -> None:
         if self.oversampling < 0:
-            raise UsageError(f"oversampling by {self.oversampling} columns: must not be negative", hint="10 is usual")
+            raise UsageError(f"oversampling {self.oversampling}: must be at least 0", hint="10 is the default")
         if self.iterations < 1:
-            raise UsageError(f"{self.iterations} iterations: at least one is needed", hint="3 is usual")
+            raise UsageError(f"iterations {self.iterations}: must be at least 1", hint="3 is the default")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: must be from 0 to 2^63 - 1")
 

@@ -90,7 +90,7 @@ def decode(stream: Values, most: int) -> Array:
     source = _Source(np.ascontiguousarray(as_array(stream)))
     count = source.varint()
     if count > most:
-        raise ValueError(f"it holds {count} values, at most {most} are wanted")
+        raise ValueError(f"it holds {count} values, expected at most {most}")
     if count == 0:
         source.end()
         return np.empty(0, np.int64)
@@ -101,7 +101,7 @@ def decode(stream: Values, most: int) -> Array:
     padded = np.concatenate([words, np.zeros(STATES, np.uint16)])
     used = _loops.pop(states, slots, padded, symbols)
     if used != words.size or (states != LEAST).any():
-        raise ValueError("its symbols do not end where they should")
+        raise ValueError("its symbols end in the wrong place")
     bits = _loops.raw_bits(symbols)
     raw = np.zeros(8 * (bits // 64 + 2), np.uint8)
     tail = source.take((bits + 7) // 8)
@@ -122,7 +122,7 @@ class _Source:
 
     def take(self, count: int) -> Any:
         if count > self._rest.size:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         taken, self._rest = self._rest[:count].copy(), self._rest[count:]
         return taken
 
@@ -177,7 +177,7 @@ def _slots(source: _Source) -> Any:
         symbols.append(source.varint() + (symbols[-1] + 1 if symbols else 0))
         frequencies.append(source.varint())
         if symbols[-1] >= SYMBOLS or not 1 <= frequencies[-1] <= _TOTAL:
-            raise ValueError("its frequencies are none")
+            raise ValueError("its frequencies are invalid")
     if sum(frequencies) != _TOTAL:
         raise ValueError("its frequencies do not add up")
     f = np.array(frequencies, np.uint32)

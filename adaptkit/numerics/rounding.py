@@ -43,7 +43,7 @@ def damped(second_moment: Tensor) -> Tensor:
     """
     matrix = second_moment.double()
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not bool(torch.isfinite(matrix).all()):
-        raise UsageError(f"second moments {list(matrix.shape)}: must be a square matrix of finite numbers")
+        raise UsageError(f"second moments of shape {list(matrix.shape)}: must be a square matrix of finite numbers")
     mean = float(matrix.diagonal().mean())
     identity = torch.eye(len(matrix), dtype=torch.float64)
     return matrix + DAMPING * mean * identity if mean > 0 else identity
@@ -93,7 +93,7 @@ def compensated_nf4(
     grid.
     """
     if factor.shape != (weight.shape[-1], weight.shape[-1]):
-        raise UsageError(f"factor {list(factor.shape)} does not belong to a weight {list(weight.shape)}")
+        raise UsageError(f"factor of shape {list(factor.shape)} does not fit a weight of shape {list(weight.shape)}")
     constants: Constants = search_scales(weight, importance, block_size)
     nested_codes, nested, offset = np.zeros(1, np.uint8), np.zeros(1, np.float32), 0.0
     if double_quant:

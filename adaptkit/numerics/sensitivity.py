@@ -92,7 +92,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list
             old, new = choices[name][before], choices[name][after]
             steps.append(Upgrade(name, after, new.nbytes - old.nbytes, old.cost - new.cost))
     if spent > budget_bytes:
-        raise UsageError(f"a budget of {budget_bytes} bytes is below the least, {spent}", hint="raise the budget")
+        raise UsageError(f"budget {budget_bytes}: must be at least {spent} bytes", hint="raise the budget")
     taken, full = [], set()
     for step in sorted(steps, key=lambda step: -step.gain_per_byte):
         if step.name not in full and spent + step.extra_bytes <= budget_bytes:
@@ -106,7 +106,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list
 def _hull(name: str, choices: Sequence[Choice]) -> list[int]:
     """Indexes of the choices on the lower convex hull, from the smallest on; each costs less than the one before."""
     if not choices:
-        raise UsageError(f"{name}: there is no way to store it")
+        raise UsageError(f"{name}: no choice of encoding is given")
     hull: list[int] = []
     for index in sorted(range(len(choices)), key=lambda index: (choices[index].nbytes, choices[index].cost)):
         new = choices[index]

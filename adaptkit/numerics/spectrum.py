@@ -76,11 +76,11 @@ def check_size(rank: int | None, energy: float | None) -> None:
         UsageError: says which it is.
     """
     if (rank is None) == (energy is None):
-        raise UsageError("give either a rank or a share of the energy", hint="--rank 16, or --energy 0.99")
+        raise UsageError("expected either a rank or an energy share", hint="give --rank 16, or --energy 0.99")
     if rank is not None and rank < 1:
-        raise UsageError(f"rank {rank}: must be at least 1", hint="16 is a usual rank")
+        raise UsageError(f"rank {rank}: must be at least 1", hint="16 is a common choice")
     if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"energy {energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the square norm")
+        raise UsageError(f"energy {energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the squared norm")
 
 
 def rank_for_energy(sigma: Tensor, energy: float) -> int:

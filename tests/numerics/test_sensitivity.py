@@ -85,5 +85,5 @@ def test_a_larger_choice_that_saves_nothing_is_never_made():
 def test_a_budget_below_the_least_is_refused():
     with pytest.raises(UsageError, match="budget"):
         allocate({"a": [Choice(5, 1.0)]}, 4)
-    with pytest.raises(UsageError, match="no way"):
+    with pytest.raises(UsageError, match="no choice of encoding"):
         allocate({"a": []}, 4)

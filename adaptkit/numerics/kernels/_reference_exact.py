@@ -213,7 +213,7 @@ def undo(merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = 
 def check_length(used: int, length: int) -> None:
     """Refuse a residual that is too short."""
     if used > length:
-        raise ValueError(f"{used} weights are ambiguous, the record holds {length}")
+        raise ValueError(f"{used} weights are ambiguous, but it holds {length}")
 
 
 def prepare(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Factors:

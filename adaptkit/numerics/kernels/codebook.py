@@ -45,7 +45,7 @@ class Codebook:
 
     def __post_init__(self) -> None:
         if len(self.levels) != 16:
-            raise ValueError(f"a 4-bit code has 16 levels, these are {len(self.levels)}")
+            raise ValueError(f"expected the 16 levels of a 4-bit code, found {len(self.levels)}")
 
     @cached_property
     def order(self) -> tuple[int, ...]:

@@ -140,4 +140,4 @@ def _nothing(out: int, columns: int) -> Compressed:
 def _check_size(*factors: Tensor) -> None:
     for factor in factors:
         if not bool((factor.abs() <= _FLOAT32_MAX).all()):  # nor is NaN
-            raise NonFiniteError("too large for float32", hint="use smaller weights")
+            raise NonFiniteError("the result is too large for float32", hint="use a smaller --weight")

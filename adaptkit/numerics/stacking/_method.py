@@ -39,7 +39,7 @@ def check_lambda(factor: float) -> None:
         UsageError: says what it is.
     """
     if not math.isfinite(factor) or factor == 0:
-        raise UsageError(f"lambda {factor}: must be a finite number other than 0", hint="1 changes nothing")
+        raise UsageError(f"lambda {factor}: must be a finite number other than 0", hint="1 is the default")
 
 
 def check_seed(seed: int) -> None:

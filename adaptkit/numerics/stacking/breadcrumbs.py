@@ -40,8 +40,8 @@ class BreadcrumbsOptions:
         check_lambda(self.lambda_)
         if not 0 <= self.gamma < 1 or self.density + self.gamma > 1 + 1e-12:
             raise UsageError(
-                f"density {self.density} and gamma {self.gamma}: neither may be negative, nor their sum exceed 1",
-                hint=f"with this density give --gamma at most {1 - self.density:g}",
+                f"density {self.density} and gamma {self.gamma}: gamma must be at least 0, and their sum at most 1",
+                hint=f"with this density, give a --gamma from 0 to {1 - self.density:g}",
             )
 
 
