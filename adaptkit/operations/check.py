@@ -80,7 +80,7 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
         verdicts = [_verdict(name, target, other or target.adapter(files, shapes)) for name, target in loaded]
         return _report(path, "adapter", verdicts, _examined(files, shapes), _unknown(files, shapes))
     if base is not None:
-        raise UsageError(f"{path}: not an adapter, so it has no base", hint="leave out --base")
+        raise UsageError(f"{path}: not an adapter, so --base does not apply", hint="leave out --base")
     checkpoint = read_checkpoint_files(path)
     verdicts = [_verdict(name, target, target.checkpoint(checkpoint)) for name, target in loaded]
     kind = "quantized" if checkpoint.quantization else "checkpoint"
@@ -95,8 +95,8 @@ def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
 def _of_mlx(files: AdapterFiles) -> tuple[Finding, ...]:
     """The one thing to be said of an adapter of MLX's, which none of the programs is made for."""
     way = way_from_mlx(files.root, files.config)
-    found = "adapter_config.json is of MLX's, with lora_parameters and no peft_type"
-    return (Finding("error", found, "it takes adapters in peft's layout alone", way),) if way else ()
+    found = "adapter_config.json is in MLX's format (lora_parameters, but no peft_type)"
+    return (Finding("error", found, "only adapters in peft's layout are supported", way),) if way else ()
 
 
 def _report(
@@ -116,26 +116,26 @@ def _examined(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
 
 
 def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
-    unknown = ["whether the program adapts models of the base's architecture", "the weights' values"]
+    unknown = ["whether the program supports adapters for the base's architecture", "the weights' values"]
     if base is None:
         unknown.insert(0, "whether the base has these modules in these shapes (give --base)")
     elif any(pair.stacked for pair in files.pairs):
         unknown.insert(0, "whether stacks of experts fit the base")
     if beside := weights_beside(files.root):
-        unknown.insert(0, f"what is in {beside}, which none of them reads")
+        unknown.insert(0, f"the contents of {beside}, which none of these programs reads")
     if files.pickle:
-        unknown.insert(0, f"what is in {files.pickle}")
+        unknown.insert(0, f"the contents of {files.pickle}")
     if str(files.config.get("peft_type")).upper() != "LORA":
-        unknown.insert(0, "the rules of adapters other than LoRA")
+        unknown.insert(0, "rules for adapter types other than LoRA")
     return tuple(unknown)
 
 
 def _seen(files: CheckpointFiles) -> tuple[str, ...]:
-    packed = (f"states of {counted(len(files.packed), 'quantized weight')}",) if files.packed else ()
-    compared = (f"names and shapes of all that {files.architecture} has",) if files.architecture else ()
+    packed = (f"quantization states of {counted(len(files.packed), 'quantized weight')}",) if files.packed else ()
+    compared = (f"names and shapes of all tensors of {files.architecture}",) if files.architecture else ()
     return ("config.json", "names of files and tensors", *packed, *compared)
 
 
 def _unseen(files: CheckpointFiles) -> tuple[str, ...]:
-    name = next(iter(class_names(files.config)), "of no name")
-    return (f"whether the program has the architecture {name}", "the weights' values")
+    name = next(iter(class_names(files.config)), "of an unnamed class")
+    return (f"whether the program supports the architecture {name}", "the weights' values")

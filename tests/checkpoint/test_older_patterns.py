@@ -145,4 +145,7 @@ def test_an_older_adapter_comes_out_again(adapters, tmp_path):
 def test_what_programs_of_today_make_of_it_is_said(target, adapters):
     base, old, today = adapters
     said = [[f.found for f in check(folder, target, base).verdicts[0].findings] for folder in (old, today)]
-    assert [any("as peft up to 0.14 matched them" in what for what in found) for found in said] == [True, False]
+    assert [any("follow the matching rule of peft up to 0.14" in what for what in found) for found in said] == [
+        True,
+        False,
+    ]

@@ -375,7 +375,7 @@ def test_peft_wants_every_module_that_a_name_stands_for(module, make, untied):
     assert verdicts(folder, untied)["peft"].taken
     rewrite(folder, lambda t: {name: v for name, v in t.items() if name != f"base_model.model.{module}.weight"})
     assert not peft_takes(folder, untied)
-    assert levels(verdicts(folder, untied)["peft"], f"{module}.weight is not in the file") == {"error"}
+    assert levels(verdicts(folder, untied)["peft"], f"{module}.weight: not in the file") == {"error"}
 
 
 @pytest.mark.parametrize(
@@ -532,14 +532,14 @@ def test_whoever_scales_otherwise_than_peft_is_found_out(case, make, untied):
     assert ("adapter_config.json scales" in words(found["gguf"])) == (not by_rank)
     by_root = all(s == pytest.approx(config["lora_alpha"] / config["r"] ** 0.5) for s, _ in meant.values())
     old_vllm = by_root if config["use_rslora"] else flat
-    assert ("older ones scale by" in words(found["vllm"])) == (not old_vllm)
+    assert ("older versions silently scale by" in words(found["vllm"])) == (not old_vllm)
     assert found["vllm"].taken
 
 
 def test_resizing_to_its_own_rank_makes_rslora_plain(make, tmp_path, untied):
     """The command that the verdict gives does what the verdict says."""
     folder = make(use_rslora=True)
-    assert f"adaptkit resize {folder} -o OUT --rank 4" in words(verdicts(folder)["sglang"])
+    assert f"run adaptkit resize {folder} -o OUT --rank 4," in words(verdicts(folder)["sglang"])
     resize(folder, tmp_path / "plain", ResizeOptions(rank=4))
     assert taken(tmp_path / "plain", untied) == {"gguf", "peft", "sglang", "vllm"}
     assert scalings(tmp_path / "plain", untied) == scalings(folder, untied)
@@ -549,6 +549,21 @@ def test_what_resizing_cannot_mend_is_merged(make):
     for folder in (make(name="a", alpha_pattern={"q_proj": 3}), make(name="b", use_rslora=True, use_dora=True)):
         assert f"adaptkit merge BASE {folder}" in words(verdicts(folder)["gguf"])
         assert "resize" not in words(verdicts(folder)["gguf"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+)
+def test_the_merge_that_a_verdict_names_can_be_run_where_the_head_is_tied(change, make, llama, run_cli, tmp_path):
+    """It refused without ``--untie``, which only the verdict on llama.cpp had."""
+    folder = make(llama, **change)
+    changes = {f.change for v in verdicts(folder, llama).values() for f in v.findings if "adaptkit merge" in f.change}
+    assert changes
+    for text in changes:
+        (words_of,) = re.findall(r"adaptkit (merge BASE .* -o MERGED[^,]*),", text)
+        paths = {"BASE": llama, "MERGED": tmp_path / "merged"}
+        assert run_cli(*(paths.get(word, word) for word in words_of.split()), "--force").code == 0
 
 
 @pytest.mark.parametrize(("rank", "flag"), [(16, None), (17, 32), (64, 64), (400, 512), (513, None)])
@@ -561,7 +576,7 @@ def test_ranks_that_vllm_takes(rank, flag, make):
 
 def test_vllm_counts_ranks_that_no_module_has(make):
     folder = make(rank_pattern={"k_proj": 2})
-    assert levels(verdicts(folder)["vllm"], "vLLM takes ranks") == set()
+    assert levels(verdicts(folder)["vllm"], "ranks up to") == set()
     for rank, level in ((64, "warning"), (1024, "error")):
         configure(folder, rank_pattern={"k_proj": 2, "nowhere": rank})
         assert levels(verdicts(folder)["vllm"], f"rank {rank}") == {level}
@@ -595,9 +610,9 @@ def test_what_the_configuration_says_counts(config, refusing, make):
 
 def test_weights_that_no_program_reads_are_told(make):
     folder = make()
-    assert not any("which none of them reads" in text for text in check(folder).unknown)
+    assert not any("which none of these programs reads" in text for text in check(folder).unknown)
     (folder / "non_lora_trainables.bin").write_bytes(b"")
-    assert "what is in non_lora_trainables.bin, which none of them reads" in check(folder).unknown
+    assert "the contents of non_lora_trainables.bin, which none of these programs reads" in check(folder).unknown
 
 
 def test_a_beginning_that_is_not_known_is_told_by_all(make):
@@ -610,7 +625,7 @@ def test_a_beginning_that_is_not_known_is_told_by_all(make):
 
 def test_vllm_refuses_beginnings_that_change_the_base_when_it_is_loaded(make):
     folder = make()
-    for begun, phrase in (("olora", "vLLM refuses"), ("lora_ga", "vLLM takes it"), ("milora", "vLLM refuses")):
+    for begun, phrase in (("olora", "vLLM rejects"), ("lora_ga", "vLLM ignores this"), ("milora", "vLLM rejects")):
         configure(folder, init_lora_weights=begun)
         assert levels(verdicts(folder)["vllm"], phrase) == {"error"}
 
@@ -652,7 +667,7 @@ def test_stacks_of_experts(made):
 def test_stacks_of_experts_on_a_base_that_has_none(made, untied):
     both = peft_adapters.make(made, "experts_patterns")
     assert not peft_takes(both.adapter, untied)
-    assert levels(verdicts(both.adapter, untied)["peft"], "experts and 3 more: no tensor of") == {"error"}
+    assert levels(verdicts(both.adapter, untied)["peft"], "experts and 3 more: no tensor of this name in") == {"error"}
 
 
 def levels(verdict, phrase):
@@ -668,15 +683,15 @@ def test_sglang_sorts_by_names_and_has_one_rank(make, untied, made, tmp_path, gp
     assert verdicts(folder)["sglang"].findings == ()
     same_scaling = make(name="ranks", rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 4})
     assert levels(verdicts(same_scaling)["sglang"], "scales") == set()
-    assert levels(verdicts(same_scaling)["sglang"], "another rank") == {"error"}
+    assert levels(verdicts(same_scaling)["sglang"], "a rank other than") == {"error"}
     tables = make(name="tables", target_modules=["embed_tokens", "q_proj", "v_proj"])
     configure(tables, target_modules=["q_proj", "v_proj"])
-    assert levels(verdicts(tables)["sglang"], "drops it without a word") == {"error"}
+    assert levels(verdicts(tables)["sglang"], "silently drops it") == {"error"}
     of_gpt2 = tiny.write_peft_adapter(tmp_path / "of-gpt2", gpt2)
     assert levels(verdicts(of_gpt2)["sglang"], "looks for layers.N.") == {"error"}
     single, stacks = (peft_adapters.make(made, f"experts_{kind}") for kind in ("one_by_one_qwen3", "qwen3"))
     assert levels(verdicts(single.adapter)["sglang"], "one pair of matrices") == {"warning"}
-    assert levels(verdicts(stacks.adapter)["sglang"], "experts in stacks") == {"error"}
+    assert levels(verdicts(stacks.adapter)["sglang"], "stack of experts") == {"error"}
 
 
 def test_what_sglang_would_load_by_mistake(make, tmp_path):
@@ -796,7 +811,7 @@ def test_llama_cpp_has_one_tensor_for_a_tied_embedding_and_its_head(module, make
     (finding,) = verdicts(folder, llama)["gguf"].findings
     assert finding.level == "error"
     assert verdicts(folder, untied)["gguf"].findings == ()
-    command = finding.change.partition(",")[0]
+    command = finding.change.removeprefix("run ").partition(",")[0]
     words = command.replace("BASE", str(llama)).replace("MERGED", str(folder.with_name("merged"))).split()
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     assert (done.returncode, words[:2]) == (0, ["adaptkit", "merge"]), done.stderr
@@ -916,7 +931,7 @@ def test_a_head_in_the_files_is_tied_where_transformers_and_merge_tie_it(tmp_pat
         model = peft_adapters.load_float32(base)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     assert tied == (write is tiny.write_gpt2)
-    assert ("in common with the embedding" in words(verdicts(folder, base)["gguf"])) == tied
+    assert ("ties it to the embedding" in words(verdicts(folder, base)["gguf"])) == tied
     with pytest.raises(BaseMismatchError, match="ties its head") if tied else contextlib.nullcontext():
         merge(base, [folder], tmp_path / "merged")
 

@@ -132,7 +132,7 @@ def test_experts_of_several_ranks_cannot_be_put_together(target, moe, tmp_path):
     for base in (None, moe["mixtral"]):
         (verdict,) = check(folder, [target], base).verdicts
         assert [finding.found for finding in verdict.findings if finding.level == "error"] == [
-            "model.layers.0.block_sparse_moe.experts and 1 more: experts of several ranks"
+            "model.layers.0.block_sparse_moe.experts and 1 more: experts with different ranks"
         ]
 
 
@@ -182,5 +182,5 @@ def test_a_dense_layer_beside_experts_is_not_reached(parts, moe, tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(merged[name], model(tmp_path / "base").state_dict()[name])
     (verdict,) = check(folder, ["peft"], tmp_path / "base").verdicts
-    assert [finding.found for finding in verdict.findings if "no expert" in finding.found]
+    assert [finding.found for finding in verdict.findings if "not an expert" in finding.found]
     assert not verdict.taken

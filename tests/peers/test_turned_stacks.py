@@ -154,7 +154,7 @@ def test_diff_says_that_it_compares_the_files(turned, peers, tmp_path):
     assert diff(today, new, threads=1).same != turned
     found = diff(today, old, threads=1)
     assert not found.same
-    assert any("as the files have them" in remark for remark in found.remarks)
+    assert any("are compared as stored" in remark for remark in found.remarks)
     assert not diff(old, old, threads=1).remarks
 
 
@@ -163,7 +163,7 @@ def test_what_todays_peft_does_with_them_is_said(name, version, turned, peers, t
     base, today = peers[name]
     adapter = written(tmp_path / "adapter", today, version, turned)
     found = [finding.found for finding in check(adapter, "peft", base).verdicts[0].findings]
-    assert any("stacks as peft" in what for what in found) == turned
+    assert any("stack of experts in the layout of peft" in what for what in found) == turned
     refused = pytest.raises(RuntimeError, match="size mismatch") if turned else nullcontext()
     with peft_adapters.quiet(), refused:
         PeftModel.from_pretrained(peft_adapters.load_float32(base), adapter)

@@ -35,16 +35,16 @@ def command(path: Path, targets: tuple[str, ...], base: Path | None, as_json: bo
     from adaptkit.operations.check import check
 
     report = check(path, targets, base)
-    rows = [("checked", f"{report.path}: {report.kind}"), ("by", "\n".join(report.examined))]
+    rows = [("checked", f"{report.path}: {report.kind}"), ("examined", "\n".join(report.examined))]
     for verdict in report.verdicts:
         rows += _rows(verdict)
-    rows.append(("not known", "\n".join(report.unknown)))
+    rows.append(("not checked", "\n".join(report.unknown)))
     show(report, rows, as_json=as_json, quiet=quiet)
     return 0 if report.taken else 1
 
 
 def _rows(verdict: "Verdict") -> list[Row]:
-    word = "accepts it" if verdict.taken else "does not accept it as it is"
+    word = "loads it correctly" if verdict.taken else "does not load it correctly"
     rows, said = [(verdict.target, f"{word} ({verdict.reader})")], ""
     for finding in verdict.findings:
         change = "same change as above" if finding.change == said else finding.change

@@ -15,6 +15,7 @@ from adaptkit.checkpoint._adapter_keys import PREFIX
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 from adaptkit.checkpoint.patterns import FirstMatch
+from adaptkit.checkpoint.vocabulary import is_usual_head, is_usual_table
 from adaptkit.numerics.scaling import scaling
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -145,13 +146,15 @@ class AdapterFiles:
         """Whether all modules have one rank and one scaling."""
         return len({(pair.rank, pair.scaling) for pair in self.pairs}) == 1
 
-    def merge(self, options: str = "") -> str:
-        """The command that makes a model of it that needs no adapter."""
-        return f"adaptkit merge BASE {self.root} -o MERGED{options}, and give it MERGED"
+    def merge(self) -> str:
+        """The command that makes a model that needs no adapter of it; ``--untie`` does nothing to what is not tied."""
+        is_vocabulary = any(is_usual_head(key.module) or is_usual_table(key.module) for key in self.keys)
+        untie = " --untie" if is_vocabulary else ""
+        return f"run adaptkit merge BASE {self.root} -o MERGED{untie}, and load MERGED instead"
 
     def merge_elsewhere(self) -> str:
         """What to do with what adaptkit does not read either."""
-        return "use it with peft, or, if peft can merge_and_unload it, give the program the merged model"
+        return "use it with peft; or, if peft can merge_and_unload it, load the merged model instead"
 
     @property
     def saved(self) -> list[str]:

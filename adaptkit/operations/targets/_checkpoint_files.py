@@ -130,7 +130,7 @@ def _beside_model(
     found = places(network, shapes)
     wanted = {name: shape_in(network, place) for name, place in found.items()}
     misshapen = tuple(
-        f"{name} is {list(shapes[name])} and should be {list(shape)}"
+        f"{name} (expected {list(shape)}, found {list(shapes[name])})"
         for name, shape in wanted.items()
         if shape is not None and shape != shapes[name]
     )

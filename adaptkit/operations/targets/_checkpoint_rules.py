@@ -8,12 +8,12 @@ from adaptkit.operations.targets._target import Finding, some
 
 def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
     """A method that only adaptkit has, or none in the configuration though the tensors are quantized."""
-    plain = f"adaptkit dequantize {files.root} -o OUT, or quantize the original with --format nf4"
+    plain = f"run adaptkit dequantize {files.root} -o OUT, or quantize the original with --format nf4"
     if files.quantization == "adaptkit" or any(packed.format == "int8" for packed in files.packed):
         yield Finding(
             "error",
             "quant_method is adaptkit in config.json (int8)",
-            f"{reader} does not know this layout, which only adaptkit reads",
+            f"{reader} does not support this layout, which only adaptkit loads",
             plain,
         )
     elif files.quantization is not None and not files.says_so:
@@ -22,8 +22,8 @@ def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
             "error",
             f"config.json has no quantization_config, but {some(names) if names else 'the tensors'} "
             f"{'are' if len(names) != 1 else 'is'} quantized ({files.quantization})",
-            f"{reader} takes the codes for weights",
-            "get config.json again, or quantize the original anew",
+            f"{reader} reads the codes as weights",
+            "restore config.json, or quantize the original again",
         )
 
 
@@ -33,8 +33,8 @@ def storage(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"bnb_4bit_quant_storage is {files.storage!r} in config.json",
-            f"{reader} takes uint8 alone",
-            f"adaptkit dequantize {files.root} -o OUT, and quantize that",
+            f"{reader} accepts only uint8",
+            f"run adaptkit dequantize {files.root} -o OUT, and quantize the result",
         )
 
 
@@ -44,9 +44,9 @@ def stacks(files: CheckpointFiles, effect: str) -> Iterator[Finding]:
     if names:
         yield Finding(
             "error",
-            f"{some(names)}: experts quantized in stacks",
-            f"{effect}; only adaptkit reads them",
-            f"quantize the original with --moe keep, or adaptkit dequantize {files.root} -o OUT",
+            f"{some(names)}: quantized stack of experts",
+            f"{effect}; only adaptkit loads them",
+            f"quantize the original with --moe keep, or run adaptkit dequantize {files.root} -o OUT",
         )
 
 
@@ -55,16 +55,16 @@ def beside(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
     if files.beside and not files.has_index:
         yield Finding(
             "error",
-            f"{some(files.beside)} beside model.safetensors, and no model.safetensors.index.json",
-            f"{reader} then loads every *.safetensors in the folder as weights",
-            f"give it a copy of the folder without {some(files.beside)}",
+            f"{some(files.beside)} beside model.safetensors, without a model.safetensors.index.json",
+            f"{reader} then loads every *.safetensors file in the folder as weights",
+            f"load a copy of the folder without {some(files.beside)}",
         )
 
 
 def tokenizer(files: CheckpointFiles, effect: str, change: str) -> Iterator[Finding]:
     """No tokenizer in the folder."""
     if not files.has_tokenizer:
-        yield Finding("warning", "there is no tokenizer in the folder", effect, change)
+        yield Finding("warning", "no tokenizer found in the folder", effect, change)
 
 
 def model(files: CheckpointFiles, effect_of_absence: str, effect_of_shape: str) -> Iterator[Finding]:
@@ -74,12 +74,12 @@ def model(files: CheckpointFiles, effect_of_absence: str, effect_of_shape: str) 
             "error",
             f"the files lack {some(files.absent)}, which {files.architecture} has",
             effect_of_absence,
-            "get the checkpoint again, or make config.json say what the files hold",
+            "download the checkpoint again, or correct config.json",
         )
     if files.misshapen:
         yield Finding(
             "error",
-            f"{some(files.misshapen)} by config.json",
+            f"the shape differs from config.json: {some(files.misshapen)}",
             effect_of_shape,
-            "make config.json say what the files hold, or get both from one place",
+            "correct config.json, or download it and the files from the same place",
         )

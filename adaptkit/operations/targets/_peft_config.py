@@ -16,7 +16,7 @@ from adaptkit.operations.targets._target import Finding, some
 SHORTHAND = "all-linear"
 _TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 _INITIAL = re.compile(r"eva|orthogonal|lora_ga|loftq|pissa|pissa_niter_\d+|(?i:gaussian|olora|mica)")
-_BY_LIST = "name the modules in a list, or leave it out"
+_BY_LIST = "list the modules in target_modules, or remove this key"
 
 
 def values(files: AdapterFiles) -> Iterator[Finding]:
@@ -27,53 +27,73 @@ def values(files: AdapterFiles) -> Iterator[Finding]:
     is_pattern, has_layers = isinstance(pattern, str), config.get("layers_to_transform") is not None
     plain = initial is True or initial is False
     refused = (
-        (task is not None and task not in _TASKS, "task_type", "ValueError", f"one of {', '.join(_TASKS)}"),
-        (not _is_bias(bias), "bias", "NotImplementedError", "none, all or lora_only"),
-        (not _is_initial(initial), "init_lora_weights", "ValueError", "true, which loading overwrites"),
+        (task is not None and task not in _TASKS, "task_type", "ValueError", f"set it to one of {', '.join(_TASKS)}"),
+        (not _is_bias(bias), "bias", "NotImplementedError", "set it to none, all or lora_only"),
+        (
+            not _is_initial(initial),
+            "init_lora_weights",
+            "ValueError",
+            "set it to true, since loading replaces the initial weights",
+        ),
         (
             initial == "loftq" and not config.get("loftq_config"),
             "init_lora_weights",
             "ValueError without loftq_config",
-            "true, which loading overwrites",
+            "set it to true, since loading replaces the initial weights",
         ),
-        (not _is_share(dropout), "lora_dropout", "ValueError or TypeError", "a number from 0 to 1"),
-        (is_pattern and has_layers, "layers_to_transform", "ValueError beside a pattern of modules", _BY_LIST),
+        (not _is_share(dropout), "lora_dropout", "ValueError or TypeError", "set it to a number from 0 to 1"),
+        (is_pattern and has_layers, "layers_to_transform", "ValueError if target_modules is a pattern", _BY_LIST),
         (
             is_pattern and config.get("layers_pattern") is not None,
             "layers_pattern",
-            "ValueError beside a pattern of modules",
+            "ValueError if target_modules is a pattern",
             _BY_LIST,
         ),
         (
             bool(config.get("layers_pattern")) and not has_layers,
             "layers_pattern",
             "ValueError without layers_to_transform",
-            "leave it out",
+            "remove it",
         ),
-        (not _are_patterns([config.get("exclude_modules")]), "exclude_modules", "re.error", "a valid pattern"),
-        (not _are_patterns(config.get("modules_to_save")), "modules_to_save", "re.error", "names of modules"),
-        (isinstance(config.get("layers_to_transform"), str), "layers_to_transform", "TypeError", "a list of numbers"),
-        (config.get("rank_pattern", {}) is None, "rank_pattern", "AttributeError", "{}"),
-        (config.get("alpha_pattern", {}) is None, "alpha_pattern", "AttributeError", "{}"),
-        (isinstance(config.get("target_parameters"), str), "target_parameters", "TypeError", "a list of names"),
-        (isinstance(config.get("modules_to_save"), str), "modules_to_save", "TypeError", "a list of names"),
+        (
+            not _are_patterns([config.get("exclude_modules")]),
+            "exclude_modules",
+            "re.error",
+            "use a valid regular expression",
+        ),
+        (not _are_patterns(config.get("modules_to_save")), "modules_to_save", "re.error", "use module names"),
+        (
+            isinstance(config.get("layers_to_transform"), str),
+            "layers_to_transform",
+            "TypeError",
+            "set it to a list of numbers",
+        ),
+        (config.get("rank_pattern", {}) is None, "rank_pattern", "AttributeError", "set it to {}"),
+        (config.get("alpha_pattern", {}) is None, "alpha_pattern", "AttributeError", "set it to {}"),
+        (
+            isinstance(config.get("target_parameters"), str),
+            "target_parameters",
+            "TypeError",
+            "set it to a list of names",
+        ),
+        (isinstance(config.get("modules_to_save"), str), "modules_to_save", "TypeError", "set it to a list of names"),
         (
             bool(config.get("lora_bias")) and bool(config.get("use_dora")),
             "lora_bias",
-            "ValueError beside use_dora",
-            "leave one of them out",
+            "ValueError together with use_dora",
+            "remove one of the two",
         ),
         (
             bool(config.get("lora_bias")) and not plain and _is_initial(initial),
             "init_lora_weights",
-            "ValueError beside lora_bias",
-            "true, which loading overwrites",
+            "ValueError together with lora_bias",
+            "set it to true, since loading replaces the initial weights",
         ),
     )
     for applies, key, failure, change in refused:
         if applies:
             found = f"{key} is {config.get(key)!r} in adapter_config.json"
-            yield Finding("error", found, f"peft fails with a {failure}", f"what it takes: {change}")
+            yield Finding("error", found, f"peft fails with {failure}", change)
 
 
 def _is_bias(value: Any) -> bool:
@@ -109,18 +129,18 @@ def numbers(files: AdapterFiles) -> Iterator[Finding]:
         where = f" (for {some(wrong)})" if wrong and plain else ""
         yield Finding(
             "error",
-            "rank or alpha by r, lora_alpha, rank_pattern and alpha_pattern in adapter_config.json is no number that "
-            f"peft can take{where}: r is {rank!r}, lora_alpha {alpha!r}",
+            "adapter_config.json gives no rank or alpha that peft can use (r, lora_alpha, rank_pattern, alpha_pattern)"
+            f"{where}: r is {rank!r}, lora_alpha {alpha!r}",
             "peft fails when it builds the modules",
             _rules.ONE_SAVE,
         )
     taken = [pair for pair in files.pairs if _is_number(pair.alpha) and not pair.alpha > 0]
-    yield from _small([pair for pair in taken if pair.alpha == 0], "0", "peft loads it, and it changes nothing there")
+    yield from _small([pair for pair in taken if pair.alpha == 0], "0", "peft loads it, but it changes nothing there")
     below = [pair for pair in taken if pair.alpha < 0]
-    yield from _small(below, "below zero", "peft loads it, and subtracts what was learned there")
+    yield from _small(below, "negative", "peft loads it, but subtracts what was learned there")
     endless = [pair.module for pair in files.pairs if _is_number(pair.alpha) and not math.isfinite(pair.alpha)]
     if endless:
-        yield Finding("error", f"alpha of {some(endless)} is not finite", "peft computes NaN with it", _rules.ONE_SAVE)
+        yield Finding("error", f"alpha of {some(endless)} is not finite", "peft then computes NaN", _rules.ONE_SAVE)
 
 
 def _small(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:
@@ -129,7 +149,7 @@ def _small(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:
             "warning",
             f"alpha of {some([pair.module for pair in pairs])} is {what}",
             effect,
-            "set lora_alpha or alpha_pattern to what it was trained with, if this is not meant",
+            "unless this is intended, set lora_alpha or alpha_pattern to the value used in training",
         )
 
 

@@ -38,8 +38,8 @@ def turned(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     if found:
         yield Finding(
             "error",
-            f"{some(found)}: stacks as peft {files.config.get('peft_version') or '0.17'} wrote them",
-            "peft takes their matrices' input for the output: it fails, or computes something else if they are square",
+            f"{some(found)}: stack of experts in the layout of peft {files.config.get('peft_version') or '0.17'}",
+            "current peft swaps input and output: it fails, or computes wrong results if the matrices are square",
             files.merge(),
         )
 
@@ -60,13 +60,13 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     if files.config.get("use_rslora"):
         yield Finding(
             "error",
-            f"use_rslora in adapter_config.json, and one pair of matrices an expert: {some(modules)}",
-            "peft doubles alpha and rank when it makes stacks of them, and so scales by √2 too much",
+            f"use_rslora in adapter_config.json, with one pair of matrices per expert: {some(modules)}",
+            "peft doubles alpha and rank when it stacks them, so the scaling is too large by a factor of √2",
             _scalings.flat_change(files),
         )
     elif family is not None and family not in STACKED:
-        effect = f"for {family} peft makes no stacks of them: it fails, or drops them without a word"
-        yield Finding("error", f"{some(modules)}: one pair of matrices an expert", effect, files.merge())
+        effect = f"peft does not stack them for {family}: it fails, or silently drops them"
+        yield Finding("error", f"{some(modules)}: one pair of matrices per expert", effect, files.merge())
     pattern = files.config.get("target_modules")
     if isinstance(pattern, str) and pattern != _peft_config.SHORTHAND:
         paths = {f"{match['stack']}.{match['part']}" for _, match in found}
@@ -74,16 +74,16 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
         if unnamed:
             yield Finding(
                 "error",
-                f"the pattern target_modules in adapter_config.json does not match {some(unnamed)}",
-                "peft, which looks for the stack under that name, finds no module or drops them",
+                f"the pattern in target_modules in adapter_config.json does not match {some(unnamed)}",
+                "peft looks for the stack under that name, and fails or drops the tensors",
                 "name the modules in a list, such as ['down_proj', 'gate_proj', 'up_proj']",
             )
     uneven = [pair.module for pair, _ in found if _is_uneven(files, pair)]
     if uneven:
         yield Finding(
             "error",
-            f"rank or alpha of {some(uneven)} is not r and lora_alpha of adapter_config.json",
-            "peft gives all experts one rank and one alpha: it fails, or scales them otherwise",
+            f"rank or alpha of {some(uneven)} differs from r or lora_alpha in adapter_config.json",
+            "peft gives all experts the same rank and alpha: it fails, or scales them wrongly",
             files.merge(),
         )
     numbers: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
@@ -95,7 +95,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     if lacking:
         yield Finding(
             "error",
-            f"not all of {count} experts have a pair of matrices: {some(lacking)}",
+            f"{some(lacking)}: not all of {count} experts have a pair of matrices",
             "peft fails: size mismatch",
             files.merge(),
         )
@@ -109,8 +109,8 @@ def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     if taken:
         yield Finding(
             "error",
-            f"{some(taken)}: no expert, and called as the experts of {family} are",
-            f"peft makes stacks of what has such a name; {drops}",
+            f"{some(taken)}: not an expert, but named like the experts of {family}",
+            f"peft stacks everything with such a name; {drops}",
             files.merge(),
         )
 
@@ -125,13 +125,13 @@ def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]],
     if alone:
         yield Finding(
             "error",
-            f"{some(alone)}: gate or up of the experts, and not both",
-            "peft fails, since they are one matrix in the model",
+            f"{some(alone)}: only one of gate and up of the experts",
+            "peft fails, since the model stores both in one matrix",
             files.merge(),
         )
     both = [stack for stack, there in halves.items() if all(there)]
     if both and not any(part in DOWNS for _, part in numbers):
-        yield Finding("error", f"{some(both)}: gate and up of the experts, and no down", drops, files.merge())
+        yield Finding("error", f"{some(both)}: gate and up of the experts, but no down", drops, files.merge())
 
 
 def _has_stacks(base: BaseShapes | None, modules: list[str]) -> bool:

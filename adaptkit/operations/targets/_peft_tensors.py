@@ -44,9 +44,9 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     if beside:
         yield Finding(
             "error",
-            f"{some([key.name for key in beside])}: what a LoRA is added to, and there is no LoRA of it",
+            f"{some([key.name for key in beside])}: the base layer of a LoRA module, but the file has no LoRA for it",
             drops,
-            "remove it, or take .base_layer out of its name",
+            "remove it, or remove .base_layer from its name",
         )
     under = [key for key in whole if key.role in ("weight", "bias") and _is_under(files, key) and key.module in lora]
     for is_table in (False, True):  # of an embedding it may be a copy of the base's, which older versions wrote
@@ -54,9 +54,9 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
         if names:
             yield Finding(
                 "warning" if is_table else "error",
-                f"{some(names)}: a whole tensor of a module that has a LoRA",
+                f"{some(names)}: a full tensor of a module that also has a LoRA",
                 drops,
-                "call it .base_layer.weight or .base_layer.bias, if it is not the base's",
+                "if it differs from the base's, rename it to .base_layer.weight or .base_layer.bias",
             )
     if base is None:
         return
@@ -64,7 +64,7 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     if nowhere:
         yield Finding(
             "warning" if base.is_composed else "error",
-            f"{some(nowhere)}: no tensor of {base.title} is called like it",
+            f"{some(nowhere)}: no tensor of this name in {base.title}",
             drops,
             "remove it, or give the base that it was trained on",
         )
@@ -73,8 +73,8 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
         first = min(unlike, key=lambda key: key.name)
         yield Finding(
             "error",
-            f"{some([key.name for key in unlike])} is {list(first.shape)}, and {list(base.tensors[_in_base(first)])} "
-            f"in {base.title}",
+            f"{some([key.name for key in unlike])}: expected shape {list(base.tensors[_in_base(first)])} as in "
+            f"{base.title}, found {list(first.shape)}",
             "peft fails: size mismatch",
             "give the base that it was trained on",
         )
@@ -118,9 +118,9 @@ def saved_modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Find
     if absent and files.keys:
         yield Finding(
             "error",
-            f"modules_to_save has {absent}, of which there is no tensor",
-            "peft fails with a KeyError, if the model has such a module",
-            "take it out of modules_to_save, or save the adapter again",
+            f"modules_to_save names {absent}, but the file has no tensor of it",
+            "peft fails with KeyError if the model has such a module",
+            "remove it from modules_to_save, or save the adapter again with peft",
         )
 
 
@@ -136,9 +136,9 @@ def _lacking(files: AdapterFiles, base: BaseShapes) -> Iterator[Finding]:
     if lacking:
         yield Finding(
             "error",
-            f"{some(lacking)} is not in the file, and is of a module that modules_to_save or the task names",
-            "peft fails with a KeyError",
-            "take the module out of modules_to_save, or save the adapter again",
+            f"{some(lacking)}: not in the file, although modules_to_save or task_type asks for its module",
+            "peft fails with KeyError",
+            "remove the module from modules_to_save, or save the adapter again with peft",
         )
 
 
@@ -148,16 +148,16 @@ def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Findi
     if files.config.get("trainable_token_indices") and files.keys and not rows:
         yield Finding(
             "error",
-            "trainable_token_indices is set in adapter_config.json, but there are no trained rows",
-            "peft fails with a KeyError",
-            "take it out, or save the adapter again",
+            "trainable_token_indices is set in adapter_config.json, but the file has no trained rows",
+            "peft fails with KeyError",
+            "remove it, or save the adapter again with peft",
         )
     indices = {key: found for key in rows if (found := _indices(files, key)) is not None}
     wrong = [key.name for key, found in indices.items() if key.shape[:1] != (len(found),)]
     if wrong:
         yield Finding(
             "error",
-            f"{some(wrong)}: another number of rows than trainable_token_indices in adapter_config.json has",
+            f"{some(wrong)}: the number of rows differs from trainable_token_indices in adapter_config.json",
             "peft fails: size mismatch",
             "save the adapter again with peft",
         )
@@ -167,9 +167,9 @@ def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Findi
         if beyond and base is not None:
             yield Finding(
                 "error",
-                f"trainable_token_indices has {max(beyond, key=abs)}, and {key.module} has {entries} entries in "
+                f"trainable_token_indices has {max(beyond, key=abs)}, but {key.module} has only {entries} entries in "
                 f"{base.root}",
-                "peft fails with an IndexError",
+                "peft fails with IndexError",
                 "call model.resize_token_embeddings before the adapter is loaded, or give the base that it was "
                 "trained on",
             )
@@ -196,7 +196,7 @@ def generates(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]
     if task in _GENERATE and network is not None and not hasattr(network, "prepare_inputs_for_generation"):
         yield Finding(
             "error",
-            f"task_type is {task!r} in adapter_config.json, and {base.title if base else ''} does not generate",
-            "peft fails with an AttributeError",
-            "set task_type to FEATURE_EXTRACTION, or to what the base is for",
+            f"task_type is {task!r} in adapter_config.json, but {base.title if base else ''} does not generate text",
+            "peft fails with AttributeError",
+            "set task_type to FEATURE_EXTRACTION, or to the base's task",
         )

@@ -11,7 +11,7 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, is_po
 from adaptkit.operations.targets._base_shapes import BaseShapes, is_single_expert
 from adaptkit.operations.targets._target import Finding, some
 
-ONE_SAVE = "adapter_config.json and adapter_model.safetensors must be of one save: save the adapter again with peft"
+ONE_SAVE = "save the adapter again with peft, so that adapter_config.json and adapter_model.safetensors match"
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|embed_in|word_embeddings)(\.token_adapter)?$")
 VARIANTS = {
     "use_dora": "DoRA",
@@ -19,7 +19,7 @@ VARIANTS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "replicated layers",
+    "layer_replication": "layer replication",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
 }
@@ -31,15 +31,15 @@ def weights(files: AdapterFiles, reader: str) -> Iterator[Finding]:
     if files.pickle:
         yield Finding(
             "warning",
-            f"{files.pickle} is a pickle",
-            f"{reader} loads it with torch.load(weights_only=True); adaptkit loads no pickles, so the names in it are "
-            "not checked here",
-            f"adaptkit inspect {files.root} has a command that makes safetensors of it",
+            f"{files.pickle} is a pickle file",
+            f"{reader} loads it with torch.load(weights_only=True); adaptkit does not load pickles, so the names in it "
+            "are not checked",
+            f"run adaptkit inspect {files.root}, which prints a command that converts it to safetensors",
         )
     elif not files.keys:
         yield Finding(
             "error",
-            "there are no tensors in adapter_model.safetensors, or no such file",
+            "adapter_model.safetensors is missing or holds no tensors",
             f"{reader} finds nothing to load",
             "save the adapter again with peft's save_pretrained",
         )
@@ -81,9 +81,9 @@ def begun(files: AdapterFiles, effect: str, refusal: str = "") -> Iterator[Findi
     elif changes_base(how) is None:
         yield Finding(
             "error" if refusal else "warning",
-            f"init_lora_weights is {how!r} in adapter_config.json, which is not known",
-            refusal or "if it changed the base's weights, the adapter does not fit the base",
-            "learn what it means; true says that it left them alone",
+            f"init_lora_weights is {how!r} in adapter_config.json, which adaptkit does not know",
+            refusal or "if it changed the base's weights, the adapter does not fit the original base",
+            "find out what it means; set it to true if it left the base's weights unchanged",
         )
 
 
@@ -91,7 +91,12 @@ def unknown_keys(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """Keys of the configuration that peft does not have, or did not have when this was written."""
     unknown = {key for key, value in files.config.items() if value} - KNOWN_KEYS
     if unknown and is_lora(files):
-        yield Finding("warning", f"{some(unknown)} in adapter_config.json", effect, "learn what it means, or remove it")
+        yield Finding(
+            "warning",
+            f"unknown key {some(unknown)} in adapter_config.json",
+            effect,
+            "find out what it means, or remove it",
+        )
 
 
 def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
@@ -103,7 +108,7 @@ def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
         where = f" (for {some([pair.module for pair in wrong])})" if wrong and plain else ""
         yield Finding(
             "error",
-            f"r, lora_alpha, rank_pattern or alpha_pattern in adapter_config.json are no positive numbers{where}: "
+            f"r, lora_alpha, rank_pattern or alpha_pattern in adapter_config.json is not a positive number{where}: "
             f"r is {config.get('r')!r}, lora_alpha {config.get('lora_alpha')!r}",
             effect,
             ONE_SAVE,
@@ -114,14 +119,14 @@ def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """A without B, or B without A."""
     alone = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half and not (pair.a and pair.b)]
     if alone:
-        yield Finding("error", f"{some(alone)} without the other half of its pair", effect, ONE_SAVE)
+        yield Finding("error", f"{some(alone)}: the other half of its lora_A/lora_B pair is missing", effect, ONE_SAVE)
 
 
 def convolutions(files: AdapterFiles, program: str) -> Iterator[Finding]:
     """Modules whose A and B are those of a convolution."""
     found = [pair.module for pair in files.pairs if pair.is_convolution]
     if found:
-        effect = f"{program} has it for matrices alone"
+        effect = f"{program} supports LoRA only for matrices"
         yield Finding("error", f"LoRA of convolutions: {some(found)}", effect, files.merge_elsewhere())
 
 
@@ -130,9 +135,9 @@ def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     if files.wrapped:
         yield Finding(
             "error",
-            f"{some(files.wrapped)}: a name that a wrapper of the model has left its own in",
+            f"{some(files.wrapped)}: the name contains that of a wrapper around the model",
             effect,
-            f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
+            f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
         )
 
 
@@ -142,10 +147,10 @@ def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     if wrong:
         first = min(wrong, key=lambda pair: pair.module)
         a, b = first.a, first.b
-        more = f", and so in {counted(len(wrong) - 1, 'more module')}" if len(wrong) > 1 else ""
+        more = f", likewise in {counted(len(wrong) - 1, 'more module')}" if len(wrong) > 1 else ""
         yield Finding(
             "error",
-            f"{first.module}: rank {first.asked} by adapter_config.json, but A is {_shape(a)} and B {_shape(b)}{more}",
+            f"{first.module}: rank {first.asked} in adapter_config.json, but A is {_shape(a)} and B {_shape(b)}{more}",
             effect,
             ONE_SAVE,
         )
@@ -168,7 +173,7 @@ def on_base(files: AdapterFiles, base: BaseShapes | None, missing: str, other: s
     if absent:
         yield Finding(
             "warning" if base.is_composed else "error",
-            f"{some(absent)}: no tensor of {base.title} is called like it",
+            f"{some(absent)}: no tensor of this name in {base.title}",
             missing,
             f"give the base that it was trained on, or rename the tensors; {_trained_on(files)}",
         )
@@ -176,7 +181,7 @@ def on_base(files: AdapterFiles, base: BaseShapes | None, missing: str, other: s
     unlike = [pair for pair in pairs if pair.module not in sizes and not _fits_base(files, base, pair)]
     if unlike:
         first = min(unlike, key=lambda pair: pair.module)
-        more = f", and so with {counted(len(unlike) - 1, 'more module')}" if len(unlike) > 1 else ""
+        more = f", likewise in {counted(len(unlike) - 1, 'more module')}" if len(unlike) > 1 else ""
         yield Finding(
             "error",
             f"{first.module} is {list(base.shape(first.module) or ())} in {base.root}, but B · A is "
@@ -202,7 +207,7 @@ def tables(
     if found and base is not None:
         module, entries = min(found)
         has = (base.shape(module) or (base.vocabulary,))[0]
-        what = f"{module} has {entries} entries, and {has} in {base.root}"
+        what = f"{module} has {entries} entries, but {has} in {base.root}"
         yield Finding(level, what, effect, change.format(entries=entries))
 
 
@@ -228,7 +233,7 @@ def is_table(module: str) -> bool:
 
 
 def _trained_on(files: AdapterFiles) -> str:
-    return f"its configuration says {files.config.get('base_model_name_or_path')!r}"
+    return f"base_model_name_or_path is {files.config.get('base_model_name_or_path')!r}"
 
 
 def _fits(pair: Pair) -> bool:

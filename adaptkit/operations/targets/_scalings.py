@@ -25,8 +25,9 @@ def meant_otherwise(files: AdapterFiles, reader: str) -> Iterator[Finding]:
     if found:
         yield Finding(
             "error",
-            f"rank or alpha of {some(found)}: rank_pattern and alpha_pattern as peft up to 0.14 matched them",
-            f"{reader} goes by today's rule, or by none: it fails, or scales what was learned there otherwise",
+            f"rank or alpha of {some(found)}: rank_pattern and alpha_pattern follow the matching rule of peft up "
+            "to 0.14",
+            f"{reader} follows the current rule or none: it fails, or scales the module wrongly",
             files.merge(),
         )
 
@@ -35,7 +36,7 @@ def flat_change(files: AdapterFiles) -> str:
     """How to get rid of rsLoRA and patterns: another α where one number will do, else a merged model."""
     low_rank = all(key.role in _LOW_RANK for key in files.keys) and all(pair.rank for pair in files.pairs)
     if files.is_flat and low_rank:
-        return f"adaptkit resize {files.root} -o OUT --rank {files.pairs[0].rank}, which changes nothing but α"
+        return f"run adaptkit resize {files.root} -o OUT --rank {files.pairs[0].rank}, which changes only lora_alpha"
     return files.merge()
 
 

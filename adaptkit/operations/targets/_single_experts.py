@@ -36,8 +36,8 @@ def all_or_none(files: AdapterFiles, base: BaseShapes | None, effect: str) -> It
         if len({(kind, pair.rank) for (_, kind), pair in pairs.items()}) > len(kinds):
             uneven.append(stack)
     for found, what in (
-        (lacking, "pairs for some of the experts, or of their gate, up and down"),
-        (uneven, "experts of several ranks"),
+        (lacking, "only some of the experts, or of their gate, up and down projections, have pairs"),
+        (uneven, "experts with different ranks"),
     ):
         if found:
             yield Finding("error", f"{some(found)}: {what}", effect, files.merge())

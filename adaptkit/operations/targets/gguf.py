@@ -40,33 +40,31 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         files, "convert_lora_to_gguf.py fails where A and B differ; llama.cpp scales by the rank of the tensors"
     )
     yield from _modules(files, base)
-    yield from all_or_none(files, base, "convert_lora_to_gguf.py fails when it makes one tensor of them")
+    yield from all_or_none(files, base, "convert_lora_to_gguf.py fails when it joins them into one tensor")
     yield from _rules.on_base(
         files,
         base,
-        "convert_lora_to_gguf.py cannot map the name, or llama.cpp refuses the adapter: does not exist in base model",
-        "llama.cpp refuses the adapter: incorrect shape",
+        "convert_lora_to_gguf.py cannot map the name, or llama.cpp rejects the adapter: does not exist in base model",
+        "llama.cpp rejects the adapter: incorrect shape",
     )
-    yield from _rules.tables(files, base, "error", "llama.cpp refuses the adapter: incorrect shape", files.merge())
+    yield from _rules.tables(files, base, "error", "llama.cpp rejects the adapter: incorrect shape", files.merge())
 
 
 def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    yield from _rules.kind(
-        files, "convert_lora_to_gguf.py does not look at it, and fails on tensors that LoRA does not have"
-    )
-    yield from _rules.numbers(files, "convert_lora_to_gguf.py fails without lora_alpha, or writes what is wrong")
+    yield from _rules.kind(files, "convert_lora_to_gguf.py ignores this, and fails on tensors that are not LoRA's")
+    yield from _rules.numbers(files, "convert_lora_to_gguf.py fails without lora_alpha, or writes the wrong value")
     yield from _rules.variants(
         files,
         {key for key in VARIANTS if key not in _TAKES},
-        "convert_lora_to_gguf.py does not know {what} and writes plain LoRA",
+        "convert_lora_to_gguf.py does not support {what} and writes plain LoRA",
         files.merge_elsewhere(),
     )
-    yield from _rules.begun(files, "convert_lora_to_gguf.py does not look at it; the adapter does not fit the base")
-    yield from _rules.unknown_keys(files, "convert_lora_to_gguf.py ignores keys that it does not know")
+    yield from _rules.begun(files, "convert_lora_to_gguf.py ignores this; the adapter does not fit the original base")
+    yield from _rules.unknown_keys(files, "convert_lora_to_gguf.py ignores unknown keys")
     if base is None and not files.config.get("base_model_name_or_path"):
         yield Finding(
             "warning",
-            "base_model_name_or_path is missing in adapter_config.json",
+            "base_model_name_or_path is missing from adapter_config.json",
             "convert_lora_to_gguf.py needs the base's config.json",
             "convert it with --base FOLDER",
         )
@@ -75,9 +73,9 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
         if unread:
             yield Finding(
                 "error",
-                f"{base.root} is quantized ({unread})",
+                f"{base.root}: quantized with {unread}",
                 "convert_lora_to_gguf.py fails on its config.json: not yet supported",
-                "convert with --base of the 16-bit checkpoint that it was made from",
+                "convert with --base set to the original 16-bit checkpoint",
             )
 
 
@@ -91,7 +89,7 @@ def _scaling(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"{why} in adapter_config.json scales {some([name for name, _, _ in wrong])} by {meant:g}",
-            f"llama.cpp scales by lora_alpha over the tensor's rank, here {factor:g}, without a word",
+            f"llama.cpp silently scales by lora_alpha over the tensor's rank, here {factor:g}",
             _scalings.flat_change(files),
         )
 
@@ -103,19 +101,19 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             some(norms),
-            "convert_lora_to_gguf.py writes norms, but llama.cpp skips them without a word",
+            "convert_lora_to_gguf.py writes norms, but llama.cpp silently skips them",
             files.merge(),
         )
     rest = [name for name in others if name not in norms]
     if rest:
         yield Finding(
-            "error", some(rest), "convert_lora_to_gguf.py stops: it is neither lora_A nor lora_B", files.merge()
+            "error", some(rest), "convert_lora_to_gguf.py fails on tensors other than lora_A and lora_B", files.merge()
         )
     if files.keys and not others and (files.config.get("use_dora") or files.saved):
         yield Finding(
             "error",
-            "use_dora or modules_to_save in adapter_config.json, but no tensors of it",
-            "convert_lora_to_gguf.py does not notice",
+            "use_dora or modules_to_save is set in adapter_config.json, but the file has no such tensors",
+            "convert_lora_to_gguf.py does not notice, and writes plain LoRA",
             "save the adapter again with peft",
         )
 
@@ -125,34 +123,35 @@ def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     if stacked:
         yield Finding(
             "error",
-            f"{some(stacked)}: experts in stacks (target_parameters)",
+            f"{some(stacked)}: stack of experts (target_parameters)",
             "convert_lora_to_gguf.py cannot map the name",
             files.merge(),
         )
     if files.config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
         yield Finding(
             "error",
-            "fan_in_fan_out in adapter_config.json, or a base that keeps its matrices transposed (GPT-2)",
-            "convert_lora_to_gguf.py turns A and B round as it does the base's matrices, though peft's are not; "
-            "llama.cpp refuses what does not fit, and takes square ones wrongly",
+            "fan_in_fan_out in adapter_config.json, or a base that stores its matrices transposed (GPT-2)",
+            "convert_lora_to_gguf.py transposes A and B like the base's matrices, though peft does not store them "
+            "transposed; llama.cpp rejects what does not fit, and computes wrong results with square ones",
             files.merge(),
         )
-    head, merge_apart = _rules.tied_head(files, base), files.merge(" --untie")
+    head, merge_apart = _rules.tied_head(files, base), files.merge()
     if head is not None or (base is None and any(pair.module.endswith("lm_head") for pair in files.pairs)):
         yield Finding(
             "warning" if head is None else "error",
-            f"{head or 'lm_head'} is changed{', and the base has it in common with the embedding' if head else ''}",
-            "llama.cpp has no output tensor of its own where the head is the embedding, and then refuses the adapter",
-            merge_apart if head else f"give --base to find out; if it is: {merge_apart}",
+            f"{head or 'lm_head'} is changed{', but the base ties it to the embedding' if head else ''}",
+            "llama.cpp has no separate output tensor if the head is tied to the embedding, and then rejects the "
+            "adapter",
+            merge_apart if head else f"give --base to find out whether they are tied; if so, {merge_apart}",
         )
     tables = [pair.module for pair in files.pairs if pair.embedding and _rules.is_table(pair.module)]
     if tables and (base is None or base.is_tied):  # the head then has the embedding's A, which is turned round
         yield Finding(
             "warning" if base is None else "error",
-            f"{some(tables)} is changed{', and the base has it in common with the head' if base else ''}",
-            "llama.cpp loads the adapter, and the process ends at the first token (GGML_ASSERT) where the head is the "
+            f"{some(tables)} is changed{', but the base ties it to the head' if base else ''}",
+            "llama.cpp loads the adapter, but crashes at the first token (GGML_ASSERT) if the head is tied to the "
             "embedding",
-            merge_apart if base else f"give --base to find out; if it is: {merge_apart}",
+            merge_apart if base else f"give --base to find out whether they are tied; if so, {merge_apart}",
         )
 
 
@@ -163,23 +162,27 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             "error",
             f"quant_method is {files.quantization} in config.json",
             "convert_hf_to_gguf.py fails: quant method is not yet supported",
-            f"adaptkit dequantize {files.root} -o OUT"
+            f"run adaptkit dequantize {files.root} -o OUT"
             if files.packed
-            else "convert the 16-bit checkpoint that it was made from",
+            else "convert the original 16-bit checkpoint",
         )
     unread = _unread(files.config)
     if unread:
         yield Finding(
             "error",
             f"config.json has {unread}",
-            f"convert_hf_to_gguf.py fails: it reads one config group of {', '.join(sorted(_BY_CHANNEL))} by channel or "
-            f"block, one of pack-quantized integers by group, and {_NVFP4}",
-            "convert the 16-bit checkpoint that it was made from",
+            f"convert_hf_to_gguf.py fails: it supports one config group of {', '.join(sorted(_BY_CHANNEL))} by "
+            f"channel or block, one of pack-quantized integers by group, and {_NVFP4}",
+            "convert the original 16-bit checkpoint",
         )
     yield from _checkpoint_rules.model(
-        files, "llama.cpp refuses the file that is made: missing tensor", "llama.cpp refuses the file: wrong shape"
+        files,
+        "llama.cpp rejects the converted file: missing tensor",
+        "llama.cpp rejects the converted file: wrong shape",
     )
-    yield from _checkpoint_rules.tokenizer(files, "convert_hf_to_gguf.py fails without one", "copy the base's into it")
+    yield from _checkpoint_rules.tokenizer(
+        files, "convert_hf_to_gguf.py fails without one", "copy the base's tokenizer files into the folder"
+    )
     yield from _vocabulary(files)
 
 
@@ -193,9 +196,9 @@ def _vocabulary(files: CheckpointFiles) -> Iterator[Finding]:
         return  # Phi-4
     yield Finding(
         "error",
-        "there is no tokenizer.model in the folder",
-        f"convert_hf_to_gguf.py reads the vocabulary of {named[0]} from it alone, and fails without",
-        "copy the original model's into it",
+        "no tokenizer.model in the folder",
+        f"convert_hf_to_gguf.py fails: it reads the vocabulary of {named[0]} from this file only",
+        "copy the original model's tokenizer.model into the folder",
     )
 
 

@@ -31,7 +31,7 @@ _MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
 """Variants whose tensors have names of their own."""
 _BY_DEFAULT = {"c_attn", "q", "q_proj", "query", "query_key_value", "v", "v_proj", "value"}
 """Names that peft takes for most types of models where the configuration has none."""
-_DROPS = "peft drops it without a word: what it was meant to change stays as it is"
+_DROPS = "peft silently drops it, so it changes nothing"
 
 
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
@@ -42,15 +42,15 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"peft_type is {kind!r} in adapter_config.json",
-            "peft fails on types that it does not know",
-            "pip install -U peft, if it is a new one",
+            "peft fails on unknown types",
+            "if it is a new type, pip install -U peft",
         )
     if kind != "LORA":
         return
     yield from _peft_config.values(files)
     yield from _peft_config.numbers(files)
     yield from _scalings.meant_otherwise(files, "peft")
-    yield from _rules.unknown_keys(files, "peft ignores keys that it does not know, with a warning")
+    yield from _rules.unknown_keys(files, "peft ignores unknown keys, with a warning")
     yield from _names(files)
     yield from _rules.halves(files, "peft keeps the initial value of the other half, which is random or zero")
     yield from _rules.ranks(files, "peft fails: size mismatch")
@@ -84,8 +84,8 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
     if foreign:
         yield Finding(
             "error",
-            f"{some(foreign)}: names that do not begin with {PREFIX}",
-            f"{_DROPS} (with all names like this: one warning, and 0 tensors changed)",
+            f"{some(foreign)}: the name does not begin with {PREFIX}",
+            f"{_DROPS} (if all names are like this, peft warns once and loads no tensors)",
             f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
         )
     has_more = any(files.config.get(key) for key in _MORE_TENSORS)
@@ -94,14 +94,19 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
     other = [key.name for key in unread if not any(_peft_tensors.within(name, key.module) for name in files.saved)]
     other += [key.name for key in files.keys if key.role in ("weight", "bias") and _peft_tensors.LEFT.search(key.name)]
     if other:
-        yield Finding("error", some(other), _DROPS, "remove it, or load it with what wrote it")
+        yield Finding("error", some(other), _DROPS, "remove it, or load it with the program that wrote it")
     for role, key, what in (
         ("magnitude", "use_dora", "magnitudes of DoRA"),
         ("bias of B", "lora_bias", "biases of lora_B"),
         ("token rows", "trainable_token_indices", "trained rows"),
     ):
         if files.named(role) and not files.config.get(key):
-            yield Finding("error", some(files.named(role)), f"without {key} peft has no {what}; {_DROPS}", f"set {key}")
+            yield Finding(
+                "error",
+                some(files.named(role)),
+                f"without {key}, peft has no {what}; {_DROPS}",
+                f"set {key} in adapter_config.json",
+            )
 
 
 def _targeted(files: AdapterFiles) -> Iterator[Finding]:
@@ -112,7 +117,7 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "warning" if ends <= _BY_DEFAULT else "error",
             "target_modules is not set in adapter_config.json",
-            f"peft takes the modules that it has by default for this type of model; of others {_DROPS}",
+            "peft uses its default modules for this model type, and silently drops all others",
             f"set target_modules to {sorted(ends)}",
         )
     twice = [p.module for p in files.pairs if _peft_config.is_parameter(config, p.module)]
@@ -121,8 +126,8 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"target_modules and target_parameters in adapter_config.json both name {some(twice)}",
-            "peft fails with a ValueError",
-            "leave it in one of them",
+            "peft fails with ValueError",
+            "remove it from one of them",
         )
     if targets in (None, _peft_config.SHORTHAND) or config.get("ensure_weight_tying"):
         return  # peft then asks the architecture, or adds what is tied
@@ -130,9 +135,9 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
     if unmatched:
         yield Finding(
             "error",
-            f"target_modules in adapter_config.json does not name {some(unmatched)}, or exclude_modules, "
-            "modules_to_save or layers_to_transform leaves it out",
-            f"peft makes no LoRA of it; {_DROPS}",
+            f"target_modules in adapter_config.json does not match {some(unmatched)}, or exclude_modules, "
+            "modules_to_save or layers_to_transform excludes it",
+            "peft creates no LoRA there, and silently drops its tensors",
             "add it to target_modules, and its layer to layers_to_transform if that is set",
         )
 
@@ -149,7 +154,7 @@ def _asked(files: AdapterFiles) -> Iterator[Finding]:
         if files.config.get(key) and missing:
             yield Finding(
                 "error",
-                f"{key} is set, but there is no {role} of {some(missing)}",
+                f"{key} is set, but the file has no {role} of {some(missing)}",
                 f"peft keeps the initial value, {initial}, after one warning",
                 "save the adapter again with peft",
             )
@@ -160,14 +165,17 @@ def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     refused = [pair.module for pair in files.pairs if is_read_by_kernels(kind, pair.module)]
     if refused:
         yield Finding(
-            "error", some(refused), f"peft refuses an adapter of it, whose weight {kind}'s kernels read", files.merge()
+            "error",
+            some(refused),
+            f"peft rejects an adapter there, since kernels of {kind} read the weight directly",
+            files.merge(),
         )
     passed = [pair.module for pair in files.pairs if is_never_called(kind, pair.module)]
     if passed:
         yield Finding(
             "error",
             some(passed),
-            f"peft's adapter of it does nothing: {kind} reads its weight, and never calls it",
+            f"peft's adapter there has no effect, since {kind} reads the weight directly and never calls the module",
             files.merge(),
         )
 
@@ -200,7 +208,7 @@ def _renamed(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         yield Finding(
             "error",
             some(list(others)),
-            f"peft takes it for {next(iter(others.values()))}, by transformers' rules for older names; {_DROPS}",
+            f"peft renames it to {next(iter(others.values()))} by transformers' rules for older names; {_DROPS}",
             files.merge(),
         )
 
@@ -210,9 +218,9 @@ def _tied(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     if head is not None and not files.config.get("ensure_weight_tying"):
         yield Finding(
             "warning",
-            f"{head} is changed, and the base has it in common with the embedding",
-            "peft applies it to the head alone while it is loaded; merge_and_unload changes the embedding, too",
-            f"do not merge it with peft: {files.merge()}",
+            f"{head} is changed, but the base ties it to the embedding",
+            "peft changes only the head while the adapter is loaded, but merge_and_unload changes the embedding, too",
+            f"do not merge it with peft; {files.merge()}",
         )
 
 
@@ -222,7 +230,7 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "quant_method is bitsandbytes in config.json",
-            "transformers leaves it to bitsandbytes",
+            "transformers needs bitsandbytes to load it",
             "pip install bitsandbytes",
         )
     if files.is_bare:
@@ -237,22 +245,22 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
     if uneven:
         yield Finding(
             "warning",
-            f"{some(uneven)}: rows that are no whole number of blocks",
-            "bitsandbytes 0.50 decodes other numbers on a CPU",
-            "quantize with a --block-size that divides the rows, or leave these out with --skip",
+            f"{some(uneven)}: row length is not a multiple of the block size",
+            "bitsandbytes 0.50 decodes wrong values on a CPU",
+            "quantize with a --block-size that divides the row length, or exclude these modules with --skip",
         )
     experts = [packed.name for packed in files.packed if packed.is_expert]
     if experts:
         yield Finding(
             "error",
-            f"{some(experts)}: quantized experts",
+            f"{some(experts)}: quantized expert",
             "transformers 5 keeps experts in 16-bit stacks and fails on packed ones",
-            f"quantize the original with --moe keep, or adaptkit dequantize {files.root} -o OUT",
+            f"quantize the original with --moe keep, or run adaptkit dequantize {files.root} -o OUT",
         )
     yield from _checkpoint_rules.model(
-        files, "transformers makes up numbers, with a warning", "transformers fails: the shapes differ"
+        files, "transformers initializes it at random, with a warning", "transformers fails: the shapes differ"
     )
-    yield from _checkpoint_rules.tokenizer(files, "AutoTokenizer finds none here", "take the base's")
+    yield from _checkpoint_rules.tokenizer(files, "AutoTokenizer finds none here", "load the base's tokenizer")
 
 
 TARGET = Target("peft 0.21.2 with transformers 5", _adapter, _checkpoint)

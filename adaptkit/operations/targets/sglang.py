@@ -38,7 +38,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _scalings.meant_otherwise(files, "SGLang")
     yield from _scaling(files)
     yield from _names(files)
-    yield from _rules.halves(files, "SGLang fails, or leaves the module as it is, without a word")
+    yield from _rules.halves(files, "SGLang fails, or silently leaves the module unchanged")
     yield from _rules.convolutions(files, "SGLang")
     yield from _rules.ranks(files, "SGLang fails when it copies the tensors into buffers of the configuration's rank")
     yield from _fused(files, base)
@@ -58,15 +58,15 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 def _configuration(files: AdapterFiles) -> Iterator[Finding]:
     config = files.config
-    yield from _rules.kind(files, "SGLang refuses all but LORA")
+    yield from _rules.kind(files, "SGLang rejects every type but LORA")
     targets = config.get("target_modules")
     if not isinstance(targets, list) and targets not in _ALL:
         modules = sorted({pair.module.rpartition(".")[2] for pair in files.pairs})
         yield Finding(
             "error",
             f"target_modules is {targets!r} in adapter_config.json",
-            "SGLang takes a list of names, or 'all-linear', and fails on anything else",
-            f"write the list: {json.dumps(modules)}" if modules else files.merge(),
+            "SGLang accepts a list of names or 'all-linear', and fails on anything else",
+            f"set it to {json.dumps(modules)}" if modules else files.merge(),
         )
     elif isinstance(targets, list):
         last = [str(name).rpartition(".")[2] for name in targets]
@@ -81,14 +81,14 @@ def _configuration(files: AdapterFiles) -> Iterator[Finding]:
                 "SGLang fails at the first request",
                 "add it to target_modules",
             )
-    yield from _rules.numbers(files, "SGLang fails when it computes alpha / r, or scales by it as it is")
-    yield from _rules.variants(files, ("use_dora",), "SGLang refuses {what}", files.merge())
+    yield from _rules.numbers(files, "SGLang fails when it computes alpha / r, or uses the wrong scaling")
+    yield from _rules.variants(files, ("use_dora",), "SGLang rejects {what}", files.merge())
     rest = {key for key in VARIANTS if key not in ("use_dora", "lora_bias")}
     yield from _rules.variants(
-        files, rest, "SGLang does not know {what} and computes plain LoRA", files.merge_elsewhere()
+        files, rest, "SGLang does not support {what} and computes plain LoRA", files.merge_elsewhere()
     )
-    yield from _rules.begun(files, "SGLang does not look at it, and adds the adapter to a base that it does not fit")
-    yield from _rules.unknown_keys(files, "SGLang ignores keys that it does not know")
+    yield from _rules.begun(files, "SGLang ignores this, and applies the adapter to a base that it does not fit")
+    yield from _rules.unknown_keys(files, "SGLang ignores unknown keys")
 
 
 def _scaling(files: AdapterFiles) -> Iterator[Finding]:
@@ -103,14 +103,14 @@ def _scaling(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"{why} in adapter_config.json scales {some([name for name, _, _ in wrong])} by {meant:g}",
-            f"SGLang scales everything by lora_alpha / r = {used:g}, without a word",
+            f"SGLang silently scales everything by lora_alpha / r = {used:g}",
             _scalings.flat_change(files),
         )
     other = [pair.module for pair in files.pairs if pair.rank and pair.rank == pair.asked and pair.rank != rank]
     if other:
         yield Finding(
             "error",
-            f"rank_pattern in adapter_config.json gives {some(other)} another rank than r = {rank}",
+            f"rank_pattern in adapter_config.json gives {some(other)} a rank other than r = {rank}",
             "SGLang fails at the first request: its buffers have one rank for all modules",
             files.merge(),
         )
@@ -122,7 +122,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             some(stray),
-            "SGLang takes whatever is not lora_A for lora_B, and fails on the shape or computes something else",
+            "SGLang treats every tensor that is not lora_A as lora_B, and fails on the shape or computes wrong results",
             files.merge(),
         )
     whole = files.named("weight", "token rows")
@@ -130,8 +130,8 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             some(whole),
-            "SGLang has no place for tensors that replace the base's: it drops those of tables and heads without a "
-            "word and fails on others",
+            "SGLang does not support tensors that replace the base's: it silently drops those of embeddings and heads, "
+            "and fails on others",
             files.merge(),
         )
     pairs = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half]
@@ -141,7 +141,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             some(lost),
-            "SGLang drops it without a word: it looks for layers.N. in names, and for embed_tokens and lm_head where "
+            "SGLang silently drops it: it looks for layers.N. in names, and for embed_tokens and lm_head if "
             "target_modules has them",
             files.merge(),
         )
@@ -150,7 +150,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             some(other),
-            "SGLang sorts tensors by parts of their names, and this one fits nowhere",
+            "SGLang sorts tensors by parts of their names, and cannot place this one",
             files.merge(),
         )
 
@@ -185,8 +185,8 @@ def _fused(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             yield Finding(
                 "error" if sure else "warning",
                 f"{some(alone)}: {' or '.join(sorted(has))} without {needed}",
-                "SGLang has them in one matrix and fails when it puts them together"
-                + ("" if sure else ", if there is one"),
+                "SGLang stores them in one matrix, and fails when it joins them"
+                + ("" if sure else " if the model has one"),
                 files.merge(),
             )
 
@@ -196,16 +196,17 @@ def _experts(files: AdapterFiles) -> Iterator[Finding]:
     if stacked:
         yield Finding(
             "error",
-            f"{some(stacked)}: experts in stacks (target_parameters)",
-            "SGLang has no such names: it takes one pair of matrices an expert, or tensors of three dimensions",
+            f"{some(stacked)}: stack of experts (target_parameters)",
+            "SGLang does not support such names: it needs one pair of matrices per expert, or three-dimensional "
+            "tensors",
             files.merge(),
         )
     single = _rules.single_experts(files)
     if single:
         yield Finding(
             "warning",
-            f"{some(single)}: one pair of matrices an expert",
-            "SGLang adapts experts only if gate_up_proj and down_proj are both among its target modules",
+            f"{some(single)}: one pair of matrices per expert",
+            "SGLang adapts experts only if both gate_up_proj and down_proj are among its target modules",
             "serve it with --lora-target-modules all",
         )
 
@@ -215,8 +216,8 @@ def _beside(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"{some(files.beside)} beside adapter_model.safetensors",
-            "SGLang loads every *.safetensors in the folder as part of the adapter",
-            f"give it a copy of the folder without {some(files.beside)}",
+            "SGLang loads every *.safetensors file in the folder as part of the adapter",
+            f"load a copy of the folder without {some(files.beside)}",
         )
 
 
@@ -228,9 +229,9 @@ def _added_tokens(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Find
         yield Finding(
             "warning" if size is None else "error",
             f"{_ADDED}: {some(added)}",
-            "SGLang refuses adapters that add tokens to the vocabulary"
-            + ("" if size else "; it does not mind tokens that the base has (give --base to find out)"),
-            files.merge() if size else f"leave {_ADDED} out if the base has these tokens; else {files.merge()}",
+            "SGLang rejects adapters that add tokens to the vocabulary"
+            + ("" if size else "; tokens that the base already has are fine (give --base to find out)"),
+            files.merge() if size else f"remove {_ADDED} if the base has these tokens; otherwise {files.merge()}",
         )
 
 
@@ -250,16 +251,18 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "quant_method is bitsandbytes in config.json",
-            "SGLang reads it with its bitsandbytes loader, on one GPU only: with tensor parallelism it refuses",
+            "SGLang loads it with its bitsandbytes loader, on one GPU only: it rejects tensor parallelism",
             "serve it with --load-format bitsandbytes",
         )
         yield from _checkpoint_rules.storage(files, "SGLang")
-    yield from _checkpoint_rules.stacks(files, "SGLang has no such stacks")
+    yield from _checkpoint_rules.stacks(files, "SGLang does not support such stacks")
     yield from _checkpoint_rules.beside(files, "SGLang")
     yield from _checkpoint_rules.model(
-        files, "SGLang computes with what happened to be in memory, without a word", "SGLang fails: the shapes differ"
+        files, "SGLang silently computes with uninitialized memory", "SGLang fails: the shapes differ"
     )
-    yield from _checkpoint_rules.tokenizer(files, "SGLang takes one of another folder", "--tokenizer-path FOLDER")
+    yield from _checkpoint_rules.tokenizer(
+        files, "SGLang can load one from another folder", "serve it with --tokenizer-path FOLDER"
+    )
 
 
 TARGET = Target("SGLang 0.5.23", _adapter, _checkpoint)

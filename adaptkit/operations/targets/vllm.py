@@ -32,57 +32,55 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _names(files)
     yield from _rules.halves(files, "vLLM fails when it scales the half that is missing")
     yield from _rules.convolutions(files, "vLLM")
-    yield from _rules.ranks(files, "vLLM does not compare them and scales by the rank of the configuration")
+    yield from _rules.ranks(files, "vLLM does not compare them and scales by the rank in adapter_config.json")
     yield from _scalings.meant_otherwise(files, "vLLM")
     yield from _patterns(files)
     yield from _largest_rank(files)
     yield from _tables(files, base)
     yield from _experts(files)
-    yield from all_or_none(files, base, "vLLM fails when it puts them together")
-    missing = (
-        "vLLM refuses the adapter, or, where another module ends in the same name, drops the tensors without a word"
-    )
+    yield from all_or_none(files, base, "vLLM fails when it joins them")
+    missing = "vLLM rejects the adapter, or silently drops the tensors if another module ends in the same name"
     yield from _rules.on_base(files, base, missing, "vLLM fails when it copies the tensors into its buffers")
     if base is None:
         yield from _rules.wrapped(files, missing)
     yield from _rules.tables(
-        files, base, "error", "vLLM refuses an embedding of another size than the base's", files.merge()
+        files, base, "error", "vLLM rejects an embedding whose size differs from the base's", files.merge()
     )
 
 
 def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     config = files.config
-    yield from _rules.kind(files, "vLLM does not look at it, and fails on keys or tensors that LoRA does not have")
+    yield from _rules.kind(files, "vLLM ignores this, and fails on keys or tensors that are not LoRA's")
     if _rules.is_lora(files) and "target_modules" not in config:
         yield Finding(
             "error",
-            "target_modules is missing in adapter_config.json",
-            "vLLM refuses a configuration without it",
-            "name the modules: all that have tensors in the file",
+            "target_modules is missing from adapter_config.json",
+            "vLLM rejects a configuration without it",
+            "set target_modules to all modules that have tensors in the file",
         )
-    yield from _rules.numbers(files, "vLLM refuses them, or scales by them as they are")
-    yield from _rules.variants(files, _MERGEABLE, "vLLM refuses {what}", files.merge())
-    yield from _rules.variants(files, _REFUSES, "vLLM refuses {what}", files.merge_elsewhere())
+    yield from _rules.numbers(files, "vLLM rejects them, or uses the wrong scaling")
+    yield from _rules.variants(files, _MERGEABLE, "vLLM rejects {what}", files.merge())
+    yield from _rules.variants(files, _REFUSES, "vLLM rejects {what}", files.merge_elsewhere())
     rest = {key for key in VARIANTS if key not in (*_REFUSES, *_MERGEABLE)}
     yield from _rules.variants(
-        files, rest, "vLLM does not know {what} and computes plain LoRA", files.merge_elsewhere()
+        files, rest, "vLLM does not support {what} and computes plain LoRA", files.merge_elsewhere()
     )
-    refuses = "vLLM refuses initial adapters that change the base (before 0.32 it took them, wrongly)"
-    takes = "vLLM takes it as any other, and adds it to a base that it does not fit"
+    refuses = "vLLM rejects initializations that change the base (before 0.32 it wrongly accepted them)"
+    takes = "vLLM ignores this, and applies the adapter to a base that it does not fit"
     is_lora_ga = str(config.get("init_lora_weights")).lower() == "lora_ga"  # peft changes the base in training alone
-    yield from _rules.begun(files, takes if is_lora_ga else refuses, "vLLM refuses what it does not know, from 0.32 on")
-    yield from _rules.unknown_keys(files, "vLLM ignores keys that it does not know")
+    yield from _rules.begun(files, takes if is_lora_ga else refuses, "vLLM rejects unknown values from 0.32 on")
+    yield from _rules.unknown_keys(files, "vLLM ignores unknown keys")
     if config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
         yield Finding(
             "error",
-            "fan_in_fan_out in adapter_config.json, or a base of GPT-2's kind",
-            "vLLM's GPT-2 takes no adapters",
+            "fan_in_fan_out in adapter_config.json, or a base like GPT-2",
+            "vLLM's GPT-2 does not support adapters",
             files.merge(),
         )
     biases = [key.name for key in files.keys if key.role == "bias" and not _is_head(key.module)]
     if config.get("bias", "none") != "none" or biases:
         what = some(biases) if biases else f"bias is {config['bias']!r} in adapter_config.json"
-        yield Finding("error", what, "vLLM refuses trained biases", files.merge())
+        yield Finding("error", what, "vLLM rejects trained biases", files.merge())
 
 
 def _names(files: AdapterFiles) -> Iterator[Finding]:
@@ -92,24 +90,24 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
     if heads:
         yield Finding(
             "warning",
-            f"{some(heads)}: a whole classification head",
-            "vLLM takes one such head, in models that it serves for classification; 0.31 and older refuse it",
+            f"{some(heads)}: a full classification head",
+            "vLLM accepts one such head, in models that it serves for classification; 0.31 and older reject it",
             "serve it with --runner pooling",
         )
     asked = [name for name in files.saved if name not in _HEADS]
     if rest or asked:
         what = some(rest) if rest else f"modules_to_save is {asked} in adapter_config.json"
-        yield Finding("error", what, "vLLM refuses whole tensors that replace the base's", files.merge())
-    for role, what in (("magnitude", "DoRA"), ("token rows", "trained rows of a vocabulary")):
+        yield Finding("error", what, "vLLM rejects tensors that replace the base's", files.merge())
+    for role, what in (("magnitude", "DoRA"), ("token rows", "trained token rows")):
         if files.named(role) and not (role == "magnitude" and files.config.get("use_dora")):  # then it is said already
-            yield Finding("error", some(files.named(role)), f"vLLM refuses {what}", files.merge())
+            yield Finding("error", some(files.named(role)), f"vLLM rejects {what}", files.merge())
     other = [*files.named("other"), *(n for n in files.named("wrapped weight") if not _EMBEDDED.search(n))]
     if other:
         yield Finding(
             "error",
             some(other),
-            "vLLM refuses names that it cannot read (… is unsupported LoRA weight)",
-            f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
+            "vLLM rejects names that it cannot parse (… is unsupported LoRA weight)",
+            f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
         )
 
 
@@ -127,7 +125,7 @@ def _patterns(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"rank_pattern or alpha_pattern scales {some([name for name, _, _ in wrong])} by {meant:g}",
-            f"vLLM heeds patterns from 0.32 on; older ones scale by {used:g} without a word",
+            f"vLLM applies patterns from 0.32 on; older versions silently scale by {used:g}",
             f"use vLLM 0.32 or newer, or {_scalings.flat_change(files)}",
         )
 
@@ -141,16 +139,17 @@ def _largest_rank(files: AdapterFiles) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"rank {largest}",
-            f"vLLM takes ranks up to {_RANKS[-1]}",
-            f"adaptkit resize {files.root} -o OUT --rank {_RANKS[-1]}",
+            f"vLLM supports ranks up to {_RANKS[-1]}",
+            f"run adaptkit resize {files.root} -o OUT --rank {_RANKS[-1]}",
         )
     elif largest > _DEFAULT_RANK:
         enough = next(rank for rank in _RANKS if rank >= largest)
         yield Finding(
             "warning",
             f"rank {largest}",
-            f"vLLM takes ranks up to {_DEFAULT_RANK} unless it is told otherwise",
-            f"serve it with --max-lora-rank {enough}, or adaptkit resize {files.root} -o OUT --rank {_DEFAULT_RANK}",
+            f"vLLM accepts ranks up to {_DEFAULT_RANK} by default",
+            f"serve it with --max-lora-rank {enough}, or run adaptkit resize {files.root} -o OUT --rank "
+            f"{_DEFAULT_RANK}",
         )
 
 
@@ -161,9 +160,9 @@ def _tables(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield Finding(
         "warning",
         f"{some([pair.module for pair in tables])}: embedding or head",
-        "vLLM takes these where its model of the architecture names them in embedding_modules (Llama, Mixtral and "
-        "Qwen3 do, Mistral and Qwen2 do not), and refuses them elsewhere",
-        f"if it refuses: {files.merge()}",
+        "vLLM accepts these if its implementation of the architecture lists them in embedding_modules (Llama, Mixtral "
+        "and Qwen3 do, Mistral and Qwen2 do not), and rejects them otherwise",
+        f"if it rejects the adapter, {files.merge()}",
     )
     size = base.vocabulary if base else None
     if size and size > _VOCABULARY and any(pair.module.endswith("lm_head") for pair in tables):
@@ -182,15 +181,15 @@ def _experts(files: AdapterFiles) -> Iterator[Finding]:
     if halved:
         yield Finding(
             "error",
-            f"{some(halved)}: one of two stacks of experts",
+            f"{some(halved)}: only one of two stacks of experts",
             "vLLM fails unless both gate_up_proj and down_proj are adapted",
             files.merge(),
         )
     elif stacked:
         yield Finding(
             "warning",
-            f"{some(stacked)}: experts in stacks (target_parameters)",
-            "vLLM takes them where its model keeps experts in stacks, and refuses them elsewhere unless it is told",
+            f"{some(stacked)}: stack of experts (target_parameters)",
+            "vLLM accepts them if its model stores experts in stacks, and otherwise only with options",
             "serve it with --enable-mixed-moe-lora-format and is_3d_lora_weight=True in the LoRA request",
         )
 
@@ -201,21 +200,23 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "quant_method is bitsandbytes in config.json",
-            "vLLM has it in a plugin from 0.28 on, and takes such a checkpoint on one GPU only: it refuses "
+            "vLLM needs a plugin for it from 0.28 on, and loads such a checkpoint on one GPU only: it rejects "
             "tensor parallelism",
             "pip install vllm-bnb-plugin",
         )
         yield from _checkpoint_rules.storage(files, "vLLM")
-    yield from _checkpoint_rules.stacks(files, "vLLM's plugin has no such stacks")
+    yield from _checkpoint_rules.stacks(files, "vLLM's plugin does not support such stacks")
     yield from _checkpoint_rules.beside(files, "vLLM")
     yield from _checkpoint_rules.model(
         files,
-        "vLLM refuses weights that nothing was loaded into"
+        "vLLM rejects a model with weights that were not loaded"
         if files.quantization is None
-        else "vLLM computes with what happened to be in memory",
+        else "vLLM computes with uninitialized memory",
         "vLLM fails: the shapes differ",
     )
-    yield from _checkpoint_rules.tokenizer(files, "vLLM takes one of another folder", "--tokenizer FOLDER")
+    yield from _checkpoint_rules.tokenizer(
+        files, "vLLM can load one from another folder", "serve it with --tokenizer FOLDER"
+    )
 
 
 TARGET = Target("vLLM 0.33.0", _adapter, _checkpoint)
