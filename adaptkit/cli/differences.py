@@ -41,20 +41,21 @@ def checkpoint_rows(report: "CheckpointDiffReport") -> list[Row]:
         found = " and ".join(name or "not quantized" for name in report.quantizations)
         rows.append(("quantized", f"{found}; compared as stored, not decoded"))
     if report.tensors:
-        share = "unknown, since some have no norm"
+        share = "unknown, since some tensors have no norm"
         if report.relative is not None:
-            share = f"{percent(report.relative)} of the norm of what differs"
+            share = f"{percent(report.relative)} of the norm of the differing tensors"
         rows.append(("difference", share))
     if report.energy:
         shares = ", ".join(f"{percent(share)} in {rank}" for rank, share in report.energy.items())
-        rows.append(("low rank", f"at least {shares} directions per matrix, of the square norm of the change"))
+        rows.append(("low rank", f"at least {shares} directions per matrix, of the change's squared norm"))
     return rows
 
 
 def _fingerprints(basis: tuple[str, str]) -> str:
-    words = {"manifest": "by its manifest, not read", "computed": "computed from its bytes"}
+    words = {"manifest": "from its manifest, not read", "computed": "computed from its bytes"}
     if basis[0] == basis[1]:
-        return {"manifest": "by both manifests; --recompute reads the tensors", "computed": "computed from all bytes"}[
-            basis[0]
-        ]
+        return {
+            "manifest": "from both manifests; --recompute reads the tensors",
+            "computed": "computed from all bytes",
+        }[basis[0]]
     return f"first {words[basis[0]]}; second {words[basis[1]]}"

@@ -46,8 +46,8 @@ def diff(
         adapter, other = (first, second) if kinds[0] else (second, first)
         weight_files(other)  # says what is wrong with what is neither
         raise UsageError(
-            f"{adapter} is an adapter, {other} is not: they are not of one kind",
-            hint="merge the adapter into its base and compare the results, or extract an adapter from the other",
+            f"{adapter} is an adapter, but {other} is not",
+            hint="merge the adapter and compare the result, or extract an adapter from the other and compare that",
         )
     if kinds[0]:
         return diff_adapters(first, second, threads=thread_count(threads))

@@ -202,7 +202,7 @@ def _describe_merged(root: Path, manifest: Manifest) -> dict[str, Any]:
     """
     adapters = sum(parent.role == "adapter" for parent in manifest.parents)
     if manifest.kind != "merged":
-        return {"merged_adapters": adapters, "unmerge": f"no: it was {manifest.kind} after the merge"}
+        return {"merged_adapters": adapters, "unmerge": f"no: the result of the merge is {manifest.kind}"}
     record = [file for file in manifest.files if file.path.startswith(f"{undo.FOLDER}/")]
     copies = [file for file in manifest.files if file.path.startswith(undo.ADAPTERS_PREFIX)]
     return {
@@ -217,8 +217,8 @@ def _describe_merged(root: Path, manifest: Manifest) -> dict[str, Any]:
 def _can_be_unmerged(root: Path, adapters: int, record: Sequence[FileRecord], copies: Sequence[FileRecord]) -> str:
     missing = [file.path for file in (*record, *copies) if size_problem(root, file)]
     if missing:
-        return f"no: {min(missing)} is missing or of another size"
-    needs = "needs nothing else" if copies else f"needs the {counted(adapters, 'adapter')}"
+        return f"no: {min(missing)} is missing or has the wrong size"
+    needs = "needs nothing else" if copies else f"needs {counted(adapters, 'merged adapter')}"
     if not record:
-        return f"only approximately, since it was merged without an undo record; {needs}"
-    return f"to the bit; {needs}"
+        return f"only approximately, since there is no undo record; {needs}"
+    return f"exactly; {needs}"

@@ -45,11 +45,11 @@ class VerifyOptions:
         check_sha256(self.manifest_sha256)
         if self.signature is not None and self.trust is None:
             raise UsageError(
-                "a signature says nothing until you say whose counts",
-                hint="--public-key FILE, or --identity NAME --identity-provider URL",
+                "signature: needs a public key or an identity to check it against",
+                hint="add --public-key FILE, or --identity NAME --identity-provider URL",
             )
         if self.recompute and not self.parents:
-            raise UsageError("nothing can be made again without its parents", hint="name their folders: --parents")
+            raise UsageError("recompute: needs the parents", hint="give their folders with --parents")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def verify(path: AnyPath, options: VerifyOptions | None = None, *, progress: Pro
     manifest.require_sha256(options.manifest_sha256, path)
     if options.trust is not None:
         if options.signature is None and not (path / SIGNATURE_NAME).is_file():
-            raise IntegrityError(f"{path}: is not signed", hint="do not trust it, or name its --signature")
+            raise IntegrityError(
+                f"{path}: not signed", hint="do not trust it, or give its signature file with --signature"
+            )
         check_signature(manifest.to_bytes(), options.signature or path / SIGNATURE_NAME, options.trust)
     threads = thread_count(options.threads)
     candidates = gather(options.parents or (), threads, progress)

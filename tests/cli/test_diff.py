@@ -93,7 +93,7 @@ def test_the_table_of_adapters_tells_what_is_no_low_rank_change(run_cli, made, t
     twin = shutil.copytree(folder, tmp_path / "twin")
     peft_adapters.change_tensors(twin, lambda t: [v.mul_(2) for k, v in t.items() if "magnitude" in k and ".0." in k])
     table = rows(run_cli("diff", folder, twin))
-    assert table["other tensors"] == "3 equal, 3 differ, 0 in one only\n3 × DoRA magnitude"
+    assert table["other tensors"] == "3 equal, 3 differ, 0 only in one\n3 × DoRA magnitude"
     assert table["model.layers.0.mlp.down_proj.lora_magnitude_vector"].startswith("difference 50 %, 100 % of the elem")
     assert "DoRA" in table["remark"]
 
@@ -116,7 +116,7 @@ def test_what_was_read_and_what_was_believed_is_told(run_cli, llama, tmp_path):
     assert (table["checkpoints"], table["fingerprints"]) == ("the same", "computed from all bytes")
     table = rows(run_cli("diff", llama, tmp_path / "nf4"))
     assert table["quantized"] == "not quantized and bitsandbytes; compared as stored, not decoded"
-    assert table["fingerprints"] == "first computed from its bytes; second by its manifest, not read"
+    assert table["fingerprints"] == "first computed from its bytes; second from its manifest, not read"
 
 
 def test_a_page_is_written_beside_what_is_printed(run_cli, adapter, second_adapter, tmp_path):
@@ -178,11 +178,11 @@ def test_two_kinds_are_refused_in_a_line_and_a_hint(options, run_cli, adapter, l
     assert not (tmp_path / "page.html").exists()
     if options:
         told = json.loads(done.stdout)["error"]
-        assert (told["code"], "not of one kind" in told["message"], done.stderr) == ("usage", True, "")
+        assert (told["code"], "is an adapter, but" in told["message"], done.stderr) == ("usage", True, "")
     else:
         error, hint = done.stderr.splitlines()
-        assert (error[:7], "not of one kind" in error, done.stdout) == ("error: ", True, "")
-        assert hint.startswith("hint: merge the adapter into its base")
+        assert (error[:7], "is an adapter, but" in error, done.stdout) == ("error: ", True, "")
+        assert hint.startswith("hint: merge the adapter and compare the result")
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(run_cli, adapter, tmp_path):
@@ -209,7 +209,7 @@ def test_a_difference_that_cannot_be_measured_is_not_said_to_be_none(run_cli, ll
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     done = run_cli("diff", folder, llama)
     assert done.code == 1
-    assert "unknown, since some have no norm" in done.stdout
+    assert "unknown, since some tensors have no norm" in done.stdout
     assert json.loads(run_cli("diff", folder, llama, "--json").stdout)["relative"] is None
 
 

@@ -190,8 +190,8 @@ def test_a_merged_model_names_what_it_was_made_from(llama, adapter, tmp_path):
 def test_what_is_there_for_taking_adapters_out_again(llama, adapter, second_adapter, tmp_path):
     """As unmerge then finds out."""
     for name, options, given, phrase in (
-        ("with", MergeOptions(), [adapter, second_adapter], "to the bit; needs the 2 adapters"),
-        ("copies", MergeOptions(embed_adapter=True), [], "to the bit; needs nothing else"),
+        ("with", MergeOptions(), [adapter, second_adapter], "exactly; needs 2 merged adapters"),
+        ("copies", MergeOptions(embed_adapter=True), [], "exactly; needs nothing else"),
         ("without", MergeOptions(undo=False), [adapter, second_adapter], "only approximately"),
     ):
         merge(llama, [adapter, second_adapter], tmp_path / name, options)
@@ -199,11 +199,11 @@ def test_what_is_there_for_taking_adapters_out_again(llama, adapter, second_adap
         assert details["unmerge"].startswith(phrase)
         assert details["adapter_copies"] == (2 if name == "copies" else None)
         restored = unmerge(tmp_path / name, given, tmp_path / f"{name}-restored", approximate=name == "without")
-        assert restored.identical == phrase.startswith("to the bit")
+        assert restored.identical == phrase.startswith("exactly")
     record = next(path for path in (tmp_path / "with" / "adaptkit-undo").rglob("*") if path.is_file())
     record.write_bytes(record.read_bytes()[:-1])
     assert (
-        f"no: adaptkit-undo/{record.name} is missing or of another size"
+        f"no: adaptkit-undo/{record.name} is missing or has the wrong size"
         == inspect(tmp_path / "with").details["unmerge"]
     )
     with pytest.raises(IntegrityError):

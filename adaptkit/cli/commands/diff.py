@@ -69,7 +69,7 @@ def _adapters(report: "AdapterDiffReport") -> list[Row]:
     others = report.tensors_equal + len(report.tensors)
     lonely = len(report.tensors_only_in_first), len(report.tensors_only_in_second)
     if others or any(lonely):
-        told = f"{report.tensors_equal:,} equal, {len(report.tensors):,} differ, {sum(lonely):,} in one only"
+        told = f"{report.tensors_equal:,} equal, {len(report.tensors):,} differ, {sum(lonely):,} only in one"
         roles = Counter(t.role for t in report.tensors)
         rows.append(("other tensors", told + "".join(f"\n{count:,} × {role}" for role, count in sorted(roles.items()))))
     rows += [*_values("configuration", report.config), *_beside(report.beside)]

@@ -29,7 +29,7 @@ def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bo
     from adaptkit.operations.inspect import inspect, trace
 
     if as_mermaid and as_json:
-        raise click.UsageError("--mermaid and --json cannot be combined")
+        raise click.UsageError("--mermaid and --json: only one can be given")
     report = inspect(path)
     if lineage or as_mermaid or parents:
         with byte_progress("inspect", as_json or quiet) as progress:
@@ -41,7 +41,7 @@ def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bo
         return
     rows = [
         ("kind", report.kind),
-        ("parameters", "unknown for this format" if report.parameters is None else f"{report.parameters:,}"),
+        ("parameters", "not recorded in this format" if report.parameters is None else f"{report.parameters:,}"),
         ("tensors", f"{report.tensors} ({', '.join(f'{n} {t}' for t, n in report.dtypes.items())})"),
         ("size", size(report.bytes)),
         *(_row(key, value) for key, value in report.details.items() if value is not None),
@@ -52,7 +52,7 @@ def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bo
         weight = f", weight {parent['weight']}" if "weight" in parent else ""
         rows.append(("made from", f"{parent['role']} ({parent['kind']}{weight}) {parent['tensors_root']}"))
     rows += [("tensors root", report.tensors_root)] if report.tensors_root else []
-    rows += [("manifest sha256", report.manifest_sha256 or "none: not made by adaptkit")]
+    rows += [("manifest sha256", report.manifest_sha256 or "none; made by another tool")]
     show(report, rows, as_json=as_json, quiet=quiet)
 
 

@@ -75,8 +75,8 @@ def _rows(report: "VerifyReport") -> list[Row]:
     if report.signed_by is not None:
         rows.append(("signed", f"by {report.signed_by}"))
     elif report.signature:
-        rows.append(("signature", "not checked: to check it, pass --public-key or --identity"))
+        rows.append(("signature", "not checked; give --public-key or --identity"))
     if report.parents:
         rows.append(("made from", "\n".join(tree(report.parents))))
-    rows += [("rebuilt", f"{folder}: {found}") for folder, found in report.recomputed]
+    rows += [("recomputed", f"{folder}: {found}") for folder, found in report.recomputed]
     return [*rows, ("manifest sha256", report.manifest_sha256)]

@@ -203,20 +203,21 @@ def _of_other_ways(first: Adapter, second: Adapter) -> bool:
 def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
     if _of_other_ways(first, second):
         yield (
-            "stacks of experts are compared as the files have them: of the two releases of peft that wrote them, one "
-            "takes output for input where the model's code does not say that its stacks are transposed"
+            "stacks of experts are compared as stored, but the two peft releases that wrote them order input and "
+            "output "
+            "differently unless the model declares its stacks transposed"
         )
     if first.magnitudes or second.magnitudes:
-        yield "DoRA: the figures are those of Δ alone; its magnitudes scale the rows of W + Δ"
+        yield "DoRA: the figures describe Δ only; its magnitudes scale the rows of W + Δ"
     for adapter in (first, second):
         if adapter.manifest is not None and adapter.manifest.tensors_root != tensors_root(adapter.records):
-            yield f"{adapter.root}: its tensors are not those of its manifest; see adaptkit verify"
+            yield f"{adapter.root}: its tensors do not match its manifest; run adaptkit verify {adapter.root}"
         if problem := adapter.changed_beside():
-            yield f"{adapter.root}: {problem}, by its manifest; see adaptkit verify"
+            yield f"{adapter.root}: {problem} according to its manifest; run adaptkit verify {adapter.root}"
     one, two = (_trained_on(adapter) for adapter in (first, second))
     other = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])
     if other:
-        yield f"they were trained on different bases: {counted(len(other), 'module')}, {other[0]} first"
+        yield f"trained on different bases: {counted(len(other), 'module', 'differ')}, such as {other[0]}"
 
 
 def _trained_on(adapter: Adapter) -> dict[str, str]:

@@ -134,7 +134,7 @@ def _open(root: Path, recompute: bool) -> _Side:
         return _Side(checkpoint, manifest, None, "")
     problem = _contradiction(checkpoint, manifest)
     if problem:
-        remark = f"{root}: its manifest is not believed, {problem}; see adaptkit verify"
+        remark = f"{root}: its manifest is ignored, since {problem}; run adaptkit verify {root}"
         return _Side(checkpoint, manifest, None, remark)
     return _Side(checkpoint, manifest, {record.name: record.xxh3_128 for record in manifest.tensors}, "")
 
@@ -144,10 +144,10 @@ def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
     sizes = {record.path: record.size for record in manifest.files}
     for file in checkpoint.headers:
         if sizes.get(file) != resolve_inside(checkpoint.root, file).stat().st_size:
-            return f"{file} is of another size"
+            return f"{file} has a different size"
     listed = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
     found = {(n, t.file, t.spec.dtype, t.spec.shape) for n, t in checkpoint.tensors.items()}
-    return f"the tensor {min(listed ^ found)[0]} is not as it says" if listed != found else ""
+    return f"the tensor {min(listed ^ found)[0]} does not match it" if listed != found else ""
 
 
 def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[dict[str, TensorRecord]]:

@@ -205,7 +205,7 @@ def _counted(mine: Any, other: Any) -> str:
     if mine == other:
         return "the same"
     entries = [_entries(part) for part in (mine, other)]
-    told = f"{counted(len(entries[0]), 'entry')}, {len(entries[0] - entries[1]):,} of them not in the other"
+    told = f"{counted(len(entries[0]), 'entry')}, {len(entries[0] - entries[1]):,} of them only here"
     if not isinstance(mine, list) or not isinstance(other, list):
         return told
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False)))

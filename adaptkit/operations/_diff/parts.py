@@ -73,7 +73,7 @@ def _differ_in_rows(name: str, role: str, first: TokenRows, second: TokenRows) -
         return None if _equal(first.rows, second.rows) else differ_in_memory(name, role, first.rows, second.rows)
     common = sorted(set(first.indices) & set(second.indices))
     one, two = (part.rows[[part.indices.index(token) for token in common]] for part in (first, second))
-    remark = f"{len(first.indices):,} and {len(second.indices):,} tokens, {len(common):,} of them in both"
+    remark = f"{len(first.indices):,} and {len(second.indices):,} tokens, {len(common):,} in both"
     return differ_in_memory(name, role, one, two, remark)
 
 

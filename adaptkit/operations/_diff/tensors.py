@@ -97,7 +97,7 @@ def differ_in_files(name: str, first: Source, second: Source, role: str = "", ra
     pairs = (_pair(first, second, start, count) for start in range(0, count, _PIECE_ELEMENTS))
     remark = ""
     if one.shape != two.shape:
-        remark = f"the first {min(one.shape[0], two.shape[0]):,} of each compared" if count else "shapes differ"
+        remark = f"first {min(one.shape[0], two.shape[0]):,} rows of each compared" if count else "shapes differ"
     found = _measured(name, role, (one, two), pairs, remark)
     wanted = ranks and one.shape == two.shape and len(one.shape) == 2 and bool(found.difference)
     return _with_spectrum(found, first, second) if wanted else found
@@ -120,7 +120,7 @@ def _measured(
         tally.add(one, two)
     norms = tally.norms if fractions else None
     if fractions and norms is None:
-        remark = "; ".join(filter(None, [remark, "NaN or infinity, or too large to measure"]))
+        remark = "; ".join(filter(None, [remark, "NaN, infinite, or too large to measure"]))
     return TensorDifference(
         name=name,
         role=role,

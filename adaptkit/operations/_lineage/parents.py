@@ -126,8 +126,8 @@ def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_pr
         inside = [folder] if _holds_something(require_folder(folder)) else _children(folder)
         if not inside:
             raise UsageError(
-                f"{folder}: neither an artifact, nor a folder that holds some",
-                hint="give --parents folders with a manifest, a config.json or an adapter_config.json",
+                f"{folder}: neither an artifact nor a folder of artifacts",
+                hint="give --parents folders that hold weights with a manifest, config.json or adapter_config.json",
             )
         for path in inside:
             try:

@@ -15,9 +15,9 @@ from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest, read_manifest
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
 from adaptkit.operations._lineage.tree import VERIFIED, Ancestor
 
-SAME = "same bytes again"
-SAME_BUT_CARD = f"{SAME}, but for the model card, which publishing adds"
-_BUT_SIGNATURE = "; the signature of its base is another one"
+SAME = "same bytes"
+SAME_BUT_CARD = f"{SAME}, except for the model card, which publish adds"
+_BUT_SIGNATURE = "; its base's signature differs"
 _SIGNATURE = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
 
 
@@ -53,7 +53,7 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
         except (UsageError, TypeError, KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{path}: {name} cannot be run again with the options of its manifest ({error})",
-                hint="was it made by another version of adaptkit?",
+                hint="use the version of adaptkit that made it, which adaptkit-manifest.json names under tool",
             ) from error
         return _compared(path, manifest, require_manifest(out))
 
@@ -72,11 +72,10 @@ def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
         return SAME_BUT_CARD + signed
     before, after = ({record.path: record for record in found.files} for found in (manifest, again))
     differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-    what = f"{differing[0]} differs" if differing else "the same files, but another manifest"
+    what = f"{differing[0]} differs" if differing else "the files are the same, but the manifest differs"
     raise IntegrityError(
-        f"{path}: {manifest.operation.get('name')} of the same parents gives something else: {what}",
-        hint="it was not made from these alone in the way that its manifest says, or by another version of adaptkit, "
-        "or a parent is a copy with other files: --parents names the very folder",
+        f"{path}: running {manifest.operation.get('name')} again on the same parents gives a different result: {what}",
+        hint="use the version of adaptkit that made it, and give the original folders of its parents with --parents",
     )
 
 
@@ -177,8 +176,8 @@ def recompute_all(
         try:
             done[str(path)] = recompute(path, manifest, parents, threads)
         except AdaptkitError as error:
-            hint = error.hint.replace("choose another -o", "let TMPDIR name a folder on a disk with more space")
-            raise type(error)(f"when making {path} again: {error.message}", hint) from error
+            hint = error.hint.replace("choose another -o", "set TMPDIR to a folder on a disk with more space")
+            raise type(error)(f"while recomputing {path}: {error.message}", hint) from error
 
     again(path, manifest, parents)
     return tuple(done.items())

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError
 from adaptkit.operations._lineage.parents import Candidate, Candidates
 
-VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "at hand", "not at hand", "never written", "wrong"
+VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "found", "not found", "never written", "wrong"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,10 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
         below = names[bisect_left(names, f"{name}.") : bisect_left(names, f"{name}/")]  # "/" is what follows "."
         parts = [tensors[part] for part in (name, *below)]
         if tensors_root(parts) != target.quantized_root:
-            raise IntegrityError(f"{path}: {name} is not as its quantized_root says", hint="get the artifact again")
+            raise IntegrityError(
+                f"{path}: {name} does not match its quantized_root in the manifest",
+                hint="restore the artifact from a good copy, or make it again",
+            )
 
 
 def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[int, str]:
@@ -202,11 +205,11 @@ def require_whole(path: Path, ancestors: Sequence[Ancestor], candidates: Candida
     line = {ancestor.short: ancestor for ancestor in everyone}  # most are the ancestors of several
     if not bad:
         return
-    told = [f"{a.short} is {a.state}" + (f" ({a.problem})" if a.problem else "") for a in bad]
+    told = [f"{a.short} {a.state}" + (f" ({a.problem})" if a.problem else "") for a in bad]
     named = {ancestor.short for ancestor in bad}
-    told += [f"{a.short} is {a.state} ({a.path})" for a in line.values() if a.short not in named]
+    told += [f"{a.short} {a.state} ({a.path})" for a in line.values() if a.short not in named]
     told += candidates.broken
     raise IntegrityError(
-        f"{path}: {len(bad)} of {counted(len(line), 'ancestor')} cannot be vouched for: {'; '.join(told)}",
-        hint=f"name the folders that hold them with --parents; `adaptkit inspect {path} --lineage` shows all hashes",
+        f"{path}: {len(bad)} of {counted(len(line), 'ancestor')} cannot be verified: {'; '.join(told)}",
+        hint=f"give the folders that hold them with --parents; adaptkit inspect {path} --lineage shows all hashes",
     )

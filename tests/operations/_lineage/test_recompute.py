@@ -29,7 +29,7 @@ def test_a_card_is_no_forgery_and_another_file_is_one(llama, tmp_path):
     options = VerifyOptions(parents=(base,), recompute=True)
     add(tmp_path / "nf4", "README.md")
     (made,) = verify(tmp_path / "nf4", options).recomputed
-    assert made[1] == "same bytes again, but for the model card, which publishing adds"
+    assert made[1] == "same bytes, except for the model card, which publish adds"
     add(tmp_path / "nf4", "NOTICE.txt")
     with pytest.raises(IntegrityError, match=r"NOTICE\.txt differs"):
         verify(tmp_path / "nf4", options)
@@ -41,15 +41,15 @@ def test_without_room_the_temporary_folder_is_what_to_change(llama, tmp_path, mo
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=0))
     with pytest.raises(DiskError) as caught:
         verify(tmp_path / "nf4", VerifyOptions(parents=(base,), recompute=True))
-    assert caught.value.hint == "free some space, or let TMPDIR name a folder on a disk with more space"
+    assert caught.value.hint == "free some space, or set TMPDIR to a folder on a disk with more space"
 
 
 def test_a_copy_of_the_parent_in_other_shards_is_thought_of(llama, llama_sharded, tmp_path):
     """Of a parent without a manifest the tensors are bound, and not in which files they lie."""
     quantize(llama, tmp_path / "nf4")
-    with pytest.raises(IntegrityError, match="gives something else") as caught:
+    with pytest.raises(IntegrityError, match="gives a different result") as caught:
         verify(tmp_path / "nf4", VerifyOptions(parents=(llama_sharded,), recompute=True))
-    assert caught.value.hint.endswith("--parents names the very folder")
+    assert caught.value.hint.endswith("give the original folders of its parents with --parents")
 
 
 def test_of_two_parents_with_the_same_tensors_the_one_that_was_merged_is_taken(llama, adapter, copy_of, tmp_path):
@@ -63,4 +63,4 @@ def test_of_two_parents_with_the_same_tensors_the_one_that_was_merged_is_taken(l
         for order in (twins, twins[::-1]):
             report = verify(tmp_path / merged, VerifyOptions(parents=(llama, *order), recompute=True))
             assert [parent.path for parent in report.parents[1:]] == [str(path) for path in used]
-            assert report.recomputed[-1][1] == "same bytes again"
+            assert report.recomputed[-1][1] == "same bytes"
