@@ -56,8 +56,8 @@ def carried(adapters: Sequence[Adapter]) -> Carried:
             other, other_key = copies.setdefault(name, (adapter, key))
             if other.digests[other_key] != adapter.digests[key]:
                 raise AdapterError(
-                    f"{other.root} and {adapter.root} hold different copies of the base's {name}",
-                    hint="merge one after the other",
+                    f"{other.root} and {adapter.root} contain different copies of the base's {name}",
+                    hint="merge one adapter after the other",
                 )
     return Carried(files, copies)
 
@@ -79,7 +79,7 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
             other = brought.setdefault(name, (content, adapter))
             if other[0] != content:
                 raise UsageError(
-                    f"{other[1].root} and {adapter.root} bring different {name}",
-                    hint=f"take a copy of one of them without {name}; of a tokenizer, without all of its files",
+                    f"{other[1].root} and {adapter.root} contain different versions of {name}",
+                    hint=f"remove {name} from a copy of one of them; of a tokenizer, remove all files",
                 )
     return brought

@@ -86,13 +86,18 @@ class Inquiry:
         if self._process is None or self._connection is None:
             return roles_here(self._checkpoint)
         if not self._connection.poll(_PATIENCE_SECONDS):
-            raise CheckpointError(f"{root}: config.json keeps transformers busy for minutes")
+            raise CheckpointError(
+                f"{root}: transformers did not finish building the model from config.json within {_PATIENCE_SECONDS} s",
+                hint="check the sizes in config.json",
+            )
         try:
             text = self._connection.recv_bytes()
         except EOFError as error:
             self._process.join()
             raise CheckpointError(
-                f"{root}: transformers ended with code {self._process.exitcode} over config.json"
+                f"{root}: transformers crashed with exit code {self._process.exitcode} while building the model "
+                "from config.json",
+                hint="check config.json, or update transformers",
             ) from error
         answer = json.loads(text)
         roles = _read(answer, root)

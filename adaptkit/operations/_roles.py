@@ -162,8 +162,8 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
         )
     lacking, named = _lacking(checkpoint, network, found)
     if lacking:
-        absent = f"{counted(len(lacking), 'tensor')} of {named}, {lacking[0]} first"
-        read_from += f"; the files lack {absent}, and readers make up numbers"
+        absent = f"{counted(len(lacking), 'tensor')} of {named}, such as {lacking[0]}"
+        read_from += f"; the files lack {absent}, which loaders initialize at random"
     tied = head is not None and head.weight is network.get_input_embeddings().weight
     return Roles(roles, read_from, head_path(network) or "lm_head", tied)
 

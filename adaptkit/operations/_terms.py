@@ -12,7 +12,7 @@ KEPT_KEYS = ("revision", "ensure_weight_tying")
 
 
 def expected_fingerprints(
-    adapters: Sequence[Adapter], hint: str = "merge each onto its own base, or say --allow-base-mismatch"
+    adapters: Sequence[Adapter], hint: str = "merge each into its own base, or add --allow-base-mismatch"
 ) -> dict[str, tuple[str, str]]:
     """The fingerprints of the base's weights according to the adapters' manifests.
 
@@ -46,7 +46,7 @@ def weights_of(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> tuple
         UsageError: says which it is.
     """
     if not adapters:
-        raise UsageError("no adapter given")
+        raise UsageError("no adapter given", hint="give at least one adapter folder")
     weights = weights or (1.0,) * len(adapters)
     if len(weights) != len(adapters):
         raise UsageError(
@@ -55,5 +55,5 @@ def weights_of(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> tuple
         )
     for weight in weights:
         if not abs(weight) <= sys.float_info.max:
-            raise UsageError(f"the weight {weight} is not a finite number")
+            raise UsageError(f"weights: must be finite numbers, found {weight}")
     return weights

@@ -59,7 +59,7 @@ def check_threads(threads: int | None) -> None:
         UsageError: it is less than one.
     """
     if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads cannot work", hint="at least one")
+        raise UsageError(f"threads: must be at least 1, found {threads}", hint="leave it out to use every processor")
 
 
 def each(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:

@@ -70,9 +70,9 @@ def vocabulary_changes(
         return VocabularyChange(addresses, found.told_by, True, False, frozenset(heads) if tables else frozenset())
     if not untie:
         raise BaseMismatchError(
-            f"{adapter.root}: changes {(tables + heads)[0]}, but {checkpoint.root} ties its head to its embedding, "
-            "which would no longer be the same",
-            hint="give the head a tensor of its own: --untie",
+            f"{adapter.root}: changes {(tables + heads)[0]}, but {checkpoint.root} ties its head to its embedding, and "
+            "the two would differ",
+            hint="add --untie to store the head as a separate tensor",
         )
     return VocabularyChange(addresses, found.told_by, False, True, frozenset())
 
@@ -87,9 +87,9 @@ def _refuse_shared(checkpoint: Checkpoint, adapter: Adapter, names: Collection[s
         for name in sorted(names):
             if _USES.search(name) and (name not in checkpoint.tensors or is_shared(name)):
                 raise AdapterError(
-                    f"{adapter.root}: changes {name}, in a model whose encoder, decoder or head share one table; peft "
-                    "changes one of these uses, which no checkpoint of the model can say",
-                    hint="train it without embeddings and head",
+                    f"{adapter.root}: changes {name}, but encoder, decoder or head of this model share one table; peft "
+                    "changes only one of these uses, which a checkpoint cannot express",
+                    hint="train the adapter without embeddings and head",
                 )
 
 
@@ -98,9 +98,10 @@ def _refuse_unknown(checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Ada
     tables = sorted({*adapter.embeddings, *adapter.tokens})
     if tables and not vocabulary.embedding and says_tied(checkpoint.config) and not tells_no_words(checkpoint):
         raise BaseMismatchError(
-            f"{adapter.root}: changes {tables[0]}, and {checkpoint.root} ties its head to its embedding, which cannot "
-            "be told from other tables",
-            hint="train it without embeddings and head",
+            f"{adapter.root}: changes {tables[0]}, but {checkpoint.root} ties its head to its embedding, and which "
+            "table "
+            "that is cannot be determined",
+            hint="train the adapter without embeddings and head",
         )
 
 
@@ -111,9 +112,9 @@ def _refuse_uses(checkpoint: Checkpoint, adapter: Adapter, found: Addresses) -> 
         if in_layers or (name in found.uses and name.endswith(".weight")):
             with_what = "other layers" if found.of[name][0].name == name else found.of[name][0].name
             raise AdapterError(
-                f"{adapter.root}: changes {name}, which the model has in common with {with_what} of "
-                f"{checkpoint.root}; peft changes one of these uses, which no checkpoint of the model can say",
-                hint=f"train it without {'what layers share' if in_layers else 'embeddings and head'}",
+                f"{adapter.root}: changes {name}, which is shared with {with_what} in {checkpoint.root}; peft "
+                "changes only one of these uses, which a checkpoint cannot express",
+                hint=f"train the adapter without {'the shared layers' if in_layers else 'embeddings and head'}",
             )
 
 
@@ -156,9 +157,10 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
     scaled = [module for module in changed if module in adapter.magnitudes]
     if scaled and not (tables and heads):
         raise AdapterError(
-            f"{adapter.root}: ensure_weight_tying is set, but {scaled[0]}.lora_magnitude_vector has none beside it of "
+            f"{adapter.root}: ensure_weight_tying is set, but beside {scaled[0]}.lora_magnitude_vector there is "
+            "none of "
             f"the {'head' if tables else 'embedding'}",
-            hint="save it again with peft",
+            hint="save the adapter again with peft",
         )
     repeats = not scaled
     for table, head in ((table, head) for table in tables for head in heads):
@@ -166,7 +168,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
         if one and other and not (torch.equal(one.lora_a, other.lora_a) and torch.equal(one.lora_b, other.lora_b)):
             raise AdapterError(
                 f"{adapter.root}: ensure_weight_tying is set, but {table} and {head} change differently",
-                hint="save it again with peft",
+                hint="save the adapter again with peft",
             )
         repeats &= not (one and other and one.scaling != other.scaling)
         for stored in (adapter.begins, adapter.replaced):
@@ -175,7 +177,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
             if None not in values and values[0] != values[1]:
                 raise AdapterError(
                     f"{adapter.root}: ensure_weight_tying is set, but {keys[0]!r} and {keys[1]!r} differ",
-                    hint="save it again with peft",
+                    hint="save the adapter again with peft",
                 )
     return repeats
 

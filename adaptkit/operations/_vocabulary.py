@@ -114,18 +114,19 @@ def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
     """
     if shares_more(checkpoint.config):
         raise BaseMismatchError(
-            f"{checkpoint.root}: a {checkpoint.config['model_type']} model shares more than embedding and head; were "
-            "these untied in config.json, numbers would be made up for the rest",
-            hint="leave embedding and head as they are",
+            f"{checkpoint.root}: a {checkpoint.config['model_type']} model shares more than embedding and head; with "
+            "these untied in config.json, readers would initialize the rest at random",
+            hint="train the adapter without embedding and head",
         )
     if vocabulary.is_known:
         return vocabulary
     head = asked_head(checkpoint)
     if not head:
         raise BaseMismatchError(
-            f"{checkpoint.root}: what models of the type {checkpoint.config.get('model_type')!r} call the head that is "
-            "tied to their embedding is not known, so that it cannot become a tensor of its own",
-            hint="pip install 'adaptkit[train]', if transformers knows them; or leave embedding and head as they are",
+            f"{checkpoint.root}: the name of the tied head in models of type "
+            f"{checkpoint.config.get('model_type')!r} is not "
+            "known, so it cannot be stored as a separate tensor",
+            hint="pip install 'adaptkit[train]' if transformers supports them, or train without embedding and head",
         )
     return replace(vocabulary, head=f"{head}.weight", is_known=True)
 

@@ -55,9 +55,9 @@ class DequantizeOptions:
     def __post_init__(self) -> None:
         typed_fields(self)
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+            raise UsageError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.max_shard_bytes < 1:
-            raise UsageError("the shard size must be positive")
+            raise UsageError(f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}")
         check_threads(self.threads)
 
 
@@ -120,8 +120,8 @@ def dequantize(
         method = quantization_found(checkpoint)
         raise CheckpointError(
             f"{source}: "
-            + (f"is quantized with {method}, which is not read" if method else "holds no quantized weights"),
-            hint="this reads what adaptkit and bitsandbytes (4 bits) write",
+            + (f"quantized with {method}, which is not supported" if method else "holds no quantized weights"),
+            hint="give a checkpoint that adaptkit or bitsandbytes (4-bit) quantized",
         )
     check_output(output, force, [source])
     check_side_files(source)
@@ -199,7 +199,7 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _De
 
 def _refuse(spec: TensorSpec, constants: Array) -> NoReturn:
     if not all_finite(constants):
-        raise NonFiniteError(f"{spec.name}: its constants hold NaN or infinity", hint="get the checkpoint again")
+        raise NonFiniteError(f"{spec.name}: the constants hold NaN or infinity", hint="download the checkpoint again")
     raise NonFiniteError(
         f"{spec.name}: a weight of up to {np.abs(constants).max():.6g} is too large for {spec.dtype}",
         hint=f"use --dtype {'bfloat16 or ' if spec.dtype == 'F16' else ''}float32",

@@ -114,21 +114,23 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
     for finding in each(lambda part: examine(plan, part, options), plan.parts, thread_count(options.threads)):
         if finding.differs and finding.part.fate == IMPOSSIBLE:
             raise UsageError(
-                f"{finding.part.name} differs ({finding.part.why}), and an adapter cannot hold such a tensor",
-                hint="leave it out, and say so, with --only-linear",
+                f"{plan.tuned.root}: {finding.part.name} ({finding.part.why}) differs, but an adapter cannot store "
+                "such a tensor",
+                hint="leave it out with --only-linear",
             )
         findings.append(finding)
         done += finding.part.spec.nbytes + finding.part.tuned.nbytes
         progress(done, total)
     if not any(finding.differs for finding in findings):
         raise UsageError(
-            f"{plan.tuned.root} and {plan.base.root} hold the same weights: there is nothing to extract",
+            f"{plan.tuned.root} and {plan.base.root} hold the same weights, so there is nothing to extract",
             hint="give the tuned checkpoint first, then its base",
         )
     if all(finding.part.fate == LEFT_OUT for finding in findings if finding.differs):
         raise UsageError(
-            f"all that differs would be left out: {counted(sum(finding.differs for finding in findings), 'tensor')}",
-            hint="give other patterns to --target, or leave out --only-linear",
+            f"{plan.tuned.root}: everything that differs would be left out "
+            f"({counted(sum(finding.differs for finding in findings), 'tensor')})",
+            hint="change --target, or leave out --only-linear",
         )
     return findings
 

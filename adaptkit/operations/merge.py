@@ -93,7 +93,8 @@ def _check_order(base: Path, adapters: Sequence[Path]) -> None:
     others = [path for path in adapters if (path / CONFIG_NAME).is_file() and not is_adapter(path)]
     if is_adapter(base) and others:
         raise UsageError(
-            f"{base} is an adapter and {others[0]} a checkpoint: the base comes first", hint=f"merge {others[0]} {base}"
+            f"{base} is an adapter and {others[0]} a checkpoint; the base comes first",
+            hint=f"adaptkit merge {others[0]} {base} -o OUT",
         )
 
 
@@ -107,8 +108,9 @@ def _begins_with_its_own(checkpoint: Checkpoint, allowed: bool, name: str, files
         return False
     if checkpoint.spec(name).shape == files.spec(key).shape and not allowed:
         raise BaseMismatchError(
-            f"{name} in {checkpoint.root} is not the tensor that {files.root} was trained on: the adapter's own copy "
-            "of it differs",
-            hint="give the right base, or say --allow-base-mismatch to take the adapter's copy",
+            f"{checkpoint.root}: {name} is not the tensor that {files.root} was trained on; the adapter's own copy "
+            "of it "
+            "differs",
+            hint="give the right base, or add --allow-base-mismatch to use the adapter's copy",
         )
     return True

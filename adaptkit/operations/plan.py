@@ -85,18 +85,21 @@ class PlanOptions:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
+                raise UsageError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
             if not 1 <= getattr(self, name) <= most:
-                raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is from 1 to {most:,}")
+                raise UsageError(f"{name}: must be from 1 to {most:,}, found {getattr(self, name)}")
         if not self.targets:
-            raise UsageError("targets: () cannot be used", hint="'*' is all of them")
+            raise UsageError("targets: must name at least one pattern", hint="'*' matches all modules")
         if self.moe == "quantize" and self.method != "qlora":
             raise UsageError(
-                f"moe: {self.method} has no experts that are quantized", hint="leave it out, or plan qlora"
+                f"moe: method {self.method} does not quantize experts", hint="leave out --moe, or use --method qlora"
             )
         if self.offload_checkpoints and self.device == "cpu":
-            raise UsageError("offload_checkpoints: a CPU has them in host memory already", hint="leave it out")
+            raise UsageError(
+                "offload_checkpoints: has no effect on a CPU",
+                hint="leave out --offload-checkpoints, or use --device cuda",
+            )
 
     @property
     def on_gpu(self) -> bool:
@@ -176,15 +179,16 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     shapes = linear_shapes(network)
     targets = sorted(matching_targets(options.targets, shapes, language_part(network), network.config.model_type))
     if options.method == "qlora" and not any(is_linear(network.get_submodule(name)) for name in shapes):
-        raise UsageError(f"{model}: quantize packs none of its linear layers", hint="plan it with --method lora")
+        raise UsageError(f"{model}: quantize does not support any of its linear layers", hint="use --method lora")
     parameters = sum(parameter.numel() for parameter in network.parameters())
     full = options.method == "full"
     most = min((min(shapes[name]) for name in targets), default=0)
     if not full and options.rank > most:
         small = next(name for name in targets if min(shapes[name]) == most)
         raise UsageError(
-            f"rank {options.rank} is above that of {small}, which is {shapes[small][0]} x {shapes[small][1]}",
-            hint=f"a rank of at most {most}, or fewer --targets",
+            f"rank: must be at most {most}, since {small} is {shapes[small][0]} x {shapes[small][1]}; found "
+            f"{options.rank}",
+            hint=f"give --rank {most} or less, or exclude that module with --targets",
         )
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)
     weights = 0 if full else _frozen_bytes(network, shapes, options, dtype, description.dtype)
@@ -231,13 +235,13 @@ def _context(config: Any) -> int | None:
 def _notes(network: Any, description: Description, options: PlanOptions) -> Iterator[str]:
     context, stacks = _context(network.config), expert_stacks(network)
     if context is not None and context < options.seq_len:
-        yield f"a row is longer than the model's context of {context:,} tokens"
+        yield f"--seq-len {options.seq_len:,} is longer than the model's context of {context:,} tokens"
     if options.method != "qlora" and "quantization_config" in description.config:
-        yield f"this checkpoint is quantized, and {options.method} takes the 16-bit one"
+        yield f"this checkpoint is quantized, but {options.method} trains the 16-bit one"
     if stacks and options.method != "full":
         stay = options.method == "qlora" and options.moe == "keep"
-        also = ", and 16 bits for them without --moe quantize" if stay else ""
-        yield f"no adapter for {counted(len(stacks), 'stack')} of experts' matrices{also}"
+        also = ", and they stay in 16 bits without --moe quantize" if stay else ""
+        yield f"{counted(len(stacks), 'stack')} of expert matrices get no adapter{also}"
 
 
 def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:

@@ -154,7 +154,7 @@ class _Run:
             ready = self._calibrate(out, plan)
             if self.init is not None and not ready:
                 raise UsageError(
-                    "a companion adapter has nothing to make up for: what the text reaches stays in 16 bits",
+                    "init_adapter: nothing to offset, since every weight that the text reaches stays in 16 bits",
                     hint="lower --bits-budget, or leave out --init-adapter",
                 )
             self._write(out, plan, ready, lambda: early.check(begun))
@@ -218,8 +218,8 @@ class _Run:
             for name, note in notes.items():
                 if note.get("fingerprint") != fingerprint_in_pieces(self.checkpoint, name):
                     raise BaseMismatchError(
-                        f"{out.folder}: {file} was made of another {name} than {self.checkpoint.root} has",
-                        hint="delete that folder, and make every share from copies of one checkpoint",
+                        f"{out.folder}: {file} was not made from the {name} of {self.checkpoint.root}",
+                        hint="delete that folder, and make every share from the same checkpoint",
                     )
 
     def _spend(self, out: Output, plan: Plan) -> tuple[Plan, list[Upgrade]]:
@@ -283,7 +283,7 @@ def _read_tokens(source: Path, calibration: Calibration | None) -> Tensor | None
 def _companion_folder(output: Path, companion: Path | None, options: QuantizeOptions) -> Path | None:
     wanted = options.calibration is not None and options.calibration.init_rank is not None
     if companion is not None and not wanted:
-        raise UsageError("a companion adapter needs calibration and a rank", hint="add --calibrate and --init-adapter")
+        raise UsageError("no companion adapter to write", hint="add --calibrate FILE and --init-adapter RANK")
     return (companion or output.with_name(f"{output.name}-init")) if wanted else None
 
 

@@ -127,9 +127,8 @@ def resize(
     require_plain(read, "resize")
     if read.compensation:
         raise AdapterError(
-            f"{read.root}: began with what makes up for the quantization of its base, which a smaller rank would tear "
-            "apart",
-            hint="merge it onto the 16-bit base, then extract",
+            f"{read.root}: was trained from a companion adapter, whose correction a smaller rank would destroy",
+            hint="merge it into the 16-bit base, then extract an adapter from the result",
         )
     check_output(output, force, [adapter])
     along = carried([read])

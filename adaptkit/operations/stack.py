@@ -66,10 +66,10 @@ class StackOptions:
                 used = ", ".join(f"--{each}" for each in known)
                 raise UsageError(
                     f"{self.method} does not use --{name}",
-                    hint=f"beside --weight, --rank and --energy it uses {used or 'none'}",
+                    hint=f"besides --weight, --rank and --energy, it uses {used or 'no option'}",
                 )
             if not isinstance(value, Real):
-                raise UsageError(f"{name} {value!r}: must be a number", hint=f"{known[name].default} is the default")
+                raise UsageError(f"{name} {value!r}: must be a number", hint=f"the default is {known[name].default}")
         return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
 
     def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
@@ -178,10 +178,10 @@ def stack(
     adapters = several(adapters)
     options = options or StackOptions()
     if len(adapters) < 2:
-        raise UsageError("stacking takes at least two adapters", hint="give their folders one after the other")
+        raise UsageError("stack needs at least two adapters", hint="adaptkit stack ADAPTER ADAPTER... -o OUT")
     read = [read_adapter(path) for path in adapters]
     weights = weights_of(read, options.weights)
-    expected_fingerprints(read, hint="stack adapters of one base")
+    expected_fingerprints(read, hint="stack adapters of the same base")
     plan = stackable(read, weights)
     check_output(output, force, adapters)
     along = carried(read)
@@ -224,8 +224,8 @@ def _combine(plan: Stackable, options: StackOptions, progress: Progress) -> dict
         progress(len(combined), len(plan.modules))
     if all(made.is_zero for made in combined.values()):
         raise UsageError(
-            f"nothing is left of any module: the changes cancel, or {options.method} drops them all",
-            hint="check the weights, and that the adapters were trained",
+            f"nothing is left of any module: the changes cancel out, or {options.method} drops them all",
+            hint="check each --weight, and that the adapters were trained",
         )
     return combined
 

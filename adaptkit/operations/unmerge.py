@@ -101,8 +101,8 @@ def unmerge(
     check_output(output, force, [merged, *adapters])
     if not model.has_record and not approximate:
         raise IntegrityError(
-            f"{merged}: has no undo record",
-            hint="it was merged with --no-undo: merge again from the base, or come near to it with --approximate",
+            f"{merged}: no undo record found, since it was merged with --no-undo",
+            hint="merge again from the base, or add --approximate for a result with rounding errors",
         )
     read, weights, resaved = model.adapters(adapters)
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
@@ -113,7 +113,10 @@ def unmerge(
     _check_headers(model, base, edits)
     originals = target_names(model.manifest, base.tensors)
     if set(originals) != set(edits.of) - set(edits.added):
-        raise BaseMismatchError(f"{merged}: the merge changed other tensors than these adapters do")
+        raise BaseMismatchError(
+            f"{merged}: the merge changed other tensors than these adapters do",
+            hint="give the adapters that were merged",
+        )
     if not model.has_record:
         _check_subtractable(merged, edits, options.get("small_files", ()))
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
@@ -152,18 +155,19 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
             and (name in edits.of or before.spec.shape == after.spec.shape)
         )
         if not fits:
-            raise IntegrityError(f"{model.root}: the undo record does not fit at {name}", hint=AGAIN)
+            raise IntegrityError(f"{model.root}: the undo record does not match {name}", hint=AGAIN)
 
 
 def _check_subtractable(merged: Path, edits: Edits, small_files: Sequence[str]) -> None:
     if small_files:
         raise UsageError(
-            f"{merged}: {small_files[0]} is not the base's, which nothing was kept of", hint="merge again from the base"
+            f"{merged}: the merge replaced {small_files[0]}, and without an undo record the base's is lost",
+            hint="merge again from the base",
         )
     for name, edit in edits.of.items():
         if not edit.is_plain or edit.spec.shape != edit.base_shape:
             raise UsageError(
-                f"{merged}: {name} was replaced or scaled, not added to; that cannot be subtracted",
+                f"{merged}: {name} was replaced or scaled, which cannot be undone by subtracting",
                 hint="merge again from the base",
             )
 
@@ -226,7 +230,10 @@ class _Restoring:
                 out.copy(resolve_inside(model.root, kept), record.path)
         if set(before.files) != set(out.files):
             differing = min(record.path for record in set(before.files) ^ set(out.files))
-            raise IntegrityError(f"{model.root}: {differing} is not as it was in the base", hint="run verify on it")
+            raise IntegrityError(
+                f"{model.root}: {differing} differs from the base's",
+                hint=f"run adaptkit verify {model.root}",
+            )
         return before
 
     def is_identical(self, out: Output) -> bool:
@@ -252,7 +259,7 @@ class _Restoring:
         if not self.model.has_record:
             return [partial(self._subtract, edit, rows) for rows in fold.pieces()]
         if name not in record.tensors:
-            raise IntegrityError(f"{name}: the undo record says nothing of it", hint=AGAIN)
+            raise IntegrityError(f"{name}: not found in the undo record", hint=AGAIN)
         try:
             runs = list(cut_frames(record.read_array(name), edit))
         except IntegrityError as error:
@@ -266,7 +273,7 @@ class _Restoring:
             return _Run(merged, fold.take_back(merged, rows, stream))
         except IntegrityError as error:
             raise self._other(
-                f"{name}: {error.message}", hint="run verify on the merged model and on the adapters"
+                f"{name}: {error.message}", hint="run adaptkit verify on the merged model and on the adapters"
             ) from error
 
     def _subtract(self, edit: Edit, rows: Rows) -> _Run:
@@ -287,7 +294,7 @@ class _Restoring:
                 writer.write(name, run.values)
         if digest.hexdigest() != self.digests[name]:
             file = self.model.checkpoint.tensors[name].file
-            raise IntegrityError(f"{name} in {file} changed since the merge", hint=AGAIN)
+            raise IntegrityError(f"{self.model.root}: {name} in {file} changed since the merge", hint=AGAIN)
         if edit is None or not group.specs:
             return {"same": True, "bound": 0.0}
         if matrix_of(edit.base_shape)[0] > edit.matrix[0]:
@@ -295,7 +302,8 @@ class _Restoring:
         same = writer.tensors[-1].xxh3_128 == self.originals[name]
         if self.model.has_record and not same:
             raise self._other(
-                f"{name}: the undo record or the adapter is not the one of this merge", hint="run verify on both"
+                f"{name}: the undo record or the adapter does not belong to this merge",
+                hint="run adaptkit verify on the merged model and on the adapters",
             )
         return {"same": same, "bound": bound}
 

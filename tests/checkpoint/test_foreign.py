@@ -67,7 +67,7 @@ def test_the_8_bits_of_bitsandbytes_are_named_where_they_are_refused(tmp_path, s
     config = {"model_type": "llama"} | ({"quantization_config": quantization} if says_so else {})
     folder = folder_of(tmp_path / "base", MADE["bitsandbytes (LLM.int8())"], config)
     named = r"quantized with bitsandbytes \(LLM\.int8\(\)\), which "
-    with pytest.raises(AdaptkitError, match=f"{named}is not read"):
+    with pytest.raises(AdaptkitError, match=f"{named}is not supported"):
         dequantize(folder, tmp_path / "out")
     with pytest.raises(AdaptkitError, match=f"{named}cannot be trained here"):
         resolve_method(TrainConfig(base=str(folder), data=["x.jsonl"]), Checkpoint(folder))

@@ -66,7 +66,7 @@ def test_it_lies_beside_the_adapter_and_is_taken_from_there(run_cli, untemplated
     assert table["models"][1]["loss"] == alone["loss"]
 
     merged = run_cli("merge", untemplated, tmp_path / "a", "-o", tmp_path / "m")
-    assert "chat template: the adapter's" in merged.stdout
+    assert "chat template: taken from the adapter" in merged.stdout
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == TEMPLATE
     assert json.loads(run_cli(*measured, "--base", tmp_path / "m").stdout)["loss"] == pytest.approx(
         alone["loss"], abs=0.05
@@ -313,7 +313,7 @@ def test_what_is_made_names_the_end_of_its_answers_and_the_base_has_its_own_back
     for kind, made in (("merge", "m"), ("full", "f")):
         if kind == "merge":
             told = run_cli("merge", base, tmp_path / "a", "-o", tmp_path / made)
-            assert "generation_config.json: the adapter's" in told.stdout
+            assert "generation_config.json: taken from the adapter" in told.stdout
         else:
             assert run_cli(*train(base, rows, made, "--method", "full")).code == 0
         found = GenerationConfig.from_pretrained(tmp_path / made)

@@ -81,7 +81,7 @@ def test_resize_says_what_it_kept(run_cli, tmp_path, adapter):
     rows = table(done.stdout)
     assert rows["resized"] == "14 modules; 0 unchanged"
     assert rows["parameters"] == "8,192 -> 4,096"
-    assert 20 < float(re.match(r"([\d.]+) % of the square norm", rows["kept"])[1]) < 100
+    assert 20 < float(re.match(r"([\d.]+) % of the squared norm", rows["kept"])[1]) < 100
     assert "not padded" not in rows
     wide = table(run_cli("resize", adapter, "-o", tmp_path / "wide", "--rank", 9).stdout)
     assert wide["resized"] == "0 modules; 14 unchanged"
@@ -110,7 +110,7 @@ def failing(pair, adapter, tmp_path_factory, run_cli):
     return {
         "quantized": (["extract", folder / "nf4", base, *rank], 5, "quantized with bitsandbytes"),
         "not finite": (["extract", folder / "nan", base, *rank], 5, "model.norm.weight holds NaN or infinity"),
-        "another type": (["extract", half, base, *rank], 4, "has another dtype than"),
+        "another type": (["extract", half, base, *rank], 4, "dtype differs from"),
         "itself": (["extract", base, base, *rank], 2, "hold the same weights"),
         "exists": (["extract", tuned, base, "-o", half, "--rank", "2"], 8, "already exists"),
         "resize too much": (["resize", adapter, "-o", "out", "--energy", "2"], 2, "must be above 0 and at most 1"),

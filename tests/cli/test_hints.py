@@ -21,8 +21,8 @@ def train(base, instructions, output, *more):
 def test_a_base_among_the_adapters_is_told_where_it_belongs(run_cli, llama, adapter, second_adapter, tmp_path):
     done = run_cli("merge", adapter, second_adapter, llama, "-o", tmp_path / "out")
     assert (done.code, done.stdout) == (2, "")
-    said = f"{adapter} is an adapter and {llama} a checkpoint: the base comes first"
-    assert done.stderr == f"error: {said}\nhint: merge {llama} {adapter}\n"
+    said = f"{adapter} is an adapter and {llama} a checkpoint; the base comes first"
+    assert done.stderr == f"error: {said}\nhint: adaptkit merge {llama} {adapter} -o OUT\n"
 
 
 def test_a_merge_that_keeps_little_says_so(run_cli, llama, adapter, tmp_path):
@@ -31,9 +31,9 @@ def test_a_merge_that_keeps_little_says_so(run_cli, llama, adapter, tmp_path):
         done = run_cli("merge", llama, adapter, "-o", tmp_path / name, "--weight", weight)
         assert done.code == 0
         notes = [line for line in done.stdout.splitlines() if line.startswith("note")]
-        assert [("half of the weights' last digit" in line) for line in notes] == [True] * little
+        assert [("half a unit in the weights' last place" in line) for line in notes] == [True] * little
     quantized = run_cli("merge", llama, adapter, "-o", tmp_path / "nf4", "--weight", 0.001, "--format", "nf4")
-    assert "last digit" not in quantized.stdout
+    assert "last place" not in quantized.stdout
 
 
 def test_an_adapter_that_cannot_be_merged_is_known_before_it_is_trained(run_cli, llama, gpt2, instructions, tmp_path):
@@ -78,7 +78,7 @@ def test_a_plan_says_where_rows_are_longer_than_the_model_takes(run_cli, llama, 
         most = context.get("max_position_embeddings") or context["n_positions"]
         for length, told in ((most, False), (most + 1, True)):
             printed = run_cli("plan", model, "--method", "lora", "--rank", 2, "--seq-len", length).stdout
-            assert (f"a row is longer than the model's context of {most:,} tokens" in printed) == told
+            assert (f"--seq-len {length:,} is longer than the model's context of {most:,} tokens" in printed) == told
 
 
 @pytest.mark.parametrize(

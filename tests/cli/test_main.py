@@ -89,7 +89,7 @@ def broken(tmp_path, llama, adapter):
         "no adapter": (["merge", llama, llama, "-o", "out"], 5, "not an adapter"),
         "weights": (["merge", llama, adapter, "-o", "out", "--weight", "1", "--weight", "2"], 2, "2 weights for 1"),
         "infinite weight": (["merge", llama, adapter, "-o", "out", "--weight", "inf"], 2, "finite"),
-        "another model": (["merge", tmp_path / "small", adapter, "-o", "out"], 4, "for the adapter, but"),
+        "another model": (["merge", tmp_path / "small", adapter, "-o", "out"], 4, "the adapter expects shape"),
         "huge weight": (["stack", adapter, adapter, "-o", "out", "--weight", "1e308", "--weight", "1"], 5, "too large"),
         "one to stack": (["stack", adapter, "-o", "out"], 2, "at least two"),
         "no such method": (["stack", adapter, adapter, "-o", "out", "--method", "magic"], 2, "unknown name 'magic'"),
@@ -106,7 +106,11 @@ def broken(tmp_path, llama, adapter):
         ),
         "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),
         "huge seed": (["evaluate", "--base", llama, "--prompt", "x", "--seed", "9" * 20], 2, "seed: 9999"),
-        "long row": (["plan", tmp_path / "bert", "--seq-len", "1024"], 2, "cannot be followed without its weights"),
+        "long row": (
+            ["plan", tmp_path / "bert", "--seq-len", "1024"],
+            2,
+            "its forward pass cannot be simulated without weights",
+        ),
         **{
             f"{flag} twice": (
                 ["train", "--base", llama, "--data", "x", "-o", "out", flag, "a=1", flag, "a=2"],

@@ -37,7 +37,7 @@ def test_the_table_says_what_was_lost_and_json_says_it_by_module(run_cli, adapte
     assert set(report["per_module"][0]) == {"module", "adapters", "rank", "norm", "energy_kept"}
     worst = min(report["per_module"], key=lambda entry: entry["energy_kept"])
     assert re.search(rf"kept least +{100 * worst['energy_kept']:.3g} % {re.escape(worst['module'])}", done.stdout)
-    assert f"{100 * report['energy_kept']:.3g} % of the square norm" in done.stdout
+    assert f"{100 * report['energy_kept']:.3g} % of the squared norm" in done.stdout
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -68,7 +68,7 @@ def test_a_dry_run_writes_nothing(run_cli, adapter, second_adapter, tmp_path):
         (["--method", "magic"], 2, "unknown name 'magic'", "breadcrumbs, cat, dare"),
         (["--method", "ties", "--seed", "3"], 2, "ties does not use --seed", "--density, --lambda"),
         (["--rank", "4", "--energy", "0.9"], 2, "either a rank or", "--rank 16, or --energy"),
-        (["--weight", "0", "--weight", "0"], 2, "nothing is left", "weights"),
+        (["--weight", "0", "--weight", "0"], 2, "nothing is left", "check each --weight"),
         (["--method", "knots", "--weight", "1e300", "--weight", "1"], 5, "too large for float32", "smaller"),
     ],
 )

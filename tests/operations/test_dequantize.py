@@ -118,7 +118,7 @@ def test_what_is_quantized_by_another_method_is_said_to_be(llama, copy_of, tmp_p
     folder = copy_of(llama)
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="is quantized with gptq, which is not read"):
+    with pytest.raises(CheckpointError, match="quantized with gptq, which is not supported"):
         dequantize(folder, tmp_path / "out")
 
 

@@ -270,7 +270,7 @@ def test_a_base_is_the_one_of_the_adapters_if_all_of_its_tensors_are_and_not_jus
     report = merge(other, [known], tmp_path / "other", options)
     assert (report.base_verified, report.same_base) == (True, False)
     told = run_cli("merge", other, known, "-o", tmp_path / "told", "--format", form).stdout
-    assert "the weights that change are those that the adapters were trained on" in told
+    assert "the changed weights match those that the adapters were trained on" in told
     quantize(llama, tmp_path / "quantized")  # beside the right one and the other
     of_quantized = parent_of("base", require_manifest(tmp_path / "quantized"), ())
     (known / MANIFEST_NAME).write_bytes(replace(manifest, parents=(of_quantized,)).to_bytes())
@@ -294,12 +294,12 @@ def test_a_base_of_the_same_shape_is_refused_by_tensor(tmp_path, llama, adapter,
     assert require_manifest(tmp_path / "out").operation["options"]["allow_base_mismatch"] is True
 
 
-@pytest.mark.parametrize(("dtype", "hint"), [("float64", "save the base in float32"), ("int32", "made from")])
+@pytest.mark.parametrize(("dtype", "hint"), [("float64", "save the base in float32"), ("int32", "quantized from")])
 def test_a_base_of_another_type_is_refused_with_what_helps(tmp_path, llama, adapter, copy_of, dtype, hint):
     other = copy_of(llama)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(other / WEIGHTS).items()}
     save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(BaseMismatchError, match=r"whose numbers are [FI]\d\d") as caught:
+    with pytest.raises(BaseMismatchError, match=r"whose dtype in .* is [FI]\d\d") as caught:
         merge(other, [adapter], tmp_path / "out")
     assert hint in caught.value.hint
 
@@ -406,7 +406,7 @@ def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path, llama, adapter, 
 
 def test_a_sum_that_overflows_is_refused_by_name(tmp_path, adapter):
     base = tiny.write_llama(tmp_path / "base", dtype="float16")
-    with pytest.raises(NonFiniteError, match=r"_proj\.weight: the weight overflows"):
+    with pytest.raises(NonFiniteError, match=r"_proj\.weight: the merged weight overflows"):
         merge(base, [adapter], tmp_path / "out", MergeOptions(weights=(1e9,)))
 
 
@@ -545,7 +545,7 @@ def test_a_base_whose_weights_are_not_those_of_its_manifest_is_refused(tmp_path,
     content = bytearray((tmp_path / "base" / WEIGHTS).read_bytes())
     content[located.position] ^= 1
     (tmp_path / "base" / WEIGHTS).write_bytes(content)
-    with pytest.raises(IntegrityError, match="not those of its manifest"):
+    with pytest.raises(IntegrityError, match="its tensors do not match its manifest"):
         merge(tmp_path / "base", [second_adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -556,7 +556,7 @@ def test_a_base_with_a_side_file_that_is_not_the_one_of_its_manifest_is_refused(
     merge(llama, [adapter], tmp_path / "base")
     with (tmp_path / "base" / "tokenizer_config.json").open("a") as file:
         file.write(" ")
-    with pytest.raises(IntegrityError, match=r"tokenizer_config\.json is not the one of its manifest"):
+    with pytest.raises(IntegrityError, match=r"tokenizer_config\.json does not match the manifest"):
         merge(tmp_path / "base", [second_adapter], tmp_path / "out")
 
 

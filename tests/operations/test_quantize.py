@@ -209,7 +209,7 @@ def test_skipped_modules_stay_and_readers_are_told(llama, tmp_path):
 def test_a_pattern_that_matches_nothing_is_refused_beside_one_that_would(llama, tmp_path):
     with pytest.raises(UsageError, match=r"--skip '\*\.z_proj' matches no module") as caught:
         quantize(llama, tmp_path / "out", QuantizeOptions(skip=("*.z_proj",)))
-    named = re.fullmatch(r"patterns match whole paths, as '(.+_proj)'", caught.value.hint)
+    named = re.fullmatch(r"patterns match whole module paths, such as '(.+_proj)'", caught.value.hint)
     assert named is not None  # of a layer that is quantized
     assert quantize(llama, tmp_path / "out", QuantizeOptions(skip=(named[1],))).quantized == 13
 
@@ -238,6 +238,13 @@ def refusal(kind, source, out, **options):
         quantize(source, out, QuantizeOptions(**options))
     assert not out.exists()
     return caught.value
+
+
+def test_where_every_weight_stays_one_is_named_with_the_reason(llama, tmp_path):
+    """It said that there was no weight that may be quantized, though all of them were skipped."""
+    error = refusal(CheckpointError, llama, tmp_path / "out", skip=("*",))
+    assert re.search(r"such as \S+_proj\.weight \(skipped by --skip\)$", error.message)
+    assert "--skip" in error.hint
 
 
 def test_what_is_quantized_already_is_refused(quantized, tmp_path):
@@ -308,7 +315,7 @@ def test_numbers_of_a_type_that_is_not_taken_are_named(llama, copy_of, tmp_path,
     )
     error = refusal(CheckpointError, source, tmp_path / "out")
     told = {"float64": "F64", "int32": "I32"}[dtype]
-    assert f"model.layers.0.mlp.down_proj.weight is {told}, and taken are F32, F16, BF16" in error.message
+    assert f"model.layers.0.mlp.down_proj.weight has dtype {told}, expected F32, F16, BF16" in error.message
     assert ("torch.bfloat16" in error.hint) == (dtype == "float64")
 
 
@@ -359,7 +366,7 @@ def test_a_matrix_that_is_no_float_stays(tmp_path):
     names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down")]
     tensors = {names[0]: torch.ones(64, 64), names[1]: torch.ones(64, 64, dtype=torch.int8)}
     save_file(tensors, source / "model.safetensors")
-    assert quantize(source, tmp_path / "out").kept == {"of type I8": 1}
+    assert quantize(source, tmp_path / "out").kept == {"dtype I8": 1}
     assert torch.equal(tensors_of(tmp_path / "out")[names[1]], tensors[names[1]])
 
 

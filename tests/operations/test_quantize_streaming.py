@@ -202,7 +202,7 @@ def test_shares_of_different_checkpoints_are_not_joined(llama, copy_of, tmp_path
         share(source, tmp_path / "out", number, 2)
     before = tree(tmp_path / "out.partial")
     for base in (llama, other, copy_of(llama, "third")):
-        with pytest.raises(BaseMismatchError, match=r"was made of another \S+ than") as caught:
+        with pytest.raises(BaseMismatchError, match=r"was not made from the \S+ of") as caught:
             quantize(base, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
         assert caught.value.exit_code == 4
     assert tree(tmp_path / "out.partial").keys() >= before.keys()

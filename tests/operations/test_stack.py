@@ -153,7 +153,7 @@ def test_adapters_of_different_bases_are_refused(tmp_path, llama, adapter, secon
     other = tiny.write_llama(tmp_path / "other", seed=9)
     with pytest.raises(BaseMismatchError, match="different bases") as caught:
         stack([certified(adapter, llama), certified(second_adapter, other)], tmp_path / "out")
-    assert caught.value.hint == "stack adapters of one base"
+    assert caught.value.hint == "stack adapters of the same base"
     assert not (tmp_path / "out").exists()
 
 
@@ -186,7 +186,7 @@ def test_shapes_that_differ_are_refused_by_module(tmp_path, adapter, copy_of):
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     tensors[key] = tensors[key][:64].clone()
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj is \[128, 64\] .* \[64, 64\]"):
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj: shape \[128, 64\] .* \[64, 64\]"):
         stack([adapter, folder], tmp_path / "out")
 
 

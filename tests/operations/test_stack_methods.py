@@ -392,15 +392,15 @@ def test_weights_too_large_for_float32_are_refused(tmp_path, parts, method):
 @pytest.mark.parametrize(
     ("method", "settings", "message", "hint"),
     [
-        ("cat", {"density": 0.5}, "cat does not use --density", "it uses none"),
+        ("cat", {"density": 0.5}, "cat does not use --density", "it uses no option"),
         ("ties", {"seed": 1}, "ties does not use --seed", "it uses --density, --lambda"),
         ("dare", {"lambda": 2.0}, "dare does not use --lambda", "it uses --density, --seed"),
         ("della", {"gamma": 0.1}, "della does not use --gamma", "it uses --density, --epsilon, --lambda, --seed"),
         ("breadcrumbs", {"epsilon": 0.1}, "does not use --epsilon", "it uses --density, --gamma, --lambda"),
         ("iso", {"density": 0.1}, "iso does not use --density", "it uses --lambda"),
         ("ties", {"density": 7.0}, "density 7.0", "keeps a fifth"),
-        ("ties", {"density": "0.5"}, "density '0.5': must be a number", "0.2 is the default"),
-        ("dare", {"seed": None}, "seed None: must be a number", "0 is the default"),
+        ("ties", {"density": "0.5"}, "density '0.5': must be a number", "the default is 0.2"),
+        ("dare", {"seed": None}, "seed None: must be a number", "the default is 0"),
     ],
 )
 def test_options_that_a_method_does_not_use_are_refused_with_those_that_it_does(method, settings, message, hint):
@@ -445,7 +445,7 @@ def test_an_embedding_and_a_linear_layer_of_one_name_are_refused(tmp_path):
         tensors[f"{PREFIX}model.embed_tokens.lora_B.weight"] = a.T.contiguous()
 
     change_tensors(parts[1], turn)
-    with pytest.raises(AdapterError, match="embedding for one adapter, and a linear layer for"):
+    with pytest.raises(AdapterError, match="embedding in one adapter, but a linear layer in"):
         stack(parts, tmp_path / "out")
 
 
@@ -477,7 +477,7 @@ def test_different_copies_of_the_base_and_different_tokenizers_are_refused(tmp_p
     assert report.tokenizer == ("chat_template.jinja",)
     assert (tmp_path / "one" / "chat_template.jinja").read_text() == "{{ messages }}"
     (theirs / "chat_template.jinja").write_text("{{ messages[0] }}")
-    with pytest.raises(UsageError, match=r"bring different chat_template\.jinja"):
+    with pytest.raises(UsageError, match=r"contain different versions of chat_template\.jinja"):
         stack([ours, theirs], tmp_path / "two")
     base = tiny.write_llama(tmp_path / "base", tied=False)
     embedded = [tiny.write_peft_adapter(tmp_path / name, base, target_modules=["embed_tokens"]) for name in ("x", "y")]

@@ -129,7 +129,7 @@ def test_no_folder_and_less_than_one_thread_are_refused_as_elsewhere(tmp_path, l
     with pytest.raises(UsageError, match="does not exist"):
         unmerge(tmp_path / "nowhere", [adapter], tmp_path / "out")
     for threads in (0, -1):
-        with pytest.raises(UsageError, match=f"{threads} threads"):
+        with pytest.raises(UsageError, match=f"threads: must be at least 1, found {threads}"):
             unmerge(llama, [adapter], tmp_path / "out", threads=threads)
 
 
@@ -202,7 +202,7 @@ def test_another_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of
     folder = copy_of(adapter)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(BaseMismatchError, match=r"has the tensors of .* another adapter_config\.json"):
+    with pytest.raises(BaseMismatchError, match=r"has the tensors of .* a different adapter_config\.json"):
         unmerge(merged, [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -231,7 +231,7 @@ def test_of_several_that_were_saved_again_all_are_named_if_one_says_something_el
     for folder, changes in zip(folders, ({"lora_dropout": 0.5}, {"lora_alpha": 30}), strict=True):
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(BaseMismatchError, match=r"another adapter_config\.json") as caught:
+    with pytest.raises(BaseMismatchError, match=r"a different adapter_config\.json") as caught:
         unmerge(tmp_path / "merged", folders, tmp_path / "out")
     assert all(str(folder) in caught.value.message for folder in folders)
 
@@ -240,7 +240,7 @@ def test_without_a_record_nothing_shows_that_an_adapter_that_was_saved_again_is_
     second_adapter, llama, copy_of, tmp_path
 ):
     merge(llama, [second_adapter], tmp_path / "merged", MergeOptions(undo=False))
-    with pytest.raises(BaseMismatchError, match=r"another adapter_config\.json"):
+    with pytest.raises(BaseMismatchError, match=r"a different adapter_config\.json"):
         unmerge(tmp_path / "merged", [saved_again(copy_of(second_adapter))], tmp_path / "out", approximate=True)
 
 
@@ -253,9 +253,9 @@ def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
 
 
 def test_another_number_of_adapters_is_refused(merged, adapter, tmp_path):
-    with pytest.raises(UsageError, match="has 1 adapter merged into it"):
+    with pytest.raises(UsageError, match="expected 1 merged adapter, found 2"):
         unmerge(merged, [adapter, adapter], tmp_path / "out")
-    with pytest.raises(UsageError, match="holds no copies"):
+    with pytest.raises(UsageError, match="none is given and none is stored"):
         unmerge(merged, [], tmp_path / "out")
 
 
@@ -263,7 +263,7 @@ def test_a_merge_without_a_record_is_refused(llama, adapter, tmp_path, merged):
     merge(llama, [adapter], tmp_path / "no undo", MergeOptions(undo=False))
     with pytest.raises(IntegrityError, match="no undo record") as caught:
         unmerge(tmp_path / "no undo", [adapter], tmp_path / "out")
-    assert "--no-undo" in caught.value.hint
+    assert "--no-undo" in caught.value.message
     (merged / RECORD).unlink()
     with pytest.raises(IntegrityError, match=r"shard-00001-of-00001\.safetensors is missing"):
         unmerge(merged, [adapter], tmp_path / "out")
@@ -294,7 +294,9 @@ def test_a_record_with_another_residual_is_refused_by_tensor_even_if_its_hash_is
     residual[len(residual) // 2] += 1
     save_arrays(records | {name: undo.packed([undo.pack_frame(rows, residual)])}, merged / RECORD)
     rehash(merged, RECORD)
-    with pytest.raises(IntegrityError, match=r"gate_proj\.weight: the undo record or the adapter is not the one"):
+    with pytest.raises(
+        IntegrityError, match=r"gate_proj\.weight: the undo record or the adapter does not belong to this merge"
+    ):
         unmerge(merged, [adapter], tmp_path / "out")
     assert not list(tmp_path.glob("out*"))  # nor what was written before it was found
 
@@ -408,7 +410,7 @@ def test_what_was_not_merged_is_refused(llama, adapter, merged, tmp_path):
     with pytest.raises(IntegrityError, match=MANIFEST):
         unmerge(llama, [adapter], tmp_path / "out")
     unmerge(merged, [adapter], tmp_path / "out")
-    with pytest.raises(IntegrityError, match="is checkpoint, not merged"):
+    with pytest.raises(IntegrityError, match="expected a merged model, found kind checkpoint"):
         unmerge(tmp_path / "out", [adapter], tmp_path / "again")
 
 
@@ -417,7 +419,7 @@ def test_a_part_that_was_pulled_is_called_one(adapter, merged, tmp_path):
     manifest = require_manifest(merged)
     part = part_of(manifest, select(manifest, ["weights", "config"]), ["weights", "config"])
     (merged / MANIFEST).write_bytes(part.to_bytes())
-    with pytest.raises(IntegrityError, match="is a part of what was pulled") as caught:
+    with pytest.raises(IntegrityError, match="only a part of the merged model was pulled") as caught:
         unmerge(merged, [adapter], tmp_path / "out")
     assert "--only" in caught.value.hint
 

@@ -31,7 +31,7 @@ def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool,
         report = dequantize(source, output, DequantizeOptions(**options), force=force, progress=progress)
     rows = [
         ("wrote", report.output),
-        ("dequantized", f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)} in all"),
+        ("dequantized", f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)} in total"),
         ("manifest sha256", report.manifest_sha256),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

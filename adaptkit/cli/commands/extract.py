@@ -70,15 +70,13 @@ def _rows(report: "ExtractReport") -> list[Row]:
     if report.modules:
         rows += _low_rank(report)
     if report.placeholder:
-        rows.append(
-            ("low-rank", f"nothing; {report.placeholder} gets a zero change, since peft needs at least one module")
-        )
+        rows.append(("low-rank", f"none; {report.placeholder} gets a zero change, since peft needs at least one"))
     both = (("saved whole", report.saved), ("left out", report.left_out))
     rows += [(label, _named(tensors)) for label, tensors in both if tensors]
     if report.left_out:
-        rows.append(("", f"which is {percent(report.left_out_energy)} of the square norm of all that differs"))
+        rows.append(("", f"{percent(report.left_out_energy)} of the squared norm of everything that differs"))
     if report.tokenizer:
-        rows.append(("also copied", f"of the tuned checkpoint, {', '.join(report.tokenizer)}"))
+        rows.append(("also copied", f"from the tuned checkpoint: {', '.join(report.tokenizer)}"))
     rows += _warnings(report)
     rows.append(("manifest sha256", str(report.manifest_sha256)))
     return rows
@@ -92,10 +90,13 @@ def _low_rank(report: "ExtractReport") -> list[Row]:
         ("change", f"{kept}; relative error {percent(report.relative_error)}"),
     ]
     if report.rounding >= 0.001:
-        rows.append(("rounding", f"to the tuned weights' type is about {percent(report.rounding)} of the change"))
+        rows.append(("rounding", f"to the tuned weights' dtype is about {percent(report.rounding)} of the change"))
     if report.unreached:
         rows.append(
-            ("not reached", f"{counted(report.unreached, 'module', 'keep')} less than was asked for; see --max-rank")
+            (
+                "not reached",
+                f"{counted(report.unreached, 'module', 'keep')} less than --energy asks for; raise --max-rank",
+            )
         )
     worst = sorted(report.modules, key=lambda module: (module.energy_kept, module.module))[:WORST]
     rows.append(("kept least", "\n".join(_line(module) for module in worst)))
@@ -124,11 +125,11 @@ def _named(tensors: "Sequence[OtherTensor]") -> str:
 def _warnings(report: "ExtractReport") -> list[Row]:
     rows = []
     if report.resized:
-        rows.append(("vocabulary", "has another size: resize the base's embeddings before peft loads the adapter"))
+        rows.append(("vocabulary", "size differs: resize the base's embeddings before peft loads the adapter"))
     if report.experts:
         found = counted(report.experts, "matrix")
-        rows.append(("experts", f"{found} of single experts, which merge supports, and peft only for some models"))
+        rows.append(("experts", f"{found} of single experts, which merge supports, but peft only for some models"))
     if report.config_differs:
         keys = ", ".join(report.config_differs)
-        rows.append(("not included", f"config.json differs in {keys}, which an adapter cannot express"))
+        rows.append(("not covered", f"config.json differs in {keys}, which an adapter cannot store"))
     return rows

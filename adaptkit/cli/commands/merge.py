@@ -9,8 +9,11 @@ from adaptkit.cli.options import ArtifactPath, output_options, threads_option, w
 from adaptkit.cli.output import counted, percent, show
 from adaptkit.cli.progress import byte_progress
 
-_CHANGED = "the weights that change are those that the adapters were trained on"
-_LOST = "the rest is below half of the weights' last digit: train on, or use the adapter unmerged (docs/merge.md)"
+_CHANGED = "the changed weights match those that the adapters were trained on"
+_LOST = (
+    "the rest is below half a unit in the weights' last place; train longer, or use the adapter unmerged "
+    "(docs/merge.md)"
+)
 
 
 @click.command()
@@ -52,13 +55,13 @@ def command(
 
     with byte_progress("merge", as_json or quiet) as progress:
         report = merge(base, adapters, output, MergeOptions(**options), force=force, dry_run=dry_run, progress=progress)
-    verified = "unverified: names and shapes fit"
+    verified = "unverified; names and shapes match"
     if report.base_verified:
         verified = "the one the adapters were trained on" if report.same_base else _CHANGED
     rows = [
         ("would write" if dry_run else "wrote", report.output),
         ("merged", f"{report.merged} of {counted(report.tensors, 'tensor')}"),
-        ("base", "compared when merging" if dry_run and report.base_verified else verified),
+        ("base", "to be compared while merging" if dry_run and report.base_verified else verified),
         *(("note", told) for told in report.told),
     ]
     if report.relative_delta is not None and report.moved is not None and report.effect is not None:  # no dry run

@@ -109,7 +109,7 @@ def command(
     if given and not calibrate:
         option = "no_compensate" if given[0] == "compensate" and not compensate else given[0]
         raise UsageError(
-            f"--{option.replace('_', '-')} works only with --calibrate", hint="add --calibrate FILE, or leave it out"
+            f"--{option.replace('_', '-')}: needs --calibrate", hint="add --calibrate FILE, with text to calibrate on"
         )
     calibration = None
     if calibrate:
@@ -150,7 +150,7 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
         ("would write" if dry_run else "wrote", share + what),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}{of_all}"),
         ("quantized", f"{counted(report.quantized, 'matrix')}, {part} parameters{of_all}"),
-        ("bits per weight", f"{report.bits_per_parameter:.3f} in quantized weights, including constants"),
+        ("bits per weight", f"{report.bits_per_parameter:.3f} in the quantized matrices, including constants"),
         ("linear layers", f"read from {report.read_from}"),
         ("kept as is", kept or "nothing"),
     ]
@@ -162,18 +162,21 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
         worst = "\n".join(f"{percent(error)} {name}" for error, name in measured[:WORST])
         rows += [("relative error", f"{percent(report.relative_error)} of the weights' norm"), ("worst", worst)]
     if report.weighted_error is not None:
-        text = f"{percent(report.weighted_error)}, by inputs of {counted(report.calibrated, 'calibrated matrix')}"
+        text = (
+            f"{percent(report.weighted_error)}, weighted by the inputs of "
+            f"{counted(report.calibrated, 'calibrated matrix')}"
+        )
         rows.append(("weighted error", text))
     if report.upgrades:
         gain = sum(upgrade.gain for upgrade in report.upgrades)
         first = "\n".join(f"{upgrade.module}: {upgrade.to}" for upgrade in report.upgrades[:WORST])
         count = counted(len({upgrade.module for upgrade in report.upgrades}), "matrix")
         count += f" in {counted(len(report.upgrades), 'step')}"
-        rows.append(("more bits for", f"{count}, {gain:.4f} nats expected gain; first:\n{first}"))
+        rows.append(("more bits for", f"{count}, expected gain {gain:.4f} nats; first:\n{first}"))
     if report.companion is not None:
-        rows.append(("companion", f"{report.companion}: start from it with train --init"))
+        rows.append(("companion", f"{report.companion}; start from it with train --init"))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     if report.part is not None:
-        rows.append(("next", "when all shares are written, run the same command without --part to join them"))
+        rows.append(("next", "once all shares are written, run the same command without --part to join them"))
     return rows

@@ -41,7 +41,7 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
         ("resized", f"{counted(report.resized, 'module')}; {report.unchanged} unchanged"),
         ("rank", span(report.ranks)),
         ("parameters", f"{report.parameters_before:,} -> {report.parameters:,}"),
-        ("kept", f"{percent(report.energy_kept)} of the square norm; relative error {percent(report.relative_error)}"),
+        ("kept", f"{percent(report.energy_kept)} of the squared norm; relative error {percent(report.relative_error)}"),
     ]
     if report.resized:
         lines = (f"{percent(m.energy_kept)} {m.module} (rank {m.rank_before} -> {m.rank})" for m in worst)
@@ -49,7 +49,7 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
     if report.below:
         rows.append(("not padded", f"{counted(report.below, 'module', 'have')} a smaller rank already"))
     if report.base_copies:
-        rows.append(("also copied", f"its copy of {', '.join(report.base_copies)}"))
+        rows.append(("also copied", f"its copies of {', '.join(report.base_copies)}"))
     if report.tokenizer:
         rows.append(("also copied", ", ".join(report.tokenizer)))
     if report.manifest_sha256:

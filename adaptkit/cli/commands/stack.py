@@ -84,17 +84,17 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
             f"{counted(report.adapters, 'adapter')} by {report.method}" + (f" ({settings})" if settings else ""),
         ),
         ("modules", f"{report.modules}, rank {span(report.ranks)}{partial}"),
-        ("energy kept", f"{percent(report.energy_kept)} of the square norm"),
+        ("energy kept", f"{percent(report.energy_kept)} of the squared norm"),
     ]
     losing = sorted((m for m in report.per_module if m.energy_kept < 1), key=lambda m: (m.energy_kept, m.module))
     if losing:
         rows.append(("kept least", "\n".join(f"{percent(m.energy_kept)} {m.module}" for m in losing[:WORST])))
     if report.zero:
-        rows.append(("zero", f"{counted(report.zero, 'module', 'have')} no change left"))
+        rows.append(("zero", f"{counted(report.zero, 'module')} with no change left"))
     if len(report.base_names) > 1:
-        rows.append(("base", f"the adapters name {' and '.join(map(repr, report.base_names))}; the result names none"))
+        rows.append(("base", f"names differ: {' and '.join(map(repr, report.base_names))}; the result names none"))
     if report.base_copies:
-        rows.append(("also copied", f"their copy of {', '.join(report.base_copies)}"))
+        rows.append(("also copied", f"their copies of {', '.join(report.base_copies)}"))
     if report.tokenizer:
         rows.append(("also copied", ", ".join(report.tokenizer)))
     if report.manifest_sha256:

@@ -42,8 +42,8 @@ def command(
         found = f"identical: all {report.tensors} tensors have the base's fingerprints"
     else:
         found = (
-            f"approximate: {report.same_tensors} of {counted(report.restored, 'restored tensor')} as in the base; "
-            f"every other weight differs by at most {report.error_bound:.3g}"
+            f"approximate: {report.same_tensors} of {counted(report.restored, 'restored tensor')} identical to the "
+            f"base's; other weights are off by at most {report.error_bound:.3g}"
         )
     rows = [
         ("wrote", report.output),

@@ -62,8 +62,8 @@ def spend(
     if budget < least:
         average = 8 * least / sum(tensor.spec.count for tensor in linears.values())
         raise UsageError(
-            f"a budget of {bits} bits a weight: without any upgrade it is {average:.3f} already",
-            hint="give more, or leave out --bits-budget",
+            f"bits_budget: must be above {average:.3f}, the size without any upgrade; found {bits}",
+            hint="raise --bits-budget, or leave it out",
         )
     if not out.finished(_NAME):
         ways = _ways(out, checkpoint, linears, tokens, threads, progress)

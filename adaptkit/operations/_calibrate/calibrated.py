@@ -111,7 +111,7 @@ def calibrate(
     names = [_layer_name(number) for number in range(count)]
     if found_before and not out.finished(*names):
         raise IntegrityError(
-            f"{out.folder}: calibrated layers are missing, or changed", hint="delete that folder to begin anew"
+            f"{out.folder}: calibrated layers are missing or changed", hint="delete that folder to start over"
         )
     scratch = TensorFiles(out.folder, names)
     notes = {name: note for found in names for name, note in out.notes[found].items()}

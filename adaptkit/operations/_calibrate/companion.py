@@ -21,7 +21,7 @@ def check_apart(output: Path, companion: Path) -> None:
     for inner, outer in ((one, other), (other, one)):
         if inner.is_relative_to(outer) or inner.is_relative_to(partial_folder(outer)):
             raise UsageError(
-                f"{companion}: the companion adapter needs a folder of its own, apart from {output}",
+                f"{companion}: the companion adapter needs a folder outside {output}",
                 hint="choose another --init-adapter-output",
             )
 

@@ -128,8 +128,8 @@ class _Outputs:
         except OSError as error:
             hint = DISK_HINTS.get(error.errno or 0, "")
             raise DiskError(
-                f"{self._folder}: cannot write what layer {index} gives: {error.strerror}",
-                hint=hint and f"{hint}, and run the same command again: it measures anew",
+                f"{self._folder}: cannot write the outputs of layer {index}: {error.strerror}",
+                hint=hint and f"{hint}, and run the same command again; it repeats the measurement",
             ) from error
 
     def get(self, index: int, batch: int) -> Any:
@@ -158,7 +158,7 @@ def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator) ->
     for positions in torch.split(torch.arange(replay.batches[batch].shape[1]), LOGIT_POSITIONS):
         predicted = replay.finish(batch, before, positions).float().log_softmax(-1).flatten(0, 1)
         if bool(predicted.isnan().any()):
-            raise NonFiniteError("the model's prediction is not finite", hint="repair or re-download this checkpoint")
+            raise NonFiniteError("the model's predictions are NaN", hint="download the checkpoint again")
         torch.autograd.backward(predicted.gather(1, _drawn(predicted.detach().exp(), generator)).sum())
     return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
 
@@ -213,7 +213,7 @@ class _Collector:
                 handle.remove()
 
     def mean_squares(self) -> dict[str, Tensor]:
-        return {name: sums.mean_square(f"the gradient of {name}") for name, sums in self._sums.items()}
+        return {name: sums.mean_square(f"{name}: the gradient of its output") for name, sums in self._sums.items()}
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def add(grad: Tensor) -> None:

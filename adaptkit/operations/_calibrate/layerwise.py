@@ -107,7 +107,7 @@ class Sums:
         """
         mean = (self._square / self.tokens).float()
         if not bool(mean.isfinite().all()):
-            raise NonFiniteError(f"{what} is not finite", hint="repair or re-download this checkpoint")
+            raise NonFiniteError(f"{what} is NaN or infinite", hint="download the checkpoint again")
         return mean
 
     def mean_product(self) -> Tensor | None:
@@ -140,7 +140,7 @@ class Collector:
         seen = {name: sums for name, sums in self._sums.items() if sums.tokens}
         for name, sums in seen.items():
             if id(sums) not in done:
-                mean_square = sums.mean_square(f"what enters {name}")
+                mean_square = sums.mean_square(f"{name}: its input")
                 done[id(sums)] = InputMoments(mean_square, sums.mean_product())
         return {name: done[id(sums)] for name, sums in seen.items()}
 

@@ -59,7 +59,7 @@ class Replay:
         method = quantization_found(checkpoint)
         if method is not None:
             raise UsageError(
-                f"{checkpoint.root}: is quantized ({method})", hint="measure the checkpoint that it was made from"
+                f"{checkpoint.root}: quantized with {method}", hint="calibrate on the original 16-bit checkpoint"
             )
         self.network = empty_network(checkpoint, torch.float32).eval()
         _check_tokens(self.network, tokens)
@@ -188,7 +188,10 @@ class Replay:
         return run
 
     def _out_of_order(self) -> UsageError:
-        return UsageError(f"{type(self.network).__name__} does not run its layers once each, one after another")
+        return UsageError(
+            f"{type(self.network).__name__} does not run its layers once each, in order",
+            hint="quantize it without --calibrate",
+        )
 
 
 class _ReachedError(Exception):
@@ -201,9 +204,10 @@ class _ReachedError(Exception):
 
 def _check_tokens(network: Any, tokens: Tensor) -> None:
     if tokens.dim() != 2 or not tokens.numel():
-        raise UsageError(f"tokens of shape {list(tokens.shape)}: expected windows of tokens")
+        raise UsageError(f"tokens of shape {list(tokens.shape)}: expected (windows, window)")
     known = network.get_input_embeddings().weight.shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= known:
         raise UsageError(
-            f"a token is {int(tokens.max())}, and the model knows {known}", hint="use the model's own tokenizer"
+            f"token id {int(tokens.max())} is outside the model's vocabulary of {known}",
+            hint="use the model's own tokenizer",
         )

@@ -58,9 +58,9 @@ class ExtractOptions:
         check_size(self.rank, self.energy)
         check_threads(self.threads)
         if self.max_rank is not None and self.energy is None:
-            raise UsageError("a largest rank ends the search for one that keeps the energy", hint="add --energy 0.99")
+            raise UsageError("max_rank: needs --energy", hint="add --energy 0.99, or leave out --max-rank")
         if self.largest_rank < 1:
-            raise UsageError(f"largest rank {self.max_rank}: must be at least 1")
+            raise UsageError(f"max_rank: must be at least 1, found {self.max_rank}")
         _ = self.sketching
 
     @property
@@ -156,9 +156,9 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
         method = quantization_found(checkpoint)
         if method is not None:
             raise CheckpointError(
-                f"{checkpoint.root}: quantized with {method}: the difference would be that of the rounding to few bits",
+                f"{checkpoint.root}: quantized with {method}; the difference would mostly be quantization error",
                 hint="give the 16-bit checkpoint"
-                + (", or dequantize first if that is all there is" if quantized_names(checkpoint) else ""),
+                + (", or dequantize it first if there is no other" if quantized_names(checkpoint) else ""),
             )
     _check_names(tuned, base)
     _check_specs(tuned, base, "dtype", {})
@@ -172,7 +172,7 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
     for pattern in options.target:
         if not any(_matches(part.paths, pattern) for part in parts):
             example = next((part for part in parts if part.kind in ("linear", "conv1d")), parts[0])
-            hint = f"patterns match whole paths, as {example.paths[0]!r}"
+            hint = f"patterns match whole module paths, such as {example.paths[0]!r}"
             raise UsageError(f"--target {pattern!r} matches no module", hint=hint)
     return Plan(tuned, base, parts, roles)
 
@@ -183,7 +183,7 @@ def _check_names(tuned: Checkpoint, base: Checkpoint) -> None:
         if missing:
             raise BaseMismatchError(
                 f"{other.root}: lacks {first_few(missing)}, which {one.root} has",
-                hint="give the very checkpoint that was tuned, saved in the same layout",
+                hint="give a checkpoint and the base it was tuned from, saved with the same tensor names",
             )
 
 
@@ -193,11 +193,13 @@ def _check_specs(tuned: Checkpoint, base: Checkpoint, what: str, roles: Mapping[
         before, after = getattr(located.spec, what), getattr(tuned.spec(name), what)
         if before != after and not (what == "shape" and _is_resized(located.spec, tuned.spec(name), roles)):
             shown = [value if isinstance(value, str) else list(value) for value in (after, before)]
-            differ.append(f"{name} ({shown[0]}, not {shown[1]})")
+            differ.append(f"{name} (expected {shown[1]}, found {shown[0]})")
     if differ:
         raise BaseMismatchError(
-            f"{tuned.root}: has another {what} than {base.root} in {first_few(differ)}",
-            hint="save both in one type first" if what == "dtype" else "this is another model",
+            f"{tuned.root}: {what} differs from {base.root} in {first_few(differ)}",
+            hint="save both in the same dtype first"
+            if what == "dtype"
+            else "give the base that this model was tuned from",
         )
 
 
@@ -214,13 +216,13 @@ def _part(spec: TensorSpec, tuned: TensorSpec, role: Role, options: ExtractOptio
     fits = linear and (role.kind == "conv1d") == transposes  # one flag says for all whether they are transposed
     paths = tuple(dict.fromkeys([module_of(spec.name), *(module_of(path) for path in role.paths)]))
     if options.target and not any(_matches(paths, pattern) for pattern in options.target):
-        fate, why = LEFT_OUT, "no target"
+        fate, why = LEFT_OUT, "not in --target"
     elif fits:
         fate, why = LOW_RANK, role.kind
     elif options.only_linear:
         fate, why = LEFT_OUT, role.kind
     elif is_shared(spec.name):
-        fate, why = IMPOSSIBLE, "table of encoder and decoder"
+        fate, why = IMPOSSIBLE, "table shared by encoder and decoder"
     elif spec.name.endswith((".weight", ".bias")) and spec.dtype in FLOATS:
         fate, why = SAVED, role.kind
     else:

@@ -54,7 +54,7 @@ class Saved:
         """A finding without its low-rank change, if the tensor is there whole."""
         if finding.part.name not in self.also or finding.part.fate != LOW_RANK:
             return finding
-        why = f"{finding.part.why}, which peft takes for one of modules_to_save"
+        why = f"{finding.part.why}, matched by modules_to_save"
         return replace(finding, term=None, part=replace(finding.part, fate=SAVED, why=why))
 
 
@@ -117,8 +117,9 @@ class Running:
         place = self.places.get(name)
         if place and place.pattern:
             raise UsageError(
-                f"{name} differs, but is cut up or put together with others in the model, where no adapter can hold it",
-                hint="leave it out, and say so, with --target or --only-linear",
+                f"{name} differs, but transformers splits it or joins it with others on loading, so no adapter can "
+                "store it",
+                hint="leave it out with --target or --only-linear",
             )
         return place.parameters[0] if place else name
 
@@ -176,9 +177,9 @@ def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
     head = head_path(running.network) if running.network is not None else ""
     if not head and not vocabulary.is_known:
         raise UsageError(
-            f"{vocabulary.embedding} differs, and what models of the type {plan.base.config.get('model_type')!r} call "
-            "the head that is tied to it is not known",
-            hint="pip install 'adaptkit[train]', if transformers knows them; or leave it out with --only-linear",
+            f"{vocabulary.embedding} differs, and the name of the head that is tied to it in models of type "
+            f"{plan.base.config.get('model_type')!r} is not known",
+            hint="pip install 'adaptkit[train]' if transformers supports them, or leave it out with --only-linear",
         )
     return head or module_of(vocabulary.head)
 

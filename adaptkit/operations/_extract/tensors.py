@@ -85,7 +85,7 @@ def _digest(checkpoint: Checkpoint, name: str) -> str:
 def _require_finite(checkpoint: Checkpoint, name: str, values: Tensor) -> None:
     if not all_finite(values):
         raise NonFiniteError(
-            f"{checkpoint.root}: {name} holds NaN or infinity", hint="train it again, or download it again"
+            f"{checkpoint.root}: {name} holds NaN or infinity", hint="train or download the checkpoint again"
         )
 
 

@@ -64,9 +64,8 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
         say_it = all(_said(a.manifest, a.root) or is_theirs(base, root or "", [a]) for a in adapters)
         if _is_turned_back(manifest) and not say_it and not allow_mismatch:
             raise BaseMismatchError(
-                f"{path}: was quantized and turned back; its weights stand on so few values that what an adapter adds "
-                "is not what it was trained to add, unless that was on these weights",
-                hint="merge onto the 16-bit checkpoint that was quantized, or say --allow-base-mismatch",
+                f"{path}: was quantized and dequantized; nothing says that the adapter was trained on these weights",
+                hint="merge into the original 16-bit checkpoint, or add --allow-base-mismatch",
             )
     check_early(base)
     return base
@@ -91,12 +90,12 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
     """
     if name in base.expected and base.expected[name][0] != found:
         who = base.expected[name][1]
-        came, hint = "trained on", "give the right base, or say --allow-base-mismatch"
+        came, hint = "trained on", "give the right base, or add --allow-base-mismatch"
         if base.found_for is not None and who == str(base.found_for):
-            came, hint = "made from", _give_it(base)  # which no option does without
+            came, hint = "quantized from", _give_it(base)  # which no option does without
         elif _is_turned_back(base.manifest):
-            hint = "merge onto the 16-bit checkpoint that was quantized and turned back, or say --allow-base-mismatch"
-        raise BaseMismatchError(f"{name} in {base.checkpoint.root} is not the tensor that {who} was {came}", hint=hint)
+            hint = "merge into the original 16-bit checkpoint, or add --allow-base-mismatch"
+        raise BaseMismatchError(f"{base.checkpoint.root}: {name} is not the tensor that {who} was {came}", hint=hint)
 
 
 def merge_parents(
@@ -111,11 +110,12 @@ def merge_parents(
     if base.root is not None and tensors_root(records) != base.root:
         if base.found_for is not None:
             raise BaseMismatchError(
-                f"{base.checkpoint.root}: not all of its tensors are those that {base.found_for} was made from",
+                f"{base.checkpoint.root}: not all of its tensors are those that {base.found_for} was quantized from",
                 hint=_give_it(base),
             )
         raise IntegrityError(
-            f"{base.checkpoint.root}: its tensors are not those of its manifest", hint="run verify on it"
+            f"{base.checkpoint.root}: its tensors do not match its manifest",
+            hint=f"run adaptkit verify {base.checkpoint.root}",
         )
     given = zip(adapters, weights, strict=True)
     return (
@@ -133,8 +133,8 @@ def with_addresses(base: Base, edits: Edits) -> Base:
     expected, missing = _in_files(base, base.expected, edits.addresses)
     if missing:
         raise BaseMismatchError(
-            f"{base.expected[missing[0]][1]} was trained on {missing[0]}, which {base.checkpoint.root} does not have",
-            hint="give the right base, or say --allow-base-mismatch",
+            f"{base.checkpoint.root}: lacks {missing[0]}, which {base.expected[missing[0]][1]} was trained on",
+            hint="give the right base, or add --allow-base-mismatch",
         )
     return replace(base, expected=expected)
 
@@ -165,8 +165,8 @@ def is_theirs(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
 
 
 def _give_it(base: Base) -> str:
-    which = f": its tensors root is {base.root}" if base.root else ""
-    return f"give the 16-bit checkpoint that it was made from{which}"
+    which = f", whose tensors_root is {base.root}" if base.root else ""
+    return f"give the 16-bit checkpoint that it was quantized from{which}"
 
 
 def _is_turned_back(manifest: Manifest | None) -> bool:
@@ -207,10 +207,11 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     """The checkpoint that a quantized one was made from, and what its weights must be."""
     root = quantized.root
     why = (
-        f"{root}: quantized with {quantization_found(quantized)}; rounding to few bits would erase most of the adapter"
+        f"{root}: quantized with {quantization_found(quantized)}; merging into so few bits would erase most of the "
+        "adapter"
     )
     if manifest is None:
-        raise CheckpointError(why, hint="merge onto the 16-bit checkpoint that it was made from")
+        raise CheckpointError(why, hint="merge into the 16-bit checkpoint that it was quantized from")
     parent, wanted = _parent_root(manifest), _said(manifest, root)
     folders = [path for path in sorted(root.resolve().parent.iterdir()) if path != root.resolve()]
     fitting = [found for path in folders if wanted and (found := _fitting(path, wanted, parent)) is not None]
@@ -222,8 +223,8 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     if fitting:
         return fitting[0]
     raise CheckpointError(
-        f"{why}, and the 16-bit checkpoint that it was made from is not beside it",
-        hint="merge onto that one" + (f": its tensors root is {parent}" if parent else ""),
+        f"{why}, and the 16-bit checkpoint that it was quantized from was not found beside it",
+        hint="merge into that checkpoint" + (f", whose tensors_root is {parent}" if parent else ""),
     )
 
 

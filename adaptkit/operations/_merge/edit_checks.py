@@ -30,7 +30,8 @@ def check_shape(who: str, root: Path, spec: TensorSpec, name: str, shape: tuple[
     """
     if spec.shape != shape:
         raise BaseMismatchError(
-            f"{who}: {name} is {list(shape)} for the adapter, but {list(spec.shape)} ({spec.dtype}) in {root}",
+            f"{who}: the adapter expects shape {list(shape)} for {name}, but it is {list(spec.shape)} "
+            f"({spec.dtype}) in {root}",
             hint=OTHER_MODEL,
         )
 
@@ -47,7 +48,7 @@ def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
         columns = any(step.per_column and step.magnitude is not None for step in edit.steps)
         if (resized and len(edit.steps) > 1) or (columns and any(step.tokens for step in edit.steps)):
             raise UsageError(
-                f"{edit.spec.name}: several adapters change it in ways that cannot be summed",
+                f"{edit.spec.name}: several adapters change this tensor in ways that cannot be added up",
                 hint="merge one adapter after the other",
             )
     heights = {edit.spec.shape[0] for edit in edits.of.values() if edit.spec.shape != edit.base_shape}
@@ -58,8 +59,8 @@ def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
         heights |= {(edits.of[name].spec if name in edits.of else checkpoint.spec(name)).shape[0] for name in names}
         if len(heights) > 1:
             raise BaseMismatchError(
-                f"embedding and head would differ in size: {', '.join(map(str, sorted(heights)))} entries",
-                hint="save the adapter with save_embedding_layers=True",
+                f"embedding and head would have different numbers of entries: {', '.join(map(str, sorted(heights)))}",
+                hint="save the adapter again with save_pretrained(..., save_embedding_layers=True)",
             )
 
 
@@ -73,7 +74,8 @@ def check_effects(adapters: Sequence[Adapter], weights: Sequence[float], edits: 
         steps = (step for edit in edits.of.values() for step in edit.steps if step.adapter == number)
         if weight and not any(map(_changes_something, steps)):
             raise UsageError(
-                f"{adapter.root}: changes nothing: all that it adds is zero", hint="train it first, or leave it out"
+                f"{adapter.root}: changes nothing, since everything it adds is zero",
+                hint="train it first, or leave it out",
             )
 
 
@@ -95,7 +97,7 @@ def check_quantizable(edits: Edits) -> None:
     if edits.added or edits.config:
         what = edits.added[0] if edits.added else next(iter(edits.config))
         raise UsageError(
-            f"the merge changes {what}, which cannot be done and quantized in one go",
+            f"the merge changes {what}, which --format nf4 does not support",
             hint="merge first, then quantize the result",
         )
 

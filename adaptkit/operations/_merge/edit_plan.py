@@ -54,12 +54,13 @@ def plan_edits(
     if separate:
         vocabulary = require_head(checkpoint, vocabulary)
         edits.config["tie_word_embeddings"] = False
-        edits.told.append(f"untied: {vocabulary.head} is a tensor of its own now")
+        edits.told.append(f"untied: {vocabulary.head} is now a separate tensor")
     for number, (adapter, weight, change) in enumerate(zip(adapters, weights, changes, strict=True)):
         if adapter.only_compensates:
             raise UsageError(
-                f"{adapter.root}: only makes up for what quantization lost, and {checkpoint.root} has lost nothing",
-                hint="train it first: adaptkit train --init",
+                f"{adapter.root}: an untrained companion adapter only offsets what quantization loses, which "
+                f"{checkpoint.root} has not lost",
+                hint=f"train it first: adaptkit train --init {adapter.root}",
             )
         edits.told += [f"{adapter.root}: {change.told_by}"] if change.told_by else []
         _Planner(checkpoint, vocabulary, edits, change, adapter, number, weight, begins).plan()
@@ -127,7 +128,7 @@ class _Planner:
                     raise BaseMismatchError(
                         f"{self._adapter.root}: modules_to_save is {self._adapter.config['modules_to_save']}, but the "
                         f"adapter has no tensor for {name}",
-                        hint="get the adapter again, all of it; or this adapter is for another model",
+                        hint="download or save the complete adapter again, or give the base that it was trained on",
                     )
 
     def _plan_module(self, module: str, term: LowRank, place: Slice) -> None:
@@ -152,8 +153,9 @@ class _Planner:
         spec = self._spec(name)
         if len(spec.shape) != 2 or tokens.rows.shape[1] != spec.shape[1] or max(tokens.indices) >= spec.shape[0]:
             raise BaseMismatchError(
-                f"{self._adapter.root}: rows up to {max(tokens.indices)} of {tokens.rows.shape[1]} numbers do not fit "
-                f"{name}, {list(spec.shape)}",
+                f"{self._adapter.root}: trained rows of width {tokens.rows.shape[1]} up to index "
+                f"{max(tokens.indices)} do not "
+                f"fit {name} of shape {list(spec.shape)}",
                 hint=OTHER_MODEL,
             )
         for output in self._outputs_of_tokens(name):
@@ -212,14 +214,14 @@ class _Planner:
         is_table = vocabulary.is_head(f"{module}.weight") or vocabulary.is_embedding(f"{module}.weight")
         if not is_table or len(found.shape) != len(spec.shape) or found.shape[1:] != spec.shape[1:]:
             raise BaseMismatchError(
-                f"{self._adapter.root}: {output} is {list(found.shape)} for the adapter, but {list(spec.shape)} "
-                f"({spec.dtype}) in {self._checkpoint.root}",
+                f"{self._adapter.root}: the adapter expects shape {list(found.shape)} for {output}, but it is "
+                f"{list(spec.shape)} ({spec.dtype}) in {self._checkpoint.root}",
                 hint=OTHER_MODEL,
             )
         if self._weight != 1:
             raise UsageError(
-                f"{self._adapter.root}: resizes the vocabulary to {found.shape[0]}, which can only be done whole",
-                hint="leave out its --weight",
+                f"{self._adapter.root}: resizes the vocabulary to {found.shape[0]}, which needs a weight of 1",
+                hint="leave out its --weight, or give 1",
             )
         self._edits.config["vocab_size"] = found.shape[0]
         self._edits.of[output] = replace(self._edit(output), spec=replace(spec, shape=found.shape))
@@ -266,11 +268,10 @@ class _Planner:
         edit = self._edit(output)
         if edit.spec.dtype not in FLOATS:
             raise BaseMismatchError(
-                f"{self._adapter.root}: changes {output}, whose numbers are {edit.spec.dtype} in "
-                f"{self._checkpoint.root}",
-                hint="save the base in float32 or bfloat16 first, and merge onto that"
+                f"{self._adapter.root}: changes {output}, whose dtype in {self._checkpoint.root} is {edit.spec.dtype}",
+                hint="save the base in float32 or bfloat16 first, and merge into that"
                 if edit.spec.dtype == "F64"
-                else "merge onto the 16-bit checkpoint that it was made from",
+                else "merge into the 16-bit checkpoint that it was quantized from",
             )
         steps = list(edit.steps)
         if not steps or steps[-1].adapter != self._number:
@@ -281,8 +282,8 @@ class _Planner:
         before, now = steps[-1].whole, what.get("whole")
         if before is not None and now is not None and not self._is_alike(before, now):
             raise AdapterError(
-                f"{self._adapter.root}: {before.key!r} and {now.key!r} differ, and both stand for {output}",
-                hint="save it again with peft",
+                f"{self._adapter.root}: {before.key!r} and {now.key!r} both replace {output}, but differ",
+                hint="save the adapter again with peft",
             )
         steps[-1] = replace(steps[-1], **what)
         self._edits.of[output] = replace(edit, steps=tuple(steps))

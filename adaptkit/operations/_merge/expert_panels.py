@@ -58,8 +58,8 @@ class Experts:
         stack = self.adapter.experts_for(parameter, (height * parts, width), is_transposed=False)
         if len(slices) != len(stack) * parts:
             raise BaseMismatchError(
-                f"{self.who}: {parameter} has {counted(len(stack), 'expert')} for the adapter, "
-                f"but {len(slices) // parts} in {self.checkpoint.root}",
+                f"{self.who}: the adapter expects {counted(len(stack), 'expert')} in {parameter}, "
+                f"but {self.checkpoint.root} has {len(slices) // parts}",
                 hint=OTHER_MODEL,
             )
         for piece in slices:
@@ -79,7 +79,8 @@ class Experts:
         experts, height, width = (*spec.shape, 0, 0, 0)[:3]
         if len(spec.shape) != 3 or (place.expert or 0) >= experts or term.shape != (height // count, width):
             raise BaseMismatchError(
-                f"{self.who}: {module} is {list(term.shape)}, which is no part of {place.name}, {list(spec.shape)}",
+                f"{self.who}: {module} of shape {list(term.shape)} does not fit {place.name} of shape "
+                f"{list(spec.shape)}",
                 hint=OTHER_MODEL,
             )
         rows = height // count
@@ -106,8 +107,9 @@ class Experts:
             rows, found = height // count, self.spec(piece.name).shape
             if len(shape) != 3 or len(slices) != experts * count or found != (rows, width):
                 raise BaseMismatchError(
-                    f"{self.who}: {parameter} is {list(shape)} for the adapter, which does not fit {piece.name}, "
-                    f"{list(found)}",
+                    f"{self.who}: the adapter expects shape {list(shape)} for {parameter}, which does not fit "
+                    f"{piece.name} "
+                    f"of shape {list(found)}",
                     hint=OTHER_MODEL,
                 )
             yield piece.name, (piece.expert or 0) * height + number * rows
@@ -130,7 +132,7 @@ class Experts:
         why = why_unknown(self.checkpoint)
         if why:
             raise BaseMismatchError(
-                f"{self.who}: whether {parameter} keeps its square matrices transposed is not known: {why}",
+                f"{self.who}: cannot tell whether {parameter} stores its square matrices transposed: {why}",
                 hint="pip install 'adaptkit[train]'",
             )
         module = empty_network(self.checkpoint).get_submodule(parameter.rpartition(".")[0])

@@ -113,7 +113,7 @@ class Fold:
             held = self._base_rows(rows).count
             return exact.unmerge_affine(values[:held], change[:held], _first(gain, held), residual)
         except ValueError as error:
-            raise IntegrityError(f"the undo record does not fit ({error})") from error
+            raise IntegrityError(f"the undo record does not match the tensor ({error})") from error
 
     def exact_change(self, weight: Array, rows: Rows) -> Tensor:
         """What the edit adds to rows of the base, before rounding: float64."""
@@ -163,7 +163,7 @@ def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> E
         if not bool(torch.isfinite(gain).all()):
             raise NonFiniteError(
                 "a row of the changed weight is zero, so DoRA cannot scale it",
-                hint="peft computes NaN there, too: is this the right base?",
+                hint="check that this is the right base; peft computes NaN there, too",
             )
         gain = gain[None] if step.per_column else gain[rows.start : rows.start + rows.count, None]
     instead: Tensor | None = None
@@ -230,11 +230,11 @@ def cut_frames(record: Array, edit: Edit) -> Iterator[tuple[Rows, Array]]:
     start, (height, _) = 0, edit.matrix
     for count, stream in undo.frames(record):
         if start + count > height or start // edit.panel_rows != (start + count - 1) // edit.panel_rows:
-            raise IntegrityError("the undo record does not fit (other rows)")
+            raise IntegrityError("the undo record does not match the tensor (wrong rows)")
         yield Rows(start, count), stream
         start += count
     if start != height:
-        raise IntegrityError(f"the undo record does not fit ({start} rows of {height})")
+        raise IntegrityError(f"the undo record does not match the tensor ({start} rows, expected {height})")
 
 
 def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Callable[[], Folded]]:

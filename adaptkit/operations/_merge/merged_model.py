@@ -22,7 +22,7 @@ from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array
 
-AGAIN = "get the merged model again"
+AGAIN = "restore the merged model from a good copy, or merge again from the base"
 """A hint."""
 
 
@@ -90,7 +90,7 @@ class MergedModel:
         files = TensorFiles(self.root, [name])
         for key, located in files.tensors.items():
             if located.spec.dtype != "U8" or len(located.spec.shape) != 1:
-                raise IntegrityError(f"{name}: {key!r} is no file", hint=AGAIN)
+                raise IntegrityError(f"{self.root}: {name} holds {key!r}, which is not a file", hint=AGAIN)
         return {key: files.read_array(key) for key in files.tensors}
 
     def require_unchanged(self, name: str) -> None:
@@ -101,9 +101,9 @@ class MergedModel:
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
-            raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
+            raise IntegrityError(f"{self.root}: {name} not found", hint=AGAIN)
         if file_sha256(path) != self.digests.get(name):
-            raise IntegrityError(f"{name} changed since the merge", hint=AGAIN)
+            raise IntegrityError(f"{self.root}: {name} changed since the merge", hint=AGAIN)
 
     def small_file(self, name: str) -> bytes:
         """The content of a small file, if it is still that of the merge.
@@ -113,10 +113,10 @@ class MergedModel:
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
-            raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
+            raise IntegrityError(f"{self.root}: {name} not found", hint=AGAIN)
         content = read_small(path)
         if hashlib.sha256(content).hexdigest() != self.digests.get(name):
-            raise IntegrityError(f"{name} changed since the merge", hint=AGAIN)
+            raise IntegrityError(f"{self.root}: {name} changed since the merge", hint=AGAIN)
         return content
 
     @cached_property
@@ -136,7 +136,7 @@ class MergedModel:
         for name in self.lost_files:
             if name != undo.ADDED and not _is_small_file(name):
                 raise IntegrityError(
-                    f"{self.root}: the undo record holds a file {name!r}, which no base has", hint=AGAIN
+                    f"{self.root}: the undo record holds a file {name!r}, which cannot be the base's", hint=AGAIN
                 )
         ours = {*self.checkpoint.headers, *self.lost_files, *added, CARD_NAME}
         kept = [name for name in self.digests if name not in ours and "/" not in _beside_shards(name)]
@@ -162,10 +162,12 @@ class MergedModel:
             position = len(raw)
             for spec, start in header.tensors:
                 if start != position or not all(type(size) is int and size >= 0 for size in spec.shape):
-                    raise IntegrityError(f"{file}: the undo record's header is damaged", hint=AGAIN)
+                    raise IntegrityError(f"{self.root}: the undo record's header of {file} is damaged", hint=AGAIN)
                 position += spec.nbytes
         except (CheckpointError, TypeError, KeyError, ValueError, IndexError) as error:
-            raise IntegrityError(f"{file}: the undo record's header is damaged ({error})", hint=AGAIN) from error
+            raise IntegrityError(
+                f"{self.root}: the undo record's header of {file} is damaged ({error})", hint=AGAIN
+            ) from error
         return header
 
     def base_manifest(self) -> Manifest | None:
@@ -195,8 +197,8 @@ class MergedModel:
         paths = list(given) or self._embedded(len(recorded))
         if len(recorded) != len(paths):
             raise UsageError(
-                f"{self.root}: has {counted(len(recorded), 'adapter')} merged into it, {len(paths)} given",
-                hint="give each with --adapter",
+                f"{self.root}: expected {counted(len(recorded), 'merged adapter')}, found {len(paths)}",
+                hint="give each adapter with --adapter",
             )
         waiting = [read_adapter(path) for path in paths]
         identities = self.options.get("adapters")
@@ -212,9 +214,10 @@ class MergedModel:
                 resaved.append(same[0].root)
             if not same:
                 raise BaseMismatchError(
-                    f"{self.root}: was merged with an adapter whose tensors_root is {parent.tensors_root[:16]}…, "
-                    "which none of those given has",
-                    hint="inspect the adapter to see its own",
+                    f"{self.root}: an adapter with tensors_root {parent.tensors_root[:16]}… was merged, but none "
+                    "of those given "
+                    "has it",
+                    hint="give the adapter that was merged; adaptkit inspect ADAPTER shows an adapter's tensors root",
                 )
             found = (exact or same)[0]
             waiting.remove(found)
@@ -225,8 +228,8 @@ class MergedModel:
         names = [name for name in self.digests if name.startswith(undo.ADAPTERS_PREFIX)]
         if not names:
             raise UsageError(
-                f"{self.root}: holds no copies of the {counted(count, 'adapter')} merged into it",
-                hint="give each with --adapter",
+                f"{self.root}: needs {counted(count, 'merged adapter')}, but none is given and none is stored in it",
+                hint="give each adapter with --adapter",
             )
         for name in names:
             self.require_unchanged(name)
@@ -236,9 +239,10 @@ class MergedModel:
 def other_configuration(adapters: Sequence[Path]) -> BaseMismatchError:
     """The error for adapters of which only the tensors are those of the merge, all or one of them."""
     return BaseMismatchError(
-        f"{' or '.join(map(str, adapters))}: has the tensors of an adapter that was merged, but another "
+        f"{' or '.join(map(str, adapters))}: has the tensors of an adapter that was merged, but a different "
         "adapter_config.json",
-        hint="get the adapter again, all of it; or, if peft up to 0.18 wrote it, take the adaptkit that merged it",
+        hint="give the adapter as it was merged; if peft up to 0.18 wrote it, use the version of adaptkit that "
+        "merged it",
     )
 
 
@@ -250,9 +254,14 @@ def open_merged(root: Path) -> MergedModel:
     """
     manifest = require_manifest(root)
     if any(parent.role == "whole" for parent in manifest.parents):
-        raise IntegrityError(f"{root}: is a part of what was pulled", hint="pull all of it, without --only")
+        raise IntegrityError(
+            f"{root}: only a part of the merged model was pulled", hint="pull all of it, without --only"
+        )
     if manifest.kind != "merged" or manifest.operation.get("name") != "merge":
-        raise IntegrityError(f"{root}: is {manifest.kind}, not merged", hint="only what merge made can be unmerged")
+        raise IntegrityError(
+            f"{root}: expected a merged model, found kind {manifest.kind}",
+            hint="give the output folder of adaptkit merge",
+        )
     options = manifest.operation.get("options")
     lists = [options.get(key, []) for key in ("begun", "small_files")] if isinstance(options, dict) else [None]
     plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
@@ -264,7 +273,7 @@ def open_merged(root: Path) -> MergedModel:
     found = {(name, at.file, at.spec.dtype, at.spec.shape) for name, at in checkpoint.tensors.items()}
     if described != found:
         differing = min(described ^ found)[0]
-        raise IntegrityError(f"{root}: {differing} is not in the shards as the manifest says", hint=AGAIN)
+        raise IntegrityError(f"{root}: {differing} does not match the manifest", hint=AGAIN)
     has_record = any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files)
     return MergedModel(root, manifest, checkpoint, has_record)
 

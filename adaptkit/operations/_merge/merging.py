@@ -114,7 +114,7 @@ class Merging:
         for record in listed if self.recorded["undo"] else ():
             compare = size_problem if record.path.endswith(".safetensors") else file_problem
             if record.path not in self.checkpoint.headers and (problem := compare(root, record)):
-                raise IntegrityError(f"{root}: {problem}", hint="get it again, or remove the manifest")
+                raise IntegrityError(f"{root}: {problem}", hint=f"restore the file, or remove {MANIFEST_NAME}")
 
     def require_adapters(self) -> None:
         """Refuse adapters that changed since: what takes the place of the base's tensors is read as it is written.
@@ -229,7 +229,8 @@ class Merging:
                 copied = out.copy(resolve_inside(self.checkpoint.root, name), f"{undo.BASE_PREFIX}{name}")
                 if name in known and copied.sha256 != known[name]:
                     raise IntegrityError(
-                        f"{self.checkpoint.root}: {name} is not the one of its manifest", hint="run verify on it"
+                        f"{self.checkpoint.root}: {name} does not match the manifest",
+                        hint=f"run adaptkit verify {self.checkpoint.root}",
                     )
         if self.options.embed_adapter:
             for number, adapter in enumerate(self.adapters, 1):
@@ -260,7 +261,8 @@ class Merging:
         told = [*self.edits.told, *self.side.told, *untargeted(self.adapters)]
         if self.base.found_for is not None:
             told.insert(
-                0, f"{self.base.found_for} is quantized; merged onto the 16-bit checkpoint that it was made from"
+                0,
+                f"{self.base.found_for} is quantized; merged into {self.checkpoint.root}, which it was quantized from",
             )
         same = manifest is not None and is_theirs(self.base, manifest.parents[0].tensors_root, self.adapters)
         plain = MergeReport(

@@ -62,7 +62,7 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
         for name in view.folds
     ]
     left = sorted(set(view.folds) - stored)
-    stay = f"{counted(len(left), 'changed tensor', 'stay')} in 16 bits, {left[0]} first" if left else ""
+    stay = f"{counted(len(left), 'changed tensor', 'stay')} in 16 bits, such as {left[0]}" if left else ""
     told = (*plain.told, *([stay] if stay else []))
     same = is_theirs(base, parents[0].tensors_root, merging.adapters)
     return replace(

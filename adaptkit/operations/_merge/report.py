@@ -38,11 +38,15 @@ class MergeOptions:
     def __post_init__(self) -> None:
         typed_fields(self)
         if self.format not in FORMATS:
-            raise UsageError(f"format: {self.format!r} is none of {', '.join(FORMATS)}")
+            raise UsageError(f"format: {self.format!r} is not one of {', '.join(FORMATS)}")
         if self.format != "keep" and self.embed_adapter:
-            raise UsageError("a quantized merge cannot be unmerged", hint="leave out --embed-adapter")
+            raise UsageError(
+                f"embed_adapter: a merge with format {self.format} cannot be unmerged", hint="leave out --embed-adapter"
+            )
         if self.embed_adapter and not self.undo:
-            raise UsageError("copies of the adapters are for unmerge, which needs the undo record", hint="one of both")
+            raise UsageError(
+                "embed_adapter: unmerge needs the undo record, too", hint="leave out --no-undo or --embed-adapter"
+            )
         check_threads(self.threads)
 
 

@@ -17,7 +17,7 @@ from adaptkit.checkpoint.layout import (
     read_json,
     read_small,
 )
-from adaptkit.checkpoint.manifest import Manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._carried import tokenizer_files
@@ -80,15 +80,15 @@ def plan_side_files(
     generation = brought.pop(GENERATION_NAME, (None, None))[0]
     if generation is not None and generation != before.get(GENERATION_NAME):
         files.contents[GENERATION_NAME] = generation
-        files.told.append(f"{GENERATION_NAME}: the adapter's")
+        files.told.append(f"{GENERATION_NAME}: taken from the adapter")
     if any(map(is_vocabulary, brought)):
         for name in [name for name in before if is_of_tokenizer(name) and name not in brought]:
             if not name.endswith(CODE_SUFFIX):  # which the model's own may import
                 del files.contents[name]
-        files.told.append(f"tokenizer: the one of {min(str(adapter.root) for _, adapter in brought.values())}")
+        files.told.append(f"tokenizer: taken from {min(str(adapter.root) for _, adapter in brought.values())}")
         files.contents |= {name: content for name, (content, _) in brought.items()}
     elif templates := _templates(brought):
-        files.told.append("chat template: the adapter's")
+        files.told.append("chat template: taken from the adapter")
         for name in list(filter(is_template, files.contents)) if TEMPLATES & set(templates) else ():
             del files.contents[name]
         files.contents |= templates
@@ -135,7 +135,8 @@ def _check_unchanged(root: Path, manifest: Manifest | None, contents: Mapping[st
         content = contents.get(record.path)
         if content is not None and hashlib.sha256(content).hexdigest() != record.sha256:
             raise IntegrityError(
-                f"{root}: {record.path} is not the one of its manifest", hint="get it again, or remove the manifest"
+                f"{root}: {record.path} does not match the manifest",
+                hint=f"restore the file, or remove {MANIFEST_NAME}",
             )
 
 

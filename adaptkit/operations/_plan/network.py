@@ -83,8 +83,8 @@ def measured_layers(
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UsageError(
-                f"{type(network).__name__}: cannot be followed without its weights ({reason})",
-                hint="a --seq-len that the model reads at once may do",
+                f"{type(network).__name__}: its forward pass cannot be simulated without weights ({reason})",
+                hint="try another --seq-len",
             ) from error
         finally:
             told.setLevel(before)

@@ -47,15 +47,18 @@ class Calibration:
         object.__setattr__(self, "files", several(self.files))
         typed_fields(self)
         if not self.files:
-            raise UsageError("calibration needs text", hint="give --calibrate FILE")
+            raise UsageError("calibration: no text given", hint="add --calibrate FILE")
         if self.window < 2 or self.tokens < 2:
             raise UsageError(
-                f"calibration on {counted(self.tokens, 'token')} in windows of {self.window}: at least 2 each"
+                f"calibration on {counted(self.tokens, 'token')} in windows of {self.window}: both must be at least 2"
             )
         if self.init_rank is not None and self.init_rank < 1:
-            raise UsageError(f"a companion adapter of rank {self.init_rank}: at least 1")
+            raise UsageError(f"init_rank: must be at least 1, found {self.init_rank}")
         if self.bits_budget is not None and not 4 < self.bits_budget < 16:
-            raise UsageError(f"a budget of {self.bits_budget} bits a weight: between 4 and 16", hint="4.5, say")
+            raise UsageError(
+                f"bits_budget: must be between 4 and 16, found {self.bits_budget}",
+                hint="for example, --bits-budget 4.5",
+            )
 
     def recorded(self) -> dict[str, Any]:
         """What the result depends on."""
@@ -94,12 +97,14 @@ class QuantizeOptions:
         typed_fields(self)
         object.__setattr__(self, "skip", texts(self.skip))
         if self.max_shard_bytes < 1:
-            raise UsageError("the shard size must be positive")
+            raise UsageError(f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}")
         check_threads(self.threads)
         if self.calibration is not None and self.format != "nf4":
-            raise UsageError(f"calibration is for nf4, not {self.format}", hint="leave out --calibrate")
+            raise UsageError(
+                f"calibration: needs format nf4, found {self.format}", hint="leave out --calibrate, or use --format nf4"
+            )
         if self.calibration is not None and self.part is not None:
-            raise UsageError("a calibrated checkpoint is made by one run, not in shares", hint="leave out --part")
+            raise UsageError("part: a calibrated checkpoint cannot be written in shares", hint="leave out --part")
         _ = self.encoding
 
     @property
@@ -161,7 +166,7 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
     method = quantization_found(checkpoint)
     if method is not None:
         raise CheckpointError(
-            f"{checkpoint.root}: quantized already, with {method}", hint="quantize the original 16-bit checkpoint"
+            f"{checkpoint.root}: already quantized with {method}", hint="quantize the original 16-bit checkpoint"
         )
     selection = select(
         checkpoint,
@@ -181,7 +186,7 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
     return plan
 
 
-WORTH_16_BITS = "worth its 16 bits"
+WORTH_16_BITS = "worth 16 bits"
 """Why a linear stays that a budget has room for."""
 
 
@@ -205,19 +210,25 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
     for pattern in options.skip:
         if not matches_any(selection, pattern):
             example = next((choice for choice in selection.choices if choice.is_linear), selection.choices[0])
-            hint = f"patterns match whole paths, as {example.module!r}"
+            hint = f"patterns match whole module paths, such as {example.module!r}"
             raise UsageError(f"--skip {pattern!r} matches no module", hint=hint)
     if all(choice.kept_because for choice in selection.choices):
         nothing = f"{checkpoint.root}: nothing to quantize"
         other = next((c.spec for c in selection.choices if c.kept_because == of_type(c.spec)), None)
         if other is not None:
             raise CheckpointError(
-                f"{nothing}: {other.name} is {other.dtype}, and taken are {', '.join(FLOATS)}",
+                f"{nothing}: {other.name} has dtype {other.dtype}, expected {', '.join(FLOATS)}",
                 hint="save the model with model.to(torch.bfloat16) first"
                 if other.dtype == "F64"
                 else "quantize the original 16-bit checkpoint",
             )
-        raise CheckpointError(f"{nothing}: no weights of linear layers that may be")
+        kept = next((choice for choice in selection.choices if choice.is_linear), None)
+        raise CheckpointError(
+            f"{nothing}: no weights of linear layers found"
+            if kept is None
+            else f"{nothing}: every weight stays as it is, such as {kept.spec.name} ({kept.kept_because})",
+            hint="only weights of linear layers are quantized; check --skip and --moe",
+        )
 
 
 def _check_names(checkpoint: Checkpoint, groups: dict[str, Group]) -> None:
@@ -226,6 +237,7 @@ def _check_names(checkpoint: Checkpoint, groups: dict[str, Group]) -> None:
         for spec in group.specs:
             if spec.name != group.source and spec.name in groups:
                 raise CheckpointError(
-                    f"{checkpoint.root}: tensor {spec.name!r} has the name of a part of {group.source!r} quantized",
-                    hint="leave that one in 16 bits with --skip, or remove the stray tensor",
+                    f"{checkpoint.root}: tensor {spec.name!r} has the name of a part of {group.source!r} once that "
+                    "is quantized",
+                    hint=f"keep that weight in 16 bits with --skip, or remove {spec.name!r}",
                 )

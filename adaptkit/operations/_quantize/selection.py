@@ -93,7 +93,7 @@ def select(
         CheckpointError: ``config.json`` describes no model that could be this one.
     """
     if moe not in MOE:
-        raise UsageError(f"experts can be {' or '.join(MOE)}, not {moe!r}")
+        raise UsageError(f"moe: {moe!r} is not one of {', '.join(MOE)}")
     roles = roles or find_roles(checkpoint)
     if include_head:
         _check_head(checkpoint, roles)
@@ -132,7 +132,7 @@ def _matches(module: str, paths: Sequence[str], pattern: str) -> bool:
 
 def of_type(spec: TensorSpec) -> str:
     """Why a tensor stays whose numbers are of a type that is not quantized."""
-    return f"of type {spec.dtype}"
+    return f"dtype {spec.dtype}"
 
 
 def _kept_because(
@@ -146,7 +146,7 @@ def _kept_because(
     if not reason and spec.dtype not in FLOATS:
         return of_type(spec)
     asked = any(_matches(spec.name.removesuffix(".weight"), role.paths, pattern) for pattern in skip)
-    return "asked to skip" if asked and not reason else reason
+    return "skipped by --skip" if asked and not reason else reason
 
 
 def _without_namesakes(selection: Selection, roles: Roles) -> Selection:
@@ -162,7 +162,7 @@ def _without_namesakes(selection: Selection, roles: Roles) -> Selection:
         is_open = not choice.kept_because and roles.of[choice.spec.name].kind != "expert"
         return is_open and any(f"{path}.".startswith(begins) or path.endswith(ends) for path in choice.paths)
 
-    reason = "readers take it for another that stays"
+    reason = "loaders would confuse it with another that stays"
     choices = tuple(replace(c, kept_because=reason) if is_namesake(c) else c for c in selection.choices)
     if choices == selection.choices:
         return selection
@@ -173,16 +173,16 @@ def _expert_kept_because(spec: TensorSpec, block_size: int) -> str:
     if len(spec.shape) == 2 and spec.name.endswith(".weight"):
         return ""
     if len(spec.shape) != 3:
-        return "expert: not in a stack of matrices"
+        return "expert: neither a matrix nor a stack of matrices"
     straddles = spec.shape[1] * spec.shape[2] % block_size != 0
-    return "expert: its size is no multiple of the block size" if straddles else ""
+    return "expert: size is not a multiple of the block size" if straddles else ""
 
 
 def _check_head(checkpoint: Checkpoint, roles: Roles) -> None:
     if roles.tied:
         raise UsageError(
-            f"{checkpoint.root}: the head is the embedding, which is looked up and not multiplied by",
-            hint="a tied head stays in 16 bits; leave out --include-head",
+            f"{checkpoint.root}: the head is tied to the embedding, which cannot be quantized",
+            hint="leave out --include-head; a tied head stays in 16 bits",
         )
     if not any(role.kind == "head" for role in roles.of.values()):
-        raise UsageError(f"{checkpoint.root}: holds no head to include", hint="leave out --include-head")
+        raise UsageError(f"{checkpoint.root}: no head found to include", hint="leave out --include-head")

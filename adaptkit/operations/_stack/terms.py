@@ -74,8 +74,8 @@ def _check_alone(adapter: Adapter) -> None:
     require_plain(adapter, "stack")
     if adapter.compensation:
         raise AdapterError(
-            f"{adapter.root}: began with what makes up for the quantization of its base, which counts only once",
-            hint="merge it onto the 16-bit base",
+            f"{adapter.root}: was trained from a companion adapter, whose correction must not be added twice",
+            hint="merge it into the 16-bit base instead",
         )
 
 
@@ -85,14 +85,14 @@ def _check_beside(adapter: Adapter, first: Adapter) -> None:
     if adapter.fan_in_fan_out != first.fan_in_fan_out and not any(map(is_head, plain.modules)):
         raise AdapterError(
             f"{adapter.root} and {first.root} are for bases that store weights differently (fan_in_fan_out)",
-            hint="stack adapters of one base",
+            hint="stack adapters of the same base",
         )
     tied, expected = (bool(found.config.get("ensure_weight_tying")) for found in (adapter, first))
     if tied != expected and (adapter.embeddings or first.embeddings):
         raise AdapterError(
-            f"{adapter.root} and {first.root}: only one of them changes a head that is tied to the embedding with it "
+            f"{adapter.root} and {first.root}: only one of them changes the tied head together with the embedding "
             "(ensure_weight_tying)",
-            hint="merge one after the other",
+            hint="merge one adapter after the other instead",
         )
 
 
@@ -108,19 +108,19 @@ def _changes(
         term = adapter.modules.get(name, none)
         if term.shape != shape:
             raise AdapterError(
-                f"{name} is {list(shape)} in {known.root} and {list(term.shape)} in {adapter.root}",
-                hint="stack adapters of one base",
+                f"{name}: shape {list(shape)} in {known.root}, but {list(term.shape)} in {adapter.root}",
+                hint="stack adapters of the same base",
             )
         if name in adapter.modules and (name in adapter.embeddings) != is_embedding:
             raise AdapterError(
-                f"{name} is an embedding for one adapter, and a linear layer for {adapter.root}",
-                hint="stack adapters of one base",
+                f"{name}: an embedding in one adapter, but a linear layer in {adapter.root}",
+                hint="stack adapters of the same base",
             )
         weighted = term.weighted(weight)
         if not lora.norm(weighted) <= _FLOAT32_MAX:  # nor is NaN
             raise NonFiniteError(
-                f"{name}: what {adapter.root} changes, times {weight:g}, is too large for float32",
-                hint="use smaller weights",
+                f"{name}: the change of {adapter.root}, times {weight:g}, is too large for float32",
+                hint="use a smaller --weight",
             )
         found.append(weighted)
     return tuple(found)

@@ -155,7 +155,7 @@ def test_a_prediction_that_is_not_finite_is_named(family, copy_of, layer_gradien
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match="the model's prediction is not finite"):
+    with pytest.raises(NonFiniteError, match="the model's predictions are NaN"):
         of_all(layer_gradients(Checkpoint(folder), windows(1)))
 
 
@@ -189,4 +189,4 @@ def test_a_disk_that_is_full_meanwhile_says_where_and_what_to_do(family, tmp_pat
     with pytest.raises(DiskError) as caught:
         next(gradients.layer_gradients(Checkpoint(family("llama")), windows(), tmp_path))
     assert str(tmp_path) in caught.value.message
-    assert caught.value.hint == "free some space, and run the same command again: it measures anew"
+    assert caught.value.hint == "free some space, and run the same command again; it repeats the measurement"

@@ -150,9 +150,9 @@ def test_the_same_tokens_give_the_same_bits(family):
 def test_tokens_that_the_model_cannot_take_are_refused(family):
     checkpoint = Checkpoint(family("llama"))
     for tokens, message in (
-        (torch.tensor([[1, 90]]), "a token is 90, and the model knows 90"),
-        (torch.tensor([1, 2]), "expected windows of tokens"),
-        (torch.zeros(0, 8, dtype=torch.int64), "expected windows of tokens"),
+        (torch.tensor([[1, 90]]), "token id 90 is outside the model's vocabulary of 90"),
+        (torch.tensor([1, 2]), r"expected \(windows, window\)"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"expected \(windows, window\)"),
     ):
         with pytest.raises(UsageError, match=message):
             next(layer_moments(checkpoint, tokens))
@@ -162,7 +162,7 @@ def test_a_quantized_checkpoint_is_refused(family, copy_of):
     folder = copy_of(family("llama"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(UsageError, match=r"is quantized \(gptq\)"):
+    with pytest.raises(UsageError, match="quantized with gptq"):
         next(layer_moments(Checkpoint(folder), windows()))
 
 
@@ -181,7 +181,7 @@ def test_a_missing_or_infinite_weight_is_named(family, copy_of):
     with pytest.raises(CheckpointError, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
         list(layer_moments(without, windows()))
     infinite = rewritten(copy_of(family("llama"), "infinite"), lambda tensors: tensors[name].fill_(torch.inf))
-    with pytest.raises(NonFiniteError, match=r"enters model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj: its input is NaN or infinite"):
         list(layer_moments(infinite, windows()))
 
 

@@ -146,7 +146,7 @@ def test_bitsandbytes_loads_it_without_a_key_to_spare_and_computes_the_same(fami
     """In training mode, where bitsandbytes' linear layer is the plain one on the dequantized weight, bit by bit."""
     options = QuantizeOptions(include_head=include_head)
     if include_head and family in TIED:
-        with pytest.raises(UsageError, match="the head is the embedding"):
+        with pytest.raises(UsageError, match="the head is tied to the embedding"):
             quantize(families / family, tmp_path / "packed", options)
         return
     quantize(families / family, tmp_path / "packed", options)
@@ -178,12 +178,12 @@ def test_a_skipped_module_is_named_as_the_file_and_as_the_model_call_it(families
     assert skip_modules(selection) == ["h.0.mlp.c_fc", "lm_head", "transformer.h.0.mlp.c_fc"]
     assert matches_any(selection, "transformer.h.0.mlp.c_fc")
     assert not matches_any(selection, "c_fc")
-    assert [c.spec.name for c in selection.choices if c.kept_because == "asked to skip"] == ["h.0.mlp.c_fc.weight"]
+    assert [c.spec.name for c in selection.choices if c.kept_because == "skipped by --skip"] == ["h.0.mlp.c_fc.weight"]
 
 
 def test_what_stays_anyway_keeps_its_reason_when_it_is_skipped(families):
     selection = select(Checkpoint(families / "llama"), skip=("*",))
-    assert {choice.kept_because for choice in selection.choices} == {"asked to skip", "head", "norm", "embedding"}
+    assert {choice.kept_because for choice in selection.choices} == {"skipped by --skip", "head", "norm", "embedding"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -210,7 +210,7 @@ def test_a_stack_stays_if_a_block_would_straddle_two_experts(families):
         for choice in select(checkpoint, moe="quantize", block_size=block_size).choices:
             if ".experts." in choice.spec.name:
                 fits = sizes[choice.module.rpartition(".")[2]] % block_size == 0
-                assert choice.kept_because == ("" if fits else "expert: its size is no multiple of the block size")
+                assert choice.kept_because == ("" if fits else "expert: size is not a multiple of the block size")
 
 
 def test_an_unknown_way_with_experts_is_refused(families):
@@ -275,7 +275,7 @@ def test_tensors_that_the_architecture_lacks_are_read_by_names_and_counted(famil
 def test_tensors_that_the_files_lack_are_counted(families, copy_of):
     lost = "model.layers.1.mlp.down_proj.weight"
     selection = select(changed(families / "llama", copy_of, lambda tensors: tensors.pop(lost) is None or tensors))
-    assert f"; the files lack 1 tensor of LlamaForCausalLM, {lost} first" in selection.read_from
+    assert f"; the files lack 1 tensor of LlamaForCausalLM, such as {lost}, which" in selection.read_from
     whole = {folder.name: select(Checkpoint(folder)).read_from for folder in families.iterdir()}
     assert not [name for name, read_from in whole.items() if "lack" in read_from]
 
@@ -293,14 +293,14 @@ def test_what_is_no_language_model_lacks_no_head_of_one(name, tmp_path):
     tensors = load_file(base / "model.safetensors")
     lost = next(name for name in sorted(tensors) if "layers.1." in name or "layer.1." in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, base / "model.safetensors")
-    assert f"; the files lack 1 tensor of {name}, {lost} first" in select(Checkpoint(base)).read_from
+    assert f"; the files lack 1 tensor of {name}, such as {lost}, which" in select(Checkpoint(base)).read_from
 
 
 def test_a_float_of_another_type_stays_and_says_so(families, copy_of):
     name = "model.layers.0.mlp.up_proj.weight"
     doubled = changed(families / "llama", copy_of, lambda tensors: tensors | {name: tensors[name].double()})
     selection = select(doubled)
-    assert {c.spec.name for c in selection.choices if c.kept_because == "of type F64"} == {name}
+    assert {c.spec.name for c in selection.choices if c.kept_because == "dtype F64"} == {name}
     assert skip_modules(selection) == ["lm_head", name.removesuffix(".weight")]
 
 
