@@ -156,12 +156,12 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-_CHECK = """## Check it
+_CHECK = """## Verify it
 
-`adaptkit-manifest.json` lists every file with its sha256 and every tensor with its fingerprint:
+`adaptkit-manifest.json` lists the sha256 of every file and a fingerprint of every tensor:
 
-    adaptkit pull ORG/NAME@COMMIT -o FOLDER      compares all of it before the folder appears
-    adaptkit verify FOLDER                       does so again
+    adaptkit pull ORG/NAME@COMMIT -o FOLDER      downloads, and checks every file before FOLDER appears
+    adaptkit verify FOLDER                       checks FOLDER again
 
-The manifest's own sha256 names the artifact. Whoever published it can tell you the one to expect, for
-`--manifest-sha256 HASH` of either command."""
+The sha256 of the manifest identifies the artifact. Get it from the publisher and pass it to either command as
+`--manifest-sha256 HASH`."""
