@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.networks.layer_call import LayerCall
 
@@ -92,11 +93,10 @@ class Checkpointing:
     def __str__(self) -> str:
         if self.layers == 0:
             return "no layers to checkpoint"
-        if self.whole == self.layers:
-            return f"all {self.layers} layers keep everything" if self.layers > 1 else "the one layer keeps everything"
-        kind = "a checkpoint a layer" if self.length == 1 else f"segments of {self.length} layers"
-        last = "one keeps" if self.whole == 1 else f"{self.whole} keep"
-        return f"{kind} of {self.layers}" + (f", the last {last} everything" if self.whole else "")
+        checked = self.layers - self.whole
+        which = "the first " if 0 < self.whole < self.layers else ""
+        how = f" in segments of {self.length}" if self.length > 1 and checked else ""
+        return f"{which}{checked} of {counted(self.layers, 'layer')} checkpointed{how}"
 
 
 def parse_policy(policy: str, layers: int) -> Checkpointing | int:
@@ -123,14 +123,14 @@ def parse_policy(policy: str, layers: int) -> Checkpointing | int:
             return Checkpointing(layers, math.ceil(layers / int(number)))
         if kind == "budget":
             return int(number) << 20
-    raise ConfigError(f"checkpointing: {policy!r} is none of {POLICIES}")
+    raise ConfigError(f"checkpointing: expected {POLICIES}, found {policy!r}")
 
 
 def fit_budget(
     budget_bytes: int,
     sizes: Sequence[LayerSize],
     offloaded: bool = False,
-    less: str = "a smaller micro_batch_size or max_length",
+    less: str = "a smaller --micro-batch-size or --max-length",
 ) -> Checkpointing:
     """The checkpointing that recomputes least within a budget.
 
@@ -150,7 +150,7 @@ def fit_budget(
     least = math.ceil(needed / 2**20)
     raise UsageError(
         f"checkpointing: budget:{budget_bytes >> 20} is not enough: the layers need at least {least} MiB ({found})",
-        hint=f"give budget:{least}, or {less}",
+        hint=f"--checkpointing budget:{least}, or {less}",
     )
 
 
@@ -188,7 +188,7 @@ def measure_layers(
 
     with _replaced(layers, replacement), suppress(_Enough):
         call()
-        raise UsageError("this architecture does not run all of its layers for text", hint="checkpointing: none")
+        raise UsageError("this architecture does not run all of its layers for text", hint="--checkpointing none")
     return [sizes[kinds.index(kind)] for kind in kinds]
 
 

@@ -35,7 +35,7 @@ _PREFIXES = (
     ("model.language_model.", "language_model.model."),
 )
 """What the model says at the beginning of a name, and what the files say there."""
-OTHER_MODEL = "this adapter is for another model, or for one with another head, such as a classifier's"
+OTHER_MODEL = "use the model that the adapter was trained on, with the same head: a classifier has another one"
 """A hint."""
 
 
@@ -86,12 +86,16 @@ def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str) -> Ad
     for said, held in _PREFIXES:
         moved = {name: held + name[len(said) :] for name in wanted if name.startswith(said)}
         if all(moved.get(name) in checkpoint.tensors for name in wanted):
-            told_by = f"names begin with {held or 'nothing'!r} instead of {said or 'nothing'!r}" if said != held else ""
+            told_by = f"names begin with {_shown(held)} instead of {_shown(said)}" if said != held else ""
             found: dict[str, tuple[Slice, ...]] = {
                 name: (Slice(file),) for name, file in moved.items() if file in checkpoint.tensors
             }
             return Addresses(found, told_by)
     return _ask(checkpoint, wanted, who)
+
+
+def _shown(prefix: str) -> str:
+    return repr(prefix) if prefix else "no prefix"
 
 
 def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
@@ -130,7 +134,7 @@ def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | 
         if known is not None and (other := taken.setdefault(known, name)) != name:
             raise BaseMismatchError(
                 f"{who}: changes {other} and {name}, which are the same parameter of {type(assembly.network).__name__}",
-                hint="save one adapter at a time; of a stack, merge the adapters themselves in one go",
+                hint="save each adapter on its own; to combine several, give them to one merge",
             )
         if known is not None:
             found[name] = _slices(assembly, known, who)
@@ -163,9 +167,9 @@ def _slices(assembly: Assembly, name: str, who: str) -> tuple[Slice, ...]:
         return (Slice(assembly.sources[name][0]),)
     if not place.is_stacked:
         raise BaseMismatchError(
-            f"{who}: changes {name}, which transformers puts together from several tensors in a way not known here "
+            f"{who}: changes {name}, which transformers assembles from several tensors in an unsupported way "
             f"({', '.join(type(step).__name__ for step in place.operations)})",
-            hint="train low-rank changes instead" if who == "training" else "merge it with peft itself",
+            hint="train a LoRA adapter of it instead" if who == "training" else "merge it with PEFT instead",
         )
     pieces = assembly.pieces(name)
     return tuple(

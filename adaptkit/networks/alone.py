@@ -21,8 +21,8 @@ def alone() -> Iterator[None]:
     """
     if not _LOCK.acquire(blocking=False):
         raise ConflictError(
-            "another thread of this process computes with a model",
-            hint="call one after the other, or each in a process of its own",
+            "another thread of this process is already running a model",
+            hint="run one after the other, or each in its own process",
         )
     try:
         yield

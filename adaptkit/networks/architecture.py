@@ -50,7 +50,7 @@ def quiet_transformers() -> Iterator[Any]:
         # it puts another module in its place while it loads, of which a waiting thread's `import` would not know
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise UsageError("this needs transformers", hint="pip install 'adaptkit[train]'") from error
+        raise UsageError("this needs the package transformers", hint="pip install 'adaptkit[train]'") from error
     with _ONE_AT_A_TIME:
         before = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
@@ -226,7 +226,10 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
             return network
         except (*REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
-            raise UsageError(f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})") from error
+            raise UsageError(
+                f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})",
+                hint="check its config.json, or try another release of transformers",
+            ) from error
 
 
 def language_part(network: Any) -> str:
@@ -291,5 +294,5 @@ def _check_counts(checkpoint: Checkpoint | Description, value: Any, key: str = "
             found = len(checkpoint.tensors)
             raise CheckpointError(
                 f"{checkpoint.root}: config.json says {key} = {value}; its files hold {counted(found, 'tensor')}",
-                hint="give it the config.json that belongs to it",
+                hint="restore the config.json that belongs to this checkpoint",
             )

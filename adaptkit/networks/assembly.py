@@ -16,7 +16,7 @@ from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.naming import Place, places
 
-_GET_AGAIN = "get the checkpoint again, with the config.json that belongs to it"
+_GET_AGAIN = "download the checkpoint again, with its own config.json"
 _ONCE_SAVED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
 """Buffers that older releases of transformers saved with every layer; today's computes them and leaves these unread."""
 
@@ -75,7 +75,9 @@ class Assembly:
                 self.sources.setdefault(name, []).append(file_name)
         for name, (first, *others) in self.sources.items():
             if others and not self._places[first].operations:
-                raise CheckpointError(f"{checkpoint.root}: {first} and {others[0]} are both {name}")
+                raise CheckpointError(
+                    f"{checkpoint.root}: {first} and {others[0]} are both {name}", hint="remove one of them"
+                )
         own = set(self.sources)
         self._names: dict[int, list[str]] = {}  # of every parameter; several if it is tied
         for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -130,12 +132,16 @@ class Assembly:
         is_list = any(type(step).__name__ == "MergeModulelist" for step in place.operations)
         if is_list and len({len(found) for found in pieces.values()}) != 1:
             counts = ", ".join(f"{len(found)} of {pattern}" for pattern, found in pieces.items())
-            raise CheckpointError(f"{name}: the files hold {counts}; every expert needs one of each")
+            raise CheckpointError(
+                f"{self.checkpoint.root}: {name}: found {counts}; every expert needs one of each", hint=_GET_AGAIN
+            )
         for first, *others in (found for found in pieces.values() if is_list and found):
             for other in others:
                 if self._shape(other) != self._shape(first):
                     raise CheckpointError(
-                        f"{other} is {list(self._shape(other))}, which does not fit {first}, {list(self._shape(first))}"
+                        f"{self.checkpoint.root}: {other}: expected shape {list(self._shape(first))}, as {first} has, "
+                        f"found {list(self._shape(other))}",
+                        hint=_GET_AGAIN,
                     )
         return {pattern: found for pattern, found in pieces.items() if found}
 
@@ -254,7 +260,9 @@ def _compute_buffers(network: Any, held: Container[str]) -> None:
                 seen.append({name: module._buffers[name.rpartition(".")[2]] for name in empty})
             unknown = [name for name in empty if not torch.equal(seen[0][name], seen[1][name])]
         for name in unknown:
-            raise CheckpointError(f"{type(network).__name__} does not say what {name} holds, and no file does")
+            raise CheckpointError(
+                f"{name}: missing in the files, and {type(network).__name__} does not compute it", hint=_GET_AGAIN
+            )
 
 
 def check_shape(root: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
@@ -270,9 +278,7 @@ def check_shape(root: Path, name: str, found: Sequence[int], expected: Sequence[
         CheckpointError: they differ.
     """
     if tuple(found) != tuple(expected):
-        raise CheckpointError(
-            f"{root}: {name} is {list(found)} in the file; the architecture expects {list(expected)}", hint=_GET_AGAIN
-        )
+        raise CheckpointError(f"{root}: {name}: expected shape {list(expected)}, found {list(found)}", hint=_GET_AGAIN)
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.kinds import is_indexer, is_never_called, is_read_by_kernels, is_router
 
 EVERYTHING = "*"
-_KIND = "linear layer below the head"
+_KIND = "linear layer besides the output layer"
 
 
 def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
@@ -21,7 +21,7 @@ def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str
         matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
         if not matched:
             known = sorted({name.rpartition(".")[2] for name in names})
-            there = f"there are: {', '.join(known)}" if known else "the model has none"
+            there = f"available: {', '.join(known)}" if known else "the model has none"
             raise UsageError(f"the {what} {pattern!r} matches no {kind}", hint=there)
         chosen |= matched
     return chosen

@@ -43,7 +43,7 @@ def test_an_adapter_that_cannot_be_merged_is_known_before_it_is_trained(run_cli,
         assert planned.code == 0, planned.stderr
         assert ("\nmerge             the adapter cannot be merged: " in planned.stdout) == told
     done = run_cli(*train(llama, instructions, tmp_path / "trained", "--lora-bias"))
-    assert "the adapter cannot be merged: 14 of its layers have no bias that could take up B's: " in done.stderr
+    assert "the adapter cannot be merged: 14 of its layers have no bias to add B's to: " in done.stderr
     refused = run_cli("merge", llama, tmp_path / "trained", "-o", tmp_path / "merged")
     assert refused.code != 0
     assert "bias" in refused.stderr

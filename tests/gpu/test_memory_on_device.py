@@ -166,8 +166,8 @@ def test_as_few_layers_are_checkpointed_as_there_is_room_for(made, config, tmp_p
         assert report.tensors_root == ends["none"].tensors_root
         assert report.memory["activations"] <= max(wanted, least)
         found.append(report.checkpointing)
-    assert found[0] == "all 6 layers keep everything"
-    assert found[1] in {f"a checkpoint a layer of 6, the last {whole} keep everything" for whole in (2, 3, 4, 5)}
+    assert found[0] == "0 of 6 layers checkpointed"
+    assert found[1] in {f"the first {6 - whole} of 6 layers checkpointed" for whole in (2, 3, 4, 5)}
     assert found[2].startswith("segments of")
 
 

@@ -39,12 +39,12 @@ def test_other_policies_are_refused(policy):
     ("checkpointing", "said"),
     [
         (Checkpointing(0, 1), "no layers to checkpoint"),
-        (Checkpointing(1, 1, 1), "the one layer keeps everything"),
-        (Checkpointing(6, 1, 6), "all 6 layers keep everything"),
-        (Checkpointing(6, 1), "a checkpoint a layer of 6"),
-        (Checkpointing(6, 1, 1), "a checkpoint a layer of 6, the last one keeps everything"),
-        (Checkpointing(6, 1, 2), "a checkpoint a layer of 6, the last 2 keep everything"),
-        (Checkpointing(6, 3), "segments of 3 layers of 6"),
+        (Checkpointing(1, 1, 1), "0 of 1 layer checkpointed"),
+        (Checkpointing(6, 1, 6), "0 of 6 layers checkpointed"),
+        (Checkpointing(6, 1), "6 of 6 layers checkpointed"),
+        (Checkpointing(6, 1, 1), "the first 5 of 6 layers checkpointed"),
+        (Checkpointing(6, 1, 2), "the first 4 of 6 layers checkpointed"),
+        (Checkpointing(6, 3), "6 of 6 layers checkpointed in segments of 3"),
     ],
 )
 def test_what_is_checkpointed_is_said_in_words(checkpointing, said):
@@ -100,7 +100,10 @@ def test_a_room_that_nothing_fits_into_gets_what_needs_least():
 
 
 def test_a_budget_that_nothing_fits_into_is_refused_with_the_least_that_would_do():
-    with pytest.raises(UsageError, match=r"budget:31 is not enough: .* at least 32 MiB \(segments of 4") as caught:
+    with pytest.raises(
+        UsageError,
+        match=r"budget:31 is not enough: .* at least 32 MiB \(16 of 16 layers checkpointed in segments of 4\)",
+    ) as caught:
         fit_budget(31 * MIB, sizes())
     assert "budget:32" in caught.value.hint
 

@@ -115,7 +115,7 @@ def test_an_adapter_of_what_layers_share_is_not_merged_which_is_known_before(tmp
     config = TrainConfig(
         base=str(base), data=(str(data),), steps=1, max_length=64, device="cpu", batch_size=1, held_out=0
     )
-    said = "the adapter cannot be merged: 7 of its layers have weights that other layers have, too: "
+    said = "the adapter cannot be merged: 7 of its layers share weights with other layers: "
     for more in ({"rank": 2, "exclude": ("*.shared_transf.*",)}, {"method": "full"}):
         assert plan_run(replace(config, **more), tmp_path / "adapter").cannot_be_merged == ""
     notes, settings = [], replace(config, rank=2, targets=("model.layers.1.shared_transf.*",))
@@ -158,7 +158,7 @@ def test_what_peft_takes_for_another_module_is_told(name, values, others, count,
         assert check(adapter, ["peft"], base=base).verdicts[0].taken == is_taken
         about = [note for note in notes if "peft" in note]
         assert about == [plan_run(settings, tmp_path / "another").peft_drops] * (not is_taken)
-        assert all(f"peft drops {count} adapters" in note for note in about)
+        assert all(f"PEFT drops {count} adapters" in note for note in about)
         model = load_model(base, torch.float32, torch.device("cpu"))
         load_adapter(model, read_adapter(adapter))
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -125,7 +125,7 @@ def test_a_run_learns_and_keeps_the_layout(bases, instructions, tmp_path):
 
 def test_a_quantized_base_is_refused_with_what_to_do(llama_nf4):
     config = TrainConfig(base=str(llama_nf4), data=("none",), method="full")
-    with pytest.raises(UsageError, match="is quantized, and full") as caught:
+    with pytest.raises(UsageError, match="is quantized; method full") as caught:
         resolve_method(config, Checkpoint(llama_nf4))
     assert "dequantize" in caught.value.hint
 
@@ -150,6 +150,6 @@ def test_a_weight_that_could_not_be_written_in_the_end_is_refused_in_the_beginni
     base = tiny.write_architecture(tmp_path / "base", "hrm_text")
     data = tiny.write_instructions(tmp_path / "rows.jsonl")
     config = TrainConfig(base=str(base), data=(str(data),), method="full", max_length=64, device="cpu")
-    with pytest.raises(BaseMismatchError, match=r"puts together .* in a way not known here") as caught:
+    with pytest.raises(BaseMismatchError, match=r"assembles .* in an unsupported way") as caught:
         plan_run(config, tmp_path / "tuned")
-    assert caught.value.hint == "train low-rank changes instead"
+    assert caught.value.hint == "train a LoRA adapter of it instead"

@@ -204,12 +204,12 @@ def test_a_run_that_was_killed_after_its_last_step_tells_no_speed(config, traine
 def test_a_budget_says_what_it_chose_or_what_the_least_would_be(config, run_cli, tmp_path):
     arguments = ["train", "--base", config.base, "--data", config.data[0], "-o", tmp_path / "out", "--dry-run"]
     done = run_cli(*arguments, "--checkpointing", "budget:64")
-    assert "all 2 layers keep everything" in done.stdout
+    assert "0 of 2 layers checkpointed" in done.stdout
     done = run_cli(*arguments, "--checkpointing", "budget:1", "--batch-size", 32, "--compute-dtype", "float32")
     assert (done.code, "budget:1 is not enough" in done.stderr) == (2, True)
     least = done.stderr.partition("give ")[2].partition(",")[0]
     done = run_cli(*arguments, "--checkpointing", least, "--batch-size", 32, "--compute-dtype", "float32")
-    assert (done.code, "a checkpoint a layer of 2" in done.stdout) == (0, True), done.stderr
+    assert (done.code, "2 of 2 layers checkpointed" in done.stdout) == (0, True), done.stderr
 
 
 def test_offloading_where_there_is_no_gpu_is_refused_with_the_reason(config, tmp_path):
@@ -281,7 +281,7 @@ def test_the_reason_of_a_refusal_outlives_a_folder_that_cannot_be_removed(config
 
 
 def test_a_plain_base_and_an_existing_output_are_refused(config, llama, trained, tmp_path):
-    with pytest.raises(UsageError, match="not quantized") as caught:
+    with pytest.raises(UsageError, match="is not quantized, which method qlora requires") as caught:
         train(replace(config, base=str(llama), method="qlora"), tmp_path / "adapter")
     assert "adaptkit quantize" in caught.value.hint
     with pytest.raises(OutputExistsError):

@@ -549,8 +549,14 @@ def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpointing": "sqr"}, "checkpointing: 'sqr' is none of"),
-        ({"checkpointing": "segments:0"}, "checkpointing: 'segments:0' is none of"),
+        (
+            {"checkpointing": "sqr"},
+            "checkpointing: expected auto, none, layer, sqrt, segments:K or budget:MIB, found 'sqr'",
+        ),
+        (
+            {"checkpointing": "segments:0"},
+            "checkpointing: expected auto, none, layer, sqrt, segments:K or budget:MIB, found 'segments:0'",
+        ),
         ({"offload_checkpoints": True}, "offload_checkpoints: moves checkpoints to host memory"),
     ],
 )

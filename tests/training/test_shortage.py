@@ -66,7 +66,7 @@ def test_optimizer_state_that_finds_no_room_beside_the_base_waits_in_host_memory
     monkeypatch.setattr(moments, "Pages", Pages)
     notes = []
     report = train(config, tmp_path / "short", note=notes.append)
-    assert "warning: out of memory beside the base; optimizer state waits in host memory" in notes
+    assert "warning: out of memory beside the base; optimizer state is kept in host memory" in notes
     assert (plain.paging["resident"] > 0, report.paging["resident"]) == (True, 0)
     assert report.tensors_root == plain.tensors_root
 

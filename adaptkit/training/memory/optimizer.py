@@ -110,5 +110,5 @@ def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: 
     if state is None:  # only here, where nothing refers to the pages that were made, is their memory free
         gc.collect()
         state = make(0)
-        note("warning: out of memory beside the base; optimizer state waits in host memory")
+        note("warning: out of memory beside the base; optimizer state is kept in host memory")
     return PagedAdamW(values, trainable.gradients, trainable.groups, state, config.weight_decay)

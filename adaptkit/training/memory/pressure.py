@@ -26,7 +26,7 @@ from adaptkit.training.shortage import is_out_of_memory, shortage
 
 Result = TypeVar("Result")
 
-_SMALLER = "a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit"
+_SMALLER = "use a smaller --micro-batch-size or --max-length, --checkpointing sqrt, or --optimizer adamw8bit"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Pressure:
         task = _Task(f"in a micro-batch of {counted(tokens, 'token')}", _SMALLER, tokens)
         if any(memory.is_short for memory in self._memories):
             self._memories = []
-            self._note("warning: the system pins no more host memory, so that copies to and from the GPU wait")
+            self._note("warning: no more host memory can be pinned, so copies to and from the GPU are slower")
         self._hold(0 if self._limit is not None and tokens >= self._limit else self._budget_bytes, task)
         return self._compute(compute, task)
 
@@ -121,7 +121,7 @@ class Pressure:
             self._pages.counters.retries += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._note(f"warning: out of memory {task.where}; {done}, and tried again")
+            self._note(f"warning: out of memory {task.where}; {done}, trying again")
 
     def _ways(self, task: _Task) -> Iterator[str]:
         """Make room in one way after the other, and say what was done."""
@@ -135,7 +135,7 @@ class Pressure:
             else:
                 self._limit = min(task.tokens, self._limit or task.tokens)
             self._hold(0, task)
-            yield "moved optimizer state away"
+            yield "paged out optimizer state"
 
     def _hold(self, budget_bytes: int | None, task: _Task) -> None:
         reason = ""

@@ -67,7 +67,7 @@ def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
         inside = {name for name in places if ending and any(path.endswith(ending) for path in _around(name))}
         if not inside:
             known = sorted({name.split(".")[-2] for name in places if name.count(".")} - {""})
-            raise UsageError(f"modules_to_save: no module is called {ending!r}", hint=f"there are: {', '.join(known)}")
+            raise UsageError(f"modules_to_save: no module is called {ending!r}", hint=f"available: {', '.join(known)}")
         found |= inside
     return found
 
@@ -89,7 +89,7 @@ def bias_names(model: Model, which: str) -> set[str]:
     if which == "lora_only":
         found = {name for name in found if name.removesuffix(".bias") in adapted}
     if not found:
-        raise UsageError(f"bias: {which}, but there are no biases to train", hint="bias: none")
+        raise UsageError(f"bias: {which}, but there are no biases to train", hint="--bias none")
     return found
 
 
@@ -113,13 +113,13 @@ def train_whole(
         if name in model.whole:
             continue
         if name not in places:
-            raise BaseMismatchError(f"{name}: {model.checkpoint.root} does not have it", hint=OTHER_MODEL)
+            raise BaseMismatchError(f"{name}: not found in {model.checkpoint.root}", hint=OTHER_MODEL)
         place = places[name]
         if hasattr(place.module, "trained_rows"):
-            raise UsageError(f"{name} has rows that are trained already", hint="leave it out of modules_to_save")
+            raise UsageError(f"{name}: some of its rows are already trained", hint="leave it out of --modules-to-save")
         if place.is_packed or model.assembly.is_quantized(name):
             raise UsageError(
-                f"{name} is quantized, and only 16- and 32-bit tensors can be trained whole",
+                f"{name}: is quantized; only 16- and 32-bit tensors can be trained in full",
                 hint=f"quantize the base again with --skip '{name.removesuffix('.weight')}'",
             )
         value = values[name] if name in values else model.assembly.read(name)
@@ -156,7 +156,9 @@ def _train_linear(model: Model, name: str, place: Place, value: Tensor, tied: Wh
         layer.bias = nn.Parameter(value) if tied is None else tied.parameter
         return Whole(layer.bias)
     if layer.lora_a is not None:
-        raise UsageError(f"{name}: is trained whole and has an adapter too", hint="exclude it, or save another module")
+        raise UsageError(
+            f"{name}: is trained in full and has an adapter", hint="--exclude it, or drop it from --modules-to-save"
+        )
     transposed = model.stores_transposed and layer is not model.network.get_output_embeddings()
     layer.base = TrainedWeight(value.T.contiguous() if transposed else value)
     if tied is not None:
@@ -173,7 +175,7 @@ def _is_of_tokens(module: nn.Module, network: Any) -> TypeGuard[nn.Embedding]:
 
 def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != expected:
-        raise BaseMismatchError(f"{name} is {list(value.shape)}, the base's is {list(expected)}")
+        raise BaseMismatchError(f"{name}: expected shape {list(expected)}, as in the base, found {list(value.shape)}")
 
 
 def train_rows(
@@ -194,20 +196,20 @@ def train_rows(
     """
     name, places = f"{path}.weight", parameter_places(model)
     if name not in places and name not in model.whole:  # what is trained whole has left its place
-        raise BaseMismatchError(f"{path}: {model.checkpoint.root} does not have it", hint=OTHER_MODEL)
+        raise BaseMismatchError(f"{path}: not found in {model.checkpoint.root}", hint=OTHER_MODEL)
     if path in model.rows:
-        raise UsageError(f"{name} has rows that are trained already", hint="leave out trainable_tokens")
+        raise UsageError(f"{name}: some of its rows are already trained", hint="leave out --trainable-tokens")
     if name in model.whole or places[name].is_packed or model.assembly.is_quantized(name):
-        state = "trained whole already" if name in model.whole else "quantized"
-        raise UsageError(f"{name} is {state}, so that no rows of it can be trained", hint="leave out trainable_tokens")
+        state = "already trained in full" if name in model.whole else "quantized"
+        raise UsageError(f"{name}: is {state}, so its rows cannot be trained", hint="leave out --trainable-tokens")
     table = places[name].module._parameters["weight"]
     entries, dim = table.shape  # type: ignore[union-attr]
     outside = [index for index in indices if not 0 <= index < entries]
     if outside:
-        raise UsageError(f"{path} has {entries} rows, and no row {outside[0]}", hint="give tokens of the vocabulary")
+        raise UsageError(f"{path}: has {entries} rows, but no row {outside[0]}", hint="use tokens of the vocabulary")
     if rows is None:
         rows = model.assembly.read(name)[torch.tensor(indices)]
-    _check_shape(f"the trained rows of {path}", rows, (len(indices), dim))
+    _check_shape(f"{path}: trained rows", rows, (len(indices), dim))
     trained = TrainedRows(torch.tensor(indices), rows.float(), entries).to(model.device)
     for place in places.values():
         is_tied = place.module._parameters.get(place.child) is table

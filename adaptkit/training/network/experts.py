@@ -65,8 +65,8 @@ def read_weight(assembly: Assembly, name: str) -> Stack:
         return _read_piece(assembly, assembly.sources[name][0])
     if not place.is_stacked:
         raise CheckpointError(
-            f"{assembly.sources[name][0]}: transformers rebuilds {name} of it while loading, which packed weights "
-            "cannot take",
+            f"{assembly.sources[name][0]}: transformers rebuilds {name} from it while loading, which does not work "
+            "with quantized weights",
             hint="load the model with transformers, save it with save_original_format=False, and quantize that",
         )
     experts = zip(*assembly.pieces(name).values(), strict=True)

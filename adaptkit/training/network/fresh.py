@@ -48,8 +48,8 @@ class AdapterShape:
         rank = int(self._ranks.value(name, self.rank))
         if rank > min(matrix):
             raise UsageError(
-                f"rank {rank} is above that of {name}, which is {matrix[0]} x {matrix[1]}",
-                hint=f"a smaller rank, or for this one alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
+                f"rank: {rank} is too large for {name}, which is {matrix[0]} x {matrix[1]}",
+                hint=f"use a smaller --rank, or here alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
             )
         return rank, scaling(float(self._alphas.value(name, self.alpha)), rank, self.rslora)
 
@@ -77,8 +77,8 @@ class AdapterShape:
         unused = [p for p in patterns if p in left and not any(matches_whole(p, name, after=".") for name in names)]
         if unused:
             raise UsageError(
-                f"{setting}: {unused[0]!r} matches nothing that has an adapter",
-                hint="a key is the end of a module's path, such as q_proj or layers.0.mlp.up_proj",
+                f"{setting}: {unused[0]!r} matches no module with an adapter",
+                hint="use the end of a module's path, such as q_proj or layers.0.mlp.up_proj",
             )
 
 
@@ -109,9 +109,9 @@ def new_adapter(
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
     if not chosen:
         if exclude:
-            what = "every target is excluded, or trained whole"
-            raise UsageError(what, hint="give --exclude or --modules-to-save fewer patterns")
-        raise UsageError("no linear layer reads text and is no router", hint="name some with --targets")
+            what = "every target is excluded or trained in full"
+            raise UsageError(what, hint="use fewer patterns in --exclude or --modules-to-save")
+        raise UsageError("no linear layer processes text, apart from routers", hint="name targets with --targets")
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(chosen):
         layer = model.linears[name]
@@ -138,7 +138,7 @@ def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShap
     """
     stacks = model.stacks()
     generator = torch.Generator().manual_seed(seed)
-    for name in sorted(matching("target parameter", patterns, stacks, "stack of experts' matrices")):
+    for name in sorted(matching("target parameter", patterns, stacks, "stacked expert matrix")):
         count, out_features, in_features = stack_shape(stacks[name], name)
         rank, factor = shape.of(name, (out_features, in_features))
         lora_a = (torch.rand(count, rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)

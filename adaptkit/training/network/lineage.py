@@ -71,7 +71,7 @@ def check_config(base: Path, manifest: Manifest) -> None:
     """
     for record in manifest.files:
         if record.path == CONFIG_NAME and (problem := file_problem(base, record)):
-            raise IntegrityError(f"{base}: {problem}", hint=f"put it back as it was; adaptkit verify {base} tells more")
+            raise IntegrityError(f"{base}: {problem}", hint=f"restore it; for details, run: adaptkit verify {base}")
 
 
 def check_whole(base: Path) -> None:
@@ -90,7 +90,7 @@ def check_whole(base: Path) -> None:
     )
     for name in wrong:
         raise IntegrityError(
-            f"{base}: {name} is not the tensor of its manifest", hint=f"adaptkit verify {base} tells more"
+            f"{base}: {name}: differs from the manifest", hint=f"for details, run: adaptkit verify {base}"
         )
 
 
@@ -123,13 +123,13 @@ def check_base(adapter: Adapter, base: Weights) -> None:
     fit = _fit(adapter, base)
     if fit.differs and fit.is_packed:
         raise BaseMismatchError(
-            f"{adapter.root}: belongs to another base than {base.root}, or to another packing: {fit.differs} differs",
-            hint="give the base that it was trained on, or the 16-bit checkpoint that was quantized",
+            f"{adapter.root}: belongs to another base than {base.root}, or quantization of it: {fit.differs} differs",
+            hint="use the base that it was trained on, or the 16-bit checkpoint that was quantized",
         )
     if fit.differs:
         raise BaseMismatchError(
             f"{adapter.root}: belongs to another base than {base.root}: {fit.differs} differs",
-            hint="give the base that it was trained on",
+            hint="use the base that it was trained on",
         )
 
 
@@ -166,8 +166,8 @@ def base_of(adapter: Adapter, bases: Sequence[Weights]) -> Weights:
         return bases[0]
     if adapter.manifest is None:
         raise UsageError(
-            f"{adapter.root}: has no manifest that says which of the {len(bases)} bases it belongs to",
-            hint="measure it with its base alone",
+            f"{adapter.root}: has no manifest, so it is unknown which of the {len(bases)} bases it belongs to",
+            hint="evaluate it with its base alone",
         )
     named = parent_among(adapter.manifest, bases)
     if named is not None:
@@ -175,12 +175,12 @@ def base_of(adapter: Adapter, bases: Sequence[Weights]) -> Weights:
     told = ", ".join(str(base.root) for base in bases)
     fits = [(base, fit) for base in bases if not (fit := _fit(adapter, base)).differs]
     if not fits:
-        raise BaseMismatchError(f"{adapter.root}: belongs to none of {told}", hint="give its base too: --base")
+        raise BaseMismatchError(f"{adapter.root}: belongs to none of {told}", hint="add its base: --base BASE")
     same = [base for base, fit in fits if fit.compared and fit.is_same]
     chosen = same or [base for base, fit in fits if fit.compared]
     if len(chosen) != 1:
         raise UsageError(
-            f"{adapter.root}: nothing says which of {told} it belongs to", hint="measure it with its base alone"
+            f"{adapter.root}: cannot tell which of {told} it belongs to", hint="evaluate it with its base alone"
         )
     return chosen[0]
 

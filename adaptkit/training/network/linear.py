@@ -240,7 +240,7 @@ class LoraLinear(nn.Module):
             return weight
         if self.magnitude is not None or self.lora_bias is not None:
             raise UsageError(
-                f"{self._path}: this architecture reads its weight, which knows no DoRA and no bias of B",
+                f"{self._path}: this architecture reads its weight directly, which excludes DoRA and a bias on B",
                 hint=f"--exclude {self._path.rpartition('.')[2]}",
             )
         return weight + (self.scaling * (self.lora_b @ self.lora_a)).to(weight.dtype)
@@ -252,7 +252,9 @@ class LoraLinear(nn.Module):
             BaseMismatchError: the adapter is for a weight of another shape.
         """
         if change.shape != tuple(self.base.shape):
-            raise BaseMismatchError(f"the adapter is for {list(change.shape)}, the weight is {list(self.base.shape)}")
+            raise BaseMismatchError(
+                f"expected shape {list(self.base.shape)}, as in the base, found {list(change.shape)}"
+            )
         self.lora_a = nn.Parameter(change.lora_a.float().to(self.device))
         self.lora_b = nn.Parameter(change.lora_b.float().to(self.device))
         self.scaling, self.dropout = change.scaling, dropout

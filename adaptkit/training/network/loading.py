@@ -57,7 +57,9 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
         count, *matrix = stack_shape(stacks[name], name) if name in stacks else (0, 0, 0)
         changes = adapter.experts_for(name, tuple(matrix), name in stacks and is_transposed(stacks[name]))
         if len(changes) != count or list(changes[0].shape) != matrix:
-            raise BaseMismatchError(f"{adapter.root}: changes {name}, which {model.checkpoint.root} has not like that")
+            raise BaseMismatchError(
+                f"{adapter.root}: changes {name}, which {model.checkpoint.root} does not have in this shape"
+            )
         a, b = (torch.stack([getattr(change, half).float() for change in changes]) for half in ("lora_a", "lora_b"))
         put_stack(model, stacks[name], name, a, b, changes[0].scaling)
 
@@ -99,8 +101,8 @@ def _in_todays_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter:
         renamed[part] = {today(name): value for name, value in before.items()}
         if len(renamed[part]) < len(before):
             raise AdapterError(
-                f"{adapter.root}: has changes of one module by the names of several releases of transformers",
-                hint="save one adapter at a time; of a stack, merge the adapters themselves in one go",
+                f"{adapter.root}: changes one module under names of several releases of transformers",
+                hint="save each adapter on its own; to combine several, give them to one merge",
             )
     return replace(adapter, embeddings=frozenset(map(today, adapter.embeddings)), **renamed)
 
@@ -116,7 +118,7 @@ def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place])
     others = {
         "a low-rank change of an embedding": next(iter(sorted(adapter.embeddings)), None),
         "a low-rank change of the output layer": head,
-        "a change of what is not the base's weight": next(
+        "a change of a weight that differs from the base's": next(
             (name for name, key in adapter.begins.items() if not _is_the_bases(model, name, adapter.files.read(key))),
             None,
         ),
@@ -124,7 +126,8 @@ def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place])
     for what, name in others.items():
         if name is not None:
             raise AdapterError(
-                f"{adapter.root}: has {what} ({name}), which cannot be run here", hint="merge it into its base instead"
+                f"{adapter.root}: has {what} ({name}), which train and evaluate cannot use",
+                hint="merge it into its base instead",
             )
     known, kind = parameter_places(model), type(model.network).__name__
     for name in sorted(adapter.modules.keys() - model.linears.keys()):

@@ -136,13 +136,13 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     method = quantization_found(checkpoint) if unknown and not quantized_names(checkpoint) else None
     if method is not None:
         raise CheckpointError(
-            f"{root}: is quantized with {method}, which cannot be run here",
-            hint="give the 16-bit checkpoint that it was made from",
+            f"{root}: is quantized with {method}, which train and evaluate cannot use",
+            hint="use the 16-bit checkpoint that it was made from",
         )
     if unknown:
         raise CheckpointError(
-            f"{root}: {type(network).__name__} does not know the tensor {unknown[0]}",
-            hint="its config.json belongs to another model, or something was added to its files",
+            f"{root}: {unknown[0]}: unknown to {type(network).__name__}",
+            hint="check that config.json belongs to this model, and that no tensor was added",
         )
     assembly.load_buffers(device)
     linears: dict[str, LoraLinear] = {}
@@ -185,7 +185,7 @@ def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
         if isinstance(weight, PlainWeight):
             weight = PlainWeight(weight.weight.T)
     if isinstance(weight, ExpertList):
-        raise CheckpointError(f"{weight_name}: is quantized in pieces", hint="quantize it as one matrix")
+        raise CheckpointError(f"{weight_name}: is quantized in parts", hint="quantize it as one matrix")
     check_shape(assembly.checkpoint.root, weight_name, weight.shape, expected)
     bias = None
     if module.bias is not None:

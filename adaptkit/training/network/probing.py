@@ -63,8 +63,8 @@ def require_causal(network: Any) -> None:
     one, two = network(input_ids=ids, use_cache=False).logits[:, 0].float()
     if _differ(one, two):
         raise UsageError(
-            f"{type(network).__name__} lets tokens see those that follow, which it would have to foretell",
-            hint='take a model that reads from left to right; some do with "is_decoder": true in their config.json',
+            f"{type(network).__name__} is not causal: its tokens see the ones they should predict",
+            hint='use a causal language model; some become one with "is_decoder": true in config.json',
         )
 
 
@@ -91,7 +91,7 @@ def check_packing(network: Any) -> None:
     if _differ(one, two):
         raise UsageError(
             f"{type(network).__name__} does not keep packed samples apart",
-            hint="pack: false, group_by_length: true",
+            hint="use --group-by-length instead of --pack",
         )
 
 

@@ -30,12 +30,14 @@ def shard_frozen(network: Any, world: World) -> None:
     """
     if world.size == 1:
         raise UsageError(
-            "shard_base: divides the base among processes, and there is only one",
+            "shard_base: needs several processes, found one",
             hint="start several: torchrun --nproc-per-node 2 -m adaptkit train ...",
         )
     path, layers = find_stack(network)
     if not any(isinstance(module, PackedWeight | PlainWeight) for module in layers.modules()):
-        raise UsageError(f"shard_base: the layers in {path} have no linear layers that could be divided")
+        raise UsageError(
+            f"shard_base: the layers in {path} have no linear layers to shard", hint="leave out --shard-base"
+        )
     others = set(network.parameters())  # what is frozen is no parameter yet
     network.base_model.register_forward_hook(_give_no_view)
     mesh = init_device_mesh(world.device.type, (world.size,))

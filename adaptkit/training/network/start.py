@@ -50,16 +50,19 @@ def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     found = quantization_found(checkpoint)
     if found and not ours:
         raise UsageError(
-            f"{root}: is quantized with {found}, which cannot be trained here",
-            hint=f"take the 16-bit checkpoint, and run: adaptkit quantize ORIGINAL -o {root.name}-nf4",
+            f"{root}: is quantized with {found}, which cannot be trained",
+            hint=f"use the 16-bit checkpoint, or quantize that: adaptkit quantize ORIGINAL -o {root.name}-nf4",
         )
     if ours and config.method == "full":
         raise UsageError(
-            f"{root}: is quantized, and full fine-tuning changes the weights themselves",
+            f"{root}: is quantized; method full needs a 16-bit checkpoint",
             hint=f"give the 16-bit checkpoint, or run: adaptkit dequantize {root} -o {root.name}-plain",
         )
     if not ours and config.method == "qlora":
-        raise UsageError(f"{root}: not quantized", hint=f"run: adaptkit quantize {root} -o {root.name}-nf4")
+        raise UsageError(
+            f"{root}: is not quantized, which method qlora requires",
+            hint=f"run: adaptkit quantize {root} -o {root.name}-nf4; or use --method lora",
+        )
     return config if config.method == "full" else replace(config, method="qlora" if ours else "lora")
 
 
@@ -78,15 +81,15 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
     if config.init in INITS:
         return None
     if not Path(config.init).is_dir():
-        refuse(config, "init")
+        refuse(config, "init", "must be kaiming, normal, or the folder of an adapter")
     adapter = read_adapter(Path(config.init))
     check_base(adapter, Weights(Path(config.base)))
     _check_additions(adapter, config)
     if adapter.compensation and (base is None or adapter.manifest is None):
         silent = config.base if base is None else adapter.root
         raise BaseMismatchError(
-            f"{adapter.root}: makes up for the quantization of one base, and {silent} has no manifest to tell which",
-            hint="give the folder that quantize made together with this adapter",
+            f"{adapter.root}: compensates for the quantization of one base, but {silent} has no manifest to tell which",
+            hint="use the folder that quantize made together with this adapter",
         )
     return adapter
 
@@ -98,11 +101,11 @@ def _check_additions(adapter: Adapter, config: TrainConfig) -> None:
         ("lora_bias", "dora", adapter.magnitudes),
     ):
         if getattr(config, name) and there:
-            raise UsageError(f"{name}: does not go with the {other} of {adapter.root}", hint=f"leave out {name}")
+            raise UsageError(f"{name}: cannot be combined with the {other} of {adapter.root}", hint=f"leave out {name}")
     added = next((name for name in ("dora", "dropout", "lora_bias") if adapter.experts and getattr(config, name)), None)
     if added:
         raise UsageError(
-            f"{added}: does not go with the experts' matrices of {adapter.root}, nor does it in PEFT",
+            f"{added}: cannot be combined with the expert matrices of {adapter.root}, as in PEFT",
             hint=f"leave out {added}",
         )
 
@@ -168,13 +171,13 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
     kind = model.network.config.model_type
     found = [
         (sum(map(is_router, left)), "router", ""),
-        (sum(map(is_indexer, left)), "layer", " of indexers, which no gradient reaches"),
-        (sum(is_read_by_kernels(kind, name) for name in left), "layer", " that peft refuses"),
-        (sum(is_never_called(kind, name) for name in left), "layer", " whose adapter peft passes over"),
+        (sum(map(is_indexer, left)), "layer", " of indexers (no gradient reaches them)"),
+        (sum(is_read_by_kernels(kind, name) for name in left), "layer", " that PEFT refuses"),
+        (sum(is_never_called(kind, name) for name in left), "layer", " whose adapter PEFT ignores"),
     ]
     found.append((len(left) - sum(count for count, *_ in found), "layer", " outside the language model"))
     kinds = " and ".join(f"{counted(count, noun)}{which}" for count, noun, which in found if count)
-    return f"no adapter, since no target says so, for {kinds}: {shortened(left)}"
+    return f"no adapter, unless targeted by name, for {kinds}: {shortened(left)}"
 
 
 def _stacks_left(model: Model) -> str:
@@ -183,7 +186,7 @@ def _stacks_left(model: Model) -> str:
     if not left:
         return ""
     stacks = counted(len(left), "stack")
-    return f"no adapter without target_parameters for {stacks} of experts' matrices: {shortened(left)}"
+    return f"no adapter, without target_parameters, for {stacks} of expert matrices: {shortened(left)}"
 
 
 def cannot_be_merged(model: Model, config: TrainConfig) -> str:
@@ -200,8 +203,8 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
     told = [
         f"{len(names)} of its layers {one if len(names) == 1 else some}: {shortened(names)}"
         for names, one, some in (
-            (no_bias, "has no bias that could take up B's", "have no bias that could take up B's"),
-            (shared, "has a weight that other layers have, too", "have weights that other layers have, too"),
+            (no_bias, "has no bias to add B's to", "have no bias to add B's to"),
+            (shared, "shares a weight with other layers", "share weights with other layers"),
         )
         if names
     ]
@@ -214,7 +217,7 @@ def peft_drops(model: Model) -> str:
     others = {*renamed_in_peft(model.network, adapted), *taken_for_experts(kind, adapted)}
     if not others:
         return ""
-    named = f"peft drops {counted(len(others), 'adapter')}, which it takes for other modules'; merge does not"
+    named = f"PEFT drops {counted(len(others), 'adapter')}, mistaking them for other modules'; merge does not"
     return f"{named}: {shortened(sorted(others))}"
 
 
@@ -249,11 +252,11 @@ def _token(text: str, tokenizer: Any) -> int:
         if found is None or found == int(text):
             return int(text)
         raise UsageError(
-            f"trainable_tokens: {text} is the text of token {found} and the number of another",
-            hint=f"{found} for the one, {tokenizer.convert_ids_to_tokens(int(text))!r} for the other",
+            f"trainable_tokens: {text} is the text of token {found} and the ID of another",
+            hint=f"use {found} for the one, {tokenizer.convert_ids_to_tokens(int(text))!r} for the other",
         )
     if found is None:
         raise UsageError(
-            f"trainable_tokens: {text!r} is no token of the vocabulary", hint="give a token's exact text, or its number"
+            f"trainable_tokens: {text!r} is not in the vocabulary", hint="give a token's exact text, or its ID"
         )
     return int(found)

@@ -94,7 +94,7 @@ def test_an_adapter_goes_to_the_base_that_its_manifest_names(llama, stranger, in
 
 
 def test_an_adapter_without_manifest_needs_its_base_alone(llama, stranger, adapter, instructions):
-    with pytest.raises(UsageError, match="which of the 2 bases"):
+    with pytest.raises(UsageError, match="unknown which of the 2 bases"):
         compare([llama, stranger], [adapter], [instructions], EvaluateOptions(**FLOAT32))
 
 

@@ -59,7 +59,7 @@ def test_pages_leave_for_what_is_no_batch_too_and_come_back_when_it_is_done(tmp_
         assert pressure.make_room("as it was measured", "a hint", measure) == "measured"
         assert (pages.resident, pages.counters.retries) == (10, 1)
     assert resident == [10, 0, 0, 0]
-    assert notes == ["warning: out of memory as it was measured; moved optimizer state away, and tried again"]
+    assert notes == ["warning: out of memory as it was measured; paged out optimizer state, trying again"]
     assert pressure.make_room("elsewhere", "a hint", lambda: pages.resident) == 10
     assert pressure.relieve(1000, lambda: pages.resident) == 10
     with pytest.raises(UsageError, match="out of memory as it was measured") as caught:
@@ -90,7 +90,7 @@ def test_layers_keep_less_before_pages_leave(tmp_path, needed):
     pressure = Pressure(pages, notes.append, keep_less=keep_less)
     assert pressure.relieve(60, compute) == "done"
     assert [note.partition("; ")[2] for note in notes] == [
-        "checkpointed all layers, and tried again", "moved optimizer state away, and tried again",
+        "checkpointed all layers, trying again", "paged out optimizer state, trying again",
     ][:needed]  # fmt: skip
     assert (pages.resident, pages.counters.retries) == (10 if needed == 1 else 0, needed)
 
@@ -179,8 +179,8 @@ def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
     report = train(config, tmp_path / "short", note=notes.append)
     assert (len(calls), report.paging["retries"]) == (4 * 2 + 2, 1)
     (told,) = [note for note in notes if "out of memory" in note]
-    assert ("checkpointed all layers" if room else "moved optimizer state away") in told
-    assert report.checkpointing == "a checkpoint a layer of 2"
+    assert ("checkpointed all layers" if room else "paged out optimizer state") in told
+    assert report.checkpointing == "2 of 2 layers checkpointed"
     assert report.tensors_root == plain.tensors_root
 
 

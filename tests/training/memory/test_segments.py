@@ -133,7 +133,7 @@ def test_what_kept_everything_keeps_its_inputs_when_memory_runs_short(deep_nf4, 
         return str(kept.checkpointing)
 
     found, said, _ = gradients(deep_nf4, "", 0.1, twice=True, by=shrunk)
-    assert said == "a checkpoint a layer of 7"
+    assert said == "7 of 7 layers checkpointed"
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert saved_bytes(deep_nf4, "", by=shrunk) == least < everything * whole / 7
     assert not ready(load_model(deep_nf4, torch.float32, torch.device("cpu")).network, allowed=False).shrink()
@@ -307,7 +307,7 @@ def test_what_layers_leave_for_others_in_a_mapping_keeps_its_gradient(policy, ac
 def test_a_layer_that_changes_what_others_left_is_refused(act):
     network = Sharers(left, act, ignored)
     checkpoint(network, "layer")
-    with pytest.raises(UsageError, match="change what others put into a mapping"):
+    with pytest.raises(UsageError, match="modify a mapping that other layers share"):
         network(torch.ones(2, 6))
 
 

@@ -174,11 +174,11 @@ def test_an_expert_that_is_missing_is_an_error(folders, copy_of):
     tensors = load_file(folder / "model.safetensors")
     removed = tensors.pop("model.layers.1.block_sparse_moe.experts.3.w3.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: the files hold 4 of .*w1.*3 of"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: found 4 of .*w1.*3 of"):
         load_model(folder, torch.float32, CPU)
     tensors["model.layers.1.block_sparse_moe.experts.3.w3.weight"] = removed[:, :32].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match=r"expected shape .*, as .* has, found "):
         load_model(folder, torch.float32, CPU)
 
 

@@ -90,7 +90,7 @@ def test_where_nothing_says_which_base_is_an_adapters_none_is_guessed(family, un
         (of_base, [unsigned("merged-nf4"), unsigned("nf4")]),  # packed, and it knows the 16-bit weights alone
         (of_base, [family / "merged", unsigned("int8")]),
     ):
-        with pytest.raises(UsageError, match=r"nothing says which of .* it belongs to") as caught:
+        with pytest.raises(UsageError, match=r"cannot tell which of .* it belongs to") as caught:
             base_of(adapter, [Weights(base) for base in bases])
         assert "alone" in caught.value.hint
     with pytest.raises(BaseMismatchError, match="belongs to none of"):

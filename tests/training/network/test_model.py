@@ -151,7 +151,7 @@ def test_a_bias_that_is_missing_or_unknown_is_refused(llama, gpt2, copy_of):
         load_model(without, torch.float32, CPU)
     name = "model.layers.0.mlp.up_proj.bias"
     added = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(128)}))
-    with pytest.raises(CheckpointError, match=r"does not know the tensor model\.layers\.0\.mlp\.up_proj\.bias"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.bias: unknown to LlamaForCausalLM"):
         load_model(added, torch.float32, CPU)
 
 
@@ -189,20 +189,22 @@ def test_a_checkpoint_of_another_method_is_refused_as_that(llama, copy_of, confi
     folder = rewritten(copy_of(llama), quantized)
     says = json.loads((folder / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(says))
-    with pytest.raises(CheckpointError, match=r"(?i)is quantized with gptq, which cannot be run here"):
+    with pytest.raises(CheckpointError, match=r"(?i)is quantized with gptq, which train and evaluate cannot use"):
         load_model(folder, torch.float32, CPU)
 
 
 def test_a_weight_of_another_shape_is_refused(llama, copy_of):
     name = "model.layers.1.mlp.up_proj.weight"
     changed = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(64, 64)}))
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is \[64, 64\].*expects \[128, 64\]"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight: expected shape \[128, 64\], found \[64, 64\]"
+    ):
         load_model(changed, torch.float32, CPU)
 
 
 def test_a_buffer_that_the_architecture_does_not_compute_is_refused(llama, monkeypatch):
     monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda self, module: None)
-    with pytest.raises(CheckpointError, match=r"does not say what model\.rotary_emb\.\w*inv_freq holds"):
+    with pytest.raises(CheckpointError, match=r"^model\.rotary_emb\.\w*inv_freq: missing in the files"):
         load_model(llama, torch.float32, CPU)
 
 
@@ -225,7 +227,7 @@ def test_a_model_whose_tokens_see_those_that_follow_is_refused(name, tmp_path, m
     """Batches are padded without a mask, and the loss would be that of copying."""
     monkeypatch.setitem(tiny.ARCHITECTURES, name, {"num_key_value_heads": 4, "dim_head": 16, "dim_ff": 128})
     folder = tiny.write_architecture(tmp_path / "base", name)
-    with pytest.raises(UsageError, match="lets tokens see those that follow"):
+    with pytest.raises(UsageError, match="is not causal"):
         load_model(folder, torch.float32, CPU)
     if name == "bert":
         config = json.loads((folder / "config.json").read_text())

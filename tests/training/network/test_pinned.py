@@ -72,4 +72,4 @@ def test_a_run_whose_copies_wait_says_so_once(llama_nf4, instructions, tmp_path,
     )  # fmt: skip
     notes = []
     train(config, tmp_path / "adapter", note=notes.append)
-    assert sum("pins no more host memory" in note for note in notes) == 1
+    assert sum("no more host memory can be pinned" in note for note in notes) == 1

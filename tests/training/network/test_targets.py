@@ -28,9 +28,9 @@ def config(base, instructions, **values):
     return TrainConfig(base=str(base), data=(str(instructions),), **usual | values)
 
 
-ROUTERS = "no adapter, since no target says so, for 2 routers: model.layers.0.mlp.shared_expert_gate, "
+ROUTERS = "no adapter, unless targeted by name, for 2 routers: model.layers.0.mlp.shared_expert_gate, "
 STACKS = (
-    "no adapter without target_parameters for 4 stacks of experts' matrices: model.layers.0.mlp.experts.down_proj, "
+    "no adapter, without target_parameters, for 4 stacks of expert matrices: model.layers.0.mlp.experts.down_proj, "
 )
 
 
@@ -49,17 +49,17 @@ STACKS = (
             "",
         ),
         ("qwen3_5_text", {}, ""),
-        ("gemma3", {}, "no adapter, since no target says so, for 14 layers outside the language model: model."),
+        ("gemma3", {}, "no adapter, unless targeted by name, for 14 layers outside the language model: model."),
         (
             "mamba",
             {},
-            "no adapter, since no target says so, for 2 layers that peft refuses and 2 layers whose adapter peft "
-            "passes over: backbone.layers.0.mixer.",
+            "no adapter, unless targeted by name, for 2 layers that PEFT refuses and 2 layers whose adapter PEFT "
+            "ignores: backbone.layers.0.mixer.",
         ),
         (
             "mamba",
             {"targets": ("*", "out_proj")},
-            "no adapter, since no target says so, for 2 layers whose adapter peft passes over: backbone.layers.0.",
+            "no adapter, unless targeted by name, for 2 layers whose adapter PEFT ignores: backbone.layers.0.",
         ),
         ("mamba", {"targets": ("*", "out_proj", "dt_proj")}, ""),
         ("bloom", {"modules_to_save": ("dense",)}, ""),
@@ -89,13 +89,13 @@ def test_indexers_of_sparse_attention_are_left_out(instructions, tmp_path, monke
     monkeypatch.setitem(tiny.ARCHITECTURES, "glm_moe_dsa", values)
     base, notes = tiny.write_architecture(tmp_path / "base", "glm_moe_dsa"), []
     train(config(base, instructions), tmp_path / "adapter", note=notes.append)
-    said = "for 6 layers of indexers, which no gradient reaches: model.layers.0.self_attn.indexer."
+    said = "for 6 layers of indexers (no gradient reaches them): model.layers.0.self_attn.indexer."
     assert any(said in note for note in notes)
     assert not any("never got a gradient" in note for note in notes)
 
 
 def test_filters_of_convolutions_are_no_stacks_of_experts(bases, instructions, tmp_path):
-    with pytest.raises(UsageError, match=r"'\*' matches no stack of experts' matrices"):
+    with pytest.raises(UsageError, match=r"'\*' matches no stacked expert matrix"):
         plan_run(config(bases("mamba"), instructions, target_parameters=("*",)), tmp_path / "adapter")
 
 
