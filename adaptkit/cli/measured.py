@@ -29,8 +29,8 @@ _COLUMNS: tuple[tuple[str, str, _Value], ...] = (
     ("CIDEr", ".4f", lambda r: r.generated.scores.cider if r.generated else None),
 )
 NONE = {
-    "NIST": "none, since no answer, or no reference, has a word",
-    "CIDEr": "none, since there is only one question, or no reference has a word",
+    "NIST": "none: no answer, or no reference, contains a word",
+    "CIDEr": "none: there is only one question, or no reference contains a word",
 }
 """Why answers may be without a score."""
 
@@ -82,8 +82,7 @@ def remarks(comparison: "Comparison") -> list[str]:
         said.append("losses are means over different numbers of answer tokens: tokenizers or cuts differ")
     if not comparison.same_text:
         said.append(
-            "text perplexities cannot be compared, since they are over different tokens: "
-            "tokenizers or chat templates differ"
+            "perplexities of text are over different tokens and cannot be compared: tokenizers or chat templates differ"
         )
     said += models[0].unused_remarks
     for remark, names in _left_out(comparison).items():
@@ -103,7 +102,7 @@ def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
     for report in comparison.models:
         counts = (
             (report.truncated, "sample", f" {CUT}"),
-            (report.dropped, "sample", " dropped because the cut removed the answer"),
+            (report.dropped, "sample", " dropped: no answer left after the cut"),
             (report.fewer_shots, "prompt", " with room for fewer examples than --shots"),
             (report.generated.unfinished if report.generated else 0, "answer", " cut at --max-new-tokens"),
             (report.generated.empty if report.generated else 0, "empty answer", ""),

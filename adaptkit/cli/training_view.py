@@ -29,25 +29,25 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
         yield "held out", _source(source)
     if data.repeated:
         same = counted(data.repeated, "held-out sample", "are")
-        yield "repeated", f"{same} also trained on, so the loss says little"
+        yield "repeated", f"{same} also trained on, so the held-out loss is too low"
     if data.split:
         split = counted(data.split, "conversation")
-        yield "split", f"{split}, an answer a sample: the chat template rewrites earlier turns"
+        yield "split", f"{split} into one sample per answer: the chat template rewrites earlier turns"
     if data.ended:
         ended = counted(data.ended, "sample")
-        yield "ended", f"{ended} with the end token; the chat template puts none after an answer"
+        yield "ended", f"{ended} with an added end token: the chat template puts none after an answer"
     if data.empty:
         empty = counted(data.empty, "row", "have")
-        yield "empty", f"{empty} an empty answer, and the model learns to give none ({data.empty_at})"
+        yield "empty", f"{empty} an empty answer, which the model learns to give (the first: {data.empty_at})"
     if data.chat_template is not None:
-        yield "template", f"conversations go through that of {data.chat_template}, and what is made has it"
+        yield "template", f"from {data.chat_template}; it is saved with the output"
     if data.without_template:
-        yield "template", "the model has none: messages are lines that follow each other (--chat-template takes a file)"
+        yield "template", "none: messages are joined as plain lines (--chat-template FILE gives one)"
     if data.unnamed_end is not None:
         end = f"answers end with {data.unnamed_end}, which the base's generation_config.json does not name"
-        yield "end token", f"{end}; that of what is made does"
+        yield "end token", f"{end}; the output's does"
     if data.dated:
-        yield "dated", f"the chat template asks for the date, and is told {DAY:%Y-%m-%d} whatever day it is"
+        yield "dated", f"the chat template asks for the date; it is always given {DAY:%Y-%m-%d}"
 
 
 def cut_rows(data: "DataReport", truncated: int, dropped: int) -> Iterator[Row]:
@@ -73,7 +73,7 @@ def _source(source: "SourceReport") -> str:
 
 
 def _not_used(columns: Sequence[str]) -> str:
-    return f"not used: {', '.join(name or 'a column without a name' for name in columns)}"
+    return f"not used: {', '.join(name or 'an unnamed column' for name in columns)}"
 
 
 def has_colour() -> bool:

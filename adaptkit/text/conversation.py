@@ -90,7 +90,7 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     row = {name: value for name, value in row.items() if value is not None}
     layout = layout or _layout_of(row, where)
     if layout not in row:
-        raise DataError(f"{where}: no column {layout}", hint=f"columns: {_names(row)}")
+        raise DataError(f"{where}: no column {layout}", hint=f"add or rename one; found: {_names(row)}")
     if layout == "text":
         return Example(layout, text=_text(row, layout, where), columns=frozenset({layout}))
     if layout in _QUESTIONS:
@@ -224,9 +224,9 @@ def _layout_of(row: Mapping[str, Any], where: str) -> str:
     found = [name for name in LAYOUTS if name in row and (answered or name not in _QUESTIONS)]
     if not found and asked != answered:
         missing = _QUESTIONS if answered else _ANSWERS
-        raise DataError(f"{where}: no column {' or '.join(missing)}", hint=f"columns: {_names(row)}")
+        raise DataError(f"{where}: no column {' or '.join(missing)}", hint=f"add or rename one; found: {_names(row)}")
     if not found:
-        raise DataError(f"{where}: unknown layout; expected {_KNOWN}", hint=f"columns: {_names(row)}")
+        raise DataError(f"{where}: unknown layout; expected {_KNOWN}", hint=f"add or rename one; found: {_names(row)}")
     if len(found) > 1:
         raise DataError(
             f"{where}: has columns of more than one layout: {' and '.join(found)}",
@@ -240,7 +240,7 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
     answers = [name for name in _ANSWERS if name in row]
     contexts = [name for name in _CONTEXTS if row.get(name, "") != ""]
     if not answers:
-        raise DataError(f"{where}: no column {' or '.join(_ANSWERS)}", hint=f"columns: {_names(row)}")
+        raise DataError(f"{where}: no column {' or '.join(_ANSWERS)}", hint=f"add or rename one; found: {_names(row)}")
     for names in (answers, contexts):
         if len(names) > 1:
             raise DataError(f"{where}: has both {names[0]} and {names[1]}", hint="remove one of the columns")

@@ -51,7 +51,7 @@ class TrainConfig:
         "Base checkpoint: 16-bit, or quantized by adaptkit. A folder, or org/name[@revision] on the Hub.",
         section="Model and data",
     )
-    data: tuple[str, ...] = setting("File (jsonl, ndjson, json, csv, tsv, parquet) or Hub data set "
+    data: tuple[str, ...] = setting("File (jsonl, ndjson, json, csv, tsv, parquet) or Hub dataset "
                                     "(org/name[/config][@revision][:split]).")  # fmt: skip
     init: str = setting("Initialization of A: kaiming (uniform, as in PEFT) or normal (standard deviation 1 / rank); "
                         "or an adapter to start from, a folder or org/name[@revision], which determines rank, alpha "
@@ -100,7 +100,7 @@ class TrainConfig:
     pack: bool = setting("Pack samples into rows of max_length tokens; a step then has batch_size rows.", False)
     held_out: float = setting("Fraction of the rows to evaluate on instead of training on; ignored with "
                               "held_out_data.", 0.1, at_least=0, below=1)  # fmt: skip
-    held_out_data: tuple[str, ...] = setting("File or Hub data set to evaluate on instead.", ())
+    held_out_data: tuple[str, ...] = setting("File or Hub dataset to evaluate on instead.", ())
 
     steps: int | None = setting("Optimizer steps.  [default: determined by epochs]", None, at_least=1,
                                at_most=_MOST, section="Steps")  # fmt: skip
@@ -166,40 +166,46 @@ class TrainConfig:
         check(self)
         for name in ("data", "held_out_data"):
             if not all(getattr(self, name)) or not self.data:
-                refuse(self, name, "at least one, and none empty")
+                refuse(self, name, "must name files or datasets, none of them empty")
         if not self.targets and not self.target_parameters:
-            refuse(self, "targets", "at least one")
+            refuse(self, "targets", "must not be empty without target_parameters")
         for name in ("base", "init", "chat_template", "tensorboard", "wandb"):
             if getattr(self, name) == "":
-                refuse(self, name, "an empty name names nothing")
+                refuse(self, name, "must not be empty")
         self._check_adapter()
         if self.steps is not None and self.epochs is not None:
-            conflict("epochs", "steps says how long already", "give one of the two")
+            conflict("epochs", "cannot be combined with steps", "leave out one of the two")
         if self.decay != settings(type(self))["decay"][0].default and self.schedule != "wsd":
-            conflict("decay", "is of the schedule wsd alone", "leave out decay, or choose wsd")
+            conflict("decay", "applies only to schedule wsd", "leave out decay, or use schedule wsd")
         if self.pack and self.group_by_length:
-            conflict("group_by_length", "rows that are packed are of like length already", "leave out one of the two")
+            conflict(
+                "group_by_length",
+                "cannot be combined with pack: packed rows have similar lengths",
+                "leave out one of the two",
+            )
         if self.patience and not (self.has_held_out and self.eval_every):
             conflict(
                 "patience",
-                "needs held_out and eval_every",
-                "say how often to measure: eval_every; and on what: held_out or held_out_data",
+                "needs eval_every and held-out data",
+                "set eval_every, and held_out or held_out_data",
             )
         if self.eval_every and not self.has_held_out:
-            conflict("eval_every", "needs held_out", "say what to measure on: held_out or held_out_data")
+            conflict("eval_every", "needs held-out data", "set held_out or held_out_data")
         if self.shard_base and self.checkpointing not in ("auto", "none", "layer"):
             conflict(
-                "shard_base", "goes with checkpointing: layer or none", "choose one of these, or leave out shard_base"
+                "shard_base",
+                "works only with checkpointing auto, layer or none",
+                "use one of these, or leave out shard_base",
             )
         if self.shard_base and self.method == "full":
             conflict(
                 "shard_base",
-                "method full has no frozen weights",
-                "leave out shard_base, or choose method lora or qlora",
+                "cannot be combined with method full, which has no frozen weights",
+                "leave out shard_base, or use method lora or qlora",
             )
         for name in ("sample_every", "sample_tokens"):
             if getattr(self, name) != settings(type(self))[name][0].default and not self.sample_prompts:
-                conflict(name, "needs sample_prompts", "say what to answer: sample_prompts")
+                conflict(name, "needs sample_prompts", f"set sample_prompts, or leave out {name}")
 
     def _check_adapter(self) -> None:
         """Refuse settings of the adapter that do not go together.
@@ -209,20 +215,24 @@ class TrainConfig:
         """
         given = [name for name in _ADAPTER if getattr(self, name) != settings(type(self))[name][0].default]
         if self.method == "full" and given:
-            conflict(given[0], "method full makes no adapter", f"leave out {given[0]}, or choose method lora or qlora")
+            conflict(
+                given[0],
+                "does not apply to method full, which makes no adapter",
+                f"leave out {given[0]}, or use method lora or qlora",
+            )
         begun = next((name for name in given if name in _BEGUN), None)
         if self.init not in INITS and begun:
-            conflict(begun, "the adapter to begin with has its own", f"leave out {begun}, or init")
+            conflict(begun, "is determined by the adapter to start from", f"leave out {begun}, or init")
         if self.dora and self.lora_bias:
-            conflict("lora_bias", "nobody has defined it together with dora", "leave out one of the two")
+            conflict("lora_bias", "cannot be combined with dora", "leave out one of the two")
         for name in ("dora", "dropout", "lora_bias"):
             if self.target_parameters and getattr(self, name):
-                conflict(name, "does not go with target_parameters, nor does it in PEFT", "leave out one of the two")
+                conflict(name, "cannot be combined with target_parameters, as in PEFT", "leave out one of the two")
         for name in ("rank_pattern", "alpha_pattern"):
             if not all(map(_is_expression, getattr(self, name) or {})):
-                refuse(self, name, "the keys are regular expressions")
+                refuse(self, name, "keys must be regular expressions")
         if any(rank != int(rank) for rank in (self.rank_pattern or {}).values()):
-            refuse(self, "rank_pattern", "whole numbers")
+            refuse(self, "rank_pattern", "values must be whole numbers")
 
     def mixture_weights(self) -> list[float] | None:
         """The weight of each source, in their order: that of its name, or of its file's name; 1 if it is not mentioned.
@@ -237,8 +247,8 @@ class TrainConfig:
             found = [number for number, source in enumerate(self.data) if source == name]
             found = found or [number for number, source in enumerate(self.data) if Path(source).name == name]
             if len(found) != 1 or found[0] in weights:
-                several = "is the name of several" if len(found) > 1 else "is named twice"
-                problem = several if found else "is none of the data"
+                several = "is the name of several of the data" if len(found) > 1 else "is named twice"
+                problem = several if found else "is not one of the data"
                 raise ConfigError(f"mixture: {name!r} {problem}", hint=f"data: {', '.join(self.data)}")
             weights[found[0]] = float(weight)
         return [weights.get(number, 1.0) for number in range(len(self.data))]

@@ -22,10 +22,10 @@ def choose_device(name: str) -> torch.device:
     """
     found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]+))?", name)
     if found is None:
-        raise UsageError(f"device {name!r}: is none", hint="cpu, cuda, cuda:1 for the second GPU, or auto")
+        raise UsageError(f"device {name!r}: unknown", hint="use cpu, cuda, cuda:1 for the second GPU, or auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name.startswith("cuda") and int(found[1] or 0) >= gpus:
-        raise UsageError(f"device {name!r}: not available here", hint="use cpu or auto")
+        raise UsageError(f"device {name!r}: not available", hint="use cpu or auto")
     return torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
 
 
@@ -38,7 +38,7 @@ def make_current(device: torch.device) -> None:
 def slower_without(device: torch.device) -> str:
     """What a GPU's kernels lack, so that all takes longer, in a line; empty if nothing."""
     lacking = what_triton_lacks() if device.type == "cuda" else ""
-    return lacking and f"warning: slower, since Triton's kernels need {lacking}, which is not here"
+    return lacking and f"warning: training is slower without {lacking}, which Triton's kernels need"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

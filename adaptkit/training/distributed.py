@@ -132,7 +132,7 @@ def told_size() -> int:
     with _told_whole():
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if not 0 <= rank < size:
-            raise ValueError(f"RANK is {rank}, and WORLD_SIZE {size}")
+            raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {size}")
     return size
 
 
@@ -178,14 +178,14 @@ def _own_gpu(asked: torch.device, processes: int) -> torch.device:
         number = int(os.environ.get("LOCAL_RANK", "0"))
         if number >= there:
             raise UsageError(
-                f"{processes} processes on this machine need a GPU each, and it has {there}",
-                hint=f"torchrun --nproc-per-node {there}, or --device cpu",
+                f"{processes} processes on this machine need a GPU each, but it has {there}",
+                hint=f"use torchrun --nproc-per-node {there}, or --device cpu",
             )
         return torch.device("cuda", number)
     if processes > 1 and there > 1:  # of one, each process may have been given another to see
         raise UsageError(
-            f"device {str(asked)!r}: is one GPU, and {processes} processes on this machine need one each",
-            hint="--device cuda: each process takes the next one; or start one process",
+            f"device {str(asked)!r}: is one GPU, but {processes} processes on this machine need one each",
+            hint="use --device cuda, which gives each process its own, or start one process",
         )
     return asked
 
@@ -198,7 +198,7 @@ def _told_whole() -> Iterator[None]:
     except ValueError as error:
         raise UsageError(
             f"the environment does not say which of several processes this is: {error}",
-            hint="start them with torchrun; or one process, without MASTER_ADDR",
+            hint="start them with torchrun, or unset MASTER_ADDR to run one process",
         ) from error
 
 
@@ -232,9 +232,11 @@ def _partners(computing: bool = False) -> Iterator[None]:
         if is_out_of_memory(error) or (computing and not of_others):
             raise
         if "Duplicate GPU" in str(error):
-            raise UsageError("two processes of this run have the same GPU", hint="start one for each GPU") from error
+            raise UsageError(
+                "two processes of this run use the same GPU", hint="start one process for each GPU"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise NetworkError(
             f"another process of this run cannot be reached: {reason}",
-            hint="its own message says why; the same command goes on where it stopped",
+            hint="see its own message for the cause; the same command resumes the run",
         ) from error

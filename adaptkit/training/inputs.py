@@ -111,8 +111,8 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     parse_policy(config.checkpointing, layers=1)  # what it means for the network is known once that is built
     if config.offload_checkpoints and device.type != "cuda":
         raise UsageError(
-            "offload_checkpoints: moves checkpoints to host memory, which is where a CPU has them already",
-            hint="leave it out; checkpointing: sqrt keeps fewer of them",
+            "offload_checkpoints: needs a GPU; on a CPU, checkpoints are in host memory already",
+            hint="leave it out; --checkpointing sqrt keeps fewer checkpoints",
         )
     dtype = choose_dtype(config.compute_dtype, device)
     if config.method == "full":
@@ -124,7 +124,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data, *others))])
         if config.tensorboard is not None and Path(config.tensorboard).resolve().is_relative_to(output.resolve()):
             raise UsageError(
-                f"tensorboard: {config.tensorboard} is in the folder that will be made", hint="name another folder"
+                f"tensorboard: {config.tensorboard} is inside the output folder", hint="choose another folder"
             )
     manifest = read_manifest(base)
     if manifest is not None:

@@ -128,7 +128,7 @@ def _lead(
         kept, *others = run.chosen()
         records = records_of(run.model.checkpoint, inputs.manifest)
         for adapter in others:
-            note(f"{adapter.name}/ holds the adapter after step {adapter.step}")
+            note(f"{adapter.name}/ contains the adapter after step {adapter.step}")
             _write_beside(out, inputs, run, records, adapter)
         manifest = _write(out, inputs, run, records, kept, note)
     return _report(output, inputs, run, kept.step, manifest)

@@ -85,8 +85,8 @@ def make_fast(model: Model) -> None:
 
 
 @tells_shortage(
-    "as the model was loaded",
-    hint="a base that adaptkit quantize made, several GPUs with --shard-base, or --device cpu",
+    "while the model was loaded",
+    hint="quantize the base with adaptkit quantize, or use several GPUs with --shard-base, or --device cpu",
 )
 def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model, Activations]:
     """The model with the adapter that it begins with, and what it keeps of a batch.

@@ -144,7 +144,9 @@ def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -
                     name, slice_ = pieces[spec.name]
                     value = _part(model.whole[name].value(), slice_).to("cpu", DTYPES[spec.dtype]).contiguous()
                     if not all_finite(value):
-                        raise NonFiniteError(f"{spec.name}: NaN, or too large for {spec.dtype}")
+                        raise NonFiniteError(
+                            f"{spec.name}: is NaN, or too large for {spec.dtype}", hint="lower the learning rate"
+                        )
                 writer.write(spec.name, value)
         out.add(writer.record, writer.tensors)
     own = {CONFIG_NAME: checkpoint.root / CONFIG_NAME, INDEX_NAME: checkpoint.root / INDEX_NAME}

@@ -91,11 +91,11 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
         differences = _differences(known, json.loads(write_json(identity)))
         if differences:
             raise ConflictError(
-                f"{folder}: holds unfinished work of another run: {'; '.join(differences)}",
-                hint="give the same options and inputs to go on, or begin anew with --force",
+                f"{folder}: contains unfinished work of another run: {'; '.join(differences)}",
+                hint="use the same options and inputs to resume, or start over with --force",
             )
     if resume and (known is None or _newest_whole(folder) is None):
-        raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to begin")
+        raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to start a run")
 
 
 def check_alike(world: World, identity: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ def check_alike(world: World, identity: Mapping[str, Any]) -> None:
     told = [f"process {world.rank} differs from the first: {'; '.join(differences)}"] if differences else []
     told = world.collect(told)
     if told:
-        raise UsageError(". ".join(told), hint="give all processes of a run the same options, base and data")
+        raise UsageError(". ".join(told), hint="start all processes with the same options, base and data")
 
 
 def check_not_finished(output: Path, force: bool, resume: bool) -> None:
@@ -210,7 +210,7 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Snapshot | N
         try:
             return _read(path, step)
         except _DAMAGE as error:
-            what = "trying the one before it" if left else "there is none before it, so the run begins anew"
+            what = "trying the one before it" if left else "there is none before it, so the run starts over"
             note(f"warning: {path.name} is damaged ({error}); {what}")
     return None
 
@@ -292,7 +292,7 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], said: str = "{} was {!r} and is {!r}") -> list[str]:
     """What differs, for people; options by name, with both values."""
-    options, others = before.get("options") or {}, {"base": "base", "data": "data", "init": "adapter to begin with"}
+    options, others = before.get("options") or {}, {"base": "base", "data": "data", "init": "adapter to start from"}
     found = [
         said.format(name, options.get(name), now["options"].get(name))
         for name in sorted({*options, *now["options"]})

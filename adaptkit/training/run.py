@@ -135,11 +135,11 @@ class Run:
                     self._save()
         idle = [name for name, change in self.model.changes().items() if not bool(change.lora_b.any())]
         if idle and self._world.is_first:
-            named = f"{counted(len(idle), 'adapter')} never got a gradient, and changed nothing"
+            named = f"{counted(len(idle), 'adapter')} never received a gradient and did not change"
             self._note(f"{named}: {shortened(idle)}")
         if self.done < self.steps:
-            since = counted(self._config.patience, "measurement")
-            self._note(f"stopped early after step {self.done}: {since} brought nothing better")
+            since = counted(self._config.patience, "evaluation")
+            self._note(f"stopped early after step {self.done}: no better held-out loss in {since}")
 
     def memory(self) -> dict[str, int | None]:
         """What was predicted, by part and in all, and what was measured: see ``TrainReport.memory``."""
@@ -204,11 +204,11 @@ class Run:
         samples = "; ".join(sources)
         message = f"{wrong} at step {step}: {samples}"
         if self._config.on_non_finite == "stop":
-            hint = "lower the learning rate, look at these samples, or go on without them: --on-non-finite skip"
+            hint = "lower the learning rate, check these samples, or skip such steps with --on-non-finite skip"
             raise NonFiniteError(message, hint=hint)
         if self.history.skipped_in_a_row + 1 >= _SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"{message}, and so at {_SKIPPED_IN_A_ROW} steps in a row", hint="lower the learning rate"
+                f"{message} (the last of {_SKIPPED_IN_A_ROW} such steps in a row)", hint="lower the learning rate"
             )
         self._note(f"warning: skipped step {step}: {wrong}: {samples}")
         return f"{wrong}: {'; '.join(map(os.path.basename, sources))}"  # the metrics hold no paths
@@ -232,7 +232,11 @@ class Run:
     def _measure(self) -> None:
         loss = self._held_out_loss()
         if not math.isfinite(loss):
-            hint = "lower the learning rate" if self.done else "look at the base: adaptkit evaluate measures it alone"
+            hint = (
+                "lower the learning rate"
+                if self.done
+                else f"check the base: adaptkit evaluate --base {self._config.base} --data FILE"
+            )
             raise NonFiniteError(f"the held-out loss is {loss} at step {self.done}", hint=hint)
         line = {"step": self.done, "held_out_loss": loss}
         with self._changing():
@@ -245,8 +249,8 @@ class Run:
         asked = [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts]
         options = {"max_new_tokens": self._config.sample_tokens, "batch_size": self._at_once}
         found = self._pressure.make_room(
-            "as prompts were answered",
-            "a smaller --micro-batch-size or --sample-tokens",
+            "while prompts were answered",
+            "use a smaller --micro-batch-size or --sample-tokens",
             lambda: generate(self.model, self._inputs.tokenizer, asked, **options),
         )
         return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
@@ -256,8 +260,8 @@ class Run:
         divided = self._world.size > 1 and not self._config.shard_base  # else all need each other for every batch
         mine = everything[self._world.rank :: self._world.size] if divided else everything
         loss = self._pressure.make_room(
-            "as held-out samples were measured",
-            "a smaller --micro-batch-size or --max-length",
+            "while held-out samples were evaluated",
+            "use a smaller --micro-batch-size or --max-length",
             lambda: mean_loss(self.model, mine, self._at_once, self._padding) if mine else 0.0,
         )
         if not divided:
@@ -300,9 +304,9 @@ class Run:
         vectors = snapshot.vectors
         if vectors["parameters"].count != self.trainable.values.numel():
             raise ConflictError(
-                f"{self._folder}: holds a run that trains {vectors['parameters'].count} parameters, and this one "
-                f"trains {self.trainable.values.numel()}: another version may choose other layers",
-                hint="the version that began it goes on; --force begins again",
+                f"{self._folder}: contains a run that trains {vectors['parameters'].count} parameters, but this one "
+                f"trains {self.trainable.values.numel()}: another version of adaptkit may choose other layers",
+                hint="resume with the version that started it, or start over with --force",
             )
         vectors["parameters"].copy_to(self.trainable.values)
         self.optimizer.steps = snapshot.values["updates"]

@@ -63,7 +63,7 @@ class Setting:
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
-        return ", ".join(f"{word} {_written(bound)}" for word, bound in bounds if bound is not None)
+        return " and ".join(f"{word} {_written(bound)}" for word, bound in bounds if bound is not None)
 
 
 def _written(bound: float) -> str:
@@ -98,19 +98,24 @@ def check(config: Any) -> None:
         given = getattr(config, name)
         value = (given,) if get_origin(found.type) is tuple and isinstance(given, str | PathLike) else given
         object.__setattr__(config, name, convert(value, found.type, Place(keys=(name,))))
-        if not rule.allows(getattr(config, name)):
-            refuse(config, name, rule.range())
+        value = getattr(config, name)
+        if not rule.allows(value):
+            refuse(config, name, f"{'values must be' if isinstance(value, Mapping) else 'must be'} {rule.range()}")
 
 
-def refuse(config: Any, name: str, reason: str = "") -> NoReturn:
+def refuse(config: Any, name: str, problem: str) -> NoReturn:
     """Say that a setting's value cannot be used.
+
+    Args:
+        config: that holds it.
+        name: of the setting.
+        problem: what the value must be.
 
     Raises:
         ConfigError: always.
     """
     _, rule = settings(type(config))[name]
-    hint = f"{name}: {rule.help}" + (f" ({reason})" if reason else "")
-    raise ConfigError(f"{name}: {getattr(config, name)!r} cannot be used", hint=hint)
+    raise ConfigError(f"{name}: {problem}, found {getattr(config, name)!r}", hint=f"{name}: {rule.help}")
 
 
 def conflict(name: str, reason: str, hint: str) -> NoReturn:

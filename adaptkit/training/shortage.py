@@ -7,7 +7,7 @@ import torch
 
 from adaptkit.errors import UsageError
 
-TRAIN_LESS = "train less (a smaller --rank, fewer --targets), --optimizer adamw8bit, or --optimizer-pages-mib"
+TRAIN_LESS = "use a smaller --rank, fewer --targets, --optimizer adamw8bit, or --optimizer-pages-mib"
 """What to do where parameters, gradients and moments do not fit beside the base."""
 
 _WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "out of memory")

@@ -53,7 +53,7 @@ def _tensorboard(folder: str, begun: int) -> Iterator[Tracker]:
     try:
         opened = SummaryWriter(folder, purge_step=begun + 1 if begun else None)
     except OSError as error:
-        raise UsageError(f"tensorboard: {folder}: {error.strerror}", hint="name another folder") from error
+        raise UsageError(f"tensorboard: {folder}: {error.strerror}", hint="choose another folder") from error
     with opened as writer:
 
         def add(line: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def _wandb(config: TrainConfig, identity: Mapping[str, Any]) -> Iterator[Tracker
         opened = wandb.init(project=config.wandb, id=same, resume="allow", config=config.recorded(), settings=quiet)
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"wandb: {reason}", hint="wandb login, or WANDB_MODE=offline") from error
+        raise UsageError(f"wandb: {reason}", hint="run wandb login, or set WANDB_MODE=offline") from error
     with opened as run:
 
         def add(line: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def test_it_lies_beside_the_adapter_and_is_taken_from_there(run_cli, untemplated
     mine = tmp_path / "mine.jinja"
     done = run_cli(*train(untemplated, rows, "a", "--chat-template", mine))
     assert done.code == 0, done.stderr
-    assert f"conversations go through that of {mine}, and what is made has it" in done.stdout
+    assert f"from {mine}; it is saved with the output" in done.stdout
     assert (tmp_path / "a/chat_template.jinja").read_text() == TEMPLATE
     assert run_cli("verify", tmp_path / "a").code == 0
 
@@ -73,7 +73,7 @@ def test_it_lies_beside_the_adapter_and_is_taken_from_there(run_cli, untemplated
     )
 
     again = run_cli(*train(untemplated, rows, "b", "--init", tmp_path / "a"))
-    assert f"conversations go through that of {tmp_path / 'a'}" in again.stdout
+    assert f"from {tmp_path / 'a'}; it is saved with" in again.stdout
     assert (tmp_path / "b/chat_template.jinja").read_text() == TEMPLATE
 
 
@@ -158,7 +158,7 @@ def test_a_template_for_tools_goes_with_the_one_beside_it_and_with_no_other(run_
 
 def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run_cli, untemplated, rows, tmp_path):
     plain = run_cli(*train(untemplated, rows, "a", "--dry-run")).stdout
-    assert "the model has none: messages are lines that follow each other" in plain
+    assert "none: messages are joined as plain lines" in plain
     assert "end token" not in plain
     (untemplated / "generation_config.json").write_text('{"eos_token_id": [0]}')
     told = run_cli(*train(untemplated, rows, "a", "--dry-run", "--chat-template", tmp_path / "mine.jinja")).stdout

@@ -208,7 +208,7 @@ def test_with_json_one_of_several_processes_prints_the_document(run_cli, tmp_pat
     asked = "train", "--base", "b", "--data", "d", "--rank", 0, "-o", tmp_path / "out", "--json"
     ends = [run_cli(*asked, MASTER_ADDR="127.0.0.1", RANK=rank) for rank in ("0", "1")]
     assert [done.code for done in ends] == [2, 2]
-    assert "--rank: 0 cannot be used" in json.loads(ends[0].stdout)["error"]["message"]
+    assert "--rank: must be at least 1 and at most 65,536, found 0" in json.loads(ends[0].stdout)["error"]["message"]
     assert ends[1].stdout == ""
     assert ends[1].stderr.startswith("process 1: error: ")
     alone = run_cli("verify", tmp_path / "absent", "--json", MASTER_ADDR="127.0.0.1", RANK="1")

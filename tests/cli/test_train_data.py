@@ -52,7 +52,7 @@ def test_the_first_batch_comes_with_what_is_not_used(run_cli, llama, files):
     shown = run_cli(*given).stdout.splitlines()
     assert shown[-2:] == [
         f"{files}/chat.jsonl: not used: id",
-        f"{files}/more.jsonl: not used: a column without a name, mo␛od of messages",
+        f"{files}/more.jsonl: not used: an unnamed column, mo␛od of messages",
     ]
     unused = json.loads(run_cli(*given, "--json").stdout)["unused"]
     assert unused == {f"{files}/chat.jsonl": ["id"], f"{files}/more.jsonl": ["", "mo\x1bod of messages"]}
@@ -163,7 +163,7 @@ def test_what_was_cut_of_held_out_data_is_told_too(run_cli, llama, files, too_lo
     ("rows", "options", "code", "message"),
     [
         ('{"instruction": "x"}', {}, 5, "rows.jsonl, line 2: no column output or response or completion or answer"),
-        ('{"prompt": "x", "completion": "y"}', {"mixture": "row.jsonl=2"}, 2, "'row.jsonl' is none of the data"),
+        ('{"prompt": "x", "completion": "y"}', {"mixture": "row.jsonl=2"}, 2, "'row.jsonl' is not one of the data"),
     ],
 )  # fmt: skip
 def test_bad_data_ends_in_one_line_and_a_hint(rows, options, code, message, run_cli, llama, files):

@@ -165,7 +165,7 @@ def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):
         assert found.items() <= expected.items(), name
         assert len(found) >= len(expected) - 2
         assert not (root / f"{name}.partial").exists()
-    assert "went on from" in (root / "half.log").read_text()
+    assert "resumed from" in (root / "half.log").read_text()
 
 
 def test_an_interrupted_run_saves_what_it_did_and_says_how_to_go_on(killed):

@@ -116,7 +116,7 @@ def test_a_row_that_is_refused_leaves_nothing_for_the_next(tokenizer):
     encoder = Encoder(tokenizer)
     first = read_example({"messages": [CHAT[1]]}, "bad")
     row, other = ({"instruction": f"Name {what}", "output": "the Rhine"} for what in ("STALE", "a river"))
-    with pytest.raises(DataError, match="bad: the assistant speaks first") as kept:
+    with pytest.raises(DataError, match="bad: the first message is the assistant's") as kept:
         list(encoder.encode([("bad", first), ("stale", read_example(row, "stale"))]))
     ((sample,),) = [encoded.samples for encoded in encoder.encode([("good", read_example(other, "good"))])]
     assert "Name a river" in tokenizer.decode(sample.ids)

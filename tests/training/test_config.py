@@ -57,9 +57,11 @@ def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path):
     path = tmp_path / "train.yaml"
     for line, problem in (
         ("rank: '4'", "rank: is '4'; expected a whole number"),
-        ("rank: 0", "rank: 0 cannot be used"),
+        ("rank: 0", "rank: must be at least 1 and at most 65,536, found 0"),
+        ("method: lor", "method: must be one of auto, lora, qlora, full, found 'lor'"),
+        ("rank_pattern: {q: 0}", "rank_pattern: values must be at least 1 and at most 65,536, found {'q': 0.0}"),
         ("mixture: {d.jsonl: two}", "mixture.d.jsonl: is 'two'; expected a number"),
-        ("decay: 0.3", "decay: is of the schedule wsd alone"),
+        ("decay: 0.3", "decay: applies only to schedule wsd"),
         ("sample_every: 5", "sample_every: needs sample_prompts"),
         ("sample_tokens: 5", "sample_tokens: needs sample_prompts"),
     ):
@@ -70,7 +72,7 @@ def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path):
         assert caught.value.message == f"{path}, line 3: {problem}"
     with pytest.raises(ConfigError) as caught:  # the command line's goes before the file's, and stands in no line
         build(TrainConfig, document.values, Place(document), {"rank": -1, "sample_every": 0})
-    assert caught.value.message == "rank: -1 cannot be used"
+    assert caught.value.message == "rank: must be at least 1 and at most 65,536, found -1"
 
 
 def test_values_from_python_have_the_types_of_their_fields():
@@ -82,9 +84,9 @@ def test_values_from_python_have_the_types_of_their_fields():
 
 
 def test_steps_and_epochs_are_two_answers_to_one_question():
-    with pytest.raises(ConfigError, match=r"^t\.yaml: epochs: steps says how long already$") as caught:
+    with pytest.raises(ConfigError, match=r"^t\.yaml: epochs: cannot be combined with steps$") as caught:
         config_of({k: v for k, v in GOOD.items() if k != "steps"} | {"steps": 5, "epochs": 2.0})
-    assert caught.value.hint == "give one of the two"
+    assert caught.value.hint == "leave out one of the two"
 
 
 def test_the_record_is_that_of_earlier_versions_which_had_an_epoch_by_default():

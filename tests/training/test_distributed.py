@@ -182,7 +182,7 @@ def test_a_base_cannot_be_divided_by_one_process(run_cli, llama_nf4, instruction
     assert done.stderr.startswith("error: shard_base: needs several processes, found one\nhint: ")
     done = run_cli(*shown, "--checkpointing", "sqrt")
     assert done.code == 2
-    assert "goes with checkpointing: layer or none" in done.stderr
+    assert "works only with checkpointing auto, layer or none" in done.stderr
 
 
 def test_an_environment_that_says_half_of_what_torchrun_does_is_named(run_cli, llama_nf4, instructions, tmp_path):
@@ -195,7 +195,7 @@ def test_an_environment_that_says_half_of_what_torchrun_does_is_named(run_cli, l
     for size, rank in (("2", "2"), ("2", "-1"), ("-1", "0"), ("1", "1")):
         done = run_cli(*given, MASTER_ADDR="127.0.0.1", MASTER_PORT="1", WORLD_SIZE=size, RANK=rank)
         assert done.code == 2
-        assert f"RANK is {rank}, and WORLD_SIZE {size}" in done.stderr
+        assert f"RANK is {rank}, but WORLD_SIZE is {size}" in done.stderr
     done = run_cli(*given, MASTER_ADDR="127.0.0.1", WORLD_SIZE="two")
     assert (done.code, "'two'" in done.stderr) == (2, True)
 
@@ -239,9 +239,9 @@ def test_only_the_first_process_writes_and_speaks(runs):
 def test_when_one_is_killed_the_other_says_so_and_the_same_command_ends_in_the_same_bytes(runs):
     first = (runs / "killed-0.log").read_text()
     assert first.startswith("error: another process of this run cannot be reached")
-    assert "hint: its own message says why; the same command goes on where it stopped" in first
+    assert "hint: see its own message for the cause; the same command resumes the run" in first
     assert "Traceback" not in first
-    assert "went on from" in first
+    assert "resumed from" in first
     assert tree(runs / "killed") == tree(runs / "noisy")
 
 
@@ -249,7 +249,7 @@ def test_so_it_is_where_layers_are_exchanged_while_they_compute(runs):
     first = (runs / "parted-0.log").read_text()
     assert first.startswith("error: another process of this run cannot be reached")
     assert "Traceback" not in first
-    assert "went on from" in first
+    assert "resumed from" in first
     assert tree(runs / "parted").keys() == tree(runs / "sharded").keys()
     name = "adapter_model.safetensors"
     assert (runs / "parted" / name).read_bytes() == (runs / "sharded" / name).read_bytes()
@@ -259,7 +259,7 @@ def test_processes_that_would_train_different_things_are_refused(runs):
     for rank, of in enumerate(("", "process 1: ")):
         message, hint = (runs / f"unlike-{rank}.log").read_text().splitlines()
         assert message == f"{of}error: process 1 differs from the first: rank is 4 there and 8 here; another data"
-        assert hint == f"{of}hint: give all processes of a run the same options, base and data"
+        assert hint == f"{of}hint: start all processes with the same options, base and data"
     assert not (runs / "unlike.partial").exists()
 
 
@@ -292,7 +292,7 @@ def test_torchrun_begins_again_when_a_process_is_killed(runs, llama_nf4, instruc
     os.kill(worker_of(process.pid, "1"), signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
-    assert "went on from" in stdout
+    assert "resumed from" in stdout
     assert tree(output) == tree(runs / "noisy")
 
 

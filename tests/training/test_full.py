@@ -132,7 +132,7 @@ def test_a_quantized_base_is_refused_with_what_to_do(llama_nf4):
 
 def test_what_only_an_adapter_has_is_refused():
     for name, value in (("dora", True), ("rank", 4), ("modules_to_save", ("lm_head",)), ("bias", "all")):
-        with pytest.raises(ConfigError, match=f"^{name}: method full makes no adapter"):
+        with pytest.raises(ConfigError, match=f"^{name}: does not apply to method full, which makes no adapter"):
             TrainConfig(base="base", data=("none",), method="full", **{name: value})
 
 

@@ -27,5 +27,5 @@ def test_a_run_does_not_go_on_from_an_adapter_that_scales_otherwise(
     if goes_on:
         assert train(config, tmp_path / "trained").resumed_from == 2
     else:
-        with pytest.raises(ConflictError, match="another adapter to begin with"):
+        with pytest.raises(ConflictError, match="another adapter to start from"):
             train(config, tmp_path / "trained")

@@ -163,7 +163,7 @@ def test_killed_runs_go_on_to_the_same_bytes(config, trained, tmp_path):
         process.stderr.close()
         assert not output.exists()
     done = subprocess.run(arguments(config, output), capture_output=True, text=True, check=True)
-    assert "went on from" in done.stdout
+    assert "resumed from" in done.stdout
     for name in ("adapter_model.safetensors", "metrics.jsonl"):
         assert (output / name).read_bytes() == (trained[0] / name).read_bytes()
 
@@ -213,7 +213,7 @@ def test_a_budget_says_what_it_chose_or_what_the_least_would_be(config, run_cli,
 
 
 def test_offloading_where_there_is_no_gpu_is_refused_with_the_reason(config, tmp_path):
-    with pytest.raises(UsageError, match="where a CPU has them already"):
+    with pytest.raises(UsageError, match="needs a GPU; on a CPU, checkpoints are in host memory already"):
         train(replace(config, offload_checkpoints=True), tmp_path / "adapter")
 
 

@@ -154,7 +154,7 @@ def test_the_optimizer_never_sees_a_skipped_step(on_poisoned, tmp_path):
 
 def test_skipping_gives_up_when_every_step_is_no_number(on_poisoned, tmp_path):
     broken = replace(on_poisoned, on_non_finite="skip", learning_rate=1e30, max_grad_norm=0.0, steps=20)
-    with pytest.raises(NonFiniteError, match="5 steps in a row"):
+    with pytest.raises(NonFiniteError, match="the last of 5 such steps in a row"):
         train(broken, tmp_path / "adapter", note=lambda text: None)
 
 
@@ -415,7 +415,7 @@ def test_a_tracker_that_cannot_begin_ends_in_one_line(config, run_cli, tmp_path)
     assert done.stderr.startswith(f"error: tensorboard: {tmp_path / 'file'}: ")
     shown = command(config, tmp_path / "b", "--wandb", "p")
     done = run_cli(*shown, cwd=tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
-    assert (done.code, done.stderr.splitlines()[-1]) == (2, "hint: wandb login, or WANDB_MODE=offline")
+    assert (done.code, done.stderr.splitlines()[-1]) == (2, "hint: run wandb login, or set WANDB_MODE=offline")
     assert "Traceback" not in done.stderr
 
 
@@ -431,7 +431,7 @@ def test_the_picture_has_the_curves_and_is_left_out_aloud_without_matplotlib(con
     assert not (tmp_path / "plain" / "loss.svg").exists()
 
 
-# What it would do, and what it goes on from
+# What it would do, and what it resumes from
 
 
 def test_a_plan_is_what_the_run_then_does_and_writes_nothing(config, run_cli, tmp_path):
@@ -481,7 +481,7 @@ def test_a_plan_goes_on_from_where_the_run_then_does(config, run_cli, tmp_path):
         state.write_bytes(state.read_bytes()[:-1] + b"\xff")
         assert plan_run(saving, output, resume=True).resumed_from == left
     shown = run_cli(*command(saving, output, "--dry-run"))
-    assert re.search(r"goes on from +step 2\n", shown.stdout)
+    assert re.search(r"resumes from +step 2\n", shown.stdout)
     assert train(saving, output, note=lambda text: None).resumed_from == 2
 
 
@@ -490,7 +490,7 @@ def test_a_plan_begins_anew_where_every_checkpoint_is_damaged(config, run_cli, t
     (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
     state.unlink()
     assert plan_run(config, tmp_path / "adapter").resumed_from == 0
-    assert "goes on from" not in run_cli(*command(config, tmp_path / "adapter", "--dry-run")).stdout
+    assert "resumes from" not in run_cli(*command(config, tmp_path / "adapter", "--dry-run")).stdout
 
 
 def test_the_size_of_a_checkpoint_is_foretold(config, tmp_path):
@@ -557,7 +557,7 @@ def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
             {"checkpointing": "segments:0"},
             "checkpointing: expected auto, none, layer, sqrt, segments:K or budget:MIB, found 'segments:0'",
         ),
-        ({"offload_checkpoints": True}, "offload_checkpoints: moves checkpoints to host memory"),
+        ({"offload_checkpoints": True}, "offload_checkpoints: needs a GPU"),
     ],
 )
 def test_what_the_settings_tell_is_said_before_the_base_is_read(config, tmp_path, changes, message):
@@ -682,7 +682,7 @@ def test_checkpoints_that_are_all_damaged_are_nothing_to_resume(config, tmp_path
         train(config, tmp_path / "adapter", resume=True)
     notes = []
     assert train(config, tmp_path / "adapter", note=notes.append).resumed_from == 0
-    assert [note for note in notes if "checkpoint-2 is damaged" in note and note.endswith("begins anew")]
+    assert [note for note in notes if "checkpoint-2 is damaged" in note and note.endswith("starts over")]
 
 
 def test_samples_are_packed_beyond_the_positions_that_a_model_learned(config, gpt2, tmp_path):

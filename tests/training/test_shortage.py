@@ -35,11 +35,11 @@ def config(llama_nf4, instructions):
 @pytest.mark.parametrize(
     ("owner", "name", "where", "hint"),
     [
-        (preparation, "load_model", "as the model was loaded", "--shard-base"),
+        (preparation, "load_model", "while the model was loaded", "--shard-base"),
         (run, "make_optimizer", "beside the base", "--optimizer-pages-mib"),
-        (run, "mean_loss", "as held-out samples were measured", "--micro-batch-size"),
+        (run, "mean_loss", "while held-out samples were evaluated", "--micro-batch-size"),
         (PagedAdamW, "step", "beside the base", "--optimizer adamw8bit"),
-        (run, "generate", "as prompts were answered", "--sample-tokens"),
+        (run, "generate", "while prompts were answered", "--sample-tokens"),
     ],
 )
 def test_training_says_where_and_what_takes_less(config, tmp_path, monkeypatch, owner, name, where, hint):
@@ -88,16 +88,16 @@ def test_one_page_that_finds_no_room_is_not_tried_again(config, tmp_path, monkey
 
 def test_so_does_a_dry_run(config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "load_model", full)
-    with pytest.raises(UsageError, match="out of memory as the model was loaded"):
+    with pytest.raises(UsageError, match="out of memory while the model was loaded"):
         plan_run(config, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("name", "where", "hint"),
     [
-        ("load_model", "as the model was loaded", "--device cpu"),
-        ("mean_loss", "as the model was measured", "--batch-size"),
-        ("generate", "as the model was measured", "--batch-size"),
+        ("load_model", "while the model was loaded", "--device cpu"),
+        ("mean_loss", "while the model was evaluated", "--batch-size"),
+        ("generate", "while the model was evaluated", "--batch-size"),
     ],
 )
 def test_so_do_an_evaluation_and_a_comparison(llama_nf4, instructions, monkeypatch, name, where, hint):

@@ -160,7 +160,7 @@ def _loss(loss: float, perplexity: float | None) -> str:
 
 
 def _samples(report: "EvaluateReport") -> str:
-    left_out = [(report.truncated, CUT), (report.dropped, "dropped since the cut took their answer")]
+    left_out = [(report.truncated, CUT), (report.dropped, "dropped: no answer left after the cut")]
     return "; ".join([str(report.samples), *(f"{count} {what}" for count, what in left_out if count)])
 
 
@@ -170,7 +170,7 @@ def _text_rows(text: "TextReport") -> list[Row]:
     if text.reference_loss is not None:
         rows += [
             ("reference", f"{text.reference}: {_loss(text.reference_loss, text.reference_perplexity)}"),
-            ("KL divergence", f"{text.kl_divergence:.5f} nats a token from the reference"),
+            ("KL divergence", f"{text.kl_divergence:.5f} nats per token from the reference"),
             ("same top token", percent(text.same_top_token or 0.0)),
         ]
     return rows
@@ -201,7 +201,7 @@ def _check_samples_file(path: Path, generate: bool, html: Path | None) -> None:
     if not generate:
         raise click.UsageError("--samples-file needs --generate")
     if html is not None and path.absolute() == html.absolute():
-        raise click.UsageError(f"--samples-file {path}: is the page, too; choose another name")
+        raise click.UsageError(f"--samples-file {path}: is also the --html page; choose another name")
     check_place(path, "--samples-file", "file of answers", _are_answers)
 
 

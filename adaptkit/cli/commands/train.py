@@ -63,7 +63,7 @@ def command(
     interrupted run.
     """
     if show_batch and dry_run:
-        raise click.UsageError("--show-batch and --dry-run print different things; choose one")
+        raise click.UsageError("--show-batch and --dry-run cannot be combined; choose one")
     document = read_document(config_file) if config_file else Document(Path("options"), {}, {})
     values, chosen = document.values, given(TrainConfig, options)
     if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
@@ -107,10 +107,10 @@ def _show_batch(batch: "Preview", as_json: bool, quiet: bool) -> None:
 def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
     yield "would write", plan.output
     if plan.resumed_from:
-        yield "goes on from", f"step {plan.resumed_from}"
+        yield "resumes from", f"step {plan.resumed_from}"
     yield "steps", f"{plan.steps}, {plan.warmup_steps} of them warm-up"
     yield "samples", f"{plan.samples} to train on, {plan.held_out} held out"
-    yield "tokens of a pass", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"
+    yield "training tokens", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"
     yield "trainable", f"{plan.trainable_parameters:,} parameters"
     if plan.left_out:
         yield "left out", plan.left_out
@@ -127,7 +127,7 @@ def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
 def _rows(report: "TrainReport") -> Iterator[Row]:
     yield "wrote", report.output
     if report.resumed_from:
-        yield "went on from", f"step {report.resumed_from}"
+        yield "resumed from", f"step {report.resumed_from}"
     if report.held_out_before is not None and report.held_out_after is not None:
         yield "held-out loss", f"{report.held_out_before:.4f} -> {report.held_out_after:.4f}"
     went = f"{counted(report.steps, 'step')}, {counted(report.samples, 'sample')}"
@@ -135,12 +135,12 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
     if report.kept_step != report.steps:
         yield "kept", f"the adapter after step {report.kept_step}; the last one is in last/"
     if report.skipped:
-        yield "skipped", f"{counted(report.skipped, 'step')} whose loss or gradient was no number"
+        yield "skipped", f"{counted(report.skipped, 'step')} with a NaN or infinite loss or gradient"
     if report.tokens_per_second:  # none of a run whose steps were all taken before it was killed
         yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
     yield "activations", f"{report.compute_dtype}; {report.checkpointing}"
     measured = report.memory["measured"]
-    seen = "not measured here" if measured is None else f"{size(measured)} measured"
+    seen = "not measured" if measured is None else f"{size(measured)} measured"
     yield "memory", f"{size(report.memory['predicted'] or 0)} predicted, {seen}"
     paging = report.paging
     moved = f"{counted(paging['faults'], 'fault')}, {counted(paging['write_backs'], 'write-back')}"

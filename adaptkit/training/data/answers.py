@@ -98,7 +98,7 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
         DataError: the assistant speaks first, or is asked to think and does not, or the other way.
     """
     if turn == 0:
-        raise DataError("the assistant speaks first", hint="begin with a user's message")
+        raise DataError("the first message is the assistant's", hint="begin with a user message")
     content, opened = words_of(messages[turn]), _LAST_TAG.search(before)
     said = content.removeprefix(opened[1]) if opened else content  # a thought's mark that the prompt has already
     if not through.startswith(before) or missing(said, through[len(before) : ends.said]):
@@ -153,8 +153,8 @@ def answer_as_asked(
     is_asked_alike = before.endswith(opening) and is_there
     if not is_asked_alike or messages[turn - 1]["role"] == "assistant":
         raise DataError(
-            f"the chat template rewrites the conversation around message {turn + 1}, so that its tokens "
-            "cannot be told from the others",
+            f"the chat template rewrites the conversation around message {turn + 1}, so its tokens "
+            "cannot be identified",
             HINT,
         )
     if opening.strip() and not _TAG.search(opening):
@@ -167,7 +167,7 @@ def answer_as_asked(
     if lost:
         raise DataError(
             f"the chat template leaves out a part of message {turn + 1}: {lost[:60]!r}",
-            f"leave it out of the data; or set the template's variable for it, such as enable_thinking; or {HINT}",
+            f"remove it from the data, set the template's variable for it, such as enable_thinking, or {HINT}",
         )
     check_calls(messages, turn, said)
     lead = _lead(said, content) if content or CALLS not in messages[turn] else _overlap(opening, said)
@@ -198,8 +198,8 @@ def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: i
     content = words_of(messages[turn])
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
         raise DataError(
-            f"the chat template writes a thought of its own before those of message {turn + 1}",
-            f"leave thoughts out of the data, or {HINT}",
+            f"the chat template adds reasoning of its own before that of message {turn + 1}",
+            f"remove reasoning from the data, or {HINT}",
         )
     last = _LAST_TAG.search(before)
     kind = _kind(last[1]) if last else ""
@@ -218,11 +218,10 @@ def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: i
 
 
 def _otherwise(opening: str, turn: int, begun: bool) -> DataError:
-    setting, other = ("false", "give answers thoughts") if begun else ("true", "leave thoughts out of the data")
+    setting, other = ("false", "add reasoning to the answers") if begun else ("true", "remove reasoning from the data")
     return DataError(
-        f"the chat template has the model answer after {opening!r}, and message {turn + 1}, an answer that is there, "
-        "does not go on from that",
-        f"set its variable for them, if it has one, as in chat_template_kwargs: enable_thinking={setting}; or {other}",
+        f"the chat template opens answers with {opening!r}, but message {turn + 1}, an answer, does not continue that",
+        f"set its variable for reasoning, such as --chat-template-kwargs enable_thinking={setting}, or {other}",
     )
 
 

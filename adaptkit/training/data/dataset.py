@@ -122,10 +122,12 @@ def load_data(
     encoder, data = Encoder(tokenizer, loss_on), taker.data
     data.sources = tuple(_read(source, number, layout, encoder, taker) for number, source in enumerate(sources))
     if not data.samples:
-        reason = f"every sample, {data.dropped} in all, is too long, or loses its answer, at max_length {max_length}"
+        reason = (
+            f"no sample is left of {data.dropped}: all are too long, or lose their answer, at max_length {max_length}"
+        )
         raise DataError(
-            f"{', '.join(map(str, sources))}: {reason if data.dropped else 'there are no rows'}",
-            hint="raise max_length" if data.dropped else "give rows to learn from",
+            f"{', '.join(map(str, sources))}: {reason if data.dropped else 'no rows'}",
+            hint="raise --max-length" if data.dropped else "give a file with rows",
         )
     data.dated = asks_for_the_date(tokenizer) and data.talks
     return data
@@ -147,7 +149,9 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
         return list(samples), []
     rows = list(dict.fromkeys(sample.source for sample in samples))
     if len(rows) < 2:
-        raise DataError("one row cannot be split", hint="give more data, or held_out: 0")
+        raise DataError(
+            "a single row cannot be split into training and held-out rows", hint="add data, or use --held-out 0"
+        )
     count = min(len(rows) - 1, max(1, round(len(rows) * held_out)))
     chosen = {rows[i] for i in order(len(rows), seed)[:count]}
     return [s for s in samples if s.source not in chosen], [s for s in samples if s.source in chosen]
@@ -181,14 +185,14 @@ class _Taker:
         """Take a sample, as long as it may be, or leave it out."""
         length = len(sample.ids)
         if sample.answer_tokens == 0:
-            raise DataError(f"{sample.source}: there is nothing to learn", hint="every row needs an answer, or text")
+            raise DataError(f"{sample.source}: nothing to learn", hint="give every row an answer, or text")
         if length > self.data.longest:
             self.data.longest, self.data.longest_at = length, sample.source
         if length > self.max_length:
             if self.too_long == "error":
                 raise DataError(
-                    f"{sample.source}: {length} tokens, more than max_length {self.max_length}",
-                    hint="raise it, or give too_long: cut or drop",
+                    f"{sample.source}: {length} tokens are more than max_length {self.max_length}",
+                    hint="raise --max-length, or use --too-long cut or drop",
                 )
             if self.too_long == "drop":
                 self.data.dropped += 1
@@ -202,8 +206,8 @@ class _Taker:
             self.data.truncated += 1
         if self.context is not None and len(sample.ids) > self.context:
             raise DataError(
-                f"{sample.source}: {len(sample.ids)} tokens, and the model reads at most {self.context}",
-                hint=f"max_length: {self.context}",
+                f"{sample.source}: {len(sample.ids)} tokens are longer than the model's context of {self.context}",
+                hint=f"--max-length {self.context}",
             )
         check_known(sample.ids, self.known, sample.source)
         self.data.samples.append(sample)

@@ -80,7 +80,7 @@ class Encoder:
             UsageError: the tokenizer is a slow one, which does not say where a token is in the text.
         """
         if not tokenizer.is_fast:
-            raise UsageError(f"{type(tokenizer).__name__} is no fast tokenizer", hint="add its tokenizer.json")
+            raise UsageError(f"{type(tokenizer).__name__} is not a fast tokenizer", hint="add its tokenizer.json")
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
         self._known_ends = dict[str, bool]()
@@ -246,7 +246,9 @@ class Encoder:
         if added:
             eos = self._tokenizer.eos_token_id
             if eos is None:
-                raise DataError(f"{where}: there is no token to end with", hint="the tokenizer needs an eos_token")
+                raise DataError(
+                    f"{where}: the tokenizer has no end token", hint="set eos_token in its tokenizer_config.json"
+                )
             last = spans[-1].stop if spans else len(ids) - (ids[-1:] == array("i", [eos]))
             ids[last:] = labels[last:] = array("i", [eos])
         if text.begins and ids[: len(self._begin)] != self._begin:

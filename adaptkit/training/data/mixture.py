@@ -48,10 +48,12 @@ class Mixture:
             counts[source] += 1
         for name, count, member in zip(sources, counts, members, strict=True):
             if count == 0 or not member:
-                reason = (
-                    "its share of an epoch is less than one" if member else "none of its samples is left to train on"
+                reason, hint = (
+                    ("its share of an epoch is less than one sample", "raise its weight")
+                    if member
+                    else ("it has no samples to train on", "leave it out, or hold out fewer rows")
                 )
-                raise ConfigError(f"mixture: {name}: no sample would be drawn", hint=reason)
+                raise ConfigError(f"mixture: {name}: no sample would be drawn: {reason}", hint=hint)
         return cls(tuple(map(tuple, members)), tuple(counts))
 
     def draw(self, epoch: int, seed: int) -> list[int]:

@@ -24,12 +24,12 @@ def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> Non
         said, role = message["content"], message["role"]
         if role != "assistant" and not _is_in(said, text) and not (role == "tool" and is_written(said, text)):
             raise DataError(
-                f"the chat template leaves out message {number}, which is the {role}'s",
-                "move it into a message that the template writes, or give the model another chat template",
+                f"the chat template leaves out message {number} ({role})",
+                f"move it into a message that the template writes, or {HINT}",
             )
     for name in names_of(tools):
         if name not in text:
-            raise DataError(f"the chat template leaves out the tool {name}", f"leave tools out of the data, or {HINT}")
+            raise DataError(f"the chat template leaves out the tool {name}", f"remove tools from the data, or {HINT}")
 
 
 def check_answers(messages: Sequence[Message], text: str) -> None:
@@ -46,7 +46,7 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
         if missing:
             raise DataError(
                 f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
-                f"learn the answers alone, each as the model is asked for it: loss_on: answers; or {HINT}",
+                f"learn only the answers, with --loss-on answers, or {HINT}",
             )
         check_calls(messages, number - 1, text[at:])
 
@@ -65,7 +65,7 @@ def check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
     missing = missing_in(messages[turn].get(CALLS, ()), said)
     if missing:
         raise DataError(
-            f"the chat template leaves out a part of the calls in message {turn + 1}: {missing[:60]!r}",
+            f"the chat template leaves out a part of the tool calls in message {turn + 1}: {missing[:60]!r}",
             f"leave such conversations out, or {HINT}",
         )
 

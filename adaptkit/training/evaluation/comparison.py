@@ -109,7 +109,7 @@ def compare(
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
     if not bases:
-        raise UsageError("there is no model to measure", hint="give --base FOLDER")
+        raise UsageError("no model to evaluate", hint="give --base FOLDER")
     subjects = _subjects(bases, [read_own(adapter) for adapter in adapters], bool(options.shots))
     plain = replace(options, shots=0, shots_from=())
     asked = list(dict.fromkeys(subject.asked for subject in subjects))
@@ -136,10 +136,10 @@ def compare(
 
 def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -> list[_Subject]:
     """The models in the order of the table."""
-    if len(set(bases)) < len(bases):
-        raise UsageError("a base is given twice", hint="give each --base once")
-    if len({adapter.root for adapter in adapters}) < len(adapters):
-        raise UsageError("an adapter is given twice", hint="give each --adapter once")
+    for option, given in (("--base", bases), ("--adapter", [adapter.root for adapter in adapters])):
+        for root in given:
+            if given.count(root) > 1:
+                raise UsageError(f"{root}: is given twice", hint=f"give each {option} once")
     subjects = []
     weights = [Weights(base) for base in bases]
     for number, base in enumerate(weights):

@@ -101,18 +101,18 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
     if not data and not text and not options.prompts:
         raise UsageError("nothing to evaluate", hint="give --data FILE, --text FILE or --prompt TEXT")
     if reference is not None and not text:
-        raise UsageError("a reference is compared on text", hint="give --text FILE")
+        raise UsageError("reference: needs text", hint="give --text FILE")
     if options.max_tokens is not None and not text:
-        raise UsageError("max_tokens: there is no text", hint="give --text FILE")
+        raise UsageError("max_tokens: needs text", hint="give --text FILE")
     if options.generate and not data:
-        raise UsageError("the questions to answer, and their answers, come from data", hint="give --data FILE")
+        raise UsageError("generate: needs data with questions and answers", hint="give --data FILE")
     if options.shots and not data and not options.prompts:
-        raise UsageError("examples come before questions, and there are none", hint="give --data FILE or --prompt TEXT")
+        raise UsageError("shots: needs questions or prompts", hint="give --data FILE or --prompt TEXT")
     if options.generate:
         require_metrics()
 
 
-@tells_shortage("as the model was loaded", hint="a base that adaptkit quantize made, or --device cpu")
+@tells_shortage("while the model was loaded", hint="quantize the base with adaptkit quantize, or use --device cpu")
 def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
     """Load a checkpoint, and an adapter on it.
 
@@ -133,7 +133,9 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
 
 
 @attention_of_any_length()
-@tells_shortage("as the model was measured", hint="a smaller --batch-size, --max-length or --window, or --device cpu")
+@tells_shortage(
+    "while the model was evaluated", hint="use a smaller --batch-size, --max-length or --window, or --device cpu"
+)
 def measure(
     base: Path,
     adapter: Adapter | None,
@@ -191,8 +193,8 @@ def _require_numbers(base: Path, losses: Mapping[str, float | None]) -> None:
     for what, loss in losses.items():
         if loss is not None and not math.isfinite(loss):
             raise NonFiniteError(
-                f"{base}: its loss on {what} is {loss}",
-                hint=f"run: adaptkit verify {base}; or compute in more digits: --compute-dtype float32",
+                f"{base}: the loss on {what} is {loss}",
+                hint=f"run: adaptkit verify {base}; or use --compute-dtype float32",
             )
 
 

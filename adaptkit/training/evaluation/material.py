@@ -124,9 +124,9 @@ def read_material(
     questions = tuple(question for question in asked if all(reader.has_room(question) for reader in everyone))
     if asked and not questions:
         raise DataError(
-            f"every question, {len(asked)} in all, with {counted(options.max_new_tokens, 'new token')} is longer than "
-            "a model's context",
-            hint="lower --max-new-tokens, or give other data",
+            f"none of {counted(len(asked), 'question')} fits a model's context with "
+            f"{counted(options.max_new_tokens, 'new token')}",
+            hint="lower --max-new-tokens, or use shorter questions",
         )
     return [reader.read(questions, shots, len(asked) - len(questions)) for reader in readers]
 

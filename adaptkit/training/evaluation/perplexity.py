@@ -82,8 +82,8 @@ def _check_vocabulary(model: Model, windows: Tensor, reference: Model | None) ->
     others = known if reference is None else reference.network.get_input_embeddings().weight.shape[0]
     if reference is not None and others != known:
         raise BaseMismatchError(
-            f"{reference.checkpoint.root}: knows {others} tokens, {model.checkpoint.root} knows {known}",
-            hint="the reference is the checkpoint that the model was made from",
+            f"{reference.checkpoint.root}: has {others} tokens, but {model.checkpoint.root} has {known}",
+            hint="use the checkpoint that the model was made from as --reference",
         )
 
 

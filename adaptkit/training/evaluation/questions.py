@@ -58,17 +58,17 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
     for where, example in _conversations(files, layout):
         *before, answer = example.messages
         if not before:
-            raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
+            raise DataError(f"{where}: an answer without a question", hint="put a user message before it")
         if to_score and CALLS in answer:
-            raise DataError(f"{where}: the answer calls a tool, which no score compares", hint="measure its loss alone")
+            raise DataError(f"{where}: the answer calls a tool, which cannot be scored", hint="leave out --generate")
         said = without_thoughts(answer["content"])
         if to_score and not said.strip():
-            raise DataError(f"{where}: the answer is empty", hint="every row needs a reference answer")
+            raise DataError(f"{where}: the answer is empty", hint="give every row a reference answer")
         key = json.dumps([before, example.tools], sort_keys=True)
         asked.setdefault(key, (tuple(before), example.tools))
         references.setdefault(key, {})[said] = None
     if not asked:
-        raise DataError(f"{', '.join(map(str, files))}: there are no rows", hint="give other data")
+        raise DataError(f"{', '.join(map(str, files))}: no rows", hint="give a file with rows")
     return tuple(Question(messages, tuple(references[key]), tools) for key, (messages, tools) in asked.items())
 
 
@@ -96,17 +96,20 @@ def read_shots(
     found: dict[str, Messages] = {}
     for where, example in _conversations(files, layout):
         if example.tools or any(CALLS in message for message in example.messages):
-            raise DataError(f"{where}: calls tools, and examples cannot", hint="give --shots-from rows without tools")
+            raise DataError(
+                f"{where}: has tools, which examples cannot have", hint="use rows without tools in --shots-from"
+            )
         turns = tuple(message for message in example.messages if message["role"] != "system")
         keys = _beginnings(turns[:-1])
         if not keys:
-            raise DataError(f"{where}: an answer without a question", hint="put a user's message before it")
+            raise DataError(f"{where}: an answer without a question", hint="put a user message before it")
         if keys[-1] not in beginnings and wholes.isdisjoint(keys):
             found.setdefault(keys[-1], turns)
     if len(found) < count:
         raise DataError(
-            f"{', '.join(map(str, files))}: {counted(len(found), 'example')} beside the questions, {count} wanted",
-            hint="lower --shots, or give more --shots-from files",
+            f"{', '.join(map(str, files))}: expected {counted(count, 'example')} apart from the questions, "
+            f"found {len(found)}",
+            hint="lower --shots, or add --shots-from files",
         )
     conversations = list(found.values())
     return tuple(conversations[number] for number in order(len(conversations), seed)[:count])
@@ -198,7 +201,10 @@ def load_data_with_shots(
             else:
                 dropped += 1
     if not samples:
-        raise DataError(f"{', '.join(map(str, files))}: no row keeps an answer", hint="raise max_length")
+        raise DataError(
+            f"{', '.join(map(str, files))}: no row has an answer within max_length {max_length}",
+            hint="raise --max-length",
+        )
     return Dataset(samples, truncated, dropped), fewer
 
 
@@ -216,5 +222,7 @@ def _conversations(files: Sequence[Path], layout: str | None) -> Iterator[tuple[
     for where, row in chain.from_iterable(map(read_rows, files)):
         example = read_example(row, where, layout)
         if example.text is not None:
-            raise DataError(f"{where}: plain text asks nothing", hint="give conversations, or --text")
+            raise DataError(
+                f"{where}: plain text has no question", hint="use conversations, or give the file with --text"
+            )
         yield where, replace(example, messages=example.messages[: example.learned[-1] + 1])

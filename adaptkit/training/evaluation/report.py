@@ -67,19 +67,17 @@ class EvaluateOptions:
             ("max_tokens", 2),
         ):
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UsageError(f"{name}: {getattr(self, name)} cannot be used", hint=f"it is at least {least}")
+                raise UsageError(f"{name}: must be at least {least}, found {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed: {self.seed} cannot be used", hint="it is at least 0, and below 2 to the 63")
+            raise UsageError(f"seed: must be at least 0 and below 2 to the power of 63, found {self.seed}")
         if self.layout not in (None, *LAYOUTS):
-            raise UsageError(f"layout: {self.layout} is none", hint=f"layouts: {', '.join(LAYOUTS)}")
+            raise UsageError(f"layout: must be one of {', '.join(LAYOUTS)}, found {self.layout!r}")
         if self.compute_dtype not in COMPUTE_DTYPES:
-            raise UsageError(f"compute_dtype: {self.compute_dtype!r} is none of {', '.join(COMPUTE_DTYPES)}")
+            raise UsageError(f"compute_dtype: must be one of {', '.join(COMPUTE_DTYPES)}, found {self.compute_dtype!r}")
         if bool(self.shots) != bool(self.shots_from):
-            raise UsageError(
-                "examples need a number and files to come from", hint="give --shots K and --shots-from FILE"
-            )
+            raise UsageError("shots and shots_from must be given together", hint="give --shots K and --shots-from FILE")
         if self.samples is not None and not self.generate:
-            raise UsageError("samples: nothing is generated", hint="give --generate too")
+            raise UsageError("samples: needs generate", hint="add --generate")
 
 
 @dataclass(frozen=True)
@@ -173,20 +171,20 @@ class EvaluateReport:
     @property
     def template_remark(self) -> str | None:
         """What is to be said of prompts that are not those of the base, or of the training run."""
-        remarks = ["asked through the chat template that lies beside the adapter"] if self.own_template else []
+        remarks = ["prompts use the adapter's own chat template"] if self.own_template else []
         if self.trained_template is not None:
             given = " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(self.trained_template.items()))
             named = f"chat_template_kwargs {given}" if given else "no chat_template_kwargs"
-            remarks.append(f"trained with {named}, unlike measured")
+            remarks.append(f"trained with {named}, unlike this evaluation")
         if self.without_template:
-            remarks.append("there is no chat template: messages are lines that follow each other")
+            remarks.append("no chat template: messages are joined as plain lines")
         return "; ".join(remarks) or None
 
     @property
     def unused_remarks(self) -> list[str]:
         """What is to be said of columns that nothing was made of, for each file that has some."""
         return [
-            f"{file}: not used: {', '.join(name or 'a column without a name' for name in names)}"
+            f"{file}: not used: {', '.join(name or 'an unnamed column' for name in names)}"
             for file, names in self.unused.items()
         ]
 

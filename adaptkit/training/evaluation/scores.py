@@ -59,7 +59,7 @@ def require_metrics() -> None:
         import sacrebleu  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"scoring answers needs the metric packages, one of which cannot be imported: {error}",
+            f"scoring answers needs the metric packages: {error}",
             hint="pip install 'adaptkit[eval]'",
         ) from error
     _wordnet()

@@ -148,7 +148,9 @@ def test_thoughts_that_the_template_leaves_out_go_on_from_the_one_that_it_begins
             "no\n</think>\n\nnil<|end|>", "long\nand wide\n</think>\n\nthe Rhine<|end|>",
         ]  # fmt: skip
         check_asked(samples, messages, tokenizer)
-    with pytest.raises(DataError, match=r"answer after '<think>\\n', and message 2, an answer .*, does not go on"):
+    with pytest.raises(
+        DataError, match=r"opens answers with '<think>\\n', but message 2, an answer, does not continue that"
+    ):
         encode(chat("Name a river", "the Rhine"), tokenizer)
 
 
@@ -186,7 +188,7 @@ def test_thoughts_begin_and_end_in_prompt_and_answer_together(make, opening, mar
         "{% endfor %}"
         f"{{% if add_generation_prompt %}}<|assistant|>{opening}{{% endif %}}"
     )
-    with pytest.raises(DataError, match="and message 2, an answer that is there, does not go on from that") as caught:
+    with pytest.raises(DataError, match="but message 2, an answer, does not continue that") as caught:
         encode(chat("Name a river", answer), tokenizer)
     assert repr(after) in caught.value.message
     assert (
@@ -226,7 +228,7 @@ def test_a_thought_of_the_template_before_those_of_the_data_is_refused(make):
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
                      "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
     assert learned(encode(chat("Name a river", "the Rhine"), tokenizer)[0], tokenizer).startswith("<think></think>the")
-    with pytest.raises(DataError, match="a thought of its own before those of message 2"):
+    with pytest.raises(DataError, match="adds reasoning of its own before that of message 2"):
         encode(chat("Name a river", THOUGHTFUL), tokenizer)
 
 
@@ -261,7 +263,7 @@ def test_a_switch_that_the_template_obeys_is_not_missed(make):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ m.content", "{{ '' if m.role == 'system' else m.content"
     )
-    with pytest.raises(DataError, match="leaves out message 1, which is the system's"):
+    with pytest.raises(DataError, match=r"leaves out message 1 \(system\)"):
         encode(chat("Name a river", "the Rhine", system="Be kind. /no_think"), tokenizer)
 
 
@@ -279,7 +281,7 @@ def test_a_template_that_names_a_field_but_never_reads_it_gets_thoughts_in_the_c
 
 
 def test_thoughts_are_refused_where_the_model_is_asked_for_an_answer_without(make):
-    with pytest.raises(DataError, match=r"after '</think>', and message 2, an answer .*, does not go on"):
+    with pytest.raises(DataError, match=r"after '</think>', but message 2, an answer, does not continue"):
         encode(chat("Name a river", THOUGHTFUL), make(ANSWER_CLOSES))
 
 
@@ -354,7 +356,7 @@ def test_a_template_that_asks_otherwise_later_in_a_conversation_is_refused(make)
 def test_a_template_that_leaves_a_message_out_is_refused(make, what, loss_on):
     """As SmolVLM's does with any text that is not in a list."""
     tokenizer = make(TURNS + "<|user|>" + what + "<|end|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}")
-    with pytest.raises(DataError, match="leaves out message 1, which is the system's"):
+    with pytest.raises(DataError, match=r"leaves out message 1 \(system\)"):
         encode(chat("Name a river", "the Rhine", system="Be kind"), tokenizer, loss_on=loss_on)
 
 

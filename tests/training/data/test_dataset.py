@@ -44,15 +44,15 @@ def test_long_samples_are_dropped_or_refused_on_demand(tokenizer, tmp_path):
     path = write(tmp_path, SHORT, LONG_ANSWER)
     dataset = load_data([path], tokenizer, 100, too_long="drop")
     assert ([s.source for s in dataset.samples], dataset.truncated, dataset.dropped) == ([f"{path}, line 1"], 0, 1)
-    with pytest.raises(DataError, match=rf"line 2: {dataset.longest} tokens, more than max_length 100"):
+    with pytest.raises(DataError, match=rf"line 2: {dataset.longest} tokens are more than max_length 100"):
         load_data([path], tokenizer, 100, too_long="error")
 
 
 def test_what_the_model_cannot_read_is_refused(tokenizer, tmp_path):
     path = write(tmp_path, SHORT, LONG_ANSWER)
-    with pytest.raises(DataError, match=r"line 2: \d+ tokens, and the model reads at most 128") as raised:
+    with pytest.raises(DataError, match=r"line 2: \d+ tokens are longer than the model\'s context of 128") as raised:
         load_data([path], tokenizer, 1024, context=128)
-    assert raised.value.hint == "max_length: 128"
+    assert raised.value.hint == "--max-length 128"
     assert load_data([path], tokenizer, 128, context=128).truncated == 1
 
 
@@ -108,11 +108,13 @@ def test_rows_with_an_empty_answer_are_counted_and_the_first_is_named(tokenizer,
 
 
 def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="there are no rows"):
+    with pytest.raises(DataError, match="no rows"):
         load_data([write(tmp_path)], tokenizer, 99)
-    with pytest.raises(DataError, match=r"line 1: there is nothing to learn"):
+    with pytest.raises(DataError, match=r"line 1: nothing to learn"):
         load_data([write(tmp_path, {"text": ""})], tokenizer, 99)
-    with pytest.raises(DataError, match="every sample, 1 in all, is too long, or loses its answer, at max_length 10"):
+    with pytest.raises(
+        DataError, match="no sample is left of 1: all are too long, or lose their answer, at max_length 10"
+    ):
         load_data([write(tmp_path, LONG_QUESTION)], tokenizer, 10)
 
 
@@ -194,7 +196,7 @@ def test_what_a_held_out_answer_was_is_in_no_sample_that_is_trained_on(llama, tm
 
 def test_one_row_cannot_be_split_however_many_samples_it_is():
     samples = [Sample((turn,), (turn,), "chat.jsonl, line 1") for turn in range(3)]
-    with pytest.raises(DataError, match="one row cannot be split"):
+    with pytest.raises(DataError, match="a single row cannot be split"):
         split(samples, 0.5, 0)
     assert split(samples, 0, 0) == (samples, [])
 

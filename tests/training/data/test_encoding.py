@@ -357,7 +357,7 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    with pytest.raises(DataError, match="here: the chat template has the model answer after 'A:', and message 2"):
+    with pytest.raises(DataError, match="here: the chat template opens answers with 'A:', but message 2"):
         encode(conversation("one", "two"), tokenizer)
 
 
@@ -370,7 +370,7 @@ def test_a_template_that_rewrites_what_was_asked_is_refused(llama, question):
 
 
 def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
-    with pytest.raises(DataError, match="here: the assistant speaks first"):
+    with pytest.raises(DataError, match="here: the first message is the assistant's"):
         encode([{"role": "assistant", "content": "hello"}], tokenizer)
 
 
@@ -412,7 +412,7 @@ def test_without_a_template_messages_follow_each_other_after_the_first_token(fam
 def test_without_any_end_token_nothing_can_be_learned_to_end(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template, tokenizer.eos_token = ALPACA, None
-    with pytest.raises(DataError, match="here: there is no token to end with"):
+    with pytest.raises(DataError, match="here: the tokenizer has no end token"):
         encode(CHAT, tokenizer)
 
 

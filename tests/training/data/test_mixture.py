@@ -90,7 +90,7 @@ def test_weights_go_by_name_or_file_name_and_are_one_otherwise():
     sources = ["data/task.jsonl", "data/general.jsonl", "org/name:train"]
     assert weights_of({"general.jsonl": 0.5, "org/name:train": 2}, sources) == [1.0, 0.5, 2]
     assert weights_of(None, sources) is None
-    with pytest.raises(ConfigError, match=r"'gneral.jsonl' is none of the data") as raised:
+    with pytest.raises(ConfigError, match=r"'gneral.jsonl' is not one of the data") as raised:
         weights_of({"gneral.jsonl": 1}, sources)
     assert raised.value.hint == "data: data/task.jsonl, data/general.jsonl, org/name:train"
     with pytest.raises(ConfigError, match=r"'a.jsonl' is named twice"):
@@ -109,4 +109,5 @@ def test_a_source_that_would_give_nothing_is_refused():
         Mixture.of(samples([5, 5]), [1, 0.001], ["a", "b"])
     with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn") as raised:
         Mixture.of(samples([5]), [1, 1], ["a", "b"])
-    assert raised.value.hint == "none of its samples is left to train on"
+    assert raised.value.message.endswith(": no sample would be drawn: it has no samples to train on")
+    assert raised.value.hint == "leave it out, or hold out fewer rows"

@@ -107,7 +107,7 @@ def test_nothing_foretells_the_first_token_of_a_packed_sample():
 
 
 def test_packing_and_grouping_exclude_each_other():
-    with pytest.raises(ConfigError, match="group_by_length: rows that are packed are of like length already"):
+    with pytest.raises(ConfigError, match="group_by_length: cannot be combined with pack"):
         TrainConfig(base="b", data=("d",), pack=True, group_by_length=True)
 
 

@@ -173,7 +173,7 @@ NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | 
     [
         (NO_TOOLS, "leaves out the list of tools"),
         (NO_CALLS, "leaves out tool calls"),
-        (NO_KEYS, "leaves out a part of the calls in message 2: 'of'"),
+        (NO_KEYS, "leaves out a part of the tool calls in message 2: 'of'"),
         (
             CHATML.replace("<tool_response>{{ m.content }}", "<tool_response>"),
             "leaves out tool results",
@@ -265,7 +265,7 @@ def test_a_call_that_is_asked_for_otherwise_than_written_is_learned_after_what_i
     tokenizer.chat_template = ASKED_OTHERWISE.replace(
         "f.arguments | tojson", "f.arguments | tojson | replace('<b>', '')"
     )
-    with pytest.raises(DataError, match="leaves out a part of the calls in message 2: 'the "):
+    with pytest.raises(DataError, match="leaves out a part of the tool calls in message 2: 'the "):
         encode(row(), tokenizer)
 
 
@@ -274,7 +274,7 @@ def test_where_all_is_learned_a_call_without_weight_is_not_lost_either(llama):
     tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments | tojson | replace('<b>', '')")
     example = row()
     example["messages"][1]["weight"] = 0
-    with pytest.raises(DataError, match="leaves out a part of the calls in message 2: 'the "):
+    with pytest.raises(DataError, match="leaves out a part of the tool calls in message 2: 'the "):
         encode(example, tokenizer, loss_on="all")
 
 
@@ -299,7 +299,7 @@ def test_calls_at_once_are_all_learned_and_lists_in_arguments_too(llama):
     assert '{"of": ["Rhine", {"at": "Köln"}], "in": 3.5, "now": true}' in call
     lost = tokenizer_of(llama, "chatml")
     lost.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments | tojson | replace('Köln', '')")
-    with pytest.raises(DataError, match="leaves out a part of the calls in message 2: 'Köln'"):
+    with pytest.raises(DataError, match="leaves out a part of the tool calls in message 2: 'Köln'"):
         encode(example, lost)
 
 

@@ -132,9 +132,9 @@ def test_an_answer_that_no_score_compares_has_a_loss_with_examples_as_without(ll
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shots": 2}, "a number and files"),
-        ({"samples": 3}, "nothing is generated"),
-        ({"generate": True}, "come from data"),
+        ({"shots": 2}, "shots and shots_from must be given together"),
+        ({"samples": 3}, "samples: needs generate"),
+        ({"generate": True}, "generate: needs data"),
     ],
 )
 def test_requests_that_lack_something_are_refused(options, message, llama, prose):

@@ -109,11 +109,11 @@ def test_a_reference_of_another_vocabulary_or_without_text_is_refused(llama, cop
     config = json.loads((smaller / "config.json").read_text())
     (smaller / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
     options = EvaluateOptions(**FLOAT32)
-    with pytest.raises(BaseMismatchError, match=f"knows {rows} tokens"):
+    with pytest.raises(BaseMismatchError, match=f"has {rows} tokens, but "):
         evaluate(llama, None, (), options, text=[prose], reference=smaller)
-    with pytest.raises(UsageError, match="compared on text"):
+    with pytest.raises(UsageError, match="reference: needs text"):
         evaluate(llama, None, (), EvaluateOptions(prompts=("x",)), reference=llama)
-    with pytest.raises(UsageError, match="max_tokens: there is no text"):
+    with pytest.raises(UsageError, match="max_tokens: needs text"):
         evaluate(llama, None, (), EvaluateOptions(prompts=("x",), max_tokens=64))
     with pytest.raises(UsageError, match="nothing to evaluate"):
         evaluate(llama)
@@ -143,7 +143,7 @@ def test_a_model_that_gives_no_numbers_is_not_reported_as_one_that_does(
     options = EvaluateOptions(window=64, max_tokens=None if measured == "data" else 128, device="cpu")
     given = {"data": [instructions]} if measured == "data" else {"text": [prose]}
     model, reference = (llama, base) if measured == "reference" else (base, None)
-    with pytest.raises(NonFiniteError, match=f"{base}: its loss .* is nan"):
+    with pytest.raises(NonFiniteError, match=f"{base}: the loss .* is nan"):
         evaluate(model, options=options, reference=reference, **given)
 
 
@@ -190,12 +190,12 @@ def test_other_variables_of_the_chat_template_than_in_training_are_told(
     done = run_cli(
         "evaluate", "--base", base, "--adapter", tmp_path / "moody", "--data", instructions, "--device", "cpu"
     )
-    assert 'note         trained with chat_template_kwargs mood="so", unlike measured' in done.stdout
+    assert 'note         trained with chat_template_kwargs mood="so", unlike this evaluation' in done.stdout
     done = run_cli(
         "evaluate", "--base", base, "--adapter", tmp_path / "plain", "--data", instructions, "--device", "cpu",
         "--compare", "--chat-template-kwargs", "mood=so",
     )  # fmt: skip
-    assert "trained with no chat_template_kwargs, unlike measured (" in done.stdout
+    assert "trained with no chat_template_kwargs, unlike this evaluation (" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_measurements_and_answers_that_are_short_of_memory_make_room_and_change_
     notes = []
     report = train(config, tmp_path / "short", note=notes.append)
     told = [note.partition(";")[0] for note in notes if "out of memory" in note]
-    assert told == [f"warning: out of memory as {what}" for what in ("held-out samples were measured",
+    assert told == [f"warning: out of memory while {what}" for what in ("held-out samples were evaluated",
                                                                      "prompts were answered")]  # fmt: skip
     assert report.paging["retries"] == 2
     assert [report.paging["resident"], report.memory["optimizer"]] == [

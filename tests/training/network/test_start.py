@@ -152,7 +152,7 @@ def test_what_is_quantized_is_not_trained_whole(llama_nf4, name):
         ({"alpha_pattern": {"(q_proj": 2}}, "regular expressions"),
         ({"target_parameters": ("experts",), "dora": True}, "target_parameters"),
         ({"target_parameters": ("experts",), "dropout": 0.1}, "target_parameters"),
-        ({"lora_bias": True, "dora": True}, "together with dora"),
+        ({"lora_bias": True, "dora": True}, "cannot be combined with dora"),
         ({"bias": "some"}, "lora_only"),
         ({"method": "dora"}, "qlora"),
     ],
@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings, t
 
 @pytest.mark.parametrize(("name", "value"), [("rslora", True), ("rank", 2), ("alpha", 3.0), ("targets", ("q_proj",))])
 def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter, name, value):
-    with pytest.raises(ConfigError, match=f"^{name}: the adapter to begin with has its own"):
+    with pytest.raises(ConfigError, match=f"^{name}: is determined by the adapter to start from"):
         TrainConfig(base="nowhere", data=("none",), init=str(adapter), **{name: value})
     assert name not in TrainConfig(base="nowhere", data=("none",), init=str(adapter)).recorded()
 

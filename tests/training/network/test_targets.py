@@ -91,7 +91,7 @@ def test_indexers_of_sparse_attention_are_left_out(instructions, tmp_path, monke
     train(config(base, instructions), tmp_path / "adapter", note=notes.append)
     said = "for 6 layers of indexers (no gradient reaches them): model.layers.0.self_attn.indexer."
     assert any(said in note for note in notes)
-    assert not any("never got a gradient" in note for note in notes)
+    assert not any("never received a gradient" in note for note in notes)
 
 
 def test_filters_of_convolutions_are_no_stacks_of_experts(bases, instructions, tmp_path):
@@ -102,7 +102,7 @@ def test_filters_of_convolutions_are_no_stacks_of_experts(bases, instructions, t
 def test_adapters_that_text_never_reaches_are_named(bases, instructions, tmp_path):
     notes = []
     train(config(bases("gemma3"), instructions, targets=("q_proj",)), tmp_path / "adapter", note=notes.append)
-    idle = [note for note in notes if "never got a gradient" in note]
+    idle = [note for note in notes if "never received a gradient" in note]
     assert len(idle) == 1
     assert idle[0].startswith("2 adapters")
     assert "vision" in idle[0]
@@ -127,9 +127,9 @@ def test_a_run_that_chose_other_layers_is_not_gone_on_with(bases, instructions, 
     with pytest.raises(Stop):
         train(settings, tmp_path / "adapter", on_step=stop)
     monkeypatch.undo()
-    with pytest.raises(ConflictError, match=r"trains \d+ parameters, and this one trains \d+") as caught:
+    with pytest.raises(ConflictError, match=r"trains \d+ parameters, but this one trains \d+") as caught:
         train(settings, tmp_path / "adapter")
-    assert caught.value.hint == "the version that began it goes on; --force begins again"
+    assert caught.value.hint == "resume with the version that started it, or start over with --force"
 
 
 @pytest.mark.parametrize("targets", [("*",), ("*", "out_proj")])
