@@ -328,7 +328,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
     cases = [
         (["--data", tmp_path / "empty.jsonl"], 5, "empty.jsonl: no rows"),
         (["--data", tmp_path / "unanswered.jsonl", "--generate"], 5, "line 2: no column output"),
-        (["--data", tmp_path / "long.jsonl", "--generate"], 5, "longer than a model's context"),
+        (["--data", tmp_path / "long.jsonl", "--generate"], 5, "fits a model's context with"),
         (["--data", instructions, "--adapter", of_another], 4, "belongs to another base"),
         (["--data", instructions, "--adapter", of_another, "--compare"], 4, "belongs to another base"),
         (["--data", instructions, "--base", llama], 2, "given twice"),

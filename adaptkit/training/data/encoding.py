@@ -246,9 +246,7 @@ class Encoder:
         if added:
             eos = self._tokenizer.eos_token_id
             if eos is None:
-                raise DataError(
-                    f"{where}: the tokenizer has no end token", hint="set eos_token in its tokenizer_config.json"
-                )
+                raise DataError(f"{where}: the tokenizer has no end token", hint="give it an eos_token")
             last = spans[-1].stop if spans else len(ids) - (ids[-1:] == array("i", [eos]))
             ids[last:] = labels[last:] = array("i", [eos])
         if text.begins and ids[: len(self._begin)] != self._begin:

@@ -281,7 +281,7 @@ def test_a_template_that_names_a_field_but_never_reads_it_gets_thoughts_in_the_c
 
 
 def test_thoughts_are_refused_where_the_model_is_asked_for_an_answer_without(make):
-    with pytest.raises(DataError, match=r"after '</think>', but message 2, an answer, does not continue"):
+    with pytest.raises(DataError, match=r"answers with '</think>', but message 2, an answer, does not continue"):
         encode(chat("Name a river", THOUGHTFUL), make(ANSWER_CLOSES))
 
 
