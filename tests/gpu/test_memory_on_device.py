@@ -168,7 +168,7 @@ def test_as_few_layers_are_checkpointed_as_there_is_room_for(made, config, tmp_p
         found.append(report.checkpointing)
     assert found[0] == "0 of 6 layers checkpointed"
     assert found[1] in {f"the first {6 - whole} of 6 layers checkpointed" for whole in (2, 3, 4, 5)}
-    assert found[2].startswith("segments of")
+    assert found[2].startswith("6 of 6 layers checkpointed in segments of ")
 
 
 @pytest.mark.parametrize("signed", [True, False])

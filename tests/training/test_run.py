@@ -393,7 +393,7 @@ def test_a_folder_that_appears_meanwhile_costs_no_work(config, run_cli, tmp_path
 
 def test_tensorboard_does_not_go_into_the_folder_that_is_made(config, tmp_path):
     for folder in ("adapter", "adapter/logs"):
-        with pytest.raises(UsageError, match="is in the folder that will be made"):
+        with pytest.raises(UsageError, match="is inside the output folder"):
             train(replace(config, tensorboard=str(tmp_path / folder)), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
