@@ -292,7 +292,8 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], said: str = "{} was {!r} and is {!r}") -> list[str]:
     """What differs, for people; options by name, with both values."""
-    options, others = before.get("options") or {}, {"base": "base", "data": "data", "init": "adapter to start from"}
+    options = before.get("options") or {}
+    others = {"base": "base", "data": "data", "init": "adapter to start from", "chat_template": "chat template"}
     found = [
         said.format(name, options.get(name), now["options"].get(name))
         for name in sorted({*options, *now["options"]})

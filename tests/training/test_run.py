@@ -528,6 +528,20 @@ def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
     assert train(config, output).resumed_from == 2
 
 
+def test_a_template_that_changed_is_another_run_though_the_tokens_are_the_same(config, tmp_path):
+    """It is saved beside the adapter."""
+    output, template = tmp_path / "adapter", tmp_path / "template.jinja"
+    with_template = replace(config, chat_template=str(template))
+    said = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    template.write_text(said)
+    cut_after(with_template, output, 2)
+    template.write_text(said + "{% if tools %}{{ tools | tojson }}{% endif %}")
+    with pytest.raises(ConflictError, match=r"of another run: another chat template$"):
+        train(with_template, output)
+    template.write_text(said)
+    assert train(with_template, output).resumed_from == 2
+
+
 def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
     def add(line):
         if line["step"] == 3:
