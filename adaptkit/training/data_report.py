@@ -46,6 +46,8 @@ class DataReport:
     ended: int
     empty: int
     empty_at: str
+    twice: int
+    twice_at: str
     dated: bool
     chat_template: str | None
     without_template: bool
@@ -76,6 +78,8 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
         ended=data.ended,
         empty=data.empty,
         empty_at=data.empty_at,
+        twice=data.twice,
+        twice_at=data.twice_at,
         dated=data.dated,
         chat_template=_template_from(inputs),
         without_template=data.talks and tokenizer.chat_template is None,

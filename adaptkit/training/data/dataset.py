@@ -19,6 +19,7 @@ from adaptkit.text.rows import is_on_hub, read_rows
 from adaptkit.text.tool_calls import CALLS
 from adaptkit.text.windows import check_known
 from adaptkit.training.data.encoding import Encoder
+from adaptkit.training.data.ending import ends_after_answers
 from adaptkit.training.data.samples import Sample
 
 _TOGETHER = 1000
@@ -68,6 +69,8 @@ class Dataset:
         ended: samples that were given an end token, since the chat template puts none after an answer.
         empty: rows with an answer that is empty, and is learned.
         empty_at: where the first of them came from.
+        twice: rows with an answer that is learned and ends with an end token, after which there is another.
+        twice_at: where the first of them came from.
         dated: whether the chat template asks for the date, and is told the same one every day.
     """
 
@@ -82,6 +85,8 @@ class Dataset:
     ended: int = 0
     empty: int = 0
     empty_at: str = ""
+    twice: int = 0
+    twice_at: str = ""
     dated: bool = False
 
     @property
@@ -118,7 +123,7 @@ def load_data(
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    taker = _Taker(max_length, too_long, context, known)
+    taker = _Taker(max_length, too_long, context, known, ends_after_answers(tokenizer))
     encoder, data = Encoder(tokenizer, loss_on), taker.data
     data.sources = tuple(_read(source, number, layout, encoder, taker) for number, source in enumerate(sources))
     if not data.samples:
@@ -172,14 +177,18 @@ class _Taker:
     too_long: str
     context: int | None
     known: int | None
+    ends: tuple[str, ...]
     data: Dataset = field(default_factory=Dataset)
 
     def look_at(self, example: Example, learned: Sequence[int], where: str) -> None:
-        """Count a row that has an empty answer, and learns it."""
+        """Count a row that has an empty answer, or one that has its end, and learns it."""
         said = [example.messages[number] for number in learned]
         if any(not message["content"].strip() and CALLS not in message for message in said):
             self.data.empty += 1
             self.data.empty_at = self.data.empty_at or where
+        if any(message["content"].rstrip().endswith(self.ends) for message in said):
+            self.data.twice += 1
+            self.data.twice_at = self.data.twice_at or where
 
     def add(self, sample: Sample) -> Sample | None:
         """Take a sample, as long as it may be, or leave it out."""

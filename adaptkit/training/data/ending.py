@@ -32,6 +32,15 @@ def turn_end(tokenizer: Any) -> int | None:
     return next((int(token) for token in ended if token in ends and token not in begun), None)
 
 
+def ends_after_answers(tokenizer: Any) -> tuple[str, ...]:
+    """The tokens, as text, after which an answer in the data ends twice: the template puts an end after each."""
+    end = turn_end(tokenizer)
+    if end is None and tokenizer.chat_template is not None:
+        return ()
+    ends = {token for token in (end, tokenizer.eos_token_id) if token is not None}
+    return tuple(str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends))
+
+
 def named_ends(root: Path) -> list[int]:
     """The end tokens that a checkpoint's configuration of generation names."""
     named = _generation(root).get("eos_token_id")

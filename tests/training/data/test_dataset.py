@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -107,6 +108,22 @@ def test_rows_with_an_empty_answer_are_counted_and_the_first_is_named(tokenizer,
     assert load_data([path], tokenizer, 99, loss_on="last_answer").empty == 0
 
 
+@given(answers=st.lists(st.sampled_from(["a", "a<|im_end|>", "<|im_end|> a", "a<|endoftext|>", "a<|im_end|>\n"]),
+                        min_size=1, max_size=4),
+       template=st.sampled_from(["own", "none", "without ends"]))  # fmt: skip
+def test_rows_whose_answers_end_twice_are_counted_and_the_first_is_named(llama, tmp_path_factory, answers, template):
+    """transformers writes both ends, and says nothing."""
+    tokenizer = load_tokenizer(llama)
+    if template != "own":
+        tokenizer.chat_template = None if template == "none" else "{% for m in messages %}{{ m.content }} {% endfor %}"
+    rows = ({"prompt": "well?", "completion": answer} for answer in answers)
+    path = write(tmp_path_factory.mktemp("twice"), *rows)
+    data = load_data([path], tokenizer, 99)
+    ends = re.compile(re.escape(tokenizer.eos_token) + r"\s*" + re.escape(tokenizer.eos_token))
+    twice = [sample.source for sample in data.samples if ends.search(tokenizer.decode(sample.ids))]
+    assert (data.twice, data.twice_at) == (len(twice), twice[0] if twice else "")
+
+
 def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="no rows"):
         load_data([write(tmp_path)], tokenizer, 99)
@@ -126,16 +143,17 @@ def test_what_messages_have_beside_what_is_read_is_told(tokenizer, tmp_path):
 
 
 def test_a_template_that_writes_what_is_said_alone_gives_prompts_and_completions_as_they_are(llama, tmp_path):
-    """Which is what TRL makes of strings, and what docs/data.md says."""
+    """Which is what TRL makes of strings, end tokens in them included, and what docs/data.md says."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    prompts, completions = ("a", "a\n", " a. b: ", "\n\na\n", " "), ("a", " a", "\nb a.", "\n\n b\n\na")
+    prompts, completions = ("a", "a\n", " a. b: ", "\n\na\n", " "), ("a", " a", "\nb a.", "\n\n b\n\na", "a<|im_end|>")
     rows = [{"prompt": prompt, "completion": completion} for prompt in prompts for completion in completions]
     samples = load_data([write(tmp_path, *rows)], tokenizer, 99).samples
     for row, sample in zip(rows, samples, strict=True):
         learned = [token for token, label in zip(sample.ids, sample.labels, strict=True) if label == token]
-        assert tokenizer.decode(sample.ids) == row["prompt"] + row["completion"] + tokenizer.eos_token
-        assert tokenizer.decode(learned) == row["completion"] + tokenizer.eos_token
+        completion = row["completion"].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
+        assert tokenizer.decode(sample.ids) == row["prompt"] + completion
+        assert tokenizer.decode(learned) == completion
 
 
 def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
