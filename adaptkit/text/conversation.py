@@ -12,6 +12,8 @@
                                                                     tools are too, and the tools are the row's
     text           {"text"}
 
+``layouts`` has other names of columns with a question, an answer or a conversation.
+
 A row has to be of exactly one layout, unless one is asked for by name.
 """
 
@@ -21,6 +23,8 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import ADD_ONE
+from adaptkit.text.layouts import ANSWERS, answers_in, has_question, layout_of, names_in
+from adaptkit.text.layouts import LAYOUTS as LAYOUTS
 from adaptkit.text.learning_marks import MARKS, check_wanted, is_marked_out
 from adaptkit.text.parts import joined
 from adaptkit.text.rendering import Conversation as Conversation
@@ -41,16 +45,13 @@ from adaptkit.text.tool_calls import (
     read_tools,
 )
 
-LAYOUTS = ("instruction", "question", "prompt", "messages", "conversations", "text")
-_QUESTIONS = LAYOUTS[:3]
-_ANSWERS = ("output", "response", "completion", "answer")
 _CONTEXTS = ("context", "input")
+_WRITE = 'write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
 _MESSAGE_KEYS = {"role", "from", "content", "value"}
 _ROLES = {
     **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
     **{"function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"},
 }
-_KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         DataError: the row has none of the layouts, or more than one, or a column holds something else than it should.
     """
     row = {name: value for name, value in row.items() if value is not None}
-    layout = layout or _layout_of(row, where)
+    layout = layout or layout_of(row, where)
     if layout not in row:
-        raise DataError(f"{where}: no column {layout}", hint=f"add or rename one; found: {_names(row)}")
+        raise DataError(f"{where}: no column {layout}", hint=f"columns: {names_in(row)}")
     if layout == "text":
         return Example(layout, text=_text(row, layout, where), columns=frozenset({layout}))
-    if layout in _QUESTIONS:
+    if has_question(layout):
         messages, columns = _asked(row, layout, where)
     else:
         messages, columns = _turns(row, layout, where), {layout}
@@ -218,36 +219,19 @@ class _Turn:
         }
 
 
-def _layout_of(row: Mapping[str, Any], where: str) -> str:
-    answered = any(name in row for name in _ANSWERS)
-    asked = any(name in row for name in _QUESTIONS)
-    found = [name for name in LAYOUTS if name in row and (answered or name not in _QUESTIONS)]
-    if not found and asked != answered:
-        missing = _QUESTIONS if answered else _ANSWERS
-        raise DataError(f"{where}: no column {' or '.join(missing)}", hint=f"add or rename one; found: {_names(row)}")
-    if not found:
-        raise DataError(f"{where}: unknown layout; expected {_KNOWN}", hint=f"add or rename one; found: {_names(row)}")
-    if len(found) > 1:
-        raise DataError(
-            f"{where}: has columns of more than one layout: {' and '.join(found)}",
-            hint=f"choose one, such as --layout {found[0]}",
-        )
-    return found[0]
-
-
 def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn], set[str]]:
     """The conversation in columns of their own for question, context and answer; and the columns."""
-    answers = [name for name in _ANSWERS if name in row]
-    contexts = [name for name in _CONTEXTS if row.get(name, "") != ""]
+    answers, others = answers_in(row, layout), [name for name in _CONTEXTS if name in row and name != layout]
+    contexts = [name for name in others if row[name] != ""]
     if not answers:
-        raise DataError(f"{where}: no column {' or '.join(_ANSWERS)}", hint=f"add or rename one; found: {_names(row)}")
+        raise DataError(f"{where}: no column {' or '.join(ANSWERS)}", hint=f"columns: {names_in(row)}")
     for names in (answers, contexts):
         if len(names) > 1:
             raise DataError(f"{where}: has both {names[0]} and {names[1]}", hint="remove one of the columns")
-    columns = {layout, answers[0], *(name for name in _CONTEXTS if name in row)}
+    columns = {layout, answers[0], *others}
     if isinstance(row[layout], list) and isinstance(row[answers[0]], list):
         before = [replace(turn, learned=False) for turn in _turns(row, layout, where)]
-        return before + _turns(row, answers[0], where), columns - set(_CONTEXTS)
+        return before + _turns(row, answers[0], where), columns - set(others)
     question = "\n\n".join(filter(None, (_text(row, name, where) for name in (layout, *contexts))))
     earlier: list[_Turn] = []
     if layout == "instruction" and "history" in row:
@@ -272,7 +256,7 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
         found = type(messages).__name__ if not isinstance(messages, list) else "other values" if messages else "none"
         raise DataError(
             f"{where}: {column}: expected a list of messages, found {found}",
-            hint='write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}',
+            hint=_WRITE,
         )
     return [_turn(message, f"{where}: message {number} of {column}") for number, message in enumerate(messages, 1)]
 
@@ -282,7 +266,8 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         problem = "no role" if role is None else f"unknown role {role!r}"
-        raise DataError(f"{where}: {problem}", hint=f"roles: {', '.join(_ROLES)}")
+        hint = _WRITE if role is None else f"roles: {', '.join(_ROLES)}"
+        raise DataError(f"{where}: {problem}", hint=hint)
     is_answer = _ROLES[role] == "assistant"
     others: dict[str, Any] = {}
     unread = frozenset[str]()
@@ -314,7 +299,3 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
         hint = WHOLE if isinstance(row[name], str) else f"write {name} as a string"
         raise DataError(f"{where}: {name}: expected text, found {found_in(row[name])}", hint=hint)
     return str(row[name])
-
-
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, row)) or "nothing"

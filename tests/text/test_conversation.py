@@ -40,11 +40,54 @@ SHARED = [{"from": "human", "value": "Name it\n\na river"}, {"from": "gpt", "val
         ("messages", {"messages": CHAT, "prompt": "of ultrachat, without an answer"}),
         ("conversations", {"conversations": SHARED}),
         ("conversations", {"conversations": CHAT, "text": None}),
+        ("conversation", {"conversation": CHAT, "conversation_id": "of lmsys"}),
+        ("conversation", {"conversation": SHARED}),
+        ("input", {"input": "Name it\n\na river", "output": "the Rhine"}),
+        ("input", {"input": "Name it", "context": "a river", "response": "the Rhine"}),
+        ("query", {"query": "Name it", "context": "a river", "response": "the Rhine"}),
+        ("problem", {"problem": "Name it\n\na river", "solution": "the Rhine"}),
+        ("problem", {"problem": "Name it\n\na river", "answer": "the Rhine"}),
+        ("inputs", {"inputs": "Name it\n\na river", "targets": "the Rhine"}),
     ],
 )
 def test_every_layout_is_the_same_conversation(layout, row):
     example = read_example(row, "here")
     assert (example.layout, list(example.messages), example.learned, example.text) == (layout, CHAT, (1,), None)
+
+
+OTHERS = {
+    "query": "SELECT name",
+    "problem": "9",
+    "inputs": "x",
+    "solution": "x",
+    "targets": "x",
+    "conversation": SHARED,
+}
+
+
+@given(st.sampled_from([{"instruction": "Name it", "input": "a river", "output": "the Rhine"},
+                        {"question": "x", "answer": "y"}, {"prompt": [ASKED], "completion": [ANSWERED]},
+                        {"messages": CHAT}, {"conversations": SHARED}, {"text": "x"}]),
+       st.sets(st.sampled_from(sorted(OTHERS))))  # fmt: skip
+def test_a_name_that_is_less_certain_is_a_column_beside_the_others(row, names):
+    assert read_example({name: OTHERS[name] for name in names} | row, "here") == read_example(row, "here")
+
+
+@given(
+    st.sets(st.sampled_from(["role", "message_id", "parent_id", "lang"])), st.sampled_from(["prompter", "assistant"])
+)
+def test_a_message_of_a_tree_is_not_learned_as_plain_text(names, role):
+    row = {"text": "x", **dict.fromkeys(names, role), "rank": None}  # OASST1's
+    plain = read_example(row, "here", "text")
+    if "role" in names and {"message_id", "parent_id"} & names:
+        with pytest.raises(
+            DataError, match=r"^here: text beside role and (message|parent)_id is a single message"
+        ) as raised:
+            read_example(row, "here")
+        assert "list of messages" in raised.value.hint
+    else:
+        assert read_example(row, "here") == plain
+    assert read_example(row | {"messages": CHAT}, "here", "messages").messages
 
 
 CALL = {"type": "function", "function": {"name": "depth", "arguments": {"of": "Rhine"}}}
@@ -306,6 +349,12 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"instruction": "x"}, "no column output or response or completion or answer"),
         ({"output": "y"}, "no column instruction or question or prompt"),
         ({"title": "x"}, "unknown layout"),
+        ({"input": "x"}, "unknown layout"),
+        ({"problem": "x", "targets": "y"}, "unknown layout"),
+        ({"problem": "x", "solution": "y", "answer": "z"}, "has both answer and solution"),
+        ({"query": "x", "input": "y", "output": "z"}, "has columns of more than one layout: input and query"),
+        ({"segments": [{"label": True, "text": "x"}]}, "unknown layout"),
+        ({"conversation": [{"input": "x", "output": "y"}]}, "message 1 of conversation: no role"),
         ({}, "unknown layout"),
         ({"prompt": "x", "chosen": "y", "rejected": "z"}, "no column output or"),
         ({"instruction": "x", "output": "y", "response": "z"}, "has both output and response"),

@@ -1,0 +1,67 @@
+"""Which layout a row has, by the names of its columns.
+
+Some names mean other things beside a layout of another name (an ``input`` beside an instruction, a ``query`` of a data
+base beside a question), so they count where a row has none of those.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptkit.errors import DataError
+
+QUESTIONS = ("instruction", "question", "prompt")
+_OTHER_QUESTIONS = ("input", "query", "problem", "inputs")
+_CERTAIN = (*QUESTIONS, "messages", "conversations", "text")
+LAYOUTS = (*_CERTAIN, "conversation", *_OTHER_QUESTIONS)
+ANSWERS = ("output", "response", "completion", "answer")
+_OTHER_ANSWERS = {"problem": ("solution",), "inputs": ("targets",)}
+_OF_TREES = ("message_id", "parent_id")
+"""Columns of OASST1, whose rows are single messages."""
+_KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
+
+
+def has_question(layout: str) -> bool:
+    """Whether rows of a layout have a column for the question, and one for the answer."""
+    return layout in (*QUESTIONS, *_OTHER_QUESTIONS)
+
+
+def answers_in(row: Mapping[str, Any], layout: str) -> list[str]:
+    """Columns that may have the answer to the question in a column."""
+    return [name for name in (*ANSWERS, *_OTHER_ANSWERS.get(layout, ())) if name in row]
+
+
+def layout_of(row: Mapping[str, Any], where: str) -> str:
+    """The layout of a row.
+
+    Raises:
+        DataError: it has none, or more than one, or is a message of a conversation.
+    """
+    fitting = [name for name in LAYOUTS if name in row and (answers_in(row, name) or not has_question(name))]
+    found = [name for name in fitting if name in _CERTAIN] or fitting
+    asked, answered = any(name in row for name in QUESTIONS), any(name in row for name in ANSWERS)
+    if not found and asked != answered:
+        missing, what = (QUESTIONS, "question") if answered else (ANSWERS, "answer")
+        raise DataError(
+            f"{where}: no column {' or '.join(missing)}",
+            hint=f"columns: {names_in(row)}; rename the one with the {what}",
+        )
+    if not found:
+        raise DataError(
+            f"{where}: unknown layout; expected {_KNOWN}", hint=f"columns: {names_in(row)}; rename them to one of these"
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"{where}: has columns of more than one layout: {' and '.join(found)}",
+            hint=f"choose one, such as --layout {found[0]}",
+        )
+    if found == ["text"] and "role" in row and any(name in row for name in _OF_TREES):
+        raise DataError(
+            f"{where}: text beside role and {next(name for name in _OF_TREES if name in row)} is a single message",
+            hint="write each conversation as a row with a list of messages; --layout text learns the texts as they are",
+        )
+    return found[0]
+
+
+def names_in(row: Mapping[str, Any]) -> str:
+    """The columns of a row, for people."""
+    return ", ".join(map(str, row)) or "none"
