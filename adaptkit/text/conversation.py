@@ -2,9 +2,10 @@
 
     instruction    {"instruction", "output"}            a question and an answer. The answer's column may also be named
     question       {"question", "answer"}               output, response, completion or answer. Beside them: context
-    prompt         {"prompt", "completion"}             or input, which follows the question, and system; beside
-                                                        an instruction, history of earlier turns. A prompt and
-                                                        its completion may be lists of messages.
+    prompt         {"prompt", "completion"}             or input, which follows the question, system, history
+                                                        of earlier turns, and the answer's thoughts, named as in
+                                                        messages. A prompt and its completion may be lists of
+                                                        messages.
     messages       {"messages": [{"role", "content"}, ...]}         also from and value; "weight": 0 on an answer
     conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss, as "loss": false and
                                                                     "train": false do; thoughts may be apart, as
@@ -233,14 +234,15 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
         before = [replace(turn, learned=False) for turn in _turns(row, layout, where)]
         return before + _turns(row, answers[0], where), columns - set(others)
     question = "\n\n".join(filter(None, (_text(row, name, where) for name in (layout, *contexts))))
-    earlier: list[_Turn] = []
-    if layout == "instruction" and "history" in row:
-        earlier, columns = _earlier(row["history"], where), {*columns, "history"}
-    return [*earlier, _Turn("user", question), _Turn("assistant", _text(row, answers[0], where), True)], columns
+    answer = _text(row, answers[0], where)
+    apart = {name: row[name] for name in NAMES if is_text(row.get(name))}  # a flag or a score is something else
+    said = _Turn("assistant", answer, True, {FIELD: read_thoughts(apart, answer, where)})
+    earlier = _earlier(row.get("history", []), where)
+    return [*earlier, _Turn("user", question), said], columns | apart.keys() | ({"history"} & row.keys())
 
 
 def _earlier(history: Any, where: str) -> list[_Turn]:
-    """The turns before a question, as LLaMA-Factory has them beside instructions; it learns these answers, too."""
+    """The turns before a question, as LLaMA-Factory has them; it learns these answers, too."""
     pairs = [] if history in ("", "[]") else history  # a cell of csv, too
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(map(is_text, pair)) for pair in pairs

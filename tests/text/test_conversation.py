@@ -265,10 +265,10 @@ def test_a_question_that_is_marked_to_be_learned_is_not_and_that_is_told():
 PAIRS = st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2))
 
 
-@given(PAIRS, st.booleans())
-def test_the_history_of_an_instruction_is_earlier_turns_all_of_them_learned(history, has_system):
+@given(PAIRS, st.booleans(), st.sampled_from(["instruction", "question", "prompt", "query"]))
+def test_the_history_beside_a_question_is_earlier_turns_all_of_them_learned(history, has_system, layout):
     system = {"system": "Be brief."} if has_system else {}
-    row = {"instruction": "x", "input": "", "output": "y", "history": history} | system
+    row = {layout: "x", "context": "", "output": "y", "history": history} | system
     turns = [{"role": "system", "content": "Be brief."}] * has_system
     for asked, said in [*history, ["x", "y"]]:
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
@@ -277,6 +277,24 @@ def test_the_history_of_an_instruction_is_earlier_turns_all_of_them_learned(hist
     assert example.columns == row.keys()
     none = [read_example(row | {"history": nothing}, "here").messages for nothing in ([], "", "[]", None)]
     assert none == [example.messages[:has_system] + example.messages[-2:]] * 4
+
+
+@given(st.sampled_from(["instruction", "question", "prompt", "problem"]),
+       st.sampled_from(["reasoning_content", "reasoning", "thinking"]), st.text(st.characters(codec="utf-8")),
+       st.sampled_from(["y", "<think>so</think>y"]))  # fmt: skip
+def test_reasoning_beside_an_answer_is_read_as_that_of_a_message_is(layout, name, reasoning, answer):
+    row = {layout: "x", "answer": answer, name: reasoning}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer, name: reasoning}]
+    try:
+        whole = read_example({"messages": messages}, "here")
+    except DataError:  # it is in the answer, too, and not the same
+        with pytest.raises(DataError, match=r"^here: has reasoning in more than one place"):
+            read_example(row, "here")
+        return
+    example = read_example(row, "here")
+    assert (example.messages, example.learned, example.columns) == (whole.messages, whole.learned, row.keys())
+    for other in (True, 0.5, ["first"], None):  # a switch or a score, which the report lists
+        assert read_example(row | {name: other}, "here").columns == {layout, "answer"}
 
 
 @pytest.mark.parametrize("layout", ["messages", "conversations"])
