@@ -6,11 +6,10 @@
                                                         of earlier turns, and the answer's thoughts, named as in
                                                         messages. A prompt and its completion may be lists of
                                                         messages.
-    messages       {"messages": [{"role", "content"}, ...]}         also from and value; "weight": 0 on an answer
-    conversations  {"conversations": [{"from", "value"}, ...]}      takes it out of the loss, as "loss": false and
-                                                                    "train": false do; thoughts may be apart, as
-                                                                    reasoning_content, reasoning or thinking; calls of
-                                                                    tools are too, and the tools are the row's
+    messages       {"messages": [{"role", "content"}, ...]}         also from and value; marks such as "weight": 0 on
+    conversations  {"conversations": [{"from", "value"}, ...]}      an answer take it out of the loss; thoughts may be
+                                                                    apart, as reasoning_content, reasoning or thinking;
+                                                                    calls of tools are too, and the tools are the row's
     text           {"text"}
 
 ``layouts`` has other names of columns with a question, an answer or a conversation.
@@ -26,7 +25,7 @@ from adaptkit.errors import DataError
 from adaptkit.text.chat_template import ADD_ONE
 from adaptkit.text.layouts import ANSWERS, answers_in, has_question, layout_of, names_in
 from adaptkit.text.layouts import LAYOUTS as LAYOUTS
-from adaptkit.text.learning_marks import MARKS, check_wanted, is_marked_out
+from adaptkit.text.learning_marks import check_wanted, is_marked_out, obeyed_marks
 from adaptkit.text.parts import joined
 from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
@@ -288,7 +287,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
         )
     is_learned = not is_marked_out(message, where) and is_answer
     known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
-    known |= {mark for mark in MARKS if is_answer or not message.get(mark)}
+    known |= obeyed_marks(message, is_answer)
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
     thoughts = read_thoughts(message, str(content), where) if is_answer else ""
     if not is_text(thoughts):

@@ -236,16 +236,20 @@ def test_answers_in_a_prompt_or_of_weight_zero_are_not_learned():
 
 MARKS = [
     {"weight": 0}, {"weight": 1}, {"loss": False}, {"loss": True}, {"train": False}, {"train": True},
-    {"loss_scale": 0.0}, {"loss_scale": 1.0},
+    {"loss_scale": 0.0}, {"loss_scale": 1.0}, {"training": False}, {"training": True},
 ]  # fmt: skip
+MASKED = [{"masked": True}, {"masked": 0}]
+"""The other way round; torchtune's."""
 
 
-@given(st.lists(st.lists(st.sampled_from([*MARKS, {"loss": None, "train": None, "weight": None}]), max_size=3)))
+@given(
+    st.lists(st.lists(st.sampled_from([*MARKS, *MASKED, {"loss": None, "masked": None, "weight": None}]), max_size=3))
+)
 def test_marks_of_other_trainers_take_answers_out_of_the_loss_and_never_contradict_each_other(answers):
     messages, learned = [], []
     for marks in answers:
         said = {key: value for mark in marks for key, value in mark.items()}
-        values = {bool(value) for value in said.values() if value is not None}
+        values = {bool(value) != (name == "masked") for name, value in said.items() if value is not None}
         if len(values) > 1:
             with pytest.raises(DataError, match=r"message 2 of messages: .*contradict each other"):
                 read_example({"messages": [ASKED, ANSWERED | said]}, "here")
@@ -260,6 +264,21 @@ def test_a_question_that_is_marked_to_be_learned_is_not_and_that_is_told():
     for mark in MARKS:
         example = read_example({"messages": [ASKED | mark, ANSWERED]}, "here")
         assert (example.learned, example.ignored) == ((1,), {name for name, value in mark.items() if value})
+    for mark in MASKED:
+        example = read_example({"messages": [ASKED | mark, ANSWERED]}, "here")
+        assert (example.learned, example.ignored) == ((1,), {name for name, value in mark.items() if not value})
+
+
+@given(st.sampled_from([0, 1, True, False]), st.booleans())
+def test_a_mask_that_may_mean_either_is_refused_and_one_of_something_else_is_told(value, is_answer):
+    def row(mask):
+        asked, answered = (ASKED, ANSWERED | {"mask": mask}) if is_answer else (ASKED | {"mask": mask}, ANSWERED)
+        return {"messages": [asked, answered]}
+
+    with pytest.raises(DataError, match=r"message [12] of messages: has mask, which excludes an answer .* in others"):
+        read_example(row(value), "here")
+    assert read_example(row("[MASK]"), "here").ignored == {"mask"}
+    assert read_example(row(None), "here").learned == (1,)
 
 
 PAIRS = st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2))
@@ -312,7 +331,7 @@ def test_a_preference_whose_answers_are_beside_the_conversation_is_refused(layou
         assert read_example(row | {name: None}, "here").learned
 
 
-@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize("name", ["label", "kto_tag", "desirable"])
 @given(row=st.sampled_from([{"messages": CHAT}, {"conversations": SHARED}, {"prompt": "x", "completion": "y"},
                             {"prompt": [ASKED], "completion": [ANSWERED]}, {"instruction": "x", "output": "y"}]),
        label=st.booleans() | st.none() | st.sampled_from([0, 1, 0.0, "false", "True", ""]))  # fmt: skip
@@ -394,6 +413,8 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "message 2 of messages: invalid weight 0.5"),
         ({"messages": [ASKED, ANSWERED | {"loss_scale": 0.5}]}, "message 2 of messages: invalid loss_scale 0.5"),
         ({"messages": [ASKED, ANSWERED | {"loss": "false"}]}, "message 2 of messages: invalid loss 'false'"),
+        ({"messages": [ASKED, ANSWERED | {"masked": 0.5}]}, "message 2 of messages: invalid masked 0.5"),
+        ({"messages": [ASKED, ANSWERED | {"masked": True}]}, "no assistant message to learn"),
         ({"messages": [ASKED, ANSWERED | {"train": []}]}, "message 2 of messages: invalid train []"),
         ({"messages": [ASKED, ANSWERED | {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}]},
          "message 2 of messages: has train_detail, but parts of a message cannot be excluded from the loss"),
